@@ -1,0 +1,107 @@
+"""The containers that travel through nemo_kd. Read this file first.
+
+Shape legend: B examples, S positions, K kept teacher logits. Position s of `labels`, `loss_mask` and of every
+teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are already shifted by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+
+@dataclass(frozen=True)
+class Example:
+    """One tokenized example, unpadded and shifted.
+
+    Attributes:
+        index: position of the record in its dataset file (0-based, blank lines not counted).
+        tokens_S: int64, the model's input ids.
+        labels_S: int64, the id each position has to predict.
+        loss_mask_S: float32, 1.0 where the label counts in the loss, 0.0 elsewhere.
+    """
+
+    index: int
+    tokens_S: np.ndarray
+    labels_S: np.ndarray
+    loss_mask_S: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions of the example, prompt included."""
+        return len(self.tokens_S)
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Positions whose label counts in the loss."""
+        return int(np.count_nonzero(self.loss_mask_S))
+
+
+@dataclass(frozen=True)
+class TeacherTopK:
+    """The teacher's k largest logits of one example, largest first.
+
+    Logits are shifted so that the largest of a position is 0 and the log-sum-exp is that of the shifted logits over
+    the whole real vocabulary; so `topk_logits - log_sum_exp_logits[:, None]` are log-probabilities in nats.
+
+    Attributes:
+        topk_logits_SK: float32, all <= 0, descending.
+        topk_token_ids_SK: int64, distinct within a position.
+        log_sum_exp_logits_S: float32, >= 0.
+    """
+
+    topk_logits_SK: np.ndarray
+    topk_token_ids_SK: np.ndarray
+    log_sum_exp_logits_S: np.ndarray
+
+
+@dataclass(frozen=True)
+class CachedExample:
+    """An example with what the teacher said about each of its positions."""
+
+    example: Example
+    teacher: TeacherTopK
+
+
+@dataclass
+class Batch:
+    """Padded examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
+
+    The padding is on the right, so causal attention needs no mask. Padded positions and filler rows have loss mask 0.
+
+    Attributes:
+        indices_B: int64, dataset index of each row; -1 marks a filler row that stands for no example.
+        tokens_BS, labels_BS, position_ids_BS: int64.
+        loss_mask_BS: float32.
+        topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS: the teacher's fields; None without a cache.
+    """
+
+    indices_B: torch.Tensor
+    tokens_BS: torch.Tensor
+    labels_BS: torch.Tensor
+    loss_mask_BS: torch.Tensor
+    position_ids_BS: torch.Tensor
+    topk_logits_BSK: torch.Tensor | None = None
+    topk_token_ids_BSK: torch.Tensor | None = None
+    log_sum_exp_logits_BS: torch.Tensor | None = None
+
+    @property
+    def num_examples(self) -> int:
+        """Rows that stand for an example."""
+        return int((self.indices_B >= 0).sum())
+
+    def to(self, device: torch.device | str) -> Batch:
+        """A copy of the batch on `device`."""
+        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in self._tensors()})
+
+    def split(self, micro_batch_size: int) -> Iterator[Batch]:
+        """The batch in micro-batches of `micro_batch_size` rows, in order; the last may be smaller."""
+        for start in range(0, len(self.tokens_BS), micro_batch_size):
+            rows = slice(start, start + micro_batch_size)
+            yield Batch(**{name: t if t is None else t[rows] for name, t in self._tensors()})
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        return ((field.name, getattr(self, field.name)) for field in fields(self))

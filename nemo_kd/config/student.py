@@ -1,0 +1,224 @@
+"""Configuration of stage 2, `train_gpt_knowledge_distillation`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
+from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
+from nemo_kd.config.typed import ConfigError
+
+KD_LOSSES = ("fwd_kl", "bwd_kl")
+OPTIMIZERS = ("distributed_fused_adam", "adam")
+CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
+
+
+@dataclass
+class LoopConfig:
+    """`trainer.knowledge_distillation`: how long to train and when to validate and save."""
+
+    max_epochs: int = 1
+    """Passes over the training data."""
+    max_steps: int = -1
+    """Optimizer steps; -1: as many as max_epochs gives."""
+    val_check_interval: int | float = 100
+    """Steps between validations, or a fraction of an epoch; validation also runs after the last step."""
+    save_interval: int | float | None = None
+    """Steps between checkpoints, a multiple of val_check_interval; None: at every validation."""
+    limit_train_batches: int | float = 1.0
+    """Training steps an epoch: a number, or a fraction of them."""
+    limit_val_batches: int | float = 1.0
+    """Validation batches: a number, or a fraction of them; 0 validates never."""
+    gradient_clip_val: float | None = 1.0
+    """Largest global norm of the gradient; None or 0 does not clip."""
+    log_every_n_steps: int = 1
+    """Steps between logged values."""
+
+
+@dataclass
+class StudentTrainerConfig(TrainerConfig):
+    knowledge_distillation: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class SchedConfig:
+    name: str = "CosineAnnealing"
+    """CosineAnnealing or constant, both after a linear warmup."""
+    warmup_steps: int | None = None
+    """Steps of linear warmup from 0."""
+    warmup_ratio: float | None = None
+    """Instead of warmup_steps: a fraction of all steps."""
+    constant_steps: int = 0
+    """CosineAnnealing: last steps, at min_lr."""
+    min_lr: float = 0.0
+    """CosineAnnealing: where the learning rate ends."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("CosineAnnealing", "constant"):
+            raise ConfigError(f"model.optim.sched.name: {self.name!r} is not one of CosineAnnealing, constant")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError("model.optim.sched: give warmup_steps or warmup_ratio, not both")
+
+
+@dataclass
+class OptimConfig:
+    name: str = "distributed_fused_adam"
+    """distributed_fused_adam (optimizer state sharded over data-parallel ranks) or adam."""
+    lr: float = 3e-5
+    """Largest learning rate."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay (AdamW); none on biases and norms."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's denominator offset."""
+    sched: SchedConfig = field(default_factory=SchedConfig)
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise ConfigError(f"model.optim.name: {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"model.optim.betas: {self.betas} must be two numbers from [0, 1)")
+        if self.lr < 0:
+            raise ConfigError(f"model.optim.lr: {self.lr} must not be negative")
+
+
+@dataclass
+class LossConfig:
+    """`model.knowledge_distillation`: loss = sft_loss_weight * CE + kd_loss_weight * KD."""
+
+    target_logits_scale: float = 1.0
+    """Multiplies the teacher's logits in the KD term: 1 / temperature."""
+    logits_scale: float = 1.0
+    """Multiplies the student's logits in the KD term only: 1 / temperature."""
+    kd_loss_weight: float = 1.0
+    """Weight of the KD term; 0 trains plain SFT."""
+    sft_loss_weight: float = 0.0
+    """Weight of the cross-entropy with the labels."""
+    kd_loss: str = "fwd_kl"
+    """fwd_kl = KL(teacher || student), bwd_kl = KL(student || teacher), both renormalised over the kept top-k."""
+    cross_tokenizer: bool = False
+    """Must be False: teacher and student share one tokenizer."""
+
+    def __post_init__(self) -> None:
+        if self.kd_loss not in KD_LOSSES:
+            raise ConfigError(f"model.knowledge_distillation.kd_loss: {self.kd_loss!r} is not one of {', '.join(KD_LOSSES)}")
+        for name in ("kd_loss_weight", "sft_loss_weight"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must not be negative")
+        if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
+            raise ConfigError("model.knowledge_distillation: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained")
+        for name in ("target_logits_scale", "logits_scale"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must be greater than 0")
+        if self.cross_tokenizer:
+            raise ConfigError(
+                "model.knowledge_distillation.cross_tokenizer: True is refused. It compared the two models' logits by rank "
+                "and fed the student the teacher's token ids; use a student with the teacher's tokenizer"
+            )
+
+
+@dataclass
+class StudentDataConfig:
+    """The training, validation and test data of stage 2."""
+
+    data_impl: str = "chunked_jsonl"
+    """chunked_jsonl reads a cache of stage 1; dataset reads plain JSONL records, for SFT without a teacher."""
+    data_prefix: dict[str, Any] = field(default_factory=dict)
+    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ... test is optional."""
+    n_chunks: Any = None
+    """Chunks to read, a number or one a split; None: all there are."""
+    seq_length: int | None = None
+    """Longer examples are dropped and counted; None: 4096, or the model's own maximum where that is smaller."""
+    top_k: int | None = None
+    """Teacher logits used per position, the largest; None: all in the cache."""
+    shuffle: bool = True
+    """A new order of the training data every epoch, the same for the same seed."""
+    num_workers: int = 0
+    """Processes that read ahead."""
+    chat: bool | None = None
+    """data_impl=dataset: as stage 1's data.chat."""
+    chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
+    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(file_path=""))
+    """data_impl=dataset: as stage 1's data.data, without file_path."""
+
+    def __post_init__(self) -> None:
+        if self.data_impl in ("mmap", "packed_jsonl"):
+            raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not read here; use chunked_jsonl or dataset")
+        if self.data_impl not in (*CACHE_IMPLS, "dataset"):
+            raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
+        unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
+        if unknown:
+            raise ConfigError(f"model.data.data_prefix: unknown splits {', '.join(unknown)}; known: train, validation, test")
+
+    def paths(self, split: str) -> list[str]:
+        """The split's paths; an empty list where there are none."""
+        value = self.data_prefix.get(split) or []
+        paths = [value] if isinstance(value, str) else list(value)
+        for path in paths:
+            if not isinstance(path, str):
+                raise ConfigError(f"model.data.data_prefix.{split}: {path!r} is not a path (weighted blends are not available in this version)")
+        return paths
+
+    @property
+    def uses_cache(self) -> bool:
+        return self.data_impl != "dataset"
+
+
+@dataclass
+class PeftConfig:
+    peft_scheme: str = "none"
+    """none: every weight is trained."""
+
+    def __post_init__(self) -> None:
+        if self.peft_scheme not in ("none", None):
+            raise ConfigError(f"model.peft.peft_scheme: {self.peft_scheme!r} is not available in this version; use none")
+
+
+@dataclass
+class StudentModelConfig(ModelConfig):
+    global_batch_size: int = 64
+    """Examples in one optimizer step over all data-parallel ranks."""
+    activations_checkpoint_granularity: str | None = None
+    """full or selective recomputation of activations in the backward pass; None keeps them."""
+    activations_checkpoint_method: str | None = None
+    """full: uniform or block."""
+    activations_checkpoint_num_layers: int | None = None
+    """full: layers per recomputed group (uniform) or recomputed layers (block)."""
+    peft: PeftConfig = field(default_factory=PeftConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    knowledge_distillation: LossConfig = field(default_factory=LossConfig)
+    data: StudentDataConfig = field(default_factory=StudentDataConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.activations_checkpoint_granularity not in (None, "full", "selective"):
+            raise ConfigError(
+                f"model.activations_checkpoint_granularity: {self.activations_checkpoint_granularity!r} is not one of full, selective"
+            )
+        if not self.data.uses_cache and self.knowledge_distillation.kd_loss_weight:
+            raise ConfigError(
+                "model.data.data_impl: dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="
+                f"{self.knowledge_distillation.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or read a cache"
+            )
+
+
+@dataclass
+class TrainStudentConfig:
+    name: str = "megatron_gpt_knowledge_distillation"
+    """Name of the run."""
+    trainer: StudentTrainerConfig = field(default_factory=StudentTrainerConfig)
+    pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
+    model: StudentModelConfig = field(default_factory=StudentModelConfig)
+    exp_manager: dict[str, Any] = field(default_factory=dict)
+    """Keys of NeMo's exp_manager: explicit_log_dir, create_wandb_logger, resume_if_exists, checkpoint_callback_params ..."""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "validation"):
+            if not self.model.data.paths(split):
+                raise ConfigError(
+                    f"model.data.data_prefix: no {split} data; give '{{train: [train_CHUNK_ID.jsonl], validation: [val_CHUNK_ID.jsonl]}}'"
+                )

@@ -1,0 +1,92 @@
+"""Gloo ranks for tests: started once per world size, used by every test that needs that many.
+
+A test sends an importable function; each rank runs it inside a live process group and returns a picklable result.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+
+class Ranks:
+    """`world_size` processes joined by gloo through a file store."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self._processes: list[Any] = []
+        self._pipes: list[multiprocessing.connection.Connection] = []
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
+        """The results of `function(*args)` on every rank, in rank order. A hang or an error fails the test."""
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        results: list[Any] = []
+        for rank, pipe in enumerate(self._pipes):
+            # Once a rank has failed the others may wait for it forever: give them little time.
+            failed = any(isinstance(result, _Failure) for result in results)
+            if not pipe.poll(5 if failed else timeout_s):
+                results.append(_Failure(f"rank {rank} gave no result within its time"))
+                continue
+            try:
+                results.append(pipe.recv())
+            except EOFError:
+                results.append(_Failure(f"rank {rank} died"))
+        failures = [result.message for result in results if isinstance(result, _Failure)]
+        if failures:
+            self.stop()
+            raise AssertionError("\n\n".join(failures))
+        return results
+
+    def stop(self) -> None:
+        """Ends the processes; the next `run` starts new ones."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        store = os.path.join(tempfile.mkdtemp(prefix="nemo_kd_ranks_"), "store")
+        for rank in range(self.world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs))
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+class _Failure:
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+def _serve(rank: int, world_size: int, store: str, pipe: multiprocessing.connection.Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    import torch
+
+    torch.set_num_threads(1)
+    file_store = torch.distributed.FileStore(store, world_size)
+    torch.distributed.init_process_group(
+        "gloo", store=file_store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+    )
+    while True:
+        try:
+            function, args = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*args)
+        except BaseException:  # whatever it is, the test has to show it
+            result = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
+        pipe.send(result)
