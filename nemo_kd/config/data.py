@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 from nemo_kd.config.typed import ConfigError
 
+DEFAULT_SEQ_LENGTH = 4096
+"""Longest sequence where nobody asks for another and the model can do as much."""
+
 FORMATS = ("auto", "messages", "conversations", "prompt_template")
 
 
@@ -71,3 +74,16 @@ class DataConfig:
     """True refuses records that are no conversation, False refuses conversations; None takes each record as it is."""
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
     data: DatasetConfig = field(default_factory=DatasetConfig)
+
+
+def sequence_length(key: str, asked: int | None, max_position_embeddings: int) -> int:
+    """The longest sequence in tokens: what was asked for, else 4096 or the model's maximum where that is smaller.
+
+    Raises:
+        ConfigError: more was asked for than the model's positions are made for.
+    """
+    if asked is None:
+        return min(DEFAULT_SEQ_LENGTH, max_position_embeddings)
+    if asked > max_position_embeddings:
+        raise ConfigError(f"{key}: {asked} exceeds the model's max_position_embeddings ({max_position_embeddings})")
+    return asked

@@ -103,12 +103,16 @@ class LossConfig:
 
     def __post_init__(self) -> None:
         if self.kd_loss not in KD_LOSSES:
-            raise ConfigError(f"model.knowledge_distillation.kd_loss: {self.kd_loss!r} is not one of {', '.join(KD_LOSSES)}")
+            raise ConfigError(
+                f"model.knowledge_distillation.kd_loss: {self.kd_loss!r} is not one of {', '.join(KD_LOSSES)}"
+            )
         for name in ("kd_loss_weight", "sft_loss_weight"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must not be negative")
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise ConfigError("model.knowledge_distillation: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained")
+            raise ConfigError(
+                "model.knowledge_distillation: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
+            )
         for name in ("target_logits_scale", "logits_scale"):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must be greater than 0")
@@ -145,14 +149,18 @@ class StudentDataConfig:
 
     def __post_init__(self) -> None:
         if self.data_impl in ("mmap", "packed_jsonl"):
-            raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not read here; use chunked_jsonl or dataset")
+            raise ConfigError(
+                f"model.data.data_impl: {self.data_impl!r} is not read here; use chunked_jsonl or dataset"
+            )
         if self.data_impl not in (*CACHE_IMPLS, "dataset"):
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
         unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
         if unknown:
-            raise ConfigError(f"model.data.data_prefix: unknown splits {', '.join(unknown)}; known: train, validation, test")
+            raise ConfigError(
+                f"model.data.data_prefix: unknown splits {', '.join(unknown)}; known: train, validation, test"
+            )
 
     def paths(self, split: str) -> list[str]:
         """The split's paths; an empty list where there are none."""
@@ -160,7 +168,9 @@ class StudentDataConfig:
         paths = [value] if isinstance(value, str) else list(value)
         for path in paths:
             if not isinstance(path, str):
-                raise ConfigError(f"model.data.data_prefix.{split}: {path!r} is not a path (weighted blends are not available in this version)")
+                raise ConfigError(
+                    f"model.data.data_prefix.{split}: {path!r} is not a path (weighted blends are not available in this version)"
+                )
         return paths
 
     @property
@@ -175,7 +185,9 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.peft_scheme not in ("none", None):
-            raise ConfigError(f"model.peft.peft_scheme: {self.peft_scheme!r} is not available in this version; use none")
+            raise ConfigError(
+                f"model.peft.peft_scheme: {self.peft_scheme!r} is not available in this version; use none"
+            )
 
 
 @dataclass

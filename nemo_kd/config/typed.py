@@ -36,7 +36,9 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            raise ConfigError(f"mandatory keys have no value: {', '.join(missing)}. Give {missing[0]}=... on the command line.")
+            raise ConfigError(
+                f"mandatory keys have no value: {', '.join(missing)}. Give {missing[0]}=... on the command line."
+            )
         return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or "?"
@@ -89,7 +91,9 @@ def _leaf_keys(cfg: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for key in cfg:
         node = cfg._get_node(key)
-        keys += _leaf_keys(node, f"{prefix}{key}.") if isinstance(node, DictConfig) and len(node) else [f"{prefix}{key}"]
+        keys += (
+            _leaf_keys(node, f"{prefix}{key}.") if isinstance(node, DictConfig) and len(node) else [f"{prefix}{key}"]
+        )
     return keys
 
 
@@ -100,7 +104,12 @@ def _known(cls: type, parts: list[str]) -> bool:
     hint = hints[parts[0]]
     if dataclasses.is_dataclass(hint):
         return len(parts) == 1 or _known(typing.cast(type, hint), parts[1:])
-    return len(parts) == 1 or hint is Any or typing.get_origin(hint) is dict or any(typing.get_origin(a) is dict or a is Any for a in typing.get_args(hint))
+    return (
+        len(parts) == 1
+        or hint is Any
+        or typing.get_origin(hint) is dict
+        or any(typing.get_origin(a) is dict or a is Any for a in typing.get_args(hint))
+    )
 
 
 def _suggestion(key: str, known: list[str]) -> str:

@@ -1,0 +1,145 @@
+"""Megatron Core's GPTModel built from an architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    HAVE_TE,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import GPTArchitecture, check_tensor_parallel, padded_vocab_size
+from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.mcore.attention import SDPACoreAttention
+from nemo_kd.mcore.norm import RMSNorm
+
+
+def use_transformer_engine(choice: str) -> bool:
+    """Whether `model.transformer_engine` (auto, on, off) means Transformer Engine on this machine.
+
+    Raises:
+        ConfigError: on, but it or a GPU is missing.
+    """
+    available = HAVE_TE and torch.cuda.is_available()
+    if choice == "on" and not available:
+        missing = "is not installed (pip install 'nemo_kd[gpu]')" if not HAVE_TE else "needs a GPU and torch finds none"
+        raise ConfigError(f"model.transformer_engine: on, but Transformer Engine {missing}; use auto or off")
+    return available and choice != "off"
+
+
+def transformer_config(
+    architecture: GPTArchitecture, model: ModelConfig, dtype: torch.dtype, **training: Any
+) -> TransformerConfig:
+    """Megatron's configuration of the decoder; `training` sets or overrides its fields.
+
+    Raises:
+        ConfigError: the tensor-parallel size does not divide the model.
+    """
+    check_tensor_parallel(architecture, model.tensor_model_parallel_size)
+    fields: dict[str, Any] = {
+        "num_layers": architecture.num_layers,
+        "hidden_size": architecture.hidden_size,
+        "ffn_hidden_size": architecture.ffn_hidden_size,
+        "num_attention_heads": architecture.num_attention_heads,
+        "num_query_groups": architecture.num_query_groups,
+        "kv_channels": architecture.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": architecture.layernorm_epsilon,
+        "qk_layernorm": architecture.qk_layernorm,
+        "gated_linear_unit": True,
+        "activation_func": torch.nn.functional.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": architecture.add_qkv_bias,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "init_method_std": architecture.init_method_std,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "sequence_parallel": model.sequence_parallel,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # Fused kernels that need Apex or change results slightly; Transformer Engine's layers do not use them.
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+    }
+    if architecture.window_size is not None:
+        # (left, right) of Megatron and Transformer Engine do not count the token itself; `window_size` does.
+        fields["window_size"] = (architecture.window_size - 1, 0)
+        if architecture.window_layers:
+            fields["window_attn_skip_freq"] = [
+                int(layer in architecture.window_layers) for layer in range(architecture.num_layers)
+            ]
+    return TransformerConfig(**{**fields, **training})
+
+
+def build_gpt_model(
+    architecture: GPTArchitecture,
+    config: TransformerConfig,
+    make_vocab_size_divisible_by: int,
+    transformer_engine: bool,
+) -> GPTModel:
+    """The model on this process's device, randomly initialised; its logits are this rank's vocabulary columns [B, S, v].
+
+    The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
+    `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
+    """
+    model = GPTModel(
+        config,
+        _transformer_engine_block(config) if transformer_engine else _torch_block(config),
+        vocab_size=padded_vocab_size(
+            architecture.vocab_size, make_vocab_size_divisible_by, config.tensor_model_parallel_size
+        ),
+        max_sequence_length=architecture.max_position_embeddings,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+    )
+    scaling = architecture.rope_scaling
+    if scaling is not None:
+        # GPTModel can only ask for the values that Llama 3.1 happens to use.
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = rotary._apply_scaling(
+            rotary.inv_freq,
+            factor=scaling.factor,
+            low_freq_factor=scaling.low_freq_factor,
+            high_freq_factor=scaling.high_freq_factor,
+            original_max_position_embeddings=scaling.original_max_position_embeddings,
+        )
+    return model
+
+
+def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
+    if config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return _block(config, layer, RMSNorm)
+
+
+def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
+    from megatron.core.extensions.transformer_engine import TENorm  # importable only where Transformer Engine is
+
+    return _block(config, get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm)
+
+
+def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
+    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)

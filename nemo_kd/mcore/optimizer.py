@@ -1,0 +1,173 @@
+"""Megatron's optimizers behind torch's optimizer interface, and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.transformer import TransformerConfig
+
+from nemo_kd.config.student import OptimConfig, SchedConfig
+
+SHARDING_METADATA = {
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+    "distrib_optim_sharding_type": "fully_reshardable",
+}
+"""How a distributed checkpoint lays out the optimizer: so that it loads at any tensor- and data-parallel size."""
+
+
+def training_options() -> dict[str, Any]:
+    """What a TransformerConfig needs for training here: losses are token sums, divided once by the global token count."""
+    return {"calculate_per_token_loss": True, "finalize_model_grads_func": finalize_model_grads}
+
+
+def wrap_for_training(
+    model: GPTModel, config: TransformerConfig, distributed_optimizer: bool
+) -> DistributedDataParallel:
+    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all."""
+    ddp = DistributedDataParallel(
+        config,
+        DistributedDataParallelConfig(
+            use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=config.params_dtype.itemsize < 4
+        ),
+        model,
+    )
+    ddp.broadcast_params()
+    return ddp
+
+
+class ModelOptimizer(torch.optim.Optimizer):
+    """A MegatronOptimizer as a torch optimizer, for learning-rate schedulers and Lightning.
+
+    Attributes:
+        grad_norm: global L2 norm of the last step's gradient before clipping.
+    """
+
+    def __init__(self, model: DistributedDataParallel, optim: OptimConfig, gradient_clip_val: float | None) -> None:
+        config = model.config
+        self.megatron: MegatronOptimizer = get_megatron_optimizer(
+            OptimizerConfig(
+                optimizer="adam",
+                lr=optim.lr,
+                weight_decay=optim.weight_decay,
+                adam_beta1=optim.betas[0],
+                adam_beta2=optim.betas[1],
+                adam_eps=optim.eps,
+                bf16=config.bf16,
+                params_dtype=config.params_dtype,
+                use_distributed_optimizer=optim.name == "distributed_fused_adam",
+                clip_grad=gradient_clip_val or 0.0,
+            ),
+            [model],
+        )
+        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
+            _support_torch_adam(part)
+        config.grad_scale_func = self.megatron.scale_loss
+        self.model = model
+        self.grad_norm = math.nan
+        super().__init__([{"params": []}], {"lr": optim.lr})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return self.megatron.param_groups
+
+    @param_groups.setter
+    def param_groups(self, _: list[dict[str, Any]]) -> None:
+        """torch's constructor assigns its own groups; Megatron's are the ones in use."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's constructor calls this; the groups come from Megatron."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradient buffers as well as the parameters' gradients."""
+        self.model.zero_grad_buffer()
+        self.megatron.zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        result = closure() if closure is not None else None
+        _, grad_norm, _ = self.megatron.step()
+        self.grad_norm = float(grad_norm) if grad_norm is not None else math.nan
+        return result
+
+    def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+        """The optimizer's part of a distributed checkpoint; every rank takes part."""
+        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING_METADATA)
+
+    def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.megatron.load_state_dict(state)
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """Empty: the state is saved through `sharded_state_dict`."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Nothing: see `state_dict`."""
+
+
+def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps: int) -> float:
+    """Learning rate of a step (from 0) as a fraction of `max_lr`, with NeMo's CosineAnnealing semantics.
+
+    Linear warmup from max_lr / (warmup + 1), cosine down to min_lr, then `constant_steps` at min_lr.
+    """
+    warmup = sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0.0) * max_steps)
+    if warmup and step <= warmup:
+        return (step + 1) / (warmup + 1)
+    if sched.name == "constant" or max_lr == 0:
+        return 1.0
+    decay_steps = max_steps - warmup - sched.constant_steps
+    progress = min(1.0, (step - warmup) / decay_steps) if decay_steps > 0 else 1.0
+    min_factor = sched.min_lr / max_lr
+    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def lr_scheduler(optimizer: ModelOptimizer, optim: OptimConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    """The learning rate over the run's optimizer steps."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = optim.lr
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, functools.partial(learning_rate_factor, sched=optim.sched, max_lr=optim.lr, max_steps=max_steps)
+    )
+
+
+def _support_torch_adam(optimizer: Any) -> None:
+    """Lets Megatron 0.16's distributed optimizer save and load with torch's AdamW (no Transformer Engine, no Apex).
+
+    Three defects of that pairing: saving asserts one common step, which a fresh optimizer lacks; loading asks the
+    checkpoint for a per-parameter `step` it never held; and it shares one `step` tensor between all parameters, which
+    AdamW then counts up once per parameter: training goes on with a wrong bias correction and no error.
+    """
+    inner = optimizer.optimizer
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        return
+    for group in inner.param_groups:
+        for parameter in group["params"]:
+            state = inner.state[parameter]
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+    if not isinstance(optimizer, DistributedOptimizer):
+        return
+    set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+
+    def set_states_with_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+        group, position = optimizer.model_param_group_index_map[model_param]
+        state = inner.state[inner.param_groups[group]["params"][position]]
+        set_states(model_param, {**tensors, "step": state["step"]})
+
+    def load_with_own_steps(state_dict: dict[str, Any]) -> None:
+        load(state_dict)
+        for state in inner.state.values():
+            state["step"] = state["step"].clone()
+
+    optimizer._set_main_param_and_optimizer_states = set_states_with_step
+    optimizer.load_state_dict = load_with_own_steps

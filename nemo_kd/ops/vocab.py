@@ -1,0 +1,80 @@
+"""Which columns of a vocabulary-parallel tensor are real, and reductions over the ranks that hold the rest.
+
+Shape legend: N positions, V real vocabulary, v this rank's columns of it, padding included.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.distributed import ProcessGroup, ReduceOp
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """This rank's part of the vocabulary.
+
+    Embedding rows are padded so that every tensor-parallel rank holds equally many. Ids from `vocab_size` on stand for
+    no token; their columns take no part in any result, and a rank may hold nothing but padding.
+
+    Attributes:
+        start: token id of this rank's first column.
+        num_real: how many of this rank's columns are tokens, 0 for a rank that holds only padding.
+        vocab_size: real vocabulary over all ranks.
+        group: the tensor-parallel ranks; None for a single rank.
+    """
+
+    start: int
+    num_real: int
+    vocab_size: int
+    group: ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, num_columns: int, vocab_size: int, group: ProcessGroup | None = None) -> VocabShard:
+        """The shard of a rank whose logits have `num_columns` columns; every rank of `group` has as many."""
+        rank = torch.distributed.get_rank(group) if group is not None else 0
+        start = rank * num_columns
+        return cls(start, max(0, min(num_columns, vocab_size - start)), vocab_size, group)
+
+    def local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(column of each id, whether this rank holds it); the column of an id held elsewhere is 0."""
+        column = ids - self.start
+        held = (column >= 0) & (column < self.num_real)
+        return torch.where(held, column, 0), held
+
+    def all_reduce(self, tensor: torch.Tensor, op: ReduceOp.RedOpType) -> torch.Tensor:
+        """`tensor` reduced in place over the ranks of the group."""
+        if self.group is not None and self.group.size() > 1:
+            torch.distributed.all_reduce(tensor, op=op, group=self.group)
+        return tensor
+
+
+def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """float32 for half precision and float32, float64 for float64: the dtype sums over the vocabulary run in."""
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def row_blocks(num_rows: int, num_columns: int, max_elements: int = 1 << 22) -> list[slice]:
+    """Row ranges that cover `num_rows`, each of at most `max_elements` elements (at least one row)."""
+    rows = max(1, max_elements // max(1, num_columns))
+    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+
+
+def max_and_sum_exp(logits_Nv: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
+    """Per row, the maximum over the whole real vocabulary and this rank's sum of exp(logit - maximum).
+
+    One all-reduce of [N]. The sums of all ranks still have to be added up; both are in `reduction_dtype`. Working
+    memory is one block of rows in that dtype, not a second copy of the logits.
+    """
+    dtype, num_rows = reduction_dtype(logits_Nv), len(logits_Nv)
+    if not shard.num_real:
+        maximum_N = torch.full((num_rows,), float("-inf"), dtype=dtype, device=logits_Nv.device)
+        shard.all_reduce(maximum_N, ReduceOp.MAX)
+        return maximum_N, torch.zeros_like(maximum_N)
+    real_Nv = logits_Nv[:, : shard.num_real]
+    maximum_N = shard.all_reduce(real_Nv.amax(dim=-1).to(dtype), ReduceOp.MAX)
+    sum_exp_N = torch.empty_like(maximum_N)
+    for rows in row_blocks(num_rows, shard.num_real):
+        sum_exp_N[rows] = (real_Nv[rows].to(dtype) - maximum_N[rows, None]).exp_().sum(dim=-1)
+    return maximum_N, sum_exp_N

@@ -1,0 +1,200 @@
+"""Stage 2: trains a student from a cache of teacher logits, or on labels alone.
+
+loss = sft_loss_weight * CE + kd_loss_weight * KD, both summed over loss tokens and divided once by the number of loss
+tokens in the global batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from nemo_kd.batch import Batch
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_tensor_parallel
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.tokenizer import load_tokenizer, padding_id
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
+from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
+from nemo_kd.mcore.optimizer import SHARDING_METADATA, ModelOptimizer, lr_scheduler, training_options, wrap_for_training
+from nemo_kd.mcore.schedule import forward_backward
+from nemo_kd.ops.distillation import DistillationLoss
+from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.trainer.data_module import StudentData
+from nemo_kd.trainer.experiment import build_trainer
+from nemo_kd.trainer.plan import plan_training
+from nemo_kd.trainer.splits import load_splits
+
+log = logging.getLogger(__name__)
+
+REPORTED = ("loss", "kd_loss", "sft_loss")
+
+
+class StudentModule(pl.LightningModule):
+    """One optimizer step per `training_step`, run by Megatron's schedule over the rank's micro-batches."""
+
+    def __init__(
+        self,
+        config: TrainStudentConfig,
+        architecture: GPTArchitecture,
+        pretrained: PretrainedModel,
+        groups: ProcessGroups,
+        max_steps: int,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config, self.architecture, self.pretrained = config, architecture, pretrained
+        self.groups, self.max_steps = groups, max_steps
+        model = config.model
+        self.transformer_config = transformer_config(
+            architecture,
+            model,
+            getattr(torch, PRECISIONS[config.trainer.precision]),
+            recompute_granularity=model.activations_checkpoint_granularity,
+            recompute_method=model.activations_checkpoint_method,
+            recompute_num_layers=model.activations_checkpoint_num_layers,
+            **training_options(),
+        )
+        self.gpt = build_gpt_model(
+            architecture,
+            self.transformer_config,
+            model.make_vocab_size_divisible_by,
+            use_transformer_engine(model.transformer_engine),
+        )
+        pretrained.load_weights(self.gpt)
+        self.model = wrap_for_training(
+            self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
+        )
+        weights = model.knowledge_distillation
+        self.losses = DistillationLoss(weights.kd_loss, weights.logits_scale, weights.target_logits_scale)
+        self.validation_sums = torch.zeros(len(REPORTED) + 1, dtype=torch.float64)
+        self.step_started_s = math.nan
+
+    def configure_optimizers(self) -> Any:
+        optim = self.config.model.optim
+        optimizer = ModelOptimizer(self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val)
+        return [optimizer], [{"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}]
+
+    def token_losses(self, logits_BSv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted loss summed over the micro-batch's loss tokens, sums of loss, KD, CE and loss tokens)."""
+        weights = self.config.model.knowledge_distillation
+        shard = VocabShard.of(logits_BSv.shape[-1], self.architecture.vocab_size, self.groups.tensor)
+        use_teacher = weights.kd_loss_weight > 0 and batch.topk_logits_BSK is not None
+        losses = self.losses(
+            logits_BSv.flatten(0, 1),
+            batch.labels_BS.flatten(),
+            shard,
+            batch.topk_logits_BSK.flatten(0, 1) if use_teacher else None,
+            batch.topk_token_ids_BSK.flatten(0, 1) if use_teacher else None,
+        )
+        mask_N = batch.loss_mask_BS.flatten()
+        ce_sum = (losses.ce_N * mask_N).sum()
+        kd_sum = (losses.kd_N * mask_N).sum() if losses.kd_N is not None else torch.zeros_like(ce_sum)
+        loss_sum = weights.sft_loss_weight * ce_sum + weights.kd_loss_weight * kd_sum
+        return loss_sum, torch.stack([loss_sum, kd_sum, ce_sum, mask_N.sum()]).detach()
+
+    def training_step(self, batch: list[Batch], batch_idx: int) -> None:
+        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
+        lr = optimizer.param_groups[0]["lr"]
+        optimizer.zero_grad()
+        sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
+        optimizer.step()
+        scheduler.step()
+        data: StudentData = self.trainer.datamodule
+        data.training.consumed_samples += self.config.model.global_batch_size
+        self._log_step(sums, lr, optimizer.optimizer.grad_norm, data)
+        if self.global_step >= self.max_steps:
+            self.trainer.should_stop = True  # makes Lightning validate, and so save, after the last step
+
+    def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
+        self.step_started_s = time.perf_counter()
+
+    def on_validation_epoch_start(self) -> None:
+        self.validation_sums.zero_()
+
+    def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
+        self.validation_sums += forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
+
+    def on_validation_epoch_end(self) -> None:
+        sums = self._over_ranks(self.validation_sums.to(self.device))
+        for name, value in zip(REPORTED, sums[:-1] / sums[-1].clamp(min=1), strict=True):
+            self.log(f"validation/{name}", value)
+        self.log("val_loss", sums[0] / sums[-1].clamp(min=1), prog_bar=True)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        sums = self._over_ranks(self.validation_sums.to(self.device))
+        for name, value in zip(REPORTED, sums[:-1] / sums[-1].clamp(min=1), strict=True):
+            self.log(f"test/{name}", value)
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """The weights as Megatron's sharded tensors, for distributed checkpoints."""
+        return self.gpt.sharded_state_dict(metadata=SHARDING_METADATA)
+
+    def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
+        self.gpt.load_state_dict(state)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Empty: weights are saved through `sharded_state_dict`."""
+        return {}
+
+    def save_to(self, save_path: str) -> None:
+        """Writes the student as a .nemo archive; every rank takes part."""
+        save_nemo(save_path, self.gpt, self.architecture, self.pretrained.tokenizer_folder, self.groups)
+
+    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
+        torch.distributed.all_reduce(sums, group=self.groups.data)
+        return sums
+
+    def _log_step(self, sums: torch.Tensor, lr: float, grad_norm: float, data: StudentData) -> None:
+        num_tokens = sums[-1].clamp(min=1)
+        for name, value in zip(REPORTED, sums[:-1] / num_tokens, strict=True):
+            self.log(f"train/{name}", value, prog_bar=name == "loss")
+        step_time_s = time.perf_counter() - self.step_started_s
+        self.log_dict(
+            {
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "perf/step_time_s": step_time_s,
+                "consumed_samples": float(data.training.consumed_samples),
+                "epoch": self.global_step / data.training.steps_per_epoch,
+            }
+        )
+        self.log("perf/loss_tokens_per_second", float(sums[-1]) / step_time_s, prog_bar=True)
+
+
+def train_student(config: TrainStudentConfig) -> None:
+    """Runs stage 2: trains, validates, keeps the best checkpoints and leaves a .nemo archive.
+
+    Raises:
+        ConfigError, DataError, CacheError: something the user gave cannot work; before any step is taken.
+    """
+    with contextlib.ExitStack() as stack:
+        pl.seed_everything(config.model.seed)
+        init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
+        pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
+        architecture = pretrained.architecture
+        check_tensor_parallel(architecture, config.model.tensor_model_parallel_size)
+        world_size = torch.distributed.get_world_size()
+        data_parallel_size = config.model.data_parallel_size(world_size)
+        check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+        splits = load_splits(config.model, architecture, tokenizer)
+        plan = plan_training(
+            config.trainer.knowledge_distillation, len(splits["train"]), config.model.global_batch_size
+        )
+        groups = initialize_model_parallel(config.model, config.model.seed)
+        trainer = build_trainer(config, plan, groups)
+        module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
+        data = StudentData(config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer), groups)
+        trainer.fit(module, datamodule=data)
+        if "test" in splits:
+            trainer.test(module, datamodule=data)

@@ -1,0 +1,134 @@
+"""Batches for training and validation: which examples, in which order, on which rank."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import lightning.pytorch as pl
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from nemo_kd.batch import Batch, CachedExample, Example
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.collate import collate
+from nemo_kd.data.order import GlobalBatches, epoch_order
+from nemo_kd.mcore.groups import ProcessGroups
+
+Row = Example | CachedExample
+
+
+class Rows(Protocol):
+    """Random access to examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Row: ...
+
+
+class TrainingBatches(Sampler[list[int]]):
+    """Every global batch of the run, this rank's part of each, from `consumed_samples` on.
+
+    The order is a pure function of seed and epoch. An epoch is `steps_per_epoch` whole global batches; what is left
+    over of the data sits out that epoch.
+    """
+
+    def __init__(
+        self, num_samples: int, global_batch_size: int, steps_per_epoch: int, max_steps: int, seed: int, shuffle: bool, groups: ProcessGroups
+    ) -> None:
+        self.num_samples, self.global_batch_size = num_samples, global_batch_size
+        self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
+        self.seed, self.shuffle, self.groups = seed, shuffle, groups
+        self.consumed_samples = 0
+
+    def __len__(self) -> int:
+        return self.max_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_rank = self.global_batch_size // self.groups.data_size
+        ordered_epoch, order = -1, epoch_order(0, self.seed, 0, False)
+        for step in range(self.consumed_samples // self.global_batch_size, self.max_steps):
+            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != ordered_epoch:
+                ordered_epoch, order = epoch, epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+            start = step_of_epoch * self.global_batch_size + self.groups.data_rank * per_rank
+            yield order[start : start + per_rank].tolist()
+
+
+class StudentData(pl.LightningDataModule):
+    """Data loaders over the splits; each batch is a list of this rank's micro-batches, padded one by one."""
+
+    def __init__(
+        self,
+        config: TrainStudentConfig,
+        splits: dict[str, Rows],
+        steps_per_epoch: int,
+        max_steps: int,
+        pad_id: int,
+        groups: ProcessGroups,
+    ) -> None:
+        super().__init__()
+        self.config, self.splits, self.groups = config, splits, groups
+        self.collate = functools.partial(_micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
+        self.training = TrainingBatches(
+            len(splits["train"]),
+            config.model.global_batch_size,
+            steps_per_epoch,
+            max_steps,
+            config.model.seed,
+            config.model.data.shuffle,
+            groups,
+        )
+
+    def state_dict(self) -> dict[str, int]:
+        return {"consumed_samples": self.training.consumed_samples}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.training.consumed_samples = state_dict["consumed_samples"]
+
+    def train_dataloader(self) -> DataLoader[list[Batch]]:
+        return self._loader("train", self.training)
+
+    def val_dataloader(self) -> DataLoader[list[Batch]]:
+        return self._loader("validation", self._once("validation"))
+
+    def test_dataloader(self) -> DataLoader[list[Batch]]:
+        return self._loader("test", self._once("test"))
+
+    def _once(self, split: str) -> GlobalBatches:
+        return GlobalBatches(
+            len(self.splits[split]),
+            self.config.model.global_batch_size,
+            self.groups.data_rank,
+            self.groups.data_size,
+            seed=self.config.model.seed,
+            shuffle=False,
+            drop_last=False,
+        )
+
+    def _loader(self, split: str, batches: Sampler[list[int]] | GlobalBatches) -> DataLoader[list[Batch]]:
+        num_workers = self.config.model.data.num_workers
+        return DataLoader(
+            _WithFiller(self.splits[split]),
+            batch_sampler=batches,  # type: ignore[arg-type]
+            collate_fn=self.collate,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
+        )
+
+
+class _WithFiller(Dataset[Row | None]):
+    """The rows, and None for position -1: a row that only fills up a batch."""
+
+    def __init__(self, rows: Rows) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, position: int) -> Row | None:
+        return None if position < 0 else self.rows[position]
+
+
+def _micro_batches(rows: Sequence[Row | None], micro_batch_size: int, pad_id: int) -> list[Batch]:
+    return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]

@@ -1,0 +1,103 @@
+"""The examples of every split, checked against the student before any work starts."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.batch import Example
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.config import ConfigError
+from nemo_kd.config.data import DataConfig, sequence_length
+from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
+from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.tokenizer import tokenizer_fingerprint
+from nemo_kd.trainer.data_module import Rows
+
+log = logging.getLogger(__name__)
+
+def load_splits(
+    model: StudentModelConfig, architecture: GPTArchitecture, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Rows]:
+    """Opens train, validation and, where given, test.
+
+    Raises:
+        CacheError, DataError: a file is missing or damaged, or a cache does not fit the student.
+        ConfigError: nothing is left of a split.
+    """
+    seq_length = sequence_length(
+        "model.data.seq_length",
+        model.data.seq_length or model.encoder_seq_length,
+        architecture.max_position_embeddings,
+    )
+    splits: dict[str, Rows] = {}
+    for split in ("train", "validation", "test"):
+        paths = model.data.paths(split)
+        if not paths:
+            continue
+        if model.data.uses_cache:
+            splits[split] = _open_cache(split, paths, model.data, seq_length, architecture, tokenizer)
+        else:
+            splits[split] = _tokenize(split, paths, model.data, seq_length, tokenizer)
+        if not len(splits[split]):
+            raise ConfigError(f"model.data.data_prefix.{split}: no usable example in {', '.join(paths)}")
+        log.info("%s: %d examples from %s", split, len(splits[split]), ", ".join(paths))
+    return splits
+
+
+def _open_cache(
+    split: str,
+    paths: list[str],
+    data: StudentDataConfig,
+    seq_length: int,
+    architecture: GPTArchitecture,
+    tokenizer: PreTrainedTokenizerBase,
+) -> CacheReader:
+    n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
+    reader = CacheReader(paths, n_chunks=n_chunks, top_k=data.top_k, seq_length=seq_length)
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    for manifest in reader.manifests:
+        if manifest.vocab_size != architecture.vocab_size:
+            raise CacheError(
+                f"model.data.data_prefix.{split}: the cache's teacher has a vocabulary of {manifest.vocab_size} tokens, the student "
+                f"one of {architecture.vocab_size}; both must share one tokenizer"
+            )
+        if manifest.tokenizer != fingerprint:
+            raise CacheError(
+                f"model.data.data_prefix.{split}: the cache was written with tokenizer {manifest.tokenizer}, the student has "
+                f"{fingerprint}; both must share one tokenizer"
+            )
+    if reader.max_token_id >= architecture.vocab_size:
+        raise CacheError(
+            f"model.data.data_prefix.{split}: token id {reader.max_token_id} in the cache is outside the student's vocabulary of "
+            f"{architecture.vocab_size} tokens; both must share one tokenizer"
+        )
+    if reader.dropped_too_long:
+        log.warning("%s: %d examples longer than %d tokens are dropped", split, reader.dropped_too_long, seq_length)
+    return reader
+
+
+def _tokenize(
+    split: str, paths: list[str], data: StudentDataConfig, seq_length: int, tokenizer: PreTrainedTokenizerBase
+) -> list[Example]:
+    examples: list[Example] = []
+    skipped: Counter[str] = Counter()
+    for path in paths:
+        config: Any = DataConfig(chat=data.chat, chat_prompt_tokens=data.chat_prompt_tokens, data=data.dataset)
+        config.data.file_path = path
+        dataset = TokenizedDataset(config, tokenizer, data.dataset.max_seq_length or seq_length)
+        for position in tqdm(range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False):
+            example = dataset[position]
+            if isinstance(example, Skipped):
+                skipped[example.reason] += 1
+            else:
+                examples.append(example)
+    for reason, count in skipped.items():
+        log.warning("%s: %d examples skipped: %s", split, count, reason)
+    return examples

@@ -1,0 +1,89 @@
+"""Lightning on Megatron Core: process groups, optimizer and checkpoints through Lightning's public hooks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from torch.optim import Optimizer
+
+from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.optimizer import ModelOptimizer
+from nemo_kd.trainer.checkpoints import DistributedCheckpointIO
+
+
+class ShardedModule(Protocol):
+    """What the strategy asks of a Lightning module: its weights as Megatron's sharded tensors."""
+
+    def sharded_state_dict(self) -> dict[str, Any]: ...
+
+    def load_sharded_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class MegatronStrategy(DDPStrategy):
+    """Ranks form Megatron's groups; the module itself averages gradients through Megatron's buffers.
+
+    The process group and Megatron's groups exist before the Trainer does. Checkpoints are written by all ranks.
+    """
+
+    def __init__(self, groups: ProcessGroups, **kwargs: Any) -> None:
+        super().__init__(checkpoint_io=DistributedCheckpointIO(), **kwargs)
+        self.groups = groups
+
+    @property
+    def module(self) -> ShardedModule:
+        """The Lightning module in its role here."""
+        return self.lightning_module  # type: ignore[return-value]
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.groups.data_size, "rank": self.groups.data_rank}
+
+    def configure_ddp(self) -> None:
+        """Nothing to wrap: the module holds Megatron's DistributedDataParallel."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.module.sharded_state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        return _megatron(optimizer).sharded_state_dict(self.module.sharded_state_dict())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        state: dict[str, Any] = {"state_dict": self.module.sharded_state_dict()}
+        if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
+            state["optimizer_states"] = [
+                _megatron(optimizer).sharded_state_dict(self.module.sharded_state_dict(), is_loading=True)
+                for optimizer in self.optimizers
+            ]
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state=state)  # type: ignore[call-arg]
+
+    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+        self.module.load_sharded_state_dict(checkpoint["state_dict"])
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            _megatron(optimizer).load_sharded_state_dict(state)
+
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            self.checkpoint_io.remove_checkpoint(filepath)
+
+    def teardown(self) -> None:
+        """Leaves the weights where they are: moving them off the device would part them from Megatron's buffers."""
+        self.checkpoint_io.teardown()
+
+
+def _megatron(optimizer: Optimizer) -> ModelOptimizer:
+    inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    assert isinstance(inner, ModelOptimizer)
+    return inner
