@@ -183,7 +183,9 @@ def _write_chunks(
                     else:
                         chunk_writer.write(outcome)
                         num_tokens += outcome.example.num_tokens
-                progress.set_postfix_str(f"{num_tokens / (time.perf_counter() - started_s):,.0f} tokens/s", refresh=False)
+                progress.set_postfix_str(
+                    f"{num_tokens / (time.perf_counter() - started_s):,.0f} tokens/s", refresh=False
+                )
                 progress.update(len(global_batch))
     progress.close()
 
@@ -246,7 +248,10 @@ def _report(manifest: Manifest, num_already_complete: int) -> None:
         ("examples", f"{examples:,}"),
         ("tokens", f"{tokens:,} ({loss_tokens:,} in the loss)"),
         ("bytes per token", f"{num_bytes / max(1, tokens):,.1f}"),
-        (f"teacher mass in the top {manifest.top_k}", f"{sum(c.kept_mass_sum for c in chunks) / max(1, loss_tokens):.4f}"),
+        (
+            f"teacher mass in the top {manifest.top_k}",
+            f"{sum(c.kept_mass_sum for c in chunks) / max(1, loss_tokens):.4f}",
+        ),
         (f"label in the top {manifest.top_k}", f"{sum(c.label_in_topk for c in chunks) / max(1, loss_tokens):.4f}"),
     ]
     skipped: dict[str, int] = {}

@@ -26,7 +26,10 @@ class DistributedCheckpointIO(CheckpointIO):
         save_sharded(checkpoint, checkpoint_folder(path))
 
     def load_checkpoint(  # type: ignore[override]
-        self, path: str | Path, map_location: Callable[..., Any] | None = None, sharded_state: dict[str, Any] | None = None
+        self,
+        path: str | Path,
+        map_location: Callable[..., Any] | None = None,
+        sharded_state: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         return load_sharded(sharded_state or {}, checkpoint_folder(path))
 

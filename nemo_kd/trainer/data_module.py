@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.batch import Batch, CachedExample, Example
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.collate import collate
-from nemo_kd.data.order import GlobalBatches, epoch_order
+from nemo_kd.data.order import EvaluationBatches, TrainingBatches
 from nemo_kd.mcore.groups import ProcessGroups
 
 Row = Example | CachedExample
@@ -24,35 +24,6 @@ class Rows(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int, /) -> Row: ...
-
-
-class TrainingBatches(Sampler[list[int]]):
-    """Every global batch of the run, this rank's part of each, from `consumed_samples` on.
-
-    The order is a pure function of seed and epoch. An epoch is `steps_per_epoch` whole global batches; what is left
-    over of the data sits out that epoch.
-    """
-
-    def __init__(
-        self, num_samples: int, global_batch_size: int, steps_per_epoch: int, max_steps: int, seed: int, shuffle: bool, groups: ProcessGroups
-    ) -> None:
-        self.num_samples, self.global_batch_size = num_samples, global_batch_size
-        self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
-        self.seed, self.shuffle, self.groups = seed, shuffle, groups
-        self.consumed_samples = 0
-
-    def __len__(self) -> int:
-        return self.max_steps
-
-    def __iter__(self) -> Iterator[list[int]]:
-        per_rank = self.global_batch_size // self.groups.data_size
-        ordered_epoch, order = -1, epoch_order(0, self.seed, 0, False)
-        for step in range(self.consumed_samples // self.global_batch_size, self.max_steps):
-            epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
-            if epoch != ordered_epoch:
-                ordered_epoch, order = epoch, epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
-            start = step_of_epoch * self.global_batch_size + self.groups.data_rank * per_rank
-            yield order[start : start + per_rank].tolist()
 
 
 class StudentData(pl.LightningDataModule):
@@ -77,7 +48,8 @@ class StudentData(pl.LightningDataModule):
             max_steps,
             config.model.seed,
             config.model.data.shuffle,
-            groups,
+            groups.data_rank,
+            groups.data_size,
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -95,18 +67,12 @@ class StudentData(pl.LightningDataModule):
     def test_dataloader(self) -> DataLoader[list[Batch]]:
         return self._loader("test", self._once("test"))
 
-    def _once(self, split: str) -> GlobalBatches:
-        return GlobalBatches(
-            len(self.splits[split]),
-            self.config.model.global_batch_size,
-            self.groups.data_rank,
-            self.groups.data_size,
-            seed=self.config.model.seed,
-            shuffle=False,
-            drop_last=False,
+    def _once(self, split: str) -> EvaluationBatches:
+        return EvaluationBatches(
+            len(self.splits[split]), self.config.model.global_batch_size, self.groups.data_rank, self.groups.data_size
         )
 
-    def _loader(self, split: str, batches: Sampler[list[int]] | GlobalBatches) -> DataLoader[list[Batch]]:
+    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[list[Batch]]:
         num_workers = self.config.model.data.num_workers
         return DataLoader(
             _WithFiller(self.splits[split]),

@@ -66,7 +66,9 @@ def _settings(config: TrainStudentConfig) -> dict[str, Any]:
     except OmegaConfBaseException as error:
         raise ConfigError(f"exp_manager.{error.full_key}: {str(error.args[0]).splitlines()[0]}") from error
     if merged.create_wandb_logger and not (merged.wandb_logger_kwargs or {}).get("project"):
-        raise ConfigError("exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name")
+        raise ConfigError(
+            "exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name"
+        )
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 

@@ -46,7 +46,9 @@ class JsonlLogger(Logger):
 class ProgressBar(TQDMProgressBar):
     """Lightning's bar (steps, ETA, the values logged with `prog_bar`) without the version of the log folder."""
 
-    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+    def get_metrics(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
         return metrics

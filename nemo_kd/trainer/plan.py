@@ -36,7 +36,9 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
     if loop.max_steps >= 0:
         max_steps = min(max_steps, loop.max_steps) if loop.max_epochs > 0 else loop.max_steps
     if max_steps < 1:
-        raise ConfigError(f"{PREFIX}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing to train")
+        raise ConfigError(
+            f"{PREFIX}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing to train"
+        )
     val_check_interval = _steps("val_check_interval", loop.val_check_interval, steps_per_epoch)
     save_interval = val_check_interval
     if loop.save_interval is not None:

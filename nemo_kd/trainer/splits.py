@@ -22,6 +22,7 @@ from nemo_kd.trainer.data_module import Rows
 
 log = logging.getLogger(__name__)
 
+
 def load_splits(
     model: StudentModelConfig, architecture: GPTArchitecture, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Rows]:

@@ -1,0 +1,108 @@
+"""What a cache says about itself: who wrote it, from what, and which chunks are complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_kd.cache.files import write_atomically
+from nemo_kd.cache.layout import CacheError
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class ChunkSummary:
+    """One complete chunk. Token counts are positions; `bytes` and `sha256` are the data file's."""
+
+    first_index: int
+    last_index: int
+    examples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Records of the range that are not in the chunk, by reason."""
+    kept_mass_sum: float = 0.0
+    """Teacher probability inside the kept top-k, summed over loss tokens."""
+    label_in_topk: int = 0
+    """Loss tokens whose label is among the kept ids."""
+
+
+@dataclass
+class Manifest:
+    """Identity and content of a cache; plain JSON on disk."""
+
+    codec: str
+    top_k: int
+    vocab_size: int
+    """Real vocabulary of the teacher; every id in the cache is below."""
+    seq_length: int
+    teacher: dict[str, Any]
+    tokenizer: str
+    """`data.tokenizer.tokenizer_fingerprint`."""
+    chat_template: str | None
+    dataset: dict[str, Any]
+    n_examples_per_chunk: int | None
+    format_version: int = FORMAT_VERSION
+    chunks: dict[str, ChunkSummary] = field(default_factory=dict)
+    """Chunk id (as text) -> summary, complete chunks only."""
+
+    @classmethod
+    def load(cls, path: Path) -> Manifest:
+        """Reads a manifest.
+
+        Raises:
+            CacheError: it is no manifest, or of a format this version does not read.
+        """
+        try:
+            payload = orjson.loads(path.read_bytes())
+            version = payload["format_version"]
+            if version != FORMAT_VERSION:
+                raise CacheError(
+                    f"{path}: format_version {version} is not read by this version of nemo_kd (it reads {FORMAT_VERSION}); "
+                    "use the version that wrote the cache"
+                )
+            payload["chunks"] = {key: ChunkSummary(**chunk) for key, chunk in payload["chunks"].items()}
+            return cls(**payload)
+        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"{path}: not a cache manifest ({error}); delete the cache and write it again") from error
+
+    def save(self, path: Path) -> None:
+        """Writes the manifest, whole or not at all."""
+        write_atomically(path, self._json())
+
+    def identity(self) -> dict[str, Any]:
+        """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
+        payload = dataclasses.asdict(self)
+        del payload["chunks"]
+        return dict(_flat(payload))
+
+    def differences(self, other: Manifest) -> list[str]:
+        """Every field of the identity that differs, with both values."""
+        ours, theirs = self.identity(), other.identity()
+        return [
+            f"{key}: {ours.get(key)!r} in the cache, {theirs.get(key)!r} now"
+            for key in sorted(ours.keys() | theirs.keys())
+            if ours.get(key) != theirs.get(key)
+        ]
+
+    def hash(self) -> str:
+        """SHA-256 of the manifest's content."""
+        return f"sha256:{hashlib.sha256(self._json()).hexdigest()}"
+
+    def _json(self) -> bytes:
+        return orjson.dumps(dataclasses.asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, inner in value.items():
+        items += _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else [(f"{prefix}{key}", inner)]
+    return items

@@ -1,0 +1,100 @@
+"""From a dataset's records to tokenized examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.batch import Example
+from nemo_kd.config.data import DataConfig
+from nemo_kd.data.chat import render_messages
+from nemo_kd.data.nemo_chat import render_conversations
+from nemo_kd.data.prompt import PromptTemplate
+from nemo_kd.data.records import DataError, JsonlRecords
+
+TOO_LONG, TOO_SHORT, NO_LOSS_TOKENS = "too long", "too short", "no loss tokens"
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A record that makes no example: its index and one of the reasons above."""
+
+    index: int
+    reason: str
+
+
+class TokenizedDataset:
+    """Records of one JSONL file as examples of at most `max_seq_length` positions.
+
+    A record with `messages` is an OpenAI chat, one with `conversations` a NeMo chat, any other goes through the prompt
+    template. Rendering happens on access and is deterministic.
+
+    Raises:
+        DataError: the file, or on access a record, cannot be used; with file:line.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
+        self.config, self.tokenizer, self.max_seq_length = config, tokenizer, max_seq_length
+        self.records = JsonlRecords(config.data.file_path)
+        self.prompt_template = PromptTemplate(config.data)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Example | Skipped:
+        record = self.records[index]
+        try:
+            ids, trained = self._render(record)
+        except DataError as error:
+            raise DataError(f"{self.records.where(index)}: {error}") from error
+        example = Example(
+            index=index,
+            tokens_S=np.array(ids[:-1], dtype=np.int64),
+            labels_S=np.array(ids[1:], dtype=np.int64),
+            loss_mask_S=np.array(trained[1:], dtype=np.float32),
+        )
+        if example.num_tokens > self.max_seq_length:
+            return Skipped(index, TOO_LONG)
+        if example.num_tokens < max(1, self.config.data.min_seq_length):
+            return Skipped(index, TOO_SHORT)
+        if not example.num_loss_tokens:
+            return Skipped(index, NO_LOSS_TOKENS)
+        return example
+
+    def _render(self, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
+        kind = self._format(record)
+        if kind == "messages":
+            return render_messages(record["messages"], self.tokenizer, record.get(self.config.data.tools_key))
+        if kind == "conversations":
+            return render_conversations(record, self.tokenizer, self.config.chat_prompt_tokens)
+        return self.prompt_template.render(record, self.tokenizer, self.max_seq_length + 1)
+
+    def _format(self, record: dict[str, Any]) -> str:
+        asked, chat = self.config.data.format, self.config.chat
+        found = next((key for key in ("messages", "conversations") if key in record), "prompt_template")
+        if asked not in ("auto", found) and not (asked == "prompt_template" and found != "prompt_template"):
+            raise DataError(f"data.data.format={asked} needs the field `{asked}`; the record has {', '.join(record)}")
+        kind = found if asked == "auto" else asked
+        if chat is True and kind == "prompt_template":
+            raise DataError(
+                f"data.chat=True needs the field `messages` or `conversations`; the record has {', '.join(record)}. "
+                "Set data.chat=False for input/output records"
+            )
+        if chat is False and kind != "prompt_template":
+            raise DataError(f"data.chat=False, but the record is a conversation (`{kind}`); set data.chat=True")
+        return kind
+
+
+def describe_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The example's text with every trained stretch between « and »."""
+    parts: list[str] = [tokenizer.decode(example.tokens_S[:1])]
+    edges = np.flatnonzero(np.diff(example.loss_mask_S, prepend=0.0)).tolist()
+    for start, end in zip([0, *edges], [*edges, len(example.labels_S)], strict=True):
+        if start == end:
+            continue
+        text = tokenizer.decode(example.labels_S[start:end])
+        parts.append(f"«{text}»" if example.loss_mask_S[start] else text)
+    return "".join(parts)

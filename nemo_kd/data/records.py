@@ -1,0 +1,80 @@
+"""JSONL datasets by index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+
+class DataError(ValueError):
+    """A dataset file or one of its records cannot be used."""
+
+
+class JsonlRecords:
+    """The records of a JSONL file, one JSON object a line; blank lines do not count.
+
+    Opening scans the file once for line starts and parses nothing; reading a record touches its own bytes only, from
+    any process.
+
+    Raises:
+        DataError: the file is missing, unreadable or without records; on access: a line is no JSON object.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
+        self._file: tuple[int, int] | None = None  # (process, descriptor)
+        try:
+            with self.path.open("rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        self._starts.append(offset)
+                        self._ends.append(offset + len(line))
+                        self._lines.append(number)
+                    offset += len(line)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}; check data.data.file_path") from error
+        if not self._starts:
+            raise DataError(f"{self.path}: the file has no records; a dataset holds one JSON object a line")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.path}: record {index} of {len(self)}")
+        raw = os.pread(self._descriptor(), self._ends[index] - self._starts[index], self._starts[index])
+        try:
+            record = orjson.loads(raw)
+        except orjson.JSONDecodeError as error:
+            raise DataError(
+                f"{self.where(index)}: not valid JSON ({error}); every line must be one JSON object"
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(
+                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be one JSON object"
+            )
+        return record
+
+    def where(self, index: int) -> str:
+        """`file:line` of a record, for messages."""
+        return f"{self.path}:{self._lines[index]}"
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's bytes."""
+        with self.path.open("rb") as file:
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"  # type: ignore[arg-type]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+    def _descriptor(self) -> int:
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        return self._file[1]
