@@ -67,7 +67,7 @@ class StudentModule(pl.LightningModule):
             model.make_vocab_size_divisible_by,
             use_transformer_engine(model.transformer_engine),
         )
-        pretrained.load_weights(self.gpt)
+        pretrained.load_weights(self.gpt, groups)
         self.model = wrap_for_training(
             self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
         )

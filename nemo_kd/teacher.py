@@ -55,7 +55,7 @@ class Teacher:
             config.model.make_vocab_size_divisible_by,
             use_transformer_engine(config.model.transformer_engine),
         )
-        pretrained.load_weights(self.model)
+        pretrained.load_weights(self.model, groups)
         self.model.eval()
 
     def rows(self, examples: Sequence[Example]) -> Iterator[CachedExample]:

@@ -87,6 +87,6 @@ def _serve(rank: int, world_size: int, store: str, pipe: multiprocessing.connect
             return
         try:
             result = function(*args)
-        except BaseException:  # whatever it is, the test has to show it
+        except BaseException:  # noqa: BLE001 (whatever it is, the test has to show it)
             result = _Failure(f"rank {rank}:\n{traceback.format_exc()}")
         pipe.send(result)

@@ -63,11 +63,11 @@ def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
         if dataclasses.is_dataclass(hint):
             result += describe(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        if field.default is not dataclasses.MISSING:
-            default = "mandatory" if field.default == "???" else repr(field.default)
-        else:
-            assert field.default_factory is not dataclasses.MISSING
+        default = "mandatory"
+        if field.default_factory is not dataclasses.MISSING:
             default = repr(field.default_factory())
+        elif field.default not in (dataclasses.MISSING, "???"):
+            default = repr(field.default)
         name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
         result.append(KeyDoc(prefix + field.name, name, default, docs.get(field.name, "")))
     return result
@@ -79,9 +79,9 @@ def _field_docs(cls: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                    docs[statement.target.id] = " ".join(str(following.value.value).split())
+            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
+            if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+                docs[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
     return docs
 
 
@@ -101,14 +101,14 @@ def _known(cls: type, parts: list[str]) -> bool:
     hints = typing.get_type_hints(cls)
     if parts[0] not in hints:
         return False
-    hint = hints[parts[0]]
-    if dataclasses.is_dataclass(hint):
-        return len(parts) == 1 or _known(typing.cast(type, hint), parts[1:])
-    return (
-        len(parts) == 1
-        or hint is Any
-        or typing.get_origin(hint) is dict
-        or any(typing.get_origin(a) is dict or a is Any for a in typing.get_args(hint))
+    if len(parts) == 1:
+        return True
+    alternatives = typing.get_args(hints[parts[0]]) or (hints[parts[0]],)
+    if hints[parts[0]] is Any or typing.get_origin(hints[parts[0]]) is dict:
+        return True
+    return any(
+        _known(inner, parts[1:]) if dataclasses.is_dataclass(inner) else inner is Any or typing.get_origin(inner) is dict
+        for inner in alternatives
     )
 
 

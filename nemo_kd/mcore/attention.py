@@ -32,7 +32,8 @@ class SDPACoreAttention(MegatronModule):
         **_: Any,
     ) -> None:
         super().__init__(config)
-        assert attention_type == "self" and config.context_parallel_size == 1
+        assert attention_type == "self"
+        assert config.context_parallel_size == 1
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.num_visible: int | None = None
@@ -51,11 +52,15 @@ class SDPACoreAttention(MegatronModule):
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """Context of every position, [S, B, h * D]."""
-        assert attention_mask is None and attention_bias is None and packed_seq_params is None
+        assert attention_mask is None
+        assert attention_bias is None
+        assert packed_seq_params is None
         num_positions, num_rows, num_heads, head_size = query_SBhD.shape
         windowed = self.num_visible is not None and self.num_visible < num_positions
         context_BhSD = torch.nn.functional.scaled_dot_product_attention(
-            *(x.permute(1, 2, 0, 3) for x in (query_SBhD, key_SBgD, value_SBgD)),
+            query_SBhD.permute(1, 2, 0, 3),
+            key_SBgD.permute(1, 2, 0, 3),
+            value_SBgD.permute(1, 2, 0, 3),
             attn_mask=self._window_mask(num_positions, query_SBhD.device) if windowed else None,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=not windowed,

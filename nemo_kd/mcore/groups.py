@@ -78,9 +78,9 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     install_cpu_support()
     parallel.data_parallel_size(dist.get_world_size())
     tensor_size = parallel.tensor_model_parallel_size
-    if parallel_state.model_parallel_is_initialized():
-        if parallel_state.get_tensor_model_parallel_world_size() != tensor_size:
-            destroy_model_parallel()
+    initialized = parallel_state.model_parallel_is_initialized()
+    if initialized and parallel_state.get_tensor_model_parallel_world_size() != tensor_size:
+        destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_size)
     torch.manual_seed(seed)

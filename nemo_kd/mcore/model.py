@@ -109,7 +109,7 @@ def build_gpt_model(
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,  # type: ignore[arg-type]
+        rotary_base=architecture.rotary_base,
     )
     scaling = architecture.rope_scaling
     if scaling is not None:
