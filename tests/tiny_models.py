@@ -44,7 +44,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama3.2_tied": {"model_type": "llama", "rope_parameters": _llama3_rope(32.0), "tie_word_embeddings": True},
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral_window": {"model_type": "mistral", "sliding_window": 7},
-    "qwen2_tied": {"model_type": "qwen2", "tie_word_embeddings": True, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen2_tied": {
+        "model_type": "qwen2",
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
     "qwen3": {"model_type": "qwen3", "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
 }
 
@@ -61,7 +65,9 @@ def build_hf_model(name: str, vocab_size: int = 157, seed: int = 0, **overrides:
     return model
 
 
-def save_hf_model(name: str, folder: Path, vocab_size: int = 512, dtype: torch.dtype = torch.float32, **overrides: Any) -> Path:
+def save_hf_model(
+    name: str, folder: Path, vocab_size: int = 512, dtype: torch.dtype = torch.float32, **overrides: Any
+) -> Path:
     """The model and a tokenizer with as many ids as a Hugging Face folder."""
     build_hf_model(name, vocab_size, **overrides).to(dtype).save_pretrained(folder)
     train_tokenizer(vocab_size).save_pretrained(folder)

@@ -14,7 +14,9 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-CHATML_DEFAULT_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
+CHATML_DEFAULT_SYSTEM = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
+)
 LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
     "{% else %}{% set sys = '' %}{% set rest = messages %}{% endif %}"
@@ -52,7 +54,10 @@ def train_tokenizer(vocab_size: int = 512, chat_template: str | None = CHATML) -
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(docstrings(), trainer)
     return PreTrainedTokenizerFast(
@@ -69,7 +74,18 @@ def docstrings() -> tuple[str, ...]:
     """Real English text: docstrings of some modules that every Python carries."""
     library = Path(sysconfig.get_path("stdlib"))
     texts: list[str] = []
-    for name in ("argparse", "ast", "collections/__init__", "dataclasses", "datetime", "decimal", "functools", "pathlib", "random", "statistics"):
+    for name in (
+        "argparse",
+        "ast",
+        "collections/__init__",
+        "dataclasses",
+        "datetime",
+        "decimal",
+        "functools",
+        "pathlib",
+        "random",
+        "statistics",
+    ):
         path = library / f"{name}.py"
         if path.exists():
             nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))

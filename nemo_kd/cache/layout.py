@@ -6,10 +6,12 @@ import os
 import re
 from pathlib import Path
 
+from nemo_kd.config import UserInputError
+
 CHUNK_ID = "CHUNK_ID"
 
 
-class CacheError(ValueError):
+class CacheError(UserInputError):
     """A cache file, or a request to one, cannot be used; the message says where, what was found and what to do."""
 
 

@@ -16,7 +16,11 @@ from omegaconf.errors import OmegaConfBaseException
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
+class UserInputError(ValueError):
+    """Something the user gave cannot work; the message says what, where and what to do."""
+
+
+class ConfigError(UserInputError):
     """A key of the configuration is unknown, missing or has a value that cannot work."""
 
 
@@ -107,7 +111,9 @@ def _known(cls: type, parts: list[str]) -> bool:
     if hints[parts[0]] is Any or typing.get_origin(hints[parts[0]]) is dict:
         return True
     return any(
-        _known(inner, parts[1:]) if dataclasses.is_dataclass(inner) else inner is Any or typing.get_origin(inner) is dict
+        _known(inner, parts[1:])
+        if dataclasses.is_dataclass(inner)
+        else inner is Any or typing.get_origin(inner) is dict
         for inner in alternatives
     )
 

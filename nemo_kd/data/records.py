@@ -10,8 +10,10 @@ from typing import Any
 
 import orjson
 
+from nemo_kd.config import UserInputError
 
-class DataError(ValueError):
+
+class DataError(UserInputError):
     """A dataset file or one of its records cannot be used."""
 
 

@@ -23,7 +23,9 @@ TOLERANCE = 1e-4
 
 
 def load(path: str, tensor_model_parallel_size: int, divisible_by: int = 8):
-    layout = ModelConfig(tensor_model_parallel_size=tensor_model_parallel_size, make_vocab_size_divisible_by=divisible_by)
+    layout = ModelConfig(
+        tensor_model_parallel_size=tensor_model_parallel_size, make_vocab_size_divisible_by=divisible_by
+    )
     groups = initialize_model_parallel(layout, 1)
     with open_pretrained(path) as source:
         config = transformer_config(source.architecture, layout, torch.float32)

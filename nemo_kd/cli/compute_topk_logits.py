@@ -1,0 +1,25 @@
+"""Console command of stage 1."""
+
+from nemo_kd.cli.run import Command, run
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+
+COMMAND = Command(
+    name="compute_topk_logits",
+    summary="caches a teacher's top-k logits for every example of a dataset (stage 1)",
+    config_class=ComputeTopkLogitsConfig,
+    function="nemo_kd.teacher:compute_topk_logits",
+    example="""compute_topk_logits \\
+    pretrained_checkpoint.restore_from_path=teacher/ \\
+    data.data.file_path=data/train.jsonl \\
+    output_path=cache/train_with_logits_CHUNK_ID.jsonl n_examples_per_chunk=10000 \\
+    top_k=100 model.micro_batch_size=2 model.global_batch_size=16 \\
+    trainer.devices=8 model.tensor_model_parallel_size=4""",
+)
+
+
+def main() -> None:
+    run(COMMAND)
+
+
+if __name__ == "__main__":
+    main()

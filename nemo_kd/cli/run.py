@@ -1,0 +1,159 @@
+"""What the commands share: help, Hydra, the typed configuration, launching, errors."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import re
+import shutil
+import sys
+import textwrap
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.cli.launch import global_rank, launch, needs_launch
+from nemo_kd.config import UserInputError, describe, typed
+from nemo_kd.config.aligner_keys import translate
+
+HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
+
+USER_ERROR = 2
+"""Exit status when the user's input cannot work; any other failure is 1."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A console command.
+
+    Attributes:
+        name: of the command and of its YAML file in conf/.
+        function: "module:function" that takes the typed configuration; imported when all checks have passed.
+        example: a command line that works.
+    """
+
+    name: str
+    summary: str
+    config_class: type
+    function: str
+    example: str
+
+
+def run(command: Command) -> None:
+    """Reads the command line and runs the command; exits with status 2 where the input cannot work."""
+    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
+        print(help_text(command))
+        return
+    _register_resolvers()
+    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command.name)(
+        lambda cfg: _run_with_config(command, cfg)
+    )()
+
+
+def hydra_arguments(arguments: list[str]) -> list[str]:
+    """The arguments as Hydra takes them: every `key=value` may add a key (our own check names unknown ones), and a
+    relative --config-path means the current folder."""
+    options: list[str] = []
+    overrides: list[str] = []
+    for position, argument in enumerate(arguments):
+        option = arguments[position - 1] if position and "=" not in arguments[position - 1] else ""
+        if option in ("--config-path", "-cp", "--config-dir", "-cd"):
+            options.append(_absolute(argument))
+        elif argument.startswith(("--config-path=", "--config-dir=")):
+            name, _, value = argument.partition("=")
+            options.append(f"{name}={_absolute(value)}")
+        elif argument.startswith("-") or option in (
+            "--config-name",
+            "-cn",
+            "--cfg",
+            "-c",
+            "--info",
+            "-i",
+            "--package",
+            "-p",
+        ):
+            options.append(argument)
+        elif re.match(r"[A-Za-z_][\w.]*=", argument) and not argument.startswith("hydra."):
+            overrides.append(f"++{argument}")
+        else:
+            overrides.append(f"+{argument}" if re.match(r"\+[A-Za-z_][\w.]*=", argument) else argument)
+    given = {override.partition("=")[0] for override in overrides}
+    settings = [setting for setting in HYDRA_SETTINGS if setting.partition("=")[0] not in given]
+    return [*options, *settings, *overrides]
+
+
+def _absolute(folder: str) -> str:
+    return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
+
+
+def conf_dir() -> Path:
+    """The folder of the commands' YAML files: installed with the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def help_text(command: Command) -> str:
+    """What --help prints: purpose, an example, every key with type, default and meaning."""
+    width = min(shutil.get_terminal_size().columns, 120)
+    lines = [f"{command.name}: {command.summary}", "", "Example:", textwrap.indent(command.example, "  "), ""]
+    lines += ["Keys, given as key=value:"]
+    for key in describe(command.config_class):
+        default = "" if key.default == "mandatory" else f", default {key.default}"
+        needed = ", mandatory" if key.default == "mandatory" else ""
+        lines += [f"  {key.key}  ({key.type}{default}{needed})"]
+        lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+    lines += ["", "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun."]
+    return "\n".join(lines)
+
+
+def _run_with_config(command: Command, cfg: DictConfig) -> None:
+    try:
+        cfg, ignored = translate(cfg, command.name)
+        config = typed(command.config_class, cfg)
+        trainer = getattr(config, "trainer", None)
+        if trainer is not None and needs_launch(trainer):
+            sys.exit(launch(trainer.devices))
+        _configure_logging()
+        if ignored and global_rank() == 0:
+            print("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), file=sys.stderr, flush=True)
+        module, function = command.function.split(":")
+        getattr(importlib.import_module(module), function)(config)
+    except UserInputError as error:
+        if "HYDRA_FULL_ERROR" in os.environ:
+            raise
+        if global_rank() != 0:
+            time.sleep(
+                3
+            )  # rank 0 mostly fails alike; then the launcher ends this process before it repeats the message
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # Not sys.exit: other ranks may be waiting for this one, and an orderly shutdown would wait for them.
+        os._exit(USER_ERROR)
+
+
+def _configure_logging() -> None:
+    level = logging.INFO if global_rank() == 0 else logging.ERROR
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("nemo_kd")
+    logger.handlers, logger.propagate = [handler], False
+    logger.setLevel(level)
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses without Apex and Transformer Engine
+
+
+def _register_resolvers() -> None:
+    """Those that NeMo-Aligner's YAML files use."""
+    resolvers: dict[str, Any] = {
+        "multiply": lambda x, y: x * y,
+        "int_div": lambda x, y: x // y,
+        "sum": lambda x, y: x + y,
+    }
+    for name, function in resolvers.items():
+        OmegaConf.register_new_resolver(name, function, replace=True)

@@ -1,0 +1,155 @@
+"""NeMo-Aligner's keys that are no keys here: other names, and those that have nothing to do.
+
+Everything in the two YAML files and the guide of NeMo-Aligner is a field of the configuration, an alias of one or
+listed here, so that its command lines and files run unchanged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.config.typed import ConfigError
+
+
+@dataclass(frozen=True)
+class Ignored:
+    """A key, or a whole subtree, without effect.
+
+    Attributes:
+        reason: why, for the user.
+        agrees: values that ask for what happens anyway; they cause no warning.
+    """
+
+    reason: str
+    agrees: tuple[Any, ...] = ()
+
+
+_LIGHTNING = Ignored("nemo_kd configures the Trainer itself", (False, None))
+_DROPOUT = Ignored("distillation runs without dropout", (0.0, None))
+_CACHED = Ignored("the model's own value is used", (None,))
+
+SHARED: dict[str, Ignored] = {
+    "trainer.logger": _LIGHTNING,
+    "trainer.enable_checkpointing": _LIGHTNING,
+    "trainer.use_distributed_sampler": _LIGHTNING,
+    "trainer.max_time": Ignored("use exp_manager.max_time_per_run", (None,)),
+    "model.mcore_gpt": Ignored("every model is a Megatron Core model", (True,)),
+    "model.megatron_amp_O2": Ignored("with bf16 the weights are bf16 and the optimizer keeps float32 copies", (True,)),
+    "model.restore_from_path": Ignored("the model is read from pretrained_checkpoint.restore_from_path", (None,)),
+    "model.resume_from_checkpoint": Ignored(
+        "a run resumes from its own log folder (exp_manager.resume_if_exists)", (None,)
+    ),
+    "model.save_nemo_on_validation_end": Ignored("the .nemo archive is written at the end of training", (True, False)),
+    "model.sync_batch_comm": Ignored("Megatron Core decides", (False,)),
+    "model.gradient_as_bucket_view": Ignored("Megatron Core's gradient buffers always are", (False, True)),
+    "model.answer_only_loss": Ignored("the loss mask comes from the data format", (False, True)),
+    "model.seq_len_interpolation_factor": _CACHED,
+    "model.use_flash_attention": _CACHED,
+    "model.hidden_dropout": _DROPOUT,
+    "model.attention_dropout": _DROPOUT,
+    "model.ffn_dropout": _DROPOUT,
+    "model.dist_ckpt_load_strictness": Ignored("checkpoints are always loaded strictly"),
+    "model.activations_checkpoint_layers_per_pipeline": Ignored("there is one pipeline stage", (None,)),
+}
+
+IGNORED: dict[str, dict[str, Ignored]] = {
+    "compute_topk_logits": {
+        **SHARED,
+        "trainer.max_epochs": Ignored("the teacher reads the dataset once", (1,)),
+        "model.activations_checkpoint_granularity": Ignored("the teacher runs no backward pass", (None,)),
+        "model.activations_checkpoint_method": Ignored("the teacher runs no backward pass", (None,)),
+        "model.activations_checkpoint_num_layers": Ignored("the teacher runs no backward pass", (None,)),
+        "data.sample": Ignored("every example is cached once"),
+        "data.num_workers": Ignored("the dataset is read in the teacher's process", (0,)),
+        "data.dataloader_type": Ignored("examples are cached in the dataset's order", ("single",)),
+        "data.data.shuffle": Ignored("examples are cached in the dataset's order; training shuffles", (False,)),
+        "data.data.drop_last": Ignored("no example is dropped", (False,)),
+        "data.data.hf_dataset": Ignored("JSONL files are read by byte offsets"),
+        "data.data.memmap_workers": Ignored("JSONL files are read by byte offsets", (None,)),
+        "data.data.index_mapping_dir": Ignored("no index files are written for datasets", (None,)),
+        "data.data.concat_sampling_probabilities": Ignored("one dataset is cached at a time", (None,)),
+    },
+    "train_gpt_knowledge_distillation": {
+        **SHARED,
+        "trainer.max_epochs": Ignored("use trainer.knowledge_distillation.max_epochs"),
+        "trainer.max_steps": Ignored("use trainer.knowledge_distillation.max_steps"),
+        "trainer.knowledge_distillation.inference_metrics": Ignored("no metric needs generation", (None,)),
+        "model.peft.restore_from_path": Ignored("peft_scheme=none trains every weight", (None,)),
+        "model.peft.lora_tuning": Ignored("peft_scheme=none trains every weight"),
+        "model.overwrite_base_config": Ignored("the checkpoint's architecture is never overwritten by this file"),
+        "model.data.n_examples_per_chunk": Ignored("every chunk has an index of its own", (None,)),
+        "model.data.splits_string": Ignored("data_prefix names the file of every split", (None,)),
+        "model.data.skip_warmup": Ignored("there is nothing to warm up", (True,)),
+        "model.data.dataloader_type": Ignored("use model.data.shuffle", ("single",)),
+        "model.data.reset_position_ids": Ignored("a sequence holds one example", (False,)),
+        "model.data.reset_attention_mask": Ignored("a sequence holds one example", (False,)),
+        "model.data.eod_mask_loss": Ignored("the cache holds the loss mask", (False,)),
+        "model.data.index_mapping_dir": Ignored("the index lies beside each chunk", (None,)),
+        "exp_manager.checkpoint_callback_params.model_parallel_size": Ignored("checkpoints load in any layout"),
+    },
+    "convert_checkpoint": {},
+}
+
+ALIASES: dict[str, dict[str, str]] = {
+    "compute_topk_logits": {
+        "batch_size": "model.global_batch_size",
+        "forward_micro_batch_size": "model.micro_batch_size",
+    },
+    "train_gpt_knowledge_distillation": {},
+    "convert_checkpoint": {},
+}
+
+_INTERPOLATED = {"trainer.max_epochs", "trainer.max_steps"}
+"""NeMo-Aligner's own YAML points these at the keys that count."""
+
+
+def translate(cfg: DictConfig, command: str) -> tuple[DictConfig, list[str]]:
+    """`cfg` with its aliases renamed and without ignored keys, and a line "key=value: reason" for each that had a say.
+
+    Raises:
+        ConfigError: an alias and its key have different values.
+    """
+    cfg = cfg.copy()
+    OmegaConf.set_struct(cfg, False)
+    warnings: list[str] = []
+    for alias, key in ALIASES[command].items():
+        if not _holds(cfg, alias):
+            continue
+        value, other = _pop(cfg, alias), OmegaConf.select(cfg, key)
+        if other is not None and other != value:
+            raise ConfigError(f"{alias}: {value} is another name of {key}, which is {other}; give one of them")
+        OmegaConf.update(cfg, key, value)
+    for key, ignored in IGNORED[command].items():
+        if not _holds(cfg, key):
+            continue
+        if key in _INTERPOLATED and OmegaConf.is_interpolation(*_parent(cfg, key)):
+            _pop(cfg, key)
+            continue
+        if OmegaConf.is_missing(*_parent(cfg, key)):
+            _pop(cfg, key)
+            continue
+        value = _pop(cfg, key)
+        if value not in ignored.agrees:
+            shown = "..." if isinstance(value, DictConfig) else value
+            warnings.append(f"{key}={shown}: {ignored.reason}")
+    return cfg, warnings
+
+
+def _parent(cfg: DictConfig, key: str) -> tuple[DictConfig, str]:
+    path, _, name = key.rpartition(".")
+    return (OmegaConf.select(cfg, path) if path else cfg), name
+
+
+def _holds(cfg: DictConfig, key: str) -> bool:
+    parent, name = _parent(cfg, key)
+    return isinstance(parent, DictConfig) and name in parent.keys()  # noqa: SIM118 (`in` itself is False for ???)
+
+
+def _pop(cfg: DictConfig, key: str) -> Any:
+    parent, name = _parent(cfg, key)
+    value = None if OmegaConf.is_missing(parent, name) or OmegaConf.is_interpolation(parent, name) else parent[name]
+    del parent[name]
+    return value
