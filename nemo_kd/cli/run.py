@@ -146,6 +146,9 @@ def _configure_logging() -> None:
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses without Apex and Transformer Engine
+    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been reduced over ranks
+    for noisy in ("nv_one_logger", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
 
 
 def _register_resolvers() -> None:

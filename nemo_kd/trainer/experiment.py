@@ -48,7 +48,7 @@ def build_trainer(config: TrainStudentConfig, plan: TrainingPlan, groups: Proces
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[ProgressBar()],
+        callbacks=[ProgressBar(plan.max_steps)],
     )
     nemo_logging.set_verbosity(nemo_logging.WARNING)
     log_dir = exp_manager(trainer, OmegaConf.create({**settings, "create_checkpoint_callback": False}))

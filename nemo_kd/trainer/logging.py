@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -44,11 +45,18 @@ class JsonlLogger(Logger):
 
 
 class ProgressBar(TQDMProgressBar):
-    """Lightning's bar (steps, ETA, the values logged with `prog_bar`) without the version of the log folder."""
+    """Lightning's bar over all steps of the run (ETA, the values logged with `prog_bar`); sparse where nobody watches."""
+
+    def __init__(self, num_steps: int) -> None:
+        super().__init__(refresh_rate=1 if sys.stderr.isatty() else max(1, num_steps // 20))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        super().on_train_epoch_start(trainer, *args)
+        self.train_progress_bar.set_description("training")
 
     def get_metrics(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule
     ) -> dict[str, int | str | float | dict[str, float]]:
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
-        return metrics
+        return {name.removeprefix("train/").removeprefix("perf/"): value for name, value in metrics.items()}

@@ -1,0 +1,40 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
+
+.PHONY: help quickstart test lint format venv clean
+
+help:
+	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
+	@echo "make test         lint, type checks and tests"
+	@echo "make format       format the code"
+
+venv: $(VENV)/.installed
+
+# torch comes first and pinned: a plain `torch` would bring gigabytes of CUDA along.
+$(VENV)/.installed: setup.py constraints-cpu.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "nemo_kd needs Python 3.10 or newer: make PYTHON=/path/to/python3"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[dev]'
+	touch $@
+
+quickstart: venv
+	$(BIN)/python examples/quickstart.py --output-dir quickstart_run
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/shellcheck scripts/slurm/*.sh scripts/slurm/*.sbatch .ci/run
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run
