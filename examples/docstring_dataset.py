@@ -18,7 +18,7 @@ from pathlib import Path
 
 SKIPPED_PACKAGES = {"test", "tests", "idlelib", "lib2to3", "site-packages", "__pycache__", "turtledemo", "ensurepip"}
 VALIDATION_SHARE = 0.08
-MIN_CHARACTERS, MAX_CHARACTERS = 40, 500
+MIN_CHARACTERS, MAX_CHARACTERS = 40, 400
 
 
 def documented_objects() -> Iterator[tuple[str, str]]:

@@ -2,8 +2,8 @@
 
     python examples/quickstart.py --output-dir quickstart_run
 
-A teacher is trained on questions about Python's standard library, its logits are cached by two tensor-parallel ranks,
-and two equal students see the same examples in the same order: one learns the labels (SFT), one the labels and the
+A teacher is trained on questions about Python's standard library by two data-parallel ranks, its logits are cached by
+two tensor-parallel ranks, and two equal students see the same examples in the same order: one learns the labels (SFT), one the labels and the
 teacher's cached logits (SFT + KD). Each step prints its command line; steps that are done are skipped when it runs again.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 EXAMPLES = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES)]
 
-from docstring_dataset import write_dataset
+from docstring_dataset import write_dataset  # noqa: E402
 
 VOCAB_SIZE = 2048
 TOP_K = 32
@@ -31,8 +31,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SHAPES: dict[str, dict[str, int]] = {
-    "teacher": {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8},
-    "student": {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 TEACHER_EPOCHS = 4
 STUDENT_EXAMPLES = 2000
@@ -75,6 +75,9 @@ class Quickstart:
             return
         import torch
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
         tokenizer_file = self.folder / "tokenizer.json"
         if not tokenizer_file.exists():
@@ -145,6 +148,7 @@ class Quickstart:
             f"model.knowledge_distillation.kd_loss_weight={kd_weight}",
             "model.knowledge_distillation.kd_loss=fwd_kl",
             "trainer.precision=32",
+            "trainer.devices=2",
             f"trainer.knowledge_distillation.max_epochs={max(1, round(epochs * self.scale))}",
             "trainer.knowledge_distillation.val_check_interval=0.5",
             "model.micro_batch_size=16",
@@ -170,7 +174,7 @@ class Quickstart:
             return
         line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
         say(step)
-        print(shlex.join([command, *keys]).replace(" ", " \\\n    "), flush=True)
+        print(" \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True)
         started_s = time.perf_counter()
         status = subprocess.run(line, env={**os.environ, "WANDB_MODE": "offline"}, check=False).returncode
         if status:

@@ -102,6 +102,9 @@ ALIASES: dict[str, dict[str, str]] = {
     "convert_checkpoint": {},
 }
 
+_NULL_MEANS_DEFAULT = ("start_from_idx", "name")
+"""Keys that NeMo-Aligner's YAML files set to null and that have a value here."""
+
 _INTERPOLATED = {"trainer.max_epochs", "trainer.max_steps"}
 """NeMo-Aligner's own YAML points these at the keys that count."""
 
@@ -115,6 +118,9 @@ def translate(cfg: DictConfig, command: str) -> tuple[DictConfig, list[str]]:
     cfg = cfg.copy()
     OmegaConf.set_struct(cfg, False)
     warnings: list[str] = []
+    for key in _NULL_MEANS_DEFAULT:
+        if _holds(cfg, key) and OmegaConf.select(cfg, key) is None:
+            _pop(cfg, key)
     for alias, key in ALIASES[command].items():
         if not _holds(cfg, alias):
             continue

@@ -75,10 +75,15 @@ class ParallelConfig:
     """How one model is spread over ranks. Pipeline, context, expert and sequence parallelism are reserved."""
 
     tensor_model_parallel_size: int = 1
+    """Ranks that share one replica of the model: heads, feed-forward and vocabulary are cut into as many parts."""
     pipeline_model_parallel_size: int = 1
+    """Reserved; must be 1."""
     context_parallel_size: int = 1
+    """Reserved; must be 1."""
     expert_model_parallel_size: int = 1
+    """Reserved; must be 1."""
     sequence_parallel: bool = False
+    """Reserved; must be False."""
 
     def __post_init__(self) -> None:
         if self.tensor_model_parallel_size < 1:

@@ -7,6 +7,7 @@ checkpoint, which loads at any tensor-parallel size) and tokenizer/ (the tokeniz
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -20,23 +21,25 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core import dist_checkpointing
 from megatron.core.models.gpt import GPTModel
-from omegaconf import OmegaConf
+from omegaconf import DictConfig
 
 from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.distributed_checkpoint import load_sharded, save_sharded
+from nemo_kd.mcore.distributed_checkpoint import load_sharded, save_sharded, tensors_in
 from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.weights import SafetensorsFolder, load_hf_weights, zero_vocabulary_padding
 
 FORMAT_VERSION = 1
+FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 1 << 16
 KEY = "pretrained_checkpoint.restore_from_path"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
+    "spiece.model",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
@@ -56,6 +59,7 @@ class PretrainedModel:
         folder: the Hugging Face folder, or the content of the archive.
         source: the path that was given.
         tokenizer_folder: where the tokenizer's files lie while the model is open.
+        dtype: of the stored weights.
     """
 
     def __init__(self, kind: str, folder: Path, source: Path) -> None:
@@ -63,40 +67,46 @@ class PretrainedModel:
         if kind == "hf":
             self.architecture = architecture_from_hf(_json(folder / "config.json"))
             self.tokenizer_folder = folder
+            self.dtype = SafetensorsFolder(folder).dtype
         else:
             self.architecture = _read_model_config(folder / "model_config.yaml")
             self.tokenizer_folder = folder / "tokenizer"
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the stored weights."""
-        if self.kind == "hf":
-            return SafetensorsFolder(self.folder).dtype
-        metadata = dist_checkpointing.load_tensors_metadata(str(self.folder / "model_weights"))
-        return metadata["embedding.word_embeddings.weight"].dtype
+            self._tensors = tensors_in(folder / "model_weights")
+            self.dtype = functools.reduce(
+                torch.promote_types, {tensor.properties.dtype for tensor in self._tensors.values()}
+            )
 
     def fingerprint(self) -> dict[str, str]:
-        """Name, and a hash of architecture, file names, sizes and the first and last MiB of every weight file."""
-        digest = hashlib.sha256(json.dumps(dataclasses.asdict(self.architecture), sort_keys=True).encode())
-        files = (
-            [self.source] if self.source.is_file() else sorted(p for p in self.folder.rglob("*") if _is_weight_file(p))
-        )
-        for path in files:
+        """Name, and a hash of the architecture, every weight file's size and 1 MiB of its bytes, spread over the file."""
+        architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
+        digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
+        for path in sorted(path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".distcp")):
             size = path.stat().st_size
-            digest.update(f"{path.name}:{size}".encode())
+            digest.update(f"{path.relative_to(self.folder)}:{size}".encode())
             with path.open("rb") as file:
-                digest.update(file.read(1 << 20))
-                file.seek(max(0, size - (1 << 20)))
-                digest.update(file.read(1 << 20))
-        return {"name": self.source.name, "weights": f"sha256:{digest.hexdigest()}"}
+                for block in range(FINGERPRINT_BLOCKS):
+                    file.seek(block * max(0, size - FINGERPRINT_BLOCK_BYTES) // (FINGERPRINT_BLOCKS - 1))
+                    digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
+        return {"name": self.source.absolute().name, "weights": f"sha256:{digest.hexdigest()}"}
 
     def load_weights(self, model: GPTModel, groups: ProcessGroups) -> None:
-        """Fills this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards."""
+        """Fills this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards.
+
+        Raises:
+            ConfigError: the stored weights are not those that the architecture needs.
+        """
         if self.kind == "hf":
             load_hf_weights(model, self.folder, self.architecture, groups)
             return
-        wanted = {k: v for k, v in model.sharded_state_dict().items() if not k.endswith("_extra_state")}
-        model.load_state_dict(load_sharded(wanted, self.folder / "model_weights"), strict=False)
+        wanted = _weights(model)
+        differing = {tensor.key for tensor in wanted.values()} ^ set(self._tensors)
+        if differing:
+            raise ConfigError(
+                f"{self.source}: model_weights does not fit model_config.yaml: {', '.join(sorted(differing)[:5])} "
+                "stands in one of them only"
+            )
+        loaded = load_sharded(wanted, self.folder / "model_weights")
+        model.load_state_dict({name: loaded[name] for name in wanted}, strict=False)
         zero_vocabulary_padding(model, self.architecture, groups)
 
 
@@ -117,9 +127,14 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
         return
     folder = _on_rank_zero(_extract, source, key)
     try:
+        if not folder.exists():
+            raise ConfigError(
+                f"{key}: {source} was extracted to {folder}, which this machine does not see; extract it (tar xf) on a file "
+                "system that all machines share and give that folder"
+            )
         yield PretrainedModel(_kind_of_folder(folder, key), folder, source)
         if _distributed():
-            torch.distributed.barrier()
+            torch.distributed.barrier()  # no rank may still be reading
     finally:
         if _rank() == 0:
             shutil.rmtree(folder, ignore_errors=True)
@@ -128,18 +143,27 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
 def save_nemo(
     path: str | Path, model: GPTModel, architecture: GPTArchitecture, tokenizer_folder: Path, groups: ProcessGroups
 ) -> None:
-    """Writes a .nemo archive, whole or not at all; every rank takes part, rank 0 packs it."""
+    """Writes a .nemo archive, whole or not at all; every rank takes part, rank 0 packs it.
+
+    The weights lie beside `path` meanwhile, where all ranks write them: twice the archive's size is needed.
+    """
     path = Path(path).absolute()
     folder = path.with_name(f".{path.name}.tmp")
-    save_sharded(model.sharded_state_dict(), folder / "model_weights")
-    if torch.distributed.get_rank() == 0:
+    if _rank() == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    save_sharded(_weights(model), folder / "model_weights")
+    if _rank() == 0:
         config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(architecture)}
-        (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         copy_tokenizer(tokenizer_folder, folder / "tokenizer")
         archive = folder.with_suffix(".tar")
-        with tarfile.open(archive, "w") as tar:
-            for entry in sorted(folder.iterdir()):
-                tar.add(entry, arcname=f"./{entry.name}")
+        # NeMo's connector would pack as much, but importing it takes seconds and its base class only knows pickles.
+        with archive.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w") as tar:
+                for entry in sorted(folder.iterdir()):
+                    tar.add(entry, arcname=f"./{entry.name}")
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(archive, path)
         shutil.rmtree(folder)
     torch.distributed.barrier()
@@ -158,41 +182,63 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 def _kind_of_folder(folder: Path, key: str) -> str:
     if (folder / "config.json").is_file():
         return "hf"
-    if (folder / "model_config.yaml").is_file():
-        if (folder / "model_weights" / ".metadata").is_file():
-            return "nemo"
-        raise ConfigError(
-            f"{key}: {folder} holds a NeMo model whose weights are no Megatron distributed checkpoint (model_weights/.metadata is "
-            "missing); export it to Hugging Face with the NeMo version that wrote it and give that folder"
-        )
-    raise ConfigError(
-        f"{key}: {folder} is neither a Hugging Face folder (config.json) nor an extracted .nemo (model_config.yaml)"
-    )
+    is_nemo = (folder / "model_config.yaml").is_file()
+    if is_nemo and (folder / "model_weights" / ".metadata").is_file():
+        return "nemo"
+    raise _not_ours(folder, is_nemo, key)
+
+
+def _weights(model: GPTModel) -> dict[str, Any]:
+    """The model's weights for a distributed checkpoint, without the states of Transformer Engine's FP8, which are pickles."""
+    return {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
 
 
 def _read_model_config(path: Path) -> GPTArchitecture:
-    config: Any = OmegaConf.load(path)
-    version = config.pop("format_version", None) if hasattr(config, "pop") else None
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML ({error})") from error
+    version = config.pop("format_version", None) if isinstance(config, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(
-            f"{path}: format_version {version!r} was not written by nemo_kd (it writes {FORMAT_VERSION}); convert the model to "
-            "Hugging Face with the tool that wrote it, then with convert_checkpoint"
+            f"{path}: format_version is {version!r}, so another tool wrote it (nemo_kd writes {FORMAT_VERSION}); convert the "
+            "model to Hugging Face with that tool, then with convert_checkpoint"
         )
-    return typed(GPTArchitecture, config)
+    hf_config = config.pop("hf_config", {})  # kept from OmegaConf, which would interpolate "${...}" in it
+    return dataclasses.replace(typed(GPTArchitecture, DictConfig(config)), hf_config=hf_config)
 
 
 def _extract(source: Path, key: str) -> Path:
+    """Unpacks into a new folder; only names and sizes are looked at before it is known to be a model of ours."""
     parent = source.absolute().parent
     folder = Path(
         tempfile.mkdtemp(prefix=f".{source.name}.extracted-", dir=parent if os.access(parent, os.W_OK) else None)
     )
     try:
         with tarfile.open(source) as tar:
-            tar.extractall(folder, filter="data")  # refuses absolute paths, `..`, links out of the folder and devices
+            names = {os.path.normpath(name) for name in tar.getnames()}
+            if "model_config.yaml" in names and "model_weights/.metadata" in names:
+                tar.extractall(
+                    folder, filter="data"
+                )  # refuses absolute paths, `..`, links out of the folder and devices
     except (tarfile.TarError, EOFError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise ConfigError(f"{key}: {source} is no readable .nemo archive ({error}); copy or write it again") from error
+    if not any(folder.iterdir()):
+        shutil.rmtree(folder)
+        raise _not_ours(source, "model_config.yaml" in names, key)
     return folder
+
+
+def _not_ours(path: Path, is_nemo: bool, key: str) -> ConfigError:
+    if is_nemo:
+        return ConfigError(
+            f"{key}: {path} is a NeMo model whose weights are no Megatron distributed checkpoint (model_weights/.metadata is "
+            "missing); export it to Hugging Face with the NeMo version that wrote it and give that folder"
+        )
+    return ConfigError(
+        f"{key}: {path} is neither a Hugging Face folder (config.json) nor a .nemo archive or its content (model_config.yaml)"
+    )
 
 
 def _on_rank_zero(function: Any, *args: Any) -> Any:
@@ -212,13 +258,9 @@ def _on_rank_zero(function: Any, *args: Any) -> Any:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from error
-
-
-def _is_weight_file(path: Path) -> bool:
-    return path.is_file() and (path.suffix in (".safetensors", ".distcp") or path.name == ".metadata")
 
 
 def _distributed() -> bool:

@@ -18,7 +18,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, open_pretrained, save_nemo
-from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel
+from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.mcore.weights import hf_tensors
 
@@ -28,14 +28,16 @@ MAX_SHARD_SIZE = "5GB"
 def convert(config: ConvertCheckpointConfig) -> None:
     """Writes `output_path` from `input_path`; the weights keep their bits unless `precision` asks for another dtype.
 
+    Needs memory for about twice the weights.
+
     Raises:
         ConfigError: the input cannot be read, the output exists or is of the same kind; before any weight is read.
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # conversion is copying: it needs host memory, not a GPU's
+    source_path = Path(config.input_path).expanduser().absolute()
     output = Path(config.output_path).expanduser().absolute()
     to_nemo = output.suffix == ".nemo"
-    if output.exists() and not config.overwrite:
-        raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
+    _check_output(output, source_path, config.overwrite)
     with open_pretrained(config.input_path, key="input_path") as source:
         if to_nemo == (source.kind == "nemo"):
             raise ConfigError(
@@ -44,13 +46,7 @@ def convert(config: ConvertCheckpointConfig) -> None:
             )
         dtype = getattr(torch, PRECISIONS[config.precision]) if config.precision else source.dtype
         output.parent.mkdir(parents=True, exist_ok=True)
-        init_process_group(1, 1, "cpu")
-        layout = ModelConfig(make_vocab_size_divisible_by=1)
-        groups = initialize_model_parallel(layout, layout.seed)
-        model = build_gpt_model(
-            source.architecture, transformer_config(source.architecture, layout, dtype), 1, transformer_engine=False
-        )
-        source.load_weights(model, groups)
+        model, groups = _load(source, dtype)
         if to_nemo:
             save_nemo(output, model, source.architecture, source.tokenizer_folder, groups)
         else:
@@ -64,17 +60,47 @@ def save_hf(folder: Path, model: GPTModel, source: PretrainedModel, dtype: torch
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tensors = {name: tensor.contiguous() for name, tensor in hf_tensors(weights.__getitem__, source.architecture)}
-    plan = split_torch_state_dict_into_shards(tensors, max_shard_size=MAX_SHARD_SIZE)
+    tensors = dict(hf_tensors(weights.__getitem__, source.architecture))
+    # Views of one storage would count as one tensor in the plan; meta tensors have sizes and no storage.
+    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)
     for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, temporary / file, metadata={"format": "pt"})
+        save_file({name: tensors[name].contiguous() for name in names}, temporary / file, metadata={"format": "pt"})
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (temporary / "config.json").write_text(json.dumps(_hf_config(source.architecture, dtype), indent=2) + "\n")
     copy_tokenizer(source.tokenizer_folder, temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        shutil.rmtree(folder)
     os.replace(temporary, folder)
+
+
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(
+            f"output_path: {output} holds the input, which overwrite=True would delete; give another path"
+        )
+    replaceable = output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
+    if not replaceable:
+        raise ConfigError(
+            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a .nemo archive by another, "
+            "or a folder with config.json"
+        )
+
+
+def _load(source: PretrainedModel, dtype: torch.dtype) -> tuple[GPTModel, ProcessGroups]:
+    init_process_group(1, 1, "cpu")
+    layout = ModelConfig(make_vocab_size_divisible_by=1)
+    groups = initialize_model_parallel(layout, layout.seed)
+    config = transformer_config(source.architecture, layout, dtype, perform_initialization=False)
+    model = build_gpt_model(source.architecture, config, 1, transformer_engine=False)
+    source.load_weights(model, groups)
+    return model, groups
 
 
 def _hf_config(architecture: GPTArchitecture, dtype: torch.dtype) -> dict[str, Any]:

@@ -7,81 +7,106 @@ from typing import Any
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import FAMILIES, GPTArchitecture, RopeScaling
 
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
+"""What transformers assumes for a family where config.json is silent, if it is no value all families share."""
+
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "quantization_config": (None,),
+    "partial_rotary_factor": (1.0, None),
+}
+"""Keys whose other values would need code that is not here."""
+
 
 def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
     """The architecture that a config.json of transformers 4 or 5 describes.
 
     Raises:
-        ConfigError: another model type, or a feature that is not carried over; never an approximation.
+        ConfigError: another model type, a missing key, or a feature that is not carried over; never an approximation.
     """
     family = hf_config.get("model_type")
     if family not in FAMILIES:
         raise ConfigError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(FAMILIES)}")
-    for key, allowed in (
-        ("hidden_act", "silu"),
-        ("quantization_config", None),
-        ("attention_bias", False),
-        ("mlp_bias", False),
-    ):
-        value = hf_config.get(key, allowed)
-        if value != allowed and not (allowed is False and value is None):
-            raise ConfigError(f"config.json: {key} = {value!r} is not supported; supported: {allowed!r}")
-    heads, hidden = hf_config["num_attention_heads"], hf_config["hidden_size"]
-    base, scaling = _rope(hf_config, hidden_default=10000.0)
-    window, window_layers = _window(hf_config)
+    hf = {**_DEFAULTS[family], **hf_config}
+    for key, allowed in _ONLY.items():
+        if hf.get(key, allowed[0]) not in allowed:
+            raise ConfigError(f"config.json: {key} = {hf[key]!r} is not supported; supported: {allowed[0]!r}")
+    heads, hidden = _required(hf, "num_attention_heads"), _required(hf, "hidden_size")
+    rotary_base, rope_scaling = _rope(hf)
+    window_size, window_layers = _window(hf)
     return GPTArchitecture(
         family=family,
-        vocab_size=hf_config["vocab_size"],
-        num_layers=hf_config["num_hidden_layers"],
+        vocab_size=_required(hf, "vocab_size"),
+        num_layers=_required(hf, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=hf_config["intermediate_size"],
+        ffn_hidden_size=_required(hf, "intermediate_size"),
         num_attention_heads=heads,
-        num_query_groups=hf_config.get("num_key_value_heads") or heads,
-        kv_channels=hf_config.get("head_dim") or hidden // heads,
-        max_position_embeddings=hf_config["max_position_embeddings"],
-        layernorm_epsilon=hf_config["rms_norm_eps"],
-        rotary_base=base,
-        rope_scaling=scaling,
-        share_embeddings_and_output_weights=bool(hf_config.get("tie_word_embeddings", False)),
+        num_query_groups=hf.get("num_key_value_heads") or heads,
+        kv_channels=hf.get("head_dim") or hidden // heads,
+        max_position_embeddings=_required(hf, "max_position_embeddings"),
+        layernorm_epsilon=_required(hf, "rms_norm_eps"),
+        rotary_base=rotary_base,
+        rope_scaling=rope_scaling,
+        share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
         add_qkv_bias=family == "qwen2",
         qk_layernorm=family == "qwen3",
-        window_size=window,
+        window_size=window_size,
         window_layers=window_layers,
-        init_method_std=hf_config.get("initializer_range", 0.02),
+        init_method_std=hf.get("initializer_range", 0.02),
         hf_config=hf_config,
     )
 
 
-def _rope(hf_config: dict[str, Any], hidden_default: float) -> tuple[float, RopeScaling | None]:
+def _required(values: dict[str, Any], key: str, inside: str = "") -> Any:
+    if values.get(key) is None:
+        raise ConfigError(f"config.json: {inside}{key} is missing")
+    return values[key]
+
+
+def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """transformers 5 keeps everything in `rope_parameters`, transformers 4 in `rope_theta` and `rope_scaling`."""
-    parameters = {**(hf_config.get("rope_scaling") or {}), **(hf_config.get("rope_parameters") or {})}
-    base = float(parameters.get("rope_theta") or hf_config.get("rope_theta") or hidden_default)
+    parameters = {**(hf.get("rope_scaling") or {}), **(hf.get("rope_parameters") or {})}
+    base = float(parameters.get("rope_theta") or hf.get("rope_theta") or 10000.0)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
-    if float(parameters.get("partial_rotary_factor") or hf_config.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ConfigError("config.json: partial_rotary_factor other than 1 is not supported")
+    if parameters.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
+        raise ConfigError("config.json: rope_parameters.partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return base, None
     if kind != "llama3":
-        raise ConfigError(f"config.json: rope_scaling of type {kind!r} is not supported; supported: llama3, none")
+        raise ConfigError(f"config.json: rope_scaling of type {kind!r} is not supported; supported: llama3 or none")
     return base, RopeScaling(
-        factor=float(parameters["factor"]),
-        low_freq_factor=float(parameters["low_freq_factor"]),
-        high_freq_factor=float(parameters["high_freq_factor"]),
-        original_max_position_embeddings=int(parameters["original_max_position_embeddings"]),
+        factor=float(_required(parameters, "factor", "rope_scaling.")),
+        low_freq_factor=float(_required(parameters, "low_freq_factor", "rope_scaling.")),
+        high_freq_factor=float(_required(parameters, "high_freq_factor", "rope_scaling.")),
+        original_max_position_embeddings=int(
+            _required(parameters, "original_max_position_embeddings", "rope_scaling.")
+        ),
     )
 
 
-def _window(hf_config: dict[str, Any]) -> tuple[int | None, list[int]]:
-    window, num_layers = hf_config.get("sliding_window"), hf_config["num_hidden_layers"]
-    if not window or (hf_config["model_type"].startswith("qwen") and not hf_config.get("use_sliding_window")):
+def _window(hf: dict[str, Any]) -> tuple[int | None, list[int]]:
+    """The sliding window and its layers; Qwen's configurations carry a `sliding_window` that is mostly switched off."""
+    family, window, num_layers = hf["model_type"], hf.get("sliding_window"), hf["num_hidden_layers"]
+    if not window or (family.startswith("qwen") and not hf.get("use_sliding_window")):
         return None, []
-    if hf_config["model_type"] == "llama":
-        raise ConfigError("config.json: sliding_window is not supported for model_type llama")
-    layer_types = hf_config.get("layer_types")
-    if layer_types is None and hf_config["model_type"].startswith("qwen"):
-        first = hf_config.get("max_window_layers", num_layers)
-        layer_types = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
-    if layer_types is None:
+    if family == "llama":
+        raise ConfigError(f"config.json: sliding_window = {window} is not supported for model_type llama")
+    kinds = hf.get("layer_types")
+    if kinds is None and family.startswith("qwen"):
+        first = hf["max_window_layers"]
+        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+    if kinds is None:
         return window, []
-    layers = [layer for layer, kind in enumerate(layer_types) if kind == "sliding_attention"]
+    # transformers' Mistral slides in every layer whatever layer_types says.
+    known = {"sliding_attention"} if family == "mistral" else {"sliding_attention", "full_attention"}
+    if len(kinds) != num_layers or not set(kinds) <= known:
+        raise ConfigError(f"config.json: layer_types = {kinds} is not supported for {num_layers} layers of {family}")
+    layers = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
     return (window, layers) if layers else (None, [])

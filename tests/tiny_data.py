@@ -1,0 +1,77 @@
+"""A small chat dataset and the configurations of both stages over it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nemo_kd.config import typed
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from tests.tiny_tokenizer import docstrings
+
+
+def write_chat_dataset(path: Path, num_records: int, start: int = 0) -> Path:
+    """Questions of different lengths with real sentences as answers; record 5 has no answer and so no loss token."""
+    texts = (docstrings() * 5)[start : start + num_records]
+    with path.open("w") as file:
+        for number, text in enumerate(texts):
+            messages = [{"role": "user", "content": f"Say {number}" + " please" * (number % 3)}]
+            if number != 5:
+                messages.append({"role": "assistant", "content": text[: 20 + (number * 37) % 90]})
+            file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def teacher_config(model: Path, dataset: Path, output: Path, **overrides: Any) -> ComputeTopkLogitsConfig:
+    """Stage 1 in float32; `overrides` by dotted key with __ for dots."""
+    return typed(
+        ComputeTopkLogitsConfig,
+        _with(
+            {
+                "pretrained_checkpoint": {"restore_from_path": str(model)},
+                "trainer": {"precision": "32"},
+                "data": {"data": {"file_path": str(dataset)}},
+                "output_path": str(output),
+                "top_k": 8,
+            },
+            overrides,
+        ),
+    )
+
+
+def student_config(model: Path, train: Path, validation: Path, log_dir: Path, **overrides: Any) -> TrainStudentConfig:
+    """Stage 2 in float32."""
+    return typed(
+        TrainStudentConfig,
+        _with(
+            {
+                "pretrained_checkpoint": {"restore_from_path": str(model)},
+                "trainer": {"precision": "32", "knowledge_distillation": {"val_check_interval": 4}},
+                "model": {
+                    "micro_batch_size": 2,
+                    "global_batch_size": 8,
+                    "knowledge_distillation": {"kd_loss_weight": 1.0, "sft_loss_weight": 0.5},
+                    "optim": {"lr": 1e-3},
+                    "data": {"data_prefix": {"train": [str(train)], "validation": [str(validation)]}},
+                },
+                "exp_manager": {
+                    "explicit_log_dir": str(log_dir),
+                    "resume_if_exists": True,
+                    "resume_ignore_no_checkpoint": True,
+                    "checkpoint_callback_params": {"save_top_k": -1, "save_nemo_on_train_end": True},
+                },
+            },
+            overrides,
+        ),
+    )
+
+
+def _with(base: dict[str, Any], overrides: dict[str, Any]) -> Any:
+    cfg = OmegaConf.create(base)
+    for key, value in overrides.items():
+        OmegaConf.update(cfg, key.replace("__", "."), value, merge=False)
+    return cfg

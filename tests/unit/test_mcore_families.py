@@ -1,0 +1,107 @@
+"""config.json -> architecture, against what transformers reads from the same file and against published files."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import AutoConfig
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import RopeScaling
+from nemo_kd.mcore.families import architecture_from_hf
+
+SHAPE = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+}
+LLAMA_31 = {
+    **SHAPE,
+    "model_type": "llama",
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 8.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama"},
+        {"model_type": "llama", "num_key_value_heads": 4, "head_dim": 20, "tie_word_embeddings": True},
+        {"model_type": "mistral"},
+        {"model_type": "mistral", "sliding_window": None, "head_dim": None},
+        {"model_type": "qwen2"},
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+        {"model_type": "qwen3", "num_key_value_heads": 4},
+        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1, "rope_theta": 1000000.0},
+        LLAMA_31,
+    ],
+    ids=str,
+)
+def test_fields_are_those_that_transformers_reads(config):
+    architecture = architecture_from_hf({**SHAPE, **config})
+    theirs = AutoConfig.for_model(**{**SHAPE, **config})
+    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    layer_types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    window = getattr(theirs, "sliding_window", None)
+    sliding = [i for i, kind in enumerate(layer_types) if window and kind == "sliding_attention"]
+    window_layers = architecture.window_layers or list(range(4))
+    assert architecture.num_query_groups == theirs.num_key_value_heads
+    assert architecture.kv_channels == head_dim
+    assert architecture.rotary_base == theirs.rope_parameters["rope_theta"]
+    assert (architecture.rope_scaling is not None) == (theirs.rope_parameters["rope_type"] == "llama3")
+    assert architecture.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    assert (architecture.window_size, window_layers if architecture.window_size else []) == (
+        window if sliding else None,
+        sliding,
+    )
+
+
+def test_transformers_4_and_5_write_the_same_rope_differently():
+    version_5 = {key: value for key, value in LLAMA_31.items() if not key.startswith("rope")}
+    version_5["rope_parameters"] = {**LLAMA_31["rope_scaling"], "rope_theta": 500000.0}
+    older = {**LLAMA_31, "rope_scaling": {**LLAMA_31["rope_scaling"], "type": "llama3"}}
+    del older["rope_scaling"]["rope_type"]
+    for config in (LLAMA_31, version_5, older):
+        architecture = architecture_from_hf(config)
+        assert architecture.rope_scaling == RopeScaling(8.0, 1.0, 4.0, 8192)
+        assert architecture.rotary_base == 500000.0
+        assert architecture.hf_config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        ({"model_type": None}, "model_type None is not supported"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; supported: 'silu'"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"mlp_bias": True}, "mlp_bias = True is not supported"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"sliding_window": 128}, "sliding_window = 128 is not supported for model_type llama"),
+        ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        ({"num_key_value_heads": 5}, "num_attention_heads: 32 is not a multiple of num_query_groups 5"),
+        (
+            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            "layer_types = .* is not supported for 4 layers of qwen3",
+        ),
+    ],
+)
+def test_what_is_not_carried_over_is_refused(change, message):
+    with pytest.raises(ConfigError, match=message):
+        architecture_from_hf({**LLAMA_31, **change})

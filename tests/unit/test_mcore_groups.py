@@ -1,0 +1,86 @@
+"""Devices that are not there, launchers that disagree with the configuration, and the CPU stand-in for CUDA."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.mcore.cpu import install_cpu_support
+from nemo_kd.mcore.groups import init_process_group
+from nemo_kd.mcore.model import transformer_config, use_transformer_engine
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch):
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def gpus(monkeypatch, count: int) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
+
+def test_devices_that_are_not_there_are_refused(monkeypatch):
+    gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError, match=r"trainer.accelerator: gpu, but torch finds no GPU here"):
+        init_process_group(1, 1, "gpu")
+    gpus(monkeypatch, 2)
+    with pytest.raises(ConfigError, match=r"trainer.devices: 8, but torch finds 2 GPUs .*trainer.devices=2 or fewer"):
+        init_process_group(1, 8, "auto")
+    with pytest.raises(ConfigError, match=r"trainer.accelerator: cpu, but torch finds 2 GPUs.*CUDA_VISIBLE_DEVICES="):
+        init_process_group(1, 1, "cpu")
+
+
+def test_a_launcher_that_disagrees_is_refused(monkeypatch):
+    gpus(monkeypatch, 0)
+    with pytest.raises(ConfigError, match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\."):
+        init_process_group(2, 4, "cpu")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ConfigError, match=r"1 x 2 = 2 processes are asked for, but TorchElasticEnvironment has 3\."):
+        init_process_group(1, 2, "cpu")
+
+
+def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch):
+    gpus(monkeypatch, 0)
+    assert not use_transformer_engine("auto")
+    assert not use_transformer_engine("off")
+    with pytest.raises(ConfigError, match=r"model.transformer_engine: on, but Transformer Engine"):
+        use_transformer_engine("on")
+
+
+def test_a_tensor_parallel_size_that_does_not_divide_is_refused():
+    architecture = GPTArchitecture("llama", 100, 2, 64, 96, 8, 2, 8, 512, 1e-5, 1e4)
+    message = r"model.tensor_model_parallel_size: 4 does not divide the model's num_query_groups \(2\)"
+    with pytest.raises(ConfigError, match=message):
+        transformer_config(architecture, ModelConfig(tensor_model_parallel_size=4), torch.float32)
+
+
+def test_the_window_is_counted_megatrons_way():
+    architecture = GPTArchitecture("mistral", 100, 3, 64, 96, 8, 2, 8, 512, 1e-5, 1e4, window_size=7, window_layers=[1])
+    config = transformer_config(architecture, ModelConfig(), torch.float32)
+    assert config.window_size == (6, 0)
+    assert config.window_attn_skip_freq == [0, 1, 0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for CUDA only where there is none")
+def test_only_megatron_sees_the_cpu_stand_in():
+    real = torch.zeros
+    install_cpu_support()
+    install_cpu_support()
+    from megatron.core.optimizer import optimizer as in_megatron
+
+    zeros = in_megatron.torch.zeros(1, device="cuda")
+    assert zeros.device.type == "cpu"
+    assert in_megatron.torch.cuda.current_device() == torch.device("cpu")
+    assert in_megatron.torch.Tensor is torch.Tensor
+    assert torch.zeros is real
+    assert zeros.type() == "torch.FloatTensor"
+    with pytest.raises((RuntimeError, AssertionError)):
+        zeros.cuda()
