@@ -221,9 +221,7 @@ class Quickstart:
         for name, title in (("student_sft", "SFT alone"), ("student_kd", "SFT + KD")):
             lines = (self.folder / name / "metrics" / "metrics.jsonl").read_text().splitlines()
             points = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
-            axes.plot(
-                [p["step"] + 1 for p in points], [p["validation/sft_loss"] for p in points], marker="o", label=title
-            )
+            axes.plot([p["step"] for p in points], [p["validation/sft_loss"] for p in points], marker="o", label=title)
         axes.set(
             xlabel="step", ylabel="validation cross-entropy (nats per token)", title="Students of equal size and data"
         )

@@ -122,18 +122,13 @@ class StudentModule(pl.LightningModule):
         self.validation_sums += forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
 
     def on_validation_epoch_end(self) -> None:
-        sums = self._over_ranks(self.validation_sums.to(self.device))
-        for name, value in zip(REPORTED, sums[:-1] / sums[-1].clamp(min=1), strict=True):
-            self.log(f"validation/{name}", value)
-        self.log("val_loss", sums[0] / sums[-1].clamp(min=1), prog_bar=True)
+        self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        sums = self._over_ranks(self.validation_sums.to(self.device))
-        for name, value in zip(REPORTED, sums[:-1] / sums[-1].clamp(min=1), strict=True):
-            self.log(f"test/{name}", value)
+        self._log_evaluation("test")
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The weights as Megatron's sharded tensors, for distributed checkpoints."""
@@ -150,6 +145,19 @@ class StudentModule(pl.LightningModule):
         """Writes the student as a .nemo archive; every rank takes part."""
         save_nemo(save_path, self.gpt, self.architecture, self.pretrained.tokenizer_folder, self.groups)
 
+    def _log_evaluation(self, split: str) -> torch.Tensor:
+        """Logs the means over all loss tokens of the split, and returns them."""
+        sums = self._over_ranks(self.validation_sums.to(self.device))
+        means = sums[:-1] / sums[-1].clamp(min=1)
+        for name, value in zip(REPORTED, means, strict=True):
+            self.log(f"{split}/{name}", value)
+        self._log_axis()
+        return means
+
+    def _log_axis(self) -> None:
+        """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
+        self.log("step", float(self.global_step))
+
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
         torch.distributed.all_reduce(sums, group=self.groups.data)
         return sums
@@ -159,6 +167,7 @@ class StudentModule(pl.LightningModule):
         for name, value in zip(REPORTED, sums[:-1] / num_tokens, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         step_time_s = time.perf_counter() - self.step_started_s
+        self._log_axis()
         self.log_dict(
             {
                 "lr": lr,

@@ -75,7 +75,9 @@ def check_rows(rows: list[dict], reference) -> None:
     ("world_size", "tp", "micro", "global_"),
     [(1, 1, 1, 1), (1, 1, 3, 6), (2, 2, 2, 4), (2, 1, 1, 8), (2, 1, 2, 8), (4, 2, 1, 6), (4, 4, 4, 4), (4, 1, 1, 8)],
 )
-def test_rows_belong_to_their_example_in_every_layout(ranks, world, reference, tmp_path, world_size, tp, micro, global_):
+def test_rows_belong_to_their_example_in_every_layout(
+    ranks, world, reference, tmp_path, world_size, tp, micro, global_
+):
     _, model, dataset = world
     overrides = {
         "trainer__devices": world_size,
@@ -84,7 +86,10 @@ def test_rows_belong_to_their_example_in_every_layout(ranks, world, reference, t
         "model__global_batch_size": global_,
         "n_examples_per_chunk": 10,
     }
-    assert ranks(world_size).run(run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides) == [""] * world_size
+    assert (
+        ranks(world_size).run(run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides)
+        == [""] * world_size
+    )
     check_rows(read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference)
     manifest = json.loads((tmp_path / "c_manifest.json").read_text())
     assert [manifest["chunks"][key]["examples"] for key in "012"] == [9, 10, 3]
@@ -122,8 +127,14 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ({"top_k": 301}, "top_k: 301 exceeds the teacher's vocabulary of 300 tokens"),
         ({"start_from_idx": 23}, "start_from_idx: 23 lies outside"),
         ({"end_at_idx": 23}, "end_at_idx: 23 lies outside"),
-        ({"model__micro_batch_size": 2, "model__global_batch_size": 3}, "model.global_batch_size: 3 must be a multiple"),
-        ({"data__data__max_seq_length": 5000}, "data.data.max_seq_length: 5000 exceeds the model's max_position_embeddings"),
+        (
+            {"model__micro_batch_size": 2, "model__global_batch_size": 3},
+            "model.global_batch_size: 3 must be a multiple",
+        ),
+        (
+            {"data__data__max_seq_length": 5000},
+            "data.data.max_seq_length: 5000 exceeds the model's max_position_embeddings",
+        ),
         ({"pretrained_checkpoint__restore_from_path": "/nowhere"}, "/nowhere does not exist"),
         ({"data__data__file_path": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
         ({"data__chat": False}, "data.chat=False, but the record is a conversation"),
@@ -142,10 +153,15 @@ def test_wrong_input_is_refused_before_the_teacher_runs(ranks, world, tmp_path, 
 
 
 def test_heads_that_tensor_parallelism_cannot_cut_are_refused(ranks, world, tmp_path):
-    folder = save_hf_model("llama2", tmp_path / "odd", 300, num_attention_heads=6, num_key_value_heads=3, hidden_size=48)
+    folder = save_hf_model(
+        "llama2", tmp_path / "odd", 300, num_attention_heads=6, num_key_value_heads=3, hidden_size=48
+    )
     overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2, "model__global_batch_size": 1}
     refused = ranks(2).run(run_stage_1, folder, world[2], tmp_path / "c.jsonl", overrides)
-    assert all("model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)" in text for text in refused)
+    assert all(
+        "model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)" in text
+        for text in refused
+    )
 
 
 def test_broken_json_names_file_and_line(ranks, world, tmp_path):

@@ -135,7 +135,10 @@ def compose(command: str, line: str, base: str | None = None):
     for override in OverridesParser.create().parse_overrides(arguments):
         OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
     cfg, warnings = translate(cfg, command)
-    config_class = {"compute_topk_logits": ComputeTopkLogitsConfig, "train_gpt_knowledge_distillation": TrainStudentConfig}
+    config_class = {
+        "compute_topk_logits": ComputeTopkLogitsConfig,
+        "train_gpt_knowledge_distillation": TrainStudentConfig,
+    }
     return typed(config_class[command], cfg), warnings
 
 
@@ -169,7 +172,17 @@ def test_shipped_yaml_composes_from_any_folder_and_leaves_nothing_behind(spec, t
 def test_own_yaml_is_found_relative_to_the_current_folder(tmp_path):
     (tmp_path / "my").mkdir()
     (tmp_path / "my" / "run.yaml").write_text("top_k: 7\n")
-    result = command("compute_topk_logits", "--config-path", "my", "--config-name", "run", "--cfg", "job", "end_at_idx=3", cwd=tmp_path)
+    result = command(
+        "compute_topk_logits",
+        "--config-path",
+        "my",
+        "--config-name",
+        "run",
+        "--cfg",
+        "job",
+        "end_at_idx=3",
+        cwd=tmp_path,
+    )
     assert yaml.safe_load(result.stdout) == {"top_k": 7, "end_at_idx": 3}
 
 
@@ -191,10 +204,15 @@ def test_nemo_aligners_yaml_files_are_taken():
     assert teacher.start_from_idx == 0
     assert teacher.data.data.max_seq_length == 4096
     assert all("=" in line and ": " in line for line in warnings)
-    student, _ = compose("train_gpt_knowledge_distillation", MINIMAL["train_gpt_knowledge_distillation"], ALIGNER_STAGE_2)
+    student, _ = compose(
+        "train_gpt_knowledge_distillation", MINIMAL["train_gpt_knowledge_distillation"], ALIGNER_STAGE_2
+    )
     assert student.trainer.knowledge_distillation.save_interval == 100
     assert student.model.data.seq_length == 4096
-    assert student.exp_manager["checkpoint_callback_params"]["filename"] == "sft--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"
+    assert (
+        student.exp_manager["checkpoint_callback_params"]["filename"]
+        == "sft--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"
+    )
 
 
 def test_ignored_keys_tell_why():
@@ -217,9 +235,21 @@ def test_aliases_must_not_contradict():
         ("compute_topk_logits", "n_examples_per_chunk=5", "has no CHUNK_ID, which n_examples_per_chunk=5 needs"),
         ("compute_topk_logits", "start_from_idx=5 end_at_idx=4", "end_at_idx: 4 lies before start_from_idx 5"),
         ("compute_topk_logits", "trainer.precision=fp8", "trainer.precision: 'fp8' is not one of"),
-        ("compute_topk_logits", "model.pipeline_model_parallel_size=2", "pipeline_model_parallel_size: 2 is not available"),
-        ("train_gpt_knowledge_distillation", "model.knowledge_distillation.kd_loss=fkl", "'fkl' is not one of fwd_kl, bwd_kl"),
-        ("train_gpt_knowledge_distillation", "model.knowledge_distillation.cross_tokenizer=True", "cross_tokenizer: True is refused"),
+        (
+            "compute_topk_logits",
+            "model.pipeline_model_parallel_size=2",
+            "pipeline_model_parallel_size: 2 is not available",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.knowledge_distillation.kd_loss=fkl",
+            "'fkl' is not one of fwd_kl, bwd_kl",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.knowledge_distillation.cross_tokenizer=True",
+            "cross_tokenizer: True is refused",
+        ),
         ("train_gpt_knowledge_distillation", "model.knowledge_distillation.kd_loss_weight=0", "are both 0"),
         ("train_gpt_knowledge_distillation", "model.data.data_impl=dataset", "has no teacher logits"),
         ("train_gpt_knowledge_distillation", "model.data.data_impl=mmap", "'mmap' is not read here"),
@@ -235,7 +265,13 @@ def test_wrong_values_are_named(name, override, message):
 
 
 def test_the_command_ends_with_the_message_and_status_2(tmp_path):
-    result = command("compute_topk_logits", *shlex.split(MINIMAL["compute_topk_logits"]), "trainer.devices=2", "top_kk=1", cwd=tmp_path)
+    result = command(
+        "compute_topk_logits",
+        *shlex.split(MINIMAL["compute_topk_logits"]),
+        "trainer.devices=2",
+        "top_kk=1",
+        cwd=tmp_path,
+    )
     assert result.returncode == 2
     assert result.stderr.startswith("error: unknown configuration keys:")
     assert "Traceback" not in result.stderr

@@ -1,0 +1,273 @@
+"""Stage 2: gradients that depend on no layout, exact resume, the loss against plain definitions on transformers' model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.config import ConfigError
+from nemo_kd.data.collate import collate
+from nemo_kd.data.records import DataError
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.schedule import forward_backward
+from nemo_kd.student import StudentModule, train_student
+from tests.integration.test_stage_1 import run_stage_1
+from tests.tiny_data import student_config, write_chat_dataset
+from tests.tiny_models import save_hf_model
+
+NUM_TRAIN, NUM_VALIDATION = 40, 11
+
+
+def run_stage_2(model, train, validation, log_dir, overrides) -> str:
+    try:
+        train_student(student_config(model, train, validation, log_dir, **overrides))
+    except (ConfigError, CacheError, DataError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.fixture(scope="module")
+def world(ranks, tmp_path_factory):
+    """Student, train and validation caches, datasets."""
+    folder = tmp_path_factory.mktemp("stage_2")
+    teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
+    student = save_hf_model("llama2", folder / "student", 300, num_hidden_layers=1)
+    caches = {}
+    for split, count, start in (("train", NUM_TRAIN, 0), ("validation", NUM_VALIDATION, 60)):
+        dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
+        caches[split] = folder / f"{split}_CHUNK_ID.jsonl"
+        assert ranks(1).run(run_stage_1, teacher, dataset, caches[split], {"n_examples_per_chunk": 16}) == [""]
+    return student, caches["train"], caches["validation"], folder
+
+
+def metrics(log_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (log_dir / "metrics" / "metrics.jsonl").read_text().splitlines()]
+
+
+def training_rows(log_dir: Path) -> dict[int, dict]:
+    """Step -> what does not depend on the clock; a repeated step's last line counts."""
+    keys = ("train/loss", "train/kd_loss", "train/sft_loss", "grad_norm", "lr", "consumed_samples")
+    return {row["step"]: {key: row[key] for key in keys} for row in metrics(log_dir) if "train/loss" in row}
+
+
+def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrides):
+    """Full gradients by Hugging Face name order: (sums, {name: this rank's gradient})."""
+    devices = torch.distributed.get_world_size()
+    config = student_config(
+        student, train, train, Path("/nonexistent"), trainer__devices=devices, model__tensor_model_parallel_size=tp,
+        model__micro_batch_size=micro_batch_size, model__optim__name="adam", **overrides,
+    )  # fmt: skip
+    groups = initialize_model_parallel(config.model, 1)
+    reader = CacheReader([str(train)])
+    rows = [reader[i] for i in range(num_rows)]
+    per_rank = num_rows // data_size
+    mine = rows[groups.data_rank * per_rank : (groups.data_rank + 1) * per_rank]
+    batches = [collate(mine[i : i + micro_batch_size], 0) for i in range(0, len(mine), micro_batch_size)]
+    with open_pretrained(str(student)) as pretrained:
+        module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
+    module.model.zero_grad_buffer()
+    sums = forward_backward(module.model, batches, module.token_losses)
+    torch.distributed.all_reduce(sums, group=groups.data)
+    return sums, {name: parameter.main_grad.clone() for name, parameter in module.gpt.named_parameters()}
+
+
+def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str):
+    """The documented objective on transformers' model in float64, row by row without padding."""
+    model = AutoModelForCausalLM.from_pretrained(student).double()
+    reader = CacheReader([str(train)])
+    total, count = torch.zeros((), dtype=torch.float64), 0
+    for index in range(num_rows):
+        row = reader[index]
+        logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
+        mask = torch.tensor(row.example.loss_mask_S).double()
+        ce = torch.nn.functional.cross_entropy(logits, torch.tensor(row.example.labels_S), reduction="none")
+        p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK).double(), -1)
+        q = torch.softmax(logits.gather(1, torch.tensor(row.teacher.topk_token_ids_SK)), -1)
+        kd = (p * (p / q).log()).sum(-1) if kd_loss == "fwd_kl" else (q * (q / p).log()).sum(-1)
+        total, count = total + ((0.5 * ce + 1.0 * kd) * mask).sum(), count + mask.sum()
+    (total / count).backward()
+    return float(total / count), {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl"])
+def test_loss_and_gradient_match_transformers_in_float64(ranks, world, kd_loss):
+    student, train, _, _ = world
+    loss, expected = reference_gradients(student, train, 8, kd_loss)
+    overrides = {"model__knowledge_distillation__kd_loss": kd_loss}
+    sums, ours = ranks(1).run(gradients, student, train, 1, 1, 3, 8, overrides)[0]
+    assert float(sums[0] / sums[-1]) == pytest.approx(loss, rel=1e-6)
+    pairs = {
+        "embedding.word_embeddings.weight": "model.embed_tokens.weight",
+        "output_layer.weight": "lm_head.weight",
+        "decoder.final_layernorm.weight": "model.norm.weight",
+        "decoder.layers.0.mlp.linear_fc2.weight": "model.layers.0.mlp.down_proj.weight",
+        "decoder.layers.0.self_attention.linear_proj.weight": "model.layers.0.self_attn.o_proj.weight",
+    }
+    for name, theirs in pairs.items():
+        reference = expected[theirs]
+        difference = (ours[name][: len(reference)].double() - reference).norm() / reference.norm()
+        assert difference < 1e-5, f"{name}: {difference}"
+
+
+def test_gradients_depend_on_no_batching_and_no_layout(ranks, world):
+    student, train, _, _ = world
+    sums, whole = ranks(1).run(gradients, student, train, 1, 1, 8, 8, {})[0]
+    for world_size, tp, micro_batch_size in [
+        (1, 1, 1),
+        (1, 1, 3),
+        (2, 1, 1),
+        (2, 1, 4),
+        (4, 1, 2),
+        (2, 2, 2),
+        (4, 2, 1),
+    ]:
+        overrides = {"model__global_batch_size": 8 * 3}
+        results = ranks(world_size).run(gradients, student, train, tp, world_size // tp, micro_batch_size, 8, overrides)
+        for other_sums, other in results:
+            torch.testing.assert_close(other_sums, sums, rtol=1e-6, atol=1e-6)
+            norm = other["decoder.final_layernorm.weight"]
+            # Replicated over tensor-parallel ranks, so comparable in every layout; float32 sums in another order.
+            torch.testing.assert_close(norm, whole["decoder.final_layernorm.weight"], rtol=2e-4, atol=1e-7)
+        rows = [result[1]["output_layer.weight"] for result in results[:tp]]
+        assembled = torch.cat(rows)[:300]
+        torch.testing.assert_close(assembled, whole["output_layer.weight"][:300], rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_resume_equals_an_uninterrupted_run_to_the_last_bit(ranks, world, tmp_path, world_size):
+    student, train, validation, _ = world
+    overrides = {"trainer__devices": world_size, "trainer__knowledge_distillation__max_epochs": 2}
+    assert (
+        ranks(world_size).run(run_stage_2, student, train, validation, tmp_path / "a", overrides) == [""] * world_size
+    )
+    straight = training_rows(tmp_path / "a")
+    assert list(straight) == list(range(1, 9))  # 39 examples: four batches of 8 an epoch
+    checkpoint = next(path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name)
+    shutil.copytree(checkpoint, tmp_path / "b" / "checkpoints" / f"{checkpoint.name}-last")
+    assert (
+        ranks(world_size).run(run_stage_2, student, train, validation, tmp_path / "b", overrides) == [""] * world_size
+    )
+    resumed = training_rows(tmp_path / "b")
+    assert list(resumed) == [5, 6, 7, 8]
+    assert all(resumed[step] == straight[step] for step in resumed)
+
+
+def test_resume_on_another_layout(ranks, world, tmp_path):
+    student, train, validation, _ = world
+    overrides = {"trainer__knowledge_distillation__max_epochs": 2}
+    ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides)
+    straight = training_rows(tmp_path / "a")
+    checkpoint = next(path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name)
+    for tp in (1, 2):
+        log_dir = tmp_path / f"tp{tp}"
+        shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
+        layout = {**overrides, "trainer__devices": 2, "model__tensor_model_parallel_size": tp}
+        assert ranks(2).run(run_stage_2, student, train, validation, log_dir, layout) == ["", ""]
+        resumed = training_rows(log_dir)
+        assert list(resumed) == [5, 6, 7, 8]
+        for step, row in resumed.items():
+            assert row["train/loss"] == pytest.approx(straight[step]["train/loss"], rel=1e-4)
+            assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-3)
+
+
+def test_sft_from_a_dataset_and_what_a_run_leaves(ranks, world, tmp_path):
+    student, _, _, folder = world
+    overrides = {
+        "model__data__data_impl": "dataset",
+        "model__data__data_prefix": {
+            "train": [str(folder / "train.jsonl")],
+            "validation": str(folder / "validation.jsonl"),
+            "test": str(folder / "validation.jsonl"),
+        },
+        "model__knowledge_distillation__kd_loss_weight": 0.0,
+        "model__knowledge_distillation__sft_loss_weight": 1.0,
+        "trainer__knowledge_distillation__max_steps": 3,
+        "trainer__knowledge_distillation__val_check_interval": 1000,
+        "exp_manager__create_wandb_logger": True,
+        "exp_manager__wandb_logger_kwargs": {"project": "p", "name": "n", "offline": True, "save_dir": str(tmp_path)},
+        "name": "sft",
+    }
+    assert ranks(2).run(run_stage_2, student, "t", "v", tmp_path / "run", {**overrides, "trainer__devices": 2}) == [
+        "",
+        "",
+    ]
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3, 3, 3]
+    trained = [row for row in rows if "train/loss" in row]
+    assert len(trained) == 3
+    assert {"train/loss", "train/kd_loss", "train/sft_loss", "lr", "grad_norm", "perf/step_time_s"} <= trained[0].keys()
+    assert all(row["train/loss"] == row["train/sft_loss"] and row["train/kd_loss"] == 0 for row in trained)
+    assert sum("val_loss" in row for row in rows) == 1  # an interval longer than the run still validates at its end
+    test = next(row for row in rows if "test/loss" in row)
+    validation = next(row for row in rows if "val_loss" in row)
+    assert test["test/loss"] == pytest.approx(validation["val_loss"], rel=1e-6)
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+    assert list(tmp_path.rglob("offline-run-*"))
+    with open_pretrained(str(tmp_path / "run" / "checkpoints" / "sft.nemo")) as pretrained:
+        assert pretrained.architecture.num_layers == 1
+
+
+def test_validation_counts_every_example_once(ranks, world, tmp_path):
+    """11 examples on 1 and 4 ranks, so that most ranks get filler rows: the same token-weighted mean."""
+    student, train, validation, _ = world
+    losses = []
+    for world_size in (1, 4):
+        overrides = {
+            "trainer__devices": world_size,
+            "trainer__knowledge_distillation__max_steps": 1,
+            "model__optim__lr": 0.0,
+        }
+        log_dir = tmp_path / str(world_size)
+        assert set(ranks(world_size).run(run_stage_2, student, train, validation, log_dir, overrides)) == {""}
+        losses.append(next(row["val_loss"] for row in metrics(log_dir) if "val_loss" in row))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model__global_batch_size": 64}, "model.global_batch_size: 64 exceeds the 39 training examples"),
+        ({"model__data__n_chunks": 7}, "the chunk is missing (3 of 7 chunks"),
+        ({"model__data__top_k": 9}, "expected at least top_k=9"),
+        (
+            {"trainer__knowledge_distillation__save_interval": 6},
+            "save_interval: 6 steps is not a multiple of val_check_interval",
+        ),
+        ({"exp_manager__nonsense": 1}, "nonsense"),
+        (
+            {"model__data__data_prefix": {"train": ["/no/t_CHUNK_ID.jsonl"], "validation": ["v"]}},
+            "/no/t_0.jsonl: the chunk is missing",
+        ),
+        (
+            {"model__data__seq_length": 9999},
+            "model.data.seq_length: 9999 exceeds the model's max_position_embeddings (512)",
+        ),
+    ],
+)
+def test_wrong_input_is_refused_before_the_first_step(ranks, world, tmp_path, overrides, message):
+    student, train, validation, _ = world
+    assert message in ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides)[0]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_a_student_with_another_vocabulary_or_tokenizer_is_refused(ranks, world, tmp_path):
+    _, train, validation, _ = world
+    smaller = save_hf_model("llama2", tmp_path / "smaller", 290)
+    message = ranks(1).run(run_stage_2, smaller, train, validation, tmp_path / "run", {})[0]
+    assert "the cache's teacher has a vocabulary of 300 tokens, the student one of 290" in message
+    other = save_hf_model("llama2", tmp_path / "other", 300)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[100:102]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = ranks(1).run(run_stage_2, other, train, validation, tmp_path / "run", {})[0]
+    assert "both must share one tokenizer" in message
