@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
     "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-TEACHER_EPOCHS = 4
+TEACHER_EPOCHS = 3
 STUDENT_EXAMPLES = 2000
 STUDENT_EPOCHS = 4
 
@@ -260,6 +261,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1234)
     parser.add_argument("--scale", type=float, default=1.0, help="fewer examples and epochs below 1, for a quick look")
     arguments = parser.parse_args()
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
     Quickstart(arguments.output_dir, arguments.seed, arguments.scale).run()
 
 

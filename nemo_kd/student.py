@@ -22,7 +22,7 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.optimizer import SHARDING_METADATA, ModelOptimizer, lr_scheduler, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import ModelOptimizer, lr_scheduler, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.vocab import VocabShard
@@ -132,7 +132,7 @@ class StudentModule(pl.LightningModule):
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The weights as Megatron's sharded tensors, for distributed checkpoints."""
-        return self.gpt.sharded_state_dict(metadata=SHARDING_METADATA)
+        return self.gpt.sharded_state_dict(metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
         self.gpt.load_state_dict(state)

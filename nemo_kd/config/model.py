@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,11 +124,12 @@ def check_tensor_parallel(architecture: GPTArchitecture, tensor_model_parallel_s
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Embedding rows after padding: the next multiple of `divisible_by` x tensor-parallel size.
+    """Embedding rows after padding: the next multiple of both `divisible_by` and the tensor-parallel size.
 
-    Padding rows are zero and never reach a top-k, a log-sum-exp or a softmax: see `ops.vocab.real_columns`.
+    The same for every tensor-parallel size that divides `divisible_by`, so that optimizer states can be resharded.
+    Padding rows are zero and never reach a top-k, a log-sum-exp or a softmax: see `ops.vocab.VocabShard`.
     """
-    multiple = divisible_by * tensor_model_parallel_size
+    multiple = math.lcm(divisible_by, tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple
 
 

@@ -52,7 +52,7 @@ class ModelConfig(ParallelConfig):
     encoder_seq_length: int | None = None
     """Default of the longest sequence; None: 4096, or the model's own maximum where that is smaller."""
     make_vocab_size_divisible_by: int = 128
-    """The embedding is padded to a multiple of this times the tensor-parallel size; padding never takes part in a result."""
+    """The embedding is padded to a multiple of this and of the tensor-parallel size; padding never takes part in a result."""
     transformer_engine: str = "auto"
     """auto (Transformer Engine's layers on a GPU where it is installed), on, off."""
 

@@ -12,7 +12,7 @@ from megatron.core import dist_checkpointing
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.optimizer import SHARDING_METADATA
+from nemo_kd.mcore.optimizer import sharding_metadata
 
 _HARMLESS = {
     "collections": {"OrderedDict"},
@@ -43,7 +43,7 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     torch.distributed.barrier()
-    dist_checkpointing.save(state, str(folder), content_metadata=SHARDING_METADATA)
+    dist_checkpointing.save(state, str(folder), content_metadata=sharding_metadata())
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -16,12 +16,17 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.student import OptimConfig, SchedConfig
 
-SHARDING_METADATA = {
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
-    "distrib_optim_sharding_type": "fully_reshardable",
-}
-"""How a distributed checkpoint lays out the optimizer: so that it loads at any tensor- and data-parallel size."""
+
+def sharding_metadata() -> dict[str, Any]:
+    """How a distributed checkpoint lays out the optimizer: so that it loads at any tensor- and data-parallel size.
+
+    A new one each time: Megatron writes the process groups of the moment into it.
+    """
+    return {
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_sharding_type": "fully_reshardable",
+    }
 
 
 def training_options() -> dict[str, Any]:
@@ -92,7 +97,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.megatron.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         result = closure() if closure is not None else None
         _, grad_norm, _ = self.megatron.step()
         self.grad_norm = float(grad_norm) if grad_norm is not None else math.nan
@@ -100,7 +105,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
         """The optimizer's part of a distributed checkpoint; every rank takes part."""
-        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=SHARDING_METADATA)
+        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
         with torch.no_grad():

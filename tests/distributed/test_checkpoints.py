@@ -21,7 +21,7 @@ from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from tests.tiny_models import save_hf_model
 
-VOCABULARY = 517  # odd, and padded differently at every tensor-parallel size
+VOCABULARY = 517  # odd, and padded to 517, 528, 544, 576 or 640 rows below
 
 
 def load(path: str, tensor_model_parallel_size: int, divisible_by: int, dtype: torch.dtype = torch.float32):
@@ -102,7 +102,7 @@ def run(ranks) -> Run:
 def test_an_archive_is_the_same_model_in_every_layout(ranks, source, tmp_path):
     archive = str(tmp_path / "model.nemo")
     ranks(2).run(resave, str(source), archive, 2, 16)
-    for size, divisible_by in ((1, 1), (1, 128), (2, 64), (4, 8)):
+    for size, divisible_by in ((1, 1), (1, 128), (2, 64), (4, 32)):
         expected = ranks(size).run(shards, str(source), size, divisible_by)
         loaded = ranks(size).run(shards, archive, size, divisible_by)
         for ours, theirs in zip(loaded, expected, strict=True):
