@@ -6,7 +6,7 @@ teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are al
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -95,13 +95,10 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy of the batch on `device`."""
-        return Batch(**{name: t if t is None else t.to(device, non_blocking=True) for name, t in self._tensors()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def split(self, micro_batch_size: int) -> Iterator[Batch]:
-        """The batch in micro-batches of `micro_batch_size` rows, in order; the last may be smaller."""
-        for start in range(0, len(self.tokens_BS), micro_batch_size):
-            rows = slice(start, start + micro_batch_size)
-            yield Batch(**{name: t if t is None else t[rows] for name, t in self._tensors()})
-
-    def _tensors(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        return ((field.name, getattr(self, field.name)) for field in fields(self))
+    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        present = {
+            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
+        }
+        return Batch(**{name: function(tensor) for name, tensor in present.items()})

@@ -85,13 +85,15 @@ class StudentModule(pl.LightningModule):
         """(weighted loss summed over the micro-batch's loss tokens, sums of loss, KD, CE and loss tokens)."""
         weights = self.config.model.knowledge_distillation
         shard = VocabShard.of(logits_BSv.shape[-1], self.architecture.vocab_size, self.groups.tensor)
-        use_teacher = weights.kd_loss_weight > 0 and batch.topk_logits_BSK is not None
+        topk_logits_BSK, topk_token_ids_BSK = batch.topk_logits_BSK, batch.topk_token_ids_BSK
+        if weights.kd_loss_weight == 0:
+            topk_logits_BSK = topk_token_ids_BSK = None
         losses = self.losses(
             logits_BSv.flatten(0, 1),
             batch.labels_BS.flatten(),
             shard,
-            batch.topk_logits_BSK.flatten(0, 1) if use_teacher else None,
-            batch.topk_token_ids_BSK.flatten(0, 1) if use_teacher else None,
+            None if topk_logits_BSK is None else topk_logits_BSK.flatten(0, 1),
+            None if topk_token_ids_BSK is None else topk_token_ids_BSK.flatten(0, 1),
         )
         mask_N = batch.loss_mask_BS.flatten()
         ce_sum = (losses.ce_N * mask_N).sum()

@@ -117,7 +117,7 @@ def help_text(command: Command) -> str:
 def _run_with_config(command: Command, cfg: DictConfig) -> None:
     try:
         cfg, ignored = translate(cfg, command.name)
-        config = typed(command.config_class, cfg)
+        config: Any = typed(command.config_class, cfg)
         trainer = getattr(config, "trainer", None)
         if trainer is not None and needs_launch(trainer):
             sys.exit(launch(trainer.devices))

@@ -83,9 +83,10 @@ def _field_docs(cls: type) -> dict[str, str]:
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         assert isinstance(body, ast.ClassDef)
         for statement, following in zip(body.body, body.body[1:], strict=False):
-            is_field = isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)
-            if is_field and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-                docs[statement.target.id] = " ".join(str(following.value.value).split())  # type: ignore[union-attr]
+            name = statement.target if isinstance(statement, ast.AnnAssign) else None
+            text = following.value if isinstance(following, ast.Expr) else None
+            if isinstance(name, ast.Name) and isinstance(text, ast.Constant):
+                docs[name.id] = " ".join(str(text.value).split())
     return docs
 
 
@@ -96,7 +97,9 @@ def _leaf_keys(cfg: Any, prefix: str = "") -> list[str]:
     for key in cfg:
         node = cfg._get_node(key)
         keys += (
-            _leaf_keys(node, f"{prefix}{key}.") if isinstance(node, DictConfig) and len(node) else [f"{prefix}{key}"]
+            _leaf_keys(node, f"{prefix}{key!s}.")
+            if isinstance(node, DictConfig) and len(node)
+            else [f"{prefix}{key!s}"]
         )
     return keys
 
@@ -112,7 +115,7 @@ def _known(cls: type, parts: list[str]) -> bool:
         return True
     return any(
         _known(inner, parts[1:])
-        if dataclasses.is_dataclass(inner)
+        if isinstance(inner, type) and dataclasses.is_dataclass(inner)
         else inner is Any or typing.get_origin(inner) is dict
         for inner in alternatives
     )

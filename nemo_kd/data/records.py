@@ -71,7 +71,7 @@ class JsonlRecords:
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes."""
         with self.path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"  # type: ignore[arg-type]
+            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}

@@ -81,7 +81,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         super().__init__([{"params": []}], {"lr": optim.lr})
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         return self.megatron.param_groups
 
     @param_groups.setter
@@ -111,7 +111,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         with torch.no_grad():
             self.megatron.load_state_dict(state)
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Empty: the state is saved through `sharded_state_dict`."""
         return {}
 

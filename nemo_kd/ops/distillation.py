@@ -125,6 +125,7 @@ class _Losses(torch.autograd.Function):
         gradient_Nv = torch.zeros_like(logits_Nv)
         at_ids_NJ = -d_ce_N[:, None]
         if d_kd_NK is not None:
+            assert d_kd_N is not None
             at_ids_NJ = torch.cat([at_ids_NJ, d_kd_N[:, None] * d_kd_NK], dim=1)
         at_ids_NJ = torch.where(held_NJ, at_ids_NJ, 0)
         for rows in row_blocks(len(logits_Nv), num_real) if num_real else ():

@@ -25,7 +25,7 @@ class DistributedCheckpointIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         save_sharded(checkpoint, checkpoint_folder(path))
 
-    def load_checkpoint(  # type: ignore[override]
+    def load_checkpoint(
         self,
         path: str | Path,
         map_location: Callable[..., Any] | None = None,

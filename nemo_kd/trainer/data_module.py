@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
@@ -58,13 +58,13 @@ class StudentData(pl.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         self.training.consumed_samples = state_dict["consumed_samples"]
 
-    def train_dataloader(self) -> DataLoader[list[Batch]]:
+    def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.training)
 
-    def val_dataloader(self) -> DataLoader[list[Batch]]:
+    def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("validation", self._once("validation"))
 
-    def test_dataloader(self) -> DataLoader[list[Batch]]:
+    def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test", self._once("test"))
 
     def _once(self, split: str) -> EvaluationBatches:
@@ -72,11 +72,11 @@ class StudentData(pl.LightningDataModule):
             len(self.splits[split]), self.config.model.global_batch_size, self.groups.data_rank, self.groups.data_size
         )
 
-    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[list[Batch]]:
+    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
         num_workers = self.config.model.data.num_workers
         return DataLoader(
             _WithFiller(self.splits[split]),
-            batch_sampler=batches,  # type: ignore[arg-type]
+            batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,

@@ -36,7 +36,7 @@ class MegatronStrategy(DDPStrategy):
     @property
     def module(self) -> ShardedModule:
         """The Lightning module in its role here."""
-        return self.lightning_module  # type: ignore[return-value]
+        return self.lightning_module
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class MegatronStrategy(DDPStrategy):
                 _megatron(optimizer).sharded_state_dict(self.module.sharded_state_dict(), is_loading=True)
                 for optimizer in self.optimizers
             ]
-        return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state=state)  # type: ignore[call-arg]
+        return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state=state)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
         self.module.load_sharded_state_dict(checkpoint["state_dict"])

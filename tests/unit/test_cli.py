@@ -221,7 +221,7 @@ def test_ignored_keys_tell_why():
 
 
 def test_aliases_must_not_contradict():
-    with pytest.raises(ConfigError, match="batch_size: 8 is another name of model.global_batch_size, which is 4"):
+    with pytest.raises(ConfigError, match=r"batch_size: 8 is another name of model\.global_batch_size, which is 4"):
         compose("compute_topk_logits", MINIMAL["compute_topk_logits"] + " batch_size=8 model.global_batch_size=4")
 
 
