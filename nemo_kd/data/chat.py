@@ -49,20 +49,17 @@ def render_messages(
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        start, end = _content_span(messages, turn, text, tokenizer, tools)
-        inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < end and b > start]
+        first, last = _content_span(messages, turn, text, tokenizer, tools)
+        inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < last and b > first]
         for position in inside:
             trained[position] = True
-        # The next special token ends the turn: one of the tokenizer's own, which no user text encodes to by offset.
-        after = (inside[-1] + 1) if inside else 0
-        while (
-            after < len(ids)
-            and ids[after] not in end_ids
-            and not text[slice(*encoding["offset_mapping"][after])].strip()
-        ):
-            after += 1
-        if after < len(ids) and ids[after] in end_ids:
-            trained[after] = True
+        # The next special token ends the turn, and so does white space that the template puts before it: the model has
+        # to write both. A special token stands for itself only; what a user typed lies in other turns.
+        end = inside[-1] + 1 if inside else len(ids)
+        while end < len(ids) and ids[end] not in end_ids and not text[slice(*encoding["offset_mapping"][end])].strip():
+            end += 1
+        if end < len(ids) and ids[end] in end_ids:
+            trained[inside[-1] + 1 : end + 1] = [True] * (end - inside[-1])
     return ids, trained
 
 

@@ -1,0 +1,180 @@
+"""Records by index, the order of examples, batches, the training plan."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+
+from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.config import ConfigError
+from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
+from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
+from nemo_kd.config.student import LoopConfig
+from nemo_kd.data.collate import collate
+from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.order import EvaluationBatches, TrainingBatches, epoch_order
+from nemo_kd.data.records import DataError, JsonlRecords
+from nemo_kd.trainer.plan import TrainingPlan, plan_training
+from tests.tiny_tokenizer import train_tokenizer
+
+
+def test_records_are_read_by_index_whatever_the_order(tmp_path):
+    path = tmp_path / "d.jsonl"
+    rows = [{"n": 0, "text": "ü\u2028 x"}, {"n": 1}, {"n": 2, "deep": {"a": [1]}}]
+    path.write_text("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    records = JsonlRecords(path)
+    assert [records[i] for i in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
+    assert pickle.loads(pickle.dumps(records))[1] == rows[1]
+    assert records.where(1) == f"{path}:4"
+    before = records.fingerprint()
+    path.write_text('{"n": 0}')
+    assert JsonlRecords(path).fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "No such file"),
+        ("", "the file has no records"),
+        ("\n \n", "the file has no records"),
+        ('{"a": 1}\n{"a": ', ":2: not valid JSON"),
+        ("[1]\n", ":1: found a JSON list"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(tmp_path, content, message):
+    path = tmp_path / "d.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(DataError, match=message) as error:
+        records = JsonlRecords(path)
+        [records[i] for i in range(len(records))]
+    assert str(path) in str(error.value)
+
+
+def dataset(tmp_path, records, max_seq_length=512, **config):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = DataConfig(chat=config.pop("chat", None), data=DatasetConfig(file_path=str(path), **config))
+    return TokenizedDataset(data, train_tokenizer(512), max_seq_length)
+
+
+def test_examples_are_shifted_and_carry_their_index(tmp_path):
+    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    examples = dataset(tmp_path, [chat, {"input": "a", "output": "b"}])
+    first = examples[0]
+    ids = train_tokenizer(512).apply_chat_template(chat["messages"], return_dict=True)["input_ids"]
+    assert first.tokens_S.tolist() == ids[:-1]
+    assert first.labels_S.tolist() == ids[1:]
+    assert (first.index, examples[1].index) == (0, 1)
+    assert describe_example(first, train_tokenizer(512)).endswith("<|im_start|>assistant\n«Yo<|im_end|>»\n")
+
+
+def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
+    long = {"messages": [{"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "Yo"}]}
+    silent = {"messages": [{"role": "user", "content": "Hi"}]}
+    examples = dataset(tmp_path, [long, silent, {"input": "a", "output": "b"}], max_seq_length=50, min_seq_length=4)
+    assert [examples[i] for i in range(3)] == [
+        Skipped(0, "too long"),
+        Skipped(1, "no loss tokens"),
+        Skipped(2, "too short"),
+    ]
+
+
+def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
+    with pytest.raises(DataError, match=r"d\.jsonl:2: data\.chat=True needs the field"):
+        dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[1]
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: data\.format=messages|d\.jsonl:1: data\.data\.format=messages needs"
+    ):
+        dataset(tmp_path, [{"input": "a", "output": "b"}], format="messages")[0]
+
+
+def test_epoch_orders_are_permutations_that_differ_by_epoch_and_seed():
+    orders = [epoch_order(100, seed, epoch, True) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
+    assert all(sorted(order) == list(range(100)) for order in orders)
+    assert len({order.tobytes() for order in orders}) == 3
+    assert (epoch_order(100, 1, 0, True) == orders[0]).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_the_same_global_batches(ranks):
+    def batches(rank, size, consumed=0):
+        result = TrainingBatches(21, 8, 2, 5, seed=3, shuffle=True, data_parallel_rank=rank, data_parallel_size=size)
+        result.consumed_samples = consumed
+        return list(result)
+
+    together = [sum(parts, []) for parts in zip(*(batches(rank, ranks) for rank in range(ranks)), strict=True)]
+    assert together == batches(0, 1)
+    assert len(together) == 5
+    for epoch in (together[:2], together[2:4]):
+        assert len({position for batch in epoch for position in batch}) == 16
+    # A run that stopped after three batches goes on with the fourth, on any number of ranks.
+    resumed = [sum(parts, []) for parts in zip(*(batches(rank, ranks, 24) for rank in range(ranks)), strict=True)]
+    assert resumed == together[3:]
+
+
+@pytest.mark.parametrize(("num_samples", "ranks"), [(11, 1), (11, 2), (11, 4), (8, 4), (1, 4)])
+def test_evaluation_sees_every_example_once(num_samples, ranks):
+    parts = [list(EvaluationBatches(num_samples, 8, rank, ranks)) for rank in range(ranks)]
+    assert len({tuple(len(batch) for batch in part) for part in parts}) == 1
+    seen = [position for part in parts for batch in part for position in batch if position >= 0]
+    assert sorted(seen) == list(range(num_samples))
+
+
+def example(index, length, k=None):
+    part = Example(index, np.arange(length) + 1, np.arange(length) + 2, np.ones(length, dtype=np.float32))
+    if k is None:
+        return part
+    logits = -np.arange(k, dtype=np.float32) * np.ones((length, 1), dtype=np.float32)
+    ids = np.arange(k) + np.zeros((length, 1), dtype=np.int64)
+    return CachedExample(part, TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32)))
+
+
+def test_collate_pads_on_the_right_and_masks_the_padding():
+    batch = collate([example(4, 3, k=2), None, example(7, 9, k=2)], pad_id=0)
+    assert batch.tokens_BS.shape == (3, 16)
+    assert batch.indices_B.tolist() == [4, -1, 7]
+    assert batch.num_examples == 2
+    assert batch.tokens_BS[0].tolist() == [1, 2, 3] + [0] * 13
+    assert batch.loss_mask_BS.sum(1).tolist() == [3, 0, 9]
+    assert batch.topk_logits_BSK.shape == (3, 16, 2)
+    assert batch.topk_token_ids_BSK[1, 5].tolist() == [0, 1]
+    assert batch.position_ids_BS[2].tolist() == list(range(16))
+    assert collate([example(0, 8)], 0).topk_logits_BSK is None
+    with pytest.raises(ValueError, match="mixes examples with and without teacher logits"):
+        collate([example(0, 3), example(1, 3, k=2)], 0)
+
+
+@pytest.mark.parametrize(
+    ("loop", "expected"),
+    [
+        (LoopConfig(max_epochs=2, val_check_interval=4), TrainingPlan(6, 12, 4, 4)),
+        (LoopConfig(max_steps=5, val_check_interval=1000), TrainingPlan(6, 5, 1000, 1000)),
+        (LoopConfig(val_check_interval=0.5, save_interval=1.0), TrainingPlan(6, 6, 3, 6)),
+        (LoopConfig(max_epochs=3, limit_train_batches=2, val_check_interval=1), TrainingPlan(2, 6, 1, 1)),
+        (LoopConfig(limit_train_batches=0.5), TrainingPlan(3, 3, 100, 100)),
+    ],
+)
+def test_plans(loop, expected):
+    assert plan_training(loop, 50, 8) == expected
+
+
+def test_impossible_plans_and_layouts_are_refused():
+    with pytest.raises(ConfigError, match="exceeds the 7 training examples"):
+        plan_training(LoopConfig(), 7, 8)
+    with pytest.raises(ConfigError, match="is not a multiple of val_check_interval"):
+        plan_training(LoopConfig(val_check_interval=4, save_interval=6), 80, 8)
+    with pytest.raises(ConfigError, match="leaves nothing to train"):
+        plan_training(LoopConfig(max_steps=0), 80, 8)
+    with pytest.raises(ConfigError, match="2 x 4 = 8"):
+        check_batch_sizes(2, 12, 4)
+    with pytest.raises(ConfigError, match="tensor_model_parallel_size: 3 does not divide the 4 ranks"):
+        ParallelConfig(tensor_model_parallel_size=3).data_parallel_size(4)
+    with pytest.raises(ConfigError, match="exceeds the model's max_position_embeddings"):
+        sequence_length("key", 9, 8)
+    assert (sequence_length("key", None, 8), sequence_length("key", None, 10**6)) == (8, 4096)
+    assert [padded_vocab_size(157, 128, tp) for tp in (1, 2, 4)] == [256, 256, 256]
+    assert padded_vocab_size(10, 4, 3) == 12
