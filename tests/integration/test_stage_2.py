@@ -178,6 +178,31 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
             assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-3)
 
 
+def test_distributed_optimizer_equals_plain_adam(ranks, world, tmp_path):
+    student, train, validation, _ = world
+    curves = []
+    for name in ("distributed_fused_adam", "adam"):
+        overrides = {
+            "trainer__devices": 2,
+            "model__optim__name": name,
+            "exp_manager__create_checkpoint_callback": False,
+        }
+        assert ranks(2).run(run_stage_2, student, train, validation, tmp_path / name, overrides) == ["", ""]
+        curves.append([(row["train/loss"], row["grad_norm"]) for row in training_rows(tmp_path / name).values()])
+        assert not (tmp_path / name / "checkpoints").exists()
+    assert len(curves[0]) == 4
+    for ours, theirs in zip(*curves, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_bf16_keeps_learning(ranks, world, tmp_path):
+    student, train, validation, _ = world
+    overrides = {"trainer__precision": "bf16", "trainer__knowledge_distillation__max_epochs": 3}
+    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides) == [""]
+    losses = [row["train/loss"] for row in training_rows(tmp_path / "run").values()]
+    assert losses[-1] < losses[0]
+
+
 def test_sft_from_a_dataset_and_what_a_run_leaves(ranks, world, tmp_path):
     student, _, _, folder = world
     overrides = {
