@@ -82,6 +82,8 @@ class OptimConfig:
             raise ConfigError(f"model.optim.betas: {self.betas} must be two numbers from [0, 1)")
         if self.lr < 0:
             raise ConfigError(f"model.optim.lr: {self.lr} must not be negative")
+        if self.sched.min_lr > self.lr:
+            raise ConfigError(f"model.optim.sched.min_lr: {self.sched.min_lr} exceeds model.optim.lr ({self.lr})")
 
 
 @dataclass

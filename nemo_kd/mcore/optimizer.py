@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,9 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.student import OptimConfig, SchedConfig
+
+
+log = logging.getLogger(__name__)
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -122,11 +126,12 @@ class ModelOptimizer(torch.optim.Optimizer):
 def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps: int) -> float:
     """Learning rate of a step (from 0) as a fraction of `max_lr`, with NeMo's CosineAnnealing semantics.
 
-    Linear warmup from max_lr / (warmup + 1), cosine down to min_lr, then `constant_steps` at min_lr.
+    Linear warmup, cosine down to min_lr, then `constant_steps` at min_lr. As in NeMo, the warmup starts at 0 where there
+    are constant steps, else at max_lr / (warmup + 1).
     """
     warmup = sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0.0) * max_steps)
     if warmup and step <= warmup:
-        return (step + 1) / (warmup + 1)
+        return step / warmup if sched.constant_steps else (step + 1) / (warmup + 1)
     if sched.name == "constant" or max_lr == 0:
         return 1.0
     decay_steps = max_steps - warmup - sched.constant_steps
@@ -137,6 +142,15 @@ def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps
 
 def lr_scheduler(optimizer: ModelOptimizer, optim: OptimConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
     """The learning rate over the run's optimizer steps."""
+    sched = optim.sched
+    if sched.name == "CosineAnnealing" and (sched.warmup_steps or 0) + sched.constant_steps >= max_steps:
+        log.warning(
+            "model.optim.sched: warmup_steps %s and constant_steps %d leave no step of the %d for the cosine; after the warmup "
+            "the learning rate is min_lr",
+            sched.warmup_steps,
+            sched.constant_steps,
+            max_steps,
+        )
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
     return torch.optim.lr_scheduler.LambdaLR(
