@@ -17,7 +17,6 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.student import OptimConfig, SchedConfig
 
-
 log = logging.getLogger(__name__)
 
 
