@@ -53,7 +53,7 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
     if dist.is_initialized():
         _check_world_size(dist.get_world_size(), num_nodes, devices, "the process group")
         return
-    environment = _cluster_environment(num_nodes, devices)
+    environment = cluster_environment(num_nodes, devices)
     if environment is None:
         _check_world_size(1, num_nodes, devices, "this process, started without a launcher,")
         rank, world_size, local_rank, store = 0, 1, 0, dist.HashStore()
@@ -65,6 +65,24 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
     if use_gpu:
         torch.cuda.set_device(local_rank)
     dist.init_process_group("nccl" if use_gpu else "gloo", rank=rank, world_size=world_size, store=store)
+
+
+def cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | None:
+    """Who started this process, as Lightning describes it: torchrun, srun or a launcher that set LOCAL_RANK; else None.
+
+    torchrun goes first: inside a Slurm job it starts the ranks that count. Slurm's variables alone prove nothing, a
+    job's batch script has them too.
+    """
+    if TorchElasticEnvironment.detect():
+        return TorchElasticEnvironment()
+    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
+        return SLURMEnvironment()
+    if "LOCAL_RANK" not in os.environ:
+        return None
+    environment = LightningEnvironment()
+    environment.set_world_size(int(os.environ.get("WORLD_SIZE", num_nodes * devices)))
+    environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
+    return environment
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:
@@ -124,19 +142,6 @@ def _check_devices(devices: int, accelerator: str) -> bool:
             f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of its node (--gpus-per-node)"
         )
     return num_gpus > 0
-
-
-def _cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | None:
-    if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
-    if SLURMEnvironment.detect():
-        return SLURMEnvironment()
-    if "LOCAL_RANK" not in os.environ:
-        return None
-    environment = LightningEnvironment()
-    environment.set_world_size(int(os.environ.get("WORLD_SIZE", num_nodes * devices)))
-    environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
-    return environment
 
 
 def _check_world_size(world_size: int, num_nodes: int, devices: int, found_by: str) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig, exp_manager
 from omegaconf import OmegaConf
@@ -13,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
 from nemo_kd.trainer.checkpoints import ValidatedCheckpoints
 from nemo_kd.trainer.logging import JsonlLogger, ProgressBar
 from nemo_kd.trainer.plan import TrainingPlan
@@ -31,11 +32,12 @@ def build_trainer(config: TrainStudentConfig, plan: TrainingPlan, groups: Proces
     """
     settings = _settings(config)
     loop = config.trainer.knowledge_distillation
+    environment = cluster_environment(config.trainer.num_nodes, config.trainer.devices)
     trainer = pl.Trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
         devices=config.trainer.devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(groups),
+        strategy=MegatronStrategy(groups, cluster_environment=environment or LightningEnvironment()),
         precision="32-true",  # Megatron casts by itself
         max_epochs=1,  # to Lightning the whole run is one pass over `plan.max_steps` batches
         max_steps=plan.max_steps,

@@ -9,7 +9,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.mcore.groups import init_process_group
+from nemo_kd.mcore.groups import cluster_environment, init_process_group
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 
 
@@ -84,3 +84,22 @@ def test_only_megatron_sees_the_cpu_stand_in():
     assert zeros.type() == "torch.FloatTensor"
     with pytest.raises((RuntimeError, AssertionError)):
         zeros.cuda()
+
+
+def test_slurms_variables_count_only_in_a_step(monkeypatch):
+    for name, value in {
+        "SLURM_NTASKS": "8",
+        "SLURM_JOB_NAME": "job",
+        "SLURM_PROCID": "3",
+        "SLURM_LOCALID": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
+    assert cluster_environment(1, 8) is None
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    step = cluster_environment(1, 8)
+    assert (step.world_size(), step.global_rank(), step.local_rank()) == (8, 3, 1)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
+    monkeypatch.setenv("RANK", "5")
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    assert (cluster_environment(1, 6).world_size(), cluster_environment(1, 6).global_rank()) == (6, 5)

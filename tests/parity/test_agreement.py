@@ -1,0 +1,60 @@
+"""The comparison of student and teacher against transformers in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.data import DataConfig, DatasetConfig
+from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.evaluation.agreement import compare_with_teacher
+from tests.tiny_data import write_chat_dataset
+from tests.tiny_models import save_hf_model
+from tests.tiny_tokenizer import train_tokenizer
+
+
+def compare(student, teacher, examples):
+    try:
+        return compare_with_teacher(str(student), str(teacher), examples, micro_batch_size=3)
+    except ConfigError as error:
+        return str(error)
+
+
+def test_agreement_matches_transformers(ranks, tmp_path):
+    student = save_hf_model("llama2", tmp_path / "student", 300)
+    teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=5)
+    data = DataConfig(data=DatasetConfig(file_path=str(write_chat_dataset(tmp_path / "d.jsonl", 8))))
+    dataset = TokenizedDataset(data, train_tokenizer(300), 512)
+    examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
+    ours = ranks(1).run(compare, student, teacher, examples)[0]
+
+    models = [AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (student, teacher)]
+    sums = torch.zeros(4, dtype=torch.float64)
+    for example in examples:
+        mask = torch.tensor(example.loss_mask_S) > 0
+        labels = torch.tensor(example.labels_S)[mask]
+        with torch.no_grad():
+            log_q, log_p = (
+                model(torch.tensor(example.tokens_S)[None]).logits[0][mask].log_softmax(-1) for model in models
+            )
+        sums += torch.stack(
+            [
+                torch.nn.functional.nll_loss(log_q, labels, reduction="sum"),
+                torch.nn.functional.nll_loss(log_p, labels, reduction="sum"),
+                torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum"),
+                (log_q.argmax(-1) == log_p.argmax(-1)).sum().double(),
+            ]
+        )
+    count = sum(example.num_loss_tokens for example in examples)
+    expected = (sums / count).tolist()
+    assert ours.num_tokens == count
+    assert [ours.student_ce, ours.teacher_ce, ours.forward_kl] == pytest.approx(expected[:3], rel=1e-5)
+    assert ours.top1_agreement == pytest.approx(expected[3], abs=1.5 / count)
+
+    itself = ranks(1).run(compare, teacher, teacher, examples)[0]
+    assert itself.forward_kl == pytest.approx(0, abs=1e-6)
+    assert itself.top1_agreement == 1.0
+    other = save_hf_model("llama2", tmp_path / "other", 290)
+    assert "vocabulary of 290 tokens, the teacher one of 300" in ranks(1).run(compare, other, teacher, examples)[0]
