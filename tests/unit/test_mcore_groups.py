@@ -89,6 +89,7 @@ def test_only_megatron_sees_the_cpu_stand_in():
 def test_slurms_variables_count_only_in_a_step(monkeypatch):
     for name, value in {
         "SLURM_NTASKS": "8",
+        "SLURM_NTASKS_PER_NODE": "8",
         "SLURM_JOB_NAME": "job",
         "SLURM_PROCID": "3",
         "SLURM_LOCALID": "1",
