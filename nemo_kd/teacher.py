@@ -24,7 +24,7 @@ from nemo_kd.config.data import sequence_length
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_tensor_parallel
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
@@ -104,7 +104,9 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         )
         dataset = TokenizedDataset(config.data, tokenizer, seq_length)
         chunks = plan_chunks(config, len(dataset))
-        dataset[chunks[0].start]  # a wrong format or template shows here, before the teacher is loaded
+        first = dataset[chunks[0].start]  # a wrong format or template shows here, before the teacher is loaded
+        if isinstance(first, Example):
+            log.info("example %d, trained between « and »:\n%s", first.index, describe_example(first, tokenizer))
         groups = initialize_model_parallel(config.model, config.model.seed)
         writer = None
         if torch.distributed.get_rank() == 0:

@@ -50,16 +50,18 @@ def render_messages(
         if message["role"] != "assistant":
             continue
         first, last = _content_span(messages, turn, text, tokenizer, tools)
-        inside = [i for i, (a, b) in enumerate(encoding["offset_mapping"]) if a < last and b > first]
-        for position in inside:
-            trained[position] = True
+        for position, (start, end) in enumerate(encoding["offset_mapping"]):
+            trained[position] |= start < last and end > first
         # The next special token ends the turn, and so does white space that the template puts before it: the model has
-        # to write both. A special token stands for itself only; what a user typed lies in other turns.
-        end = inside[-1] + 1 if inside else len(ids)
-        while end < len(ids) and ids[end] not in end_ids and not text[slice(*encoding["offset_mapping"][end])].strip():
-            end += 1
-        if end < len(ids) and ids[end] in end_ids:
-            trained[inside[-1] + 1 : end + 1] = [True] * (end - inside[-1])
+        # to write both. Nothing that a user typed stands there.
+        after = next((i for i, (start, _) in enumerate(encoding["offset_mapping"]) if start >= last), len(ids))
+        stop = after
+        while (
+            stop < len(ids) and ids[stop] not in end_ids and not text[slice(*encoding["offset_mapping"][stop])].strip()
+        ):
+            stop += 1
+        if stop < len(ids) and ids[stop] in end_ids:
+            trained[after : stop + 1] = [True] * (stop + 1 - after)
     return ids, trained
 
 

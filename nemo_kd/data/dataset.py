@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import orjson
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
@@ -67,10 +68,22 @@ class TokenizedDataset:
     def _render(self, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
         kind = self._format(record)
         if kind == "messages":
-            return render_messages(record["messages"], self.tokenizer, record.get(self.config.data.tools_key))
+            return render_messages(record["messages"], self.tokenizer, self._tools(record))
         if kind == "conversations":
             return render_conversations(record, self.tokenizer, self.config.chat_prompt_tokens)
         return self.prompt_template.render(record, self.tokenizer, self.max_seq_length + 1)
+
+    def _tools(self, record: dict[str, Any]) -> list[Any] | None:
+        """The record's tool definitions, a list or its JSON text."""
+        key = self.config.data.tools_key
+        tools = record.get(key)
+        try:
+            tools = orjson.loads(tools) if isinstance(tools, str) and tools else tools
+        except orjson.JSONDecodeError as error:
+            raise DataError(f"`{key}` is a text that is not valid JSON ({error})") from error
+        if tools and not isinstance(tools, list):
+            raise DataError(f"`{key}` must be a list of tool definitions, found {str(tools)[:80]!r}")
+        return tools or None
 
     def _format(self, record: dict[str, Any]) -> str:
         asked, chat = self.config.data.format, self.config.chat

@@ -34,6 +34,12 @@ def render_conversations(
         raise DataError(f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}")
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}")
+    speakers = [_turn_text(turn, number)[0] for number, turn in enumerate(turns)]
+    if not masked & set(speakers):
+        raise DataError(
+            f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are {', '.join(dict.fromkeys(speakers))!r}; name in `mask` "
+            "those that are not trained"
+        )
     pieces: list[tuple[str, bool]] = [
         (
             f"{markers.system_turn_start}System{markers.end_of_name}{record.get('system', '')}{markers.end_of_turn}",

@@ -9,14 +9,14 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import Example
+from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
 from nemo_kd.trainer.data_module import Rows
 
@@ -49,6 +49,9 @@ def load_splits(
         if not len(splits[split]):
             raise ConfigError(f"model.data.data_prefix.{split}: no usable example in {', '.join(paths)}")
         log.info("%s: %d examples from %s", split, len(splits[split]), ", ".join(paths))
+    first = splits["train"][0]
+    example = first.example if isinstance(first, CachedExample) else first
+    log.info("example %d, trained between « and »:\n%s", example.index, describe_example(example, tokenizer))
     return splits
 
 

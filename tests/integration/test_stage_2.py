@@ -128,6 +128,7 @@ def test_gradients_depend_on_no_batching_and_no_layout(ranks, world):
         (4, 1, 2),
         (2, 2, 2),
         (4, 2, 1),
+        (4, 4, 3),
     ]:
         overrides = {"model__global_batch_size": 8 * 3}
         results = ranks(world_size).run(gradients, student, train, tp, world_size // tp, micro_batch_size, 8, overrides)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
+from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.data.chat import render_messages
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.nemo_chat import render_conversations
 from nemo_kd.data.prompt import PromptTemplate
 from nemo_kd.data.records import DataError
@@ -47,6 +50,7 @@ def trained_stretches(ids: list[int], trained: list[bool], tokenizer) -> list[st
         ("CHATML", [user("a"), assistant("Naïve — «déjà» 你好 🙂")], ["Naïve — «déjà» 你好 🙂<|im_end|>"]),
         ("CHATML", [user("x"), assistant("  spaced  \n\n")], ["  spaced  \n\n<|im_end|>"]),
         ("CHATML", [assistant("I begin."), user("ok")], ["I begin.<|im_end|>"]),
+        ("CHATML", [user("say nothing"), assistant("")], ["<|im_end|>"]),
         (
             "CHATML",
             [user("same"), assistant("same"), user("same"), assistant("same")],
@@ -96,6 +100,27 @@ def test_markers_that_a_user_typed_are_not_trained():
     assert trained_stretches(ids, trained, tokenizer) == ["No.<|im_end|>"]
 
 
+def test_tools_reach_the_template(tmp_path):
+    template = (
+        "{% if tools %}<tools>{% for t in tools %}{{ t.name }}{% endfor %}</tools>\n{% endif %}" + tiny_tokenizer.CHATML
+    )
+    tokenizer = train_tokenizer(512, template)
+    record = {"messages": [user("x"), assistant("y")]}
+    path = tmp_path / "d.jsonl"
+    rows = [
+        {**record, "tools": [{"name": "search"}]},
+        {**record, "tools": '[{"name": "search"}]'},
+        record,
+        {**record, "tools": "[{"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = TokenizedDataset(DataConfig(data=DatasetConfig(file_path=str(path))), tokenizer, 512)
+    texts = [tokenizer.decode(dataset[i].tokens_S) for i in range(3)]
+    assert texts[0] == texts[1] == "<tools>search</tools>\n" + texts[2]
+    with pytest.raises(DataError, match=r"d\.jsonl:4: `tools` is a text that is not valid JSON"):
+        dataset[3]
+
+
 @pytest.mark.parametrize(
     ("template", "messages", "message"),
     [
@@ -137,7 +162,6 @@ NEMO_RECORD = {
         ({"type": None}, ["Yo\n<extra_id_1>", "See you\n<extra_id_1>"]),
         ({"type": "TEXT_TO_VALUE"}, ["quality:4\n", "quality:3\n"]),
         ({"mask": "User,Assistant"}, []),
-        ({"mask": "Use"}, ["Yo\n<extra_id_1>", "Bye\n<extra_id_1>", "See you\n<extra_id_1>"]),
         ({"mask": "Assistant"}, ["Bye\n<extra_id_1>"]),
     ],
 )
@@ -161,6 +185,7 @@ def test_nemo_conversations(change, expected):
         ({"conversations": []}, "`conversations` must be a list of at least two turns"),
         ({"conversations": [{"from": "User"}, {"from": "A", "value": "x"}]}, "turn 0 must be an object"),
         ({"mask": ""}, "`mask` must name the speakers"),
+        ({"mask": "Use"}, "`mask` is 'Use', but the speakers are 'User, Assistant'"),
         ({"type": "OTHER"}, "`type` must be VALUE_TO_TEXT"),
     ],
 )
