@@ -82,6 +82,7 @@ class Manifest:
         """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
         payload = dataclasses.asdict(self)
         del payload["chunks"]
+        payload["dataset"].pop("path", None)  # the fingerprint tells what was read, wherever it lies
         return dict(_flat(payload))
 
     def differences(self, other: Manifest) -> list[str]:
@@ -92,6 +93,12 @@ class Manifest:
             for key in sorted(ours.keys() | theirs.keys())
             if ours.get(key) != theirs.get(key)
         ]
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks that the whole cache has when it is complete."""
+        num_records = self.dataset["end_at_idx"] - self.dataset["start_from_idx"] + 1
+        return -(-num_records // self.n_examples_per_chunk) if self.n_examples_per_chunk else 1
 
     def hash(self) -> str:
         """SHA-256 of the manifest's content."""

@@ -14,7 +14,7 @@ from nemo_kd.batch import CachedExample
 from nemo_kd.cache.json_codec import decode
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.offsets import Offsets
+from nemo_kd.cache.offsets import Offsets, digest, largest_id
 
 
 class CacheReader:
@@ -35,6 +35,7 @@ class CacheReader:
         self, paths: Sequence[str], n_chunks: int | None = None, top_k: int | None = None, seq_length: int | None = None
     ) -> None:
         self.top_k = top_k
+        self._descriptors: dict[int, tuple[int, int]] = {}  # file -> (process, descriptor)
         self.manifests: list[Manifest] = []
         self._files: list[Path] = []
         self._offsets: list[Offsets] = []
@@ -47,9 +48,7 @@ class CacheReader:
         fits = np.ones(len(rows), dtype=bool) if seq_length is None else lengths <= seq_length
         self.dropped_too_long = int((~fits).sum())
         self._rows = np.array(rows, dtype=np.int64).reshape(-1, 2)[fits]
-        self._descriptors: dict[int, tuple[int, int]] = {}  # file -> (process, descriptor)
-        if len(self):
-            self[0]  # a top_k above the cache's shows here
+        self._check_k()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -60,14 +59,18 @@ class CacheReader:
         file, line = (int(number) for number in self._rows[position])
         start, end = self._offsets[file].starts[line : line + 2]
         raw = os.pread(self._descriptor(file), int(end - start), int(start))
-        return decode(raw, f"{self._files[file]}:{line + 1}", self.top_k, index=line)
+        where, offsets = f"{self._files[file]}:{line + 1}", self._offsets[file]
+        row = decode(raw, where, self.top_k, index=line)
+        if row.example.num_tokens != offsets.num_positions[line] or largest_id(row) > offsets.max_token_id:
+            raise CacheError(
+                f"{where}: the line is another one than when its index was made; delete {self._files[file]}.idx"
+            )
+        return row
 
     def fingerprint(self) -> str:
-        """Identifies the content: SHA-256 over the manifests, or over names and sizes of files without one."""
+        """Identifies the content: SHA-256 over the manifests and samples of every file."""
         parts = [manifest.hash() for manifest in self.manifests]
-        parts += [
-            f"{path.name}:{int(offsets.starts[-1])}" for path, offsets in zip(self._files, self._offsets, strict=True)
-        ]
+        parts += [f"{path.name}:{digest(path)}" for path in self._files]
         return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -75,16 +78,18 @@ class CacheReader:
 
     def _open(self, layout: CacheLayout, n_chunks: int | None) -> None:
         chunk_ids = layout.existing_chunks()
-        expected = list(
-            range(n_chunks if n_chunks is not None and layout.is_template else max(chunk_ids, default=0) + 1)
-        )
+        shared = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+        if n_chunks is None:
+            n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
+        elif not layout.is_template and n_chunks != 1:
+            raise CacheError(f"{layout.output_path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
+        expected = list(range(n_chunks))
         missing = sorted(set(expected) - set(chunk_ids))
         if missing:
             raise CacheError(
                 f"{layout.chunk_path(missing[0])}: the chunk is missing ({len(chunk_ids)} of {len(expected)} chunks of "
                 f"{layout.output_path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
             )
-        shared = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
         if shared is not None:
             self.manifests.append(shared)
         for chunk_id in expected:
@@ -113,6 +118,23 @@ class CacheReader:
                         f"the caches differ in {name}: {getattr(first, name)!r} and {getattr(manifest, name)!r}; "
                         "read them in separate runs"
                     )
+
+    def _check_k(self) -> None:
+        smallest = min(offsets.smallest_k for offsets in self._offsets)
+        largest = max(offsets.largest_k for offsets in self._offsets)
+        if self.top_k is None and smallest != largest:
+            raise CacheError(
+                f"the caches hold {smallest} to {largest} logits a position; set model.data.top_k={smallest} to use as many of each"
+            )
+        if self.top_k is not None and self.top_k > smallest:
+            raise CacheError(
+                f"model.data.top_k: {self.top_k} exceeds the {smallest} logits a position that the cache holds"
+            )
+
+    def __del__(self) -> None:
+        for process, descriptor in self._descriptors.values():
+            if process == os.getpid():
+                os.close(descriptor)
 
     def _descriptor(self, file: int) -> int:
         process, descriptor = self._descriptors.get(file, (0, -1))

@@ -14,7 +14,7 @@ from nemo_kd.cache.files import atomic_file, remove_abandoned
 from nemo_kd.cache.json_codec import encode, trimmed_length
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
-from nemo_kd.cache.offsets import Offsets
+from nemo_kd.cache.offsets import LineFacts
 
 
 class CacheWriter:
@@ -30,8 +30,15 @@ class CacheWriter:
     def __init__(self, layout: CacheLayout, manifest: Manifest) -> None:
         self.layout, self.manifest = layout, manifest
         layout.folder.mkdir(parents=True, exist_ok=True)
-        if layout.manifest_path.exists():
-            existing = Manifest.load(layout.manifest_path)
+        existing = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+        if existing is None and layout.existing_chunks():
+            path = layout.chunk_path(layout.existing_chunks()[0])
+            raise CacheError(
+                f"output_path: {path} exists, but there is no manifest ({layout.manifest_path}) that tells what wrote it; "
+                "write to another output_path, or delete the file"
+            )
+        # A manifest without chunks is what is left of a run that got no further: it binds nobody.
+        if existing is not None and (existing.chunks or layout.existing_chunks()):
             differences = existing.differences(manifest)
             if differences:
                 raise CacheError(
@@ -40,12 +47,7 @@ class CacheWriter:
                     + "\nWrite to another output_path, or delete that cache."
                 )
             manifest.chunks = existing.chunks
-        elif layout.existing_chunks():
-            path = layout.chunk_path(layout.existing_chunks()[0])
-            raise CacheError(
-                f"output_path: {path} exists, but there is no manifest ({layout.manifest_path}) that tells what wrote it; "
-                "write to another output_path, or delete the file"
-            )
+        manifest.save(layout.manifest_path)  # before the first chunk, so that no chunk is ever of unknown origin
 
     def is_complete(self, chunk_id: int) -> bool:
         """Whether the chunk is listed and its file is there with the listed size."""
@@ -59,10 +61,11 @@ class CacheWriter:
         path = self.layout.chunk_path(chunk_id)
         remove_abandoned(path)
         with atomic_file(path) as file:
-            writer = ChunkWriter(file, ChunkSummary(first_index, last_index))
+            writer = ChunkWriter(file, ChunkSummary(first_index, last_index), self.manifest.top_k)
             yield writer
+            writer.check_complete()
             writer.summary.sha256 = f"sha256:{writer.digest.hexdigest()}"
-        writer.offsets().save(self.layout.index_path(path), path)
+        writer.facts.offsets().save(self.layout.index_path(path), path)
         self.manifest.chunks[str(chunk_id)] = writer.summary
         self.manifest.save(self.layout.manifest_path)
 
@@ -70,19 +73,22 @@ class CacheWriter:
 class ChunkWriter:
     """The rows of one chunk, in the order of their indices."""
 
-    def __init__(self, file: BinaryIO, summary: ChunkSummary) -> None:
-        self.file, self.summary = file, summary
-        self.digest = hashlib.sha256()
-        self._starts, self._num_positions = [0], [0] * 0
-        self._last_index, self._max_token_id = -1, -1
+    def __init__(self, file: BinaryIO, summary: ChunkSummary, top_k: int) -> None:
+        self.file, self.summary, self.top_k = file, summary, top_k
+        self.digest, self.facts = hashlib.sha256(), LineFacts()
+        self._last_index = -1
 
     def write(self, row: CachedExample) -> None:
         """Appends a row.
 
         Raises:
-            CacheError: its index does not follow the last one's.
+            CacheError: its index does not follow the last one's, or it holds another number of logits than the cache.
         """
         example, teacher, summary = row.example, row.teacher, self.summary
+        if teacher.topk_logits_SK.shape[1] != self.top_k:
+            raise CacheError(
+                f"example {example.index} has {teacher.topk_logits_SK.shape[1]} logits a position in a cache of top_k={self.top_k}"
+            )
         if not max(self._last_index + 1, summary.first_index) <= example.index <= summary.last_index:
             raise CacheError(
                 f"example {example.index} came after example {self._last_index} in the chunk of {summary.first_index} to {summary.last_index}"
@@ -91,10 +97,7 @@ class ChunkWriter:
         line = encode(row)
         self.file.write(line)
         self.digest.update(line)
-        self._starts.append(self._starts[-1] + len(line))
-        self._num_positions.append(trimmed_length(example.loss_mask_S))
-        ids = (example.tokens_S, example.labels_S, teacher.topk_token_ids_SK)
-        self._max_token_id = max(self._max_token_id, *(int(array.max()) for array in ids))
+        self.facts.add(row, len(line), trimmed_length(example.loss_mask_S))
         summary.examples += 1
         summary.tokens += example.num_tokens
         summary.loss_tokens += example.num_loss_tokens
@@ -109,7 +112,15 @@ class ChunkWriter:
         """Counts a record that makes no row."""
         self.summary.skipped[reason] = self.summary.skipped.get(reason, 0) + 1
 
-    def offsets(self) -> Offsets:
-        """The index of what was written."""
-        starts, lengths = np.array(self._starts, dtype=np.int64), np.array(self._num_positions, dtype=np.int64)
-        return Offsets(starts, lengths, self._max_token_id)
+    def check_complete(self) -> None:
+        """Refuses a chunk in which records of its range are neither written nor skipped.
+
+        Raises:
+            CacheError: says how many.
+        """
+        summary = self.summary
+        expected, found = summary.last_index - summary.first_index + 1, summary.examples + sum(summary.skipped.values())
+        if found != expected:
+            raise CacheError(
+                f"the chunk of examples {summary.first_index} to {summary.last_index} got {found} of {expected} records"
+            )

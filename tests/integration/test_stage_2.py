@@ -262,7 +262,7 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
     [
         ({"model__global_batch_size": 64}, "model.global_batch_size: 64 exceeds the 39 training examples"),
         ({"model__data__n_chunks": 7}, "the chunk is missing (3 of 7 chunks"),
-        ({"model__data__top_k": 9}, "expected at least top_k=9"),
+        ({"model__data__top_k": 9}, "model.data.top_k: 9 exceeds the 8 logits a position"),
         (
             {"trainer__knowledge_distillation__save_interval": 6},
             "save_interval: 6 steps is not a multiple of val_check_interval",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import pickle
 import signal
@@ -114,6 +115,7 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
         ({"topk_logits": [[0.0], [0.0, -1.0], [0.0], [0.0], [0.0]]}, "lists of different lengths"),
         ({"loss_mask": [0, 1, 2, 1, 1]}, "expected only 0 and 1"),
         ({"log_sum_exp_logits": [-5.0] * 5}, "the kept probabilities sum to"),
+        ({"log_sum_exp_logits": [1e39] * 5}, "expected finite numbers"),
         ({"tokens": [1, 2, -3, 4, 5]}, "found -3, expected token ids of at least 0"),
     ],
 )
@@ -174,12 +176,55 @@ def test_a_missing_or_stale_index_is_built_again(tmp_path):
     assert len(CacheReader([str(foreign)])) == 2
 
 
+def test_an_edited_file_is_noticed(tmp_path):
+    path = write(tmp_path)
+    data = tmp_path / "train_0.jsonl"
+    content = data.read_bytes()
+    tokens = json.loads(content.splitlines()[0])["tokens"]
+    data.write_bytes(
+        content.replace(
+            json.dumps(tokens).replace(" ", "").encode(), json.dumps([99, *tokens[1:]]).replace(" ", "").encode(), 1
+        )
+    )
+    if data.stat().st_size == len(content):
+        assert CacheReader([str(path)]).max_token_id == 99
+    lines = content.splitlines(keepends=True)
+    data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))
+    assert CacheReader([str(path)])[0].example.index == 1  # the index was built again
+
+
+def test_caches_with_different_numbers_of_logits_need_a_common_one(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(encode(row(0, k=4)))
+    (tmp_path / "b.jsonl").write_bytes(encode(row(1, k=2)))
+    paths = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    with pytest.raises(CacheError, match="hold 2 to 4 logits a position; set model.data.top_k=2"):
+        CacheReader(paths)
+    with pytest.raises(CacheError, match="model.data.top_k: 3 exceeds the 2 logits"):
+        CacheReader(paths, top_k=3)
+    assert [CacheReader(paths, top_k=2)[i].teacher.topk_logits_SK.shape[1] for i in (0, 1)] == [2, 2]
+    assert CacheReader(paths[:1]).fingerprint() != CacheReader(paths[1:]).fingerprint()
+
+
+def test_forked_readers_read_the_same_rows(tmp_path):
+    reader = CacheReader([str(write(tmp_path))])
+    reader[0]  # a descriptor that the children must not share
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        rows = pool.map(reader.__getitem__, [index % 10 for index in range(60)])
+    assert all(same(found, row(index % 10, 3 + index % 10 % 4)) for index, found in enumerate(rows))
+
+
 def test_damage_is_found(tmp_path):
     path = write(tmp_path)
     (tmp_path / "train_1.jsonl").rename(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match=r"train_1\.jsonl: the chunk is missing \(2 of 3"):
         CacheReader([str(path)])
     (tmp_path / "elsewhere").rename(tmp_path / "train_1.jsonl")
+    (tmp_path / "train_2.jsonl").rename(tmp_path / "elsewhere")
+    with pytest.raises(CacheError, match=r"train_2\.jsonl: the chunk is missing \(2 of 3"):
+        CacheReader([str(path)])
+    (tmp_path / "elsewhere").rename(tmp_path / "train_2.jsonl")
+    with pytest.raises(CacheError, match="a path without CHUNK_ID is one chunk"):
+        CacheReader([str(tmp_path / "train_0.jsonl")], n_chunks=2)
     with pytest.raises(CacheError, match=r"train_3\.jsonl: the chunk is missing"):
         CacheReader([str(path)], n_chunks=4)
     whole = (tmp_path / "train_2.jsonl").read_bytes()
@@ -199,8 +244,17 @@ def test_an_error_in_a_chunk_leaves_nothing(tmp_path):
     with pytest.raises(CacheError, match="example 0 came after example 3"), writer.chunk(0, 0, 9) as chunk:
         chunk.write(row(3))
         chunk.write(row(0))
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["c.manifest.json"]
     assert not writer.is_complete(0)
+    with pytest.raises(CacheError, match="got 1 of 10 records"), writer.chunk(0, 0, 9) as chunk:
+        chunk.write(row(3))
+    with (
+        pytest.raises(CacheError, match="has 3 logits a position in a cache of top_k=4"),
+        writer.chunk(0, 0, 9) as chunk,
+    ):
+        chunk.write(row(3, k=3))
+    assert [path.name for path in tmp_path.iterdir()] == ["c.manifest.json"]
+    CacheWriter(CacheLayout(str(tmp_path / "c.jsonl")), manifest(top_k=9))  # nothing was written: nothing to protect
 
 
 def test_a_killed_writer_leaves_no_chunk_and_the_next_one_cleans_up(tmp_path):
@@ -208,18 +262,30 @@ def test_a_killed_writer_leaves_no_chunk_and_the_next_one_cleans_up(tmp_path):
 import os, signal, sys
 sys.path.insert(0, {str(ROOT)!r})
 from tests.unit.test_cache import CacheLayout, CacheWriter, manifest, row
-with CacheWriter(CacheLayout({str(tmp_path / "c_CHUNK_ID.jsonl")!r}), manifest()).chunk(0, 0, 9) as chunk:
+with CacheWriter(CacheLayout({str(tmp_path / "c_CHUNK_ID.jsonl")!r}), manifest()).chunk(0, 0, 0) as chunk:
     chunk.write(row(0)); chunk.file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
     assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == -signal.SIGKILL
-    assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"]
-    path = write(tmp_path)
-    assert not list(tmp_path.glob(".*.tmp")) or path  # other template: its leftovers are another writer's
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".tmp"]
     writer = CacheWriter(CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest())
-    with writer.chunk(0, 0, 9) as chunk:
+    with writer.chunk(0, 0, 0) as chunk:
         chunk.write(row(0))
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_chunk_whose_writer_was_killed_before_the_manifest_is_written_again(tmp_path):
+    path = write(tmp_path)
+    listed = (tmp_path / "train_manifest.json").read_text()
+    unlisted = json.loads(listed)
+    del unlisted["chunks"]["0"]
+    (tmp_path / "train_manifest.json").write_text(json.dumps(unlisted))
+    writer = CacheWriter(CacheLayout(str(path)), manifest())
+    assert [writer.is_complete(chunk) for chunk in range(3)] == [False, True, True]
+    with writer.chunk(0, 0, 3) as chunk:
+        for index in range(4):
+            chunk.write(row(index, 3 + index % 4))
+    assert json.loads((tmp_path / "train_manifest.json").read_text()) == json.loads(listed)
 
 
 def test_continuing_with_other_settings_lists_every_difference(tmp_path):
