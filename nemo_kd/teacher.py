@@ -25,6 +25,7 @@ from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes,
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
@@ -104,7 +105,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         )
         dataset = TokenizedDataset(config.data, tokenizer, seq_length)
         chunks = plan_chunks(config, len(dataset))
-        first = dataset[chunks[0].start]  # a wrong format or template shows here, before the teacher is loaded
+        first = dataset[chunks[0].start]  # a wrong format or template shows here, before anything is written
         if isinstance(first, Example):
             log.info("example %d, trained between « and »:\n%s", first.index, describe_example(first, tokenizer))
         groups = initialize_model_parallel(config.model, config.model.seed)
@@ -114,6 +115,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
             writer = CacheWriter(CacheLayout(config.output_path), manifest)
         missing = _from_rank_zero([c for c in range(len(chunks)) if not writer.is_complete(c)] if writer else None)
         if missing:
+            _check_records(dataset, [index for chunk in missing for index in chunks[chunk]])
             teacher = Teacher(config, pretrained, groups, padding_id(tokenizer))
             _write_chunks(config, teacher, dataset, chunks, missing, writer)
         if writer is not None:
@@ -127,6 +129,7 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
         ConfigError: names the key.
     """
     check_tensor_parallel(architecture, config.model.tensor_model_parallel_size)
+    use_transformer_engine(config.model.transformer_engine)
     check_batch_sizes(
         config.model.micro_batch_size,
         config.model.global_batch_size,
@@ -151,6 +154,28 @@ def plan_chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range
     indices = range(config.start_from_idx, last + 1)
     size = config.n_examples_per_chunk or len(indices)
     return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def _check_records(dataset: TokenizedDataset, indices: list[int]) -> None:
+    """Renders every record once, shared out among the ranks: a malformed one shows before the teacher is loaded.
+
+    Raises:
+        DataError: on every rank, what one of them found.
+    """
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    problems: list[str | None] = [None] * world_size
+    mine = tqdm(indices[rank::world_size], desc="checking records", unit=" records", disable=rank != 0, leave=False)
+    problem = None
+    for index in mine:
+        try:
+            dataset[index]
+        except DataError as error:
+            problem = str(error)
+            break
+    torch.distributed.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise DataError(found)
 
 
 def _write_chunks(

@@ -170,7 +170,21 @@ def test_broken_json_names_file_and_line(ranks, world, tmp_path):
     broken.write_text(lines[0] + "\n" + '{"messages": [\n' + lines[1])
     refused = ranks(1).run(run_stage_1, world[1], broken, tmp_path / "c.jsonl", {})[0]
     assert f"{broken}:3: not valid JSON" in refused
-    assert not list(tmp_path.glob("c*"))
+    assert [path.name for path in tmp_path.glob("c*")] == ["c.manifest.json"]
+
+
+def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(ranks, world, tmp_path):
+    lines = world[2].read_text().splitlines(keepends=True)
+    (tmp_path / "d.jsonl").write_text("".join(lines[:20]) + '{"messages": [{"role": "user"}]}\n')
+    overrides = {"trainer__devices": 2, "model__global_batch_size": 2, "n_examples_per_chunk": 4}
+    with pytest.raises(
+        AssertionError
+    ) as error:  # one rank refuses; the launcher ends the other, which this test has to do
+        ranks(2).run(
+            run_stage_1, world[1], tmp_path / "d.jsonl", tmp_path / "c_CHUNK_ID.jsonl", overrides, timeout_s=20
+        )
+    assert "gave no result" in str(error.value) or "d.jsonl:21" in str(error.value)
+    assert not list(tmp_path.glob("c_?.jsonl"))
 
 
 def test_too_long_examples_are_counted(ranks, world, tmp_path):
