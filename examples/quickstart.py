@@ -194,7 +194,9 @@ class Quickstart:
         say("comparison on the validation split")
         init_process_group(1, 1, "auto")
         config = DataConfig(data=DatasetConfig(file_path=str(self.data / "validation.jsonl")))
-        dataset = TokenizedDataset(config, load_tokenizer(self.folder / "student_init"), max_seq_length=512)
+        dataset = TokenizedDataset(
+            config, load_tokenizer(self.folder / "student_init"), max_seq_length=512, vocab_size=VOCAB_SIZE
+        )
         examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
         results: dict[str, Any] = {"times_s": self.times_s}
         print(f"{'':<22}{'CE':>8}{'KL to teacher':>16}{'top-1 agreement':>18}{'training':>11}")

@@ -205,7 +205,9 @@ def train_student(config: TrainStudentConfig) -> None:
         groups = initialize_model_parallel(config.model, config.model.seed)
         trainer = build_trainer(config, plan, groups)
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
-        data = StudentData(config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer), groups)
+        data = StudentData(
+            config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
+        )
         trainer.fit(module, datamodule=data)
         if "test" in splits:
             trainer.test(module, datamodule=data)

@@ -103,7 +103,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
             config.data.data.max_seq_length or config.model.encoder_seq_length,
             architecture.max_position_embeddings,
         )
-        dataset = TokenizedDataset(config.data, tokenizer, seq_length)
+        dataset = TokenizedDataset(config.data, tokenizer, seq_length, architecture.vocab_size)
         chunks = plan_chunks(config, len(dataset))
         first = dataset[chunks[0].start]  # a wrong format or template shows here, before anything is written
         if isinstance(first, Example):
@@ -116,7 +116,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         missing = _from_rank_zero([c for c in range(len(chunks)) if not writer.is_complete(c)] if writer else None)
         if missing:
             _check_records(dataset, [index for chunk in missing for index in chunks[chunk]])
-            teacher = Teacher(config, pretrained, groups, padding_id(tokenizer))
+            teacher = Teacher(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size))
             _write_chunks(config, teacher, dataset, chunks, missing, writer)
         if writer is not None:
             _report(writer.manifest, len(chunks) - len(missing))

@@ -28,7 +28,7 @@ class Skipped:
 
 
 class TokenizedDataset:
-    """Records of one JSONL file as examples of at most `max_seq_length` positions.
+    """Records of one JSONL file as examples of at most `max_seq_length` positions, for a model of `vocab_size` tokens.
 
     A record with `messages` is an OpenAI chat, one with `conversations` a NeMo chat, any other goes through the prompt
     template. Rendering happens on access and is deterministic.
@@ -37,8 +37,11 @@ class TokenizedDataset:
         DataError: the file, or on access a record, cannot be used; with file:line.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> None:
-        self.config, self.tokenizer, self.max_seq_length = config, tokenizer, max_seq_length
+    def __init__(
+        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, vocab_size: int
+    ) -> None:
+        self.config, self.tokenizer = config, tokenizer
+        self.max_seq_length, self.vocab_size = max_seq_length, vocab_size
         self.records = JsonlRecords(config.data.file_path)
         self.prompt_template = PromptTemplate(config.data)
 
@@ -51,6 +54,13 @@ class TokenizedDataset:
             ids, trained = self._render(record)
         except DataError as error:
             raise DataError(f"{self.records.where(index)}: {error}") from error
+        # Tensor-parallel embeddings would take such an id for a token of another rank, and give zeros for it.
+        if max(ids, default=0) >= self.vocab_size:
+            token = self.tokenizer.convert_ids_to_tokens(max(ids))
+            raise DataError(
+                f"{self.records.where(index)}: the token {token!r} has the id {max(ids)}, outside the model's vocabulary of "
+                f"{self.vocab_size}; tokenizer and model do not belong together"
+            )
         example = Example(
             index=index,
             tokens_S=np.array(ids[:-1], dtype=np.int64),

@@ -42,9 +42,12 @@ def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     return f"sha256:{hashlib.sha256(orjson.dumps(tokenizer.chat_template)).hexdigest()}"
 
 
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token id to fill positions with that never count: padding, else end of sequence, else 0."""
+def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
+    """A token id of the model to fill positions with that never count: padding, else end of sequence, else 0.
+
+    Some tokenizers have a padding token that their model has no embedding for.
+    """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(token_id, int):
+        if isinstance(token_id, int) and token_id < vocab_size:
             return token_id
     return 0

@@ -45,7 +45,7 @@ def load_splits(
         if model.data.uses_cache:
             splits[split] = _open_cache(split, paths, model.data, seq_length, architecture, tokenizer)
         else:
-            splits[split] = _tokenize(split, paths, model.data, seq_length, tokenizer)
+            splits[split] = _tokenize(split, paths, model.data, seq_length, architecture, tokenizer)
         if not len(splits[split]):
             raise ConfigError(f"model.data.data_prefix.{split}: no usable example in {', '.join(paths)}")
         log.info("%s: %d examples from %s", split, len(splits[split]), ", ".join(paths))
@@ -88,14 +88,21 @@ def _open_cache(
 
 
 def _tokenize(
-    split: str, paths: list[str], data: StudentDataConfig, seq_length: int, tokenizer: PreTrainedTokenizerBase
+    split: str,
+    paths: list[str],
+    data: StudentDataConfig,
+    seq_length: int,
+    architecture: GPTArchitecture,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> list[Example]:
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
     for path in paths:
         config: Any = DataConfig(chat=data.chat, chat_prompt_tokens=data.chat_prompt_tokens, data=data.dataset)
         config.data.file_path = path
-        dataset = TokenizedDataset(config, tokenizer, data.dataset.max_seq_length or seq_length)
+        dataset = TokenizedDataset(
+            config, tokenizer, data.dataset.max_seq_length or seq_length, architecture.vocab_size
+        )
         for position in tqdm(range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False):
             example = dataset[position]
             if isinstance(example, Skipped):

@@ -26,7 +26,7 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     student = save_hf_model("llama2", tmp_path / "student", 300)
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=5)
     data = DataConfig(data=DatasetConfig(file_path=str(write_chat_dataset(tmp_path / "d.jsonl", 8))))
-    dataset = TokenizedDataset(data, train_tokenizer(300), 512)
+    dataset = TokenizedDataset(data, train_tokenizer(300), 512, 300)
     examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
     ours = ranks(1).run(compare, student, teacher, examples)[0]
 

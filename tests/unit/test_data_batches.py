@@ -7,6 +7,7 @@ import pickle
 
 import numpy as np
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 from nemo_kd.batch import CachedExample, Example, TeacherTopK
 from nemo_kd.config import ConfigError
@@ -17,6 +18,7 @@ from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.order import EvaluationBatches, TrainingBatches, epoch_order
 from nemo_kd.data.records import DataError, JsonlRecords
+from nemo_kd.data.tokenizer import padding_id
 from nemo_kd.trainer.plan import TrainingPlan, plan_training
 from tests.tiny_tokenizer import train_tokenizer
 
@@ -54,11 +56,11 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, message):
     assert str(path) in str(error.value)
 
 
-def dataset(tmp_path, records, max_seq_length=512, **config):
+def dataset(tmp_path, records, max_seq_length=512, vocab_size=512, **config):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = DataConfig(chat=config.pop("chat", None), data=DatasetConfig(file_path=str(path), **config))
-    return TokenizedDataset(data, train_tokenizer(512), max_seq_length)
+    return TokenizedDataset(data, train_tokenizer(512), max_seq_length, vocab_size)
 
 
 def test_examples_are_shifted_and_carry_their_index(tmp_path):
@@ -90,6 +92,18 @@ def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
         DataError, match=r"d\.jsonl:1: data\.format=messages|d\.jsonl:1: data\.data\.format=messages needs"
     ):
         dataset(tmp_path, [{"input": "a", "output": "b"}], format="messages")[0]
+
+
+def test_tokens_that_the_model_does_not_have_are_refused(tmp_path):
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: the token '.*' has the id \d+, outside the model's vocabulary of 20"
+    ):
+        dataset(tmp_path, [{"input": "a", "output": "b"}], vocab_size=20)[0]
+    assert padding_id(train_tokenizer(512), 512) == 0
+    assert (
+        padding_id(PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(512)._tokenizer, pad_token="<|eot|>"), 3)
+        == 0
+    )
 
 
 def test_epoch_orders_are_permutations_that_differ_by_epoch_and_seed():

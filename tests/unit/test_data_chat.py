@@ -114,7 +114,7 @@ def test_tools_reach_the_template(tmp_path):
         {**record, "tools": "[{"},
     ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    dataset = TokenizedDataset(DataConfig(data=DatasetConfig(file_path=str(path))), tokenizer, 512)
+    dataset = TokenizedDataset(DataConfig(data=DatasetConfig(file_path=str(path))), tokenizer, 512, 512)
     texts = [tokenizer.decode(dataset[i].tokens_S) for i in range(3)]
     assert texts[0] == texts[1] == "<tools>search</tools>\n" + texts[2]
     with pytest.raises(DataError, match=r"d\.jsonl:4: `tools` is a text that is not valid JSON"):
