@@ -1,17 +1,20 @@
 """OpenAI `messages` through the tokenizer's chat template, and which of their tokens are trained.
 
-Trained are the tokens of every assistant turn's content and its end-of-turn token; headers such as
-`<|im_start|>assistant\\n`, line breaks between turns and all other roles are not.
+Trained are the tokens of every assistant turn's content and tool calls, and the token that ends the turn; headers such
+as `<|im_start|>assistant\\n`, line breaks between turns and all other roles are not. A template that marks the
+assistant's text itself, with `{% generation %}`, decides instead.
 
-Where a turn's content lies is found by rendering, never by searching text: the conversation is rendered a second time
-with that content replaced, and what differs between the two renders is the content. So no text that a user typed can
-pass for a turn, and templates that rewrite the history (Qwen3 drops the reasoning of earlier turns) are taken as they
-are.
+Where a turn lies is found by rendering, never by searching text: the conversation is rendered again with that turn's
+content replaced, and what differs between the two renders is the content. So no text that a user typed can pass for a
+turn, and templates that rewrite the history (Qwen3 drops the reasoning of earlier turns) are taken as they are.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 from jinja2 import TemplateError
@@ -22,8 +25,7 @@ from nemo_kd.data.records import DataError
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-_REPLACEMENTS = ("\u2983zq\u2984", "\u2986xk\u2985")
-"""Two contents that differ in every character, for the comparison; the second serves where content equals the first."""
+_MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def render_messages(
@@ -31,37 +33,34 @@ def render_messages(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of the whole conversation, and for each whether it is trained.
 
-    The ids are exactly `tokenizer.apply_chat_template(messages)`.
+    The ids are exactly `tokenizer.apply_chat_template(messages)`. A token that covers the last character of a header
+    and the first of the content counts as content.
 
     Raises:
-        DataError: no template, messages of another shape, a template that refuses them, or one that renders an
-            assistant turn so that its content cannot be told from the rest.
+        DataError: no template, messages of another shape, a template that refuses them, leaves out tool calls, or
+            renders an assistant turn so that it cannot be told from the rest.
     """
     _check(messages, tokenizer)
-    text = _render(messages, tokenizer, tools)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids: list[int] = encoding["input_ids"]
-    expected = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=True, return_dict=True)["input_ids"]
-    if ids != list(expected):
+    conversation = _Conversation(list(messages), tokenizer, tools)
+    encoding = tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+    ids: list[int] = list(encoding["input_ids"])
+    marked = bool(_MARKS_ASSISTANT.search(tokenizer.get_chat_template(tools=tools)))
+    expected = tokenizer.apply_chat_template(
+        conversation.messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+    )
+    if ids != list(expected["input_ids"]):
         raise DataError("the chat template's text and its token ids disagree; the tokenizer adds tokens of its own")
-    end_ids = _end_of_turn_ids(tokenizer)
+    if marked:
+        return ids, [bool(flag) for flag in expected["assistant_masks"]]
+    offsets: list[Span] = encoding["offset_mapping"]
+    special = _special_ids(tokenizer)
+    special_spans = [span for token_id, span in zip(ids, offsets, strict=True) if token_id in special]
     trained = [False] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        first, last = _content_span(messages, turn, text, tokenizer, tools)
-        for position, (start, end) in enumerate(encoding["offset_mapping"]):
-            trained[position] |= start < last and end > first
-        # The next special token ends the turn, and so does white space that the template puts before it: the model has
-        # to write both. Nothing that a user typed stands there.
-        after = next((i for i, (start, _) in enumerate(encoding["offset_mapping"]) if start >= last), len(ids))
-        stop = after
-        while (
-            stop < len(ids) and ids[stop] not in end_ids and not text[slice(*encoding["offset_mapping"][stop])].strip()
-        ):
-            stop += 1
-        if stop < len(ids) and ids[stop] in end_ids:
-            trained[after : stop + 1] = [True] * (stop + 1 - after)
+        if message["role"] == "assistant":
+            first, last = conversation.turn_span(turn, special_spans)
+            for position, (start, end) in enumerate(offsets):
+                trained[position] |= start < last and end > first
     return ids, trained
 
 
@@ -81,72 +80,112 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
             )
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None) -> str:
-    try:
-        rendered = tokenizer.apply_chat_template(list(messages), tools=tools, tokenize=False)
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-        raise DataError(f"the chat template cannot render this conversation: {error}") from error
-    assert isinstance(rendered, str)
-    return rendered
-
-
-def _content_span(
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[Any] | None,
-) -> Span:
-    """Characters of `text` that come from the content and tool calls of message `turn`."""
-    spans = []
-    for replacement in _REPLACEMENTS:
-        changed = {
-            key: value for key, value in messages[turn].items() if key not in ("tool_calls", "reasoning_content")
-        }
-        changed["content"] = replacement
-        other = _render([*messages[:turn], changed, *messages[turn + 1 :]], tokenizer, tools)
-        where = other.find(replacement)
-        if where < 0 or other.find(replacement, where + 1) >= 0:
-            continue
-        before, after = other[:where], other[where + len(replacement) :]
-        if text.startswith(before) and text.endswith(after) and len(before) + len(after) <= len(text):
-            spans.append((len(before), len(text) - len(after)))
-    if len(set(spans)) != 1:
-        spans = [span for span in (_reasoning_span(messages, turn, text, tokenizer, tools),) if span]
-    if not spans:
-        raise DataError(
-            f"message {turn} (assistant): the chat template changes the text around this turn's content, so its tokens "
-            "cannot be told apart; render the conversation yourself and use input/output records"
-        )
-    return spans[0]
-
-
-def _reasoning_span(
-    messages: Sequence[Message],
-    turn: int,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    tools: Sequence[Any] | None,
-) -> Span | None:
-    """For templates that write something of their own before a content without reasoning (an empty think block).
-
-    Then everything from the generation prompt on is the model's: the span begins where the prompt for this turn ends.
-    """
-    try:
-        prompt = tokenizer.apply_chat_template(
-            list(messages[:turn]), tools=tools, tokenize=False, add_generation_prompt=True
-        )
-    except (TemplateError, TypeError, KeyError, AttributeError, ValueError):
-        return None
-    changed = {"role": "assistant", "content": _REPLACEMENTS[0]}
-    other = _render([*messages[:turn], changed, *messages[turn + 1 :]], tokenizer, tools)
-    _, found, after = other.partition(_REPLACEMENTS[0])
-    if not found or not text.endswith(after) or not text.startswith(prompt):
-        return None
-    return (len(prompt), len(text) - len(after)) if len(prompt) <= len(text) - len(after) else None
-
-
-def _end_of_turn_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that may end a turn: every special token of the tokenizer."""
-    special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     return special | set(tokenizer.all_special_ids)
+
+
+@dataclass
+class _Conversation:
+    """A conversation with its rendered text. Positions are characters of that text."""
+
+    messages: list[Message]
+    tokenizer: PreTrainedTokenizerBase
+    tools: Sequence[Any] | None
+
+    def __post_init__(self) -> None:
+        self.text = self._render(self.messages)
+        self._stand_in = next(word for n in count() if (word := f"Qzx{n}kvJ") not in self.text)
+
+    def turn_span(self, turn: int, special_spans: Sequence[Span]) -> Span:
+        """What the model has to write for the assistant message `turn`, the end-of-turn token included."""
+        content = self._content_span(turn)
+        if content is None:
+            span = self._written_span(turn)
+        else:
+            span = (content[0], self._end_of_turn(turn, content[1], special_spans))
+        if span is None:
+            raise DataError(
+                f"message {turn} (assistant): the chat template changes the text around this turn's content, so its "
+                "tokens cannot be told apart; render the conversation yourself and use input/output records"
+            )
+        for call in self.messages[turn].get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else None
+            name = function.get("name") if isinstance(function, dict) else None
+            if not isinstance(name, str) or name not in self.text[slice(*span)]:
+                raise DataError(
+                    f"message {turn} (assistant): the chat template does not render the tool call {name!r}; use a "
+                    "template with tool calls, or records without them"
+                )
+        return span
+
+    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                list(messages), tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
+            raise DataError(f"the chat template cannot render this conversation: {error}") from error
+        assert isinstance(rendered, str)
+        return rendered
+
+    def _around(
+        self, turn: int, stop: int | None = None, add_generation_prompt: bool = False
+    ) -> tuple[str, str] | None:
+        """The text before and after the content of message `turn` in the render of `messages[:stop]`.
+
+        Everything else that the message holds (tool calls, reasoning) is left out, so it is in neither. None: the
+        template refuses the changed message, or does not show its content once and as it is.
+        """
+        message = self.messages[turn]
+        changed: Message = {key: value for key, value in message.items() if key in ("role", "name")}
+        changed["content"] = self._stand_in
+        changed_messages = [*self.messages[:turn], changed, *self.messages[turn + 1 : stop]]
+        try:
+            rendered = self._render(changed_messages, add_generation_prompt)
+        except DataError:
+            return None
+        before, *others = rendered.split(self._stand_in)
+        return (before, others[0]) if len(others) == 1 else None
+
+    def _content_span(self, turn: int) -> Span | None:
+        around = self._around(turn)
+        if around is None:
+            return None
+        before, after = around
+        fits = len(before) + len(after) <= len(self.text)
+        if not fits or not self.text.startswith(before) or not self.text.endswith(after):
+            return None
+        return len(before), len(self.text) - len(after)
+
+    def _end_of_turn(self, turn: int, content_end: int, special_spans: Sequence[Span]) -> int:
+        """End of the special token that follows the content, white space of the template's between them included.
+
+        Where the template ends turns with plain text (a ChatML template on a tokenizer without `<|im_end|>`), the end
+        of that text.
+        """
+        following = next((span for span in special_spans if span[0] >= content_end), None)
+        if following is not None and not self.text[content_end : following[0]].strip():
+            return following[1]
+        around = self._around(turn, stop=turn + 1)
+        closing = around[1].rstrip() if around else ""
+        return content_end + len(closing) if self.text.startswith(closing, content_end) else content_end
+
+    def _written_span(self, turn: int) -> Span | None:
+        """The turn from the end of its generation prompt, for templates that write more than the content.
+
+        Such are a think block that is empty without reasoning, and tool calls that cannot be left out. Counted from
+        the end of the previous message's content, because a template may move what stands before it.
+        """
+        if turn == 0:
+            return None
+        whole = self._around(turn - 1)
+        prompt = self._around(turn - 1, stop=turn, add_generation_prompt=True)
+        done = self._around(turn - 1, stop=turn + 1)
+        if whole is None or prompt is None or done is None or not self.text.endswith(whole[1]):
+            return None
+        written = done[1].rstrip()
+        if not written.startswith(prompt[1]) or not whole[1].startswith(written):
+            return None
+        start = len(self.text) - len(whole[1])
+        return start + len(prompt[1]), start + len(written)

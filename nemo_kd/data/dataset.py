@@ -98,7 +98,7 @@ class TokenizedDataset:
     def _format(self, record: dict[str, Any]) -> str:
         asked, chat = self.config.data.format, self.config.chat
         found = next((key for key in ("messages", "conversations") if key in record), "prompt_template")
-        if asked not in ("auto", found) and not (asked == "prompt_template" and found != "prompt_template"):
+        if asked in ("messages", "conversations") and asked not in record:
             raise DataError(f"data.data.format={asked} needs the field `{asked}`; the record has {', '.join(record)}")
         kind = found if asked == "auto" else asked
         if chat is True and kind == "prompt_template":

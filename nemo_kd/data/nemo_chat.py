@@ -1,12 +1,17 @@
 """NeMo's `conversations` chat records, and which of their tokens are trained.
 
     <system_turn_start>System<end_of_name>{system}<end_of_turn>
-    <turn_start>{from}<end_of_name>[<label_start>{label}<end_of_name>]{value}<end_of_turn> ...      and at last <turn_start>
+    <turn_start>{from}<end_of_name>{value}<end_of_turn>          ... and at last <turn_start>
 
 A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the other turns the
-value and the end of the turn are trained, with the following turn's start marker as the signal that the turn is over.
-The first turn is never trained. `type` VALUE_TO_TEXT shows labels as context, TEXT_TO_VALUE trains the labels alone,
-and without a type labels are left out. Every piece is tokenized on its own, so that spans are exact.
+value and the end of the turn are trained, with the following turn's start marker as the signal that the turn is over;
+the first turn is never trained. `type` says what becomes of a turn's `label`:
+
+    absent          left out
+    VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
+    TEXT_TO_VALUE   the same after <end_of_turn>; label and <end_of_name> are trained instead of the value
+
+Every piece is tokenized on its own, so that trained stretches begin and end with whole tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config.data import ChatPromptTokens
 from nemo_kd.data.records import DataError
+from nemo_kd.data.tokenizer import encode, encode_continuation
+
+Piece = tuple[str, bool]
 
 _TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
 
@@ -34,56 +42,63 @@ def render_conversations(
         raise DataError(f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}")
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}")
-    speakers = [_turn_text(turn, number)[0] for number, turn in enumerate(turns)]
+    for number, turn in enumerate(turns):
+        _check_turn(turn, number)
+    speakers = [turn["from"] for turn in turns]
     if not masked & set(speakers):
         raise DataError(
             f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are {', '.join(dict.fromkeys(speakers))!r}; name in `mask` "
             "those that are not trained"
         )
-    pieces: list[tuple[str, bool]] = [
-        (
-            f"{markers.system_turn_start}System{markers.end_of_name}{record.get('system', '')}{markers.end_of_turn}",
-            False,
-        )
-    ]
-    answered = False  # whether the turn before was trained: then this turn's start marker ends it
+    pieces: list[Piece] = [(f"{markers.system_turn_start}System{markers.end_of_name}", False)]
+    pieces.append((_system(record) + markers.end_of_turn, False))
+    ends_training = False  # whether the turn before was trained: then this turn's start marker says that it is over
     for number, turn in enumerate(turns):
-        speaker, value = _turn_text(turn, number)
-        label = turn.get("label")
-        pieces += [(markers.turn_start, answered), (f"{speaker}{markers.end_of_name}", False)]
-        answered = number > 0 and speaker not in masked
-        if kind == "TEXT_TO_VALUE":
-            pieces += [(value + markers.end_of_turn, False)]
-            if label is not None:
-                pieces[-1:] = [
-                    (f"{markers.label_start}", False),
-                    (f"{label}{markers.end_of_name}", answered),
-                    (value + markers.end_of_turn, False),
-                ]
-            answered = False
-            continue
-        if kind == "VALUE_TO_TEXT" and label is not None:
-            pieces.append((f"{markers.label_start}{label}{markers.end_of_name}", False))
-        pieces.append((value + markers.end_of_turn, answered))
-    if answered:
-        pieces.append((markers.turn_start, True))
-    ids: list[int] = []
-    trained: list[bool] = []
-    for text, is_trained in pieces:
-        piece = tokenizer(text, add_special_tokens=False)["input_ids"]
+        pieces += [(markers.turn_start, ends_training), (f"{turn['from']}{markers.end_of_name}", False)]
+        speaks = turn["from"] not in masked and (number > 0 or kind == "TEXT_TO_VALUE")
+        body = _body(turn, kind, speaks, markers)
+        pieces += body
+        ends_training = any(is_trained for _, is_trained in body)
+    if speakers[-1] not in masked:
+        pieces.append((markers.turn_start, ends_training))
+    ids = encode(tokenizer, pieces[0][0])
+    trained = [False] * len(ids)
+    for text, is_trained in pieces[1:]:
+        piece = encode_continuation(tokenizer, text)
         ids += piece
         trained += [is_trained] * len(piece)
     return ids, trained
 
 
+def _body(turn: dict[str, Any], kind: str | None, speaks: bool, markers: ChatPromptTokens) -> list[Piece]:
+    """What follows the speaker's name; `speaks` is whether the turn is one to train."""
+    value, label = turn["value"] + markers.end_of_turn, turn.get("label")
+    if kind == "TEXT_TO_VALUE":
+        if label is None:
+            return [(value, False)]
+        return [(value, False), (markers.label_start, False), (label + markers.end_of_name, speaks)]
+    if kind == "VALUE_TO_TEXT" and label is not None:
+        return [(f"{markers.label_start}{label}{markers.end_of_name}", False), (value, speaks)]
+    return [(value, speaks)]
+
+
+def _system(record: dict[str, Any]) -> str:
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise DataError(f"`system` must be a text, found {str(system)[:80]!r}")
+    return system or ""
+
+
 def _masked_speakers(record: dict[str, Any]) -> set[str]:
     mask = record.get("mask", "User")
-    if not isinstance(mask, str) or not mask.strip():
+    speakers = {name.strip() for name in mask.split(",")} - {""} if isinstance(mask, str) else set()
+    if not speakers:
         raise DataError(f'`mask` must name the speakers that are not trained, such as "User"; found {mask!r}')
-    return {speaker.strip() for speaker in mask.split(",")}
+    return speakers
 
 
-def _turn_text(turn: Any, number: int) -> tuple[str, str]:
+def _check_turn(turn: Any, number: int) -> None:
     if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
         raise DataError(f"turn {number} must be an object with texts `from` and `value`, found {str(turn)[:80]!r}")
-    return turn["from"], turn["value"]
+    if not isinstance(turn.get("label"), str | None):
+        raise DataError(f"turn {number}: `label` must be a text or null, found {str(turn['label'])[:80]!r}")

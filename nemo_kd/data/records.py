@@ -70,8 +70,11 @@ class JsonlRecords:
 
     def fingerprint(self) -> str:
         """SHA-256 of the file's bytes."""
+        digest = hashlib.sha256()
         with self.path.open("rb") as file:
-            return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+            while block := file.read(1 << 20):
+                digest.update(block)
+        return f"sha256:{digest.hexdigest()}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}

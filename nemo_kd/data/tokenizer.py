@@ -17,6 +17,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         DataError: the folder holds no tokenizer that transformers can load.
     """
+    if not Path(folder).is_dir():
+        raise DataError(f"{folder}: no such folder; a tokenizer is read from the folder of its model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -51,3 +53,22 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
         if isinstance(token_id, int) and token_id < vocab_size:
             return token_id
     return 0
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text from its beginning, without special tokens of the tokenizer's own."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Ids of a text that continues another one.
+
+    SentencePiece tokenizers (Llama 1 and 2, Mistral) put a space before every text, which does not belong there. Behind
+    a line break they put none before `text`; where the two would share a token, no space is put anyway.
+    """
+    encoding = tokenizer(f"\n{text}", add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoding["offset_mapping"]
+    first = next((position for position, (_, end) in enumerate(offsets) if end > 1), len(offsets))
+    if first < len(offsets) and offsets[first][0] < 1:
+        return encode(tokenizer, text)
+    return list(encoding["input_ids"][first:])

@@ -160,7 +160,7 @@ NEMO_RECORD = {
     [
         ({}, ["Yo\n<extra_id_1>", "See you\n<extra_id_1>"]),
         ({"type": None}, ["Yo\n<extra_id_1>", "See you\n<extra_id_1>"]),
-        ({"type": "TEXT_TO_VALUE"}, ["quality:4\n", "quality:3\n"]),
+        ({"type": "TEXT_TO_VALUE"}, ["quality:4\n<extra_id_1>", "quality:3\n<extra_id_1>"]),
         ({"mask": "User,Assistant"}, []),
         ({"mask": "Assistant"}, ["Bye\n<extra_id_1>"]),
     ],
