@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import uuid
 
@@ -17,7 +18,10 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     Raises:
         ConfigError: several machines, on which only srun or torchrun can start processes.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "SLURM_STEP_ID" in os.environ or "LOCAL_RANK" in os.environ:
+    # A step of one task is no launcher: an interactive shell of Slurm's is one.
+    step_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    in_step = "SLURM_STEP_ID" in os.environ and int(step_tasks) > 1
+    if in_step or "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(
@@ -28,6 +32,7 @@ def needs_launch(trainer: TrainerConfig) -> bool:
 
 def launch(num_processes: int) -> int:
     """Runs this very command line in `num_processes` processes; returns the exit status of the first that failed, or 0."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -45,8 +50,15 @@ def launch(num_processes: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-u", *sys.argv)
     except ChildFailedError as error:
-        _, failure = error.get_first_failure()
-        return failure.exitcode if failure.exitcode > 0 else 1
+        rank, failure = error.get_first_failure()
+        if failure.exitcode > 0:
+            return failure.exitcode
+        name = signal.Signals(-failure.exitcode).name
+        hint = " (SIGKILL is what a machine out of memory sends)" if name == "SIGKILL" else ""
+        print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True)
+        return 1
+    except SignalException as error:
+        return 128 + int(error.sigval)
     return 0
 
 

@@ -19,7 +19,7 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli.launch import global_rank, launch, needs_launch
-from nemo_kd.config import UserInputError, describe, typed
+from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
 
 HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -52,7 +52,11 @@ def run(command: Command) -> None:
         print(help_text(command))
         return
     _register_resolvers()
-    sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    try:
+        sys.argv[1:] = hydra_arguments(sys.argv[1:])
+    except UserInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command.name)(
         lambda cfg: _run_with_config(command, cfg)
     )()
@@ -61,6 +65,8 @@ def run(command: Command) -> None:
 def hydra_arguments(arguments: list[str]) -> list[str]:
     """The arguments as Hydra takes them: every `key=value` may add a key (our own check names unknown ones), and a
     relative --config-path means the current folder."""
+    if any(argument.startswith("--experimental") for argument in arguments):
+        raise ConfigError("--experimental-rerun: refused, because Hydra unpickles the file, which can run any code")
     options: list[str] = []
     overrides: list[str] = []
     for position, argument in enumerate(arguments):

@@ -62,12 +62,12 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.activations_checkpoint_granularity": Ignored("the teacher runs no backward pass", (None,)),
         "model.activations_checkpoint_method": Ignored("the teacher runs no backward pass", (None,)),
         "model.activations_checkpoint_num_layers": Ignored("the teacher runs no backward pass", (None,)),
-        "data.sample": Ignored("every example is cached once"),
+        "data.sample": Ignored("every example is cached once", (False,)),
         "data.num_workers": Ignored("the dataset is read in the teacher's process", (0,)),
         "data.dataloader_type": Ignored("examples are cached in the dataset's order", ("single",)),
         "data.data.shuffle": Ignored("examples are cached in the dataset's order; training shuffles", (False,)),
         "data.data.drop_last": Ignored("no example is dropped", (False,)),
-        "data.data.hf_dataset": Ignored("JSONL files are read by byte offsets"),
+        "data.data.hf_dataset": Ignored("JSONL files are read by byte offsets", (False,)),
         "data.data.memmap_workers": Ignored("JSONL files are read by byte offsets", (None,)),
         "data.data.index_mapping_dir": Ignored("no index files are written for datasets", (None,)),
         "data.data.concat_sampling_probabilities": Ignored("one dataset is cached at a time", (None,)),
@@ -102,7 +102,13 @@ ALIASES: dict[str, dict[str, str]] = {
     "convert_checkpoint": {},
 }
 
-_NULL_MEANS_DEFAULT = ("start_from_idx", "name")
+_NULL_MEANS_DEFAULT = (
+    "start_from_idx",
+    "name",
+    "output_path",
+    "pretrained_checkpoint.restore_from_path",
+    "model.data.data_prefix",
+)
 """Keys that NeMo-Aligner's YAML files set to null and that have a value here."""
 
 _INTERPOLATED = {"trainer.max_epochs", "trainer.max_steps"}

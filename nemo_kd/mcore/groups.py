@@ -75,7 +75,8 @@ def cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | No
     """
     if TorchElasticEnvironment.detect():
         return TorchElasticEnvironment()
-    if "SLURM_STEP_ID" in os.environ and SLURMEnvironment.detect():
+    step_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
+    if "SLURM_STEP_ID" in os.environ and int(step_tasks) > 1 and SLURMEnvironment.detect():
         return SLURMEnvironment()
     if "LOCAL_RANK" not in os.environ:
         return None

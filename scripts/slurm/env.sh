@@ -3,7 +3,7 @@
 
 # --- the cluster; --account, --partition, --time and --nodes are options of sbatch (see submit_all.sh)
 export GPUS_PER_NODE="${GPUS_PER_NODE:-8}"           # 0: CPU processes
-export TASKS_PER_NODE="${TASKS_PER_NODE:-${GPUS_PER_NODE}}"
+export TASKS_PER_NODE="${TASKS_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 1))}"
 export CONTAINER="${CONTAINER:-}"                    # image for pyxis (srun --container-image); empty: none
 export MOUNTS="${MOUNTS:-}"                          # source:target,source:target for the container
 export VENV="${VENV:-}"                              # virtual environment to activate; empty: none

@@ -277,6 +277,21 @@ def test_the_command_ends_with_the_message_and_status_2(tmp_path):
     assert "Traceback" not in result.stderr
 
 
+def test_hydras_rerun_which_unpickles_is_refused(tmp_path):
+    (tmp_path / "config.pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
+    result = command("compute_topk_logits", "--experimental-rerun", str(tmp_path / "config.pickle"), cwd=tmp_path)
+    assert result.returncode == 2
+    assert "--experimental-rerun: refused" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+def test_mandatory_keys_that_a_yaml_leaves_null_are_named():
+    with pytest.raises(
+        ConfigError, match=r"mandatory keys have no value: .*output_path, pretrained_checkpoint\.restore"
+    ):
+        compose("compute_topk_logits", "data.data.file_path=d.jsonl", ALIGNER_STAGE_1)
+
+
 def test_launching(monkeypatch):
     for variable in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "LOCAL_RANK"):
         monkeypatch.delenv(variable, raising=False)
@@ -285,4 +300,7 @@ def test_launching(monkeypatch):
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes: 2 machines need a launcher"):
         needs_launch(TrainerConfig(num_nodes=2))
     monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert needs_launch(TrainerConfig(devices=2))
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert not needs_launch(TrainerConfig(num_nodes=2, devices=2))
