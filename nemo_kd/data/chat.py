@@ -25,7 +25,7 @@ from nemo_kd.data.records import DataError
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-_MARKS_ASSISTANT = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def render_messages(

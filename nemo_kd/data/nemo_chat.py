@@ -5,7 +5,7 @@
 
 A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the other turns the
 value and the end of the turn are trained, with the following turn's start marker as the signal that the turn is over;
-the first turn is never trained. `type` says what becomes of a turn's `label`:
+the first turn's value is never trained. `type` says what becomes of a turn's `label`:
 
     absent          left out
     VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
@@ -50,20 +50,20 @@ def render_conversations(
             f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are {', '.join(dict.fromkeys(speakers))!r}; name in `mask` "
             "those that are not trained"
         )
-    pieces: list[Piece] = [(f"{markers.system_turn_start}System{markers.end_of_name}", False)]
-    pieces.append((_system(record) + markers.end_of_turn, False))
-    ends_training = False  # whether the turn before was trained: then this turn's start marker says that it is over
+    header = f"{markers.system_turn_start}System{markers.end_of_name}{_system(record)}{markers.end_of_turn}"
+    pieces: list[Piece] = []
+    answered = False  # whether the turn before was trained: then this turn's start marker says that it is over
     for number, turn in enumerate(turns):
-        pieces += [(markers.turn_start, ends_training), (f"{turn['from']}{markers.end_of_name}", False)]
+        pieces += [(markers.turn_start, answered), (f"{turn['from']}{markers.end_of_name}", False)]
         speaks = turn["from"] not in masked and (number > 0 or kind == "TEXT_TO_VALUE")
         body = _body(turn, kind, speaks, markers)
         pieces += body
-        ends_training = any(is_trained for _, is_trained in body)
+        answered = any(is_trained for _, is_trained in body)
     if speakers[-1] not in masked:
-        pieces.append((markers.turn_start, ends_training))
-    ids = encode(tokenizer, pieces[0][0])
+        pieces.append((markers.turn_start, answered))
+    ids = encode(tokenizer, header)
     trained = [False] * len(ids)
-    for text, is_trained in pieces[1:]:
+    for text, is_trained in pieces:
         piece = encode_continuation(tokenizer, text)
         ids += piece
         trained += [is_trained] * len(piece)

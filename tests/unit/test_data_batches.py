@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
+import multiprocessing
 import pickle
 
 import numpy as np
@@ -18,7 +21,7 @@ from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.order import EvaluationBatches, TrainingBatches, epoch_order
 from nemo_kd.data.records import DataError, JsonlRecords
-from nemo_kd.data.tokenizer import padding_id
+from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.trainer.plan import TrainingPlan, plan_training
 from tests.tiny_tokenizer import train_tokenizer
 
@@ -34,6 +37,43 @@ def test_records_are_read_by_index_whatever_the_order(tmp_path):
     before = records.fingerprint()
     path.write_text('{"n": 0}')
     assert JsonlRecords(path).fingerprint() != before
+
+
+def test_forked_readers_share_no_file_position(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text("".join(json.dumps({"n": n, "pad": "x" * (n % 97)}) + "\n" for n in range(400)))
+    records = JsonlRecords(path)
+    assert records[7]["n"] == 7  # the file is open before the fork
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(functools.partial(number_of, records), range(400)) == list(range(400))
+
+
+def number_of(records, index):
+    return records[index]["n"]
+
+
+def test_fingerprints_are_sha256_of_the_bytes(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_bytes(b'{"a": 1}\n' * 300_000)
+    assert JsonlRecords(path).fingerprint() == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+
+
+def test_tokenizers_are_loaded_from_folders_only(tmp_path):
+    tokenizer = train_tokenizer(512)
+    tokenizer.save_pretrained(tmp_path / "good")
+    loaded = load_tokenizer(tmp_path / "good")
+    assert loaded("Real text.")["input_ids"] == tokenizer("Real text.")["input_ids"]
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert tokenizer_fingerprint(loaded) != tokenizer_fingerprint(train_tokenizer(600))
+    assert chat_template_fingerprint(loaded) == chat_template_fingerprint(tokenizer)
+    with pytest.raises(DataError, match="missing: no such folder; a tokenizer is read from the folder of its model"):
+        load_tokenizer(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: no usable tokenizer"):
+        load_tokenizer(tmp_path / "empty")
+    (tmp_path / "good" / "tokenizer.json").write_text("{")
+    with pytest.raises(DataError, match="good: no usable tokenizer"):
+        load_tokenizer(tmp_path / "good")
 
 
 @pytest.mark.parametrize(
@@ -83,6 +123,32 @@ def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
         Skipped(1, "no loss tokens"),
         Skipped(2, "too short"),
     ]
+
+
+def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
+    conversations = [{"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Yo"}]
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    record = {"conversations": conversations, "messages": messages, "input": "Hi", "output": "Yo"}
+    texts = {
+        name: describe_example(dataset(tmp_path, [record], format=name)[0], train_tokenizer(512))
+        for name in ("auto", "messages", "conversations", "prompt_template")
+    }
+    assert texts == {
+        "auto": texts["messages"],
+        "messages": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n«Yo<|im_end|>»\n",
+        "conversations": "<extra_id_0>System\n\n<extra_id_1>User\nHi\n<extra_id_1>Assistant\n«Yo\n<extra_id_1>»",
+        "prompt_template": "Hi« Yo<|im_end|>»",
+    }
+
+
+def test_the_longest_example_has_max_seq_length_positions(tmp_path):
+    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    length = dataset(tmp_path, [record])[0].num_tokens
+    assert isinstance(dataset(tmp_path, [record], max_seq_length=length)[0], Example)
+    assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == Skipped(0, "too long")
+    prompt = {"input": "word " * 100, "output": "end"}
+    assert dataset(tmp_path, [prompt], max_seq_length=20)[0].num_tokens == 20
+    assert dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[0] == Skipped(0, "too long")
 
 
 def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
