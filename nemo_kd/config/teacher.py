@@ -63,6 +63,8 @@ class ModelConfig(ParallelConfig):
         )
         if self.transformer_engine not in ("auto", "on", "off"):
             raise ConfigError(f"model.transformer_engine: {self.transformer_engine!r} is not one of auto, on, off")
+        if self.seed < 0:
+            raise ConfigError(f"model.seed: {self.seed} must not be negative")
         if self.make_vocab_size_divisible_by < 1:
             raise ConfigError(
                 f"model.make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by} must be at least 1"
