@@ -2,9 +2,9 @@
 
     python examples/quickstart.py --output-dir quickstart_run
 
-A teacher is trained on questions about Python's standard library by two data-parallel ranks, its logits are cached by
-two tensor-parallel ranks, and two equal students see the same examples in the same order: one learns the labels (SFT), one the labels and the
-teacher's cached logits (SFT + KD). Each step prints its command line; steps that are done are skipped when it runs again.
+Two data-parallel ranks train a teacher on questions about Python's standard library, two tensor-parallel ranks cache
+its logits, and two equal students see the same examples in the same order: one learns the labels (SFT), one the labels
+and the teacher's cached logits (SFT + KD). Each step prints its command line; a rerun skips the steps that are done.
 """
 
 from __future__ import annotations
@@ -12,11 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 import warnings
+from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,44 +30,82 @@ sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES)]
 
 from docstring_dataset import write_dataset  # noqa: E402
 
-VOCAB_SIZE = 2048
-TOP_K = 32
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHAPES: dict[str, dict[str, int]] = {
     "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
     "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-TEACHER_EPOCHS = 3
-STUDENT_EXAMPLES = 2000
-STUDENT_EPOCHS = 4
+STUDENTS = {"student_sft": "student, SFT alone", "student_kd": "student, SFT + KD"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run depends on; a folder holds the steps of one setting only.
+
+    Attributes:
+        scale: factor on `teacher_epochs` and on `student_examples`.
+        student_examples: the first so many training examples, whose teacher logits are cached.
+    """
+
+    seed: int = 1234
+    scale: float = 1.0
+    vocab_size: int = 2048
+    top_k: int = 32
+    teacher_epochs: int = 3
+    teacher_lr: float = 2e-3
+    student_examples: int = 2000
+    student_epochs: int = 4
+    student_lr: float = 3e-3
+    sft_loss_weight: float = 1.0
+    kd_loss_weight: float = 1.0
+    python: str = platform.python_version()
 
 
 class Quickstart:
     """The steps, each with its files below one folder."""
 
-    def __init__(self, folder: Path, seed: int, scale: float) -> None:
-        self.folder, self.seed, self.scale = folder.absolute(), seed, scale
+    def __init__(self, folder: Path, settings: Settings) -> None:
+        self.folder, self.settings = folder.absolute(), settings
         self.data = self.folder / "data"
         self.times_s: dict[str, float] = {}
 
     def run(self) -> None:
         """Everything, from the dataset to the table."""
         started_s = time.perf_counter()
+        chosen = self.settings
+        self.claim_folder()
         self.build_dataset()
         for name in SHAPES:
             self.build_model(name)
-        self.train("teacher", self.dataset_keys(), kd_weight=0.0, epochs=TEACHER_EPOCHS, lr=2e-3)
+        teacher_epochs = max(1, round(chosen.teacher_epochs * chosen.scale))
+        self.train("teacher", "teacher_init", self.dataset_keys(), 0.0, teacher_epochs, chosen.teacher_lr)
         for split in ("train", "validation"):
             self.cache_logits(split)
-        for name, kd_weight in (("student_sft", 0.0), ("student_kd", 1.0)):
-            self.train(name, self.cache_keys(), kd_weight, epochs=STUDENT_EPOCHS, lr=3e-3)
+        for name, kd_weight in zip(STUDENTS, (0.0, chosen.kd_loss_weight), strict=True):
+            self.train(name, "student_init", self.cache_keys(), kd_weight, chosen.student_epochs, chosen.student_lr)
         results = self.compare()
-        self.plot()
-        print(f"\nall of it took {time.perf_counter() - started_s:.0f} s; the files are in {self.folder}")
+        self.plot(results["teacher"]["ce"])
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        print(f"\nall of it took {time.perf_counter() - started_s:.0f} s; the files are in {self.folder}")
+
+    def claim_folder(self) -> None:
+        """Writes the settings into the folder, or checks that its steps were made with the same."""
+        file = self.folder / "settings.json"
+        if file.exists():
+            made_with, now = json.loads(file.read_text()), asdict(self.settings)
+            differing = [key for key in now if made_with.get(key) != now[key]]
+            if differing:
+                changes = ", ".join(f"{key} {made_with.get(key)} (now {now[key]})" for key in differing)
+                sys.exit(f"quickstart: the steps in {self.folder} were made with {changes}; give another --output-dir")
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if any(self.folder.iterdir()):
+            sys.exit(f"quickstart: {self.folder} holds other files; give an --output-dir that is new or empty")
+        file.write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def build_dataset(self) -> None:
         if not (self.data / "validation.jsonl").exists():
@@ -72,26 +115,22 @@ class Quickstart:
     def build_model(self, name: str) -> None:
         """A tokenizer trained on the dataset and a Qwen3 model with random weights, as a Hugging Face folder."""
         folder = self.folder / f"{name}_init"
-        if (folder / "config.json").exists():
+        if folder.exists():
             return
         import torch
         from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
-
-        tokenizer_file = self.folder / "tokenizer.json"
-        if not tokenizer_file.exists():
-            train_tokenizer(self.data / "train.jsonl", tokenizer_file)
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_file=str(tokenizer_file),
+            tokenizer_object=train_tokenizer(self.data / "train.jsonl", self.settings.vocab_size),
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
             chat_template=CHAT_TEMPLATE,
         )
         shape = SHAPES[name]
         config = Qwen3Config(
-            vocab_size=VOCAB_SIZE,
+            vocab_size=self.settings.vocab_size,
             num_key_value_heads=shape["num_attention_heads"] // 2,
             head_dim=shape["hidden_size"] // shape["num_attention_heads"],
             max_position_embeddings=512,
@@ -101,34 +140,46 @@ class Quickstart:
             bos_token_id=None,
             **shape,
         )
-        torch.manual_seed(self.seed)
+        torch.manual_seed(self.settings.seed)
         model = AutoModelForCausalLM.from_config(config)
-        tokenizer.save_pretrained(folder)
-        model.save_pretrained(folder)
-        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, random weights")
+        unfinished = self.folder / f".{name}_init.tmp"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        tokenizer.save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
+        unfinished.rename(folder)
+        print(f"{name}: {model.num_parameters():,} parameters, random weights")
 
     def dataset_keys(self) -> list[str]:
-        splits = f"{{train: [{self.data}/train.jsonl], validation: [{self.data}/validation.jsonl]}}"
-        return ["model.data.data_impl=dataset", f"model.data.data_prefix={splits}"]
+        train, validation = (quoted(self.data / f"{split}.jsonl") for split in ("train", "validation"))
+        return [
+            "model.data.data_impl=dataset",
+            f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}",
+        ]
+
+    def cache_file(self, split: str) -> str:
+        return quoted(self.folder / "cache" / f"{split}_CHUNK_ID.jsonl")
 
     def cache_keys(self) -> list[str]:
-        cache = self.folder / "cache"
-        return [
-            f"model.data.data_prefix={{train: [{cache}/train_CHUNK_ID.jsonl], validation: [{cache}/validation_CHUNK_ID.jsonl]}}"
-        ]
+        train, validation = self.cache_file("train"), self.cache_file("validation")
+        return [f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}"]
 
     def cache_logits(self, split: str) -> None:
         """Stage 1 with two tensor-parallel ranks."""
-        last = [f"end_at_idx={round(STUDENT_EXAMPLES * self.scale) - 1}"] if split == "train" else []
+        dataset = self.data / f"{split}.jsonl"
+        last = []
+        if split == "train":
+            available = len(dataset.read_text(encoding="utf-8").splitlines())
+            wanted = max(1, round(self.settings.student_examples * self.settings.scale))
+            last = [f"end_at_idx={min(wanted, available) - 1}"]
         self.command(
             f"cache_{split}",
             "compute_topk_logits",
-            f"pretrained_checkpoint.restore_from_path={self.archive('teacher')}",
-            f"data.data.file_path={self.data}/{split}.jsonl",
-            f"output_path={self.folder}/cache/{split}_CHUNK_ID.jsonl",
+            f"pretrained_checkpoint.restore_from_path={quoted(self.archive('teacher'))}",
+            f"data.data.file_path={quoted(dataset)}",
+            f"output_path={self.cache_file(split)}",
             "n_examples_per_chunk=500",
             *last,
-            f"top_k={TOP_K}",
+            f"top_k={self.settings.top_k}",
             "trainer.precision=32",
             "trainer.devices=2",
             "model.tensor_model_parallel_size=2",
@@ -136,31 +187,30 @@ class Quickstart:
             "model.global_batch_size=32",
         )
 
-    def train(self, name: str, data: list[str], kd_weight: float, epochs: int, lr: float) -> None:
-        """Stage 2: SFT where `kd_weight` is 0."""
-        start = "teacher" if name == "teacher" else "student"
+    def train(self, name: str, start: str, data: list[str], kd_weight: float, epochs: int, lr: float) -> None:
+        """Stage 2 with two data-parallel ranks; SFT where `kd_weight` is 0."""
         self.command(
             name,
             "train_gpt_knowledge_distillation",
             f"name={name}",
-            f"pretrained_checkpoint.restore_from_path={self.folder}/{start}_init",
+            f"pretrained_checkpoint.restore_from_path={quoted(self.folder / start)}",
             *data,
-            "model.knowledge_distillation.sft_loss_weight=1.0",
+            f"model.knowledge_distillation.sft_loss_weight={self.settings.sft_loss_weight}",
             f"model.knowledge_distillation.kd_loss_weight={kd_weight}",
             "model.knowledge_distillation.kd_loss=fwd_kl",
             "trainer.precision=32",
             "trainer.devices=2",
-            f"trainer.knowledge_distillation.max_epochs={max(1, round(epochs * self.scale))}",
+            f"trainer.knowledge_distillation.max_epochs={epochs}",
             "trainer.knowledge_distillation.val_check_interval=0.5",
             "model.micro_batch_size=16",
             "model.global_batch_size=32",
-            f"model.seed={self.seed}",
+            f"model.seed={self.settings.seed}",
             f"model.optim.lr={lr}",
             "model.optim.betas=[0.9,0.95]",
             "model.optim.sched.warmup_steps=20",
             "model.optim.sched.min_lr=1e-4",
             "exp_manager.checkpoint_callback_params.save_top_k=1",
-            f"exp_manager.explicit_log_dir={self.folder}/{name}",
+            f"exp_manager.explicit_log_dir={quoted(self.folder / name)}",
         )
 
     def archive(self, name: str) -> Path:
@@ -172,16 +222,16 @@ class Quickstart:
         done = self.folder / f"{step}.done"
         if done.exists():
             self.times_s[step] = float(done.read_text())
+            print(f"{step}: done before")
             return
-        line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
         say(step)
         print(" \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True)
         started_s = time.perf_counter()
-        status = subprocess.run(line, env={**os.environ, "WANDB_MODE": "offline"}, check=False).returncode
+        status = subprocess.run([sys.executable, str(EXAMPLES / f"{command}.py"), *keys], check=False).returncode
         if status:
             sys.exit(f"quickstart: the step {step} failed with status {status}; its message stands above")
-        self.times_s[step] = time.perf_counter() - started_s
-        done.write_text(f"{self.times_s[step]:.1f}")
+        self.times_s[step] = round(time.perf_counter() - started_s, 1)
+        done.write_text(str(self.times_s[step]))
 
     def compare(self) -> dict[str, Any]:
         """Both students against the teacher on the validation split, over the whole vocabulary."""
@@ -194,26 +244,31 @@ class Quickstart:
         say("comparison on the validation split")
         init_process_group(1, 1, "auto")
         config = DataConfig(data=DatasetConfig(file_path=str(self.data / "validation.jsonl")))
-        dataset = TokenizedDataset(
-            config, load_tokenizer(self.folder / "student_init"), max_seq_length=512, vocab_size=VOCAB_SIZE
-        )
+        tokenizer = load_tokenizer(self.folder / "student_init")
+        dataset = TokenizedDataset(config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size)
         examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
-        results: dict[str, Any] = {"times_s": self.times_s}
+        found = {
+            name: compare_with_teacher(str(self.archive(name)), str(self.archive("teacher")), examples)
+            for name in STUDENTS
+        }
+        rows = {
+            name: {"ce": row.student_ce, "kl_to_teacher": row.forward_kl, "top1_agreement": row.top1_agreement}
+            for name, row in found.items()
+        }
+        one = found["student_kd"]
+        rows["teacher"] = {"ce": one.teacher_ce, "kl_to_teacher": 0.0, "top1_agreement": 1.0}
         print(f"{'':<22}{'CE':>8}{'KL to teacher':>16}{'top-1 agreement':>18}{'training':>11}")
-        for name, title in (("student_sft", "student, SFT alone"), ("student_kd", "student, SFT + KD")):
-            result = compare_with_teacher(str(self.archive(name)), str(self.archive("teacher")), examples)
-            results[name] = vars(result)
-            print(
-                f"{title:<22}{result.student_ce:>8.4f}{result.forward_kl:>16.4f}{result.top1_agreement:>18.2%}"
-                f"{self.times_s[name]:>9.0f} s"
-            )
-        print(f"{'teacher':<22}{result.teacher_ce:>8.4f}{0:>16.4f}{1:>18.2%}{self.times_s['teacher']:>9.0f} s")
+        for name, title in {**STUDENTS, "teacher": "teacher"}.items():
+            ce, kl, top1 = rows[name].values()
+            print(f"{title:<22}{ce:>8.4f}{kl:>16.4f}{top1:>18.2%}{self.times_s[name]:>9.0f} s")
         print(
-            f"(nats per token over {result.num_tokens:,} tokens of {len(examples)} examples that no model was trained on)"
+            f"(nats per token over {one.num_tokens:,} tokens of {len(examples)} examples that no model was trained on)"
         )
-        return results
+        counts = {"validation_examples": len(examples), "validation_tokens": one.num_tokens}
+        machine = {"date": date.today().isoformat(), "cpu_cores": os.cpu_count(), "platform": platform.platform()}
+        return {**rows, **counts, "times_s": self.times_s, "settings": asdict(self.settings), **machine}
 
-    def plot(self) -> None:
+    def plot(self, teacher_ce: float) -> None:
         """Validation cross-entropy over the steps of both students."""
         import matplotlib
 
@@ -221,13 +276,13 @@ class Quickstart:
         from matplotlib import pyplot
 
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for name, title in (("student_sft", "SFT alone"), ("student_kd", "SFT + KD")):
+        for name, title in STUDENTS.items():
             lines = (self.folder / name / "metrics" / "metrics.jsonl").read_text().splitlines()
-            points = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
-            axes.plot([p["step"] for p in points], [p["validation/sft_loss"] for p in points], marker="o", label=title)
-        axes.set(
-            xlabel="step", ylabel="validation cross-entropy (nats per token)", title="Students of equal size and data"
-        )
+            rows = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
+            curve = {row["step"]: row["validation/sft_loss"] for row in rows}  # a resumed run repeats steps
+            axes.plot(list(curve), list(curve.values()), marker="o", label=title)
+        axes.axhline(teacher_ce, color="grey", linestyle="--", label="teacher")
+        axes.set(xlabel="step", ylabel="validation cross-entropy (nats per token)", title="Equal students, equal data")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.tight_layout()
@@ -235,22 +290,28 @@ class Quickstart:
         print(f"curves: {self.folder / 'curves.png'}")
 
 
-def train_tokenizer(dataset: Path, file: Path) -> None:
-    """A byte-level BPE tokenizer of `VOCAB_SIZE` ids."""
+def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
+    """A byte-level BPE tokenizer of `vocab_size` ids, trained on the texts of a chat dataset."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     records = (json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines())
     tokenizer.train_from_iterator((m["content"] for record in records for m in record["messages"]), trainer)
-    tokenizer.save(str(file))
+    return tokenizer
+
+
+def quoted(path: Path) -> str:
+    """A path as a value on a command's line, where Hydra's grammar gives some characters a meaning."""
+    text = str(path)
+    return text if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text) else "'" + text.replace("'", "\\'") + "'"
 
 
 def say(title: str) -> None:
@@ -260,11 +321,16 @@ def say(title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_run"))
-    parser.add_argument("--seed", type=int, default=1234)
-    parser.add_argument("--scale", type=float, default=1.0, help="fewer examples and epochs below 1, for a quick look")
+    parser.add_argument("--seed", type=int, default=Settings.seed)
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="below 1 the teacher sees fewer epochs and the students fewer examples"
+    )
     arguments = parser.parse_args()
+    if arguments.scale <= 0:
+        parser.error(f"--scale: {arguments.scale} must be above 0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on a CPU, also where there is one GPU
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-    Quickstart(arguments.output_dir, arguments.seed, arguments.scale).run()
+    Quickstart(arguments.output_dir, Settings(seed=arguments.seed, scale=arguments.scale)).run()
 
 
 if __name__ == "__main__":

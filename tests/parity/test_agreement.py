@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -15,9 +18,9 @@ from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
 
 
-def compare(student, teacher, examples):
+def compare(student, teacher, examples, micro_batch_size=3):
     try:
-        return compare_with_teacher(str(student), str(teacher), examples, micro_batch_size=3)
+        return compare_with_teacher(str(student), str(teacher), iter(examples), micro_batch_size)
     except ConfigError as error:
         return str(error)
 
@@ -53,8 +56,25 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     assert [ours.student_ce, ours.teacher_ce, ours.forward_kl] == pytest.approx(expected[:3], rel=1e-5)
     assert ours.top1_agreement == pytest.approx(expected[3], abs=1.5 / count)
 
+    in_one_go = ranks(1).run(compare, student, teacher, examples, 50)[0]
+    assert in_one_go.forward_kl == pytest.approx(ours.forward_kl, rel=1e-5)
     itself = ranks(1).run(compare, teacher, teacher, examples)[0]
     assert itself.forward_kl == pytest.approx(0, abs=1e-6)
     assert itself.top1_agreement == 1.0
-    other = save_hf_model("llama2", tmp_path / "other", 290)
-    assert "vocabulary of 290 tokens, the teacher one of 300" in ranks(1).run(compare, other, teacher, examples)[0]
+
+
+def test_what_cannot_be_compared_is_refused(ranks, tmp_path):
+    teacher = save_hf_model("qwen3", tmp_path / "teacher", 300)
+    fewer = save_hf_model("llama2", tmp_path / "fewer", 290)
+    assert "vocabulary of 290 tokens, the teacher one of 300" in ranks(1).run(compare, fewer, teacher, [])[0]
+
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    message = ranks(1).run(compare, other, teacher, [])[0]
+    assert f"{other} and {teacher} have different tokenizers" in message
+
+    assert "the examples have no loss token" in ranks(1).run(compare, teacher, teacher, [])[0]
