@@ -1,6 +1,6 @@
 """The containers that travel through nemo_kd. Read this file first.
 
-Shape legend: B examples, S positions, K kept teacher logits. Position s of `labels`, `loss_mask` and of every
+Shape legend: B examples, S positions, K kept teacher logits, T temperatures, M tail samples. Position s of `labels`, `loss_mask` and of every
 teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are already shifted by one.
 """
 
@@ -40,22 +40,38 @@ class Example:
         return int(np.count_nonzero(self.loss_mask_S))
 
 
+SMALLEST_SAMPLED_TAIL = 2.0**-11
+"""Where the teacher's tail mass t is smaller, tail samples are kept with probability t / SMALLEST_SAMPLED_TAIL only and then
+stand for this mass: unbiased, and most certain positions cost nothing."""
+
+
 @dataclass(frozen=True)
 class TeacherTopK:
-    """The teacher's k largest logits of one example, largest first.
+    """What the teacher said at each position of one example: its largest logits and the mass it put elsewhere.
 
     Logits are shifted so that the largest of a position is 0 and the log-sum-exp is that of the shifted logits over
-    the whole real vocabulary; so `topk_logits - log_sum_exp_logits[:, None]` are log-probabilities in nats.
+    the whole real vocabulary; so `topk_logits - log_sum_exp_logits[:, None]` are log-probabilities in nats. Positions
+    keep different numbers of logits: unused entries stand last, with logit -inf and id -1. A position about which
+    nothing is known (a prompt's, mostly) has no used entry, log-sum-exp 0 and tail mass 1.
 
     Attributes:
         topk_logits_SK: float32, all <= 0, descending.
-        topk_token_ids_SK: int64, distinct within a position.
+        topk_token_ids_SK: integer, distinct within a position.
         log_sum_exp_logits_S: float32, >= 0.
+        tail_mass_TS: float32, probability outside the kept ids at each of `temperatures` (the tail of softmax(logits / T)).
+        temperatures: the first is 1.
+        label_logprobs_S: float32, log-probability of `labels_S` in nats at temperature 1; None where nobody stored it.
+        tail_token_ids_SM: integer, M ids drawn from the teacher's distribution outside the kept ids, -1 where none
+            were kept; None without tail samples. Each stands for `max(tail_mass_TS[0], SMALLEST_SAMPLED_TAIL) / M`.
     """
 
     topk_logits_SK: np.ndarray
     topk_token_ids_SK: np.ndarray
     log_sum_exp_logits_S: np.ndarray
+    tail_mass_TS: np.ndarray
+    temperatures: tuple[float, ...] = (1.0,)
+    label_logprobs_S: np.ndarray | None = None
+    tail_token_ids_SM: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +92,9 @@ class Batch:
         indices_B: int64, dataset index of each row; -1 marks a filler row that stands for no example.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
-        topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS: the teacher's fields; None without a cache.
+        topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
+            the fields of `TeacherTopK`; None without a cache, the last two also where a row lacks them. Padded
+            positions are positions about which nothing is known.
     """
 
     indices_B: torch.Tensor
@@ -87,6 +105,9 @@ class Batch:
     topk_logits_BSK: torch.Tensor | None = None
     topk_token_ids_BSK: torch.Tensor | None = None
     log_sum_exp_logits_BS: torch.Tensor | None = None
+    tail_mass_BST: torch.Tensor | None = None
+    label_logprobs_BS: torch.Tensor | None = None
+    tail_token_ids_BSM: torch.Tensor | None = None
 
     @property
     def num_examples(self) -> int:
