@@ -184,7 +184,6 @@ class Quickstart:
             "trainer.devices=2",
             "model.tensor_model_parallel_size=2",
             "model.micro_batch_size=8",
-            "model.global_batch_size=32",
         )
 
     def train(self, name: str, start: str, data: list[str], kd_weight: float, epochs: int, lr: float) -> None:

@@ -1,7 +1,8 @@
 """Stage 1: runs a teacher over a dataset and caches its top-k logits.
 
-The loop is `compute_topk_logits`: chunks, in them global batches, in them each data-parallel rank's contiguous share.
-Every row carries the index of its example from the file to the cache, so no layout or batch size can swap rows.
+The loop is `_write_segments`: each data-parallel rank takes segments, runs of consecutive records, and in them
+micro-batches. What is computed together so depends on the records alone, not on the ranks; and every row carries the
+index of its example from the file to the cache.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
 from nemo_kd.cache.layout import CacheLayout
-from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest
-from nemo_kd.cache.writer import CacheWriter, ChunkWriter
+from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
+from nemo_kd.cache.writer import CacheWriter, Segment, SegmentWriter
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_tensor_parallel
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_tensor_parallel
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
@@ -31,21 +34,21 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
 from nemo_kd.mcore.schedule import forward
+from nemo_kd.ops.tail_sampling import sample_tail, tail_uniforms
 from nemo_kd.ops.topk import vocab_parallel_topk
 from nemo_kd.ops.vocab import VocabShard
 
 log = logging.getLogger(__name__)
 
-Outcome = CachedExample | Skipped
-
 
 class Teacher:
-    """The teacher on this rank: from examples to their top-k logits."""
+    """The teacher on this rank: from examples to what it says about each of their positions."""
 
     def __init__(
         self, config: ComputeTopkLogitsConfig, pretrained: PretrainedModel, groups: ProcessGroups, pad_id: int
     ) -> None:
         self.top_k, self.micro_batch_size = config.top_k, config.model.micro_batch_size
+        self.cache, self.temperatures = config.cache, (1.0, *config.cache.temperatures)
         self.groups, self.pad_id = groups, pad_id
         self.vocab_size = pretrained.architecture.vocab_size
         self.model = build_gpt_model(
@@ -60,31 +63,65 @@ class Teacher:
         self.model.eval()
 
     def rows(self, examples: Sequence[Example]) -> Iterator[CachedExample]:
-        """The examples in order, each with the teacher's logits of its own positions; padding is cut off again."""
+        """The examples in order, each with what the teacher says about its own positions; padding is cut off again."""
         for start in range(0, len(examples), self.micro_batch_size):
             micro_batch = examples[start : start + self.micro_batch_size]
             yield from self._micro_batch(micro_batch, collate(micro_batch, self.pad_id).to(self.groups.device))
 
     @torch.inference_mode()
     def _micro_batch(self, examples: Sequence[Example], batch: Batch) -> Iterator[CachedExample]:
-        logits_BSv = forward(self.model, batch)
-        shard = VocabShard.of(logits_BSv.shape[-1], self.vocab_size, self.groups.tensor)
-        topk = vocab_parallel_topk(logits_BSv.flatten(0, 1), self.top_k, shard)
+        logits_Nv = forward(self.model, batch).flatten(0, 1)
+        shard = VocabShard.of(logits_Nv.shape[-1], self.vocab_size, self.groups.tensor)
+        found = vocab_parallel_topk(logits_Nv, self.top_k, shard, batch.labels_BS.flatten(), self.temperatures)
+        kept_NK = self.cache.kept((found.topk_logits_NK - found.log_sum_exp_logits_TN[0, :, None]).exp())
+        ids_NK = torch.where(kept_NK, found.topk_token_ids_NK, -1)
+        kept_logits_NK = torch.where(kept_NK, found.topk_logits_NK, float("-inf"))
+        tail_mass_TN = torch.stack(
+            [
+                1 - (kept_logits_NK.double() / temperature - log_sum_exp_N[:, None]).exp().sum(dim=-1)
+                for temperature, log_sum_exp_N in zip(self.temperatures, found.log_sum_exp_logits_TN, strict=True)
+            ]
+        )
+        fields = {
+            "topk_logits": kept_logits_NK,
+            "topk_token_ids": ids_NK,
+            "log_sum_exp_logits": found.log_sum_exp_logits_TN[0],
+            "tail_mass": tail_mass_TN.clamp(0, 1).float().T,
+            "label_logprobs": found.label_logprobs_N,
+        }
+        if self.cache.tail_samples:
+            fields["tail_token_ids"] = sample_tail(logits_Nv, ids_NK, self._uniforms(examples, batch), shard)[0]
         shape = batch.tokens_BS.shape
-        logits_BSK = topk.topk_logits_NK.unflatten(0, shape).cpu().numpy()
-        ids_BSK = topk.topk_token_ids_NK.unflatten(0, shape).cpu().numpy()
-        log_sum_exp_BS = topk.log_sum_exp_logits_N.unflatten(0, shape).cpu().numpy()
+        arrays = {name: values.unflatten(0, shape).cpu().numpy() for name, values in fields.items()}
         for row, example in enumerate(examples):
-            length = example.num_tokens
-            if not torch.isfinite(topk.log_sum_exp_logits_N.unflatten(0, shape)[row, :length]).all():
-                raise ValueError(
-                    f"the teacher's logits of example {example.index} are not finite; try trainer.precision=32, "
-                    "and check the checkpoint"
-                )
-            yield CachedExample(
-                example,
-                TeacherTopK(logits_BSK[row, :length], ids_BSK[row, :length], log_sum_exp_BS[row, :length]),
+            mine = {name: values[row, : example.num_tokens] for name, values in arrays.items()}
+            yield CachedExample(example, self._teacher_topk(mine, example))
+
+    def _teacher_topk(self, fields: dict[str, np.ndarray], example: Example) -> TeacherTopK:
+        if not np.isfinite(fields["log_sum_exp_logits"]).all():
+            raise ValueError(
+                f"the teacher's logits of example {example.index} are not finite; try trainer.precision=32, "
+                "and check the checkpoint"
             )
+        return TeacherTopK(
+            topk_logits_SK=fields["topk_logits"],
+            topk_token_ids_SK=fields["topk_token_ids"],
+            log_sum_exp_logits_S=fields["log_sum_exp_logits"],
+            tail_mass_TS=fields["tail_mass"].T,
+            temperatures=self.temperatures,
+            label_logprobs_S=fields["label_logprobs"],
+            tail_token_ids_SM=fields.get("tail_token_ids"),
+        )
+
+    def _uniforms(self, examples: Sequence[Example], batch: Batch) -> torch.Tensor:
+        """Random numbers of every position that depend on nothing but the seed, the example and the position."""
+        num_examples, num_positions = batch.tokens_BS.shape
+        uniforms = np.zeros((num_examples, num_positions, self.cache.tail_samples + 1))
+        for row, example in enumerate(examples):
+            uniforms[row, : example.num_tokens] = tail_uniforms(
+                self.cache.seed, example.index, example.num_tokens, self.cache.tail_samples
+            )
+        return torch.from_numpy(uniforms).flatten(0, 1).to(batch.tokens_BS.device)
 
 
 def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
@@ -109,17 +146,22 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         if isinstance(first, Example):
             log.info("example %d, trained between « and »:\n%s", first.index, describe_example(first, tokenizer))
         groups = initialize_model_parallel(config.model, config.model.seed)
-        writer = None
-        if torch.distributed.get_rank() == 0:
-            manifest = _manifest(config, pretrained, tokenizer, dataset, seq_length, chunks)
-            writer = CacheWriter(CacheLayout(config.output_path), manifest)
-        missing = _from_rank_zero([c for c in range(len(chunks)) if not writer.is_complete(c)] if writer else None)
-        if missing:
-            _check_records(dataset, [index for chunk in missing for index in chunks[chunk]])
-            teacher = Teacher(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size))
-            _write_chunks(config, teacher, dataset, chunks, missing, writer)
-        if writer is not None:
-            _report(writer.manifest, len(chunks) - len(missing))
+        layout = CacheLayout(config.output_path)
+        manifest = _manifest(config, pretrained, tokenizer, dataset, seq_length, chunks)
+        with contextlib.ExitStack() as stack:
+            writer = None
+            if torch.distributed.get_rank() == 0:
+                writer = CacheWriter(layout, manifest, chunks)
+                stack.callback(writer.close)
+            missing = _from_rank_zero(writer.missing_segments() if writer else None)
+            num_missing_chunks = len({chunk for chunk, _ in missing})
+            if missing:
+                _check_records(dataset, [index for _, indices in missing for index in indices])
+                teacher = Teacher(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size))
+                _write_segments(config, teacher, dataset, missing, layout, manifest, writer)
+            if writer is not None:
+                writer.assemble_complete()
+                _report(writer.manifest, len(chunks) - num_missing_chunks)
 
 
 def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
@@ -130,11 +172,7 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
     """
     check_tensor_parallel(architecture, config.model.tensor_model_parallel_size)
     use_transformer_engine(config.model.transformer_engine)
-    check_batch_sizes(
-        config.model.micro_batch_size,
-        config.model.global_batch_size,
-        config.model.data_parallel_size(torch.distributed.get_world_size()),
-    )
+    config.model.data_parallel_size(torch.distributed.get_world_size())
     if config.top_k > architecture.vocab_size:
         raise ConfigError(f"top_k: {config.top_k} exceeds the teacher's vocabulary of {architecture.vocab_size} tokens")
 
@@ -178,57 +216,59 @@ def _check_records(dataset: TokenizedDataset, indices: list[int]) -> None:
             raise DataError(found)
 
 
-def _write_chunks(
+def _write_segments(
     config: ComputeTopkLogitsConfig,
     teacher: Teacher,
     dataset: TokenizedDataset,
-    chunks: list[range],
-    missing: list[int],
+    missing: list[Segment],
+    layout: CacheLayout,
+    manifest: Manifest,
     writer: CacheWriter | None,
 ) -> None:
+    """Computes this data-parallel rank's share of the missing segments; rank 0 puts chunks together meanwhile."""
+    groups, computed_with = teacher.groups, _computed_with(config)
+    mine = missing[groups.data_rank :: groups.data_size]
     progress = tqdm(
-        total=sum(len(chunks[chunk]) for chunk in missing),
+        total=sum(len(indices) for _, indices in mine),
         unit=" examples",
-        desc="teacher",
+        desc="teacher" if groups.data_size == 1 else f"teacher, 1 of {groups.data_size} data-parallel ranks",
         disable=writer is None,
         mininterval=1.0,
     )
     num_tokens, started_s = 0, time.perf_counter()
-    for chunk in missing:
-        indices = chunks[chunk]
-        with contextlib.ExitStack() as stack:
-            chunk_writer: ChunkWriter | None = None
-            if writer is not None:
-                chunk_writer = stack.enter_context(writer.chunk(chunk, indices[0], indices[-1]))
-            for start in range(0, len(indices), config.model.global_batch_size):
-                global_batch = indices[start : start + config.model.global_batch_size]
-                outcomes = _global_batch(teacher, dataset, global_batch)
-                for outcome in outcomes:
-                    assert chunk_writer is not None
-                    if isinstance(outcome, Skipped):
-                        chunk_writer.skip(outcome.reason)
-                    else:
-                        chunk_writer.write(outcome)
-                        num_tokens += outcome.example.num_tokens
-                progress.set_postfix_str(
-                    f"{num_tokens / (time.perf_counter() - started_s):,.0f} tokens/s", refresh=False
-                )
-                progress.update(len(global_batch))
+    for segment in mine:
+        records = [dataset[index] for index in segment[1]]
+        rows = teacher.rows([record for record in records if isinstance(record, Example)])
+        # Every tensor-parallel rank takes part in computing the rows, one of them writes them.
+        sink = SegmentWriter(layout, manifest, segment, computed_with) if groups.tensor_rank == 0 else None
+        for record in records:
+            if isinstance(record, Skipped):
+                if sink is not None:
+                    sink.skip(record.reason)
+                continue
+            row = next(rows)
+            num_tokens += row.example.num_tokens
+            if sink is not None:
+                sink.write(row)
+        if sink is not None:
+            sink.publish()
+        if writer is not None:
+            writer.assemble_complete(up_to=segment[0])
+        rate = groups.data_size * num_tokens / (time.perf_counter() - started_s)
+        progress.set_postfix_str(f"{rate:,.0f} tokens/s in all", refresh=False)
+        progress.update(len(segment[1]))
     progress.close()
+    torch.distributed.barrier()
 
 
-def _global_batch(teacher: Teacher, dataset: TokenizedDataset, indices: range) -> list[Outcome]:
-    """What became of every example of one global batch, in the order of their indices, on rank 0; empty elsewhere."""
-    groups = teacher.groups
-    per_rank = -(-len(indices) // groups.data_size)
-    mine = [dataset[index] for index in indices[groups.data_rank * per_rank : (groups.data_rank + 1) * per_rank]]
-    rows = teacher.rows([example for example in mine if isinstance(example, Example)])
-    outcomes: list[Outcome] = [example if isinstance(example, Skipped) else next(rows) for example in mine]
-    if groups.tensor_rank != 0:
-        return []
-    gathered: list[list[Outcome]] | None = [[] for _ in range(groups.data_size)] if groups.data_rank == 0 else None
-    torch.distributed.gather_object(outcomes, gathered, group=groups.data, group_dst=0)
-    return [outcome for part in gathered or () for outcome in part]
+def _computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
+    """What rounding depends on besides the weights; the manifest records it."""
+    return {
+        "micro_batch_size": config.model.micro_batch_size,
+        "tensor_model_parallel_size": config.model.tensor_model_parallel_size,
+        "precision": config.trainer.precision,
+        "torch": torch.__version__,
+    }
 
 
 def _manifest(
@@ -241,9 +281,10 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         format_version=FORMAT_VERSION,
-        codec="json",
+        codec=codec_settings(config.cache),
         top_k=config.top_k,
         vocab_size=pretrained.architecture.vocab_size,
+        tokenizer_size=len(tokenizer),
         seq_length=seq_length,
         teacher=pretrained.fingerprint(),
         tokenizer=tokenizer_fingerprint(tokenizer),
@@ -255,11 +296,11 @@ def _manifest(
             "end_at_idx": chunks[-1][-1],
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
-        chunks={},
+        segment_examples=config.cache.segment_examples,
     )
 
 
-def _from_rank_zero(value: list[int] | None) -> list[int]:
+def _from_rank_zero(value: list[Segment] | None) -> list[Segment]:
     box = [value]
     torch.distributed.broadcast_object_list(box, src=0)
     assert box[0] is not None

@@ -1,17 +1,52 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and one writer at a time."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
+import logging
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from nemo_kd.cache.layout import CacheError
+
 ABANDONED_AFTER_S = 3600.0
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+
+log = logging.getLogger(__name__)
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space (`logit_cache plan` tells how much a cache needs)",
+    errno.EDQUOT: "your quota is used up: free some space (`logit_cache plan` tells how much a cache needs)",
+    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger file: raise it, or write smaller chunks",
+    errno.EROFS: "the file system is read-only: give another output_path, or mount it for writing",
+    errno.EACCES: "you may not write there: give another output_path, or have its owner permit it",
+    errno.EPERM: "you may not write there: give another output_path, or have its owner permit it",
+    errno.ENOENT: "its folder has vanished: restore it or give another output_path",
+    errno.ENOTDIR: "its folder is no folder: give another output_path",
+    errno.ESTALE: "its folder has vanished from the network file system: mount it again",
+    errno.EIO: "the disk reports an error: check it",
+}
+
+
+@contextlib.contextmanager
+def explained(path: str | Path) -> Iterator[None]:
+    """Turns what the operating system says against writing `path` into a CacheError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise CacheError(
+            f"{path}: cannot be written ({error.strerror}); {remedy}, then run the same command again; "
+            "what is published stays and is not computed again"
+        ) from error
 
 
 def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
@@ -20,7 +55,7 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
         file.writelines([data] if isinstance(data, bytes) else data)
 
 
-@contextmanager
+@contextlib.contextmanager
 def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write to that takes the name `path`, durably, when the block ends without an error.
 
@@ -29,39 +64,74 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
-    try:
-        # Not the tempfile module: its files are readable by their owner only, and a cache is shared.
-        with open(temporary, "wb", buffering=1 << 20) as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
+    with explained(path):
+        try:
+            # Not the tempfile module: its files are readable by their owner only, and a cache is shared.
+            with open(temporary, "wb", buffering=1 << 20) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        _sync_folder(path.parent)
 
 
-def remove_abandoned(path: Path) -> list[Path]:
-    """Deletes what dead processes left of writing `path`, and returns it.
+def remove_abandoned(folder: Path) -> None:
+    """Deletes the temporary files that dead processes left in a folder.
 
     A process of this machine is dead when no process has its id. About another machine's process nothing is known, so
     its file counts as abandoned once it has not grown for an hour.
     """
-    removed = []
-    prefix, machine = f".{path.name}.", _machine()
-    for entry in path.parent.glob("*.tmp") if path.parent.is_dir() else ():
-        owner, dash, pid = entry.name[len(prefix) : -len(".tmp")].rpartition("-")
-        if not (entry.name.startswith(prefix) and dash and pid.isdecimal()):
+    for entry in folder.glob(".*.tmp"):
+        owner, dash, pid = entry.name.removesuffix(".tmp").rpartition("-")
+        if not (dash and pid.isdecimal()):
             continue
-        if owner == machine:
+        if owner.endswith(f".{_machine()}"):
             abandoned = int(pid) != os.getpid() and not _is_alive(int(pid))
         else:
             abandoned = time.time() - entry.stat().st_mtime > ABANDONED_AFTER_S
         if abandoned:
             entry.unlink(missing_ok=True)
-            removed.append(entry)
-    return removed
+
+
+class Lock:
+    """The right to write a cache, held until `release` or the end of the process, however it ends.
+
+    The operating system keeps the lock, so a killed job leaves none behind; the file only tells whose it is.
+
+    Raises:
+        CacheError: another process holds it; the message says which.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained(path):
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "another process"
+            self._file.close()
+            raise CacheError(
+                f"{path}: {holder} is writing this cache; wait until it ends, stop it, or give another output_path. "
+                "Jobs of an array may run side by side, each with an output_path of its own"
+            ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            log.warning("%s: this file system keeps no locks; make sure that no other job writes this cache", path)
+        self._file.truncate(0)
+        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+        self._file.write(f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+        self._file.flush()
+
+    def release(self) -> None:
+        """Gives the right back. The file stays: deleting it could take the lock away from who waits for it."""
+        self._file.close()
 
 
 def _machine() -> str:

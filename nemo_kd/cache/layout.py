@@ -1,4 +1,4 @@
-"""Where the files of a cache lie: chunks, their offset indexes and the manifest."""
+"""Where the files of a cache lie: chunks, their offset indexes, the manifest, and what a run keeps meanwhile."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from nemo_kd.config import UserInputError
 
 CHUNK_ID = "CHUNK_ID"
+SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
 
 
 class CacheError(UserInputError):
@@ -19,7 +20,8 @@ class CacheLayout:
     """The file names that follow from one `output_path`.
 
     A path whose file name holds `CHUNK_ID` is a template: chunk 3 of `train_CHUNK_ID.jsonl` is `train_3.jsonl`. Any
-    other path is one file, which is its own chunk 0. Ids are plain integers without zero padding.
+    other path is one file, which is its own chunk 0. Ids are plain integers without zero padding. The name's end says
+    how lines are stored: `.jsonl` plain, `.jsonl.zst` one compressed frame each.
     """
 
     def __init__(self, output_path: str) -> None:
@@ -38,36 +40,57 @@ class CacheLayout:
         """Whether the path stands for any number of chunks."""
         return CHUNK_ID in self._name
 
-    def chunk_path(self, chunk_id: int) -> Path:
-        """The data file of a chunk."""
+    def chunk_name(self, chunk_id: int) -> str:
+        """The file name of a chunk."""
         if not self.is_template and chunk_id != 0:
             raise CacheError(
                 f"{self.output_path} names one file, so there is no chunk {chunk_id}; put {CHUNK_ID} into its name for several"
             )
-        return self.folder / self._name.replace(CHUNK_ID, str(chunk_id))
+        return self._name.replace(CHUNK_ID, str(chunk_id))
 
-    def index_path(self, chunk_path: Path) -> Path:
-        """The offset index beside a data file."""
-        return chunk_path.with_name(chunk_path.name + ".idx")
+    def chunk_path(self, chunk_id: int) -> Path:
+        """The data file of a chunk."""
+        return self.folder / self.chunk_name(chunk_id)
+
+    def segments_folder(self, chunk_id: int) -> Path:
+        """Where the segments of a chunk wait until all of them are there."""
+        return self.folder / f".{self.chunk_name(chunk_id)}.segments"
 
     @property
-    def manifest_path(self) -> Path:
-        """The manifest: `train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` -> `train_0.manifest.json`."""
+    def manifest_name(self) -> str:
+        """`train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` -> `train_0.manifest.json`."""
         stem = self._name
-        for suffix in (".jsonl", ".json"):
+        for suffix in SUFFIXES:
             if stem.endswith(suffix) and stem != suffix:
                 stem = stem.removesuffix(suffix)
                 break
-        name = stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest"
-        return self.folder / f"{name}.json"
+        return (stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest") + ".json"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.folder / self.manifest_name
+
+    @property
+    def lock_path(self) -> Path:
+        """What a writing process holds locked."""
+        return self.folder / f".{self.manifest_name}.lock"
+
+    def chunk_ids(self, names: list[str]) -> list[int]:
+        """The ids of the chunks among the names of files in the folder, ascending."""
+        if not self.is_template:
+            return [0] if self._name in names else []
+        before, after = self._name.split(CHUNK_ID, 1)
+        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]*)" + re.escape(after).replace(CHUNK_ID, r"\1"))
+        matches = (pattern.fullmatch(name) for name in names)
+        return sorted(int(match[1]) for match in matches if match)
 
     def existing_chunks(self) -> list[int]:
         """The ids of the data files on disk, ascending."""
-        if not self.is_template:
-            return [0] if self.chunk_path(0).is_file() else []
         if not self.folder.is_dir():
             return []
-        before, after = self._name.split(CHUNK_ID, 1)
-        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]*)" + re.escape(after).replace(CHUNK_ID, r"\1"))
-        matches = (pattern.fullmatch(entry.name) for entry in os.scandir(self.folder) if entry.is_file())
-        return sorted(int(match[1]) for match in matches if match)
+        return self.chunk_ids([entry.name for entry in os.scandir(self.folder) if entry.is_file()])
+
+
+def index_name(chunk_name: str) -> str:
+    """The offset index beside a data file."""
+    return f"{chunk_name}.idx"

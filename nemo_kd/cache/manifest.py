@@ -12,8 +12,9 @@ import orjson
 
 from nemo_kd.cache.files import write_atomically
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.config.cache import CacheConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -29,20 +30,36 @@ class ChunkSummary:
     sha256: str = ""
     skipped: dict[str, int] = field(default_factory=dict)
     """Records of the range that are not in the chunk, by reason."""
+    kept_tokens: int = 0
+    """Teacher entries stored for loss tokens."""
     kept_mass_sum: float = 0.0
-    """Teacher probability inside the kept top-k, summed over loss tokens."""
+    """Teacher probability inside the kept ids, summed over loss tokens."""
     label_in_topk: int = 0
     """Loss tokens whose label is among the kept ids."""
+    computed_with: list[dict[str, Any]] = field(default_factory=list)
+    """Batch size, layout and precision of the runs that computed the rows: what rounding depends on."""
+
+    def add(self, other: ChunkSummary) -> None:
+        """Takes in the counts of a part that follows."""
+        for name in ("examples", "tokens", "loss_tokens", "bytes", "kept_tokens", "kept_mass_sum", "label_in_topk"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for reason, count in other.skipped.items():
+            self.skipped[reason] = self.skipped.get(reason, 0) + count
+        self.computed_with += [settings for settings in other.computed_with if settings not in self.computed_with]
 
 
 @dataclass
 class Manifest:
     """Identity and content of a cache; plain JSON on disk."""
 
-    codec: str
+    codec: dict[str, Any]
+    """`name` and the settings that decide what is stored (config.cache.CacheConfig)."""
     top_k: int
+    """Most teacher entries a position."""
     vocab_size: int
-    """Real vocabulary of the teacher; every id in the cache is below."""
+    """Columns of the teacher's logits that stand for tokens; every id in the cache is below."""
+    tokenizer_size: int
+    """Tokens that the tokenizer knows; same-family models pad their vocabularies differently beyond it."""
     seq_length: int
     teacher: dict[str, Any]
     tokenizer: str
@@ -50,6 +67,8 @@ class Manifest:
     chat_template: str | None
     dataset: dict[str, Any]
     n_examples_per_chunk: int | None
+    segment_examples: int = 64
+    """Records computed together."""
     format_version: int = FORMAT_VERSION
     chunks: dict[str, ChunkSummary] = field(default_factory=dict)
     """Chunk id (as text) -> summary, complete chunks only."""
@@ -62,16 +81,28 @@ class Manifest:
             CacheError: it is no manifest, or of a format this version does not read.
         """
         try:
-            payload = orjson.loads(path.read_bytes())
+            return cls.parse(path.read_bytes(), str(path))
+        except OSError as error:
+            raise CacheError(f"{path}: the manifest cannot be read ({error.strerror})") from error
+
+    @classmethod
+    def parse(cls, content: bytes, path: str) -> Manifest:
+        """The manifest in the content of a file that is called `path` in messages.
+
+        Raises:
+            CacheError: as `load`.
+        """
+        try:
+            payload = orjson.loads(content)
             version = payload["format_version"]
             if version != FORMAT_VERSION:
                 raise CacheError(
                     f"{path}: format_version {version} is not read by this version of nemo_kd (it reads {FORMAT_VERSION}); "
-                    "use the version that wrote the cache"
+                    "use the version that wrote the cache, or write the cache again"
                 )
             payload["chunks"] = {key: ChunkSummary(**chunk) for key, chunk in payload["chunks"].items()}
             return cls(**payload)
-        except (OSError, orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{path}: not a cache manifest ({error}); delete the cache and write it again") from error
 
     def save(self, path: Path) -> None:
@@ -106,6 +137,21 @@ class Manifest:
 
     def _json(self) -> bytes:
         return orjson.dumps(dataclasses.asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
+
+
+def codec_settings(cache: CacheConfig) -> dict[str, Any]:
+    """`Manifest.codec`: the settings that decide what a record holds."""
+    settings: dict[str, Any] = {"name": cache.codec, "temperatures": list(cache.temperatures)}
+    if cache.codec == "packed":
+        settings |= {
+            "min_probability": cache.min_probability,
+            "top_p": cache.top_p,
+            "min_k": cache.min_k,
+            "positions": cache.positions,
+        }
+    if cache.tail_samples:
+        settings |= {"tail_samples": cache.tail_samples, "seed": cache.seed}
+    return settings
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

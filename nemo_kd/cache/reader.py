@@ -3,155 +3,250 @@
 from __future__ import annotations
 
 import hashlib
-import os
+import logging
+import re
+from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.json_codec import decode
-from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.offsets import Offsets, digest, largest_id
+from nemo_kd.cache.index import ChunkFacts, ChunkIndex, LineFacts
+from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
+from nemo_kd.cache.lines import lines_of
+from nemo_kd.cache.manifest import ChunkSummary, Manifest
+from nemo_kd.cache.record import decode
+from nemo_kd.cache.reduce import limited
+from nemo_kd.cache.storage import Storage, open_storage
+
+log = logging.getLogger(__name__)
+
+INDEXES_IN_MEMORY = 16
+_SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
+
+
+@dataclass
+class _Chunk:
+    name: str
+    summary: ChunkSummary | None
+    facts: ChunkFacts
+    num_rows: int
+    """Lines that are not too long."""
 
 
 class CacheReader:
-    """The rows of several files or CHUNK_ID templates, one after the other; reading one touches its own bytes only.
+    """The rows of one file or CHUNK_ID template; reading one touches its own bytes only.
+
+    Memory does not grow with the cache: indexes are kept of a few chunks at a time.
 
     Args:
-        paths: each a file or a template.
-        n_chunks: chunks that every template must have; None reads all there are.
-        top_k: teacher logits to keep, the largest; None keeps all.
+        path: a file or a template, in a folder or behind a URL; `[a:b]` after it selects rows, by number or percent,
+            negative ones from the end, as in `train_CHUNK_ID.jsonl.zst[:10%]`.
+        n_chunks: chunks that the template must have; None reads all there are.
+        top_k: teacher tokens to keep a position, the likeliest; None keeps all. The others join the tail.
         seq_length: rows with more positions are left out and counted in `dropped_too_long`.
+        vocab_size: teacher tokens with ids from here on join the tail; None keeps all.
 
     Raises:
-        CacheError: a chunk is missing, damaged, or contradicts its manifest or the other chunks; or holds fewer than
-            `top_k` logits.
+        CacheError: a chunk is missing, damaged, or contradicts its manifest.
     """
 
     def __init__(
-        self, paths: Sequence[str], n_chunks: int | None = None, top_k: int | None = None, seq_length: int | None = None
+        self,
+        path: str,
+        n_chunks: int | None = None,
+        top_k: int | None = None,
+        seq_length: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        self.top_k = top_k
-        self._descriptors: dict[int, tuple[int, int]] = {}  # file -> (process, descriptor)
+        subset = _SUBSET.fullmatch(path)
+        self.path = subset["path"] if subset else path
+        self.top_k, self.seq_length, self.vocab_size = top_k, seq_length, vocab_size
+        self.layout = CacheLayout(self.path)
+        self.storage: Storage = open_storage(
+            self.path.rpartition("/")[0] if "://" in self.path else str(self.layout.folder)
+        )
+        self._lines = lines_of(self.path)
+        self._indexes: OrderedDict[int, tuple[ChunkIndex, np.ndarray | None]] = OrderedDict()
         self.manifests: list[Manifest] = []
-        self._files: list[Path] = []
-        self._offsets: list[Offsets] = []
-        for path in paths:
-            self._open(CacheLayout(path), n_chunks)
-        self._check_manifests()
-        self.max_token_id = max(offsets.max_token_id for offsets in self._offsets)
-        rows = [(file, line) for file, offsets in enumerate(self._offsets) for line in range(len(offsets))]
-        lengths = np.concatenate([offsets.num_positions for offsets in self._offsets])
-        fits = np.ones(len(rows), dtype=bool) if seq_length is None else lengths <= seq_length
-        self.dropped_too_long = int((~fits).sum())
-        self._rows = np.array(rows, dtype=np.int64).reshape(-1, 2)[fits]
-        self._check_k()
+        self._chunks = self._open_chunks(n_chunks)
+        facts = [chunk.facts for chunk in self._chunks]
+        self.max_token_id = max(fact.max_token_id for fact in facts)
+        self.max_topk_id = max(fact.max_topk_id for fact in facts)
+        self.largest_k = max(fact.largest_k for fact in facts)
+        self.dropped_too_long = sum(chunk.facts.num_lines - chunk.num_rows for chunk in self._chunks)
+        self._ends = np.cumsum([chunk.num_rows for chunk in self._chunks])
+        total = int(self._ends[-1])
+        self._first = _bound(subset["start"], total, 0) if subset else 0
+        self._last = max(self._first, _bound(subset["end"], total, total)) if subset else total
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return self._last - self._first
 
     def __getitem__(self, position: int) -> CachedExample:
-        if not 0 <= position < len(self):
-            raise IndexError(f"row {position} of {len(self)}")
-        file, line = (int(number) for number in self._rows[position])
-        start, end = self._offsets[file].starts[line : line + 2]
-        raw = os.pread(self._descriptor(file), int(end - start), int(start))
-        where, offsets = f"{self._files[file]}:{line + 1}", self._offsets[file]
-        row = decode(raw, where, self.top_k, index=line)
-        if row.example.num_tokens != offsets.num_positions[line] or largest_id(row) > offsets.max_token_id:
+        chunk_number, line, start, end = self._locate(position)
+        chunk = self._chunks[chunk_number]
+        row = self._row(chunk, line, self.storage.read(chunk.name, start, end))
+        if row.example.num_tokens != self._index(chunk_number)[0].num_positions[line]:
             raise CacheError(
-                f"{where}: the line is another one than when its index was made; delete {self._files[file]}.idx"
+                f"{self._where(chunk, line)}: the line is another one than when its index was made; delete {index_name(chunk.name)}"
             )
         return row
 
+    def will_read(self, positions: Sequence[int]) -> None:
+        """Asks the operating system to fetch these rows ahead."""
+        for position in positions:
+            chunk_number, _, start, end = self._locate(position)
+            self.storage.will_read(self._chunks[chunk_number].name, start, end)
+
+    def chunk_sizes(self) -> list[int]:
+        """Rows of every chunk, in the order of the positions."""
+        ends = np.clip(self._ends, self._first, self._last)
+        sizes = np.diff(ends, prepend=self._first)
+        return [int(size) for size in sizes if size]
+
     def fingerprint(self) -> str:
-        """Identifies the content: SHA-256 over the manifests and samples of every file."""
-        parts = [manifest.hash() for manifest in self.manifests]
-        parts += [f"{path.name}:{digest(path)}" for path in self._files]
+        """Identifies the content: SHA-256 over the checksums of all chunks and the selected rows."""
+        parts = [self._index(number)[0].sha256.hex() for number in range(len(self._chunks))]
+        parts += [f"{self._first}:{self._last}:{self.seq_length}"]
         return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+    def _locate(self, position: int) -> tuple[int, int, int, int]:
+        """(number of the chunk, line in it, first byte, last byte + 1)."""
+        if not 0 <= position < len(self):
+            raise IndexError(f"row {position} of {len(self)}")
+        row = position + self._first
+        chunk = int(np.searchsorted(self._ends, row, side="right"))
+        line = row - (int(self._ends[chunk - 1]) if chunk else 0)
+        index, fitting = self._index(chunk)
+        if fitting is not None:
+            line = int(fitting[line])
+        return chunk, line, int(index.starts[line]), int(index.starts[line + 1])
 
-    def _open(self, layout: CacheLayout, n_chunks: int | None) -> None:
-        chunk_ids = layout.existing_chunks()
-        shared = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+    def _row(self, chunk: _Chunk, line: int, raw: bytes) -> CachedExample:
+        where = self._where(chunk, line)
+        row = decode(self._lines.read(raw, where), where, index=line)
+        teacher = limited(row.teacher, self.top_k, self.vocab_size)
+        return row if teacher is row.teacher else CachedExample(row.example, teacher)
+
+    def _where(self, chunk: _Chunk, line: int) -> str:
+        return f"{self.storage.folder}/{chunk.name}:{line + 1}"
+
+    def _open_chunks(self, n_chunks: int | None) -> list[_Chunk]:
+        names = set(self.storage.names())
+        chunk_ids = self.layout.chunk_ids(list(names))
+        shared = self._manifest(self.layout.manifest_name, names)
         if n_chunks is None:
             n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
-        elif not layout.is_template and n_chunks != 1:
-            raise CacheError(f"{layout.output_path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
-        expected = list(range(n_chunks))
-        missing = sorted(set(expected) - set(chunk_ids))
+        elif not self.layout.is_template and n_chunks != 1:
+            raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
+        missing = sorted(set(range(n_chunks)) - set(chunk_ids))
         if missing:
             raise CacheError(
-                f"{layout.chunk_path(missing[0])}: the chunk is missing ({len(chunk_ids)} of {len(expected)} chunks of "
-                f"{layout.output_path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
+                f"{self.storage.folder}/{self.layout.chunk_name(missing[0])}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
+                f"chunks of {self.path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
             )
-        if shared is not None:
-            self.manifests.append(shared)
-        for chunk_id in expected:
-            path = layout.chunk_path(chunk_id)
+        chunks = []
+        for chunk_id in range(n_chunks):
+            name = self.layout.chunk_name(chunk_id)
             manifest, key = shared, str(chunk_id)
-            if shared is None and (own := CacheLayout(str(path)).manifest_path).exists():
-                manifest, key = Manifest.load(own), "0"
-                self.manifests.append(manifest)
-            if manifest is not None:
-                _check_chunk(path, manifest, key)
-            index_path = layout.index_path(path)
-            offsets = Offsets.load(index_path, path)
-            if offsets is None:
-                offsets = Offsets.scan(path)
-                if os.access(path.parent, os.W_OK):
-                    offsets.save(index_path, path)
-            self._files.append(path)
-            self._offsets.append(offsets)
+            if shared is None:
+                own = CacheLayout(str(self.layout.folder / name)).manifest_name
+                manifest, key = self._manifest(own, names), "0"
+            chunks.append(self._open_chunk(name, manifest, key))
+        return chunks
 
-    def _check_manifests(self) -> None:
-        for manifest in self.manifests[1:]:
+    def _manifest(self, name: str, names: set[str]) -> Manifest | None:
+        if name not in names:
+            return None
+        manifest = Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}")
+        if self.manifests:
             first = self.manifests[0]
-            for name in ("tokenizer", "vocab_size", "top_k"):
-                if getattr(first, name) != getattr(manifest, name):
+            for field in ("tokenizer", "vocab_size"):
+                if getattr(first, field) != getattr(manifest, field):
                     raise CacheError(
-                        f"the caches differ in {name}: {getattr(first, name)!r} and {getattr(manifest, name)!r}; "
+                        f"{self.path}: its chunks differ in {field}: {getattr(first, field)!r} and {getattr(manifest, field)!r}; "
                         "read them in separate runs"
                     )
+        self.manifests.append(manifest)
+        return manifest
 
-    def _check_k(self) -> None:
-        smallest = min(offsets.smallest_k for offsets in self._offsets)
-        largest = max(offsets.largest_k for offsets in self._offsets)
-        if self.top_k is None and smallest != largest:
+    def _open_chunk(self, name: str, manifest: Manifest | None, key: str) -> _Chunk:
+        where = f"{self.storage.folder}/{name}"
+        summary = manifest.chunks.get(key) if manifest is not None else None
+        if manifest is not None and summary is None:
             raise CacheError(
-                f"the caches hold {smallest} to {largest} logits a position; set model.data.top_k={smallest} to use as many of each"
+                f"{where}: the manifest does not list this chunk, so it is not complete; run compute_topk_logits again"
             )
-        if self.top_k is not None and self.top_k > smallest:
+        size, mtime_ns = self.storage.stat(name)
+        if summary is not None and size != summary.bytes:
             raise CacheError(
-                f"model.data.top_k: {self.top_k} exceeds the {smallest} logits a position that the cache holds"
+                f"{where}: {size} bytes, but the manifest says {summary.bytes}; the file is damaged: `logit_cache repair` keeps "
+                "its whole lines; or delete it and run compute_topk_logits again"
             )
+        index = self._load_index(name, summary, size, mtime_ns)
+        fits = index.facts.num_lines
+        if self.seq_length is not None and index.facts.max_positions > self.seq_length:
+            fits = int((index.num_positions <= self.seq_length).sum())
+        return _Chunk(name, summary, index.facts, fits)
 
-    def __del__(self) -> None:
-        for process, descriptor in self._descriptors.values():
-            if process == os.getpid():
-                os.close(descriptor)
+    def _index(self, number: int) -> tuple[ChunkIndex, np.ndarray | None]:
+        """(index of a chunk, its lines that are not too long or None where all are)."""
+        if number not in self._indexes:
+            chunk = self._chunks[number]
+            index = self._load_index(chunk.name, chunk.summary, chunk.facts.bytes, chunk.facts.mtime_ns)
+            fitting = None
+            if chunk.num_rows != chunk.facts.num_lines:
+                fitting = np.flatnonzero(index.num_positions <= (self.seq_length or 0))
+            if len(self._indexes) >= INDEXES_IN_MEMORY:
+                self._indexes.popitem(last=False)
+            self._indexes[number] = (index, fitting)
+        self._indexes.move_to_end(number)
+        return self._indexes[number]
 
-    def _descriptor(self, file: int) -> int:
-        process, descriptor = self._descriptors.get(file, (0, -1))
-        if process != os.getpid():
-            descriptor = os.open(self._files[file], os.O_RDONLY)
-            self._descriptors[file] = (os.getpid(), descriptor)
-        return descriptor
+    def _load_index(self, name: str, summary: ChunkSummary | None, size: int, mtime_ns: int) -> ChunkIndex:
+        """The chunk's index, made again where there is none for this state of the file."""
+        try:
+            index = ChunkIndex.of(self.storage.read(index_name(name)))
+        except OSError:
+            index = None
+        if index is not None and index.facts.bytes == size:
+            if summary is None and index.facts.mtime_ns == mtime_ns:
+                return index
+            if summary is not None and summary.sha256 == f"sha256:{index.sha256.hex()}":
+                return index
+        index = self.scan(name, 0 if summary is not None else mtime_ns)
+        if summary is not None and summary.sha256 != f"sha256:{index.sha256.hex()}":
+            raise CacheError(
+                f"{self.storage.folder}/{name}: its bytes are not those that the manifest tells of; `logit_cache verify` says "
+                "what is wrong; restore the file, or delete it and run compute_topk_logits again"
+            )
+        if not self.storage.save(index_name(name), index.to_bytes()):
+            log.warning(
+                "%s/%s has no index and none can be saved there; it is made anew each time", self.storage.folder, name
+            )
+        return index
+
+    def scan(self, name: str, mtime_ns: int = 0) -> ChunkIndex:
+        """The index of a chunk, by decoding every line once.
+
+        Raises:
+            CacheError: a line is damaged or cut off.
+        """
+        facts, digest = LineFacts(), hashlib.sha256()
+        with self.storage.open(name) as file:
+            for line, raw in enumerate(self._lines.split(file, f"{self.storage.folder}/{name}")):
+                where = f"{self.storage.folder}/{name}:{line + 1}"
+                facts.add(decode(self._lines.read(raw, where), where, index=line), len(raw))
+                digest.update(raw)
+        if not facts.line_bytes:
+            raise CacheError(f"{self.storage.folder}/{name}: the file is empty")
+        return facts.index(digest.digest(), mtime_ns)
 
 
-def _check_chunk(path: Path, manifest: Manifest, key: str) -> None:
-    summary = manifest.chunks.get(key)
-    if summary is None:
-        raise CacheError(
-            f"{path}: the manifest does not list this chunk, so it is not complete; run compute_topk_logits again"
-        )
-    if path.stat().st_size != summary.bytes:
-        raise CacheError(
-            f"{path}: {path.stat().st_size} bytes, but the manifest says {summary.bytes}; the file is damaged: delete it and "
-            "run compute_topk_logits again"
-        )
+def _bound(text: str | None, total: int, default: int) -> int:
+    if text is None:
+        return default
+    number = round(int(text[:-1]) * total / 100) if text.endswith("%") else int(text)
+    return min(max(number + total if number < 0 else number, 0), total)

@@ -12,7 +12,7 @@ COMMAND = Command(
     pretrained_checkpoint.restore_from_path=teacher/ \\
     data.data.file_path=data/train.jsonl \\
     output_path=cache/train_with_logits_CHUNK_ID.jsonl n_examples_per_chunk=10000 \\
-    top_k=100 model.micro_batch_size=2 model.global_batch_size=16 \\
+    model.micro_batch_size=2 \\
     trainer.devices=8 model.tensor_model_parallel_size=4""",
 )
 

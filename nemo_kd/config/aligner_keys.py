@@ -62,6 +62,12 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.activations_checkpoint_granularity": Ignored("the teacher runs no backward pass", (None,)),
         "model.activations_checkpoint_method": Ignored("the teacher runs no backward pass", (None,)),
         "model.activations_checkpoint_num_layers": Ignored("the teacher runs no backward pass", (None,)),
+        "model.global_batch_size": Ignored(
+            "records are shared out in segments of cache.segment_examples; model.micro_batch_size is the batch"
+        ),
+        "batch_size": Ignored(
+            "records are shared out in segments of cache.segment_examples; model.micro_batch_size is the batch"
+        ),
         "data.sample": Ignored("every example is cached once", (False,)),
         "data.num_workers": Ignored("the dataset is read in the teacher's process", (0,)),
         "data.dataloader_type": Ignored("examples are cached in the dataset's order", ("single",)),
@@ -95,7 +101,6 @@ IGNORED: dict[str, dict[str, Ignored]] = {
 
 ALIASES: dict[str, dict[str, str]] = {
     "compute_topk_logits": {
-        "batch_size": "model.global_batch_size",
         "forward_micro_batch_size": "model.micro_batch_size",
     },
     "train_gpt_knowledge_distillation": {},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
 from nemo_kd.config.model import PRECISIONS, ParallelConfig
 from nemo_kd.config.typed import ConfigError
@@ -45,8 +46,6 @@ class ModelConfig(ParallelConfig):
 
     micro_batch_size: int = 1
     """Examples in one forward pass on one data-parallel rank."""
-    global_batch_size: int = 1
-    """Examples in one step over all data-parallel ranks."""
     seed: int = 1234
     """Seed of everything random."""
     encoder_seq_length: int | None = None
@@ -83,16 +82,19 @@ class ComputeTopkLogitsConfig:
     """A file, or a template whose CHUNK_ID becomes 0, 1, 2 ..."""
     n_examples_per_chunk: int | None = None
     """Records that one chunk covers; None: all in one chunk. Needs CHUNK_ID in output_path."""
-    top_k: int = 100
-    """Teacher logits kept per position, largest first."""
+    top_k: int = 128
+    """Most teacher logits kept per position, largest first; `cache` says how many of them where the teacher is certain."""
+    cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"top_k: {self.top_k} must be at least 1")
+        if not 1 <= self.top_k <= MAX_TOP_K:
+            raise ConfigError(f"top_k: {self.top_k} must be from 1 to {MAX_TOP_K}")
+        if self.cache.min_k > self.top_k:
+            raise ConfigError(f"cache.min_k: {self.cache.min_k} exceeds top_k ({self.top_k})")
         if self.start_from_idx < 0:
             raise ConfigError(f"start_from_idx: {self.start_from_idx} must not be negative")
         if self.end_at_idx is not None and self.end_at_idx < self.start_from_idx:

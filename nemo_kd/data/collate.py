@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from nemo_kd.batch import Batch, CachedExample, Example
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
 
 Row = Example | CachedExample | None
 
@@ -15,8 +15,8 @@ Row = Example | CachedExample | None
 def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
     """A batch of `rows`, padded on the right to a common length, itself a multiple of `multiple_of`.
 
-    None is a filler row: index -1, nothing in the loss. Padding has loss mask 0, token and label `pad_id`, teacher
-    logits 0 and ids 0 to K - 1, so that every value is legal wherever it goes.
+    None is a filler row: index -1, nothing in the loss. Padding has loss mask 0, token and label `pad_id`, and is a
+    position about which the teacher said nothing.
 
     Args:
         rows: all with a teacher, or all without; fillers may stand among them.
@@ -44,21 +44,40 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
         position_ids_BS=torch.arange(shape[1]).repeat(len(rows), 1),
     )
     if teachers:
-        _add_teacher(batch, rows, k=teachers[0].topk_logits_SK.shape[1])
+        _add_teacher(batch, rows, teachers)
     return batch
 
 
-def _add_teacher(batch: Batch, rows: Sequence[Row], k: int) -> None:
-    shape = tuple(batch.tokens_BS.shape)
-    logits = np.zeros((*shape, k), dtype=np.float32)
-    ids = np.broadcast_to(np.arange(k, dtype=np.int64), (*shape, k)).copy()
+def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:
+    shape, temperatures = tuple(batch.tokens_BS.shape), teachers[0].temperatures
+    if any(teacher.temperatures != temperatures for teacher in teachers):
+        temperatures = (1.0,)  # a blend of caches has in common what all of them have
+    k = max(teacher.topk_logits_SK.shape[1] for teacher in teachers)
+    logits = np.full((*shape, k), -np.inf, dtype=np.float32)
+    ids = np.full((*shape, k), -1, dtype=np.int64)
     log_sum_exp = np.zeros(shape, dtype=np.float32)
+    tail_mass = np.ones((*shape, len(temperatures)), dtype=np.float32)
+    labels = np.zeros(shape, dtype=np.float32)
+    samples = [teacher.tail_token_ids_SM for teacher in teachers]
+    num_samples = {0 if array is None else array.shape[1] for array in samples}
+    tail_ids = np.full((*shape, max(num_samples)), -1, dtype=np.int64)
     for row, cached in enumerate(rows):
         if isinstance(cached, CachedExample):
-            length = cached.example.num_tokens
-            logits[row, :length] = cached.teacher.topk_logits_SK
-            ids[row, :length] = cached.teacher.topk_token_ids_SK
-            log_sum_exp[row, :length] = cached.teacher.log_sum_exp_logits_S
+            length, teacher = cached.example.num_tokens, cached.teacher
+            row_k = teacher.topk_logits_SK.shape[1]
+            logits[row, :length, :row_k] = teacher.topk_logits_SK
+            ids[row, :length, :row_k] = teacher.topk_token_ids_SK
+            log_sum_exp[row, :length] = teacher.log_sum_exp_logits_S
+            tail_mass[row, :length] = teacher.tail_mass_TS[: len(temperatures)].T
+            if teacher.label_logprobs_S is not None:
+                labels[row, :length] = teacher.label_logprobs_S
+            if teacher.tail_token_ids_SM is not None:
+                tail_ids[row, :length, : teacher.tail_token_ids_SM.shape[1]] = teacher.tail_token_ids_SM
     batch.topk_logits_BSK = torch.from_numpy(logits)
     batch.topk_token_ids_BSK = torch.from_numpy(ids)
     batch.log_sum_exp_logits_BS = torch.from_numpy(log_sum_exp)
+    batch.tail_mass_BST = torch.from_numpy(tail_mass)
+    if all(teacher.label_logprobs_S is not None for teacher in teachers):
+        batch.label_logprobs_BS = torch.from_numpy(labels)
+    if len(num_samples) == 1 and num_samples != {0}:
+        batch.tail_token_ids_BSM = torch.from_numpy(tail_ids)

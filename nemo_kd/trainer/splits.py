@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample, Example
+from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
@@ -62,9 +63,10 @@ def _open_cache(
     seq_length: int,
     architecture: GPTArchitecture,
     tokenizer: PreTrainedTokenizerBase,
-) -> CacheReader:
+) -> CacheBlend:
     n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
-    reader = CacheReader(paths, n_chunks=n_chunks, top_k=data.top_k, seq_length=seq_length)
+    readers = [CacheReader(path, n_chunks, data.top_k, seq_length) for path in paths]
+    reader = CacheBlend(readers)
     fingerprint = tokenizer_fingerprint(tokenizer)
     for manifest in reader.manifests:
         if manifest.vocab_size != architecture.vocab_size:
@@ -77,13 +79,15 @@ def _open_cache(
                 f"model.data.data_prefix.{split}: the cache was written with tokenizer {manifest.tokenizer}, the student has "
                 f"{fingerprint}; both must share one tokenizer"
             )
-    if reader.max_token_id >= architecture.vocab_size:
+    largest = max(max(part.max_token_id, part.max_topk_id) for part in readers)
+    if largest >= architecture.vocab_size:
         raise CacheError(
-            f"model.data.data_prefix.{split}: token id {reader.max_token_id} in the cache is outside the student's vocabulary of "
+            f"model.data.data_prefix.{split}: token id {largest} in the cache is outside the student's vocabulary of "
             f"{architecture.vocab_size} tokens; both must share one tokenizer"
         )
-    if reader.dropped_too_long:
-        log.warning("%s: %d examples longer than %d tokens are dropped", split, reader.dropped_too_long, seq_length)
+    dropped = sum(part.dropped_too_long for part in readers)
+    if dropped:
+        log.warning("%s: %d examples longer than %d tokens are dropped", split, dropped, seq_length)
     return reader
 
 

@@ -188,10 +188,15 @@ def test_own_yaml_is_found_relative_to_the_current_folder(tmp_path):
 
 def test_nemo_aligners_guide_runs_unchanged():
     teacher, warnings = compose("compute_topk_logits", GUIDE_STAGE_1)
-    assert (teacher.top_k, teacher.end_at_idx, teacher.model.global_batch_size) == (4, 56439, 16)
-    assert [line.split("=")[0] for line in warnings] == ["data.sample", "data.data.hf_dataset"]
-    older, _ = compose("compute_topk_logits", OLDER_GUIDE_STAGE_1)
-    assert (older.model.global_batch_size, older.model.micro_batch_size) == (16, 2)
+    assert (teacher.top_k, teacher.end_at_idx, teacher.model.micro_batch_size) == (4, 56439, 2)
+    assert [line.split("=")[0] for line in warnings] == [
+        "model.global_batch_size",
+        "data.sample",
+        "data.data.hf_dataset",
+    ]
+    older, warnings = compose("compute_topk_logits", OLDER_GUIDE_STAGE_1)
+    assert older.model.micro_batch_size == 2
+    assert "batch_size=16: records are shared out in segments of cache.segment_examples" in warnings[0]
     student, warnings = compose("train_gpt_knowledge_distillation", GUIDE_STAGE_2)
     assert student.model.knowledge_distillation.sft_loss_weight == 0.4
     assert student.model.data.paths("test") == ["val_CHUNK_ID.jsonl"]
@@ -221,8 +226,12 @@ def test_ignored_keys_tell_why():
 
 
 def test_aliases_must_not_contradict():
-    with pytest.raises(ConfigError, match=r"batch_size: 8 is another name of model\.global_batch_size, which is 4"):
-        compose("compute_topk_logits", MINIMAL["compute_topk_logits"] + " batch_size=8 model.global_batch_size=4")
+    expected = r"forward_micro_batch_size: 8 is another name of model\.micro_batch_size, which is 4"
+    with pytest.raises(ConfigError, match=expected):
+        compose(
+            "compute_topk_logits",
+            MINIMAL["compute_topk_logits"] + " forward_micro_batch_size=8 model.micro_batch_size=4",
+        )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,106 @@
+"""The three ways a packed record turns numbers into bytes: Huffman codes, bit fields, and a table of log-probabilities.
+
+All of it is lossless but the table. docs/cache_format.md describes every step for other readers.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+
+import numpy as np
+
+LEVEL_RANGE_NATS = 10.0
+LEVEL_TAIL_STEP_NATS = 0.5
+_CELLS_PER_NAT, _CELLS = 1024, 64 * 1024
+
+
+def huffman(symbols: np.ndarray) -> bytes:
+    """Bytes as a raw deflate stream without matches: Huffman codes of their frequencies, which zlib reads everywhere."""
+    compressor = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    return compressor.compress(symbols.tobytes()) + compressor.flush()
+
+
+def unhuffman(stream: bytes | memoryview, max_length: int) -> np.ndarray:
+    """The uint8 symbols of a deflate stream.
+
+    Raises:
+        ValueError: the stream is damaged, or longer than `max_length` symbols (so that no file can ask for endless memory).
+    """
+    decompressor = zlib.decompressobj(-15)
+    try:
+        symbols = decompressor.decompress(stream, max_length + 1)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
+    if len(symbols) > max_length or not decompressor.eof:
+        raise ValueError(f"a stream does not end after {max_length} symbols")
+    return np.frombuffer(symbols, dtype=np.uint8)
+
+
+def bit_lengths(values: np.ndarray) -> np.ndarray:
+    """floor(log2(value)) of integers from 1 to 2^24 - 1, as uint32: bits below the leading one."""
+    return (values.astype(np.float32).view(np.uint32) >> np.uint32(23)) - np.uint32(127)
+
+
+def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
+    """The low `widths[i]` (at most 24) bits of each value one after the other, least significant bit first."""
+    if not len(values):
+        return b""
+    ends = np.cumsum(widths, dtype=np.int64)
+    starts, num_bits = ends - widths, int(ends[-1])
+    words = starts >> 5
+    shifted = values.astype(np.uint64) << (starts & 31).astype(np.uint64)
+    num_words = (num_bits >> 5) + 2
+    # Every bit is set once at most, so sums of float64 below 2^32 are exact unions.
+    low = np.bincount(words, weights=shifted & np.uint64(0xFFFFFFFF), minlength=num_words)
+    high = np.bincount(words, weights=shifted >> np.uint64(32), minlength=num_words)
+    low[1:] += high[:-1]
+    return low.astype("<u4").tobytes()[: (num_bits + 7) >> 3]
+
+
+def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
+    """The uint32 values of `pack_bits`.
+
+    Raises:
+        ValueError: `packed` has another length than the widths call for.
+    """
+    ends = np.cumsum(widths, dtype=np.int64)
+    num_bytes = (int(ends[-1]) + 7) >> 3 if len(ends) else 0
+    if len(packed) != num_bytes:
+        raise ValueError(f"{len(packed)} bytes of bit fields where {num_bytes} are called for")
+    starts = ends - widths
+    padded = np.frombuffer(bytes(packed) + b"\0\0\0\0", dtype=np.uint8)
+    words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,)).take(starts >> 3)
+    widths = widths.astype(np.uint32)
+    return (words >> (starts & 7).astype(np.uint32)) & ((np.uint32(1) << widths) - np.uint32(1))
+
+
+@functools.cache
+def level_nats(fine: int, coarse: int) -> np.ndarray:
+    """-log p of each of the 256 levels (float32, ascending from 0).
+
+    The step grows as exp(nats / 2) / fine, in proportion to the inverse root of the probability, so that every token
+    adds equally to the KL divergence; up to 1 / coarse nats, which also bounds the error at other temperatures. Beyond
+    10 nats half a nat is enough.
+    """
+    level = np.arange(256, dtype=np.float64)
+    turn = 2 * np.log(fine / coarse)
+    at_turn = 2 * fine * (1 - np.exp(-turn / 2))
+    at_range = at_turn + (LEVEL_RANGE_NATS - turn) * coarse
+    companded = -2 * np.log(np.maximum(1 - level / (2 * fine), 1e-12))
+    uniform = turn + (level - at_turn) / coarse
+    tail = LEVEL_RANGE_NATS + (level - at_range) * LEVEL_TAIL_STEP_NATS
+    return np.where(level <= at_turn, companded, np.where(level <= at_range, uniform, tail)).astype(np.float32)
+
+
+@functools.cache
+def _level_of_cell(fine: int, coarse: int) -> np.ndarray:
+    nats = level_nats(fine, coarse)
+    centres = (np.arange(_CELLS) + 0.5) / _CELLS_PER_NAT
+    return np.searchsorted((nats[1:] + nats[:-1]) / 2, centres).astype(np.uint8)
+
+
+def levels(logprobs: np.ndarray, fine: int, coarse: int) -> np.ndarray:
+    """The uint8 level next to each log-probability; what lies beyond the last level takes the last."""
+    cells = np.minimum(logprobs * np.float32(-_CELLS_PER_NAT), np.float32(_CELLS - 1))
+    return _level_of_cell(fine, coarse).take(np.maximum(cells, 0).astype(np.intp))

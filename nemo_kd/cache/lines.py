@@ -1,0 +1,126 @@
+"""How the lines of a chunk lie in its file: plain (`.jsonl`), or one zstd frame each (`.jsonl.zst`).
+
+Either way a line is one range of bytes, so one read gives one example; `zstdcat` turns a compressed chunk into plain JSONL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import BinaryIO, Protocol
+
+import zstandard
+
+from nemo_kd.cache.layout import CacheError
+
+ZST_LEVEL = 3
+MAX_LINE_BYTES = 1 << 31
+_BLOCK_BYTES = 1 << 20
+
+
+class Lines(Protocol):
+    """One of the two ways."""
+
+    def write(self, line: bytes) -> bytes:
+        """The bytes that stand for a JSON line, which ends in a line break."""
+
+    def read(self, raw: bytes, where: str) -> bytes:
+        """The JSON line that `raw` stands for.
+
+        Raises:
+            CacheError: the bytes are damaged or cut off.
+        """
+
+    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
+        """The raw bytes of every line of a file, from its beginning.
+
+        Raises:
+            TornError: the file ends inside a line.
+        """
+
+
+class TornError(CacheError):
+    """A file ends inside a line, as after a crash; what came before it is whole."""
+
+
+def lines_of(name: str | PurePath) -> Lines:
+    """The way a file of this name holds its lines."""
+    return _Zst() if str(name).endswith(".zst") else _Plain()
+
+
+class _Plain:
+    def write(self, line: bytes) -> bytes:
+        return line
+
+    def read(self, raw: bytes, where: str) -> bytes:
+        return raw
+
+    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                raise TornError(
+                    f"{where}:{number}: the last line has no line break, so it may be cut off; check it, then add the break, or "
+                    "cut it with `logit_cache repair`"
+                )
+            yield line
+
+
+class _Zst:
+    def __init__(self) -> None:
+        self._compressor = zstandard.ZstdCompressor(level=ZST_LEVEL, write_checksum=True, write_content_size=True)
+        self._decompressor = zstandard.ZstdDecompressor()
+
+    def __getstate__(self) -> dict[str, object]:
+        return {}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__init__()  # type: ignore[misc]
+
+    def write(self, line: bytes) -> bytes:
+        return self._compressor.compress(line)
+
+    def read(self, raw: bytes, where: str) -> bytes:
+        try:
+            size = zstandard.frame_content_size(raw)
+            if size > MAX_LINE_BYTES:
+                raise CacheError(f"{where}: a frame of {size} bytes is no line of a cache")
+            return self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else MAX_LINE_BYTES)
+        except zstandard.ZstdError as error:
+            raise CacheError(
+                f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; restore the file or "
+                "write it again"
+            ) from error
+
+    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
+        pending, number = b"", 1
+        while True:
+            if not pending:
+                pending = file.read(_BLOCK_BYTES)
+                if not pending:
+                    return
+            frame, pending = self._frame(pending, file, f"{where}:{number}")
+            yield frame
+            number += 1
+
+    def _frame(self, block: bytes, file: BinaryIO, where: str) -> tuple[bytes, bytes]:
+        """(the frame that `block` begins with, what follows it)."""
+        parts, frame = [], zstandard.ZstdDecompressor().decompressobj()
+        while True:
+            try:
+                frame.decompress(block)
+            except zstandard.ZstdError as error:
+                raise CacheError(
+                    f"{where}: not a zstd frame ({error}): the bytes are damaged; restore the file, write it again, or see "
+                    "`logit_cache repair`"
+                ) from error
+            parts.append(block)
+            if frame.eof:
+                raw = b"".join(parts)
+                length = len(raw) - len(frame.unused_data)
+                return raw[:length], frame.unused_data
+            block = file.read(_BLOCK_BYTES)
+            if not block:
+                raise TornError(
+                    f"{where}: the file ends inside a zstd frame, so its last line is cut off; "
+                    "cut it with `logit_cache repair`"
+                )

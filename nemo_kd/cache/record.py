@@ -1,0 +1,159 @@
+"""One example as one line of JSON, in either codec; a line says itself which.
+
+Every line has `index`, `hash`, `tokens`, `labels` and `loss_mask`. The `packed` codec adds `v` and `teacher` (base64 of
+`packed_codec`'s blob), the `json` codec NeMo-Aligner's fields. docs/cache_format.md specifies both.
+"""
+
+from __future__ import annotations
+
+import binascii
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import orjson
+
+from nemo_kd.batch import CachedExample, Example
+from nemo_kd.cache import json_codec, packed_codec
+from nemo_kd.cache.fields import array, example_index, ids
+from nemo_kd.cache.layout import CacheError
+
+RECORD_VERSION = 1
+
+
+def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
+    """The JSON line of an example, newline included.
+
+    Args:
+        codec: packed or json.
+        positions: packed: loss stores what the teacher said where the label counts in the loss, all everywhere.
+            Trailing positions that nothing depends on are cut off with loss.
+
+    Raises:
+        CacheError: values are not finite, out of order, or outside what the format holds.
+    """
+    if codec == "packed" and positions == "loss":
+        row = trimmed(row)
+    example = row.example
+    fields: dict[str, Any] = {"v": RECORD_VERSION} if codec == "packed" else {}
+    fields |= {
+        "index": int(example.index),
+        "hash": example_hash(example),
+        "tokens": np.ascontiguousarray(example.tokens_S),
+        "labels": np.ascontiguousarray(example.labels_S),
+        "loss_mask": example.loss_mask_S.astype(np.uint8),
+    }
+    if codec == "packed":
+        try:
+            blob = packed_codec.pack(row, positions)
+        except ValueError as error:
+            raise CacheError(f"example {example.index}: {error}") from error
+        fields["teacher"] = binascii.b2a_base64(blob, newline=False).decode("ascii")
+    else:
+        fields |= json_codec.teacher_fields(row)
+    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+
+
+def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
+    """The example that a line holds, cut after its last loss position: attention is causal, so nothing depends on the rest.
+
+    Lines of NeMo-Aligner are taken too: fields that are not known are ignored, fields that it does not write may be
+    missing. A line without any loss position keeps its first one.
+
+    Args:
+        line: one JSON object.
+        where: `file:line` for error messages.
+        index: the example's index if the line has none.
+
+    Raises:
+        CacheError: the line is no JSON object, or a field is missing, malformed, damaged or contradicts another one.
+    """
+    payload = _parse(line, where)
+    example = _example(payload, index, where)
+    if "hash" in payload and payload["hash"] != example_hash(example):
+        raise CacheError(
+            f"{where}: field hash: found {payload['hash']!r}, but tokens, labels and loss_mask give "
+            f"{example_hash(example)!r}; the line was damaged or edited: restore the file or write it again"
+        )
+    if "v" not in payload:
+        return trimmed(json_codec.row(payload, example, where))
+    if payload["v"] != RECORD_VERSION:
+        raise CacheError(
+            f"{where}: field v: found {payload['v']!r}, but this version of nemo_kd reads records of version {RECORD_VERSION}"
+        )
+    try:
+        blob = binascii.a2b_base64(payload["teacher"], strict_mode=True)
+        return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = "found nothing" if isinstance(error, KeyError) else str(error)
+        raise CacheError(f"{where}: field teacher: {reason}; restore the file or write it again") from error
+
+
+def example_hash(example: Example) -> str:
+    """16 hexadecimal digits of SHA-256 over tokens, labels (little-endian int32) and loss mask (bytes 0 and 1)."""
+    digest = hashlib.sha256(example.tokens_S.astype("<i4").tobytes())
+    digest.update(example.labels_S.astype("<i4").tobytes())
+    digest.update(example.loss_mask_S.astype(np.uint8).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def trimmed(row: CachedExample) -> CachedExample:
+    """The row up to its last loss position, at least one position."""
+    example, teacher = row.example, row.teacher
+    loss_positions = np.flatnonzero(example.loss_mask_S)
+    length = int(loss_positions[-1]) + 1 if len(loss_positions) else 1
+    if length == example.num_tokens:
+        return row
+    labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
+    return CachedExample(
+        Example(example.index, example.tokens_S[:length], example.labels_S[:length], example.loss_mask_S[:length]),
+        replace(
+            teacher,
+            topk_logits_SK=teacher.topk_logits_SK[:length],
+            topk_token_ids_SK=teacher.topk_token_ids_SK[:length],
+            log_sum_exp_logits_S=teacher.log_sum_exp_logits_S[:length],
+            tail_mass_TS=teacher.tail_mass_TS[:, :length],
+            label_logprobs_S=None if labels is None else labels[:length],
+            tail_token_ids_SM=None if samples is None else samples[:length],
+        ),
+    )
+
+
+def is_json(line: bytes) -> bool:
+    """Whether a line is valid JSON: a line cut short never is."""
+    try:
+        orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def _parse(line: bytes, where: str) -> dict[str, Any]:
+    try:
+        payload = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        hint = " NaN and Infinity are not JSON: the teacher's logits overflowed." if b"NaN" in line else ""
+        raise CacheError(
+            f"{where}: found {len(line)} bytes that are not valid JSON ({error}), expected one JSON object.{hint} "
+            "Restore the file, write it again, or cut a torn last line with `logit_cache repair`."
+        ) from error
+    if not isinstance(payload, dict):
+        raise CacheError(
+            f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the field tokens"
+        )
+    return payload
+
+
+def _example(payload: dict[str, Any], index: int | None, where: str) -> Example:
+    tokens_S, labels_S = ids(payload, "tokens", 1, where), ids(payload, "labels", 1, where)
+    loss_mask_S = array(payload, "loss_mask", 1, "ifb", where)
+    for name, found in (("labels", labels_S), ("loss_mask", loss_mask_S)):
+        if len(found) != len(tokens_S):
+            raise CacheError(
+                f"{where}: field {name}: found {len(found)} positions, expected {len(tokens_S)} as in tokens"
+            )
+    wrong = (loss_mask_S != 0) & (loss_mask_S != 1)
+    if wrong.any():
+        raise CacheError(f"{where}: field loss_mask: found {loss_mask_S[wrong][0]}, expected only 0 and 1")
+    return Example(example_index(payload, index, where), tokens_S, labels_S, loss_mask_S.astype(np.float32))

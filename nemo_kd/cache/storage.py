@@ -1,0 +1,152 @@
+"""Reads the files of one folder, on a disk or behind any URL that fsspec knows (s3://, gs://, ...)."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from typing import Any, BinaryIO, Protocol, cast
+
+import fsspec
+
+from nemo_kd.cache.files import write_atomically
+from nemo_kd.cache.layout import CacheError
+
+MAX_OPEN_FILES = 64
+
+
+class Storage(Protocol):
+    """Read access to a folder. Copies in forked or pickled processes work independently."""
+
+    folder: str
+
+    def names(self) -> list[str]:
+        """Names of the files in the folder; empty if there is no such folder."""
+
+    def stat(self, name: str) -> tuple[int, int]:
+        """(size in bytes, modification time in ns or 0 where it is unknown)."""
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes from `start` to before `end`, or to the end of the file."""
+
+    def open(self, name: str) -> BinaryIO:
+        """The whole file, to be read from its beginning."""
+
+    def will_read(self, name: str, start: int, end: int) -> None:
+        """A hint that `read` is about to ask for these bytes."""
+
+    def save(self, name: str, content: bytes) -> bool:
+        """Keeps a file that can be made again; False where nothing can be written."""
+
+
+def open_storage(folder: str) -> Storage:
+    """The storage of a folder or URL.
+
+    Raises:
+        CacheError: the URL's protocol is not known, or its package is not installed.
+    """
+    if "://" not in folder:
+        return LocalStorage(folder or ".")
+    try:
+        fsspec.get_filesystem_class(folder.split("://")[0])
+    except (ValueError, ImportError) as error:
+        raise CacheError(f"{folder}: {error}") from error
+    return RemoteStorage(folder)
+
+
+class LocalStorage:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_open": OrderedDict(), "_process": -1}
+
+    def __del__(self) -> None:
+        if self._process == os.getpid():
+            for descriptor in self._open.values():
+                os.close(descriptor)
+
+    def names(self) -> list[str]:
+        if not os.path.isdir(self.folder):
+            return []
+        return [entry.name for entry in os.scandir(self.folder) if entry.is_file()]
+
+    def stat(self, name: str) -> tuple[int, int]:
+        found = os.stat(os.path.join(self.folder, name))
+        return found.st_size, found.st_mtime_ns
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        descriptor = self._descriptor(name)
+        wanted = (os.fstat(descriptor).st_size if end is None else end) - start
+        content = os.pread(descriptor, wanted, start)
+        while 0 < len(content) < wanted:  # one call returns 2 GiB at most
+            more = os.pread(descriptor, wanted - len(content), start + len(content))
+            if not more:
+                break
+            content += more
+        return content
+
+    def open(self, name: str) -> BinaryIO:
+        return open(os.path.join(self.folder, name), "rb")
+
+    def will_read(self, name: str, start: int, end: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor(name), start, end - start, os.POSIX_FADV_WILLNEED)
+
+    def save(self, name: str, content: bytes) -> bool:
+        if not os.access(self.folder, os.W_OK):
+            return False
+        write_atomically(os.path.join(self.folder, name), content)
+        return True
+
+    def _descriptor(self, name: str) -> int:
+        if self._process != os.getpid():  # forked: the parent's descriptors are its own
+            self._open, self._process = OrderedDict(), os.getpid()
+        if name not in self._open:
+            if len(self._open) >= MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            self._open[name] = os.open(os.path.join(self.folder, name), os.O_RDONLY)
+        self._open.move_to_end(name)
+        return self._open[name]
+
+
+class RemoteStorage:
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self._process, self._filesystem = -1, None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "_process": -1, "_filesystem": None}
+
+    def names(self) -> list[str]:
+        try:
+            found = self._fs().ls(self.folder, detail=True)
+        except FileNotFoundError:
+            return []
+        return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"]
+
+    def stat(self, name: str) -> tuple[int, int]:
+        return int(self._fs().info(self._path(name))["size"]), 0
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        return bytes(self._fs().cat_file(self._path(name), start=start, end=end))
+
+    def open(self, name: str) -> BinaryIO:
+        return cast(BinaryIO, self._fs().open(self._path(name), "rb"))
+
+    def will_read(self, name: str, start: int, end: int) -> None:
+        pass
+
+    def save(self, name: str, content: bytes) -> bool:
+        return False
+
+    def _path(self, name: str) -> str:
+        return f"{self.folder}/{name}"
+
+    def _fs(self) -> Any:
+        if self._process != os.getpid():  # connections and event loops do not survive a fork
+            protocol = self.folder.split("://")[0]
+            self._filesystem = fsspec.filesystem(protocol, skip_instance_cache=True)
+            self._process = os.getpid()
+        return self._filesystem

@@ -1,0 +1,97 @@
+"""Rows and caches for tests, made without a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.manifest import Manifest, codec_settings
+from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.config.cache import CacheConfig
+
+COMPUTED_WITH = {"micro_batch_size": 1}
+
+
+def row(
+    index: int,
+    length: int = 5,
+    k: int = 4,
+    vocab_size: int = 50,
+    cache: CacheConfig | None = None,
+    temperatures: tuple[float, ...] = (1.0,),
+) -> CachedExample:
+    """A row of random logits, whose first half is a prompt; what is kept follows `cache`, or is k everywhere."""
+    random = np.random.default_rng(index)
+    logits = random.normal(size=(length, vocab_size)) * 3
+    order = np.argsort(-logits, axis=1)[:, :k]
+    top = np.take_along_axis(logits, order, 1)
+    logits = logits - top[:, :1]
+    top = top - top[:, :1]
+    log_sum_exp = np.log(np.exp(logits).sum(1))
+    kept = np.ones(top.shape, dtype=bool) if cache is None else cache.kept(np.exp(top - log_sum_exp[:, None]))
+    tails = []
+    for temperature in temperatures:
+        weights = np.exp(logits / temperature)
+        head = np.where(kept, np.exp(top / temperature), 0).sum(1)
+        tails.append(1 - head / weights.sum(1))
+    mask = np.ones(length, dtype=np.float32)
+    mask[: length // 2] = 0
+    labels = random.integers(vocab_size, size=length)
+    label_logprobs = np.take_along_axis(logits, labels[:, None], 1)[:, 0] - log_sum_exp
+    teacher = TeacherTopK(
+        np.where(kept, top, -np.inf).astype(np.float32),
+        np.where(kept, order, -1),
+        log_sum_exp.astype(np.float32),
+        np.array(tails, dtype=np.float32),
+        temperatures,
+        label_logprobs.astype(np.float32),
+    )
+    return CachedExample(Example(index, random.integers(vocab_size, size=length), labels, mask), teacher)
+
+
+def manifest(codec: str = "json", **changes: Any) -> Manifest:
+    fields: dict[str, Any] = {
+        "codec": codec_settings(CacheConfig(codec=codec)), "top_k": 4, "vocab_size": 50, "tokenizer_size": 50, "seq_length": 64,
+        "teacher": {"name": "t", "weights": "w"}, "tokenizer": "tok", "chat_template": None, "n_examples_per_chunk": 4,
+        "dataset": {"path": "d", "fingerprint": "f", "start_from_idx": 0, "end_at_idx": 9}, "segment_examples": 2,
+    }  # fmt: skip
+    return Manifest(**{**fields, **changes})
+
+
+def chunks_of(manifest: Manifest) -> list[range]:
+    """The record indices of every chunk that the manifest calls for."""
+    indices = range(manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"] + 1)
+    size = manifest.n_examples_per_chunk or len(indices)
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def write(folder: Path, name: str = "train_CHUNK_ID.jsonl", **changes: Any) -> Path:
+    """A whole cache of ten rows; row i has 3 + i % 4 positions."""
+    layout, description = CacheLayout(str(folder / name)), manifest(**changes)
+    writer = CacheWriter(layout, description, chunks_of(description))
+    for segment in writer.missing_segments():
+        write_segment(layout, description, segment)
+    writer.assemble_complete()
+    writer.close()
+    return folder / name
+
+
+def write_segment(layout: CacheLayout, description: Manifest, segment: Any) -> None:
+    """Publishes a segment of rows."""
+    sink = SegmentWriter(layout, description, segment, COMPUTED_WITH)
+    for index in segment[1]:
+        sink.write(row(index, 3 + index % 4))
+    sink.publish()
+
+
+def same(a: CachedExample, b: CachedExample) -> bool:
+    """Whether two rows hold the same numbers in the fields that NeMo-Aligner's format has."""
+    return all(
+        np.array_equal(getattr(getattr(a, part), name), getattr(getattr(b, part), name))
+        for part, names in (("example", ("tokens_S", "labels_S", "loss_mask_S")), ("teacher", ("topk_logits_SK", "topk_token_ids_SK", "log_sum_exp_logits_S")))
+        for name in names
+    )  # fmt: skip
