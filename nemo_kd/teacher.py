@@ -87,8 +87,9 @@ class Teacher:
             "topk_token_ids": ids_NK,
             "log_sum_exp_logits": found.log_sum_exp_logits_TN[0],
             "tail_mass": tail_mass_TN.clamp(0, 1).float().T,
-            "label_logprobs": found.label_logprobs_N,
         }
+        if found.label_logprobs_N is not None:
+            fields["label_logprobs"] = found.label_logprobs_N
         if self.cache.tail_samples:
             fields["tail_token_ids"] = sample_tail(logits_Nv, ids_NK, self._uniforms(examples, batch), shard)[0]
         shape = batch.tokens_BS.shape

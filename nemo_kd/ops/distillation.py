@@ -80,11 +80,24 @@ class DistillationLoss:
         Args:
             logits_Nv: this rank's columns of the student's logits.
             labels_N: ids below the real vocabulary.
-            topk_logits_NK, topk_token_ids_NK: the teacher's; ids distinct within a row and below the real vocabulary.
+            topk_logits_NK, topk_token_ids_NK: the teacher's; ids distinct within a row and below the real vocabulary,
+                unused entries last, with id -1 and logit -inf.
         """
         if topk_logits_NK is None or topk_token_ids_NK is None:
             return TokenLosses(_Losses.apply(logits_Nv, labels_N, None, None, shard, self)[0], None)
         return TokenLosses(*_Losses.apply(logits_Nv, labels_N, topk_logits_NK, topk_token_ids_NK, shard, self))
+
+
+def _without_unused(
+    topk_token_ids_NK: torch.Tensor, teacher_NK: torch.Tensor, student_NK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both models' kept logits with -inf where an entry is unused; a row without any used entry becomes certain of its
+    first, so that its divergence is 0."""
+    unused_NK = topk_token_ids_NK < 0
+    teacher_NK, student_NK = (logits_NK.masked_fill(unused_NK, float("-inf")) for logits_NK in (teacher_NK, student_NK))
+    for logits_NK in (teacher_NK, student_NK):
+        logits_NK[:, 0].masked_fill_(unused_NK[:, 0], 0)
+    return teacher_NK, student_NK
 
 
 class _Losses(torch.autograd.Function):
@@ -109,7 +122,8 @@ class _Losses(torch.autograd.Function):
         log_sum_exp_N, label_logit_N, student_NK = maximum_N + packed[:, 0].log(), packed[:, 1], packed[:, 2:]
 
         ce_N, kd_N, d_kd_NK = log_sum_exp_N - label_logit_N, None, None
-        if topk_logits_NK is not None:
+        if topk_logits_NK is not None and topk_token_ids_NK is not None:
+            topk_logits_NK, student_NK = _without_unused(topk_token_ids_NK, topk_logits_NK, student_NK)
             log_p_NK = (topk_logits_NK.to(dtype) * loss.teacher_scale).log_softmax(dim=-1)
             log_q_NK = (student_NK * loss.student_scale).log_softmax(dim=-1)
             kd_N, d_kd_NK = loss.objective(log_p_NK, log_q_NK)

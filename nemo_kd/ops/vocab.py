@@ -49,6 +49,14 @@ class VocabShard:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
+        """The [N, C] tensors of all ranks of the group side by side, in rank order."""
+        if self.group is None or self.group.size() == 1:
+            return tensor_NC
+        parts = [torch.empty_like(tensor_NC) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, tensor_NC.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
 
 def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
     """float32 for half precision and float32, float64 for float64: the dtype sums over the vocabulary run in."""
@@ -61,20 +69,24 @@ def row_blocks(num_rows: int, num_columns: int, max_elements: int = 1 << 22) -> 
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
+def row_maximum(logits_Nv: torch.Tensor, shard: VocabShard) -> torch.Tensor:
+    """Per row, the maximum over the whole real vocabulary, in `reduction_dtype`. One all-reduce of [N]."""
+    if shard.num_real:
+        maximum_N = logits_Nv[:, : shard.num_real].amax(dim=-1).to(reduction_dtype(logits_Nv))
+    else:
+        maximum_N = logits_Nv.new_full((len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv))
+    return shard.all_reduce(maximum_N, ReduceOp.MAX)
+
+
 def max_and_sum_exp(logits_Nv: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
     """Per row, the maximum over the whole real vocabulary and this rank's sum of exp(logit - maximum).
 
     One all-reduce of [N]. The sums of all ranks still have to be added up; both are in `reduction_dtype`. Working
     memory is one block of rows in that dtype, not a second copy of the logits.
     """
-    dtype, num_rows = reduction_dtype(logits_Nv), len(logits_Nv)
-    if not shard.num_real:
-        maximum_N = torch.full((num_rows,), float("-inf"), dtype=dtype, device=logits_Nv.device)
-        shard.all_reduce(maximum_N, ReduceOp.MAX)
-        return maximum_N, torch.zeros_like(maximum_N)
-    real_Nv = logits_Nv[:, : shard.num_real]
-    maximum_N = shard.all_reduce(real_Nv.amax(dim=-1).to(dtype), ReduceOp.MAX)
-    sum_exp_N = torch.empty_like(maximum_N)
-    for rows in row_blocks(num_rows, shard.num_real):
-        sum_exp_N[rows] = (real_Nv[rows].to(dtype) - maximum_N[rows, None]).exp_().sum(dim=-1)
+    maximum_N = row_maximum(logits_Nv, shard)
+    sum_exp_N = torch.zeros_like(maximum_N)
+    for rows in row_blocks(len(logits_Nv), shard.num_real) if shard.num_real else ():
+        block = logits_Nv[rows, : shard.num_real].to(maximum_N.dtype)
+        sum_exp_N[rows] = (block - maximum_N[rows, None]).exp_().sum(dim=-1)
     return maximum_N, sum_exp_N
