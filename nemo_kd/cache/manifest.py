@@ -144,7 +144,7 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     settings: dict[str, Any] = {"name": cache.codec, "temperatures": list(cache.temperatures)}
     if cache.codec == "packed":
         settings |= {
-            "min_probability": cache.min_probability,
+            "min_probability": cache.probability_floor,
             "top_p": cache.top_p,
             "min_k": cache.min_k,
             "positions": cache.positions,

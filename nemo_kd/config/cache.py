@@ -8,6 +8,7 @@ from typing import Any
 from nemo_kd.config.typed import ConfigError
 
 CODECS = ("packed", "json")
+DEFAULT_FLOOR = 5e-4
 MAX_TOP_K = 65_535
 MAX_TAIL_SAMPLES = 255
 MAX_VOCAB_SIZE = 1 << 24
@@ -40,9 +41,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         if self.codec not in CODECS:
             raise ConfigError(f"cache.codec: {self.codec!r} is not one of {', '.join(CODECS)}")
-        if self.min_probability is None:
-            self.min_probability = 5e-4 if self.codec == "packed" else 0.0
-        if not 0 <= self.min_probability < 1:
+        if not 0 <= self.probability_floor < 1:
             raise ConfigError(f"cache.min_probability: {self.min_probability} must be at least 0 and below 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"cache.top_p: {self.top_p} must be above 0 and at most 1")
@@ -60,15 +59,23 @@ class CacheConfig:
         self.temperatures = sorted({float(temperature) for temperature in self.temperatures} - {1.0})
         if len(self.temperatures) > 15:
             raise ConfigError(f"cache.temperatures: {len(self.temperatures)} of them, at most 15 are stored")
-        if self.codec == "json" and (self.min_probability > 0 or self.top_p < 1):
+        if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
             raise ConfigError(
                 "cache.codec: json stores top_k logits at every position, so cache.min_probability must be 0 and "
                 "cache.top_p 1; use cache.codec=packed to keep fewer where the teacher is certain"
             )
 
+    @property
+    def probability_floor(self) -> float:
+        """`min_probability`, resolved."""
+        # Not in __post_init__: the resolved default of one codec would then be the given value for the other.
+        if self.min_probability is not None:
+            return self.min_probability
+        return DEFAULT_FLOOR if self.codec == "packed" else 0.0
+
     def kept(self, probabilities_NK: Any) -> Any:
         """Which of each row's descending probabilities are kept: a prefix, as a mask [N, K] of the same array library."""
         before_NK = probabilities_NK.cumsum(1) - probabilities_NK
-        kept_NK = (probabilities_NK >= self.min_probability) & (before_NK < self.top_p)
+        kept_NK = (probabilities_NK >= self.probability_floor) & (before_NK < self.top_p)
         kept_NK[:, : self.min_k] = True
         return kept_NK

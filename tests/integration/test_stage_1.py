@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.teacher import compute_topk_logits
@@ -19,6 +27,7 @@ from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
 
 NUM_RECORDS, TOP_K = 23, 8
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_stage_1(*args: object, **kwargs: object) -> str:
@@ -72,18 +81,19 @@ def check_rows(rows: list[dict], reference) -> None:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "tp", "micro", "global_"),
-    [(1, 1, 1, 1), (1, 1, 3, 6), (2, 2, 2, 4), (2, 1, 1, 8), (2, 1, 2, 8), (4, 2, 1, 6), (4, 4, 4, 4), (4, 1, 1, 8)],
+    ("world_size", "tp", "micro", "segment"),
+    [(1, 1, 1, 64), (1, 1, 3, 4), (2, 2, 2, 3), (2, 1, 1, 2), (2, 1, 2, 5), (4, 2, 1, 2), (4, 4, 4, 4), (4, 1, 1, 1)],
 )
 def test_rows_belong_to_their_example_in_every_layout(
-    ranks, world, reference, tmp_path, world_size, tp, micro, global_
+    ranks, world, reference, tmp_path, world_size, tp, micro, segment
 ):
     _, model, dataset = world
     overrides = {
         "trainer__devices": world_size,
         "model__tensor_model_parallel_size": tp,
         "model__micro_batch_size": micro,
-        "model__global_batch_size": global_,
+        "cache__codec": "json",
+        "cache__segment_examples": segment,
         "n_examples_per_chunk": 10,
     }
     assert (
@@ -98,7 +108,7 @@ def test_rows_belong_to_their_example_in_every_layout(
 
 def test_a_range_in_one_file_and_a_rerun_that_skips(ranks, world, tmp_path):
     _, model, dataset = world
-    output, overrides = tmp_path / "part_0.jsonl", {"start_from_idx": 7, "end_at_idx": 9}
+    output, overrides = tmp_path / "part_0.jsonl", {"start_from_idx": 7, "end_at_idx": 9, "cache__codec": "json"}
     ranks(1).run(run_stage_1, model, dataset, output, overrides)
     assert [row["index"] for row in read_rows([output])] == [7, 8, 9]
     before = output.stat().st_mtime_ns
@@ -128,9 +138,12 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ({"start_from_idx": 23}, "start_from_idx: 23 lies outside"),
         ({"end_at_idx": 23}, "end_at_idx: 23 lies outside"),
         (
-            {"model__micro_batch_size": 2, "model__global_batch_size": 3},
-            "model.global_batch_size: 3 must be a multiple",
+            {"trainer__devices": 1, "model__tensor_model_parallel_size": 2},
+            "model.tensor_model_parallel_size",
         ),
+        ({"cache__min_k": 9}, "cache.min_k: 9 exceeds top_k (8)"),
+        ({"cache__codec": "json", "cache__top_p": 0.9}, "cache.codec: json stores top_k logits at every position"),
+        ({"cache__temperatures": [0]}, "cache.temperatures: [0.0] must all be above 0"),
         (
             {"data__data__max_seq_length": 5000},
             "data.data.max_seq_length: 5000 exceeds the model's max_position_embeddings",
@@ -156,7 +169,7 @@ def test_heads_that_tensor_parallelism_cannot_cut_are_refused(ranks, world, tmp_
     folder = save_hf_model(
         "llama2", tmp_path / "odd", 300, num_attention_heads=6, num_key_value_heads=3, hidden_size=48
     )
-    overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2, "model__global_batch_size": 1}
+    overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2}
     refused = ranks(2).run(run_stage_1, folder, world[2], tmp_path / "c.jsonl", overrides)
     assert all(
         "model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)" in text
@@ -176,7 +189,7 @@ def test_broken_json_names_file_and_line(ranks, world, tmp_path):
 def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(ranks, world, tmp_path):
     lines = world[2].read_text().splitlines(keepends=True)
     (tmp_path / "d.jsonl").write_text("".join(lines[:20]) + '{"messages": [{"role": "user"}]}\n')
-    overrides = {"trainer__devices": 2, "model__global_batch_size": 2, "n_examples_per_chunk": 4}
+    overrides = {"trainer__devices": 2, "n_examples_per_chunk": 4}
     output = tmp_path / "c_CHUNK_ID.jsonl"
     refused = ranks(2).run(run_stage_1, world[1], tmp_path / "d.jsonl", output, overrides)
     assert all("d.jsonl:21: message 0 (user): `content` must be a text" in text for text in refused)
@@ -189,3 +202,120 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
     assert manifest["skipped"]["too long"] > 0
     assert manifest["examples"] + sum(manifest["skipped"].values()) == NUM_RECORDS
     assert all(len(row["tokens"]) <= 40 for row in read_rows([tmp_path / "c.jsonl"]))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.endswith(".lock")}
+
+
+def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
+    """Kept ids, label log-probabilities and tails at two temperatures, on two tensor-parallel ranks."""
+    _, model, dataset = world
+    shared = {
+        "top_k": 40,
+        "cache__temperatures": [2.0],
+        "trainer__devices": 2,
+        "model__tensor_model_parallel_size": 2,
+    }
+    packed = {"cache__min_probability": 0.01, "cache__min_k": 2, "cache__tail_samples": 3}
+    for name, overrides in (("json.jsonl", {"cache__codec": "json"}), ("packed.jsonl.zst", packed)):
+        assert ranks(2).run(run_stage_1, model, dataset, tmp_path / name, {**shared, **overrides}) == ["", ""]
+    ours, full = CacheReader(str(tmp_path / "packed.jsonl.zst")), CacheReader(str(tmp_path / "json.jsonl"))
+    assert len(ours) == len(full) == NUM_RECORDS - 1
+    assert ours.manifests[0].codec == {
+        "name": "packed", "min_probability": 0.01, "top_p": 1.0, "min_k": 2, "positions": "loss", "temperatures": [2.0],
+        "tail_samples": 3, "seed": 1234,
+    }  # fmt: skip
+    for position in range(len(ours)):
+        found, exact = ours[position].teacher, full[position].teacher
+        in_loss = ours[position].example.loss_mask_S > 0
+        assert np.array_equal(ours[position].example.tokens_S, full[position].example.tokens_S)
+        assert found.temperatures == exact.temperatures == (1.0, 2.0)
+        p = np.exp(exact.topk_logits_SK - exact.log_sum_exp_logits_S[:, None])
+        counts = np.maximum(2, (p >= 0.01).sum(1))
+        for s in np.flatnonzero(in_loss):
+            ids = found.topk_token_ids_SK[s]
+            assert ids[ids >= 0].tolist() == exact.topk_token_ids_SK[s, : counts[s]].tolist()
+            samples = found.tail_token_ids_SM[s]
+            assert not set(samples.tolist()) & set(ids[ids >= 0].tolist()) or (samples == -1).all()
+            logits = exact.topk_logits_SK[s].astype(float)
+            for number, temperature in enumerate((1.0, 2.0)):
+                weights = np.exp(logits / temperature)
+                share = weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_TS[number, s])
+                odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_TS[number, s] - 1)
+                assert abs(odds[0] + odds[1]) < 0.07
+        np.testing.assert_allclose(found.label_logprobs_S[in_loss], exact.label_logprobs_S[in_loss], atol=0.15)
+
+
+def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, tmp_path):
+    _, model, dataset = world
+    written = []
+    for world_size in (1, 2, 4):
+        folder = tmp_path / str(world_size)
+        overrides = {
+            "trainer__devices": world_size,
+            "model__micro_batch_size": 2,
+            "cache__segment_examples": 3,
+            "cache__tail_samples": 2,
+            "n_examples_per_chunk": 10,
+        }
+        output = folder / "c_CHUNK_ID.jsonl.zst"
+        assert ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+        written.append(contents(folder))
+    assert set(written[0]) == {
+        *(f"c_{chunk}.jsonl.zst{suffix}" for chunk in range(3) for suffix in ("", ".idx")),
+        "c_manifest.json",
+    }
+    assert written[1] == written[0]
+    assert written[2] == written[0]
+
+
+def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
+    _, model, dataset = world
+    drawn = []
+    for tp in (1, 2):
+        output = tmp_path / f"tp{tp}.jsonl"
+        overrides = {"trainer__devices": tp, "model__tensor_model_parallel_size": tp, "cache__tail_samples": 4}
+        ranks(tp).run(run_stage_1, model, dataset, output, {**overrides, "model__micro_batch_size": tp})
+        reader = CacheReader(str(output))
+        drawn.append(np.concatenate([reader[i].teacher.tail_token_ids_SM for i in range(len(reader))]))
+    assert (drawn[0] >= 0).any()
+    assert (drawn[0] == drawn[1]).mean() > 0.999  # rounding may move a draw over the border of two ids
+
+
+def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(world, tmp_path):
+    """The command itself: ranks die at random instants, other numbers of ranks continue."""
+    _, model, dataset = world
+    dice = random.Random(1)
+
+    def command(output: Path, devices: int) -> subprocess.Popen[bytes]:
+        words = [
+            sys.executable, str(ROOT / "examples" / "compute_topk_logits.py"), f"pretrained_checkpoint.restore_from_path={model}",
+            f"data.data.file_path={dataset}", f"output_path={output}", "n_examples_per_chunk=6", "cache.segment_examples=1",
+            "cache.tail_samples=2", "trainer.precision=32", f"trainer.devices={devices}", "trainer.accelerator=cpu",
+        ]  # fmt: skip
+        # A session of its own: what it leaves behind when its launcher dies can be found and killed as well.
+        return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+
+    def num_published(folder: Path) -> int:
+        return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 6 * len(list(folder.glob("c_?.jsonl.zst")))
+
+    straight, killed = tmp_path / "straight" / "c_CHUNK_ID.jsonl.zst", tmp_path / "killed" / "c_CHUNK_ID.jsonl.zst"
+    assert command(straight, 1).wait() == 0
+    deaths = 0
+    for devices in (2, 2, 1):
+        process = command(killed, devices)
+        before = after = num_published(killed.parent)
+        while process.poll() is None and after < before + 3:  # then at any instant
+            time.sleep(dice.uniform(0.005, 0.02))
+            after = num_published(killed.parent)
+        victims = psutil.Process(process.pid).children(recursive=True) or [psutil.Process(process.pid)]
+        dice.choice(victims).send_signal(signal.SIGKILL)
+        time.sleep(dice.uniform(0, 0.2))
+        os.killpg(process.pid, signal.SIGKILL)
+        deaths += process.wait() != 0
+        for path in killed.parent.glob("c_?.jsonl.zst"):
+            assert path.read_bytes() == (straight.parent / path.name).read_bytes()
+    assert deaths == 3
+    assert command(killed, 2).wait() == 0
+    assert contents(killed.parent) == contents(straight.parent)
