@@ -274,3 +274,10 @@ def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
     nothing = limited(full.teacher, vocab_size=0)
     assert (nothing.topk_token_ids_SK == -1).all()
     assert (nothing.tail_mass_TS == 1).all()
+
+
+def test_settings_that_keep_everything_do_so_although_sums_round_to_one():
+    probabilities = np.array([[0.7, 0.3 + 1e-7, 1e-30, 1e-40]], dtype=np.float32)
+    assert CacheConfig(min_probability=0).kept(probabilities).all()
+    assert CacheConfig(min_probability=0, top_p=0.7).kept(probabilities).tolist() == [[True, False, False, False]]
+    assert CacheConfig(min_probability=0, top_p=0.9).kept(probabilities).tolist() == [[True, True, False, False]]
