@@ -49,9 +49,7 @@ SETTINGS = (
     Setting("top-100", CacheConfig(min_probability=0), 100),
     Setting(
         "head of 16, top-p 0.95, and 4 tail samples",
-        CacheConfig(
-            min_probability=0, top_p=synthetic_teacher.HEAD_TOP_P, tail_samples=synthetic_teacher.TAIL_SAMPLES
-        ),
+        CacheConfig(min_probability=0, top_p=synthetic_teacher.HEAD_TOP_P, tail_samples=synthetic_teacher.TAIL_SAMPLES),
         synthetic_teacher.HEAD_K,
     ),
     Setting("`json` codec, top-100", CacheConfig(codec="json"), 100),
@@ -93,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = [reader[position] for position in range(len(reader))]
         print(f"\n{options.cache}, {sum(row.example.num_loss_tokens for row in rows):,} loss tokens:\n")
         # Samples cannot be drawn from a tail that is not there.
-        print_codecs([measure(setting, rows, None, options.seconds) for setting in SETTINGS if not setting.cache.tail_samples])
+        print_codecs(
+            [measure(setting, rows, None, options.seconds) for setting in SETTINGS if not setting.cache.tail_samples]
+        )
     print(f"\nRandom access, CPU time for an example of {options.seq_length} tokens:\n")
     with tempfile.TemporaryDirectory(dir=options.data_dir) as folder:
         print_access(Path(folder), teacher, options)
@@ -151,9 +151,7 @@ def measure(setting: Setting, rows: list[CachedExample], teacher: SyntheticTeach
         [codec_kl(row, decode(line, "line").teacher) for row, line in zip(inputs, plain, strict=True)]
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
-    num_kept = sum(
-        int((row.teacher.topk_token_ids_SK[row.example.loss_mask_S > 0] >= 0).sum()) for row in inputs
-    )
+    num_kept = sum(int((row.teacher.topk_token_ids_SK[row.example.loss_mask_S > 0] >= 0).sum()) for row in inputs)
     return Measured(
         setting.name, num_kept / len(kl_N), sum(map(len, plain)) / num_tokens, sum(map(len, raw)) / num_tokens,
         float(kl_N.mean()), float(np.percentile(kl_N, 99)), num_tokens / encode_s, num_tokens / decode_s,
@@ -189,7 +187,9 @@ def best_s(work: Callable[[], Any], seconds: float) -> float:
 
 
 def print_codecs(table: list[Measured]) -> None:
-    print("| setting | kept | B/token .jsonl | B/token .jsonl.zst | codec KL mean / p99 | encode tokens/s | decode tokens/s |")
+    print(
+        "| setting | kept | B/token .jsonl | B/token .jsonl.zst | codec KL mean / p99 | encode tokens/s | decode tokens/s |"
+    )
     print("|---|---|---|---|---|---|---|")
     for row in table:
         print(
@@ -255,7 +255,11 @@ def write_cache(path: Path, setting: Setting, rows: list[CachedExample], num_exa
 def _machine() -> str:
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ]
         cpu = f"{len(names)} x {names[0]}" if names else cpu
     return f"{cpu}, no GPU used"
 

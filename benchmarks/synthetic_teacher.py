@@ -45,7 +45,9 @@ class SyntheticTeacher(NamedTuple):
     head_counts_N: np.ndarray
 
 
-def synthetic_teacher(folder: Path, num_positions: int = NUM_POSITIONS, vocab_size: int = VOCAB_SIZE) -> SyntheticTeacher:
+def synthetic_teacher(
+    folder: Path, num_positions: int = NUM_POSITIONS, vocab_size: int = VOCAB_SIZE
+) -> SyntheticTeacher:
     """The teacher's positions; they are made once and then read from `folder`."""
     path = folder / f"synthetic_{num_positions}_{vocab_size}.npz"
     if not path.exists():
