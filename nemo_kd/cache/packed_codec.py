@@ -36,6 +36,7 @@ RANK_CLASSES = (1, 4, 16)
 TAIL_STEPS_PER_UNIT = 8
 """Resolution of a tail's log-odds."""
 _ALL_POSITIONS, _LABELS, _WIDE_COUNTS = 1, 2, 4
+_FLAGS = _ALL_POSITIONS | _LABELS | _WIDE_COUNTS
 _HEADER = struct.Struct("<BBBBBBHII")
 
 
@@ -164,10 +165,16 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     if len(view) < _HEADER.size + 4 or zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
         raise ValueError("the checksum of the teacher's part is wrong: its bytes are damaged")
     header = _Header(*_HEADER.unpack_from(view))
-    if header.version != BLOB_VERSION:
-        raise ValueError(f"version {header.version} of the teacher's part is not read here, only {BLOB_VERSION}")
+    if header.version != BLOB_VERSION or header.flags & ~_FLAGS:
+        raise ValueError(
+            f"version {header.version} of the teacher's part with flags {header.flags} is not read here, only version "
+            f"{BLOB_VERSION} with flags up to {_FLAGS}"
+        )
     first = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : first], dtype="<f4")
+    num_streams = 8 + bool(header.flags & _LABELS) + 3 * bool(header.num_samples)
+    if header.num_streams != num_streams or temperatures[:1].tolist() != [1] or not 1 <= header.coarse <= header.fine:
+        raise ValueError(f"the header of the teacher's part contradicts itself: {header}")
     lengths = np.frombuffer(view[first : first + 4 * header.num_streams], dtype="<u4").tolist()
     ends = [first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)]
     if not ends or ends[-1] != len(view) - 4:

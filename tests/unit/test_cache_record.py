@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +239,30 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
     other = json.loads(encode(row(1, 9), "packed"))
     with pytest.raises(CacheError, match="the teacher's part has 5 positions, the example 3"):
         decode(json.dumps({**line, "teacher": other["teacher"]}).encode(), "x:1")
+
+
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (0, 2, "version 2 of the teacher's part"),
+        (1, 10, "with flags 10 is not read here"),
+        (2, 7, "contradicts itself"),
+        (3, 0, "contradicts itself"),
+        (4, 0, "contradicts itself"),
+        (5, 1, "contradicts itself"),
+        (6, 7, "contradicts itself"),
+        (18, 0, "contradicts itself"),
+        (8, 9, "has 9 positions, the example 3"),
+        (12, 200, "fewer numbers than it says"),
+    ],
+)
+def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(offset, value, message):
+    line = json.loads(encode(row(0), "packed"))
+    blob = bytearray(base64.b64decode(line["teacher"]))[:-4]
+    blob[offset] = value
+    line["teacher"] = base64.b64encode(blob + zlib.crc32(blob).to_bytes(4, "little")).decode()
+    with pytest.raises(CacheError, match=message):
+        decode(json.dumps(line).encode(), "x:1")
 
 
 def test_the_json_codec_refuses_positions_that_keep_different_numbers():
