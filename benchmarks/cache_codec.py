@@ -161,19 +161,24 @@ def measure(setting: Setting, rows: list[CachedExample], teacher: SyntheticTeach
 def codec_kl(row: CachedExample, decoded: TeacherTopK) -> np.ndarray:
     """KL(exact || decoded) of every loss position, over its kept tokens and one bucket for the others."""
     length = len(decoded.topk_token_ids_SK)
-    in_loss = row.example.loss_mask_S[:length] > 0
-    exact, ids_NK = logprobs(row.teacher)[:length][in_loss], row.teacher.topk_token_ids_SK[:length][in_loss]
-    width = min(exact.shape[1], decoded.topk_token_ids_SK.shape[1])
-    if not np.array_equal(decoded.topk_token_ids_SK[in_loss, :width], ids_NK[:, :width]):
-        raise ValueError(f"example {row.example.index}: the ids have changed")
-    used_NK = ids_NK >= 0
-    if used_NK[:, width:].any():
-        raise ValueError(f"example {row.example.index}: kept tokens are lost")
-    p_NK = np.where(used_NK, np.exp(exact), 0)[:, :width]
-    found_NK = np.where(used_NK[:, :width], logprobs(decoded)[in_loss, :width], 0)
-    head_N = (p_NK * (np.where(used_NK, exact, 0)[:, :width] - found_NK)).sum(axis=1)
+    in_loss_S = row.example.loss_mask_S[:length] > 0
+    exact_ids_NK, exact_NK = _by_id(row.teacher, in_loss_S)
+    ids_NK, found_NK = _by_id(decoded, in_loss_S)
+    if not np.array_equal(ids_NK, exact_ids_NK):
+        raise ValueError(f"example {row.example.index}: the kept ids have changed")
+    p_NK = np.exp(exact_NK)
+    difference_NK = np.where(ids_NK >= 0, exact_NK, 0) - np.where(ids_NK >= 0, found_NK, 0)
     tail_N = np.maximum(1 - p_NK.sum(axis=1), 1e-15)
-    return head_N + tail_N * np.log(tail_N / np.maximum(decoded.tail_mass_TS[0, in_loss].astype(np.float64), 1e-15))
+    found_tail_N = np.maximum(decoded.tail_mass_TS[0, in_loss_S].astype(np.float64), 1e-15)
+    return (p_NK * difference_NK).sum(axis=1) + tail_N * np.log(tail_N / found_tail_N)
+
+
+def _by_id(teacher: TeacherTopK, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first and only where needed."""
+    ids_NK = teacher.topk_token_ids_SK[: len(in_loss_S)][in_loss_S]
+    order_NK = np.argsort(ids_NK, axis=1)[:, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :]
+    found_NK = logprobs(teacher)[: len(in_loss_S)][in_loss_S]
+    return np.take_along_axis(ids_NK, order_NK, 1), np.take_along_axis(found_NK, order_NK, 1)
 
 
 def best_s(work: Callable[[], Any], seconds: float) -> float:

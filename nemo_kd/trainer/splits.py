@@ -69,6 +69,10 @@ def _open_cache(
     reader = CacheBlend(readers)
     fingerprint = tokenizer_fingerprint(tokenizer)
     for manifest in reader.manifests:
+        if data.top_k is not None and data.top_k > manifest.top_k:
+            raise CacheError(
+                f"model.data.top_k: {data.top_k} exceeds the {manifest.top_k} logits a position that the cache holds at most"
+            )
         if manifest.vocab_size != architecture.vocab_size:
             raise CacheError(
                 f"model.data.data_prefix.{split}: the cache's teacher has a vocabulary of {manifest.vocab_size} tokens, the student "
