@@ -242,7 +242,7 @@ def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
 
 
 def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
-    log_odds = (tail_levels.astype(np.float32) - 128) / TAIL_STEPS_PER_UNIT
+    log_odds = (tail_levels.astype(np.float64) - 128) / TAIL_STEPS_PER_UNIT  # float64: 1 - mass may be tiny
     return (1 / (1 + np.exp(-log_odds))).reshape(num_temperatures, -1)
 
 

@@ -26,7 +26,7 @@ CACHES = {
     "numbers_CHUNK_ID.jsonl": CacheConfig(codec="json", temperatures=[2.0], tail_samples=2),
 }
 VOCAB_SIZE, CANDIDATES, JSON_K, SKIPPED = 200_000, 300, 3, 3
-MASKS = {0: [0, 0, 1, 1, 0, 1], 1: [1], 2: [0, 1, 1, 0, 0], 4: [0, 1, 1], 5: [0, 0]}
+MASKS = {0: [0, 0, 1, 1, 0, 1], 1: [1], 2: [0, 1, 1, 0, 0], 4: [0, 1, 1, 1, 1], 5: [0, 0]}
 """Loss masks by index: length 1, positions behind the loss, none in the loss; record 3 is skipped."""
 
 
@@ -35,14 +35,14 @@ def row(index: int, name: str) -> CachedExample:
     cache, mask, random = CACHES[name], MASKS[index], np.random.default_rng(index)
     length = len(mask)
     ids_SC = np.argsort(random.random((length, VOCAB_SIZE)), axis=1)[:, :CANDIDATES]
-    spread_S = np.array([0.05 if (index, s) == (4, 1) else [3, 1.5, 6, 25][s % 4] for s in range(length)])
+    spread_S = np.array([0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4] for s in range(length)])
     logits_SC = -np.sort(-random.normal(size=(length, CANDIDATES)) * spread_S[:, None], axis=1)
-    logits_SC -= logits_SC[:, :1]
+    logits_SC = np.round(logits_SC - logits_SC[:, :1], 2)
     p_SC = np.exp(logits_SC) / np.exp(logits_SC).sum(axis=1, keepdims=True)
     if cache.codec == "json":
         kept_SC = np.arange(CANDIDATES) < np.full((length, 1), JSON_K)
     else:
-        # The flat position of row 4 keeps more than 256 tokens, which takes two bytes to count.
+        # Flat positions keep more than 256 tokens, which take two bytes to count, together enough for classes of ids.
         kept_SC = (
             cache.kept(p_SC)
             | (np.arange(CANDIDATES) < 260) & ((spread_S == 0.05) & (cache.positions == "loss"))[:, None]

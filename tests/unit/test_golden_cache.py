@@ -45,9 +45,9 @@ def read_independently(name):
 
 def streams(blob):
     """The header and the inflated streams, bit fields as they are."""
-    num_t, num_streams = blob[4], int.from_bytes(blob[6:8], "little")
-    lengths = struct.unpack_from(f"<{num_streams}I", blob, 16 + 4 * num_t)
-    start, found = 16 + 4 * (num_t + num_streams), [blob[: 16 + 4 * num_t]]
+    num_t, num_streams = blob[4], int.from_bytes(blob[7:9], "little")
+    lengths = struct.unpack_from(f"<{num_streams}I", blob, 17 + 4 * num_t)
+    start, found = 17 + 4 * (num_t + num_streams), [blob[: 17 + 4 * num_t]]
     for length in lengths:
         try:
             found.append(zlib.decompress(blob[start : start + length], -15))
@@ -95,9 +95,11 @@ def test_another_reader_finds_what_the_teacher_said(name):
 
 def compare(cache, row, s, position):
     ids, logprobs, tails, label, samples = position
-    assert ids == row["topk_token_ids"][s]
+    assert sorted(ids) == sorted(row["topk_token_ids"][s])
+    assert ids[0] == row["topk_token_ids"][s][0]
     assert list(samples) == (row["tail_token_ids"][s] if cache.tail_samples else [])
-    nats = row["log_sum_exp_logits"][s] - np.array(row["topk_logits"][s])
+    logits = dict(zip(row["topk_token_ids"][s], row["topk_logits"][s], strict=True))
+    nats = row["log_sum_exp_logits"][s] - np.array([logits[token] for token in ids])
     expected_tails = np.array(row["tail_mass"])[:, s]
     if cache.codec == "json":
         np.testing.assert_allclose(logprobs, -nats, rtol=0, atol=1e-12)
@@ -105,11 +107,13 @@ def compare(cache, row, s, position):
         assert label == row["label_logprobs"][s]
         return
     shift = 1 / 16 + expected_tails[0] / 16
-    assert (np.abs(-nats - logprobs) <= step(nats) / 2 + 1e-3 + shift).all()
+    half_steps = np.where(np.arange(len(ids)) == 0, 3, 1)  # the likeliest token may have given way to the next
+    assert (np.abs(-nats - logprobs) <= half_steps * step(nats) / 2 + 1e-3 + shift).all()
+    assert (np.diff(logprobs) <= 0).all()
     odds = [np.log(tail / (1 - tail)) for tail in (expected_tails, np.array(tails))]
     assert (np.abs(odds[0] - odds[1]) <= 1 / 16 + 1e-5).all()
     expected_label = -row["label_logprobs"][s]
-    assert abs(expected_label + label) <= step(expected_label) / 2 + 1e-3 + shift * (row["labels"][s] in ids)
+    assert abs(expected_label + label) <= step(expected_label) * 1.5 + 1e-3 + shift * (row["labels"][s] in ids)
     assert sum(np.exp(logprobs)) + tails[0] == pytest.approx(1, abs=1e-9)
     p = np.exp(-nats)
     kl = (p * (-nats - logprobs)).sum() + expected_tails[0] * np.log(expected_tails[0] / tails[0])
