@@ -81,14 +81,16 @@ class LineFacts:
     ks: list[int] = field(default_factory=list)
     """Smallest and largest K of the lines so far; empty before the first."""
 
-    def add(self, row: CachedExample, num_bytes: int) -> None:
-        """Takes in a line of `num_bytes` that readers decode as `row`."""
-        ids_SK = row.teacher.topk_token_ids_SK
-        k = int((ids_SK >= 0).sum(axis=1).max())
+    def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
+        """Takes in a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or all) are stored."""
+        ids_PK = row.teacher.topk_token_ids_SK
+        if positions == "loss":
+            ids_PK = ids_PK[row.example.loss_mask_S > 0]
+        k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
         self.line_bytes.append(num_bytes)
         self.num_positions.append(row.example.num_tokens)
         self.max_token_id = max(self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max()))
-        self.max_topk_id = max(self.max_topk_id, int(ids_SK.max()))
+        self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
         self.ks = [min([*self.ks, k]), max([*self.ks, k])]
 
     def extend(self, other: LineFacts) -> None:

@@ -38,23 +38,30 @@ closer; a record of fewer entries would pay more for the codes than it gains."""
 TAIL_STEPS_PER_UNIT = 8
 """Resolution of a tail's log-odds."""
 _ALL_POSITIONS, _LABELS, _WIDE_COUNTS = 1, 2, 4
+_FLAGS = _ALL_POSITIONS | _LABELS | _WIDE_COUNTS
 _HEADER = struct.Struct("<BBBBBBBHII")
 _UNUSED = np.uint32(0xFFFFFFFF)
 
 
 class Kept(NamedTuple):
-    """Where the kept entries of all stored positions lie: `row_N` is the stored position of each, `place_N` its place there."""
+    """Where the kept entries of all stored positions lie.
+
+    Attributes:
+        starts_P: the first entry of each position; row_N: the stored position of each entry.
+        k, cells_N: the place of each entry in an array [P, k] whose unused entries stand last, flattened.
+    """
 
     counts_P: np.ndarray
     starts_P: np.ndarray
     row_N: np.ndarray
-    place_N: np.ndarray
+    k: int
+    cells_N: np.ndarray
 
     @classmethod
-    def of(cls, counts_P: np.ndarray) -> Kept:
-        starts = np.cumsum(counts_P) - counts_P
-        row = np.repeat(np.arange(len(counts_P)), counts_P)
-        return cls(counts_P, starts, row, np.arange(len(row)) - starts.take(row))
+    def of(cls, counts_P: np.ndarray, k: int) -> Kept:
+        starts_P, rows_P = np.cumsum(counts_P) - counts_P, np.arange(len(counts_P))
+        row_N = np.repeat(rows_P, counts_P)
+        return cls(counts_P, starts_P, row_N, k, np.repeat(rows_P * k - starts_P, counts_P) + np.arange(len(row_N)))
 
 
 def pack(row: CachedExample, positions: str = "loss") -> bytes:
@@ -72,14 +79,14 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     counts_P = used_SK.sum(axis=1)[stored]
     if (used_SK[:, 1:] > used_SK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
-    kept = Kept.of(counts_P)
+    kept = Kept.of(counts_P, used_SK.shape[1])
     ids_N, levels_N = _by_id(teacher, stored, kept)
     wide = counts_P.max(initial=1) > 256
     flags = _ALL_POSITIONS * (positions == "all") | _WIDE_COUNTS * bool(wide)
     num_classes = ID_CLASSES if len(ids_N) >= SMALLEST_FOR_CLASSES else 1
     streams = [huffman((counts_P - 1).astype("<u2" if wide else np.uint8))]
     streams += [huffman(_tail_levels(teacher.tail_mass_TS[:, stored])), huffman(levels_N)]
-    streams += _id_streams(_distances(ids_N, kept), _id_classes(kept, num_classes), num_classes)
+    streams += _id_streams(_distances(ids_N, kept), *_coding_order(kept, num_classes))
     if teacher.label_logprobs_S is not None:
         flags |= _LABELS
         outside_P = np.ones(len(stored), dtype=bool)
@@ -114,36 +121,33 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
     tail_TP = _tail_mass(unhuffman(next(streams), header.num_stored * len(temperatures)), len(temperatures))
     if len(counts_P) != len(stored) or tail_TP.shape[1] != len(stored) or counts_P.sum() != header.num_kept:
         raise ValueError("the teacher's part holds fewer numbers than it says")
-    kept = Kept.of(counts_P)
+    kept = Kept.of(counts_P, int(counts_P.max(initial=1)))
     nats = level_nats(header.fine, header.coarse)
     levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
-    distances_N = _read_ids(streams, _id_classes(kept, header.num_classes), header.num_classes)
-    ids_N = _from_distances(distances_N, kept)
-    logprobs_N = -nats.take(levels_N)
+    ids_N = _from_distances(_read_ids(streams, *_coding_order(kept, header.num_classes)), kept)
     # Rounding has moved the sum over the kept ids: it is brought back to what the tail leaves.
-    head_P = np.add.reduceat(np.exp(logprobs_N), kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
+    p_N = np.exp(-nats).take(levels_N)
+    head_P = np.add.reduceat(p_N, kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
     sorted_levels_N, sorted_ids_N = _by_level(levels_N, ids_N, kept)
-    sorted_logprobs_N = -nats.take(sorted_levels_N)
-    first_P = sorted_logprobs_N[kept.starts_P]
+    first_P = -nats.take(sorted_levels_N[kept.starts_P])
+    logits_PK = np.full((len(stored), kept.k), -np.inf, dtype=np.float32)
+    ids_PK = np.full((len(stored), kept.k), -1, dtype=np.int32)
+    logits_PK.reshape(-1)[kept.cells_N] = -nats.take(sorted_levels_N) - first_P.take(kept.row_N)
+    ids_PK.reshape(-1)[kept.cells_N] = sorted_ids_N
 
-    num_tokens, k = example.num_tokens, int(counts_P.max(initial=1))
-    logits_SK = np.full((num_tokens, k), -np.inf, dtype=np.float32)
-    ids_SK = np.full((num_tokens, k), -1, dtype=np.int32)
-    entries_N = (stored * k).take(kept.row_N) + kept.place_N
-    logits_SK.reshape(-1)[entries_N] = sorted_logprobs_N - first_P.take(kept.row_N)
-    ids_SK.reshape(-1)[entries_N] = sorted_ids_N
+    num_tokens = example.num_tokens
     labels_P = None
     if header.flags & _LABELS:
         labels_P = np.full(len(stored), np.nan, dtype=np.float32)
-        hits = np.flatnonzero(ids_N == example.labels_S[stored].take(kept.row_N))
-        labels_P[kept.row_N[hits]] = logprobs_N[hits] + shift_P[kept.row_N[hits]]
+        hits = np.flatnonzero(ids_N == example.labels_S[stored].astype(np.int32).take(kept.row_N))
+        labels_P[kept.row_N[hits]] = shift_P[kept.row_N[hits]] - nats[levels_N[hits]]
         outside_P = np.isnan(labels_P)
         labels_P[outside_P] = -nats[_exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))]
     samples_PM = _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
     return TeacherTopK(
-        topk_logits_SK=logits_SK,
-        topk_token_ids_SK=ids_SK,
+        topk_logits_SK=_rows(stored, logits_PK, num_tokens, -np.inf),
+        topk_token_ids_SK=_rows(stored, ids_PK, num_tokens, -1),
         log_sum_exp_logits_S=_at(stored, -(first_P + shift_P), np.zeros(num_tokens, dtype=np.float32)),
         tail_mass_TS=_at(stored, tail_TP, np.ones((len(temperatures), num_tokens), dtype=np.float32)),
         temperatures=temperatures,
@@ -172,10 +176,17 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     if len(view) < _HEADER.size + 4 or zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
         raise ValueError("the checksum of the teacher's part is wrong: its bytes are damaged")
     header = _Header(*_HEADER.unpack_from(view))
-    if header.version != BLOB_VERSION:
-        raise ValueError(f"version {header.version} of the teacher's part is not read here, only {BLOB_VERSION}")
+    if header.version != BLOB_VERSION or header.flags & ~_FLAGS:
+        raise ValueError(
+            f"version {header.version} of the teacher's part with flags {header.flags} is not read here, only version "
+            f"{BLOB_VERSION} with flags up to {_FLAGS}"
+        )
     first = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : first], dtype="<f4")
+    num_streams = 4 + header.num_classes + bool(header.flags & _LABELS) + 3 * bool(header.num_samples)
+    counts_fit = header.num_streams == num_streams and header.num_classes > 0
+    if not counts_fit or temperatures[:1].tolist() != [1] or not 1 <= header.coarse <= header.fine:
+        raise ValueError(f"the header of the teacher's part contradicts itself: {header}")
     lengths = np.frombuffer(view[first : first + 4 * header.num_streams], dtype="<u4").tolist()
     ends = [first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)]
     if not ends or ends[-1] != len(view) - 4:
@@ -192,11 +203,9 @@ def _finite_levels(logprobs: np.ndarray) -> np.ndarray:
 
 def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
     """(ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
-    k = teacher.topk_token_ids_SK.shape[1]
-    entries_N = (stored * k).take(kept.row_N) + kept.place_N
-    ids_N = teacher.topk_token_ids_SK.reshape(-1).take(entries_N)
+    ids_N = teacher.topk_token_ids_SK[stored].reshape(-1).take(kept.cells_N)
     log_sum_exp_N = teacher.log_sum_exp_logits_S[stored].take(kept.row_N)
-    levels_N = _finite_levels(teacher.topk_logits_SK.reshape(-1).take(entries_N) - log_sum_exp_N)
+    levels_N = _finite_levels(teacher.topk_logits_SK[stored].reshape(-1).take(kept.cells_N) - log_sum_exp_N)
     rises_N = levels_N[1:] >= levels_N[:-1]
     rises_N[kept.starts_P[1:] - 1] = True
     if not rises_N.all():
@@ -207,22 +216,22 @@ def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.nda
     seconds = kept.starts_P[kept.counts_P > 1] + 1
     tied = seconds[(levels_N[seconds] == levels_N[seconds - 1]) & (levels_N[seconds] > 0)]
     levels_N[tied - 1] -= 1
-    keys_PK = np.full((len(stored), k), _UNUSED)
-    places_N = kept.row_N * k + kept.place_N
-    keys_PK.reshape(-1)[places_N] = ids_N.astype(np.uint32) << np.uint32(8) | levels_N
-    keys_PK.sort(axis=1)
-    keys_N = keys_PK.reshape(-1).take(places_N)
+    keys_N = _sorted(ids_N.astype(np.uint32) << np.uint32(8) | levels_N, kept)
     return (keys_N >> np.uint32(8)).astype(np.int64), keys_N.astype(np.uint8)
 
 
 def _by_level(levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
     """(levels [N], ids [N]) of the kept entries, every position's likeliest first."""
-    k = int(kept.counts_P.max(initial=1))
-    keys_PK, places_N = np.full((len(kept.counts_P), k), _UNUSED), kept.row_N * k + kept.place_N
-    keys_PK.reshape(-1)[places_N] = levels_N.astype(np.uint32) << np.uint32(24) | ids_N.astype(np.uint32)
+    keys_N = _sorted(levels_N.astype(np.uint32) << np.uint32(24) | ids_N.view(np.uint32), kept)
+    return (keys_N >> np.uint32(24)).astype(np.uint8), (keys_N & np.uint32(0xFFFFFF)).view(np.int32)
+
+
+def _sorted(keys_N: np.ndarray, kept: Kept) -> np.ndarray:
+    """uint32 keys, every position's in ascending order."""
+    keys_PK = np.full((len(kept.counts_P), kept.k), _UNUSED)
+    keys_PK.reshape(-1)[kept.cells_N] = keys_N
     keys_PK.sort(axis=1)
-    keys_N = keys_PK.reshape(-1).take(places_N)
-    return keys_N >> np.uint32(24), (keys_N & np.uint32(0xFFFFFF)).view(np.int32)
+    return keys_PK.reshape(-1).take(kept.cells_N)
 
 
 def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
@@ -247,38 +256,42 @@ def _distances(ids_N: np.ndarray, kept: Kept) -> np.ndarray:
 
 
 def _from_distances(distances_N: np.ndarray, kept: Kept) -> np.ndarray:
-    running_N = np.cumsum(distances_N, dtype=np.int64)
-    before_P = running_N[kept.starts_P] - distances_N[kept.starts_P]
-    ids_N = running_N - before_P.take(kept.row_N) - 1
+    # The sum over all positions may wrap at 2^32; what it grows by within a position does not.
+    running_N = np.cumsum(distances_N, dtype=np.uint32)
+    before_P = running_N[kept.starts_P] - distances_N[kept.starts_P] + np.uint32(1)
+    ids_N = running_N - before_P.take(kept.row_N)
     if ids_N.max(initial=0) >= MAX_VOCAB_SIZE - 1:
         raise ValueError("a token id has more than 24 bits")
-    return ids_N
+    return ids_N.view(np.int32)
 
 
-def _id_classes(kept: Kept, num_classes: int) -> np.ndarray:
-    """place * num_classes // count of each entry, without a division."""
-    scaled_N, counts_N = kept.place_N * num_classes, kept.counts_P.take(kept.row_N)
-    classes_N = np.zeros(len(scaled_N), dtype=np.uint8)
-    for number in range(1, num_classes):
-        classes_N += scaled_N >= number * counts_N
-    return classes_N
+def _coding_order(kept: Kept, num_classes: int) -> tuple[np.ndarray, list[int]]:
+    """(place of each entry where the entries lie class by class, entries of each class).
+
+    The class of the i-th of n entries of a position, from 0, is floor(i * num_classes / n).
+    """
+    bounds_PC = -(-kept.counts_P[:, None] * np.arange(num_classes + 1) // num_classes)
+    lengths_PC = np.diff(bounds_PC, axis=1)
+    by_class_CP = lengths_PC.T
+    starts_CP = (np.cumsum(by_class_CP.ravel()) - by_class_CP.ravel()).reshape(by_class_CP.shape)
+    moves_PC = starts_CP.T - kept.starts_P[:, None] - bounds_PC[:, :-1]
+    order_N = np.repeat(moves_PC.ravel(), lengths_PC.ravel()) + np.arange(len(kept.row_N))
+    return order_N, lengths_PC.sum(axis=0).tolist()
 
 
-def _id_streams(values_N: np.ndarray, classes_N: np.ndarray, num_classes: int) -> list[bytes]:
+def _id_streams(values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int]) -> list[bytes]:
     """floor(log2(value)) of values of at least 1, Huffman coded by class, and the bits below the leading one."""
     values_N = values_N.astype(np.uint32)
     widths_N = bit_lengths(values_N)
-    symbols_N = widths_N.astype(np.uint8)
-    streams = [huffman(symbols_N[classes_N == number]) for number in range(num_classes)]
-    return [*streams, pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N)]
+    symbols_N = np.empty(len(widths_N), dtype=np.uint8)
+    symbols_N[order_N] = widths_N
+    classes = np.split(symbols_N, np.cumsum(class_sizes)[:-1])
+    return [*map(huffman, classes), pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N)]
 
 
-def _read_ids(streams: Iterator[memoryview], classes_N: np.ndarray, num_classes: int) -> np.ndarray:
-    widths_N = np.empty(len(classes_N), dtype=np.uint32)
-    for number in range(num_classes):
-        mine = classes_N == number
-        count = int(np.count_nonzero(mine))
-        widths_N[mine] = _exactly(unhuffman(next(streams), count), count)
+def _read_ids(streams: Iterator[memoryview], order_N: np.ndarray, class_sizes: list[int]) -> np.ndarray:
+    classes = [_exactly(unhuffman(next(streams), size), size) for size in class_sizes]
+    widths_N = np.concatenate(classes).take(order_N).astype(np.uint32)
     if widths_N.max(initial=0) > 23:
         raise ValueError("a number has more than 24 bits")
     return (np.uint32(1) << widths_N) + unpack_bits(next(streams), widths_N)
@@ -289,16 +302,15 @@ def _sample_streams(samples_PM: np.ndarray) -> list[bytes]:
     sampled_P = samples_PM[:, 0] >= 0
     ids_QM = np.sort(samples_PM[sampled_P], axis=1)
     values = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
-    return [huffman(sampled_P.astype(np.uint8)), *_id_streams(values, np.zeros(len(values), dtype=np.uint8), 1)]
+    return [huffman(sampled_P.astype(np.uint8)), *_id_streams(values, np.arange(len(values)), [len(values)])]
 
 
 def _read_samples(streams: Iterator[memoryview], num_stored: int, num_samples: int) -> np.ndarray:
     sampled_P = _exactly(unhuffman(next(streams), num_stored), num_stored) > 0
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
-    values = _read_ids(streams, np.zeros(int(sampled_P.sum()) * num_samples, dtype=np.uint8), 1).reshape(
-        -1, num_samples
-    )
-    samples_PM[sampled_P] = np.cumsum(values.astype(np.int64) - 1, axis=1)
+    count = int(sampled_P.sum()) * num_samples
+    values_QM = _read_ids(streams, np.arange(count), [count]).reshape(-1, num_samples)
+    samples_PM[sampled_P] = np.cumsum(values_QM.astype(np.int64) - 1, axis=1)
     return samples_PM
 
 
@@ -311,3 +323,11 @@ def _exactly(symbols: np.ndarray, count: int) -> np.ndarray:
 def _at(stored: np.ndarray, values: np.ndarray, background: np.ndarray) -> np.ndarray:
     background[..., stored] = values
     return background
+
+
+def _rows(stored: np.ndarray, values_PK: np.ndarray, num_tokens: int, background: float) -> np.ndarray:
+    if len(stored) == num_tokens:
+        return values_PK
+    values_SK = np.full((num_tokens, values_PK.shape[1]), background, dtype=values_PK.dtype)
+    values_SK[stored] = values_PK
+    return values_SK

@@ -173,7 +173,7 @@ class SegmentWriter:
         raw = self._lines.write(encode(row, self.codec, self.positions))
         self._payload.append(raw)
         self._digest.update(raw)
-        self.facts.add(trimmed(row), len(raw))
+        self.facts.add(trimmed(row), len(raw), self.positions)
         summary.examples += 1
         summary.tokens += example.num_tokens
         summary.loss_tokens += example.num_loss_tokens

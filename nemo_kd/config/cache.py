@@ -75,7 +75,8 @@ class CacheConfig:
 
     def kept(self, probabilities_NK: Any) -> Any:
         """Which of each row's descending probabilities are kept: a prefix, as a mask [N, K] of the same array library."""
-        before_NK = probabilities_NK.cumsum(1) - probabilities_NK
-        kept_NK = (probabilities_NK >= self.probability_floor) & (before_NK < self.top_p)
+        kept_NK = probabilities_NK >= self.probability_floor
+        if self.top_p < 1:  # a sum of all may round to 1 or more
+            kept_NK &= probabilities_NK.cumsum(1) - probabilities_NK < self.top_p
         kept_NK[:, : self.min_k] = True
         return kept_NK

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -257,6 +258,31 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
         decode(json.dumps({**line, "teacher": other["teacher"]}).encode(), "x:1")
 
 
+@pytest.mark.parametrize(
+    ("offset", "value", "message"),
+    [
+        (0, 2, "version 2 of the teacher's part"),
+        (1, 10, "with flags 10 is not read here"),
+        (2, 7, "contradicts itself"),
+        (3, 0, "contradicts itself"),
+        (4, 0, "contradicts itself"),
+        (5, 1, "contradicts itself"),
+        (6, 0, "contradicts itself"),
+        (7, 7, "contradicts itself"),
+        (19, 0, "contradicts itself"),
+        (9, 9, "has 9 positions, the example 3"),
+        (13, 200, "fewer numbers than it says"),
+    ],
+)
+def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(offset, value, message):
+    line = json.loads(encode(row(0), "packed"))
+    blob = bytearray(base64.b64decode(line["teacher"]))[:-4]
+    blob[offset] = value
+    line["teacher"] = base64.b64encode(blob + zlib.crc32(blob).to_bytes(4, "little")).decode()
+    with pytest.raises(CacheError, match=message):
+        decode(json.dumps(line).encode(), "x:1")
+
+
 def test_the_json_codec_refuses_positions_that_keep_different_numbers():
     with pytest.raises(CacheError, match="positions keep different numbers of tokens"):
         encode(row(0, 9, k=20, cache=CacheConfig(min_probability=0.01)), "json")
@@ -292,3 +318,10 @@ def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
     nothing = limited(full.teacher, vocab_size=0)
     assert (nothing.topk_token_ids_SK == -1).all()
     assert (nothing.tail_mass_TS == 1).all()
+
+
+def test_settings_that_keep_everything_do_so_although_sums_round_to_one():
+    probabilities = np.array([[0.7, 0.3 + 1e-7, 1e-30, 1e-40]], dtype=np.float32)
+    assert CacheConfig(min_probability=0).kept(probabilities).all()
+    assert CacheConfig(min_probability=0, top_p=0.7).kept(probabilities).tolist() == [[True, False, False, False]]
+    assert CacheConfig(min_probability=0, top_p=0.9).kept(probabilities).tolist() == [[True, True, False, False]]
