@@ -25,7 +25,8 @@ class ChunkFacts(NamedTuple):
     Attributes:
         bytes: size of the data file.
         mtime_ns: its modification time where the index was built from a file without a manifest, else 0.
-        max_token_id: the largest of tokens and labels; max_topk_id: of the teacher's ids.
+        max_token_id: the largest of tokens and labels; max_topk_id: of the teacher's ids,
+            tail samples included.
         smallest_k, largest_k: over the lines, of the largest number of tokens kept at one position.
         max_positions: of the longest line.
     """
@@ -89,6 +90,8 @@ class LineFacts:
         self.num_positions.append(row.example.num_tokens)
         self.max_token_id = max(self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max()))
         self.max_topk_id = max(self.max_topk_id, int(ids_SK.max()))
+        if row.teacher.tail_token_ids_SM is not None:
+            self.max_topk_id = max(self.max_topk_id, int(row.teacher.tail_token_ids_SM.max(initial=-1)))
         self.ks = [min([*self.ks, k]), max([*self.ks, k])]
 
     def extend(self, other: LineFacts) -> None:

@@ -10,20 +10,31 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.batch import Batch, CachedExample, Example
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.collate import collate
-from nemo_kd.data.order import EvaluationBatches, TrainingBatches
+from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
 from nemo_kd.mcore.groups import ProcessGroups
 
 Row = Example | CachedExample
 
 
 class Rows(Protocol):
-    """Random access to examples."""
+    """Random access to the examples of one or several sources, which lie one after the other."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, position: int, /) -> Row: ...
+
+    def will_read(self, positions: Sequence[int], /) -> None:
+        """A hint that these are asked for next."""
+
+    def source_chunks(self) -> list[list[int]]:
+        """Rows of every chunk, one list a source, in the order of the positions."""
+
+    def description(self) -> dict[str, Any]:
+        """`paths`, `fingerprint` of the content, and `caches`: what their manifests say about their origin."""
 
 
 class StudentData(pl.LightningDataModule):
@@ -40,22 +51,49 @@ class StudentData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.splits, self.groups = config, splits, groups
+        self.descriptions = {split: rows.description() for split, rows in splits.items()}
         self.collate = functools.partial(_micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
+        data = config.model.data
+        weights = data.weights("train")
+        order = SampleOrder(splits["train"].source_chunks(), weights, config.model.seed, data.shuffle)
+        samples_per_epoch = steps_per_epoch * config.model.global_batch_size
+        if weights is not None and 0 in shares(weights, samples_per_epoch):
+            path = data.paths("train")[shares(weights, samples_per_epoch).index(0)]
+            raise ConfigError(
+                f"model.data.data_prefix.train: the weight of {path} gives it none of the {samples_per_epoch} samples of an epoch; "
+                "give it a greater one, or take the path out"
+            )
         self.training = TrainingBatches(
-            len(splits["train"]),
-            config.model.global_batch_size,
-            steps_per_epoch,
-            max_steps,
-            config.model.seed,
-            config.model.data.shuffle,
-            groups.data_rank,
-            groups.data_size,
+            order, config.model.global_batch_size, steps_per_epoch, max_steps, groups.data_rank, groups.data_size
         )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed_samples": self.training.consumed_samples}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "consumed_samples": self.training.consumed_samples,
+            "data": self.descriptions,
+            "data_weights": self.training.order.weights,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint stopped.
+
+        Raises:
+            CacheError: it was trained on other data.
+        """
+        before, now = state_dict["data"]["train"], self.descriptions["train"]
+        pairs = [
+            ("content", before["fingerprint"], now["fingerprint"]),
+            ("weights", state_dict["data_weights"], self.training.order.weights),
+        ]
+        differences = [
+            f"{name} {ours} in the checkpoint, {theirs} now" for name, ours, theirs in pairs if ours != theirs
+        ]
+        if differences:
+            raise CacheError(
+                f"model.data.data_prefix.train: the checkpoint was trained on {', '.join(before['paths'])}, now it is "
+                f"{', '.join(now['paths'])}: {'; '.join(differences)}. Give the data of the checkpoint to go on (it may lie "
+                "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
+            )
         self.training.consumed_samples = state_dict["consumed_samples"]
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -75,7 +113,7 @@ class StudentData(pl.LightningDataModule):
     def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
         num_workers = self.config.model.data.num_workers
         return DataLoader(
-            _WithFiller(self.splits[split]),
+            RowsWithFiller(self.splits[split]),
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=num_workers,
@@ -83,7 +121,7 @@ class StudentData(pl.LightningDataModule):
         )
 
 
-class _WithFiller(Dataset[Row | None]):
+class RowsWithFiller(Dataset[Row | None]):
     """The rows, and None for position -1: a row that only fills up a batch."""
 
     def __init__(self, rows: Rows) -> None:
@@ -94,6 +132,11 @@ class _WithFiller(Dataset[Row | None]):
 
     def __getitem__(self, position: int) -> Row | None:
         return None if position < 0 else self.rows[position]
+
+    def __getitems__(self, positions: list[int]) -> list[Row | None]:
+        """A whole batch, which torch's loader asks for; storage may fetch its rows while the first ones are decoded."""
+        self.rows.will_read([position for position in positions if position >= 0])
+        return [self[position] for position in positions]
 
 
 def _micro_batches(rows: Sequence[Row | None], micro_batch_size: int, pad_id: int) -> list[Batch]:

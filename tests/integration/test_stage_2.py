@@ -66,7 +66,7 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
         model__micro_batch_size=micro_batch_size, model__optim__name="adam", **overrides,
     )  # fmt: skip
     groups = initialize_model_parallel(config.model, 1)
-    reader = CacheReader([str(train)])
+    reader = CacheReader(str(train))
     rows = [reader[i] for i in range(num_rows)]
     per_rank = num_rows // data_size
     mine = rows[groups.data_rank * per_rank : (groups.data_rank + 1) * per_rank]
@@ -82,17 +82,20 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
 def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str):
     """The documented objective on transformers' model in float64, row by row without padding."""
     model = AutoModelForCausalLM.from_pretrained(student).double()
-    reader = CacheReader([str(train)])
+    reader = CacheReader(str(train))
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in range(num_rows):
         row = reader[index]
         logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
         mask = torch.tensor(row.example.loss_mask_S).double()
         ce = torch.nn.functional.cross_entropy(logits, torch.tensor(row.example.labels_S), reduction="none")
-        p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK).double(), -1)
-        q = torch.softmax(logits.gather(1, torch.tensor(row.teacher.topk_token_ids_SK)), -1)
-        kd = (p * (p / q).log()).sum(-1) if kd_loss == "fwd_kl" else (q * (q / p).log()).sum(-1)
-        total, count = total + ((0.5 * ce + 1.0 * kd) * mask).sum(), count + mask.sum()
+        total, count = total + 0.5 * (ce * mask).sum(), count + mask.sum()
+        for position in mask.nonzero()[:, 0].tolist():
+            ids = row.teacher.topk_token_ids_SK[position]
+            kept = ids[ids >= 0]
+            p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK[position, : len(kept)]).double(), -1)
+            q = torch.softmax(logits[position, torch.tensor(kept)], -1)
+            total = total + ((p * (p / q).log()).sum() if kd_loss == "fwd_kl" else (q * (q / p).log()).sum())
     (total / count).backward()
     return float(total / count), {name: parameter.grad for name, parameter in model.named_parameters()}
 
