@@ -25,7 +25,8 @@ def limited(teacher: TeacherTopK, top_k: int | None = None, vocab_size: int | No
     if keeps_all:
         return teacher
     kept_SK = ids_SK >= 0
-    kept_SK[:, top_k:] = False
+    if top_k is not None:
+        kept_SK[:, top_k:] = False
     if vocab_size is not None:
         kept_SK &= ids_SK < vocab_size
     return keep(teacher, kept_SK)

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from nemo_kd.batch import Batch, CachedExample, Example
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.collate import collate
+from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
+from nemo_kd.data.rows import Rows, RowsWithFiller
 from nemo_kd.mcore.groups import ProcessGroups
-
-Row = Example | CachedExample
-
-
-class Rows(Protocol):
-    """Random access to the examples of one or several sources, which lie one after the other."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: int, /) -> Row: ...
-
-    def will_read(self, positions: Sequence[int], /) -> None:
-        """A hint that these are asked for next."""
-
-    def source_chunks(self) -> list[list[int]]:
-        """Rows of every chunk, one list a source, in the order of the positions."""
-
-    def description(self) -> dict[str, Any]:
-        """`paths`, `fingerprint` of the content, and `caches`: what their manifests say about their origin."""
 
 
 class StudentData(pl.LightningDataModule):
@@ -52,7 +32,7 @@ class StudentData(pl.LightningDataModule):
         super().__init__()
         self.config, self.splits, self.groups = config, splits, groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
-        self.collate = functools.partial(_micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
+        self.collate = functools.partial(micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
         data = config.model.data
         weights = data.weights("train")
         order = SampleOrder(splits["train"].source_chunks(), weights, config.model.seed, data.shuffle)
@@ -119,25 +99,3 @@ class StudentData(pl.LightningDataModule):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
         )
-
-
-class RowsWithFiller(Dataset[Row | None]):
-    """The rows, and None for position -1: a row that only fills up a batch."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Row | None:
-        return None if position < 0 else self.rows[position]
-
-    def __getitems__(self, positions: list[int]) -> list[Row | None]:
-        """A whole batch, which torch's loader asks for; storage may fetch its rows while the first ones are decoded."""
-        self.rows.will_read([position for position in positions if position >= 0])
-        return [self[position] for position in positions]
-
-
-def _micro_batches(rows: Sequence[Row | None], micro_batch_size: int, pad_id: int) -> list[Batch]:
-    return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]

@@ -20,8 +20,8 @@ from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.rows import Rows
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
-from nemo_kd.trainer.data_module import Rows
 
 log = logging.getLogger(__name__)
 
