@@ -34,6 +34,8 @@ setup(
         "jinja2>=3.1",
         "numpy>=1.26",
         "orjson>=3.9",
+        "zstandard>=0.22",
+        "fsspec",
         "tensorboard",
         "tqdm",
         "wandb",

@@ -122,7 +122,7 @@ def _mismatches(
         )
     held = min((manifest.top_k for manifest in reader.manifests), default=reader.largest_k)
     if data.top_k is not None and data.top_k > held:
-        found.append(f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds")
+        found.append(f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds at most")
     return list(dict.fromkeys(found))
 
 

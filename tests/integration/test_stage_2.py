@@ -89,13 +89,12 @@ def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str)
         logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
         mask = torch.tensor(row.example.loss_mask_S).double()
         ce = torch.nn.functional.cross_entropy(logits, torch.tensor(row.example.labels_S), reduction="none")
-        total, count = total + 0.5 * (ce * mask).sum(), count + mask.sum()
-        for position in mask.nonzero()[:, 0].tolist():
-            ids = row.teacher.topk_token_ids_SK[position]
-            kept = ids[ids >= 0]
-            p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK[position, : len(kept)]).double(), -1)
-            q = torch.softmax(logits[position, torch.tensor(kept)], -1)
+        for s in mask.nonzero()[:, 0].tolist():
+            ids = torch.tensor(row.teacher.topk_token_ids_SK[s]).long()
+            p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK[s])[ids >= 0].double(), -1)
+            q = torch.softmax(logits[s, ids[ids >= 0]], -1)
             total = total + ((p * (p / q).log()).sum() if kd_loss == "fwd_kl" else (q * (q / p).log()).sum())
+        total, count = total + 0.5 * (ce * mask).sum(), count + mask.sum()
     (total / count).backward()
     return float(total / count), {name: parameter.grad for name, parameter in model.named_parameters()}
 

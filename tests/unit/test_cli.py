@@ -239,7 +239,7 @@ def test_aliases_must_not_contradict():
     [
         ("compute_topk_logits", "top_kk=3", "top_kk (did you mean top_k?)"),
         ("compute_topk_logits", "model.nope.deep=3", "model.nope.deep"),
-        ("compute_topk_logits", "top_k=0", "top_k: 0 must be at least 1"),
+        ("compute_topk_logits", "top_k=0", "top_k: 0 must be from 1 to 65535"),
         ("compute_topk_logits", "top_k=many", "top_k: Value 'many'"),
         ("compute_topk_logits", "n_examples_per_chunk=5", "has no CHUNK_ID, which n_examples_per_chunk=5 needs"),
         ("compute_topk_logits", "start_from_idx=5 end_at_idx=4", "end_at_idx: 4 lies before start_from_idx 5"),

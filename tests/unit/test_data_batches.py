@@ -210,7 +210,8 @@ def example(index, length, k=None):
         return part
     logits = -np.arange(k, dtype=np.float32) * np.ones((length, 1), dtype=np.float32)
     ids = np.arange(k) + np.zeros((length, 1), dtype=np.int64)
-    return CachedExample(part, TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32)))
+    tail = np.full((1, length), 0.1, dtype=np.float32)
+    return CachedExample(part, TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32), tail))
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding():
@@ -221,7 +222,9 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert batch.tokens_BS[0].tolist() == [1, 2, 3] + [0] * 13
     assert batch.loss_mask_BS.sum(1).tolist() == [3, 0, 9]
     assert batch.topk_logits_BSK.shape == (3, 16, 2)
-    assert batch.topk_token_ids_BSK[1, 5].tolist() == [0, 1]
+    assert batch.topk_token_ids_BSK[0, 2].tolist() == [0, 1]
+    assert batch.topk_token_ids_BSK[1, 5].tolist() == [-1, -1]
+    assert batch.tail_mass_BST[0, :, 0].tolist() == pytest.approx([0.1] * 3 + [1] * 13)
     assert batch.position_ids_BS[2].tolist() == list(range(16))
     assert collate([example(0, 8)], 0).topk_logits_BSK is None
     with pytest.raises(ValueError, match="mixes examples with and without teacher logits"):
