@@ -67,7 +67,7 @@ class CacheBlend:
     def description(self) -> dict[str, Any]:
         """Where the rows come from, as plain values: paths, `fingerprint`, and what the manifests say about their origin."""
         return {
-            "paths": [reader.path for reader in self.readers],
+            "paths": [reader.source for reader in self.readers],
             "fingerprint": self.fingerprint(),
             "caches": [
                 {

@@ -63,6 +63,7 @@ class CacheReader:
         seq_length: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        self.source = path
         subset = _SUBSET.fullmatch(path)
         self.path = subset["path"] if subset else path
         self.top_k, self.seq_length, self.vocab_size = top_k, seq_length, vocab_size

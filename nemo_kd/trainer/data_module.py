@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import lightning.pytorch as pl
@@ -15,6 +16,8 @@ from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
 from nemo_kd.data.rows import Rows, RowsWithFiller
 from nemo_kd.mcore.groups import ProcessGroups
+
+log = logging.getLogger(__name__)
 
 
 class StudentData(pl.LightningDataModule):
@@ -33,16 +36,7 @@ class StudentData(pl.LightningDataModule):
         self.config, self.splits, self.groups = config, splits, groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
         self.collate = functools.partial(micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
-        data = config.model.data
-        weights = data.weights("train")
-        order = SampleOrder(splits["train"].source_chunks(), weights, config.model.seed, data.shuffle)
-        samples_per_epoch = steps_per_epoch * config.model.global_batch_size
-        if weights is not None and 0 in shares(weights, samples_per_epoch):
-            path = data.paths("train")[shares(weights, samples_per_epoch).index(0)]
-            raise ConfigError(
-                f"model.data.data_prefix.train: the weight of {path} gives it none of the {samples_per_epoch} samples of an epoch; "
-                "give it a greater one, or take the path out"
-            )
+        order = _training_order(config, splits["train"], steps_per_epoch * config.model.global_batch_size)
         self.training = TrainingBatches(
             order, config.model.global_batch_size, steps_per_epoch, max_steps, groups.data_rank, groups.data_size
         )
@@ -60,13 +54,20 @@ class StudentData(pl.LightningDataModule):
         Raises:
             CacheError: it was trained on other data.
         """
+        if "data" in state_dict:
+            self._check_same_data(state_dict)
+        else:
+            log.warning("the checkpoint does not say what data it was trained on, so it goes on with any")
+        self.training.consumed_samples = state_dict["consumed_samples"]
+
+    def _check_same_data(self, state_dict: dict[str, Any]) -> None:
         before, now = state_dict["data"]["train"], self.descriptions["train"]
         pairs = [
             ("content", before["fingerprint"], now["fingerprint"]),
             ("weights", state_dict["data_weights"], self.training.order.weights),
         ]
         differences = [
-            f"{name} {ours} in the checkpoint, {theirs} now" for name, ours, theirs in pairs if ours != theirs
+            f"{name} {theirs} in the checkpoint, {ours} now" for name, theirs, ours in pairs if theirs != ours
         ]
         if differences:
             raise CacheError(
@@ -74,7 +75,6 @@ class StudentData(pl.LightningDataModule):
                 f"{', '.join(now['paths'])}: {'; '.join(differences)}. Give the data of the checkpoint to go on (it may lie "
                 "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
             )
-        self.training.consumed_samples = state_dict["consumed_samples"]
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.training)
@@ -99,3 +99,16 @@ class StudentData(pl.LightningDataModule):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
         )
+
+
+def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: int) -> SampleOrder:
+    data = config.model.data
+    weights = data.weights("train")
+    if weights is not None:
+        for path, share in zip(data.paths("train"), shares(weights, samples_per_epoch), strict=True):
+            if share == 0:
+                raise ConfigError(
+                    f"model.data.data_prefix.train: the weight of {path} gives it none of the {samples_per_epoch} samples of an "
+                    "epoch; give it a greater one, or take the path out"
+                )
+    return SampleOrder(rows.source_chunks(), weights, config.model.seed, data.shuffle)

@@ -73,7 +73,7 @@ def _open_caches(
         n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
         readers[split] = [CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size) for path in of_split]
     mismatches = [
-        f"  {split}: {reader.path}: {mismatch}"
+        f"  {split}: {reader.source}: {mismatch}"
         for split in readers
         for reader in readers[split]
         for mismatch in _mismatches(reader, data, architecture.vocab_size, tokenizer)
@@ -122,7 +122,9 @@ def _mismatches(
         )
     held = min((manifest.top_k for manifest in reader.manifests), default=reader.largest_k)
     if data.top_k is not None and data.top_k > held:
-        found.append(f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds at most")
+        found.append(
+            f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds at most"
+        )
     return list(dict.fromkeys(found))
 
 

@@ -389,7 +389,7 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
     assert indices(blend) == [8, 9, *range(10)]
     assert blend.source_chunks() == [[2], [4, 4, 2]]
     description = blend.description()
-    assert description["paths"] == [str(first), str(second)]
+    assert description["paths"] == [f"{first}[8:]", str(second)]
     assert [cache["teacher"]["name"] for cache in description["caches"]] == ["t", "u"]
     assert description["caches"][0]["manifest"] == Manifest.load(tmp_path / "a" / "train_manifest.json").hash()
     assert json.loads(json.dumps(description)) == description
