@@ -43,7 +43,7 @@ class CacheBlend:
         return self.readers[number][inner]
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Asks the operating system to fetch these rows ahead."""
+        """Has these rows fetched ahead, all at once."""
         wanted: dict[int, list[int]] = {}
         for position in positions:
             number, inner = self._locate(position)

@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 INDEX_LINES_IN_MEMORY = 1 << 22
 """Lines whose places are kept in memory (16 bytes each); the chunks read last stay, at least one."""
+INDEXES_AHEAD = 32
+"""Indexes that are fetched together when a cache is opened."""
+
 _SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
 
 
@@ -103,10 +106,9 @@ class CacheReader:
         return row
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Asks the operating system to fetch these rows ahead."""
-        for position in positions:
-            chunk_number, _, start, end = self._locate(position)
-            self.storage.will_read(self._chunks[chunk_number].name, start, end)
+        """Has these rows fetched ahead, all at once."""
+        located = [self._locate(position) for position in positions]
+        self.storage.will_read([(self._chunks[chunk].name, start, end) for chunk, _, start, end in located])
 
     def chunk_sizes(self) -> list[int]:
         """Rows of every chunk, in the order of the positions."""
@@ -164,6 +166,9 @@ class CacheReader:
             )
         chunks = []
         for chunk_id in range(n_chunks):
+            if chunk_id % INDEXES_AHEAD == 0:
+                ahead = map(self.layout.chunk_name, range(chunk_id, min(chunk_id + INDEXES_AHEAD, n_chunks)))
+                self.storage.will_read([(index, 0, None) for index in map(index_name, ahead) if index in names])
             name = self.layout.chunk_name(chunk_id)
             manifest, key = shared, str(chunk_id)
             if shared is None:

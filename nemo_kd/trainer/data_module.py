@@ -111,4 +111,5 @@ def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: i
                     f"model.data.data_prefix.train: the weight of {path} gives it none of the {samples_per_epoch} samples of an "
                     "epoch; give it a greater one, or take the path out"
                 )
+            log.info("train: %s gives %d of the %d samples of an epoch", path, share, samples_per_epoch)
     return SampleOrder(rows.source_chunks(), weights, config.model.seed, data.shuffle)

@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -72,11 +72,14 @@ def _open_caches(
     for split, of_split in paths.items():
         n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
         readers[split] = [CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size) for path in of_split]
+    student = _Student(
+        architecture.vocab_size, len(tokenizer), tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer)
+    )
     mismatches = [
         f"  {split}: {reader.source}: {mismatch}"
         for split in readers
         for reader in readers[split]
-        for mismatch in _mismatches(reader, data, architecture.vocab_size, tokenizer)
+        for mismatch in _mismatches(reader, data, student)
     ]
     if mismatches:
         raise CacheError("model.data.data_prefix: cache and student do not match:\n" + "\n".join(mismatches))
@@ -87,26 +90,31 @@ def _open_caches(
     return {split: CacheBlend(sources) for split, sources in readers.items()}
 
 
-def _mismatches(
-    reader: CacheReader, data: StudentDataConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
+class _Student(NamedTuple):
+    vocab_size: int
+    tokenizer_size: int
+    tokenizer: str
+    chat_template: str | None
+
+
+def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student) -> list[str]:
     """Everything in which a cache does not suit the student; where the files have no manifest, as far as rows tell.
 
     Vocabularies of one family are padded differently, so what counts is the ids that the cache holds.
     """
     found: list[str] = []
-    ours, our_template = tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer)
+    vocab_size = student.vocab_size
     for manifest in reader.manifests:
-        if manifest.tokenizer != ours:
+        if manifest.tokenizer != student.tokenizer:
             found.append(
-                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {ours} ({len(tokenizer)} tokens) "
-                "in the student; both must share one tokenizer"
+                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {student.tokenizer} "
+                f"({student.tokenizer_size} tokens) in the student; both must share one tokenizer"
             )
         # Only `messages` are rendered by the tokenizer's template; manifests that do not tell are taken at their word.
         rendered = "messages" in manifest.dataset.get("formats", ["messages"]) and manifest.chat_template is not None
-        if rendered and manifest.chat_template != our_template and not data.allow_other_template:
+        if rendered and manifest.chat_template != student.chat_template and not data.allow_other_template:
             found.append(
-                f"chat template: {manifest.chat_template} in the cache, {our_template or 'none'} in the student; copy the teacher's "
+                f"chat template: {manifest.chat_template} in the cache, {student.chat_template or 'none'} in the student; copy the teacher's "
                 "chat_template into the student's tokenizer files, or set model.data.allow_other_template=true"
             )
     if reader.max_token_id >= vocab_size:

@@ -145,6 +145,19 @@ def test_a_missing_damaged_or_stale_index_is_built_again(tmp_path):
     assert len(CacheReader(str(foreign))) == 2
 
 
+def test_a_stale_index_is_built_again_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(reader_module, "INDEX_LINES_IN_MEMORY", 1)
+    path = write(tmp_path)
+    index = tmp_path / "train_1.jsonl.idx"
+    index.write_bytes(b"\0" * index.stat().st_size)
+    scanned = []
+    scan = CacheReader.scan
+    monkeypatch.setattr(CacheReader, "scan", lambda self, name, *args: scanned.append(name) or scan(self, name, *args))
+    reader = CacheReader(str(path))
+    assert [reader[position].example.index for position in (5, 0, 6, 9, 4)] == [5, 0, 6, 9, 4]
+    assert scanned == ["train_1.jsonl"]
+
+
 def test_an_edited_file_is_noticed(tmp_path):
     data, path = tmp_path / "train_0.jsonl", write(tmp_path)
     content = data.read_bytes()
@@ -272,6 +285,36 @@ def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
     assert announced == [size for how, size in calls if how == "read" and size in announced]
     assert [how for how, _ in calls][-2:] == ["read", "read"]
+
+
+def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
+    write(tmp_path)
+    store = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        store.pipe_file(f"memory://bucket/once/{path.name}", path.read_bytes())
+    requests = []
+    for name in ("cat_file", "cat_ranges", "info", "ls"):
+        inner = getattr(type(store), name)
+        monkeypatch.setattr(
+            type(store),
+            name,
+            lambda self, what, *args, _name=name, _inner=inner, **kwargs: (
+                requests.append((_name, what)) or _inner(self, what, *args, **kwargs)
+            ),
+        )
+    rows = RowsWithFiller(CacheBlend([CacheReader("memory://bucket/once/train_CHUNK_ID.jsonl")]))
+    alone = [what for name, what in requests if name == "cat_file"]
+    assert alone[0].endswith("train_manifest.json")
+    indexes = next(what for name, what in requests if name == "cat_ranges")
+    assert [path.rsplit("/", 1)[1] for path in indexes] == [f"train_{chunk}.jsonl.idx" for chunk in range(3)]
+    assert [name for name, _ in requests].count("ls") == 1
+    rows.__getitems__([0, 4, 9])  # all indexes are in memory from here on
+    requests.clear()
+    found = rows.__getitems__([3, -1, 8])
+    assert [None if row is None else row.example.index for row in found] == [3, None, 8]
+    assert requests[0][0] == "cat_ranges"
+    # The store in memory serves a request for two ranges by two of its own.
+    assert [name for name, _ in requests if name != "info"] == ["cat_ranges", "cat_file", "cat_file"]
 
 
 def in_child(reader, position):
