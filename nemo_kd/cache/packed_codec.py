@@ -3,8 +3,9 @@
 Shape legend: S positions of the example, P stored positions, N kept entries of all stored positions one after the other,
 T temperatures, M tail samples. docs/cache_format.md specifies the blob for other readers.
 
-Every position keeps its own number of tokens, likeliest first. Log-probabilities are rounded to 256 levels and ids lose
-their leading bit; what follows a skewed distribution is Huffman coded.
+Every position keeps its own number of tokens. They are stored in the order of their ids, so that an id costs no more
+than its distance from the one before; their log-probabilities are rounded to 256 levels, which sort them again. What
+follows a skewed distribution is Huffman coded.
 """
 
 from __future__ import annotations
@@ -31,26 +32,29 @@ from nemo_kd.config.cache import MAX_TOP_K, MAX_VOCAB_SIZE
 
 BLOB_VERSION = 1
 FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT = 64, 8
-RANK_CLASSES = (1, 4, 16)
-"""Steps between levels are coded apart for ranks 1-3, 4-15 and from 16 on: the likelier, the wider they are."""
+ID_CLASSES, SMALLEST_FOR_CLASSES = 4, 1024
+"""Distances between ids are coded apart in each quarter of a position's ids, since low ids are frequent tokens and lie
+closer; a record of fewer entries would pay more for the codes than it gains."""
 TAIL_STEPS_PER_UNIT = 8
 """Resolution of a tail's log-odds."""
 _ALL_POSITIONS, _LABELS, _WIDE_COUNTS = 1, 2, 4
-_HEADER = struct.Struct("<BBBBBBHII")
+_HEADER = struct.Struct("<BBBBBBBHII")
+_UNUSED = np.uint32(0xFFFFFFFF)
 
 
 class Kept(NamedTuple):
-    """Where the kept entries of all stored positions lie: `row_N` is the stored position of each, `rank_N` its rank."""
+    """Where the kept entries of all stored positions lie: `row_N` is the stored position of each, `place_N` its place there."""
 
+    counts_P: np.ndarray
     starts_P: np.ndarray
     row_N: np.ndarray
-    rank_N: np.ndarray
+    place_N: np.ndarray
 
     @classmethod
     def of(cls, counts_P: np.ndarray) -> Kept:
         starts = np.cumsum(counts_P) - counts_P
         row = np.repeat(np.arange(len(counts_P)), counts_P)
-        return cls(starts, row, np.arange(len(row)) - starts.take(row))
+        return cls(counts_P, starts, row, np.arange(len(row)) - starts.take(row))
 
 
 def pack(row: CachedExample, positions: str = "loss") -> bytes:
@@ -64,19 +68,18 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     """
     example, teacher = row.example, row.teacher
     stored = np.flatnonzero(example.loss_mask_S) if positions == "loss" else np.arange(example.num_tokens)
-    used_PK = teacher.topk_token_ids_SK[stored] >= 0
-    counts_P = used_PK.sum(axis=1)
-    if (used_PK[:, 1:] > used_PK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
+    used_SK = teacher.topk_token_ids_SK >= 0
+    counts_P = used_SK.sum(axis=1)[stored]
+    if (used_SK[:, 1:] > used_SK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
     kept = Kept.of(counts_P)
-    ids_N = teacher.topk_token_ids_SK[stored][used_PK]
-    logprobs_N = teacher.topk_logits_SK[stored][used_PK] - teacher.log_sum_exp_logits_S[stored][kept.row_N]
+    ids_N, levels_N = _by_id(teacher, stored, kept)
     wide = counts_P.max(initial=1) > 256
     flags = _ALL_POSITIONS * (positions == "all") | _WIDE_COUNTS * bool(wide)
+    num_classes = ID_CLASSES if len(ids_N) >= SMALLEST_FOR_CLASSES else 1
     streams = [huffman((counts_P - 1).astype("<u2" if wide else np.uint8))]
-    streams += [huffman(_tail_levels(teacher.tail_mass_TS[:, stored]))]
-    streams += _level_streams(_finite_levels(logprobs_N), kept)
-    streams += _id_streams(ids_N)
+    streams += [huffman(_tail_levels(teacher.tail_mass_TS[:, stored])), huffman(levels_N)]
+    streams += _id_streams(_distances(ids_N, kept), _id_classes(kept, num_classes), num_classes)
     if teacher.label_logprobs_S is not None:
         flags |= _LABELS
         outside_P = np.ones(len(stored), dtype=bool)
@@ -88,7 +91,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         streams += _sample_streams(teacher.tail_token_ids_SM[stored])
     header = _HEADER.pack(
         BLOB_VERSION, flags, FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT, len(teacher.temperatures), num_samples,
-        len(streams), len(stored), len(ids_N),
+        num_classes, len(streams), len(stored), len(ids_N),
     )  # fmt: skip
     temperatures = np.array(teacher.temperatures, dtype="<f4").tobytes()
     lengths = np.array([len(stream) for stream in streams], dtype="<u4").tobytes()
@@ -113,19 +116,23 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
         raise ValueError("the teacher's part holds fewer numbers than it says")
     kept = Kept.of(counts_P)
     nats = level_nats(header.fine, header.coarse)
-    logprobs_N = -nats.take(_read_levels(streams, kept))
-    ids_N = _read_ids(streams, header.num_kept)
+    levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
+    distances_N = _read_ids(streams, _id_classes(kept, header.num_classes), header.num_classes)
+    ids_N = _from_distances(distances_N, kept)
+    logprobs_N = -nats.take(levels_N)
     # Rounding has moved the sum over the kept ids: it is brought back to what the tail leaves.
     head_P = np.add.reduceat(np.exp(logprobs_N), kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
-    first_P = logprobs_N[kept.starts_P]
+    sorted_levels_N, sorted_ids_N = _by_level(levels_N, ids_N, kept)
+    sorted_logprobs_N = -nats.take(sorted_levels_N)
+    first_P = sorted_logprobs_N[kept.starts_P]
 
     num_tokens, k = example.num_tokens, int(counts_P.max(initial=1))
     logits_SK = np.full((num_tokens, k), -np.inf, dtype=np.float32)
     ids_SK = np.full((num_tokens, k), -1, dtype=np.int32)
-    flat_N = (stored * k).take(kept.row_N) + kept.rank_N
-    logits_SK.reshape(-1)[flat_N] = logprobs_N - first_P.take(kept.row_N)
-    ids_SK.reshape(-1)[flat_N] = ids_N
+    entries_N = (stored * k).take(kept.row_N) + kept.place_N
+    logits_SK.reshape(-1)[entries_N] = sorted_logprobs_N - first_P.take(kept.row_N)
+    ids_SK.reshape(-1)[entries_N] = sorted_ids_N
     labels_P = None
     if header.flags & _LABELS:
         labels_P = np.full(len(stored), np.nan, dtype=np.float32)
@@ -154,6 +161,7 @@ class _Header(NamedTuple):
     coarse: int
     num_temperatures: int
     num_samples: int
+    num_classes: int
     num_streams: int
     num_stored: int
     num_kept: int
@@ -182,6 +190,41 @@ def _finite_levels(logprobs: np.ndarray) -> np.ndarray:
     return levels(logprobs, FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT)
 
 
+def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
+    """(ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
+    k = teacher.topk_token_ids_SK.shape[1]
+    entries_N = (stored * k).take(kept.row_N) + kept.place_N
+    ids_N = teacher.topk_token_ids_SK.reshape(-1).take(entries_N)
+    log_sum_exp_N = teacher.log_sum_exp_logits_S[stored].take(kept.row_N)
+    levels_N = _finite_levels(teacher.topk_logits_SK.reshape(-1).take(entries_N) - log_sum_exp_N)
+    rises_N = levels_N[1:] >= levels_N[:-1]
+    rises_N[kept.starts_P[1:] - 1] = True
+    if not rises_N.all():
+        raise ValueError("the kept logits of a position do not descend")
+    if ids_N.max(initial=0) >= MAX_VOCAB_SIZE - 1:
+        raise ValueError(f"token id {ids_N.max()} exceeds what the format holds ({MAX_VOCAB_SIZE - 2})")
+    # Ids will order what has one level: the likeliest token gets a level of its own, so that it stays the first.
+    seconds = kept.starts_P[kept.counts_P > 1] + 1
+    tied = seconds[(levels_N[seconds] == levels_N[seconds - 1]) & (levels_N[seconds] > 0)]
+    levels_N[tied - 1] -= 1
+    keys_PK = np.full((len(stored), k), _UNUSED)
+    places_N = kept.row_N * k + kept.place_N
+    keys_PK.reshape(-1)[places_N] = ids_N.astype(np.uint32) << np.uint32(8) | levels_N
+    keys_PK.sort(axis=1)
+    keys_N = keys_PK.reshape(-1).take(places_N)
+    return (keys_N >> np.uint32(8)).astype(np.int64), keys_N.astype(np.uint8)
+
+
+def _by_level(levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
+    """(levels [N], ids [N]) of the kept entries, every position's likeliest first."""
+    k = int(kept.counts_P.max(initial=1))
+    keys_PK, places_N = np.full((len(kept.counts_P), k), _UNUSED), kept.row_N * k + kept.place_N
+    keys_PK.reshape(-1)[places_N] = levels_N.astype(np.uint32) << np.uint32(24) | ids_N.astype(np.uint32)
+    keys_PK.sort(axis=1)
+    keys_N = keys_PK.reshape(-1).take(places_N)
+    return keys_N >> np.uint32(24), (keys_N & np.uint32(0xFFFFFF)).view(np.int32)
+
+
 def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
     """Log-odds in steps of 1/8 from -16 to 15.875, as 0 to 255."""
     mass = np.clip(tail_mass.astype(np.float64), 1e-9, 1 - 1e-9)
@@ -194,64 +237,68 @@ def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
     return (1 / (1 + np.exp(-log_odds))).reshape(num_temperatures, -1)
 
 
-def _rank_classes(kept: Kept) -> np.ndarray:
-    classes_N = np.zeros(len(kept.rank_N), dtype=np.uint8)
-    for first in RANK_CLASSES:
-        classes_N += kept.rank_N >= first
+def _distances(ids_N: np.ndarray, kept: Kept) -> np.ndarray:
+    """How far each id lies behind the one before it in its position, the first behind -1; at least 1."""
+    distances_N = np.diff(ids_N, prepend=-1)
+    distances_N[kept.starts_P] = ids_N[kept.starts_P] + 1
+    if distances_N.min(initial=1) < 1:
+        raise ValueError("a position holds an id twice")
+    return distances_N
+
+
+def _from_distances(distances_N: np.ndarray, kept: Kept) -> np.ndarray:
+    running_N = np.cumsum(distances_N, dtype=np.int64)
+    before_P = running_N[kept.starts_P] - distances_N[kept.starts_P]
+    ids_N = running_N - before_P.take(kept.row_N) - 1
+    if ids_N.max(initial=0) >= MAX_VOCAB_SIZE - 1:
+        raise ValueError("a token id has more than 24 bits")
+    return ids_N
+
+
+def _id_classes(kept: Kept, num_classes: int) -> np.ndarray:
+    """place * num_classes // count of each entry, without a division."""
+    scaled_N, counts_N = kept.place_N * num_classes, kept.counts_P.take(kept.row_N)
+    classes_N = np.zeros(len(scaled_N), dtype=np.uint8)
+    for number in range(1, num_classes):
+        classes_N += scaled_N >= number * counts_N
     return classes_N
 
 
-def _level_streams(levels_N: np.ndarray, kept: Kept) -> list[bytes]:
-    steps_N = np.diff(levels_N.astype(np.int16), prepend=np.int16(0))
-    steps_N[kept.starts_P] = levels_N[kept.starts_P]
-    if steps_N.min(initial=0) < 0:
-        raise ValueError("the kept logits of a position do not descend")
-    class_N = _rank_classes(kept)
-    return [huffman(steps_N[class_N == number].astype(np.uint8)) for number in range(len(RANK_CLASSES) + 1)]
+def _id_streams(values_N: np.ndarray, classes_N: np.ndarray, num_classes: int) -> list[bytes]:
+    """floor(log2(value)) of values of at least 1, Huffman coded by class, and the bits below the leading one."""
+    values_N = values_N.astype(np.uint32)
+    widths_N = bit_lengths(values_N)
+    symbols_N = widths_N.astype(np.uint8)
+    streams = [huffman(symbols_N[classes_N == number]) for number in range(num_classes)]
+    return [*streams, pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N)]
 
 
-def _read_levels(streams: Iterator[memoryview], kept: Kept) -> np.ndarray:
-    class_N = _rank_classes(kept)
-    steps_N = np.empty(len(class_N), dtype=np.int32)
-    for number in range(len(RANK_CLASSES) + 1):
-        mine = class_N == number
-        steps_N[mine] = _exactly(unhuffman(next(streams), len(class_N)), int(mine.sum()))
-    running_N = np.cumsum(steps_N, dtype=np.int32)
-    before_P = running_N[kept.starts_P] - steps_N[kept.starts_P]
-    levels_N = running_N - before_P.take(kept.row_N)
-    if levels_N.max(initial=0) > 255:
-        raise ValueError("a level lies above 255")
-    return levels_N
-
-
-def _id_streams(ids_N: np.ndarray) -> list[bytes]:
-    """Classes floor(log2(id + 1)), Huffman coded, and the bits below the leading one."""
-    if ids_N.max(initial=0) >= MAX_VOCAB_SIZE - 1:
-        raise ValueError(f"token id {ids_N.max()} exceeds what the format holds ({MAX_VOCAB_SIZE - 2})")
-    values = ids_N.astype(np.uint32) + np.uint32(1)
-    widths = bit_lengths(values)
-    return [huffman(widths.astype(np.uint8)), pack_bits(values ^ (np.uint32(1) << widths), widths)]
-
-
-def _read_ids(streams: Iterator[memoryview], count: int) -> np.ndarray:
-    widths = _exactly(unhuffman(next(streams), count), count).astype(np.uint32)
-    if widths.max(initial=0) > 23:
-        raise ValueError("a token id has more than 24 bits")
-    return ((np.uint32(1) << widths) + unpack_bits(next(streams), widths)).astype(np.int32) - np.int32(1)
+def _read_ids(streams: Iterator[memoryview], classes_N: np.ndarray, num_classes: int) -> np.ndarray:
+    widths_N = np.empty(len(classes_N), dtype=np.uint32)
+    for number in range(num_classes):
+        mine = classes_N == number
+        count = int(np.count_nonzero(mine))
+        widths_N[mine] = _exactly(unhuffman(next(streams), count), count)
+    if widths_N.max(initial=0) > 23:
+        raise ValueError("a number has more than 24 bits")
+    return (np.uint32(1) << widths_N) + unpack_bits(next(streams), widths_N)
 
 
 def _sample_streams(samples_PM: np.ndarray) -> list[bytes]:
     """Which positions have samples, and their ids: each row ascending, as differences."""
     sampled_P = samples_PM[:, 0] >= 0
     ids_QM = np.sort(samples_PM[sampled_P], axis=1)
-    return [huffman(sampled_P.astype(np.uint8)), *_id_streams(np.diff(ids_QM, axis=1, prepend=0).ravel())]
+    values = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
+    return [huffman(sampled_P.astype(np.uint8)), *_id_streams(values, np.zeros(len(values), dtype=np.uint8), 1)]
 
 
 def _read_samples(streams: Iterator[memoryview], num_stored: int, num_samples: int) -> np.ndarray:
     sampled_P = _exactly(unhuffman(next(streams), num_stored), num_stored) > 0
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
-    steps = _read_ids(streams, int(sampled_P.sum()) * num_samples).reshape(-1, num_samples)
-    samples_PM[sampled_P] = np.cumsum(steps, axis=1)
+    values = _read_ids(streams, np.zeros(int(sampled_P.sum()) * num_samples, dtype=np.uint8), 1).reshape(
+        -1, num_samples
+    )
+    samples_PM[sampled_P] = np.cumsum(values.astype(np.int64) - 1, axis=1)
     return samples_PM
 
 
