@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import pickle
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -17,6 +18,7 @@ import torch
 import zstandard
 from torch.utils.data import DataLoader
 
+from nemo_kd.batch import CachedExample
 from nemo_kd.cache import reader as reader_module
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
@@ -424,6 +426,20 @@ def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
                 assert found.sum() == pytest.approx(kept, rel=1e-5)
             dropped += len(ids) - len(expected)
     assert dropped > 0
+
+
+def test_tail_samples_outside_a_smaller_vocabulary_are_nobody(tmp_path):
+    """They are drawn from the whole vocabulary, so one may lie outside though every kept token is inside."""
+    found = row(0, 4)  # positions 2 and 3 are stored; they keep ids up to 45
+    samples = np.array([[-1, -1], [-1, -1], [1, 48], [2, 3]])
+    found = CachedExample(found.example, replace(found.teacher, tail_token_ids_SM=samples))
+    (tmp_path / "x.jsonl").write_bytes(encode(found, "packed"))
+    reader = CacheReader(str(tmp_path / "x.jsonl"))
+    assert reader.max_topk_id == 48
+    assert np.sort(reader[0].teacher.tail_token_ids_SM[2:]).tolist() == [[1, 48], [2, 3]]
+    smaller = CacheReader(str(tmp_path / "x.jsonl"), vocab_size=47)[0].teacher
+    assert np.sort(smaller.tail_token_ids_SM[2:]).tolist() == [[-1, 1], [2, 3]]
+    assert (smaller.topk_token_ids_SK == reader[0].teacher.topk_token_ids_SK).all()
 
 
 def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
