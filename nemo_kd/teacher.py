@@ -318,6 +318,7 @@ def _manifest(
             "fingerprint": dataset.records.fingerprint(),
             "start_from_idx": chunks[0][0],
             "end_at_idx": chunks[-1][-1],
+            "formats": dataset.formats(index for chunk in chunks for index in chunk),
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
