@@ -1,4 +1,4 @@
-"""Installs the package, with the YAML files of conf/ as data of `nemo_kd.conf`, and the three commands."""
+"""Installs the package, with the YAML files of conf/ as data of `nemo_kd.conf`, and the commands."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kd" / "__init__.py").read_text())[1]
-COMMANDS = ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint")
+COMMANDS = ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint", "logit_cache")
 
 setup(
     name="nemo-kd",

@@ -7,6 +7,7 @@ tokens in the global batch.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -15,6 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from nemo_kd import __version__
 from nemo_kd.batch import Batch
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_tensor_parallel
 from nemo_kd.config.student import TrainStudentConfig
@@ -145,7 +147,27 @@ class StudentModule(pl.LightningModule):
 
     def save_to(self, save_path: str) -> None:
         """Writes the student as a .nemo archive; every rank takes part."""
-        save_nemo(save_path, self.gpt, self.architecture, self.pretrained.tokenizer_folder, self.groups)
+        tokenizer_folder = self.pretrained.tokenizer_folder
+        save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, self.provenance())
+
+    def provenance(self) -> dict[str, Any]:
+        """What the student was made from; names and hashes, no paths."""
+        data: StudentData = self.trainer.datamodule
+        splits = {
+            split: {key: value for key, value in description.items() if key != "paths"}
+            for split, description in data.descriptions.items()
+        }
+        provenance: dict[str, Any] = {
+            "nemo_kd": __version__,
+            "student": self.pretrained.fingerprint(),
+            "data": splits,
+            "data_weights": data.training.order.weights,
+            "consumed_samples": data.training.consumed_samples,
+            "knowledge_distillation": dataclasses.asdict(self.config.model.knowledge_distillation),
+        }
+        if self.pretrained.provenance is not None:
+            provenance["student_provenance"] = self.pretrained.provenance
+        return provenance
 
     def _log_evaluation(self, split: str) -> torch.Tensor:
         """Logs the means over all loss tokens of the split, and returns them."""
@@ -203,11 +225,11 @@ def train_student(config: TrainStudentConfig) -> None:
             config.trainer.knowledge_distillation, len(splits["train"]), config.model.global_batch_size
         )
         groups = initialize_model_parallel(config.model, config.model.seed)
-        trainer = build_trainer(config, plan, groups)
-        module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
         )
+        trainer = build_trainer(config, plan, groups)
+        module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         trainer.fit(module, datamodule=data)
         if "test" in splits:
             trainer.test(module, datamodule=data)

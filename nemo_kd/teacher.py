@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -125,11 +126,33 @@ class Teacher:
         return torch.from_numpy(uniforms).flatten(0, 1).to(batch.tokens_BS.device)
 
 
-def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
-    """Runs stage 1: writes every chunk of the asked range that is not complete yet.
+@dataclass(frozen=True)
+class Job:
+    """What stage 1 is about to do, checked.
+
+    Attributes:
+        chunks: the record indices of every chunk.
+        manifest: of the cache to be written, without chunks.
+    """
+
+    config: ComputeTopkLogitsConfig
+    pretrained: PretrainedModel
+    dataset: TokenizedDataset
+    chunks: list[range]
+    groups: ProcessGroups
+    manifest: Manifest
+    pad_id: int
+
+    def load_teacher(self) -> Teacher:
+        return Teacher(self.config, self.pretrained, self.groups, self.pad_id)
+
+
+@contextlib.contextmanager
+def open_job(config: ComputeTopkLogitsConfig) -> Iterator[Job]:
+    """Joins the ranks and opens teacher, tokenizer and dataset; the weights are not loaded yet.
 
     Raises:
-        ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
+        ConfigError, DataError: something the user gave cannot work.
     """
     init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
@@ -147,22 +170,30 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         if isinstance(first, Example):
             log.info("example %d, trained between « and »:\n%s", first.index, describe_example(first, tokenizer))
         groups = initialize_model_parallel(config.model, config.model.seed)
-        layout = CacheLayout(config.output_path)
         manifest = _manifest(config, pretrained, tokenizer, dataset, seq_length, chunks)
-        with contextlib.ExitStack() as stack:
-            writer = None
-            if torch.distributed.get_rank() == 0:
-                writer = CacheWriter(layout, manifest, chunks)
-                stack.callback(writer.close)
-            missing = _from_rank_zero(writer.missing_segments() if writer else None)
-            num_missing_chunks = len({chunk for chunk, _ in missing})
-            if missing:
-                _check_records(dataset, [index for _, indices in missing for index in indices])
-                teacher = Teacher(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size))
-                _write_segments(config, teacher, dataset, missing, layout, manifest, writer)
-            if writer is not None:
-                writer.assemble_complete()
-                _report(writer.manifest, len(chunks) - num_missing_chunks)
+        pad_id = padding_id(tokenizer, architecture.vocab_size)
+        yield Job(config, pretrained, dataset, chunks, groups, manifest, pad_id)
+
+
+def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
+    """Runs stage 1: writes every chunk of the asked range that is not complete yet.
+
+    Raises:
+        ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
+    """
+    with open_job(config) as job, contextlib.ExitStack() as stack:
+        writer = None
+        if torch.distributed.get_rank() == 0:
+            writer = CacheWriter(CacheLayout(config.output_path), job.manifest, job.chunks)
+            stack.callback(writer.close)
+        missing = _from_rank_zero(writer.missing_segments() if writer else None)
+        num_complete = len(job.chunks) - len({chunk for chunk, _ in missing})
+        if missing:
+            _check_records(job.dataset, [index for _, indices in missing for index in indices])
+            _write_segments(job, job.load_teacher(), missing, writer)
+        if writer is not None:
+            writer.assemble_complete()
+            _report(writer.manifest, num_complete)
 
 
 def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
@@ -217,17 +248,9 @@ def _check_records(dataset: TokenizedDataset, indices: list[int]) -> None:
             raise DataError(found)
 
 
-def _write_segments(
-    config: ComputeTopkLogitsConfig,
-    teacher: Teacher,
-    dataset: TokenizedDataset,
-    missing: list[Segment],
-    layout: CacheLayout,
-    manifest: Manifest,
-    writer: CacheWriter | None,
-) -> None:
+def _write_segments(job: Job, teacher: Teacher, missing: list[Segment], writer: CacheWriter | None) -> None:
     """Computes this data-parallel rank's share of the missing segments; rank 0 puts chunks together meanwhile."""
-    groups, computed_with = teacher.groups, _computed_with(config)
+    groups, layout, computed_with = job.groups, CacheLayout(job.config.output_path), _computed_with(job.config)
     mine = missing[groups.data_rank :: groups.data_size]
     progress = tqdm(
         total=sum(len(indices) for _, indices in mine),
@@ -238,10 +261,10 @@ def _write_segments(
     )
     num_tokens, started_s = 0, time.perf_counter()
     for segment in mine:
-        records = [dataset[index] for index in segment[1]]
+        records = [job.dataset[index] for index in segment[1]]
         rows = teacher.rows([record for record in records if isinstance(record, Example)])
         # Every tensor-parallel rank takes part in computing the rows, one of them writes them.
-        sink = SegmentWriter(layout, manifest, segment, computed_with) if groups.tensor_rank == 0 else None
+        sink = SegmentWriter(layout, job.manifest, segment, computed_with) if groups.tensor_rank == 0 else None
         for record in records:
             if isinstance(record, Skipped):
                 if sink is not None:
@@ -295,6 +318,7 @@ def _manifest(
             "fingerprint": dataset.records.fingerprint(),
             "start_from_idx": chunks[0][0],
             "end_at_idx": chunks[-1][-1],
+            "formats": dataset.formats(index for chunk in chunks for index in chunk),
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,

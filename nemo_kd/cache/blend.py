@@ -6,6 +6,7 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
@@ -38,14 +39,21 @@ class CacheBlend:
         return self._ends[-1]
 
     def __getitem__(self, position: int) -> CachedExample:
-        reader, inner = self._locate(position)
-        return reader[inner]
+        number, inner = self._locate(position)
+        return self.readers[number][inner]
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Asks the operating system to fetch these rows ahead."""
+        """Has these rows fetched ahead, all at once."""
+        wanted: dict[int, list[int]] = {}
         for position in positions:
-            reader, inner = self._locate(position)
-            reader.will_read([inner])
+            number, inner = self._locate(position)
+            wanted.setdefault(number, []).append(inner)
+        for number, inner_positions in wanted.items():
+            self.readers[number].will_read(inner_positions)
+
+    def source_chunks(self) -> list[list[int]]:
+        """Rows of every chunk, one list a reader, in the order of the positions."""
+        return [reader.chunk_sizes() for reader in self.readers]
 
     @property
     def manifests(self) -> list[Manifest]:
@@ -56,8 +64,26 @@ class CacheBlend:
         parts = chr(10).join(reader.fingerprint() for reader in self.readers)
         return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
 
-    def _locate(self, position: int) -> tuple[CacheReader, int]:
+    def description(self) -> dict[str, Any]:
+        """Where the rows come from, as plain values: paths, `fingerprint`, and what the manifests say about their origin."""
+        return {
+            "paths": [reader.source for reader in self.readers],
+            "fingerprint": self.fingerprint(),
+            "caches": [
+                {
+                    "manifest": manifest.hash(),
+                    "teacher": manifest.teacher,
+                    "dataset": manifest.dataset.get("fingerprint"),
+                    "tokenizer": manifest.tokenizer,
+                    "chat_template": manifest.chat_template,
+                }
+                for manifest in self.manifests
+            ],
+        }
+
+    def _locate(self, position: int) -> tuple[int, int]:
+        """(number of the reader, position in it)."""
         if not 0 <= position < len(self):
             raise IndexError(f"row {position} of {len(self)}")
         number = bisect_right(self._ends, position)
-        return self.readers[number], position - (self._ends[number - 1] if number else 0)
+        return number, position - (self._ends[number - 1] if number else 0)

@@ -25,7 +25,8 @@ class ChunkFacts(NamedTuple):
     Attributes:
         bytes: size of the data file.
         mtime_ns: its modification time where the index was built from a file without a manifest, else 0.
-        max_token_id: the largest of tokens and labels; max_topk_id: of the teacher's ids.
+        max_token_id: the largest of tokens and labels; max_topk_id: of the teacher's ids,
+            tail samples included.
         smallest_k, largest_k: over the lines, of the largest number of tokens kept at one position.
         max_positions: of the longest line.
     """
@@ -83,14 +84,15 @@ class LineFacts:
 
     def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
         """Takes in a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or all) are stored."""
-        ids_PK = row.teacher.topk_token_ids_SK
-        if positions == "loss":
-            ids_PK = ids_PK[row.example.loss_mask_S > 0]
+        stored = row.example.loss_mask_S > 0 if positions == "loss" else slice(None)
+        ids_PK, samples_SM = row.teacher.topk_token_ids_SK[stored], row.teacher.tail_token_ids_SM
         k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
         self.line_bytes.append(num_bytes)
         self.num_positions.append(row.example.num_tokens)
         self.max_token_id = max(self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max()))
         self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
+        if samples_SM is not None:
+            self.max_topk_id = max(self.max_topk_id, int(samples_SM[stored].max(initial=-1)))
         self.ks = [min([*self.ks, k]), max([*self.ks, k])]
 
     def extend(self, other: LineFacts) -> None:

@@ -69,6 +69,8 @@ class Manifest:
     n_examples_per_chunk: int | None
     segment_examples: int = 64
     """Records computed together."""
+    merged_chunks: int | None = None
+    """Chunks of a cache that was merged from several."""
     format_version: int = FORMAT_VERSION
     chunks: dict[str, ChunkSummary] = field(default_factory=dict)
     """Chunk id (as text) -> summary, complete chunks only."""
@@ -128,6 +130,8 @@ class Manifest:
     @property
     def num_chunks(self) -> int:
         """Chunks that the whole cache has when it is complete."""
+        if self.merged_chunks is not None:
+            return self.merged_chunks
         num_records = self.dataset["end_at_idx"] - self.dataset["start_from_idx"] + 1
         return -(-num_records // self.n_examples_per_chunk) if self.n_examples_per_chunk else 1
 

@@ -8,6 +8,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,11 @@ from nemo_kd.cache.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
-INDEXES_IN_MEMORY = 16
+INDEX_LINES_IN_MEMORY = 1 << 22
+"""Lines whose places are kept in memory (16 bytes each); the chunks read last stay, at least one."""
+INDEXES_AHEAD = 32
+"""Indexes that are fetched together when a cache is opened."""
+
 _SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
 
 
@@ -31,6 +36,7 @@ class _Chunk:
     name: str
     summary: ChunkSummary | None
     facts: ChunkFacts
+    sha256: bytes
     num_rows: int
     """Lines that are not too long."""
 
@@ -60,6 +66,7 @@ class CacheReader:
         seq_length: int | None = None,
         vocab_size: int | None = None,
     ) -> None:
+        self.source = path
         subset = _SUBSET.fullmatch(path)
         self.path = subset["path"] if subset else path
         self.top_k, self.seq_length, self.vocab_size = top_k, seq_length, vocab_size
@@ -69,6 +76,7 @@ class CacheReader:
         )
         self._lines = lines_of(self.path)
         self._indexes: OrderedDict[int, tuple[ChunkIndex, np.ndarray | None]] = OrderedDict()
+        self._lines_in_memory = 0
         self.manifests: list[Manifest] = []
         self._chunks = self._open_chunks(n_chunks)
         facts = [chunk.facts for chunk in self._chunks]
@@ -80,6 +88,9 @@ class CacheReader:
         total = int(self._ends[-1])
         self._first = _bound(subset["start"], total, 0) if subset else 0
         self._last = max(self._first, _bound(subset["end"], total, total)) if subset else total
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_indexes": OrderedDict(), "_lines_in_memory": 0}
 
     def __len__(self) -> int:
         return self._last - self._first
@@ -95,10 +106,9 @@ class CacheReader:
         return row
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Asks the operating system to fetch these rows ahead."""
-        for position in positions:
-            chunk_number, _, start, end = self._locate(position)
-            self.storage.will_read(self._chunks[chunk_number].name, start, end)
+        """Has these rows fetched ahead, all at once."""
+        located = [self._locate(position) for position in positions]
+        self.storage.will_read([(self._chunks[chunk].name, start, end) for chunk, _, start, end in located])
 
     def chunk_sizes(self) -> list[int]:
         """Rows of every chunk, in the order of the positions."""
@@ -106,10 +116,15 @@ class CacheReader:
         sizes = np.diff(ends, prepend=self._first)
         return [int(size) for size in sizes if size]
 
+    @property
+    def chunk_facts(self) -> list[ChunkFacts]:
+        """What the index of every chunk says about it, long rows and rows that are not selected included."""
+        return [chunk.facts for chunk in self._chunks]
+
     def fingerprint(self) -> str:
         """Identifies the content: SHA-256 over the checksums of all chunks and the selected rows."""
-        parts = [self._index(number)[0].sha256.hex() for number in range(len(self._chunks))]
-        parts += [f"{self._first}:{self._last}:{self.seq_length}"]
+        parts = [chunk.sha256.hex() for chunk in self._chunks]
+        parts += [f"{self._first}:{self._last}:{self.seq_length if self.dropped_too_long else None}"]
         return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
     def _locate(self, position: int) -> tuple[int, int, int, int]:
@@ -139,6 +154,8 @@ class CacheReader:
         shared = self._manifest(self.layout.manifest_name, names)
         if n_chunks is None:
             n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
+        elif n_chunks < 1:
+            raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk")
         elif not self.layout.is_template and n_chunks != 1:
             raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
         missing = sorted(set(range(n_chunks)) - set(chunk_ids))
@@ -149,6 +166,9 @@ class CacheReader:
             )
         chunks = []
         for chunk_id in range(n_chunks):
+            if chunk_id % INDEXES_AHEAD == 0:
+                ahead = map(self.layout.chunk_name, range(chunk_id, min(chunk_id + INDEXES_AHEAD, n_chunks)))
+                self.storage.will_read([(index, 0, None) for index in map(index_name, ahead) if index in names])
             name = self.layout.chunk_name(chunk_id)
             manifest, key = shared, str(chunk_id)
             if shared is None:
@@ -189,7 +209,7 @@ class CacheReader:
         fits = index.facts.num_lines
         if self.seq_length is not None and index.facts.max_positions > self.seq_length:
             fits = int((index.num_positions <= self.seq_length).sum())
-        return _Chunk(name, summary, index.facts, fits)
+        return _Chunk(name, summary, index.facts, index.sha256, fits)
 
     def _index(self, number: int) -> tuple[ChunkIndex, np.ndarray | None]:
         """(index of a chunk, its lines that are not too long or None where all are)."""
@@ -199,9 +219,10 @@ class CacheReader:
             fitting = None
             if chunk.num_rows != chunk.facts.num_lines:
                 fitting = np.flatnonzero(index.num_positions <= (self.seq_length or 0))
-            if len(self._indexes) >= INDEXES_IN_MEMORY:
-                self._indexes.popitem(last=False)
             self._indexes[number] = (index, fitting)
+            self._lines_in_memory += len(index)
+            while len(self._indexes) > 1 and self._lines_in_memory > INDEX_LINES_IN_MEMORY:
+                self._lines_in_memory -= len(self._indexes.popitem(last=False)[1][0])
         self._indexes.move_to_end(number)
         return self._indexes[number]
 

@@ -13,13 +13,20 @@ from nemo_kd.batch import TeacherTopK
 
 
 def limited(teacher: TeacherTopK, top_k: int | None = None, vocab_size: int | None = None) -> TeacherTopK:
-    """At most `top_k` tokens a position, all with ids below `vocab_size`; None does not limit."""
+    """At most `top_k` tokens a position, all with ids below `vocab_size`; None does not limit.
+
+    Tail samples with other ids stand for mass that a smaller vocabulary cannot take: they become -1.
+    """
+    samples_SM = teacher.tail_token_ids_SM
+    if vocab_size is not None and samples_SM is not None and samples_SM.max(initial=-1) >= vocab_size:
+        teacher = replace(teacher, tail_token_ids_SM=np.where(samples_SM < vocab_size, samples_SM, -1))
     ids_SK = teacher.topk_token_ids_SK
     keeps_all = (top_k is None or top_k >= ids_SK.shape[1]) and (vocab_size is None or ids_SK.max() < vocab_size)
     if keeps_all:
         return teacher
     kept_SK = ids_SK >= 0
-    kept_SK[:, top_k:] = False
+    if top_k is not None:
+        kept_SK[:, top_k:] = False
     if vocab_size is not None:
         kept_SK &= ids_SK < vocab_size
     return keep(teacher, kept_SK)

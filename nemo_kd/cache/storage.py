@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
@@ -12,6 +14,9 @@ from nemo_kd.cache.files import write_atomically
 from nemo_kd.cache.layout import CacheError
 
 MAX_OPEN_FILES = 64
+
+Range = tuple[str, int, int | None]
+"""(name of a file, first byte, last byte + 1 or None for the end of the file)."""
 
 
 class Storage(Protocol):
@@ -31,8 +36,8 @@ class Storage(Protocol):
     def open(self, name: str) -> BinaryIO:
         """The whole file, to be read from its beginning."""
 
-    def will_read(self, name: str, start: int, end: int) -> None:
-        """A hint that `read` is about to ask for these bytes."""
+    def will_read(self, ranges: Sequence[Range]) -> None:
+        """A hint that `read` is about to ask for these; only the last hint counts."""
 
     def save(self, name: str, content: bytes) -> bool:
         """Keeps a file that can be made again; False where nothing can be written."""
@@ -90,14 +95,19 @@ class LocalStorage:
     def open(self, name: str) -> BinaryIO:
         return open(os.path.join(self.folder, name), "rb")
 
-    def will_read(self, name: str, start: int, end: int) -> None:
+    def will_read(self, ranges: Sequence[Range]) -> None:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self._descriptor(name), start, end - start, os.POSIX_FADV_WILLNEED)
+            for name, start, end in ranges:
+                length = 0 if end is None else end - start  # 0: to the end of the file
+                with contextlib.suppress(OSError):  # `read` will say what is wrong
+                    os.posix_fadvise(self._descriptor(name), start, length, os.POSIX_FADV_WILLNEED)
 
     def save(self, name: str, content: bytes) -> bool:
         if not os.access(self.folder, os.W_OK):
             return False
         write_atomically(os.path.join(self.folder, name), content)
+        if self._process == os.getpid() and name in self._open:
+            os.close(self._open.pop(name))  # it belongs to the file that was replaced
         return True
 
     def _descriptor(self, name: str) -> int:
@@ -115,28 +125,44 @@ class RemoteStorage:
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._process, self._filesystem = -1, None
+        self._sizes: dict[str, int] = {}
+        self._ahead: dict[Range, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_process": -1, "_filesystem": None}
+        return {"folder": self.folder, "_process": -1, "_filesystem": None, "_sizes": {}, "_ahead": {}}
 
     def names(self) -> list[str]:
         try:
             found = self._fs().ls(self.folder, detail=True)
         except FileNotFoundError:
             return []
-        return [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in found if entry["type"] == "file"]
+        files = [entry for entry in found if entry["type"] == "file"]
+        self._sizes = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
+        return list(self._sizes)
 
     def stat(self, name: str) -> tuple[int, int]:
-        return int(self._fs().info(self._path(name))["size"]), 0
+        """The size that `names` saw, where it was called: one request for all files."""
+        if name not in self._sizes:
+            self._sizes[name] = int(self._fs().info(self._path(name))["size"])
+        return self._sizes[name], 0
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        ahead = self._ahead.pop((name, start, end), None)
+        if ahead is not None:
+            return ahead
         return bytes(self._fs().cat_file(self._path(name), start=start, end=end))
 
     def open(self, name: str) -> BinaryIO:
         return cast(BinaryIO, self._fs().open(self._path(name), "rb"))
 
-    def will_read(self, name: str, start: int, end: int) -> None:
-        pass
+    def will_read(self, ranges: Sequence[Range]) -> None:
+        """Fetches them at once: one after the other, each would cost a round trip."""
+        paths, starts, ends = ([*values] for values in zip(*ranges, strict=True)) if ranges else ([], [], [])
+        contents = self._fs().cat_ranges([self._path(name) for name in paths], starts, ends, on_error="return")
+        # What failed is left to `read`, which says why.
+        self._ahead = {
+            wanted: content for wanted, content in zip(ranges, contents, strict=True) if isinstance(content, bytes)
+        }
 
     def save(self, name: str, content: bytes) -> bool:
         return False

@@ -171,9 +171,11 @@ class SegmentWriter:
             )
         self._last_index = example.index
         raw = self._lines.write(encode(row, self.codec, self.positions))
+        row = trimmed(row)  # what a reader gets
+        example, teacher = row.example, row.teacher
         self._payload.append(raw)
         self._digest.update(raw)
-        self.facts.add(trimmed(row), len(raw), self.positions)
+        self.facts.add(row, len(raw), self.positions)
         summary.examples += 1
         summary.tokens += example.num_tokens
         summary.loss_tokens += example.num_loss_tokens

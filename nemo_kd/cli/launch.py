@@ -30,8 +30,8 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     return trainer.devices > 1
 
 
-def launch(num_processes: int) -> int:
-    """Runs this very command line in `num_processes` processes; returns the exit status of the first that failed, or 0."""
+def launch(num_processes: int, subcommand: str = "") -> int:
+    """Runs this very command line, with the subcommand that its keys belong to, in `num_processes` processes; returns the exit status of the first that failed, or 0."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -48,7 +48,7 @@ def launch(num_processes: int) -> int:
         max_restarts=0,
     )
     try:
-        elastic_launch(config, sys.executable)("-u", *sys.argv)
+        elastic_launch(config, sys.executable)("-u", sys.argv[0], *subcommand.split(), *sys.argv[1:])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:

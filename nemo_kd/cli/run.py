@@ -37,6 +37,7 @@ class Command:
         name: of the command and of its YAML file in conf/.
         function: "module:function" that takes the typed configuration; imported when all checks have passed.
         example: a command line that works.
+        subcommand: word of the command line before the keys.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Command:
     config_class: type
     function: str
     example: str
+    subcommand: str = ""
 
 
 def run(command: Command) -> None:
@@ -109,7 +111,8 @@ def conf_dir() -> Path:
 def help_text(command: Command) -> str:
     """What --help prints: purpose, an example, every key with type, default and meaning."""
     width = min(shutil.get_terminal_size().columns, 120)
-    lines = [f"{command.name}: {command.summary}", "", "Example:", textwrap.indent(command.example, "  "), ""]
+    title = f"logit_cache {command.subcommand}" if command.subcommand else command.name
+    lines = [f"{title}: {command.summary}", "", "Example:", textwrap.indent(command.example, "  "), ""]
     lines += ["Keys, given as key=value:"]
     for key in describe(command.config_class):
         default = "" if key.default == "mandatory" else f", default {key.default}"
@@ -126,7 +129,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         config: Any = typed(command.config_class, cfg)
         trainer = getattr(config, "trainer", None)
         if trainer is not None and needs_launch(trainer):
-            sys.exit(launch(trainer.devices))
+            sys.exit(launch(trainer.devices, command.subcommand))
         _configure_logging()
         if ignored and global_rank() == 0:
             print("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,15 +133,19 @@ class StudentDataConfig:
     data_impl: str = "chunked_jsonl"
     """chunked_jsonl reads a cache of stage 1; dataset reads plain JSONL records, for SFT without a teacher."""
     data_prefix: dict[str, Any] = field(default_factory=dict)
-    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ... test is optional."""
+    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ..., `[a:b]` or `[:10%]` after a path selects rows (the command line wants such a path in quotes); test is optional. Train may give weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together, each path gives its share of them, repeats where it has fewer, and goes on in the next epoch where it left off where it has more. Without weights every row counts once an epoch."""
     n_chunks: Any = None
     """Chunks to read, a number or one a split; None: all there are."""
     seq_length: int | None = None
     """Longer examples are dropped and counted; None: 4096, or the model's own maximum where that is smaller."""
     top_k: int | None = None
     """Teacher logits used per position, the largest; None: all in the cache."""
-    shuffle: bool = True
-    """A new order of the training data every epoch, the same for the same seed."""
+    shuffle: bool | str = True
+    """True: a new order of the training data every epoch, the same for the same seed. chunks: mixes the chunks, and the rows inside each, so that reads stay local (spinning disks, object stores). False: as they lie."""
+    drop_ids_outside_vocab: bool = False
+    """Teacher token ids that the student has no embedding for join the tail; otherwise they are an error."""
+    allow_other_template: bool = False
+    """Takes a cache whose conversations were rendered with another chat template than the student's tokenizer has."""
     num_workers: int = 0
     """Processes that read ahead."""
     chat: bool | None = None
@@ -158,26 +163,55 @@ class StudentDataConfig:
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
+        if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
+            raise ConfigError(f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks")
         unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
         if unknown:
             raise ConfigError(
                 f"model.data.data_prefix: unknown splits {', '.join(unknown)}; known: train, validation, test"
             )
+        for split in self.data_prefix:
+            if self.weights(split) is not None and split != "train":
+                raise ConfigError(
+                    f"model.data.data_prefix.{split}: weights are for train only, here every row counts once; give the paths alone"
+                )
 
     def paths(self, split: str) -> list[str]:
         """The split's paths; an empty list where there are none."""
-        value = self.data_prefix.get(split) or []
-        paths = [value] if isinstance(value, str) else list(value)
-        for path in paths:
+        return [path for _, path in self._weighted_paths(split)]
+
+    def weights(self, split: str) -> list[float] | None:
+        """The weight of each of the split's paths; None without weights."""
+        weights = [weight for weight, _ in self._weighted_paths(split)]
+        return None if None in weights or not weights else weights  # type: ignore[return-value]
+
+    def _weighted_paths(self, split: str) -> list[tuple[float | None, str]]:
+        key, value = f"model.data.data_prefix.{split}", self.data_prefix.get(split) or []
+        entries = list(value) if isinstance(value, list | tuple) else [value]
+        if not any(_is_number(entry) for entry in entries):
+            pairs: list[Any] = [(None, entry) for entry in entries]
+        elif len(entries) % 2 or not all(_is_number(entry) for entry in entries[::2]):
+            raise ConfigError(
+                f"{key}: {entries} has weights for some paths only; give [WEIGHT, PATH, WEIGHT, PATH ...]"
+            )
+        else:
+            pairs = list(zip(entries[::2], entries[1::2], strict=True))
+        for weight, path in pairs:
             if not isinstance(path, str):
                 raise ConfigError(
-                    f"model.data.data_prefix.{split}: {path!r} is not a path (weighted blends are not available in this version)"
+                    f"{key}: {path!r} is not a path; give PATH, [PATH, PATH ...] or [WEIGHT, PATH, WEIGHT, PATH ...]"
                 )
-        return paths
+            if weight is not None and not 0 < weight < math.inf:
+                raise ConfigError(f"{key}: the weight {weight} of {path} must be above 0")
+        return pairs
 
     @property
     def uses_cache(self) -> bool:
         return self.data_impl != "dataset"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass

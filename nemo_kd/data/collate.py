@@ -48,6 +48,11 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
     return batch
 
 
+def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_id: int) -> list[Batch]:
+    """The rows as consecutive micro-batches, padded one by one."""
+    return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]
+
+
 def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:
     shape, temperatures = tuple(batch.tokens_BS.shape), teachers[0].temperatures
     if any(teacher.temperatures != temperatures for teacher in teachers):

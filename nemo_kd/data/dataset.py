@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,23 @@ class TokenizedDataset:
         if not example.num_loss_tokens:
             return Skipped(index, NO_LOSS_TOKENS)
         return example
+
+    def formats(self, indices: Iterable[int]) -> list[str]:
+        """The formats that these records have, sorted; of them only `messages` uses the tokenizer's chat template.
+
+        Raises:
+            DataError: a record cannot be read, or is not what the configuration asks for; with file:line.
+        """
+        if self.config.data.format != "auto":
+            return [self.config.data.format]
+        found = set()
+        for index in indices:
+            record = self.records[index]
+            try:
+                found.add(self._format(record))
+            except DataError as error:
+                raise DataError(f"{self.records.where(index)}: {error}") from error
+        return sorted(found)
 
     def _render(self, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
         kind = self._format(record)

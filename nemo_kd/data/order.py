@@ -2,43 +2,124 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 FILLER = -1
 """A position that stands for no example: it fills up the last batch so that every rank takes part."""
 
+CHUNKS = "chunks"
 
-def epoch_order(num_samples: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Positions 0 to num_samples - 1 (int64) in the order of an epoch, the same on every rank and machine."""
-    if not shuffle:
-        return np.arange(num_samples, dtype=np.int64)
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_samples)
+
+def pass_order(chunk_sizes: Sequence[int], entropy: Sequence[int], shuffle: bool | str) -> np.ndarray:
+    """Every position once (int64), in an order that follows from the arguments alone, on every rank and machine.
+
+    Args:
+        chunk_sizes: rows of each chunk; a chunk's positions follow those of the chunk before it.
+        entropy: non-negative numbers that choose the order.
+        shuffle: True mixes all rows, `CHUNKS` the chunks and the rows inside each chunk, False nothing.
+    """
+    num_rows = sum(chunk_sizes)
+    if shuffle is False:
+        return np.arange(num_rows, dtype=np.int64)
+    random = np.random.Generator(np.random.PCG64(list(entropy)))
+    if shuffle is True:
+        return random.permutation(num_rows)
+    starts = np.cumsum([0, *chunk_sizes])
+    return np.concatenate(
+        [starts[chunk] + random.permutation(chunk_sizes[chunk]) for chunk in random.permutation(len(chunk_sizes))]
+    )
+
+
+def shares(weights: Sequence[float], num_samples: int) -> list[int]:
+    """`num_samples` divided in proportion to the weights, by largest remainder (of equal ones the first)."""
+    total = math.fsum(weights)
+    exact = [weight / total * num_samples for weight in weights]
+    result = [math.floor(share) for share in exact]
+    by_remainder = sorted(range(len(weights)), key=lambda number: result[number] - exact[number])
+    for number in by_remainder[: num_samples - sum(result)]:
+        result[number] += 1
+    return result
+
+
+@dataclass(frozen=True)
+class SampleOrder:
+    """The positions that each epoch draws from one or several sources, which lie one after the other.
+
+    Without weights an epoch is a pass over the rows of all sources. With weights a source gives its share of every epoch and
+    goes on where the epoch before left off, pass after pass over its own rows, so that each of them is drawn equally
+    often.
+
+    Attributes:
+        source_chunks: rows of every chunk, one list a source.
+        weights: one a source, or None.
+        shuffle: as `pass_order`'s; sources with weights are mixed evenly by False, at random otherwise.
+    """
+
+    source_chunks: Sequence[Sequence[int]]
+    weights: Sequence[float] | None
+    seed: int
+    shuffle: bool | str
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of all sources together."""
+        return sum(sum(sizes) for sizes in self.source_chunks)
+
+    def epoch(self, epoch: int, num_samples: int) -> np.ndarray:
+        """The positions (int64) of the `num_samples` that this epoch draws; every epoch has to draw as many."""
+        if self.weights is None:
+            chunk_sizes = [size for sizes in self.source_chunks for size in sizes]
+            return pass_order(chunk_sizes, (self.seed, epoch), self.shuffle)[:num_samples]
+        counts = shares(self.weights, num_samples)
+        if self.shuffle is False:
+            places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
+            sources = np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+        else:
+            random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+            sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
+        order, first = np.empty(num_samples, dtype=np.int64), 0
+        for number, (sizes, count) in enumerate(zip(self.source_chunks, counts, strict=True)):
+            order[sources == number] = first + self._drawn(number, epoch * count, count)
+            first += sum(sizes)
+        return order
+
+    def _drawn(self, number: int, start: int, count: int) -> np.ndarray:
+        """What a source gives from its `start`-th sample on, counted over all epochs; positions inside the source."""
+        if not count:
+            return np.empty(0, dtype=np.int64)
+        chunk_sizes = self.source_chunks[number]
+        num_rows = sum(chunk_sizes)
+        passes = range(start // num_rows, (start + count - 1) // num_rows + 1)
+        # numpy takes [seed, epoch] and [seed, epoch, 0] for the same entropy, so sources count from 1.
+        drawn = [
+            pass_order(chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle) for number_of_pass in passes
+        ]
+        return np.concatenate(drawn)[start % num_rows :][:count]
 
 
 class TrainingBatches:
     """Every global batch of a run, this data-parallel rank's contiguous part of each, from `consumed_samples` on.
 
-    An epoch is `steps_per_epoch` whole global batches; the rest of its order sits that epoch out. Setting
+    An epoch is `steps_per_epoch` whole global batches; without weights the rest of its order sits that epoch out. Setting
     `consumed_samples` continues a run where it stopped, on any number of ranks.
     """
 
     def __init__(
         self,
-        num_samples: int,
+        order: SampleOrder,
         global_batch_size: int,
         steps_per_epoch: int,
         max_steps: int,
-        seed: int,
-        shuffle: bool,
         data_parallel_rank: int,
         data_parallel_size: int,
     ) -> None:
-        assert steps_per_epoch * global_batch_size <= num_samples
-        self.num_samples, self.global_batch_size = num_samples, global_batch_size
+        assert steps_per_epoch * global_batch_size <= order.num_samples
+        self.order, self.global_batch_size = order, global_batch_size
         self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
-        self.seed, self.shuffle = seed, shuffle
         self.rank, self.per_rank = data_parallel_rank, global_batch_size // data_parallel_size
         self.consumed_samples = 0
 
@@ -50,7 +131,8 @@ class TrainingBatches:
         for step in range(self.consumed_samples // self.global_batch_size, self.max_steps):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != ordered_epoch:
-                ordered_epoch, order = epoch, epoch_order(self.num_samples, self.seed, epoch, self.shuffle)
+                ordered_epoch = epoch
+                order = self.order.epoch(epoch, self.steps_per_epoch * self.global_batch_size)
             start = step_of_epoch * self.global_batch_size + self.rank * self.per_rank
             yield order[start : start + self.per_rank].tolist()
 

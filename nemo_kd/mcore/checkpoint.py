@@ -1,7 +1,8 @@
 """Models on disk: Hugging Face folders and .nemo archives.
 
 A .nemo archive is a tar file of model_config.yaml (the architecture), model_weights/ (a Megatron distributed
-checkpoint, which loads at any tensor-parallel size) and tokenizer/ (the tokenizer's files).
+checkpoint, which loads at any tensor-parallel size), tokenizer/ (the tokenizer's files) and, where it is known,
+provenance.json (what the model was trained on).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.weights import SafetensorsFolder, load_hf_weights, zero_vocabulary_padding
 
 FORMAT_VERSION = 1
+PROVENANCE = "provenance.json"
 FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 1 << 16
 KEY = "pretrained_checkpoint.restore_from_path"
 TOKENIZER_FILES = (
@@ -60,10 +62,12 @@ class PretrainedModel:
         source: the path that was given.
         tokenizer_folder: where the tokenizer's files lie while the model is open.
         dtype: of the stored weights.
+        provenance: what the model was trained on, where it says so; conversions pass it on.
     """
 
     def __init__(self, kind: str, folder: Path, source: Path) -> None:
         self.kind, self.folder, self.source = kind, folder, source
+        self.provenance = _json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
         if kind == "hf":
             self.architecture = architecture_from_hf(_json(folder / "config.json"))
             self.tokenizer_folder = folder
@@ -141,7 +145,12 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
 
 
 def save_nemo(
-    path: str | Path, model: GPTModel, architecture: GPTArchitecture, tokenizer_folder: Path, groups: ProcessGroups
+    path: str | Path,
+    model: GPTModel,
+    architecture: GPTArchitecture,
+    tokenizer_folder: Path,
+    groups: ProcessGroups,
+    provenance: dict[str, Any] | None = None,
 ) -> None:
     """Writes a .nemo archive, whole or not at all; every rank takes part, rank 0 packs it.
 
@@ -156,6 +165,7 @@ def save_nemo(
         config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(architecture)}
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         copy_tokenizer(tokenizer_folder, folder / "tokenizer")
+        save_provenance(provenance, folder)
         archive = folder.with_suffix(".tar")
         # NeMo's connector would pack as much, but importing it takes seconds and its base class only knows pickles.
         with archive.open("wb") as file:
@@ -167,6 +177,12 @@ def save_nemo(
         os.replace(archive, path)
         shutil.rmtree(folder)
     torch.distributed.barrier()
+
+
+def save_provenance(provenance: dict[str, Any] | None, folder: Path) -> None:
+    """Writes provenance.json into the folder of a model; nothing where nothing is known."""
+    if provenance is not None:
+        (folder / PROVENANCE).write_text(json.dumps(provenance, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

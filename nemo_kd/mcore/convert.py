@@ -17,7 +17,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.teacher import ModelConfig
-from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, open_pretrained, save_nemo, save_provenance
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.mcore.weights import hf_tensors
@@ -48,7 +48,7 @@ def convert(config: ConvertCheckpointConfig) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         model, groups = _load(source, dtype)
         if to_nemo:
-            save_nemo(output, model, source.architecture, source.tokenizer_folder, groups)
+            save_nemo(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
         else:
             save_hf(output, model, source, dtype)
     print(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})", flush=True)
@@ -71,6 +71,7 @@ def save_hf(folder: Path, model: GPTModel, source: PretrainedModel, dtype: torch
         (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     (temporary / "config.json").write_text(json.dumps(_hf_config(source.architecture, dtype), indent=2) + "\n")
     copy_tokenizer(source.tokenizer_folder, temporary)
+    save_provenance(source.provenance, temporary)
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(temporary, folder)

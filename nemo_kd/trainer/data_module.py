@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, Protocol
+import logging
+from typing import Any
 
 import lightning.pytorch as pl
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from nemo_kd.batch import Batch, CachedExample, Example
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.collate import collate
-from nemo_kd.data.order import EvaluationBatches, TrainingBatches
+from nemo_kd.data.collate import micro_batches
+from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
+from nemo_kd.data.rows import Rows, RowsWithFiller
 from nemo_kd.mcore.groups import ProcessGroups
 
-Row = Example | CachedExample
-
-
-class Rows(Protocol):
-    """Random access to examples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: int, /) -> Row: ...
+log = logging.getLogger(__name__)
 
 
 class StudentData(pl.LightningDataModule):
@@ -40,23 +34,47 @@ class StudentData(pl.LightningDataModule):
     ) -> None:
         super().__init__()
         self.config, self.splits, self.groups = config, splits, groups
-        self.collate = functools.partial(_micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
+        self.descriptions = {split: rows.description() for split, rows in splits.items()}
+        self.collate = functools.partial(micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
+        order = _training_order(config, splits["train"], steps_per_epoch * config.model.global_batch_size)
         self.training = TrainingBatches(
-            len(splits["train"]),
-            config.model.global_batch_size,
-            steps_per_epoch,
-            max_steps,
-            config.model.seed,
-            config.model.data.shuffle,
-            groups.data_rank,
-            groups.data_size,
+            order, config.model.global_batch_size, steps_per_epoch, max_steps, groups.data_rank, groups.data_size
         )
 
-    def state_dict(self) -> dict[str, int]:
-        return {"consumed_samples": self.training.consumed_samples}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "consumed_samples": self.training.consumed_samples,
+            "data": self.descriptions,
+            "data_weights": self.training.order.weights,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where the checkpoint stopped.
+
+        Raises:
+            CacheError: it was trained on other data.
+        """
+        if "data" in state_dict:
+            self._check_same_data(state_dict)
+        else:
+            log.warning("the checkpoint does not say what data it was trained on, so it goes on with any")
         self.training.consumed_samples = state_dict["consumed_samples"]
+
+    def _check_same_data(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict["data"]["train"], self.descriptions["train"]
+        pairs = [
+            ("content", before["fingerprint"], now["fingerprint"]),
+            ("weights", state_dict["data_weights"], self.training.order.weights),
+        ]
+        differences = [
+            f"{name} {theirs} in the checkpoint, {ours} now" for name, theirs, ours in pairs if theirs != ours
+        ]
+        if differences:
+            raise CacheError(
+                f"model.data.data_prefix.train: the checkpoint was trained on {', '.join(before['paths'])}, now it is "
+                f"{', '.join(now['paths'])}: {'; '.join(differences)}. Give the data of the checkpoint to go on (it may lie "
+                "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self._loader("train", self.training)
@@ -75,7 +93,7 @@ class StudentData(pl.LightningDataModule):
     def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
         num_workers = self.config.model.data.num_workers
         return DataLoader(
-            _WithFiller(self.splits[split]),
+            RowsWithFiller(self.splits[split]),
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=num_workers,
@@ -83,18 +101,15 @@ class StudentData(pl.LightningDataModule):
         )
 
 
-class _WithFiller(Dataset[Row | None]):
-    """The rows, and None for position -1: a row that only fills up a batch."""
-
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, position: int) -> Row | None:
-        return None if position < 0 else self.rows[position]
-
-
-def _micro_batches(rows: Sequence[Row | None], micro_batch_size: int, pad_id: int) -> list[Batch]:
-    return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]
+def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: int) -> SampleOrder:
+    data = config.model.data
+    weights = data.weights("train")
+    if weights is not None:
+        for path, share in zip(data.paths("train"), shares(weights, samples_per_epoch), strict=True):
+            if share == 0:
+                raise ConfigError(
+                    f"model.data.data_prefix.train: the weight of {path} gives it none of the {samples_per_epoch} samples of an "
+                    "epoch; give it a greater one, or take the path out"
+                )
+            log.info("train: %s gives %d of the %d samples of an epoch", path, share, samples_per_epoch)
+    return SampleOrder(rows.source_chunks(), weights, config.model.seed, data.shuffle)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
@@ -18,10 +20,12 @@ from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
-from nemo_kd.data.tokenizer import tokenizer_fingerprint
-from nemo_kd.trainer.data_module import Rows
+from nemo_kd.data.rows import Rows
+from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
 
 
 def load_splits(
@@ -31,68 +35,135 @@ def load_splits(
 
     Raises:
         CacheError, DataError: a file is missing or damaged, or a cache does not fit the student.
-        ConfigError: nothing is left of a split.
+        ConfigError: nothing is left of a split, or of a path that has a weight.
     """
+    data = model.data
     seq_length = sequence_length(
-        "model.data.seq_length",
-        model.data.seq_length or model.encoder_seq_length,
-        architecture.max_position_embeddings,
+        "model.data.seq_length", data.seq_length or model.encoder_seq_length, architecture.max_position_embeddings
     )
-    splits: dict[str, Rows] = {}
-    for split in ("train", "validation", "test"):
-        paths = model.data.paths(split)
-        if not paths:
-            continue
-        if model.data.uses_cache:
-            splits[split] = _open_cache(split, paths, model.data, seq_length, architecture, tokenizer)
-        else:
-            splits[split] = _tokenize(split, paths, model.data, seq_length, architecture, tokenizer)
-        if not len(splits[split]):
-            raise ConfigError(f"model.data.data_prefix.{split}: no usable example in {', '.join(paths)}")
-        log.info("%s: %d examples from %s", split, len(splits[split]), ", ".join(paths))
+    paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
+    if data.uses_cache:
+        splits = _open_caches(paths, data, seq_length, architecture, tokenizer)
+    else:
+        splits = {split: _tokenize(split, paths[split], data, seq_length, architecture, tokenizer) for split in paths}
+    for split, rows in splits.items():
+        key, chunks = f"model.data.data_prefix.{split}", rows.source_chunks()
+        if not len(rows):
+            raise ConfigError(f"{key}: no usable example in {', '.join(paths[split])}")
+        for path, sizes in zip(paths[split], chunks, strict=True):
+            if data.weights(split) is not None and not sum(sizes):
+                raise ConfigError(f"{key}: no usable example in {path}, which has a weight; take it out")
+        log.info("%s: %d examples from %s", split, len(rows), ", ".join(paths[split]))
     first = splits["train"][0]
     example = first.example if isinstance(first, CachedExample) else first
     log.info("example %d, trained between « and »:\n%s", example.index, describe_example(example, tokenizer))
     return splits
 
 
-def _open_cache(
-    split: str,
-    paths: list[str],
+def _open_caches(
+    paths: dict[str, list[str]],
     data: StudentDataConfig,
     seq_length: int,
     architecture: GPTArchitecture,
     tokenizer: PreTrainedTokenizerBase,
-) -> CacheBlend:
-    n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
-    readers = [CacheReader(path, n_chunks, data.top_k, seq_length) for path in paths]
-    reader = CacheBlend(readers)
-    fingerprint = tokenizer_fingerprint(tokenizer)
+) -> dict[str, Rows]:
+    vocab_size = architecture.vocab_size if data.drop_ids_outside_vocab else None
+    readers: dict[str, list[CacheReader]] = {}
+    for split, of_split in paths.items():
+        n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
+        readers[split] = [CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size) for path in of_split]
+    student = _Student(
+        architecture.vocab_size, len(tokenizer), tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer)
+    )
+    mismatches = [
+        f"  {split}: {reader.source}: {mismatch}"
+        for split in readers
+        for reader in readers[split]
+        for mismatch in _mismatches(reader, data, student)
+    ]
+    if mismatches:
+        raise CacheError("model.data.data_prefix: cache and student do not match:\n" + "\n".join(mismatches))
+    for split, sources in readers.items():
+        dropped = sum(reader.dropped_too_long for reader in sources)
+        if dropped:
+            log.warning("%s: %d examples longer than %d tokens are dropped", split, dropped, seq_length)
+    return {split: CacheBlend(sources) for split, sources in readers.items()}
+
+
+class _Student(NamedTuple):
+    vocab_size: int
+    tokenizer_size: int
+    tokenizer: str
+    chat_template: str | None
+
+
+def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student) -> list[str]:
+    """Everything in which a cache does not suit the student; where the files have no manifest, as far as rows tell.
+
+    Vocabularies of one family are padded differently, so what counts is the ids that the cache holds.
+    """
+    found: list[str] = []
+    vocab_size = student.vocab_size
     for manifest in reader.manifests:
-        if data.top_k is not None and data.top_k > manifest.top_k:
-            raise CacheError(
-                f"model.data.top_k: {data.top_k} exceeds the {manifest.top_k} logits a position that the cache holds at most"
+        if manifest.tokenizer != student.tokenizer:
+            found.append(
+                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {student.tokenizer} "
+                f"({student.tokenizer_size} tokens) in the student; both must share one tokenizer"
             )
-        if manifest.vocab_size != architecture.vocab_size:
-            raise CacheError(
-                f"model.data.data_prefix.{split}: the cache's teacher has a vocabulary of {manifest.vocab_size} tokens, the student "
-                f"one of {architecture.vocab_size}; both must share one tokenizer"
+        # Only `messages` are rendered by the tokenizer's template; manifests that do not tell are taken at their word.
+        rendered = "messages" in manifest.dataset.get("formats", ["messages"]) and manifest.chat_template is not None
+        if rendered and manifest.chat_template != student.chat_template and not data.allow_other_template:
+            found.append(
+                f"chat template: {manifest.chat_template} in the cache, {student.chat_template or 'none'} in the student; copy the teacher's "
+                "chat_template into the student's tokenizer files, or set model.data.allow_other_template=true"
             )
-        if manifest.tokenizer != fingerprint:
-            raise CacheError(
-                f"model.data.data_prefix.{split}: the cache was written with tokenizer {manifest.tokenizer}, the student has "
-                f"{fingerprint}; both must share one tokenizer"
-            )
-    largest = max(max(part.max_token_id, part.max_topk_id) for part in readers)
-    if largest >= architecture.vocab_size:
-        raise CacheError(
-            f"model.data.data_prefix.{split}: token id {largest} in the cache is outside the student's vocabulary of "
-            f"{architecture.vocab_size} tokens; both must share one tokenizer"
+    if reader.max_token_id >= vocab_size:
+        found.append(
+            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the student has {vocab_size} ids; "
+            "both must share one tokenizer"
         )
-    dropped = sum(part.dropped_too_long for part in readers)
-    if dropped:
-        log.warning("%s: %d examples longer than %d tokens are dropped", split, dropped, seq_length)
-    return reader
+    if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
+        chunks = sum(facts.max_topk_id >= vocab_size for facts in reader.chunk_facts)
+        found.append(
+            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in {chunks} of {len(reader.chunk_facts)} chunks of the "
+            f"cache, the student has {vocab_size} ids; model.data.drop_ids_outside_vocab=true counts them to the tail"
+        )
+    held = min((manifest.top_k for manifest in reader.manifests), default=reader.largest_k)
+    if data.top_k is not None and data.top_k > held:
+        found.append(
+            f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds at most"
+        )
+    return list(dict.fromkeys(found))
+
+
+class TokenizedRows:
+    """Examples of plain records, in memory; path after path."""
+
+    def __init__(self, paths: Sequence[str], examples: Sequence[Sequence[Example]]) -> None:
+        self.paths = list(paths)
+        self.sizes = [len(of_path) for of_path in examples]
+        self.examples = [example for of_path in examples for example in of_path]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: int) -> Example:
+        return self.examples[position]
+
+    def will_read(self, positions: Sequence[int]) -> None:
+        """Nothing has to be fetched."""
+
+    def source_chunks(self) -> list[list[int]]:
+        """Each path is one chunk."""
+        return [[size] if size else [] for size in self.sizes]
+
+    def description(self) -> dict[str, Any]:
+        """As `CacheBlend.description`; the fingerprint is that of the token ids and loss masks."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            for values, dtype in ((example.tokens_S, "<i4"), (example.labels_S, "<i4"), (example.loss_mask_S, "u1")):
+                digest.update(values.astype(dtype).tobytes())
+        return {"paths": self.paths, "fingerprint": f"sha256:{digest.hexdigest()}", "caches": []}
 
 
 def _tokenize(
@@ -102,8 +173,8 @@ def _tokenize(
     seq_length: int,
     architecture: GPTArchitecture,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[Example]:
-    examples: list[Example] = []
+) -> TokenizedRows:
+    examples: list[list[Example]] = []
     skipped: Counter[str] = Counter()
     for path in paths:
         config: Any = DataConfig(chat=data.chat, chat_prompt_tokens=data.chat_prompt_tokens, data=data.dataset)
@@ -111,12 +182,13 @@ def _tokenize(
         dataset = TokenizedDataset(
             config, tokenizer, data.dataset.max_seq_length or seq_length, architecture.vocab_size
         )
+        examples.append([])
         for position in tqdm(range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False):
             example = dataset[position]
             if isinstance(example, Skipped):
                 skipped[example.reason] += 1
             else:
-                examples.append(example)
+                examples[-1].append(example)
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
-    return examples
+    return TokenizedRows(paths, examples)

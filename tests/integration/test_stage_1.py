@@ -183,7 +183,7 @@ def test_broken_json_names_file_and_line(ranks, world, tmp_path):
     broken.write_text(lines[0] + "\n" + '{"messages": [\n' + lines[1])
     refused = ranks(1).run(run_stage_1, world[1], broken, tmp_path / "c.jsonl", {})[0]
     assert f"{broken}:3: not valid JSON" in refused
-    assert [path.name for path in tmp_path.glob("c*")] == ["c.manifest.json"]
+    assert not list(tmp_path.glob("c*"))
 
 
 def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(ranks, world, tmp_path):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+import subprocess
+import sys
+import tarfile
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import nemo_kd
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
@@ -21,7 +26,7 @@ from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student import StudentModule, train_student
 from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_data import student_config, write_chat_dataset
-from tests.tiny_models import save_hf_model
+from tests.tiny_models import build_hf_model, save_hf_model
 
 NUM_TRAIN, NUM_VALIDATION = 40, 11
 
@@ -286,11 +291,92 @@ def test_wrong_input_is_refused_before_the_first_step(ranks, world, tmp_path, ov
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_student_with_another_vocabulary_or_tokenizer_is_refused(ranks, world, tmp_path):
+def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tmp_path):
+    student, train, validation, folder = world
+    teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=2)
+    second = tmp_path / "second_CHUNK_ID.jsonl.zst"
+    overrides = {"n_examples_per_chunk": 10, "top_k": 5}
+    assert ranks(1).run(run_stage_1, teacher, folder / "train.jsonl", second, overrides) == [""]
+    overrides = {
+        "trainer__knowledge_distillation__max_epochs": 1,
+        "model__data__data_prefix": {
+            "train": [0.25, f"{train}[:50%]", 0.75, str(second)],
+            "validation": [str(validation)],
+        },
+        "model__data__shuffle": "chunks",
+        "model__data__num_workers": 2,
+        "name": "blend",
+    }
+    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides) == [""]
+    straight = training_rows(tmp_path / "a")
+    assert list(straight) == list(range(1, 8))  # 20 + 39 examples: seven batches of 8
+    checkpoint = next(path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name)
+
+    def resume(log_dir, changes, world_size=1):
+        shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
+        changes = {**overrides, **changes, "trainer__devices": world_size}
+        return ranks(world_size).run(run_stage_2, student, train, validation, log_dir, changes)
+
+    assert resume(tmp_path / "b", {}, 2) == ["", ""]
+    resumed = training_rows(tmp_path / "b")
+    assert list(resumed) == [5, 6, 7]
+    for step, row in resumed.items():
+        assert row["train/loss"] == pytest.approx(straight[step]["train/loss"], rel=1e-4)
+
+    alone = {"train": [str(second)], "validation": [str(validation)]}
+    message = resume(tmp_path / "c", {"model__data__data_prefix": alone})[0]
+    assert f"the checkpoint was trained on {train}[:50%], {second}, now it is {second}: content sha256:" in message
+    assert "weights [0.25, 0.75] in the checkpoint, None now" in message
+    assert not training_rows_or_none(tmp_path / "c")
+
+    check_provenance(
+        tmp_path / "a" / "checkpoints" / "blend.nemo", tmp_path / "hf", (folder / "teacher", teacher), (train, second)
+    )
+
+
+def training_rows_or_none(log_dir: Path) -> dict[int, dict]:
+    return training_rows(log_dir) if (log_dir / "metrics" / "metrics.jsonl").exists() else {}
+
+
+def check_provenance(archive: Path, converted: Path, teachers: tuple[Path, ...], caches: tuple[Path, ...]) -> None:
+    """The archive says what it was made from, and keeps saying so as a Hugging Face folder."""
+    with tarfile.open(archive) as tar:
+        provenance = json.load(tar.extractfile("./provenance.json"))
+    assert provenance["nemo_kd"] == nemo_kd.__version__
+    assert provenance["knowledge_distillation"]["sft_loss_weight"] == 0.5
+    assert (provenance["data_weights"], provenance["consumed_samples"]) == ([0.25, 0.75], 56)
+    assert str(archive.parent.parent) not in json.dumps(provenance)
+    described = provenance["data"]["train"]["caches"]
+    for found, teacher, cache in zip(described, teachers, caches, strict=True):
+        with open_pretrained(str(teacher)) as pretrained:
+            assert found["teacher"] == pretrained.fingerprint()
+        manifest = cache.with_name(cache.name.split("CHUNK_ID")[0] + "manifest.json").read_bytes()
+        assert found["manifest"] == f"sha256:{hashlib.sha256(manifest).hexdigest()}"
+        assert found["dataset"] == json.loads(manifest)["dataset"]["fingerprint"]
+        assert json.loads(manifest)["dataset"]["formats"] == ["messages"]
+    with open_pretrained(str(archive)) as pretrained:
+        assert pretrained.provenance == provenance
+    command = [
+        sys.executable,
+        "-m",
+        "nemo_kd.cli.convert_checkpoint",
+        f"input_path={archive}",
+        f"output_path={converted}",
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    assert json.loads((converted / "provenance.json").read_text()) == provenance
+
+
+def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_path):
     _, train, validation, _ = world
     smaller = save_hf_model("llama2", tmp_path / "smaller", 290)
+    template = tmp_path / "smaller" / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
     message = ranks(1).run(run_stage_2, smaller, train, validation, tmp_path / "run", {})[0]
-    assert "the cache's teacher has a vocabulary of 300 tokens, the student one of 290" in message
+    assert "(300 tokens) in the cache, sha256:" in message
+    assert "(290 tokens) in the student; both must share one tokenizer" in message
+    assert "the student has 290 ids" in message
+    assert f"train: {train}: chat template: sha256:" in message
     other = save_hf_model("llama2", tmp_path / "other", 300)
     tokenizer = json.loads((other / "tokenizer.json").read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -299,3 +385,14 @@ def test_a_student_with_another_vocabulary_or_tokenizer_is_refused(ranks, world,
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     message = ranks(1).run(run_stage_2, other, train, validation, tmp_path / "run", {})[0]
     assert "both must share one tokenizer" in message
+    assert "template" not in message
+
+
+def test_a_student_of_the_same_family_may_have_a_larger_vocabulary(ranks, world, tmp_path):
+    """Its embedding has rows that no token stands for."""
+    _, train, validation, _ = world
+    student = save_hf_model("llama2", tmp_path / "student", 300, num_hidden_layers=1)
+    build_hf_model("llama2", 333, num_hidden_layers=1).save_pretrained(student)
+    overrides = {"trainer__knowledge_distillation__max_steps": 1, "exp_manager__create_checkpoint_callback": False}
+    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides) == [""]
+    assert list(training_rows(tmp_path / "run")) == [1]

@@ -1,4 +1,4 @@
-"""Records by index, the order of examples, batches, the training plan."""
+"""Records by index, batches, the training plan."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
-from nemo_kd.data.order import EvaluationBatches, TrainingBatches, epoch_order
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.trainer.plan import TrainingPlan, plan_training
@@ -172,38 +171,6 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path):
     )
 
 
-def test_epoch_orders_are_permutations_that_differ_by_epoch_and_seed():
-    orders = [epoch_order(100, seed, epoch, True) for seed, epoch in ((1, 0), (1, 1), (2, 0))]
-    assert all(sorted(order) == list(range(100)) for order in orders)
-    assert len({order.tobytes() for order in orders}) == 3
-    assert (epoch_order(100, 1, 0, True) == orders[0]).all()
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ranks_share_the_same_global_batches(ranks):
-    def batches(rank, size, consumed=0):
-        result = TrainingBatches(21, 8, 2, 5, seed=3, shuffle=True, data_parallel_rank=rank, data_parallel_size=size)
-        result.consumed_samples = consumed
-        return list(result)
-
-    together = [sum(parts, []) for parts in zip(*(batches(rank, ranks) for rank in range(ranks)), strict=True)]
-    assert together == batches(0, 1)
-    assert len(together) == 5
-    for epoch in (together[:2], together[2:4]):
-        assert len({position for batch in epoch for position in batch}) == 16
-    # A run that stopped after three batches goes on with the fourth, on any number of ranks.
-    resumed = [sum(parts, []) for parts in zip(*(batches(rank, ranks, 24) for rank in range(ranks)), strict=True)]
-    assert resumed == together[3:]
-
-
-@pytest.mark.parametrize(("num_samples", "ranks"), [(11, 1), (11, 2), (11, 4), (8, 4), (1, 4)])
-def test_evaluation_sees_every_example_once(num_samples, ranks):
-    parts = [list(EvaluationBatches(num_samples, 8, rank, ranks)) for rank in range(ranks)]
-    assert len({tuple(len(batch) for batch in part) for part in parts}) == 1
-    seen = [position for part in parts for batch in part for position in batch if position >= 0]
-    assert sorted(seen) == list(range(num_samples))
-
-
 def example(index, length, k=None):
     part = Example(index, np.arange(length) + 1, np.arange(length) + 2, np.ones(length, dtype=np.float32))
     if k is None:
@@ -229,6 +196,65 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert collate([example(0, 8)], 0).topk_logits_BSK is None
     with pytest.raises(ValueError, match="mixes examples with and without teacher logits"):
         collate([example(0, 3), example(1, 3, k=2)], 0)
+
+
+def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
+    """A row with different values in every field of the teacher."""
+    random = np.random.default_rng(index)
+    teacher = TeacherTopK(
+        -np.sort(random.random((length, k)).astype(np.float32), axis=1),
+        np.argsort(random.random((length, 99)), axis=1)[:, :k],
+        random.random(length).astype(np.float32),
+        random.random((len(temperatures), length)).astype(np.float32),
+        temperatures,
+        -random.random(length).astype(np.float32) if labels else None,
+        None if num_samples is None else random.integers(-1, 99, size=(length, num_samples)),
+    )
+    return CachedExample(example(index, length), teacher)
+
+
+def test_every_field_of_the_teacher_lands_in_its_place():
+    rows = [
+        said(0, 3, 2, (1.0, 2.0), num_samples=4),
+        None,
+        said(1, 10, 5, (1.0, 2.0), num_samples=4),
+        said(2, 1, 1, (1.0, 2.0), num_samples=4),
+    ]
+    batch = collate(rows, pad_id=0)
+    assert batch.tail_mass_BST.shape == (4, 16, 2)
+    assert batch.tail_token_ids_BSM.shape == (4, 16, 4)
+    for b, row in enumerate(rows):
+        for s in range(16):
+            teacher = row.teacher if row is not None and s < row.example.num_tokens else None
+            k = 0 if teacher is None else teacher.topk_logits_SK.shape[1]
+            padding = [-np.inf] * (5 - k), [-1] * (5 - k)
+            if teacher is None:
+                expected = (padding[0], padding[1], 0, [1, 1], 0, [-1] * 4)
+            else:
+                expected = (
+                    [*teacher.topk_logits_SK[s], *padding[0]], [*teacher.topk_token_ids_SK[s], *padding[1]], teacher.log_sum_exp_logits_S[s],
+                    [teacher.tail_mass_TS[0, s], teacher.tail_mass_TS[1, s]], teacher.label_logprobs_S[s], [*teacher.tail_token_ids_SM[s]],
+                )  # fmt: skip
+            fields = (
+                batch.topk_logits_BSK, batch.topk_token_ids_BSK, batch.log_sum_exp_logits_BS, batch.tail_mass_BST,
+                batch.label_logprobs_BS, batch.tail_token_ids_BSM,
+            )  # fmt: skip
+            for field, wanted in zip(fields, expected, strict=True):
+                assert field[b, s].tolist() == np.asarray(wanted).tolist()
+
+
+def test_a_batch_of_different_caches_has_what_all_of_them_have():
+    both = collate([said(0, 3, 2, (1.0, 2.0)), said(1, 3, 2, (1.0, 4.0))], 0)
+    assert both.tail_mass_BST.shape == (2, 8, 1)
+    assert both.tail_mass_BST[1, 2, 0] == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_TS[0, 2]
+    assert both.label_logprobs_BS is not None
+    assert collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
+    for first, second in ((4, None), (None, 4), (4, 2), (None, None)):
+        assert (
+            collate([said(0, 3, 2, num_samples=first), said(1, 3, 2, num_samples=second)], 0).tail_token_ids_BSM is None
+        )
+    fillers = collate([None, None], 0)
+    assert (fillers.num_examples, fillers.topk_logits_BSK, fillers.loss_mask_BS.sum()) == (0, None, 0)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,158 @@
+"""Writes a cache again: in the other codec or container, with fewer tokens, or from another program's files."""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import numpy as np
+from tqdm import tqdm
+
+from nemo_kd.batch import CachedExample
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.manifest import Manifest, codec_settings
+from nemo_kd.cache.record import trimmed
+from nemo_kd.cache.reduce import keep, limited
+from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.config.cache import CacheConfig
+
+log = logging.getLogger(__name__)
+
+
+class Source(Protocol):
+    """Rows in the order of their indices, and what is known about their origin."""
+
+    path: str
+    manifests: list[Manifest]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> CachedExample: ...
+
+    def fingerprint(self) -> str: ...
+
+
+def convert(
+    source: Source,
+    target: str,
+    cache: CacheConfig,
+    top_k: int | None = None,
+    vocab_size: int | None = None,
+    n_examples_per_chunk: int | None = None,
+) -> Manifest:
+    """Writes the rows of `source` to `target`; killed and run again, it continues. Shows a progress bar.
+
+    Args:
+        target: a file or a template; its suffix chooses the container.
+        cache: codec, and what is kept of what the source holds. Temperatures and stored positions are the source's.
+        vocab_size: of a source without a manifest.
+
+    Raises:
+        CacheError: the source is damaged or out of order, or the target holds something else.
+    """
+    if CacheLayout(target).chunk_path(0).exists() and not CacheLayout(target).manifest_path.exists():
+        raise CacheError(f"{target}: exists; give another target")
+    manifest = _manifest(source, cache, top_k, vocab_size, n_examples_per_chunk)
+    first, last = manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"]
+    size = manifest.n_examples_per_chunk or last - first + 1
+    chunks = [range(start, min(start + size, last + 1)) for start in range(first, last + 1, size)]
+    layout = CacheLayout(target)
+    writer = CacheWriter(layout, manifest, chunks)
+    try:
+        for segment in tqdm(writer.missing_segments(), unit=" segments", desc="converting"):
+            sink = SegmentWriter(layout, manifest, segment, {"converted_from": source.path})
+            _copy(source, segment[1], sink, cache, manifest.top_k)
+            sink.publish()
+            writer.assemble_complete(up_to=segment[0])
+        writer.assemble_complete()
+    finally:
+        writer.close()
+    return writer.manifest
+
+
+def _copy(source: Source, indices: range, sink: SegmentWriter, cache: CacheConfig, top_k: int) -> None:
+    position = bisect_left(_Indices(source), indices[0])
+    expected = indices[0]
+    while position < len(source) and (row := source[position]).example.index <= indices[-1]:
+        if row.example.index < expected:
+            raise CacheError(
+                f"{source.path}: example {row.example.index} stands behind example {expected - 1}; sort the lines by index, "
+                "or remove the field index, so that a line's place counts"
+            )
+        for _ in range(row.example.index - expected):
+            sink.skip("not in the source")
+        sink.write(_reduced(row, cache, top_k))
+        position, expected = position + 1, row.example.index + 1
+    for _ in range(indices[-1] + 1 - expected):
+        sink.skip("not in the source")
+
+
+def _reduced(row: CachedExample, cache: CacheConfig, top_k: int) -> CachedExample:
+    row = trimmed(row)
+    teacher = limited(row.teacher, top_k)
+    used_SK = teacher.topk_token_ids_SK >= 0
+    log_p_SK = np.where(used_SK, teacher.topk_logits_SK, -np.inf) - teacher.log_sum_exp_logits_S[:, None]
+    return CachedExample(row.example, keep(teacher, cache.kept(np.exp(log_p_SK))))
+
+
+class _Indices(Sequence[int]):
+    """The rows' indices, for a binary search that reads few rows."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: Any) -> Any:
+        return self.source[position].example.index
+
+
+def _manifest(
+    source: Source, cache: CacheConfig, top_k: int | None, vocab_size: int | None, n_examples_per_chunk: int | None
+) -> Manifest:
+    first, last = source[0], source[len(source) - 1]
+    if last.example.index < first.example.index:
+        raise CacheError(
+            f"{source.path}: the last line has index {last.example.index}, the first {first.example.index}; sort the lines by index"
+        )
+    k = top_k or max(
+        (manifest.top_k for manifest in source.manifests), default=first.teacher.topk_token_ids_SK.shape[1]
+    )
+    if not source.manifests:
+        if vocab_size is None:
+            raise CacheError(
+                f"{source.path}: no manifest tells the teacher's vocabulary; give --vocab-size (vocab_size in the model's config.json)"
+            )
+        return Manifest(
+            codec=codec_settings(cache) | {"temperatures": list(first.teacher.temperatures[1:])},
+            top_k=k,
+            vocab_size=vocab_size,
+            tokenizer_size=vocab_size,
+            seq_length=0,
+            teacher={"name": "unknown", "source": source.fingerprint()},
+            tokenizer="unknown",
+            chat_template=None,
+            dataset={
+                "path": source.path, "fingerprint": "unknown", "start_from_idx": first.example.index,
+                "end_at_idx": last.example.index,
+            },
+            n_examples_per_chunk=n_examples_per_chunk,
+        )  # fmt: skip
+    known = source.manifests[0]
+    ends = [(m.dataset["start_from_idx"], m.dataset["end_at_idx"]) for m in source.manifests]
+    codec = codec_settings(cache) | {"temperatures": known.codec["temperatures"]}
+    if cache.codec == "packed" and known.codec.get("positions", "all") == "loss":
+        codec["positions"] = "loss"
+    return replace(
+        known,
+        codec=codec,
+        top_k=min(k, known.top_k),
+        dataset=known.dataset | {"start_from_idx": min(ends)[0], "end_at_idx": max(end for _, end in ends)},
+        teacher=known.teacher | {"converted_from": known.hash()},
+        n_examples_per_chunk=n_examples_per_chunk or known.n_examples_per_chunk,
+        chunks={},
+    )

@@ -1,0 +1,147 @@
+"""Console command for caches that are there, or about to be written."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from nemo_kd.cli.plan_cache import COMMAND as PLAN
+from nemo_kd.cli.run import USER_ERROR, run
+from nemo_kd.config import UserInputError
+
+PATH = "file or CHUNK_ID template of a cache"
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["plan"]:  # takes the keys of stage 1, not options
+        del sys.argv[1]
+        run(PLAN)
+        return
+    arguments = parser().parse_args()
+    try:
+        sys.exit(arguments.run(arguments))
+    except UserInputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(USER_ERROR)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; every subcommand sets `run`, which returns the exit status."""
+    result = argparse.ArgumentParser(prog="logit_cache", description="Works on caches of teacher logits.")
+    subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
+    subcommands.add_parser("plan", help=PLAN.summary)
+    _add_verify(subcommands)
+    _add_repair(subcommands)
+    _add_convert(subcommands)
+    _add_merge(subcommands)
+    return result
+
+
+def _add_verify(subcommands: Any) -> None:
+    text = (
+        "reads every byte and checks checksums, hashes, counts, order and indexes; exit status 1 if anything is wrong"
+    )
+    verify = subcommands.add_parser("verify", help=text, description=text)
+    verify.add_argument("path", help=PATH)
+    verify.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    verify.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.verify import verify
+
+    reports = verify(arguments.path, max(1, arguments.num_workers))
+    problems = [problem for report in reports for problem in report.problems]
+    for problem in problems:
+        print(problem)
+    counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
+    found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    print(f"{len(reports)} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
+    print(f"{len(problems)} problems" if problems else "no problem found")
+    return 1 if problems else 0
+
+
+def _add_repair(subcommands: Any) -> None:
+    text = (
+        "cuts torn last lines (keeping what is cut), makes missing or stale indexes, removes what dead processes left"
+    )
+    repair = subcommands.add_parser("repair", help=text, description=text)
+    repair.add_argument("path", help=PATH)
+    repair.add_argument("--dry-run", action="store_true", help="only tell what would be done")
+    repair.set_defaults(run=_repair)
+
+
+def _repair(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.repair import repair
+
+    done = repair(arguments.path, arguments.dry_run)
+    print("\n".join(done) if done else "nothing to repair")
+    return 1 if any(text.startswith("not repaired") for text in done) else 0
+
+
+def _add_convert(subcommands: Any) -> None:
+    text = "writes a cache again: other codec or container (by the target's suffix), fewer tokens, or from other programs' files"
+    convert = subcommands.add_parser("convert", help=text, description=text)
+    convert.add_argument("source", help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
+    convert.add_argument("target", help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
+    convert.add_argument(
+        "--from", dest="format", choices=["cache", "vllm"], default="cache", help="vllm: prompt_logprobs"
+    )
+    convert.add_argument("--codec", choices=["packed", "json"], default="packed")
+    convert.add_argument("--top-k", type=int, help="most tokens kept a position (default: the source's)")
+    convert.add_argument(
+        "--min-probability", type=float, default=0.0, help="less likely tokens join the tail (default 0)"
+    )
+    convert.add_argument(
+        "--top-p", type=float, default=1.0, help="tokens kept until they hold this probability (default 1)"
+    )
+    convert.add_argument("--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)")
+    convert.add_argument("--vocab-size", type=int, help="the teacher's, where the source has no manifest")
+    convert.add_argument("--examples-per-chunk", type=int, help="records a chunk (default: the source's)")
+    convert.set_defaults(run=_convert)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.convert import convert
+    from nemo_kd.cache.reader import CacheReader
+    from nemo_kd.cache.vllm import VllmRows
+    from nemo_kd.config.cache import CacheConfig
+
+    cache = CacheConfig(
+        codec=arguments.codec,
+        min_probability=arguments.min_probability,
+        top_p=arguments.top_p,
+        min_k=arguments.min_k,
+    )
+    source = VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
+    written = convert(
+        source, arguments.target, cache, arguments.top_k, arguments.vocab_size, arguments.examples_per_chunk
+    )
+    chunks = written.chunks.values()
+    examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
+    num_bytes = sum(chunk.bytes for chunk in chunks)
+    print(f"{examples:,} examples, {tokens:,} tokens, {num_bytes / max(1, tokens):,.1f} bytes per token")
+    return 0
+
+
+def _add_merge(subcommands: Any) -> None:
+    text = "makes one cache of several that were written apart, for example by the tasks of an array job"
+    merge = subcommands.add_parser("merge", help=text, description=text)
+    merge.add_argument("sources", nargs="+", help=PATH)
+    merge.add_argument("--output", required=True, help="CHUNK_ID template of the merged cache")
+    merge.add_argument("--allow-gaps", action="store_true", help="records may be missing between the sources")
+    merge.set_defaults(run=_merge)
+
+
+def _merge(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.merge import merge
+
+    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps)
+    print(f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples")
+    return 0
+
+
+if __name__ == "__main__":
+    main()

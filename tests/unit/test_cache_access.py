@@ -1,0 +1,138 @@
+"""Reading a cache from worker processes and from object stores."""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+
+import fsspec
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from nemo_kd.cache.blend import CacheBlend
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.data.collate import micro_batches
+from nemo_kd.data.rows import RowsWithFiller
+from tests.tiny_cache import row, same, write
+
+NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
+
+
+def indices(reader) -> list[int]:
+    return [reader[position].example.index for position in range(len(reader))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forked_readers_read_the_same_rows(tmp_path, name):
+    reader = CacheReader(str(write(tmp_path, name)))
+    reader[0]  # a descriptor that the children must not share
+    with multiprocessing.get_context("fork").Pool(3) as pool:
+        rows = pool.map(reader.__getitem__, [index % 10 for index in range(60)])
+    assert all(same(found, row(index % 10, 3 + index % 10 % 4)) for index, found in enumerate(rows))
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_loader_workers_give_the_same_batches(tmp_path, method):
+    blend = CacheBlend([CacheReader(str(write(tmp_path / str(part), NAMES[part]))) for part in (0, 1)])
+    batches = [[0, 13, 7], [19, 4, -1], [10, 9, 3], [2, 2, 11]]
+
+    def load(num_workers):
+        context = multiprocessing.get_context(method) if num_workers else None
+        return list(
+            DataLoader(
+                RowsWithFiller(blend),
+                batch_sampler=batches,
+                collate_fn=functools.partial(micro_batches, micro_batch_size=2, pad_id=0),
+                num_workers=num_workers,
+                multiprocessing_context=context,
+            )
+        )
+
+    here, there = load(0), load(2)
+    found = [[micro_batch.indices_B.tolist() for micro_batch in batch] for batch in there]
+    assert found == [[[0, 3], [7]], [[9, 4], [-1]], [[0, 9], [3]], [[2, 2], [1]]]
+    for ours, theirs in zip(sum(here, []), sum(there, []), strict=True):
+        if ours.topk_logits_BSK is None:
+            assert (ours.num_examples, theirs.topk_logits_BSK) == (0, None)
+            continue
+        assert torch.equal(ours.topk_logits_BSK, theirs.topk_logits_BSK)
+        assert torch.equal(ours.tokens_BS, theirs.tokens_BS)
+
+
+def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
+    reader = CacheReader(str(write(tmp_path)))
+    rows, calls = RowsWithFiller(CacheBlend([reader])), []
+    advise, pread = os.posix_fadvise, os.pread
+    monkeypatch.setattr(
+        os, "posix_fadvise", lambda fd, start, size, how: calls.append((how, size)) or advise(fd, start, size, how)
+    )
+    rows.__getitems__([0, 9])
+    monkeypatch.setattr(os, "pread", lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start))
+    calls.clear()
+    assert [None if found is None else found.example.index for found in rows.__getitems__([5, -1, 9])] == [5, None, 9]
+    announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
+    assert announced == [size for how, size in calls if how == "read" and size in announced]
+    assert [how for how, _ in calls][-2:] == ["read", "read"]
+
+
+def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
+    write(tmp_path)
+    store = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        store.pipe_file(f"memory://bucket/once/{path.name}", path.read_bytes())
+    requests = []
+    for name in ("cat_file", "cat_ranges", "info", "ls"):
+        inner = getattr(type(store), name)
+        monkeypatch.setattr(
+            type(store),
+            name,
+            lambda self, what, *args, _name=name, _inner=inner, **kwargs: (
+                requests.append((_name, what)) or _inner(self, what, *args, **kwargs)
+            ),
+        )
+    rows = RowsWithFiller(CacheBlend([CacheReader("memory://bucket/once/train_CHUNK_ID.jsonl")]))
+    alone = [what for name, what in requests if name == "cat_file"]
+    assert alone[0].endswith("train_manifest.json")
+    indexes = next(what for name, what in requests if name == "cat_ranges")
+    assert [path.rsplit("/", 1)[1] for path in indexes] == [f"train_{chunk}.jsonl.idx" for chunk in range(3)]
+    assert [name for name, _ in requests].count("ls") == 1
+    rows.__getitems__([0, 4, 9])  # all indexes are in memory from here on
+    requests.clear()
+    found = rows.__getitems__([3, -1, 8])
+    assert [None if row is None else row.example.index for row in found] == [3, None, 8]
+    assert requests[0][0] == "cat_ranges"
+    # The store in memory serves a request for two ranges by two of its own.
+    assert [name for name, _ in requests if name != "info"] == ["cat_ranges", "cat_file", "cat_file"]
+
+
+def in_child(reader, position):
+    return reader[position]
+
+
+def test_an_object_store_is_read_by_url_also_in_a_forked_process(tmp_path):
+    write(tmp_path, NAMES[1])
+    store = fsspec.filesystem("memory")
+    for path in tmp_path.iterdir():
+        store.pipe_file(f"memory://bucket/cache/{path.name}", path.read_bytes())
+    url = f"memory://bucket/cache/{NAMES[1]}"
+    reader = CacheReader(url)
+    assert indices(reader) == list(range(10))
+    assert reader.fingerprint() == CacheReader(str(tmp_path / NAMES[1])).fingerprint()
+    assert indices(CacheReader(f"{url}[3:5]")) == [3, 4]
+    blend = CacheBlend([reader])
+    blend.will_read([1, 8])
+    assert same(blend[8], row(8, 3))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert same(pool.apply(in_child, (reader, 6)), row(6, 5))
+    # Without its index a chunk is scanned; nothing is written to the store.
+    store.rm("memory://bucket/cache/train_1.jsonl.zst.idx")
+    assert same(CacheReader(url)[5], row(5, 4))
+    assert not store.exists("memory://bucket/cache/train_1.jsonl.zst.idx")
+    store.rm("memory://bucket/cache/train_1.jsonl.zst")
+    with pytest.raises(CacheError, match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing"):
+        CacheReader(url)
+    with pytest.raises(CacheError, match="nothing://x/a"):
+        CacheReader("nothing://x/a/t_CHUNK_ID.jsonl")

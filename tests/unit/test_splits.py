@@ -1,0 +1,228 @@
+"""Caches and student: what fits is opened, what does not is listed at once; what a run is told to resume with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
+from nemo_kd.trainer.data_module import StudentData
+from nemo_kd.trainer.splits import load_splits
+from tests.tiny_cache import row, write
+from tests.tiny_data import student_config, write_chat_dataset
+from tests.tiny_tokenizer import CHATML, LLAMA3, train_tokenizer
+
+TOKENIZER = train_tokenizer(300)
+LARGEST = max(
+    max(found.example.tokens_S.max(), found.example.labels_S.max(), found.teacher.topk_token_ids_SK.max())
+    for found in (row(index, 3 + index % 4) for index in range(10))
+)
+"""The largest id in the caches of this file."""
+
+GROUPS = SimpleNamespace(data_rank=0, data_size=1)
+
+
+def architecture(vocab_size: int = 300) -> GPTArchitecture:
+    return GPTArchitecture("llama", vocab_size, 1, 8, 8, 1, 1, 8, 512, 1e-5, 1e4)
+
+
+def cache(folder, **changes):
+    fields = {
+        "tokenizer": tokenizer_fingerprint(TOKENIZER),
+        "chat_template": chat_template_fingerprint(TOKENIZER),
+        "tokenizer_size": 300,
+        "vocab_size": 384,
+    }
+    return write(folder, **{**fields, **changes})
+
+
+def config(train, validation=None, **overrides):
+    if validation is None:
+        validation = train if isinstance(train, str) else train[-1]
+    data = {"data_prefix": {"train": train, "validation": [str(validation)]}}
+    values = {f"model__data__{key}": value for key, value in {**data, **overrides}.items()}
+    return student_config("m", "t", "v", "l", **values)
+
+
+def load(train, vocab_size=300, tokenizer=TOKENIZER, **overrides):
+    return load_splits(config(train, **overrides).model, architecture(vocab_size), tokenizer)
+
+
+def problems(train, *args, **overrides) -> list[str]:
+    with pytest.raises(CacheError, match="cache and student do not match:") as error:
+        load(train, *args, **overrides)
+    return str(error.value).splitlines()[1:]
+
+
+def formats(*found):
+    return {"path": "d", "fingerprint": "f", "start_from_idx": 0, "end_at_idx": 9, "formats": list(found)}
+
+
+def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
+    path = str(cache(tmp_path))
+    for vocab_size in (LARGEST + 1, 300, 999):
+        assert len(load(path, vocab_size)["train"]) == 10
+    lines = problems(path, LARGEST)
+    assert lines[0].startswith(f"  train: {path}: vocabulary: ")
+    assert f"ids up to {LARGEST}" in lines[0]
+    assert f"the student has {LARGEST} ids" in lines[0]
+    assert [line.split(":")[0] for line in lines] == ["  train"] * 2 + ["  validation"] * 2  # tokens, teacher's ids
+
+
+def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
+    rows = [row(index, 3 + index % 4) for index in range(10)]
+    tokens = max(max(found.example.tokens_S.max(), found.example.labels_S.max()) for found in rows)
+    teacher = max(found.teacher.topk_token_ids_SK.max() for found in rows)
+    assert tokens == teacher == 49  # so another cache is needed, whose tokens stay below 40
+    path = cache(tmp_path)
+    for chunk in range(3):
+        lines = []
+        for line in (tmp_path / f"train_{chunk}.jsonl").read_text().splitlines():
+            payload = json.loads(line)
+            payload["tokens"] = [token % 40 for token in payload["tokens"]]
+            payload["labels"] = [token % 40 for token in payload["labels"]]
+            del payload["hash"]
+            lines.append(json.dumps(payload) + "\n")
+        (tmp_path / f"other_{chunk}.jsonl").write_text("".join(lines))
+    other = str(path).replace("train_", "other_")
+    lines = problems(other, 45)
+    assert len(lines) == 2
+    assert (
+        "vocabulary: the teacher's tokens have ids up to 49 in 3 of 3 chunks of the cache, the student has 45 ids"
+        in lines[0]
+    )
+    assert "model.data.drop_ids_outside_vocab=true" in lines[0]
+    kept = load(other, 45, drop_ids_outside_vocab=True)["train"]
+    whole = load(other)["train"]
+    ids = [set(rows[i].teacher.topk_token_ids_SK.flatten().tolist()) for rows in (kept, whole) for i in range(10)]
+    assert set().union(*ids[:10]) == {i for i in set().union(*ids[10:]) if i < 45} | {-1}
+    assert kept[3].teacher.tail_mass_TS.sum() > whole[3].teacher.tail_mass_TS.sum()
+
+
+def test_all_mismatches_are_listed_in_one_error(tmp_path):
+    good = cache(tmp_path / "good")
+    bad = cache(tmp_path / "bad", tokenizer="sha256:aaa", chat_template="sha256:bbb", top_k=4, tokenizer_size=7)
+    lines = problems([str(good), str(bad)], LARGEST, validation=good, top_k=5)
+    assert [line.split(": ")[2] for line in lines if str(bad) in line] == [
+        "tokenizer",
+        "chat template",
+        "vocabulary",
+        "vocabulary",
+        "model.data.top_k",
+    ]
+    text = "\n".join(lines)
+    ours = tokenizer_fingerprint(TOKENIZER)
+    assert f"tokenizer: sha256:aaa (7 tokens) in the cache, {ours} (300 tokens) in the student" in text
+    assert f"chat template: sha256:bbb in the cache, {chat_template_fingerprint(TOKENIZER)} in the student" in text
+    assert "model.data.top_k: 5 exceeds the 4 logits a position" in text
+    assert sum(line.startswith("  validation") for line in lines) == 3
+    assert len(lines) == 5 + 3 + 3
+
+
+@pytest.mark.parametrize(
+    ("records", "teacher_template", "student_template", "fits"),
+    [
+        (["messages"], CHATML, CHATML, True),
+        (["messages"], CHATML, LLAMA3, False),
+        (["messages"], CHATML, None, False),
+        (["messages", "prompt_template"], CHATML, LLAMA3, False),
+        (["prompt_template"], CHATML, None, True),
+        (["conversations"], CHATML, LLAMA3, True),
+        (["prompt_template"], None, LLAMA3, True),
+        (None, CHATML, LLAMA3, False),
+        (None, None, LLAMA3, True),
+    ],
+)
+def test_the_chat_template_counts_where_the_records_used_it(
+    tmp_path, records, teacher_template, student_template, fits
+):
+    dataset = formats(*records or [])
+    if records is None:
+        del dataset["formats"]
+    path = str(
+        cache(
+            tmp_path, dataset=dataset, chat_template=chat_template_fingerprint(train_tokenizer(300, teacher_template))
+        )
+    )
+    student = train_tokenizer(300, student_template)
+    if fits:
+        assert len(load(path, 300, student)["train"]) == 10
+        return
+    lines = problems(path, 300, student)
+    assert len(lines) == 2
+    assert (
+        f"in the cache, {chat_template_fingerprint(student) or 'none'} in the student; copy the teacher's chat_template"
+        in lines[0]
+    )
+    assert len(load(path, 300, student, allow_other_template=True)["train"]) == 10
+
+
+def student_data(train, steps_per_epoch=1, **overrides):
+    typed = config(train, **overrides)
+    splits = load_splits(typed.model, architecture(), TOKENIZER)
+    return StudentData(typed, splits, steps_per_epoch, 10, 0, GROUPS)
+
+
+def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
+    """Two teachers over the same records: two caches; the rows say by their place which one they are from."""
+    first, second = cache(tmp_path / "a"), cache(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9)
+    data = student_data([1, f"{first}[:4]", 3, str(second)], steps_per_epoch=1)
+    assert data.training.order.source_chunks == [[4], [4, 4, 2]]
+    drawn = sum(list(data.training), [])
+    assert len(drawn) == 80
+    assert sum(position < 4 for position in drawn) == 20
+    assert [len(micro_batch.indices_B) for batch in data.train_dataloader() for micro_batch in batch] == [2] * 40
+    with pytest.raises(
+        ConfigError, match=r"the weight of .*a/train_CHUNK_ID.jsonl\[:4\] gives it none of the 8 samples of an epoch"
+    ):
+        student_data([1, f"{first}[:4]", 99, str(second)], steps_per_epoch=1)
+    with pytest.raises(ConfigError, match=r"no usable example in .*a/train_CHUNK_ID.jsonl\[4:4\], which has a weight"):
+        student_data([1, f"{first}[4:4]", 99, str(second)])
+
+
+def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
+    first, second = cache(tmp_path / "a"), cache(tmp_path / "b", teacher={"name": "u", "weights": "v"})
+    before = student_data(str(first))
+    before.training.consumed_samples = 8
+    state = before.state_dict()
+    assert state["data"]["train"]["paths"] == [str(first)]
+    assert state["data"]["validation"]["caches"][0]["teacher"] == {"name": "t", "weights": "w"}
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    moved = student_data(str(tmp_path / "moved" / first.name), validation=second)
+    moved.load_state_dict(state)
+    assert moved.training.consumed_samples == 8
+    part = student_data(f"{first}[:8]", steps_per_epoch=1)
+    with pytest.raises(CacheError, match="the checkpoint was trained on .*a/train_CHUNK_ID.jsonl, now it is") as error:
+        part.load_state_dict(state)
+    for description in (state["data"]["train"], part.descriptions["train"]):
+        assert description["fingerprint"] in str(error.value)
+    weighted = [student_data([weight, str(first), 1, str(second)]) for weight in (1, 3)]
+    with pytest.raises(CacheError, match=r"weights \[1, 1\] in the checkpoint, \[3, 1\] now"):
+        weighted[1].load_state_dict(weighted[0].state_dict())
+    moved.load_state_dict({"consumed_samples": 16})  # from before checkpoints told
+    assert moved.training.consumed_samples == 16
+
+
+def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
+    first, second = (
+        str(write_chat_dataset(tmp_path / name, count)) for name, count in (("a.jsonl", 12), ("b.jsonl", 9))
+    )
+
+    def sft(train):
+        settings = student_config(
+            "m", "t", "v", "l", model__knowledge_distillation__kd_loss_weight=0.0, model__data__data_impl="dataset",
+            model__data__data_prefix={"train": train, "validation": [second]},
+        )  # fmt: skip
+        return StudentData(settings, load_splits(settings.model, architecture(), TOKENIZER), 2, 10, 0, GROUPS)
+
+    blend, one, other = sft([1, first, 1, second]), sft([first, second]), sft([second, first])
+    assert blend.training.order.source_chunks == [[11], [8]]  # the sixth record of each has no answer
+    fingerprints = [data.descriptions["train"]["fingerprint"] for data in (blend, one, other)]
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
+    assert len(list(blend.train_dataloader())) == 10
