@@ -11,21 +11,19 @@ import zlib
 import zstandard
 
 
-def read(path):
-    """(line, [None or (ids, log-probabilities, tail masses, label's log-probability, samples)]) of every example."""
+def read(path):  # [(line, [None or (ids, log-probabilities, tail masses, log-probability of the label, samples)])]
     with (zstandard.open if path.endswith(".zst") else open)(path, "rt", encoding="utf-8") as file:
         return [(line, positions(line)) for line in map(json.loads, file)]
 
 
 def positions(row):
     tokens, labels, mask = row["tokens"], row["labels"], row["loss_mask"]
-    content = struct.pack(f"<{2 * len(tokens)}i", *tokens, *labels) + bytes(mask)
-    assert row["hash"] == hashlib.sha256(content).hexdigest()[:16]
+    hashed = hashlib.sha256(struct.pack(f"<{2 * len(tokens)}i", *tokens, *labels) + bytes(mask))
+    assert row["hash"] == hashed.hexdigest()[:16]
     if "v" not in row:  # the json codec
         kept = [[x - total for x in z] for z, total in zip(row["topk_logits"], row["log_sum_exp_logits"])]
-        return list(
-            zip(row["topk_token_ids"], kept, zip(*row["tail_mass"]), row["label_logprobs"], row["tail_token_ids"])
-        )
+        rest = row["label_logprobs"], row["tail_token_ids"]
+        return list(zip(row["topk_token_ids"], kept, zip(*row["tail_mass"]), *rest))
     blob = base64.b64decode(row["teacher"], validate=True)
     version, flags, fine, coarse, num_t, num_m, num_c, num_streams, num_p, _ = struct.unpack_from("<7BH2I", blob)
     assert (row["v"], version, zlib.crc32(blob)) == (1, 1, 0x2144DF1C)  # the CRC of anything followed by its CRC
@@ -56,7 +54,7 @@ def read_bits(widths, packed, at=0):
 
 
 def nats(level, fine, coarse):
-    above = 2 * math.log(fine / coarse) + level / coarse - 2 * (fine - coarse) / coarse
     if level <= 2 * (fine - coarse):
         return -2 * math.log(1 - level / (2 * fine))
-    return above if above <= 10 else 10 + (above - 10) * coarse / 2
+    above = 2 * math.log(fine / coarse) + level / coarse - 2 * (fine - coarse) / coarse - 10
+    return 10 + above * (coarse / 2 if above > 0 else 1)
