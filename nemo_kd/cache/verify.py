@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkIndex, LineFacts
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
-from nemo_kd.cache.lines import TornError, lines_of
+from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode, trimmed
 
@@ -37,7 +38,6 @@ class ChunkReport:
     last_index: int = -1
     counts: dict[str, int] = field(default_factory=lambda: {"examples": 0, "tokens": 0, "loss_tokens": 0})
     problems: list[str] = field(default_factory=list)
-    is_torn: bool = False
 
     def problem(self, text: str) -> None:
         """Notes a problem; of many only the first ones, and how many there are."""
@@ -130,16 +130,20 @@ def _number(layout: CacheLayout, path: Path) -> int:
 
 
 def _raw_lines(path: Path, index: ChunkIndex | None, report: ChunkReport) -> Iterator[bytes]:
+    end = 0
     with path.open("rb") as file:
-        if index is not None:
-            for size in np.diff(index.starts).tolist():
-                yield file.read(size)
-            return
         try:
-            yield from lines_of(path).split(file, str(path))
+            for raw in lines_of(path).split(file, str(path)):
+                end += len(raw)
+                yield raw
+            return
         except CacheError as error:
-            report.is_torn = isinstance(error, TornError)
             report.problem(str(error))
+        # Behind a damaged frame only the index knows where the next one begins.
+        for start, stop in itertools.pairwise(index.starts.tolist() if index is not None else []):
+            if start > end:
+                file.seek(start)
+                yield file.read(stop - start)
 
 
 def _check_row(row: CachedExample, where: str, manifest: Manifest | None, report: ChunkReport) -> None:
