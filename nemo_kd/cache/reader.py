@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.index import ChunkFacts, ChunkIndex, LineFacts
+from nemo_kd.cache.index import ChunkFacts, ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode
 from nemo_kd.cache.reduce import limited
+from nemo_kd.cache.scan import scan_chunk
 from nemo_kd.cache.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -237,7 +238,7 @@ class CacheReader:
                 return index
             if summary is not None and summary.sha256 == f"sha256:{index.sha256.hex()}":
                 return index
-        index = self.scan(name, 0 if summary is not None else mtime_ns)
+        index = scan_chunk(self.storage, name, 0 if summary is not None else mtime_ns)
         if summary is not None and summary.sha256 != f"sha256:{index.sha256.hex()}":
             raise CacheError(
                 f"{self.storage.folder}/{name}: its bytes are not those that the manifest tells of; `logit_cache verify` says "
@@ -248,22 +249,6 @@ class CacheReader:
                 "%s/%s has no index and none can be saved there; it is made anew each time", self.storage.folder, name
             )
         return index
-
-    def scan(self, name: str, mtime_ns: int = 0) -> ChunkIndex:
-        """The index of a chunk, by decoding every line once.
-
-        Raises:
-            CacheError: a line is damaged or cut off.
-        """
-        facts, digest = LineFacts(), hashlib.sha256()
-        with self.storage.open(name) as file:
-            for line, raw in enumerate(self._lines.split(file, f"{self.storage.folder}/{name}")):
-                where = f"{self.storage.folder}/{name}:{line + 1}"
-                facts.add(decode(self._lines.read(raw, where), where, index=line), len(raw))
-                digest.update(raw)
-        if not facts.line_bytes:
-            raise CacheError(f"{self.storage.folder}/{name}: the file is empty")
-        return facts.index(digest.digest(), mtime_ns)
 
 
 def _bound(text: str | None, total: int, default: int) -> int:

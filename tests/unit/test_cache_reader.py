@@ -20,6 +20,7 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
+from nemo_kd.cache.scan import scan_chunk
 from tests.tiny_cache import row, same, write
 
 NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
@@ -146,8 +147,11 @@ def test_a_stale_index_is_built_again_once(tmp_path, monkeypatch):
     index = tmp_path / "train_1.jsonl.idx"
     index.write_bytes(b"\0" * index.stat().st_size)
     scanned = []
-    scan = CacheReader.scan
-    monkeypatch.setattr(CacheReader, "scan", lambda self, name, *args: scanned.append(name) or scan(self, name, *args))
+    monkeypatch.setattr(
+        reader_module,
+        "scan_chunk",
+        lambda storage, name, *args: scanned.append(name) or scan_chunk(storage, name, *args),
+    )
     reader = CacheReader(str(path))
     assert [reader[position].example.index for position in (5, 0, 6, 9, 4)] == [5, 0, 6, 9, 4]
     assert scanned == ["train_1.jsonl"]

@@ -19,6 +19,8 @@ import zstandard
 from nemo_kd.cache.packed_codec import pack
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
+from nemo_kd.cache.scan import scan_chunk
+from nemo_kd.cache.storage import LocalStorage
 from tests.golden import independent_reader, make
 
 GOLDEN = Path(make.__file__).parent
@@ -186,7 +188,7 @@ def test_index_and_manifest_say_what_the_document_says(name):
         for (line, _), start, end in zip(found, offsets[:-1], offsets[1:], strict=True):
             part = raw[start:end]
             assert json.loads(zstandard.decompress(part) if name.endswith(".zst") else part) == line
-        assert CacheReader(str(GOLDEN / name)).scan(path.name).to_bytes() == index
+        assert scan_chunk(LocalStorage(str(GOLDEN)), path.name).to_bytes() == index
         masks = [line["loss_mask"] for line, _ in found]
         assert (summary["bytes"], summary["sha256"]) == (len(raw), f"sha256:{digest.hex()}")
         assert (summary["examples"], summary["loss_tokens"]) == (n, sum(map(sum, masks)))
