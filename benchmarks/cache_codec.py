@@ -176,7 +176,7 @@ def codec_kl(row: CachedExample, decoded: TeacherTopK) -> np.ndarray:
 
 
 def _by_id(teacher: TeacherTopK, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first and only where needed."""
+    """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first."""
     ids_NK = teacher.topk_token_ids_SK[: len(in_loss_S)][in_loss_S]
     order_NK = np.argsort(ids_NK, axis=1)[:, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :]
     found_NK = logprobs(teacher)[: len(in_loss_S)][in_loss_S]
@@ -206,7 +206,7 @@ def print_codecs(table: list[Measured]) -> None:
 
 
 def print_access(folder: Path, teacher: SyntheticTeacher, options: argparse.Namespace) -> None:
-    """Reads examples at random through CacheReader, and as NeMo-Aligner's ChunkedJsonl does: line by line from the top."""
+    """Reads examples at random through CacheReader, and as NeMo-Aligner does: line by line from the top of the chunk."""
     print("| reader | examples a chunk | chunk | ms an example: mean / p99 |\n|---|---|---|---|")
     rows = synthetic_rows(teacher, options.seq_length)
     for num_examples in options.chunk_examples:
