@@ -1,4 +1,4 @@
-"""A teacher made of formulas: the likeliest tokens of 4,096 positions over a vocabulary of 128,256, and exact totals over all of it.
+"""A teacher made of formulas: the likeliest tokens of 4,096 positions over a vocabulary of 128,256, and exact totals.
 
 Each position draws an entropy of 0.05 + 5.95 Beta(0.8, 2.2) nats (1.6 on average). The token of rank r has the logit
 -a ln r - ln(1 + r / 100) + N(0, 1/4), with `a` chosen to give that entropy; its id is the r-th of successive draws without

@@ -203,9 +203,12 @@ def _finite_levels(logprobs: np.ndarray) -> np.ndarray:
 
 def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
     """(ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
-    ids_N = teacher.topk_token_ids_SK[stored].reshape(-1).take(kept.cells_N)
+    ids_SK, logits_SK = teacher.topk_token_ids_SK, teacher.topk_logits_SK
+    if len(stored) < len(ids_SK):
+        ids_SK, logits_SK = ids_SK[stored], logits_SK[stored]
+    ids_N = ids_SK.reshape(-1).take(kept.cells_N)
     log_sum_exp_N = teacher.log_sum_exp_logits_S[stored].take(kept.row_N)
-    levels_N = _finite_levels(teacher.topk_logits_SK[stored].reshape(-1).take(kept.cells_N) - log_sum_exp_N)
+    levels_N = _finite_levels(logits_SK.reshape(-1).take(kept.cells_N) - log_sum_exp_N)
     rises_N = levels_N[1:] >= levels_N[:-1]
     rises_N[kept.starts_P[1:] - 1] = True
     if not rises_N.all():

@@ -179,7 +179,7 @@ def test_index_and_manifest_say_what_the_document_says(name):
         for (line, positions), length in zip(found, lengths, strict=True):
             tokens += line["tokens"][:length] + line["labels"][:length]
             kept = [position[0] for position in positions[:length] if position]
-            topk += sum(kept, [])
+            topk += sum(kept, []) + sum((list(position[4]) for position in positions[:length] if position), [])
             ks.append(max(map(len, kept), default=0))
         facts = [len(raw), 0, max(tokens), max(topk), min(ks), max(ks), max(lengths)]
         assert (magic, digest, numbers, n) == (b"NKDIDX02", hashlib.sha256(raw).digest(), facts, len(found))
