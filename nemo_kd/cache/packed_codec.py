@@ -10,6 +10,7 @@ follows a skewed distribution is Huffman coded.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import struct
 import zlib
@@ -31,12 +32,17 @@ from nemo_kd.cache.entropy_coding import (
 from nemo_kd.config.cache import MAX_TOP_K, MAX_VOCAB_SIZE
 
 BLOB_VERSION = 1
-FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT = 64, 8
+FINE_STEPS_PER_NAT = 64
+COARSE_STEPS_PER_NAT, FLAT_COARSE_STEPS_PER_NAT = 8, 16
+MOST_ROUNDING_KL_NATS = 1.5e-4
+"""A record whose rounding would add more to the KL divergence, in the mean of its positions, gets the finer steps: one of
+an uncertain teacher, much of whose probability lies with unlikely tokens."""
 ID_CLASSES, SMALLEST_FOR_CLASSES = 4, 1024
 """Distances between ids are coded apart in each quarter of a position's ids, since low ids are frequent tokens and lie
 closer; a record of fewer entries would pay more for the codes than it gains."""
-TAIL_STEPS_PER_UNIT = 8
-"""Resolution of a tail's log-odds."""
+_TAIL_STEPS = np.arange(256) - 136
+TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(np.float32) / 16
+"""Of the 256 levels of a tail: -14 to 11.875 in steps of 1/8, of 1/16 between -3 and 3."""
 _ALL_POSITIONS, _LABELS, _WIDE_COUNTS = 1, 2, 4
 _FLAGS = _ALL_POSITIONS | _LABELS | _WIDE_COUNTS
 _HEADER = struct.Struct("<BBBBBBBHII")
@@ -80,7 +86,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     if (used_SK[:, 1:] > used_SK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
     kept = Kept.of(counts_P, used_SK.shape[1])
-    ids_N, levels_N = _by_id(teacher, stored, kept)
+    coarse, ids_N, levels_N = _by_id(teacher, stored, kept)
     wide = counts_P.max(initial=1) > 256
     flags = _ALL_POSITIONS * (positions == "all") | _WIDE_COUNTS * bool(wide)
     num_classes = ID_CLASSES if len(ids_N) >= SMALLEST_FOR_CLASSES else 1
@@ -91,13 +97,13 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         flags |= _LABELS
         outside_P = np.ones(len(stored), dtype=bool)
         outside_P[kept.row_N[ids_N == example.labels_S[stored][kept.row_N]]] = False
-        streams += [huffman(_finite_levels(teacher.label_logprobs_S[stored][outside_P]))]
+        streams += [huffman(_finite_levels(teacher.label_logprobs_S[stored][outside_P], coarse))]
     num_samples = 0
     if teacher.tail_token_ids_SM is not None:
         num_samples = teacher.tail_token_ids_SM.shape[1]
         streams += _sample_streams(teacher.tail_token_ids_SM[stored])
     header = _HEADER.pack(
-        BLOB_VERSION, flags, FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT, len(teacher.temperatures), num_samples,
+        BLOB_VERSION, flags, FINE_STEPS_PER_NAT, coarse, len(teacher.temperatures), num_samples,
         num_classes, len(streams), len(stored), len(ids_N),
     )  # fmt: skip
     temperatures = np.array(teacher.temperatures, dtype="<f4").tobytes()
@@ -195,20 +201,30 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     return header, tuple(temperatures.tolist()), iter(streams)
 
 
-def _finite_levels(logprobs: np.ndarray) -> np.ndarray:
+def _finite_levels(logprobs: np.ndarray, coarse: int) -> np.ndarray:
     if not np.isfinite(logprobs).all():
         raise ValueError("a log-probability is not finite")
-    return levels(logprobs, FINE_STEPS_PER_NAT, COARSE_STEPS_PER_NAT)
+    return levels(logprobs, FINE_STEPS_PER_NAT, coarse)
 
 
-def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
-    """(ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
+@functools.cache
+def _rounding_kl(coarse: int) -> np.ndarray:
+    """Of a token of each level, its part of the KL divergence that rounding is expected to add: p * step^2 / 24."""
+    nats = level_nats(FINE_STEPS_PER_NAT, coarse).astype(np.float64)
+    return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
+
+
+def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[int, np.ndarray, np.ndarray]:
+    """(coarse steps per nat, ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
     ids_SK, logits_SK = teacher.topk_token_ids_SK, teacher.topk_logits_SK
     if len(stored) < len(ids_SK):
         ids_SK, logits_SK = ids_SK[stored], logits_SK[stored]
     ids_N = ids_SK.reshape(-1).take(kept.cells_N)
     log_sum_exp_N = teacher.log_sum_exp_logits_S[stored].take(kept.row_N)
-    levels_N = _finite_levels(logits_SK.reshape(-1).take(kept.cells_N) - log_sum_exp_N)
+    logprobs_N = logits_SK.reshape(-1).take(kept.cells_N) - log_sum_exp_N
+    coarse, levels_N = COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, COARSE_STEPS_PER_NAT)
+    if _rounding_kl(coarse).take(levels_N).sum() > MOST_ROUNDING_KL_NATS * len(stored):
+        coarse, levels_N = FLAT_COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, FLAT_COARSE_STEPS_PER_NAT)
     rises_N = levels_N[1:] >= levels_N[:-1]
     rises_N[kept.starts_P[1:] - 1] = True
     if not rises_N.all():
@@ -220,7 +236,7 @@ def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[np.nda
     tied = seconds[(levels_N[seconds] == levels_N[seconds - 1]) & (levels_N[seconds] > 0)]
     levels_N[tied - 1] -= 1
     keys_N = _sorted(ids_N.astype(np.uint32) << np.uint32(8) | levels_N, kept)
-    return (keys_N >> np.uint32(8)).astype(np.int64), keys_N.astype(np.uint8)
+    return coarse, (keys_N >> np.uint32(8)).astype(np.int64), keys_N.astype(np.uint8)
 
 
 def _by_level(levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
@@ -238,14 +254,12 @@ def _sorted(keys_N: np.ndarray, kept: Kept) -> np.ndarray:
 
 
 def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
-    """Log-odds in steps of 1/8 from -16 to 15.875, as 0 to 255."""
     mass = np.clip(tail_mass.astype(np.float64), 1e-9, 1 - 1e-9)
-    steps = np.rint(TAIL_STEPS_PER_UNIT * np.log(mass / (1 - mass)))
-    return (np.clip(steps, -128, 127) + 128).astype(np.uint8)
+    return np.searchsorted((TAIL_LOG_ODDS[1:] + TAIL_LOG_ODDS[:-1]) / 2, np.log(mass / (1 - mass))).astype(np.uint8)
 
 
 def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
-    log_odds = (tail_levels.astype(np.float64) - 128) / TAIL_STEPS_PER_UNIT  # float64: 1 - mass may be tiny
+    log_odds = TAIL_LOG_ODDS.take(tail_levels).astype(np.float64)  # float64: 1 - mass may be tiny
     return (1 / (1 + np.exp(-log_odds))).reshape(num_temperatures, -1)
 
 

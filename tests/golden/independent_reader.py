@@ -31,8 +31,8 @@ def positions(row):
     streams = iter([blob[at + sum(lengths[:i]) :][:length] for i, length in enumerate(lengths)])
     inflated = (zlib.decompress(stream, -15) for stream in streams)
     counts, odds = struct.unpack(f"<{num_p}{'BH'[flags >> 2]}", next(inflated)), next(inflated)
-    tails, levels = [1 / (1 + math.exp((128 - level) / 8)) for level in odds], iter(next(inflated))
-    classes = [iter(next(inflated)) for _ in range(num_c)]
+    tails = [1 / (1 + math.exp((max(-48, min(48, x - 136)) - 2 * (x - 136)) / 16)) for x in odds]
+    levels, classes = iter(next(inflated)), [iter(next(inflated)) for _ in range(num_c)]
     widths = (next(classes[i * num_c // (n + 1)]) for n in counts for i in range(n + 1))
     distances, table = read_bits(widths, next(streams)), [-nats(level, fine, coarse) for level in range(256)]
     outside, sampled = iter(next(inflated) if flags & 2 else ()), next(inflated) if num_m else bytes(num_p)
