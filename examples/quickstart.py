@@ -157,7 +157,7 @@ class Quickstart:
         ]
 
     def cache_file(self, split: str) -> str:
-        return quoted(self.folder / "cache" / f"{split}_CHUNK_ID.jsonl")
+        return quoted(self.folder / "cache" / f"{split}_CHUNK_ID.jsonl.zst")
 
     def cache_keys(self) -> list[str]:
         train, validation = self.cache_file("train"), self.cache_file("validation")

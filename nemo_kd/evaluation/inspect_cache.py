@@ -194,12 +194,12 @@ def summary_lines(reader: CacheReader, found: Statistics) -> list[tuple[str, str
 
 
 def histogram(values: np.ndarray, edges: Sequence[float]) -> list[tuple[str, float]]:
-    """(range, share of the values in it) for each pair of edges; a value lies in the range it is the first edge of."""
+    """(range, share of the values in it) for each pair of edges, the upper one excluded but for the last."""
     counts, _ = np.histogram(values, bins=np.array(edges, dtype=float))
-    labels = [
-        f"{low:g} - {high:g}" if high < math.inf else f"{low:g} -" for low, high in itertools.pairwise(edges)
+    return [
+        (_range(low, high), count / max(1, len(values)))
+        for (low, high), count in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
     ]
-    return list(zip(labels, (counts / max(1, len(values))).tolist(), strict=True))
 
 
 def histograms(found: Statistics) -> list[tuple[str, list[tuple[str, float]]]]:
@@ -252,6 +252,14 @@ def _token_line(token: InspectedToken) -> str:
     found = "-" if token.probability is None else f"{token.probability:.3f}"
     rank = "-" if token.rank is None else str(token.rank)
     return f"  {visible(token.text):<20} p {found:>5}  rank {rank:>3}  entropy {token.entropy:5.2f}  tail {token.tail_mass:.3f} | {others}"
+
+
+def _range(low: float, high: float) -> str:
+    if high == math.inf:
+        return f"{low:g} or more"
+    if isinstance(low, int):  # counts
+        return f"{low}" if high == low + 1 else f"{low} - {high - 1:g}"
+    return f"{low:g} - {high:g}"
 
 
 def _mean(values: np.ndarray) -> float:
