@@ -11,7 +11,7 @@ COMMAND = Command(
     example="""compute_topk_logits \\
     pretrained_checkpoint.restore_from_path=teacher/ \\
     data.data.file_path=data/train.jsonl \\
-    output_path=cache/train_with_logits_CHUNK_ID.jsonl n_examples_per_chunk=10000 \\
+    output_path=cache/train_with_logits_CHUNK_ID.jsonl.zst n_examples_per_chunk=10000 \\
     model.micro_batch_size=2 \\
     trainer.devices=8 model.tensor_model_parallel_size=4""",
 )

@@ -10,7 +10,7 @@ COMMAND = Command(
     function="nemo_kd.student:train_student",
     example="""train_gpt_knowledge_distillation \\
     pretrained_checkpoint.restore_from_path=student/ \\
-    "model.data.data_prefix={train: [cache/train_with_logits_CHUNK_ID.jsonl], validation: [cache/val_with_logits_CHUNK_ID.jsonl]}" \\
+    "model.data.data_prefix={train: [cache/train_with_logits_CHUNK_ID.jsonl.zst], validation: [cache/val_with_logits_CHUNK_ID.jsonl.zst]}" \\
     model.knowledge_distillation.kd_loss=bwd_kl \\
     model.knowledge_distillation.kd_loss_weight=1.0 model.knowledge_distillation.sft_loss_weight=0.1 \\
     model.micro_batch_size=1 model.global_batch_size=128 model.optim.lr=1e-5 \\
