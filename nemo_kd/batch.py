@@ -7,7 +7,8 @@ teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are al
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,6 +96,7 @@ class Batch:
         topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
             the fields of `TeacherTopK`; None without a cache, the last two also where a row lacks them. Padded
             positions are positions about which nothing is known.
+        temperatures: those of `tail_mass_BST`, in its order; what all rows have in common.
     """
 
     indices_B: torch.Tensor
@@ -108,6 +110,7 @@ class Batch:
     tail_mass_BST: torch.Tensor | None = None
     label_logprobs_BS: torch.Tensor | None = None
     tail_token_ids_BSM: torch.Tensor | None = None
+    temperatures: tuple[float, ...] = (1.0,)
 
     @property
     def num_examples(self) -> int:
@@ -119,7 +122,9 @@ class Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        present = {
-            field.name: getattr(self, field.name) for field in fields(self) if getattr(self, field.name) is not None
+        tensors: dict[str, Any] = {
+            field.name: function(value)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), torch.Tensor)
         }
-        return Batch(**{name: function(tensor) for name, tensor in present.items()})
+        return replace(self, **tensors)

@@ -102,8 +102,8 @@ class Manifest:
                     f"{path}: format_version {version} is not read by this version of nemo_kd (it reads {FORMAT_VERSION}); "
                     "use the version that wrote the cache, or write the cache again"
                 )
-            payload["chunks"] = {key: ChunkSummary(**chunk) for key, chunk in payload["chunks"].items()}
-            return cls(**payload)
+            chunks = {key: ChunkSummary(**_known(ChunkSummary, chunk)) for key, chunk in payload["chunks"].items()}
+            return cls(**(_known(cls, payload) | {"chunks": chunks}))
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(f"{path}: not a cache manifest ({error}); delete the cache and write it again") from error
 
@@ -156,6 +156,12 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     if cache.tail_samples:
         settings |= {"tail_samples": cache.tail_samples, "seed": cache.seed}
     return settings
+
+
+def _known(cls: type, payload: dict[str, Any]) -> dict[str, Any]:
+    """The fields that this version knows; a later one may add some without changing what these mean."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    return {name: value for name, value in payload.items() if name in names}
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from nemo_kd.cache.files import Lock, remove_abandoned, write_atomically
@@ -16,7 +17,7 @@ from nemo_kd.cache.storage import LocalStorage
 def repair(path: str, dry_run: bool = False) -> list[str]:
     """Cuts torn last lines, makes missing or stale indexes, removes what dead processes left; says what was done.
 
-    What is cut off is kept beside the file, as `<name>.torn`. A chunk that the manifest lists and that had to be cut is
+    What is cut off is kept beside the file, as `<name>.torn`. A chunk whose bytes are not those that the manifest lists is
     no longer listed, so that compute_topk_logits computes it again. Damage in the middle of a file is not touched.
 
     Raises:
@@ -39,28 +40,45 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
 
 def _repair_chunk(layout: CacheLayout, chunk: int, dry_run: bool) -> list[str]:
     path, done = layout.chunk_path(chunk), list[str]()
-    end = _whole_bytes(path)
-    size = path.stat().st_size
+    listing = _listing(layout, chunk)
+    summary = listing[1].chunks[listing[2]] if listing is not None else None
+    if summary is not None and summary.sha256 == f"sha256:{_sha256(path)}":
+        return _make_index(path, is_listed=True, sha256=summary.sha256, dry_run=dry_run)
+    end, size = _whole_bytes(path), path.stat().st_size
     if end < size:
         done.append(f"{path}: the last line is torn: {size - end} bytes cut off and kept as {path.name}.torn")
         if not dry_run:
             content = path.read_bytes()
             write_atomically(path.with_name(f"{path.name}.torn"), content[end:])
             write_atomically(path, content[:end])
-        done += _unlist(layout, chunk, dry_run)
-    if end and (dry_run or not _has_index(layout, chunk)):
-        if dry_run and _has_index(layout, chunk) and end == size:
-            return done
-        done.append(f"{path}: index made anew")
+    if listing is not None:
+        manifest_path, manifest, key = listing
+        done.append(
+            f"{manifest_path}: chunk {chunk} is not what it was when it was written and is no longer listed; "
+            "compute_topk_logits with the same keys computes it again"
+        )
         if not dry_run:
-            mtime_ns = 0 if _listing(layout, chunk) else path.stat().st_mtime_ns
-            try:
-                index = scan_chunk(LocalStorage(str(path.parent)), path.name, mtime_ns)
-            except CacheError as error:
-                done[-1] = f"not repaired: {error}"
-                return done
-            write_atomically(path.with_name(index_name(path.name)), index.to_bytes())
-    return done
+            del manifest.chunks[key]
+            manifest.save(manifest_path)
+        return done
+    return done + (_make_index(path, is_listed=False, sha256="", dry_run=dry_run) if end else [])
+
+
+def _make_index(path: Path, is_listed: bool, sha256: str, dry_run: bool) -> list[str]:
+    index_path, stat = path.with_name(index_name(path.name)), path.stat()
+    index = ChunkIndex.of(index_path.read_bytes()) if index_path.exists() else None
+    if index is not None and index.facts.bytes == stat.st_size:
+        if is_listed and f"sha256:{index.sha256.hex()}" == sha256:
+            return []
+        if not is_listed and index.facts.mtime_ns == stat.st_mtime_ns:
+            return []
+    if not dry_run:
+        try:
+            index = scan_chunk(LocalStorage(str(path.parent)), path.name, 0 if is_listed else stat.st_mtime_ns)
+        except CacheError as error:
+            return [f"not repaired: {error}"]
+        write_atomically(index_path, index.to_bytes())
+    return [f"{path}: index made anew"]
 
 
 def _whole_bytes(path: Path) -> int:
@@ -88,25 +106,9 @@ def _listing(layout: CacheLayout, chunk: int) -> tuple[Path, Manifest, str] | No
     return None
 
 
-def _unlist(layout: CacheLayout, chunk: int, dry_run: bool) -> list[str]:
-    listing = _listing(layout, chunk)
-    if listing is None:
-        return []
-    manifest_path, manifest, key = listing
-    if not dry_run:
-        del manifest.chunks[key]
-        manifest.save(manifest_path)
-    return [
-        f"{manifest_path}: chunk {chunk} is no longer listed; compute_topk_logits with the same keys computes it again"
-    ]
-
-
-def _has_index(layout: CacheLayout, chunk: int) -> bool:
-    path, listing = layout.chunk_path(chunk), _listing(layout, chunk)
-    index_path, stat = path.with_name(index_name(path.name)), path.stat()
-    index = ChunkIndex.of(index_path.read_bytes()) if index_path.exists() else None
-    if index is None or index.facts.bytes != stat.st_size:
-        return False
-    if listing is None:
-        return index.facts.mtime_ns == stat.st_mtime_ns
-    return f"sha256:{index.sha256.hex()}" == listing[1].chunks[listing[2]].sha256
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

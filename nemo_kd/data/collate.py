@@ -81,7 +81,7 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTo
     batch.topk_logits_BSK = torch.from_numpy(logits)
     batch.topk_token_ids_BSK = torch.from_numpy(ids)
     batch.log_sum_exp_logits_BS = torch.from_numpy(log_sum_exp)
-    batch.tail_mass_BST = torch.from_numpy(tail_mass)
+    batch.tail_mass_BST, batch.temperatures = torch.from_numpy(tail_mass), temperatures
     if all(teacher.label_logprobs_S is not None for teacher in teachers):
         batch.label_logprobs_BS = torch.from_numpy(labels)
     if len(num_samples) == 1 and num_samples != {0}:

@@ -19,7 +19,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.repair import repair
 from nemo_kd.cache.verify import verify
 from nemo_kd.cache.vllm import VllmRows
-from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.cache.writer import CacheWriter, SegmentWriter
 from nemo_kd.config.cache import CacheConfig
 from tests.tiny_cache import chunks_of, manifest, row, same, write, write_segment
 
@@ -125,6 +125,39 @@ def test_a_torn_tail_is_cut_kept_and_computed_again(tmp_path, name):
     assert problems(path) == []
 
 
+def test_a_chunk_that_lost_whole_lines_is_computed_again(tmp_path):
+    path = write(tmp_path)
+    chunk = tmp_path / "train_0.jsonl"
+    whole = chunk.read_bytes()
+    chunk.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    (done,) = repair(str(path))
+    assert "chunk 0 is not what it was when it was written and is no longer listed" in done
+    write(tmp_path)
+    assert chunk.read_bytes() == whole
+    (tmp_path / "train_1.jsonl.idx").unlink()
+    assert repair(str(path)) == [f"{tmp_path / 'train_1.jsonl'}: index made anew"]
+    assert problems(path) == []
+
+
+def test_a_chunk_without_any_row_is_whole(tmp_path):
+    layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl.zst")), manifest("packed")
+    writer = CacheWriter(layout, description, chunks_of(description))
+    for segment in writer.missing_segments():
+        if segment[0] == 1:
+            sink = SegmentWriter(layout, description, segment, {})
+            for _ in segment[1]:
+                sink.skip("no loss tokens")
+            sink.publish()
+        else:
+            write_segment(layout, description, segment)
+    writer.assemble_complete()
+    writer.close()
+    reader = CacheReader(layout.output_path)
+    assert [reader[position].example.index for position in range(len(reader))] == [0, 1, 2, 3, 8, 9]
+    assert problems(tmp_path / "c_CHUNK_ID.jsonl.zst") == []
+    assert repair(layout.output_path) == []
+
+
 def test_a_foreign_file_is_cut_and_indexed(tmp_path):
     path = write(tmp_path, "t.jsonl", n_examples_per_chunk=None)
     (tmp_path / "t.manifest.json").unlink()
@@ -148,6 +181,8 @@ def test_damage_in_the_middle_is_left_alone(tmp_path):
     raw[50] = 0
     path.write_bytes(raw)
     (tmp_path / "t.jsonl.idx").unlink()
+    assert "no longer listed" in repair(str(path))[0]
+    (tmp_path / "t.manifest.json").unlink()
     assert repair(str(path))[0].startswith("not repaired: ")
     assert path.read_bytes() == raw
 

@@ -361,6 +361,10 @@ def test_manifest_of_another_format_is_refused(tmp_path):
     path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
     with pytest.raises(CacheError, match="format_version 99 is not read"):
         Manifest.load(path)
+    fields = json.loads(path.read_text()) | {"format_version": 2, "of a later version": 1}
+    fields["chunks"]["0"]["of a later version"] = 2
+    path.write_text(json.dumps(fields))
+    assert Manifest.load(path).chunks["0"].examples == 4
     path.write_text(json.dumps({"format_version": 2}))
     with pytest.raises(CacheError, match="not a cache manifest"):
         Manifest.load(path)
