@@ -260,29 +260,34 @@ def _write_segments(job: Job, teacher: Teacher, missing: list[Segment], writer: 
         mininterval=1.0,
     )
     num_tokens, started_s = 0, time.perf_counter()
-    for segment in mine:
-        records = [job.dataset[index] for index in segment[1]]
-        rows = teacher.rows([record for record in records if isinstance(record, Example)])
-        # Every tensor-parallel rank takes part in computing the rows, one of them writes them.
-        sink = SegmentWriter(layout, job.manifest, segment, computed_with) if groups.tensor_rank == 0 else None
-        for record in records:
-            if isinstance(record, Skipped):
-                if sink is not None:
-                    sink.skip(record.reason)
-                continue
-            row = next(rows)
-            num_tokens += row.example.num_tokens
-            if sink is not None:
-                sink.write(row)
-        if sink is not None:
-            sink.publish()
-        if writer is not None:
-            writer.assemble_complete(up_to=segment[0])
-        rate = groups.data_size * num_tokens / (time.perf_counter() - started_s)
-        progress.set_postfix_str(f"{rate:,.0f} tokens/s in all", refresh=False)
-        progress.update(len(segment[1]))
-    progress.close()
+    with progress:
+        for segment in mine:
+            # Every tensor-parallel rank takes part in computing the rows, one of them writes them.
+            sink = SegmentWriter(layout, job.manifest, segment, computed_with) if groups.tensor_rank == 0 else None
+            num_tokens += _write_segment(teacher, [job.dataset[index] for index in segment[1]], sink)
+            if writer is not None:
+                writer.assemble_complete(up_to=segment[0])
+            rate = groups.data_size * num_tokens / (time.perf_counter() - started_s)
+            progress.set_postfix_str(f"{rate:,.0f} tokens/s in all", refresh=False)
+            progress.update(len(segment[1]))
     torch.distributed.barrier()
+
+
+def _write_segment(teacher: Teacher, records: Sequence[Example | Skipped], sink: SegmentWriter | None) -> int:
+    """Computes the records' rows and publishes them; returns their tokens."""
+    rows, num_tokens = teacher.rows([record for record in records if isinstance(record, Example)]), 0
+    for record in records:
+        if isinstance(record, Skipped):
+            if sink is not None:
+                sink.skip(record.reason)
+            continue
+        row = next(rows)
+        num_tokens += row.example.num_tokens
+        if sink is not None:
+            sink.write(row)
+    if sink is not None:
+        sink.publish()
+    return num_tokens
 
 
 def _computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
