@@ -41,6 +41,20 @@ class Probe:
     kept_mass: float
 
 
+@dataclass(frozen=True)
+class Records:
+    """Means over a sample of records.
+
+    Attributes:
+        tokens: that the teacher reads; stored_tokens: up to the last one in the loss; seconds: of tokenization.
+    """
+
+    tokens: float
+    stored_tokens: float
+    loss_tokens: float
+    seconds: float
+
+
 def plan_cache(config: ComputeTopkLogitsConfig) -> None:
     """Runs the teacher on some micro-batches spread over the dataset and prints what the whole of it takes.
 
@@ -50,7 +64,7 @@ def plan_cache(config: ComputeTopkLogitsConfig) -> None:
     with open_job(config) as job:
         indices = range(job.chunks[0][0], job.chunks[-1][-1] + 1)
         started_s = time.perf_counter()
-        tokens_per_record, loss_tokens_per_record, check_s = _measure_records(job, indices)
+        records = _measure_records(job, indices)
         measured_s = time.perf_counter() - started_s
         teacher = job.load_teacher()
         start_up_s = time.time() - _started_at() - measured_s
@@ -61,7 +75,7 @@ def plan_cache(config: ComputeTopkLogitsConfig) -> None:
             _probe(job, teacher, [batch])
         probe = _probe(job, teacher, probed)
         if torch.distributed.get_rank() == 0:
-            _print(job, indices, probe, tokens_per_record, loss_tokens_per_record, check_s, start_up_s)
+            _print(job, indices, probe, records, start_up_s)
 
 
 def _started_at() -> float:
@@ -71,16 +85,18 @@ def _started_at() -> float:
     return min(process.create_time(), launcher.create_time() if launcher is not None else float("inf"))
 
 
-def _measure_records(job: Job, indices: range) -> tuple[float, float, float]:
-    """(tokens, loss tokens and seconds of tokenization, each per record) of a sample of records."""
+def _measure_records(job: Job, indices: range) -> Records:
     sample = np.random.default_rng(0).choice(indices, min(NUM_MEASURED_RECORDS, len(indices)), replace=False)
     started_s = time.perf_counter()
     records = [job.dataset[int(index)] for index in sample]
     seconds = time.perf_counter() - started_s
     examples = [record for record in records if isinstance(record, Example)]
-    tokens = sum(example.num_tokens for example in examples)
-    loss_tokens = sum(example.num_loss_tokens for example in examples)
-    return tokens / len(records), loss_tokens / len(records), seconds / len(records)
+    return Records(
+        tokens=sum(example.num_tokens for example in examples) / len(records),
+        stored_tokens=sum(int(np.flatnonzero(example.loss_mask_S)[-1]) + 1 for example in examples) / len(records),
+        loss_tokens=sum(example.num_loss_tokens for example in examples) / len(records),
+        seconds=seconds / len(records),
+    )
 
 
 def _micro_batches(job: Job, indices: range) -> list[range]:
@@ -103,30 +119,23 @@ def _probe(job: Job, teacher: Teacher, batches: list[range]) -> Probe:
     return Probe(sum(map(len, batches)), seconds, file_bytes, tokens, loss_tokens, kept_mass)
 
 
-def _print(
-    job: Job,
-    indices: range,
-    probe: Probe,
-    tokens_per_record: float,
-    loss_tokens_per_record: float,
-    check_s: float,
-    start_up_s: float,
-) -> None:
+def _print(job: Job, indices: range, probe: Probe, records: Records, start_up_s: float) -> None:
     num_records, data_size = len(indices), job.groups.data_size
-    tokens, loss_tokens = tokens_per_record * num_records, loss_tokens_per_record * num_records
+    tokens, loss_tokens = records.tokens * num_records, records.loss_tokens * num_records
+    stored_tokens = records.stored_tokens * num_records
     # The probe's records may be longer or shorter than the dataset's: bytes follow loss tokens, time follows tokens.
     file_bytes = probe.file_bytes / max(1, probe.loss_tokens) * loss_tokens + BYTES_PER_LINE * num_records
     compute_s = probe.seconds / max(1, probe.tokens) * tokens / data_size
-    seconds = start_up_s + check_s * num_records / torch.distributed.get_world_size() + compute_s
+    seconds = start_up_s + records.seconds * num_records / torch.distributed.get_world_size() + compute_s
     largest_chunk = max(map(len, job.chunks)) / num_records * file_bytes
     segment_bytes = min(job.config.cache.segment_examples, num_records) / num_records * file_bytes
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
     folder = CacheLayout(job.config.output_path).folder
     lines = [
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
-        ("tokens", f"{tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
+        ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
         ("teacher mass kept", f"{probe.kept_mass / max(1, probe.loss_tokens):.4f}"),
-        ("bytes per token", f"{file_bytes / max(1.0, tokens):,.1f}"),
+        ("bytes per token", f"{file_bytes / max(1.0, stored_tokens):,.1f}"),
         ("disk", f"{_size(file_bytes)}, and {_size(largest_chunk)} more while a chunk is put together, in {folder}"),
         ("time", f"{timedelta(seconds=round(seconds))} on {data_size} data-parallel ranks ({seconds:,.0f} s)"),
         ("tokens per second", f"{tokens / max(1e-9, compute_s):,.0f}"),

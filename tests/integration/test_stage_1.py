@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -21,6 +23,7 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
+from nemo_kd.plan import plan_cache
 from nemo_kd.teacher import compute_topk_logits
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -247,6 +250,32 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
                 odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_TS[number, s] - 1)
                 assert abs(odds[0] + odds[1]) < 0.07
         np.testing.assert_allclose(found.label_logprobs_S[in_loss], exact.label_logprobs_S[in_loss], atol=0.15)
+
+
+def run_plan(model, dataset, output, overrides) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        plan_cache(teacher_config(model, dataset, output, **overrides))
+    return printed.getvalue()
+
+
+def test_the_plan_foretells_the_disk(ranks, world, tmp_path):
+    _, model, _ = world
+    dataset = write_chat_dataset(tmp_path / "more.jsonl", 200)
+    overrides = {"trainer__devices": 2, "model__micro_batch_size": 2, "n_examples_per_chunk": 50, "top_k": 64}
+    output = tmp_path / "cache" / "c_CHUNK_ID.jsonl.zst"
+    told, nothing = ranks(2).run(run_plan, model, dataset, output, overrides)
+    assert nothing == ""
+    assert not output.parent.exists()
+    assert ranks(2).run(run_stage_1, model, dataset, output, overrides) == ["", ""]
+    chunks = json.loads((output.parent / "c_manifest.json").read_text())["chunks"].values()
+    lines = dict(line.split("  ", 1) for line in told.splitlines())
+    planned, unit = lines["disk"].split(",")[0].split()
+    written = sum(path.stat().st_size for path in output.parent.glob("c_?.jsonl.zst*"))
+    assert float(planned) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.15)
+    tokens = sum(chunk["tokens"] for chunk in chunks)
+    assert f"{tokens:,} (" in lines["tokens"]
+    assert " on 2 data-parallel ranks" in lines["time"]
 
 
 def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, tmp_path):
