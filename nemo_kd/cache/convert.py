@@ -53,13 +53,17 @@ def convert(
     Raises:
         CacheError: the source is damaged or out of order, or the target holds something else.
     """
-    if CacheLayout(target).chunk_path(0).exists() and not CacheLayout(target).manifest_path.exists():
-        raise CacheError(f"{target}: exists; give another target")
+    layout = CacheLayout(target)
+    if n_examples_per_chunk is not None and not layout.is_template:
+        raise CacheError(
+            f"{target}: has no CHUNK_ID, which several chunks need; for example converted_CHUNK_ID.jsonl.zst"
+        )
     manifest = _manifest(source, cache, top_k, vocab_size, n_examples_per_chunk)
+    if not layout.is_template:
+        manifest.n_examples_per_chunk = None
     first, last = manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"]
     size = manifest.n_examples_per_chunk or last - first + 1
     chunks = [range(start, min(start + size, last + 1)) for start in range(first, last + 1, size)]
-    layout = CacheLayout(target)
     writer = CacheWriter(layout, manifest, chunks)
     try:
         for segment in tqdm(writer.missing_segments(), unit=" segments", desc="converting"):

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -100,6 +101,7 @@ def tokenizer_folder(model: str) -> Iterator[Any]:
     if os.path.isdir(model) and not os.path.exists(os.path.join(model, "model_config.yaml")):
         yield model
         return
+    warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses on a machine without a GPU
     from nemo_kd.mcore.checkpoint import open_pretrained
 
     with open_pretrained(model, "--tokenizer") as pretrained:

@@ -211,6 +211,11 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
         in_loss = packed[position].example.loss_mask_S > 0
         counts = np.clip((p >= 0.2).sum(1), 1, 2)[in_loss]
         assert (small[position].teacher.topk_token_ids_SK[in_loss] >= 0).sum(1).tolist() == counts.tolist()
+    one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
+    assert list(one.chunks) == ["0"]
+    assert one.chunks["0"].examples == 10
+    with pytest.raises(CacheError, match="has no CHUNK_ID, which several chunks need"):
+        convert(original, str(tmp_path / "two.jsonl.zst"), CacheConfig(), n_examples_per_chunk=5)
     with pytest.raises(CacheError, match="was written with other settings"):
         convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(), 3)
 
