@@ -148,15 +148,26 @@ def _manifest(
         )  # fmt: skip
     known = source.manifests[0]
     ends = [(m.dataset["start_from_idx"], m.dataset["end_at_idx"]) for m in source.manifests]
-    codec = codec_settings(cache) | {"temperatures": known.codec["temperatures"]}
-    if cache.codec == "packed" and known.codec.get("positions", "all") == "loss":
-        codec["positions"] = "loss"
     return replace(
         known,
-        codec=codec,
+        codec=_codec(cache, known, k),
         top_k=min(k, known.top_k),
         dataset=known.dataset | {"start_from_idx": min(ends)[0], "end_at_idx": max(end for _, end in ends)},
         teacher=known.teacher | {"converted_from": known.hash()},
         n_examples_per_chunk=n_examples_per_chunk or known.n_examples_per_chunk,
         chunks={},
     )
+
+
+def _codec(cache: CacheConfig, known: Manifest, top_k: int) -> dict[str, Any]:
+    """What the rows of `known` hold after `cache` has been applied to them."""
+    codec = codec_settings(cache) | {"temperatures": known.codec["temperatures"]}
+    if cache.codec == "packed" and known.codec["name"] == "packed":
+        codec["min_probability"] = max(codec["min_probability"], known.codec["min_probability"])
+        codec["top_p"] = min(codec["top_p"], known.codec["top_p"])
+        codec["min_k"] = min(codec["min_k"], known.codec["min_k"])
+        codec["positions"] = known.codec["positions"]
+    drops_tokens = top_k < known.top_k or cache.probability_floor > 0 or cache.top_p < 1
+    if "tail_samples" in known.codec and not drops_tokens:
+        codec |= {name: known.codec[name] for name in ("tail_samples", "seed")}
+    return codec

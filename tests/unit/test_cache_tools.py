@@ -203,7 +203,7 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     written = Manifest.load(tmp_path / "packed" / "a_manifest.json")
     assert written.teacher["converted_from"] == Manifest.load(tmp_path / "source" / "train_manifest.json").hash()
     assert written.codec["name"] == "packed"
-    fewer = convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(min_probability=0.2), 2, None, 10)
+    fewer = convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(min_probability=0.2), 2)
     assert fewer.top_k == 2
     small = CacheReader(str(tmp_path / "fewer.jsonl"))
     for position in range(10):
