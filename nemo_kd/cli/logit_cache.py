@@ -127,7 +127,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(problem)
     counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
     found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-    print(f"{len(reports)} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
+    num_chunks = sum(report.chunk >= 0 for report in reports)
+    print(f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
     print(f"{len(problems)} problems" if problems else "no problem found")
     return 1 if problems else 0
 
@@ -201,13 +202,14 @@ def _add_merge(subcommands: Any) -> None:
     merge.add_argument("sources", nargs="+", help=PATH)
     merge.add_argument("--output", required=True, help="CHUNK_ID template of the merged cache")
     merge.add_argument("--allow-gaps", action="store_true", help="records may be missing between the sources")
+    merge.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     merge.set_defaults(run=_merge)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.merge import merge
 
-    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps)
+    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers))
     print(f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples")
     return 0
 
