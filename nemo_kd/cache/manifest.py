@@ -16,6 +16,8 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.config.cache import CacheConfig
 
 FORMAT_VERSION = 2
+UNKNOWN = "unknown"
+"""What the manifest of a cache made from another program's files says where that program told nothing."""
 
 
 @dataclass

@@ -169,12 +169,15 @@ def _add_convert(subcommands: Any) -> None:
     )
     convert.add_argument("--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)")
     convert.add_argument("--vocab-size", type=int, help="the teacher's, where the source has no manifest")
+    convert.add_argument(
+        "--tokenizer", metavar="MODEL", help="the teacher's model or tokenizer folder, where the source has no manifest"
+    )
     convert.add_argument("--examples-per-chunk", type=int, help="records a chunk (default: the source's)")
     convert.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.convert import convert
+    from nemo_kd.cache.convert import Tokenizer, convert
     from nemo_kd.cache.reader import CacheReader
     from nemo_kd.cache.vllm import VllmRows
     from nemo_kd.config.cache import CacheConfig
@@ -186,8 +189,25 @@ def _convert(arguments: argparse.Namespace) -> int:
         min_k=arguments.min_k,
     )
     source = VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
+    tokenizer = None
+    if arguments.tokenizer:
+        from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+
+        with tokenizer_folder(arguments.tokenizer) as folder:
+            loaded = load_tokenizer(folder)
+        tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
+    elif not source.manifests:
+        print(
+            "warning: without --tokenizer, training cannot tell whether student and teacher share one", file=sys.stderr
+        )
     written = convert(
-        source, arguments.target, cache, arguments.top_k, arguments.vocab_size, arguments.examples_per_chunk
+        source,
+        arguments.target,
+        cache,
+        arguments.top_k,
+        arguments.vocab_size,
+        arguments.examples_per_chunk,
+        tokenizer,
     )
     chunks = written.chunks.values()
     examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
