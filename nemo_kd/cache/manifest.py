@@ -13,7 +13,7 @@ import orjson
 
 from nemo_kd.cache.files import write_atomically
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.cache import CODECS, CacheConfig
 
 FORMAT_VERSION = 2
 UNKNOWN = "unknown"
@@ -181,6 +181,8 @@ def _check_types(manifest: Manifest, path: str) -> None:
         float(summary.kept_mass_sum)
         if not re.fullmatch("0|[1-9][0-9]*", key):
             raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
+    if manifest.codec["name"] not in CODECS:
+        raise CacheError(f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of {', '.join(CODECS)}")
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise CacheError(

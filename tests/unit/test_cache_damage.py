@@ -1,0 +1,252 @@
+"""`logit_cache verify` and `repair` see past damage: whatever is whole stays, is counted and keeps its line's number."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import zstandard
+
+from nemo_kd.cache import files
+from nemo_kd.cache.files import Lock
+from nemo_kd.cache.index import ChunkIndex
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.lines import TornError, lines_of
+from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.repair import repair
+from nemo_kd.cache.salvage import stretches
+from nemo_kd.cache.verify import verify, verify_chunk
+from tests.tiny_cache import write
+
+ROOT = Path(__file__).resolve().parents[2]
+ONE_FILE = {"codec": "packed", "n_examples_per_chunk": None}
+
+
+def problems(path: Path) -> list[str]:
+    return [problem for report in verify(str(path)) for problem in report.problems]
+
+
+def frames(path: Path) -> list[bytes]:
+    """The lines of a chunk by its index."""
+    raw, index = path.read_bytes(), ChunkIndex.of(path.with_name(path.name + ".idx").read_bytes())
+    assert index is not None
+    return [raw[start:end] for start, end in zip(index.starts[:-1], index.starts[1:], strict=True)]
+
+
+def forget_index(path: Path) -> None:
+    path.with_name(path.name + ".idx").unlink()
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.zst"])
+def test_a_flip_of_any_byte_costs_its_line_only(tmp_path, name):
+    path = write(tmp_path, name, **ONE_FILE)
+    forget_index(path)
+    manifest, whole = Manifest.load(tmp_path / "t.manifest.json"), path.read_bytes()
+    for position in range(0, len(whole), 11):
+        raw = bytearray(whole)
+        raw[position] ^= 1 << position % 8
+        path.write_bytes(raw)
+        report = verify_chunk(path, manifest, manifest.chunks["0"])
+        assert report.problems
+        # A flipped line break makes one line of two.
+        assert report.counts["examples"] >= (8 if whole[position] == 10 else 9), position
+
+
+@pytest.mark.parametrize("with_index", [True, False])
+def test_lines_behind_damage_keep_their_numbers(tmp_path, with_index):
+    path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
+    lines = frames(path)
+    lines[1] = lines[1][:30] + bytes(8) + lines[1][38:]
+    lines[5] = lines[5][:4] + bytes(len(lines[5]) - 4)
+    lines[8] = zstandard.ZstdCompressor(write_checksum=True).compress(b'{"index": 8}\n')
+    path.write_bytes(b"".join(lines))
+    assert any("made for" in problem for problem in problems(path))  # another size: the index tells nothing
+    (tmp_path / "t.manifest.json").unlink()
+    if with_index:
+        starts = [sum(map(len, lines[:number])) for number in range(10)]
+        found = [line.number for line in stretches(path, starts) if line.error is not None]
+    else:
+        forget_index(path)
+        named = [problem.split(":")[1] for problem in problems(path)]
+        assert named[-1] == "9"
+        found = [line.number for line in stretches(path) if line.error is not None]
+    assert found == [2, 6]
+    assert sum(line.error is None for line in stretches(path)) == 8
+
+
+def test_neighbouring_damaged_frames_are_numbered_by_the_index(tmp_path):
+    path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
+    lines = frames(path)
+    starts = [sum(map(len, lines[:number])) for number in range(10)]
+    for number in (3, 4):
+        lines[number] = bytes(len(lines[number]))
+    path.write_bytes(b"".join(lines))
+    assert [line.number for line in stretches(path, starts)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    report = verify(str(path))[0]
+    assert report.counts["examples"] == 8
+    assert any(f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem for problem in report.problems)
+
+
+def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
+    """A damaged frame can announce more bytes than the file has."""
+    path, zst = tmp_path / "t.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True)
+    digits = random.Random(0).randbytes(50_000).hex()
+    lines = [zst.compress(f'{{"text": "{text}"}}\n'.encode()) for text in ("a", digits, "b", "c")]
+    swallowed = 0
+    for position in range(len(lines[0]), len(lines[0]) + 30):
+        for bit in range(8):
+            raw = bytearray(b"".join(lines))
+            raw[position] ^= 1 << bit
+            path.write_bytes(raw)
+            try:
+                with path.open("rb") as file:
+                    list(lines_of(path).split(file, "t"))
+            except TornError:
+                swallowed += 1
+                assert all(text.startswith("not repaired: ") for text in repair(str(path)))
+                assert path.read_bytes() == raw
+            except CacheError:
+                pass
+    assert swallowed > 0
+    assert not list(tmp_path.glob("*.torn*"))
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.zst"])
+def test_a_file_cut_anywhere_loses_its_last_line_only(tmp_path, name):
+    path = write(tmp_path, name, **ONE_FILE)
+    (tmp_path / "t.manifest.json").unlink()
+    lines, torn = frames(path), path.with_name(path.name + ".torn")
+    whole = b"".join(lines)
+    for length in range(len(lines[0]), len(whole), 97):
+        path.write_bytes(whole[:length])
+        repair(str(path))
+        kept = CacheReader(str(path))
+        assert whole.startswith(b"".join(lines[: len(kept)]))
+        left = torn.read_bytes() if torn.exists() else b""
+        assert path.read_bytes() + left in (whole[:length], whole[:length] + b"\n")
+        assert sum(map(len, lines[: len(kept) + 1])) > length
+        torn.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("what", ["garbage", "a line again"])
+@pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst"])
+def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(tmp_path, name, what):
+    path = write(tmp_path, name, codec="packed")
+    chunk = CacheLayout(str(path)).chunk_path(1)
+    whole, manifest = chunk.read_bytes(), (tmp_path / "train_manifest.json").read_bytes()
+    addition = frames(chunk)[0] if what == "a line again" else b"\x00garbage"
+    chunk.write_bytes(whole + addition)
+    (done,) = repair(str(path))
+    assert f"{len(addition)} bytes cut off and kept as {chunk.name}.torn" in done
+    assert (chunk.read_bytes(), chunk.with_name(f"{chunk.name}.torn").read_bytes()) == (whole, addition)
+    assert (tmp_path / "train_manifest.json").read_bytes() == manifest
+    assert problems(path) == []
+    chunk.write_bytes(whole + b"more")
+    assert "kept as" in repair(str(path))[0]
+    assert chunk.with_name(f"{chunk.name}.torn").read_bytes() == addition  # nothing is written over
+    assert chunk.with_name(f"{chunk.name}.torn.1").read_bytes() == b"more"
+
+
+@pytest.mark.parametrize("with_manifest", [True, False])
+def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path, with_manifest):
+    path = write(tmp_path, "t.jsonl", **ONE_FILE)
+    whole = path.read_bytes()
+    if not with_manifest:
+        (tmp_path / "t.manifest.json").unlink()
+    path.write_bytes(whole[:-1])
+    assert any("the last line has no line break" in problem for problem in problems(path))
+    assert "the break was added" in repair(str(path), dry_run=True)[0]
+    assert path.read_bytes() == whole[:-1]
+    assert "the break was added" in repair(str(path))[0]
+    assert path.read_bytes() == whole
+    assert problems(path) == []
+    assert repair(str(path)) == []
+
+
+def test_what_dead_processes_left_is_told_and_removed(tmp_path):
+    path = write(tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    folder = tmp_path / ".train_1.jsonl.segments"
+    folder.mkdir()
+    left = [
+        tmp_path / f".train_1.jsonl.{files._machine()}-{dead.pid}.tmp",
+        folder / f".0-1.{files._machine()}-{dead.pid}.tmp",
+    ]
+    for temporary in left:
+        temporary.write_bytes(b"half")
+    expected = [f"{temporary}: removed, a dead process left it" for temporary in left]
+    assert repair(str(path), dry_run=True) == expected
+    assert all(temporary.exists() for temporary in left)
+    assert repair(str(path)) == expected
+    assert not any(temporary.exists() for temporary in left)
+
+
+def test_a_cache_that_is_being_written_is_not_repaired(tmp_path):
+    write(tmp_path, "t_0.jsonl", n_examples_per_chunk=None)
+    for writing, path in (("t_0.jsonl", "t_0.jsonl"), ("t_0.jsonl", "t_CHUNK_ID.jsonl")):
+        lock = Lock(CacheLayout(str(tmp_path / writing)).lock_path)
+        with pytest.raises(CacheError, match=f"process {os.getpid()} on .* is writing this cache"):
+            repair(str(tmp_path / path))
+        lock.release()
+        assert repair(str(tmp_path / path)) == []
+
+
+def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
+    path = write(tmp_path)
+    for chunk in range(3):
+        file = tmp_path / f"train_{chunk}.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for line in lines:
+            del line["index"]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        forget_index(file)
+    (tmp_path / "train_manifest.json").unlink()
+    assert problems(path) == []
+    assert [report.first_index for report in verify(str(path))] == [-1, -1, -1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (["vocab_size"], "50", "vocab_size: found '50', expected a number"),
+        (["dataset", "end_at_idx"], None, "dataset.end_at_idx: found None"),
+        (["chunks", "1", "bytes"], -1, "chunks.1.bytes: found -1"),
+        (["codec", "name"], "pickle", "codec.name: found 'pickle', expected one of packed, json"),
+        (["chunks", "1", "skipped"], {"too long": 1}, "4 examples and 1 skipped records are not the records 4 to 7"),
+        (["chunks", "1", "last_index"], 8, "chunk 1: covers records 4 to 8, expected 4 to 7"),
+        (["dataset", "end_at_idx"], 7, "chunk 2: is listed, but records 0 to 7 make 2 chunks"),
+        (["chunks", "1", "kept_tokens"], 7, "kept_tokens, but the manifest says 7"),
+        (["chunks", "1", "label_in_topk"], 99, "label_in_topk, but the manifest says 99"),
+        (["chunks", "1", "kept_mass_sum"], 1.0, "but the manifest says 1;"),
+    ],
+)
+def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(tmp_path, keys, value, message):
+    path = write(tmp_path)
+    manifest_path = tmp_path / "train_manifest.json"
+    manifest = json.loads(manifest_path.read_bytes())
+    target = manifest
+    for key in keys[:-1]:
+        target = target[key]
+    target[keys[-1]] = value
+    manifest_path.write_text(json.dumps(manifest))
+    reports = verify(str(path))
+    assert any(message in problem for report in reports for problem in report.problems)
+    assert sum(report.counts["examples"] for report in reports) == 10
+
+
+def test_a_damaged_manifest_is_damage(tmp_path):
+    path = write(tmp_path)
+    manifest_path = tmp_path / "train_manifest.json"
+    manifest_path.write_bytes(manifest_path.read_bytes()[:-40])
+    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "verify", str(path)]
+    result = subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 problems"), result.stderr
+    assert "not a cache manifest" in result.stdout
+    assert "3 chunks" in result.stdout
