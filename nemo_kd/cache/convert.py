@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.layout import SUFFIXES, CacheError, CacheLayout
 from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import trimmed
@@ -72,6 +72,11 @@ def convert(
         raise CacheError(
             f"{source.path}: its manifest tells vocabulary and tokenizer; leave --vocab-size and --tokenizer out"
         )
+    for option, value in (("--top-k", top_k), ("--examples-per-chunk", n_examples_per_chunk)):
+        if value is not None and value < 1:
+            raise CacheError(f"{option}: {value} must be at least 1")
+    if not target.endswith(SUFFIXES):
+        raise CacheError(f"{target}: ends in none of {', '.join(SUFFIXES)}, which tell how lines are stored")
     if isinstance(source, CacheReader):
         if (
             layout.folder.resolve() == source.layout.folder.resolve()
@@ -216,6 +221,7 @@ def _manifest(
         dataset=known.dataset | {"start_from_idx": min(ends)[0], "end_at_idx": max(end for _, end in ends)},
         teacher=known.teacher | {"converted_from": known.hash()},
         n_examples_per_chunk=n_examples_per_chunk or known.n_examples_per_chunk,
+        merged_chunks=None,
         chunks={},
     )
 

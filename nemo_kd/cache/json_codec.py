@@ -34,7 +34,7 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
         fewest = int((teacher.topk_token_ids_SK[known_S] >= 0).sum(axis=1).min())
         raise CacheError(
             f"{where}: positions keep different numbers of tokens ({fewest} at least), which the json codec cannot hold; "
-            "write the cache with cache.min_probability=0 cache.top_p=1, or stay with cache.codec=packed"
+            "write the cache with cache.min_probability=0 cache.top_p=1, keep no more than that (top_k), or stay with cache.codec=packed"
         )
     logits_SK, ids_SK = teacher.topk_logits_SK.astype(np.float32), teacher.topk_token_ids_SK.copy()
     log_sum_exp_S = teacher.log_sum_exp_logits_S.astype(np.float32)

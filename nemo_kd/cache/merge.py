@@ -76,14 +76,20 @@ def _merged(parts: list[Part], layout: CacheLayout, allow_gaps: bool) -> Manifes
         differences = [
             line
             for line in first.differences(manifest)
-            if not line.startswith(("dataset.start", "dataset.end", "n_examples", "merged_chunks"))
+            if not line.startswith(
+                ("dataset.start", "dataset.end", "n_examples", "merged_chunks", "teacher.converted_from")
+            )
         ]
         if differences:
             raise CacheError(
                 f"{parts[0][0]} and {next_path} were written with other settings:\n  " + "\n  ".join(differences)
             )
     dataset = first.dataset | {"start_from_idx": parts[0][2].first_index, "end_at_idx": parts[-1][2].last_index}
-    return replace(first, dataset=dataset, n_examples_per_chunk=None, merged_chunks=len(parts), chunks={})
+    origins = list(dict.fromkeys(manifest.teacher.get("converted_from") for _, manifest, _ in parts))
+    teacher = first.teacher if len(origins) == 1 else first.teacher | {"converted_from": origins}
+    return replace(
+        first, teacher=teacher, dataset=dataset, n_examples_per_chunk=None, merged_chunks=len(parts), chunks={}
+    )
 
 
 def _claim(layout: CacheLayout, merged: Manifest) -> None:

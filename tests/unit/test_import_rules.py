@@ -71,6 +71,7 @@ def test_every_room_is_listed():
     [
         ("nemo_kd.cli.compute_topk_logits", ["torch", "megatron", "nemo", "transformers"]),
         ("nemo_kd.cli.train_gpt_knowledge_distillation", ["torch", "megatron", "nemo", "transformers"]),
+        ("nemo_kd.cli.logit_cache", ["torch", "megatron", "nemo", "transformers"]),
         ("nemo_kd.config.student", ["torch", "megatron"]),
         ("nemo_kd.cache.manifest", ["torch", "megatron", "transformers"]),
         ("nemo_kd.data.dataset", ["megatron", "nemo"]),
