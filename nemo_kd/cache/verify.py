@@ -261,7 +261,9 @@ def _check_index(path: Path, index: ChunkIndex | None, facts: LineFacts, sha256:
     if index is None:
         report.problem(f"{path}: there is no usable index; `logit_cache repair` makes one")
     elif index.to_bytes() != facts.index(sha256, index.facts.mtime_ns).to_bytes():
-        report.problem(f"{path}: the index does not describe {report.path.name}; `logit_cache repair` makes it anew")
+        report.problem(
+            f"{path}: the index does not describe {report.path.name}; delete it: `logit_cache repair`, or the next reader, makes it anew"
+        )
 
 
 def _check_order(reports: list[ChunkReport]) -> None:

@@ -28,12 +28,18 @@ LARGEST_MASS = 1.01
 ROWS_FOR_K = 16
 
 
-class Entry(NamedTuple):
-    """A token that an entry of `prompt_logprobs` tells of; rank 0 where it has none."""
+class Told(NamedTuple):
+    """What the entries of all S positions tell, N tokens in all: position by position, likeliest first.
 
-    token: int
-    logprob: float
-    rank: int
+    Attributes:
+        own_rank_S: of the token at its own place; 0 where vLLM told none.
+    """
+
+    counts_S: np.ndarray
+    ids_N: np.ndarray
+    logprobs_N: np.ndarray
+    own_rank_S: np.ndarray
+    own_logprob_S: np.ndarray
 
 
 class VllmRows:
@@ -120,15 +126,15 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
                 f"{where}: field loss_mask: found {mask[~np.isin(mask, (0, 1))][0]}, expected only 0 and 1"
             )
     # The entry of a token is what the model said before it: it belongs to the position in front.
-    told = [_entries(entry, int(token), where) for entry, token in zip(found[1:], tokens[1:], strict=True)]
-    k = min(len(entries) for entries in told)
-    kept = [_likeliest(entries, int(token), k) for entries, token in zip(told, tokens[1:], strict=True)]
-    largest_k = max(1, *(len(entries) for entries in kept))
-    logprobs_SK = np.full((len(kept), largest_k), -np.inf, dtype=np.float64)
-    ids_SK = np.full((len(kept), largest_k), -1, dtype=np.int64)
-    for number, entries in enumerate(kept):
-        for rank, entry in enumerate(entries):
-            ids_SK[number, rank], logprobs_SK[number, rank] = entry.token, entry.logprob
+    told = _told(found[1:], tokens[1:], where)
+    row_N = np.repeat(np.arange(len(told.counts_S)), told.counts_S)
+    place_N = np.arange(len(row_N)) - np.repeat(np.cumsum(told.counts_S) - told.counts_S, told.counts_S)
+    kept_N = _kept(told, tokens[1:], place_N, row_N)
+    k = max(1, int(place_N[kept_N].max(initial=-1)) + 1)
+    logprobs_SK = np.full((len(tokens) - 1, k), -np.inf, dtype=np.float64)
+    ids_SK = np.full((len(tokens) - 1, k), -1, dtype=np.int64)
+    logprobs_SK[row_N[kept_N], place_N[kept_N]] = told.logprobs_N[kept_N]
+    ids_SK[row_N[kept_N], place_N[kept_N]] = told.ids_N[kept_N]
     mass_S = np.exp(logprobs_SK).sum(axis=1)
     if mass_S.max() > LARGEST_MASS:
         raise CacheError(
@@ -136,49 +142,51 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
             f"{tokens[1 + mass_S.argmax()]}, expected log-probabilities; run vLLM with --logprobs-mode raw_logprobs"
         )
     largest_S = np.where(ids_SK[:, 0] >= 0, logprobs_SK[:, 0], 0)
-    labels = [
-        next(entry.logprob for entry in entries if entry.token == token)
-        for entries, token in zip(told, tokens[1:], strict=True)
-    ]
     teacher = TeacherTopK(
         topk_logits_SK=(logprobs_SK - largest_S[:, None]).astype(np.float32),
         topk_token_ids_SK=ids_SK,
         log_sum_exp_logits_S=np.maximum(-largest_S, 0).astype(np.float32),
         tail_mass_TS=np.clip(1 - mass_S, 0, 1).astype(np.float32)[None],
-        label_logprobs_S=np.maximum(labels, SMALLEST_LOGPROB).astype(np.float32),
+        label_logprobs_S=np.maximum(told.own_logprob_S, SMALLEST_LOGPROB).astype(np.float32),
     )
     example = Example(example_index(payload, position, where), tokens[:-1], tokens[1:], mask[1:])
     return CachedExample(example, teacher)
 
 
-def _entries(entry: Any, token: int, where: str) -> list[Entry]:
-    """What an entry tells, likeliest first; `token` is among it."""
+def _told(entries: list[Any], tokens_S: np.ndarray, where: str) -> Told:
     try:
-        found = [_entry(int(key), facts) for key, facts in entry.items()]
-        if token not in {one.token for one in found}:
-            raise ValueError("the token itself is missing")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        ids = [int(key) for entry in entries for key in entry]
+        logprobs = [_logprob(facts) for entry in entries for facts in entry.values()]
+        own = [entry[str(token)] for entry, token in zip(entries, tokens_S.tolist(), strict=True)]
+        ranks = [facts.get("rank") or 0 if isinstance(facts, dict) else 0 for facts in own]
+        ids_N, logprobs_N = np.array(ids, dtype=np.int64), np.array(logprobs, dtype=np.float64)
+        own_rank_S, own_logprob_S = np.array(ranks, dtype=np.int64), np.array([_logprob(facts) for facts in own])
+        if ids_N.min() < 0 or np.isnan(logprobs_N).any() or logprobs_N.max() == np.inf:
+            raise ValueError("an id or a log-probability is none")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+        if len(entries) > 1:  # find out which
+            for number, entry in enumerate(entries):
+                _told([entry], tokens_S[number : number + 1], where)
         raise CacheError(
-            f"{where}: field prompt_logprobs: found {str(entry)[:80]!r} for token {token}, expected an object "
+            f"{where}: field prompt_logprobs: found {str(entries[0])[:80]!r} for token {tokens_S[0]}, expected an object "
             '{"id": {"logprob": number, "rank": number}} with the token itself among the ids'
         ) from error
-    return sorted(found, key=lambda one: (-one.logprob, one.token))
+    counts_S = np.array([len(entry) for entry in entries])
+    order_N = np.lexsort((ids_N, -logprobs_N, np.repeat(np.arange(len(entries)), counts_S)))
+    return Told(counts_S, ids_N[order_N], logprobs_N[order_N], own_rank_S, own_logprob_S)
 
 
-def _entry(token: int, facts: Any) -> Entry:
-    logprob, rank = (facts["logprob"], facts.get("rank")) if isinstance(facts, dict) else (facts, None)
-    value = -math.inf if logprob is None else float(logprob)
-    if math.isnan(value) or value == math.inf or token < 0:
-        raise ValueError(f"{logprob} is no log-probability")
-    return Entry(token, value, int(rank or 0))
+def _logprob(facts: Any) -> float:
+    value = facts["logprob"] if isinstance(facts, dict) else facts
+    return -math.inf if value is None else float(value)
 
 
-def _likeliest(entries: list[Entry], token: int, k: int) -> list[Entry]:
-    """The entries without the prompt's own token where that was added to the k likeliest, and without what cannot be.
+def _kept(told: Told, tokens_S: np.ndarray, place_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+    """Which tokens are kept, as a mask: not the prompt's own where it was added to the k likeliest, nor what cannot be.
 
     Whether a token is kept must not depend on its being the label: that would bias what is kept.
     """
-    own = entries[-1]
-    if own.token == token and (own.rank > len(entries) or len(entries) == k + 1):
-        entries = entries[:-1]
-    return [one for one in entries if one.logprob > SMALLEST_LOGPROB]
+    last_S = np.cumsum(told.counts_S) - 1
+    is_added_S = (told.own_rank_S > told.counts_S) | (told.counts_S == told.counts_S.min() + 1)
+    is_added_S &= told.ids_N[last_S] == tokens_S
+    return (told.logprobs_N > SMALLEST_LOGPROB) & ~(is_added_S[row_N] & (place_N == told.counts_S[row_N] - 1))

@@ -250,3 +250,21 @@ def test_a_damaged_manifest_is_damage(tmp_path):
     assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 problems"), result.stderr
     assert "not a cache manifest" in result.stdout
     assert "3 chunks" in result.stdout
+
+
+def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
+    path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
+    manifest, index = Manifest.load(tmp_path / "t.manifest.json"), path.with_name("t.jsonl.zst.idx")
+    whole = index.read_bytes()
+    for position in range(len(whole)):
+        if 48 <= position < 56:  # the time, which means nothing beside a manifest
+            continue
+        raw = bytearray(whole)
+        raw[position] ^= 4
+        index.write_bytes(raw)
+        (problem,) = verify_chunk(path, manifest, manifest.chunks["0"]).problems
+        assert str(index) in problem
+        assert "`logit_cache repair`" in problem
+    index.unlink()
+    assert repair(str(path)) == [f"{path}: index made anew"]
+    assert index.read_bytes() == whole
