@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
 
@@ -79,7 +79,7 @@ def check_tokenizer(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> 
     """
     ours = tokenizer_fingerprint(tokenizer)
     for manifest in reader.manifests:
-        if manifest.tokenizer not in (ours, "unknown"):
+        if manifest.tokenizer not in (ours, UNKNOWN):
             raise CacheError(
                 f"--tokenizer: {ours} is another tokenizer than the one the cache was written with ({manifest.tokenizer}); "
                 "give the teacher's"
