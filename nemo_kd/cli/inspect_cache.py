@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from typing import Any
 
 from nemo_kd.config import ConfigError
@@ -42,9 +43,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nemo_kd.evaluation.inspect_page import chosen, page
     from nemo_kd.evaluation.token_text import TokenText, tokenizer_of
 
-    for name in ("sample", "num_examples"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    _check(arguments)
     reader, tokenizer = CacheReader(arguments.path, partial=True), None
     if arguments.tokenizer:
         tokenizer = tokenizer_of(arguments.tokenizer)
@@ -53,10 +52,30 @@ def _inspect(arguments: argparse.Namespace) -> int:
         raise CacheError(f"--example: {arguments.example} lies outside the {len(reader)} examples of {arguments.path}")
     text = TokenText(tokenizer)
     report = report_of(reader, measure(reader, arguments.sample))
-    print(as_text(report, example_as_text(reader[arguments.example], arguments.example, len(reader), text)))
+    found = as_text(report, example_as_text(reader[arguments.example], arguments.example, len(reader), text))
     if arguments.html:
         positions = chosen(len(reader), arguments.example, arguments.num_examples)
         rows = ((position, reader[position]) for position in positions)
         write_atomically(os.path.abspath(arguments.html), page(arguments.path, report, rows, text).encode())
-        print(f"\nwritten: {arguments.html}")
+        found += f"\n\nwritten: {arguments.html}"
+    _print(found)
     return 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("sample", "num_examples"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1")
+    if arguments.html:
+        folder = os.path.dirname(os.path.abspath(arguments.html))
+        if os.path.isdir(arguments.html) or not os.path.isdir(folder):
+            raise ConfigError(f"--html: {arguments.html} must be a file in a folder that exists")
+
+
+def _print(text: str) -> None:
+    """Prints what may be in any language to any terminal, or to a program that stops reading."""
+    try:
+        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

@@ -16,7 +16,7 @@ from nemo_kd.batch import CachedExample
 from nemo_kd.cache.reader import CacheReader
 
 ENTROPY_EDGES = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, math.inf)
-MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, math.inf)
+MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 COUNT_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, math.inf)
 RANK_EDGES = (1, 2, 3, 4, 6, 11, 21, 51, 101, math.inf)
 
@@ -137,8 +137,8 @@ def histograms(found: Statistics) -> list[Histogram]:
     ranks = _histogram("rank of the label", found.label_rank_N[found.label_rank_N > 0], RANK_EDGES)
     not_kept = int((found.label_rank_N == 0).sum())
     return [
-        _histogram("entropy of the teacher, nats (at least)", found.entropy_N, ENTROPY_EDGES),
-        _histogram("probability inside the kept tokens", found.kept_mass_N, MASS_EDGES),
+        _histogram("entropy in nats, at least", found.entropy_N, ENTROPY_EDGES),
+        _histogram("probability kept", found.kept_mass_N, MASS_EDGES),
         _histogram("tokens kept", found.num_kept_N, COUNT_EDGES),
         Histogram(ranks.title, [*ranks.labels, "not kept"], [*ranks.counts, not_kept]),
     ]

@@ -24,7 +24,7 @@ PAGE_ALTERNATIVES = 10
 PROMPT_TOKENS, LOSS_SPAN_TOKENS = 400, 2000
 """Tokens of an example that are shown before its first loss token, and from there on."""
 
-_ROW, _LABEL, _BAR, _WIDTH = 20, 86, 166, 310  # of a histogram, in units of the picture
+_ROW, _LABEL, _BAR, _WIDTH = 19, 98, 122, 268  # of a histogram, in units of the picture
 
 
 def chosen(num_rows: int, example: int, num_examples: int, seed: int = 0) -> list[int]:
@@ -43,7 +43,7 @@ def page(title: str, report: Report, rows: Iterable[tuple[int, CachedExample]], 
     template = TEMPLATE.read_text(encoding="utf-8")
     tokens = _Tokens(text)
     identity = dict(report.identity)
-    sections = (("What it is", report.identity), ("What is there", report.counts), ("What was measured", report.sample))
+    sections = (("Identity", report.identity), ("Contents", report.counts), ("Sample", report.sample))
     values = {
         "policy": _policy(template),
         "title": html.escape(title.rpartition("/")[2]),
