@@ -56,7 +56,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
     if arguments.html:
         positions = chosen(len(reader), arguments.example, arguments.num_examples)
         rows = ((position, reader[position]) for position in positions)
-        write_atomically(os.path.abspath(arguments.html), page(arguments.path, report, rows, text).encode())
+        content = page(arguments.path, report, rows, text).encode(errors="backslashreplace")
+        write_atomically(os.path.abspath(arguments.html), content)
         found += f"\n\nwritten: {arguments.html}"
     _print(found)
     return 0

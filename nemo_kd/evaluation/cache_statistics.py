@@ -54,20 +54,20 @@ class Statistics:
 
     Attributes:
         num_tokens, num_loss_tokens: positions of the measured rows.
-        rest_nats_N: what the entropy gains at most where the tail is spread evenly; NaN where the vocabulary is not known.
         has_label_logprobs: whether all rows store them.
+        rest_nats_N: what the entropy gains at most, where the tail is spread evenly; NaN where the vocabulary is not known.
     """
 
     num_rows: int
     num_tokens: int
     num_loss_tokens: int
+    has_label_logprobs: bool
     num_kept_N: np.ndarray
     kept_mass_N: np.ndarray
     entropy_N: np.ndarray
     rest_nats_N: np.ndarray
     label_rank_N: np.ndarray
     label_logprob_N: np.ndarray
-    has_label_logprobs: bool
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,14 @@ def view(row: CachedExample) -> View:
     )
 
 
+def text_ids(row: CachedExample) -> list[int]:
+    """The tokens of a row and what its last position predicts: position s predicts the one at s + 1."""
+    example = row.example
+    ids = np.append(example.tokens_S, example.labels_S[-1])
+    # Labels outside the loss may be anything.
+    return np.where(np.append(0, example.loss_mask_S) > 0, np.append(0, example.labels_S), ids).tolist()
+
+
 def measure(reader: CacheReader, num_rows: int, seed: int = 0) -> Statistics:
     """Figures of at most `num_rows` rows, drawn at random; the same seed draws the same ones."""
     drawn = np.random.default_rng(seed).choice(len(reader), min(num_rows, len(reader)), replace=False)
@@ -129,7 +137,7 @@ def measure(reader: CacheReader, num_rows: int, seed: int = 0) -> Statistics:
             rest_P = tail_P * np.log(np.maximum(vocab_size - kept_P, 1))
         columns.append((kept_P, 1 - tail_P, seen.entropy_P, rest_P, seen.label_rank_P, seen.label_logprob_P))
     arrays = [np.concatenate(column) for column in zip(*columns, strict=True)] or [np.zeros(0)] * 6
-    return Statistics(len(drawn), num_tokens, num_loss_tokens, *arrays, has_label_logprobs=has_label_logprobs)
+    return Statistics(len(drawn), num_tokens, num_loss_tokens, has_label_logprobs, *arrays)
 
 
 def histograms(found: Statistics) -> list[Histogram]:

@@ -16,8 +16,8 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
-from nemo_kd.evaluation.cache_statistics import Histogram, Statistics, histograms, view
-from nemo_kd.evaluation.token_text import TokenText
+from nemo_kd.evaluation.cache_statistics import Histogram, Statistics, histograms, text_ids, view
+from nemo_kd.evaluation.token_text import MARKS, TokenText, marked
 
 BAR_WIDTH = 40
 TEXT_ALTERNATIVES = 5
@@ -77,7 +77,9 @@ def example_as_text(row: CachedExample, position: int, num_rows: int, text: Toke
     """One example: its prompt in one line, then a line for every label that counts in the loss."""
     example, seen = row.example, view(row)
     first = int(seen.position_P[0]) if len(seen.position_P) else example.num_tokens - 1
-    prompt = "".join(text.visible(token) for token in example.tokens_S[: first + 1].tolist())
+    token_ids = text_ids(row)
+    prompt = marked(text.of(token_ids[: first + 1])).replace(MARKS[" "], " ")
+    pieces = list(text.along(token_ids))
     if len(prompt) > PROMPT_CHARACTERS:
         prompt = f"… {prompt[-PROMPT_CHARACTERS:]}"
     lines = [
@@ -88,11 +90,12 @@ def example_as_text(row: CachedExample, position: int, num_rows: int, text: Toke
     ]
     for p, s in enumerate(seen.position_P.tolist()):
         shown = zip(seen.ids_PK[p, :TEXT_ALTERNATIVES].tolist(), seen.probability_PK[p].tolist(), strict=False)
-        others = "  ".join(f"{text.visible(token)} {share(value)}" for token, value in shown if token >= 0)
+        _, pending = pieces[s + 1]
+        others = "  ".join(f"{text.visible(token, pending)} {share(value)}" for token, value in shown if token >= 0)
         rank = seen.label_rank_P[p] or "-"
         found = share(float(np.exp(seen.label_logprob_P[p])))
         lines.append(
-            f"{s:>8}  {text.visible(int(example.labels_S[s])):<16} {found:>11} {rank:>4} {seen.entropy_P[p]:>7.2f} "
+            f"{s:>8}  {text.visible(int(example.labels_S[s]), pending):<16} {found:>11} {rank:>4} {seen.entropy_P[p]:>7.2f} "
             f"{share(seen.tail_mass_P[p]):>6}  {others}"
         )
     return "\n".join(lines)
@@ -120,7 +123,7 @@ def _headline(counts: Facts, found: Statistics) -> Facts:
         ("labels that rank first", share((found.label_rank_N == 1).mean())),
     ]
     if found.has_label_logprobs:
-        facts.append(("teacher's cross-entropy", f"{-found.label_logprob_N.mean():.3f} nats"))
+        facts.append(("teacher's cross-entropy", f"{-found.label_logprob_N.mean():.2f} nats"))
     return facts
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
+import itertools
 import math
 import re
 from collections.abc import Iterable
@@ -15,9 +16,9 @@ import numpy as np
 import orjson
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.evaluation.cache_statistics import ENTROPY_EDGES, Histogram, view
+from nemo_kd.evaluation.cache_statistics import ENTROPY_EDGES, Histogram, View, text_ids, view
 from nemo_kd.evaluation.inspect_cache import Facts, Report
-from nemo_kd.evaluation.token_text import TokenText, decoded
+from nemo_kd.evaluation.token_text import TokenText
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
 PAGE_ALTERNATIVES = 10
@@ -77,19 +78,15 @@ class _Tokens:
         place_of = {s: p for p, s in enumerate(seen.position_P.tolist())}
         first_loss = min(place_of, default=0)
         start, end = max(0, first_loss - PROMPT_TOKENS), min(example.num_tokens, first_loss + LOSS_SPAN_TOKENS)
-        spans, pending = [], b""
-        if start:
-            spans.append(f"<p>{start:,} tokens before</p>")
-        tokens = example.tokens_S.tolist()
-        for s in range(start - 1, end):
-            # The token that position s predicts. Labels outside the loss may be anything.
-            token_id = int(example.labels_S[s]) if s in place_of or s + 1 == len(tokens) else tokens[s + 1]
-            shown, rest = decoded(pending, self._text.raw(token_id))
-            marked = html.escape(shown).replace("\n", "<i>⏎</i>\n").replace("\r", "<i>␍</i>")
-            if s in place_of:
-                marked = self._span(marked, seen, place_of[s], token_id, pending)
-            spans.append(marked)
-            pending = rest
+        spans = [f"<p>{start:,} tokens before</p>"] if start else []
+        token_ids = text_ids(row)[start : end + 1]
+        pieces = zip(itertools.count(start - 1), token_ids, self._text.along(token_ids), strict=False)
+        for in_loss, run in itertools.groupby(pieces, lambda piece: piece[0] in place_of):
+            if in_loss:
+                spans += [self._span(_piece(shown), seen, place_of[s], i, pending) for s, i, (shown, pending) in run]
+            else:
+                _, others, contexts = zip(*run, strict=True)
+                spans.append(_piece(self._text.of(others, contexts[0][1])))
         if end < example.num_tokens:
             spans.append(f"<p>{example.num_tokens - end:,} positions more</p>")
         mean = f", mean entropy at least {seen.entropy_P.mean():.2f} nats" if len(place_of) else ""
@@ -103,7 +100,7 @@ class _Tokens:
         payload = {"texts": [list(key) for key in self._texts], "tokens": self._tokens}
         return orjson.dumps(payload).decode().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
-    def _span(self, marked: str, seen: Any, p: int, label: int, pending: bytes) -> str:
+    def _span(self, piece: str, seen: View, p: int, label: int, pending: bytes) -> str:
         entropy, rank = float(seen.entropy_P[p]), int(seen.label_rank_P[p])
         logprob = float(seen.label_logprob_P[p])
         others: list[float] = []
@@ -122,11 +119,16 @@ class _Tokens:
         # One stop of the Tab key an example; the arrow keys go on from there.
         index = 0 if p == 0 else -1
         missed = "" if rank else " miss"
-        return f'<span class="t e{level}{missed}" data-n="{number}" tabindex="{index}">{marked}</span>'
+        return f'<span class="t e{level}{missed}" data-n="{number}" tabindex="{index}">{piece}</span>'
 
     def _text_number(self, token_id: int, pending: bytes) -> int:
         key = (self._text.visible(token_id, pending), token_id)
         return self._texts.setdefault(key, len(self._texts))
+
+
+def _piece(text: str) -> str:
+    """Line breaks are shown and take place."""
+    return html.escape(text).replace("\n", "<i>⏎</i>\n").replace("\r", "<i>␍</i>")
 
 
 def _rounded(value: float) -> float:

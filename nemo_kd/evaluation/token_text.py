@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tarfile
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -77,8 +78,19 @@ class TokenText:
         """
         if self._tokenizer is None:
             return f"#{token_id}"
-        text, _ = decoded(pending, self.raw(token_id))
-        return "".join(MARKS.get(character, character) for character in text)
+        return marked(decoded(pending, self.raw(token_id))[0])
+
+    def of(self, token_ids: Sequence[int], pending: bytes = b"") -> str:
+        """The text of tokens that follow each other and the first bytes of a character."""
+        return decoded(pending, b"".join(map(self.raw, token_ids)))[0]
+
+    def along(self, token_ids: Sequence[int]) -> Iterator[tuple[str, bytes]]:
+        """(text, first bytes of a character that came before) of tokens that follow each other; see `decoded`."""
+        pending = b""
+        for token_id in token_ids:
+            text, unfinished = decoded(pending, self.raw(token_id))
+            yield text, pending
+            pending = unfinished
 
 
 def decoded(pending: bytes, raw: bytes) -> tuple[str, bytes]:
@@ -105,6 +117,11 @@ def decoded(pending: bytes, raw: bytes) -> tuple[str, bytes]:
             text += _hex(broken) if broken else ""
             position += error.end
     return text + (_hex(content[end:]) if unfinished else ""), content[end:]
+
+
+def marked(text: str) -> str:
+    """The text in one line, with signs for its blanks and line breaks."""
+    return "".join(MARKS.get(character, character) for character in text)
 
 
 def _unfinished(content: bytes) -> int:
