@@ -8,10 +8,10 @@ index of its example from the file to the cache.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, Segment, SegmentWriter
 from nemo_kd.config import ConfigError
-from nemo_kd.config.data import sequence_length
+from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_tensor_parallel
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
@@ -126,7 +126,7 @@ class Teacher:
         return torch.from_numpy(uniforms).flatten(0, 1).to(batch.tokens_BS.device)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What stage 1 is about to do, checked.
 
@@ -324,10 +324,17 @@ def _manifest(
             "start_from_idx": chunks[0][0],
             "end_at_idx": chunks[-1][-1],
             "formats": dataset.formats(index for chunk in chunks for index in chunk),
+            "formatting": _formatting(config.data),
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
     )
+
+
+def _formatting(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide how a record becomes tokens and a mask, tokenizer and length apart."""
+    settings = dataclasses.asdict(data.data) | {"chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)}
+    return {name: value for name, value in settings.items() if name not in ("file_path", "max_seq_length")}
 
 
 def _from_rank_zero(value: list[Segment] | None) -> list[Segment]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.manifest import Manifest, codec_settings
+from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
 from nemo_kd.cache.record import trimmed
 from nemo_kd.cache.reduce import keep, limited
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
@@ -137,11 +137,11 @@ def _manifest(
             vocab_size=vocab_size,
             tokenizer_size=vocab_size,
             seq_length=0,
-            teacher={"name": "unknown", "source": source.fingerprint()},
-            tokenizer="unknown",
+            teacher={"name": UNKNOWN, "source": source.fingerprint()},
+            tokenizer=UNKNOWN,
             chat_template=None,
             dataset={
-                "path": source.path, "fingerprint": "unknown", "start_from_idx": first.example.index,
+                "path": source.path, "fingerprint": UNKNOWN, "start_from_idx": first.example.index,
                 "end_at_idx": last.example.index,
             },
             n_examples_per_chunk=n_examples_per_chunk,

@@ -15,6 +15,8 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.config.cache import CacheConfig
 
 FORMAT_VERSION = 2
+UNKNOWN = "unknown"
+"""Tokenizer and the like of a cache that another program wrote."""
 
 
 @dataclass
@@ -105,7 +107,10 @@ class Manifest:
             chunks = {key: ChunkSummary(**_known(ChunkSummary, chunk)) for key, chunk in payload["chunks"].items()}
             return cls(**(_known(cls, payload) | {"chunks": chunks}))
         except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"{path}: not a cache manifest ({error}); delete the cache and write it again") from error
+            raise CacheError(
+                f"{path}: not a cache manifest ({error}); restore it from a copy, or move it away: the chunks are whole without it, "
+                "only nobody checks then which teacher and tokenizer wrote them"
+            ) from error
 
     def save(self, path: Path) -> None:
         """Writes the manifest, whole or not at all."""

@@ -36,6 +36,9 @@ Segment = tuple[int, range]
 class CacheWriter:
     """The one process that holds a cache's lock: it says what is missing, puts chunks together and keeps the manifest.
 
+    Attributes:
+        missing: chunks that are not listed, or whose file is not there with the listed size.
+
     Args:
         manifest: what is about to be written. A cache that is there already is continued if it says the same.
         chunks: the record indices of every chunk.
@@ -47,6 +50,7 @@ class CacheWriter:
 
     def __init__(self, layout: CacheLayout, manifest: Manifest, chunks: Sequence[range]) -> None:
         self.layout, self.manifest, self.chunks = layout, manifest, chunks
+        self.missing: list[int] = []
         with explained(layout.folder):
             layout.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(layout.lock_path)
@@ -60,14 +64,10 @@ class CacheWriter:
         """Lets others write the cache."""
         self._lock.release()
 
-    def missing_chunks(self) -> list[int]:
-        """Chunks that are not listed, or whose file is not there with the listed size."""
-        return [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
-
     def missing_segments(self) -> list[Segment]:
         """What has to be computed, in the order of the records. Damaged segments are removed and are among it."""
         missing: list[Segment] = []
-        for chunk in self.missing_chunks():
+        for chunk in self.missing:
             remove_abandoned(self.layout.segments_folder(chunk))
             for indices in segments(self.chunks[chunk], self.manifest.segment_examples):
                 path = segment_path(self.layout, chunk, indices)
@@ -77,7 +77,7 @@ class CacheWriter:
 
     def assemble_complete(self, up_to: int | None = None) -> None:
         """Publishes every chunk of which all segments are there; `up_to` spares the look at later chunks."""
-        for chunk in self.missing_chunks():
+        for chunk in list(self.missing):
             if up_to is not None and chunk > up_to:
                 break
             parts = segments(self.chunks[chunk], self.manifest.segment_examples)
@@ -107,7 +107,8 @@ class CacheWriter:
             manifest.chunks = existing.chunks
         remove_abandoned(layout.folder)
         manifest.save(layout.manifest_path)  # before the first segment, so that none is ever of unknown origin
-        for chunk in set(range(len(self.chunks))) - set(self.missing_chunks()):
+        self.missing = [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
+        for chunk in set(range(len(self.chunks))) - set(self.missing):
             shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
 
     def _segments_on_disk(self) -> bool:
@@ -133,6 +134,7 @@ class CacheWriter:
         write_atomically(target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes())
         self.manifest.chunks[str(chunk)] = summary
         self.manifest.save(self.layout.manifest_path)
+        self.missing.remove(chunk)
         shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
 
 

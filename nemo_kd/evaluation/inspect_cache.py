@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import ChunkSummary, Manifest
+from nemo_kd.cache.manifest import UNKNOWN, ChunkSummary, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
 from nemo_kd.evaluation.cache_statistics import Histogram, Statistics, histograms, text_ids, view
@@ -39,19 +39,19 @@ class Report:
 
 
 def check_tokenizer(reader: CacheReader, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
-    """Refuses a tokenizer that did not write the cache; a cache without a manifest takes any whose ids reach far enough.
+    """Refuses a tokenizer that did not write the cache; where none is known any will do whose ids reach far enough.
 
     Raises:
         CacheError: names both.
     """
     ours = tokenizer_fingerprint(tokenizer)
-    for manifest in reader.manifests:
-        if manifest.tokenizer not in (ours, "unknown"):
-            raise CacheError(
-                f"--tokenizer: {path} has the fingerprint {ours}, but {reader.path} was written with {manifest.tokenizer}; "
-                "give the teacher's tokenizer"
-            )
-    if not reader.manifests and reader.max_token_id >= len(tokenizer):
+    known = {manifest.tokenizer for manifest in reader.manifests} - {UNKNOWN}
+    for theirs in known - {ours}:
+        raise CacheError(
+            f"--tokenizer: {path} has the fingerprint {ours}, but {reader.path} was written with {theirs}; "
+            "give the teacher's tokenizer"
+        )
+    if not known and reader.max_token_id >= len(tokenizer):
         raise CacheError(
             f"--tokenizer: {path} has {len(tokenizer):,} tokens, but {reader.path} has the id {reader.max_token_id:,}; "
             "give the teacher's tokenizer"

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
@@ -104,8 +105,10 @@ def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student)
     """
     found: list[str] = []
     vocab_size = student.vocab_size
+    if not reader.manifests or any(manifest.tokenizer == UNKNOWN for manifest in reader.manifests):
+        log.warning("%s: nothing tells which tokenizer wrote it; make sure that it is the student's", reader.path)
     for manifest in reader.manifests:
-        if manifest.tokenizer != student.tokenizer:
+        if manifest.tokenizer not in (student.tokenizer, UNKNOWN):
             found.append(
                 f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {student.tokenizer} "
                 f"({student.tokenizer_size} tokens) in the student; both must share one tokenizer"

@@ -350,3 +350,16 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
     assert deaths == 3
     assert command(killed, 2).wait() == 0
     assert contents(killed.parent) == contents(straight.parent)
+
+
+def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_path):
+    _, model, _ = world
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"input": "a {n}", "output": "b {n}"}}\n' for n in range(4)))
+    output = tmp_path / "c.jsonl.zst"
+    assert ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, {}) == [""]
+    overrides = {"data__data__prompt_template": "Q: {input} A: {output}", "data__data__add_eos": False}
+    refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[0]
+    assert (
+        "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now" in refused
+    )
+    assert "dataset.formatting.add_eos: True in the cache, False now" in refused

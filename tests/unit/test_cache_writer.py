@@ -67,7 +67,8 @@ def run_process(folder: Path, name: str, rank: int, num_ranks: int, die_after_st
         writer = CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
         planner = writer or CacheWriter.__new__(CacheWriter)
         if writer is None:
-            planner.layout, planner.manifest, planner.chunks = layout, description, chunks_of(description)
+            planner.layout, planner.manifest, planner.missing = layout, description, [0, 1, 2]
+            planner.chunks = chunks_of(description)
         for segment in planner.missing_segments()[rank::num_ranks]:
             write_segment(layout, description, segment)
             if writer is not None:
