@@ -169,7 +169,7 @@ def _counts(reader: CacheReader, found: Statistics) -> Facts:
         ("examples", f"{total.examples:,}"),
         ("tokens", f"{total.tokens:,}, of which {total.loss_tokens:,} count in the loss"),
         ("records left out", skipped or "none"),
-        *_sizes(total.bytes, total.tokens, loss_tokens),
+        *_sizes(total.bytes, total.tokens, total.loss_tokens),
         ("tokens kept", f"{total.kept_tokens / loss_tokens:.2f} a loss token"),
         ("probability inside them", share(total.kept_mass_sum / loss_tokens)),
         ("label among them", share(total.label_in_topk / loss_tokens)),
@@ -199,11 +199,10 @@ def _estimated_counts(reader: CacheReader, found: Statistics) -> Facts:
 
 
 def _sizes(num_bytes: int, tokens: int, loss_tokens: int, about: str = "") -> Facts:
-    per_token, per_loss_token = num_bytes / max(1, tokens), num_bytes / max(1, loss_tokens)
-    return [
-        ("bytes", f"{num_bytes:,}"),
-        ("bytes per token", f"{about}{per_token:,.1f}, {about}{per_loss_token:,.1f} per loss token"),
-    ]
+    per_token = f"{about}{num_bytes / max(1, tokens):,.1f}"
+    if loss_tokens:
+        per_token += f", {about}{num_bytes / loss_tokens:,.1f} per loss token"
+    return [("bytes", f"{num_bytes:,}"), ("bytes per token", per_token)]
 
 
 def _sample(reader: CacheReader, found: Statistics) -> Facts:

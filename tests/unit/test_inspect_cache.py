@@ -35,7 +35,7 @@ from tests.tiny_cache import chunks_of, manifest, row, write, write_segment
 from tests.tiny_tokenizer import train_sentencepiece_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
-HOSTILE = "</script><script>alert(1)</script>\"'&{{data}}"
+HOSTILE = "</script><script>alert(1)</script>\"'&{{data}}<!--"
 
 
 def inspect(*words: object) -> subprocess.CompletedProcess[str]:
@@ -240,6 +240,7 @@ def test_the_page_is_whole_safe_and_needs_nothing():
     assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "href", "style")]
     for forbidden in ("http:", "https:", "url(", "@import", "fetch(", "innerHTML", "{{title}}", "\x1b"):
         assert forbidden not in text, forbidden
+    assert not set("<>&") & set(found.content["script"][0])
     everything = "".join(sum(found.content.values(), []))
     assert everything.count(HOSTILE) >= 8
 
