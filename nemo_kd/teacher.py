@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
-from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, Segment, SegmentWriter
 from nemo_kd.config import ConfigError
@@ -182,11 +182,9 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
     """
     with open_job(config) as job, contextlib.ExitStack() as stack:
-        writer = None
-        if torch.distributed.get_rank() == 0:
-            writer = CacheWriter(CacheLayout(config.output_path), job.manifest, job.chunks)
+        writer, missing = _open_writer(job)
+        if writer is not None:
             stack.callback(writer.close)
-        missing = _from_rank_zero(writer.missing_segments() if writer else None)
         num_complete = len(job.chunks) - len({chunk for chunk, _ in missing})
         if missing:
             _check_records(job.dataset, [index for _, indices in missing for index in indices])
@@ -246,6 +244,27 @@ def _check_records(dataset: TokenizedDataset, indices: list[int]) -> None:
     for found in problems:
         if found is not None:
             raise DataError(found)
+
+
+def _open_writer(job: Job) -> tuple[CacheWriter | None, list[Segment]]:
+    """(the cache's writer on rank 0, the segments to compute).
+
+    Raises:
+        CacheError: on every rank, what rank 0 found against writing.
+    """
+    writer, missing, problem = None, list[Segment](), ""
+    if torch.distributed.get_rank() == 0:
+        try:
+            writer = CacheWriter(CacheLayout(job.config.output_path), job.manifest, job.chunks)
+            missing = writer.missing_segments()
+        except CacheError as error:
+            problem = str(error)
+    box: list[Any] = [missing, problem]
+    torch.distributed.broadcast_object_list(box, src=0)
+    missing, problem = box
+    if problem:
+        raise CacheError(problem)
+    return writer, missing
 
 
 def _write_segments(job: Job, teacher: Teacher, missing: list[Segment], writer: CacheWriter | None) -> None:
@@ -335,13 +354,6 @@ def _formatting(data: DataConfig) -> dict[str, Any]:
     """The settings that decide how a record becomes tokens and a mask, tokenizer and length apart."""
     settings = dataclasses.asdict(data.data) | {"chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)}
     return {name: value for name, value in settings.items() if name not in ("file_path", "max_seq_length")}
-
-
-def _from_rank_zero(value: list[Segment] | None) -> list[Segment]:
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
 
 
 def _report(manifest: Manifest, num_already_complete: int) -> None:

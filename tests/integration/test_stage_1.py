@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.files import Lock
+from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
@@ -363,3 +364,12 @@ def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_p
         "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now" in refused
     )
     assert "dataset.formatting.add_eos: True in the cache, False now" in refused
+
+
+def test_every_rank_is_told_that_another_job_writes(ranks, world, tmp_path):
+    _, model, dataset = world
+    lock = Lock(CacheLayout(str(tmp_path / "c.jsonl")).lock_path)
+    refused = ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2})
+    assert all(f"process {os.getpid()} on" in text and "is writing this cache" in text for text in refused)
+    lock.release()
+    assert ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}) == ["", ""]
