@@ -55,7 +55,7 @@ class Statistics:
     Attributes:
         num_tokens, num_loss_tokens: positions of the measured rows.
         has_label_logprobs: whether all rows store them.
-        rest_nats_N: what the entropy gains at most, where the tail is spread evenly; NaN where the vocabulary is not known.
+        rest_nats_N: what the entropy gains at most, were the tail even; NaN where the vocabulary is not known.
     """
 
     num_rows: int

@@ -86,7 +86,7 @@ def example_as_text(row: CachedExample, position: int, num_rows: int, text: Toke
         f"example {position} of {num_rows:,} (record {example.index}): {example.num_tokens:,} positions, "
         f"{example.num_loss_tokens:,} in the loss",
         f"before the first: {prompt}",
-        f"{'position':>8}  {'label':<16} {'probability':>11} {'rank':>4} {'entropy':>7} {'tail':>6}  the teacher's likeliest",
+        "position  label            probability rank entropy   tail  the teacher's likeliest",
     ]
     for p, s in enumerate(seen.position_P.tolist()):
         shown = zip(seen.ids_PK[p, :TEXT_ALTERNATIVES].tolist(), seen.probability_PK[p].tolist(), strict=False)
@@ -94,8 +94,9 @@ def example_as_text(row: CachedExample, position: int, num_rows: int, text: Toke
         others = "  ".join(f"{text.visible(token, pending)} {share(value)}" for token, value in shown if token >= 0)
         rank = seen.label_rank_P[p] or "-"
         found = share(float(np.exp(seen.label_logprob_P[p])))
+        label = text.visible(int(example.labels_S[s]), pending)
         lines.append(
-            f"{s:>8}  {text.visible(int(example.labels_S[s]), pending):<16} {found:>11} {rank:>4} {seen.entropy_P[p]:>7.2f} "
+            f"{s:>8}  {label:<16} {found:>11} {rank:>4} {seen.entropy_P[p]:>7.2f} "
             f"{share(seen.tail_mass_P[p]):>6}  {others}"
         )
     return "\n".join(lines)
