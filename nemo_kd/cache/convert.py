@@ -6,7 +6,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
+from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import trimmed
 from nemo_kd.cache.reduce import keep, limited
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
@@ -22,11 +23,22 @@ from nemo_kd.config.cache import CacheConfig
 log = logging.getLogger(__name__)
 
 
+class Tokenizer(NamedTuple):
+    """What a manifest says of a tokenizer: `data.tokenizer.tokenizer_fingerprint` and the number of its tokens."""
+
+    fingerprint: str
+    size: int
+
+
 class Source(Protocol):
     """Rows in the order of their indices, and what is known about their origin."""
 
     path: str
     manifests: list[Manifest]
+
+    @property
+    def largest_k(self) -> int:
+        """Most tokens a position."""
 
     def __len__(self) -> int: ...
 
@@ -42,6 +54,7 @@ def convert(
     top_k: int | None = None,
     vocab_size: int | None = None,
     n_examples_per_chunk: int | None = None,
+    tokenizer: Tokenizer | None = None,
 ) -> Manifest:
     """Writes the rows of `source` to `target`; killed and run again, it continues. Shows a progress bar.
 
@@ -49,16 +62,28 @@ def convert(
         target: a file or a template; its suffix chooses the container.
         cache: codec, and what is kept of what the source holds. Temperatures and stored positions are the source's.
         vocab_size: of a source without a manifest.
+        tokenizer: that wrote a source without a manifest; without one, training cannot tell whether it is the student's.
 
     Raises:
         CacheError: the source is damaged or out of order, or the target holds something else.
     """
     layout = CacheLayout(target)
+    if source.manifests and (vocab_size, tokenizer) != (None, None):
+        raise CacheError(
+            f"{source.path}: its manifest tells vocabulary and tokenizer; leave --vocab-size and --tokenizer out"
+        )
+    if isinstance(source, CacheReader):
+        if (
+            layout.folder.resolve() == source.layout.folder.resolve()
+            and layout.output_path == source.layout.output_path
+        ):
+            raise CacheError(f"{target}: is the source; give another target")
+        source = _numbered(source)
     if n_examples_per_chunk is not None and not layout.is_template:
         raise CacheError(
             f"{target}: has no CHUNK_ID, which several chunks need; for example converted_CHUNK_ID.jsonl.zst"
         )
-    manifest = _manifest(source, cache, top_k, vocab_size, n_examples_per_chunk)
+    manifest = _manifest(source, cache, top_k, vocab_size, n_examples_per_chunk, tokenizer)
     if not layout.is_template:
         manifest.n_examples_per_chunk = None
     first, last = manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"]
@@ -68,7 +93,7 @@ def convert(
     try:
         for segment in tqdm(writer.missing_segments(), unit=" segments", desc="converting"):
             sink = SegmentWriter(layout, manifest, segment, {"converted_from": source.path})
-            _copy(source, segment[1], sink, cache, manifest.top_k)
+            _copy(source, segment[1], sink, cache, manifest)
             sink.publish()
             writer.assemble_complete(up_to=segment[0])
         writer.assemble_complete()
@@ -77,7 +102,7 @@ def convert(
     return writer.manifest
 
 
-def _copy(source: Source, indices: range, sink: SegmentWriter, cache: CacheConfig, top_k: int) -> None:
+def _copy(source: Source, indices: range, sink: SegmentWriter, cache: CacheConfig, manifest: Manifest) -> None:
     position = bisect_left(_Indices(source), indices[0])
     expected = indices[0]
     while position < len(source) and (row := source[position]).example.index <= indices[-1]:
@@ -88,18 +113,51 @@ def _copy(source: Source, indices: range, sink: SegmentWriter, cache: CacheConfi
             )
         for _ in range(row.example.index - expected):
             sink.skip("not in the source")
-        sink.write(_reduced(row, cache, top_k))
+        sink.write(_reduced(row, cache, manifest))
         position, expected = position + 1, row.example.index + 1
     for _ in range(indices[-1] + 1 - expected):
         sink.skip("not in the source")
 
 
-def _reduced(row: CachedExample, cache: CacheConfig, top_k: int) -> CachedExample:
+def _reduced(row: CachedExample, cache: CacheConfig, manifest: Manifest) -> CachedExample:
     row = trimmed(row)
-    teacher = limited(row.teacher, top_k)
+    largest = max(int(ids.max()) for ids in (row.example.tokens_S, row.example.labels_S, row.teacher.topk_token_ids_SK))
+    if largest >= manifest.vocab_size:
+        raise CacheError(
+            f"example {row.example.index}: token id {largest} exceeds the vocabulary of {manifest.vocab_size}; correct --vocab-size "
+            "(vocab_size in the teacher's config.json)"
+        )
+    teacher = limited(row.teacher, manifest.top_k)
     used_SK = teacher.topk_token_ids_SK >= 0
     log_p_SK = np.where(used_SK, teacher.topk_logits_SK, -np.inf) - teacher.log_sum_exp_logits_S[:, None]
-    return CachedExample(row.example, keep(teacher, cache.kept(np.exp(log_p_SK))))
+    teacher = keep(teacher, cache.kept(np.exp(log_p_SK)))
+    if "tail_samples" not in manifest.codec:  # also of positions that lost no token: all rows hold the same fields
+        teacher = replace(teacher, tail_token_ids_SM=None)
+    return CachedExample(row.example, teacher)
+
+
+def _numbered(source: CacheReader) -> Source:
+    """The source, whose rows are numbered by position where every chunk numbers its lines anew.
+
+    NeMo-Aligner's lines have no index, so readers take their place in the chunk.
+    """
+    starts = np.cumsum([0, *source.chunk_sizes()])[:-1].tolist()
+    if source.manifests or len(starts) < 2 or any(source[start].example.index != 0 for start in starts):
+        return source
+    return _ByPosition(source)
+
+
+class _ByPosition:
+    def __init__(self, source: CacheReader) -> None:
+        self.source, self.path, self.manifests = source, source.path, source.manifests
+        self.largest_k, self.fingerprint = source.largest_k, source.fingerprint
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, position: int) -> CachedExample:
+        row = self.source[position]
+        return replace(row, example=replace(row.example, index=position))
 
 
 class _Indices(Sequence[int]):
@@ -116,16 +174,19 @@ class _Indices(Sequence[int]):
 
 
 def _manifest(
-    source: Source, cache: CacheConfig, top_k: int | None, vocab_size: int | None, n_examples_per_chunk: int | None
+    source: Source,
+    cache: CacheConfig,
+    top_k: int | None,
+    vocab_size: int | None,
+    n_examples_per_chunk: int | None,
+    tokenizer: Tokenizer | None,
 ) -> Manifest:
     first, last = source[0], source[len(source) - 1]
     if last.example.index < first.example.index:
         raise CacheError(
             f"{source.path}: the last line has index {last.example.index}, the first {first.example.index}; sort the lines by index"
         )
-    k = top_k or max(
-        (manifest.top_k for manifest in source.manifests), default=first.teacher.topk_token_ids_SK.shape[1]
-    )
+    k = top_k or max((manifest.top_k for manifest in source.manifests), default=source.largest_k)
     if not source.manifests:
         if vocab_size is None:
             raise CacheError(
@@ -135,10 +196,10 @@ def _manifest(
             codec=codec_settings(cache) | {"temperatures": list(first.teacher.temperatures[1:])},
             top_k=k,
             vocab_size=vocab_size,
-            tokenizer_size=vocab_size,
+            tokenizer_size=tokenizer.size if tokenizer is not None else vocab_size,
             seq_length=0,
             teacher={"name": UNKNOWN, "source": source.fingerprint()},
-            tokenizer=UNKNOWN,
+            tokenizer=tokenizer.fingerprint if tokenizer is not None else UNKNOWN,
             chat_template=None,
             dataset={
                 "path": source.path, "fingerprint": UNKNOWN, "start_from_idx": first.example.index,

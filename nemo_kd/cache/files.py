@@ -80,21 +80,29 @@ def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Deletes the temporary files that dead processes left in a folder.
+    """Deletes the temporary files that dead processes left in a folder."""
+    for path in abandoned(folder):
+        path.unlink(missing_ok=True)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """The temporary files that dead processes left in a folder.
 
     A process of this machine is dead when no process has its id. About another machine's process nothing is known, so
     its file counts as abandoned once it has not grown for an hour.
     """
-    for entry in folder.glob(".*.tmp"):
-        owner, dash, pid = entry.name.removesuffix(".tmp").rpartition("-")
+    found = []
+    for path in sorted(folder.glob(".*.tmp")):
+        owner, dash, pid = path.name.removesuffix(".tmp").rpartition("-")
         if not (dash and pid.isdecimal()):
             continue
         if owner.endswith(f".{_machine()}"):
-            abandoned = int(pid) != os.getpid() and not _is_alive(int(pid))
+            is_abandoned = int(pid) != os.getpid() and not _is_alive(int(pid))
         else:
-            abandoned = time.time() - entry.stat().st_mtime > ABANDONED_AFTER_S
-        if abandoned:
-            entry.unlink(missing_ok=True)
+            is_abandoned = time.time() - path.stat().st_mtime > ABANDONED_AFTER_S
+        if is_abandoned:
+            found.append(path)
+    return found
 
 
 class Lock:

@@ -31,8 +31,8 @@ class Lines(Protocol):
             CacheError: the bytes are damaged or cut off.
         """
 
-    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
-        """The raw bytes of every line of a file, from its beginning.
+    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
+        """The raw bytes of every line of a file, from where it stands, which is the beginning of line `first`.
 
         Raises:
             TornError: the file ends inside a line.
@@ -55,8 +55,8 @@ class _Plain:
     def read(self, raw: bytes, where: str) -> bytes:
         return raw
 
-    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
-        for number, line in enumerate(file, start=1):
+    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
+        for number, line in enumerate(file, start=first):
             if not line.endswith(b"\n"):
                 raise TornError(
                     f"{where}:{number}: the last line has no line break, so it may be cut off; check it, then add the break, or "
@@ -97,8 +97,8 @@ class _Zst:
             )
         return line
 
-    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
-        pending, number = b"", 1
+    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
+        pending, number = b"", first
         while True:
             if not pending:
                 pending = file.read(_BLOCK_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from nemo_kd.config.cache import CacheConfig
 
 FORMAT_VERSION = 2
 UNKNOWN = "unknown"
-"""Tokenizer and the like of a cache that another program wrote."""
+"""What the manifest of a cache made from another program's files says where that program told nothing."""
 
 
 @dataclass
@@ -105,8 +106,12 @@ class Manifest:
                     "use the version that wrote the cache, or write the cache again"
                 )
             chunks = {key: ChunkSummary(**_known(ChunkSummary, chunk)) for key, chunk in payload["chunks"].items()}
-            return cls(**(_known(cls, payload) | {"chunks": chunks}))
-        except (orjson.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            manifest = cls(**(_known(cls, payload) | {"chunks": chunks}))
+            _check_types(manifest, path)
+            return manifest
+        except CacheError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it away: the chunks are whole without it, "
                 "only nobody checks then which teacher and tokenizer wrote them"
@@ -161,6 +166,27 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     if cache.tail_samples:
         settings |= {"tail_samples": cache.tail_samples, "seed": cache.seed}
     return settings
+
+
+def _check_types(manifest: Manifest, path: str) -> None:
+    """Refuses a manifest whose numbers are none, as after an edit by hand."""
+    numbers: dict[str, Any] = {name: getattr(manifest, name) for name in ("top_k", "vocab_size", "segment_examples")}
+    numbers |= {f"dataset.{name}": manifest.dataset[name] for name in ("start_from_idx", "end_at_idx")}
+    for name in ("n_examples_per_chunk", "merged_chunks"):
+        if getattr(manifest, name) is not None:
+            numbers[name] = getattr(manifest, name)
+    for key, summary in manifest.chunks.items():
+        names = [one.name for one in dataclasses.fields(ChunkSummary) if one.type == "int"]
+        numbers |= {f"chunks.{key}.{name}": getattr(summary, name) for name in names}
+        numbers |= {f"chunks.{key}.skipped.{reason}": count for reason, count in summary.skipped.items()}
+        float(summary.kept_mass_sum)
+        if not re.fullmatch("0|[1-9][0-9]*", key):
+            raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
+    for name, value in numbers.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise CacheError(
+                f"{path}: {name}: found {value!r}, expected a number of at least 0; the manifest was edited or damaged: restore it"
+            )
 
 
 def _known(cls: type, payload: dict[str, Any]) -> dict[str, Any]:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,31 +14,46 @@ from tqdm import tqdm
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkIndex, LineFacts
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
-from nemo_kd.cache.lines import lines_of
+from nemo_kd.cache.lines import TornError, lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode, trimmed
-
-log = logging.getLogger(__name__)
+from nemo_kd.cache.salvage import file_sha256, stretches
 
 MOST_PROBLEMS_OF_A_CHUNK = 20
 MASS_TOLERANCE = {"packed": 1e-4, "json": 0.1}
 """Of kept probabilities + tail = 1. NeMo-Aligner rounds to bf16."""
+KEPT_MASS_TOLERANCE = 0.02
+"""Of a chunk's mean kept mass: the packed codec rounds tails, the manifest tells what it was before."""
+COUNTS = ("examples", "tokens", "loss_tokens", "kept_tokens", "label_in_topk")
+AGAIN = "restore the file, or delete it and run compute_topk_logits again"
+WITHOUT_INDEX = 1 << 62
+"""Stands, with the line's number added, for the index of a line that has none."""
+
+Task = tuple[Path, Manifest | None, ChunkSummary | None, int]
+"""The arguments of `verify_chunk`."""
 
 
 @dataclass
 class ChunkReport:
-    """What was found in one chunk; `problems` are sentences that begin with file:line."""
+    """What was found in one chunk, or in a manifest; `problems` are sentences that begin with file:line.
+
+    Attributes:
+        chunk: its number; -1 for a manifest.
+        first_index, last_index: of the examples; -1 where the lines have no index.
+    """
 
     path: Path
+    chunk: int = -1
     bytes: int = 0
     sha256: str = ""
     first_index: int = -1
     last_index: int = -1
-    counts: dict[str, int] = field(default_factory=lambda: {"examples": 0, "tokens": 0, "loss_tokens": 0})
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTS, 0))
+    kept_mass_sum: float = 0.0
     problems: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
-        """Notes a problem; of many only the first ones, and how many there are."""
+        """Notes a problem; of many only the first ones, and that there are more."""
         if len(self.problems) < MOST_PROBLEMS_OF_A_CHUNK:
             self.problems.append(text)
         elif len(self.problems) == MOST_PROBLEMS_OF_A_CHUNK:
@@ -50,44 +63,43 @@ class ChunkReport:
 def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
     """Reads all chunks of a file or template; every problem is in the reports. Shows a progress bar.
 
+    Returns:
+        A report of every manifest that has problems, then of every chunk in their order.
+
     Raises:
-        CacheError: there is nothing to verify, or the manifest cannot be read.
+        CacheError: there is nothing to verify, or a process was ended from outside.
     """
     layout = CacheLayout(path)
     chunks = layout.existing_chunks()
-    manifest = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
-    if not chunks and manifest is None:
+    if not chunks and not layout.manifest_path.exists():
         raise CacheError(f"{path}: there is no such file, and no chunk of such a template")
-    expected = range(manifest.num_chunks) if manifest is not None else range(max(chunks) + 1)
-    reports = []
-    total = sum(layout.chunk_path(chunk).stat().st_size for chunk in chunks)
-    with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="verifying") as progress,
-        ProcessPoolExecutor(max_workers=num_workers) as pool,
-    ):
-        tasks = [
-            pool.submit(verify_chunk, layout.chunk_path(chunk), *_said(layout, manifest, chunk)) for chunk in chunks
-        ]
-        for task in as_completed(tasks):
-            report = task.result()
-            reports.append(report)
-            progress.update(report.bytes)
-    for chunk in sorted(set(expected) - set(chunks)):
-        missing = ChunkReport(layout.chunk_path(chunk))
+    shared = ChunkReport(layout.manifest_path)
+    manifest = _load_manifest(shared)
+    of_manifests, tasks = [shared], list[Task]()
+    for chunk in chunks:
+        said, key = manifest, str(chunk)
+        if not shared.path.exists():  # every chunk may have one of its own
+            of_manifests.append(ChunkReport(CacheLayout(str(layout.chunk_path(chunk))).manifest_path))
+            said, key = _load_manifest(of_manifests[-1]), "0"
+        tasks.append((layout.chunk_path(chunk), said, said.chunks.get(key) if said is not None else None, chunk))
+    reports = verify_chunks(tasks, num_workers)
+    expected = manifest.num_chunks if manifest is not None else max(chunks, default=-1) + 1
+    for chunk in sorted(set(range(expected)) - set(chunks)):
+        missing = ChunkReport(layout.chunk_path(chunk), chunk)
         missing.problem(f"{missing.path}: the chunk is missing; run compute_topk_logits again")
         reports.append(missing)
-    reports.sort(key=lambda report: _number(layout, report.path))
+    reports.sort(key=lambda report: report.chunk)
     _check_order(reports)
-    return reports
+    return [report for report in of_manifests if report.problems] + reports
 
 
-def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | None) -> ChunkReport:
-    """Reads one chunk whole. A damaged line does not hide those behind it, as long as the index tells where they begin.
+def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | None, chunk: int = 0) -> ChunkReport:
+    """Reads one chunk whole; a damaged line does not hide those behind it.
 
     Args:
         summary: what the manifest says of the chunk; None where it says nothing.
     """
-    report, facts, digest = ChunkReport(path, bytes=path.stat().st_size), LineFacts(), hashlib.sha256()
+    report, facts = ChunkReport(path, chunk, path.stat().st_size), LineFacts()
     index_path = path.with_name(index_name(path.name))
     index = ChunkIndex.of(index_path.read_bytes()) if index_path.exists() else None
     if index is not None and index.facts.bytes != report.bytes:
@@ -96,69 +108,100 @@ def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | 
         )
         index = None
     lines = lines_of(path)
-    for number, raw in enumerate(_raw_lines(path, index, report)):
-        where = f"{path}:{number + 1}"
-        digest.update(raw)
+    for line in stretches(path, index.starts[:-1].tolist() if index is not None else ()):
+        where = f"{path}:{line.number}"
+        if line.error is not None:
+            report.problem(str(line.error))
+            if not isinstance(line.error, TornError) or line.end < report.bytes:
+                report.problem(f"{where}: bytes {line.start} to {line.end - 1} are lost")
+            continue
         try:
-            row = decode(lines.read(raw, where), where, index=number)
+            row = decode(lines.read(line.raw, where), where, index=WITHOUT_INDEX + line.number)
         except CacheError as error:
             report.problem(str(error))
             continue
-        facts.add(trimmed(row), len(raw))
+        facts.add(trimmed(row), len(line.raw))
         _check_row(row, where, manifest, report)
-    report.sha256 = f"sha256:{digest.hexdigest()}"
+    digest = file_sha256(path)
+    report.sha256 = f"sha256:{digest.hex()}"
     if manifest is not None:
         _check_summary(report, summary)
-    if not report.problems:
-        _check_index(index_path, index, facts, digest.digest(), report)
+    if not report.problems and (manifest is not None or index_path.exists()):
+        _check_index(index_path, index, facts, digest, report)
     return report
 
 
-def _said(layout: CacheLayout, shared: Manifest | None, chunk: int) -> tuple[Manifest | None, ChunkSummary | None]:
-    """(the manifest that covers a chunk, what it says of the chunk)."""
-    if shared is not None:
-        return shared, shared.chunks.get(str(chunk))
-    own = CacheLayout(str(layout.chunk_path(chunk))).manifest_path
-    if not own.exists():
-        return None, None
-    manifest = Manifest.load(own)
-    return manifest, manifest.chunks.get("0")
+def _load_manifest(report: ChunkReport) -> Manifest | None:
+    """The manifest at the report's path, if there is a usable one."""
+    if not report.path.exists():
+        return None
+    try:
+        manifest = Manifest.load(report.path)
+    except CacheError as error:
+        report.problem(str(error))
+        return None
+    first, last = manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"]
+    size = manifest.n_examples_per_chunk or last - first + 1
+    for key, summary in manifest.chunks.items():
+        where, found = f"{report.path}: chunk {key}", (summary.first_index, summary.last_index)
+        if int(key) >= manifest.num_chunks:
+            report.problem(f"{where}: is listed, but records {first} to {last} make {manifest.num_chunks} chunks")
+            continue
+        expected = (first + int(key) * size, min(first + int(key) * size + size - 1, last))
+        if manifest.merged_chunks is None and found != expected:
+            report.problem(
+                f"{where}: covers records {found[0]} to {found[1]}, expected {expected[0]} to {expected[1]}; restore the manifest"
+            )
+        records = summary.examples + sum(summary.skipped.values())
+        if records != summary.last_index - summary.first_index + 1:
+            report.problem(
+                f"{where}: {summary.examples} examples and {records - summary.examples} skipped records are not the records "
+                f"{found[0]} to {found[1]}; restore the manifest"
+            )
+    return manifest
 
 
-def _number(layout: CacheLayout, path: Path) -> int:
-    return layout.chunk_ids([path.name])[0]
+def verify_chunks(tasks: Sequence[Task], num_workers: int) -> list[ChunkReport]:
+    """Runs `verify_chunk` with each of the tasks as its arguments; the reports come in the order of the chunks.
 
-
-def _raw_lines(path: Path, index: ChunkIndex | None, report: ChunkReport) -> Iterator[bytes]:
-    end = 0
-    with path.open("rb") as file:
+    Raises:
+        CacheError: a process was ended from outside.
+    """
+    reports = []
+    total = sum(path.stat().st_size for path, _, _, _ in tasks)
+    with (
+        tqdm(total=total, unit="B", unit_scale=True, desc="verifying") as progress,
+        ProcessPoolExecutor(max_workers=max(1, min(num_workers, len(tasks)))) as pool,
+    ):
         try:
-            for raw in lines_of(path).split(file, str(path)):
-                end += len(raw)
-                yield raw
-            return
-        except CacheError as error:
-            report.problem(str(error))
-        # Behind a damaged frame only the index knows where the next one begins.
-        for start, stop in itertools.pairwise(index.starts.tolist() if index is not None else []):
-            if start > end:
-                file.seek(start)
-                yield file.read(stop - start)
+            for task in as_completed([pool.submit(verify_chunk, *task) for task in tasks]):
+                reports.append(task.result())
+                progress.update(reports[-1].bytes)
+        except BrokenProcessPool as error:
+            raise CacheError(
+                "a verifying process was ended from outside, which is what a machine out of memory does; take fewer --num-workers"
+            ) from error
+    return sorted(reports, key=lambda report: report.chunk)
 
 
 def _check_row(row: CachedExample, where: str, manifest: Manifest | None, report: ChunkReport) -> None:
     example, teacher = row.example, row.teacher
-    if example.index <= report.last_index:
-        report.problem(
-            f"{where}: example {example.index} stands behind example {report.last_index}; the lines are out of order"
-        )
-    if report.first_index < 0:
-        report.first_index = example.index
-    report.last_index = max(report.last_index, example.index)
-    for name, count in (("examples", 1), ("tokens", example.num_tokens), ("loss_tokens", example.num_loss_tokens)):
-        report.counts[name] += count
+    if example.index < WITHOUT_INDEX:
+        if example.index <= report.last_index:
+            report.problem(
+                f"{where}: example {example.index} stands behind example {report.last_index}; the lines are out of order"
+            )
+        if report.first_index < 0:
+            report.first_index = example.index
+        report.last_index = max(report.last_index, example.index)
     ids_SK = teacher.topk_token_ids_SK
     used_SK = ids_SK >= 0
+    in_loss = example.loss_mask_S > 0
+    hits = (ids_SK[in_loss] == example.labels_S[in_loss, None]).any(axis=1).sum()
+    counts = (1, example.num_tokens, example.num_loss_tokens, int(used_SK[in_loss].sum()), int(hits))
+    for name, count in zip(COUNTS, counts, strict=True):
+        report.counts[name] += count
+    report.kept_mass_sum += float((1 - teacher.tail_mass_TS[0, in_loss].astype(np.float64)).sum())
     known_S = used_SK[:, 0]
     sorted_SK = np.sort(np.where(used_SK, ids_SK, -1 - np.arange(ids_SK.shape[1])), axis=1)
     if (sorted_SK[:, 1:] == sorted_SK[:, :-1]).any():
@@ -169,9 +212,12 @@ def _check_row(row: CachedExample, where: str, manifest: Manifest | None, report
     if (np.abs(mass_S - 1)[known_S] > tolerance).any():
         worst = mass_S[known_S][np.abs(mass_S - 1)[known_S].argmax()]
         report.problem(f"{where}: kept probabilities and tail sum to {worst:.4g}, expected 1")
+    if teacher.tail_mass_TS.min() < 0 or teacher.tail_mass_TS.max() > 1:
+        report.problem(f"{where}: a tail mass lies outside 0 to 1")
     if manifest is None:
         return
-    largest = max(int(ids_SK.max()), int(example.tokens_S.max()), int(example.labels_S.max()))
+    samples = teacher.tail_token_ids_SM if teacher.tail_token_ids_SM is not None else ids_SK[:, :1]
+    largest = max(int(ids.max()) for ids in (ids_SK, example.tokens_S, example.labels_S, samples))
     if largest >= manifest.vocab_size:
         report.problem(
             f"{where}: token id {largest} exceeds the vocabulary of {manifest.vocab_size} that the manifest states"
@@ -183,7 +229,7 @@ def _check_row(row: CachedExample, where: str, manifest: Manifest | None, report
 
 
 def _check_summary(report: ChunkReport, summary: ChunkSummary | None) -> None:
-    path, again = report.path, "restore the file, or delete it and run compute_topk_logits again"
+    path = report.path
     if summary is None:
         report.problem(
             f"{path}: the manifest does not list this chunk, so it is not complete; run compute_topk_logits again"
@@ -191,18 +237,23 @@ def _check_summary(report: ChunkReport, summary: ChunkSummary | None) -> None:
         return
     if report.sha256 != summary.sha256 or report.bytes != summary.bytes:
         report.problem(
-            f"{path}: {report.bytes} bytes of {report.sha256}, but the manifest says {summary.bytes} of {summary.sha256}; {again}"
+            f"{path}: {report.bytes} bytes of {report.sha256}, but the manifest says {summary.bytes} of {summary.sha256}; {AGAIN}"
         )
     for name, count in report.counts.items():
         if count != getattr(summary, name):
-            report.problem(f"{path}: {count} {name}, but the manifest says {getattr(summary, name)}; {again}")
+            report.problem(f"{path}: {count} {name}, but the manifest says {getattr(summary, name)}; {AGAIN}")
+    mass = abs(report.kept_mass_sum - summary.kept_mass_sum)
+    if mass > KEPT_MASS_TOLERANCE * max(1, report.counts["loss_tokens"]):
+        report.problem(
+            f"{path}: kept_mass_sum {report.kept_mass_sum:.4g}, but the manifest says {summary.kept_mass_sum:.4g}; {AGAIN}"
+        )
     if (
         report.first_index >= 0
         and not summary.first_index <= report.first_index <= report.last_index <= summary.last_index
     ):
         report.problem(
             f"{path}: examples {report.first_index} to {report.last_index}, but the manifest says {summary.first_index} to "
-            f"{summary.last_index}; {again}"
+            f"{summary.last_index}; {AGAIN}"
         )
 
 

@@ -60,7 +60,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         print(problem)
     counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
     found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-    print(f"{len(reports)} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
+    num_chunks = sum(report.chunk >= 0 for report in reports)
+    print(f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
     print(f"{len(problems)} problems" if problems else "no problem found")
     return 1 if problems else 0
 
@@ -101,12 +102,15 @@ def _add_convert(subcommands: Any) -> None:
     )
     convert.add_argument("--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)")
     convert.add_argument("--vocab-size", type=int, help="the teacher's, where the source has no manifest")
+    convert.add_argument(
+        "--tokenizer", metavar="MODEL", help="the teacher's model or tokenizer folder, where the source has no manifest"
+    )
     convert.add_argument("--examples-per-chunk", type=int, help="records a chunk (default: the source's)")
     convert.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.convert import convert
+    from nemo_kd.cache.convert import Tokenizer, convert
     from nemo_kd.cache.reader import CacheReader
     from nemo_kd.cache.vllm import VllmRows
     from nemo_kd.config.cache import CacheConfig
@@ -118,8 +122,25 @@ def _convert(arguments: argparse.Namespace) -> int:
         min_k=arguments.min_k,
     )
     source = VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
+    tokenizer = None
+    if arguments.tokenizer:
+        from nemo_kd.data.tokenizer import tokenizer_fingerprint
+        from nemo_kd.evaluation.token_text import tokenizer_of
+
+        loaded = tokenizer_of(arguments.tokenizer)
+        tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
+    elif not source.manifests:
+        print(
+            "warning: without --tokenizer, training cannot tell whether student and teacher share one", file=sys.stderr
+        )
     written = convert(
-        source, arguments.target, cache, arguments.top_k, arguments.vocab_size, arguments.examples_per_chunk
+        source,
+        arguments.target,
+        cache,
+        arguments.top_k,
+        arguments.vocab_size,
+        arguments.examples_per_chunk,
+        tokenizer,
     )
     chunks = written.chunks.values()
     examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
@@ -134,13 +155,14 @@ def _add_merge(subcommands: Any) -> None:
     merge.add_argument("sources", nargs="+", help=PATH)
     merge.add_argument("--output", required=True, help="CHUNK_ID template of the merged cache")
     merge.add_argument("--allow-gaps", action="store_true", help="records may be missing between the sources")
+    merge.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     merge.set_defaults(run=_merge)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.merge import merge
 
-    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps)
+    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers))
     print(f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples")
     return 0
 
