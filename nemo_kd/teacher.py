@@ -8,10 +8,10 @@ index of its example from the file to the cache.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
-from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, Segment, SegmentWriter
 from nemo_kd.config import ConfigError
-from nemo_kd.config.data import sequence_length
+from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_tensor_parallel
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
@@ -126,7 +126,7 @@ class Teacher:
         return torch.from_numpy(uniforms).flatten(0, 1).to(batch.tokens_BS.device)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What stage 1 is about to do, checked.
 
@@ -182,11 +182,9 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
     """
     with open_job(config) as job, contextlib.ExitStack() as stack:
-        writer = None
-        if torch.distributed.get_rank() == 0:
-            writer = CacheWriter(CacheLayout(config.output_path), job.manifest, job.chunks)
+        writer, missing = _open_writer(job)
+        if writer is not None:
             stack.callback(writer.close)
-        missing = _from_rank_zero(writer.missing_segments() if writer else None)
         num_complete = len(job.chunks) - len({chunk for chunk, _ in missing})
         if missing:
             _check_records(job.dataset, [index for _, indices in missing for index in indices])
@@ -246,6 +244,27 @@ def _check_records(dataset: TokenizedDataset, indices: list[int]) -> None:
     for found in problems:
         if found is not None:
             raise DataError(found)
+
+
+def _open_writer(job: Job) -> tuple[CacheWriter | None, list[Segment]]:
+    """(the cache's writer on rank 0, the segments to compute).
+
+    Raises:
+        CacheError: on every rank, what rank 0 found against writing.
+    """
+    writer, missing, problem = None, list[Segment](), ""
+    if torch.distributed.get_rank() == 0:
+        try:
+            writer = CacheWriter(CacheLayout(job.config.output_path), job.manifest, job.chunks)
+            missing = writer.missing_segments()
+        except CacheError as error:
+            problem = str(error)
+    box: list[Any] = [missing, problem]
+    torch.distributed.broadcast_object_list(box, src=0)
+    missing, problem = box
+    if problem:
+        raise CacheError(problem)
+    return writer, missing
 
 
 def _write_segments(job: Job, teacher: Teacher, missing: list[Segment], writer: CacheWriter | None) -> None:
@@ -324,17 +343,17 @@ def _manifest(
             "start_from_idx": chunks[0][0],
             "end_at_idx": chunks[-1][-1],
             "formats": dataset.formats(index for chunk in chunks for index in chunk),
+            "formatting": _formatting(config.data),
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
     )
 
 
-def _from_rank_zero(value: list[Segment] | None) -> list[Segment]:
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    assert box[0] is not None
-    return box[0]
+def _formatting(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide how a record becomes tokens and a mask, tokenizer and length apart."""
+    settings = dataclasses.asdict(data.data) | {"chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)}
+    return {name: value for name, value in settings.items() if name not in ("file_path", "max_seq_length")}
 
 
 def _report(manifest: Manifest, num_already_complete: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 
 
@@ -27,6 +27,7 @@ class CacheBlend:
         self.readers = list(readers)
         self._ends = list(accumulate(len(reader) for reader in readers))
         described = [(reader.path, manifest) for reader in readers for manifest in reader.manifests]
+        described = [(path, manifest) for path, manifest in described if manifest.tokenizer != UNKNOWN]
         for path, manifest in described[1:]:
             first_path, first = described[0]
             if manifest.tokenizer != first.tokenizer:

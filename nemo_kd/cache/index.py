@@ -7,6 +7,7 @@ again. docs/cache_format.md specifies the file.
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from nemo_kd.batch import CachedExample
 
 MAGIC = b"NKDIDX02"
 _HEADER = struct.Struct("<8s32s8q")
+_CRC_BYTES = 4
 BYTES_PER_LINE = 16
 
 
@@ -56,18 +58,21 @@ class ChunkIndex:
     def to_bytes(self) -> bytes:
         """The file's content."""
         body = np.concatenate([self.starts, self.num_positions]).astype("<i8")
-        return _HEADER.pack(MAGIC, self.sha256, *self.facts) + body.tobytes()
+        content = _HEADER.pack(MAGIC, self.sha256, *self.facts) + body.tobytes()
+        return content + zlib.crc32(content).to_bytes(_CRC_BYTES, "little")
 
     @classmethod
     def of(cls, raw: bytes) -> ChunkIndex | None:
-        """The index in a file's content; None if it is none."""
-        if len(raw) < _HEADER.size:
+        """The index in a file's content; None if it is none or damaged."""
+        if len(raw) < _HEADER.size + _CRC_BYTES:
             return None
         magic, sha256, *numbers = _HEADER.unpack_from(raw)
         facts = ChunkFacts(*numbers)
-        if magic != MAGIC or len(raw) != _HEADER.size + 8 * (2 * facts.num_lines + 1):
+        if magic != MAGIC or len(raw) != _HEADER.size + 8 * (2 * facts.num_lines + 1) + _CRC_BYTES:
             return None
-        values = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size)
+        if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
+            return None
+        values = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size, count=2 * facts.num_lines + 1)
         return cls(facts, sha256, values[: facts.num_lines + 1], values[facts.num_lines + 1 :])
 
 

@@ -84,12 +84,18 @@ class _Zst:
             size = zstandard.frame_content_size(raw)
             if size > MAX_LINE_BYTES:
                 raise CacheError(f"{where}: a frame of {size} bytes is no line of a cache")
-            return self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else MAX_LINE_BYTES)
+            line = self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else MAX_LINE_BYTES)
         except zstandard.ZstdError as error:
             raise CacheError(
                 f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; restore the file or "
                 "write it again"
             ) from error
+        if line.find(b"\n", 0, -1) >= 0:
+            raise CacheError(
+                f"{where}: one zstd frame holds several lines, so none can be read alone; decompress the file (zstd -d) and "
+                "compress it line by line with `logit_cache convert`"
+            )
+        return line
 
     def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
         pending, number = b"", first

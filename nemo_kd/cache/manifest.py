@@ -113,7 +113,8 @@ class Manifest:
             raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
-                f"{path}: not a cache manifest ({error}); restore it: the chunks are whole without it, but nobody knows their origin"
+                f"{path}: not a cache manifest ({error}); restore it from a copy, or move it away: the chunks are whole without it, "
+                "only nobody checks then which teacher and tokenizer wrote them"
             ) from error
 
     def save(self, path: Path) -> None:

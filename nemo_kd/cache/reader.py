@@ -54,6 +54,7 @@ class CacheReader:
         top_k: teacher tokens to keep a position, the likeliest; None keeps all. The others join the tail.
         seq_length: rows with more positions are left out and counted in `dropped_too_long`.
         vocab_size: teacher tokens with ids from here on join the tail; None keeps all.
+        partial: reads the chunks that are complete, where a cache is still being written.
 
     Raises:
         CacheError: a chunk is missing, damaged, or contradicts its manifest.
@@ -66,6 +67,7 @@ class CacheReader:
         top_k: int | None = None,
         seq_length: int | None = None,
         vocab_size: int | None = None,
+        partial: bool = False,
     ) -> None:
         self.source = path
         subset = _SUBSET.fullmatch(path)
@@ -79,7 +81,7 @@ class CacheReader:
         self._indexes: OrderedDict[int, tuple[ChunkIndex, np.ndarray | None]] = OrderedDict()
         self._lines_in_memory = 0
         self.manifests: list[Manifest] = []
-        self._chunks = self._open_chunks(n_chunks)
+        self._chunks = self._open_chunks(n_chunks, partial)
         facts = [chunk.facts for chunk in self._chunks]
         self.max_token_id = max(fact.max_token_id for fact in facts)
         self.max_topk_id = max(fact.max_topk_id for fact in facts)
@@ -149,7 +151,7 @@ class CacheReader:
     def _where(self, chunk: _Chunk, line: int) -> str:
         return f"{self.storage.folder}/{chunk.name}:{line + 1}"
 
-    def _open_chunks(self, n_chunks: int | None) -> list[_Chunk]:
+    def _open_chunks(self, n_chunks: int | None, partial: bool) -> list[_Chunk]:
         names = set(self.storage.names())
         chunk_ids = self.layout.chunk_ids(list(names))
         shared = self._manifest(self.layout.manifest_name, names)
@@ -159,16 +161,21 @@ class CacheReader:
             raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk")
         elif not self.layout.is_template and n_chunks != 1:
             raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
-        missing = sorted(set(range(n_chunks)) - set(chunk_ids))
+        wanted = list(range(n_chunks))
+        if partial and chunk_ids:
+            wanted = [chunk_id for chunk_id in chunk_ids if shared is None or str(chunk_id) in shared.chunks]
+            if not wanted:
+                raise CacheError(f"{self.path}: no chunk is complete yet; let compute_topk_logits go on")
+        missing = sorted(set(wanted) - set(chunk_ids))
         if missing:
             raise CacheError(
                 f"{self.storage.folder}/{self.layout.chunk_name(missing[0])}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
                 f"chunks of {self.path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
             )
         chunks = []
-        for chunk_id in range(n_chunks):
-            if chunk_id % INDEXES_AHEAD == 0:
-                ahead = map(self.layout.chunk_name, range(chunk_id, min(chunk_id + INDEXES_AHEAD, n_chunks)))
+        for number, chunk_id in enumerate(wanted):
+            if number % INDEXES_AHEAD == 0:
+                ahead = map(self.layout.chunk_name, wanted[number : number + INDEXES_AHEAD])
                 self.storage.will_read([(index, 0, None) for index in map(index_name, ahead) if index in names])
             name = self.layout.chunk_name(chunk_id)
             manifest, key = shared, str(chunk_id)

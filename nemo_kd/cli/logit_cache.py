@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import sys
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
+from nemo_kd.cli.inspect_cache import add_inspect
 from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import USER_ERROR, run
 from nemo_kd.config import UserInputError
@@ -35,77 +33,12 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog="logit_cache", description="Works on caches of teacher logits.")
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
-    _add_inspect(subcommands)
+    add_inspect(subcommands)
     _add_verify(subcommands)
     _add_repair(subcommands)
     _add_convert(subcommands)
     _add_merge(subcommands)
     return result
-
-
-def _add_inspect(subcommands: Any) -> None:
-    text = "tells what a cache holds: counts, how much of the teacher is kept, how certain it is, examples as text or as a page"
-    inspect = subcommands.add_parser("inspect", help=text, description=text)
-    inspect.add_argument("path", help=PATH)
-    inspect.add_argument(
-        "--tokenizer", metavar="MODEL", help="the teacher's model or tokenizer folder; without it ids are shown"
-    )
-    inspect.add_argument(
-        "--example", type=int, default=0, metavar="N", help="position of the example to show (default 0)"
-    )
-    inspect.add_argument("--sample", type=int, default=1000, metavar="N", help="examples to measure (default 1000)")
-    inspect.add_argument(
-        "--html", metavar="FILE", help="writes a page with coloured tokens and the teacher's alternatives"
-    )
-    inspect.add_argument("--num-examples", type=int, default=20, metavar="N", help="examples on the page (default 20)")
-    inspect.set_defaults(run=_inspect)
-
-
-def _inspect(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.files import write_atomically
-    from nemo_kd.cache.layout import CacheError
-    from nemo_kd.cache.reader import CacheReader
-    from nemo_kd.data.tokenizer import load_tokenizer
-    from nemo_kd.evaluation.inspect_cache import (
-        check_tokenizer,
-        histograms,
-        inspected_tokens,
-        report,
-        statistics,
-        summary_lines,
-    )
-    from nemo_kd.evaluation.inspect_page import page
-
-    reader, tokenizer = CacheReader(arguments.path), None
-    if arguments.tokenizer:
-        with tokenizer_folder(arguments.tokenizer) as folder:
-            tokenizer = load_tokenizer(folder)
-        check_tokenizer(reader, tokenizer)
-    if not 0 <= arguments.example < len(reader):
-        raise CacheError(f"--example: {arguments.example} lies outside the {len(reader)} examples of {arguments.path}")
-    found = statistics(reader, max(1, arguments.sample))
-    print(report(reader, found, inspected_tokens(reader[arguments.example], tokenizer, 5)))
-    if arguments.html:
-        last = min(len(reader), arguments.example + max(1, arguments.num_examples))
-        rows = [reader[position] for position in range(arguments.example, last)]
-        examples = [(row.example.index, inspected_tokens(row, tokenizer, 10)) for row in rows]
-        text = page(arguments.path, summary_lines(reader, found), histograms(found), examples)
-        write_atomically(os.path.abspath(arguments.html), text.encode())
-        print(f"\nthe page: {arguments.html}")
-    return 0
-
-
-@contextlib.contextmanager
-def tokenizer_folder(model: str) -> Iterator[Any]:
-    """The folder with the tokenizer of a model: a .nemo archive, or any folder that has one."""
-    if os.path.isdir(model) and not os.path.exists(os.path.join(model, "model_config.yaml")):
-        yield model
-        return
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses on a machine without a GPU
-    from nemo_kd.mcore.checkpoint import open_pretrained
-
-    with open_pretrained(model, "--tokenizer") as pretrained:
-        yield pretrained.tokenizer_folder
 
 
 def _add_verify(subcommands: Any) -> None:
@@ -191,10 +124,10 @@ def _convert(arguments: argparse.Namespace) -> int:
     source = VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
     tokenizer = None
     if arguments.tokenizer:
-        from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+        from nemo_kd.data.tokenizer import tokenizer_fingerprint
+        from nemo_kd.evaluation.token_text import tokenizer_of
 
-        with tokenizer_folder(arguments.tokenizer) as folder:
-            loaded = load_tokenizer(folder)
+        loaded = tokenizer_of(arguments.tokenizer)
         tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
     elif not source.manifests:
         print(

@@ -52,8 +52,8 @@ class CacheConfig:
                 raise ConfigError(f"cache.{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.tail_samples <= MAX_TAIL_SAMPLES:
             raise ConfigError(f"cache.tail_samples: {self.tail_samples} must be from 0 to {MAX_TAIL_SAMPLES}")
-        if self.seed < 0:
-            raise ConfigError(f"cache.seed: {self.seed} must not be negative")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"cache.seed: {self.seed} must be at least 0 and below 2^64")
         if any(temperature <= 0 for temperature in self.temperatures):
             raise ConfigError(f"cache.temperatures: {self.temperatures} must all be above 0")
         self.temperatures = sorted({float(temperature) for temperature in self.temperatures} - {1.0})

@@ -1,270 +1,246 @@
-"""What a cache holds: counts, how much of the teacher is kept, how certain it is, and examples as text.
+"""`logit_cache inspect`: what a cache holds, as text.
 
-Shape legend: S positions, K kept tokens.
+Shape legend: K kept tokens, P loss positions of a row, S positions.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import UNKNOWN, Manifest
+from nemo_kd.cache.manifest import UNKNOWN, ChunkSummary, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
+from nemo_kd.evaluation.cache_statistics import Histogram, Statistics, histograms, text_ids, view
+from nemo_kd.evaluation.token_text import MARKS, TokenText, marked
 
-MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
-ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, math.inf)
-COUNT_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, math.inf)
 BAR_WIDTH = 40
+TEXT_ALTERNATIVES = 5
+PROMPT_CHARACTERS = 1000
 
-
-@dataclass
-class Statistics:
-    """Of the loss positions of some rows: one array of all of them for each quantity.
-
-    Attributes:
-        kept_mass: teacher probability inside the kept tokens.
-        entropy: nats, of the kept tokens and one bucket for the tail: at most what the whole distribution's is.
-        num_kept: tokens kept.
-        label_logprob: nats; NaN where nobody stored it.
-        label_kept: whether the label is among the kept tokens.
-    """
-
-    num_rows: int
-    kept_mass: np.ndarray
-    entropy: np.ndarray
-    num_kept: np.ndarray
-    label_logprob: np.ndarray
-    label_kept: np.ndarray
+Facts = list[tuple[str, str]]
+"""(name, value) of everything that is one line."""
 
 
 @dataclass(frozen=True)
-class Alternative:
-    """A token that the teacher could have said."""
+class Report:
+    """All that is said about a cache but for its examples; `headline` repeats the figures that are looked for first."""
 
-    text: str
-    probability: float
-
-
-@dataclass(frozen=True)
-class InspectedToken:
-    """A label and what the teacher thought of it; `in_loss` is False for a prompt's, of which nothing is known.
-
-    Attributes:
-        rank: the label's place among the kept tokens, from 1; None where it is not kept.
-        probability: the label's; None where it is not known.
-    """
-
-    text: str
-    in_loss: bool
-    entropy: float = 0.0
-    tail_mass: float = 0.0
-    rank: int | None = None
-    probability: float | None = None
-    alternatives: list[Alternative] = field(default_factory=list)
+    headline: Facts
+    identity: Facts
+    counts: Facts
+    sample: Facts
+    histograms: list[Histogram]
 
 
-def check_tokenizer(reader: CacheReader, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuses a tokenizer that did not write the cache.
+def check_tokenizer(reader: CacheReader, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Refuses a tokenizer that did not write the cache; where none is known any will do whose ids reach far enough.
 
     Raises:
         CacheError: names both.
     """
     ours = tokenizer_fingerprint(tokenizer)
-    for manifest in reader.manifests:
-        if manifest.tokenizer not in (ours, UNKNOWN):
-            raise CacheError(
-                f"--tokenizer: {ours} is another tokenizer than the one the cache was written with ({manifest.tokenizer}); "
-                "give the teacher's"
-            )
-
-
-def statistics(reader: CacheReader, num_rows: int, seed: int = 0) -> Statistics:
-    """Of a random sample of rows."""
-    chosen = np.random.default_rng(seed).choice(len(reader), min(num_rows, len(reader)), replace=False)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("mass", "entropy", "count", "logprob", "kept")}
-    for position in sorted(chosen.tolist()):
-        row = reader[position]
-        in_loss = row.example.loss_mask_S > 0
-        ids_SK, labels_S = row.teacher.topk_token_ids_SK[in_loss], row.example.labels_S[in_loss]
-        logprobs = row.teacher.label_logprobs_S
-        columns["mass"].append(1 - row.teacher.tail_mass_TS[0, in_loss].astype(np.float64))
-        columns["entropy"].append(entropies(row)[in_loss])
-        columns["count"].append((ids_SK >= 0).sum(axis=1))
-        columns["logprob"].append(np.full(len(labels_S), np.nan) if logprobs is None else logprobs[in_loss])
-        columns["kept"].append((ids_SK == labels_S[:, None]).any(axis=1))
-    return Statistics(len(chosen), *(np.concatenate(columns[name]) for name in columns))
-
-
-def entropies(row: CachedExample) -> np.ndarray:
-    """Nats at every position [S], of the kept tokens and one bucket for the tail; 0 where nothing is known."""
-    teacher = row.teacher
-    used_SK = teacher.topk_token_ids_SK >= 0
-    log_p_SK = np.where(used_SK, teacher.topk_logits_SK - teacher.log_sum_exp_logits_S[:, None], 0).astype(np.float64)
-    head_S = -np.where(used_SK, np.exp(log_p_SK) * log_p_SK, 0).sum(axis=1)
-    tail_S = teacher.tail_mass_TS[0].astype(np.float64)
-    tail_part_S = -tail_S * np.log(np.maximum(tail_S, 1e-30))
-    return np.where(used_SK[:, 0], head_S + tail_part_S, 0)
-
-
-def inspected_tokens(
-    row: CachedExample, tokenizer: PreTrainedTokenizerBase | None, num_alternatives: int
-) -> list[InspectedToken]:
-    """The example token by token: its first token, then every label with the teacher's view of it."""
-    teacher, example, entropy_S = row.teacher, row.example, entropies(row)
-    result = [InspectedToken(token_text(int(example.tokens_S[0]), tokenizer), in_loss=False)]
-    for s, label in enumerate(example.labels_S.tolist()):
-        ids_K = teacher.topk_token_ids_SK[s]
-        ids = ids_K[ids_K >= 0].tolist()
-        if example.loss_mask_S[s] == 0 or not ids:
-            result.append(InspectedToken(token_text(label, tokenizer), in_loss=False))
-            continue
-        p = np.exp(teacher.topk_logits_SK[s, : len(ids)] - teacher.log_sum_exp_logits_S[s]).tolist()
-        rank = ids.index(label) if label in ids else None
-        probability = p[rank] if rank is not None else None
-        if probability is None and teacher.label_logprobs_S is not None:
-            probability = math.exp(teacher.label_logprobs_S[s])
-        shown = list(zip(ids, p, strict=True))[:num_alternatives]
-        result.append(
-            InspectedToken(
-                text=token_text(label, tokenizer),
-                in_loss=True,
-                entropy=float(entropy_S[s]),
-                tail_mass=float(teacher.tail_mass_TS[0, s]),
-                rank=None if rank is None else rank + 1,
-                probability=probability,
-                alternatives=[Alternative(token_text(token, tokenizer), value) for token, value in shown],
-            )
+    known = {manifest.tokenizer for manifest in reader.manifests} - {UNKNOWN}
+    for theirs in known - {ours}:
+        raise CacheError(
+            f"--tokenizer: {path} has the fingerprint {ours}, but {reader.path} was written with {theirs}; "
+            "give the teacher's tokenizer"
         )
-    return result
+    if not known and reader.max_token_id >= len(tokenizer):
+        raise CacheError(
+            f"--tokenizer: {path} has {len(tokenizer):,} tokens, but {reader.path} has the id {reader.max_token_id:,}; "
+            "give the teacher's tokenizer"
+        )
 
 
-def token_text(token_id: int, tokenizer: PreTrainedTokenizerBase | None) -> str:
-    """A token as text; what is no whole UTF-8 character by itself is shown as the tokenizer spells it."""
-    if tokenizer is None:
-        return f"[{token_id}]"
-    text = tokenizer.decode([token_id])
-    if text and "\N{REPLACEMENT CHARACTER}" not in text:
-        return str(text)
-    return str(tokenizer.convert_ids_to_tokens(token_id) or f"[{token_id}]")
+def report_of(reader: CacheReader, found: Statistics) -> Report:
+    """The figures of a cache: counts are exact where a manifest tells them, all others are the sample's."""
+    identity = [fact for manifest in reader.manifests[:1] for fact in _identity(manifest)]
+    identity = identity or [("manifest", "none: another program wrote the files, or they were moved without it")]
+    counts = _counts(reader, found)
+    return Report(_headline(counts, found), identity, counts, _sample(reader, found), histograms(found))
 
 
-def summary_lines(reader: CacheReader, found: Statistics) -> list[tuple[str, str]]:
-    """(name, value) of everything that is one line."""
-    lines = [line for manifest in reader.manifests[:1] for line in _identity(manifest)]
-    chunks = [summary for manifest in reader.manifests for summary in manifest.chunks.values()]
-    if chunks:
-        tokens, loss_tokens = sum(chunk.tokens for chunk in chunks), sum(chunk.loss_tokens for chunk in chunks)
-        num_bytes = sum(chunk.bytes for chunk in chunks)
-        skipped: dict[str, int] = {}
-        for chunk in chunks:
-            for reason, count in chunk.skipped.items():
-                skipped[reason] = skipped.get(reason, 0) + count
-        lines += [
-            ("chunks", f"{len(chunks):,}"),
-            ("examples", f"{sum(chunk.examples for chunk in chunks):,}"),
-            ("tokens", f"{tokens:,} ({loss_tokens:,} in the loss)"),
-            ("skipped records", ", ".join(f"{count:,} {reason}" for reason, count in skipped.items()) or "none"),
-            ("bytes", f"{num_bytes:,}"),
-            (
-                "bytes per token",
-                f"{num_bytes / max(1, tokens):.1f} ({num_bytes / max(1, loss_tokens):.1f} per loss token)",
-            ),
-        ]
-    else:
-        lines += [("manifest", "none: written by another program"), ("examples", f"{len(reader):,}")]
-    percentiles = np.percentile(found.num_kept, (50, 99)) if len(found.num_kept) else (0, 0)
-    known = found.label_logprob[~np.isnan(found.label_logprob)]
-    lines += [
-        ("sample", f"{found.num_rows:,} examples, {len(found.num_kept):,} loss tokens; all below is theirs"),
-        ("tokens kept", f"mean {_mean(found.num_kept):.1f}, median {percentiles[0]:.0f}, p99 {percentiles[1]:.0f}"),
-        ("teacher mass kept", f"mean {_mean(found.kept_mass):.4f}"),
-        ("teacher entropy", f"mean {_mean(found.entropy):.3f} nats (the tail counted as one token: a lower bound)"),
-        ("label is kept", f"{_mean(found.label_kept):.2%}"),
-        ("teacher cross-entropy", f"{-_mean(known):.4f} nats" if len(known) else "not stored"),
+def as_text(report: Report, example: str) -> str:
+    """The report and one example, 100 columns wide or a little more."""
+    parts = [_table(facts) for facts in (report.identity, report.counts, report.sample)]
+    parts += [_bars(histogram) for histogram in report.histograms]
+    return "\n\n".join([*parts, example])
+
+
+def example_as_text(row: CachedExample, position: int, num_rows: int, text: TokenText) -> str:
+    """One example: its prompt in one line, then a line for every label that counts in the loss."""
+    example, seen = row.example, view(row)
+    first = int(seen.position_P[0]) if len(seen.position_P) else example.num_tokens - 1
+    token_ids = text_ids(row)
+    prompt = marked(text.of(token_ids[: first + 1])).replace(MARKS[" "], " ")
+    pieces = list(text.along(token_ids))
+    if len(prompt) > PROMPT_CHARACTERS:
+        prompt = f"… {prompt[-PROMPT_CHARACTERS:]}"
+    lines = [
+        f"example {position} of {num_rows:,} (record {example.index}): {example.num_tokens:,} positions, "
+        f"{example.num_loss_tokens:,} in the loss",
+        f"before the first: {prompt}",
+        "position  label            probability rank entropy   tail  the teacher's likeliest",
     ]
-    return lines
+    for p, s in enumerate(seen.position_P.tolist()):
+        shown = zip(seen.ids_PK[p, :TEXT_ALTERNATIVES].tolist(), seen.probability_PK[p].tolist(), strict=False)
+        _, pending = pieces[s + 1]
+        others = "  ".join(f"{text.visible(token, pending)} {share(value)}" for token, value in shown if token >= 0)
+        rank = seen.label_rank_P[p] or "-"
+        found = share(float(np.exp(seen.label_logprob_P[p])))
+        label = text.visible(int(example.labels_S[s]), pending)
+        lines.append(
+            f"{s:>8}  {label:<16} {found:>11} {rank:>4} {seen.entropy_P[p]:>7.2f} "
+            f"{share(seen.tail_mass_P[p]):>6}  {others}"
+        )
+    return "\n".join(lines)
 
 
-def histogram(values: np.ndarray, edges: Sequence[float]) -> list[tuple[str, float]]:
-    """(range, share of the values in it) for each pair of edges, the upper one excluded but for the last."""
-    counts, _ = np.histogram(values, bins=np.array(edges, dtype=float))
-    return [
-        (_range(low, high), count / max(1, len(values)))
-        for (low, high), count in zip(itertools.pairwise(edges), counts.tolist(), strict=True)
+def share(probability: float) -> str:
+    """A probability in percent, three digits at most."""
+    if np.isnan(probability):
+        return "?"
+    percent = 100 * float(probability)
+    if percent < 0.01:
+        return "<.01%" if percent > 0 else "0%"
+    return f"{percent:.0f}%" if percent >= 99.95 else f"{percent:.1f}%" if percent >= 1 else f"{percent:.2f}%"
+
+
+def _headline(counts: Facts, found: Statistics) -> Facts:
+    exact = dict(counts)
+    facts = [("examples", exact["examples"]), ("bytes per token", exact["bytes per token"].partition(",")[0])]
+    if not len(found.num_kept_N):
+        return facts
+    facts += [
+        ("tokens kept a position", f"{found.num_kept_N.mean():.1f}"),
+        ("probability inside them", share(found.kept_mass_N.mean())),
+        ("mean entropy, at least", f"{found.entropy_N.mean():.2f} nats"),
+        ("labels that rank first", share((found.label_rank_N == 1).mean())),
     ]
+    if found.has_label_logprobs:
+        facts.append(("teacher's cross-entropy", f"{-found.label_logprob_N.mean():.2f} nats"))
+    return facts
 
 
-def histograms(found: Statistics) -> list[tuple[str, list[tuple[str, float]]]]:
-    """(title, bars) of what is worth a look."""
-    return [
-        ("teacher mass kept", histogram(found.kept_mass, MASS_EDGES)),
-        ("teacher entropy, nats", histogram(found.entropy, ENTROPY_EDGES)),
-        ("tokens kept", histogram(found.num_kept, COUNT_EDGES)),
-    ]
-
-
-def report(reader: CacheReader, found: Statistics, tokens: Sequence[InspectedToken]) -> str:
-    """All of it as text."""
-    rows = summary_lines(reader, found)
-    width = max(len(name) for name, _ in rows)
-    parts = ["\n".join(f"{name:<{width}}  {value}" for name, value in rows)]
-    for title, bars in histograms(found):
-        parts.append("\n".join([f"{title}:", *(f"  {label:>13}  {_bar(share)} {share:6.1%}" for label, share in bars)]))
-    parts.append("\n".join(["one example, token by token:", *map(_token_line, tokens)]))
-    return "\n\n".join(parts)
-
-
-def visible(text: str) -> str:
-    """The text with its white space to be seen."""
-    return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣")
-
-
-def _identity(manifest: Manifest) -> list[tuple[str, str]]:
+def _identity(manifest: Manifest) -> Facts:
     codec = manifest.codec
-    kept = f"top {manifest.top_k}"
+    kept = [f"at most {manifest.top_k:,} tokens a position"]
     if codec.get("min_probability"):
-        kept += f", p >= {codec['min_probability']:g}"
-    if codec.get("top_p", 1.0) < 1:
-        kept += f", top-p {codec['top_p']:g}"
-    samples = f", {codec['tail_samples']} tail samples" if codec.get("tail_samples") else ""
+        kept.append(f"probability at least {codec['min_probability']:g}")
+    if codec.get("top_p", 1) < 1:
+        kept.append(f"until they hold {codec['top_p']:g}")
+    if codec.get("min_k", 1) > 1:
+        kept.append(f"{codec['min_k']} in any case")
+    samples = codec.get("tail_samples", 0)
+    temperatures = ", ".join(f"{value:g}" for value in (1.0, *codec.get("temperatures", [])))
+    records = f"records {manifest.dataset.get('start_from_idx')} to {manifest.dataset.get('end_at_idx')}"
+    vocabulary = f"{manifest.vocab_size:,} columns, of which the tokenizer knows {manifest.tokenizer_size:,}"
     return [
-        ("codec", f"{codec['name']}, {codec.get('positions', 'all')} positions"),
-        ("kept", kept + samples),
-        ("temperatures", ", ".join(f"{value:g}" for value in (1.0, *codec.get("temperatures", [])))),
-        ("teacher", str(manifest.teacher.get("name", "unknown"))),
-        ("vocabulary", f"{manifest.vocab_size:,}"),
-        ("dataset", str(manifest.dataset.get("path", "unknown"))),
+        ("codec", f"{codec.get('name')}, {codec.get('positions', 'all')} positions"),
+        ("kept", ", ".join(kept)),
+        ("tail mass at temperatures", temperatures),
+        ("tail samples", f"{samples} a position" if samples else "none"),
+        ("teacher", f"{manifest.teacher.get('name', 'unknown')}, weights {manifest.teacher.get('weights', 'unknown')}"),
+        ("vocabulary", vocabulary),
+        ("tokenizer", manifest.tokenizer),
+        ("chat template", manifest.chat_template or "none"),
+        ("dataset", f"{manifest.dataset.get('path', 'unknown')}, {records}"),
+        ("longest sequence", f"{manifest.seq_length:,} tokens"),
     ]
 
 
-def _token_line(token: InspectedToken) -> str:
-    if not token.in_loss:
-        return f"  {visible(token.text):<20}"
-    others = "  ".join(f"{visible(other.text)} {other.probability:.3f}" for other in token.alternatives)
-    found = "-" if token.probability is None else f"{token.probability:.3f}"
-    rank = "-" if token.rank is None else str(token.rank)
-    return f"  {visible(token.text):<20} p {found:>5}  rank {rank:>3}  entropy {token.entropy:5.2f}  tail {token.tail_mass:.3f} | {others}"
+def _counts(reader: CacheReader, found: Statistics) -> Facts:
+    chunks = [chunk for manifest in reader.manifests for chunk in manifest.chunks.values()]
+    if not chunks:
+        return _estimated_counts(reader, found)
+    total = ChunkSummary(0, 0)
+    for chunk in chunks:
+        total.add(chunk)
+    expected = sum(manifest.num_chunks for manifest in reader.manifests)
+    loss_tokens = max(1, total.loss_tokens)
+    skipped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(total.skipped.items()))
+    facts = [
+        ("chunks", f"{len(chunks):,} of {expected:,} complete"),
+        ("examples", f"{total.examples:,}"),
+        ("tokens", f"{total.tokens:,}, of which {total.loss_tokens:,} count in the loss"),
+        ("records left out", skipped or "none"),
+        *_sizes(total.bytes, total.tokens, total.loss_tokens),
+        ("tokens kept", f"{total.kept_tokens / loss_tokens:.2f} a loss token"),
+        ("probability inside them", share(total.kept_mass_sum / loss_tokens)),
+        ("label among them", share(total.label_in_topk / loss_tokens)),
+    ]
+    if len(reader.chunk_facts) < len(chunks):
+        facts.insert(1, ("chunks not found", f"{len(chunks) - len(reader.chunk_facts):,} of the complete ones"))
+    if len(reader) != total.examples:
+        facts.append(("examples read", f"{len(reader):,}"))
+    return facts
 
 
-def _range(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"{low:g} or more"
-    if isinstance(low, int):  # counts
-        return f"{low}" if high == low + 1 else f"{low} - {high - 1:g}"
-    return f"{low:g} - {high:g}"
+def _estimated_counts(reader: CacheReader, found: Statistics) -> Facts:
+    """Without a manifest, from the indexes and the sample."""
+    lines = sum(facts.num_lines for facts in reader.chunk_facts)
+    per_row = lines / max(1, found.num_rows)
+    about = "" if found.num_rows == lines else "about "
+    tokens, loss_tokens = round(found.num_tokens * per_row), round(found.num_loss_tokens * per_row)
+    facts = [
+        ("files", f"{len(reader.chunk_facts):,}"),
+        ("examples", f"{lines:,}"),
+        ("tokens", f"{about}{tokens:,} up to each last loss token, {about}{loss_tokens:,} count in the loss"),
+        *_sizes(sum(facts.bytes for facts in reader.chunk_facts), tokens, loss_tokens, about),
+    ]
+    if len(reader) != lines:
+        facts.append(("examples read", f"{len(reader):,}"))
+    return facts
 
 
-def _mean(values: np.ndarray) -> float:
-    return float(values.mean()) if len(values) else math.nan
+def _sizes(num_bytes: int, tokens: int, loss_tokens: int, about: str = "") -> Facts:
+    per_token = f"{about}{num_bytes / max(1, tokens):,.1f}"
+    if loss_tokens:
+        per_token += f", {about}{num_bytes / loss_tokens:,.1f} per loss token"
+    return [("bytes", f"{num_bytes:,}"), ("bytes per token", per_token)]
 
 
-def _bar(share: float) -> str:
-    return "█" * round(share * BAR_WIDTH) + "·" * (BAR_WIDTH - round(share * BAR_WIDTH))
+def _sample(reader: CacheReader, found: Statistics) -> Facts:
+    measured = len(found.num_kept_N)
+    facts = [("measured", f"{found.num_rows:,} of {len(reader):,} examples, drawn at random: {measured:,} loss tokens")]
+    if measured < found.num_loss_tokens:
+        facts.append(("nothing known of", f"{found.num_loss_tokens - measured:,} of their loss tokens"))
+    if not measured:
+        return facts
+    median, p99 = np.percentile(found.num_kept_N, (50, 99))
+    entropy = f"mean {found.entropy_N.mean():.3f} nats at least, where all of the tail were one token"
+    if not np.isnan(found.rest_nats_N).any():
+        entropy += f"; {(found.entropy_N + found.rest_nats_N).mean():.3f} at most, were it even"
+    ranks: Counter[str] = Counter(np.where(found.label_rank_N == 0, "not", found.label_rank_N).tolist())
+    label = f"ranked first {share(ranks['1'] / measured)}, kept {share(1 - ranks['not'] / measured)}"
+    known_N = found.label_logprob_N[~np.isnan(found.label_logprob_N)]
+    cross_entropy = f"not stored; {-known_N.mean() if len(known_N) else 0:.4f} nats over the labels that are kept"
+    if found.has_label_logprobs:
+        cross_entropy = f"{-known_N.mean():.4f} nats, perplexity {np.exp(-known_N.mean()):,.2f}"
+    return [
+        *facts,
+        ("tokens kept", f"mean {found.num_kept_N.mean():.2f}, median {median:.0f}, p99 {p99:.0f}"),
+        ("probability inside them", f"mean {share(found.kept_mass_N.mean())}"),
+        ("teacher's entropy", entropy),
+        ("label", label),
+        ("teacher's cross-entropy", cross_entropy),
+    ]
+
+
+def _table(facts: Facts) -> str:
+    return "\n".join(f"{name:<25}  {value}" for name, value in facts)
+
+
+def _bars(histogram: Histogram) -> str:
+    """As a picture of text; the fullest range takes the whole width."""
+    largest = max([*histogram.shares, 1e-9])
+    lines = [f"{histogram.title}:"]
+    for label, part in zip(histogram.labels, histogram.shares, strict=True):
+        lines.append(f"  {label:>13}  {part:>6.1%}  {'█' * round(BAR_WIDTH * part / largest)}".rstrip())
+    return "\n".join(lines)

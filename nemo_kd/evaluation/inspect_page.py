@@ -1,122 +1,181 @@
-"""One HTML page about a cache, complete in itself: nothing is loaded from anywhere, no script runs."""
+"""`logit_cache inspect --html`: one page, complete in itself. It loads nothing, and its policy forbids it to."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
-from collections.abc import Sequence
+import itertools
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
-from nemo_kd.evaluation.inspect_cache import InspectedToken, visible
+import numpy as np
+import orjson
 
-MOST_ENTROPY_NATS = 4.0
+from nemo_kd.batch import CachedExample
+from nemo_kd.evaluation.cache_statistics import ENTROPY_EDGES, Histogram, View, text_ids, view
+from nemo_kd.evaluation.inspect_cache import Facts, Report
+from nemo_kd.evaluation.token_text import TokenText
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1d1f24; --paper: #fbfaf7; --card: #fff; --line: #dcd8cf; --quiet: #75726a; --hot: 14, 90%, 55%; --bar: #3a6ea5 }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e3dc; --paper: #17181b; --card: #22242a; --line: #383b43; --quiet: #96928a; --bar: #7fb0e0 } }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 12rem; background: var(--paper); color: var(--ink); font: 16px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.5rem; margin: 0 0 .25rem; overflow-wrap: anywhere } h2 { font-size: 1.05rem; margin: 2.5rem 0 .75rem }
-p.note { color: var(--quiet); margin: .25rem 0 1rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.25rem; margin: 1.25rem 0 }
-dt { color: var(--quiet) } dd { margin: 0; overflow-wrap: anywhere; font-variant-numeric: tabular-nums }
-.histograms { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1.5rem }
-table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums }
-caption { text-align: left; font-weight: 600; padding-bottom: .35rem }
-th { font-weight: 400; color: var(--quiet); text-align: right; padding-right: .6rem; white-space: nowrap; width: 1% }
-td { padding: .05rem 0 } td.share { text-align: right; width: 3.5rem }
-.bar { display: block; height: .7rem; background: var(--bar); border-radius: 2px; min-width: 1px }
-.legend { display: flex; align-items: center; gap: .6rem; color: var(--quiet); font-size: .85rem; flex-wrap: wrap }
-.scale { width: 12rem; height: .8rem; border-radius: 3px; background: linear-gradient(90deg, hsla(var(--hot), 0), hsla(var(--hot), .75)) }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 1rem 1.1rem; margin: 0 0 1rem; font: 15px/1.9 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere }
-article h3 { font: 600 .8rem/1.5 system-ui, sans-serif; color: var(--quiet); margin: 0 0 .5rem; white-space: normal }
-.t { position: relative; border-radius: 3px; padding: .1rem 0; outline-offset: 1px } .p { color: var(--quiet) }
-.t[tabindex] { cursor: help } .t[tabindex]:hover, .t[tabindex]:focus { outline: 2px solid var(--bar); z-index: 2 }
-.miss { text-decoration: underline wavy; text-decoration-thickness: 1px; text-underline-offset: 4px }
-.c { display: none; position: fixed; left: 50%; bottom: 1rem; transform: translateX(-50%); width: min(34rem, calc(100vw - 2rem)); background: var(--card); color: var(--ink); border: 1px solid var(--line); border-radius: 8px; padding: .75rem 1rem; box-shadow: 0 6px 28px rgba(0, 0, 0, .28); font: .85rem/1.45 system-ui, sans-serif; white-space: normal; z-index: 9 }
-.t:hover > .c, .t:focus > .c { display: block }
-.c b { font: 600 .95rem ui-monospace, monospace; overflow-wrap: anywhere } .c .facts { color: var(--quiet); margin: .1rem 0 .5rem }
-.c th { text-align: left; font: .85rem ui-monospace, monospace; color: var(--ink); max-width: 13rem; overflow: hidden; text-overflow: ellipsis } .c tr.label th { font-weight: 700 } .c tr.tail th { color: var(--quiet); font-family: system-ui, sans-serif }
-"""
+TEMPLATE = Path(__file__).with_name("inspect_page.html")
+PAGE_ALTERNATIVES = 10
+PROMPT_TOKENS, LOSS_SPAN_TOKENS = 400, 2000
+"""Tokens of an example that are shown before its first loss token, and from there on."""
+
+_ROW, _LABEL, _BAR, _WIDTH = 19, 98, 122, 268  # of a histogram, in units of the picture
 
 
-def page(
-    title: str,
-    summary: Sequence[tuple[str, str]],
-    histograms: Sequence[tuple[str, Sequence[tuple[str, float]]]],
-    examples: Sequence[tuple[int, Sequence[InspectedToken]]],
-) -> str:
+def chosen(num_rows: int, example: int, num_examples: int, seed: int = 0) -> list[int]:
+    """Positions to show: `example`, then others drawn at random, ascending."""
+    drawn = np.random.default_rng(seed).choice(num_rows, min(num_examples, num_rows), replace=False).tolist()
+    others = [position for position in drawn if position != example]
+    return [example, *sorted(others[: num_examples - 1])]
+
+
+def page(title: str, report: Report, rows: Iterable[tuple[int, CachedExample]], text: TokenText) -> str:
     """The page.
 
     Args:
-        examples: (index, tokens) of each.
+        rows: with the position of each in the cache.
     """
-    facts = "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in summary)
-    charts = "".join(_histogram(name, bars) for name, bars in histograms)
-    articles = "\n".join(_article(index, tokens) for index, tokens in examples)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<title>{html.escape(title)}</title>
-<style>{STYLE}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-<p class="note">What the teacher thought, token by token.</p>
-<dl>{facts}</dl>
-<div class="histograms">{charts}</div>
-<h2>Examples</h2>
-<p class="legend"><span>entropy of the teacher: 0</span><span class="scale"></span><span>{MOST_ENTROPY_NATS:g} nats and more</span>
-<span class="p">grey: not in the loss</span><span class="miss">waved: not among the kept tokens</span>
-<span>hover, tap or tab to a token for its alternatives</span></p>
-{articles}
-</body>
-</html>
-"""
+    template = TEMPLATE.read_text(encoding="utf-8")
+    tokens = _Tokens(text)
+    identity = dict(report.identity)
+    sections = (("Identity", report.identity), ("Contents", report.counts), ("Sample", report.sample))
+    values = {
+        "policy": _policy(template),
+        "title": html.escape(title.rpartition("/")[2]),
+        "lead": html.escape(
+            f"Cached logits of {identity['teacher'].partition(',')[0]} over {identity['dataset']}"
+            if "teacher" in identity
+            else "Cached logits; no manifest tells of which teacher"
+        ),
+        "tiles": "".join(
+            f"<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>" for name, value in report.headline
+        ),
+        "facts": "\n".join(f"<details><summary>{name}</summary>{_facts(facts)}</details>" for name, facts in sections),
+        "charts": "\n".join(_chart(histogram, number == 0) for number, histogram in enumerate(report.histograms)),
+        "legend": _legend(),
+        "examples": "\n".join(tokens.article(position, row) for position, row in rows),
+        "data": tokens.data(),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
 
 
-def _histogram(title: str, bars: Sequence[tuple[str, float]]) -> str:
-    largest = max((share for _, share in bars), default=0) or 1
-    rows = "".join(
-        f'<tr><th>{html.escape(label)}</th><td><span class="bar" style="width:{100 * share / largest:.1f}%"></span></td>'
-        f'<td class="share">{share:.1%}</td></tr>'
-        for label, share in bars
-    )
-    return f"<table><caption>{html.escape(title)}</caption>{rows}</table>"
+class _Tokens:
+    """Gathers what the script needs to know of the tokens, while their spans are written."""
+
+    def __init__(self, text: TokenText) -> None:
+        self._text = text
+        self._texts: dict[tuple[str, int], int] = {}
+        self._tokens: list[list[Any]] = []
+
+    def article(self, position: int, row: CachedExample) -> str:
+        example, seen = row.example, view(row)
+        place_of = {s: p for p, s in enumerate(seen.position_P.tolist())}
+        first_loss = min(place_of, default=0)
+        start, end = max(0, first_loss - PROMPT_TOKENS), min(example.num_tokens, first_loss + LOSS_SPAN_TOKENS)
+        spans = [f"<p>{start:,} tokens before</p>"] if start else []
+        token_ids = text_ids(row)[start : end + 1]
+        pieces = zip(itertools.count(start - 1), token_ids, self._text.along(token_ids), strict=False)
+        for in_loss, run in itertools.groupby(pieces, lambda piece: piece[0] in place_of):
+            if in_loss:
+                spans += [self._span(_piece(shown), seen, place_of[s], i, pending) for s, i, (shown, pending) in run]
+            else:
+                _, others, contexts = zip(*run, strict=True)
+                spans.append(_piece(self._text.of(others, contexts[0][1])))
+        if end < example.num_tokens:
+            spans.append(f"<p>{example.num_tokens - end:,} positions more</p>")
+        mean = f", mean entropy at least {seen.entropy_P.mean():.2f} nats" if len(place_of) else ""
+        return (
+            f"<article><h3><b>Example {position:,}</b> · record {example.index:,} · {example.num_tokens:,} positions, "
+            f'{example.num_loss_tokens:,} in the loss{mean}</h3>\n<div class="text">{"".join(spans)}</div></article>'
+        )
+
+    def data(self) -> str:
+        """JSON without anything that could end the element it stands in."""
+        payload = {"texts": [list(key) for key in self._texts], "tokens": self._tokens}
+        return orjson.dumps(payload).decode().replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+    def _span(self, piece: str, seen: View, p: int, label: int, pending: bytes) -> str:
+        entropy, rank = float(seen.entropy_P[p]), int(seen.label_rank_P[p])
+        logprob = float(seen.label_logprob_P[p])
+        others: list[float] = []
+        for token, value in zip(
+            seen.ids_PK[p, :PAGE_ALTERNATIVES].tolist(), seen.probability_PK[p].tolist(), strict=False
+        ):
+            if token >= 0:
+                others += [self._text_number(token, pending), _rounded(value)]
+        kept, tail = int((seen.ids_PK[p] >= 0).sum()), _rounded(float(seen.tail_mass_P[p]))
+        probability = None if math.isnan(logprob) else _rounded(math.exp(logprob))
+        number = len(self._tokens)
+        self._tokens.append(
+            [self._text_number(label, pending), probability, rank, round(entropy, 2), kept, tail, others]
+        )
+        level = int(np.searchsorted(ENTROPY_EDGES, entropy, side="right")) - 1
+        # One stop of the Tab key an example; the arrow keys go on from there.
+        index = 0 if p == 0 else -1
+        missed = "" if rank else " miss"
+        return f'<span class="t e{level}{missed}" data-n="{number}" tabindex="{index}">{piece}</span>'
+
+    def _text_number(self, token_id: int, pending: bytes) -> int:
+        key = (self._text.visible(token_id, pending), token_id)
+        return self._texts.setdefault(key, len(self._texts))
 
 
-def _article(index: int, tokens: Sequence[InspectedToken]) -> str:
-    return f"<article><h3>example {index}</h3>{''.join(map(_token, tokens))}</article>"
+def _piece(text: str) -> str:
+    """Line breaks are shown and take place."""
+    return html.escape(text).replace("\n", "<i>⏎</i>\n").replace("\r", "<i>␍</i>")
 
 
-def _token(token: InspectedToken) -> str:
-    # A line break is shown and takes place.
-    text = html.escape(token.text).replace("\n", "⏎\n")
-    if not token.in_loss:
-        return f'<span class="t p">{text}</span>'
-    strength = 0.75 * min(1.0, token.entropy / MOST_ENTROPY_NATS)
-    missed = " miss" if token.rank is None else ""
-    return f'<span class="t{missed}" tabindex="0" style="background:hsla(var(--hot),{strength:.2f})">{text}{_card(token)}</span>'
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
-def _card(token: InspectedToken) -> str:
-    rank = "not kept" if token.rank is None else f"rank {token.rank}"
-    probability = "" if token.probability is None else f", probability {token.probability:.4f}"
-    largest = max([other.probability for other in token.alternatives] + [token.tail_mass, 1e-9])
-    rows = "".join(
-        _row(visible(other.text), other.probability, largest, "label" if place + 1 == token.rank else "")
-        for place, other in enumerate(token.alternatives)
-    )
-    rows += _row("everything not kept", token.tail_mass, largest, "tail")
+def _policy(template: str) -> str:
+    """Only this page's own style and script, known by their hashes, and no connection to anywhere."""
+    (style,) = re.findall(r"<style>(.*?)</style>", template, re.DOTALL)
+    (script,) = re.findall(r"<script>(.*?)</script>", template, re.DOTALL)
     return (
-        f'<span class="c" role="tooltip"><b>{html.escape(visible(token.text))}</b><span class="facts"> {rank}{probability}; '
-        f"entropy {token.entropy:.2f} nats</span><table>{rows}</table></span>"
+        f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'; form-action 'none'"
     )
 
 
-def _row(text: str, probability: float, largest: float, kind: str) -> str:
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def _facts(facts: Facts) -> str:
     return (
-        f'<tr class="{kind}"><th>{html.escape(text)}</th><td><span class="bar" style="width:{100 * probability / largest:.1f}%">'
-        f'</span></td><td class="share">{probability:.3f}</td></tr>'
+        '<dl class="facts">'
+        + "".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd>" for name, value in facts)
+        + "</dl>"
     )
+
+
+def _chart(histogram: Histogram, coloured: bool) -> str:
+    """Bars from left to right; `coloured` gives them the colours of the tokens."""
+    largest = max([*histogram.shares, 1e-9])
+    rows = []
+    for number, (label, part) in enumerate(zip(histogram.labels, histogram.shares, strict=True)):
+        y = number * _ROW
+        kind = f"e{number} edge" if coloured else "bar"
+        rows.append(
+            f'<text class="end" x="{_LABEL - 8}" y="{y + 14}">{html.escape(label)}</text>'
+            f'<rect class="track" x="{_LABEL}" y="{y + 4}" width="{_BAR}" height="{_ROW - 8}" rx="2"/>'
+            f'<rect class="{kind}" x="{_LABEL}" y="{y + 4}" width="{_BAR * part / largest:.1f}" height="{_ROW - 8}" rx="2"/>'
+            f'<text class="end" x="{_WIDTH}" y="{y + 14}">{part:.1%}</text>'
+        )
+    title = html.escape(histogram.title)
+    return (
+        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {_WIDTH} {len(rows) * _ROW}" role="img" '
+        f'aria-label="{title}">{"".join(rows)}</svg></figure>'
+    )
+
+
+def _legend() -> str:
+    steps = "".join(f'<b class="e{number}">{edge:g}</b>' for number, edge in enumerate(ENTROPY_EDGES[:-1]))
+    return f'<div class="scale"><span>nats, from</span>{steps}</div>'

@@ -24,11 +24,11 @@ from nemo_kd.ops.vocab import VocabShard, max_and_sum_exp, row_blocks
 
 
 def tail_uniforms(seed: int, example_index: int, num_positions: int, num_samples: int) -> np.ndarray:
-    """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1].
+    """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1]; the seed is below 2^64.
 
     A function of the seed, the example and the position: neither a rerun nor another batch or layout changes them.
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, example_index]))
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, example_index], dtype=np.uint64)))
     return generator.random((num_positions, num_samples + 1))
 
 
@@ -62,7 +62,8 @@ def sample_tail(
     owner_NM = torch.searchsorted(ends_NR, wanted_NM, right=True).minimum(last_owner_N)
     rank = torch.distributed.get_rank(shard.group) if shard.group is not None else 0
     held_NM = (owner_NM == rank) & (all_tail_N > 0)[:, None]
-    wanted_NM -= ends_NR[:, rank : rank + 1] - tail_N[:, None]
+    # Rounding may put a draw right below its owner's part, where it would find the first column even if that is kept.
+    wanted_NM = (wanted_NM - (ends_NR[:, rank : rank + 1] - tail_N[:, None])).clamp_(min=0)
     ids_NM = torch.zeros(num_rows, num_samples, dtype=torch.int64, device=logits_Nv.device)
     for rows in _blocks(num_rows, shard):
         running = _tail_weights(logits_Nv, kept_ids_NK, maximum_N, rows, shard).cumsum(dim=-1)

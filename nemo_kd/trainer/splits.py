@@ -105,6 +105,8 @@ def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student)
     """
     found: list[str] = []
     vocab_size = student.vocab_size
+    if not reader.manifests or any(manifest.tokenizer == UNKNOWN for manifest in reader.manifests):
+        log.warning("%s: nothing tells which tokenizer wrote it; make sure that it is the student's", reader.path)
     for manifest in reader.manifests:
         if manifest.tokenizer not in (student.tokenizer, UNKNOWN):
             found.append(

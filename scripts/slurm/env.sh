@@ -18,7 +18,7 @@ export CACHE_DIR="${CACHE_DIR:-${WORK_DIR}/cache}"
 export RESULTS_DIR="${RESULTS_DIR:-${WORK_DIR}/results}"
 
 # --- stage 1
-export TOP_K="${TOP_K:-100}"
+export TOP_K="${TOP_K:-128}"
 export N_EXAMPLES_PER_CHUNK="${N_EXAMPLES_PER_CHUNK:-10000}"
 export TEACHER_TP="${TEACHER_TP:-8}"
 

@@ -19,7 +19,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.files import Lock
+from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
@@ -350,3 +351,25 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
     assert deaths == 3
     assert command(killed, 2).wait() == 0
     assert contents(killed.parent) == contents(straight.parent)
+
+
+def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_path):
+    _, model, _ = world
+    (tmp_path / "d.jsonl").write_text("".join(f'{{"input": "a {n}", "output": "b {n}"}}\n' for n in range(4)))
+    output = tmp_path / "c.jsonl.zst"
+    assert ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, {}) == [""]
+    overrides = {"data__data__prompt_template": "Q: {input} A: {output}", "data__data__add_eos": False}
+    refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[0]
+    assert (
+        "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now" in refused
+    )
+    assert "dataset.formatting.add_eos: True in the cache, False now" in refused
+
+
+def test_every_rank_is_told_that_another_job_writes(ranks, world, tmp_path):
+    _, model, dataset = world
+    lock = Lock(CacheLayout(str(tmp_path / "c.jsonl")).lock_path)
+    refused = ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2})
+    assert all(f"process {os.getpid()} on" in text and "is writing this cache" in text for text in refused)
+    lock.release()
+    assert ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}) == ["", ""]

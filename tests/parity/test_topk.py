@@ -102,6 +102,41 @@ def test_every_layout_draws_the_same_ids(ranks, vocab_size, num_columns, num_sam
             assert torch.equal(ids[drawn], expected[drawn])
 
 
+def test_draws_at_the_borders_of_ids_and_ranks(ranks):
+    """Numbers that fall on, right below and right above every border, with the first id of every rank kept."""
+    vocab_size, kept = 61, torch.tensor([0, 16, 32, 48])
+    p_tail = _logits(20, vocab_size).softmax(-1).scatter(1, kept.expand(20, -1), 0)
+    borders = (p_tail.cumsum(-1)[:, :-1] / p_tail.sum(-1, keepdim=True)).flatten()
+    numbers = torch.stack([borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))], dim=1)
+    uniforms = torch.stack([numbers.flatten(), torch.zeros(numbers.numel())], dim=1)
+    logits, p_tail = (rows.repeat_interleave(180, dim=0) for rows in (_logits(20, vocab_size), p_tail))
+    ends = p_tail.cumsum(-1)
+    wanted = uniforms[:, :1] * ends[:, -1:]
+    for world_size in WORLD_SIZES:
+        columns = 64 // world_size
+        arguments = (logits, columns, torch.float64, kept.expand(len(logits), -1), uniforms)
+        for ids, _ in ranks(world_size).run(_run_tail, *arguments):
+            assert (p_tail.gather(1, ids) > 0).all(), "a kept id was drawn"
+            assert (ends.gather(1, ids) > wanted - 1e-14).all()
+            assert ((ends - p_tail).gather(1, ids) < wanted + 1e-14).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtype):
+    logits = _logits(100, 1000)
+    kept = logits.topk(8).indices
+    uniforms = torch.from_numpy(tail_uniforms(1, 0, 100, 4))
+    p_tail = logits.to(dtype).double().softmax(-1).scatter(1, kept, 0)
+    reference = ranks(1).run(_run_tail, logits, 1000, dtype, kept, uniforms)[0]
+    torch.testing.assert_close(reference[1], p_tail.sum(-1), rtol=2e-6, atol=0)  # float32 sums
+    strata = (torch.arange(4) + uniforms[:, :4]) / 4 * p_tail.sum(-1)[:, None]
+    assert torch.equal(reference[0], torch.searchsorted(p_tail.cumsum(-1), strata, right=True))
+    for world_size in (2, 4):
+        for ids, tail in ranks(world_size).run(_run_tail, logits, 300 * 4 // world_size, dtype, kept, uniforms):
+            assert torch.equal(ids, reference[0])
+            torch.testing.assert_close(tail, reference[1], rtol=2e-6, atol=0)
+
+
 def test_nothing_is_drawn_where_everything_is_kept(ranks):
     logits = _logits(3, 8)
     everything = torch.arange(8).repeat(3, 1)
@@ -116,6 +151,8 @@ def test_random_numbers_depend_on_seed_example_and_position_alone():
     assert (tail_uniforms(1, 2, 5, 3) == tail_uniforms(1, 2, 9, 3)[:5]).all()
     assert (tail_uniforms(1, 2, 5, 3) != tail_uniforms(1, 3, 5, 3)).all()
     assert (tail_uniforms(1, 2, 5, 3) != tail_uniforms(2, 2, 5, 3)).all()
+    assert (tail_uniforms(2**63, 2, 5, 3) != tail_uniforms(2**63 + 1, 2, 5, 3)).all()
+    assert (tail_uniforms(2**64 - 1, 2, 5, 3) != tail_uniforms(0, 2, 5, 3)).all()
 
 
 @pytest.mark.parametrize("certainty", [0.0, 9.0], ids=["plain", "thinned"])

@@ -344,3 +344,34 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
     other = write(tmp_path / "c", tokenizer="another")
     with pytest.raises(CacheError, match=r"were written with different tokenizers \(another and tok\)"):
         CacheBlend([again.readers[0], CacheReader(str(other))])
+
+
+def test_a_damaged_index_is_made_again(tmp_path):
+    path = write(tmp_path)
+    index = tmp_path / "train_1.jsonl.idx"
+    whole = index.read_bytes()
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1
+        index.write_bytes(damaged)
+        assert same(CacheReader(str(path))[5], row(5, 4))
+        assert index.read_bytes() == whole
+    index.write_bytes(whole[:-3])
+    assert len(CacheReader(str(path), seq_length=5)) == 8
+
+
+def test_a_file_compressed_as_one_frame_says_what_to_do(tmp_path):
+    path = write(tmp_path, "t.jsonl", n_examples_per_chunk=None)
+    (tmp_path / "u.jsonl.zst").write_bytes(zstandard.compress(path.read_bytes()))
+    with pytest.raises(CacheError, match=r"u\.jsonl\.zst:1: one zstd frame holds several lines"):
+        CacheReader(str(tmp_path / "u.jsonl.zst"))
+
+
+def test_a_damaged_manifest_does_not_cost_the_chunks(tmp_path):
+    path = write(tmp_path)
+    manifest_path = tmp_path / "train_manifest.json"
+    manifest_path.write_bytes(manifest_path.read_bytes()[:-30])
+    with pytest.raises(CacheError, match="restore it from a copy, or move it away: the chunks are whole without it"):
+        CacheReader(str(path))
+    manifest_path.unlink()
+    assert same(CacheReader(str(path))[5], row(5, 4))

@@ -172,7 +172,8 @@ def test_index_and_manifest_say_what_the_document_says(name):
         raw, index = path.read_bytes(), Path(f"{path}.idx").read_bytes()
         magic, digest, *numbers, n = struct.unpack_from("<8s32s8q", index)
         offsets, counts = struct.unpack_from(f"<{n + 1}q", index, 104), struct.unpack_from(f"<{n}q", index, 112 + 8 * n)
-        assert len(index) == 120 + 16 * n - 8
+        assert len(index) == 116 + 16 * n
+        assert zlib.crc32(index[:-4]) == int.from_bytes(index[-4:], "little")
         found = independent_reader.read(str(path))
         lengths = [max([s for s, x in enumerate(line["loss_mask"]) if x], default=0) + 1 for line, _ in found]
         tokens, topk, ks = [], [], []

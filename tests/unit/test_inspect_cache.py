@@ -1,37 +1,41 @@
-"""`logit_cache inspect`: its figures are right, and its page is complete in itself and safe."""
+"""`logit_cache inspect`: its figures are right, its text is harmless, its page complete in itself and safe."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import math
+import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
-from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import Manifest
+from nemo_kd.batch import CachedExample
+from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.record import encode
+from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.cli.logit_cache import parser
+from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
-from nemo_kd.evaluation.inspect_cache import (
-    Alternative,
-    InspectedToken,
-    check_tokenizer,
-    entropies,
-    histogram,
-    inspected_tokens,
-    report,
-    statistics,
-    token_text,
-)
-from nemo_kd.evaluation.inspect_page import page
-from tests.tiny_cache import row, write
-from tests.tiny_tokenizer import train_tokenizer
+from nemo_kd.evaluation.cache_statistics import Histogram, histograms, measure, view
+from nemo_kd.evaluation.inspect_cache import Report, check_tokenizer, example_as_text, report_of, share
+from nemo_kd.evaluation.inspect_page import PAGE_ALTERNATIVES, chosen, page
+from nemo_kd.evaluation.token_text import TokenText, decoded, tokenizer_of
+from tests.tiny_cache import chunks_of, manifest, row, write, write_segment
+from tests.tiny_tokenizer import train_sentencepiece_tokenizer, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "</script><script>alert(1)</script>\"'&{{data}}<!--"
 
 
 def inspect(*words: object) -> subprocess.CompletedProcess[str]:
@@ -40,57 +44,143 @@ def inspect(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_figures_against_plain_sums(tmp_path):
-    found = statistics(CacheReader(str(write(tmp_path))), 1000)
+    reader = CacheReader(str(write(tmp_path)))
+    found = measure(reader, 1000)
     rows = [row(index, 3 + index % 4) for index in range(10)]
-    masses, entropy, logprobs, hits = [], [], [], []
+    masses, entropies, logprobs, ranks = [], [], [], []
     for one in rows:
         for s in np.flatnonzero(one.example.loss_mask_S):
             p = np.exp(one.teacher.topk_logits_SK[s].astype(float) - one.teacher.log_sum_exp_logits_S[s])
-            parts = [*p, 1 - p.sum()]
             masses.append(p.sum())
-            entropy.append(-sum(part * np.log(part) for part in parts))
+            entropies.append(-sum(part * math.log(part) for part in [*p, 1 - p.sum()]))
             logprobs.append(one.teacher.label_logprobs_S[s])
-            hits.append(one.example.labels_S[s] in one.teacher.topk_token_ids_SK[s])
-    assert found.num_rows == 10
-    np.testing.assert_allclose(found.kept_mass, masses, atol=1e-6)
-    np.testing.assert_allclose(found.entropy, entropy, atol=1e-5)
-    np.testing.assert_allclose(found.label_logprob, logprobs, atol=1e-6)
-    assert found.label_kept.tolist() == hits
-    assert set(found.num_kept.tolist()) == {4}
-    assert len(statistics(CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl")), 3).num_kept) < len(masses)
+            ids = one.teacher.topk_token_ids_SK[s].tolist()
+            label = int(one.example.labels_S[s])
+            ranks.append(ids.index(label) + 1 if label in ids else 0)
+    assert (found.num_rows, found.num_tokens) == (10, sum(one.example.num_tokens for one in rows))
+    assert found.num_loss_tokens == len(masses) == len(found.entropy_N)
+    np.testing.assert_allclose(found.kept_mass_N, masses, atol=1e-6)
+    np.testing.assert_allclose(found.entropy_N, entropies, atol=1e-5)
+    np.testing.assert_allclose(found.rest_nats_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5)
+    np.testing.assert_allclose(found.label_logprob_N, logprobs, atol=1e-6)
+    assert found.label_rank_N.tolist() == ranks
+    assert set(found.num_kept_N.tolist()) == {4}
+    counts, sample = dict(report_of(reader, found).counts), dict(report_of(reader, found).sample)
+    files = list(tmp_path.glob("train_?.jsonl"))
+    assert counts["bytes per token"].startswith(
+        f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
+    )
+    assert counts["probability inside them"] == f"{100 * np.mean(masses):.1f}%"
+    assert counts["label among them"] == f"{100 * np.mean(np.array(ranks) > 0):.1f}%"
+    assert sample["teacher's entropy"].startswith(f"mean {np.mean(entropies):.3f} nats at least")
+    assert sample["teacher's cross-entropy"].startswith(f"{-np.mean(logprobs):.4f} nats")
+    shown = {histogram.title: histogram for histogram in histograms(found)}
+    assert shown["tokens kept"].counts[2] == sum(shown["tokens kept"].counts) == len(masses)
+    assert shown["tokens kept"].labels[2] == "3 to 4"
+    assert shown["rank of the label"].counts[-1] == ranks.count(0)
+    assert shown["rank of the label"].counts[0] == ranks.count(1)
 
 
-def test_entropy_of_what_is_not_known_is_zero():
+def test_the_entropy_of_the_whole_distribution_lies_between_the_two_bounds(tmp_path):
+    found = measure(CacheReader(str(write(tmp_path))), 1000)
+    truths = []
+    for index in range(10):
+        length = 3 + index % 4
+        logits = np.random.default_rng(index).normal(size=(length, 50)) * 3  # as tiny_cache.row draws them
+        p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
+    assert (found.entropy_N <= np.array(truths) + 1e-6).all()
+    assert (found.entropy_N + found.rest_nats_N >= np.array(truths) - 1e-6).all()
+
+
+def test_a_sample_is_bounded_and_always_the_same(tmp_path):
+    reader = CacheReader(str(write(tmp_path)))
+    assert measure(reader, 3).num_rows == 3
+    assert np.array_equal(measure(reader, 3).entropy_N, measure(reader, 3).entropy_N)
+    assert chosen(10, 7, 4) == chosen(10, 7, 4)
+    assert chosen(10, 7, 4)[0] == 7
+    assert len(set(chosen(10, 7, 4))) == 4
+    assert sorted(chosen(3, 1, 20)) == [0, 1, 2]
+    assert dict(report_of(reader, measure(reader, 3)).sample)["measured"].startswith("3 of 10 examples")
+    part = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl[2:5]"))
+    assert dict(report_of(part, measure(part, 9)).counts)["examples read"] == "3"
+
+
+def test_positions_of_which_nothing_is_known_are_left_out():
     one = row(0)
-    nothing = replace(one.teacher, topk_token_ids_SK=np.full((5, 4), -1), topk_logits_SK=np.full((5, 4), -np.inf))
-    assert entropies(replace(one, teacher=nothing)).tolist() == [0] * 5
+    ids_SK, logits_SK = one.teacher.topk_token_ids_SK.copy(), one.teacher.topk_logits_SK.copy()
+    ids_SK[3], logits_SK[3] = -1, -np.inf
+    logprobs = one.teacher.label_logprobs_S
+    seen = view(replace(one, teacher=replace(one.teacher, topk_token_ids_SK=ids_SK, topk_logits_SK=logits_SK)))
+    assert seen.position_P.tolist() == [2, 4]
+    np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
+    without = view(replace(one, teacher=replace(one.teacher, label_logprobs_S=None)))
+    assert np.isnan(without.label_logprob_P).tolist() == (without.label_rank_P == 0).tolist()
 
 
-def test_histograms_count_every_value_once():
-    assert histogram(np.array([1, 2, 2, 3, 4, 1000]), (1, 2, 3, 5, float("inf"))) == [
-        ("1", 1 / 6), ("2", 2 / 6), ("3 - 4", 2 / 6), ("5 or more", 1 / 6)
-    ]  # fmt: skip
-    assert histogram(np.array([0.0, 1.0]), (0.0, 0.5, 1.0)) == [("0 - 0.5", 0.5), ("0.5 - 1", 0.5)]
+def test_a_cache_still_being_written_is_told_of(tmp_path):
+    description = manifest("packed")
+    layout = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl.zst"))
+    writer = CacheWriter(layout, description, chunks_of(description))
+    for segment in writer.missing_segments():
+        if segment[0] == 1:
+            write_segment(layout, description, segment)
+    writer.assemble_complete()
+    writer.close()
+    with pytest.raises(CacheError, match="the chunk is missing"):
+        CacheReader(layout.output_path)
+    reader = CacheReader(layout.output_path, partial=True)
+    assert [reader[position].example.index for position in range(len(reader))] == [4, 5, 6, 7]
+    counts = dict(report_of(reader, measure(reader, 9)).counts)
+    assert (counts["chunks"], counts["examples"]) == ("1 of 3 complete", "4")
+    with pytest.raises(CacheError, match="the chunk is missing"):
+        CacheReader(str(tmp_path / "nothing_CHUNK_ID.jsonl"), partial=True)
 
 
-def test_tokens_with_their_alternatives():
-    tokenizer, one = train_tokenizer(300), row(4, 6, vocab_size=300)
-    tokens = inspected_tokens(one, tokenizer, 3)
-    assert len(tokens) == 7
-    assert [token.in_loss for token in tokens] == [False, False, False, False, True, True, True]
-    last, ids = tokens[-1], one.teacher.topk_token_ids_SK[-1]
-    assert [other.text for other in last.alternatives] == [token_text(int(token), tokenizer) for token in ids[:3]]
-    label = int(one.example.labels_S[-1])
-    assert last.rank == (ids.tolist().index(label) + 1 if label in ids else None)
-    assert last.probability == pytest.approx(float(np.exp(one.teacher.label_logprobs_S[-1])), rel=1e-5)
-
-
-def test_pieces_of_characters_are_spelled_as_the_tokenizer_does():
+def test_pieces_of_characters_are_told_as_bytes_until_they_are_whole():
     tokenizer = train_tokenizer(300)
-    texts = [token_text(token, tokenizer) for token in range(300)]
-    assert all(texts)
-    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
-    assert token_text(5, None) == "[5]"
+    text = "naïve 😀\n中\x1b[31m\u202e<b>"
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokens, pending, shown = TokenText(tokenizer), b"", []
+    for token in ids:
+        piece, pending = decoded(pending, tokens.raw(token))
+        shown.append(piece)
+    assert b"".join(map(tokens.raw, ids)) == text.encode()
+    joined = "".join(shown)
+    assert re.sub("⟨[0-9A-F ]+⟩", "", joined) == "naïve 😀\n中\\x1b[31m\\u202e<b>"
+    assert "⟨F0⟩" in joined.replace(" ", "") or "⟨F0 9F⟩" in joined
+    for token in range(300):
+        visible = tokens.visible(token)
+        assert visible.isprintable(), visible
+        assert not set(" \n\N{REPLACEMENT CHARACTER}") & set(re.sub("⟨[0-9A-F ]+⟩", "", visible))
+    assert decoded(b"", b"a\xe2\x82") == ("a⟨E2 82⟩", b"\xe2\x82")
+    assert decoded(b"\xe2\x82", b"\xac!") == ("€!", b"")
+    assert decoded(b"\xe2\x82", b"!") == ("!", b"")
+    assert decoded(b"\xf0", b"\x9f") == ("⟨9F⟩", b"\xf0\x9f")
+    assert decoded(b"", b"\xff\x80x") == ("⟨FF⟩⟨80⟩x", b"")
+    assert TokenText(None).visible(5) == "#5"
+
+
+def test_tokens_of_sentencepiece_keep_their_space():
+    tokenizer = train_sentencepiece_tokenizer()
+    ids = tokenizer("the value of", add_special_tokens=False)["input_ids"]
+    assert b"".join(map(TokenText(tokenizer).raw, ids)) == b" the value of"
+    vocabulary = {"<unk>": 0, "▁a": 1, "<0xE2>": 2}
+    model = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokens = TokenText(PreTrainedTokenizerFast(tokenizer_object=model))
+    assert [tokens.raw(token) for token in (1, 2, 9)] == [b" a", b"\xe2", b"#9"]
+    assert tokens.visible(2) == "⟨E2⟩"
+
+
+def test_probabilities_in_percent():
+    assert [share(p) for p in (1, 0.9999, 0.5, 0.0123, 0.00123, 1e-6, 0, math.nan)] == [
+        "100%", "100%", "50.0%", "1.2%", "0.12%", "<.01%", "0%", "?"
+    ]  # fmt: skip
+
+
+def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")))
 
 
 class Parser(HTMLParser):
@@ -100,77 +190,207 @@ class Parser(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.text = ""
+        self.content: dict[str, list[str]] = {}
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta",):
+        if tag != "meta":
             self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if "style" not in self.open:
-            self.text += data
+        self.content.setdefault(self.open[-1] if self.open else "", []).append(data)
+
+
+def parsed(text: str) -> Parser:
+    found = Parser()
+    found.feed(text)
+    found.close()
+    assert found.open == []
+    return found
+
+
+def hostile_page() -> tuple[CachedExample, str]:
+    vocabulary = {f"t{number}": number for number in range(48)} | {HOSTILE: 48, "\x1b[31m": 49}
+    one = row(3, 8)
+    ids_SK, labels_S = one.teacher.topk_token_ids_SK.copy(), one.example.labels_S.copy()
+    ids_SK[ids_SK >= 48] = 0
+    ids_SK[:, 0], ids_SK[:, 1], labels_S[5] = 48, 49, 48
+    one = CachedExample(replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_SK=ids_SK))
+    report = Report(
+        [(HOSTILE, HOSTILE)], [("teacher", HOSTILE), ("dataset", HOSTILE)], [], [], [Histogram(HOSTILE, ["0"], [3])]
+    )
+    return one, page(f"folder/{HOSTILE.replace('/', '|')}", report, [(2, one)], TokenText(word_tokenizer(vocabulary)))
 
 
 def test_the_page_is_whole_safe_and_needs_nothing():
-    hostile = "<script>alert(1)</script>\"'&"
-    token = InspectedToken(hostile, True, 5.0, 0.25, 2, 0.2, [Alternative(" a\n", 0.5), Alternative(hostile, 0.2)])
-    missed = InspectedToken("x", True, 0.0, 1.0, None, None, [])
-    text = page(
-        hostile, [(hostile, hostile)], [(hostile, [("0", 0.5)])], [(3, [InspectedToken("\n", False), token, missed])]
-    )
-    parser = Parser()
-    parser.feed(text)
-    assert parser.open == []
-    names = {tag for tag, _ in parser.tags}
-    assert not names & {"script", "link", "img", "iframe", "a", "form"}
-    attributes = [(name, value or "") for _, pairs in parser.tags for name, value in pairs.items()]
-    assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "href")]
-    assert "url(" not in text
-    assert "http:" not in text
-    assert "https:" not in text
-    assert parser.text.count(hostile) >= 6
-    assert "␣a⏎" in parser.text
-    assert "rank 2, probability 0.2000; entropy 5.00 nats" in parser.text
-    assert ("tabindex", "0") in attributes
+    _, text = hostile_page()
+    found = parsed(text)
+    assert [attributes for tag, attributes in found.tags if tag == "script"] == [
+        {"type": "application/json", "id": "data"},
+        {},
+    ]
+    assert not {tag for tag, _ in found.tags} & {"link", "img", "iframe", "a", "form", "base", "object"}
+    attributes = [(name, value or "") for _, pairs in found.tags for name, value in pairs.items()]
+    assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "href", "style")]
+    for forbidden in ("http:", "https:", "url(", "@import", "fetch(", "innerHTML", "{{title}}", "\x1b"):
+        assert forbidden not in text, forbidden
+    assert not set("<>&") & set(found.content["script"][0])
+    everything = "".join(sum(found.content.values(), []))
+    assert everything.count(HOSTILE) >= 8
+
+
+def test_the_policy_of_the_page_lets_only_its_own_script_and_style_pass():
+    found = parsed(hostile_page()[1])
+    (policy,) = [pairs["content"] for tag, pairs in found.tags if tag == "meta" and "http-equiv" in pairs]
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    script, style = found.content["script"][-1], "".join(found.content["style"])
+    for name, content in (("script-src", script), ("style-src", style)):
+        assert rules[name] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+    assert rules["default-src"] == "'none'"
+
+
+def test_the_page_knows_every_loss_token():
+    one, text = hostile_page()
+    found = parsed(text)
+    data = json.loads(found.content["script"][0])
+    spans = [pairs for tag, pairs in found.tags if tag == "span" and "data-n" in pairs]
+    assert [int(pairs["data-n"]) for pairs in spans] == list(range(4)) == list(range(len(data["tokens"])))
+    assert [pairs["tabindex"] for pairs in spans] == ["0", "-1", "-1", "-1"]
+    label, probability, rank, entropy, kept, tail, others = data["tokens"][1]
+    assert data["texts"][label] == [HOSTILE, 48]
+    assert (rank, kept) == (1, 4)
+    assert probability == pytest.approx(math.exp(one.teacher.label_logprobs_S[5]), rel=6e-3)
+    assert tail == pytest.approx(one.teacher.tail_mass_TS[0, 5], rel=6e-3)
+    assert entropy == pytest.approx(view(one).entropy_P[1], abs=6e-3)
+    assert data["texts"][others[2]] == ["\\x1b[31m", 49]
+    p = np.exp(one.teacher.topk_logits_SK[5] - one.teacher.log_sum_exp_logits_S[5])
+    np.testing.assert_allclose(others[1::2], p, rtol=6e-3)
+
+
+def test_the_page_does_not_grow_with_long_examples():
+    one = row(0, 9000, k=40)
+    data = json.loads(parsed(page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content["script"][0])
+    assert len(data["tokens"]) == 2000
+    assert {len(token[-1]) for token in data["tokens"]} == {2 * PAGE_ALTERNATIVES}
+
+
+def test_an_example_as_text():
+    one = row(4, 6)
+    lines = example_as_text(one, 0, 10, TokenText(None)).splitlines()
+    assert lines[0] == "example 0 of 10 (record 4): 6 positions, 3 in the loss"
+    assert lines[1].rstrip().endswith(" ".join(f"#{token}" for token in one.example.tokens_S[:4]))
+    assert len(lines) == 6
+    for line, s in zip(lines[3:], (3, 4, 5), strict=True):
+        words = line.split()
+        assert words[:2] == [str(s), f"#{one.example.labels_S[s]}"]
+        assert words[2] == share(float(np.exp(one.teacher.label_logprobs_S[s])))
+        assert [word for word in words[6:] if word.startswith("#")] == [
+            f"#{token}" for token in one.teacher.topk_token_ids_SK[s]
+        ]
 
 
 def test_the_command_tells_and_writes_a_page(tmp_path):
     tokenizer = train_tokenizer(50 + 256)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path = write(tmp_path, codec="packed", tokenizer=tokenizer_fingerprint(tokenizer))
-    result = inspect(path, "--tokenizer", tmp_path / "tokenizer", "--html", tmp_path / "p.html", "--num-examples", 4)
+    html = tmp_path / "p.html"
+    result = inspect(path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4)
     assert result.returncode == 0, result.stderr
-    manifest = Manifest.load(tmp_path / "train_manifest.json")
-    num_bytes, tokens = (sum(getattr(c, name) for c in manifest.chunks.values()) for name in ("bytes", "tokens"))
-    assert f"bytes per token        {num_bytes / tokens:.1f} " in result.stdout
-    assert "examples               10" in result.stdout
-    html = (tmp_path / "p.html").read_text()
-    Parser().feed(html)
-    assert html.count("<article>") == 4
+    assert f"tokenizer                  {tokenizer_fingerprint(tokenizer)}" in result.stdout
+    assert "chunks                     3 of 3 complete" in result.stdout
+    assert sum(tag == "article" for tag, _ in parsed(html.read_text()).tags) == 4
     refused = inspect(path, "--example", 10)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert "error: --example: 10 lies outside the 10 examples" in refused.stderr
+    assert refused.stderr.startswith("error: --example: 10 lies outside the 10 examples")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--sample", "0"), "--sample: 0 must be at least 1"),
+        (("--num-examples", "0"), "--num-examples: 0 must be at least 1"),
+        (("--html", "{folder}"), "must be a file in a folder that exists"),
+        (("--html", "{folder}/none/p.html"), "must be a file in a folder that exists"),
+        (("--tokenizer", "{folder}/none"), "no such folder"),
+        (("--example", "-1"), "--example: -1 lies outside the 10 examples"),
+    ],
+)
+def test_what_cannot_be_done_is_told(tmp_path, words, message):
+    path = write(tmp_path)
+    given = [word.format(folder=tmp_path) for word in words]
+    arguments = parser().parse_args(["inspect", str(path), *given])
+    with pytest.raises(UserInputError, match=message):
+        arguments.run(arguments)
+
+
+def test_help_comes_without_heavy_imports():
+    code = (
+        "import sys; sys.argv[1:] = ['inspect', '--help']\n"
+        "from nemo_kd.cli.logit_cache import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print(end.code, [name for name in ('torch', 'transformers') if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "--num-examples N" in result.stdout
+    assert result.stdout.endswith("0 []\n")
+
+
+def test_a_reader_that_stops_early_is_no_error(tmp_path):
+    path = write(tmp_path)
+    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "inspect", path, "--html", tmp_path / "p.html"]
+    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait() == 0
+        assert process.stderr.read() == ""
+    assert (tmp_path / "p.html").exists()
+
+
+def test_tokenizers_of_archives_and_of_their_folders(tmp_path):
+    tokenizer = train_tokenizer(300)
+    folder = tmp_path / "model"
+    tokenizer.save_pretrained(folder / "tokenizer")
+    (folder / "model_config.yaml").write_text("")
+    (folder / "weights").write_bytes(bytes(100))
+    for name, members in (("m.nemo", ("tokenizer", "weights")), ("empty.nemo", ("weights",))):
+        with tarfile.open(tmp_path / name, "w") as tar:
+            for member in members:
+                tar.add(folder / member, arcname=f"./{member}")
+    for source in (folder / "tokenizer", folder, tmp_path / "m.nemo"):
+        assert tokenizer_fingerprint(tokenizer_of(str(source))) == tokenizer_fingerprint(tokenizer)
+    with pytest.raises(ConfigError, match="has no folder tokenizer/"):
+        tokenizer_of(str(tmp_path / "empty.nemo"))
+    with pytest.raises(ConfigError, match=r"neither a folder nor a readable .nemo archive"):
+        tokenizer_of(str(folder / "weights"))
 
 
 def test_another_tokenizer_is_refused(tmp_path):
     tokenizer = train_tokenizer(300)
     reader = CacheReader(str(write(tmp_path)))
-    with pytest.raises(CacheError, match=r"--tokenizer: sha256:.* is another tokenizer than .* \(tok\)"):
-        check_tokenizer(reader, tokenizer)
+    with pytest.raises(
+        CacheError, match=r"--tokenizer: mine has the fingerprint sha256:.*, but .* was written with tok;"
+    ):
+        check_tokenizer(reader, tokenizer, "mine")
 
 
 def test_a_foreign_file_is_told_of_too(tmp_path):
-    path = write(tmp_path, "t.jsonl", n_examples_per_chunk=None)
-    (tmp_path / "t.manifest.json").unlink()
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(encode(row(index), "json")) for index in range(4)]
     for line in lines:
-        del line["hash"], line["label_logprobs"], line["tail_mass"], line["temperatures"]
+        for name in ("hash", "label_logprobs", "tail_mass", "temperatures"):
+            del line[name]
+    path = tmp_path / "t.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    reader = CacheReader(str(path))
-    text = report(reader, statistics(reader, 5), inspected_tokens(reader[0], None, 2))
-    assert "none: written by another program" in text
-    assert "teacher cross-entropy  not stored" in text
+    result = inspect(path, "--html", tmp_path / "t.html")
+    assert result.returncode == 0, result.stderr
+    assert "manifest                   none" in result.stdout
+    assert "tokens                     20 up to each last loss token, 12 count in the loss" in result.stdout
+    assert "teacher's cross-entropy    not stored" in result.stdout
+    assert f"bytes per token            {path.stat().st_size / 20:,.1f}," in result.stdout
+    parsed((tmp_path / "t.html").read_text())
+    with pytest.raises(CacheError, match=r"has \d+ tokens, but .* has the id \d+"):
+        check_tokenizer(CacheReader(str(path)), word_tokenizer({"a": 0}), "tiny")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from types import SimpleNamespace
 
 import pytest
 
+from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
+from nemo_kd.config.cache import CacheConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.trainer.data_module import StudentData
@@ -226,3 +230,17 @@ def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
     fingerprints = [data.descriptions["train"]["fingerprint"] for data in (blend, one, other)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert len(list(blend.train_dataloader())) == 10
+
+
+def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
+    source = cache(tmp_path / "source")
+    for file in (tmp_path / "source").glob("*manifest.json"):
+        file.unlink()
+    target = tmp_path / "converted_CHUNK_ID.jsonl.zst"
+    convert(CacheReader(str(source)), str(target), CacheConfig(min_probability=0), vocab_size=384)
+    ours = cache(tmp_path / "ours")
+    with caplog.at_level(logging.WARNING):
+        assert len(load([str(source), str(target), str(ours)], validation=str(ours))["train"]) == 30
+    for path in (source, target):
+        assert f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's" in caplog.text
+    assert f"{ours}: nothing tells" not in caplog.text
