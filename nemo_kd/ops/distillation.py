@@ -1,149 +1,174 @@
-"""Cross-entropy and top-k divergences of vocabulary-parallel logits, in one pass over the vocabulary.
+"""Cross-entropy and distillation losses of vocabulary-parallel logits, in two passes over the vocabulary.
 
-Teacher p, student q, both renormalised over the teacher's K kept ids:
+The student q = softmax(a z) and the teacher p = softmax(b t) are compared on the teacher's kept ids S and, depending on
+the support, on what lies outside them:
 
-    forward_kl = sum_k p_k (log p_k - log q_k)      d/dz_k = a (q_k - p_k)
-    reverse_kl = sum_k q_k (log q_k - log p_k)      d/dz_k = a q_k (log q_k - log p_k - reverse_kl)
+    renormalize  both renormalised over S; blind to student mass outside
+    tail         S and one bucket for all other ids
+    truncate     S, where p is not renormalised, and p = 0 for all other ids
+    sampled      S, and tail samples that stand for all other ids: forward KL over the whole vocabulary, unbiased
 
-with q = softmax_K(a z), p = softmax_K(b t); a = `student_scale`, b = `teacher_scale` (1 / temperature, no T^2 factor).
-The gradient is 0 outside K. Cross-entropy runs over the whole real vocabulary and is never scaled.
+a = `student_scale` and b = `teacher_scale` are inverse temperatures and touch nothing else: cross-entropy runs over the
+whole real vocabulary and is never scaled. docs/losses.md has the formulas.
 
-Shape legend: N positions, K kept teacher logits, v this rank's vocabulary columns.
+Shape legend: N positions, v this rank's vocabulary columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from torch.distributed import ReduceOp
+from torch import Tensor
 
-from nemo_kd.ops.vocab import VocabShard, max_and_sum_exp, reduction_dtype, row_blocks
-
-Objective = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-"""(log p [N, K], log q [N, K]) -> (divergence [N], its derivative by log q's logits [N, K])."""
+from nemo_kd.ops.token_losses import (
+    Divergence,
+    TeacherRows,
+    cross_entropy,
+    divergence_on_support,
+    label_estimator,
+)
+from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.ops.vocab_pass import Slope, StudentLogits, TokenIds, read_logits, write_gradient
 
 
 class TokenLosses(NamedTuple):
     """Per-position losses in nats, before the mask. `kd_N` is None without a teacher."""
 
-    ce_N: torch.Tensor
-    kd_N: torch.Tensor | None
+    ce_N: Tensor
+    kd_N: Tensor | None
 
 
-def forward_kl(log_p_NK: torch.Tensor, log_q_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(teacher || student): covers the teacher's modes."""
-    p_NK = log_p_NK.exp()
-    # Where p underflows its log is very negative but finite (or -inf): p log p -> 0.
-    value_N = torch.where(p_NK > 0, p_NK * (log_p_NK - log_q_NK), 0).sum(dim=-1)
-    return value_N, log_q_NK.exp() - p_NK
+class Slopes(NamedTuple):
+    """What the gradient of an evaluated loss needs beside the logits."""
 
-
-def reverse_kl(log_p_NK: torch.Tensor, log_q_NK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KL(student || teacher): seeks a mode of the teacher."""
-    q_NK = log_q_NK.exp()
-    log_ratio_NK = torch.where(q_NK > 0, log_q_NK - log_p_NK, 0)
-    value_N = (q_NK * log_ratio_NK).sum(dim=-1)
-    return value_N, q_NK * (log_ratio_NK - value_N[:, None])
-
-
-OBJECTIVES: dict[str, Objective] = {"fwd_kl": forward_kl, "bwd_kl": reverse_kl}
+    of_losses: list[Slope]
+    ids: TokenIds
+    student: StudentLogits
 
 
 class DistillationLoss:
-    """Per-position cross-entropy and divergence of one objective.
+    """Per-position cross-entropy and divergence.
 
     Args:
-        objective: a key of `OBJECTIVES`.
-        student_scale, teacher_scale: multiply the K gathered logits of the divergence.
+        divergence: None: cross-entropy alone.
+        label_smoothing: share of the label's mass that is spread over the whole real vocabulary.
+        z_loss_weight: adds this times the squared log-sum-exp of the logits to the cross-entropy.
+        compile: runs the passes over the vocabulary through torch.compile.
     """
 
-    def __init__(self, objective: str = "fwd_kl", student_scale: float = 1.0, teacher_scale: float = 1.0) -> None:
-        self.objective = OBJECTIVES[objective]
-        self.student_scale = student_scale
-        self.teacher_scale = teacher_scale
+    def __init__(
+        self,
+        divergence: Divergence | None = None,
+        label_smoothing: float = 0.0,
+        z_loss_weight: float = 0.0,
+        compile: bool = False,
+    ) -> None:
+        self.divergence = divergence
+        self.label_smoothing, self.z_loss_weight, self.compile = label_smoothing, z_loss_weight, compile
+        self.scales = divergence.scales if divergence is not None else (1.0,)
 
     def __call__(
-        self,
-        logits_Nv: torch.Tensor,
-        labels_N: torch.Tensor,
-        shard: VocabShard,
-        topk_logits_NK: torch.Tensor | None = None,
-        topk_token_ids_NK: torch.Tensor | None = None,
+        self, logits_Nv: Tensor, labels_N: Tensor, shard: VocabShard, teacher: TeacherRows | None = None
     ) -> TokenLosses:
         """The losses of every position, the same on every rank of the shard's group.
 
-        Two all-reduces forward ([N] and [N, K + 2]), none backward. Sums run in float32 (float64 for float64 logits);
-        the gradient has the logits' dtype and is 0 on padding columns.
+        Two all-reduces forward ([N], and [N, K + 2] or a little more), none backward. Sums run in float32 (float64 for
+        float64 logits). The gradient takes the logits' place in memory, unless they are a leaf of autograd's graph; on
+        padding columns it is 0.
 
         Args:
             logits_Nv: this rank's columns of the student's logits.
             labels_N: ids below the real vocabulary.
-            topk_logits_NK, topk_token_ids_NK: the teacher's; ids distinct within a row and below the real vocabulary,
-                unused entries last, with id -1 and logit -inf.
+            teacher: rows without any kept id have divergence 0. None: cross-entropy alone.
+
+        Raises:
+            ValueError: an id is no token or kept twice (looked for on CPU only; a cache never has them), or the divergence
+                needs a field that `teacher` lacks.
         """
-        if topk_logits_NK is None or topk_token_ids_NK is None:
-            return TokenLosses(_Losses.apply(logits_Nv, labels_N, None, None, shard, self)[0], None)
-        return TokenLosses(*_Losses.apply(logits_Nv, labels_N, topk_logits_NK, topk_token_ids_NK, shard, self))
+        teacher = self.checked(labels_N, teacher, shard)
+        return TokenLosses(*_OnLogits.apply(logits_Nv, labels_N, teacher, shard, self))
+
+    def checked(self, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard) -> TeacherRows | None:
+        """The teacher's rows, None if the divergence needs none.
+
+        Raises:
+            ValueError: as `__call__`.
+        """
+        on_cpu, outside = (
+            labels_N.device.type == "cpu",
+            f"an id lies outside the vocabulary of {shard.vocab_size} tokens",
+        )
+        if on_cpu and ((labels_N < 0) | (labels_N >= shard.vocab_size)).any():
+            raise ValueError(f"labels_N: {outside}")
+        if self.divergence is None or teacher is None:
+            return None
+        for name in self.divergence.needs:
+            if getattr(teacher, name) is None:
+                raise ValueError(
+                    f"{name}: missing, but {self.divergence.objective} on support {self.divergence.support} needs it"
+                )
+        if on_cpu and not self.divergence.on_label:
+            ids_NK = np.sort(teacher.topk_token_ids_NK.numpy(), axis=-1)  # eight times as fast as torch's
+            if ids_NK.size and (ids_NK[:, 0].min() < -1 or ids_NK[:, -1].max() >= shard.vocab_size):
+                raise ValueError(f"topk_token_ids_NK: {outside}")
+            if ((ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)).any():
+                raise ValueError("topk_token_ids_NK: a row holds an id twice")
+        return teacher
+
+    def evaluate(
+        self, logits_Nv: Tensor, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
+    ) -> tuple[TokenLosses, Slopes]:
+        """Both losses and what `write_gradient` needs, outside autograd; `teacher` is `checked`."""
+        divergence, ids = self.divergence, TokenIds(labels_N)
+        if divergence is not None and teacher is not None and not divergence.on_label:
+            samples_NM = teacher.tail_token_ids_NM if divergence.support == "sampled" else None
+            ids = TokenIds(labels_N, teacher.topk_token_ids_NK, samples_NM)
+        student = read_logits(logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile)
+        ce_N, slope = cross_entropy(student, self.label_smoothing, self.z_loss_weight, shard.vocab_size)
+        if divergence is None or teacher is None:
+            return TokenLosses(ce_N, None), Slopes([slope], ids, student)
+        kd_N, kd_slope = (label_estimator if divergence.on_label else divergence_on_support)(
+            student, teacher, divergence
+        )
+        return TokenLosses(ce_N, kd_N), Slopes([slope, kd_slope], ids, student)
+
+    def write_gradient(
+        self,
+        logits_Nv: Tensor,
+        out_Nv: Tensor,
+        slopes: Slopes,
+        d_losses: Sequence[Tensor],
+        shard: VocabShard,
+    ) -> None:
+        """Fills `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
+        losses = list(zip(d_losses, slopes.of_losses, strict=False))
+        write_gradient(logits_Nv, out_Nv, slopes.ids, self.scales, slopes.student, losses, shard, self.compile)
 
 
-def _without_unused(
-    topk_token_ids_NK: torch.Tensor, teacher_NK: torch.Tensor, student_NK: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both models' kept logits with -inf where an entry is unused; a row without any used entry becomes certain of its
-    first, so that its divergence is 0."""
-    unused_NK = topk_token_ids_NK < 0
-    teacher_NK, student_NK = (logits_NK.masked_fill(unused_NK, float("-inf")) for logits_NK in (teacher_NK, student_NK))
-    for logits_NK in (teacher_NK, student_NK):
-        logits_NK[:, 0].masked_fill_(unused_NK[:, 0], 0)
-    return teacher_NK, student_NK
-
-
-class _Losses(torch.autograd.Function):
+class _OnLogits(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        logits_Nv: torch.Tensor,
-        labels_N: torch.Tensor,
-        topk_logits_NK: torch.Tensor | None,
-        topk_token_ids_NK: torch.Tensor | None,
+        logits_Nv: Tensor,
+        labels_N: Tensor,
+        teacher: TeacherRows | None,
         shard: VocabShard,
         loss: DistillationLoss,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        dtype = reduction_dtype(logits_Nv)
-        ids_NJ = labels_N[:, None]
-        if topk_token_ids_NK is not None:
-            ids_NJ = torch.cat([ids_NJ, topk_token_ids_NK], dim=1)
-        columns_NJ, held_NJ = shard.local(ids_NJ)
-        maximum_N, sum_exp_N = max_and_sum_exp(logits_Nv, shard)
-        gathered_NJ = torch.where(held_NJ, logits_Nv.gather(1, columns_NJ).to(dtype), 0)
-        packed = shard.all_reduce(torch.cat([sum_exp_N[:, None], gathered_NJ], dim=1), ReduceOp.SUM)
-        log_sum_exp_N, label_logit_N, student_NK = maximum_N + packed[:, 0].log(), packed[:, 1], packed[:, 2:]
-
-        ce_N, kd_N, d_kd_NK = log_sum_exp_N - label_logit_N, None, None
-        if topk_logits_NK is not None and topk_token_ids_NK is not None:
-            topk_logits_NK, student_NK = _without_unused(topk_token_ids_NK, topk_logits_NK, student_NK)
-            log_p_NK = (topk_logits_NK.to(dtype) * loss.teacher_scale).log_softmax(dim=-1)
-            log_q_NK = (student_NK * loss.student_scale).log_softmax(dim=-1)
-            kd_N, d_kd_NK = loss.objective(log_p_NK, log_q_NK)
-            d_kd_NK = d_kd_NK * loss.student_scale
-        ctx.save_for_backward(logits_Nv, columns_NJ, held_NJ, log_sum_exp_N, d_kd_NK)
-        ctx.shard = shard
-        return ce_N, kd_N
+    ) -> tuple[Tensor, Tensor | None]:
+        losses, slopes = loss.evaluate(logits_Nv, labels_N, teacher, shard)
+        ctx.save_for_backward(logits_Nv)
+        ctx.slopes, ctx.loss, ctx.shard = slopes, loss, shard
+        base = logits_Nv._base if logits_Nv._base is not None else logits_Nv
+        ctx.in_place = logits_Nv.is_contiguous() and not base.is_leaf
+        return losses.ce_N, losses.kd_N
 
     @staticmethod
-    def backward(ctx: Any, d_ce_N: torch.Tensor, d_kd_N: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        logits_Nv, columns_NJ, held_NJ, log_sum_exp_N, d_kd_NK = ctx.saved_tensors
-        num_real: int = ctx.shard.num_real
-        gradient_Nv = torch.zeros_like(logits_Nv)
-        at_ids_NJ = -d_ce_N[:, None]
-        if d_kd_NK is not None:
-            assert d_kd_N is not None
-            at_ids_NJ = torch.cat([at_ids_NJ, d_kd_N[:, None] * d_kd_NK], dim=1)
-        at_ids_NJ = torch.where(held_NJ, at_ids_NJ, 0)
-        for rows in row_blocks(len(logits_Nv), num_real) if num_real else ():
-            block = (logits_Nv[rows, :num_real].to(log_sum_exp_N.dtype) - log_sum_exp_N[rows, None]).exp_()
-            block.mul_(d_ce_N[rows, None]).scatter_add_(1, columns_NJ[rows], at_ids_NJ[rows])
-            gradient_Nv[rows, :num_real] = block
-        return gradient_Nv, None, None, None, None, None
+    def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
+        # Overwriting the logits makes autograd refuse a second backward pass, as it should.
+        (logits_Nv,) = ctx.saved_tensors
+        out_Nv = logits_Nv.detach() if ctx.in_place else torch.empty_like(logits_Nv)
+        ctx.loss.write_gradient(logits_Nv, out_Nv, ctx.slopes, d_losses, ctx.shard)
+        return out_Nv, None, None, None, None

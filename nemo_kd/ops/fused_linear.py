@@ -1,0 +1,111 @@
+"""Output projection, losses and both gradients block by block: logits of all positions never exist at once.
+
+The gradients are made in the forward pass, while a block's logits are there (Liger-Kernel, Hsu et al. 2024, section 3.2); this
+needs the weights of the losses beforehand and saves a fourth matrix product. The block's logits become its gradient in place.
+
+Shape legend: N positions, H hidden size, v this rank's vocabulary columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
+from nemo_kd.ops.token_losses import TeacherRows
+from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
+
+BLOCK_ROWS = 512
+WEIGHT_SLICE_ELEMENTS = 1 << 23
+
+
+def fused_linear_loss(
+    loss: DistillationLoss,
+    hidden_NH: Tensor,
+    weight_vH: Tensor,
+    labels_N: Tensor,
+    shard: VocabShard,
+    teacher: TeacherRows | None = None,
+    ce_weight: float = 1.0,
+    kd_weight: float = 1.0,
+    block_rows: int = BLOCK_ROWS,
+) -> tuple[Tensor, TokenLosses]:
+    """(ce_weight * CE + kd_weight * divergence summed over all positions, both at every position outside autograd).
+
+    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
+    summed over the ranks of the shard's group. That of the weight is summed in float32: in place in `weight_vH.main_grad`
+    where the weight has one, as Megatron's have, else it is returned in the weight's dtype.
+
+    Raises:
+        ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
+    """
+    teacher = loss.checked(labels_N, teacher, shard)
+    arguments = (labels_N, teacher, shard, loss, (ce_weight, kd_weight), block_rows, torch.is_grad_enabled())
+    total, ce_N, kd_N = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
+    return total, TokenLosses(ce_N, kd_N)
+
+
+class _FusedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        weight_vH: Tensor,
+        labels_N: Tensor,
+        teacher: TeacherRows | None,
+        shard: VocabShard,
+        loss: DistillationLoss,
+        weights: tuple[float, float],
+        block_rows: int,
+        with_gradients: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        num_rows, dtype = len(hidden_NH), reduction_dtype(hidden_NH)
+        ce_N = hidden_NH.new_empty(num_rows, dtype=dtype)
+        kd_N = None if teacher is None else torch.empty_like(ce_N)
+        d_hidden_NH = d_weight_vH = None
+        ctx.into_main_grad = with_gradients and getattr(weight_vH, "main_grad", None) is not None
+        if with_gradients:
+            d_hidden_NH = torch.empty_like(hidden_NH)
+            d_weight_vH = weight_vH.main_grad if ctx.into_main_grad else torch.zeros_like(weight_vH, dtype=dtype)
+        buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
+        for rows in row_blocks(num_rows, 1, block_rows):
+            logits_Nv = torch.mm(hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start])
+            some = None if teacher is None else teacher.rows(rows)
+            losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
+            ce_N[rows] = losses.ce_N
+            if kd_N is not None:
+                kd_N[rows] = losses.kd_N
+            if d_hidden_NH is not None and d_weight_vH is not None:
+                d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]
+                loss.write_gradient(logits_Nv, logits_Nv, slopes, d_losses, shard)
+                torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
+                _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
+        total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
+        ctx.save_for_backward(d_hidden_NH, None if ctx.into_main_grad else d_weight_vH)
+        ctx.weight_dtype = weight_vH.dtype
+        ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N) if values is not None])
+        return total, ce_N, kd_N
+
+    @staticmethod
+    def backward(ctx: Any, d_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+        d_hidden_NH, d_weight_vH = ctx.saved_tensors
+        unused = (None,) * 7
+        if not ctx.into_main_grad:
+            return d_hidden_NH * d_total, (d_weight_vH * d_total).to(ctx.weight_dtype), *unused
+        if d_total.device.type == "cpu" and d_total != 1:
+            raise ValueError(
+                f"fused_linear_loss: its gradient by the weight is already in main_grad, but its sum enters the loss times "
+                f"{d_total.item():g}; scale ce_weight and kd_weight instead"
+            )
+        return d_hidden_NH, None, *unused
+
+
+def _add_product(sum_vH: Tensor, gradient_Nv: Tensor, hidden_NH: Tensor) -> None:
+    """sum += gradient.T @ hidden, without a second tensor of the weight's size."""
+    if sum_vH.dtype == gradient_Nv.dtype:
+        sum_vH.addmm_(gradient_Nv.t(), hidden_NH)
+        return
+    for columns in row_blocks(len(sum_vH), hidden_NH.shape[1], WEIGHT_SLICE_ELEMENTS):
+        sum_vH[columns] += gradient_Nv[:, columns].t() @ hidden_NH
