@@ -92,6 +92,48 @@ def test_gradient_goes_into_the_logits_memory_unless_they_are_a_leaf():
         assert torch.equal(leaf_NV.detach(), problem.logits_NV)
 
 
+def _view_of_leaf(logits_NV):
+    leaf = logits_NV.clone().view(2, -1, logits_NV.shape[1]).requires_grad_()
+    return leaf, leaf.view(logits_NV.shape), lambda gradient: gradient.view(logits_NV.shape)
+
+
+def _transposed(logits_NV):
+    leaf = logits_NV.t().contiguous().requires_grad_()
+    return leaf, (leaf * 1).t(), torch.t
+
+
+def _columns_of_a_wider_tensor(logits_NV):
+    leaf = torch.nn.functional.pad(logits_NV, (3, 5)).requires_grad_()
+    return leaf, (leaf * 1)[:, 3:-5], lambda gradient: gradient[:, 3:-5]
+
+
+@pytest.mark.parametrize("layout", [_view_of_leaf, _transposed, _columns_of_a_wider_tensor])
+def test_other_memory_layouts(layout):
+    problem = mixed_rows(1.0)
+    leaf, logits_NV, back = layout(problem.logits_NV)
+    before = leaf.detach().clone()
+    losses = loss_of(DEFAULT)(logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem))
+    ((losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()).backward()
+    assert torch.equal(leaf.detach(), before)
+    torch.testing.assert_close(back(leaf.grad), dense_losses(problem, DEFAULT)[2], rtol=1e-12, atol=1e-12)
+
+
+def test_an_operation_that_needs_its_output_again_is_refused():
+    """tanh differentiates through its result, which the gradient has replaced: an error, no wrong gradient."""
+    problem = mixed_rows(1.0)
+    logits_NV = torch.tanh(problem.logits_NV.clone().requires_grad_())
+    losses = loss_of(DEFAULT)(logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.ce_N.sum().backward()
+
+
+def test_ids_may_be_int32():
+    problem, sampled = mixed_rows(1.0), Definition("forward_kl", "sampled")
+    ids = {name: getattr(problem, name).int() for name in ("topk_token_ids_NK", "tail_token_ids_NM")}
+    for ours, theirs in zip(solve_alone(replace(problem, **ids), sampled), solve_alone(problem, sampled), strict=True):
+        assert torch.equal(ours, theirs)
+
+
 def test_a_second_backward_through_the_same_graph_is_refused():
     problem = mixed_rows(1.0)
     leaf_NV = problem.logits_NV.clone().requires_grad_()

@@ -123,6 +123,7 @@ def mixed_rows(teacher_scale: float) -> Problem:
     problem.ce_weight_N[3], problem.kd_weight_N[3] = 0, 0
     for row, num_used in ((4, 3), (5, 1), (6, 0)):
         problem = forget(problem, row, num_used)
+    problem.tail_mass_N[1] = 1e-4  # its samples stand for more
     problem.tail_mass_N[7] = 0
     problem.tail_token_ids_NM[7] = -1
     return problem
