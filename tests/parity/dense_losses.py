@@ -116,7 +116,7 @@ def random_problem(
     teacher_scale: float = 1.0,
     seed: int = 0,
 ) -> Problem:
-    """Random student and teacher. `wanted_ids` are kept in every row, next to random ids, and serve as labels in turn."""
+    """Random student and teacher. `wanted_ids` are kept in every row, beside random ids, and are labels in turn."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_rows, vocab_size)
     teacher_NV = torch.randn(shape, generator=generator, dtype=torch.float64) * spread

@@ -57,7 +57,7 @@ def dense_fused(fused: Fused, definition: Definition) -> tuple[torch.Tensor, ...
 
 
 def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
-    """On a rank: (total, ce_N, kd_N, gradient of hidden, gradient of the weight) for every definition and block size."""
+    """On a rank: (total, ce_N, kd_N, gradients of hidden and of the weight) for every definition and block size."""
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     results = []
     for definition in DEFINITIONS:
@@ -99,7 +99,7 @@ def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
         expected = dense_fused(fused_problem(definition.teacher_scale), definition)
         found = [[torch.from_numpy(array) for array in results[number]] for results in per_rank]
         name = f"{definition}, blocks of {block_rows}"
-        close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=lambda text: name + text)  # noqa: B023
+        close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=f"{name}: {{}}".format)
         for total, ce_N, kd_N, _, _ in found:
             close(total, expected[0])
             close(ce_N, expected[1])

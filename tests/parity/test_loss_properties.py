@@ -1,4 +1,4 @@
-"""What must hold for any divergence: signs, bounds, equality, blind spots, unbiased samples; the peers' own formulas."""
+"""What must hold for any divergence: signs, bounds, equality, blind spots, unbiased samples; peers' formulas."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def assert_cases_match(ranks, world_size: int, make_cases: Callable[[], list[Cas
 
 @functools.cache
 def mixed_rows(teacher_scale: float) -> Problem:
-    """Eight rows: plain, labels inside and outside the kept ids, masked, with 3, 1 and 0 used entries, without a tail."""
+    """Eight rows: plain, label inside and outside the kept ids, masked, 3, 1 and 0 used entries, without a tail."""
     problem = random_problem(8, 50, 10, wanted_ids=BORDERS, teacher_scale=teacher_scale)
     problem.labels_N[1] = problem.topk_token_ids_NK[1, 2]
     problem.labels_N[2] = min(set(range(1, 50)) - set(problem.topk_token_ids_NK[2].tolist()))
