@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_kd.ops.student_logits import Slope, StudentLogits, TokenIds, read_logits, write_gradient
 from nemo_kd.ops.token_losses import (
     Divergence,
     TeacherRows,
@@ -31,7 +32,6 @@ from nemo_kd.ops.token_losses import (
     label_estimator,
 )
 from nemo_kd.ops.vocab import VocabShard
-from nemo_kd.ops.vocab_pass import Slope, StudentLogits, TokenIds, read_logits, write_gradient
 
 
 class TokenLosses(NamedTuple):
@@ -45,7 +45,6 @@ class Slopes(NamedTuple):
     """What the gradient of an evaluated loss needs beside the logits."""
 
     of_losses: list[Slope]
-    ids: TokenIds
     student: StudentLogits
 
 
@@ -128,12 +127,12 @@ class DistillationLoss:
         student = read_logits(logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile)
         ce_N, slope = cross_entropy(student, self.label_smoothing, self.z_loss_weight, shard.vocab_size)
         if divergence is None or teacher is None:
-            return TokenLosses(ce_N, None), Slopes([slope], ids, student)
+            return TokenLosses(ce_N, None), Slopes([slope], student)
         if divergence.on_label:
             kd_N, kd_slope = label_estimator(student, teacher, divergence)
         else:
             kd_N, kd_slope = divergence_on_support(student, teacher, divergence, shard.vocab_size)
-        return TokenLosses(ce_N, kd_N), Slopes([slope, kd_slope], ids, student)
+        return TokenLosses(ce_N, kd_N), Slopes([slope, kd_slope], student)
 
     def write_gradient(
         self,
@@ -145,7 +144,7 @@ class DistillationLoss:
     ) -> None:
         """Fills `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
         losses = list(zip(d_losses, slopes.of_losses, strict=False))
-        write_gradient(logits_Nv, out_Nv, slopes.ids, self.scales, slopes.student, losses, shard, self.compile)
+        write_gradient(logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile)
 
 
 def _check_ids(name: str, ids: Tensor | None, smallest: int, vocab_size: int) -> None:

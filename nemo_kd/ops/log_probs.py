@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_kd.ops.student_logits import Slope, TokenIds, read_logits, write_gradient
 from nemo_kd.ops.vocab import VocabShard
-from nemo_kd.ops.vocab_pass import Slope, TokenIds, read_logits, write_gradient
 
 
 def log_probs_at(logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0) -> Tensor:
@@ -30,7 +30,7 @@ class _LogProbsAt(torch.autograd.Function):
         student = read_logits(logits_Nv, ids, scales, shard)
         assert student.samples_NM is not None
         ctx.save_for_backward(logits_Nv)
-        ctx.ids, ctx.scales, ctx.student, ctx.shard = ids, scales, student, shard
+        ctx.scales, ctx.student, ctx.shard = scales, student, shard
         return student.samples_NM * scale - student.log_tail_NS[:, -1:]
 
     @staticmethod
@@ -40,5 +40,5 @@ class _LogProbsAt(torch.autograd.Function):
         scale_index = len(ctx.scales) - 1
         slope = Slope(scale_index, -d_log_probs_NJ.sum(dim=-1), samples_NM=d_log_probs_NJ * ctx.scales[scale_index])
         weight_N = torch.ones_like(ctx.student.label_N)
-        write_gradient(logits_Nv, gradient_Nv, ctx.ids, ctx.scales, ctx.student, [(weight_N, slope)], ctx.shard)
+        write_gradient(logits_Nv, gradient_Nv, ctx.scales, ctx.student, [(weight_N, slope)], ctx.shard)
         return gradient_Nv, None, None, None

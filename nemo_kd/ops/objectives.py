@@ -33,29 +33,35 @@ class Terms(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """Log-probabilities of teacher and student on the same entries, [N, E]."""
+    """Log-probabilities and probabilities of teacher and student on the same entries, [N, E]."""
 
     log_p_NE: Tensor
     log_q_NE: Tensor
+    p_NE: Tensor
+    q_NE: Tensor
     has_bucket: bool
     """Whether the last entry stands for every token that is not kept."""
+
+    @classmethod
+    def of(cls, log_p_NE: Tensor, log_q_NE: Tensor, has_bucket: bool) -> Entries:
+        return cls(log_p_NE, log_q_NE, log_p_NE.exp(), log_q_NE.exp(), has_bucket)
 
 
 def forward_kl(entries: Entries) -> Terms:
     """KL(teacher || student) = sum p log(p / q): covers all of the teacher's modes."""
-    p_NE, q_NE = entries.log_p_NE.exp(), entries.log_q_NE.exp()
+    p_NE, q_NE = entries.p_NE, entries.q_NE
     return Terms(_weighted(p_NE, entries.log_p_NE - entries.log_q_NE), q_NE - p_NE)  # u = 1 - p / q
 
 
 def reverse_kl(entries: Entries) -> Terms:
     """KL(student || teacher) = sum q log(q / p): settles on what the teacher finds likely."""
-    value_NE = _weighted(entries.log_q_NE.exp(), entries.log_q_NE - entries.log_p_NE)
+    value_NE = _weighted(entries.q_NE, entries.log_q_NE - entries.log_p_NE)
     return Terms(value_NE, value_NE)  # u = log(q / p)
 
 
 def jsd(entries: Entries, beta: float) -> Terms:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
-    p_NE, q_NE = entries.log_p_NE.exp(), entries.log_q_NE.exp()
+    p_NE, q_NE = entries.p_NE, entries.q_NE
     log_m_NE = _log_mix(beta, entries.log_p_NE, entries.log_q_NE)
     student_NE = _weighted((1 - beta) * q_NE, entries.log_q_NE - log_m_NE)
     return Terms(
@@ -65,7 +71,7 @@ def jsd(entries: Entries, beta: float) -> Terms:
 
 def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
     """KL(p || m), m = skew p + (1 - skew) q: forward KL that stays finite where the student has no mass."""
-    p_NE, q_NE = entries.log_p_NE.exp(), entries.log_q_NE.exp()
+    p_NE, q_NE = entries.p_NE, entries.q_NE
     log_m_NE = _log_mix(skew, entries.log_p_NE, entries.log_q_NE)
     pull_NE = _weighted(p_NE, (entries.log_q_NE - log_m_NE).exp())
     # u = (1 - skew) (1 - p / m)
@@ -74,7 +80,7 @@ def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
 
 def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
     """KL(q || m), m = (1 - skew) p + skew q: reverse KL that stays finite where the teacher has no mass."""
-    q_NE = entries.log_q_NE.exp()
+    q_NE = entries.q_NE
     log_ratio_NE = entries.log_q_NE - _log_mix(skew, entries.log_q_NE, entries.log_p_NE)
     value_NE = _weighted(q_NE, log_ratio_NE)
     # u = log(q / m) + skew (1 - q / m)
@@ -83,9 +89,8 @@ def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
 
 def tvd(entries: Entries) -> Terms:
     """Total variation distance, 1/2 sum |p - q|."""
-    q_NE = entries.log_q_NE.exp()
-    gap_NE = 0.5 * (q_NE - entries.log_p_NE.exp())
-    return Terms(gap_NE.abs(), 0.5 * q_NE * gap_NE.sign())
+    gap_NE = 0.5 * (entries.q_NE - entries.p_NE)
+    return Terms(gap_NE.abs(), 0.5 * entries.q_NE * gap_NE.sign())
 
 
 def adaptive_kl(entries: Entries, alpha: float) -> Terms:
@@ -94,8 +99,8 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
     The tail is the least likely entries whose probabilities sum to at most `alpha`, the bucket among them whatever it
     holds; the head is the rest (Wu et al. 2024, section 4, with ROLL's threshold).
     """
-    p_NE = entries.log_p_NE.exp()
-    gap_NE = (p_NE - entries.log_q_NE.exp()).abs()
+    p_NE = entries.p_NE
+    gap_NE = (p_NE - entries.q_NE).abs()
     num_kept = p_NE.shape[1] - entries.has_bucket
     ascending_NK, order_NK = p_NE[:, :num_kept].sort(dim=-1)
     ascending_NK = ascending_NK.cumsum_(dim=-1)

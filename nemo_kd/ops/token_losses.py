@@ -14,8 +14,8 @@ from torch import Tensor
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
 from nemo_kd.ops import objectives
 from nemo_kd.ops.objectives import LABEL_ESTIMATORS, Entries, Terms
+from nemo_kd.ops.student_logits import Slope, StudentLogits
 from nemo_kd.ops.vocab import row_blocks
-from nemo_kd.ops.vocab_pass import Slope, StudentLogits
 
 SUPPORTS = ("renormalize", "tail", "truncate", "sampled")
 SMALLEST_TAIL = 1e-12
@@ -144,9 +144,9 @@ def divergence_on_support(
     """A divergence between teacher and student on the kept ids and what the support has beside them."""
     assert student.kept_NK is not None
     value_N, tail_N = torch.zeros_like(student.shift_N), torch.zeros_like(student.shift_N)
-    kept_NK = torch.zeros_like(student.kept_NK)
+    kept_NK, num_kept = torch.zeros_like(student.kept_NK), student.kept_NK.shape[1]
     samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
-    for rows in row_blocks(len(kept_NK), kept_NK.shape[1] + 1, BLOCK_ELEMENTS):
+    for rows in row_blocks(len(kept_NK), num_kept + 1, BLOCK_ELEMENTS):
         some = teacher.rows(rows)
         known_N = (some.topk_token_ids_NK >= 0).any(dim=-1)
         entries = _entries(student, some, divergence, vocab_size, rows)
@@ -156,12 +156,14 @@ def divergence_on_support(
             weights_NM, sampled_N = _sampled(student, some, rows)
             value, mean_u = value + sampled_N, mean_u - weights_NM.sum(dim=-1)
             samples_NM[rows] = torch.where(known_N[:, None], -divergence.factor * weights_NM, 0)
-        slope_NE = terms.q_u_NE - entries.log_q_NE.exp() * mean_u[:, None]
-        slope_NE = torch.where(known_N[:, None], slope_NE * divergence.factor, 0)
+        slope_NE = terms.q_u_NE.addcmul(entries.q_NE, mean_u[:, None], value=-1).masked_fill_(~known_N[:, None], 0)
         value_N[rows] = torch.where(known_N, value * divergence.factor, 0)
-        kept_NK[rows] = slope_NE[:, : kept_NK.shape[1]] * divergence.student_scale
+        torch.mul(slope_NE[:, :num_kept], divergence.factor * divergence.student_scale, out=kept_NK[rows])
         if entries.has_bucket:
-            tail_N[rows] = slope_NE[:, -1]
+            # Slopes sum to 0 (with samples, to their weights): for a student all outside the kept ids, as the kept ones' sum
+            # says it without cancellation.
+            rest_N = -slope_NE[:, :num_kept].sum(dim=-1) if samples_NM is None else slope_NE[:, -1]
+            tail_N[rows] = torch.where(entries.q_NE[:, -1] > 0.5, rest_N, slope_NE[:, -1]) * divergence.factor
     return value_N, Slope(len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM)
 
 
@@ -176,23 +178,28 @@ def _entries(
 ) -> Entries:
     """Log-probabilities of both models; nan for a row that keeps nothing."""
     assert student.kept_NK is not None
-    used_NK = teacher.topk_token_ids_NK >= 0
-    student_NK = student.kept_NK[rows] * divergence.student_scale
-    teacher_NK = teacher.topk_logits_NK.to(student_NK.dtype).masked_fill(~used_NK, float("-inf"))
-    log_p_NK = (teacher_NK * divergence.teacher_scale).log_softmax(dim=-1)
+    student_NK = _scaled(student.kept_NK[rows], divergence.student_scale)
+    teacher_NK = teacher.topk_logits_NK.to(student_NK.dtype)
+    log_p_NK = _scaled(teacher_NK, divergence.teacher_scale).log_softmax(dim=-1)
     if divergence.support == "renormalize":
-        return Entries(log_p_NK, student_NK.log_softmax(dim=-1), has_bucket=False)
+        return Entries.of(log_p_NK, student_NK.log_softmax(dim=-1), has_bucket=False)
     assert teacher.tail_mass_N is not None
     tail_N1 = teacher.tail_mass_N.to(student_NK.dtype)[:, None].clamp(0, 1)
     log_tail_N1 = torch.full_like(tail_N1, float("-inf"))
     if divergence.support == "tail":
         log_tail_N1 = tail_N1.clamp(min=SMALLEST_TAIL).log()
         # Any mass where the student has none would be infinitely wrong, so a rounded 0 must be one there.
-        nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | (used_NK.sum(dim=-1, keepdim=True) == vocab_size)
+        nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | (
+            (teacher.topk_token_ids_NK >= 0).sum(dim=-1, keepdim=True) == vocab_size
+        )
         nothing_N1 &= student.log_tail_NS[rows, -1:] == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
     log_q_NE = torch.cat([student_NK, student.log_tail_NS[rows, -1:]], dim=1).log_softmax(dim=-1)
-    return Entries(torch.cat([log_p_NK + torch.log1p(-tail_N1), log_tail_N1], dim=1), log_q_NE, has_bucket=True)
+    return Entries.of(torch.cat([log_p_NK + torch.log1p(-tail_N1), log_tail_N1], dim=1), log_q_NE, has_bucket=True)
+
+
+def _scaled(logits_NK: Tensor, scale: float) -> Tensor:
+    return logits_NK if scale == 1 else logits_NK * scale
 
 
 def _sampled(student: StudentLogits, teacher: TeacherRows, rows: slice) -> tuple[Tensor, Tensor]:

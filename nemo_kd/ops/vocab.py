@@ -49,6 +49,13 @@ class VocabShard:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
+    def sum_parts(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Tensors [N, C_i] summed over the ranks of the group, in one all-reduce."""
+        if self.group is None or self.group.size() == 1:
+            return parts
+        widths = [part.shape[1] for part in parts]
+        return list(self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1))
+
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
         """The [N, C] tensors of all ranks of the group side by side, in rank order."""
         if self.group is None or self.group.size() == 1:

@@ -1,0 +1,160 @@
+"""What a loss needs to know of a student's logits, and the gradient that comes of it: two passes over the vocabulary.
+
+A loss here is a function of few numbers a row: the logits of some kept ids, of the label and of tail samples, and the
+log-sum-exp of all logits that are not kept. So its gradient is made of the derivatives by those numbers (`Slope`):
+
+    d loss / dz_v = tail * scale * exp(scale * z_v - tail's log-sum-exp)      and at kept ids the kept id's own instead
+
+Kept ids are left out of the sum and overwritten in the gradient: a tail of 1e-8 that is found by subtraction, or a gradient
+that is corrected after it was written, would be rounding error. Exponentials are relative to the tail's largest logit, so
+nothing overflows or loses digits however large the logits.
+
+Shape legend: N positions, v this rank's vocabulary columns, K kept ids, M tail samples, S scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ReduceOp
+
+from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.ops.vocab_pass import Columns, Exponentials, gradient_pass, sum_pass
+
+
+class TokenIds(NamedTuple):
+    """Ids whose logits a loss needs: kept ones are distinct within a row, samples need not be; -1 is none."""
+
+    labels_N: Tensor
+    kept_NK: Tensor | None = None
+    samples_NM: Tensor | None = None
+
+
+class StudentLogits(NamedTuple):
+    """What a loss needs to know of the logits, the same on all ranks.
+
+    Attributes:
+        shift_N: each row's largest logit; all others below are less it.
+        label_N, kept_NK, samples_NM: logits at `TokenIds`; kept ones -inf for id -1.
+        log_tail_NS: log-sum-exp of scale * logits outside the kept ids, for every scale; -inf where nothing is outside.
+        mean_N: of all logits of the real vocabulary; None where nobody asked.
+        tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where there is none), and the
+            sum of exp(scale * (logit - tail_maximum)).
+        local_sum_exp_NS, columns: this rank's part of that sum, and where it holds label, kept ids and samples; these two
+            differ between ranks.
+    """
+
+    shift_N: Tensor
+    label_N: Tensor
+    kept_NK: Tensor | None
+    samples_NM: Tensor | None
+    log_tail_NS: Tensor
+    mean_N: Tensor | None
+    tail_maximum_N: Tensor
+    tail_sum_exp_NS: Tensor
+    local_sum_exp_NS: Tensor
+    columns: list[Columns]
+
+
+class Slope(NamedTuple):
+    """Derivatives of a loss by what it is a function of; None where it is not.
+
+    Attributes:
+        scale_index: which of the scales the tail's log-sum-exp is at.
+        tail_N: by that log-sum-exp.
+        kept_NK: by the kept ids' logits.
+        label_N, samples_NM: by the logits of label and samples as such, whether they are also kept or in the tail.
+        constant: by every logit of the real vocabulary, kept ids' not included.
+    """
+
+    scale_index: int
+    tail_N: Tensor
+    kept_NK: Tensor | None = None
+    label_N: Tensor | None = None
+    samples_NM: Tensor | None = None
+    constant: float = 0.0
+
+
+def read_logits(
+    logits_Nv: Tensor,
+    ids: TokenIds,
+    scales: Sequence[float],
+    shard: VocabShard,
+    with_mean: bool = False,
+    compiled: bool = False,
+) -> StudentLogits:
+    """The first pass. Two all-reduces: [N], and [N, S + 1 + K + M]. The first of `scales` is 1."""
+    columns = [Columns.of(ids_NJ, shard) for ids_NJ in (ids.labels_N[:, None], *ids[1:]) if ids_NJ is not None]
+    kept = 1 if ids.kept_NK is not None else None
+    local = sum_pass(logits_Nv, columns, kept, scales, shard, with_mean, compiled)
+    maximum_N = shard.all_reduce(local.maximum_N.clone(), ReduceOp.MAX)
+    below_NS = torch.stack([scale * (local.maximum_N - maximum_N) for scale in scales], dim=-1)
+    # A rank without any logit in the tail (-inf, or nan where no rank has one) adds nothing.
+    held_N1 = local.maximum_N[:, None] > float("-inf")
+    local_sum_exp_NS = torch.where(held_N1, (local.log_sum_exp_NS + below_NS).exp_(), 0)
+    parts = [local_sum_exp_NS, *local.at_columns]
+    parts += [] if local.sum_N is None else [local.sum_N[:, None]]
+    sums = iter(shard.sum_parts(parts))
+    tail_sum_exp_NS, label_N, shift_N, kept_NK, samples_NM = next(sums), next(sums)[:, 0], maximum_N, None, None
+    if ids.kept_NK is not None:
+        kept_NK = next(sums).masked_fill_(ids.kept_NK < 0, float("-inf"))
+        shift_N = torch.cat([shift_N[:, None], kept_NK], dim=1).amax(dim=-1)
+        kept_NK -= shift_N[:, None]
+    if ids.samples_NM is not None:
+        samples_NM = next(sums) - shift_N[:, None]
+    gap_N = maximum_N - shift_N
+    return StudentLogits(
+        shift_N=shift_N,
+        label_N=label_N - shift_N,
+        kept_NK=kept_NK,
+        samples_NM=samples_NM,
+        log_tail_NS=tail_sum_exp_NS.log() + torch.stack([scale * gap_N for scale in scales], dim=-1),
+        mean_N=next(sums)[:, 0] / shard.vocab_size - shift_N if with_mean else None,
+        tail_maximum_N=maximum_N.masked_fill(maximum_N == float("-inf"), 0),
+        tail_sum_exp_NS=tail_sum_exp_NS,
+        local_sum_exp_NS=local_sum_exp_NS,
+        columns=columns,
+    )
+
+
+def write_gradient(
+    logits_Nv: Tensor,
+    out_Nv: Tensor,
+    scales: Sequence[float],
+    student: StudentLogits,
+    losses: Sequence[tuple[Tensor, Slope]],
+    shard: VocabShard,
+    compiled: bool = False,
+) -> None:
+    """The second pass: fills `out_Nv`, which may be the logits themselves; padding columns get 0. No collectives.
+
+    Args:
+        losses: (derivative [N] of what is minimised by the loss, the loss's own slope) of each.
+    """
+    coefficients_NS, constant_N = torch.zeros_like(student.tail_sum_exp_NS), None
+    kept_NK = None if student.kept_NK is None else torch.zeros_like(student.kept_NK)
+    samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    label_N = torch.zeros_like(student.label_N)
+    for d_loss_N, slope in losses:
+        coefficients_NS[:, slope.scale_index] += d_loss_N * slope.tail_N * scales[slope.scale_index]
+        if kept_NK is not None and slope.kept_NK is not None:
+            kept_NK.addcmul_(slope.kept_NK, d_loss_N[:, None])
+        if slope.label_N is not None:
+            label_N += d_loss_N * slope.label_N
+        if samples_NM is not None and slope.samples_NM is not None:
+            samples_NM.addcmul_(slope.samples_NM, d_loss_N[:, None])
+        if slope.constant:
+            constant_N = slope.constant * d_loss_N
+    coefficients_NS = torch.where(student.tail_sum_exp_NS > 0, coefficients_NS / student.tail_sum_exp_NS, 0)
+    columns = iter(student.columns)
+    added = [next(columns).with_values(label_N[:, None])]
+    kept = None if kept_NK is None else (next(columns), kept_NK)
+    if samples_NM is not None:
+        added.append(next(columns).with_values(samples_NM))
+    exponentials = Exponentials(student.tail_maximum_N, coefficients_NS, student.local_sum_exp_NS, constant_N)
+    if out_Nv.data_ptr() != logits_Nv.data_ptr():
+        out_Nv.copy_(logits_Nv)
+    gradient_pass(out_Nv, scales, exponentials, kept, added, shard, compiled)
