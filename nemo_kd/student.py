@@ -25,17 +25,15 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
 from nemo_kd.mcore.optimizer import ModelOptimizer, lr_scheduler, sharding_metadata, training_options, wrap_for_training
-from nemo_kd.mcore.schedule import forward_backward
-from nemo_kd.ops.distillation import DistillationLoss
+from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer
 from nemo_kd.trainer.plan import plan_training
 from nemo_kd.trainer.splits import load_splits
 
 log = logging.getLogger(__name__)
-
-REPORTED = ("loss", "kd_loss", "sft_loss")
 
 
 class StudentModule(pl.LightningModule):
@@ -73,9 +71,8 @@ class StudentModule(pl.LightningModule):
         self.model = wrap_for_training(
             self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
         )
-        weights = model.knowledge_distillation
-        self.losses = DistillationLoss(weights.kd_loss, weights.logits_scale, weights.target_logits_scale)
-        self.validation_sums = torch.zeros(len(REPORTED) + 1, dtype=torch.float64)
+        self.loss = StudentLoss(model.knowledge_distillation)
+        self.validation_sums = torch.zeros(1, dtype=torch.float64)
         self.step_started_s = math.nan
 
     def configure_optimizers(self) -> Any:
@@ -83,25 +80,15 @@ class StudentModule(pl.LightningModule):
         optimizer = ModelOptimizer(self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val)
         return [optimizer], [{"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}]
 
-    def token_losses(self, logits_BSv: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(weighted loss summed over the micro-batch's loss tokens, sums of loss, KD, CE and loss tokens)."""
-        weights = self.config.model.knowledge_distillation
-        shard = VocabShard.of(logits_BSv.shape[-1], self.architecture.vocab_size, self.groups.tensor)
-        topk_logits_BSK, topk_token_ids_BSK = batch.topk_logits_BSK, batch.topk_token_ids_BSK
-        if weights.kd_loss_weight == 0:
-            topk_logits_BSK = topk_token_ids_BSK = None
-        losses = self.losses(
-            logits_BSv.flatten(0, 1),
-            batch.labels_BS.flatten(),
-            shard,
-            None if topk_logits_BSK is None else topk_logits_BSK.flatten(0, 1),
-            None if topk_token_ids_BSK is None else topk_token_ids_BSK.flatten(0, 1),
-        )
-        mask_N = batch.loss_mask_BS.flatten()
-        ce_sum = (losses.ce_N * mask_N).sum()
-        kd_sum = (losses.kd_N * mask_N).sum() if losses.kd_N is not None else torch.zeros_like(ce_sum)
-        loss_sum = weights.sft_loss_weight * ce_sum + weights.kd_loss_weight * kd_sum
-        return loss_sum, torch.stack([loss_sum, kd_sum, ce_sum, mask_N.sum()]).detach()
+    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(weighted loss summed over the micro-batch's loss tokens, sums of what is reported and of loss tokens)."""
+        weight_vH = output_weight(self.gpt)
+        shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
+        positions_N = batch.loss_mask_BS.flatten().nonzero()[:, 0]
+        if self.loss.custom is not None:
+            return self.loss.on_logits(project(self.gpt, hidden_SBH), batch, positions_N, shard)
+        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.indices_B), self.gpt)
+        return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -120,10 +107,11 @@ class StudentModule(pl.LightningModule):
         self.step_started_s = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums.zero_()
+        self.validation_sums = torch.zeros(1, dtype=torch.float64)
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        self.validation_sums += forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
+        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
+        self.validation_sums = self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)
@@ -173,7 +161,7 @@ class StudentModule(pl.LightningModule):
         """Logs the means over all loss tokens of the split, and returns them."""
         sums = self._over_ranks(self.validation_sums.to(self.device))
         means = sums[:-1] / sums[-1].clamp(min=1)
-        for name, value in zip(REPORTED, means, strict=True):
+        for name, value in zip(self.loss.reported, means, strict=True):
             self.log(f"{split}/{name}", value)
         self._log_axis()
         return means
@@ -188,7 +176,7 @@ class StudentModule(pl.LightningModule):
 
     def _log_step(self, sums: torch.Tensor, lr: float, grad_norm: float, data: StudentData) -> None:
         num_tokens = sums[-1].clamp(min=1)
-        for name, value in zip(REPORTED, sums[:-1] / num_tokens, strict=True):
+        for name, value in zip(self.loss.reported, sums[:-1] / num_tokens, strict=True):
             self.log(f"train/{name}", value, prog_bar=name == "loss")
         step_time_s = time.perf_counter() - self.step_started_s
         self._log_axis()
@@ -210,6 +198,7 @@ def train_student(config: TrainStudentConfig) -> None:
     Raises:
         ConfigError, DataError, CacheError: something the user gave cannot work; before any step is taken.
     """
+    StudentLoss(config.model.knowledge_distillation)  # a custom loss that cannot be imported shows before any work
     with contextlib.ExitStack() as stack:
         pl.seed_everything(config.model.seed)
         init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
+from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
 from nemo_kd.config.typed import ConfigError
 
-KD_LOSSES = ("fwd_kl", "bwd_kl")
 OPTIMIZERS = ("distributed_fused_adam", "adam")
 CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
 
@@ -85,45 +85,6 @@ class OptimConfig:
             raise ConfigError(f"model.optim.lr: {self.lr} must not be negative")
         if self.sched.min_lr > self.lr:
             raise ConfigError(f"model.optim.sched.min_lr: {self.sched.min_lr} exceeds model.optim.lr ({self.lr})")
-
-
-@dataclass
-class LossConfig:
-    """`model.knowledge_distillation`: loss = sft_loss_weight * CE + kd_loss_weight * KD."""
-
-    target_logits_scale: float = 1.0
-    """Multiplies the teacher's logits in the KD term: 1 / temperature."""
-    logits_scale: float = 1.0
-    """Multiplies the student's logits in the KD term only: 1 / temperature."""
-    kd_loss_weight: float = 1.0
-    """Weight of the KD term; 0 trains plain SFT."""
-    sft_loss_weight: float = 0.0
-    """Weight of the cross-entropy with the labels."""
-    kd_loss: str = "fwd_kl"
-    """fwd_kl = KL(teacher || student), bwd_kl = KL(student || teacher), both renormalised over the kept top-k."""
-    cross_tokenizer: bool = False
-    """Must be False: teacher and student share one tokenizer."""
-
-    def __post_init__(self) -> None:
-        if self.kd_loss not in KD_LOSSES:
-            raise ConfigError(
-                f"model.knowledge_distillation.kd_loss: {self.kd_loss!r} is not one of {', '.join(KD_LOSSES)}"
-            )
-        for name in ("kd_loss_weight", "sft_loss_weight"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must not be negative")
-        if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise ConfigError(
-                "model.knowledge_distillation: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
-            )
-        for name in ("target_logits_scale", "logits_scale"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"model.knowledge_distillation.{name}: {getattr(self, name)} must be greater than 0")
-        if self.cross_tokenizer:
-            raise ConfigError(
-                "model.knowledge_distillation.cross_tokenizer: True is refused. It compared the two models' logits by rank "
-                "and fed the student the teacher's token ids; use a student with the teacher's tokenizer"
-            )
 
 
 @dataclass
@@ -247,6 +208,12 @@ class StudentModelConfig(ModelConfig):
             raise ConfigError(
                 f"model.activations_checkpoint_granularity: {self.activations_checkpoint_granularity!r} is not one of full, selective"
             )
+        for name in ("top_k", "drop_ids_outside_vocab"):
+            if self.knowledge_distillation.support == "sampled" and getattr(self.data, name):
+                raise ConfigError(
+                    f"model.data.{name}: {getattr(self.data, name)} with support=sampled: the tail samples stand for what lies outside "
+                    "the ids that the cache keeps; leave it out, or use support=tail"
+                )
         if not self.data.uses_cache and self.knowledge_distillation.kd_loss_weight:
             raise ConfigError(
                 "model.data.data_impl: dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="

@@ -54,9 +54,9 @@ def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_id: int) -> li
 
 
 def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:
-    shape, temperatures = tuple(batch.tokens_BS.shape), teachers[0].temperatures
-    if any(teacher.temperatures != temperatures for teacher in teachers):
-        temperatures = (1.0,)  # a blend of caches has in common what all of them have
+    shape = tuple(batch.tokens_BS.shape)
+    # A blend of caches has in common what all of them have.
+    temperatures = tuple(t for t in teachers[0].temperatures if all(t in teacher.temperatures for teacher in teachers))
     k = max(teacher.topk_logits_SK.shape[1] for teacher in teachers)
     logits = np.full((*shape, k), -np.inf, dtype=np.float32)
     ids = np.full((*shape, k), -1, dtype=np.int64)
@@ -73,7 +73,8 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTo
             logits[row, :length, :row_k] = teacher.topk_logits_SK
             ids[row, :length, :row_k] = teacher.topk_token_ids_SK
             log_sum_exp[row, :length] = teacher.log_sum_exp_logits_S
-            tail_mass[row, :length] = teacher.tail_mass_TS[: len(temperatures)].T
+            columns = [teacher.temperatures.index(temperature) for temperature in temperatures]
+            tail_mass[row, :length] = teacher.tail_mass_TS[columns].T
             if teacher.label_logprobs_S is not None:
                 labels[row, :length] = teacher.label_logprobs_S
             if teacher.tail_token_ids_SM is not None:

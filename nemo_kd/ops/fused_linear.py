@@ -65,17 +65,18 @@ class _FusedLinear(torch.autograd.Function):
         ce_N = hidden_NH.new_empty(num_rows, dtype=dtype)
         kd_N = None if teacher is None else torch.empty_like(ce_N)
         d_hidden_NH = d_weight_vH = None
-        ctx.into_main_grad = with_gradients and getattr(weight_vH, "main_grad", None) is not None
+        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None)
+        ctx.into_main_grad = main_grad is not None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
-            d_weight_vH = weight_vH.main_grad if ctx.into_main_grad else torch.zeros_like(weight_vH, dtype=dtype)
+            d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
         buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
         for rows in row_blocks(num_rows, 1, block_rows):
             logits_Nv = torch.mm(hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start])
             some = None if teacher is None else teacher.rows(rows)
             losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
             ce_N[rows] = losses.ce_N
-            if kd_N is not None:
+            if kd_N is not None and losses.kd_N is not None:
                 kd_N[rows] = losses.kd_N
             if d_hidden_NH is not None and d_weight_vH is not None:
                 d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]

@@ -101,7 +101,8 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
     ascending_NK = ascending_NK.cumsum_(dim=-1)
     if entries.has_bucket:
         ascending_NK += p_NE[:, -1:]
-    in_head_NK = torch.empty_like(order_NK, dtype=torch.bool).scatter_(1, order_NK, ascending_NK > alpha)
+    above_NK = (ascending_NK > alpha) & (alpha < 1)  # a sum of all that rounds to more than 1 is no more than 1
+    in_head_NK = torch.empty_like(order_NK, dtype=torch.bool).scatter_(1, order_NK, above_NK)
     head_N = (gap_NE[:, :num_kept] * in_head_NK).sum(dim=-1)
     all_N = gap_NE.sum(dim=-1)
     # Equal distributions have no gaps: both divergences are 0 then and any weight will do.

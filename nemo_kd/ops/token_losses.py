@@ -6,7 +6,7 @@ Shape legend: N positions, K kept teacher logits, E entries (K, and 1 for a buck
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class TeacherRows:
 
     def rows(self, rows: slice) -> TeacherRows:
         """Some of the positions."""
-        return TeacherRows(*(None if field is None else field[rows] for field in vars(self).values()))
+        return replace(self, **{name: field[rows] for name, field in vars(self).items() if field is not None})
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,9 @@ def label_estimator(student: StudentLogits, teacher: TeacherRows, divergence: Di
     return value_N * divergence.factor, Slope(scale_index=0, tail_N=-slope_N, label_N=slope_N)
 
 
-def divergence_on_support(student: StudentLogits, teacher: TeacherRows, divergence: Divergence) -> tuple[Tensor, Slope]:
+def divergence_on_support(
+    student: StudentLogits, teacher: TeacherRows, divergence: Divergence, vocab_size: int
+) -> tuple[Tensor, Slope]:
     """A divergence between teacher and student on the kept ids and what the support has beside them."""
     assert student.kept_NK is not None
     value_N, tail_N = torch.zeros_like(student.shift_N), torch.zeros_like(student.shift_N)
@@ -147,13 +149,13 @@ def divergence_on_support(student: StudentLogits, teacher: TeacherRows, divergen
     for rows in row_blocks(len(kept_NK), kept_NK.shape[1] + 1, BLOCK_ELEMENTS):
         some = teacher.rows(rows)
         known_N = (some.topk_token_ids_NK >= 0).any(dim=-1)
-        entries = _entries(student, some, divergence, rows)
+        entries = _entries(student, some, divergence, vocab_size, rows)
         terms = divergence.terms()(entries)
         value, mean_u = terms.value_NE.sum(dim=-1), terms.q_u_NE.sum(dim=-1)
         if samples_NM is not None:
             weights_NM, sampled_N = _sampled(student, some, rows)
             value, mean_u = value + sampled_N, mean_u - weights_NM.sum(dim=-1)
-            samples_NM[rows] = -divergence.factor * weights_NM
+            samples_NM[rows] = torch.where(known_N[:, None], -divergence.factor * weights_NM, 0)
         slope_NE = terms.q_u_NE - entries.log_q_NE.exp() * mean_u[:, None]
         slope_NE = torch.where(known_N[:, None], slope_NE * divergence.factor, 0)
         value_N[rows] = torch.where(known_N, value * divergence.factor, 0)
@@ -169,7 +171,9 @@ def log_sum_exp(student: StudentLogits) -> Tensor:
     return tail_N if student.kept_NK is None else torch.logaddexp(tail_N, student.kept_NK.logsumexp(dim=-1))
 
 
-def _entries(student: StudentLogits, teacher: TeacherRows, divergence: Divergence, rows: slice) -> Entries:
+def _entries(
+    student: StudentLogits, teacher: TeacherRows, divergence: Divergence, vocab_size: int, rows: slice
+) -> Entries:
     """Log-probabilities of both models; nan for a row that keeps nothing."""
     assert student.kept_NK is not None
     used_NK = teacher.topk_token_ids_NK >= 0
@@ -179,20 +183,24 @@ def _entries(student: StudentLogits, teacher: TeacherRows, divergence: Divergenc
     if divergence.support == "renormalize":
         return Entries(log_p_NK, student_NK.log_softmax(dim=-1), has_bucket=False)
     assert teacher.tail_mass_N is not None
-    tail_N1 = teacher.tail_mass_N.to(student_NK.dtype)[:, None]
+    tail_N1 = teacher.tail_mass_N.to(student_NK.dtype)[:, None].clamp(0, 1)
     log_tail_N1 = torch.full_like(tail_N1, float("-inf"))
     if divergence.support == "tail":
         log_tail_N1 = tail_N1.clamp(min=SMALLEST_TAIL).log()
-        # Where every token is kept the student has no tail either, and any mass there would be infinitely wrong.
-        log_tail_N1.masked_fill_(student.log_tail_NS[rows, -1:] == float("-inf"), float("-inf"))
+        # Any mass where the student has none would be infinitely wrong, so a rounded 0 must be one there.
+        nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | (used_NK.sum(dim=-1, keepdim=True) == vocab_size)
+        nothing_N1 &= student.log_tail_NS[rows, -1:] == float("-inf")
+        log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
     log_q_NE = torch.cat([student_NK, student.log_tail_NS[rows, -1:]], dim=1).log_softmax(dim=-1)
     return Entries(torch.cat([log_p_NK + torch.log1p(-tail_N1), log_tail_N1], dim=1), log_q_NE, has_bucket=True)
 
 
 def _sampled(student: StudentLogits, teacher: TeacherRows, rows: slice) -> tuple[Tensor, Tensor]:
     """(weight of each tail sample, what the teacher's tail adds to the forward KL but for its own entropy)."""
-    assert student.samples_NM is not None and teacher.tail_mass_N is not None and teacher.tail_token_ids_NM is not None
-    tail_N = teacher.tail_mass_N.to(student.samples_NM.dtype)
+    assert student.samples_NM is not None
+    assert teacher.tail_mass_N is not None
+    assert teacher.tail_token_ids_NM is not None
+    tail_N = teacher.tail_mass_N.to(student.samples_NM.dtype).clamp(0, 1)
     drawn_NM = teacher.tail_token_ids_NM >= 0
     weights_NM = drawn_NM * (tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / max(drawn_NM.shape[1], 1))[:, None]
     log_q_NM = student.samples_NM[rows] - log_sum_exp(student)[rows, None]

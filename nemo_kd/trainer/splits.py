@@ -18,6 +18,7 @@ from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
+from nemo_kd.config.loss import LABEL_ESTIMATORS, LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
@@ -44,7 +45,7 @@ def load_splits(
     )
     paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
     if data.uses_cache:
-        splits = _open_caches(paths, data, seq_length, architecture, tokenizer)
+        splits = _open_caches(paths, data, model.knowledge_distillation, seq_length, architecture, tokenizer)
     else:
         splits = {split: _tokenize(split, paths[split], data, seq_length, architecture, tokenizer) for split in paths}
     for split, rows in splits.items():
@@ -64,6 +65,7 @@ def load_splits(
 def _open_caches(
     paths: dict[str, list[str]],
     data: StudentDataConfig,
+    loss: LossConfig,
     seq_length: int,
     architecture: GPTArchitecture,
     tokenizer: PreTrainedTokenizerBase,
@@ -80,7 +82,7 @@ def _open_caches(
         f"  {split}: {reader.source}: {mismatch}"
         for split in readers
         for reader in readers[split]
-        for mismatch in _mismatches(reader, data, student)
+        for mismatch in [*_mismatches(reader, data, student), *_missing_fields(reader, loss, student)]
     ]
     if mismatches:
         raise CacheError("model.data.data_prefix: cache and student do not match:\n" + "\n".join(mismatches))
@@ -137,6 +139,38 @@ def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student)
             f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache holds at most"
         )
     return list(dict.fromkeys(found))
+
+
+def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) -> list[str]:
+    """What the loss needs and the cache's rows do not have; the first row speaks for all."""
+    key, found = "model.knowledge_distillation", []
+    if loss.cross_tokenizer and {manifest.tokenizer for manifest in reader.manifests} != {student.tokenizer}:
+        found.append(
+            f"{key}.cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer, and token "
+            "sequences of different ones are not aligned: NeMo-Aligner fed the student the teacher's token ids and compared logits by "
+            "rank, whatever tokens they belonged to. Use a student with the teacher's tokenizer"
+        )
+    if not loss.uses_teacher or not len(reader):
+        return found
+    teacher, objective = reader[0].teacher, f"kd_loss={loss.kd_loss}"
+    if loss.objective in LABEL_ESTIMATORS:
+        if teacher.label_logprobs_S is None:
+            found.append(
+                f"{key}.kd_loss: {loss.kd_loss} needs the teacher's log-probability of the labels, which the cache lacks; "
+                "compute it with stage 1 of nemo_kd, or use another kd_loss"
+            )
+        return found
+    if loss.support != "renormalize" and loss.temperature_index(teacher.temperatures) is None:
+        found.append(
+            f"{key}: {objective} with support={loss.support} at temperature {1 / loss.scales[1]:g} needs the teacher's mass outside the "
+            f"kept ids at that temperature, the cache has it at {', '.join(f'{value:g}' for value in teacher.temperatures)}; compute "
+            f"the cache with cache.temperatures=[{1 / loss.scales[1]:g}], or use support=renormalize"
+        )
+    if loss.support == "sampled" and teacher.tail_token_ids_SM is None:
+        found.append(
+            f"{key}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
+        )
+    return found
 
 
 class TokenizedRows:

@@ -21,7 +21,8 @@ ALLOWED: dict[str, set[str]] = {
     "trainer": {"batch", "config", "data", "cache", "mcore"},
     "evaluation": {"batch", "config", "data", "cache", "mcore"},
     "teacher": {"batch", "config", "ops", "data", "cache", "mcore", "evaluation"},
-    "student": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation"},
+    "student_loss": {"batch", "config", "ops"},
+    "student": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "student_loss"},
     "plan": {"batch", "config", "cache", "teacher"},
     "cli": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "teacher", "student", "plan"},
 }

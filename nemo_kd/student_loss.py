@@ -1,0 +1,141 @@
+"""What a student minimises on one micro-batch, as `model.knowledge_distillation` says.
+
+Shape legend: B examples, S positions, N positions that count in the loss, H hidden size, v this rank's vocabulary columns.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_kd.batch import Batch
+from nemo_kd.config import ConfigError
+from nemo_kd.config.loss import KEY, LossConfig
+from nemo_kd.ops.distillation import DistillationLoss
+from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.token_losses import Divergence, TeacherRows
+from nemo_kd.ops.vocab import VocabShard
+
+REPORTED = ("loss", "kd_loss", "sft_loss")
+
+CustomLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+"""(logits_BSv, batch, shard, token_sum, **custom_args) -> (loss summed over loss tokens, sums to report by name)."""
+
+
+class StudentLoss:
+    """Weighted sum of cross-entropy and divergence over the loss tokens of a micro-batch.
+
+    Attributes:
+        reported: names of the sums that every call gives, the number of loss tokens last.
+        custom: the function of `kd_loss=custom`, which needs logits; everything else works on hidden states.
+    """
+
+    def __init__(self, config: LossConfig) -> None:
+        self.config, self.reported = config, [*REPORTED]
+        self.custom = load_custom_loss(config.custom_loss) if config.custom_loss is not None else None
+        divergence = None
+        if config.kd_loss_weight and self.custom is None:
+            student_scale, teacher_scale = config.scales
+            divergence = Divergence(
+                config.objective,
+                config.support,
+                student_scale,
+                teacher_scale,
+                config.factor,
+                config.jsd_beta,
+                config.skew_lambda,
+                config.adaptive_kl_alpha,
+            )
+        compile = torch.cuda.is_available() if config.compile == "auto" else config.compile == "on"
+        self.losses = DistillationLoss(divergence, config.label_smoothing, config.z_loss_weight, compile)
+
+    def on_hidden(
+        self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """(loss summed over the loss tokens, `reported` sums); logits only ever exist for a block of positions.
+
+        Args:
+            positions_N: b * S + s of every loss token.
+        """
+        total, losses = fused_linear_loss(
+            self.losses,
+            hidden_NH,
+            weight_vH,
+            batch.labels_BS.flatten()[positions_N],
+            shard,
+            self._teacher(batch, positions_N),
+            self.config.sft_loss_weight,
+            self.config.kd_loss_weight,
+        )
+        ce_sum = losses.ce_N.sum()
+        kd_sum = losses.kd_N.sum() if losses.kd_N is not None else torch.zeros_like(ce_sum)
+        return total, torch.stack([total, kd_sum, ce_sum, total.new_tensor(len(positions_N))]).detach()
+
+    def on_logits(
+        self, logits_BSv: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
+    ) -> tuple[Tensor, Tensor]:
+        """As `on_hidden` for a custom loss."""
+        assert self.custom is not None
+        rows_Nv = logits_BSv.flatten(0, 1)[positions_N]  # a copy, whose gradient may take its place
+        ce_sum = self.losses(rows_Nv, batch.labels_BS.flatten()[positions_N], shard).ce_N.sum()
+
+        def token_sum(values_BS: Tensor) -> Tensor:
+            return values_BS.flatten()[positions_N].sum()
+
+        kd_sum, metrics = _checked_result(
+            self.custom(logits_BSv, batch, shard, token_sum, **self.config.custom_args), self.config.custom_loss
+        )
+        total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
+        self.reported = [*REPORTED, *sorted(metrics)]
+        sums = [total, kd_sum, ce_sum, *(metrics[name] for name in sorted(metrics)), total.new_tensor(len(positions_N))]
+        return total, torch.stack([value.detach().to(total.dtype) for value in sums])
+
+    def _teacher(self, batch: Batch, positions_N: Tensor) -> TeacherRows | None:
+        if self.losses.divergence is None:
+            return None
+
+        def rows(field: Tensor | None) -> Tensor | None:
+            return None if field is None else field.flatten(0, 1)[positions_N]
+
+        logits_NK, ids_NK = rows(batch.topk_logits_BSK), rows(batch.topk_token_ids_BSK)
+        assert logits_NK is not None, "a divergence is only configured with a cache"
+        assert ids_NK is not None
+        column = self.config.temperature_index(batch.temperatures)
+        tail_mass = None if batch.tail_mass_BST is None or column is None else batch.tail_mass_BST[..., column]
+        return TeacherRows(
+            logits_NK, ids_NK, rows(tail_mass), rows(batch.label_logprobs_BS), rows(batch.tail_token_ids_BSM)
+        )
+
+
+def load_custom_loss(path: str) -> CustomLoss:
+    """The function at an import path; the current folder counts as a place to import from.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    module_name, _, name = path.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), name) if module_name else None
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"{KEY}.custom_loss: {path} cannot be imported: {error}") from error
+    if not callable(function):
+        raise ConfigError(f"{KEY}.custom_loss: {path} is no function; give package.module.function")
+    return function
+
+
+def _checked_result(result: Any, path: str | None) -> tuple[Tensor, dict[str, Tensor]]:
+    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
+    if not isinstance(loss, Tensor) or loss.dim() or not isinstance(metrics, dict):
+        raise ConfigError(
+            f"{KEY}.custom_loss: {path} returned {result!r:.200}; it must return (loss, metrics): a scalar tensor, summed over the "
+            "loss tokens, and a dict of such tensors"
+        )
+    return loss, metrics
