@@ -5,7 +5,7 @@
 Every repetition gets fresh logits that are no leaf of autograd's graph, as a model's are, and making them is not timed.
 A method is timed in turn with torch's cross-entropy and with ours alone, in one process and on one thread; the best
 repetition of each counts (CUDA events on a GPU). CPU time includes what the kernel takes to hand out fresh memory, which
-differs between machines and is most of the time of a method that makes copies of the logits; user time leaves it out.
+differs between machines and is most of the time of a method that makes copies of the logits; user time, a mean, leaves it out.
 Memory is measured in a process of its own per method, on its second run: the largest resident size the kernel saw (VmHWM
 of /proc/self/status, reset through /proc/self/clear_refs) less the one before; on a GPU torch's own peak. The gradient of
 the logits counts, unless it overwrites them.
@@ -213,9 +213,12 @@ def taken(work: Callable[[], None], device: str) -> Taken:
 
 
 def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[Taken]:
-    """The least of each job, taken in turns; a first round is not counted."""
+    """The least time of each job and its mean user time, taken in turns; a first round is not counted."""
     rounds = [[taken(job(), device) for job in jobs] for _ in range(repetitions + 1)][1:]
-    return [Taken(*map(min, zip(*times, strict=True))) for times in zip(*rounds, strict=True)]
+    # The kernel tells user time from its own by looking now and then: right on average, not in a single run.
+    means = [sum(job.user_s for job in times) / repetitions for times in zip(*rounds, strict=True)]
+    least = [min(job.total_s for job in times) for times in zip(*rounds, strict=True)]
+    return [Taken(*pair) for pair in zip(least, means, strict=True)]
 
 
 def peak_bytes(jobs_of: Jobs, setting: Setting, name: str) -> int:
