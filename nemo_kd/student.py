@@ -72,7 +72,7 @@ class StudentModule(pl.LightningModule):
             self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
         )
         self.loss = StudentLoss(model.knowledge_distillation)
-        self.validation_sums = torch.zeros(1, dtype=torch.float64)
+        self.validation_sums = torch.zeros(0)
         self.step_started_s = math.nan
 
     def configure_optimizers(self) -> Any:
@@ -107,11 +107,11 @@ class StudentModule(pl.LightningModule):
         self.step_started_s = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = torch.zeros(1, dtype=torch.float64)
+        # A rank may have no validation batch at all; a custom loss has named its metrics in training.
+        self.validation_sums = torch.zeros(len(self.loss.reported) + 1, dtype=torch.float64)
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
-        self.validation_sums = self.validation_sums + sums
+        self.validation_sums += forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)

@@ -97,7 +97,7 @@ class StudentLoss:
         return total, torch.stack([value.detach().to(total.dtype) for value in sums])
 
     def _teacher(self, batch: Batch, positions_N: Tensor) -> TeacherRows | None:
-        if self.losses.divergence is None:
+        if self.losses.divergence is None or not len(positions_N):  # filler rows have no teacher
             return None
 
         def rows(field: Tensor | None) -> Tensor | None:

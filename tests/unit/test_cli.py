@@ -252,12 +252,7 @@ def test_aliases_must_not_contradict():
         (
             "train_gpt_knowledge_distillation",
             "model.knowledge_distillation.kd_loss=fkl",
-            "'fkl' is not one of fwd_kl, bwd_kl",
-        ),
-        (
-            "train_gpt_knowledge_distillation",
-            "model.knowledge_distillation.cross_tokenizer=True",
-            "cross_tokenizer: True is refused",
+            "'fkl' is not one of forward_kl, reverse_kl, jsd, skewed_forward_kl",
         ),
         ("train_gpt_knowledge_distillation", "model.knowledge_distillation.kd_loss_weight=0", "are both 0"),
         ("train_gpt_knowledge_distillation", "model.data.data_impl=dataset", "has no teacher logits"),

@@ -247,6 +247,13 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     both = collate([said(0, 3, 2, (1.0, 2.0)), said(1, 3, 2, (1.0, 4.0))], 0)
     assert both.tail_mass_BST.shape == (2, 8, 1)
     assert both.tail_mass_BST[1, 2, 0] == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_TS[0, 2]
+    three, two = said(0, 3, 2, (1.0, 2.0, 4.0)), said(1, 3, 2, (1.0, 4.0))
+    common = collate([three, two], 0)
+    assert common.temperatures == (1.0, 4.0)
+    assert common.tail_mass_BST[:, 2].tolist() == [
+        three.teacher.tail_mass_TS[[0, 2], 2].tolist(),
+        two.teacher.tail_mass_TS[:, 2].tolist(),
+    ]
     assert both.label_logprobs_BS is not None
     assert collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.cache import CacheConfig
@@ -244,3 +246,54 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
     for path in (source, target):
         assert f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's" in caplog.text
     assert f"{ours}: nothing tells" not in caplog.text
+
+
+def loss_problems(train, **settings) -> list[str]:
+    """What is wrong with a cache for a loss, of the training data."""
+    values = {f"model__knowledge_distillation__{key}": value for key, value in settings.items()}
+    data = {"model__data__data_prefix": {"train": [str(train)], "validation": [str(train)]}}
+    with pytest.raises(CacheError) as error:
+        load_splits(student_config("m", "t", "v", "l", **data, **values).model, architecture(), TOKENIZER)
+    return [line for line in str(error.value).splitlines() if line.startswith("  train")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"temperature": 2.0},
+            "kd_loss=forward_kl with support=tail at temperature 2 needs the teacher's mass outside the kept ids at that temperature, "
+            "the cache has it at 1; compute the cache with cache.temperatures=[2], or use support=renormalize",
+        ),
+        ({"support": "sampled"}, "support: sampled needs tail samples, which the cache lacks"),
+        ({"kd_loss": "k2"}, "kd_loss: k2 needs the teacher's log-probability of the labels, which the cache lacks"),
+    ],
+)
+def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
+    path = cache(tmp_path)
+    for chunk in tmp_path.glob("*.jsonl"):  # as NeMo-Aligner writes them
+        rows = [json.loads(line) for line in chunk.read_text().splitlines()]
+        for fields in rows:
+            for name in ("hash", "tail_mass", "temperatures", "label_logprobs"):
+                fields.pop(name, None)
+        chunk.write_text("".join(json.dumps(fields) + "\n" for fields in rows))
+        Path(f"{chunk}.idx").unlink()
+    (tmp_path / "train_manifest.json").unlink()
+    assert any(message in line for line in loss_problems(path, **settings)), loss_problems(path, **settings)
+
+
+def test_cross_tokenizer_is_taken_only_where_it_means_nothing(tmp_path):
+    fits, foreign = cache(tmp_path / "a"), cache(tmp_path / "b", tokenizer=UNKNOWN)
+    key = {"model__knowledge_distillation__cross_tokenizer": True}
+    data = {"model__data__data_prefix": {"train": [str(fits)], "validation": [str(fits)]}}
+    assert len(load_splits(student_config("m", "t", "v", "l", **data, **key).model, architecture(), TOKENIZER)["train"])
+    (line,) = loss_problems(foreign, cross_tokenizer=True)
+    assert "cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer" in line
+    assert "NeMo-Aligner fed the student the teacher's token ids" in line
+
+
+def test_tail_samples_do_not_go_with_fewer_ids():
+    for name, value in (("top_k", 3), ("drop_ids_outside_vocab", True)):
+        overrides = {"model__knowledge_distillation__support": "sampled", f"model__data__{name}": value}
+        with pytest.raises(ConfigError, match=f"model.data.{name}: {value} with support=sampled"):
+            student_config("m", "t", "v", "l", **overrides)

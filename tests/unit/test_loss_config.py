@@ -1,0 +1,123 @@
+"""`model.knowledge_distillation`: what is taken, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config import loss as config_loss
+from nemo_kd.config.loss import LossConfig
+from nemo_kd.ops import objectives, token_losses
+from nemo_kd.student_loss import StudentLoss, load_custom_loss
+
+
+def test_names_are_those_of_the_operators():
+    assert config_loss.DIVERGENCES == objectives.DIVERGENCES
+    assert tuple(objectives.LABEL_ESTIMATORS) == config_loss.LABEL_ESTIMATORS
+    assert config_loss.SUPPORTS == token_losses.SUPPORTS
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"), [("fwd_kl", "forward_kl"), ("bwd_kl", "reverse_kl"), ("js_divergence", "jsd"), ("tvd", "tvd")]
+)
+def test_names_of_other_programs(alias, name):
+    assert StudentLoss(LossConfig(kd_loss=alias)).losses.divergence.objective == name
+
+
+def test_every_setting_reaches_the_operator():
+    config = LossConfig(
+        kd_loss="jsd", jsd_beta=0.2, temperature=4.0, multiply_by_squared_temperature=True, support="renormalize",
+        sft_loss_weight=1.0, label_smoothing=0.1, z_loss_weight=0.01, compile="on",
+    )  # fmt: skip
+    losses = StudentLoss(config).losses
+    assert losses.divergence == token_losses.Divergence("jsd", "renormalize", 0.25, 0.25, 16.0, jsd_beta=0.2)
+    assert (losses.label_smoothing, losses.z_loss_weight, losses.compile) == (0.1, 0.01, True)
+    scaled = StudentLoss(LossConfig(kd_loss="fwd_kl", logits_scale=0.5, target_logits_scale=2.0)).losses.divergence
+    assert (scaled.student_scale, scaled.teacher_scale, scaled.factor) == (0.5, 2.0, 1.0)
+    skewed = StudentLoss(LossConfig(kd_loss="skewed_reverse_kl", skew_lambda=0.3)).losses.divergence
+    adaptive = StudentLoss(LossConfig(kd_loss="adaptive_kl", adaptive_kl_alpha=0.9)).losses.divergence
+    assert (skewed.skew_lambda, adaptive.adaptive_kl_alpha) == (0.3, 0.9)
+    assert StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"kd_loss": "fkl"}, "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd"),
+        ({"support": "top"}, "support: 'top' is not one of renormalize, tail, truncate, sampled"),
+        ({"compile": "yes"}, "compile: 'yes' is not one of auto, on, off"),
+        ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must not be negative"),
+        ({"sft_loss_weight": float("nan")}, "sft_loss_weight: nan must not be negative"),
+        ({"kd_loss_weight": 0.0}, "are both 0"),
+        ({"logits_scale": 0.0}, "logits_scale: 0.0 must be greater than 0"),
+        ({"temperature": -2.0}, "temperature: -2.0 must be greater than 0"),
+        (
+            {"temperature": 2.0, "logits_scale": 0.5},
+            "give temperature, or logits_scale and target_logits_scale, not both",
+        ),
+        ({"multiply_by_squared_temperature": True}, "multiply_by_squared_temperature: give temperature"),
+        ({"kd_loss": "jsd", "jsd_beta": 1.0}, "jsd_beta: 1.0 must be between 0 and 1"),
+        ({"kd_loss": "skewed_forward_kl", "skew_lambda": 0.0}, "skew_lambda: 0.0 must be between 0 and 1"),
+        ({"kd_loss": "adaptive_kl", "adaptive_kl_alpha": 1.5}, r"adaptive_kl_alpha: 1.5 must be from \[0, 1\]"),
+        ({"jsd_beta": 0.3}, "jsd_beta: 0.3 has no effect with kd_loss=forward_kl, only with jsd"),
+        ({"kd_loss": "k2", "skew_lambda": 0.3}, "skew_lambda: 0.3 has no effect with kd_loss=k2"),
+        ({"label_smoothing": 1.0, "sft_loss_weight": 1.0}, r"label_smoothing: 1.0 must be from \[0, 1\)"),
+        (
+            {"label_smoothing": 0.1},
+            "label_smoothing: 0.1 belongs to the cross-entropy, which sft_loss_weight=0 leaves out",
+        ),
+        ({"z_loss_weight": 0.1}, "z_loss_weight: 0.1 belongs to the cross-entropy"),
+        ({"kd_loss": "bwd_kl", "support": "truncate"}, "support: truncate makes bwd_kl infinite"),
+        ({"kd_loss": "adaptive_kl", "support": "truncate"}, "support: truncate makes adaptive_kl infinite"),
+        ({"kd_loss": "tvd", "support": "sampled"}, "support: sampled works with forward_kl only, not tvd"),
+        ({"support": "sampled", "temperature": 2.0}, "tail samples were drawn at temperature 1"),
+        ({"kd_loss": "k3", "support": "renormalize"}, "support: renormalize has no effect with kd_loss=k3"),
+        ({"kd_loss": "k3", "target_logits_scale": 0.5}, "kd_loss=k3 knows no temperature and no scales"),
+        ({"kd_loss": "custom"}, "custom_loss: missing; kd_loss=custom needs the import path of a function"),
+        ({"custom_loss": "a.b"}, "custom_loss: a.b has no effect with kd_loss=forward_kl, only with custom"),
+        ({"custom_args": {"alpha": 1}}, "custom_args: {'alpha': 1} has no effect with kd_loss=forward_kl"),
+        ({"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0}, "give it as custom_args"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
+    with pytest.raises(ConfigError, match=f"^model.knowledge_distillation[.:].*{message}|{message}"):
+        LossConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("no_such_module_here.loss", "no_such_module_here.loss cannot be imported: No module named"),
+        ("json.no_such_function", "json.no_such_function cannot be imported: module 'json' has no attribute"),
+        ("loss", "loss is no function"),
+        ("math.pi", "math.pi is no function"),
+    ],
+)
+def test_custom_losses_that_cannot_be_imported(path, message):
+    with pytest.raises(ConfigError, match=f"custom_loss: {message}"):
+        load_custom_loss(path)
+
+
+def test_a_custom_loss_of_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "my_own_loss_file.py").write_text("def loss():\n    return 7\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", ["/nowhere"])
+    assert load_custom_loss("my_own_loss_file.loss")() == 7
+
+
+def test_which_temperature_of_a_cache():
+    temperatures = (1.0, 2.0, 3.0)
+    assert LossConfig().temperature_index(temperatures) == 0
+    assert LossConfig(target_logits_scale=0.333333).temperature_index(temperatures) == 2
+    assert LossConfig(temperature=2.0).temperature_index(temperatures) == 1
+    assert LossConfig(temperature=2.5).temperature_index(temperatures) is None
+    assert LossConfig(logits_scale=0.5).temperature_index(temperatures) == 0  # the student's needs no cache
+
+
+def test_every_key_is_explained():
+    from nemo_kd.config import describe
+
+    text = "\n".join(str(line) for line in describe(LossConfig))
+    assert all(field.name in text for field in dataclasses.fields(LossConfig))
