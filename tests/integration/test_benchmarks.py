@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from benchmarks import baseline_losses, losses
+from nemo_kd.ops.token_losses import Divergence
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -16,12 +22,7 @@ def test_the_codec_benchmark_runs_on_a_tiny_setting(tmp_path):
         "--seq-length=32", "--chunk-examples", "20", "5", "--scanned-examples=5", "--seconds=0.02",
         f"--cache={ROOT / 'tests' / 'golden' / 'numbers_CHUNK_ID.jsonl'}",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120
-    )
-    assert result.returncode == 0, result.stderr
-    rows = [line.strip("| ").split(" | ") for line in result.stdout.splitlines() if line.startswith("| ")]
+    rows = _rows(command)
     codecs = [row for row in rows if len(row) == 7 and row[0] != "setting"]
     assert len(codecs) == 5 + 4  # a cache has no tail to draw samples from
     for name, kept, plain, zst, kl, encode, decode in codecs[:5]:
@@ -32,3 +33,48 @@ def test_the_codec_benchmark_runs_on_a_tiny_setting(tmp_path):
         assert min(int(speed.replace(",", "")) for speed in (encode, decode)) > 0
     access = [row for row in rows if len(row) == 4 and row[0] != "reader"]
     assert [row[1] for row in access] == ["20", "5", "5", "5"]
+
+
+def test_the_loss_benchmark_runs_on_a_tiny_setting():
+    command = [
+        sys.executable, "-m", "benchmarks.losses", "--num-tokens=2048", "--vocab", "3000:float32", "--top-k=8",
+        "--hidden-size=16", "--repetitions=2", "--only", "torch", "`forward_kl`, sampled", "256 rows",
+    ]  # fmt: skip
+    rows = _rows(command)
+    reference, ours = ([float(value) for value in row[1:]] for row in rows if len(row) == 5 and row[0] != "method")
+    assert reference[2] == pytest.approx(3, abs=0.3)  # its output, and the gradients of two of its steps
+    assert ours[2] < 0.5
+    assert all(min(ratios[0], ratios[1], ratios[3]) > 0 for ratios in (reference, ours))
+    fused = [row for row in rows if len(row) == 6 and row[0] != "method"]
+    assert [row[1] for row in fused] == ["2,048", "4,096"]
+    assert 0 < float(fused[1][4]) < float(fused[0][4]) < 1
+
+
+@pytest.mark.parametrize(
+    ("baseline", "divergence"),
+    [
+        (baseline_losses.torch_cross_entropy, None),
+        (baseline_losses.gather_and_kl_div, Divergence("forward_kl", "truncate")),
+        (baseline_losses.autograd_tail_kl, Divergence("forward_kl", "tail")),
+    ],
+)
+def test_the_loss_benchmark_compares_methods_that_agree(baseline, divergence):
+    setting = baseline_losses.Setting(12, 500, "float32", 7, 4, "cpu")
+    inputs, found = baseline_losses.random_inputs(setting), []
+    for method in (baseline, losses.ours(divergence)):
+        logits_NV = inputs.logits_NV.clone().requires_grad_()
+        total = method(logits_NV, inputs)
+        total.backward()
+        found.append((total.detach(), logits_NV.grad))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+def _rows(command: list[str]) -> list[list[str]]:
+    """Cells of the table lines that a benchmark prints."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines]

@@ -1,0 +1,357 @@
+"""Speed and memory of the losses: forward and backward, cross-entropy included, beside what else could be used.
+
+    python -m benchmarks.losses [--only SUBSTRING ...] [--device cuda]
+
+Every repetition gets fresh logits that are no leaf of autograd's graph, as a model's are, and making them is not timed.
+A method is timed in turn with torch's cross-entropy and with ours alone, in one process and on one thread; the best
+repetition of each counts (CUDA events on a GPU). CPU time includes what the kernel takes to hand out fresh memory, which
+differs between machines and is most of the time of a method that makes copies of the logits; user time, a mean, leaves it out.
+Memory is measured in a process of its own per method, on its second run: the largest resident size the kernel saw (VmHWM
+of /proc/self/status, reset through /proc/self/clear_refs) less the one before; on a GPU torch's own peak. The gradient of
+the logits counts, unless it overwrites them.
+
+Shape legend: N positions, V vocabulary, K kept teacher logits, H hidden size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks import baseline_losses
+from benchmarks.baseline_losses import Inputs, Method, Setting, random_inputs
+from nemo_kd.ops.distillation import DistillationLoss
+from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.token_losses import Divergence, TeacherRows
+from nemo_kd.ops.vocab import VocabShard
+
+Job = Callable[[], Callable[[], None]]
+"""Makes fresh inputs and returns the work to be measured."""
+Jobs = Callable[[Setting], dict[str, Job]]
+
+
+class Taken(NamedTuple):
+    """Seconds of one run: of the CPU, and those of it that were not the kernel's."""
+
+    total_s: float
+    user_s: float
+
+
+TORCH_CE, MEGATRON_CE, OUR_CE = (
+    "torch `cross_entropy(logits.float())`",
+    "Megatron's cross-entropy",
+    "cross-entropy alone",
+)
+PROJECTION = "projection + Megatron's cross-entropy"
+SUPPORTS = ("renormalize", "tail", "truncate")
+OBJECTIVES = {
+    "forward_kl": (*SUPPORTS, "sampled"),
+    "reverse_kl": SUPPORTS[:2],
+    "jsd": SUPPORTS,
+    "skewed_forward_kl": SUPPORTS,
+    "skewed_reverse_kl": SUPPORTS,
+    "adaptive_kl": SUPPORTS[:2],
+    "tvd": SUPPORTS,
+}
+LABEL_OBJECTIVES = ("k1", "k2", "k3", "low_var_kl")
+COMPILED = (("forward_kl", "tail"), ("reverse_kl", "renormalize"), ("jsd", "tail"))
+
+
+class _Produced(torch.autograd.Function):
+    """Tensors that a model made: not a leaf, and what becomes of the gradient is not our business."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        return None, None
+
+
+def produced(values: Tensor) -> Tensor:
+    return _Produced.apply(torch.zeros((), requires_grad=True), values)
+
+
+def ours(divergence: Divergence | None, compile: bool = False) -> Method:
+    """Our loss as a method."""
+    loss = DistillationLoss(divergence, compile=compile)
+
+    def summed(logits_NV: Tensor, inputs: Inputs) -> Tensor:
+        vocab_size = logits_NV.shape[1]
+        losses = loss(
+            logits_NV, inputs.labels_N, VocabShard(0, vocab_size, vocab_size), teacher_rows(divergence, inputs)
+        )
+        return losses.ce_N.sum() if losses.kd_N is None else losses.ce_N.sum() + losses.kd_N.sum()
+
+    return summed
+
+
+def teacher_rows(divergence: Divergence | None, inputs: Inputs) -> TeacherRows | None:
+    if divergence is None:
+        return None
+    return TeacherRows(
+        topk_logits_NK=inputs.topk_logits_NK,
+        topk_token_ids_NK=inputs.topk_token_ids_NK,
+        tail_mass_N=inputs.tail_mass_of[1 / divergence.teacher_scale],
+        label_logprobs_N=inputs.label_logprobs_N,
+        tail_token_ids_NM=inputs.tail_token_ids_NM,
+    )
+
+
+def methods(dtype: str) -> dict[str, Method]:
+    """The rows of the first table."""
+    table: dict[str, Method] = {
+        TORCH_CE: baseline_losses.torch_cross_entropy,
+        MEGATRON_CE: baseline_losses.megatron_cross_entropy,
+        "`log_softmax`, `gather`, `F.kl_div` + cross-entropy": baseline_losses.gather_and_kl_div,
+        "dense `F.kl_div` of all teacher logits + cross-entropy": baseline_losses.dense_kl_div,
+        "tail bucket by autograd": baseline_losses.autograd_tail_kl,
+        "tail bucket by autograd, compiled": baseline_losses.compiled(baseline_losses.autograd_tail_kl),
+    }
+    if dtype == "bfloat16":
+        table["Megatron's fused cross-entropy"] = baseline_losses.megatron_fused_cross_entropy
+    table[OUR_CE] = ours(None)
+    for objective, supports in OBJECTIVES.items():
+        for support in supports:
+            table[f"`{objective}`, {support}"] = ours(Divergence(objective, support))
+    table["`forward_kl`, tail, T = 2"] = ours(
+        Divergence("forward_kl", "tail", student_scale=0.5, teacher_scale=0.5, factor=4.0)
+    )
+    for objective in LABEL_OBJECTIVES:
+        table[f"`{objective}`"] = ours(Divergence(objective))
+    table[f"{OUR_CE}, compiled"] = ours(None, compile=True)
+    for objective, support in COMPILED:
+        table[f"`{objective}`, {support}, compiled"] = ours(Divergence(objective, support), compile=True)
+    return table
+
+
+def logits_jobs(setting: Setting) -> dict[str, Job]:
+    """Losses of given logits."""
+    dense: list[Inputs] = []  # its inputs are large: made when the method is reached
+    inputs = random_inputs(setting)
+
+    def job(name: str, method: Method) -> Job:
+        def make() -> Callable[[], None]:
+            mine = inputs
+            if method is baseline_losses.dense_kl_div:
+                dense[:] = dense or [random_inputs(setting, dense=True)]
+                mine = dense[0]
+            logits_NV = produced(mine.logits_NV)
+            return lambda: method(logits_NV, mine).backward()
+
+        return make
+
+    return {name: job(name, method) for name, method in methods(setting.dtype).items()}
+
+
+def fused_jobs(setting: Setting) -> dict[str, Job]:
+    """Losses of given hidden states, the output projection included; the loss is forward KL with a tail and CE."""
+    inputs = random_inputs(setting)
+    options = {"dtype": setting.torch_dtype, "device": setting.device}
+    hidden_NH = torch.randn(setting.num_tokens, setting.hidden_size, **options)
+    weight_VH = (torch.randn(setting.vocab_size, setting.hidden_size, **options) * 0.05).requires_grad_()
+    main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32).fill_(0)  # filled, so that its pages exist
+    loss, divergence = ours(Divergence("forward_kl", "tail")), Divergence("forward_kl", "tail")
+    shard = VocabShard(0, setting.vocab_size, setting.vocab_size)
+
+    def job(work: Callable[[Tensor], Tensor], into_main_grad: bool = False) -> Job:
+        def make() -> Callable[[], None]:
+            weight_VH.grad = None
+            hidden = hidden_NH.clone().requires_grad_()
+            if hasattr(weight_VH, "main_grad"):
+                del weight_VH.main_grad
+            if into_main_grad:
+                weight_VH.main_grad = main_grad_VH
+            return lambda: work(hidden).backward()
+
+        return make
+
+    def fused(block_rows: int) -> Callable[[Tensor], Tensor]:
+        rows = teacher_rows(divergence, inputs)
+        return lambda hidden: fused_linear_loss(
+            DistillationLoss(divergence), hidden, weight_VH, inputs.labels_N, shard, rows, block_rows=block_rows
+        )[0]
+
+    return {
+        PROJECTION: job(lambda hidden: baseline_losses.megatron_cross_entropy(hidden @ weight_VH.T, inputs)),
+        "projection + our loss of the logits": job(lambda hidden: loss(hidden @ weight_VH.T, inputs)),
+        **{
+            f"fused, {rows} rows a block, weight gradient into main_grad": job(fused(rows), into_main_grad=True)
+            for rows in (256, 512)
+        },
+        "fused, 512 rows a block, weight gradient returned": job(fused(512)),
+    }
+
+
+def taken(work: Callable[[], None], device: str) -> Taken:
+    """On a GPU the time between two of its events, twice."""
+    if device == "cpu":
+        user_s, started = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.process_time()
+        work()
+        return Taken(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user_s)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    work()
+    end.record()
+    end.synchronize()
+    return Taken(*[start.elapsed_time(end) / 1000] * 2)
+
+
+def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[Taken]:
+    """The least time of each job and its mean user time, taken in turns; a first round is not counted."""
+    rounds = [[taken(job(), device) for job in jobs] for _ in range(repetitions + 1)][1:]
+    # The kernel tells user time from its own by looking now and then: right on average, not in a single run.
+    means = [sum(job.user_s for job in times) / repetitions for times in zip(*rounds, strict=True)]
+    least = [min(job.total_s for job in times) for times in zip(*rounds, strict=True)]
+    return [Taken(*pair) for pair in zip(least, means, strict=True)]
+
+
+def peak_bytes(jobs_of: Jobs, setting: Setting, name: str) -> int:
+    """Most memory a method takes beyond its inputs, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak_bytes_here, (jobs_of, setting, name))
+
+
+def _peak_bytes_here(jobs_of: Jobs, setting: Setting, name: str) -> int:
+    torch.set_num_threads(1)
+    job = jobs_of(setting)[name]
+    job()()  # loads code, compiles, fills the allocators' pools
+    work = job()
+    gc.collect()
+    if setting.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    work()
+    return _status_bytes("VmHWM") - before
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> None:
+    on_gpu, jobs = setting.device == "cuda", logits_jobs(setting)
+    (reference,) = best([jobs[TORCH_CE]], repetitions, setting.device)
+    print(
+        f"\n{_sizes(setting)}. Torch's cross-entropy takes {reference.total_s:.3g} s ({reference.user_s:.3g} s user).\n"
+    )
+    last = "bandwidth / copy's" if on_gpu else "user time / torch CE"
+    print(f"| method | time / torch CE | time / our CE alone | peak extra / logits | {last} |\n|---|---|---|---|---|")
+    copy_rate = copy_bytes_per_second(setting) if on_gpu else 0.0
+    for name, job in jobs.items():
+        if not _wanted(name, only):
+            continue
+        torch_ce, our_ce, mine = best([jobs[TORCH_CE], jobs[OUR_CE], job], repetitions, setting.device)
+        extra = peak_bytes(logits_jobs, setting, name) / setting.logits_bytes
+        ratios = f"{mine.total_s / torch_ce.total_s:.2f} | {mine.total_s / our_ce.total_s:.2f} | {extra:.3f}"
+        # A pass that reads the logits, and one that reads them and writes the gradient, are the least there can be.
+        rate = 3 * setting.logits_bytes / mine.total_s
+        print(
+            f"| {name} | {ratios} | {rate / copy_rate if on_gpu else mine.user_s / torch_ce.user_s:.2f} |", flush=True
+        )
+
+
+def copy_bytes_per_second(setting: Setting) -> float:
+    """Read and written bytes per second of the GPU copying tensors of the logits' size."""
+    source = torch.zeros(setting.logits_bytes, dtype=torch.uint8, device=setting.device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+
+    return 2 * setting.logits_bytes / best([lambda: copy], 10, setting.device)[0].total_s
+
+
+def print_fused_table(settings: Sequence[Setting], repetitions: int, only: list[str]) -> None:
+    """Times at the first setting only; memory at each, which differ in the number of tokens."""
+    jobs = fused_jobs(settings[0])
+    (reference,) = best([jobs[PROJECTION]], 1, settings[0].device)
+    print(
+        f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference.total_s:.3g} s.\n"
+    )
+    print("| method | N | time | user time | peak extra / logits | beyond the gradient of the hidden states |")
+    print("|---|---|---|---|---|---|")
+    for name, job in jobs.items():
+        for setting in settings if _wanted(name, only) else ():
+            ratios = " | "
+            if setting is settings[0]:
+                reference, mine = best([jobs[PROJECTION], job], repetitions, setting.device)
+                ratios = f"{mine.total_s / reference.total_s:.2f} | {mine.user_s / reference.user_s:.2f}"
+            extra = peak_bytes(fused_jobs, setting, name)
+            hidden = setting.num_tokens * setting.hidden_size * setting.torch_dtype.itemsize
+            print(
+                f"| {name} | {setting.num_tokens:,} | {ratios} | {extra / setting.logits_bytes:.3f} "
+                f"| {(extra - hidden) / 2**20:,.0f} MiB |",
+                flush=True,
+            )
+
+
+def _wanted(name: str, only: list[str]) -> bool:
+    return not only or any(part in name for part in only)
+
+
+def _sizes(setting: Setting) -> str:
+    return f"N = {setting.num_tokens:,}, V = {setting.vocab_size:,}, {setting.dtype}, K = {setting.top_k}"
+
+
+def _machine(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    cpus = Path("/proc/cpuinfo").read_text().splitlines()
+    return (
+        next((line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU") + ", one thread"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prints the tables as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--num-tokens", type=int, help="2,048, or 8,192 on a GPU")
+    parser.add_argument("--vocab", nargs="+", help="SIZE:DTYPE; 32000:float32 128256:bfloat16, on a GPU the last alone")
+    parser.add_argument("--top-k", type=int, default=100)
+    parser.add_argument("--hidden-size", type=int, default=1024)
+    parser.add_argument("--tables", nargs="+", choices=("logits", "fused"), default=["logits", "fused"])
+    parser.add_argument("--only", nargs="+", default=[], metavar="SUBSTRING", help="rows whose name has one of these")
+    parser.add_argument("--repetitions", type=int, default=7)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    on_gpu = options.device == "cuda"
+    num_tokens = options.num_tokens or (8192 if on_gpu else 2048)
+    command = "python -m benchmarks.losses " + " ".join(sys.argv[1:] if arguments is None else arguments)
+    print(f"    {command.strip()}\n\n{date.today()}, {_machine(options.device)}, torch {torch.__version__}.")
+    for vocab in options.vocab or (["128256:bfloat16"] if on_gpu else ["32000:float32", "128256:bfloat16"]):
+        size, dtype = vocab.split(":")
+        setting = Setting(num_tokens, int(size), dtype, options.top_k, options.hidden_size, options.device)
+        if "logits" in options.tables:
+            print_logits_table(setting, options.repetitions, options.only)
+        if "fused" in options.tables:
+            larger = replace(setting, num_tokens=2 * num_tokens)
+            print_fused_table((setting, larger), max(2, options.repetitions // 2), options.only)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that measure memory
+    main()
