@@ -198,7 +198,7 @@ def train_student(config: TrainStudentConfig) -> None:
     Raises:
         ConfigError, DataError, CacheError: something the user gave cannot work; before any step is taken.
     """
-    StudentLoss(config.model.knowledge_distillation)  # a custom loss that cannot be imported shows before any work
+    StudentLoss(config.model.knowledge_distillation).check()
     with contextlib.ExitStack() as stack:
         pl.seed_everything(config.model.seed)
         init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)

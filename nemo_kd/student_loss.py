@@ -6,6 +6,7 @@ Shape legend: B examples, S positions, N positions that count in the loss, H hid
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
 from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
+
+log = logging.getLogger(__name__)
 
 REPORTED = ("loss", "kd_loss", "sft_loss")
 
@@ -54,6 +57,15 @@ class StudentLoss:
             )
         compile = torch.cuda.is_available() if config.compile == "auto" else config.compile == "on"
         self.losses = DistillationLoss(divergence, config.label_smoothing, config.z_loss_weight, compile)
+
+    def check(self) -> None:
+        """Warns of what is seldom meant; a custom loss that cannot be imported has already been an error."""
+        if self.losses.divergence is not None and self.losses.divergence.objective == "k1":
+            log.warning(
+                "%s.kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability; k2, k3 or "
+                "a divergence pull towards the teacher",
+                KEY,
+            )
 
     def on_hidden(
         self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard

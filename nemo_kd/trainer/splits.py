@@ -160,6 +160,13 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
                 "compute it with stage 1 of nemo_kd, or use another kd_loss"
             )
         return found
+    if loss.support != "renormalize" and not reader.manifests:
+        log.warning(
+            "%s: the mass outside the kept ids comes from log_sum_exp_logits, which NeMo-Aligner rounds to bfloat16 (1%% of all mass); "
+            "%s.support=renormalize does not need it",
+            reader.path,
+            key,
+        )
     if loss.support != "renormalize" and loss.temperature_index(teacher.temperatures) is None:
         found.append(
             f"{key}: {objective} with support={loss.support} at temperature {1 / loss.scales[1]:g} needs the teacher's mass outside the "

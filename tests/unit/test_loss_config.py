@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
+from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
 from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.ops import objectives, token_losses
+from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss, load_custom_loss
 
 
@@ -105,6 +108,38 @@ def test_a_custom_loss_of_the_current_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere"])
     assert load_custom_loss("my_own_loss_file.loss")() == 7
+
+
+def no_metrics(logits, batch, shard, token_sum):
+    return logits.sum()
+
+
+def not_summed(logits, batch, shard, token_sum):
+    return logits.sum(dim=-1), {}
+
+
+@pytest.mark.parametrize("name", ["no_metrics", "not_summed"])
+def test_a_custom_loss_that_returns_something_else(name):
+    config = LossConfig(kd_loss="custom", custom_loss=f"tests.unit.test_loss_config.{name}")
+    rows = torch.zeros(1, 3)
+    batch = Batch(torch.tensor([0]), *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
+    with pytest.raises(ConfigError, match=rf"custom_loss: .*{name} returned .*; it must return \(loss, metrics\)"):
+        StudentLoss(config).on_logits(torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7))
+
+
+def test_k1_is_warned_about(caplog):
+    StudentLoss(LossConfig(kd_loss="k1")).check()
+    assert (
+        "kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability" in caplog.text
+    )
+    caplog.clear()
+    for config in (
+        LossConfig(kd_loss="k2"),
+        LossConfig(kd_loss="k1", kd_loss_weight=0, sft_loss_weight=1),
+        LossConfig(),
+    ):
+        StudentLoss(config).check()
+    assert not caplog.records
 
 
 def test_which_temperature_of_a_cache():
