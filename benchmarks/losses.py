@@ -4,8 +4,13 @@
 
 Every repetition gets fresh logits that are no leaf of autograd's graph, as a model's are, and making them is not timed.
 A method is timed in turn with torch's cross-entropy and with ours alone, in one process and on one thread; the best
-repetition of each counts (CUDA events on a GPU). CPU time includes what the kernel takes to hand out fresh memory, which
-differs between machines and is most of the time of a method that makes copies of the logits; user time, a mean, leaves it out.
+repetition of each counts (CUDA events on a GPU). CPU time includes what the kernel takes to hand out fresh memory: most
+of the time of a method that makes copies of the logits, and very different between machines. With
+
+    MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
+
+in the environment the allocator keeps its memory and it is left out.
+
 Memory is measured in a process of its own per method, on its second run: the largest resident size the kernel saw (VmHWM
 of /proc/self/status, reset through /proc/self/clear_refs) less the one before; on a GPU torch's own peak. The gradient of
 the logits counts, unless it overwrites them.
@@ -20,14 +25,13 @@ import ctypes
 import gc
 import multiprocessing
 import os
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,13 +46,6 @@ from nemo_kd.ops.vocab import VocabShard
 Job = Callable[[], Callable[[], None]]
 """Makes fresh inputs and returns the work to be measured."""
 Jobs = Callable[[Setting], dict[str, Job]]
-
-
-class Taken(NamedTuple):
-    """Seconds of one run: of the CPU, and those of it that were not the kernel's."""
-
-    total_s: float
-    user_s: float
 
 
 TORCH_CE, MEGATRON_CE, OUR_CE = (
@@ -198,27 +195,24 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
     }
 
 
-def taken(work: Callable[[], None], device: str) -> Taken:
-    """On a GPU the time between two of its events, twice."""
+def seconds(work: Callable[[], None], device: str) -> float:
+    """CPU time of the work, on a GPU the time between two of its events."""
     if device == "cpu":
-        user_s, started = resource.getrusage(resource.RUSAGE_SELF).ru_utime, time.process_time()
+        started = time.process_time()
         work()
-        return Taken(time.process_time() - started, resource.getrusage(resource.RUSAGE_SELF).ru_utime - user_s)
+        return time.process_time() - started
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
     work()
     end.record()
     end.synchronize()
-    return Taken(*[start.elapsed_time(end) / 1000] * 2)
+    return start.elapsed_time(end) / 1000
 
 
-def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[Taken]:
-    """The least time of each job and its mean user time, taken in turns; a first round is not counted."""
-    rounds = [[taken(job(), device) for job in jobs] for _ in range(repetitions + 1)][1:]
-    # The kernel tells user time from its own by looking now and then: right on average, not in a single run.
-    means = [sum(job.user_s for job in times) / repetitions for times in zip(*rounds, strict=True)]
-    least = [min(job.total_s for job in times) for times in zip(*rounds, strict=True)]
-    return [Taken(*pair) for pair in zip(least, means, strict=True)]
+def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[float]:
+    """The least time of each job, taken in turns; a first round is not counted."""
+    rounds = [[seconds(job(), device) for job in jobs] for _ in range(repetitions + 1)][1:]
+    return [min(times) for times in zip(*rounds, strict=True)]
 
 
 def peak_bytes(jobs_of: Jobs, setting: Setting, name: str) -> int:
@@ -254,23 +248,20 @@ def _status_bytes(field: str) -> int:
 def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> None:
     on_gpu, jobs = setting.device == "cuda", logits_jobs(setting)
     (reference,) = best([jobs[TORCH_CE]], repetitions, setting.device)
-    print(
-        f"\n{_sizes(setting)}. Torch's cross-entropy takes {reference.total_s:.3g} s ({reference.user_s:.3g} s user).\n"
-    )
-    last = "bandwidth / copy's" if on_gpu else "user time / torch CE"
-    print(f"| method | time / torch CE | time / our CE alone | peak extra / logits | {last} |\n|---|---|---|---|---|")
+    print(f"\n{_sizes(setting)}. Torch's cross-entropy takes {reference:.3g} s.\n")
+    columns = ["method", "time / torch CE", "time / our CE alone", "peak extra / logits"]
+    columns += ["bandwidth / copy's"] if on_gpu else []
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     copy_rate = copy_bytes_per_second(setting) if on_gpu else 0.0
     for name, job in jobs.items():
         if not _wanted(name, only):
             continue
         torch_ce, our_ce, mine = best([jobs[TORCH_CE], jobs[OUR_CE], job], repetitions, setting.device)
         extra = peak_bytes(logits_jobs, setting, name) / setting.logits_bytes
-        ratios = f"{mine.total_s / torch_ce.total_s:.2f} | {mine.total_s / our_ce.total_s:.2f} | {extra:.3f}"
+        cells = [name, f"{mine / torch_ce:.2f}", f"{mine / our_ce:.2f}", f"{extra:.3f}"]
         # A pass that reads the logits, and one that reads them and writes the gradient, are the least there can be.
-        rate = 3 * setting.logits_bytes / mine.total_s
-        print(
-            f"| {name} | {ratios} | {rate / copy_rate if on_gpu else mine.user_s / torch_ce.user_s:.2f} |", flush=True
-        )
+        cells += [f"{3 * setting.logits_bytes / mine / copy_rate:.2f}"] if on_gpu else []
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 def copy_bytes_per_second(setting: Setting) -> float:
@@ -281,28 +272,26 @@ def copy_bytes_per_second(setting: Setting) -> float:
     def copy() -> None:
         target.copy_(source)
 
-    return 2 * setting.logits_bytes / best([lambda: copy], 10, setting.device)[0].total_s
+    return 2 * setting.logits_bytes / best([lambda: copy], 10, setting.device)[0]
 
 
 def print_fused_table(settings: Sequence[Setting], repetitions: int, only: list[str]) -> None:
     """Times at the first setting only; memory at each, which differ in the number of tokens."""
     jobs = fused_jobs(settings[0])
     (reference,) = best([jobs[PROJECTION]], 1, settings[0].device)
-    print(
-        f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference.total_s:.3g} s.\n"
-    )
-    print("| method | N | time | user time | peak extra / logits | beyond the gradient of the hidden states |")
-    print("|---|---|---|---|---|---|")
+    print(f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference:.3g} s.\n")
+    print("| method | N | time | peak extra / logits | beyond the gradient of the hidden states |")
+    print("|---|---|---|---|---|")
     for name, job in jobs.items():
         for setting in settings if _wanted(name, only) else ():
-            ratios = " | "
+            ratio = ""
             if setting is settings[0]:
                 reference, mine = best([jobs[PROJECTION], job], repetitions, setting.device)
-                ratios = f"{mine.total_s / reference.total_s:.2f} | {mine.user_s / reference.user_s:.2f}"
+                ratio = f"{mine / reference:.2f}"
             extra = peak_bytes(fused_jobs, setting, name)
             hidden = setting.num_tokens * setting.hidden_size * setting.torch_dtype.itemsize
             print(
-                f"| {name} | {setting.num_tokens:,} | {ratios} | {extra / setting.logits_bytes:.3f} "
+                f"| {name} | {setting.num_tokens:,} | {ratio} | {extra / setting.logits_bytes:.3f} "
                 f"| {(extra - hidden) / 2**20:,.0f} MiB |",
                 flush=True,
             )
