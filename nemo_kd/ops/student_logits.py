@@ -100,8 +100,11 @@ def read_logits(
     sums = iter(shard.sum_parts(parts))
     tail_sum_exp_NS, label_N, shift_N, kept_NK, samples_NM = next(sums), next(sums)[:, 0], maximum_N, None, None
     if ids.kept_NK is not None:
-        kept_NK = next(sums).masked_fill_(ids.kept_NK < 0, float("-inf"))
-        shift_N = torch.cat([shift_N[:, None], kept_NK], dim=1).amax(dim=-1)
+        kept_NK = next(sums)
+        if columns[1].held_NJ is not None:
+            kept_NK.masked_fill_(ids.kept_NK < 0, float("-inf"))
+        if kept_NK.shape[1]:
+            shift_N = shift_N.maximum(kept_NK.amax(dim=-1))
         kept_NK -= shift_N[:, None]
     if ids.samples_NM is not None:
         samples_NM = next(sums) - shift_N[:, None]
@@ -135,13 +138,14 @@ def write_gradient(
         losses: (derivative [N] of what is minimised by the loss, the loss's own slope) of each.
     """
     coefficients_NS, constant_N = torch.zeros_like(student.tail_sum_exp_NS), None
-    kept_NK = None if student.kept_NK is None else torch.zeros_like(student.kept_NK)
+    kept_NK = None
     samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
     label_N = torch.zeros_like(student.label_N)
     for d_loss_N, slope in losses:
         coefficients_NS[:, slope.scale_index] += d_loss_N * slope.tail_N * scales[slope.scale_index]
-        if kept_NK is not None and slope.kept_NK is not None:
-            kept_NK.addcmul_(slope.kept_NK, d_loss_N[:, None])
+        if slope.kept_NK is not None:
+            d_kept_NK = slope.kept_NK * d_loss_N[:, None]
+            kept_NK = d_kept_NK if kept_NK is None else kept_NK.add_(d_kept_NK)
         if slope.label_N is not None:
             label_N += d_loss_N * slope.label_N
         if samples_NM is not None and slope.samples_NM is not None:

@@ -118,7 +118,9 @@ def cross_entropy(
         slope_N = 1 + 2 * z_loss_weight * whole_N
     constant, kept_NK = -label_smoothing / vocab_size, None
     if student.kept_NK is not None:
-        kept_NK = (student.kept_NK - log_sum_exp_N[:, None]).exp_().mul_(slope_N[:, None]).add_(constant)
+        kept_NK = (student.kept_NK - log_sum_exp_N[:, None]).exp_()
+        if label_smoothing or z_loss_weight:
+            kept_NK.mul_(slope_N[:, None]).add_(constant)
     return value_N, Slope(
         scale_index=0,
         tail_N=slope_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp(),
@@ -148,8 +150,9 @@ def divergence_on_support(
     samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
     for rows in row_blocks(len(kept_NK), num_kept + 1, BLOCK_ELEMENTS):
         some = teacher.rows(rows)
-        known_N = (some.topk_token_ids_NK >= 0).any(dim=-1)
-        entries = _entries(student, some, divergence, vocab_size, rows)
+        num_used_N = (some.topk_token_ids_NK >= 0).sum(dim=-1)
+        known_N = num_used_N > 0
+        entries = _entries(student, some, divergence, num_used_N == vocab_size, rows)
         terms = divergence.terms()(entries)
         value, mean_u = terms.value_NE.sum(dim=-1), terms.q_u_NE.sum(dim=-1)
         if samples_NM is not None:
@@ -174,7 +177,7 @@ def log_sum_exp(student: StudentLogits) -> Tensor:
 
 
 def _entries(
-    student: StudentLogits, teacher: TeacherRows, divergence: Divergence, vocab_size: int, rows: slice
+    student: StudentLogits, teacher: TeacherRows, divergence: Divergence, all_kept_N: Tensor, rows: slice
 ) -> Entries:
     """Log-probabilities of both models; nan for a row that keeps nothing."""
     assert student.kept_NK is not None
@@ -189,9 +192,7 @@ def _entries(
     if divergence.support == "tail":
         log_tail_N1 = tail_N1.clamp(min=SMALLEST_TAIL).log()
         # Any mass where the student has none would be infinitely wrong, so a rounded 0 must be one there.
-        nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | (
-            (teacher.topk_token_ids_NK >= 0).sum(dim=-1, keepdim=True) == vocab_size
-        )
+        nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | all_kept_N[:, None]
         nothing_N1 &= student.log_tail_NS[rows, -1:] == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
     log_q_NE = torch.cat([student_NK, student.log_tail_NS[rows, -1:]], dim=1).log_softmax(dim=-1)

@@ -114,14 +114,14 @@ def sum_pass(
     for rows, block, scratch in _blocks(logits_Nv.data, shard, compiled, num_scratch=1):
         if sum_N is not None:
             sum_N[rows] = block.sum(dim=-1, dtype=dtype)
-        at_block = [block.gather(1, part.index_NJ[rows]) for part in columns]
-        for values_NJ, found in zip(at_columns, at_block, strict=True):
-            values_NJ[rows] = found
+        for part, values_NJ in zip(columns, at_columns, strict=True):
+            values_NJ[rows] = block.gather(1, part.index_NJ[rows])
         if kept is not None:
-            columns[kept].put(block, rows, torch.full_like(at_block[kept], MINUS_INFINITY))
+            nothing = torch.full_like(at_columns[kept][rows], MINUS_INFINITY, dtype=block.dtype)
+            columns[kept].put(block, rows, nothing)
         maximum_N[rows], log_sum_exp_NS[rows] = row_sums(block, scales, scratch)
         if kept is not None:
-            _scatter(block, columns[kept].index_NJ[rows], at_block[kept])
+            _scatter(block, columns[kept].index_NJ[rows], at_columns[kept][rows].to(block.dtype))
     at_columns = [part.masked(values_NJ) for part, values_NJ in zip(columns, at_columns, strict=True)]
     return Sums(maximum_N, log_sum_exp_NS, at_columns, sum_N)
 
@@ -232,4 +232,4 @@ def _fill_in_one_loop(block: Tensor, scales: Sequence[float], exponentials: Expo
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
