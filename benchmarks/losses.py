@@ -28,6 +28,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -217,8 +218,8 @@ def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[float]:
 
 def peak_bytes(jobs_of: Jobs, setting: Setting, name: str) -> int:
     """Most memory a method takes beyond its inputs, in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak_bytes_here, (jobs_of, setting, name))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_peak_bytes_here, jobs_of, setting, name).result()
 
 
 def _peak_bytes_here(jobs_of: Jobs, setting: Setting, name: str) -> int:
