@@ -9,7 +9,7 @@ of the time of a method that makes copies of the logits, and very different betw
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368
 
-in the environment the allocator keeps its memory and it is left out.
+in the environment the allocator keeps its memory and it is left out (the processes that measure memory run without).
 
 Memory is measured in a process of its own per method, on its second run: the largest resident size the kernel saw (VmHWM
 of /proc/self/status, reset through /proc/self/clear_refs) less the one before; on a GPU torch's own peak. The gradient of
@@ -25,6 +25,7 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -55,6 +56,7 @@ TORCH_CE, MEGATRON_CE, OUR_CE = (
     "cross-entropy alone",
 )
 PROJECTION = "projection + Megatron's cross-entropy"
+ALLOCATOR_KEYS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
 SUPPORTS = ("renormalize", "tail", "truncate")
 OBJECTIVES = {
     "forward_kl": (*SUPPORTS, "sampled"),
@@ -328,10 +330,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    kept = {name: os.environ.pop(name) for name in ALLOCATOR_KEYS if name in os.environ}  # not for memory's processes
     on_gpu = options.device == "cuda"
     num_tokens = options.num_tokens or (8192 if on_gpu else 2048)
-    command = "python -m benchmarks.losses " + " ".join(sys.argv[1:] if arguments is None else arguments)
-    print(f"    {command.strip()}\n\n{date.today()}, {_machine(options.device)}, torch {torch.__version__}.")
+    words = [f"{name}={value}" for name, value in kept.items()] + ["python -m benchmarks.losses"]
+    command = " ".join([*words, *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)])
+    print(f"    {command}\n\n{date.today()}, {_machine(options.device)}, torch {torch.__version__}.")
     for vocab in options.vocab or (["128256:bfloat16"] if on_gpu else ["32000:float32", "128256:bfloat16"]):
         size, dtype = vocab.split(":")
         setting = Setting(num_tokens, int(size), dtype, options.top_k, options.hidden_size, options.device)
