@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nemo_kd.batch import Batch
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, typed
 from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.ops import objectives, token_losses
@@ -45,17 +46,26 @@ def test_every_setting_reaches_the_operator():
     assert StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence is None
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_compile_as_yaml_reads_it(value):
+    """YAML takes on and off for booleans."""
+    cfg = OmegaConf.create(f"compile: {value}")
+    assert typed(LossConfig, cfg).compile == value
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kd_loss": "fkl"}, "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd"),
         ({"support": "top"}, "support: 'top' is not one of renormalize, tail, truncate, sampled"),
         ({"compile": "yes"}, "compile: 'yes' is not one of auto, on, off"),
-        ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must not be negative"),
-        ({"sft_loss_weight": float("nan")}, "sft_loss_weight: nan must not be negative"),
+        ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must be finite and not negative"),
+        ({"kd_loss_weight": float("inf")}, "kd_loss_weight: inf must be finite and not negative"),
+        ({"sft_loss_weight": float("nan")}, "sft_loss_weight: nan must be finite and not negative"),
         ({"kd_loss_weight": 0.0}, "are both 0"),
-        ({"logits_scale": 0.0}, "logits_scale: 0.0 must be greater than 0"),
-        ({"temperature": -2.0}, "temperature: -2.0 must be greater than 0"),
+        ({"logits_scale": 0.0}, "logits_scale: 0.0 must be finite and greater than 0"),
+        ({"temperature": -2.0}, "temperature: -2.0 must be finite and greater than 0"),
+        ({"temperature": float("inf")}, "temperature: inf must be finite and greater than 0"),
         (
             {"temperature": 2.0, "logits_scale": 0.5},
             "give temperature, or logits_scale and target_logits_scale, not both",
