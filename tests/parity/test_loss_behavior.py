@@ -241,6 +241,29 @@ def test_compiled_equals_eager():
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
+    """Of every definition: its name, and whether values and this rank's gradient are nan where one logit is."""
+    group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
+    problem = replace(problem, logits_NV=_with(problem.logits_NV, (2, column), float("nan")))
+    local_Nv, start, num_real = cut(problem.logits_NV, "even", torch.distributed.get_rank(), group.size(), 0.0)
+    shard, found = VocabShard(start, num_real, problem.logits_NV.shape[1], group), []
+    for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
+        logits_Nv = local_Nv.clone().requires_grad_()
+        ce_N, kd_N = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+        (ce_N + kd_N).sum().backward()
+        values_nan = bool(ce_N.isnan()[2] and (kd_N.isnan()[2] or one.support == "renormalize"))
+        found.append((name_of(one), values_nan, bool(logits_Nv.grad[2].isnan().any())))
+    return found
+
+
+def test_nan_on_one_rank_is_nan_on_all(ranks):
+    for column in (3, 47):
+        for of_rank in ranks(2).run(_losses_with_nan, column):
+            for name, values_nan, gradient_nan in of_rank:
+                assert values_nan, (name, column)
+                assert gradient_nan, (name, column)
+
+
 def _refused_on_rank(fields: dict, labels_N: torch.Tensor, definition: Definition) -> str:
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
     local_Nv, start, num_real = cut(problem.logits_NV, "uneven", torch.distributed.get_rank(), group.size(), 0.0)
