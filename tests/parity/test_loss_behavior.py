@@ -304,6 +304,20 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
             assert pytest.raises(ValueError, match=message).matches(ValueError(found)), (message, found)
 
 
+def test_numbers_of_rows_must_agree():
+    problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
+    logits_NV, labels_N, teacher, loss = problem.logits_NV, problem.labels_N, teacher_rows(problem), loss_of(DEFAULT)
+    tail_of_one = replace(teacher, tail_mass_N=problem.tail_mass_N[:1])
+    for logits, labels, rows, message in (
+        (logits_NV, labels_N[:1], teacher, r"labels_N: shape \[1\] for 8 rows"),
+        (logits_NV[:1], labels_N, teacher, r"labels_N: shape \[8\] for 1 rows"),
+        (logits_NV, labels_N, teacher.rows(slice(0, 1)), "topk_logits_NK: 1 rows for 8 rows"),
+        (logits_NV, labels_N, tail_of_one, "tail_mass_N: 1 rows for 8 rows"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("8", str(len(labels_N)))):
+            loss(logits, labels, shard, rows)
+
+
 def test_fields_that_an_objective_does_not_need_may_be_missing():
     problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
     bare = TeacherRows(problem.topk_logits_NK, problem.topk_token_ids_NK)
