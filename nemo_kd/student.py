@@ -107,11 +107,12 @@ class StudentModule(pl.LightningModule):
         self.step_started_s = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
-        # A rank may have no validation batch at all; a custom loss has named its metrics in training.
         self.validation_sums = torch.zeros(len(self.loss.reported) + 1, dtype=torch.float64)
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        self.validation_sums += forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
+        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
+        # A custom loss names its metrics when it is called: where no step was left to train, only now.
+        self.validation_sums = sums if batch_idx == 0 else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)

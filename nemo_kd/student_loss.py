@@ -6,11 +6,12 @@ Shape legend: B examples, S positions, N positions that count in the loss, H hid
 from __future__ import annotations
 
 import importlib
+import inspect
 import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -42,6 +43,8 @@ class StudentLoss:
     def __init__(self, config: LossConfig) -> None:
         self.config, self.reported = config, [*REPORTED]
         self.custom = load_custom_loss(config.custom_loss) if config.custom_loss is not None else None
+        if self.custom is not None:
+            _check_arguments(self.custom, config)
         divergence = None
         if config.kd_loss_weight and self.custom is None:
             student_scale, teacher_scale = config.scales
@@ -92,17 +95,29 @@ class StudentLoss:
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
-        """As `on_hidden` for a custom loss."""
+        """As `on_hidden` for a custom loss; it is not called where nothing counts: filler rows have no teacher."""
         assert self.custom is not None
+        if not len(positions_N):
+            total = logits_BSv[:0].float().sum()
+            return total, total.detach().new_zeros(len(self.reported) + 1)
         rows_Nv = logits_BSv.flatten(0, 1)[positions_N]  # a copy, whose gradient may take its place
         ce_sum = self.losses(rows_Nv, batch.labels_BS.flatten()[positions_N], shard).ce_N.sum()
 
         def token_sum(values_BS: Tensor) -> Tensor:
+            if values_BS.shape != batch.labels_BS.shape:
+                raise ConfigError(
+                    f"{KEY}.custom_loss: {self.config.custom_loss} gave token_sum {list(values_BS.shape)} values; it takes one for "
+                    f"each position, {list(batch.labels_BS.shape)}"
+                )
             return values_BS.flatten()[positions_N].sum()
 
         kd_sum, metrics = _checked_result(
             self.custom(logits_BSv, batch, shard, token_sum, **self.config.custom_args), self.config.custom_loss
         )
+        if logits_BSv.requires_grad and not kd_sum.requires_grad:
+            raise ConfigError(
+                f"{KEY}.custom_loss: {self.config.custom_loss} returned a loss that does not depend on the logits"
+            )
         total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
         self.reported = [*REPORTED, *sorted(metrics)]
         sums = [total, kd_sum, ce_sum, *(metrics[name] for name in sorted(metrics)), total.new_tensor(len(positions_N))]
@@ -143,11 +158,28 @@ def load_custom_loss(path: str) -> CustomLoss:
     return function
 
 
+def _check_arguments(function: CustomLoss, config: LossConfig) -> None:
+    try:
+        inspect.signature(function).bind(None, None, None, None, **config.custom_args)
+    except TypeError as error:
+        raise ConfigError(
+            f"{KEY}.custom_args: {config.custom_loss} cannot be called as function(logits_BSv, batch, shard, token_sum, "
+            f"**custom_args) with {config.custom_args}: {error}"
+        ) from error
+
+
 def _checked_result(result: Any, path: str | None) -> tuple[Tensor, dict[str, Tensor]]:
     loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
-    if not isinstance(loss, Tensor) or loss.dim() or not isinstance(metrics, dict):
+    if not _is_scalar(loss) or not isinstance(metrics, dict) or not all(map(_is_scalar, metrics.values())):
         raise ConfigError(
             f"{KEY}.custom_loss: {path} returned {result!r:.200}; it must return (loss, metrics): a scalar tensor, summed over the "
             "loss tokens, and a dict of such tensors"
         )
+    for name in metrics:
+        if not isinstance(name, str) or name in REPORTED:
+            raise ConfigError(f"{KEY}.custom_loss: {path} returned a metric {name!r}; give it another name, a str")
     return loss, metrics
+
+
+def _is_scalar(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and not value.dim()

@@ -64,6 +64,9 @@ class LossConfig:
     """True is taken only where teacher and student share one tokenizer, and then changes nothing."""
 
     def __post_init__(self) -> None:
+        self.compile = {"True": "on", "False": "off"}.get(
+            self.compile, self.compile
+        )  # YAML takes on and off for booleans
         self._check_choices()
         self._check_numbers()
         self._check_combination()
@@ -105,13 +108,13 @@ class LossConfig:
 
     def _check_numbers(self) -> None:
         for name in ("kd_loss_weight", "sft_loss_weight", "z_loss_weight"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must be finite and not negative")
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
             raise ConfigError(f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained")
         for name in ("target_logits_scale", "logits_scale", "temperature"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must be greater than 0")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must be finite and greater than 0")
         for name, limit in (("jsd_beta", "forward_kl or reverse_kl"), ("skew_lambda", "forward_kl or reverse_kl")):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(

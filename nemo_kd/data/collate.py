@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -56,7 +57,7 @@ def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_id: int) -> li
 def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:
     shape = tuple(batch.tokens_BS.shape)
     # A blend of caches has in common what all of them have.
-    temperatures = tuple(t for t in teachers[0].temperatures if all(t in teacher.temperatures for teacher in teachers))
+    temperatures = tuple(t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers))
     k = max(teacher.topk_logits_SK.shape[1] for teacher in teachers)
     logits = np.full((*shape, k), -np.inf, dtype=np.float32)
     ids = np.full((*shape, k), -1, dtype=np.int64)
@@ -73,7 +74,7 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTo
             logits[row, :length, :row_k] = teacher.topk_logits_SK
             ids[row, :length, :row_k] = teacher.topk_token_ids_SK
             log_sum_exp[row, :length] = teacher.log_sum_exp_logits_S
-            columns = [teacher.temperatures.index(temperature) for temperature in temperatures]
+            columns = [_columns(teacher, temperature)[0] for temperature in temperatures]
             tail_mass[row, :length] = teacher.tail_mass_TS[columns].T
             if teacher.label_logprobs_S is not None:
                 labels[row, :length] = teacher.label_logprobs_S
@@ -87,3 +88,8 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTo
         batch.label_logprobs_BS = torch.from_numpy(labels)
     if len(num_samples) == 1 and num_samples != {0}:
         batch.tail_token_ids_BSM = torch.from_numpy(tail_ids)
+
+
+def _columns(teacher: TeacherTopK, temperature: float) -> list[int]:
+    """Where the tail mass at a temperature stands, first of all; one format of caches rounds temperatures to float32."""
+    return [i for i, found in enumerate(teacher.temperatures) if math.isclose(found, temperature, rel_tol=1e-4)]

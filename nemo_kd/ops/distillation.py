@@ -84,23 +84,30 @@ class DistillationLoss:
             teacher: rows without any kept id have divergence 0. None: cross-entropy alone.
 
         Raises:
-            ValueError: an id is no token or kept twice (looked for on CPU only; a cache never has them), or the divergence
-                needs a field that `teacher` lacks.
+            ValueError: an id is no token or kept twice (looked for on CPU only; a cache never has them), the divergence
+                needs a field that `teacher` lacks, or numbers of rows differ.
         """
-        teacher = self.checked(labels_N, teacher, shard)
+        teacher = self.checked(len(logits_Nv), labels_N, teacher, shard)
         return TokenLosses(*_OnLogits.apply(logits_Nv, labels_N, teacher, shard, self))
 
-    def checked(self, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard) -> TeacherRows | None:
+    def checked(
+        self, num_rows: int, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
+    ) -> TeacherRows | None:
         """The teacher's rows, None if the divergence needs none.
 
         Raises:
             ValueError: as `__call__`.
         """
+        if labels_N.shape != (num_rows,):
+            raise ValueError(f"labels_N: shape {list(labels_N.shape)} for {num_rows} rows of logits")
         on_cpu = labels_N.device.type == "cpu"
         if on_cpu:
             _check_ids("labels_N", labels_N, 0, shard.vocab_size)
         if self.divergence is None or teacher is None:
             return None
+        for name, field in vars(teacher).items():
+            if field is not None and len(field) != num_rows:
+                raise ValueError(f"{name}: {len(field)} rows for {num_rows} rows of logits")
         for name in self.divergence.needs:
             if getattr(teacher, name) is None:
                 raise ValueError(

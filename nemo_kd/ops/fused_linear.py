@@ -41,7 +41,7 @@ def fused_linear_loss(
     Raises:
         ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
     """
-    teacher = loss.checked(labels_N, teacher, shard)
+    teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
     arguments = (labels_N, teacher, shard, loss, (ce_weight, kd_weight), block_rows, torch.is_grad_enabled())
     total, ce_N, kd_N = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
     return total, TokenLosses(ce_N, kd_N)

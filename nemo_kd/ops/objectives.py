@@ -135,7 +135,7 @@ def k3(log_ratio_N: Tensor) -> tuple[Tensor, Tensor]:
 def low_var_kl(log_ratio_N: Tensor) -> tuple[Tensor, Tensor]:
     """k3 clamped to [-10, 10], with gradient 0 where it is clamped."""
     value_N, slope_N = k3(log_ratio_N)
-    return value_N.clamp(-10, 10), torch.where(value_N.abs() <= 10, slope_N, 0)
+    return value_N.clamp(-10, 10), torch.where(value_N.abs() > 10, 0, slope_N)
 
 
 LABEL_ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
@@ -159,7 +159,7 @@ DIVERGENCES = (
 
 def _weighted(weight_NE: Tensor, values_NE: Tensor) -> Tensor:
     """weight * values, 0 where the weight is 0: the values may be infinite or nan there."""
-    return torch.where(weight_NE > 0, weight_NE * values_NE, 0)
+    return torch.where(weight_NE != 0, weight_NE * values_NE, 0)
 
 
 def _mix(weight_N1: Tensor, ones_NE: Tensor, zeros_NE: Tensor) -> Tensor:

@@ -93,7 +93,7 @@ def read_logits(
     maximum_N = shard.all_reduce(local.maximum_N.clone(), ReduceOp.MAX)
     below_NS = torch.stack([scale * (local.maximum_N - maximum_N) for scale in scales], dim=-1)
     # A rank without any logit in the tail (-inf, or nan where no rank has one) adds nothing.
-    held_N1 = local.maximum_N[:, None] > float("-inf")
+    held_N1 = local.maximum_N[:, None] != float("-inf")
     local_sum_exp_NS = torch.where(held_N1, (local.log_sum_exp_NS + below_NS).exp_(), 0)
     parts = [local_sum_exp_NS, *local.at_columns]
     parts += [] if local.sum_N is None else [local.sum_N[:, None]]
@@ -152,7 +152,7 @@ def write_gradient(
             samples_NM.addcmul_(slope.samples_NM, d_loss_N[:, None])
         if slope.constant:
             constant_N = slope.constant * d_loss_N
-    coefficients_NS = torch.where(student.tail_sum_exp_NS > 0, coefficients_NS / student.tail_sum_exp_NS, 0)
+    coefficients_NS = torch.where(student.tail_sum_exp_NS != 0, coefficients_NS / student.tail_sum_exp_NS, 0)
     columns = iter(student.columns)
     added = [next(columns).with_values(label_N[:, None])]
     kept = None if kept_NK is None else (next(columns), kept_NK)

@@ -84,6 +84,7 @@ def _open_caches(
         for reader in readers[split]
         for mismatch in [*_mismatches(reader, data, student), *_missing_fields(reader, loss, student)]
     ]
+    mismatches += [f"  {split}: {line}" for split in readers for line in _differences(readers[split], loss)]
     if mismatches:
         raise CacheError("model.data.data_prefix: cache and student do not match:\n" + "\n".join(mismatches))
     for split, sources in readers.items():
@@ -178,6 +179,21 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
             f"{key}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
         )
     return found
+
+
+def _differences(readers: Sequence[CacheReader], loss: LossConfig) -> list[str]:
+    """What the loss needs alike in all caches of a split, for a batch holds rows of several; the first row speaks for all."""
+    if not loss.uses_teacher or loss.support != "sampled":
+        return []
+    samples = {reader.source: reader[0].teacher.tail_token_ids_SM for reader in readers if len(reader)}
+    counts = {path: ids_SM.shape[1] for path, ids_SM in samples.items() if ids_SM is not None}
+    if len(set(counts.values())) <= 1:
+        return []
+    held = ", ".join(f"{count} in {path}" for path, count in counts.items())
+    return [
+        f"model.knowledge_distillation.support: sampled needs equally many tail samples in all caches, there are {held}; compute them "
+        "with the same cache.tail_samples, or use support=tail"
+    ]
 
 
 class TokenizedRows:

@@ -193,3 +193,26 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, wor
                 assert ours[f"{split}/kl_loss"] == pytest.approx(theirs[f"{split}/kd_loss"], rel=1e-5)
     assert sum("train/kl_loss" in row for row in rows[0]) == 2
     assert sum("validation/kl_loss" in row for row in rows[0]) == 1
+
+
+def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tmp_path):
+    """19 examples in global batches of 8 leave a micro-batch of fillers alone; a run without steps left still tests."""
+    student, cache = world
+    prefix = "model__knowledge_distillation__"
+    overrides = {
+        "trainer__devices": 2,
+        "trainer__knowledge_distillation__max_steps": 1,
+        "trainer__knowledge_distillation__val_check_interval": 1,
+        "model__micro_batch_size": 1,
+        "model__data__data_prefix": {split: [str(cache)] for split in ("train", "validation", "test")},
+        prefix + "kd_loss": "custom",
+        prefix + "custom_loss": "examples.custom_loss.hinton",
+        prefix + "custom_args": {"alpha": 0.3, "temperature": 3.0},
+    }
+    found = []
+    for _ in range(2):
+        assert ranks(2).run(run_stage_2, student, cache, cache, tmp_path, overrides) == [""] * 2
+        found.append(metrics(tmp_path)[-1])
+    for name in ("loss", "kd_loss", "sft_loss", "ce_loss", "kl_loss"):
+        assert found[0][f"test/{name}"] == found[1][f"test/{name}"] > 0
+    assert sum("test/kl_loss" in row for row in metrics(tmp_path)) == 2

@@ -241,6 +241,29 @@ def test_compiled_equals_eager():
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
+    """Of every definition: its name, and whether values and this rank's gradient are nan where one logit is."""
+    group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
+    problem = replace(problem, logits_NV=_with(problem.logits_NV, (2, column), float("nan")))
+    local_Nv, start, num_real = cut(problem.logits_NV, "even", torch.distributed.get_rank(), group.size(), 0.0)
+    shard, found = VocabShard(start, num_real, problem.logits_NV.shape[1], group), []
+    for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
+        logits_Nv = local_Nv.clone().requires_grad_()
+        ce_N, kd_N = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+        (ce_N + kd_N).sum().backward()
+        values_nan = bool(ce_N.isnan()[2] and (kd_N.isnan()[2] or one.support == "renormalize"))
+        found.append((name_of(one), values_nan, bool(logits_Nv.grad[2].isnan().any())))
+    return found
+
+
+def test_nan_on_one_rank_is_nan_on_all(ranks):
+    for column in (3, 47):
+        for of_rank in ranks(2).run(_losses_with_nan, column):
+            for name, values_nan, gradient_nan in of_rank:
+                assert values_nan, (name, column)
+                assert gradient_nan, (name, column)
+
+
 def _refused_on_rank(fields: dict, labels_N: torch.Tensor, definition: Definition) -> str:
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
     local_Nv, start, num_real = cut(problem.logits_NV, "uneven", torch.distributed.get_rank(), group.size(), 0.0)
@@ -279,6 +302,20 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
         for found in ranks(2).run(_refused_on_rank, fields, wrong_labels, definition):
             assert found != "not refused", (fields, definition)
             assert pytest.raises(ValueError, match=message).matches(ValueError(found)), (message, found)
+
+
+def test_numbers_of_rows_must_agree():
+    problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
+    logits_NV, labels_N, teacher, loss = problem.logits_NV, problem.labels_N, teacher_rows(problem), loss_of(DEFAULT)
+    tail_of_one = replace(teacher, tail_mass_N=problem.tail_mass_N[:1])
+    for logits, labels, rows, message in (
+        (logits_NV, labels_N[:1], teacher, r"labels_N: shape \[1\] for 8 rows"),
+        (logits_NV[:1], labels_N, teacher, r"labels_N: shape \[8\] for 1 rows"),
+        (logits_NV, labels_N, teacher.rows(slice(0, 1)), "topk_logits_NK: 1 rows for 8 rows"),
+        (logits_NV, labels_N, tail_of_one, "tail_mass_N: 1 rows for 8 rows"),
+    ):
+        with pytest.raises(ValueError, match=message.replace("8", str(len(labels_N)))):
+            loss(logits, labels, shard, rows)
 
 
 def test_fields_that_an_objective_does_not_need_may_be_missing():

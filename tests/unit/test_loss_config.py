@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from nemo_kd.batch import Batch
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, typed
 from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.ops import objectives, token_losses
@@ -45,17 +46,26 @@ def test_every_setting_reaches_the_operator():
     assert StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence is None
 
 
+@pytest.mark.parametrize("value", ["on", "off", "auto"])
+def test_compile_as_yaml_reads_it(value):
+    """YAML takes on and off for booleans."""
+    cfg = OmegaConf.create(f"compile: {value}")
+    assert typed(LossConfig, cfg).compile == value
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"kd_loss": "fkl"}, "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd"),
         ({"support": "top"}, "support: 'top' is not one of renormalize, tail, truncate, sampled"),
         ({"compile": "yes"}, "compile: 'yes' is not one of auto, on, off"),
-        ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must not be negative"),
-        ({"sft_loss_weight": float("nan")}, "sft_loss_weight: nan must not be negative"),
+        ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must be finite and not negative"),
+        ({"kd_loss_weight": float("inf")}, "kd_loss_weight: inf must be finite and not negative"),
+        ({"sft_loss_weight": float("nan")}, "sft_loss_weight: nan must be finite and not negative"),
         ({"kd_loss_weight": 0.0}, "are both 0"),
-        ({"logits_scale": 0.0}, "logits_scale: 0.0 must be greater than 0"),
-        ({"temperature": -2.0}, "temperature: -2.0 must be greater than 0"),
+        ({"logits_scale": 0.0}, "logits_scale: 0.0 must be finite and greater than 0"),
+        ({"temperature": -2.0}, "temperature: -2.0 must be finite and greater than 0"),
+        ({"temperature": float("inf")}, "temperature: inf must be finite and greater than 0"),
         (
             {"temperature": 2.0, "logits_scale": 0.5},
             "give temperature, or logits_scale and target_logits_scale, not both",
@@ -118,13 +128,73 @@ def not_summed(logits, batch, shard, token_sum):
     return logits.sum(dim=-1), {}
 
 
-@pytest.mark.parametrize("name", ["no_metrics", "not_summed"])
-def test_a_custom_loss_that_returns_something_else(name):
-    config = LossConfig(kd_loss="custom", custom_loss=f"tests.unit.test_loss_config.{name}")
-    rows = torch.zeros(1, 3)
-    batch = Batch(torch.tensor([0]), *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
-    with pytest.raises(ConfigError, match=rf"custom_loss: .*{name} returned .*; it must return \(loss, metrics\)"):
-        StudentLoss(config).on_logits(torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7))
+def number_as_metric(logits, batch, shard, token_sum):
+    return logits.sum(), {"mean": 1.5}
+
+
+def name_in_use(logits, batch, shard, token_sum):
+    return logits.sum(), {"loss": logits.sum()}
+
+
+def detached(logits, batch, shard, token_sum):
+    return logits.detach().sum(), {}
+
+
+def sums_a_tensor_of_another_shape(logits, batch, shard, token_sum):
+    return token_sum(logits), {}
+
+
+def sums_a_logit(logits, batch, shard, token_sum, power=1):
+    return token_sum(logits[..., 0] ** power), {"powers": token_sum(logits[..., 0] ** power)}
+
+
+def custom(name, **custom_args):
+    path = f"tests.unit.test_loss_config.{name}"
+    return StudentLoss(LossConfig(kd_loss="custom", custom_loss=path, custom_args=custom_args))
+
+
+def on_three_positions(loss, num_loss_tokens=3):
+    rows, zeros = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
+    batch = Batch(torch.tensor([0]), zeros, zeros, rows, torch.arange(3)[None])
+    logits = torch.full((1, 3, 7), 2.0, requires_grad=True)
+    total, sums = loss.on_logits(logits, batch, torch.arange(num_loss_tokens), VocabShard.of(7, 7))
+    total.backward()
+    return sums, logits.grad
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_metrics", r"returned .*; it must return \(loss, metrics\)"),
+        ("not_summed", r"returned .*; it must return \(loss, metrics\)"),
+        ("number_as_metric", r"returned .*; it must return \(loss, metrics\)"),
+        ("name_in_use", "returned a metric 'loss'; give it another name"),
+        ("detached", "returned a loss that does not depend on the logits"),
+        (
+            "sums_a_tensor_of_another_shape",
+            r"gave token_sum \[1, 3, 7\] values; it takes one for each position, \[1, 3\]",
+        ),
+    ],
+)
+def test_a_custom_loss_that_does_something_else(name, message):
+    with pytest.raises(ConfigError, match=f"custom_loss: .*{name} {message}"):
+        on_three_positions(custom(name))
+
+
+def test_arguments_that_a_custom_loss_does_not_take():
+    with pytest.raises(ConfigError, match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'"):
+        custom("sums_a_logit", powr=2)
+
+
+def test_a_custom_loss_is_not_called_where_nothing_counts():
+    """Micro-batches of filler rows alone have no teacher, and as many sums as others."""
+    loss = custom("sums_a_logit", power=3)
+    sums, gradient = on_three_positions(loss, num_loss_tokens=2)
+    assert sums[[1, 3, 4]].tolist() == [16, 16, 2]
+    assert gradient[0, :, 0].tolist() == [12, 12, 0]
+    sums, gradient = on_three_positions(loss, num_loss_tokens=0)
+    assert sums.tolist() == [0] * 5
+    assert not gradient.any()
 
 
 def test_k1_is_warned_about(caplog):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from nemo_kd.cache.convert import convert
@@ -16,8 +18,10 @@ from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
+from nemo_kd.trainer import splits
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.splits import load_splits
 from tests.tiny_cache import row, write
@@ -280,6 +284,27 @@ def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
         Path(f"{chunk}.idx").unlink()
     (tmp_path / "train_manifest.json").unlink()
     assert any(message in line for line in loss_problems(path, **settings)), loss_problems(path, **settings)
+
+
+def test_a_split_needs_equally_many_tail_samples_in_all_caches():
+    def reader(source, num_samples):
+        found = row(0)
+        samples = np.zeros((5, num_samples), dtype=np.int64)
+        return SourceOfOne([replace(found, teacher=replace(found.teacher, tail_token_ids_SM=samples))], source)
+
+    sampled, four, two = LossConfig(support="sampled"), reader("a.jsonl", 4), reader("b.jsonl", 2)
+    assert splits._differences([four, reader("c.jsonl", 4)], sampled) == []
+    assert splits._differences([four, two], LossConfig()) == []
+    (line,) = splits._differences([four, two], sampled)
+    assert "sampled needs equally many tail samples in all caches, there are 4 in a.jsonl, 2 in b.jsonl" in line
+
+
+class SourceOfOne(list):
+    """Stands for a reader: rows, and where they come from."""
+
+    def __init__(self, rows, source):
+        super().__init__(rows)
+        self.source = source
 
 
 def test_cross_tokenizer_is_taken_only_where_it_means_nothing(tmp_path):
