@@ -196,7 +196,9 @@ class Quickstart:
             *data,
             f"model.knowledge_distillation.sft_loss_weight={self.settings.sft_loss_weight}",
             f"model.knowledge_distillation.kd_loss_weight={kd_weight}",
-            "model.knowledge_distillation.kd_loss=fwd_kl",
+            "model.knowledge_distillation.kd_loss=forward_kl",
+            # 32 ids hold about half of this teacher's mass, and a student from scratch learns their proportions first.
+            "model.knowledge_distillation.support=renormalize",
             "trainer.precision=32",
             "trainer.devices=2",
             f"trainer.knowledge_distillation.max_epochs={epochs}",

@@ -35,8 +35,9 @@ def fused_linear_loss(
     """(ce_weight * CE + kd_weight * divergence summed over all positions, both at every position outside autograd).
 
     The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
-    summed over the ranks of the shard's group. That of the weight is summed in float32: in place in `weight_vH.main_grad`
-    where the weight has one, as Megatron's have, else it is returned in the weight's dtype.
+    summed over the ranks of the shard's group. That of the weight is summed in float32: where the weight has a `main_grad`,
+    as Megatron's have, right there and then, so whoever calls this with gradients on must go backward, once; else it is
+    returned in the weight's dtype.
 
     Raises:
         ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.

@@ -5,6 +5,7 @@ Shape legend: N positions, K kept teacher logits, E entries (K, and 1 for a buck
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -196,7 +197,8 @@ def _entries(
         nothing_N1 &= student.log_tail_NS[rows, -1:] == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
     log_q_NE = torch.cat([student_NK, student.log_tail_NS[rows, -1:]], dim=1).log_softmax(dim=-1)
-    return Entries.of(torch.cat([log_p_NK + torch.log1p(-tail_N1), log_tail_N1], dim=1), log_q_NE, has_bucket=True)
+    log_head_N1 = torch.log1p(-tail_N1).clamp_(min=math.log(objectives.EPSILON))  # a rounded 1 is finite, too
+    return Entries.of(torch.cat([log_p_NK + log_head_N1, log_tail_N1], dim=1), log_q_NE, has_bucket=True)
 
 
 def _scaled(logits_NK: Tensor, scale: float) -> Tensor:

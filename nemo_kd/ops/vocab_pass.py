@@ -54,6 +54,10 @@ class Columns(NamedTuple):
         """The columns and what to add there: nothing where the id is not held."""
         return self, self.masked(values_NJ)
 
+    def held_index(self, rows: slice) -> Tensor:
+        """The columns in some of the rows, -1 where the id is not held."""
+        return self.index_NJ[rows] if self.held_NJ is None else self.index_NJ[rows].masked_fill(~self.held_NJ[rows], -1)
+
     def put(self, block: Tensor, rows: slice, values_NJ: Tensor) -> None:
         """Writes the values of held ids into a block that holds some of the rows; ids are distinct within a row."""
         if self.held_NJ is not None and self.first_N1 is not None:
@@ -145,6 +149,9 @@ def gradient_pass(
     softmax_of_nothing = not compiled and bool((exponentials.local_sum_exp_NS == 0).any())
     for rows, block, scratch in _blocks(logits_Nv, shard, compiled, num_scratch=len(scales) - 1):
         some = Exponentials(*(None if field is None else field[rows] for field in exponentials))  # type: ignore[arg-type]
+        index_NJ = torch.cat([columns.index_NJ[rows] for columns, _ in added], dim=1)
+        added_NJ = torch.cat([values_NJ[rows] for _, values_NJ in added], dim=1)
+        logits_NJ = block.gather(1, index_NJ)
         if kept is not None and not compiled:
             kept[0].put(block, rows, torch.full_like(kept[1][rows], MINUS_INFINITY))
         fill(block, scales, some, scratch)
@@ -154,10 +161,21 @@ def gradient_pass(
             block += some.constant_N[:, None].to(block.dtype)
         if kept is not None:
             kept[0].put(block, rows, kept[1][rows].to(block.dtype))
-        row_N1 = torch.arange(len(block), device=block.device)[:, None]
-        for columns, values_NJ in added:
-            index = (row_N1, columns.index_NJ[rows])
-            block.index_put_(index, values_NJ[rows].to(block.dtype), accumulate=True)
+        if block.dtype == added_NJ.dtype:
+            row_N1 = torch.arange(len(block), device=block.device)[:, None]
+            block.index_put_((row_N1, index_NJ), added_NJ, accumulate=True)
+        else:
+            # q - 1 must not be rounded to half precision twice.
+            values_NJ = _sum_of_exponentials(logits_NJ, scales, some)
+            if some.constant_N is not None:
+                values_NJ += some.constant_N[:, None]
+            if kept is not None:
+                is_kept_NJK = index_NJ[:, :, None] == kept[0].held_index(rows)[:, None]
+                at_kept_NJ = torch.where(is_kept_NJK, kept[1][rows][:, None], 0).sum(dim=-1)
+                values_NJ = torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
+            same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
+            values_NJ += torch.where(same_NJJ, added_NJ[:, None], 0).sum(dim=-1)
+            _scatter(block, index_NJ, values_NJ.to(block.dtype))
         if block.data_ptr() != logits_Nv[rows].data_ptr():
             logits_Nv[rows, : shard.num_real] = block
     logits_Nv[:, shard.num_real :] = 0
@@ -195,12 +213,12 @@ def _scatter(block: Tensor, index_NJ: Tensor, values_NJ: Tensor) -> None:
 def _row_sums(block: Tensor, scales: Sequence[float], scratch: Tensor | None) -> tuple[Tensor, Tensor]:
     """(maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once, logsumexp four times."""
     assert scratch is not None
-    log_sum_exp = []
+    maximum_N, log_sum_exp = block.amax(dim=-1), []
     for scale in scales:
-        scaled = block if scale == 1 else torch.mul(block, scale, out=scratch)
+        scaled = block if scale == 1 else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)
         torch.log_softmax(scaled, dim=-1, out=scratch)
         log_sum_exp.append(scratch.amax(dim=-1).neg_())
-    return block.amax(dim=-1), torch.stack(log_sum_exp, dim=-1)
+    return maximum_N, torch.stack(log_sum_exp, dim=-1)
 
 
 def _row_sums_in_one_loop(block: Tensor, scales: Sequence[float], scratch: None) -> tuple[Tensor, Tensor]:
@@ -214,7 +232,7 @@ def _row_sums_in_one_loop(block: Tensor, scales: Sequence[float], scratch: None)
 def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: Tensor | None) -> None:
     coefficients_NS = exponentials.coefficients_NS * exponentials.local_sum_exp_NS
     if scratch is not None:
-        torch.mul(block, scales[1], out=scratch)
+        torch.sub(block, exponentials.reference_N[:, None], out=scratch).mul_(scales[1])
         torch.softmax(scratch, dim=-1, out=scratch).mul_(coefficients_NS[:, 1:])
     torch.softmax(block, dim=-1, out=block).mul_(coefficients_NS[:, :1])
     if scratch is not None:
@@ -223,11 +241,15 @@ def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials, sc
 
 def _fill_in_one_loop(block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: None) -> None:
     """`_fill` for the compiler."""
-    shifted = block.to(exponentials.reference_N.dtype) - exponentials.reference_N[:, None]
-    gradient = exponentials.coefficients_NS[:, :1] * shifted.exp()
+    block.copy_(_sum_of_exponentials(block, scales, exponentials))
+
+
+def _sum_of_exponentials(logits: Tensor, scales: Sequence[float], exponentials: Exponentials) -> Tensor:
+    shifted = logits.to(exponentials.reference_N.dtype) - exponentials.reference_N[:, None]
+    values = exponentials.coefficients_NS[:, :1] * shifted.exp()
     if len(scales) > 1:
-        gradient = gradient + exponentials.coefficients_NS[:, 1:] * (shifted * scales[1]).exp()
-    block.copy_(gradient)
+        values = values + exponentials.coefficients_NS[:, 1:] * (shifted * scales[1]).exp()
+    return values
 
 
 @functools.cache

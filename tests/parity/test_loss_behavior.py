@@ -330,3 +330,29 @@ def test_fields_that_an_objective_does_not_need_may_be_missing():
             teacher = replace(teacher, label_logprobs_N=problem.label_logprobs_N)
         kd_N = loss_of(one)(problem.logits_NV.clone(), problem.labels_N, shard, teacher).kd_N
         torch.testing.assert_close(kd_N, solve_alone(problem, one)[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("support", ["tail", "sampled"])
+def test_half_precision_rounds_the_gradient_once(support):
+    """Compiled too, at labels that the student is nearly sure of: q - 1 is no difference of rounded numbers."""
+    problem = random_problem(60, 300, 7, seed=5)
+    confident = torch.linspace(8, 18, 60, dtype=torch.float64)
+    logits_NV = problem.logits_NV.scatter_add(1, problem.labels_N[:, None], confident[:, None]).to(torch.bfloat16)
+    samples_NM = torch.cat([problem.labels_N[:, None]] * 2 + [problem.tail_token_ids_NM], dim=1)
+    teacher = TeacherRows(
+        problem.topk_logits_NK, problem.topk_token_ids_NK, problem.tail_mass_N, tail_token_ids_NM=samples_NM
+    )
+    shard = VocabShard.of(300, 300)
+
+    def gradient(logits_NV: torch.Tensor, compile: bool = False) -> torch.Tensor:
+        leaf = logits_NV.clone().requires_grad_()
+        losses = DistillationLoss(Divergence("forward_kl", support), compile=compile)(
+            leaf * 1, problem.labels_N, shard, teacher
+        )
+        (losses.ce_N.sum() + losses.kd_N.sum()).backward()
+        return leaf.grad.double()
+
+    exact = gradient(logits_NV.double())
+    for compile in (False, True):
+        found = gradient(logits_NV, compile)
+        assert ((found - exact).norm(dim=1) < 2**-8 * exact.norm(dim=1)).all()
