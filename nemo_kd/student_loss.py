@@ -119,7 +119,13 @@ class StudentLoss:
                 f"{KEY}.custom_loss: {self.config.custom_loss} returned a loss that does not depend on the logits"
             )
         total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
-        self.reported = [*REPORTED, *sorted(metrics)]
+        reported = [*REPORTED, *sorted(metrics)]
+        if self.reported not in ([*REPORTED], reported):
+            raise ConfigError(
+                f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(reported[len(REPORTED) :])}, before "
+                f"{', '.join(self.reported[len(REPORTED) :])}; return the same in every call"
+            )
+        self.reported = reported
         sums = [total, kd_sum, ce_sum, *(metrics[name] for name in sorted(metrics)), total.new_tensor(len(positions_N))]
         return total, torch.stack([value.detach().to(total.dtype) for value in sums])
 
@@ -151,7 +157,7 @@ def load_custom_loss(path: str) -> CustomLoss:
         sys.path.append(os.getcwd())
     try:
         function = getattr(importlib.import_module(module_name), name) if module_name else None
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, SyntaxError, TypeError) as error:
         raise ConfigError(f"{KEY}.custom_loss: {path} cannot be imported: {error}") from error
     if not callable(function):
         raise ConfigError(f"{KEY}.custom_loss: {path} is no function; give package.module.function")

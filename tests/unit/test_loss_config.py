@@ -105,6 +105,7 @@ def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
         ("no_such_module_here.loss", "no_such_module_here.loss cannot be imported: No module named"),
         ("json.no_such_function", "json.no_such_function cannot be imported: module 'json' has no attribute"),
         ("loss", "loss is no function"),
+        (".relative.loss", ".relative.loss cannot be imported: "),
         ("math.pi", "math.pi is no function"),
     ],
 )
@@ -195,6 +196,29 @@ def test_a_custom_loss_is_not_called_where_nothing_counts():
     sums, gradient = on_three_positions(loss, num_loss_tokens=0)
     assert sums.tolist() == [0] * 5
     assert not gradient.any()
+
+
+def names_by_turns(logits, batch, shard, token_sum, calls=iter("ab")):  # noqa: B008
+    return logits.sum(), {next(calls): logits.sum()}
+
+
+def test_a_custom_loss_that_changes_its_metrics():
+    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns"))
+    rows = torch.zeros(1, 3)
+    batch = Batch(torch.tensor([0]), *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
+    arguments = torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7)
+    loss.on_logits(*arguments)
+    with pytest.raises(ConfigError, match="returned the metrics b, before a; return the same in every call"):
+        loss.on_logits(*arguments)
+
+
+def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
+    (tmp_path / "does_not_parse.py").write_text("def loss(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(
+        ConfigError, match="custom_loss: does_not_parse.loss cannot be imported: .*invalid syntax|does_not_parse"
+    ):
+        load_custom_loss("does_not_parse.loss")
 
 
 def test_k1_is_warned_about(caplog):
