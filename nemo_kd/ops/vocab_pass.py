@@ -151,7 +151,7 @@ def gradient_pass(
         some = Exponentials(*(None if field is None else field[rows] for field in exponentials))  # type: ignore[arg-type]
         index_NJ = torch.cat([columns.index_NJ[rows] for columns, _ in added], dim=1)
         added_NJ = torch.cat([values_NJ[rows] for _, values_NJ in added], dim=1)
-        logits_NJ = block.gather(1, index_NJ)
+        logits_NJ = None if block.dtype == added_NJ.dtype else block.gather(1, index_NJ)
         if kept is not None and not compiled:
             kept[0].put(block, rows, torch.full_like(kept[1][rows], MINUS_INFINITY))
         fill(block, scales, some, scratch)
@@ -161,7 +161,7 @@ def gradient_pass(
             block += some.constant_N[:, None].to(block.dtype)
         if kept is not None:
             kept[0].put(block, rows, kept[1][rows].to(block.dtype))
-        if block.dtype == added_NJ.dtype:
+        if logits_NJ is None:
             row_N1 = torch.arange(len(block), device=block.device)[:, None]
             block.index_put_((row_N1, index_NJ), added_NJ, accumulate=True)
         else:
