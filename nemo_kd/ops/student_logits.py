@@ -39,6 +39,7 @@ class StudentLogits(NamedTuple):
     Attributes:
         shift_N: each row's largest logit; all others below are less it.
         label_N, kept_NK, samples_NM: logits at `TokenIds`; kept ones -inf for id -1.
+        log_sum_exp_N: of the whole real vocabulary.
         log_tail_NS: log-sum-exp of scale * logits outside the kept ids, for every scale; -inf where nothing is outside.
         mean_N: of all logits of the real vocabulary; None where nobody asked.
         tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where there is none), and the
@@ -51,6 +52,7 @@ class StudentLogits(NamedTuple):
     label_N: Tensor
     kept_NK: Tensor | None
     samples_NM: Tensor | None
+    log_sum_exp_N: Tensor
     log_tail_NS: Tensor
     mean_N: Tensor | None
     tail_maximum_N: Tensor
@@ -109,12 +111,17 @@ def read_logits(
     if ids.samples_NM is not None:
         samples_NM = next(sums) - shift_N[:, None]
     gap_N = maximum_N - shift_N
+    log_tail_NS = tail_sum_exp_NS.log() + torch.stack([scale * gap_N for scale in scales], dim=-1)
+    log_sum_exp_N = log_tail_NS[:, 0]
+    if kept_NK is not None:
+        log_sum_exp_N = torch.logaddexp(log_sum_exp_N, kept_NK.logsumexp(dim=-1))
     return StudentLogits(
         shift_N=shift_N,
         label_N=label_N - shift_N,
         kept_NK=kept_NK,
         samples_NM=samples_NM,
-        log_tail_NS=tail_sum_exp_NS.log() + torch.stack([scale * gap_N for scale in scales], dim=-1),
+        log_sum_exp_N=log_sum_exp_N,
+        log_tail_NS=log_tail_NS,
         mean_N=next(sums)[:, 0] / shard.vocab_size - shift_N if with_mean else None,
         tail_maximum_N=maximum_N.masked_fill(maximum_N == float("-inf"), 0),
         tail_sum_exp_NS=tail_sum_exp_NS,
@@ -153,11 +160,11 @@ def write_gradient(
         if slope.constant:
             constant_N = slope.constant * d_loss_N
     coefficients_NS = torch.where(student.tail_sum_exp_NS != 0, coefficients_NS / student.tail_sum_exp_NS, 0)
-    columns = iter(student.columns)
-    added = [next(columns).with_values(label_N[:, None])]
-    kept = None if kept_NK is None else (next(columns), kept_NK)
+    at_label, *others = student.columns
+    added = [(at_label, at_label.masked(label_N[:, None]))]
+    kept = None if kept_NK is None else (others[0], kept_NK)
     if samples_NM is not None:
-        added.append(next(columns).with_values(samples_NM))
+        added.append((others[-1], others[-1].masked(samples_NM)))
     exponentials = Exponentials(student.tail_maximum_N, coefficients_NS, student.local_sum_exp_NS, constant_N)
     if out_Nv.data_ptr() != logits_Nv.data_ptr():
         out_Nv.copy_(logits_Nv)

@@ -108,7 +108,7 @@ def cross_entropy(
     student: StudentLogits, label_smoothing: float, z_loss_weight: float, vocab_size: int
 ) -> tuple[Tensor, Slope]:
     """Cross-entropy with the labels over the real vocabulary, label smoothing and z-loss included."""
-    log_sum_exp_N = log_sum_exp(student)
+    log_sum_exp_N = student.log_sum_exp_N
     value_N, slope_N = log_sum_exp_N - student.label_N, torch.ones_like(log_sum_exp_N)
     if label_smoothing:
         assert student.mean_N is not None
@@ -134,7 +134,7 @@ def cross_entropy(
 def label_estimator(student: StudentLogits, teacher: TeacherRows, divergence: Divergence) -> tuple[Tensor, Slope]:
     """k1, k2, k3 or low_var_kl; no ids are kept."""
     assert teacher.label_logprobs_N is not None
-    log_sum_exp_N = log_sum_exp(student)
+    log_sum_exp_N = student.log_sum_exp_N
     log_ratio_N = student.label_N - log_sum_exp_N - teacher.label_logprobs_N.to(log_sum_exp_N.dtype)
     value_N, slope_N = LABEL_ESTIMATORS[divergence.objective](log_ratio_N)
     slope_N = slope_N * divergence.factor
@@ -149,12 +149,13 @@ def divergence_on_support(
     value_N, tail_N = torch.zeros_like(student.shift_N), torch.zeros_like(student.shift_N)
     kept_NK, num_kept = torch.zeros_like(student.kept_NK), student.kept_NK.shape[1]
     samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    terms_of = divergence.terms()
     for rows in row_blocks(len(kept_NK), num_kept + 1, BLOCK_ELEMENTS):
         some = teacher.rows(rows)
         num_used_N = (some.topk_token_ids_NK >= 0).sum(dim=-1)
         known_N = num_used_N > 0
         entries = _entries(student, some, divergence, num_used_N == vocab_size, rows)
-        terms = divergence.terms()(entries)
+        terms = terms_of(entries)
         value, mean_u = terms.value_NE.sum(dim=-1), terms.q_u_NE.sum(dim=-1)
         if samples_NM is not None:
             weights_NM, sampled_N = _sampled(student, some, rows)
@@ -169,12 +170,6 @@ def divergence_on_support(
             rest_N = -slope_NE[:, :num_kept].sum(dim=-1) if samples_NM is None else slope_NE[:, -1]
             tail_N[rows] = torch.where(entries.q_NE[:, -1] > 0.5, rest_N, slope_NE[:, -1]) * divergence.factor
     return value_N, Slope(len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM)
-
-
-def log_sum_exp(student: StudentLogits) -> Tensor:
-    """[N]: of the whole real vocabulary, less the row's largest logit."""
-    tail_N = student.log_tail_NS[:, 0]
-    return tail_N if student.kept_NK is None else torch.logaddexp(tail_N, student.kept_NK.logsumexp(dim=-1))
 
 
 def _entries(
@@ -213,5 +208,5 @@ def _sampled(student: StudentLogits, teacher: TeacherRows, rows: slice) -> tuple
     tail_N = teacher.tail_mass_N.to(student.samples_NM.dtype).clamp(0, 1)
     drawn_NM = teacher.tail_token_ids_NM >= 0
     weights_NM = drawn_NM * (tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / max(drawn_NM.shape[1], 1))[:, None]
-    log_q_NM = student.samples_NM[rows] - log_sum_exp(student)[rows, None]
+    log_q_NM = student.samples_NM[rows] - student.log_sum_exp_N[rows, None]
     return weights_NM, tail_N.xlogy(tail_N) - torch.where(drawn_NM, weights_NM * log_q_NM, 0).sum(dim=-1)

@@ -38,21 +38,15 @@ class Columns(NamedTuple):
 
     @classmethod
     def of(cls, ids_NJ: Tensor, shard: VocabShard) -> Columns:
-        index_NJ = ids_NJ.long() - shard.start
-        held_NJ = (index_NJ >= 0) & (index_NJ < shard.num_real)
+        index_NJ, held_NJ = shard.local(ids_NJ.long())
         if index_NJ.device.type == "cpu" and held_NJ.all():
             return cls(index_NJ, None, None)
         first_N1 = held_NJ.byte().argmax(dim=-1, keepdim=True) if held_NJ.shape[1] else held_NJ.long()
-        index_NJ.masked_fill_(~held_NJ, 0)
         return cls(torch.where(held_NJ, index_NJ, index_NJ.gather(1, first_N1)), held_NJ, first_N1)
 
     def masked(self, values_NJ: Tensor) -> Tensor:
         """The values of the ids that this rank holds, 0 for others."""
         return values_NJ if self.held_NJ is None else torch.where(self.held_NJ, values_NJ, 0)
-
-    def with_values(self, values_NJ: Tensor) -> tuple[Columns, Tensor]:
-        """The columns and what to add there: nothing where the id is not held."""
-        return self, self.masked(values_NJ)
 
     def held_index(self, rows: slice) -> Tensor:
         """The columns in some of the rows, -1 where the id is not held."""
@@ -165,14 +159,12 @@ def gradient_pass(
             row_N1 = torch.arange(len(block), device=block.device)[:, None]
             block.index_put_((row_N1, index_NJ), added_NJ, accumulate=True)
         else:
-            # q - 1 must not be rounded to half precision twice.
             values_NJ = _sum_of_exponentials(logits_NJ, scales, some)
             if some.constant_N is not None:
                 values_NJ += some.constant_N[:, None]
             if kept is not None:
-                is_kept_NJK = index_NJ[:, :, None] == kept[0].held_index(rows)[:, None]
-                at_kept_NJ = torch.where(is_kept_NJK, kept[1][rows][:, None], 0).sum(dim=-1)
-                values_NJ = torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
+                values_NJ = _replaced(values_NJ, index_NJ, kept[0].held_index(rows), kept[1][rows])
+            # Added in float32: q - 1 must not be rounded to half precision twice.
             same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
             values_NJ += torch.where(same_NJJ, added_NJ[:, None], 0).sum(dim=-1)
             _scatter(block, index_NJ, values_NJ.to(block.dtype))
@@ -201,6 +193,13 @@ def _blocks(
         num_rows = rows.stop - rows.start
         block = real_Nv[rows] if buffer is None else buffer[:num_rows].copy_(real_Nv[rows])
         yield rows, block, None if scratch is None else scratch[:num_rows]
+
+
+def _replaced(values_NJ: Tensor, index_NJ: Tensor, kept_index_NK: Tensor, kept_NK: Tensor) -> Tensor:
+    """The values, and where a column is also kept the kept value instead."""
+    is_kept_NJK = index_NJ[:, :, None] == kept_index_NK[:, None]
+    at_kept_NJ = torch.where(is_kept_NJK, kept_NK[:, None], 0).sum(dim=-1)
+    return torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
 
 
 def _scatter(block: Tensor, index_NJ: Tensor, values_NJ: Tensor) -> None:

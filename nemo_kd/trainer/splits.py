@@ -18,7 +18,7 @@ from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
-from nemo_kd.config.loss import LABEL_ESTIMATORS, LossConfig
+from nemo_kd.config.loss import KEY, LABEL_ESTIMATORS, LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
@@ -144,10 +144,10 @@ def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student)
 
 def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) -> list[str]:
     """What the loss needs and the cache's rows do not have; the first row speaks for all."""
-    key, found = "model.knowledge_distillation", []
+    found: list[str] = []
     if loss.cross_tokenizer and {manifest.tokenizer for manifest in reader.manifests} != {student.tokenizer}:
         found.append(
-            f"{key}.cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer, and token "
+            f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer, and token "
             "sequences of different ones are not aligned: NeMo-Aligner fed the student the teacher's token ids and compared logits by "
             "rank, whatever tokens they belonged to. Use a student with the teacher's tokenizer"
         )
@@ -157,7 +157,7 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
     if loss.objective in LABEL_ESTIMATORS:
         if teacher.label_logprobs_S is None:
             found.append(
-                f"{key}.kd_loss: {loss.kd_loss} needs the teacher's log-probability of the labels, which the cache lacks; "
+                f"{KEY}.kd_loss: {loss.kd_loss} needs the teacher's log-probability of the labels, which the cache lacks; "
                 "compute it with stage 1 of nemo_kd, or use another kd_loss"
             )
         return found
@@ -166,17 +166,17 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
             "%s: the mass outside the kept ids comes from log_sum_exp_logits, which NeMo-Aligner rounds to bfloat16 (1%% of all mass); "
             "%s.support=renormalize does not need it",
             reader.path,
-            key,
+            KEY,
         )
     if loss.support != "renormalize" and loss.temperature_index(teacher.temperatures) is None:
         found.append(
-            f"{key}: {objective} with support={loss.support} at temperature {1 / loss.scales[1]:g} needs the teacher's mass outside the "
+            f"{KEY}: {objective} with support={loss.support} at temperature {1 / loss.scales[1]:g} needs the teacher's mass outside the "
             f"kept ids at that temperature, the cache has it at {', '.join(f'{value:g}' for value in teacher.temperatures)}; compute "
             f"the cache with cache.temperatures=[{1 / loss.scales[1]:g}], or use support=renormalize"
         )
     if loss.support == "sampled" and teacher.tail_token_ids_SM is None:
         found.append(
-            f"{key}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
+            f"{KEY}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
         )
     return found
 
@@ -191,7 +191,7 @@ def _differences(readers: Sequence[CacheReader], loss: LossConfig) -> list[str]:
         return []
     held = ", ".join(f"{count} in {path}" for path, count in counts.items())
     return [
-        f"model.knowledge_distillation.support: sampled needs equally many tail samples in all caches, there are {held}; compute them "
+        f"{KEY}.support: sampled needs equally many tail samples in all caches, there are {held}; compute them "
         "with the same cache.tail_samples, or use support=tail"
     ]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
+from nemo_kd.ops.token_losses import Divergence
 
 SMALLEST_TAIL = 1e-12  # the teacher's tail bucket never counts for less
 LABEL_OBJECTIVES = ("k1", "k2", "k3", "low_var_kl")
@@ -23,23 +24,15 @@ NEGATIVE_INFINITY = float("-inf")
 
 
 @dataclass(frozen=True)
-class Definition:
-    """What to compute; the same fields as `nemo_kd.ops.distillation.Divergence`, plus those of the cross-entropy."""
+class Definition(Divergence):
+    """What to compute: the settings of the divergence, and those of the cross-entropy."""
 
-    objective: str = "forward_kl"
-    support: str = "tail"
-    student_scale: float = 1.0
-    teacher_scale: float = 1.0
-    factor: float = 1.0
-    jsd_beta: float = 0.5
-    skew_lambda: float = 0.1
-    adaptive_kl_alpha: float = 0.5
     label_smoothing: float = 0.0
     z_loss_weight: float = 0.0
 
     def of_divergence(self) -> dict[str, float | str]:
         """The arguments of `Divergence`."""
-        names = [field.name for field in fields(self)][:8]
+        names = [field.name for field in fields(Divergence)]
         return {name: getattr(self, name) for name in names}
 
 
