@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_kd.config.typed import ConfigError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 PRECISIONS = {
     "32": "float32",
@@ -36,12 +36,13 @@ class GPTArchitecture:
     """Everything that fixes a decoder's weights and forward pass; written to model_config.yaml of a .nemo archive."""
 
     family: str
-    """One of llama, mistral, qwen2, qwen3: chooses the Hugging Face layout on export."""
+    """One of FAMILIES: chooses the Hugging Face layout on export."""
     vocab_size: int
     """Real vocabulary: rows of the embedding that stand for a token. Padding for tensor parallelism is not counted."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of every expert in a mixture of experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -58,6 +59,12 @@ class GPTArchitecture:
     """Sliding attention: how many positions a token sees, itself included. None sees all."""
     window_layers: list[int] = field(default_factory=list)
     """0-based layers that use `window_size`; empty means all of them."""
+    num_moe_experts: int | None = None
+    """Experts of every layer; None: a dense model."""
+    moe_router_topk: int | None = None
+    """Experts that a token goes through."""
+    moe_normalize_topk: bool = True
+    """The weights of a token's experts sum to 1."""
     init_method_std: float = 0.02
     hf_config: dict[str, Any] = field(default_factory=dict)
     """config.json of the Hugging Face model it came from, kept for export."""
@@ -68,6 +75,10 @@ class GPTArchitecture:
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+            )
+        if self.num_moe_experts is not None and not 1 <= (self.moe_router_topk or 0) <= self.num_moe_experts:
+            raise ConfigError(
+                f"moe_router_topk: {self.moe_router_topk} is not from 1 to the {self.num_moe_experts} experts of a layer"
             )
 
 

@@ -20,6 +20,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, check_tensor_parallel, padded_vocab_size
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.attention import SDPACoreAttention
+from nemo_kd.mcore.experts import expert_fields, install_expert_support
 from nemo_kd.mcore.norm import RMSNorm
 
 
@@ -76,6 +77,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
+    fields |= expert_fields(architecture)
     if architecture.window_size is not None:
         # (left, right) of Megatron and Transformer Engine do not count the token itself; `window_size` does.
         fields["window_size"] = (architecture.window_size - 1, 0)
@@ -97,6 +99,8 @@ def build_gpt_model(
     The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
     `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
     """
+    if config.num_moe_experts is not None:
+        install_expert_support()
     model = GPTModel(
         config,
         _transformer_engine_block(config) if transformer_engine else _torch_block(config),
@@ -126,7 +130,12 @@ def build_gpt_model(
 
 
 def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    if config.num_moe_experts is not None:
+        # As with Transformer Engine, whose experts have no norm in them: archives of both are the same.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -138,7 +147,10 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
 def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     from megatron.core.extensions.transformer_engine import TENorm  # importable only where Transformer Engine is
 
-    return _block(config, get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm)
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+    )
+    return _block(config, layer, TENorm)
 
 
 def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:

@@ -83,7 +83,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type 'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; supported: 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
