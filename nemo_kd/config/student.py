@@ -189,6 +189,8 @@ class PeftConfig:
 
 @dataclass
 class StudentModelConfig(ModelConfig):
+    micro_batch_size: int = 1
+    """Examples in one forward pass on one data-parallel rank."""
     global_batch_size: int = 64
     """Examples in one optimizer step over all data-parallel ranks."""
     activations_checkpoint_granularity: str | None = None
