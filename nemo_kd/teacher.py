@@ -25,7 +25,7 @@ from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, Segment, SegmentWriter
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_tensor_parallel
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
@@ -200,7 +200,7 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
     Raises:
         ConfigError: names the key.
     """
-    check_tensor_parallel(architecture, config.model.tensor_model_parallel_size)
+    check_layout(architecture, config.model)
     use_transformer_engine(config.model.transformer_engine)
     config.model.data_parallel_size(torch.distributed.get_world_size())
     if config.top_k > architecture.vocab_size:
