@@ -77,7 +77,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         assert self.context_group.size() == 1, "packed sequences are not shared among context-parallel ranks"
         sequences = [
-            self._causal(*(tensor[start:end, None] for tensor in (query_ThD, key_TgD, value_TgD)))
+            self._causal(query_ThD[start:end, None], key_TgD[start:end, None], value_TgD[start:end, None])
             for start, end in itertools.pairwise(bounds)
         ]
         return torch.cat(sequences)[:, 0]

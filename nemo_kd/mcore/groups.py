@@ -31,7 +31,7 @@ class ProcessGroups:
 
     Attributes:
         tensor: ranks that share this rank's layers.
-        pipeline: ranks that hold the stages of the model, first to last, as far as their shards lie on one path.
+        pipeline: this rank and those that stand at its place in the other stages, first stage to last.
         context: ranks with the same weights that share every sequence.
         data: ranks that hold the same shard in different replicas and share no sequence.
         replica: all ranks of this rank's replica; gloo, whatever the other groups use: for Python objects and agreement.

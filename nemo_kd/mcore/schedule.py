@@ -118,7 +118,10 @@ def project(gpt: GPTModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel) -> torch.Tensor:
-    """Hidden states [N, H] at positions b * S + s, whose gradients are summed over the tensor-parallel ranks."""
+    """Hidden states [N, H] at positions b * S + s, whose gradients are summed over the tensor-parallel ranks.
+
+    With sequence parallelism all tensor-parallel ranks take part, and each gets the whole of S for the moment.
+    """
     if gpt.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
     length = len(hidden_SBH)
@@ -159,9 +162,7 @@ def _context_part(batch: Batch, groups: ProcessGroups) -> Batch:
     assert batch.cu_seqlens is None, "packed sequences are not shared among context-parallel ranks"
     columns_s = context_positions(batch.tokens_BS.shape[1], groups.context_rank, groups.context_size)
     columns_s = columns_s.to(batch.tokens_BS.device)
-    return replace(
-        batch, tokens_BS=batch.tokens_BS[:, columns_s], position_ids_BS=batch.position_ids_BS[:, columns_s]
-    )
+    return replace(batch, tokens_BS=batch.tokens_BS[:, columns_s], position_ids_BS=batch.position_ids_BS[:, columns_s])
 
 
 def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:

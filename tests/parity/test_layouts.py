@@ -25,13 +25,17 @@ from tests.tiny_models import build_hf_model
 
 TOLERANCE = 1e-4
 VOCAB_SIZE = 157
+NUM_LAYERS = 4
 MODELS = {
     "llama3.1": ("llama3.1", {}),
     "mistral_window": ("mistral_window", {}),
     "qwen3": ("qwen3", {}),
     "qwen2_tied": ("qwen2_tied", {}),
     # Only the last layer has a window: wrong if a pipeline stage counts its layers from 0.
-    "qwen3_last_window": ("qwen3", {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}),
+    "qwen3_last_window": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": NUM_LAYERS - 1},
+    ),
 }
 LENGTHS = ((1, 7, 40, 129), (200,), (33, 2, 64), (5,))
 """Examples of each batch: shapes change from batch to batch, one is beyond the original length of Llama 3's rope."""
@@ -49,6 +53,7 @@ LAYOUTS: dict[int, dict[str, Layout]] = {
         "CP TP": CP | TP,
         "CP TP SP": CP | TP | SP,
         "PP CP": PP | CP,
+        "PP4": {"pipeline_model_parallel_size": 4},
         "CP4": {"context_parallel_size": 4},
         "PP DP": PP,
         "CP DP": CP,
@@ -108,7 +113,9 @@ def run(path: str, layout: Layout, packed: bool, every: bool = False, dtype: tor
             continue
         mine, whole = loss_positions(batch, groups, every)
         logits = hidden_at(hidden, mine, len(batch.tokens_BS), model) @ output_weight(model).T
-        assert torch.allclose(project(model, hidden).flatten(0, 1)[mine], logits, atol=1e-5 if dtype.itemsize > 2 else 0.1)
+        assert torch.allclose(
+            project(model, hidden).flatten(0, 1)[mine], logits, atol=1e-5 if dtype.itemsize > 2 else 0.1
+        )
         parts = [torch.empty_like(logits) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, logits, group=groups.tensor)
         for position, row in zip(whole.tolist(), torch.cat(parts, -1)[:, :VOCAB_SIZE].float(), strict=True):
@@ -159,7 +166,7 @@ def models(tmp_path_factory) -> dict[str, str]:
     folders = {}
     for name, (base, changes) in MODELS.items():
         folder: Path = tmp_path_factory.mktemp(name.replace(".", "_")) / "hf"
-        build_hf_model(base, VOCAB_SIZE, **changes).save_pretrained(folder)
+        build_hf_model(base, VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **changes).save_pretrained(folder)
         folders[name] = str(folder)
     return folders
 
@@ -212,7 +219,7 @@ def test_archives_load_in_stages(ranks, models, reference, tmp_path):
 
 def without_sequences(path: str) -> Rows:
     """Packed rows whose examples see those before them."""
-    with mock.patch.object(schedule, "_packed_seq_params", lambda gpt, batch: None):
+    with mock.patch.object(schedule, "_packed_seq_params", return_value=None):
         return run(path, {}, True)
 
 
