@@ -103,7 +103,9 @@ class PretrainedModel:
             load_hf_weights(model, self.folder, self.architecture, groups)
             return
         wanted = _weights(model)
-        differing = {tensor.key for tensor in wanted.values()} ^ set(self._tensors)
+        stages: list[Any] = [None] * len(groups.replica_ranks)
+        torch.distributed.all_gather_object(stages, {tensor.key for tensor in wanted.values()}, group=groups.replica)
+        differing = set[str]().union(*stages) ^ set(self._tensors)
         if differing:
             raise ConfigError(
                 f"{self.source}: model_weights does not fit model_config.yaml: {', '.join(sorted(differing)[:5])} "

@@ -121,14 +121,27 @@ def load_hf_weights(model: GPTModel, folder: Path, architecture: GPTArchitecture
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name in _VOCABULARY:
+                # Where both are tied, the last of several pipeline stages has a copy of the embedding.
+                tied = architecture.share_embeddings_and_output_weights
+                hf_name = _VOCABULARY["embedding.word_embeddings.weight" if tied else name]
                 first = groups.tensor_rank * parameter.shape[0]
-                rows = get(_VOCABULARY[name])[first : first + parameter.shape[0]]
+                rows = get(hf_name)[first : first + parameter.shape[0]]
                 parameter[: len(rows)].copy_(rows)
             else:
                 parameter.copy_(
-                    megatron_tensor(name, lambda hf_name: shard(hf_name, get(hf_name), groups), architecture)
+                    megatron_tensor(
+                        _global_name(name, model), lambda hf_name: shard(hf_name, get(hf_name), groups), architecture
+                    )
                 )
     zero_vocabulary_padding(model, architecture, groups)
+
+
+def _global_name(name: str, model: GPTModel) -> str:
+    """The name with the number of its layer in the whole model instead of in this pipeline stage."""
+    if not name.startswith("decoder.layers."):
+        return name
+    decoder, layers, number, inner = name.split(".", 3)
+    return f"{decoder}.{layers}.{model.decoder.layers[int(number)].layer_number - 1}.{inner}"
 
 
 def shard(hf_name: str, tensor: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
