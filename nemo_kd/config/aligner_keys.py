@@ -65,9 +65,7 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.global_batch_size": Ignored(
             "data.max_tokens_per_batch and model.micro_batch_size say what is computed together"
         ),
-        "batch_size": Ignored(
-            "data.max_tokens_per_batch and model.micro_batch_size say what is computed together"
-        ),
+        "batch_size": Ignored("data.max_tokens_per_batch and model.micro_batch_size say what is computed together"),
         "data.sample": Ignored("every example is cached once", (False,)),
         "data.dataloader_type": Ignored("examples are cached in the dataset's order", ("single",)),
         "data.data.shuffle": Ignored("examples are cached in the dataset's order; training shuffles", (False,)),

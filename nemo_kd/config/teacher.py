@@ -187,14 +187,18 @@ class ComputeTopkLogitsConfig:
             return self._parsed_shard(self.shard)
         if array_size == 1 or self.start_from_idx or self.end_at_idx is not None:
             return 0, 1
-        first, step = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1)))
+        first, step = (
+            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1))
+        )
         return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, array_size
 
     @staticmethod
     def _parsed_shard(shard: str) -> tuple[int, int]:
         number, slash, count = shard.partition("/")
         if not (slash and number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-            raise ConfigError(f"shard: {shard!r} is not i/n with i from 0 to n - 1; 0/4, 1/4, 2/4 and 3/4 share the work of four jobs")
+            raise ConfigError(
+                f"shard: {shard!r} is not i/n with i from 0 to n - 1; 0/4, 1/4, 2/4 and 3/4 share the work of four jobs"
+            )
         return int(number), int(count)
 
     def splits(self) -> dict[str, ComputeTopkLogitsConfig]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -68,16 +69,32 @@ class ProcessGroups:
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
+    def lockstep(self) -> dist.ProcessGroup:
+        """All ranks that have to run every forward pass together; gloo."""
+        return self.replica
+
+    @property
+    def lockstep_lanes(self) -> int:
+        """Data-parallel ranks among them."""
+        return 1
+
+    @property
+    def lane(self) -> int:
+        """This rank's number among those."""
+        return 0
+
+    @property
     def is_writer(self) -> bool:
         """Whether this rank speaks for its replica."""
         return dist.get_rank() == self.writer_rank
 
 
-def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
+def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0) -> None:
     """Joins this process to the others that the launcher started, and binds it to its GPU if there is one.
 
     torchrun, srun and Lightning's own launcher are recognised; a process that none of them started is a world of its
-    own. Does nothing but check the number of ranks where a process group exists already.
+    own. Does nothing but check the number of ranks where a process group exists already. A collective that takes longer
+    than `timeout_minutes` is an error.
 
     Raises:
         ConfigError: the devices are not there, or the launcher started another number of processes.
@@ -97,7 +114,13 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
         store = None
     if use_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if use_gpu else "gloo", rank=rank, world_size=world_size, store=store)
+    dist.init_process_group(
+        "nccl" if use_gpu else "gloo",
+        rank=rank,
+        world_size=world_size,
+        store=store,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
 
 
 def cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | None:

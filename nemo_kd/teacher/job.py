@@ -26,7 +26,9 @@ from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, pa
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import use_transformer_engine
-from nemo_kd.teacher.model import Teacher
+from nemo_kd.teacher.model import Teacher, ignored
+
+TORCH_TIMEOUT_FACTOR = 1.5
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +62,8 @@ class Run:
     pad_id: int
     jobs: list[Job]
 
-    def load_teacher(self, step: Callable[[str], None] = lambda description: None) -> Teacher:
-        """Every rank loads its part; `step` is called with a description before every batch."""
+    def load_teacher(self, step: Callable[..., None] = ignored) -> Teacher:
+        """Every rank loads its part; `step` is called before every batch, with what comes next."""
         return Teacher(self.config, self.pretrained, self.groups, self.pad_id, step)
 
     def layout(self) -> str:
@@ -90,9 +92,9 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
         ConfigError, DataError: something the user gave cannot work.
     """
     trainer = config.trainer
-    init_process_group(
-        trainer.num_nodes, trainer.devices, trainer.accelerator, timeout_minutes=trainer.distributed_timeout_minutes
-    )
+    # Torch's own time-out comes after the watchdog's, which can tell more.
+    minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
+    init_process_group(trainer.num_nodes, trainer.devices, trainer.accelerator, minutes)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
         architecture = pretrained.architecture
         check_model(config, architecture)
@@ -102,9 +104,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
             config.data.data.max_seq_length or config.model.encoder_seq_length,
             architecture.max_position_embeddings,
         )
-        jobs = [
-            _job(split, part, pretrained, tokenizer, seq_length) for split, part in config.splits().items()
-        ]
+        jobs = [_job(split, part, pretrained, tokenizer, seq_length) for split, part in config.splits().items()]
         groups = initialize_model_parallel(config.model, config.model.seed)
         yield Run(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), jobs)
 
@@ -139,19 +139,18 @@ def plan_chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
 
-def check_records(job: Job, segments: list[Segment]) -> tuple[int, int]:
+def check_records(job: Job, segments: list[Segment]) -> int:
     """Renders every record of the segments once, shared out among the ranks: a malformed one shows before the teacher is loaded.
 
     Returns:
-        Tokens and loss tokens of all of them.
+        The tokens of all of them.
 
     Raises:
         DataError: on every rank, what one of them found.
     """
     indices = [index for _, records in segments for index in records]
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    tokens = loss_tokens = 0
-    problem = None
+    num_tokens, problem = 0, None
     name = f"checking records{f' of {job.split}' if job.split else ''}"
     for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=rank != 0, leave=False):
         try:
@@ -160,13 +159,13 @@ def check_records(job: Job, segments: list[Segment]) -> tuple[int, int]:
             problem = str(error)
             break
         if isinstance(record, Example):
-            tokens, loss_tokens = tokens + record.num_tokens, loss_tokens + record.num_loss_tokens
+            num_tokens += record.num_tokens
     found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, (problem, tokens, loss_tokens))
-    for message, _, _ in found:
+    torch.distributed.all_gather_object(found, (problem, num_tokens))
+    for message, _ in found:
         if message is not None:
             raise DataError(message)
-    return sum(mine for _, mine, _ in found), sum(mine for _, _, mine in found)
+    return sum(mine for _, mine in found)
 
 
 def _job(

@@ -9,9 +9,8 @@ the cache.
 from __future__ import annotations
 
 import contextlib
-import logging
-import time
-from collections.abc import Iterator
+import signal
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -27,15 +26,13 @@ from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter, Segment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.interruption import Interruption, Requeue, ignore_signals
+from nemo_kd.interruption import SIGNALS, Interruption, Requeue
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.plan import plan_cache, print_table
 from nemo_kd.teacher.progress import TeacherProgress
 from nemo_kd.teacher.work_list import WorkList
 from nemo_kd.watchdog import Watchdog
-
-log = logging.getLogger(__name__)
 
 Records = list[Example | Skipped]
 
@@ -71,12 +68,18 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         interruption = stack.enter_context(Interruption(config.exp_manager.max_time_per_run))
         outputs = [_open_output(job, stack) for job in run.jobs]
         totals = [check_records(output.job, output.missing) for output in outputs]
-        watchdog = stack.enter_context(Watchdog(60 * config.trainer.distributed_timeout_minutes))
-        teacher = run.load_teacher(watchdog.step) if any(output.missing for output in outputs) else None
-        for output, total in zip(outputs, totals, strict=True):
+        timeout_s = 60 * config.trainer.distributed_timeout_minutes
+        watchdog = stack.enter_context(Watchdog(timeout_s, torch.distributed.get_rank()))
+        stack.enter_context(watchdog.explain_collective_errors())
+        teacher = None
+        if any(output.missing for output in outputs):
+            with watchdog.pause("loading the teacher"):
+                teacher = run.load_teacher(watchdog.step)
+        for output, num_tokens in zip(outputs, totals, strict=True):
             if teacher is not None and output.missing:
-                _work(run, output, teacher, total, interruption, watchdog)
+                _work(run, output, teacher, num_tokens, interruption, watchdog)
             if output.writer is not None:
+                output.writer.assemble_complete()
                 _report(output)
 
 
@@ -108,33 +111,24 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
 
 
 def _work(
-    run: Run, output: Output, teacher: Teacher, total: Totals, interruption: Interruption, watchdog: Watchdog
+    run: Run, output: Output, teacher: Teacher, total_tokens: int, interruption: Interruption, watchdog: Watchdog
 ) -> None:
-    """Computes missing segments, this replica's share of them, until none is left.
+    """Computes this replica's share of the missing segments.
 
     Raises:
-        Requeue: on every rank, when everything claimed is published and some is not claimed yet.
+        Requeue: on every rank, when all that was begun is published and something is left.
     """
-    groups, config = run.groups, output.job.config
+    job, layout = output.job, CacheLayout(output.job.config.output_path)
     interruption.share(output.store, torch.distributed.get_rank())
-    work = WorkList(output.store, output.missing, groups, lambda: interruption.reason is not None)
-    loader = DataLoader(
-        _Segments(output.job.dataset),
-        batch_size=None,
-        sampler=work.claims(),
-        num_workers=config.data.num_workers,
-        prefetch_factor=1 if config.data.num_workers else None,
-        collate_fn=_unchanged,
-        worker_init_fn=ignore_signals,
-    )
+    work = WorkList(output.store, output.missing, run.groups, lambda: interruption.reason is not None)
+    before: tuple[Segment, Records, Pass] | None = None
     with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
         publisher = None
-        if groups.is_writer:
-            publisher = stack.enter_context(SegmentPublisher(CacheLayout(config.output_path), output.job.manifest))
-        progress = stack.enter_context(TeacherProgress(run, output, total))
+        if run.groups.is_writer:
+            publisher = stack.enter_context(SegmentPublisher(layout, job.manifest, computed_with(job.config)))
         assembler = stack.enter_context(_Assembler(output.writer))
-        before: tuple[Segment, Records, Pass] | None = None
-        for segment, records in progress.waiting_for(loader):
+        for segment, records in progress.waiting_for(_read_ahead(job, work)):
             if not work.goes_on():
                 break
             started = teacher.start([record for record in records if isinstance(record, Example)])
@@ -142,14 +136,92 @@ def _work(
             if before is not None:
                 _publish(teacher, before, publisher, progress)
                 assembler.look(up_to=before[0][0])
-            before = (segment, records, started) if segment is not None else None
+            before = None if segment is None else (segment, records, started)
         if before is not None:
             _publish(teacher, before, publisher, progress)
         if publisher is not None:
             publisher.close()
-        stopped = work.wait_for_all(torch.distributed.get_world_size(), watchdog.step)
+            progress.published(publisher)
+        progress.report()
+        stopped = work.wait_for_all(
+            torch.distributed.get_world_size(), lambda: watchdog.step("waiting for other ranks")
+        )
     if stopped:
-        raise Requeue(interruption.reason)
+        raise Requeue(f"{interruption.reason}; what is published stays, the same command goes on from there")
+
+
+def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:
+    """The claimed segments with their records, tokenized by processes beside this one."""
+    num_workers = job.config.data.num_workers
+    return DataLoader(
+        _Segments(job.dataset),
+        batch_size=None,
+        sampler=work.claims(),
+        num_workers=num_workers,
+        prefetch_factor=1 if num_workers else None,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def _publish(
+    teacher: Teacher,
+    computed: tuple[Segment, Records, Pass],
+    publisher: SegmentPublisher | None,
+    progress: TeacherProgress,
+) -> None:
+    """Hands a segment's rows over to the process that encodes and writes them."""
+    segment, records, started = computed
+    rows = teacher.finish(started)
+    if publisher is None:
+        return
+    remaining = iter(rows)
+    publisher.publish(
+        segment, [record.reason if isinstance(record, Skipped) else next(remaining) for record in records]
+    )
+    progress.computed(started)
+    progress.published(publisher)
+
+
+def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
+    """What rounding depends on besides the weights; the manifest records it."""
+    model = config.model
+    return {
+        "max_tokens_per_batch": config.max_tokens_per_batch,
+        "micro_batch_size": model.micro_batch_size,
+        "packing": config.data.packing,
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "precision": config.trainer.precision,
+        "torch": torch.__version__,
+    }
+
+
+def _report(output: Output) -> None:
+    """What the cache holds now, other shards' chunks included."""
+    manifest, missing = output.writer.manifest, output.writer.missing
+    chunks = manifest.chunks.values()
+    examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
+    loss_tokens, num_bytes = sum(chunk.loss_tokens for chunk in chunks), sum(chunk.bytes for chunk in chunks)
+    kept = sum(chunk.kept_mass_sum for chunk in chunks) / max(1, loss_tokens)
+    lines = [
+        *([("split", output.job.split)] if output.job.split else []),
+        ("chunks", f"{len(chunks)} ({output.num_complete} were complete before)"),
+        ("examples", f"{examples:,}"),
+        ("tokens", f"{tokens:,} ({loss_tokens:,} in the loss)"),
+        ("bytes per token", f"{num_bytes / max(1, tokens):,.1f}"),
+        (f"teacher mass in the top {manifest.top_k}", f"{kept:.4f}"),
+        (f"label in the top {manifest.top_k}", f"{sum(c.label_in_topk for c in chunks) / max(1, loss_tokens):.4f}"),
+    ]
+    if missing:
+        shard, num_shards = output.job.config.shard_number()
+        lines.append(("incomplete chunks", f"{len(missing)}; shard {shard} of {num_shards} has done its part of them"))
+    skipped: dict[str, int] = {}
+    for chunk in chunks:
+        for reason, count in chunk.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    print_table([*lines, *([(f"skipped: {reason}", f"{n:,}") for reason, n in skipped.items()] or [("skipped", "0")])])
 
 
 class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):
@@ -179,9 +251,19 @@ class _Assembler:
             self._running.result()
             self._running = self._threads.submit(self._writer.assemble_complete, up_to)
 
-    def finish(self) -> None:
-        """Waits, then assembles all that is complete."""
-        self._running.result()
+    def __enter__(self) -> _Assembler:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
         self._threads.shutdown()
-        if self._writer is not None:
-            self._writer.assemble_complete()
+        if error_type is None:
+            self._running.result()
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

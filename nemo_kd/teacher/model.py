@@ -69,11 +69,15 @@ class Pass:
     max_tokens: int | None = None
 
 
+def ignored(what: str, *details: object) -> None:
+    """Nobody listens to the teacher's steps."""
+
+
 class Teacher:
     """The teacher's weights on this rank, and the passes over them.
 
     Args:
-        step: called before every batch with a description of it.
+        step: called before every batch with what comes next, `what % details`.
     """
 
     def __init__(
@@ -82,7 +86,7 @@ class Teacher:
         pretrained: PretrainedModel,
         groups: ProcessGroups,
         pad_id: int,
-        step: Callable[[str], None] = lambda description: None,
+        step: Callable[..., None] = ignored,
     ) -> None:
         self.top_k, self.cache, self.groups, self.pad_id, self.step = config.top_k, config.cache, groups, pad_id, step
         self.temperatures = (1.0, *config.cache.temperatures)
@@ -145,13 +149,17 @@ class Teacher:
                 example = started.examples[number]
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
                 mine = {name: values[first:last] for name, values in fields.items()}
-                rows[number] = CachedExample(example, self._teacher_topk(example, positions_N[first:last] - start, mine))
+                rows[number] = CachedExample(
+                    example, self._teacher_topk(example, positions_N[first:last] - start, mine)
+                )
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
         """How many of the batches every rank of the replica has computed; more of them do not fit into memory."""
         groups, num_before = self.groups, len(result.batches)
-        num_steps = self._agreed(len(batches), ReduceOp.MAX, groups.lockstep) if groups.lockstep_lanes > 1 else len(batches)
+        num_steps = (
+            self._agreed(len(batches), ReduceOp.MAX, groups.lockstep) if groups.lockstep_lanes > 1 else len(batches)
+        )
         for number in range(num_steps):
             try:
                 self._batch(result, batches[number] if number < len(batches) else [])
@@ -180,24 +188,25 @@ class Teacher:
             torch.cuda.empty_cache()
         self.max_tokens = tokens // 2
         log.warning(
-            "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d", tokens, self.max_tokens
+            "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d",
+            tokens,
+            self.max_tokens,
         )
 
     @torch.inference_mode()
     def _batch(self, result: Pass, numbers: list[int]) -> None:
         examples = [result.examples[number] for number in numbers]
-        self.step(f"a batch of the examples {', '.join(str(example.index) for example in examples) or 'of others'}")
+        self.step("batch of %d tokens, examples %s", sum(e.num_tokens for e in examples), [e.index for e in examples])
         batch = self._collated(examples)
         hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
         result.batches.append(None if hidden is None else self._score(examples, numbers, batch, hidden))
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
-        # A lane without work of its own still has to take part in what its experts compute for the others.
-        rows: list[Any] = list(examples) or [FILLER]
+        # Without examples it is filler: a lane that has no more still takes part in what its experts compute for others.
         if self.packed:
-            return pack(rows, self.pad_id, self.multiple_of)
-        return collate(rows, self.pad_id, self.multiple_of)
+            return pack(examples, self.pad_id, self.multiple_of)
+        return collate(examples or [None], self.pad_id, self.multiple_of)
 
     def _score(self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor) -> Scored:
         local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
@@ -266,10 +275,6 @@ class Teacher:
         box = torch.tensor(number)
         torch.distributed.all_reduce(box, op=op, group=group)
         return int(box)
-
-
-FILLER = Example(-1, np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.float32))
-"""What a lane computes that has nothing left to do."""
 
 
 def _starts(batch: Batch) -> list[int]:

@@ -73,7 +73,7 @@ def plan_cache(config: ComputeTopkLogitsConfig) -> None:
         for job, records in zip(run.jobs, samples, strict=True):
             probe = _probe(run, job, teacher)
             if run.groups.is_writer and run.groups.data_rank == 0:
-                _print([("layout", run.layout()), *_estimates(run, job, probe, records, start_up_s)])
+                print_table([("layout", run.layout()), *_estimates(run, job, probe, records, start_up_s)])
 
 
 def _started_at() -> float:
@@ -156,7 +156,8 @@ def _estimates(run: Run, job: Job, probe: Probe, records: Records, start_up_s: f
     ]
 
 
-def _print(lines: list[tuple[str, str]]) -> None:
+def print_table(lines: list[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in lines), flush=True)
 

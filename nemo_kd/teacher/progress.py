@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch.distributed import Store
 
-from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.metrics import (
     ForwardFlops,
@@ -47,6 +47,7 @@ class TeacherProgress:
             sinks.append(MetricsFile(metrics_path(job)))
             if settings.create_wandb_logger:
                 sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
+        self._num_published, self._waited_s = 0, 0.0
         shared = SharedCounters(store, groups.data_rank, groups.data_size)
         peak = None
         if groups.device.type == "cuda":
@@ -75,17 +76,62 @@ class TeacherProgress:
         if self._counts:
             self._progress.add(data_wait_s=seconds)
 
-    def computed(self, started: Pass, rows: Sequence[CachedExample]) -> None:
+    def computed(self, started: Pass) -> None:
         """Counts a pass whose rows are there."""
-        if not self._counts:
-            return
         tokens = sum(example.num_tokens for example in started.examples)
-        loss_tokens = sum(example.num_loss_tokens for example in started.examples)
-        in_loss = [row.example.loss_mask_S > 0 for row in rows]
         self._progress.add(
             examples=len(started.examples),
             tokens=tokens,
-            loss_tokens=loss_tokens,
+            loss_tokens=sum(example.num_loss_tokens for example in started.examples),
             padding_tokens=started.computed_tokens - tokens,
             flops=sum(self._flops.example(one.num_tokens, one.num_loss_tokens) for one in started.examples),
         )
+
+    def published(self, publisher: SegmentPublisher) -> None:
+        """Counts what has reached the disk since the last call, and the time that the publisher let the teacher wait."""
+        for summary in publisher.done[self._num_published :]:
+            self._progress.add(
+                cached_tokens=summary.tokens,
+                cached_loss_tokens=summary.loss_tokens,
+                kept_mass_sum=summary.kept_mass_sum,
+                bytes=summary.bytes,
+            )
+        self._num_published = len(publisher.done)
+        self._progress.add(data_wait_s=publisher.waited_s - self._waited_s)
+        self._waited_s = publisher.waited_s
+
+    def report(self) -> None:
+        """Tells the first replica how far this one is."""
+        if self._counts:
+            self._progress.report()
+
+    def __enter__(self) -> TeacherProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._counts:
+            self._progress.close()
+
+
+def metrics_path(job: Job) -> Path:
+    """`train_CHUNK_ID.jsonl` -> `train_metrics.jsonl`, for a shard `train_metrics_1_of_4.jsonl`."""
+    layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.shard_number()
+    folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
+    part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
+    return folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
+
+
+def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
+    """What a forward pass of this model computes."""
+    num_layers, windowed = architecture.num_layers, architecture.window_size is not None
+    return ForwardFlops.of_gpt(
+        num_layers=num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        vocab_size=architecture.vocab_size,
+        window_size=architecture.window_size,
+        num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 
-from torch.distributed import Store
+from torch.distributed import Store, get_process_group_ranks, get_rank
 
 from nemo_kd.cache.writer import Segment
 from nemo_kd.mcore.groups import ProcessGroups
@@ -26,8 +26,8 @@ class WorkList:
         self, store: Store, segments: Sequence[Segment], groups: ProcessGroups, must_stop: Callable[[], bool]
     ) -> None:
         self._store, self._segments, self._groups, self._must_stop = store, segments, groups, must_stop
-        self._leader = groups.is_lockstep_leader
-        self._team = f"{groups.lockstep_ranks[0]}"
+        self._team = get_process_group_ranks(groups.lockstep)[0]
+        self._leader = self._team == get_rank()
         self._turns = 0
 
     def claims(self) -> Iterator[Segment | None]:
