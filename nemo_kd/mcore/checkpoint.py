@@ -106,7 +106,9 @@ class PretrainedModel:
             load_hf_weights(model, self.folder, self.architecture, groups)
             return
         wanted = _weights(model)
-        differing = _of_all_ranks({tensor.key for tensor in wanted.values()}) ^ set(self._stored.tensors)
+        stages: list[Any] = [None] * len(groups.replica_ranks)
+        torch.distributed.all_gather_object(stages, {tensor.key for tensor in wanted.values()}, group=groups.replica)
+        differing = set[str]().union(*stages) ^ set(self._stored.tensors)
         if differing:
             raise ConfigError(
                 f"{self.source}: model_weights does not fit model_config.yaml: {', '.join(sorted(differing)[:5])} "
@@ -272,15 +274,6 @@ def _on_rank_zero(function: Any, *args: Any) -> Any:
     if outcome[1] is not None:
         raise ConfigError(outcome[1])
     return outcome[0]
-
-
-def _of_all_ranks(names: set[str]) -> set[str]:
-    """Pipeline stages hold different weights."""
-    parts: list[Any] = [names]
-    if _distributed():
-        parts = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, names)
-    return set().union(*parts)
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, check_tensor_parallel, padded_vocab_size
+from nemo_kd.config.model import GPTArchitecture, check_layout, padded_vocab_size
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.experts import expert_fields, install_expert_support
@@ -43,9 +43,9 @@ def transformer_config(
     """Megatron's configuration of the decoder; `training` sets or overrides its fields.
 
     Raises:
-        ConfigError: the tensor-parallel size does not divide the model.
+        ConfigError: the parallel sizes do not divide the model.
     """
-    check_tensor_parallel(architecture, model.tensor_model_parallel_size)
+    check_layout(architecture, model)
     fields: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -67,7 +67,12 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "sequence_parallel": model.sequence_parallel,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "sequence_parallel": model.sequence_parallel and model.tensor_model_parallel_size > 1,
+        # Waiting for the GPU after every exchange between stages is for versions of torch that are long gone.
+        "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
         # Fused kernels that need Apex or change results slightly; Transformer Engine's layers do not use them.
         "persist_layer_norm": False,
@@ -85,6 +90,8 @@ def transformer_config(
             fields["window_attn_skip_freq"] = [
                 int(layer in architecture.window_layers) for layer in range(architecture.num_layers)
             ]
+        if model.context_parallel_size > 1:
+            fields["cp_comm_type"] = "all_gather"  # Transformer Engine's default refuses windows
     return TransformerConfig(**{**fields, **training})
 
 
@@ -94,7 +101,7 @@ def build_gpt_model(
     make_vocab_size_divisible_by: int,
     transformer_engine: bool,
 ) -> GPTModel:
-    """The model on this process's device, randomly initialised; its logits are this rank's vocabulary columns [B, S, v].
+    """This rank's part of the model on its device, randomly initialised; the logits are its vocabulary columns [B, S, v].
 
     The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
     `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
@@ -154,4 +161,5 @@ def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubm
 
 
 def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)
+    num_layers = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
