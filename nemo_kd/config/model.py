@@ -79,9 +79,12 @@ class GPTArchitecture:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
-        if self.num_moe_experts is not None and not 1 <= (self.moe_router_topk or 0) <= self.num_moe_experts:
+        # One expert with a normalised weight has the weight 1: nothing for a router to learn, and Megatron refuses it.
+        fewest = 2 if self.moe_normalize_topk else 1
+        if self.num_moe_experts is not None and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts:
             raise ConfigError(
-                f"moe_router_topk: {self.moe_router_topk} is not from 1 to the {self.num_moe_experts} experts of a layer"
+                f"moe_router_topk: {self.moe_router_topk} experts for a token are not supported where a layer has "
+                f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; supported: from {fewest} to all"
             )
 
 
