@@ -35,8 +35,8 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
 from nemo_kd.mcore.schedule import forward
-from nemo_kd.ops.tail_sampling import sample_tail, tail_uniforms
-from nemo_kd.ops.topk import vocab_parallel_topk
+from nemo_kd.ops.tail_sampling import tail_uniforms
+from nemo_kd.ops.topk import topk_of_logits
 from nemo_kd.ops.vocab import VocabShard
 
 log = logging.getLogger(__name__)
@@ -73,26 +73,24 @@ class Teacher:
     def _micro_batch(self, examples: Sequence[Example], batch: Batch) -> Iterator[CachedExample]:
         logits_Nv = forward(self.model, batch).flatten(0, 1)
         shard = VocabShard.of(logits_Nv.shape[-1], self.vocab_size, self.groups.tensor)
-        found = vocab_parallel_topk(logits_Nv, self.top_k, shard, batch.labels_BS.flatten(), self.temperatures)
-        kept_NK = self.cache.kept((found.topk_logits_NK - found.log_sum_exp_logits_TN[0, :, None]).exp())
-        ids_NK = torch.where(kept_NK, found.topk_token_ids_NK, -1)
-        kept_logits_NK = torch.where(kept_NK, found.topk_logits_NK, float("-inf"))
-        tail_mass_TN = torch.stack(
-            [
-                1 - (kept_logits_NK.double() / temperature - log_sum_exp_N[:, None]).exp().sum(dim=-1)
-                for temperature, log_sum_exp_N in zip(self.temperatures, found.log_sum_exp_logits_TN, strict=True)
-            ]
+        found = topk_of_logits(
+            logits_Nv[:, : shard.num_real],
+            batch.labels_BS.flatten(),
+            shard,
+            self.top_k,
+            self.cache.kept,
+            self.temperatures,
+            self._uniforms(examples, batch) if self.cache.tail_samples else None,
         )
         fields = {
-            "topk_logits": kept_logits_NK,
-            "topk_token_ids": ids_NK,
-            "log_sum_exp_logits": found.log_sum_exp_logits_TN[0],
-            "tail_mass": tail_mass_TN.clamp(0, 1).float().T,
+            "topk_logits": found.topk_logits_NK,
+            "topk_token_ids": found.topk_token_ids_NK,
+            "log_sum_exp_logits": found.log_sum_exp_N,
+            "tail_mass": found.tail_mass_NT,
+            "label_logprobs": found.label_logprobs_N,
         }
-        if found.label_logprobs_N is not None:
-            fields["label_logprobs"] = found.label_logprobs_N
-        if self.cache.tail_samples:
-            fields["tail_token_ids"] = sample_tail(logits_Nv, ids_NK, self._uniforms(examples, batch), shard)[0]
+        if found.tail_token_ids_NM is not None:
+            fields["tail_token_ids"] = found.tail_token_ids_NM
         shape = batch.tokens_BS.shape
         arrays = {name: values.unflatten(0, shape).cpu().numpy() for name, values in fields.items()}
         for row, example in enumerate(examples):
