@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.cli.launch import global_rank, launch, needs_launch
+from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue, hold_back_warning_signal
@@ -58,6 +58,7 @@ def run(command: Command) -> None:
         print(help_text(command))
         return
     hold_back_warning_signal()
+    follow_launcher()
     _register_resolvers()
     try:
         sys.argv[1:] = hydra_arguments(sys.argv[1:])

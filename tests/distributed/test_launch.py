@@ -163,6 +163,16 @@ def test_a_killed_rank_is_named_and_takes_the_others_along(start):
     assert stderr == "error: rank 1 was ended by SIGKILL (SIGKILL is what a machine out of memory sends)\n"
 
 
+def test_ranks_end_with_their_launcher(start):
+    run = start("ignore")
+    pids = run.ready()
+    run.process.kill()
+    limit_s = time.monotonic() + 5
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < limit_s
+        time.sleep(0.02)
+
+
 def test_a_rank_that_loses_the_others_tells_what_it_was_doing(start):
     run = start("lose_the_other")
     status, stderr = run.end()
