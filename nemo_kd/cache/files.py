@@ -11,7 +11,7 @@ import socket
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, TextIO
 
 from nemo_kd.cache.layout import CacheError
 
@@ -106,40 +106,96 @@ def abandoned(folder: Path) -> list[Path]:
 
 
 class Lock:
-    """The right to write a cache, held until `release` or the end of the process, however it ends.
+    """The right to do something alone, held until `release`, the end of a with block or that of the process.
 
     The operating system keeps the lock, so a killed job leaves none behind; the file only tells whose it is.
+
+    Args:
+        what: the right, for who is refused.
+        wait: until the holder gives it back, instead of refusing.
 
     Raises:
         CacheError: another process holds it; the message says which.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, what: str = "this cache", wait: bool = False) -> None:
         self.path = path
-        with explained(path):
-            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - held open as long as the lock
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "another process"
-            self._file.close()
-            raise CacheError(
-                f"{path}: {holder} is writing this cache; wait until it ends, stop it, or give another output_path. "
-                "Jobs of an array may run side by side, each with an output_path of its own"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            log.warning("%s: this file system keeps no locks; make sure that no other job writes this cache", path)
-        self._file.truncate(0)
-        job = f", Slurm job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
-        self._file.write(f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}")
-        self._file.flush()
+        self.file = open_lock_file(path)
+        free = try_lock(self.file, fcntl.LOCK_EX)
+        if free is None and not wait:
+            log.warning("%s: this file system keeps no locks; make sure that no other job writes %s", path, what)
+        if free is False and not wait:
+            holder = told(self.file)
+            self.file.close()
+            raise refusal(path, f"{holder} is writing {what}")
+        if free is False:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        tell(self.file, this_process())
 
     def release(self) -> None:
         """Gives the right back. The file stays: deleting it could take the lock away from who waits for it."""
-        self._file.close()
+        release_lock(self.file)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def refusal(path: Path, who_does_what: str) -> CacheError:
+    """What a job is told that may not write."""
+    return CacheError(
+        f"{path}: {who_does_what}; wait until it ends, stop it, or give another output_path. "
+        "Several jobs write one cache as its shards, each another one of the same number: shard=0/2 and shard=1/2"
+    )
+
+
+def open_lock_file(path: Path) -> TextIO:
+    """The file that a lock is about, made if there is none."""
+    with explained(path):
+        return open(path, "a+", encoding="utf-8")
+
+
+def try_lock(file: TextIO, operation: int) -> bool | None:
+    """Takes a file's lock, `LOCK_EX` or `LOCK_SH`, unless others hold it; None where the file system keeps no locks."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def release_lock(file: TextIO) -> None:
+    """Gives a file's lock back and closes the file; processes forked meanwhile do not keep it."""
+    if not file.closed:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+        file.close()
+
+
+def tell(file: TextIO, text: str) -> None:
+    """Makes `text` the content of a lock file."""
+    file.truncate(0)
+    file.write(text)
+    file.flush()
+
+
+def told(file: TextIO) -> str:
+    """What the holder of a lock told in its file."""
+    file.seek(0)
+    return file.read().strip() or "another process"
+
+
+def this_process() -> str:
+    """Process, machine and job, for who is refused a lock."""
+    environment = os.environ
+    job = f", Slurm job {environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else ""
+    return f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 
 def _machine() -> str:

@@ -10,6 +10,7 @@ from nemo_kd.config import UserInputError
 
 CHUNK_ID = "CHUNK_ID"
 SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
+SEGMENTS = ".segments"
 
 
 class CacheError(UserInputError):
@@ -54,7 +55,7 @@ class CacheLayout:
 
     def segments_folder(self, chunk_id: int) -> Path:
         """Where the segments of a chunk wait until all of them are there."""
-        return self.folder / f".{self.chunk_name(chunk_id)}.segments"
+        return self.folder / f".{self.chunk_name(chunk_id)}{SEGMENTS}"
 
     @property
     def manifest_name(self) -> str:
@@ -72,8 +73,27 @@ class CacheLayout:
 
     @property
     def lock_path(self) -> Path:
-        """What a writing process holds locked."""
+        """What writing jobs hold locked: one that writes the whole cache alone, its shards together."""
         return self.folder / f".{self.manifest_name}.lock"
+
+    def shard_lock_path(self, number: int) -> Path:
+        """What the job that writes a shard holds locked."""
+        return self.folder / f".{self.manifest_name}.shard-{number}.lock"
+
+    def shard_lock_paths(self) -> list[tuple[int, Path]]:
+        """(number, path) of the locks of shards on disk."""
+        pattern = re.compile(re.escape(f".{self.manifest_name}.shard-") + r"(\d+)\.lock")
+        matches = (pattern.fullmatch(name) for name in os.listdir(self.folder))
+        return sorted((int(match[1]), self.folder / match[0]) for match in matches if match)
+
+    @property
+    def manifest_lock_path(self) -> Path:
+        """What a process holds locked while it reads, changes and saves the manifest."""
+        return self.folder / f".{self.manifest_name}.edit.lock"
+
+    def chunk_lock_path(self, chunk_id: int) -> Path:
+        """What a process holds locked while it puts a chunk together."""
+        return self.folder / f".{self.chunk_name(chunk_id)}.lock"
 
     def chunk_ids(self, names: list[str]) -> list[int]:
         """The ids of the chunks among the names of files in the folder, ascending."""
@@ -89,6 +109,11 @@ class CacheLayout:
         if not self.folder.is_dir():
             return []
         return self.chunk_ids([entry.name for entry in os.scandir(self.folder) if entry.is_file()])
+
+    def chunks_in_work(self) -> list[int]:
+        """The ids of the chunks that have a folder of segments, ascending."""
+        names = [name for name in os.listdir(self.folder) if name.startswith(".") and name.endswith(SEGMENTS)]
+        return self.chunk_ids([name[1:].removesuffix(SEGMENTS) for name in names])
 
 
 def index_name(chunk_name: str) -> str:

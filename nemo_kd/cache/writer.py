@@ -1,9 +1,9 @@
 """Writes a cache segment by segment; nothing that is published can be lost or be half there.
 
-A segment is a fixed run of records, computed and published by one process. Whoever holds the cache's lock puts the
-segments of a chunk together in the order of their records as soon as all are there. What lies in the folder at any
-instant is therefore: whole chunks that the manifest lists, whole segments, and hidden temporary files that the next run
-removes. The same command continues from there, on any number of processes, and ends with the same bytes.
+A segment is a fixed run of records, computed and published by one process. As soon as all segments of a chunk are there a
+job that writes the cache puts them together in the order of their records. What lies in the folder at any instant is
+therefore: whole chunks that the manifest lists, whole segments, and hidden temporary files that the next run removes.
+The same command continues from there, on any number of processes, in any number of shards, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import os
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import encode, trimmed
+from nemo_kd.cache.shards import Shard, WriteLock
 
 log = logging.getLogger(__name__)
 
@@ -34,93 +37,135 @@ Segment = tuple[int, range]
 
 
 class CacheWriter:
-    """The one process that holds a cache's lock: it says what is missing, puts chunks together and keeps the manifest.
+    """The one process of a job that holds its lock: it says what is missing, puts chunks together and keeps the manifest.
+
+    Several jobs may write one cache at a time, each one shard of it. Shard i of n computes segments i, i + n, i + 2n ...
+    of all segments of the cache; whichever comes first puts a chunk together.
 
     Attributes:
-        missing: chunks that are not listed, or whose file is not there with the listed size.
+        missing: chunks that are not listed, or whose file is not there with the listed size, as far as this process knows.
 
     Args:
         manifest: what is about to be written. A cache that is there already is continued if it says the same.
         chunks: the record indices of every chunk.
+        shard: (i, n); (0, 1) is a job alone.
 
     Raises:
-        CacheError: another process writes this cache; or another teacher, dataset or setting wrote what is there, or
+        CacheError: another job writes this cache or shard; or another teacher, dataset or setting wrote what is there, or
             nobody knows who did.
     """
 
-    def __init__(self, layout: CacheLayout, manifest: Manifest, chunks: Sequence[range]) -> None:
-        self.layout, self.manifest, self.chunks = layout, manifest, chunks
+    def __init__(self, layout: CacheLayout, manifest: Manifest, chunks: Sequence[range], shard: Shard = (0, 1)) -> None:
+        self.layout, self.manifest, self.chunks, self._shard = layout, manifest, chunks, shard
         self.missing: list[int] = []
+        self._assembling = threading.Lock()
         with explained(layout.folder):
             layout.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(layout.lock_path)
-        try:
-            self._claim()
-        except BaseException:
-            self._lock.release()
-            raise
+        with Lock(layout.manifest_lock_path, wait=True):
+            self._lock = WriteLock(layout, shard)
+            try:
+                self._claim()
+            except BaseException:
+                self._lock.release()
+                raise
 
     def close(self) -> None:
         """Lets others write the cache."""
-        self._lock.release()
+        with self._assembling:
+            self._lock.release()
 
     def missing_segments(self) -> list[Segment]:
-        """What has to be computed, in the order of the records. Damaged segments are removed and are among it."""
+        """What this job has to compute, in the order of the records. Damaged segments are removed and are among it."""
+        (number, count), first = self._shard, 0
         missing: list[Segment] = []
-        for chunk in self.missing:
-            remove_abandoned(self.layout.segments_folder(chunk))
-            for indices in segments(self.chunks[chunk], self.manifest.segment_examples):
-                path = segment_path(self.layout, chunk, indices)
-                if not _is_whole(path):
-                    missing.append((chunk, indices))
-        return missing
+        incomplete = set(self.missing)
+        for chunk, indices in enumerate(self.chunks):
+            parts = segments(indices, self.manifest.segment_examples)
+            mine = parts[(number - first) % count :: count]
+            first += len(parts)
+            if chunk in incomplete:
+                missing += [(chunk, part) for part in mine if not _is_whole(segment_path(self.layout, chunk, part))]
+        # A chunk that another shard has put together meanwhile misses no segments: they are removed after it is listed.
+        self._refresh()
+        incomplete = set(self.missing)
+        return [(chunk, part) for chunk, part in missing if chunk in incomplete]
 
     def assemble_complete(self, up_to: int | None = None) -> None:
-        """Publishes every chunk of which all segments are there; `up_to` spares the look at later chunks."""
-        for chunk in list(self.missing):
-            if up_to is not None and chunk > up_to:
-                break
-            parts = segments(self.chunks[chunk], self.manifest.segment_examples)
-            paths = [segment_path(self.layout, chunk, indices) for indices in parts]
-            if all(path.exists() for path in paths):
-                self._assemble(chunk, paths)
+        """Publishes every chunk of which all segments are there; `up_to` spares the look at later chunks.
+
+        May run in a thread beside the one that computes, once at a time.
+
+        Raises:
+            CacheError: a segment is damaged, or the file system refuses.
+        """
+        with self._assembling:
+            self._refresh()
+            in_work = set(self.missing).intersection(self.layout.chunks_in_work())
+            for chunk in sorted(in_work):
+                if up_to is not None and chunk > up_to:
+                    break
+                self._assemble_if_whole(chunk)
 
     def _claim(self) -> None:
+        """Makes the manifest say what is about to be written; or this job accept what it says."""
         layout, manifest = self.layout, self.manifest
         existing = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
-        present = layout.existing_chunks()
+        present, in_work = layout.existing_chunks(), layout.chunks_in_work()
         if existing is None and present:
             raise CacheError(
                 f"output_path: {layout.chunk_path(present[0])} exists, but there is no manifest ({layout.manifest_path}) "
                 "that tells what wrote it; write to another output_path, or delete the file"
             )
         # A manifest without any work done is what is left of a run that got no further: it binds nobody.
-        work = existing is not None and (existing.chunks or present or self._segments_on_disk())
-        if existing is not None and work:
-            differences = existing.differences(manifest)
-            if differences:
-                raise CacheError(
-                    f"{layout.manifest_path}: the cache there was written with other settings:\n  "
-                    + "\n  ".join(differences)
-                    + "\nWrite to another output_path, or delete that cache."
-                )
+        has_segments = any(any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work)
+        if existing is not None and (existing.chunks or present or has_segments or not self._lock.is_alone):
+            self._check_same(existing)
             manifest.chunks = existing.chunks
         remove_abandoned(layout.folder)
-        manifest.save(layout.manifest_path)  # before the first segment, so that none is ever of unknown origin
+        if self._lock.is_alone:
+            manifest.save(layout.manifest_path)  # before the first segment, so that none is ever of unknown origin
         self.missing = [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
-        for chunk in set(range(len(self.chunks))) - set(self.missing):
-            shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
+        for chunk in in_work:
+            if chunk in self.missing:
+                remove_abandoned(layout.segments_folder(chunk))
+            else:
+                shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
 
-    def _segments_on_disk(self) -> bool:
-        pattern = self.layout.segments_folder(0).name.replace("0", "*") if self.layout.is_template else None
-        folders = self.layout.folder.glob(pattern) if pattern else [self.layout.segments_folder(0)]
-        return any(folder.is_dir() and any(folder.glob("[0-9]*")) for folder in folders)
+    def _check_same(self, existing: Manifest) -> None:
+        differences = existing.differences(self.manifest)
+        if differences:
+            raise CacheError(
+                f"{self.layout.manifest_path}: the cache there was written with other settings:\n  "
+                + "\n  ".join(differences)
+                + "\nWrite to another output_path, or delete that cache."
+            )
+
+    def _refresh(self) -> None:
+        """Takes in what other shards have done."""
+        if self._shard[1] > 1:
+            self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
+        self.missing = [chunk for chunk in self.missing if not self._is_complete(chunk)]
 
     def _is_complete(self, chunk: int) -> bool:
         summary, path = self.manifest.chunks.get(str(chunk)), self.layout.chunk_path(chunk)
         return summary is not None and path.is_file() and path.stat().st_size == summary.bytes
 
-    def _assemble(self, chunk: int, paths: list[Path]) -> None:
+    def _assemble_if_whole(self, chunk: int) -> None:
+        folder, parts = self.layout.segments_folder(chunk), segments(self.chunks[chunk], self.manifest.segment_examples)
+        paths = [segment_path(self.layout, chunk, part) for part in parts]
+        if not _all_in(folder, paths):
+            return
+        lock_path = self.layout.chunk_lock_path(chunk)
+        with Lock(lock_path, wait=True):
+            self._refresh()  # another shard may have been faster
+            if chunk in self.missing and _all_in(folder, paths):
+                self._list(chunk, self._assembled(chunk, paths))
+            if chunk not in self.missing:  # so whoever waits for this lock, or makes the file anew, has nothing to do
+                lock_path.unlink(missing_ok=True)
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _assembled(self, chunk: int, paths: list[Path]) -> ChunkSummary:
+        """Publishes a chunk and its index, which do not count before the manifest lists them."""
         target, indices = self.layout.chunk_path(chunk), self.chunks[chunk]
         summary, facts, digest = ChunkSummary(indices[0], indices[-1]), LineFacts(), hashlib.sha256()
         with atomic_file(target) as file:
@@ -132,10 +177,17 @@ class CacheWriter:
                 facts.extend(part_facts)
         summary.sha256 = f"sha256:{digest.hexdigest()}"
         write_atomically(target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes())
-        self.manifest.chunks[str(chunk)] = summary
-        self.manifest.save(self.layout.manifest_path)
-        self.missing.remove(chunk)
-        shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
+        return summary
+
+    def _list(self, chunk: int, summary: ChunkSummary) -> None:
+        """Adds a chunk to the manifest on disk, whatever other shards have added meanwhile."""
+        with Lock(self.layout.manifest_lock_path, wait=True):
+            manifest = Manifest.load(self.layout.manifest_path)
+            self._check_same(manifest)
+            manifest.chunks[str(chunk)] = summary
+            manifest.save(self.layout.manifest_path)
+        self.manifest.chunks = manifest.chunks
+        self.missing = [missing for missing in self.missing if missing != chunk]
 
 
 class SegmentWriter:
@@ -242,12 +294,18 @@ def read_segment(path: Path) -> tuple[ChunkSummary, LineFacts, bytes]:
 
 
 def _is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
         read_segment(path)
+    except FileNotFoundError:
+        return False
     except CacheError:
         log.warning("%s is damaged and is computed again", path)
-        path.unlink()
+        path.unlink(missing_ok=True)
         return False
     return True
+
+
+def _all_in(folder: Path, paths: list[Path]) -> bool:
+    # The listing of a folder is asked of a network file system's server, where a look at a single name may be remembered.
+    names = set(os.listdir(folder)) if folder.is_dir() else set()
+    return all(path.name in names for path in paths)

@@ -77,6 +77,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         raise ConfigError("--experimental-rerun: refused, because Hydra unpickles the file, which can run any code")
     options: list[str] = []
     overrides: list[str] = []
+    arguments = _flags_as_keys(arguments)
     for position, argument in enumerate(arguments):
         option = arguments[position - 1] if position and "=" not in arguments[position - 1] else ""
         if option in ("--config-path", "-cp", "--config-dir", "-cd"):
@@ -104,6 +105,20 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     return [*options, *settings, *overrides]
 
 
+def _flags_as_keys(arguments: list[str]) -> list[str]:
+    """`--dry-run` and `--shard i/n`, which read better than dry_run=true and shard=i/n."""
+    keys: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--dry-run":
+            keys.append("dry_run=true")
+        elif argument == "--shard":
+            keys.append(f"shard={next(remaining, '')}")
+        else:
+            keys.append(argument.replace("--shard=", "shard=", 1) if argument.startswith("--shard=") else argument)
+    return keys
+
+
 def _absolute(folder: str) -> str:
     return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
 
@@ -125,6 +140,8 @@ def help_text(command: Command) -> str:
         needed = ", mandatory" if key.default == "mandatory" else ""
         lines += [f"  {key.key}  ({key.type}{default}{needed})"]
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+    if any(key.key == "dry_run" for key in describe(command.config_class)):
+        lines += ["", "--dry-run is dry_run=true, --shard i/n is shard=i/n."]
     lines += ["", "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun."]
     return "\n".join(lines)
 

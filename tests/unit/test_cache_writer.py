@@ -69,6 +69,7 @@ def run_process(folder: Path, name: str, rank: int, num_ranks: int, die_after_st
         if writer is None:
             planner.layout, planner.manifest, planner.missing = layout, description, [0, 1, 2]
             planner.chunks = chunks_of(description)
+            planner._shard = (0, 1)
         for segment in planner.missing_segments()[rank::num_ranks]:
             write_segment(layout, description, segment)
             if writer is not None:

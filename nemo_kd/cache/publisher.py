@@ -1,0 +1,243 @@
+"""Encodes and publishes segments in a process beside the one that computes them, which so never waits for a disk.
+
+Encoding is work for the CPU in Python, which in a thread would hold up the one that feeds a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.manifest import ChunkSummary, Manifest
+from nemo_kd.cache.writer import Segment, SegmentWriter
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""What a user or a cluster sends to all processes of a job: the one that computes decides what to do."""
+ORPHAN_CHECK_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompactRow:
+    """A `CachedExample` without the positions about which nothing is known, mostly those of a prompt.
+
+    Attributes:
+        positions_P: ascending; the positions of the example that `teacher` is about.
+        teacher: its fields with P in place of S.
+    """
+
+    example: Example
+    positions_P: np.ndarray
+    teacher: TeacherTopK
+
+    def expanded(self) -> CachedExample:
+        """The row with all positions."""
+        teacher, num_tokens = self.teacher, self.example.num_tokens
+
+        def at_all(values_P: np.ndarray, unknown: float) -> np.ndarray:
+            values_S = np.full((num_tokens, *values_P.shape[1:]), unknown, dtype=values_P.dtype)
+            values_S[self.positions_P] = values_P
+            return values_S
+
+        labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
+        return CachedExample(
+            self.example,
+            TeacherTopK(
+                topk_logits_SK=at_all(teacher.topk_logits_SK, -np.inf),
+                topk_token_ids_SK=at_all(teacher.topk_token_ids_SK, -1),
+                log_sum_exp_logits_S=at_all(teacher.log_sum_exp_logits_S, 0),
+                tail_mass_TS=at_all(teacher.tail_mass_TS.T, 1).T,
+                temperatures=teacher.temperatures,
+                label_logprobs_S=None if labels is None else at_all(labels, 0),
+                tail_token_ids_SM=None if samples is None else at_all(samples, -1),
+            ),
+        )
+
+
+Record = CachedExample | CompactRow | str
+"""A row, or the reason why a record makes none."""
+
+
+class SegmentPublisher:
+    """Publishes segments in the order in which they come, in one process of its own; to be used in a with block.
+
+    That process is forked: start it early, while this one is small. It uses numpy and files, no torch. Signals to the
+    whole job do not reach it; it ends with the block, or by itself within a second when this process is killed. Only whole
+    segments appear, whatever happens.
+
+    Attributes:
+        done: counts of published segments, in their order, as of the last `publish` or `close`.
+        waited_s: seconds for which `publish` made its caller wait.
+
+    Args:
+        manifest: what the cache is, for encoding.
+        computed_with: what rounding depends on, for the manifest.
+        max_waiting: segments in memory that wait behind the one being published.
+    """
+
+    def __init__(
+        self, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any], max_waiting: int = 2
+    ) -> None:
+        self.done: list[ChunkSummary] = []
+        self.waited_s = 0.0
+        self._max_waiting, self._is_closed = max_waiting, False
+        self._pending: deque[Future[ChunkSummary]] = deque()
+        self._connection, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("fork").Process(
+            target=_serve,
+            args=(theirs, os.getpid(), layout, replace(manifest, chunks={}), computed_with),
+            name="segment-publisher",
+        )
+        # A process keeps the signals blocked that are blocked in the thread that forks it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        theirs.close()  # now the process alone has this end, so that its death is the end of the file
+        self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-courier")
+
+    def publish(self, segment: Segment, records: Sequence[Record]) -> None:
+        """Has a segment published: one record for each of its indices, in their order, which nobody may change from now on.
+
+        Returns at once unless `max_waiting` segments wait already.
+
+        Raises:
+            Exception: what went wrong with an earlier segment, as it was raised there.
+            CacheError: the process was killed.
+        """
+        started = time.perf_counter()
+        self._collect(self._max_waiting)
+        self.waited_s += time.perf_counter() - started
+        self._pending.append(self._courier.submit(self._deliver, segment, records))
+
+    def close(self) -> None:
+        """Waits until everything is on disk, and ends the process.
+
+        Raises:
+            Exception: as `publish`.
+        """
+        self._end()
+        self._collect(0)
+
+    def __enter__(self) -> SegmentPublisher:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, *_: object) -> None:
+        if raised is None:
+            self.close()
+            return
+        self._end()
+        for error in [segment.exception() for segment in self._pending]:
+            if error is not None and error is not raised:  # the block's own error goes on
+                log.error("a segment was not published: %s", error)
+
+    def _collect(self, most_pending: int) -> None:
+        """Takes what is done off the list, and waits until it has no more than `most_pending`."""
+        while self._pending and (self._pending[0].done() or len(self._pending) > most_pending):
+            self.done.append(self._pending[0].result())
+            self._pending.popleft()
+
+    def _end(self) -> None:
+        if self._is_closed:
+            return
+        self._is_closed = True
+        try:
+            self._courier.submit(self._dismiss)
+            self._courier.shutdown()
+        except BaseException:  # a second interruption, while this waits: files stay whole even so
+            self._process.kill()
+            raise
+
+    def _deliver(self, segment: Segment, records: Sequence[Record]) -> ChunkSummary:
+        """What the courier does with a segment."""
+        try:
+            _send(self._connection, (segment, records))
+            answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            self._process.join()
+            raise CacheError(
+                f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published, because the process that does "
+                f"this had ended ({_how(self._process.exitcode)}); what is killed without a message was mostly short of "
+                "memory: give the job more, then run the same command again; what is published stays and is not computed again"
+            ) from error
+        if isinstance(answer, ChunkSummary):
+            return answer
+        failure, remote_traceback = answer
+        raise failure from RuntimeError(f"in the process that publishes segments:\n{remote_traceback}")
+
+    def _dismiss(self) -> None:
+        """Tells the process that there is no more, unless it has ended."""
+        with contextlib.suppress(OSError):
+            _send(self._connection, None)
+        self._process.join()
+        self._connection.close()
+
+
+def _how(exitcode: int | None) -> str:
+    return f"killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"status {exitcode}"
+
+
+def _send(connection: Connection, message: object) -> None:
+    """Sends an object of arrays without a copy of them, so that the other threads of this process go on meanwhile."""
+    buffers: list[pickle.PickleBuffer] = []
+    connection.send_bytes(pickle.dumps(message, protocol=5, buffer_callback=buffers.append))
+    connection.send(len(buffers))
+    for buffer in buffers:
+        connection.send_bytes(buffer.raw())
+
+
+def _receive(connection: Connection) -> Any:
+    message, num_buffers = connection.recv_bytes(), connection.recv()
+    return pickle.loads(message, buffers=[connection.recv_bytes() for _ in range(num_buffers)])
+
+
+def _serve(
+    connection: Connection, parent: int, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any]
+) -> None:
+    """What the process does, until it is sent None."""
+    gc.freeze()  # objects of the parent that await collection may own memory of a GPU, which is not this process's to free
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    while (task := _receive(connection)) is not None:
+        answer: ChunkSummary | tuple[Exception, str]
+        try:
+            answer = _publish(SegmentWriter(layout, manifest, task[0], computed_with), task[1])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the caller is
+            answer = error, traceback.format_exc()
+        connection.send(answer)
+
+
+def _publish(sink: SegmentWriter, records: Sequence[Record]) -> ChunkSummary:
+    for record in records:
+        if isinstance(record, str):
+            sink.skip(record)
+        else:
+            sink.write(record.expanded() if isinstance(record, CompactRow) else record)
+    sink.publish()
+    return sink.summary
+
+
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent has ended, even without a word; half a segment lies under a hidden name then."""
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_S)
+    os._exit(1)

@@ -1,0 +1,279 @@
+"""Several jobs write one cache: no work is done twice or lost, and who would do so is refused."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.cache import writer as writer_module
+from nemo_kd.cache.files import Lock
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.writer import CacheWriter
+from tests.tiny_cache import chunks_of, manifest, write, write_segment
+from tests.unit.test_cache_writer import content, die_after, statuses
+
+NAME = "train_CHUNK_ID.jsonl.zst"
+MISSING = 3
+"""Exit status of a shard that is done while chunks wait for others."""
+
+
+def many_segments() -> dict:
+    """40 segments of one record in 10 chunks."""
+    dataset = {"path": "d", "fingerprint": "f", "start_from_idx": 0, "end_at_idx": 39}
+    return {"codec": "packed", "segment_examples": 1, "dataset": dataset}
+
+
+def open_writer(folder: Path, shard=(0, 1), **changes) -> CacheWriter:
+    description = manifest(**{"codec": "packed", **changes})
+    return CacheWriter(CacheLayout(str(folder / NAME)), description, chunks_of(description), shard)
+
+
+def compute(writer: CacheWriter, log: Path | None = None) -> None:
+    """Computes and publishes what is missing, and puts together what is whole."""
+    for segment in writer.missing_segments():
+        note(log, f"segment {segment[1][0]}")
+        write_segment(writer.layout, writer.manifest, segment)
+        writer.assemble_complete(up_to=segment[0])
+    writer.assemble_complete()
+
+
+def note(log: Path | None, text: str) -> None:
+    if log is not None:
+        with log.open("a") as file:
+            file.write(f"{text}\n")
+
+
+def run_shard(folder: Path, shard, steps: int | None = None, delay_s: float = 0, log: Path | None = None) -> int:
+    """A job that writes a shard, in a process that kills itself after so many steps. Returns its id."""
+    process = os.fork()
+    if process:
+        return process
+    try:
+        time.sleep(delay_s)
+        if steps is not None:
+            die_after(steps)
+        assembled = CacheWriter._assembled
+        CacheWriter._assembled = lambda self, chunk, paths: (  # type: ignore[method-assign]
+            note(log, f"chunk {chunk}"),
+            assembled(self, chunk, paths),
+        )[1]
+        writer = open_writer(folder, shard, **many_segments())
+        compute(writer, log)
+        os._exit(MISSING if writer.missing else 0)
+    finally:
+        os._exit(1)
+
+
+def test_shards_killed_again_and_again_the_files_are_the_same(tmp_path):
+    write(tmp_path / "straight", NAME, **many_segments())
+    expected, dice, kills = content(tmp_path / "straight"), random.Random(0), 0
+    for attempt in range(6):
+        folder = tmp_path / f"attempt_{attempt}"
+        folder.mkdir()
+        for _ in range(3):  # each time in another number of shards
+            count = dice.choice([1, 2, 3])
+            shards = [
+                run_shard(folder, (number, count), dice.randint(1, 150), dice.random() / 20) for number in range(count)
+            ]
+            found = statuses(shards)
+            assert set(found) <= {0, MISSING, -signal.SIGKILL}
+            kills += found.count(-signal.SIGKILL)
+        count = attempt % 3 + 1
+        found = statuses([run_shard(folder, (number, count)) for number in range(count)])
+        assert 0 in found
+        assert set(found) <= {0, MISSING}
+        assert content(folder) == expected
+    assert kills >= 12
+
+
+def test_no_segment_is_computed_twice_and_no_chunk_put_together_twice(tmp_path):
+    """Shards start while others compute, put chunks together and remove their segments."""
+    write(tmp_path / "straight", NAME, **many_segments())
+    expected, dice = content(tmp_path / "straight"), random.Random(1)
+    for attempt, count in enumerate([2, 3, 3, 3]):
+        folder, log = tmp_path / f"attempt_{attempt}", tmp_path / f"log_{attempt}"
+        folder.mkdir()
+        first = [run_shard(folder, (number, count), 60 + 30 * number, 0, log) for number in range(count)]
+        statuses(first)  # all of them were killed somewhere
+        shards = [run_shard(folder, (number, count), None, dice.random() / 5, log) for number in range(count)]
+        assert 0 in statuses(shards)
+        assert content(folder) == expected
+        times = Counter(log.read_text().splitlines())
+        assert len(times) == 40 + 10
+        # A killed shard may have been at one segment and one chunk, which are done again.
+        assert sum(times.values()) <= 40 + 10 + 2 * count
+
+
+def test_many_chunks_that_are_whole_at_once_are_all_listed_once(tmp_path):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    writer = open_writer(folder, (0, 1), **many_segments())
+    for segment in writer.missing_segments():
+        write_segment(writer.layout, writer.manifest, segment)
+    writer.close()
+    assert statuses([run_shard(folder, (number, 4), None, 0, log) for number in range(4)]) == [0] * 4
+    assert sorted(log.read_text().splitlines()) == sorted(f"chunk {chunk}" for chunk in range(10))
+    assert len(CacheReader(str(folder / NAME))) == 40
+    assert not [path for path in folder.iterdir() if path.name.endswith((".segments", ".zst.lock"))]
+
+
+def test_shards_share_out_all_segments(tmp_path):
+    whole = open_writer(tmp_path)
+    everything = whole.missing_segments()
+    whole.close()
+    assert len(everything) == 5  # two, two and one in three chunks
+    writers = [open_writer(tmp_path, (number, 3)) for number in range(3)]
+    assert [writer.missing_segments() for writer in writers] == [everything[number::3] for number in range(3)]
+    # What a shard has to do does not depend on what is there.
+    compute(writers[0])
+    assert writers[0].missing == [0, 1, 2]
+    assert writers[0].missing_segments() == []
+    assert writers[1].missing_segments() == everything[1::3]
+    compute(writers[1])
+    assert writers[1].missing == [1]
+    compute(writers[2])
+    assert writers[2].missing == []
+    assert writers[0].missing == [0, 1, 2]
+    writers[0].assemble_complete()
+    assert writers[0].missing == []
+
+
+def test_segments_that_another_shard_removes_meanwhile_are_not_missing(tmp_path, monkeypatch):
+    one, other = open_writer(tmp_path, (0, 2)), open_writer(tmp_path, (1, 2))
+    for writer in (one, other):
+        for segment in writer.missing_segments():
+            write_segment(writer.layout, writer.manifest, segment)
+    read, looks = writer_module.read_segment, []
+
+    def read_late(path):
+        if not looks:  # `one` begins to look for its segments, and `other` puts all chunks together
+            looks.append(path)
+            monkeypatch.setattr(writer_module, "read_segment", read)
+            other.assemble_complete()
+            monkeypatch.setattr(writer_module, "read_segment", read_late)
+        return read(path)
+
+    monkeypatch.setattr(writer_module, "read_segment", read_late)
+    assert one.missing_segments() == []
+    assert len(looks) == 1
+    assert one.missing == []
+
+
+def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    me = rf"process {os.getpid()} on \S+, Slurm job 4711, since [^;]+"
+    writer = open_writer(tmp_path, (1, 2))
+    with pytest.raises(CacheError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
+        open_writer(tmp_path, (1, 2))
+    written_in_shards = rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
+    with pytest.raises(CacheError, match=written_in_shards):
+        open_writer(tmp_path)
+    with pytest.raises(CacheError, match=written_in_shards):
+        open_writer(tmp_path, (1, 3))
+    with pytest.raises(CacheError, match="one of 2 shards is writing this cache"):
+        Lock(writer.layout.lock_path)  # what `repair` and `merge` ask for
+    other = open_writer(tmp_path, (0, 2))
+    with pytest.raises(CacheError, match=rf"shard 0 by {me}; shard 1 by {me}; wait"):
+        open_writer(tmp_path)
+    writer.close()
+    with pytest.raises(CacheError, match=rf"2 shards: shard 0 by {me}; wait"):
+        open_writer(tmp_path)
+    other.close()
+    whole = open_writer(tmp_path)
+    with pytest.raises(CacheError, match=rf"{me} is writing this cache; wait until it ends.*shard=0/2 and shard=1/2"):
+        open_writer(tmp_path, (0, 2))
+    whole.close()
+    open_writer(tmp_path, (2, 3)).close()
+
+
+def test_shards_of_other_settings_are_refused_even_before_any_work_is_done(tmp_path):
+    first = open_writer(tmp_path, (0, 2))
+    with pytest.raises(CacheError, match="top_k: 4 in the cache, 8 now"):
+        open_writer(tmp_path, (1, 2), top_k=8)
+    first.close()
+    open_writer(tmp_path, (1, 2), top_k=8).close()
+    assert Manifest.load(tmp_path / "train_manifest.json").top_k == 8
+
+
+def test_a_manifest_that_was_replaced_meanwhile_is_not_overwritten(tmp_path):
+    writer = open_writer(tmp_path, (0, 2))
+    manifest("packed", top_k=8).save(writer.layout.manifest_path)
+    for segment in writer.missing_segments():
+        write_segment(writer.layout, writer.manifest, segment)
+    other = open_writer(tmp_path / "other", (1, 2))
+    for segment in other.missing_segments():
+        write_segment(writer.layout, writer.manifest, segment)
+    with pytest.raises(CacheError, match="top_k: 8 in the cache, 4 now"):
+        writer.assemble_complete()
+
+
+@pytest.mark.parametrize("shard", [(0, 1), (1, 2)])
+def test_a_killed_job_leaves_no_lock_even_if_its_children_live_on(tmp_path, shard):
+    ours, theirs = os.pipe()
+    job = os.fork()
+    if not job:
+        open_writer(tmp_path, shard)
+        child = os.fork()
+        if not child:
+            time.sleep(60)
+            os._exit(0)
+        os.write(theirs, str(child).encode())
+        time.sleep(60)
+    child = int(os.read(ours, 20))
+    try:
+        with pytest.raises(CacheError, match=f"process {job} on "):
+            open_writer(tmp_path, shard)
+        os.kill(job, signal.SIGKILL)
+        assert statuses([job]) == [-signal.SIGKILL]
+        open_writer(tmp_path, shard).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_without_locks_shards_are_refused_and_a_job_alone_is_warned(tmp_path, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(CacheError, match="this file system keeps no locks .flock., without which shards cannot"):
+        open_writer(tmp_path, (0, 2))
+    writer = open_writer(tmp_path)
+    assert "make sure that no other job writes this cache" in caplog.text
+    compute(writer)
+    writer.close()
+    assert len(CacheReader(str(tmp_path / NAME))) == 10
+
+
+def test_chunks_are_put_together_in_a_thread_beside(tmp_path):
+    write(tmp_path / "straight", NAME, **many_segments())
+    folder = tmp_path / "cache"
+    writer = open_writer(folder, **many_segments())
+    stop, problems = threading.Event(), []
+
+    def assemble():
+        try:
+            while not stop.is_set():
+                writer.assemble_complete()
+        except BaseException as error:  # noqa: BLE001 (the test has to show it)
+            problems.append(error)
+
+    threads = [threading.Thread(target=assemble) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    compute(writer)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    writer.close()
+    assert problems == []
+    assert content(folder) == content(tmp_path / "straight")
