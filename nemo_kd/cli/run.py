@@ -159,8 +159,9 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
     except Requeue as requeue:
-        for number in SIGNALS:  # the first rank to leave makes launchers send SIGTERM to the others
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        _wait_for_other_ranks()
         if global_rank() == 0:
             print(f"{requeue}; the same command continues (exit status {REQUEUE})", file=sys.stderr, flush=True)
         _leave(REQUEUE)
@@ -179,6 +180,13 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         if not user_error:
             time.sleep(1)  # the rank that caused it ends first, and its exit status counts
         _leave(USER_ERROR if user_error else 1)
+
+
+def _wait_for_other_ranks() -> None:
+    """The first rank that leaves makes launchers end the others, and one of those may be cleaning up."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _leave(status: int) -> None:
