@@ -80,7 +80,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
                 _work(run, output, teacher, num_tokens, interruption, watchdog)
             if output.writer is not None:
                 output.writer.assemble_complete()
-                _report(output)
+                _report(output, output.writer)
 
 
 def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
@@ -198,9 +198,9 @@ def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
     }
 
 
-def _report(output: Output) -> None:
+def _report(output: Output, writer: CacheWriter) -> None:
     """What the cache holds now, other shards' chunks included."""
-    manifest, missing = output.writer.manifest, output.writer.missing
+    manifest, missing = writer.manifest, writer.missing
     chunks = manifest.chunks.values()
     examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
     loss_tokens, num_bytes = sum(chunk.loss_tokens for chunk in chunks), sum(chunk.bytes for chunk in chunks)

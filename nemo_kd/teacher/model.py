@@ -16,6 +16,7 @@ import torch
 from torch.distributed import ReduceOp
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
+from nemo_kd.cache.publisher import CompactRow
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -107,7 +108,7 @@ class Teacher:
 
     def rows(self, examples: Sequence[Example]) -> list[CachedExample]:
         """The examples in order, each with what the teacher says about its positions; on ranks that do not write: []."""
-        return self.finish(self.start(examples))
+        return [row.expanded() for row in self.finish(self.start(examples))]
 
     def start(self, examples: Sequence[Example]) -> Pass:
         """Computes the examples batch by batch; all ranks of a replica call it with the same ones.
@@ -130,13 +131,13 @@ class Teacher:
             self._halve([examples[number] for number in batches[num_done]])
             pending = sorted(number for batch in batches[num_done:] for number in batch)
 
-    def finish(self, started: Pass) -> list[CachedExample]:
+    def finish(self, started: Pass) -> list[CompactRow]:
         """The rows of a pass, in order; on ranks that do not write: [].
 
         Raises:
             TeacherError: the teacher's logits are not finite.
         """
-        rows: dict[int, CachedExample] = {}
+        rows: dict[int, CompactRow] = {}
         for scored in started.batches:
             if scored is None:
                 continue
@@ -149,9 +150,8 @@ class Teacher:
                 example = started.examples[number]
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
                 mine = {name: values[first:last] for name, values in fields.items()}
-                rows[number] = CachedExample(
-                    example, self._teacher_topk(example, positions_N[first:last] - start, mine)
-                )
+                positions_P = positions_N[first:last] - start
+                rows[number] = CompactRow(example, positions_P, self._teacher_topk(example, positions_P, mine))
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
@@ -249,15 +249,14 @@ class Teacher:
                 f"example {example.index}: the teacher's logits at position {positions_P[~finite][0]} are not finite; "
                 "try trainer.precision=32, and check the checkpoint"
             )
-        length, samples = example.num_tokens, fields.get("tail_token_ids_NM")
         return TeacherTopK(
-            topk_logits_SK=_spread(fields["topk_logits_NK"], positions_P, length, -np.inf),
-            topk_token_ids_SK=_spread(fields["topk_token_ids_NK"], positions_P, length, -1),
-            log_sum_exp_logits_S=_spread(fields["log_sum_exp_N"], positions_P, length, 0.0),
-            tail_mass_TS=_spread(fields["tail_mass_NT"], positions_P, length, 1.0).T,
+            topk_logits_SK=fields["topk_logits_NK"],
+            topk_token_ids_SK=fields["topk_token_ids_NK"],
+            log_sum_exp_logits_S=fields["log_sum_exp_N"],
+            tail_mass_TS=fields["tail_mass_NT"].T,
             temperatures=self.temperatures,
-            label_logprobs_S=_spread(fields["label_logprobs_N"], positions_P, length, 0.0),
-            tail_token_ids_SM=None if samples is None else _spread(samples, positions_P, length, -1),
+            label_logprobs_S=fields["label_logprobs_N"],
+            tail_token_ids_SM=fields.get("tail_token_ids_NM"),
         )
 
     def _uniforms(self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor) -> torch.Tensor:
@@ -290,12 +289,3 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.device.type != "cuda":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _spread(values_P: np.ndarray, positions_P: np.ndarray, length: int, unknown: float) -> np.ndarray:
-    """The values at their positions of an example, `unknown` elsewhere."""
-    if len(positions_P) == length:
-        return values_P
-    spread_S = np.full((length, *values_P.shape[1:]), unknown, dtype=values_P.dtype)
-    spread_S[positions_P] = values_P
-    return spread_S

@@ -113,8 +113,9 @@ def _probe(run: Run, job: Job, teacher: Teacher) -> Probe:
     teacher.rows(examples[:NUM_WARM_UPS])
     started_s = time.perf_counter()
     started = teacher.start(examples)
-    rows = teacher.finish(started)
+    compact = teacher.finish(started)
     seconds = time.perf_counter() - started_s
+    rows = [row.expanded() for row in compact]
     masks = [row.example.loss_mask_S > 0 for row in rows]
     return Probe(
         records=len(examples),

@@ -188,7 +188,7 @@ def reference(models) -> dict[str, dict[int, torch.Tensor]]:
 
 @pytest.mark.parametrize("world_size", list(LAYOUTS))
 def test_every_layout_matches_transformers(ranks, models, reference, world_size):
-    results = ranks(world_size).run(run_all, models, LAYOUTS[world_size])
+    results = ranks(world_size).run(run_all, models, LAYOUTS[world_size], timeout_s=600)
     for case in results[0]:
         difference = largest_difference([result[case] for result in results], reference[case[1]])
         assert difference < TOLERANCE, (case, difference)
@@ -203,7 +203,7 @@ def test_every_position_of_the_examples(ranks, models, reference):
 
 
 def test_half_precision(ranks, models, reference):
-    """bf16 has 8 bits: two layers of it stay within a few steps of the float32 logits, which reach about 5."""
+    """bf16 has 8 bits: four layers of it stay within a few steps of the float32 logits, which reach about 3."""
     for layout, packed in ((PP, True), (TP | SP, True), (CP, False)):
         results = ranks(2).run(run, models["llama3.1"], layout, packed, False, torch.bfloat16)
         assert 1e-4 < largest_difference(results, reference["llama3.1"]) < 0.15

@@ -175,7 +175,9 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
     writer = open_writer(tmp_path, (1, 2))
     with pytest.raises(CacheError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
         open_writer(tmp_path, (1, 2))
-    written_in_shards = rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
+    written_in_shards = (
+        rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
+    )
     with pytest.raises(CacheError, match=written_in_shards):
         open_writer(tmp_path)
     with pytest.raises(CacheError, match=written_in_shards):
