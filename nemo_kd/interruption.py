@@ -33,8 +33,8 @@ class Interruption:
     """From `with` on, SIGTERM and SIGUSR1 end nothing: they become a `reason` to stop, as does the end of `max_time`.
 
     `max_time` counts from the start of the process: loading a large teacher takes its part of the job's time as well.
-    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end, unless
-    that is a Requeue: schedulers send SIGTERM to the ranks that leave last, which may still have to clean up.
+    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end,
+    unless that is a Requeue: schedulers send SIGTERM to the ranks that leave last, which may still have to clean up.
 
     Raises:
         ConfigError: `max_time` is not DD:HH:MM:SS.

@@ -165,6 +165,10 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         if global_rank() == 0:
             print(f"{requeue}; the same command continues (exit status {REQUEUE})", file=sys.stderr, flush=True)
         _leave(REQUEUE)
+    except SystemExit as leaving:
+        if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
+            sys.exit(128 + signal.SIGTERM)
+        raise
     except KeyboardInterrupt:
         if global_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)

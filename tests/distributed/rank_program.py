@@ -92,6 +92,13 @@ def fails(interruption: Interruption) -> None:
     ignore(interruption)
 
 
+def trains(interruption: Interruption) -> None:
+    """What Lightning does between two batches once SIGTERM has come."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    raise SIGTERMException
+
+
 def succeeds(interruption: Interruption) -> None:
     tell("done")
 

@@ -212,5 +212,6 @@ def test_a_hanging_rank_ends_the_run_with_its_last_step_and_stack(start):
 def test_exit_statuses(start):
     status, stderr = start("refuses").end()
     assert (status, stderr) == (2, "error: top_k: not today\n")
+    assert start("trains", devices=1).end()[0] == 128 + signal.SIGTERM
     assert start("fails").end()[0] == 3
     assert start("succeeds").end()[0] == 0
