@@ -180,10 +180,11 @@ def test_a_caller_waits_only_when_enough_segments_wait_already(tmp_path, monkeyp
         third = threading.Thread(target=publisher.publish, args=(segments[2], rows(segments[2])))
         third.start()
         third.join(0.3)
-        assert third.is_alive()
-        assert publisher.done == []
+        waits, done = third.is_alive(), list(publisher.done)
         gate.touch()
         third.join()
+        assert waits
+        assert done == []
         assert publisher.waited_s > 0.25
     gate.unlink()
     assert [done.first_index for done in publisher.done] == [0, 2, 4]
@@ -243,7 +244,10 @@ def test_the_computing_process_is_killed(tmp_path, monkeypatch):
     assert not has_ended(beside)
     os.kill(job, signal.SIGKILL)
     assert statuses([job]) == [-signal.SIGKILL]
-    wait_until(lambda: has_ended(beside), 20)
+    try:
+        wait_until(lambda: has_ended(beside), 20)
+    finally:
+        gate.touch()
     monkeypatch.undo()
     assert len(half()) == 1
     assert [path.name for path in folder.glob(".*.segments/0*")] == ["000000000000-000000000001"]
@@ -258,10 +262,9 @@ def test_signals_to_the_whole_job_do_not_reach_the_process_beside(tmp_path):
     if not job:
         try:
             os.setpgid(0, 0)
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-                signal.signal(number, lambda number, _: caught.append(number))
             with publisher_in(tmp_path) as publisher:
                 for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+                    signal.signal(number, lambda number, _: caught.append(number))
                     os.killpg(0, number)
                     os.kill(publisher._process.pid, number)
                 for segment in segments:
