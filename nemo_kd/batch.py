@@ -6,7 +6,6 @@ teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are al
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -85,18 +84,23 @@ class CachedExample:
 
 @dataclass
 class Batch:
-    """Padded examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
+    """Examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
 
-    The padding is on the right, so causal attention needs no mask. Padded positions and filler rows have loss mask 0.
+    One example a row, padded on the right, so causal attention needs no mask; or packed: a single row of examples end
+    to end, each with positions and attention of its own. Padded positions and filler rows have loss mask 0.
 
     Attributes:
-        indices_B: int64, dataset index of each row; -1 marks a filler row that stands for no example.
+        indices_B: int64, dataset index of each row, of each example where they are packed; -1 marks a filler row that
+            stands for no example.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
         topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
             the fields of `TeacherTopK`; None without a cache, the last two also where a row lacks them. Padded
             positions are positions about which nothing is known.
         temperatures: those of `tail_mass_BST`, in its order; what all rows have in common.
+        cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU. One entry more than
+            examples, or two more: positions that fill the row up are a sequence of their own at its end, without an
+            index. None: one example a row.
     """
 
     indices_B: torch.Tensor
@@ -111,20 +115,18 @@ class Batch:
     label_logprobs_BS: torch.Tensor | None = None
     tail_token_ids_BSM: torch.Tensor | None = None
     temperatures: tuple[float, ...] = (1.0,)
+    cu_seqlens: torch.Tensor | None = None
 
     @property
     def num_examples(self) -> int:
-        """Rows that stand for an example."""
+        """Examples in the batch, filler rows not counted."""
         return int((self.indices_B >= 0).sum())
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy of the batch on `device`."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def _map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        """A copy of the batch on `device`, apart from `cu_seqlens`."""
         tensors: dict[str, Any] = {
-            field.name: function(value)
+            field.name: value.to(device, non_blocking=True)
             for field in fields(self)
-            if isinstance(value := getattr(self, field.name), torch.Tensor)
+            if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **tensors)

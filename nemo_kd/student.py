@@ -18,7 +18,7 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_tensor_parallel
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_layout
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
@@ -205,7 +205,7 @@ def train_student(config: TrainStudentConfig) -> None:
         init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
-        check_tensor_parallel(architecture, config.model.tensor_model_parallel_size)
+        check_layout(architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
         check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)

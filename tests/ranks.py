@@ -8,15 +8,16 @@ from __future__ import annotations
 import multiprocessing
 import multiprocessing.connection
 import os
-import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import torch
+
 
 class Ranks:
-    """`world_size` processes joined by gloo through a file store."""
+    """`world_size` processes joined by gloo through a store that the test process serves."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -56,10 +57,11 @@ class Ranks:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         os.environ["OMP_NUM_THREADS"] = "1"
-        store = os.path.join(tempfile.mkdtemp(prefix="nemo_kd_ranks_"), "store")
+        # Port 0: the system picks a free one. A file store would do, but its `get` polls.
+        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.world_size, store, theirs))
+            process = context.Process(target=_serve, args=(rank, self.world_size, self._store.port, theirs))
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -71,14 +73,12 @@ class _Failure:
         self.message = message
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: multiprocessing.connection.Connection) -> None:
+def _serve(rank: int, world_size: int, port: int, pipe: multiprocessing.connection.Connection) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    import torch
-
     torch.set_num_threads(1)
-    file_store = torch.distributed.FileStore(store, world_size)
+    store = torch.distributed.TCPStore("127.0.0.1", port)
     torch.distributed.init_process_group(
-        "gloo", store=file_store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
     while True:
         try:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import textwrap
 import time
@@ -21,6 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.cli.launch import global_rank, launch, needs_launch
 from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
+from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue, hold_back_warning_signal
+from nemo_kd.watchdog import CollectiveError
 
 HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
@@ -49,10 +52,12 @@ class Command:
 
 
 def run(command: Command) -> None:
-    """Reads the command line and runs the command; exits with status 2 where the input cannot work."""
+    """Reads the command line and runs the command; exits with status 2 where the input cannot work, with REQUEUE where
+    the run stopped early and the same command continues it."""
     if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
         print(help_text(command))
         return
+    hold_back_warning_signal()
     _register_resolvers()
     try:
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
@@ -71,6 +76,7 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
         raise ConfigError("--experimental-rerun: refused, because Hydra unpickles the file, which can run any code")
     options: list[str] = []
     overrides: list[str] = []
+    arguments = _flags_as_keys(arguments)
     for position, argument in enumerate(arguments):
         option = arguments[position - 1] if position and "=" not in arguments[position - 1] else ""
         if option in ("--config-path", "-cp", "--config-dir", "-cd"):
@@ -98,6 +104,20 @@ def hydra_arguments(arguments: list[str]) -> list[str]:
     return [*options, *settings, *overrides]
 
 
+def _flags_as_keys(arguments: list[str]) -> list[str]:
+    """`--dry-run` and `--shard i/n`, which read better than dry_run=true and shard=i/n."""
+    keys: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == "--dry-run":
+            keys.append("dry_run=true")
+        elif argument == "--shard":
+            keys.append(f"shard={next(remaining, '')}")
+        else:
+            keys.append(argument.replace("--shard=", "shard=", 1) if argument.startswith("--shard=") else argument)
+    return keys
+
+
 def _absolute(folder: str) -> str:
     return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
 
@@ -119,6 +139,8 @@ def help_text(command: Command) -> str:
         needed = ", mandatory" if key.default == "mandatory" else ""
         lines += [f"  {key.key}  ({key.type}{default}{needed})"]
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+    if any(key.key == "dry_run" for key in describe(command.config_class)):
+        lines += ["", "--dry-run is dry_run=true, --shard i/n is shard=i/n."]
     lines += ["", "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun."]
     return "\n".join(lines)
 
@@ -135,16 +157,33 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
             print("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), file=sys.stderr, flush=True)
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
-    except UserInputError as error:
+    except Requeue as requeue:
+        for number in SIGNALS:  # the first rank to leave makes launchers send SIGTERM to the others
+            signal.signal(number, signal.SIG_IGN)
+        if global_rank() == 0:
+            print(f"{requeue}; the same command continues (exit status {REQUEUE})", file=sys.stderr, flush=True)
+        _leave(REQUEUE)
+    except KeyboardInterrupt:
+        if global_rank() == 0:
+            print("interrupted", file=sys.stderr, flush=True)
+        _leave(128 + signal.SIGINT)
+    except (UserInputError, CollectiveError) as error:
         if "HYDRA_FULL_ERROR" in os.environ:
             raise
-        if global_rank() != 0:
-            time.sleep(
-                3
-            )  # rank 0 mostly fails alike; then the launcher ends this process before it repeats the message
+        user_error = isinstance(error, UserInputError)
+        if user_error and global_rank() != 0:
+            # Rank 0 mostly fails alike; then the launcher ends this process before it repeats the message.
+            time.sleep(3)
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # Not sys.exit: other ranks may be waiting for this one, and an orderly shutdown would wait for them.
-        os._exit(USER_ERROR)
+        if not user_error:
+            time.sleep(1)  # the rank that caused it ends first, and its exit status counts
+        _leave(USER_ERROR if user_error else 1)
+
+
+def _leave(status: int) -> None:
+    """Not sys.exit: other ranks may be waiting for this one, and an orderly shutdown would wait for them."""
+    sys.stdout.flush()
+    os._exit(status)
 
 
 def _configure_logging() -> None:

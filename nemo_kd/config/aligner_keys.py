@@ -63,20 +63,17 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.activations_checkpoint_method": Ignored("the teacher runs no backward pass", (None,)),
         "model.activations_checkpoint_num_layers": Ignored("the teacher runs no backward pass", (None,)),
         "model.global_batch_size": Ignored(
-            "records are shared out in segments of cache.segment_examples; model.micro_batch_size is the batch"
+            "data.max_tokens_per_batch and model.micro_batch_size say what is computed together"
         ),
-        "batch_size": Ignored(
-            "records are shared out in segments of cache.segment_examples; model.micro_batch_size is the batch"
-        ),
+        "batch_size": Ignored("data.max_tokens_per_batch and model.micro_batch_size say what is computed together"),
         "data.sample": Ignored("every example is cached once", (False,)),
-        "data.num_workers": Ignored("the dataset is read in the teacher's process", (0,)),
         "data.dataloader_type": Ignored("examples are cached in the dataset's order", ("single",)),
         "data.data.shuffle": Ignored("examples are cached in the dataset's order; training shuffles", (False,)),
         "data.data.drop_last": Ignored("no example is dropped", (False,)),
         "data.data.hf_dataset": Ignored("JSONL files are read by byte offsets", (False,)),
         "data.data.memmap_workers": Ignored("JSONL files are read by byte offsets", (None,)),
         "data.data.index_mapping_dir": Ignored("no index files are written for datasets", (None,)),
-        "data.data.concat_sampling_probabilities": Ignored("one dataset is cached at a time", (None,)),
+        "data.data.concat_sampling_probabilities": Ignored("every split has a cache of its own", (None,)),
     },
     "train_gpt_knowledge_distillation": {
         **SHARED,
@@ -102,6 +99,7 @@ IGNORED: dict[str, dict[str, Ignored]] = {
 ALIASES: dict[str, dict[str, str]] = {
     "compute_topk_logits": {
         "forward_micro_batch_size": "model.micro_batch_size",
+        "max_time_per_run": "exp_manager.max_time_per_run",
     },
     "train_gpt_knowledge_distillation": {},
     "convert_checkpoint": {},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from nemo_kd.config.typed import ConfigError
 
@@ -32,8 +33,8 @@ class ChatPromptTokens:
 class DatasetConfig:
     """One JSONL dataset and its formatting."""
 
-    file_path: str = "???"
-    """JSONL file: one record a line, in any format of `format`."""
+    file_path: Any = "???"
+    """JSONL file: one record a line, in any format of `format`. Stage 1 also takes {train: PATH, validation: PATH}."""
     format: str = "auto"
     """auto (by the record's keys), messages (OpenAI chat, rendered by the tokenizer's chat template), conversations (NeMo chat), prompt_template (fields of the record put into prompt_template)."""
     max_seq_length: int | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 from nemo_kd.config.typed import ConfigError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
 PRECISIONS = {
     "32": "float32",
@@ -19,6 +19,9 @@ PRECISIONS = {
     "bf16-mixed": "bfloat16",
 }
 """`trainer.precision` -> dtype of weights and activations. With bfloat16 the optimizer keeps float32 weights and gradients."""
+
+TENSOR = "tensor_model_parallel_size"
+PARALLEL_SIZES = (TENSOR, "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 
 
 @dataclass
@@ -36,12 +39,13 @@ class GPTArchitecture:
     """Everything that fixes a decoder's weights and forward pass; written to model_config.yaml of a .nemo archive."""
 
     family: str
-    """One of llama, mistral, qwen2, qwen3: chooses the Hugging Face layout on export."""
+    """One of FAMILIES: chooses the Hugging Face layout on export."""
     vocab_size: int
     """Real vocabulary: rows of the embedding that stand for a token. Padding for tensor parallelism is not counted."""
     num_layers: int
     hidden_size: int
     ffn_hidden_size: int
+    """Of every expert in a mixture of experts."""
     num_attention_heads: int
     num_query_groups: int
     """Key/value heads."""
@@ -58,6 +62,12 @@ class GPTArchitecture:
     """Sliding attention: how many positions a token sees, itself included. None sees all."""
     window_layers: list[int] = field(default_factory=list)
     """0-based layers that use `window_size`; empty means all of them."""
+    num_moe_experts: int | None = None
+    """Experts of every layer; None: a dense model."""
+    moe_router_topk: int | None = None
+    """Experts that a token goes through."""
+    moe_normalize_topk: bool = True
+    """The weights of a token's experts sum to 1."""
     init_method_std: float = 0.02
     hf_config: dict[str, Any] = field(default_factory=dict)
     """config.json of the Hugging Face model it came from, kept for export."""
@@ -69,31 +79,34 @@ class GPTArchitecture:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
+        # One expert with a normalised weight has the weight 1: nothing for a router to learn, and Megatron refuses it.
+        fewest = 2 if self.moe_normalize_topk else 1
+        if self.num_moe_experts is not None and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts:
+            raise ConfigError(
+                f"moe_router_topk: {self.moe_router_topk} experts for a token are not supported where a layer has "
+                f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; supported: from {fewest} to all"
+            )
 
 
 @dataclass
 class ParallelConfig:
-    """How one model is spread over ranks. Pipeline, context, expert and sequence parallelism are reserved."""
+    """How one model is spread over ranks: tensor x pipeline x context sizes make a replica, the rest is data parallelism."""
 
     tensor_model_parallel_size: int = 1
-    """Ranks that share one replica of the model: heads, feed-forward and vocabulary are cut into as many parts."""
+    """Ranks that share every layer: heads, feed-forward and vocabulary are cut into as many parts."""
     pipeline_model_parallel_size: int = 1
-    """Reserved; must be 1."""
+    """Stages that the layers are cut into, equally many each; batches run through them one behind the other."""
     context_parallel_size: int = 1
-    """Reserved; must be 1."""
+    """Ranks that share every sequence: for long ones, whose activations one rank cannot hold."""
     expert_model_parallel_size: int = 1
-    """Reserved; must be 1."""
+    """Ranks that the experts of a layer are spread over: neighbours in context and data parallelism, which step together then. Each expert is also cut over the tensor-parallel ranks."""
     sequence_parallel: bool = False
-    """Reserved; must be False."""
+    """Cuts the activations between the tensor-parallel regions along the sequence; nothing at tensor-parallel size 1."""
 
     def __post_init__(self) -> None:
-        if self.tensor_model_parallel_size < 1:
-            raise ConfigError(f"model.tensor_model_parallel_size: {self.tensor_model_parallel_size} must be at least 1")
-        for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)} is not available in this version; use 1")
-        if self.sequence_parallel:
-            raise ConfigError("model.sequence_parallel: True is not available in this version; use False")
+        for name in PARALLEL_SIZES:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} must be at least 1")
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` ranks.
@@ -101,26 +114,59 @@ class ParallelConfig:
         Raises:
             ConfigError: the ranks do not divide evenly.
         """
-        if world_size % self.tensor_model_parallel_size:
+        sizes = {name: getattr(self, name) for name in PARALLEL_SIZES[:3] if getattr(self, name) > 1}
+        ranks = math.prod(sizes.values())
+        if world_size % ranks:
+            product = " x ".join(map(str, sizes.values())) + (f" = {ranks}" if len(sizes) > 1 else "")
             raise ConfigError(
-                f"model.tensor_model_parallel_size: {self.tensor_model_parallel_size} does not divide the {world_size} "
-                "ranks (trainer.num_nodes x trainer.devices)"
+                f"{' x '.join(f'model.{name}' for name in sizes)}: {product} does not divide the {world_size} ranks "
+                "(trainer.num_nodes x trainer.devices)"
             )
-        return world_size // self.tensor_model_parallel_size
+        sharing = world_size // ranks * self.context_parallel_size
+        if sharing % self.expert_model_parallel_size:
+            raise ConfigError(
+                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not divide the {sharing} ranks of "
+                "data and context parallelism, which the experts are spread over; each is cut over the tensor-parallel ranks too"
+            )
+        return world_size // ranks
+
+    @property
+    def replicas_in_lockstep(self) -> int:
+        """Replicas of the model that have to run their forward passes together, as their experts are spread over all of them."""
+        return math.lcm(self.expert_model_parallel_size, self.context_parallel_size) // self.context_parallel_size
 
 
-def check_tensor_parallel(architecture: GPTArchitecture, tensor_model_parallel_size: int) -> None:
-    """Refuses a tensor-parallel size that cannot cut the model's heads, groups or feed-forward evenly.
+def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+    """Refuses sizes that cannot cut the model's layers, heads, groups, feed-forward or experts evenly.
 
     Raises:
         ConfigError: names the size that does not divide.
     """
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(architecture, name) % tensor_model_parallel_size:
-            raise ConfigError(
-                f"model.tensor_model_parallel_size: {tensor_model_parallel_size} does not divide the model's {name} "
-                f"({getattr(architecture, name)})"
-            )
+    cut_by = {
+        TENSOR: ("num_attention_heads", "num_query_groups", "ffn_hidden_size"),
+        "pipeline_model_parallel_size": ("num_layers",),
+    }
+    for key, names in cut_by.items():
+        for name in names:
+            if getattr(architecture, name) % getattr(parallel, key):
+                raise ConfigError(
+                    f"model.{key}: {getattr(parallel, key)} does not divide the model's {name} ({getattr(architecture, name)})"
+                )
+    experts, size = architecture.num_moe_experts, parallel.expert_model_parallel_size
+    if size > 1 and (experts is None or experts % size):
+        found = "has none" if experts is None else f"has {experts} a layer"
+        raise ConfigError(f"model.expert_model_parallel_size: {size} does not divide the model's experts: it {found}")
+
+
+def length_multiple(parallel: ParallelConfig) -> int:
+    """What the number of positions of every batch has to be a multiple of in this layout.
+
+    Context parallelism deals two chunks to every rank; sequence parallelism cuts what a rank has among the
+    tensor-parallel ranks.
+    """
+    context = parallel.context_parallel_size
+    chunks = 2 * context if context > 1 else 1
+    return math.lcm(chunks, context * parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:

@@ -189,6 +189,8 @@ class PeftConfig:
 
 @dataclass
 class StudentModelConfig(ModelConfig):
+    micro_batch_size: int = 1
+    """Examples in one forward pass on one data-parallel rank."""
     global_batch_size: int = 64
     """Examples in one optimizer step over all data-parallel ranks."""
     activations_checkpoint_granularity: str | None = None
@@ -204,6 +206,11 @@ class StudentModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
+            if getattr(self, name) != 1:
+                raise ConfigError(f"model.{name}: {getattr(self, name)} is not available in this version; use 1")
+        if self.sequence_parallel:
+            raise ConfigError("model.sequence_parallel: True is not available in this version; use False")
         if self.activations_checkpoint_granularity not in (None, "full", "selective"):
             raise ConfigError(
                 f"model.activations_checkpoint_granularity: {self.activations_checkpoint_granularity!r} is not one of full, selective"

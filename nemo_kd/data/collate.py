@@ -1,7 +1,8 @@
-"""From examples to padded batches."""
+"""From examples to padded or packed batches."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -49,9 +50,33 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
     return batch
 
 
+def pack(examples: Sequence[Example], pad_id: int, multiple_of: int = 1) -> Batch:
+    """A batch of one row [1, T]: the examples end to end, T filled up to a multiple of `multiple_of`.
+
+    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more sequence at the end; it
+    has no entry in `indices_B`. Without examples the row is nothing but filler.
+    """
+    lengths = [example.num_tokens for example in examples]
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    lengths += [filler] * bool(filler)
+    padding, no_loss = np.full(filler, pad_id, dtype=np.int64), np.zeros(filler, dtype=np.float32)
+    return Batch(
+        indices_B=torch.tensor([example.index for example in examples], dtype=torch.int64),
+        tokens_BS=_row([*(example.tokens_S for example in examples), padding]),
+        labels_BS=_row([*(example.labels_S for example in examples), padding]),
+        loss_mask_BS=_row([*(example.loss_mask_S for example in examples), no_loss]),
+        position_ids_BS=_row([np.arange(length) for length in lengths]),
+        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
+    )
+
+
 def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_id: int) -> list[Batch]:
     """The rows as consecutive micro-batches, padded one by one."""
     return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]
+
+
+def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.concatenate(parts))[None]
 
 
 def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:

@@ -27,10 +27,11 @@ from omegaconf import DictConfig
 
 from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.distributed_checkpoint import load_sharded, save_sharded, tensors_in
+from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, save_sharded
 from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.weights import SafetensorsFolder, load_hf_weights, zero_vocabulary_padding
+from nemo_kd.mcore.hf_folder import SafetensorsFolder
+from nemo_kd.mcore.weights import load_hf_weights, zero_vocabulary_padding
 
 FORMAT_VERSION = 1
 PROVENANCE = "provenance.json"
@@ -75,14 +76,16 @@ class PretrainedModel:
         else:
             self.architecture = _read_model_config(folder / "model_config.yaml")
             self.tokenizer_folder = folder / "tokenizer"
-            self._tensors = tensors_in(folder / "model_weights")
+            self._stored = ShardedFolder(folder / "model_weights")
             self.dtype = functools.reduce(
-                torch.promote_types, {tensor.properties.dtype for tensor in self._tensors.values()}
+                torch.promote_types, {tensor.properties.dtype for tensor in self._stored.tensors.values()}
             )
 
     def fingerprint(self) -> dict[str, str]:
         """Name, and a hash of the architecture, every weight file's size and 1 MiB of its bytes, spread over the file."""
         architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
+        if self.architecture.num_moe_experts is None:  # a dense model's hash is that of versions without experts
+            architecture = {key: value for key, value in architecture.items() if "moe" not in key}
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         for path in sorted(path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".distcp")):
             size = path.stat().st_size
@@ -103,14 +106,15 @@ class PretrainedModel:
             load_hf_weights(model, self.folder, self.architecture, groups)
             return
         wanted = _weights(model)
-        differing = {tensor.key for tensor in wanted.values()} ^ set(self._tensors)
+        stages: list[Any] = [None] * len(groups.replica_ranks)
+        torch.distributed.all_gather_object(stages, {tensor.key for tensor in wanted.values()}, group=groups.replica)
+        differing = set[str]().union(*stages) ^ set(self._stored.tensors)
         if differing:
             raise ConfigError(
                 f"{self.source}: model_weights does not fit model_config.yaml: {', '.join(sorted(differing)[:5])} "
                 "stands in one of them only"
             )
-        loaded = load_sharded(wanted, self.folder / "model_weights")
-        model.load_state_dict({name: loaded[name] for name in wanted}, strict=False)
+        self._stored.load(wanted)
         zero_vocabulary_padding(model, self.architecture, groups)
 
 

@@ -59,8 +59,7 @@ def save_hf(folder: Path, model: GPTModel, source: PretrainedModel, dtype: torch
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    tensors = dict(hf_tensors(weights.__getitem__, source.architecture))
+    tensors = dict(hf_tensors(model, source.architecture))
     # Views of one storage would count as one tensor in the plan; meta tensors have sizes and no storage.
     sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
     plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)

@@ -10,8 +10,16 @@ from nemo_kd.config.model import FAMILIES, GPTArchitecture, RopeScaling
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2},
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3_moe": {
+        "num_key_value_heads": 4,
+        "sliding_window": 4096,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+    },
 }
 """What transformers assumes for a family where config.json is silent, if it is no value all families share."""
 
@@ -21,6 +29,12 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False, None),
     "quantization_config": (None,),
     "partial_rotary_factor": (1.0, None),
+    # Mixtures of experts: all layers alike, every expert chosen by the router.
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "num_shared_experts": (0, None),
+    "n_shared_experts": (0, None),
+    "shared_expert_intermediate_size": (0, None),
 }
 """Keys whose other values would need code that is not here."""
 
@@ -41,12 +55,13 @@ def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
     heads, hidden = _required(hf, "num_attention_heads"), _required(hf, "hidden_size")
     rotary_base, rope_scaling = _rope(hf)
     window_size, window_layers = _window(hf)
+    is_mixture = family in ("mixtral", "qwen3_moe")
     return GPTArchitecture(
         family=family,
         vocab_size=_required(hf, "vocab_size"),
         num_layers=_required(hf, "num_hidden_layers"),
         hidden_size=hidden,
-        ffn_hidden_size=_required(hf, "intermediate_size"),
+        ffn_hidden_size=_required(hf, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
         num_attention_heads=heads,
         num_query_groups=hf.get("num_key_value_heads") or heads,
         kv_channels=hf.get("head_dim") or hidden // heads,
@@ -56,9 +71,13 @@ def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
         rope_scaling=rope_scaling,
         share_embeddings_and_output_weights=bool(hf.get("tie_word_embeddings", False)),
         add_qkv_bias=family == "qwen2",
-        qk_layernorm=family == "qwen3",
+        qk_layernorm=family in ("qwen3", "qwen3_moe"),
         window_size=window_size,
         window_layers=window_layers,
+        # transformers 5 writes num_local_experts for both families.
+        num_moe_experts=(hf.get("num_local_experts") or hf["num_experts"]) if is_mixture else None,
+        moe_router_topk=hf["num_experts_per_tok"] if is_mixture else None,
+        moe_normalize_topk=family != "qwen3_moe" or bool(hf.get("norm_topk_prob")),
         init_method_std=hf.get("initializer_range", 0.02),
         hf_config=hf_config,
     )
@@ -99,13 +118,13 @@ def _window(hf: dict[str, Any]) -> tuple[int | None, list[int]]:
     if family == "llama":
         raise ConfigError(f"config.json: sliding_window = {window} is not supported for model_type llama")
     kinds = hf.get("layer_types")
-    if kinds is None and family.startswith("qwen"):
+    if kinds is None and family in ("qwen2", "qwen3"):
         first = hf["max_window_layers"]
         kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
     if kinds is None:
         return window, []
-    # transformers' Mistral slides in every layer whatever layer_types says.
-    known = {"sliding_attention"} if family == "mistral" else {"sliding_attention", "full_attention"}
+    # The others slide in every layer of transformers' models whatever layer_types says.
+    known = {"sliding_attention"} | ({"full_attention"} if family in ("qwen2", "qwen3") else set())
     if len(kinds) != num_layers or not set(kinds) <= known:
         raise ConfigError(f"config.json: layer_types = {kinds} is not supported for {num_layers} layers of {family}")
     layers = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]

@@ -1,9 +1,11 @@
-"""Processes: joining them, and cutting them into tensor- and data-parallel groups. The only reader of parallel_state."""
+"""Processes: joining them, and cutting them into groups. The only reader of parallel_state but `mcore.model`."""
 
 from __future__ import annotations
 
+import functools
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,34 +19,74 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import ParallelConfig
+from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
+
+RANK_ORDER = "tp-cp-ep-dp-pp"
+"""Which neighbours share what: tensor-parallel ranks are adjacent, pipeline stages farthest apart."""
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Where this process stands.
+    """Where this process stands. A replica is the tensor x pipeline x context ranks that hold one copy of the model.
 
     Attributes:
-        tensor: ranks that hold the shards of one model replica.
-        data: ranks that hold the same shard in different replicas.
+        tensor: ranks that share this rank's layers.
+        pipeline: this rank and those that stand at its place in the other stages, first stage to last.
+        context: ranks with the same weights that share every sequence.
+        data: ranks that hold the same shard in different replicas and share no sequence.
+        replica: all ranks of this rank's replica; gloo, whatever the other groups use: for Python objects and agreement.
+        replica_ranks: their global ranks.
+        lockstep: all ranks that have to run every forward pass together, as one of them may hold experts that another's
+            tokens need: several replicas with expert parallelism across them, else one; gloo.
+        lockstep_lanes: number of replicas, and so of data-parallel ranks, in it.
+        lane: number of this rank's replica among them.
+        writer_rank: global rank of the one rank that speaks for the replica: last stage, tensor rank 0, context rank 0.
         device: this process's GPU, or the CPU.
     """
 
     tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
     data: dist.ProcessGroup
+    replica: dist.ProcessGroup
     tensor_rank: int
     tensor_size: int
+    pipeline_rank: int
+    pipeline_size: int
+    context_rank: int
+    context_size: int
     data_rank: int
     data_size: int
+    replica_ranks: tuple[int, ...]
+    lockstep: dist.ProcessGroup
+    lockstep_lanes: int
+    lane: int
+    writer_rank: int
     device: torch.device
 
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank holds the embedding."""
+        return self.pipeline_rank == 0
 
-def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank holds (its part of) the output layer."""
+        return self.pipeline_rank == self.pipeline_size - 1
+
+    @property
+    def is_writer(self) -> bool:
+        """Whether this rank speaks for its replica."""
+        return dist.get_rank() == self.writer_rank
+
+
+def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0) -> None:
     """Joins this process to the others that the launcher started, and binds it to its GPU if there is one.
 
     torchrun, srun and Lightning's own launcher are recognised; a process that none of them started is a world of its
-    own. Does nothing but check the number of ranks where a process group exists already.
+    own. Does nothing but check the number of ranks where a process group exists already. A collective that takes longer
+    than `timeout_minutes` is an error.
 
     Raises:
         ConfigError: the devices are not there, or the launcher started another number of processes.
@@ -64,7 +106,13 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str) -> None:
         store = None
     if use_gpu:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if use_gpu else "gloo", rank=rank, world_size=world_size, store=store)
+    dist.init_process_group(
+        "nccl" if use_gpu else "gloo",
+        rank=rank,
+        world_size=world_size,
+        store=store,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
 
 
 def cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | None:
@@ -92,25 +140,42 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     Groups of the same sizes are kept, others replaced. Needs a process group (`init_process_group`).
 
     Raises:
-        ConfigError: the tensor-parallel size does not divide the number of ranks.
+        ConfigError: the sizes do not divide the number of ranks.
     """
     install_cpu_support()
-    parallel.data_parallel_size(dist.get_world_size())
-    tensor_size = parallel.tensor_model_parallel_size
-    initialized = parallel_state.model_parallel_is_initialized()
-    if initialized and parallel_state.get_tensor_model_parallel_world_size() != tensor_size:
+    data_size = parallel.data_parallel_size(dist.get_world_size())
+    sizes = {name: getattr(parallel, name) for name in PARALLEL_SIZES}
+    if parallel_state.model_parallel_is_initialized() and _sizes() != sizes:
         destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(tensor_model_parallel_size=tensor_size)
+        parallel_state.initialize_model_parallel(**sizes, order=RANK_ORDER)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
+    tensor_size, pipeline_size, context_size, _ = sizes.values()
+    data_rank = parallel_state.get_data_parallel_rank()
+    replicas = _replicas(dist.group.WORLD, tensor_size, pipeline_size, context_size, data_size)
+    replica, replica_ranks = replicas[data_rank]
+    lanes = parallel.replicas_in_lockstep
+    teams = _joined(dist.group.WORLD, tuple(ranks for _, ranks in replicas), lanes) if lanes > 1 else None
     return ProcessGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         data=parallel_state.get_data_parallel_group(),
+        replica=replica,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor_size,
-        data_rank=parallel_state.get_data_parallel_rank(),
-        data_size=parallel_state.get_data_parallel_world_size(),
+        pipeline_rank=parallel_state.get_pipeline_model_parallel_rank(),
+        pipeline_size=pipeline_size,
+        context_rank=parallel_state.get_context_parallel_rank(),
+        context_size=context_size,
+        data_rank=data_rank,
+        data_size=data_size,
+        replica_ranks=replica_ranks,
+        lockstep=teams[data_rank // lanes] if teams else replica,
+        lockstep_lanes=lanes,
+        lane=data_rank % lanes,
+        writer_rank=replica_ranks[-tensor_size * context_size],
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
 
@@ -118,6 +183,33 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
 def destroy_model_parallel() -> None:
     """Forgets the groups; the process group of all ranks stays."""
     parallel_state.destroy_model_parallel()
+
+
+def _sizes() -> dict[str, int]:
+    """The sizes of the groups that exist, by `PARALLEL_SIZES`."""
+    found = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_context_parallel_world_size(),
+        parallel_state.get_expert_model_parallel_world_size(),
+    )
+    return dict(zip(PARALLEL_SIZES, found, strict=True))
+
+
+@functools.lru_cache(maxsize=4)
+def _replicas(
+    world: dist.ProcessGroup, tensor: int, pipeline: int, context: int, data: int
+) -> list[tuple[dist.ProcessGroup, tuple[int, ...]]]:
+    """A gloo group and the global ranks, last stage at the end, of every replica; all ranks take part the first time."""
+    ranks = parallel_state.RankGenerator(tensor, 1, data, pipeline, context, RANK_ORDER).get_ranks("tp-cp-pp")
+    return [(dist.new_group(replica, backend="gloo"), tuple(replica)) for replica in ranks]
+
+
+@functools.lru_cache(maxsize=4)
+def _joined(world: dist.ProcessGroup, replicas: tuple[tuple[int, ...], ...], lanes: int) -> list[dist.ProcessGroup]:
+    """A gloo group of every `lanes` neighbouring replicas; all ranks take part the first time."""
+    teams = [replicas[first : first + lanes] for first in range(0, len(replicas), lanes)]
+    return [dist.new_group(sorted(rank for replica in team for rank in replica), backend="gloo") for team in teams]
 
 
 def _check_devices(devices: int, accelerator: str) -> bool:

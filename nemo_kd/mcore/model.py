@@ -17,9 +17,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, check_tensor_parallel, padded_vocab_size
+from nemo_kd.config.model import GPTArchitecture, check_layout, padded_vocab_size
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.attention import SDPACoreAttention
+from nemo_kd.mcore.experts import expert_fields, install_expert_support
 from nemo_kd.mcore.norm import RMSNorm
 
 
@@ -42,9 +43,9 @@ def transformer_config(
     """Megatron's configuration of the decoder; `training` sets or overrides its fields.
 
     Raises:
-        ConfigError: the tensor-parallel size does not divide the model.
+        ConfigError: the parallel sizes do not divide the model.
     """
-    check_tensor_parallel(architecture, model.tensor_model_parallel_size)
+    check_layout(architecture, model)
     fields: dict[str, Any] = {
         "num_layers": architecture.num_layers,
         "hidden_size": architecture.hidden_size,
@@ -66,7 +67,12 @@ def transformer_config(
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "sequence_parallel": model.sequence_parallel,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "expert_model_parallel_size": model.expert_model_parallel_size,
+        "sequence_parallel": model.sequence_parallel and model.tensor_model_parallel_size > 1,
+        # Waiting for the GPU after every exchange between stages is for versions of torch that are long gone.
+        "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
         # Fused kernels that need Apex or change results slightly; Transformer Engine's layers do not use them.
         "persist_layer_norm": False,
@@ -76,6 +82,7 @@ def transformer_config(
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
+    fields |= expert_fields(architecture)
     if architecture.window_size is not None:
         # (left, right) of Megatron and Transformer Engine do not count the token itself; `window_size` does.
         fields["window_size"] = (architecture.window_size - 1, 0)
@@ -83,6 +90,8 @@ def transformer_config(
             fields["window_attn_skip_freq"] = [
                 int(layer in architecture.window_layers) for layer in range(architecture.num_layers)
             ]
+        if model.context_parallel_size > 1:
+            fields["cp_comm_type"] = "all_gather"  # Transformer Engine's default refuses windows
     return TransformerConfig(**{**fields, **training})
 
 
@@ -92,11 +101,13 @@ def build_gpt_model(
     make_vocab_size_divisible_by: int,
     transformer_engine: bool,
 ) -> GPTModel:
-    """The model on this process's device, randomly initialised; its logits are this rank's vocabulary columns [B, S, v].
+    """This rank's part of the model on its device, randomly initialised; the logits are its vocabulary columns [B, S, v].
 
     The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
     `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
     """
+    if config.num_moe_experts is not None:
+        install_expert_support()
     model = GPTModel(
         config,
         _transformer_engine_block(config) if transformer_engine else _torch_block(config),
@@ -126,7 +137,12 @@ def build_gpt_model(
 
 
 def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
-    layer = get_gpt_layer_local_spec(qk_layernorm=config.qk_layernorm, normalization="RMSNorm")
+    layer = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+    )
+    if config.num_moe_experts is not None:
+        # As with Transformer Engine, whose experts have no norm in them: archives of both are the same.
+        del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPACoreAttention
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
@@ -138,8 +154,12 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
 def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     from megatron.core.extensions.transformer_engine import TENorm  # importable only where Transformer Engine is
 
-    return _block(config, get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm), TENorm)
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+    )
+    return _block(config, layer, TENorm)
 
 
 def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
-    return TransformerBlockSubmodules(layer_specs=[layer] * config.num_layers, layer_norm=norm)
+    num_layers = config.num_layers // config.pipeline_model_parallel_size
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

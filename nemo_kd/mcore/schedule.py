@@ -1,17 +1,26 @@
-"""Forward and backward passes over micro-batches, through Megatron's schedules."""
+"""Passes over batches: forward alone through the pipeline, or forward and backward through Megatron's schedules.
+
+Shape legend: B rows, S positions, H hidden size, v this rank's part of the vocabulary. With context parallelism S is cut
+among the context-parallel ranks, with sequence parallelism what is left among the tensor-parallel ones.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_kd.batch import Batch
+from nemo_kd.mcore.attention import SDPACoreAttention
+from nemo_kd.mcore.groups import ProcessGroups
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
 """(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last is the token count)."""
@@ -19,7 +28,70 @@ LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits [B, S, v] of this rank's vocabulary columns, padding columns included."""
-    return model(batch.tokens_BS, batch.position_ids_BS, None)
+    gpt: GPTModel = getattr(model, "module", model)
+    return model(batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=_packed_seq_params(gpt, batch))
+
+
+def run_batch(model: MegatronModule, batch: Batch, groups: ProcessGroups) -> torch.Tensor | None:
+    """One batch, forward, through this rank's pipeline stage: receives from the stage before, computes, sends on.
+
+    All ranks of a replica call it with the same batches in the same order, whole ones; context-parallel ranks take
+    their columns of them. A stage waits for the one before, and while it sends for the one after to be done with the
+    batch before, so that the stages work on successive batches at a time and nothing has to be flushed between them.
+    The length has to be a multiple of `config.model.length_multiple`.
+
+    Returns:
+        On the last stage hidden states [S, B, H] as `hidden_states` gives them, of this rank's columns; else None.
+    """
+    gpt: GPTModel = getattr(model, "module", model)
+    mine = _context_part(batch, groups)
+    num_rows, num_positions = mine.tokens_BS.shape
+    if gpt.config.sequence_parallel:
+        assert num_positions % groups.tensor_size == 0
+        num_positions //= groups.tensor_size
+    stages = P2PCommunicator(groups.pipeline, gpt.config)
+    gpt.set_input_tensor(stages.recv_forward((num_positions, num_rows, gpt.config.hidden_size), groups.is_first_stage))
+    hidden_SBH = hidden_states(model, mine).contiguous()
+    gpt.set_input_tensor(None)  # or it lives until the next batch
+    stages.send_forward(hidden_SBH, groups.is_last_stage)
+    return hidden_SBH if groups.is_last_stage else None
+
+
+def loss_positions(batch: Batch, groups: ProcessGroups, every: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """The positions of this context-parallel rank that teacher rows are wanted for.
+
+    On a GPU it waits for it: better called with the batch as it is on the CPU.
+
+    Args:
+        every: not only those whose label counts in the loss but all of the rows that stand for an example, padding
+            on their right included.
+
+    Returns:
+        (positions for `hidden_at` of `run_batch`'s result, the same positions as b * S + s in the whole batch).
+    """
+    wanted_BS = batch.loss_mask_BS > 0
+    if every and batch.cu_seqlens is not None:
+        wanted_BS = torch.zeros_like(wanted_BS)
+        wanted_BS[:, : int(batch.cu_seqlens[len(batch.indices_B)])] = True
+    elif every:
+        wanted_BS = (batch.indices_B >= 0)[:, None].expand_as(wanted_BS)
+    num_positions = wanted_BS.shape[1]
+    columns_s = context_positions(num_positions, groups.context_rank, groups.context_size).to(wanted_BS.device)
+    rows_N, local_N = wanted_BS[:, columns_s].nonzero(as_tuple=True)
+    return rows_N * len(columns_s) + local_N, rows_N * num_positions + columns_s[local_N]
+
+
+def context_positions(num_positions: int, rank: int, size: int) -> torch.Tensor:
+    """The columns of a batch that a context-parallel rank holds, in its order, int64.
+
+    Chunks r and 2 * size - 1 - r of 2 * size: an early one, which sees little, and a late one, so that all ranks have
+    as much to do. Megatron and Transformer Engine count on this order.
+    """
+    if size == 1:
+        return torch.arange(num_positions)
+    assert num_positions % (2 * size) == 0
+    chunks = torch.arange(num_positions).chunk(2 * size)
+    return torch.cat([chunks[rank], chunks[2 * size - 1 - rank]])
 
 
 def hidden_states(model: MegatronModule, batch: Batch) -> torch.Tensor:
@@ -27,7 +99,7 @@ def hidden_states(model: MegatronModule, batch: Batch) -> torch.Tensor:
     gpt: GPTModel = getattr(model, "module", model)
     post_process, gpt.post_process = gpt.post_process, False
     try:
-        return model(batch.tokens_BS, batch.position_ids_BS, None)
+        return forward(model, batch)
     finally:
         gpt.post_process = post_process
 
@@ -46,7 +118,10 @@ def project(gpt: GPTModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
 
 
 def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel) -> torch.Tensor:
-    """Hidden states [N, H] at positions b * S + s, whose gradients are summed over the tensor-parallel ranks."""
+    """Hidden states [N, H] at positions b * S + s, whose gradients are summed over the tensor-parallel ranks.
+
+    With sequence parallelism all tensor-parallel ranks take part, and each gets the whole of S for the moment.
+    """
     if gpt.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
     length = len(hidden_SBH)
@@ -78,6 +153,29 @@ def forward_backward(
         forward_only=forward_only,
     )
     return torch.stack([report["sums"] for report in reports]).sum(dim=0)
+
+
+def _context_part(batch: Batch, groups: ProcessGroups) -> Batch:
+    """The batch with this context-parallel rank's columns of tokens and positions."""
+    if groups.context_size == 1:
+        return batch
+    assert batch.cu_seqlens is None, "packed sequences are not shared among context-parallel ranks"
+    columns_s = context_positions(batch.tokens_BS.shape[1], groups.context_rank, groups.context_size)
+    columns_s = columns_s.to(batch.tokens_BS.device)
+    return replace(batch, tokens_BS=batch.tokens_BS[:, columns_s], position_ids_BS=batch.position_ids_BS[:, columns_s])
+
+
+def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
+    if batch.cu_seqlens is None:
+        return None
+    bounds = batch.cu_seqlens
+    if not isinstance(gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention):
+        bounds = bounds.to(batch.tokens_BS.device)  # Transformer Engine reads it there; ours must not wait for the GPU
+    # The exact length: Megatron takes rotary frequencies of the length of the whole row for those of its positions.
+    longest = int(batch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
 
 
 def _loss(

@@ -1,26 +1,23 @@
 """Weights between Hugging Face's layout and Megatron's.
 
 Megatron fuses q, k and v per query group ([q..., k, v] of group 0, then of group 1 ...) and the two halves of the gated
-feed-forward ([gate; up], on every tensor-parallel rank its own halves), and pads the vocabulary with zero rows.
+feed-forward ([gate; up], on every tensor-parallel rank its own halves), and pads the vocabulary with zero rows. So a
+Hugging Face weight is a view of a Megatron weight, and both directions copy through the same views.
 """
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
-from safetensors import SafetensorError, safe_open
 
-from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.mcore.experts import EXPERT_NAMES
 from nemo_kd.mcore.groups import ProcessGroups
-
-Get = Callable[[str], torch.Tensor]
+from nemo_kd.mcore.hf_folder import BLOCK_BYTES, SafetensorsFolder
 
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -39,147 +36,56 @@ _VOCABULARY = {
     "output_layer.weight": "lm_head.weight",
 }
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
+@dataclass(frozen=True)
+class Piece:
+    """The part of a Megatron weight that is a Hugging Face weight, or this rank's part of one.
 
-class SafetensorsFolder:
-    """The tensors of a Hugging Face folder by name: views of memory-mapped files, read when they are used.
-
-    Raises:
-        ConfigError: the folder has no safetensors, or one of them is missing or damaged.
+    Attributes:
+        view: [groups, rows, ...]: the Hugging Face weight's rows in order, cut into groups.
+        cut_dim: dimension along which the Hugging Face weight is cut over tensor-parallel ranks; None: every rank has all.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-        if index.exists():
-            # Only names of files in this folder: an index cannot lead elsewhere.
-            self.files = {name: folder / Path(file).name for name, file in _weight_map(index).items()}
-        elif single.exists():
-            self.files = dict.fromkeys(_open(single).keys(), single)
-        else:
-            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-            found = f"only {pickled[0]}, a pickle, which can run code when it is loaded" if pickled else "no weights"
-            raise ConfigError(
-                f"{folder}: {found}, and no model.safetensors; load the model with transformers and save it with "
-                "save_pretrained, which writes safetensors"
-            )
-        missing = sorted({path for path in self.files.values() if not path.exists()})
-        if missing:
-            raise ConfigError(f"{missing[0]}: the file is missing, though {index.name} lists it")
-        self._handle = functools.lru_cache(maxsize=None)(_open)
-
-    def __call__(self, name: str) -> torch.Tensor:
-        return self._handle(self.files[name]).get_tensor(name)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The narrowest that holds all the tensors without loss."""
-        names = {name: self._slice(name).get_dtype() for name in self.files}
-        for name, dtype in names.items():
-            if dtype not in _DTYPES:
-                raise ConfigError(f"{self.files[name]}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}")
-        return functools.reduce(torch.promote_types, {_DTYPES[dtype] for dtype in names.values()})
-
-    def check(self, architecture: GPTArchitecture) -> None:
-        """Refuses a folder whose tensors are not exactly those of the architecture; reads the files' headers only.
-
-        Raises:
-            ConfigError: lists what is missing, left over or of another shape.
-        """
-        expected = hf_shapes(architecture)
-        optional = {"lm_head.weight"} if architecture.share_embeddings_and_output_weights else set()
-        left_over = {name for name in set(self.files) - set(expected) - optional if "rotary_emb" not in name}
-        problems = [f"missing: {_some(set(expected) - set(self.files))}"] if set(expected) - set(self.files) else []
-        problems += [f"no place for: {_some(left_over)}"] if left_over else []
-        for name in expected.keys() & self.files.keys():
-            if (found := self._shape(name)) != expected[name]:
-                problems.append(f"{name} has the shape {found}, config.json calls for {expected[name]}")
-        if problems:
-            raise ConfigError(
-                f"{self.folder}: the weights do not fit config.json ({architecture.family}): {'; '.join(problems[:5])}"
-            )
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
-
-    def _slice(self, name: str) -> Any:
-        try:
-            return self._handle(self.files[name]).get_slice(name)
-        except SafetensorError as error:
-            raise ConfigError(f"{self.files[name]}: {name} is missing, though the index lists it there") from error
+    hf_name: str
+    view: torch.Tensor
+    cut_dim: int | None
 
 
 def load_hf_weights(model: GPTModel, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
     """Fills this rank's weights from a Hugging Face folder; vocabulary padding becomes zero. No communication.
 
+    Reads what this rank holds, block by block, into the weights: memory for a few blocks is needed beside them.
+
     Raises:
         ConfigError: the tensors of the folder are not exactly those of the architecture.
     """
-    get = SafetensorsFolder(folder)
-    get.check(architecture)
+    stored = open_hf_weights(folder, architecture)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in _VOCABULARY:
-                first = groups.tensor_rank * parameter.shape[0]
-                rows = get(_VOCABULARY[name])[first : first + parameter.shape[0]]
-                parameter[: len(rows)].copy_(rows)
-            else:
-                parameter.copy_(
-                    megatron_tensor(name, lambda hf_name: shard(hf_name, get(hf_name), groups), architecture)
-                )
+        for name, weight in _weights(model):
+            for piece in _pieces(name, weight, architecture):
+                _fill(piece, stored, groups)
     zero_vocabulary_padding(model, architecture, groups)
 
 
-def shard(hf_name: str, tensor: torch.Tensor, groups: ProcessGroups) -> torch.Tensor:
-    """A view of this rank's part of one of a layer's Hugging Face tensors."""
-    if "norm" in hf_name:
-        return tensor
-    # Attention output and down projection are cut by input, all else by output.
-    dim = 1 if hf_name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-    return tensor.chunk(groups.tensor_size, dim)[groups.tensor_rank]
+def open_hf_weights(folder: Path, architecture: GPTArchitecture) -> SafetensorsFolder:
+    """The weights of a Hugging Face folder that holds exactly those of the architecture.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    stored = SafetensorsFolder(folder)
+    stored.check(
+        hf_shapes(architecture), {"lm_head.weight"} if architecture.share_embeddings_and_output_weights else set()
+    )
+    return stored
 
 
-def megatron_tensor(name: str, get: Get, architecture: GPTArchitecture) -> torch.Tensor:
-    """The Megatron weight `name`, vocabulary apart, from Hugging Face tensors: a rank's part if `get` gives the rank's parts."""
-    if name == "decoder.final_layernorm.weight":
-        return get("model.norm.weight")
-    _, _, layer, inner = name.split(".", 3)
-    prefix = f"model.layers.{layer}."
-    if inner in _SAME:
-        return get(prefix + _SAME[inner])
-    if inner == "mlp.linear_fc1.weight":
-        return torch.cat([get(prefix + "mlp.gate_proj.weight"), get(prefix + "mlp.up_proj.weight")])
-    kind = inner.removeprefix("self_attention.linear_qkv.")
-    assert kind in ("weight", "bias"), name
-    query, key, value = (get(f"{prefix}self_attn.{part}_proj.{kind}") for part in "qkv")
-    groups, tail = key.shape[0] // architecture.kv_channels, key.shape[1:]
-    fused = torch.cat([part.reshape(groups, -1, *tail) for part in (query, key, value)], dim=1)
-    return fused.reshape(-1, *tail)
-
-
-def hf_tensors(get: Get, architecture: GPTArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the Hugging Face model, from whole Megatron weights; vocabulary padding is cut off."""
-    for ours, theirs in _VOCABULARY.items():
-        if ours != "output_layer.weight" or not architecture.share_embeddings_and_output_weights:
-            yield theirs, get(ours)[: architecture.vocab_size]
-    yield "model.norm.weight", get("decoder.final_layernorm.weight")
-    for layer in range(architecture.num_layers):
-        prefix, ours = f"model.layers.{layer}.", f"decoder.layers.{layer}."
-        for kind in ("weight", "bias") if architecture.add_qkv_bias else ("weight",):
-            fused = get(f"{ours}self_attention.linear_qkv.{kind}")
-            width, tail = architecture.kv_channels, fused.shape[1:]
-            per_group = fused.reshape(architecture.num_query_groups, -1, *tail)
-            parts = per_group.split([per_group.shape[1] - 2 * width, width, width], dim=1)
-            for part, tensor in zip("qkv", parts, strict=True):
-                yield f"{prefix}self_attn.{part}_proj.{kind}", tensor.reshape(-1, *tail)
-        gate, up = get(f"{ours}mlp.linear_fc1.weight").chunk(2)
-        yield f"{prefix}mlp.gate_proj.weight", gate
-        yield f"{prefix}mlp.up_proj.weight", up
-        for inner, theirs in _SAME.items():
-            is_qk_norm = theirs.startswith(("self_attn.q_norm", "self_attn.k_norm"))
-            if "layer_norm_weight" not in inner and (architecture.qk_layernorm or not is_qk_norm):
-                yield prefix + theirs, get(ours + inner)
+def hf_tensors(model: GPTModel, architecture: GPTArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the Hugging Face model, from a whole Megatron model (one rank); vocabulary padding is cut off."""
+    for name, weight in _weights(model):
+        for piece in _pieces(name, weight, architecture):
+            tensor = piece.view.flatten(0, 1)
+            yield piece.hf_name, tensor[: architecture.vocab_size] if name in _VOCABULARY else tensor
 
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
@@ -193,22 +99,26 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
         "self_attn.k_proj.weight": (key, hidden),
         "self_attn.v_proj.weight": (key, hidden),
         "self_attn.o_proj.weight": (hidden, query),
-        "mlp.gate_proj.weight": (ffn, hidden),
-        "mlp.up_proj.weight": (ffn, hidden),
-        "mlp.down_proj.weight": (hidden, ffn),
     }
+    if architecture.num_moe_experts is None:
+        layer |= {f"mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        layer["mlp.down_proj.weight"] = (hidden, ffn)
+    else:
+        names = EXPERT_NAMES[architecture.family]
+        layer[names.router] = (architecture.num_moe_experts, hidden)
+        for expert in range(architecture.num_moe_experts):
+            layer |= {names.weight(expert, part): (ffn, hidden) for part in (names.gate, names.up)}
+            layer[names.weight(expert, names.down)] = (hidden, ffn)
     if architecture.add_qkv_bias:
-        layer |= {f"self_attn.{part}_proj.bias": (query if part == "q" else key,) for part in "qkv"}
+        layer |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (key,), "self_attn.v_proj.bias": (key,)}
     if architecture.qk_layernorm:
         layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (architecture.vocab_size, hidden),
-        "model.norm.weight": (hidden,),
-    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocab_size, hidden)}
+    for number in range(architecture.num_layers):
+        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (hidden,)
     if not architecture.share_embeddings_and_output_weights:
         shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
-    for index in range(architecture.num_layers):
-        shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
     return shapes
 
 
@@ -221,20 +131,69 @@ def zero_vocabulary_padding(model: GPTModel, architecture: GPTArchitecture, grou
                 parameter[max(0, num_real) :].zero_()
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{index}: not a readable index of safetensors files ({error!r})") from error
+def _weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """This rank's weights under the names they have in a whole model: layers and experts counted from the first rank's."""
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        if name.startswith("decoder.layers."):
+            layer = model.decoder.layers[int(parts[2])]
+            parts[2] = str(layer.layer_number - 1)
+            if "local_experts" in parts:
+                place = parts.index("local_experts") + 1
+                parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
+        yield ".".join(parts), parameter.detach()
 
 
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ConfigError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+def _pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> list[Piece]:
+    """The Hugging Face weights that make up the Megatron weight `name`."""
+    if name in _VOCABULARY:
+        # Where both are tied, the last of several pipeline stages has an output layer nevertheless.
+        tied = architecture.share_embeddings_and_output_weights
+        hf_name = _VOCABULARY["embedding.word_embeddings.weight" if tied else name]
+        return [Piece(hf_name, weight[None], 0)]
+    if name == "decoder.final_layernorm.weight":
+        return [Piece("model.norm.weight", weight[None], None)]
+    _, _, layer, inner = name.split(".", 3)
+    prefix = f"model.layers.{layer}."
+    if inner in _SAME:
+        cut_dim = None if "norm" in inner else 1  # attention output and down projection are cut by input
+        return [Piece(prefix + _SAME[inner], weight[None], cut_dim)]
+    if inner.startswith("self_attention.linear_qkv."):
+        kind = inner.removeprefix("self_attention.linear_qkv.")
+        width = architecture.kv_channels
+        num_queries = architecture.num_attention_heads // architecture.num_query_groups
+        per_group = weight.unflatten(0, (-1, (num_queries + 2) * width))
+        parts = per_group.split([num_queries * width, width, width], dim=1)
+        return [Piece(f"{prefix}self_attn.{q}_proj.{kind}", part, 0) for q, part in zip("qkv", parts, strict=True)]
+    if inner == "mlp.linear_fc1.weight":
+        return _gate_and_up(weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+    names = EXPERT_NAMES[architecture.family]
+    if inner == "mlp.router.weight":
+        return [Piece(prefix + names.router, weight[None], None)]
+    expert, kind = inner.removeprefix("mlp.experts.local_experts.").split(".", 1)
+    if kind == "linear_fc2.weight":
+        return [Piece(prefix + names.weight(expert, names.down), weight[None], 1)]
+    assert kind == "linear_fc1.weight", name
+    return _gate_and_up(weight, prefix + names.weight(expert, names.gate), prefix + names.weight(expert, names.up))
 
 
-def _some(names: set[str]) -> str:
-    shown = sorted(names)[:4]
-    return ", ".join(shown) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+def _gate_and_up(weight: torch.Tensor, gate: str, up: str) -> list[Piece]:
+    halves = weight.chunk(2)
+    return [Piece(hf_name, half[None], 0) for hf_name, half in zip((gate, up), halves, strict=True)]
+
+
+def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> None:
+    num_rows = piece.view.shape[1]
+    first_row = groups.tensor_rank * piece.view.shape[0] * num_rows if piece.cut_dim == 0 else 0
+    columns = None
+    if piece.cut_dim == 1:
+        width = piece.view.shape[2]
+        columns = slice(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
+    num_stored = stored.shape(piece.hf_name)[0]
+    block_rows = max(1, BLOCK_BYTES // stored.row_bytes(piece.hf_name))
+    for number, part in enumerate(piece.view):
+        for start in range(0, num_rows, block_rows):
+            first = first_row + number * num_rows + start
+            last = min(first + min(block_rows, num_rows - start), num_stored)  # padding rows are not stored
+            if first < last:
+                part[start : start + last - first].copy_(stored.read(piece.hf_name, slice(first, last), columns))

@@ -10,7 +10,7 @@ tail, so nothing changes but the variance, which loses what the slices' means di
 `SMALLEST_SAMPLED_TAIL` = c, the samples are kept with probability t / c and then stand for c instead of t: the same
 expectation, and nothing to store at most positions of a certain teacher.
 
-Shape legend: N positions, K kept ids, M samples, v this rank's vocabulary columns.
+Shape legend: N positions, M samples, R ranks, v this rank's vocabulary columns, G groups of g columns.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ import torch
 from torch.distributed import ReduceOp
 
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
-from nemo_kd.ops.vocab import VocabShard, max_and_sum_exp, row_blocks
+from nemo_kd.ops.vocab import VocabShard, row_blocks
+
+GROUP_COLUMNS = 64
+"""Consecutive columns whose weights are summed before a draw looks among them."""
+BLOCK_ELEMENTS = 1 << 20
 
 
 def tail_uniforms(seed: int, example_index: int, num_positions: int, num_samples: int) -> np.ndarray:
@@ -34,59 +38,61 @@ def tail_uniforms(seed: int, example_index: int, num_positions: int, num_samples
 
 @torch.no_grad()
 def sample_tail(
-    logits_Nv: torch.Tensor, kept_ids_NK: torch.Tensor, uniforms_NU: torch.Tensor, shard: VocabShard
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(ids [N, M] in ascending order, tail mass [N] in float64), the same on every rank.
+    logits_Nv: torch.Tensor,
+    maximum_N: torch.Tensor,
+    sums_NG: torch.Tensor,
+    tail_mass_N: torch.Tensor,
+    uniforms_NU: torch.Tensor,
+    shard: VocabShard,
+) -> torch.Tensor:
+    """Ids [N, M] drawn outside the kept ones, in ascending order, the same on every rank.
 
-    Draws by inverse distribution function over the ids in ascending order, so the layout does not matter but for
-    rounding at a border of two ids. Rows are -1 where thinning drops them or nothing is left to draw. The vocabulary is
-    never gathered: one all-reduce of [N] each for maximum, sum and tail, one all-gather of [N, 1], one all-reduce of
-    [N, M]. Sums run in float64.
+    Draws by inverse distribution function over the ids in ascending order: first the rank, then the group of columns,
+    then the column. So the layout does not matter but for rounding at a border of two ids, and of the logits only the
+    groups drawn are read. Rows are -1 where thinning drops them or nothing is left to draw. The vocabulary is never
+    gathered: one all-gather of [N, 1], one all-reduce of [N, M].
 
     Args:
-        kept_ids_NK: ids to leave out, -1 where unused.
+        logits_Nv: this rank's real columns, -inf at kept ids.
+        maximum_N: the largest logit of the whole vocabulary, kept or not.
+        sums_NG: sums of exp(logit - maximum) of every `GROUP_COLUMNS` columns.
+        tail_mass_N: probability outside the kept ids; decides on thinning.
         uniforms_NU: `tail_uniforms` of the rows; U = M + 1.
     """
     num_rows, num_samples = len(logits_Nv), uniforms_NU.shape[1] - 1
-    maximum_N, sum_exp_N = max_and_sum_exp(logits_Nv, shard)
-    total_N = shard.all_reduce(sum_exp_N.double(), ReduceOp.SUM)
-    tail_N = torch.zeros_like(total_N)
-    for rows in _blocks(num_rows, shard):
-        tail_N[rows] = _tail_weights(logits_Nv, kept_ids_NK, maximum_N, rows, shard).sum(dim=-1)
-    # Every rank finds the same owner of each draw; rounding at the end of the tail asks its last owner.
-    ends_NR = shard.gather(tail_N[:, None]).cumsum(dim=-1)
-    all_tail_N = ends_NR[:, -1]
+    ends_NG = sums_NG.double().cumsum(dim=-1)
+    ends_NR = shard.gather(ends_NG[:, -1:]).cumsum(dim=-1)
     strata_M = torch.arange(num_samples, device=logits_Nv.device, dtype=torch.float64)
-    wanted_NM = (strata_M + uniforms_NU[:, :num_samples]) / num_samples * all_tail_N[:, None]
-    last_owner_N = torch.searchsorted(ends_NR, ends_NR[:, -1:].contiguous())
-    owner_NM = torch.searchsorted(ends_NR, wanted_NM, right=True).minimum(last_owner_N)
-    rank = torch.distributed.get_rank(shard.group) if shard.group is not None else 0
-    held_NM = (owner_NM == rank) & (all_tail_N > 0)[:, None]
-    # Rounding may put a draw right below its owner's part, where it would find the first column even if that is kept.
-    wanted_NM = (wanted_NM - (ends_NR[:, rank : rank + 1] - tail_N[:, None])).clamp_(min=0)
+    wanted_NM = (strata_M + uniforms_NU[:, :num_samples]) / num_samples * ends_NR[:, -1:]
+    owner_NM, wanted_NM = _find(ends_NR, wanted_NM)  # every rank finds the same owner
     ids_NM = torch.zeros(num_rows, num_samples, dtype=torch.int64, device=logits_Nv.device)
-    for rows in _blocks(num_rows, shard):
-        running = _tail_weights(logits_Nv, kept_ids_NK, maximum_N, rows, shard).cumsum(dim=-1)
-        # The last column that adds anything is the first to reach the end.
-        last = torch.searchsorted(running, running[:, -1:].contiguous())
-        columns = torch.searchsorted(running, wanted_NM[rows].contiguous(), right=True)
-        ids_NM[rows] = torch.where(held_NM[rows], columns.minimum(last) + shard.start, 0)
+    if shard.num_real:
+        for rows in row_blocks(num_rows, num_samples * GROUP_COLUMNS, BLOCK_ELEMENTS):
+            group_NM, inside_NM = _find(ends_NG[rows], wanted_NM[rows])
+            column_NM = _find_column(logits_Nv[rows], maximum_N[rows], group_NM, inside_NM)
+            ids_NM[rows] = torch.where(owner_NM[rows] == shard.rank, column_NM + shard.start, 0)
     shard.all_reduce(ids_NM, ReduceOp.SUM)
-    tail_mass_N = all_tail_N / total_N
     thinned_N = uniforms_NU[:, -1] * SMALLEST_SAMPLED_TAIL >= tail_mass_N
-    return ids_NM.masked_fill_((thinned_N | (all_tail_N == 0))[:, None], -1), tail_mass_N
+    return ids_NM.masked_fill_((thinned_N | (ends_NR[:, -1] == 0))[:, None], -1)
 
 
-def _blocks(num_rows: int, shard: VocabShard) -> list[slice]:
-    return row_blocks(num_rows, shard.num_real) if shard.num_real else []
+def _find(ends: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the first part that ends beyond each wanted number, the number from the start of that part)."""
+    # The last part that adds anything is the first to reach the end: rounding must not lead past it, nor below a start,
+    # where the first of the part would be found even if it is kept.
+    last = torch.searchsorted(ends, ends[..., -1:].contiguous())
+    found = torch.searchsorted(ends, wanted.contiguous(), right=True).minimum(last)
+    starts = torch.nn.functional.pad(ends, (1, 0)).gather(-1, found)
+    return found, (wanted - starts).clamp_(min=0)
 
 
-def _tail_weights(
-    logits_Nv: torch.Tensor, kept_ids_NK: torch.Tensor, maximum_N: torch.Tensor, rows: slice, shard: VocabShard
+def _find_column(
+    logits_Nv: torch.Tensor, maximum_N: torch.Tensor, group_NM: torch.Tensor, inside_NM: torch.Tensor
 ) -> torch.Tensor:
-    """exp(logit - maximum) of a block of rows in float64, 0 at kept ids."""
-    shifted = logits_Nv[rows, : shard.num_real].to(maximum_N.dtype) - maximum_N[rows, None]
-    weights = shifted.exp_().double()
-    columns_NK, held_NK = shard.local(kept_ids_NK[rows])
-    # An id held elsewhere points at column 0: it must multiply by 1 there.
-    return weights.scatter_reduce_(1, columns_NK, (~held_NK).double(), "prod")
+    """The columns [N, M] at which the sums of exp(logit - maximum) over a group pass the wanted numbers."""
+    last_column = logits_Nv.shape[1] - 1
+    columns_NMg = group_NM[..., None] * GROUP_COLUMNS + torch.arange(GROUP_COLUMNS, device=logits_Nv.device)
+    logits_NMg = logits_Nv.gather(1, columns_NMg.clamp(max=last_column).flatten(1)).view(columns_NMg.shape)
+    weights_NMg = (logits_NMg.double() - maximum_N[:, None, None]).exp_().masked_fill_(columns_NMg > last_column, 0)
+    place_NM1, _ = _find(weights_NMg.cumsum(dim=-1), inside_NM[..., None])
+    return group_NM * GROUP_COLUMNS + place_NM1[..., 0]

@@ -1,92 +1,310 @@
-"""What a teacher's logits say about each position, over a vocabulary that is spread over tensor-parallel ranks.
+"""What a teacher says about each position, straight from hidden states: the full logits never exist.
 
-Shape legend: N positions, K kept logits, T temperatures, v this rank's vocabulary columns.
+A block of rows at a time is projected onto this rank's part of the vocabulary and reduced to a few numbers a row:
+
+- The head, the k largest logits. Of groups of columns the k with the largest maxima hold them all; these groups are found
+  in the same way among groups of groups. So the vocabulary is read once, and sorted never.
+- The rest. With -inf in the places of the head, a softmax of some rows, few enough to stay in the processor's cache, gives
+  the rest's weights up to a factor; the weight of the largest logit of the rest tells it.
+
+Head and rest are added up in float64 and never subtracted, so the tail mass is right to float32 however small it is.
+Ranks exchange heads and sums: an all-gather of numbers and one of ids for each block, and two more for tail samples.
+
+Shape legend: N positions, H hidden size, K kept logits, T temperatures, M tail samples, U = M + 1, R ranks, C candidates of
+all ranks, G groups of columns, v this rank's vocabulary columns, k this rank's candidates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch.distributed import ReduceOp
 
-from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks, row_maximum
+from nemo_kd.ops.tail_sampling import GROUP_COLUMNS, sample_tail
+from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
+
+BLOCK_BYTES = {False: 1 << 27, True: 1 << 28}
+"""Logits that exist at once, on a CPU and on a GPU: each block reads the whole weight, so small ones cost time."""
+TILE_ELEMENTS = {False: 1 << 20, True: 1 << 24}
+"""What a softmax takes at once, on a CPU (where it stays in the cache) and on a GPU (where it must be worth a launch)."""
+SEARCHED_ELEMENTS = {False: 1 << 22, True: 1 << 27}
+"""What is searched for its largest at once."""
+CANDIDATE_BYTES = 64
+"""Working memory of a candidate while ranks exchange theirs."""
+FAN_OUT = 8
+"""Columns or groups that share a maximum."""
 
 
-class TopK(NamedTuple):
-    """The largest logits, shifted so that the first is 0, and what the whole vocabulary's logits shifted alike give.
+class TopKRows(NamedTuple):
+    """What the teacher says about N positions. float32 (float64 from float64 hidden states) and int32.
 
-    `log_sum_exp_logits_TN[t]` is that of the shifted logits divided by temperature t; `label_logprobs_N` is None without
-    labels.
+    Attributes:
+        topk_logits_NK: shifted so that the largest is 0, descending, equal ones by id; -inf where not kept.
+        topk_token_ids_NK: -1 where not kept.
+        log_sum_exp_N: of the shifted logits over the whole real vocabulary; not finite where any logit is NaN or +inf.
+        tail_mass_NT: probability outside the kept ids at each temperature.
+        label_logprobs_N: in nats at temperature 1; -inf for a label that is no token.
+        tail_token_ids_NM: see `tail_sampling`; None without random numbers.
     """
 
     topk_logits_NK: torch.Tensor
     topk_token_ids_NK: torch.Tensor
-    log_sum_exp_logits_TN: torch.Tensor
-    label_logprobs_N: torch.Tensor | None
+    log_sum_exp_N: torch.Tensor
+    tail_mass_NT: torch.Tensor
+    label_logprobs_N: torch.Tensor
+    tail_token_ids_NM: torch.Tensor | None
 
 
 @torch.no_grad()
-def vocab_parallel_topk(
-    logits_Nv: torch.Tensor,
-    k: int,
+def topk_rows(
+    hidden_NH: torch.Tensor,
+    weight_vH: torch.Tensor,
+    labels_N: torch.Tensor,
     shard: VocabShard,
-    labels_N: torch.Tensor | None = None,
+    *,
+    top_k: int,
+    kept: Callable[[torch.Tensor], torch.Tensor],
     temperatures: Sequence[float] = (1.0,),
-) -> TopK:
-    """The `k` largest logits of every row over the whole real vocabulary, on every rank alike.
+    uniforms_NU: torch.Tensor | None = None,
+    block_bytes: int | None = None,
+) -> TopKRows:
+    """The rows of logits = hidden @ weight.T, the same on every rank of the shard's group.
 
-    Each rank takes the k largest of its own columns; then tp_size * k candidates a row are gathered, never the
-    vocabulary. Equal logits are ordered by token id. Two all-reduces of [N] and [T + 1, N] and one all-gather of [N, k]
-    values and ids.
+    Beside the result it takes `block_bytes` for a block of logits and what ranks exchange (at least one row), an eighth of
+    that for maxima, and two float32 tiles: no more for more rows. Products of half precision are float32 logits on a GPU
+    with torch >= 2.8, elsewhere logits of their own precision; sums run in float32 or better. Never waits for the GPU.
 
     Args:
-        logits_Nv: this rank's columns, any float dtype; sums run in float32 (float64 for float64).
-        k: at most the real vocabulary.
+        weight_vH: this rank's rows of the output layer; those past `shard.num_real` are padding and never read.
+        top_k: at most the real vocabulary.
+        kept: which of each row's descending probabilities [N, K] are kept, as a mask that is a prefix.
         temperatures: the first is 1.
+        uniforms_NU: `tail_uniforms` of the rows; None draws no tail samples.
+        block_bytes: None is `BLOCK_BYTES`.
 
     Raises:
-        ValueError: k exceeds the vocabulary.
+        ValueError: top_k exceeds the vocabulary.
     """
-    if k > shard.vocab_size:
-        raise ValueError(f"top_k: {k} exceeds the vocabulary of {shard.vocab_size} tokens")
-    maximum_N = row_maximum(logits_Nv, shard)
-    sums = _sums(logits_Nv, maximum_N, shard, labels_N, temperatures)
-    log_sum_exp_TN = sums[: len(temperatures)].log()
-    label_logprobs_N = None if labels_N is None else sums[-1] - maximum_N - log_sum_exp_TN[0]
-
-    values_NK = logits_Nv.new_full((len(logits_Nv), k), float("-inf"), dtype=reduction_dtype(logits_Nv))
-    ids_NK = torch.full((len(logits_Nv), k), -1, dtype=torch.int64, device=logits_Nv.device)
-    num_local = min(k, shard.num_real)
-    if num_local:
-        values, columns = logits_Nv[:, : shard.num_real].topk(num_local, dim=-1)
-        values_NK[:, :num_local] = values
-        ids_NK[:, :num_local] = columns + shard.start
-    values_NC, ids_NC = shard.gather(values_NK), shard.gather(ids_NK)
-
-    # Ids first, then a stable sort by value: ties end in the same order whatever the layout.
-    ids_NC, by_id = ids_NC.sort(dim=-1)
-    values_NC, by_value = values_NC.gather(-1, by_id).sort(dim=-1, descending=True, stable=True)
-    ids_NC = ids_NC.gather(-1, by_value)
-    return TopK(values_NC[:, :k] - maximum_N[:, None], ids_NC[:, :k].contiguous(), log_sum_exp_TN, label_logprobs_N)
+    if top_k > shard.vocab_size:
+        raise ValueError(f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens")
+    num_rows, dtype = len(hidden_NH), _logits_dtype(hidden_NH)
+    row_bytes = len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
+    num_blocks = -(-num_rows // max(1, (block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]) // row_bytes))
+    # Of equal size, as a small block is slow; and as many on every rank, whatever its padding.
+    blocks = row_blocks(num_rows, 1, -(-num_rows // num_blocks)) if num_rows else [slice(0, 0)]
+    buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)
+    parts = []
+    for rows in blocks:
+        logits_Nv = buffer_Nv[: rows.stop - rows.start]
+        _project(hidden_NH[rows], weight_vH[: shard.num_real], logits_Nv)
+        uniforms = None if uniforms_NU is None else uniforms_NU[rows]
+        parts.append(topk_of_logits(logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms))
+    return TopKRows._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
 
 
-def _sums(
+@torch.no_grad()
+def topk_of_logits(
     logits_Nv: torch.Tensor,
-    maximum_N: torch.Tensor,
+    labels_N: torch.Tensor,
     shard: VocabShard,
-    labels_N: torch.Tensor | None,
-    temperatures: Sequence[float],
-) -> torch.Tensor:
-    """[T + 1, N] over all ranks: sums of exp((logit - maximum) / temperature), and the label's logit."""
-    sums = maximum_N.new_zeros(len(temperatures) + 1, len(maximum_N))
-    for rows in row_blocks(len(logits_Nv), shard.num_real) if shard.num_real else ():
-        shifted = logits_Nv[rows, : shard.num_real].to(maximum_N.dtype) - maximum_N[rows, None]
-        for number, temperature in enumerate(temperatures):
-            sums[number, rows] = (shifted / temperature).exp_().sum(dim=-1)
-    if labels_N is not None:
+    top_k: int,
+    kept: Callable[[torch.Tensor], torch.Tensor],
+    temperatures: Sequence[float] = (1.0,),
+    uniforms_NU: torch.Tensor | None = None,
+) -> TopKRows:
+    """`topk_rows` of logits that exist: this rank's columns without the padding. The largest are overwritten."""
+    label_logits_N = logits_Nv.new_full((len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv))
+    if shard.num_real:
         columns_N, held_N = shard.local(labels_N)
-        label_logits_N = logits_Nv.gather(1, columns_N[:, None])[:, 0].to(sums.dtype)
-        sums[-1] = torch.where(held_N, label_logits_N, 0)
-    return shard.all_reduce(sums, ReduceOp.SUM)
+        label_logits_N = torch.where(held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], label_logits_N)
+    head = _take_head(logits_Nv, top_k)
+    rest_NT, sums_NG = _sum_rest(logits_Nv, head, temperatures)
+    found = _gather(head, rest_NT, label_logits_N, shard, top_k, temperatures)
+
+    order_NK, dtype = _ordered(found, top_k), found.logits_NC.dtype
+    log_sum_exp_N = (found.logits_NC.double().exp().sum(dim=-1) + found.rest_NT[:, 0]).log_()
+    topk_logits_NK = found.logits_NC.gather(1, order_NK)
+    kept_NK = kept((topk_logits_NK - log_sum_exp_N[:, None].to(dtype)).exp_())
+    kept_NC = torch.zeros_like(found.ids_NC, dtype=torch.bool).scatter_(1, order_NK, kept_NK)
+    tail_mass_NT = torch.empty_like(found.rest_NT)
+    for number, temperature in enumerate(temperatures):
+        weights_NC = (found.logits_NC.double() / temperature).exp_()
+        total_N = weights_NC.sum(dim=-1) + found.rest_NT[:, number]
+        tail_mass_NT[:, number] = weights_NC.masked_fill_(kept_NC, 0).sum(dim=-1) + found.rest_NT[:, number]
+        tail_mass_NT[:, number] /= total_N
+    samples_NM = None
+    if uniforms_NU is not None:
+        kept_Nk = kept_NC[:, shard.rank * top_k :][:, : head.columns_Nk.shape[1]]
+        _put_back(logits_Nv, sums_NG, head, kept_Nk, found.maximum_N)
+        samples_NM = sample_tail(logits_Nv, found.maximum_N, sums_NG, tail_mass_NT[:, 0], uniforms_NU, shard).int()
+    return TopKRows(
+        topk_logits_NK.masked_fill_(~kept_NK, float("-inf")),
+        found.ids_NC.gather(1, order_NK).masked_fill_(~kept_NK, -1).int(),
+        log_sum_exp_N.to(dtype),
+        tail_mass_NT.to(dtype),
+        (found.label_logits_N - found.maximum_N - log_sum_exp_N).to(dtype),
+        samples_NM,
+    )
+
+
+def _logits_dtype(hidden_NH: torch.Tensor) -> torch.dtype:
+    half = hidden_NH.dtype in (torch.bfloat16, torch.float16)
+    widens = hidden_NH.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+    return torch.float32 if half and widens else hidden_NH.dtype
+
+
+def _project(hidden_NH: torch.Tensor, weight_vH: torch.Tensor, logits_Nv: torch.Tensor) -> None:
+    if logits_Nv.dtype == hidden_NH.dtype:
+        torch.mm(hidden_NH, weight_vH.T, out=logits_Nv)
+    elif logits_Nv.numel():
+        torch.mm(hidden_NH, weight_vH.T, out_dtype=logits_Nv.dtype, out=logits_Nv)
+
+
+class _Head(NamedTuple):
+    """A rank's k largest logits, fewer where it has fewer columns, and the largest of the others."""
+
+    logits_Nk: torch.Tensor
+    columns_Nk: torch.Tensor
+    next_logit_N: torch.Tensor
+    next_column_N: torch.Tensor
+    maximum_N: torch.Tensor
+
+
+def _take_head(logits_Nv: torch.Tensor, top_k: int) -> _Head:
+    """The `top_k` largest logits, with -inf left in their places. Without others the next logit is -inf."""
+    (num_rows, num_columns), dtype = logits_Nv.shape, reduction_dtype(logits_Nv)
+    # In tiles, as fresh memory for the maxima and ids of a whole block costs more on a CPU than the search.
+    tiles = row_blocks(num_rows, num_columns, SEARCHED_ELEMENTS[logits_Nv.is_cuda]) or [slice(0, 0)]
+    found = [_largest(logits_Nv[rows], min(top_k + 1, num_columns)) for rows in tiles]
+    values, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
+    values, order = values.to(dtype).sort(dim=-1, descending=True)
+    columns = columns.gather(1, order)
+    nothing_N1 = values.new_full((num_rows, 1), float("-inf"))
+    values = torch.cat([values, nothing_N1], dim=1)
+    next_column_N = columns[:, top_k] if num_columns > top_k else columns.new_zeros(num_rows)
+    next_logit_N = values[:, min(top_k, num_columns)]
+    columns_Nk = columns[:, :top_k]
+    _assign(logits_Nv, columns_Nk, values.new_full((), float("-inf")))
+    return _Head(values[:, : columns_Nk.shape[1]], columns_Nk, next_logit_N, next_column_N, values[:, 0])
+
+
+def _assign(logits_Nv: torch.Tensor, columns_Nk: torch.Tensor, values: torch.Tensor) -> None:
+    # Not scatter_, which copies all of a bfloat16 tensor on a CPU.
+    rows_N1 = torch.arange(len(logits_Nv), device=logits_Nv.device)[:, None]
+    logits_Nv.index_put_((rows_N1, columns_Nk), values.to(logits_Nv.dtype))
+
+
+def _largest(logits_Nv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values, columns) [N, k] of each row's k largest, unordered."""
+    num_rows, num_columns = logits_Nv.shape
+    if num_columns <= 2 * FAN_OUT * k:
+        return logits_Nv.topk(k, dim=-1, sorted=False)
+    # A group is every num_groups-th column, so that its maximum is one of whole vectors.
+    num_groups = num_columns // FAN_OUT
+    whole = FAN_OUT * num_groups
+    maxima_NG = logits_Nv[:, :whole].unflatten(1, (FAN_OUT, num_groups)).amax(dim=1)
+    groups_Nk = _largest(maxima_NG, k)[1]
+    steps = torch.arange(0, whole, num_groups, device=logits_Nv.device)
+    columns = (groups_Nk[:, None] + steps[:, None]).flatten(1)
+    if whole < num_columns:
+        left_over = torch.arange(whole, num_columns, device=logits_Nv.device).expand(num_rows, -1)
+        columns = torch.cat([columns, left_over], dim=1)
+    values, order = logits_Nv.gather(1, columns).topk(k, dim=-1, sorted=False)
+    return values, columns.gather(1, order)
+
+
+def _sum_rest(logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums of exp((logit - maximum) / temperature) without the head's: all [N, T], groups of columns [N, G] at the first."""
+    (num_rows, num_columns), dtype = logits_Nv.shape, reduction_dtype(logits_Nv)
+    rest_NT = logits_Nv.new_zeros(num_rows, len(temperatures), dtype=dtype)
+    sums_NG = logits_Nv.new_zeros(num_rows, max(1, -(-num_columns // GROUP_COLUMNS)), dtype=dtype)
+    if num_columns == head.columns_Nk.shape[1]:
+        return rest_NT, sums_NG
+    tiles = row_blocks(num_rows, num_columns, TILE_ELEMENTS[logits_Nv.is_cuda])
+    scratch = logits_Nv.new_empty(2, tiles[0].stop if tiles else 0, num_columns, dtype=dtype)
+    for rows in tiles:
+        scaled_Nv, weights_Nv = scratch[:, : rows.stop - rows.start]
+        next_column_N1, next_logit_N1 = head.next_column_N[rows, None], head.next_logit_N[rows, None]
+        for number, temperature in enumerate(temperatures):
+            tile_Nv = logits_Nv[rows]
+            if temperature != 1:
+                tile_Nv = scaled_Nv.copy_(tile_Nv).div_(temperature)
+            elif tile_Nv.dtype != dtype:
+                tile_Nv = scaled_Nv.copy_(tile_Nv)
+            torch.softmax(tile_Nv, dim=-1, out=weights_Nv)
+            scale_N1 = ((next_logit_N1 - head.maximum_N[rows, None]) / temperature).exp_()
+            scale_N1 /= weights_Nv.gather(1, next_column_N1)
+            # A softmax of nothing but -inf is NaN.
+            groups_NG = (_group_sums(weights_Nv) * scale_N1).masked_fill_(next_logit_N1 == float("-inf"), 0)
+            rest_NT[rows, number] = groups_NG.sum(dim=-1)
+            if number == 0:
+                sums_NG[rows] = groups_NG
+    return rest_NT, sums_NG
+
+
+def _group_sums(weights_Nv: torch.Tensor) -> torch.Tensor:
+    num_whole, left_over = divmod(weights_Nv.shape[1], GROUP_COLUMNS)
+    sums_NG = weights_Nv[:, : num_whole * GROUP_COLUMNS].unflatten(1, (num_whole, GROUP_COLUMNS)).sum(dim=-1)
+    if left_over:
+        sums_NG = torch.cat([sums_NG, weights_Nv[:, -left_over:].sum(dim=-1, keepdim=True)], dim=1)
+    return sums_NG
+
+
+class _Gathered(NamedTuple):
+    """`top_k` candidates of each rank, in rank order, and sums over the ranks; logits are relative to the largest."""
+
+    logits_NC: torch.Tensor
+    ids_NC: torch.Tensor
+    maximum_N: torch.Tensor
+    rest_NT: torch.Tensor
+    label_logits_N: torch.Tensor
+
+
+def _gather(
+    head: _Head,
+    rest_NT: torch.Tensor,
+    label_logits_N: torch.Tensor,
+    shard: VocabShard,
+    top_k: int,
+    temperatures: Sequence[float],
+) -> _Gathered:
+    """Two all-gathers. A rank with fewer columns than `top_k` fills up with logits of -inf; sums are float64."""
+    missing = (0, top_k - head.logits_Nk.shape[1])
+    logits_Nk = torch.nn.functional.pad(head.logits_Nk, missing, value=float("-inf"))
+    # Filled up with an id above all others: real logits of -inf stand before it.
+    ids_Nk = torch.nn.functional.pad(head.columns_Nk + shard.start, missing, value=shard.vocab_size)
+    numbers_NX = torch.cat([logits_Nk, rest_NT, label_logits_N[:, None]], dim=1)
+    numbers_NRX = shard.gather(numbers_NX).unflatten(1, (-1, numbers_NX.shape[1]))
+    logits_NRk, rest_NRT, label_logits_NR1 = numbers_NRX.split([top_k, len(temperatures), 1], dim=-1)
+    maximum_NR = logits_NRk.amax(dim=-1)
+    maximum_N = maximum_NR.amax(dim=-1)
+    scales_NR = (maximum_NR - maximum_N[:, None]).double()
+    sums = [
+        (rest_NRT[..., number] * (scales_NR / temperature).exp_()).sum(dim=-1)
+        for number, temperature in enumerate(temperatures)
+    ]
+    return _Gathered(
+        (logits_NRk - maximum_N[:, None, None]).flatten(1),
+        shard.gather(ids_Nk),
+        maximum_N,
+        torch.stack(sums, dim=1),
+        label_logits_NR1.amax(dim=(1, 2)),
+    )
+
+
+def _ordered(found: _Gathered, top_k: int) -> torch.Tensor:
+    """[N, K] places of the `top_k` largest candidates, equal ones by id: the same in every layout."""
+    by_id_NC = found.ids_NC.argsort(dim=-1)
+    by_logit_NC = found.logits_NC.gather(1, by_id_NC).argsort(dim=-1, descending=True, stable=True)
+    return by_id_NC.gather(1, by_logit_NC[:, :top_k])
+
+
+def _put_back(
+    logits_Nv: torch.Tensor, sums_NG: torch.Tensor, head: _Head, kept_Nk: torch.Tensor, maximum_N: torch.Tensor
+) -> None:
+    """Gives the head's logits that are not kept their places again, and the groups' sums their weights."""
+    logits_Nk = head.logits_Nk.masked_fill(kept_Nk, float("-inf"))
+    _assign(logits_Nv, head.columns_Nk, logits_Nk)
+    sums_NG *= (head.maximum_N - maximum_N).exp_()[:, None]
+    sums_NG.scatter_add_(1, head.columns_Nk // GROUP_COLUMNS, (logits_Nk - maximum_N[:, None]).exp_())

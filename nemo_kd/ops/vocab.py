@@ -37,6 +37,15 @@ class VocabShard:
         start = rank * num_columns
         return cls(start, max(0, min(num_columns, vocab_size - start)), vocab_size, group)
 
+    @property
+    def num_ranks(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def rank(self) -> int:
+        """This rank's place in the group."""
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
     def local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(column of each id, whether this rank holds it); the column of an id held elsewhere is 0."""
         column = ids - self.start
@@ -45,22 +54,22 @@ class VocabShard:
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp.RedOpType) -> torch.Tensor:
         """`tensor` reduced in place over the ranks of the group."""
-        if self.group is not None and self.group.size() > 1:
+        if self.num_ranks > 1:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
     def sum_parts(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
         """Tensors [N, C_i] summed over the ranks of the group, in one all-reduce."""
-        if self.group is None or self.group.size() == 1:
+        if self.num_ranks == 1:
             return parts
         widths = [part.shape[1] for part in parts]
         return list(self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1))
 
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
         """The [N, C] tensors of all ranks of the group side by side, in rank order."""
-        if self.group is None or self.group.size() == 1:
+        if self.num_ranks == 1:
             return tensor_NC
-        parts = [torch.empty_like(tensor_NC) for _ in range(self.group.size())]
+        parts = [torch.empty_like(tensor_NC) for _ in range(self.num_ranks)]
         torch.distributed.all_gather(parts, tensor_NC.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
@@ -74,26 +83,3 @@ def row_blocks(num_rows: int, num_columns: int, max_elements: int = 1 << 22) -> 
     """Row ranges that cover `num_rows`, each of at most `max_elements` elements (at least one row)."""
     rows = max(1, max_elements // max(1, num_columns))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
-
-
-def row_maximum(logits_Nv: torch.Tensor, shard: VocabShard) -> torch.Tensor:
-    """Per row, the maximum over the whole real vocabulary, in `reduction_dtype`. One all-reduce of [N]."""
-    if shard.num_real:
-        maximum_N = logits_Nv[:, : shard.num_real].amax(dim=-1).to(reduction_dtype(logits_Nv))
-    else:
-        maximum_N = logits_Nv.new_full((len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv))
-    return shard.all_reduce(maximum_N, ReduceOp.MAX)
-
-
-def max_and_sum_exp(logits_Nv: torch.Tensor, shard: VocabShard) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per row, the maximum over the whole real vocabulary and this rank's sum of exp(logit - maximum).
-
-    One all-reduce of [N]. The sums of all ranks still have to be added up; both are in `reduction_dtype`. Working
-    memory is one block of rows in that dtype, not a second copy of the logits.
-    """
-    maximum_N = row_maximum(logits_Nv, shard)
-    sum_exp_N = torch.zeros_like(maximum_N)
-    for rows in row_blocks(len(logits_Nv), shard.num_real) if shard.num_real else ():
-        block = logits_Nv[rows, : shard.num_real].to(maximum_N.dtype)
-        sum_exp_N[rows] = (block - maximum_N[rows, None]).exp_().sum(dim=-1)
-    return maximum_N, sum_exp_N

@@ -7,6 +7,7 @@ export TASKS_PER_NODE="${TASKS_PER_NODE:-$((GPUS_PER_NODE > 0 ? GPUS_PER_NODE : 
 export CONTAINER="${CONTAINER:-}"                    # image for pyxis (srun --container-image); empty: none
 export MOUNTS="${MOUNTS:-}"                          # source:target,source:target for the container
 export VENV="${VENV:-}"                              # virtual environment to activate; empty: none
+export MAX_REQUEUES="${MAX_REQUEUES:-50}"            # times that a job which ran out of time goes back into the queue
 
 # --- files, on storage that every node sees
 export WORK_DIR="${WORK_DIR:-${PWD}}"
@@ -20,6 +21,7 @@ export RESULTS_DIR="${RESULTS_DIR:-${WORK_DIR}/results}"
 # --- stage 1
 export TOP_K="${TOP_K:-128}"
 export N_EXAMPLES_PER_CHUNK="${N_EXAMPLES_PER_CHUNK:-10000}"
+export MAX_TOKENS_PER_BATCH="${MAX_TOKENS_PER_BATCH:-16384}" # of one forward pass of one replica of the teacher
 export TEACHER_TP="${TEACHER_TP:-8}"
 
 # --- stage 2
@@ -35,9 +37,12 @@ export MASTER_PORT="$((20000 + ${SLURM_JOB_ID:-0} % 20000))"
 export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron overlaps communication in the order it was issued
 export TOKENIZERS_PARALLELISM=false
 
-# run COMMAND KEY=VALUE ...: the command once per task of the job, in the container if there is one.
+REQUEUE=75 # exit status of a command that was interrupted with everything saved
+
+# run COMMAND KEY=VALUE ...: the command once per task of the job, in the container if there is one. Where it was
+# interrupted, the job goes back into the queue and runs the same command again.
 run() {
-    local options=(--ntasks-per-node="${TASKS_PER_NODE}" --kill-on-bad-exit=1)
+    local options=(--ntasks-per-node="${TASKS_PER_NODE}" --kill-on-bad-exit=1) status=0
     if [[ -n "${CONTAINER}" ]]; then
         options+=(--container-image="${CONTAINER}")
         [[ -z "${MOUNTS}" ]] || options+=(--container-mounts="${MOUNTS}")
@@ -46,5 +51,21 @@ run() {
         # shellcheck disable=SC1091
         source "${VENV}/bin/activate"
     fi
-    srun "${options[@]}" "$@"
+    srun "${options[@]}" "$@" || status="$?"
+    if ((status == REQUEUE)); then
+        requeue
+    fi
+    return "${status}"
+}
+
+# requeue: puts this job back into the queue; of an array, this task only (the number of the array alone would mean all).
+requeue() {
+    local job="${SLURM_JOB_ID}"
+    [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+    if ((${SLURM_RESTART_COUNT:-0} >= MAX_REQUEUES)); then
+        echo "job ${job} was requeued MAX_REQUEUES=${MAX_REQUEUES} times; submit it again to continue" >&2
+        return
+    fi
+    echo "job ${job} goes back into the queue"
+    scontrol requeue "${job}"
 }

@@ -1,21 +1,22 @@
 #!/usr/bin/env bash
-# Submits both stages as a chain: caches of train (an array) and validation, then the student once all of them succeeded.
-#     ACCOUNT=my_account PARTITION=my_partition NUM_CHUNKS=10 ./submit_all.sh
+# Submits both stages as a chain: the caches of train (an array of NUM_SHARDS jobs) and validation, then the student once
+# all of them succeeded, requeued ones included. Logs go to the current folder.
+#     ACCOUNT=my_account PARTITION=my_partition NUM_SHARDS=4 scripts/slurm/submit_all.sh
 set -euo pipefail
-cd "$(dirname "$0")"
-export NEMO_KD_SLURM_DIR="${PWD}"
+NEMO_KD_SLURM_DIR="$(cd "$(dirname "$0")" && pwd)"
+export NEMO_KD_SLURM_DIR
 # shellcheck source=scripts/slurm/env.sh
-source ./env.sh
+source "${NEMO_KD_SLURM_DIR}/env.sh"
 
-OPTIONS=()
+OPTIONS=(--ntasks-per-node="${TASKS_PER_NODE}" --gpus-per-node="${GPUS_PER_NODE}")
 [[ -z "${ACCOUNT:-}" ]] || OPTIONS+=(--account="${ACCOUNT}")
 [[ -z "${PARTITION:-}" ]] || OPTIONS+=(--partition="${PARTITION}")
-RANKS=(--ntasks-per-node="${TASKS_PER_NODE}" --gpus-per-node="${GPUS_PER_NODE}")
+TEACHER_JOB="${NEMO_KD_SLURM_DIR}/compute_topk_logits.sbatch"
+STUDENT_JOB="${NEMO_KD_SLURM_DIR}/train_student.sbatch"
 
 mkdir -p "${CACHE_DIR}" "${RESULTS_DIR}"
-train="$(sbatch --parsable "${OPTIONS[@]}" "${RANKS[@]}" --array="0-$((${NUM_CHUNKS:?give the number of chunks} - 1))" \
-    compute_topk_logits.sbatch train)"
-validation="$(sbatch --parsable "${OPTIONS[@]}" "${RANKS[@]}" compute_topk_logits.sbatch validation)"
-student="$(sbatch --parsable "${OPTIONS[@]}" "${RANKS[@]}" --dependency="afterok:${train}:${validation}" \
-    --kill-on-invalid-dep=yes train_student.sbatch)"
-echo "train caches ${train}, validation cache ${validation}, student ${student}"
+train="$(sbatch --parsable "${OPTIONS[@]}" --array="0-$((${NUM_SHARDS:-1} - 1))" "${TEACHER_JOB}" train)"
+validation="$(sbatch --parsable "${OPTIONS[@]}" "${TEACHER_JOB}" validation)"
+student="$(sbatch --parsable "${OPTIONS[@]}" --dependency="afterok:${train}:${validation}" --kill-on-invalid-dep=yes \
+    "${STUDENT_JOB}")"
+echo "train cache ${train}, validation cache ${validation}, student ${student}"

@@ -24,8 +24,8 @@ from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
-from nemo_kd.plan import plan_cache
-from nemo_kd.teacher import compute_topk_logits
+from nemo_kd.teacher.plan import plan_cache
+from nemo_kd.teacher.loop import compute_topk_logits
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -84,22 +84,35 @@ def check_rows(rows: list[dict], reference) -> None:
         np.testing.assert_allclose(expected, largest, atol=2e-4)
 
 
+TP, PP = "model__tensor_model_parallel_size", "model__pipeline_model_parallel_size"
+CP = "model__context_parallel_size"
+MICRO, TOKENS, SEGMENT = "model__micro_batch_size", "data__max_tokens_per_batch", "cache__segment_examples"
+
+
 @pytest.mark.parametrize(
-    ("world_size", "tp", "micro", "segment"),
-    [(1, 1, 1, 64), (1, 1, 3, 4), (2, 2, 2, 3), (2, 1, 1, 2), (2, 1, 2, 5), (4, 2, 1, 2), (4, 4, 4, 4), (4, 1, 1, 1)],
+    ("world_size", "layout"),
+    [
+        (1, {MICRO: 1}),
+        (1, {MICRO: 3, SEGMENT: 4, "data__packing": False}),
+        (1, {TOKENS: 150, "data__num_workers": 0}),
+        (2, {TP: 2, TOKENS: 200, SEGMENT: 3}),
+        (2, {TP: 2, "model__sequence_parallel": True, MICRO: 4, SEGMENT: 7}),
+        (2, {PP: 2, TOKENS: 120, SEGMENT: 5}),
+        (2, {PP: 2, MICRO: 2, "data__packing": False}),
+        (2, {CP: 2, TOKENS: 300}),
+        (2, {MICRO: 2, SEGMENT: 5}),
+        (4, {TP: 2, PP: 2, "model__sequence_parallel": True, TOKENS: 160, SEGMENT: 6}),
+        (4, {TP: 2, CP: 2, MICRO: 3}),
+        (4, {TP: 2, MICRO: 1, SEGMENT: 2}),
+        (4, {TP: 4, MICRO: 4, SEGMENT: 4}),
+        (4, {PP: 2, TOKENS: 100, SEGMENT: 4}),
+        (4, {MICRO: 1, SEGMENT: 1}),
+    ],
+    ids=str,
 )
-def test_rows_belong_to_their_example_in_every_layout(
-    ranks, world, reference, tmp_path, world_size, tp, micro, segment
-):
+def test_rows_belong_to_their_example_in_every_layout(ranks, world, reference, tmp_path, world_size, layout):
     _, model, dataset = world
-    overrides = {
-        "trainer__devices": world_size,
-        "model__tensor_model_parallel_size": tp,
-        "model__micro_batch_size": micro,
-        "cache__codec": "json",
-        "cache__segment_examples": segment,
-        "n_examples_per_chunk": 10,
-    }
+    overrides = {"trainer__devices": world_size, "cache__codec": "json", "n_examples_per_chunk": 10, **layout}
     assert (
         ranks(world_size).run(run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides)
         == [""] * world_size
@@ -209,7 +222,9 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.endswith(".lock")}
+    """The files that make the cache: neither locks nor metrics."""
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.endswith((".lock", "metrics.jsonl"))]
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
@@ -298,6 +313,7 @@ def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, t
         *(f"c_{chunk}.jsonl.zst{suffix}" for chunk in range(3) for suffix in ("", ".idx")),
         "c_manifest.json",
     }
+    assert (folder / "c_metrics.jsonl").exists()
     assert written[1] == written[0]
     assert written[2] == written[0]
 

@@ -17,8 +17,8 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.convert import convert
-from nemo_kd.mcore.distributed_checkpoint import tensors_in
-from nemo_kd.mcore.weights import SafetensorsFolder
+from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
+from nemo_kd.mcore.weights import open_hf_weights
 from tests.tiny_models import build_hf_model
 
 
@@ -92,14 +92,14 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(ConfigError, match=r"refers to posix.mkdir, which no checkpoint needs"):
-        tensors_in(tmp_path)
+        ShardedFolder(tmp_path)
     dotted = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x08os.mkdir\x93\x8c\x08attacked\x85R."
     (tmp_path / ".metadata").write_bytes(dotted)
     with pytest.raises(ConfigError, match=r"refers to torch.distributed.checkpoint.filesystem.os.mkdir"):
-        tensors_in(tmp_path)
+        ShardedFolder(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
     with pytest.raises(ConfigError, match="not the metadata of a distributed checkpoint"):
-        tensors_in(tmp_path)
+        ShardedFolder(tmp_path)
     assert not (tmp_path / "attacked").exists()
 
 
@@ -139,7 +139,7 @@ def test_weights_that_do_not_fit_config_json_are_refused(model, change, message)
     change(weights)
     save_file(weights, model / "model.safetensors")
     with open_pretrained(str(model)) as opened, pytest.raises(ConfigError, match=message):
-        SafetensorsFolder(model).check(opened.architecture)
+        open_hf_weights(model, opened.architecture)
 
 
 def test_the_dtype_holds_every_tensor_and_unknown_ones_are_refused(model):

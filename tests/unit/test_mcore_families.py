@@ -34,6 +34,15 @@ LLAMA_31 = {
 }
 
 
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_scaling": None,
+}
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -45,6 +54,11 @@ LLAMA_31 = {
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
         {"model_type": "qwen3", "num_key_value_heads": 4},
         {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1, "rope_theta": 1000000.0},
+        {"model_type": "mixtral"},
+        {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 9},
+        {"model_type": "qwen3_moe"},
+        {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
+        {"model_type": "qwen3_moe", "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 9},
         LLAMA_31,
     ],
     ids=str,
@@ -67,6 +81,16 @@ def test_fields_are_those_that_transformers_reads(config):
         sliding,
     )
 
+    if config["model_type"] in ("mixtral", "qwen3_moe"):
+        assert architecture.num_moe_experts == theirs.num_experts == theirs.num_local_experts
+        assert architecture.moe_router_topk == theirs.num_experts_per_tok
+        assert architecture.ffn_hidden_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert architecture.moe_normalize_topk == getattr(theirs, "norm_topk_prob", True)
+        # transformers 5 writes the number of experts under another name than transformers 4.
+        assert architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
+    else:
+        assert architecture.num_moe_experts is None
+
 
 def test_transformers_4_and_5_write_the_same_rope_differently():
     version_5 = {key: value for key, value in LLAMA_31.items() if not key.startswith("rope")}
@@ -83,7 +107,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type 'gpt2' is not supported; supported: llama, mistral, qwen2, qwen3"),
+        (
+            {"model_type": "gpt2"},
+            r"model_type 'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
+        ),
         ({"model_type": None}, "model_type None is not supported"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; supported: 'silu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
@@ -95,6 +122,14 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ({"sliding_window": 128}, "sliding_window = 128 is not supported for model_type llama"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
+        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported: 1"),
+        (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported; supported: \[\]"),
+        (QWEN3_MOE | {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not supported"),
+        (QWEN3_MOE | {"num_experts_per_tok": 5}, "moe_router_topk: 5 experts for a token are not supported .* 4 and"),
+        (
+            QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True},
+            "moe_router_topk: 1 experts for a token .* moe_normalize_topk is True; supported: from 2 to all",
+        ),
         ({"num_key_value_heads": 5}, "num_attention_heads: 32 is not a multiple of num_query_groups 5"),
         (
             {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},

@@ -1,4 +1,4 @@
-"""What stage 1 is going to cost, from a short probe: `logit_cache plan`."""
+"""What stage 1 is going to cost, from a short probe: `logit_cache plan` and `compute_topk_logits --dry-run`."""
 
 from __future__ import annotations
 
@@ -18,25 +18,28 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.teacher import Job, Teacher, open_job
+from nemo_kd.teacher.job import Job, Run, open_run
+from nemo_kd.teacher.model import Teacher
 
-NUM_PROBES, NUM_WARM_UPS = 24, 2
+NUM_PROBES, NUM_WARM_UPS = 48, 2
 NUM_MEASURED_RECORDS = 2000
 
 
 @dataclass(frozen=True)
 class Probe:
-    """Sums over the probed micro-batches.
+    """Sums over the probed records, on the rank of a replica that writes.
 
     Attributes:
-        seconds: of one rank, from records to encoded lines.
+        seconds: of the teacher; encoding happens beside it.
         file_bytes: of the lines; loss_tokens: in them.
+        computed_tokens: padding included.
     """
 
     records: int
     seconds: float
     file_bytes: int
     tokens: int
+    computed_tokens: int
     loss_tokens: int
     kept_mass: float
 
@@ -56,26 +59,21 @@ class Records:
 
 
 def plan_cache(config: ComputeTopkLogitsConfig) -> None:
-    """Runs the teacher on some micro-batches spread over the dataset and prints what the whole of it takes.
+    """Runs the teacher on some records spread over each dataset and prints what the whole of it takes; writes nothing.
 
     Raises:
         ConfigError, DataError: something the user gave cannot work.
     """
-    with open_job(config) as job:
-        indices = range(job.chunks[0][0], job.chunks[-1][-1] + 1)
+    with open_run(config) as run:
         started_s = time.perf_counter()
-        records = _measure_records(job, indices)
+        samples = [_measure_records(job) for job in run.jobs]
         measured_s = time.perf_counter() - started_s
-        teacher = job.load_teacher()
+        teacher = run.load_teacher()
         start_up_s = time.time() - _started_at() - measured_s
-        batches = _micro_batches(job, indices)
-        starts = np.random.default_rng(0).choice(len(batches), min(NUM_PROBES, len(batches)), replace=False)
-        probed = [batches[start] for start in sorted(starts.tolist())]
-        for batch in probed[:NUM_WARM_UPS]:
-            _probe(job, teacher, [batch])
-        probe = _probe(job, teacher, probed)
-        if torch.distributed.get_rank() == 0:
-            _print(job, indices, probe, records, start_up_s)
+        for job, records in zip(run.jobs, samples, strict=True):
+            probe = _probe(run, job, teacher)
+            if run.groups.is_writer and run.groups.data_rank == 0:
+                print_table([("layout", run.layout()), *_estimates(run, job, probe, records, start_up_s)])
 
 
 def _started_at() -> float:
@@ -85,42 +83,55 @@ def _started_at() -> float:
     return min(process.create_time(), launcher.create_time() if launcher is not None else float("inf"))
 
 
-def _measure_records(job: Job, indices: range) -> Records:
-    sample = np.random.default_rng(0).choice(indices, min(NUM_MEASURED_RECORDS, len(indices)), replace=False)
+def _indices(job: Job) -> range:
+    return range(job.chunks[0][0], job.chunks[-1][-1] + 1)
+
+
+def _sample(job: Job, size: int) -> list[Example]:
+    """Up to `size` of the job's records, spread at random, without those that make no example."""
+    indices = _indices(job)
+    chosen = np.random.default_rng(0).choice(indices, min(size, len(indices)), replace=False)
+    return [record for index in sorted(chosen.tolist()) if isinstance(record := job.dataset[index], Example)]
+
+
+def _measure_records(job: Job) -> Records:
+    num_records = min(NUM_MEASURED_RECORDS, len(_indices(job)))
     started_s = time.perf_counter()
-    records = [job.dataset[int(index)] for index in sample]
+    examples = _sample(job, num_records)
     seconds = time.perf_counter() - started_s
-    examples = [record for record in records if isinstance(record, Example)]
     return Records(
-        tokens=sum(example.num_tokens for example in examples) / len(records),
-        stored_tokens=sum(int(np.flatnonzero(example.loss_mask_S)[-1]) + 1 for example in examples) / len(records),
-        loss_tokens=sum(example.num_loss_tokens for example in examples) / len(records),
-        seconds=seconds / len(records),
+        tokens=sum(example.num_tokens for example in examples) / num_records,
+        stored_tokens=sum(int(np.flatnonzero(example.loss_mask_S)[-1]) + 1 for example in examples) / num_records,
+        loss_tokens=sum(example.num_loss_tokens for example in examples) / num_records,
+        seconds=seconds / num_records,
     )
 
 
-def _micro_batches(job: Job, indices: range) -> list[range]:
-    size = job.config.model.micro_batch_size
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _probe(job: Job, teacher: Teacher, batches: list[range]) -> Probe:
+def _probe(run: Run, job: Job, teacher: Teacher) -> Probe:
     lines, cache = lines_of(job.config.output_path), job.config.cache
-    file_bytes = tokens = loss_tokens = 0
-    kept_mass, started_s = 0.0, time.perf_counter()
-    for batch in batches:
-        records = [job.dataset[index] for index in batch]
-        for row in teacher.rows([record for record in records if isinstance(record, Example)]):
-            file_bytes += len(lines.write(encode(row, cache.codec, cache.positions)))
-            in_loss = row.example.loss_mask_S > 0
-            tokens, loss_tokens = tokens + row.example.num_tokens, loss_tokens + int(in_loss.sum())
-            kept_mass += float((1 - row.teacher.tail_mass_TS[0, in_loss]).sum())
+    examples = _sample(job, NUM_PROBES)
+    teacher.rows(examples[:NUM_WARM_UPS])
+    started_s = time.perf_counter()
+    started = teacher.start(examples)
+    compact = teacher.finish(started)
     seconds = time.perf_counter() - started_s
-    return Probe(sum(map(len, batches)), seconds, file_bytes, tokens, loss_tokens, kept_mass)
+    rows = [row.expanded() for row in compact]
+    masks = [row.example.loss_mask_S > 0 for row in rows]
+    return Probe(
+        records=len(examples),
+        seconds=seconds,
+        file_bytes=sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows),
+        tokens=sum(example.num_tokens for example in examples),
+        computed_tokens=started.computed_tokens,
+        loss_tokens=sum(int(mask.sum()) for mask in masks),
+        kept_mass=sum(
+            float((1 - row.teacher.tail_mass_TS[0, mask]).sum()) for row, mask in zip(rows, masks, strict=True)
+        ),
+    )
 
 
-def _print(job: Job, indices: range, probe: Probe, records: Records, start_up_s: float) -> None:
-    num_records, data_size = len(indices), job.groups.data_size
+def _estimates(run: Run, job: Job, probe: Probe, records: Records, start_up_s: float) -> list[tuple[str, str]]:
+    num_records, data_size = len(_indices(job)), run.groups.data_size
     tokens, loss_tokens = records.tokens * num_records, records.loss_tokens * num_records
     stored_tokens = records.stored_tokens * num_records
     # The probe's records may be longer or shorter than the dataset's: bytes follow loss tokens, time follows tokens.
@@ -131,23 +142,29 @@ def _print(job: Job, indices: range, probe: Probe, records: Records, start_up_s:
     segment_bytes = min(job.config.cache.segment_examples, num_records) / num_records * file_bytes
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
     folder = CacheLayout(job.config.output_path).folder
-    lines = [
+    return [
+        *([("split", job.split)] if job.split else []),
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
+        ("padding", f"{1 - probe.tokens / max(1, probe.computed_tokens):.1%}"),
         ("teacher mass kept", f"{probe.kept_mass / max(1, probe.loss_tokens):.4f}"),
         ("bytes per token", f"{file_bytes / max(1.0, stored_tokens):,.1f}"),
         ("disk", f"{_size(file_bytes)}, and {_size(largest_chunk)} more while a chunk is put together, in {folder}"),
         ("time", f"{timedelta(seconds=round(seconds))} on {data_size} data-parallel ranks ({seconds:,.0f} s)"),
         ("tokens per second", f"{tokens / max(1e-9, compute_s):,.0f}"),
-        ("memory of a rank", _size(host_bytes) + _device_memory(job)),
+        ("memory of a rank", _size(host_bytes) + _device_memory(run)),
         ("probed", f"{probe.records:,} records in {probe.seconds:.1f} s"),
     ]
+
+
+def print_table(lines: list[tuple[str, str]]) -> None:
+    """Names and values in two columns."""
     width = max(len(name) for name, _ in lines)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in lines), flush=True)
 
 
-def _device_memory(job: Job) -> str:
-    if job.groups.device.type != "cuda":
+def _device_memory(run: Run) -> str:
+    if run.groups.device.type != "cuda":
         return ""
     return f", {_size(torch.cuda.max_memory_allocated())} on its GPU"
 

@@ -1,0 +1,121 @@
+"""Why and when a run must stop early: a scheduler's signal, or the end of its time."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import psutil
+
+from nemo_kd.config import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+REQUEUE = 75
+"""Exit status (EX_TEMPFAIL) of a run that stopped early with everything saved: the same command continues."""
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+CHECK_INTERVAL_S = 1.0
+KEY = "nemo_kd/interruption"
+
+
+class Requeue(Exception):
+    """The run stops early, with everything saved; the message says why. Ends a command with the status REQUEUE."""
+
+
+class Interruption:
+    """From `with` on, SIGTERM and SIGUSR1 end nothing: they become a `reason` to stop, as does the end of `max_time`.
+
+    `max_time` counts from the start of the process: loading a large teacher takes its part of the job's time as well.
+    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end.
+
+    Raises:
+        ConfigError: `max_time` is not DD:HH:MM:SS.
+    """
+
+    def __init__(self, max_time: str | None = None) -> None:
+        self._max_time = max_time
+        self._max_time_s = float("inf") if max_time is None else _seconds(max_time)
+        self._started_s = time.monotonic() - (time.time() - psutil.Process().create_time())
+        self._signal: signal.Signals | None = None
+        self._reason: str | None = None
+        self._store: Store | None = None
+        self._rank = 0
+        self._next_check_s = 0.0
+        self._before: dict[signal.Signals, Any] = {}
+        self._mask_before: set[int] = set()
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
+            self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._before:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+            self._before = {}
+
+    def share(self, store: Store, rank: int) -> None:
+        """From now on a reason of any rank that shares `store` is every rank's, within a second or two."""
+        self._store, self._rank = store, rank
+
+    @property
+    def reason(self) -> str | None:
+        """Why to stop, or None. Once given it stays.
+
+        Cheap enough for every batch; every rank has to ask now and then. Ranks learn of it one after the other: what
+        several do together must follow the answer that one of them got.
+
+        Raises:
+            torch.distributed.DistError: the store is gone.
+        """
+        if self._reason is None:
+            self._reason = self._own_reason()
+            if self._store is not None:
+                if self._reason is not None:
+                    self._store.set(KEY, self._reason)
+                elif time.monotonic() >= self._next_check_s:
+                    self._next_check_s = time.monotonic() + CHECK_INTERVAL_S
+                    if self._store.check([KEY]):
+                        self._reason = self._store.get(KEY).decode()
+        return self._reason
+
+    def _own_reason(self) -> str | None:
+        if self._signal is not None:
+            return f"rank {self._rank} on {os.uname().nodename} received {self._signal.name}"
+        if time.monotonic() - self._started_s >= self._max_time_s:
+            return f"max_time_per_run={self._max_time} is over"
+        return None
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # Nothing but this: Python runs it between any two instructions of the main thread, in the middle of a store
+        # operation too.
+        self._signal = signal.Signals(number)
+
+
+def hold_back_warning_signal() -> None:
+    """SIGUSR1, which by default ends a process, waits from now on until an `Interruption` takes it.
+
+    The same in processes that this one starts.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+
+
+def _seconds(max_time: str) -> float:
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
+    if match is None:
+        raise ConfigError(
+            f"exp_manager.max_time_per_run: {max_time!r} is not DD:HH:MM:SS, for example 00:03:50:00; in a YAML file "
+            "it needs quotes"
+        )
+    days, hours, minutes, seconds = map(int, match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds

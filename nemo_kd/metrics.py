@@ -1,0 +1,316 @@
+"""What a run tells about itself: counters, their names with units, and where they are shown."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+WINDOW_INTERVALS = 10
+"""Recent rates are over so many intervals."""
+
+PEAK_BF16_FLOPS = {
+    r"\bH100 PCIe\b": 756e12,
+    r"\bH[12]00 NVL\b": 835e12,
+    r"\bH[12]00\b": 989e12,
+    r"\bA100\b": 312e12,
+    r"\bB200\b": 2250e12,
+}
+"""Dense bf16 FLOP/s by the name that torch.cuda.get_device_name gives, first match; from NVIDIA's data sheets."""
+
+
+def peak_flops(device_name: str, precision: str) -> float | None:
+    """FLOP/s that a GPU can reach in a dense bf16 product; None for unknown GPUs and other precisions."""
+    if not precision.startswith("bf16"):
+        return None
+    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)), None)
+
+
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Floating-point operations that a decoder's forward pass needs; a multiplication and an addition are two.
+
+    Only matrix products and attention count, attention only between a token and those it sees, the output layer only at
+    positions in the loss, of the experts only those a token goes through. What is computed besides (padding, masked
+    scores, recomputation) lowers the utilisation.
+    """
+
+    per_token: float
+    per_loss_token: float
+    per_pair: float
+    """A token and one that it sees, itself included, in all layers without a window."""
+    per_window_pair: float = 0.0
+    window_size: int = 0
+
+    @classmethod
+    def of_gpt(
+        cls,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        ffn_hidden_size: int,
+        num_attention_heads: int,
+        num_query_groups: int,
+        kv_channels: int,
+        vocab_size: int,
+        window_size: int | None = None,
+        num_window_layers: int = 0,
+        num_moe_experts: int | None = None,
+        moe_router_topk: int = 0,
+        moe_ffn_hidden_size: int | None = None,
+    ) -> ForwardFlops:
+        """For a decoder with gated feed-forward layers, or `moe_router_topk` such experts a token.
+
+        per token and layer: 2 H (2 heads d + 2 groups d) + 2 * 3 H F; with experts 2 * 3 H F k + 2 H E.
+        per pair and layer: 4 heads d (scores, weighted sum). per loss token: 2 H V.
+        """
+        attention = 2 * hidden_size * (2 * num_attention_heads + 2 * num_query_groups) * kv_channels
+        if num_moe_experts:
+            ffn_size = moe_ffn_hidden_size or ffn_hidden_size
+            feed_forward = 6 * hidden_size * ffn_size * moe_router_topk + 2 * hidden_size * num_moe_experts
+        else:
+            feed_forward = 6 * hidden_size * ffn_hidden_size
+        pair = 4 * num_attention_heads * kv_channels
+        num_window_layers = num_window_layers if window_size else 0
+        return cls(
+            per_token=num_layers * (attention + feed_forward),
+            per_loss_token=2 * hidden_size * vocab_size,
+            per_pair=(num_layers - num_window_layers) * pair,
+            per_window_pair=num_window_layers * pair,
+            window_size=window_size or 0,
+        )
+
+    def example(self, num_tokens: int, num_loss_tokens: int) -> float:
+        """FLOPs of one example."""
+        within = min(num_tokens, self.window_size)
+        pairs = num_tokens * (num_tokens + 1) / 2
+        window_pairs = within * (within + 1) / 2 + (num_tokens - within) * within
+        return (
+            self.per_token * num_tokens
+            + self.per_loss_token * num_loss_tokens
+            + self.per_pair * pairs
+            + self.per_window_pair * window_pairs
+        )
+
+
+@dataclass
+class Counters:
+    """Sums since the start of the run, of one replica of the model or of all."""
+
+    tokens: float = 0
+    """Tokens that went through the model."""
+    padding_tokens: float = 0
+    """Positions computed besides them, for nothing."""
+    loss_tokens: float = 0
+    """Tokens whose label counts in the loss."""
+    examples: float = 0
+    flops: float = 0
+    """As ForwardFlops counts them."""
+    data_wait_s: float = 0
+    """Time in which the model waited for data."""
+    cached_tokens: float = 0
+    """Tokens of what is on disk; it follows `tokens` at a distance."""
+    cached_loss_tokens: float = 0
+    kept_mass_sum: float = 0
+    """Probability inside the kept tokens, summed over cached_loss_tokens."""
+    bytes: float = 0
+    """On disk."""
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __sub__(self, other: Counters) -> Counters:
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+
+class SharedCounters:
+    """Every replica's counters, through a store instead of collectives: nobody waits for anybody.
+
+    `rank` counts replicas, `size` is their number.
+    """
+
+    def __init__(self, store: Store, rank: int, size: int) -> None:
+        self.store, self.rank, self.size = store, rank, size
+
+    def publish(self, counters: Counters) -> None:
+        self.store.set(_key(self.rank), orjson.dumps(asdict(counters)).decode())
+
+    def total(self) -> Counters:
+        """The sum over the replicas of what each published last; one that published nothing yet counts as 0."""
+        keys = [_key(rank) for rank in range(self.size)]
+        return sum(
+            (Counters(**orjson.loads(self.store.get(key))) for key in keys if self.store.check([key])), Counters()
+        )
+
+
+def _key(rank: int) -> str:
+    return f"progress/{rank}"
+
+
+class Sink(Protocol):
+    """Where metrics go."""
+
+    def show(self, metrics: dict[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Progress:
+    """Counts, and every `interval_s` tells the sinks how far the run is and how fast.
+
+    With `shared`, every replica counts and publishes, and the one whose rank is 0 shows the whole job; give sinks to that
+    one only. Nothing runs in the background: a report comes with the first `add` after the interval.
+
+    Args:
+        total_tokens: of the whole job; 0 if unknown, then there is no ETA.
+        peak_flops: of all GPUs of the job together; None if unknown, then there is no utilisation.
+    """
+
+    def __init__(
+        self,
+        total_tokens: int,
+        interval_s: float,
+        sinks: Sequence[Sink] = (),
+        shared: SharedCounters | None = None,
+        peak_flops: float | None = None,
+    ) -> None:
+        self.total_tokens, self.interval_s, self.sinks = total_tokens, interval_s, sinks
+        self.shared, self.peak_flops = shared, peak_flops
+        self.counters = Counters()
+        self._started_s = time.monotonic()
+        self._next_report_s = self._started_s + interval_s
+        self._window = deque([(self._started_s, Counters())], maxlen=WINDOW_INTERVALS + 1)
+
+    def add(self, **counts: float) -> None:
+        """Adds to the fields of Counters; reports if it is time."""
+        self.counters += Counters(**counts)
+        now_s = time.monotonic()
+        if now_s >= self._next_report_s:
+            self._next_report_s = now_s + self.interval_s
+            self.report()
+
+    def report(self) -> None:
+        """Publishes and shows the present state."""
+        if self.shared is not None:
+            self.shared.publish(self.counters)
+        if self.sinks:
+            total = self.counters if self.shared is None else self.shared.total()
+            metrics = self._metrics(total, time.monotonic())
+            for sink in self.sinks:
+                sink.show(metrics)
+
+    def close(self) -> None:
+        """A last report. For one over the whole job, all replicas call `report`, meet at a barrier and then this."""
+        self.report()
+        for sink in self.sinks:
+            sink.close()
+
+    def _metrics(self, total: Counters, now_s: float) -> dict[str, float]:
+        """Rates over the last WINDOW_INTERVALS reports, shares of the cache over the whole run; nothing that is unknown."""
+        before_s, before = self._window[0]
+        self._window.append((now_s, total))
+        recent, seconds = total - before, max(now_s - before_s, 1e-9)
+        num_replicas = 1 if self.shared is None else self.shared.size
+        metrics = {
+            "progress/tokens": total.tokens,
+            "progress/examples": total.examples,
+            "perf/tokens_per_s": recent.tokens / seconds,
+            "perf/tokens_per_s_overall": total.tokens / max(now_s - self._started_s, 1e-9),
+            "perf/data_wait_percent": 100 * recent.data_wait_s / seconds / num_replicas,
+        }
+        if self.total_tokens:
+            metrics["progress/percent"] = 100 * total.tokens / self.total_tokens
+            if recent.tokens:
+                left = max(0.0, self.total_tokens - total.tokens)
+                metrics["perf/eta_s"] = left / metrics["perf/tokens_per_s"]
+        if recent.tokens:
+            computed = recent.tokens + recent.padding_tokens
+            metrics["perf/padding_percent"] = 100 * recent.padding_tokens / computed
+        if self.peak_flops:
+            metrics["perf/mfu_percent"] = 100 * recent.flops / seconds / self.peak_flops
+        if total.cached_loss_tokens:
+            metrics["cache/kept_mass"] = total.kept_mass_sum / total.cached_loss_tokens
+        if total.cached_tokens:
+            metrics["cache/bytes_per_token"] = total.bytes / total.cached_tokens
+        return metrics
+
+
+class ProgressLine:
+    """On stderr: a bar where somebody watches, elsewhere a plain line an interval."""
+
+    def __init__(self, name: str, total_tokens: int) -> None:
+        self.name, self.total_tokens = name, total_tokens
+        self.bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}{postfix}]"
+            self.bar = tqdm(desc=name, total=total_tokens or None, unit_scale=True, dynamic_ncols=True, bar_format=form)
+
+    def show(self, metrics: dict[str, float]) -> None:
+        if self.bar is not None:
+            self.bar.n = metrics["progress/tokens"]
+            self.bar.set_postfix_str(", ".join(_described(metrics)))  # draws
+            return
+        done = [f"{metrics['progress/tokens']:,.0f} tokens"]
+        if "progress/percent" in metrics:
+            done = [f"{metrics['progress/percent']:.1f}%", f"{done[0]} of {self.total_tokens:,}"]
+        print(f"{self.name}: {', '.join([*done, *_described(metrics)])}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _described(metrics: dict[str, float]) -> Iterable[str]:
+    texts = {
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+        "perf/mfu_percent": "{:.1f}% MFU",
+        "perf/padding_percent": "{:.1f}% padding",
+        "perf/data_wait_percent": "{:.1f}% data wait",
+        "cache/kept_mass": "kept mass {:.4f}",
+    }
+    yield from (text.format(metrics[name]) for name, text in texts.items() if name in metrics)
+    if "perf/eta_s" in metrics:
+        yield f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"
+
+
+class MetricsFile:
+    """Appends every report to a file, a JSON object a line, with `time` in unix seconds."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("ab")
+
+    def show(self, metrics: dict[str, float]) -> None:
+        self.file.write(orjson.dumps({"time": time.time(), **metrics}) + b"\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class WandbSink:
+    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine. `settings` are arguments of wandb.init."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(**settings)
+
+    def show(self, metrics: dict[str, float]) -> None:
+        self.run.log(metrics)
+
+    def close(self) -> None:
+        self.run.finish()

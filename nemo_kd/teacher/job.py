@@ -1,0 +1,213 @@
+"""What stage 1 is about to do, checked before any long work starts."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.batch import Example
+from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest, codec_settings
+from nemo_kd.cache.writer import Segment
+from nemo_kd.config import ConfigError
+from nemo_kd.config.data import DataConfig, sequence_length
+from nemo_kd.config.model import GPTArchitecture, check_layout
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.data.dataset import TokenizedDataset, describe_example
+from nemo_kd.data.records import DataError
+from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
+from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.model import use_transformer_engine
+from nemo_kd.teacher.model import Teacher, ignored
+
+TORCH_TIMEOUT_FACTOR = 1.5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One dataset's cache.
+
+    Attributes:
+        split: the dataset's name where there are several, else empty.
+        chunks: the record indices of every chunk.
+        manifest: of the cache to be written, without chunks.
+        first_example: the first record with its loss mask, for a person to look at.
+    """
+
+    split: str
+    config: ComputeTopkLogitsConfig
+    dataset: TokenizedDataset
+    chunks: list[range]
+    manifest: Manifest
+    first_example: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """The jobs of one command and the teacher they share, whose weights are not loaded yet."""
+
+    config: ComputeTopkLogitsConfig
+    pretrained: PretrainedModel
+    groups: ProcessGroups
+    pad_id: int
+    jobs: list[Job]
+
+    def load_teacher(self, step: Callable[..., None] = ignored) -> Teacher:
+        """Every rank loads its part; `step` is called before every batch, with what comes next."""
+        return Teacher(self.config, self.pretrained, self.groups, self.pad_id, step)
+
+    def layout(self) -> str:
+        """How the teacher is spread over the ranks and what they compute at a time."""
+        model, limits = self.config.model, [f"{self.config.trainer.precision}"]
+        sizes = [
+            ("tensor", model.tensor_model_parallel_size),
+            ("pipeline", model.pipeline_model_parallel_size),
+            ("context", model.context_parallel_size),
+            ("expert", model.expert_model_parallel_size),
+            ("data", self.groups.data_size),
+        ]
+        if self.config.max_tokens_per_batch is not None:
+            limits.append(f"at most {self.config.max_tokens_per_batch:,} tokens a batch")
+        if model.micro_batch_size is not None:
+            limits.append(f"at most {model.micro_batch_size} examples a batch")
+        split = " x ".join(f"{name} {size}" for name, size in sizes if size > 1)
+        return f"{torch.distributed.get_world_size()} ranks{f' = {split}' if split else ''}, {', '.join(limits)}"
+
+
+@contextlib.contextmanager
+def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
+    """Joins the ranks and opens teacher, tokenizer and datasets.
+
+    Raises:
+        ConfigError, DataError: something the user gave cannot work.
+    """
+    trainer = config.trainer
+    # Torch's own time-out comes after the watchdog's, which can tell more.
+    minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
+    init_process_group(trainer.num_nodes, trainer.devices, trainer.accelerator, minutes)
+    with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
+        architecture = pretrained.architecture
+        check_model(config, architecture)
+        tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+        seq_length = sequence_length(
+            "data.data.max_seq_length",
+            config.data.data.max_seq_length or config.model.encoder_seq_length,
+            architecture.max_position_embeddings,
+        )
+        jobs = [_job(split, part, pretrained, tokenizer, seq_length) for split, part in config.splits().items()]
+        groups = initialize_model_parallel(config.model, config.model.seed)
+        yield Run(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), jobs)
+
+
+def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
+    """Refuses layouts and batch sizes that do not divide, and a `top_k` above the vocabulary.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    check_layout(architecture, config.model)
+    use_transformer_engine(config.model.transformer_engine)
+    config.model.data_parallel_size(torch.distributed.get_world_size())
+    if config.top_k > architecture.vocab_size:
+        raise ConfigError(f"top_k: {config.top_k} exceeds the teacher's vocabulary of {architecture.vocab_size} tokens")
+
+
+def plan_chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range]:
+    """The record indices that each chunk covers.
+
+    Raises:
+        ConfigError: the asked range lies outside the dataset.
+    """
+    last = num_records - 1 if config.end_at_idx is None else config.end_at_idx
+    for key, index in (("start_from_idx", config.start_from_idx), ("end_at_idx", last)):
+        if index >= num_records:
+            raise ConfigError(
+                f"{key}: {index} lies outside {config.data.data.file_path}, whose records have the indices 0 to {num_records - 1}"
+            )
+    indices = range(config.start_from_idx, last + 1)
+    size = config.n_examples_per_chunk or len(indices)
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+def check_records(job: Job, segments: list[Segment]) -> int:
+    """Renders every record of the segments once, shared out among the ranks: a malformed one shows before the teacher is loaded.
+
+    Returns:
+        The tokens of all of them.
+
+    Raises:
+        DataError: on every rank, what one of them found.
+    """
+    indices = [index for _, records in segments for index in records]
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    num_tokens, problem = 0, None
+    name = f"checking records{f' of {job.split}' if job.split else ''}"
+    for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=rank != 0, leave=False):
+        try:
+            record = job.dataset[index]
+        except DataError as error:
+            problem = str(error)
+            break
+        if isinstance(record, Example):
+            num_tokens += record.num_tokens
+    found: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(found, (problem, num_tokens))
+    for message, _ in found:
+        if message is not None:
+            raise DataError(message)
+    return sum(mine for _, mine in found)
+
+
+def _job(
+    split: str,
+    config: ComputeTopkLogitsConfig,
+    pretrained: PretrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_length: int,
+) -> Job:
+    dataset = TokenizedDataset(config.data, tokenizer, seq_length, pretrained.architecture.vocab_size)
+    chunks = plan_chunks(config, len(dataset))
+    first = dataset[chunks[0].start]  # a wrong format or template shows here, before anything is written
+    if isinstance(first, Example):
+        text = f"example {first.index}, trained between « and »:\n{describe_example(first, tokenizer)}"
+    else:
+        text = f"example {first.index} is skipped: {first.reason}"
+    log.info("%s%s", f"{split}: " if split else "", text)
+    manifest = Manifest(
+        format_version=FORMAT_VERSION,
+        codec=codec_settings(config.cache),
+        top_k=config.top_k,
+        vocab_size=pretrained.architecture.vocab_size,
+        tokenizer_size=len(tokenizer),
+        seq_length=seq_length,
+        teacher=pretrained.fingerprint(),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        chat_template=chat_template_fingerprint(tokenizer),
+        dataset={
+            "path": config.data.data.file_path,
+            "fingerprint": dataset.records.fingerprint(),
+            "start_from_idx": chunks[0][0],
+            "end_at_idx": chunks[-1][-1],
+            "formats": dataset.formats(index for chunk in chunks for index in chunk),
+            "formatting": formatting(config.data),
+        },
+        n_examples_per_chunk=config.n_examples_per_chunk,
+        segment_examples=config.cache.segment_examples,
+    )
+    return Job(split, config, dataset, chunks, manifest, text)
+
+
+def formatting(data: DataConfig) -> dict[str, Any]:
+    """The settings that decide how a record becomes tokens and a mask, tokenizer and length apart."""
+    settings = dataclasses.asdict(data.data) | {"chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)}
+    return {name: value for name, value in settings.items() if name not in ("file_path", "max_seq_length")}

@@ -1,0 +1,269 @@
+"""Stage 1: runs a teacher over datasets and caches its top-k logits.
+
+The loop is `_work`: each replica of the teacher claims segments, runs of consecutive records, and computes them in
+batches of its own, while processes beside it tokenize what comes next and encode what came before. What is computed
+together depends on the records alone, not on the ranks; and every row carries the index of its example from the file to
+the cache.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed import PrefixStore, Store
+from torch.distributed.distributed_c10d import _get_default_store
+from torch.utils.data import DataLoader, Dataset
+
+from nemo_kd.batch import Example
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.publisher import SegmentPublisher
+from nemo_kd.cache.writer import CacheWriter, Segment
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.interruption import SIGNALS, Interruption, Requeue
+from nemo_kd.teacher.job import Job, Run, check_records, open_run
+from nemo_kd.teacher.model import Pass, Teacher
+from nemo_kd.teacher.plan import plan_cache, print_table
+from nemo_kd.teacher.progress import TeacherProgress
+from nemo_kd.teacher.work_list import WorkList
+from nemo_kd.watchdog import Watchdog
+
+Records = list[Example | Skipped]
+
+
+@dataclass(frozen=True)
+class Output:
+    """One cache that is being written.
+
+    Attributes:
+        missing: this shard's segments that are not there yet.
+        store: keys that belong to this cache and this run of the command.
+        writer: on rank 0 of every shard.
+    """
+
+    job: Job
+    missing: list[Segment]
+    store: Store
+    writer: CacheWriter | None
+    num_complete: int
+
+
+def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
+    """Runs stage 1: writes every chunk of the asked range that is not complete yet.
+
+    Raises:
+        ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
+        Requeue: it was told to stop, or its time is over; the same call continues.
+    """
+    if config.dry_run:
+        plan_cache(config)
+        return
+    with open_run(config) as run, contextlib.ExitStack() as stack:
+        interruption = stack.enter_context(Interruption(config.exp_manager.max_time_per_run))
+        outputs = [_open_output(job, stack) for job in run.jobs]
+        totals = [check_records(output.job, output.missing) for output in outputs]
+        timeout_s = 60 * config.trainer.distributed_timeout_minutes
+        watchdog = stack.enter_context(Watchdog(timeout_s, torch.distributed.get_rank()))
+        stack.enter_context(watchdog.explain_collective_errors())
+        teacher = None
+        if any(output.missing for output in outputs):
+            with watchdog.pause("loading the teacher"):
+                teacher = run.load_teacher(watchdog.step)
+        for output, num_tokens in zip(outputs, totals, strict=True):
+            if teacher is not None and output.missing:
+                _work(run, output, teacher, num_tokens, interruption, watchdog)
+            if output.writer is not None:
+                output.writer.assemble_complete()
+                _report(output, output.writer)
+
+
+def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
+    """Takes the cache's lock on rank 0 and tells all ranks what is missing.
+
+    Raises:
+        CacheError: on every rank, what rank 0 found against writing.
+    """
+    writer, missing, problem, number = None, list[Segment](), "", 0
+    store = _get_default_store()
+    if torch.distributed.get_rank() == 0:
+        number = store.add("compute_topk_logits", 1)
+        try:
+            writer = CacheWriter(
+                CacheLayout(job.config.output_path), job.manifest, job.chunks, job.config.shard_number()
+            )
+            stack.callback(writer.close)
+            missing = writer.missing_segments()
+        except CacheError as error:
+            problem = str(error)
+    box: list[Any] = [missing, problem, number]
+    torch.distributed.broadcast_object_list(box, src=0)
+    missing, problem, number = box
+    if problem:
+        raise CacheError(problem)
+    num_complete = len(job.chunks) - len(writer.missing) if writer is not None else 0
+    return Output(job, missing, PrefixStore(f"compute_topk_logits/{number}", store), writer, num_complete)
+
+
+def _work(
+    run: Run, output: Output, teacher: Teacher, total_tokens: int, interruption: Interruption, watchdog: Watchdog
+) -> None:
+    """Computes this replica's share of the missing segments.
+
+    Raises:
+        Requeue: on every rank, when all that was begun is published and something is left.
+    """
+    job, layout = output.job, CacheLayout(output.job.config.output_path)
+    interruption.share(output.store, torch.distributed.get_rank())
+    work = WorkList(output.store, output.missing, run.groups, lambda: interruption.reason is not None)
+    before: tuple[Segment, Records, Pass] | None = None
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
+        publisher = None
+        if run.groups.is_writer:
+            publisher = stack.enter_context(SegmentPublisher(layout, job.manifest, computed_with(job.config)))
+        assembler = stack.enter_context(_Assembler(output.writer))
+        for segment, records in progress.waiting_for(_read_ahead(job, work)):
+            if not work.goes_on():
+                break
+            started = teacher.start([record for record in records if isinstance(record, Example)])
+            # On a GPU the results of one segment come to the host while the next one is computed.
+            if before is not None:
+                _publish(teacher, before, publisher, progress)
+                assembler.look(up_to=before[0][0])
+            before = None if segment is None else (segment, records, started)
+        if before is not None:
+            _publish(teacher, before, publisher, progress)
+        if publisher is not None:
+            publisher.close()
+            progress.published(publisher)
+        progress.report()
+        stopped = work.wait_for_all(
+            torch.distributed.get_world_size(), lambda: watchdog.step("waiting for other ranks")
+        )
+    if stopped:
+        raise Requeue(f"{interruption.reason}; what is published stays, the same command goes on from there")
+
+
+def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:
+    """The claimed segments with their records, tokenized by processes beside this one."""
+    num_workers = job.config.data.num_workers
+    return DataLoader(
+        _Segments(job.dataset),
+        batch_size=None,
+        sampler=work.claims(),
+        num_workers=num_workers,
+        prefetch_factor=1 if num_workers else None,
+        collate_fn=_unchanged,
+        worker_init_fn=_leave_signals_to_the_main_process,
+    )
+
+
+def _publish(
+    teacher: Teacher,
+    computed: tuple[Segment, Records, Pass],
+    publisher: SegmentPublisher | None,
+    progress: TeacherProgress,
+) -> None:
+    """Hands a segment's rows over to the process that encodes and writes them."""
+    segment, records, started = computed
+    rows = teacher.finish(started)
+    if publisher is None:
+        return
+    remaining = iter(rows)
+    publisher.publish(
+        segment, [record.reason if isinstance(record, Skipped) else next(remaining) for record in records]
+    )
+    progress.computed(started)
+    progress.published(publisher)
+
+
+def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
+    """What rounding depends on besides the weights; the manifest records it."""
+    model = config.model
+    return {
+        "max_tokens_per_batch": config.max_tokens_per_batch,
+        "micro_batch_size": model.micro_batch_size,
+        "packing": config.data.packing,
+        "tensor_model_parallel_size": model.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
+        "context_parallel_size": model.context_parallel_size,
+        "precision": config.trainer.precision,
+        "torch": torch.__version__,
+    }
+
+
+def _report(output: Output, writer: CacheWriter) -> None:
+    """What the cache holds now, other shards' chunks included."""
+    manifest, missing = writer.manifest, writer.missing
+    chunks = manifest.chunks.values()
+    examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
+    loss_tokens, num_bytes = sum(chunk.loss_tokens for chunk in chunks), sum(chunk.bytes for chunk in chunks)
+    kept = sum(chunk.kept_mass_sum for chunk in chunks) / max(1, loss_tokens)
+    lines = [
+        *([("split", output.job.split)] if output.job.split else []),
+        ("chunks", f"{len(chunks)} ({output.num_complete} were complete before)"),
+        ("examples", f"{examples:,}"),
+        ("tokens", f"{tokens:,} ({loss_tokens:,} in the loss)"),
+        ("bytes per token", f"{num_bytes / max(1, tokens):,.1f}"),
+        (f"teacher mass in the top {manifest.top_k}", f"{kept:.4f}"),
+        (f"label in the top {manifest.top_k}", f"{sum(c.label_in_topk for c in chunks) / max(1, loss_tokens):.4f}"),
+    ]
+    if missing:
+        shard, num_shards = output.job.config.shard_number()
+        lines.append(("incomplete chunks", f"{len(missing)}; shard {shard} of {num_shards} has done its part of them"))
+    skipped: dict[str, int] = {}
+    for chunk in chunks:
+        for reason, count in chunk.skipped.items():
+            skipped[reason] = skipped.get(reason, 0) + count
+    print_table([*lines, *([(f"skipped: {reason}", f"{n:,}") for reason, n in skipped.items()] or [("skipped", "0")])])
+
+
+class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):
+    """The records of a segment, for processes that read ahead; None is the segment of a lane that has no more."""
+
+    def __init__(self, dataset: TokenizedDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, segment: Segment | None) -> tuple[Segment | None, list[Example | Skipped]]:
+        return segment, [] if segment is None else [self.dataset[index] for index in segment[1]]
+
+
+class _Assembler:
+    """Puts chunks together in a thread of the process that holds the cache's lock, while the teacher goes on."""
+
+    def __init__(self, writer: CacheWriter | None) -> None:
+        self._writer, self._threads, self._running = writer, ThreadPoolExecutor(max_workers=1), Future[None]()
+        self._running.set_result(None)
+
+    def look(self, up_to: int) -> None:
+        """Starts to assemble what is complete among the chunks up to this one, unless that is going on.
+
+        Raises:
+            CacheError: what went wrong the last time.
+        """
+        if self._writer is not None and self._running.done():
+            self._running.result()
+            self._running = self._threads.submit(self._writer.assemble_complete, up_to)
+
+    def __enter__(self) -> _Assembler:
+        return self
+
+    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+        self._threads.shutdown()
+        if error_type is None:
+            self._running.result()
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _leave_signals_to_the_main_process(worker: int) -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

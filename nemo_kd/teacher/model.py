@@ -1,0 +1,291 @@
+"""The teacher on this rank: from examples to what it says about each of their positions.
+
+Shape legend: N positions of a batch that are asked about, S positions of one example, K kept logits, T temperatures,
+M tail samples, U = M + 1 random numbers.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch.distributed import ReduceOp
+
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
+from nemo_kd.cache.publisher import CompactRow
+from nemo_kd.config import UserInputError
+from nemo_kd.config.model import PRECISIONS, length_multiple
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.data.batches import form_batches
+from nemo_kd.data.collate import collate, pack
+from nemo_kd.mcore.checkpoint import PretrainedModel
+from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
+from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, run_batch
+from nemo_kd.ops.tail_sampling import tail_uniforms
+from nemo_kd.ops.topk import topk_rows
+from nemo_kd.ops.vocab import VocabShard
+
+log = logging.getLogger(__name__)
+
+
+class TeacherError(UserInputError):
+    """The teacher cannot say anything about an example; the message tells which and what to do."""
+
+
+@dataclass
+class Scored:
+    """One batch on its way to the host.
+
+    Attributes:
+        numbers: of the batch's examples among those of the pass.
+        starts: where in the batch each of them begins.
+        positions_N: what is asked about, b * S + s in the batch; with context parallelism this rank's part.
+        fields: what the teacher says there, on the host once `ready` has happened.
+    """
+
+    numbers: list[int]
+    starts: list[int]
+    positions_N: np.ndarray
+    fields: dict[str, torch.Tensor]
+    ready: torch.cuda.Event | None
+
+
+@dataclass
+class Pass:
+    """The examples given to `Teacher.start`, batch by batch; a batch is None on ranks that do not hold its result.
+
+    Attributes:
+        computed_tokens: padding included.
+        max_tokens: of a batch, as it was at the end.
+    """
+
+    examples: Sequence[Example]
+    batches: list[Scored | None] = field(default_factory=list)
+    computed_tokens: int = 0
+    max_tokens: int | None = None
+
+
+def ignored(what: str, *details: object) -> None:
+    """Nobody listens to the teacher's steps."""
+
+
+class Teacher:
+    """The teacher's weights on this rank, and the passes over them.
+
+    Args:
+        step: called before every batch with what comes next, `what % details`.
+    """
+
+    def __init__(
+        self,
+        config: ComputeTopkLogitsConfig,
+        pretrained: PretrainedModel,
+        groups: ProcessGroups,
+        pad_id: int,
+        step: Callable[..., None] = ignored,
+    ) -> None:
+        self.top_k, self.cache, self.groups, self.pad_id, self.step = config.top_k, config.cache, groups, pad_id, step
+        self.temperatures = (1.0, *config.cache.temperatures)
+        self.everywhere = config.cache.codec == "json" or config.cache.positions == "all"
+        self.max_examples, self.max_tokens = config.model.micro_batch_size, config.max_tokens_per_batch
+        self.packed = config.data.packing and groups.context_size == 1
+        self.multiple_of = length_multiple(config.model)
+        self.vocab_size = pretrained.architecture.vocab_size
+        dtype = getattr(torch, PRECISIONS[config.trainer.precision])
+        self.model = build_gpt_model(
+            pretrained.architecture,
+            transformer_config(pretrained.architecture, config.model, dtype, perform_initialization=False),
+            config.model.make_vocab_size_divisible_by,
+            use_transformer_engine(config.model.transformer_engine),
+        )
+        pretrained.load_weights(self.model, groups)
+        self.model.eval()
+
+    def rows(self, examples: Sequence[Example]) -> list[CachedExample]:
+        """The examples in order, each with what the teacher says about its positions; on ranks that do not write: []."""
+        return [row.expanded() for row in self.finish(self.start(examples))]
+
+    def start(self, examples: Sequence[Example]) -> Pass:
+        """Computes the examples batch by batch; all ranks of a replica call it with the same ones.
+
+        On a GPU it returns before the results are there. Where a batch does not fit into its memory, what is left is
+        tried again with half as many tokens a batch; it stays at that.
+
+        Raises:
+            TeacherError: an example does not even fit alone.
+        """
+        result, pending = Pass(examples), list(range(len(examples)))
+        while True:
+            lengths = [examples[number].num_tokens for number in pending]
+            places = form_batches(lengths, self.max_examples, self.max_tokens, self.packed, self.multiple_of)
+            batches = [[pending[place] for place in batch] for batch in places]
+            num_done = self._compute(result, batches)
+            if num_done == len(batches):
+                result.max_tokens = self.max_tokens
+                return result
+            self._halve([examples[number] for number in batches[num_done]])
+            pending = sorted(number for batch in batches[num_done:] for number in batch)
+
+    def finish(self, started: Pass) -> list[CompactRow]:
+        """The rows of a pass, in order; on ranks that do not write: [].
+
+        Raises:
+            TeacherError: the teacher's logits are not finite.
+        """
+        rows: dict[int, CompactRow] = {}
+        for scored in started.batches:
+            if scored is None:
+                continue
+            if scored.ready is not None:
+                scored.ready.synchronize()
+            positions_N, fields = self._whole(scored)
+            if not self.groups.is_writer:
+                continue
+            for number, start in zip(scored.numbers, scored.starts, strict=True):
+                example = started.examples[number]
+                first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
+                mine = {name: values[first:last] for name, values in fields.items()}
+                positions_P = positions_N[first:last] - start
+                rows[number] = CompactRow(example, positions_P, self._teacher_topk(example, positions_P, mine))
+        return [rows[number] for number in sorted(rows)]
+
+    def _compute(self, result: Pass, batches: list[list[int]]) -> int:
+        """How many of the batches every rank of the replica has computed; more of them do not fit into memory."""
+        groups, num_before = self.groups, len(result.batches)
+        num_steps = (
+            self._agreed(len(batches), ReduceOp.MAX, groups.lockstep) if groups.lockstep_lanes > 1 else len(batches)
+        )
+        for number in range(num_steps):
+            try:
+                self._batch(result, batches[number] if number < len(batches) else [])
+            except torch.OutOfMemoryError as error:
+                if groups.pipeline_size > 1 or groups.lockstep_lanes > 1:
+                    raise TeacherError(
+                        f"data.max_tokens_per_batch: a batch of {self.max_tokens} tokens does not fit into the GPU's memory "
+                        f"({error}); give a smaller one, or more tensor- or pipeline-parallel ranks"
+                    ) from error
+                break
+        num_done = len(result.batches) - num_before
+        if len(groups.replica_ranks) > 1:
+            num_done = self._agreed(num_done, ReduceOp.MIN, groups.replica)
+        del result.batches[num_before + num_done :]
+        return min(num_done, len(batches))
+
+    def _halve(self, examples: Sequence[Example]) -> None:
+        tokens = sum(example.num_tokens for example in examples)
+        if len(examples) == 1:
+            raise TeacherError(
+                f"example {examples[0].index}: its {tokens} tokens do not fit into the GPU's memory, not even alone; lower "
+                "data.data.max_seq_length, or spread the teacher over more ranks (model.tensor_model_parallel_size, "
+                "model.pipeline_model_parallel_size, model.context_parallel_size)"
+            )
+        if self.groups.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.max_tokens = tokens // 2
+        log.warning(
+            "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d",
+            tokens,
+            self.max_tokens,
+        )
+
+    @torch.inference_mode()
+    def _batch(self, result: Pass, numbers: list[int]) -> None:
+        examples = [result.examples[number] for number in numbers]
+        self.step("batch of %d tokens, examples %s", sum(e.num_tokens for e in examples), [e.index for e in examples])
+        batch = self._collated(examples)
+        hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
+        result.computed_tokens += batch.tokens_BS.numel() if examples else 0
+        result.batches.append(None if hidden is None else self._score(examples, numbers, batch, hidden))
+
+    def _collated(self, examples: Sequence[Example]) -> Batch:
+        # Without examples it is filler: a lane that has no more still takes part in what its experts compute for others.
+        if self.packed:
+            return pack(examples, self.pad_id, self.multiple_of)
+        return collate(examples or [None], self.pad_id, self.multiple_of)
+
+    def _score(self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor) -> Scored:
+        local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
+        hidden_NH = hidden_at(hidden, local_N.to(hidden.device), len(batch.tokens_BS), self.model)
+        weight_vH = output_weight(self.model)
+        found = topk_rows(
+            hidden_NH,
+            weight_vH,
+            batch.labels_BS.flatten()[positions_N].to(hidden.device),
+            VocabShard.of(len(weight_vH), self.vocab_size, self.groups.tensor),
+            top_k=self.top_k,
+            kept=self.cache.kept,
+            temperatures=self.temperatures,
+            uniforms_NU=self._uniforms(examples, batch, positions_N) if self.cache.tail_samples else None,
+        )
+        fields = {name: _to_host(values) for name, values in found._asdict().items() if values is not None}
+        ready = None
+        if hidden.device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        starts = _starts(batch)[: len(examples)]
+        return Scored(numbers, starts, positions_N.numpy(), fields, ready)
+
+    def _whole(self, scored: Scored) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Positions and fields of the whole batch on the writer; with context parallelism every rank has some of them."""
+        mine = scored.positions_N, {name: values.numpy() for name, values in scored.fields.items()}
+        if self.groups.context_size == 1 or self.groups.tensor_rank:
+            return mine
+        parts: list[Any] = [None] * self.groups.context_size
+        torch.distributed.all_gather_object(parts, mine, group=self.groups.context)
+        positions_N = np.concatenate([positions for positions, _ in parts])
+        order = positions_N.argsort()
+        fields = {name: np.concatenate([fields[name] for _, fields in parts])[order] for name in mine[1]}
+        return positions_N[order], fields
+
+    def _teacher_topk(self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]) -> TeacherTopK:
+        finite = np.isfinite(fields["log_sum_exp_N"])
+        if not finite.all():
+            raise TeacherError(
+                f"example {example.index}: the teacher's logits at position {positions_P[~finite][0]} are not finite; "
+                "try trainer.precision=32, and check the checkpoint"
+            )
+        return TeacherTopK(
+            topk_logits_SK=fields["topk_logits_NK"],
+            topk_token_ids_SK=fields["topk_token_ids_NK"],
+            log_sum_exp_logits_S=fields["log_sum_exp_N"],
+            tail_mass_TS=fields["tail_mass_NT"].T,
+            temperatures=self.temperatures,
+            label_logprobs_S=fields["label_logprobs_N"],
+            tail_token_ids_SM=fields.get("tail_token_ids_NM"),
+        )
+
+    def _uniforms(self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor) -> torch.Tensor:
+        """Random numbers of every position that depend on nothing but the seed, the example and the position."""
+        uniforms_AU = np.zeros((batch.tokens_BS.numel(), self.cache.tail_samples + 1))
+        for example, start in zip(examples, _starts(batch), strict=False):
+            length = example.num_tokens
+            uniforms_AU[start : start + length] = tail_uniforms(
+                self.cache.seed, example.index, length, self.cache.tail_samples
+            )
+        return torch.from_numpy(uniforms_AU)[positions_N].to(self.groups.device)
+
+    @staticmethod
+    def _agreed(number: int, op: ReduceOp.RedOpType, group: torch.distributed.ProcessGroup) -> int:
+        box = torch.tensor(number)
+        torch.distributed.all_reduce(box, op=op, group=group)
+        return int(box)
+
+
+def _starts(batch: Batch) -> list[int]:
+    """Where in the batch each example begins, b * S + s."""
+    if batch.cu_seqlens is not None:
+        return batch.cu_seqlens[:-1].tolist()
+    num_rows, length = batch.tokens_BS.shape
+    return [row * length for row in range(num_rows)]
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy on the host that is complete when the device has done what was asked of it so far."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)

@@ -1,0 +1,137 @@
+"""How far stage 1 is: what the replicas count, and where rank 0's shows it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.distributed import Store
+
+from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.publisher import SegmentPublisher
+from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.metrics import (
+    ForwardFlops,
+    MetricsFile,
+    Progress,
+    ProgressLine,
+    SharedCounters,
+    Sink,
+    WandbSink,
+    peak_flops,
+)
+from nemo_kd.teacher.job import Job, Run
+from nemo_kd.teacher.model import Pass
+
+T = TypeVar("T")
+
+
+class TeacherProgress:
+    """Counts this replica's work on one cache; the first replica's writer shows what all of them did.
+
+    Args:
+        store: keys that belong to this cache and this run of the command.
+        total_tokens: of what is missing.
+    """
+
+    def __init__(self, run: Run, job: Job, store: Store, total_tokens: int) -> None:
+        groups, settings = run.groups, run.config.exp_manager
+        self._counts = groups.is_writer
+        self._flops = forward_flops(run.pretrained.architecture)
+        sinks: list[Sink] = []
+        if groups.is_writer and groups.data_rank == 0:
+            sinks = [ProgressLine(f"teacher, {job.split}" if job.split else "teacher", total_tokens)]
+            sinks.append(MetricsFile(metrics_path(job)))
+            if settings.create_wandb_logger:
+                sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
+        self._num_published, self._waited_s = 0, 0.0
+        shared = SharedCounters(store, groups.data_rank, groups.data_size)
+        peak = None
+        if groups.device.type == "cuda":
+            peak = peak_flops(torch.cuda.get_device_name(), run.config.trainer.precision)
+        self._progress = Progress(
+            total_tokens,
+            settings.log_interval_s,
+            sinks,
+            shared,
+            None if peak is None else peak * torch.distributed.get_world_size(),
+        )
+
+    def waiting_for(self, items: Iterable[T]) -> Iterator[T]:
+        """The items; the time until each is there counts as waiting for data."""
+        iterator, sentinel = iter(items), object()
+        while True:
+            started_s = time.perf_counter()
+            item = next(iterator, sentinel)
+            if item is sentinel:
+                return
+            self.waited(time.perf_counter() - started_s)
+            yield item  # type: ignore[misc]
+
+    def waited(self, seconds: float) -> None:
+        """Counts time in which the teacher had nothing to do."""
+        if self._counts:
+            self._progress.add(data_wait_s=seconds)
+
+    def computed(self, started: Pass) -> None:
+        """Counts a pass whose rows are there."""
+        tokens = sum(example.num_tokens for example in started.examples)
+        self._progress.add(
+            examples=len(started.examples),
+            tokens=tokens,
+            loss_tokens=sum(example.num_loss_tokens for example in started.examples),
+            padding_tokens=started.computed_tokens - tokens,
+            flops=sum(self._flops.example(one.num_tokens, one.num_loss_tokens) for one in started.examples),
+        )
+
+    def published(self, publisher: SegmentPublisher) -> None:
+        """Counts what has reached the disk since the last call, and the time that the publisher let the teacher wait."""
+        for summary in publisher.done[self._num_published :]:
+            self._progress.add(
+                cached_tokens=summary.tokens,
+                cached_loss_tokens=summary.loss_tokens,
+                kept_mass_sum=summary.kept_mass_sum,
+                bytes=summary.bytes,
+            )
+        self._num_published = len(publisher.done)
+        self._progress.add(data_wait_s=publisher.waited_s - self._waited_s)
+        self._waited_s = publisher.waited_s
+
+    def report(self) -> None:
+        """Tells the first replica how far this one is."""
+        if self._counts:
+            self._progress.report()
+
+    def __enter__(self) -> TeacherProgress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._counts:
+            self._progress.close()
+
+
+def metrics_path(job: Job) -> Path:
+    """`train_CHUNK_ID.jsonl` -> `train_metrics.jsonl`, for a shard `train_metrics_1_of_4.jsonl`."""
+    layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.shard_number()
+    folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
+    part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
+    return folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
+
+
+def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
+    """What a forward pass of this model computes."""
+    num_layers, windowed = architecture.num_layers, architecture.window_size is not None
+    return ForwardFlops.of_gpt(
+        num_layers=num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        vocab_size=architecture.vocab_size,
+        window_size=architecture.window_size,
+        num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
+    )

@@ -1,0 +1,113 @@
+"""A command whose ranks wait, end, die and hang as the environment variable MODE says; run by the tests of launching."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from nemo_kd.cli.launch import global_rank
+from nemo_kd.cli.run import Command, run
+from nemo_kd.config import ConfigError
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.interruption import Interruption, Requeue
+from nemo_kd.watchdog import Watchdog
+
+FOLDER = Path(os.environ["FOLDER"])
+
+
+def tell(what: str) -> None:
+    (FOLDER / f"{what}.{global_rank()}").write_text(str(os.getpid()))
+
+
+def finish(interruption: Interruption) -> None:
+    """Waits for a reason, works on for a moment as a rank does that publishes a segment, and leaves."""
+    tell("ready")
+    while interruption.reason is None:
+        time.sleep(0.01)
+    time.sleep(0.3 * (1 + global_rank()))
+    tell("saved")
+    raise Requeue(interruption.reason)
+
+
+def finish_together(interruption: Interruption) -> None:
+    """The same with a real process group, in which every rank learns of every rank's reason."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    interruption.share(dist.PrefixStore("run", dist.group.WORLD.get_group_store()), dist.get_rank())
+    tell("ready")
+    while interruption.reason is None:
+        time.sleep(0.01)
+    tell("saved")
+    dist.barrier()
+    raise Requeue(interruption.reason)
+
+
+def lose_the_other(interruption: Interruption) -> None:
+    """Rank 1 is killed while rank 0 waits for it in a collective."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    with Watchdog(60, global_rank()) as watchdog, watchdog.explain_collective_errors():
+        dist.barrier()
+        if global_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        watchdog.step("batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650])
+        dist.all_reduce(torch.ones(1))
+
+
+def hang(interruption: Interruption) -> None:
+    with Watchdog(1.0, global_rank()) as watchdog:
+        if global_rank() == 1:
+            watchdog.step("batch %d: reading examples %s", 3, [7, 8])
+            time.sleep(1000)
+        while True:
+            watchdog.step("waiting for the other")
+            time.sleep(0.05)
+
+
+def ignore(interruption: Interruption) -> None:
+    """A rank deep in something that no signal reaches."""
+    tell("ready")
+    time.sleep(1000)
+
+
+def dies(interruption: Interruption) -> None:
+    if global_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    ignore(interruption)
+
+
+def refuses(interruption: Interruption) -> None:
+    raise ConfigError("top_k: not today")
+
+
+def fails(interruption: Interruption) -> None:
+    if global_rank() == 1:
+        sys.exit(3)
+    ignore(interruption)
+
+
+def succeeds(interruption: Interruption) -> None:
+    tell("done")
+
+
+def main(config: ComputeTopkLogitsConfig) -> None:
+    mode = os.environ["MODE"]
+    if mode == "early":
+        os.kill(os.getpid(), signal.SIGUSR1)
+        mode = "finish"
+    if mode == "before":
+        tell("ready")
+        time.sleep(1000)
+    with Interruption(os.environ.get("MAX_TIME")) as interruption:
+        globals()[mode](interruption)
+
+
+if __name__ == "__main__":
+    sys.modules["rank_program"] = sys.modules["__main__"]
+    run(Command("compute_topk_logits", "", ComputeTopkLogitsConfig, "rank_program:main", ""))

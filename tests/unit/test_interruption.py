@@ -1,0 +1,93 @@
+"""When a run must stop early. Whole commands that do: tests/distributed/test_launch.py."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+
+from nemo_kd import interruption
+from nemo_kd.config import ConfigError
+from nemo_kd.interruption import SIGNALS, Interruption
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_a_reason_and_nothing_else(number):
+    before = [signal.getsignal(each) for each in SIGNALS]
+    with Interruption() as stop:
+        assert stop.reason is None
+        os.kill(os.getpid(), number)
+        assert stop.reason == f"rank 0 on {os.uname().nodename} received {number.name}"
+    assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_a_signal_held_back_before_is_delivered():
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with Interruption() as stop:
+            assert stop.reason.endswith("received SIGUSR1")
+        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
+
+
+@pytest.mark.parametrize("max_time", ["4h", "04:00:00", "1:2:3:4", "2160000", ""])
+def test_a_time_that_is_none_is_refused(max_time):
+    with pytest.raises(ConfigError, match=r"exp_manager\.max_time_per_run: '.*' is not DD:HH:MM:SS, for example"):
+        Interruption(max_time)
+
+
+def test_time_counts_from_the_start_of_the_process(monkeypatch):
+    started_s = time.time() - 86_400 - 3_600 - 60 - 0.5
+    monkeypatch.setattr(interruption.psutil.Process, "create_time", lambda process: started_s)
+    assert Interruption("01:01:01:00").reason == "max_time_per_run=01:01:01:00 is over"
+    with Interruption("01:01:01:02") as stop:
+        assert stop.reason is None
+        time.sleep(1.6)
+        assert stop.reason == "max_time_per_run=01:01:01:02 is over"
+
+
+def test_the_reason_of_one_is_the_reason_of_all_and_stays(monkeypatch, tmp_path):
+    now_s = 50.0
+    monkeypatch.setattr(interruption.time, "monotonic", lambda: now_s)
+    first, second = Interruption(), Interruption()
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
+    first.share(store, rank=0)
+    second.share(store, rank=1)
+    with second:
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert first.reason is None  # and looks into the store again a second later
+    told = second.reason
+    assert told.startswith("rank 1 on ")
+    assert first.reason is None
+    now_s += 1.1
+    assert first.reason == told
+    assert second.reason == told
+
+
+def test_looking_is_cheap():
+    stop = Interruption("10:00:00:00")
+    stop.share(torch.distributed.HashStore(), rank=0)
+    started_s = time.perf_counter()
+    for _ in range(10_000):
+        assert stop.reason is None
+    assert time.perf_counter() - started_s < 1
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    handlers = []
+
+    def run() -> None:
+        with Interruption("00:00:00:00") as stop:
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            handlers.append(stop.reason)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert handlers == [signal.SIG_DFL, "max_time_per_run=00:00:00:00 is over"]

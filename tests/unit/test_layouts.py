@@ -1,0 +1,110 @@
+"""Layouts that cannot be, packed batches, and which columns a context-parallel rank holds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from nemo_kd.batch import Example
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import GPTArchitecture, ParallelConfig, check_layout, length_multiple
+from nemo_kd.config.student import StudentModelConfig
+from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.data.collate import pack
+from nemo_kd.mcore.model import transformer_config
+from nemo_kd.mcore.schedule import context_positions
+
+ARCHITECTURE = GPTArchitecture("llama", 100, 6, 64, 96, 8, 4, 8, 512, 1e-5, 1e4)
+
+
+def example(index: int, length: int) -> Example:
+    tokens = np.arange(100 * index, 100 * index + length + 1)
+    return Example(index, tokens[:-1], tokens[1:], np.ones(length, dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"context_parallel_size": 0}, r"model.context_parallel_size: 0 must be at least 1"),
+        ({"expert_model_parallel_size": -1}, r"model.expert_model_parallel_size: -1 must be at least 1"),
+        ({"tensor_model_parallel_size": 3}, r"^model.tensor_model_parallel_size: 3 does not divide the 4 ranks \(tr"),
+        (
+            {"tensor_model_parallel_size": 2, "context_parallel_size": 3},
+            r"^model.tensor_model_parallel_size x model.context_parallel_size: 2 x 3 = 6 does not divide the 4 ranks",
+        ),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(sizes, message):
+    with pytest.raises(ConfigError, match=message):
+        ParallelConfig(**sizes).data_parallel_size(4)
+
+
+def test_replicas_are_what_the_sizes_leave():
+    parallel = ParallelConfig(2, 3, 4)
+    assert (parallel.data_parallel_size(24), parallel.data_parallel_size(48)) == (1, 2)
+    assert ParallelConfig().data_parallel_size(5) == 5
+
+
+def test_sizes_that_do_not_cut_the_model_are_refused():
+    check_layout(ARCHITECTURE, ParallelConfig(4, 3))
+    with pytest.raises(ConfigError, match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)"):
+        check_layout(ARCHITECTURE, ParallelConfig(pipeline_model_parallel_size=4))
+    with pytest.raises(ConfigError, match=r"model.tensor_model_parallel_size: 8 .* the model's num_query_groups \(4\)"):
+        check_layout(ARCHITECTURE, ParallelConfig(tensor_model_parallel_size=8))
+
+
+@pytest.mark.parametrize(
+    "name", ["pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"]
+)
+def test_students_have_tensor_and_data_parallelism_only(name):
+    with pytest.raises(ConfigError, match=f"model.{name}: 2 is not available in this version; use 1"):
+        StudentModelConfig(**{name: 2})
+    with pytest.raises(ConfigError, match=r"model.sequence_parallel: True is not available in this version; use False"):
+        StudentModelConfig(sequence_parallel=True)
+
+
+def test_the_length_multiple_of_layouts():
+    assert length_multiple(ParallelConfig(4, 2)) == 1
+    assert length_multiple(ParallelConfig(4, sequence_parallel=True)) == 4
+    assert length_multiple(ParallelConfig(context_parallel_size=3)) == 6
+    assert length_multiple(ParallelConfig(4, context_parallel_size=2, sequence_parallel=True)) == 8
+    assert length_multiple(ParallelConfig(3, context_parallel_size=2, sequence_parallel=True)) == 12
+
+
+def test_sequence_parallelism_alone_is_nothing():
+    assert not transformer_config(ARCHITECTURE, ModelConfig(sequence_parallel=True), torch.float32).sequence_parallel
+
+
+def test_packed_examples_lie_end_to_end():
+    batch = pack([example(3, 4), example(1, 2), example(2, 5)], pad_id=7, multiple_of=4)
+    assert batch.indices_B.tolist() == [3, 1, 2]
+    assert batch.cu_seqlens.tolist() == [0, 4, 6, 11, 12]
+    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.tokens_BS.tolist() == [[300, 301, 302, 303, 100, 101, 200, 201, 202, 203, 204, 7]]
+    assert batch.labels_BS.tolist() == [[301, 302, 303, 304, 101, 102, 201, 202, 203, 204, 205, 7]]
+    assert batch.loss_mask_BS.tolist() == [[1.0] * 11 + [0.0]]
+    assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0]]
+    assert batch.num_examples == 3
+    moved = batch.to("meta")
+    assert (moved.tokens_BS.device.type, moved.cu_seqlens.device.type) == ("meta", "cpu")
+
+
+def test_packing_without_filler_and_without_examples():
+    assert pack([example(3, 4), example(1, 2)], pad_id=7, multiple_of=3).cu_seqlens.tolist() == [0, 4, 6]
+    nothing = pack([], pad_id=7, multiple_of=2)
+    assert (nothing.tokens_BS.tolist(), nothing.cu_seqlens.tolist(), nothing.num_examples) == ([[7, 7]], [0, 2], 0)
+    assert nothing.loss_mask_BS.sum() == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_context_parallel_ranks_share_the_columns_evenly(size):
+    columns = [context_positions(12, rank, size) for rank in range(size)]
+    assert sorted(torch.cat(columns).tolist()) == list(range(12))
+    # What a rank computes is the number of keys its queries see.
+    assert len({int((part + 1).sum()) for part in columns}) == 1
+
+
+def test_context_parallel_ranks_hold_megatrons_chunks():
+    assert context_positions(8, 0, 2).tolist() == [0, 1, 6, 7]
+    assert context_positions(8, 1, 2).tolist() == [2, 3, 4, 5]
