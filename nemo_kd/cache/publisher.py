@@ -116,10 +116,11 @@ class SegmentPublisher:
         theirs.close()  # now the process alone has this end, so that its death is the end of the file
         self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-courier")
 
-    def publish(self, segment: Segment, records: Sequence[Record]) -> None:
+    def publish(self, segment: Segment, records: Sequence[Record], **changed: Any) -> None:
         """Has a segment published: one record for each of its indices, in their order.
 
-        Returns at once unless `max_waiting` segments wait already. The arrays must not be changed from now on.
+        Returns at once unless `max_waiting` segments wait already. The arrays must not be changed from now on. `changed` is
+        what differs from `computed_with` in this segment.
 
         Raises:
             Exception: what went wrong with an earlier segment, as it was raised there.
@@ -128,7 +129,7 @@ class SegmentPublisher:
         started = time.perf_counter()
         self._collect(self._max_waiting)
         self.waited_s += time.perf_counter() - started
-        self._pending.append(self._courier.submit(self._deliver, segment, records))
+        self._pending.append(self._courier.submit(self._deliver, segment, records, changed))
 
     def close(self) -> None:
         """Waits until everything is on disk, and ends the process.
@@ -168,10 +169,10 @@ class SegmentPublisher:
             self._process.kill()
             raise
 
-    def _deliver(self, segment: Segment, records: Sequence[Record]) -> ChunkSummary:
+    def _deliver(self, segment: Segment, records: Sequence[Record], changed: dict[str, Any]) -> ChunkSummary:
         """What the courier does with a segment."""
         try:
-            _send(self._connection, (segment, records))
+            _send(self._connection, (segment, records, changed))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join()
@@ -220,7 +221,8 @@ def _serve(
     while (task := _receive(connection)) is not None:
         answer: ChunkSummary | tuple[Exception, str]
         try:
-            answer = _publish(SegmentWriter(layout, manifest, task[0], computed_with), task[1])
+            segment, records, changed = task
+            answer = _publish(SegmentWriter(layout, manifest, segment, computed_with | changed), records)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the caller is
             answer = error, traceback.format_exc()
         connection.send(answer)
