@@ -147,7 +147,7 @@ def _work(
             torch.distributed.get_world_size(), lambda: watchdog.step("waiting for other ranks")
         )
     if stopped:
-        raise Requeue(f"{interruption.reason}; what is published stays, the same command goes on from there")
+        raise Requeue(interruption.reason)
 
 
 def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:
