@@ -35,6 +35,8 @@ FLOOR_POSITION = 20.0
 FLOOR_LABEL_NATS = {"float32": 2e-3, "bfloat16": 0.05}
 FLOOR_SCALE, SCALE_ERRORS = 0.005, 6.0
 """A temperature this close to 1 is none, nor is one within so many standard errors."""
+FEWEST_FOR_SCALE = 50
+"""Positions; from fewer the standard error is no good."""
 PROBED_POSITIONS = 16
 CLEARLY_CLOSER = 0.1
 """What explains a difference leaves less than this part of it at most positions."""
@@ -87,7 +89,7 @@ class Verdict:
     """What came out of a comparison.
 
     Attributes:
-        temperature, control_temperature: that fit best, over the examples that nothing else is wrong with.
+        temperature, control_temperature: that fit best, over the examples that nothing else is wrong with, or over all.
         wrong: number of an example -> what its difference looks like.
     """
 
@@ -113,13 +115,13 @@ def judge(examples: Sequence[Compared], rounding: Rounding, dtype: str) -> Verdi
     wrong_E = np.logical_or.reduce([statistic.wrong_E for statistic in statistics])
     wrong = {number: _explain(number, examples, statistics, rounding) for number in np.flatnonzero(wrong_E).tolist()}
     right = [example for example, is_wrong in zip(examples, wrong_E, strict=True) if not is_wrong]
-    scale, control = _pooled([_scales(example, rounding) for example in right])
+    scale, control = _pooled([_scales(example, rounding) for example in right or examples])
     allowed = max(FLOOR_SCALE, SCALE_ERRORS * scale.standard_error) + FACTOR * abs(control.scale - 1)
     return Verdict(
         statistics,
-        _temperature(scale) if right else float("nan"),
-        _temperature(control) if right else float("nan"),
-        bool(right) and abs(scale.scale - 1) > allowed,
+        _temperature(scale),
+        _temperature(control),
+        bool(right) and len(scale.squares_P) >= FEWEST_FOR_SCALE and abs(scale.scale - 1) > allowed,
         wrong,
     )
 
@@ -133,7 +135,7 @@ def _divergences(examples: Sequence[Compared], rounding: Rounding, floor: float,
         control.append(divergence(by_alone, by_teacher))
         at_one = by_cache if temperature == 1 else example.said(1.0)[0]
         rounded.append(rounding_divergence(rounding, at_one, by_cache, temperature))
-    name = "KL" if temperature == 1 else f"KL at temperature {temperature:g}"
+    name = "KL" if temperature == 1 else f"KL at T = {temperature:g}"
     mean_E = np.array([kl_P.mean() for kl_P in control])
     mean = Statistic(
         f"{name}, mean of an example",
@@ -173,11 +175,7 @@ def _scales(example: Compared, rounding: Rounding) -> tuple[Scale, Scale]:
 
 
 def _pooled(fits: Sequence[tuple[Scale, Scale]]) -> tuple[Scale, Scale]:
-    nothing = Scale(*[np.ones(1)] * 4)
-    cached, control = (
-        Scale(*map(np.concatenate, zip(*[pair[number] for pair in fits], strict=True))) if fits else nothing
-        for number in (0, 1)
-    )
+    cached, control = (Scale(*map(np.concatenate, zip(*same, strict=True))) for same in zip(*fits, strict=True))
     return cached, control
 
 
@@ -208,7 +206,7 @@ def _explain(number: int, examples: Sequence[Compared], statistics: Sequence[Sta
     rounded = float(np.median(rounding_divergence(rounding, by_cache, by_cache)))
     explained = min(unscaled / 2, CLEARLY_CLOSER * unscaled + rounded)
     if abs(fit.scale - 1) > FLOOR_SCALE and float(np.median(fit.residuals_P)) < explained:
-        return f"another temperature: it is what the teacher says at temperature {_temperature(fit):.3g}"
+        return f"another temperature: it is what the teacher says at temperature {_temperature(fit):.2f}"
     if unscaled < CLEARLY_CLOSER * typical:
         return "the kept tokens agree among themselves, their log-sum-exp or the probability of the rest does not"
     return "like nothing the teacher says of the sample: another teacher, other tokens, or the row of an example not sampled"

@@ -335,10 +335,12 @@ def _report(
         lines.append(f"wrong: example {compared[number].index} ({compared[number].where}): {text}")
     if len(wrong) > MOST_SHOWN:
         lines.append(f"wrong: and {len(wrong) - MOST_SHOWN} more examples")
-    if wrong or findings.problems:
+    if wrong:
         lines.append(
             f"verdict: the cache is not what this teacher says: {len(wrong)} of {len(compared)} examples are wrong"
         )
+    elif findings.problems:
+        lines.append("verdict: the cache is not what this teacher says, as told above")
     else:
         lines.append("verdict: the cache is what this teacher says; what differs is rounding")
     return "\n".join(lines)
