@@ -43,10 +43,15 @@ Change = Callable[[list[CachedExample]], None]
 
 
 def save_teacher(
-    folder: Path, template: str = CHATML, seed: int = 0, vocab_size: int = VOCAB_SIZE, temperature: float = 1.0
+    folder: Path,
+    template: str = CHATML,
+    seed: int = 0,
+    vocab_size: int = VOCAB_SIZE,
+    temperature: float = 1.0,
+    family: str = "qwen3",
 ) -> Path:
     """A teacher that is sure of some tokens and not of others."""
-    model = build_hf_model("qwen3", vocab_size, seed)
+    model = build_hf_model(family, vocab_size, seed)
     with torch.no_grad():
         model.lm_head.weight.mul_(4 / temperature)
     model.save_pretrained(folder)
@@ -189,6 +194,22 @@ def test_an_unharmed_cache_passes(verify, world, kind, world_size, settings):
     assert f"{NUM_RECORDS - 1} of {NUM_RECORDS - 1} examples" in report
     assert "the cache is what this teacher says" in report
     assert "not checked: the tokens" not in report
+
+
+@pytest.mark.parametrize("family", ["qwen3", "mixtral"])
+def test_rounding_of_a_teacher_with_large_logits_passes_and_hides_nothing(verify, ranks, world, tmp_path, family):
+    """The divergences between two layouts in bfloat16 are as large as those of small faults elsewhere."""
+    teacher = save_teacher(tmp_path / "sharp", temperature=0.25, family=family)
+    output = tmp_path / "c_CHUNK_ID.jsonl"
+    settings = {"n_examples_per_chunk": 10, "model__tensor_model_parallel_size": 2, "trainer__devices": 2}
+    ranks(2).run(run_stage_1, teacher, world[1], output, settings | {"trainer__precision": "bf16", "top_k": 60})
+    for num_examples in (1, 100):
+        report, is_right = verify(output, teacher=teacher, num_examples=num_examples)
+        assert is_right, report
+    for change, num_wrong in ((swap, 2), (shift, 1)):
+        report, is_right = verify(planted(output, tmp_path / change.__name__, change), teacher=teacher)
+        assert f"{num_wrong} of 23 examples are wrong" in report, report
+        assert is_right is False
 
 
 FAULTS = {
