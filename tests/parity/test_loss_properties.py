@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from nemo_kd.ops.tail_sampling import sample_tail
+from nemo_kd.ops.topk import topk_of_logits
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import (
     COMBINATIONS,
@@ -193,7 +193,15 @@ def _sampled_rows(teacher_V: torch.Tensor, student_V: torch.Tensor, k: int, num_
     shard = VocabShard(0, len(teacher_V), len(teacher_V))
     generator = torch.Generator().manual_seed(10)
     uniforms_NU = torch.rand(num_draws, num_samples + 1, generator=generator, dtype=torch.float64)
-    samples_NM, tail_N = sample_tail(teacher_NV, ids_NK, uniforms_NU, shard)
+    found = topk_of_logits(
+        teacher_NV.clone(),
+        ids_NK[:, 0],
+        shard,
+        k,
+        lambda p_NK: torch.ones_like(p_NK, dtype=torch.bool),
+        uniforms_NU=uniforms_NU,
+    )
+    samples_NM, tail_N = found.tail_token_ids_NM.long(), found.tail_mass_NT[:, 0]
     problem = make_problem(teacher_NV, student_V.repeat(num_draws, 1), ids_NK, ids_NK[:, 0])
     torch.testing.assert_close(problem.tail_mass_N, tail_N)
     problem = replace(problem, tail_token_ids_NM=samples_NM)
