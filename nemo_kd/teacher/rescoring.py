@@ -351,17 +351,17 @@ def _report(
     lines = [
         f"{len(compared)} of {len(sample.reader):,} examples with {num_positions:,} positions, scored by {run.pretrained.source}: {run.layout()}",
         "",
-        f"{'':34}  {'cache against teacher':^30}  {'teacher against itself':^22}",
-        f"{'':34}  {'mean':>8} {'worst':>8} {'allowed':>8}  {'mean':>10} {'worst':>10}  worst example",
+        f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",
+        f"{'':36}  {'mean':>8} {'worst':>8} {'allowed':>8}  {'mean':>10} {'worst':>10}  worst example",
     ]
     for statistic in verdict.statistics:
         worst = statistic.worst
         lines.append(
-            f"{statistic.name:<34}  {statistic.cached_E.mean():8.1e} {statistic.cached_E[worst]:8.1e} {statistic.allowed_E[worst]:8.1e}"
+            f"{statistic.name:<36}  {statistic.cached_E.mean():8.1e} {statistic.cached_E[worst]:8.1e} {statistic.allowed_E[worst]:8.1e}"
             f"  {statistic.control_E.mean():10.1e} {statistic.control_E.max():10.1e}  {compared[worst].index}"
         )
     lines += [
-        f"{'temperature that fits best':<34}  {verdict.temperature:8.4f} {'':17}  {verdict.control_temperature:10.4f}",
+        f"{'temperature that fits best':<36}  {verdict.temperature:8.4f} {'':17}  {verdict.control_temperature:10.4f}",
         "In nats; KL is that of the teacher from the cache, over the kept ids and all others together. The control",
         "scores each example alone and padded, with other rounding errors, instead of in batches.",
         "",
