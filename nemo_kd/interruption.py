@@ -33,7 +33,8 @@ class Interruption:
     """From `with` on, SIGTERM and SIGUSR1 end nothing: they become a `reason` to stop, as does the end of `max_time`.
 
     `max_time` counts from the start of the process: loading a large teacher takes its part of the job's time as well.
-    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end.
+    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end,
+    unless that is a Requeue: schedulers send SIGTERM to the ranks that leave last, which may still have to clean up.
 
     Raises:
         ConfigError: `max_time` is not DD:HH:MM:SS.
@@ -57,12 +58,11 @@ class Interruption:
             self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._before:
+    def __exit__(self, error_type: object, error: object, traceback: object) -> None:
+        if self._before and not isinstance(error, Requeue):
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
             for number, handler in self._before.items():
                 signal.signal(number, handler)
-            self._before = {}
 
     def share(self, store: Store, rank: int) -> None:
         """From now on a reason of any rank that shares `store` is every rank's, within a second or two."""

@@ -169,8 +169,8 @@ class Sink(Protocol):
 class Progress:
     """Counts, and every `interval_s` tells the sinks how far the run is and how fast.
 
-    With `shared`, every replica counts and publishes, and the one whose rank is 0 shows the whole job; give sinks to that
-    one only. Nothing runs in the background: a report comes with the first `add` after the interval.
+    With `shared`, every replica counts and publishes, and the one whose rank is 0 shows the whole job; give sinks to
+    that one only. Nothing runs in the background: a report comes with the first `add` after the interval.
 
     Args:
         total_tokens: of the whole job; 0 if unknown, then there is no ETA.
@@ -217,7 +217,7 @@ class Progress:
             sink.close()
 
     def _metrics(self, total: Counters, now_s: float) -> dict[str, float]:
-        """Rates over the last WINDOW_INTERVALS reports, shares of the cache over the whole run; nothing that is unknown."""
+        """Rates over the last WINDOW_INTERVALS reports, the cache over the whole run; nothing that is unknown."""
         before_s, before = self._window[0]
         self._window.append((now_s, total))
         recent, seconds = total - before, max(now_s - before_s, 1e-9)

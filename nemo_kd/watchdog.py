@@ -26,8 +26,9 @@ class CollectiveError(RuntimeError):
 class Watchdog:
     """Ends this process (exit status 1) when no `step` came for `timeout_s`, from `with` on.
 
-    What it writes to stderr: rank, machine, the last step, and the stacks of all threads; after twice the time the stacks
-    alone, should something hold Python's lock. The time-out of torch's collectives should be longer, for torch tells less.
+    What it writes to stderr: rank, machine, the last step, and the stacks of all threads; after twice the time the
+    stacks alone, should something hold Python's lock. The time-out of torch's collectives should be longer, for torch
+    tells less.
     """
 
     def __init__(self, timeout_s: float, rank: int) -> None:

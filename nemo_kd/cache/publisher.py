@@ -81,8 +81,8 @@ class SegmentPublisher:
     """Publishes segments in the order in which they come, in one process of its own; to be used in a with block.
 
     That process is forked: start it early, while this one is small. It uses numpy and files, no torch. Signals to the
-    whole job do not reach it; it ends with the block, or by itself within a second when this process is killed. Only whole
-    segments appear, whatever happens.
+    whole job do not reach it; it ends with the block, or by itself within a second when this process is killed. Only
+    whole segments appear, whatever happens.
 
     Attributes:
         done: counts of published segments, in their order, as of the last `publish` or `close`.
@@ -116,10 +116,11 @@ class SegmentPublisher:
         theirs.close()  # now the process alone has this end, so that its death is the end of the file
         self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-courier")
 
-    def publish(self, segment: Segment, records: Sequence[Record]) -> None:
-        """Has a segment published: one record for each of its indices, in their order, which nobody may change from now on.
+    def publish(self, segment: Segment, records: Sequence[Record], **changed: Any) -> None:
+        """Has a segment published: one record for each of its indices, in their order.
 
-        Returns at once unless `max_waiting` segments wait already.
+        Returns at once unless `max_waiting` segments wait already. The arrays must not be changed from now on. `changed` is
+        what differs from `computed_with` in this segment.
 
         Raises:
             Exception: what went wrong with an earlier segment, as it was raised there.
@@ -128,7 +129,7 @@ class SegmentPublisher:
         started = time.perf_counter()
         self._collect(self._max_waiting)
         self.waited_s += time.perf_counter() - started
-        self._pending.append(self._courier.submit(self._deliver, segment, records))
+        self._pending.append(self._courier.submit(self._deliver, segment, records, changed))
 
     def close(self) -> None:
         """Waits until everything is on disk, and ends the process.
@@ -168,17 +169,17 @@ class SegmentPublisher:
             self._process.kill()
             raise
 
-    def _deliver(self, segment: Segment, records: Sequence[Record]) -> ChunkSummary:
+    def _deliver(self, segment: Segment, records: Sequence[Record], changed: dict[str, Any]) -> ChunkSummary:
         """What the courier does with a segment."""
         try:
-            _send(self._connection, (segment, records))
+            _send(self._connection, (segment, records, changed))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join()
             raise CacheError(
-                f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published, because the process that does "
-                f"this had ended ({_how(self._process.exitcode)}); what is killed without a message was mostly short of "
-                "memory: give the job more, then run the same command again; what is published stays and is not computed again"
+                f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published: the process that does this "
+                f"has ended ({_how(self._process.exitcode)}); if nothing else tells why, memory ran out: give the job more, "
+                "then run the same command again; what is published stays and is not computed again"
             ) from error
         if isinstance(answer, ChunkSummary):
             return answer
@@ -215,12 +216,13 @@ def _serve(
     connection: Connection, parent: int, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any]
 ) -> None:
     """What the process does, until it is sent None."""
-    gc.freeze()  # objects of the parent that await collection may own memory of a GPU, which is not this process's to free
+    gc.freeze()  # what the parent left to be collected may own memory of a GPU, which is not this process's to free
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while (task := _receive(connection)) is not None:
         answer: ChunkSummary | tuple[Exception, str]
         try:
-            answer = _publish(SegmentWriter(layout, manifest, task[0], computed_with), task[1])
+            segment, records, changed = task
+            answer = _publish(SegmentWriter(layout, manifest, segment, computed_with | changed), records)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the caller is
             answer = error, traceback.format_exc()
         connection.send(answer)
@@ -237,7 +239,7 @@ def _publish(sink: SegmentWriter, records: Sequence[Record]) -> ChunkSummary:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended, even without a word; half a segment lies under a hidden name then."""
+    """Ends this process when its parent has ended without a word; half a segment lies under a hidden name then."""
     while os.getppid() == parent:
         time.sleep(ORPHAN_CHECK_S)
     os._exit(1)

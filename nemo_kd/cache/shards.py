@@ -68,9 +68,9 @@ class WriteLock:
         lock, path, group = self._locks[0], self._layout.lock_path, f"one of {count} shards"
         if free is None:
             raise CacheError(
-                f"{path}: this file system keeps no locks (flock), without which shards cannot write one cache; mount it with "
-                "locks, or give every job a range of records (start_from_idx, end_at_idx) and an output_path of its own "
-                "and put the caches together with `logit_cache merge`"
+                f"{path}: this file system keeps no locks (flock), without which shards cannot write one cache; mount it "
+                "with locks, or give every job a range of records (start_from_idx, end_at_idx) and an output_path of its "
+                "own and put the caches together with `logit_cache merge`"
             )
         if free:
             tell(lock, group)

@@ -1,9 +1,9 @@
 """Writes a cache segment by segment; nothing that is published can be lost or be half there.
 
-A segment is a fixed run of records, computed and published by one process. As soon as all segments of a chunk are there a
-job that writes the cache puts them together in the order of their records. What lies in the folder at any instant is
+A segment is a fixed run of records, computed and published by one process. As soon as all segments of a chunk are there,
+a job that writes the cache puts them together in the order of their records. What lies in the folder at any instant is
 therefore: whole chunks that the manifest lists, whole segments, and hidden temporary files that the next run removes.
-The same command continues from there, on any number of processes, in any number of shards, and ends with the same bytes.
+The same command continues from there, with any number of processes and of shards, and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ Segment = tuple[int, range]
 
 
 class CacheWriter:
-    """The one process of a job that holds its lock: it says what is missing, puts chunks together and keeps the manifest.
+    """The process of a job that holds its lock: it says what is missing, puts chunks together and keeps the manifest.
 
-    Several jobs may write one cache at a time, each one shard of it. Shard i of n computes segments i, i + n, i + 2n ...
-    of all segments of the cache; whichever comes first puts a chunk together.
+    Several jobs may write one cache at a time, each a shard of it. Shard i of n computes segments i, i + n, i + 2n ... of
+    all segments of the cache; whichever comes first puts a chunk together.
 
     Attributes:
-        missing: chunks that are not listed, or whose file is not there with the listed size, as far as this process knows.
+        missing: chunks that are not listed, or whose file is not there with the listed size, when last looked.
 
     Args:
         manifest: what is about to be written. A cache that is there already is continued if it says the same.
@@ -51,8 +51,8 @@ class CacheWriter:
         shard: (i, n); (0, 1) is a job alone.
 
     Raises:
-        CacheError: another job writes this cache or shard; or another teacher, dataset or setting wrote what is there, or
-            nobody knows who did.
+        CacheError: another job writes this cache or shard; or another teacher, dataset or setting wrote what is there,
+            or nobody knows who did.
     """
 
     def __init__(self, layout: CacheLayout, manifest: Manifest, chunks: Sequence[range], shard: Shard = (0, 1)) -> None:
@@ -98,7 +98,7 @@ class CacheWriter:
         Raises:
             CacheError: a segment is damaged, or the file system refuses.
         """
-        with self._assembling:
+        with self._assembling, explained(self.layout.folder):
             self._refresh()
             in_work = set(self.missing).intersection(self.layout.chunks_in_work())
             for chunk in sorted(in_work):
@@ -306,6 +306,6 @@ def _is_whole(path: Path) -> bool:
 
 
 def _all_in(folder: Path, paths: list[Path]) -> bool:
-    # The listing of a folder is asked of a network file system's server, where a look at a single name may be remembered.
+    # A network file system asks its server for a listing, where it may remember that a single name was not there.
     names = set(os.listdir(folder)) if folder.is_dir() else set()
     return all(path.name in names for path in paths)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -26,6 +27,9 @@ AFTER_FAILURE_S = 5.0
 """Time that the other ranks have once one has failed."""
 
 POLL_S = 0.05
+
+LAUNCHER = "NEMO_KD_LAUNCHER_PID"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def needs_launch(trainer: TrainerConfig) -> bool:
@@ -86,7 +90,18 @@ def _environment(world_size: int, port: int) -> dict[str, str]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         "TORCHELASTIC_MAX_RESTARTS": "0",
+        LAUNCHER: str(os.getpid()),
     }
+
+
+def follow_launcher() -> None:
+    """Where this process is a rank of `launch`, it ends with the launcher, should that be killed."""
+    if LAUNCHER not in os.environ:
+        return
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before that
+        sys.exit(1)
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.cli.launch import global_rank, launch, needs_launch
+from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue, hold_back_warning_signal
@@ -58,6 +58,7 @@ def run(command: Command) -> None:
         print(help_text(command))
         return
     hold_back_warning_signal()
+    follow_launcher()
     _register_resolvers()
     try:
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
@@ -158,11 +159,16 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
     except Requeue as requeue:
-        for number in SIGNALS:  # the first rank to leave makes launchers send SIGTERM to the others
+        for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
+        _wait_for_other_ranks()
         if global_rank() == 0:
             print(f"{requeue}; the same command continues (exit status {REQUEUE})", file=sys.stderr, flush=True)
         _leave(REQUEUE)
+    except SystemExit as leaving:
+        if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
+            sys.exit(128 + signal.SIGTERM)
+        raise
     except KeyboardInterrupt:
         if global_rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
@@ -178,6 +184,13 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         if not user_error:
             time.sleep(1)  # the rank that caused it ends first, and its exit status counts
         _leave(USER_ERROR if user_error else 1)
+
+
+def _wait_for_other_ranks() -> None:
+    """The first rank that leaves makes launchers end the others, and one of those may be cleaning up."""
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
 
 
 def _leave(status: int) -> None:

@@ -104,11 +104,12 @@ def install_expert_support() -> None:
     dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = "none: the counts are on the CPU"
     dispatcher._maybe_dtoh_and_synchronize = _counts_to_numpy
-    mappings = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    mappings._gather_along_first_dim = _allow_uneven(mappings._gather_along_first_dim, _gather_uneven)
-    mappings._reduce_scatter_along_first_dim = _allow_uneven(
-        mappings._reduce_scatter_along_first_dim, _reduce_scatter_uneven
-    )
+    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
+    for name, uneven in (
+        ("_gather_along_first_dim", _gather_uneven),
+        ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
+    ):
+        setattr(mappings, name, _allow_uneven(getattr(mappings, name), uneven))
 
 
 def _counts_to_numpy(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from nemo_kd.config import ConfigError
 from nemo_kd.mcore.experts import fused_part, fused_router
 
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 4 << 20
 """Files are mapped into memory; what is read is kept by the process until the mapping ends, which it does after so much."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

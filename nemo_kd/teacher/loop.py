@@ -176,9 +176,8 @@ def _publish(
     if publisher is None:
         return
     remaining = iter(rows)
-    publisher.publish(
-        segment, [record.reason if isinstance(record, Skipped) else next(remaining) for record in records]
-    )
+    rows_and_reasons = [record.reason if isinstance(record, Skipped) else next(remaining) for record in records]
+    publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=started.max_tokens)
     progress.computed(started)
     progress.published(publisher)
 

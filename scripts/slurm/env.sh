@@ -58,7 +58,7 @@ run() {
     return "${status}"
 }
 
-# requeue: puts this job back into the queue; of an array, this task only (the number of the array alone would mean all).
+# requeue: puts this job back into the queue; of an array, this task only (the array's number alone would mean all).
 requeue() {
     local job="${SLURM_JOB_ID}"
     [[ -z "${SLURM_ARRAY_TASK_ID:-}" ]] || job="${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"

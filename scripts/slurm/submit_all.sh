@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Submits both stages as a chain: the caches of train (an array of NUM_SHARDS jobs) and validation, then the student once
-# all of them succeeded, requeued ones included. Logs go to the current folder.
+# Submits both stages as a chain: the caches of train (an array of NUM_SHARDS jobs) and validation, then the student
+# once all of them succeeded, requeued ones included. Logs go to the current folder.
 #     ACCOUNT=my_account PARTITION=my_partition NUM_SHARDS=4 scripts/slurm/submit_all.sh
 set -euo pipefail
 NEMO_KD_SLURM_DIR="$(cd "$(dirname "$0")" && pwd)"

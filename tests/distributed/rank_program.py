@@ -92,6 +92,13 @@ def fails(interruption: Interruption) -> None:
     ignore(interruption)
 
 
+def trains(interruption: Interruption) -> None:
+    """What Lightning does between two batches once SIGTERM has come."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    raise SIGTERMException
+
+
 def succeeds(interruption: Interruption) -> None:
     tell("done")
 
@@ -104,8 +111,14 @@ def main(config: ComputeTopkLogitsConfig) -> None:
     if mode == "before":
         tell("ready")
         time.sleep(1000)
-    with Interruption(os.environ.get("MAX_TIME")) as interruption:
-        globals()[mode](interruption)
+    try:
+        with Interruption(os.environ.get("MAX_TIME")) as interruption:
+            globals()[mode](interruption)
+    finally:
+        if global_rank() == 0 and "CLEAN_UP" in os.environ:
+            tell("cleaning")
+            time.sleep(float(os.environ["CLEAN_UP"]))
+            tell("clean")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import tarfile
 from pathlib import Path
@@ -183,3 +184,23 @@ def test_an_archive_whose_parts_disagree_is_refused(run, ranks, source, tmp_path
     message = ranks(1).run(fails, str(folder), 1)[0]
     assert "model_weights does not fit model_config.yaml: output_layer.weight stands in one of them only" in message
     assert "pretrained_checkpoint" in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
+
+
+def test_damaged_or_other_weights_are_refused(run, ranks, source, tmp_path):
+    archive, folder = tmp_path / "model.nemo", tmp_path / "extracted"
+    run(input_path=source, output_path=archive)
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    config = (folder / "model_config.yaml").read_text()
+    (folder / "model_config.yaml").write_text(config.replace("ffn_hidden_size: 96", "ffn_hidden_size: 48"))
+    message = ranks(1).run(fails, str(folder), 1)[0]
+    assert "linear_fc1.weight has the shape (2, 192, 64), model_config.yaml calls for (2, 96, 64)" in message
+    (folder / "model_config.yaml").write_text(config)
+    for file in (folder / "model_weights").glob("*.distcp"):
+        os.truncate(file, file.stat().st_size - 100)
+    assert re.search(
+        r"distcp: .* cannot be read .*copy or write the model again", ranks(1).run(fails, str(folder), 1)[0]
+    )
+    for file in (folder / "model_weights").glob("*.distcp"):
+        file.unlink()
+    assert re.search(r"distcp: .* cannot be read .*No such file", ranks(1).run(fails, str(folder), 1)[0])

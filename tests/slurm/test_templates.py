@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.unit.test_cli import compose
+
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "scripts" / "slurm"
 TIMEOUT_S = 120
@@ -147,16 +149,9 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
         assert key["n_examples_per_chunk"] == "10000"
         assert key["data.max_tokens_per_batch"] == "16384"
         assert key["trainer.devices"] == "2"
-        assert not {"start_from_idx", "end_at_idx"} & set(key)
-
-
-def test_keys_of_the_template_are_accepted(cluster):
-    from tests.unit.test_cli import compose
-
-    cluster.wait(cluster.submit("--array=1-2"))
-    line = cluster.output() and (cluster.cache / "log").read_text().splitlines()[0].split("|")[3]
-    config, warnings = compose("compute_topk_logits", line)
-    assert (config.shard, warnings) == ("0/2", [])
+        line = " ".join(f"{name}={value}" for name, value in key.items())
+        config, warnings = compose("compute_topk_logits", line)
+        assert (config.shard, warnings) == (key["shard"], [])
 
 
 def test_an_interrupted_task_runs_again_and_no_other(cluster):

@@ -14,7 +14,9 @@ def padded(batch: list[int], lengths: list[int], multiple_of: int) -> int:
 
 
 @pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(("max_examples", "max_tokens"), [(None, 300), (3, None), (4, 200), (1, 50), (None, 1), (None, None)])
+@pytest.mark.parametrize(
+    ("max_examples", "max_tokens"), [(None, 300), (3, None), (4, 200), (1, 50), (None, 1), (None, None)]
+)
 def test_every_example_once_and_within_the_limits(packed, max_examples, max_tokens):
     lengths = np.random.default_rng(0).integers(1, 260, 97).tolist()
     batches = form_batches(lengths, max_examples, max_tokens, packed, multiple_of=8)

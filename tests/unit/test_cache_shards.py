@@ -54,6 +54,13 @@ def note(log: Path | None, text: str) -> None:
             file.write(f"{text}\n")
 
 
+def slow_load(path: Path) -> Manifest:
+    """Gives others time to change the manifest between a look at it and the next step."""
+    loaded = Manifest.parse(path.read_bytes(), str(path))
+    time.sleep(0.02)
+    return loaded
+
+
 def run_shard(folder: Path, shard, steps: int | None = None, delay_s: float = 0, log: Path | None = None) -> int:
     """A job that writes a shard, in a process that kills itself after so many steps. Returns its id."""
     process = os.fork()
@@ -115,7 +122,8 @@ def test_no_segment_is_computed_twice_and_no_chunk_put_together_twice(tmp_path):
         assert sum(times.values()) <= 40 + 10 + 2 * count
 
 
-def test_many_chunks_that_are_whole_at_once_are_all_listed_once(tmp_path):
+def test_many_chunks_that_are_whole_at_once_are_all_listed_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(Manifest, "load", slow_load)
     folder, log = tmp_path / "cache", tmp_path / "log"
     writer = open_writer(folder, (0, 1), **many_segments())
     for segment in writer.missing_segments():
@@ -175,7 +183,9 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
     writer = open_writer(tmp_path, (1, 2))
     with pytest.raises(CacheError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
         open_writer(tmp_path, (1, 2))
-    written_in_shards = rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
+    written_in_shards = (
+        rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
+    )
     with pytest.raises(CacheError, match=written_in_shards):
         open_writer(tmp_path)
     with pytest.raises(CacheError, match=written_in_shards):
@@ -224,11 +234,10 @@ def test_a_killed_job_leaves_no_lock_even_if_its_children_live_on(tmp_path, shar
     if not job:
         open_writer(tmp_path, shard)
         child = os.fork()
-        if not child:
-            time.sleep(60)
-            os._exit(0)
-        os.write(theirs, str(child).encode())
-        time.sleep(60)
+        if child:
+            os.write(theirs, str(child).encode())
+        time.sleep(600)
+        os._exit(0)
     child = int(os.read(ours, 20))
     try:
         with pytest.raises(CacheError, match=f"process {job} on "):
@@ -236,6 +245,22 @@ def test_a_killed_job_leaves_no_lock_even_if_its_children_live_on(tmp_path, shar
         os.kill(job, signal.SIGKILL)
         assert statuses([job]) == [-signal.SIGKILL]
         open_writer(tmp_path, shard).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+
+
+def test_a_lock_given_back_is_not_kept_by_a_process_that_was_forked_meanwhile(tmp_path):
+    """As when processes that read ahead start while a thread puts a chunk together."""
+    lock = Lock(tmp_path / "lock", wait=True)
+    child = os.fork()
+    if not child:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        with pytest.raises(CacheError, match=f"process {os.getpid()} on "):
+            Lock(tmp_path / "lock")
+        lock.release()
+        Lock(tmp_path / "lock").release()
     finally:
         os.kill(child, signal.SIGKILL)
 

@@ -28,8 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "teacher": {"batch", "config", "ops", "data", "cache", "mcore", "evaluation"} | RUNNING,
     "student_loss": {"batch", "config", "ops"},
     "student": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "student_loss"} | RUNNING,
-    "plan": {"batch", "config", "cache", "teacher"},
-    "cli": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "teacher", "student", "plan"}
+    "cli": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "teacher", "student"}
     | RUNNING,
 }
 

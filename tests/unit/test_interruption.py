@@ -12,7 +12,7 @@ import torch
 
 from nemo_kd import interruption
 from nemo_kd.config import ConfigError
-from nemo_kd.interruption import SIGNALS, Interruption
+from nemo_kd.interruption import SIGNALS, Interruption, Requeue
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -23,6 +23,18 @@ def test_a_signal_is_a_reason_and_nothing_else(number):
         os.kill(os.getpid(), number)
         assert stop.reason == f"rank 0 on {os.uname().nodename} received {number.name}"
     assert [signal.getsignal(each) for each in SIGNALS] == before
+
+
+def test_on_the_way_out_signals_stay_without_effect():
+    before = [signal.getsignal(each) for each in SIGNALS]
+    try:
+        with pytest.raises(Requeue), Interruption():
+            raise Requeue("enough")
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+    finally:
+        for number, handler in zip(SIGNALS, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_a_signal_held_back_before_is_delivered():
