@@ -289,7 +289,7 @@ def read_segment(path: Path) -> tuple[ChunkSummary, LineFacts, bytes]:
         return ChunkSummary(**fields["summary"]), LineFacts(**fields["facts"]), payload
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
-            f"{path}: the segment is damaged ({error}); run the same command again: it is computed anew"
+            f"{path}: the segment is damaged ({error}); run the same command again (where shards write the cache, the one whose segment it is, or all as one job): it is computed anew"
         ) from error
 
 

@@ -187,9 +187,13 @@ class ComputeTopkLogitsConfig:
             return self._parsed_shard(self.shard)
         if array_size == 1 or self.start_from_idx or self.end_at_idx is not None:
             return 0, 1
-        first, step = (
-            int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default)) for name, default in (("MIN", 0), ("STEP", 1))
-        )
+        defaults = {"MIN": 0, "STEP": 1, "MAX": array_size - 1}
+        first, step, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in defaults.items())
+        if "SLURM_ARRAY_TASK_MAX" in os.environ and last != first + (array_size - 1) * step:
+            raise ConfigError(
+                f"shard: the Slurm array has {array_size} tasks that are no range; give one (--array=0-{array_size - 1}), "
+                "or the shard of each task (shard=i/n)"
+            )
         return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, array_size
 
     @staticmethod
@@ -219,7 +223,11 @@ class ComputeTopkLogitsConfig:
         paths = self.data.data.file_path
         if isinstance(paths, str):
             return
-        if not isinstance(paths, dict) or not paths or not all(isinstance(path, str) for path in paths.values()):
+        if (
+            not isinstance(paths, dict)
+            or not paths
+            or not all(isinstance(text, str) for pair in paths.items() for text in pair)
+        ):
             raise ConfigError(
                 f"data.data.file_path: {paths!r} is neither a path nor {{SPLIT: PATH, SPLIT: PATH ...}}, "
                 "for example {train: train.jsonl, validation: validation.jsonl}"

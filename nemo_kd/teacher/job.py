@@ -74,9 +74,10 @@ class Run:
             ("tensor", model.tensor_model_parallel_size),
             ("pipeline", model.pipeline_model_parallel_size),
             ("context", model.context_parallel_size),
-            ("expert", model.expert_model_parallel_size),
             ("data", self.groups.data_size),
         ]
+        if model.expert_model_parallel_size > 1:
+            limits.append(f"experts over {model.expert_model_parallel_size} ranks")
         if self.config.max_tokens_per_batch is not None:
             limits.append(f"at most {self.config.max_tokens_per_batch:,} tokens a batch")
         if model.micro_batch_size is not None:

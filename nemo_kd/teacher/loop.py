@@ -30,8 +30,8 @@ from nemo_kd.interruption import SIGNALS, Interruption, Requeue
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.plan import plan_cache, print_table
-from nemo_kd.teacher.progress import TeacherProgress
-from nemo_kd.teacher.work_list import WorkList
+from nemo_kd.teacher.progress import TeacherProgress, metrics_file
+from nemo_kd.teacher.work_list import WorkList, wait_until
 from nemo_kd.watchdog import Watchdog
 
 Records = list[Example | Skipped]
@@ -79,8 +79,12 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
             if teacher is not None and output.missing:
                 _work(run, output, teacher, num_tokens, interruption, watchdog)
             if output.writer is not None:
-                output.writer.assemble_complete()
+                with watchdog.pause("putting chunks together"):
+                    output.writer.assemble_complete()
                 _report(output, output.writer)
+                output.store.set("complete", "1")
+            wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))
+        torch.distributed.barrier()  # the store may end with the process of rank 0
 
 
 def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
@@ -89,11 +93,16 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
     Raises:
         CacheError: on every rank, what rank 0 found against writing.
     """
-    writer, missing, problem, number = None, list[Segment](), "", 0
-    store = _get_default_store()
-    if torch.distributed.get_rank() == 0:
-        number = store.add("compute_topk_logits", 1)
+    writer, missing, problem = None, list[Segment](), ""
+    store, box = _get_default_store(), [0]
+    is_first = torch.distributed.get_rank() == 0
+    if is_first:
+        box = [store.add("compute_topk_logits", 1)]
+    torch.distributed.broadcast_object_list(box, src=0)
+    store = PrefixStore(f"compute_topk_logits/{box[0]}", store)
+    if is_first:
         try:
+            metrics_file(job).close()  # whether it can be written shows now
             writer = CacheWriter(
                 CacheLayout(job.config.output_path), job.manifest, job.chunks, job.config.shard_number()
             )
@@ -101,13 +110,16 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
             missing = writer.missing_segments()
         except CacheError as error:
             problem = str(error)
-    box: list[Any] = [missing, problem, number]
-    torch.distributed.broadcast_object_list(box, src=0)
-    missing, problem, number = box
+        store.set("opened", "1")
+    # All segments that are there are read: longer than a collective waits.
+    wait_until(store, "opened", lambda: None)
+    found: list[Any] = [missing, problem]
+    torch.distributed.broadcast_object_list(found, src=0)
+    missing, problem = found
     if problem:
         raise CacheError(problem)
     num_complete = len(job.chunks) - len(writer.missing) if writer is not None else 0
-    return Output(job, missing, PrefixStore(f"compute_topk_logits/{number}", store), writer, num_complete)
+    return Output(job, missing, store, writer, num_complete)
 
 
 def _work(
@@ -145,6 +157,8 @@ def _work(
         progress.report()
         num_ranks = torch.distributed.get_world_size()
         reason = work.wait_for_all(num_ranks, lambda: watchdog.step("waiting for other ranks"))
+        with watchdog.pause("putting chunks together"):
+            assembler.finish()
     if reason is not None:
         raise Requeue(reason)
 
@@ -249,13 +263,19 @@ class _Assembler:
             self._running.result()
             self._running = self._threads.submit(self._writer.assemble_complete, up_to)
 
+    def finish(self) -> None:
+        """Waits for what is going on.
+
+        Raises:
+            CacheError: as `look`.
+        """
+        self._running.result()
+
     def __enter__(self) -> _Assembler:
         return self
 
-    def __exit__(self, error_type: type[BaseException] | None, *error: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._threads.shutdown()
-        if error_type is None:
-            self._running.result()
 
 
 def _unchanged(item: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch.distributed import ReduceOp
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK, to_device
@@ -113,11 +114,11 @@ class Teacher:
     def start(self, examples: Sequence[Example]) -> Pass:
         """Computes the examples batch by batch; all ranks of a replica call it with the same ones.
 
-        On a GPU it returns before the results are there. Where a batch does not fit into its memory, what is left is
-        tried again with half as many tokens a batch; it stays at that.
+        On a GPU it returns before the results are there. Where a batch does not fit into its memory, and the replica is
+        this rank alone, what is left is tried again with half as many tokens a batch; it stays at that.
 
         Raises:
-            TeacherError: an example does not even fit alone.
+            TeacherError: an example does not even fit alone, or a batch does not fit and other ranks take part in it.
         """
         result, pending = Pass(examples), list(range(len(examples)))
         while True:
@@ -139,13 +140,10 @@ class Teacher:
         """
         rows: dict[int, CompactRow] = {}
         for scored in started.batches:
-            if scored is None:
+            whole = self._whole(scored)
+            if scored is None or whole is None:
                 continue
-            if scored.ready is not None:
-                scored.ready.synchronize()
-            positions_N, fields = self._whole(scored)
-            if not self.groups.is_writer:
-                continue
+            positions_N, fields = whole
             for number, start in zip(scored.numbers, scored.starts, strict=True):
                 example = started.examples[number]
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
@@ -155,26 +153,24 @@ class Teacher:
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
-        """How many of the batches every rank of the replica has computed; more of them do not fit into memory."""
-        groups, num_before = self.groups, len(result.batches)
-        num_steps = (
-            self._agreed(len(batches), ReduceOp.MAX, groups.lockstep) if groups.lockstep_lanes > 1 else len(batches)
-        )
+        """How many of the batches were computed; the next one does not fit into the GPU's memory."""
+        groups, num_steps = self.groups, len(batches)
+        if groups.lockstep_lanes > 1:
+            box = torch.tensor(num_steps)
+            dist.all_reduce(box, op=ReduceOp.MAX, group=groups.lockstep)
+            num_steps = int(box)
         for number in range(num_steps):
             try:
                 self._batch(result, batches[number] if number < len(batches) else [])
             except torch.OutOfMemoryError as error:
-                if groups.pipeline_size > 1 or groups.lockstep_lanes > 1:
+                if dist.get_world_size(groups.lockstep) > 1:
+                    # The others may be in the middle of a collective that this rank left.
                     raise TeacherError(
-                        f"data.max_tokens_per_batch: a batch of {self.max_tokens} tokens does not fit into the GPU's memory "
-                        f"({error}); give a smaller one, or more tensor- or pipeline-parallel ranks"
+                        f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with a batch of at most "
+                        f"{self.max_tokens} tokens ({error}); give a smaller one, or spread the teacher over more ranks"
                     ) from error
-                break
-        num_done = len(result.batches) - num_before
-        if len(groups.replica_ranks) > 1:
-            num_done = self._agreed(num_done, ReduceOp.MIN, groups.replica)
-        del result.batches[num_before + num_done :]
-        return min(num_done, len(batches))
+                return number
+        return len(batches)
 
     def _halve(self, examples: Sequence[Example]) -> None:
         tokens = sum(example.num_tokens for example in examples)
@@ -187,7 +183,7 @@ class Teacher:
         if self.groups.device.type == "cuda":
             torch.cuda.empty_cache()
         self.max_tokens = tokens // 2
-        log.warning(
+        log.error(  # of whatever rank: rank 0's alone shows warnings
             "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d",
             tokens,
             self.max_tokens,
@@ -199,8 +195,8 @@ class Teacher:
         self.step("batch of %d tokens, examples %s", sum(e.num_tokens for e in examples), [e.index for e in examples])
         batch = self._collated(examples)
         hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
-        result.computed_tokens += batch.tokens_BS.numel() if examples else 0
         result.batches.append(None if hidden is None else self._score(examples, numbers, batch, hidden))
+        result.computed_tokens += batch.tokens_BS.numel() if examples else 0
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
         # Without examples it is filler: a lane that has no more still takes part in what its experts compute for others.
@@ -230,16 +226,23 @@ class Teacher:
         starts = _starts(batch)[: len(examples)]
         return Scored(numbers, starts, positions_N.numpy(), fields, ready)
 
-    def _whole(self, scored: Scored) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Positions and fields of the whole batch on the writer; with context parallelism every rank has some of them."""
-        mine = scored.positions_N, {name: values.numpy() for name, values in scored.fields.items()}
-        if self.groups.context_size == 1 or self.groups.tensor_rank:
+    def _whole(self, scored: Scored | None) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+        """Positions and fields of a whole batch, on the writer; with context parallelism every rank has some of them."""
+        mine, groups = None, self.groups
+        if scored is not None and groups.tensor_rank == 0:
+            if scored.ready is not None:
+                scored.ready.synchronize()
+            mine = scored.positions_N, {name: values.numpy() for name, values in scored.fields.items()}
+        if groups.context_size == 1:
             return mine
-        parts: list[Any] = [None] * self.groups.context_size
-        torch.distributed.all_gather_object(parts, mine, group=self.groups.context)
+        gathered: list[Any] | None = [None] * len(groups.replica_ranks) if groups.is_writer else None
+        dist.gather_object(mine, gathered, dst=groups.writer_rank, group=groups.replica)
+        if gathered is None:
+            return None
+        parts = [part for part in gathered if part is not None]
         positions_N = np.concatenate([positions for positions, _ in parts])
         order = positions_N.argsort()
-        fields = {name: np.concatenate([fields[name] for _, fields in parts])[order] for name in mine[1]}
+        fields = {name: np.concatenate([fields[name] for _, fields in parts])[order] for name in parts[0][1]}
         return positions_N[order], fields
 
     def _teacher_topk(self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]) -> TeacherTopK:
@@ -268,12 +271,6 @@ class Teacher:
                 self.cache.seed, example.index, length, self.cache.tail_samples
             )
         return to_device(torch.from_numpy(uniforms_AU)[positions_N], self.groups.device)
-
-    @staticmethod
-    def _agreed(number: int, op: ReduceOp.RedOpType, group: torch.distributed.ProcessGroup) -> int:
-        box = torch.tensor(number)
-        torch.distributed.all_reduce(box, op=op, group=group)
-        return int(box)
 
 
 def _starts(batch: Batch) -> list[int]:

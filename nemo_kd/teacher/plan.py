@@ -141,9 +141,10 @@ def _estimates(run: Run, job: Job, probe: Probe, records: Records, start_up_s: f
     largest_chunk = max(map(len, job.chunks)) / num_records * file_bytes
     segment_bytes = min(job.config.cache.segment_examples, num_records) / num_records * file_bytes
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
-    folder = CacheLayout(job.config.output_path).folder
+    folder, num_shards = CacheLayout(job.config.output_path).folder, job.config.shard_number()[1]
     return [
         *([("split", job.split)] if job.split else []),
+        *([("shards", f"{num_shards}; what follows is for all of them together")] if num_shards > 1 else []),
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
         ("padding", f"{1 - probe.tokens / max(1, probe.computed_tokens):.1%}"),

@@ -5,13 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.distributed import Store
 
+from nemo_kd.cache.files import explained
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.metrics import (
     ForwardFlops,
@@ -44,9 +46,9 @@ class TeacherProgress:
         sinks: list[Sink] = []
         if groups.is_writer and groups.data_rank == 0:
             sinks = [ProgressLine(f"teacher, {job.split}" if job.split else "teacher", total_tokens)]
-            sinks.append(MetricsFile(metrics_path(job)))
+            sinks.append(metrics_file(job))
             if settings.create_wandb_logger:
-                sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
+                sinks.append(_wandb({"name": run.config.name, **settings.wandb_logger_kwargs}))
         self._num_published, self._waited_s = 0, 0.0
         shared = SharedCounters(store, groups.data_rank, groups.data_size)
         peak = None
@@ -113,12 +115,31 @@ class TeacherProgress:
             self._progress.close()
 
 
-def metrics_path(job: Job) -> Path:
-    """`train_CHUNK_ID.jsonl` -> `train_metrics.jsonl`, for a shard `train_metrics_1_of_4.jsonl`."""
+def metrics_file(job: Job) -> MetricsFile:
+    """`train_CHUNK_ID.jsonl` -> `train_metrics.jsonl`, for a shard `train_metrics_1_of_4.jsonl`.
+
+    Raises:
+        CacheError: it cannot be written.
+    """
     layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.shard_number()
     folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
     part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
-    return folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
+    path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
+    with explained(path):
+        return MetricsFile(path)
+
+
+def _wandb(settings: dict[str, Any]) -> WandbSink:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError("exp_manager.create_wandb_logger: wandb is not installed (pip install wandb)") from error
+    try:
+        return WandbSink(settings)
+    except wandb.Error as error:
+        raise ConfigError(
+            f"exp_manager.create_wandb_logger: {error}; log in (wandb login), or set WANDB_MODE=offline"
+        ) from error
 
 
 def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
@@ -134,4 +155,6 @@ def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
         vocab_size=architecture.vocab_size,
         window_size=architecture.window_size,
         num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
+        num_moe_experts=architecture.num_moe_experts,
+        moe_router_topk=architecture.moe_router_topk or 0,
     )

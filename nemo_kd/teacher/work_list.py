@@ -19,7 +19,8 @@ class WorkList:
 
     Args:
         store: keys below it belong to this list alone.
-        reason_to_stop: asked by the first rank before every segment; None: go on.
+        reason_to_stop: asked before every segment; None: go on. Every rank asks, so that each can tell its own; the
+            first rank's answer counts.
     """
 
     def __init__(
@@ -48,8 +49,8 @@ class WorkList:
         """Whether to work on the next claimed segment, the same answer on all ranks that step together."""
         key = f"go/{self._team}/{self._turns}"
         self._turns += 1
+        reason = self._reason_to_stop()
         if self._leader:
-            reason = self._reason_to_stop()
             if reason is not None:
                 self._store.set("stopped", reason)
             self._store.set(key, "stop" if reason is not None else "go")
@@ -65,3 +66,10 @@ class WorkList:
             meanwhile()
             time.sleep(0.05)
         return self._store.get("stopped").decode() if self._store.check(["stopped"]) else None
+
+
+def wait_until(store: Store, key: str, meanwhile: Callable[[], None]) -> None:
+    """Waits for a key of the store, however long it takes."""
+    while not store.check([key]):
+        meanwhile()
+        time.sleep(0.05)

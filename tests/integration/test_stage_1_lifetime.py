@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import UserInputError
 from nemo_kd.interruption import REQUEUE
 from nemo_kd.teacher import model as teacher_model
@@ -71,6 +72,12 @@ def wait_for_segments(process: subprocess.Popen[str], folder: Path, number: int)
         time.sleep(0.01)
 
 
+def second_rank(process: subprocess.Popen[str]) -> psutil.Process:
+    """Rank 1 itself, not the processes beside it."""
+    ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if one.environ().get("RANK") == "1"]
+    return min(ranks, key=lambda one: one.create_time())
+
+
 def cache_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if CACHE_FILES.fullmatch(path.name)}
 
@@ -86,11 +93,12 @@ def straight(world, tmp_path_factory) -> dict[str, bytes]:
     return files
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_publishes_what_was_begun_and_asks_for_a_requeue(world, straight, tmp_path, number):
-    process = start(keys(world, tmp_path, "trainer.devices=2"))
+@pytest.mark.parametrize(("number", "tensor_size"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+def test_a_signal_publishes_what_was_begun_and_asks_for_a_requeue(world, straight, tmp_path, number, tensor_size):
+    """SIGTERM to the launcher, SIGUSR1 to a rank that is not the first of its replica."""
+    process = start(keys(world, tmp_path, "trainer.devices=2", f"model.tensor_model_parallel_size={tensor_size}"))
     wait_for_segments(process, tmp_path, 4)
-    process.send_signal(number)
+    (process if tensor_size == 1 else second_rank(process)).send_signal(number)
     status, said = finish(process)
     assert status == REQUEUE, said
     assert f"received {number.name}" in said
@@ -117,10 +125,9 @@ def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, t
              "trainer.distributed_timeout_minutes=0.05")
     )  # fmt: skip
     wait_for_segments(process, tmp_path, 4)
-    ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if one.environ().get("RANK") == "1"]
-    first = min(ranks, key=lambda one: one.create_time())
-    first.suspend()
-    killer = threading.Timer(25, lambda: first.kill())  # the launcher would wait longer for a process that cannot react
+    hanging = second_rank(process)
+    hanging.suspend()
+    killer = threading.Timer(25, hanging.kill)  # the launcher would wait longer for a process that cannot react
     killer.start()
     status, said = finish(process)
     killer.cancel()
@@ -167,11 +174,10 @@ def run_with_little_memory(most_tokens: int, *args: object) -> tuple[str, list[i
         teacher_model.run_batch = original
 
 
-@pytest.mark.parametrize("tensor_size", [1, 2])
-def test_too_little_memory_halves_the_batches(ranks, world, tmp_path, tensor_size):
+def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
     model, dataset = world
     overrides = {
-        "trainer__devices": 2, "model__tensor_model_parallel_size": tensor_size, "data__max_tokens_per_batch": 1600,
+        "trainer__devices": 2, "data__max_tokens_per_batch": 1600,
         "end_at_idx": 39,
     }  # fmt: skip
     little, much = tmp_path / "little.jsonl", tmp_path / "much.jsonl"
@@ -192,6 +198,15 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path, tensor_siz
         )
     chunk = json.loads(little.with_name("little.manifest.json").read_text())["chunks"]["0"]
     assert [settings["max_tokens_per_batch"] for settings in chunk["computed_with"]] != [1600]
+
+
+def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tmp_path):
+    model, dataset = world
+    overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2, "end_at_idx": 9}
+    for rank, (error, _) in enumerate(
+        ranks(2).run(run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", overrides)
+    ):
+        assert f"data.max_tokens_per_batch: rank {rank} is out of memory with a batch of at most 8192 tokens" in error
 
 
 def test_an_example_that_does_not_fit_alone_is_named(ranks, world, tmp_path):
@@ -241,6 +256,7 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
         ({"data__data__file_path": ["a.jsonl"]}, "data.data.file_path: .* is neither a path nor {SPLIT: PATH"),
         ({"shard": "2/2"}, "shard: '2/2' is not i/n with i from 0 to n - 1"),
         ({"shard": "1"}, "shard: '1' is not i/n"),
+        ({"data__data__file_path": {1: "a.jsonl"}}, "data.data.file_path: .* is neither a path nor"),
         ({"data__max_tokens_per_batch": 0}, "data.max_tokens_per_batch: 0 must be at least 1"),
         ({"model__micro_batch_size": 0}, "model.micro_batch_size: 0 must be at least 1"),
         ({"trainer__distributed_timeout_minutes": 0}, "trainer.distributed_timeout_minutes: 0.0 must be above 0"),
@@ -289,3 +305,34 @@ def test_weights_and_biases_gets_the_metrics_when_asked(world, tmp_path):
     status, said = finish(process)
     assert status == 0, said
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_an_array_that_is_no_range_is_refused(monkeypatch):
+    """Tasks 1 and 3 would be the shards 0 and 2 of 2."""
+    for name, value in {"ID": 3, "MIN": 1, "MAX": 3, "COUNT": 2}.items():
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
+    with pytest.raises(UserInputError, match="shard: the Slurm array has 2 tasks that are no range"):
+        teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"))
+    monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
+    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).shard_number() == (1, 2)
+
+
+def run_with_a_slow_disk(*args: object) -> str:
+    original = CacheWriter.assemble_complete
+
+    def assemble_complete(self, up_to=None):
+        time.sleep(4)
+        original(self, up_to)
+
+    CacheWriter.assemble_complete = assemble_complete
+    try:
+        return run(*args)
+    finally:
+        CacheWriter.assemble_complete = original
+
+
+def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
+    model, dataset = world
+    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.04, "end_at_idx": 3}
+    assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == ["", ""]
+    assert (tmp_path / "c.jsonl").exists()
