@@ -233,7 +233,7 @@ def test_logits_that_are_not_finite_name_the_example(ranks, world, tmp_path):
     layout = ["trainer.devices=2", "model.pipeline_model_parallel_size=2"]
     status, said = finish(start(keys((broken, dataset), tmp_path / "cache", *layout)))
     assert status == 2, said
-    assert "error: example 0: the teacher's logits at position" in said
+    assert re.search(r"error: example \d+: the teacher's logits at position \d+ are not finite", said)
 
 
 def test_several_splits_in_one_command(ranks, world, tmp_path):
@@ -321,7 +321,7 @@ def run_with_a_slow_disk(*args: object) -> str:
     original = CacheWriter.assemble_complete
 
     def assemble_complete(self, up_to=None):
-        time.sleep(4)
+        time.sleep(11)
         original(self, up_to)
 
     CacheWriter.assemble_complete = assemble_complete
@@ -333,6 +333,6 @@ def run_with_a_slow_disk(*args: object) -> str:
 
 def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
     model, dataset = world
-    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.04, "end_at_idx": 3}
+    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.15, "end_at_idx": 3}
     assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == ["", ""]
     assert (tmp_path / "c.jsonl").exists()
