@@ -53,9 +53,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def reference(world):
-    """Per record: ids, and float64 log-probabilities of transformers' model on the unpadded conversation."""
-    _, folder, dataset = world
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).double(), train_tokenizer(300)
+    return reference_of(*world[1:])
+
+
+def reference_of(
+    folder: Path, dataset: Path, dtype: torch.dtype = torch.float64
+) -> dict[int, tuple[list[int], np.ndarray]]:
+    """Per record: ids, and log-probabilities of transformers' model on the unpadded conversation."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).to(dtype), train_tokenizer(300)
     rows = {}
     for index, line in enumerate(dataset.read_text().splitlines()):
         ids = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"]
@@ -85,7 +90,7 @@ def check_rows(rows: list[dict], reference) -> None:
 
 
 TP, PP = "model__tensor_model_parallel_size", "model__pipeline_model_parallel_size"
-CP = "model__context_parallel_size"
+CP, SP, EP = "model__context_parallel_size", "model__sequence_parallel", "model__expert_model_parallel_size"
 MICRO, TOKENS, SEGMENT = "model__micro_batch_size", "data__max_tokens_per_batch", "cache__segment_examples"
 
 
@@ -96,12 +101,12 @@ MICRO, TOKENS, SEGMENT = "model__micro_batch_size", "data__max_tokens_per_batch"
         (1, {MICRO: 3, SEGMENT: 4, "data__packing": False}),
         (1, {TOKENS: 150, "data__num_workers": 0}),
         (2, {TP: 2, TOKENS: 200, SEGMENT: 3}),
-        (2, {TP: 2, "model__sequence_parallel": True, MICRO: 4, SEGMENT: 7}),
+        (2, {TP: 2, SP: True, MICRO: 4, SEGMENT: 7}),
         (2, {PP: 2, TOKENS: 120, SEGMENT: 5}),
         (2, {PP: 2, MICRO: 2, "data__packing": False}),
         (2, {CP: 2, TOKENS: 300}),
         (2, {MICRO: 2, SEGMENT: 5}),
-        (4, {TP: 2, PP: 2, "model__sequence_parallel": True, TOKENS: 160, SEGMENT: 6}),
+        (4, {TP: 2, PP: 2, SP: True, TOKENS: 160, SEGMENT: 6}),
         (4, {TP: 2, CP: 2, MICRO: 3}),
         (4, {TP: 2, MICRO: 1, SEGMENT: 2}),
         (4, {TP: 4, MICRO: 4, SEGMENT: 4}),
@@ -121,6 +126,22 @@ def test_rows_belong_to_their_example_in_every_layout(ranks, world, reference, t
     manifest = json.loads((tmp_path / "c_manifest.json").read_text())
     assert [manifest["chunks"][key]["examples"] for key in "012"] == [9, 10, 3]
     assert manifest["chunks"]["0"]["skipped"] == {"no loss tokens": 1}
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, {}), (2, {EP: 2, SEGMENT: 9}), (4, {EP: 2, TP: 2, SP: True, TOKENS: 150, SEGMENT: 5})],
+)
+def test_experts_that_are_spread_over_replicas(ranks, world, tmp_path, world_size, layout):
+    """Three segments for two lanes: one of them computes filler while the other is at the last one."""
+    _, _, dataset = world
+    model = save_hf_model("qwen3_moe", tmp_path / "teacher", 300)
+    overrides = {"trainer__devices": world_size, "cache__codec": "json", "n_examples_per_chunk": 10, **layout}
+    output = tmp_path / "c_CHUNK_ID.jsonl"
+    assert ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+    check_rows(
+        read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference_of(model, dataset, torch.float32)
+    )  # its experts take no float64
 
 
 def test_a_range_in_one_file_and_a_rerun_that_skips(ranks, world, tmp_path):
@@ -333,20 +354,21 @@ def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
 
 def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(world, tmp_path):
     """The command itself: ranks die at random instants, other numbers of ranks continue."""
-    _, model, dataset = world
+    _, model, _ = world
+    dataset = write_chat_dataset(tmp_path / "many.jsonl", 160)  # so that no run ends before it is killed
     dice = random.Random(1)
 
     def command(output: Path, devices: int) -> subprocess.Popen[bytes]:
         words = [
             sys.executable, str(ROOT / "examples" / "compute_topk_logits.py"), f"pretrained_checkpoint.restore_from_path={model}",
-            f"data.data.file_path={dataset}", f"output_path={output}", "n_examples_per_chunk=6", "cache.segment_examples=1",
+            f"data.data.file_path={dataset}", f"output_path={output}", "n_examples_per_chunk=60", "cache.segment_examples=1",
             "cache.tail_samples=2", "trainer.precision=32", f"trainer.devices={devices}", "trainer.accelerator=cpu",
         ]  # fmt: skip
         # A session of its own: what it leaves behind when its launcher dies can be found and killed as well.
         return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
 
     def num_published(folder: Path) -> int:
-        return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 6 * len(list(folder.glob("c_?.jsonl.zst")))
+        return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 60 * len(list(folder.glob("c_?.jsonl.zst")))
 
     straight, killed = tmp_path / "straight" / "c_CHUNK_ID.jsonl.zst", tmp_path / "killed" / "c_CHUNK_ID.jsonl.zst"
     assert command(straight, 1).wait() == 0

@@ -277,3 +277,15 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     assert lines[-1]["perf/padding_percent"] == 0
     assert lines[-1]["cache/kept_mass"] == pytest.approx(manifest["kept_mass_sum"] / manifest["loss_tokens"])
     assert all(line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines)
+
+
+def test_weights_and_biases_gets_the_metrics_when_asked(world, tmp_path):
+    keys_of_wandb = [
+        "exp_manager.create_wandb_logger=true",
+        "exp_manager.wandb_logger_kwargs.project=kd",
+        "end_at_idx=9",
+    ]
+    process = start(keys(world, tmp_path, *keys_of_wandb), WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    status, said = finish(process)
+    assert status == 0, said
+    assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
