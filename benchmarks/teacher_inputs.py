@@ -28,7 +28,7 @@ SHAPES: dict[str, dict[str, int]] = {
     "shallow": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4},
 }  # fmt: skip
 VOCAB_SIZE, MAX_LENGTH, TOKENIZER_SIZE = 128_256, 8192, 4096
-WEIGHT_STD, LOGIT_STD = 0.02, 5.0
+WEIGHT_STD, LOGIT_STD = 0.02, 6.5
 MODULES = ("argparse", "ast", "calendar", "configparser", "csv", "datetime", "difflib", "doctest", "fractions", "heapq", "inspect",
            "ipaddress", "mailbox", "optparse", "pathlib", "pickle", "random", "shutil", "statistics", "subprocess", "tarfile",
            "textwrap", "threading", "turtle", "typing", "uuid", "zipfile")  # fmt: skip
