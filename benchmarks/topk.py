@@ -46,12 +46,15 @@ METHODS = (
 )
 
 
-def obvious(hidden_NH: torch.Tensor, weight_vH: torch.Tensor, labels_N: torch.Tensor, top_k: int) -> None:
-    """Whole logits, as a framework's forward pass returns them."""
+def obvious(
+    hidden_NH: torch.Tensor, weight_vH: torch.Tensor, labels_N: torch.Tensor, top_k: int
+) -> tuple[torch.Tensor, ...]:
+    """(log-probabilities and ids of the largest, the labels' log-probabilities) from whole logits."""
     logits_NV = torch.mm(hidden_NH, weight_vH.T).float()
     log_sum_exp_N = logits_NV.logsumexp(dim=-1)
-    logits_NV.topk(top_k, dim=-1)
-    logits_NV.gather(1, labels_N[:, None])[:, 0] - log_sum_exp_N
+    values_NK, ids_NK = logits_NV.topk(top_k, dim=-1)
+    labels = logits_NV.gather(1, labels_N[:, None])[:, 0] - log_sum_exp_N
+    return values_NK - log_sum_exp_N[:, None], ids_NK, labels
 
 
 def method_of(name: str, options: argparse.Namespace) -> tuple[int, Callable[[], object]]:

@@ -125,8 +125,15 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """A copy of the batch on `device`, apart from `cu_seqlens`."""
         tensors: dict[str, Any] = {
-            field.name: value.to(device, non_blocking=True)
+            field.name: to_device(value, device)
             for field in fields(self)
             if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **tensors)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The tensor on `device`; the host does not wait until a GPU has done what it was asked before."""
+    if torch.device(device).type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)

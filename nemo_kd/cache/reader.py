@@ -113,6 +113,11 @@ class CacheReader:
         located = [self._locate(position) for position in positions]
         self.storage.will_read([(self._chunks[chunk].name, start, end) for chunk, _, start, end in located])
 
+    def where(self, position: int) -> str:
+        """`file:line` of a row, for messages."""
+        chunk, line, _, _ = self._locate(position)
+        return self._where(self._chunks[chunk], line)
+
     def chunk_sizes(self) -> list[int]:
         """Rows of every chunk, in the order of the positions."""
         ends = np.clip(self._ends, self._first, self._last)

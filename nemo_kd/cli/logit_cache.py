@@ -10,6 +10,7 @@ from typing import Any
 from nemo_kd.cli.inspect_cache import add_inspect
 from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import USER_ERROR, run
+from nemo_kd.cli.verify_cache import add_verify
 from nemo_kd.config import UserInputError
 
 PATH = "file or CHUNK_ID template of a cache"
@@ -20,8 +21,14 @@ def main() -> None:
         del sys.argv[1]
         run(PLAN)
         return
-    arguments = parser().parse_args()
+    command_line = parser()
+    # argparse takes no positional arguments behind options: KEY=VALUE come as what it does not know.
+    arguments, unknown = command_line.parse_known_args()
+    if unknown and ("settings" not in arguments or any(argument.startswith("-") for argument in unknown)):
+        command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
+        if unknown:
+            arguments.settings = unknown
         sys.exit(arguments.run(arguments))
     except UserInputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -34,36 +41,11 @@ def parser() -> argparse.ArgumentParser:
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
     add_inspect(subcommands)
-    _add_verify(subcommands)
+    add_verify(subcommands, PATH)
     _add_repair(subcommands)
     _add_convert(subcommands)
     _add_merge(subcommands)
     return result
-
-
-def _add_verify(subcommands: Any) -> None:
-    text = (
-        "reads every byte and checks checksums, hashes, counts, order and indexes; exit status 1 if anything is wrong"
-    )
-    verify = subcommands.add_parser("verify", help=text, description=text)
-    verify.add_argument("path", help=PATH)
-    verify.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
-    verify.set_defaults(run=_verify)
-
-
-def _verify(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.verify import verify
-
-    reports = verify(arguments.path, max(1, arguments.num_workers))
-    problems = [problem for report in reports for problem in report.problems]
-    for problem in problems:
-        print(problem)
-    counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
-    found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
-    num_chunks = sum(report.chunk >= 0 for report in reports)
-    print(f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
-    print(f"{len(problems)} problems" if problems else "no problem found")
-    return 1 if problems else 0
 
 
 def _add_repair(subcommands: Any) -> None:

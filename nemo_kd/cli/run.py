@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
@@ -12,6 +13,7 @@ import sys
 import textwrap
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,17 +149,24 @@ def help_text(command: Command) -> str:
 
 
 def _run_with_config(command: Command, cfg: DictConfig) -> None:
-    try:
+    with errors_end_the_process():
         cfg, ignored = translate(cfg, command.name)
         config: Any = typed(command.config_class, cfg)
         trainer = getattr(config, "trainer", None)
         if trainer is not None and needs_launch(trainer):
             sys.exit(launch(trainer.devices, command.subcommand))
-        _configure_logging()
+        configure_logging()
         if ignored and global_rank() == 0:
             print("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), file=sys.stderr, flush=True)
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
+
+
+@contextlib.contextmanager
+def errors_end_the_process() -> Iterator[None]:
+    """Errors that a user can do something about end this rank at once, with a message and the status that tells them apart."""
+    try:
+        yield
     except Requeue as requeue:
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -199,7 +208,8 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def _configure_logging() -> None:
+def configure_logging() -> None:
+    """Messages of rank 0, errors of the others."""
     level = logging.INFO if global_rank() == 0 else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -181,8 +181,13 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
 
 
 def destroy_model_parallel() -> None:
-    """Forgets the groups; the process group of all ranks stays."""
+    """Ends all groups but the one of all ranks; every gloo group that is left would wake a thread a hundred times a second."""
     parallel_state.destroy_model_parallel()
+    _replicas.cache_clear()
+    _joined.cache_clear()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _sizes() -> dict[str, int]:

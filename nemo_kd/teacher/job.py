@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -152,7 +153,8 @@ def check_records(job: Job, segments: list[Segment]) -> int:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     num_tokens, problem = 0, None
     name = f"checking records{f' of {job.split}' if job.split else ''}"
-    for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=rank != 0, leave=False):
+    hidden = rank != 0 or not sys.stderr.isatty()
+    for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=hidden, leave=False):
         try:
             record = job.dataset[index]
         except DataError as error:

@@ -120,7 +120,7 @@ def _work(
     """
     job, layout = output.job, CacheLayout(output.job.config.output_path)
     interruption.share(output.store, torch.distributed.get_rank())
-    work = WorkList(output.store, output.missing, run.groups, lambda: interruption.reason is not None)
+    work = WorkList(output.store, output.missing, run.groups, lambda: interruption.reason)
     before: tuple[Segment, Records, Pass] | None = None
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
@@ -143,11 +143,10 @@ def _work(
             publisher.close()
             progress.published(publisher)
         progress.report()
-        stopped = work.wait_for_all(
-            torch.distributed.get_world_size(), lambda: watchdog.step("waiting for other ranks")
-        )
-    if stopped:
-        raise Requeue(f"{interruption.reason}; what is published stays, the same command goes on from there")
+        num_ranks = torch.distributed.get_world_size()
+        reason = work.wait_for_all(num_ranks, lambda: watchdog.step("waiting for other ranks"))
+    if reason is not None:
+        raise Requeue(reason)
 
 
 def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:

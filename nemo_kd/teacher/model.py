@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.distributed import ReduceOp
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK, to_device
 from nemo_kd.cache.publisher import CompactRow
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
@@ -210,12 +210,12 @@ class Teacher:
 
     def _score(self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor) -> Scored:
         local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
-        hidden_NH = hidden_at(hidden, local_N.to(hidden.device), len(batch.tokens_BS), self.model)
+        hidden_NH = hidden_at(hidden, to_device(local_N, hidden.device), len(batch.tokens_BS), self.model)
         weight_vH = output_weight(self.model)
         found = topk_rows(
             hidden_NH,
             weight_vH,
-            batch.labels_BS.flatten()[positions_N].to(hidden.device),
+            to_device(batch.labels_BS.flatten()[positions_N], hidden.device),
             VocabShard.of(len(weight_vH), self.vocab_size, self.groups.tensor),
             top_k=self.top_k,
             kept=self.cache.kept,
@@ -267,7 +267,7 @@ class Teacher:
             uniforms_AU[start : start + length] = tail_uniforms(
                 self.cache.seed, example.index, length, self.cache.tail_samples
             )
-        return torch.from_numpy(uniforms_AU)[positions_N].to(self.groups.device)
+        return to_device(torch.from_numpy(uniforms_AU)[positions_N], self.groups.device)
 
     @staticmethod
     def _agreed(number: int, op: ReduceOp.RedOpType, group: torch.distributed.ProcessGroup) -> int:

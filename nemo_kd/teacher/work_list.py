@@ -19,13 +19,13 @@ class WorkList:
 
     Args:
         store: keys below it belong to this list alone.
-        must_stop: asked by the first rank before every segment.
+        reason_to_stop: asked by the first rank before every segment; None: go on.
     """
 
     def __init__(
-        self, store: Store, segments: Sequence[Segment], groups: ProcessGroups, must_stop: Callable[[], bool]
+        self, store: Store, segments: Sequence[Segment], groups: ProcessGroups, reason_to_stop: Callable[[], str | None]
     ) -> None:
-        self._store, self._segments, self._groups, self._must_stop = store, segments, groups, must_stop
+        self._store, self._segments, self._groups, self._reason_to_stop = store, segments, groups, reason_to_stop
         self._team = get_process_group_ranks(groups.lockstep)[0]
         self._leader = self._team == get_rank()
         self._turns = 0
@@ -49,14 +49,14 @@ class WorkList:
         key = f"go/{self._team}/{self._turns}"
         self._turns += 1
         if self._leader:
-            self._store.set(key, "stop" if self._must_stop() else "go")
-        if self._store.get(key) == b"go":
-            return True
-        self._store.set("stopped", "1")
-        return False
+            reason = self._reason_to_stop()
+            if reason is not None:
+                self._store.set("stopped", reason)
+            self._store.set(key, "stop" if reason is not None else "go")
+        return self._store.get(key) == b"go"
 
-    def wait_for_all(self, num_ranks: int, meanwhile: Callable[[], None]) -> bool:
-        """Waits until all ranks are done with the list; returns whether one of them stopped before its end.
+    def wait_for_all(self, num_ranks: int, meanwhile: Callable[[], None]) -> str | None:
+        """Waits until all ranks are done with the list; returns why one of them stopped before its end, if one did.
 
         A rank that dies ends the others through their launcher, one that hangs ends itself.
         """
@@ -64,4 +64,4 @@ class WorkList:
         while self._store.add("finished", 0) < num_ranks:
             meanwhile()
             time.sleep(0.05)
-        return self._store.check(["stopped"])
+        return self._store.get("stopped").decode() if self._store.check(["stopped"]) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import topk as benchmark
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.ops.tail_sampling import tail_uniforms
@@ -376,3 +378,17 @@ def test_samples_follow_the_tail():
     often = expected * num_draws > 5
     chi_square = ((counts - expected * num_draws)[often] ** 2 / (expected * num_draws)[often]).sum()
     assert chi_square < 60  # 22 degrees of freedom: exceeded once in 25,000 tries
+
+
+def test_the_benchmark_compares_methods_that_agree():
+    options = argparse.Namespace(
+        device="cpu", dtypes=["float32"], num_rows=20, vocab_size=3000, hidden_size=16, top_k=8, repetitions=1
+    )
+    ours = benchmark.method_of(benchmark.TOPK_ROWS, options)[1]()
+    logprobs, ids, labels = benchmark.method_of(benchmark.OBVIOUS, options)[1]()
+    assert torch.equal(ours.topk_token_ids_NK.long(), ids)
+    torch.testing.assert_close(ours.topk_logits_NK - ours.log_sum_exp_N[:, None], logprobs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.label_logprobs_N, labels, rtol=0, atol=1e-6)
+    for name in benchmark.METHODS:
+        found = benchmark.measure(name, options)
+        assert min(found["us"], found["projection_us"]) > 0

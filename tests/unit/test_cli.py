@@ -196,7 +196,7 @@ def test_nemo_aligners_guide_runs_unchanged():
     ]
     older, warnings = compose("compute_topk_logits", OLDER_GUIDE_STAGE_1)
     assert older.model.micro_batch_size == 2
-    assert "batch_size=16: records are shared out in segments of cache.segment_examples" in warnings[0]
+    assert "batch_size=16: data.max_tokens_per_batch and model.micro_batch_size say what" in warnings[0]
     student, warnings = compose("train_gpt_knowledge_distillation", GUIDE_STAGE_2)
     assert student.model.knowledge_distillation.sft_loss_weight == 0.4
     assert student.model.data.paths("test") == ["val_CHUNK_ID.jsonl"]
@@ -246,6 +246,11 @@ def test_aliases_must_not_contradict():
         ("compute_topk_logits", "trainer.precision=fp8", "trainer.precision: 'fp8' is not one of"),
         (
             "compute_topk_logits",
+            "model.pipeline_model_parallel_size=0",
+            "model.pipeline_model_parallel_size: 0 must be at least 1",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
             "model.pipeline_model_parallel_size=2",
             "pipeline_model_parallel_size: 2 is not available",
         ),

@@ -1,0 +1,82 @@
+"""`logit_cache verify`: checks a cache's bytes, or its numbers against the teacher."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from nemo_kd.cli.launch import global_rank, launch, needs_launch
+from nemo_kd.cli.run import configure_logging, errors_end_the_process
+from nemo_kd.config import ConfigError
+
+
+def add_verify(subcommands: Any, path_help: str) -> None:
+    """Adds the subcommand; what its parser does not know becomes `settings`."""
+    text = (
+        "reads every byte and checks checksums, hashes, counts, order and indexes, or with --against the numbers of a "
+        "sample; exit status 1 if anything is wrong"
+    )
+    verify = subcommands.add_parser(
+        "verify",
+        help=text,
+        description=text,
+        usage="logit_cache verify PATH [--num-workers N]\n"
+        "       logit_cache verify PATH --against TEACHER [--num-examples N] [--seed N] [--dataset FILE] [KEY=VALUE ...]",
+        epilog="KEY=VALUE: trainer.*, model.*, data.max_tokens_per_batch and data.packing of compute_topk_logits, for "
+        "example trainer.devices=2 model.tensor_model_parallel_size=2.",
+    )
+    verify.add_argument("path", help=path_help)
+    verify.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    verify.add_argument(
+        "--against",
+        metavar="TEACHER",
+        help="scores a sample with this teacher again, twice: the second time as a control",
+    )
+    verify.add_argument("--num-examples", type=int, default=64, help="size of the sample (default 64)")
+    verify.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
+    verify.add_argument(
+        "--dataset", metavar="FILE", help="the cache's dataset, to render the sample again (default: where it was)"
+    )
+    verify.set_defaults(run=_verify, settings=[])
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.against is not None:
+        return _verify_against(arguments)
+    if arguments.settings:
+        raise ConfigError(f"{arguments.settings[0]}: keys of compute_topk_logits are taken with --against TEACHER only")
+    return _verify_bytes(arguments)
+
+
+def _verify_bytes(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.verify import verify
+
+    reports = verify(arguments.path, max(1, arguments.num_workers))
+    problems = [problem for report in reports for problem in report.problems]
+    for problem in problems:
+        print(problem)
+    counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
+    found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    num_chunks = sum(report.chunk >= 0 for report in reports)
+    print(f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
+    print(f"{len(problems)} problems" if problems else "no problem found")
+    return 1 if problems else 0
+
+
+def _verify_against(arguments: argparse.Namespace) -> int:
+    from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config
+
+    with errors_end_the_process():
+        sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
+        config = rescoring_config(sample, arguments.against, arguments.settings)
+        if needs_launch(config.trainer):
+            return launch(config.trainer.devices)
+        configure_logging()
+        report, is_right = rescore(sample, config, arguments.dataset)
+    if global_rank() != 0:  # its status must not end rank 0 before that has told
+        return 0
+    print(report)
+    sys.stdout.flush()
+    return 0 if is_right else 1
