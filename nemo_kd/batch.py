@@ -22,12 +22,14 @@ class Example:
         tokens_S: int64, the model's input ids.
         labels_S: int64, the id each position has to predict.
         loss_mask_S: float32, 1.0 where the label counts in the loss, 0.0 elsewhere.
+        source: which of the configured paths it comes from.
     """
 
     index: int
     tokens_S: np.ndarray
     labels_S: np.ndarray
     loss_mask_S: np.ndarray
+    source: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +94,8 @@ class Batch:
     Attributes:
         indices_B: int64, dataset index of each row, of each example where they are packed; -1 marks a filler row that
             stands for no example.
+        sources_B: int64, `Example.source` of the same; 0 for filler.
+        lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
         topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
@@ -104,6 +108,8 @@ class Batch:
     """
 
     indices_B: torch.Tensor
+    sources_B: torch.Tensor
+    lengths_B: torch.Tensor
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
@@ -122,12 +128,20 @@ class Batch:
         """Examples in the batch, filler rows not counted."""
         return int((self.indices_B >= 0).sum())
 
+    def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
+        """The source of the example at each position b * S + s, none of them of a packed row's filler."""
+        if self.cu_seqlens is None:
+            return self.sources_B[positions_N // self.tokens_BS.shape[1]]
+        starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
+        return self.sources_B[torch.bucketize(positions_N, starts, right=True)]
+
     def to(self, device: torch.device | str) -> Batch:
-        """A copy of the batch on `device`, apart from `cu_seqlens`."""
+        """A copy of the batch on `device`, apart from what is always on the CPU."""
         tensors: dict[str, Any] = {
             field.name: to_device(value, device)
             for field in fields(self)
-            if field.name != "cu_seqlens" and isinstance(value := getattr(self, field.name), torch.Tensor)
+            if field.name not in ("lengths_B", "cu_seqlens")
+            and isinstance(value := getattr(self, field.name), torch.Tensor)
         }
         return replace(self, **tensors)
 

@@ -32,14 +32,17 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
     tokens, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, pad_id, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     indices = np.full(len(rows), -1, dtype=np.int64)
+    sources, lengths = np.zeros_like(indices), np.zeros_like(indices)
     for row, example in enumerate(examples):
         if example is not None:
             length = example.num_tokens
-            indices[row] = example.index
+            indices[row], sources[row], lengths[row] = example.index, example.source, length
             tokens[row, :length], labels[row, :length] = example.tokens_S, example.labels_S
             loss_mask[row, :length] = example.loss_mask_S
     batch = Batch(
         indices_B=torch.from_numpy(indices),
+        sources_B=torch.from_numpy(sources),
+        lengths_B=torch.from_numpy(lengths),
         tokens_BS=torch.from_numpy(tokens),
         labels_BS=torch.from_numpy(labels),
         loss_mask_BS=torch.from_numpy(loss_mask),
@@ -62,6 +65,8 @@ def pack(examples: Sequence[Example], pad_id: int, multiple_of: int = 1) -> Batc
     padding, no_loss = np.full(filler, pad_id, dtype=np.int64), np.zeros(filler, dtype=np.float32)
     return Batch(
         indices_B=torch.tensor([example.index for example in examples], dtype=torch.int64),
+        sources_B=torch.tensor([example.source for example in examples], dtype=torch.int64),
+        lengths_B=torch.tensor([example.num_tokens for example in examples], dtype=torch.int64),
         tokens_BS=_row([*(example.tokens_S for example in examples), padding]),
         labels_BS=_row([*(example.labels_S for example in examples), padding]),
         loss_mask_BS=_row([*(example.loss_mask_S for example in examples), no_loss]),

@@ -23,7 +23,7 @@ from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.groups import ProcessGroups
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
-"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last is the token count)."""
+"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token count)."""
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -182,4 +182,4 @@ def _loss(
     loss_function: LossFunction, hidden: torch.Tensor, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
     loss_sum, sums = loss_function(hidden, batch)
-    return loss_sum, sums[-1].round().int(), {"sums": sums.detach().double()}
+    return loss_sum, sums.flatten()[-1].round().int(), {"sums": sums.detach().double()}

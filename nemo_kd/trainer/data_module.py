@@ -16,6 +16,7 @@ from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
 from nemo_kd.data.rows import Rows, RowsWithFiller
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.trainer.meter import WatchedLoader
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +77,9 @@ class StudentData(pl.LightningDataModule):
                 "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
             )
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", self.training)
+    def train_dataloader(self) -> WatchedLoader:
+        self.watched = WatchedLoader(self._loader("train", self.training))
+        return self.watched
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("validation", self._once("validation"))
