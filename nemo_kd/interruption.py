@@ -54,9 +54,17 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-            self._mask_before = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+            self.take_signals()
         return self
+
+    def take_signals(self) -> None:
+        """Takes them back from whoever set other handlers since; in the main thread only, as `with`."""
+        if self._before:
+            for number in SIGNALS:
+                signal.signal(number, self._on_signal)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def __exit__(self, error_type: object, error: object, traceback: object) -> None:
         if self._before and not isinstance(error, Requeue):
@@ -87,6 +95,13 @@ class Interruption:
                     self._next_check_s = time.monotonic() + CHECK_INTERVAL_S
                     if self._store.check([KEY]):
                         self._reason = self._store.get(KEY).decode()
+        return self._reason
+
+    def agreed_reason(self) -> str:
+        """The reason of the rank that has one, for ranks that were told in another way that there is one."""
+        if self._reason is None:
+            assert self._store is not None
+            self._reason = self._store.get(KEY).decode()
         return self._reason
 
     def _own_reason(self) -> str | None:

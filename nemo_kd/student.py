@@ -19,6 +19,7 @@ from nemo_kd import __version__
 from nemo_kd.batch import Batch
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_layout
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.order import FILLER
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
@@ -30,12 +31,16 @@ from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
+from nemo_kd.trainer.agreement import Agreement
 from nemo_kd.trainer.data_module import StudentData
-from nemo_kd.trainer.experiment import build_trainer
+from nemo_kd.trainer.experiment import build_trainer, experiment_settings
+from nemo_kd.trainer.lifetime import Lifetime
 from nemo_kd.trainer.logging import source_names
 from nemo_kd.trainer.meter import StepMeter
+from nemo_kd.trainer.non_finite import NonFiniteSteps
 from nemo_kd.trainer.plan import plan_training
 from nemo_kd.trainer.splits import SPLITS, load_splits
+from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
 
@@ -82,6 +87,8 @@ class StudentModule(pl.LightningModule):
         self.validation_sums = torch.zeros(0)
         self.meter = StepMeter(forward_flops(architecture), groups.device, config.trainer.precision)
         self.first_step = True
+        self.agreement = Agreement()
+        self.non_finite = NonFiniteSteps(config.trainer.knowledge_distillation.non_finite)
 
     def configure_optimizers(self) -> Any:
         optim = self.config.model.optim
@@ -105,13 +112,15 @@ class StudentModule(pl.LightningModule):
         counts = self.meter.counts(batch).to(self.device)
         sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
         counts = self._over_ranks(counts)
-        optimizer.step()
+        optimizer.step(loss_is_finite=self._is_finite(sums))
+        if optimizer.optimizer.skipped:
+            self.non_finite.left_out(self.global_step, *self._non_finite_examples(batch))
+        else:
+            self.non_finite.taken()
         scheduler.step()
         data: StudentData = self.trainer.datamodule
         data.training.consumed_samples += self.config.model.global_batch_size
         self._log_step(sums, counts, lr, optimizer.optimizer.grad_norm, data)
-        if self.global_step >= self.max_steps:
-            self.trainer.should_stop = True  # makes Lightning validate, and so save, after the last step
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         self.meter.start(self.trainer.datamodule.watched.waited_s)
@@ -139,6 +148,12 @@ class StudentModule(pl.LightningModule):
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: weights are saved through `sharded_state_dict`."""
         return {}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["non_finite"] = self.non_finite.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def save_to(self, save_path: str) -> None:
         """Writes the student as a .nemo archive; every rank takes part."""
@@ -196,8 +211,24 @@ class StudentModule(pl.LightningModule):
         self.log("step", float(self.global_step))
 
     def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(sums, group=self.groups.data)
-        return sums
+        """The sums of all replicas, on every rank."""
+        counts = self.groups.tensor_rank == 0 and self.groups.is_last_stage
+        return self.agreement.sum(sums if counts else torch.zeros_like(sums))
+
+    def _is_finite(self, sums_RM: torch.Tensor) -> bool:
+        return bool(sums_RM[..., self.loss.reported.index("loss")].isfinite().all())
+
+    def _non_finite_examples(self, batch: list[Batch]) -> tuple[list[int], list[int]]:
+        """(examples of the micro-batches whose loss is not finite, all examples) of a global batch; on every rank."""
+        found: list[int] = []
+        for part in batch:
+            if not self._is_finite(forward_backward(self.model, [part], self.token_losses, forward_only=True)):
+                found += part.indices_B.tolist()
+        everything: list[Any] = [None] * torch.distributed.get_world_size()
+        mine = (found, [index for part in batch for index in part.indices_B.tolist()])
+        torch.distributed.all_gather_object(everything, mine)
+        culprits, examples = ({index for part in parts for index in part} for parts in zip(*everything, strict=True))
+        return sorted(culprits - {FILLER}), sorted(examples - {FILLER})
 
     def _log_step(
         self, sums_RM: torch.Tensor, counts: torch.Tensor, lr: float, grad_norm: float, data: StudentData
@@ -211,6 +242,7 @@ class StudentModule(pl.LightningModule):
                 "train_step": float(self.global_step),
                 "lr": lr,
                 "grad_norm": grad_norm,
+                "train/skipped_steps": float(self.non_finite.skipped),
                 "consumed_samples": float(data.training.consumed_samples),
                 "epoch": self.global_step / data.training.steps_per_epoch,
             }
@@ -231,12 +263,22 @@ def train_student(config: TrainStudentConfig) -> None:
     """Runs stage 2: trains, validates, keeps the best checkpoints and leaves a .nemo archive.
 
     Raises:
-        ConfigError, DataError, CacheError: something the user gave cannot work; before any step is taken.
+        ConfigError, DataError, CacheError, CheckpointError: something the user gave cannot work; before any step is
+            taken.
+        NonFiniteError: a step's loss or gradient is not finite, and it is not to be skipped.
+        Requeue: it was told to stop, or its time is over; the same call goes on from the checkpoint that it left.
     """
     StudentLoss(config.model.knowledge_distillation).check()
+    settings = experiment_settings(config)
     with contextlib.ExitStack() as stack:
         pl.seed_everything(config.model.seed)
-        init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
+        timeout_minutes = config.trainer.distributed_timeout_minutes
+        init_process_group(
+            config.trainer.num_nodes,
+            config.trainer.devices,
+            config.trainer.accelerator,
+            TORCH_TIMEOUT_FACTOR * timeout_minutes,
+        )
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         check_layout(architecture, config.model)
@@ -252,8 +294,10 @@ def train_student(config: TrainStudentConfig) -> None:
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
         )
-        trainer = build_trainer(config, plan, groups)
-        module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
+        lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
+        trainer = build_trainer(config, settings, plan, groups, lifetime)
+        with lifetime.watchdog.pause("loading the student"):
+            module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         steps = {
             "steps": plan.max_steps,
             "steps an epoch": plan.steps_per_epoch,
@@ -263,4 +307,5 @@ def train_student(config: TrainStudentConfig) -> None:
         log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
         if "test" in splits:
+            trainer.ckpt_path = None  # else it would test the weights that the run went on from
             trainer.test(module, datamodule=data)

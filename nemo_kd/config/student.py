@@ -26,7 +26,7 @@ class LoopConfig:
     val_check_interval: int | float = 100
     """Steps between validations, or a fraction of an epoch; validation also runs after the last step."""
     save_interval: int | float | None = None
-    """Steps between checkpoints, a multiple of val_check_interval; None: at every validation."""
+    """Steps between checkpoints, or a fraction of an epoch; None: at every validation. Those that follow a validation are ranked by it, the others only keep the latest state."""
     limit_train_batches: int | float = 1.0
     """Training steps an epoch: a number, or a fraction of them."""
     limit_val_batches: int | float = 1.0
@@ -35,6 +35,14 @@ class LoopConfig:
     """Largest global norm of the gradient; None or 0 does not clip."""
     log_every_n_steps: int = 1
     """Steps between logged values."""
+    non_finite: str = "stop"
+    """A step whose loss or gradient is not a finite number: stop ends the run and names the examples; skip leaves the weights as they are and counts the step in train/skipped_steps, up to 10 in a row."""
+
+    def __post_init__(self) -> None:
+        if self.non_finite not in ("stop", "skip"):
+            raise ConfigError(
+                f"trainer.knowledge_distillation.non_finite: {self.non_finite!r} is not one of stop, skip"
+            )
 
 
 @dataclass

@@ -65,6 +65,16 @@ class ProcessGroups:
     writer_rank: int
     device: torch.device
 
+    def layout(self) -> dict[str, int]:
+        """How the ranks are divided; where it is the same, a rank stands at the same place."""
+        return {
+            "tensor": self.tensor_size,
+            "pipeline": self.pipeline_size,
+            "context": self.context_size,
+            "data": self.data_size,
+            "replicas in lockstep": self.lockstep_lanes,
+        }
+
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the embedding."""

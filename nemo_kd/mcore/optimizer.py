@@ -12,6 +12,7 @@ import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
@@ -57,6 +58,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: global L2 norm of the last step's gradient before clipping.
+        skipped: whether the last step changed nothing, as its loss or gradient was not finite; the same on all ranks.
     """
 
     def __init__(self, model: DistributedDataParallel, optim: OptimConfig, gradient_clip_val: float | None) -> None:
@@ -80,7 +82,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             _support_torch_adam(part)
         config.grad_scale_func = self.megatron.scale_loss
         self.model = model
-        self.grad_norm = math.nan
+        self.grad_norm, self.skipped = math.nan, False
         super().__init__([{"params": []}], {"lr": optim.lr})
 
     @property
@@ -100,10 +102,20 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.megatron.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True) -> Any:
+        """Megatron's step, but one that would carry something that is not finite into the weights changes nothing."""
         result = closure() if closure is not None else None
-        _, grad_norm, _ = self.megatron.step()
-        self.grad_norm = float(grad_norm) if grad_norm is not None else math.nan
+        megatron = self.megatron
+        parts = getattr(megatron, "chained_optimizers", [megatron])
+        found_inf = megatron.prepare_grads()
+        self.grad_norm = float(megatron.get_grad_norm())
+        self.skipped = found_inf or not loss_is_finite or not math.isfinite(self.grad_norm)
+        if not self.skipped:
+            for part in parts:
+                parameters = part.get_parameters()
+                if parameters and part.config.clip_grad > 0:
+                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, self.grad_norm)
+            megatron.step_with_ready_grads()
         return result
 
     def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:

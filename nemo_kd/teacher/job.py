@@ -28,8 +28,7 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import use_transformer_engine
 from nemo_kd.teacher.model import Teacher, ignored
-
-TORCH_TIMEOUT_FACTOR = 1.5
+from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +93,6 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
         ConfigError, DataError: something the user gave cannot work.
     """
     trainer = config.trainer
-    # Torch's own time-out comes after the watchdog's, which can tell more.
     minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
     init_process_group(trainer.num_nodes, trainer.devices, trainer.accelerator, minutes)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:

@@ -26,10 +26,10 @@ from nemo_kd.evaluation.faithfulness import Rounding, at_positions, known_positi
 from nemo_kd.evaluation.verdict import Compared, Verdict, judge
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel
-from nemo_kd.teacher.job import TORCH_TIMEOUT_FACTOR, Run, check_model
+from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
 from nemo_kd.teacher.rendering import Findings, check_rendering
-from nemo_kd.watchdog import Watchdog
+from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR, Watchdog
 
 KEYS = ("trainer.", "model.", "data.max_tokens_per_batch", "data.packing", "data.num_workers")
 """Of stage 1's: what does not follow from the cache."""

@@ -1,17 +1,39 @@
-"""Training checkpoints: how they reach the disk and when."""
+"""Training checkpoints: when they are written, and how they reach the disk while training goes on."""
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
+import contextlib
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+from torch.distributed.checkpoint import CheckpointException
 
-from nemo_kd.mcore.distributed_checkpoint import load_sharded, save_sharded
+from nemo_kd.mcore.checkpoint_write import CheckpointWrite
+from nemo_kd.mcore.distributed_checkpoint import load_sharded
+from nemo_kd.trainer.checkpoint_folder import (
+    DAMAGED,
+    LAST,
+    PREVIOUS,
+    CheckpointError,
+    discard,
+    link,
+    publish,
+    seal,
+    unfinished_folder,
+)
+from nemo_kd.trainer.lifetime import Lifetime, StopsAllRanks
+from nemo_kd.trainer.schedule import StepSchedule
+
+log = logging.getLogger(__name__)
 
 
 def checkpoint_folder(path: str | Path) -> Path:
@@ -19,11 +41,77 @@ def checkpoint_folder(path: str | Path) -> Path:
     return Path(str(path).removesuffix(".ckpt"))
 
 
+@dataclass
+class _Underway:
+    """A checkpoint that is being written.
+
+    Attributes:
+        targets: the names it gets when it is whole.
+        removals: checkpoints that go then.
+    """
+
+    write: CheckpointWrite
+    step: int
+    resumable: bool
+    targets: list[Path]
+    removals: list[Path] = field(default_factory=list)
+
+
 class DistributedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as Megatron distributed checkpoints; every rank takes part in saving and loading."""
+    """Lightning's checkpoints as Megatron distributed checkpoints; every rank takes part in all but `is_writing`."""
+
+    def __init__(self, layout: dict[str, int]) -> None:
+        self.layout = layout
+        self._underway: _Underway | None = None
+        self._latest: _Underway | None = None  # the last one that became whole
+
+    def is_writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is still being written."""
+        return self._underway is not None and self._underway.write.is_running()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        save_sharded(checkpoint, checkpoint_folder(path))
+        """Starts to write; `finish` gives the checkpoint its name."""
+        self.finish()
+        target = checkpoint_folder(path)
+        folder: list[Any] = [unfinished_folder(target)]
+        torch.distributed.broadcast_object_list(folder, src=0)
+        step, resumable = checkpoint["global_step"], "optimizer_states" in checkpoint
+        with _errors_that_name(target):
+            self._underway = _Underway(CheckpointWrite(checkpoint, folder[0]), step, resumable, [target])
+
+    def save_again(self, path: str | Path, step: int, resumable: bool) -> bool:
+        """Gives the checkpoint of this step another name; False where there is none of it."""
+        target = checkpoint_folder(path)
+        if self._underway is not None:
+            if (self._underway.step, self._underway.resumable) != (step, resumable):
+                return False
+            self._underway.targets.append(target)
+            return True
+        if self._latest is None or (self._latest.step, self._latest.resumable) != (step, resumable):
+            return False
+        if torch.distributed.get_rank() == 0 and target not in self._latest.targets:
+            link(self._latest.targets[-1], target)
+        self._latest.targets.append(target)
+        torch.distributed.barrier()
+        return True
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written, if any, and gives it its names.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        underway, self._underway = self._underway, None
+        if underway is None:
+            return
+        with _errors_that_name(underway.targets[0]):
+            sums = underway.write.finish()
+            if torch.distributed.get_rank() == 0:
+                seal(underway.write.folder, underway.step, underway.resumable, self.layout, sums)
+                publish(underway.write.folder, underway.targets)
+                _discard(underway.removals)
+        torch.distributed.barrier()
+        self._latest = underway
 
     def load_checkpoint(
         self,
@@ -34,20 +122,130 @@ class DistributedCheckpointIO(CheckpointIO):
         return load_sharded(sharded_state or {}, checkpoint_folder(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        shutil.rmtree(checkpoint_folder(path), ignore_errors=True)
+        """Not before the one that is being written, and may take its place, is whole."""
+        if self._underway is not None:
+            self._underway.removals.append(checkpoint_folder(path))
+        elif torch.distributed.get_rank() == 0:
+            _discard([checkpoint_folder(path)])
 
 
-class ValidatedCheckpoints(NeMoModelCheckpoint):
-    """Saves after a validation, at multiples of `save_interval` steps and after the last step.
+class StudentCheckpoints(NeMoModelCheckpoint):
+    """Saves every `save_interval` steps, after the last step, and where the run has to stop.
 
-    The best checkpoints by the monitored value are kept, and the latest under `*-last`, from which a run resumes.
+    After a validation a checkpoint is ranked by the monitored value, and the best are kept. The latest of all is called
+    `*-last`, from which a run resumes, and the one before it `*-previous`.
     """
 
-    def __init__(self, save_interval: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.save_interval = save_interval
-        self.CHECKPOINT_NAME_LAST = f"{self.filename}-last"
+    def __init__(self, save_interval: int, schedule: StepSchedule, lifetime: Lifetime, **kwargs: Any) -> None:
+        super().__init__(enable_version_counter=False, **kwargs)
+        self.save_interval, self.schedule, self.lifetime = save_interval, schedule, lifetime
+        self._unranked_name = re.sub(rf"\{{{self.monitor}[^}}]*\}}-?", "", str(self.filename))
+        self._first_step = -1
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Lightning's own: NeMo's deletes what it takes for unfinished."""
+        ModelCheckpoint.setup(self, trainer, pl_module, stage)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._first_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        self._look_after_the_writer(trainer)
+        if self.lifetime.reason is not None or (self._is_due(trainer) and not self.schedule.validation_is_due):
+            self._save_latest(trainer, self._unranked_name)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.state.fn != "fit":
+            return
+        self._look_after_the_writer(trainer)
+        if self.lifetime.reason is not None:
+            self._save_latest(trainer, self._unranked_name)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.global_step % self.save_interval == 0 or trainer.global_step >= trainer.max_steps:
-            super().on_validation_end(trainer, pl_module)
+        if trainer.state.fn == "fit" and self._is_due(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            if self.save_last:
+                self._save_latest(trainer, str(self.filename))
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leaves the archive, unless an earlier run of the same command did and nothing was left to train."""
+        nothing_new = self._first_step == trainer.global_step and self._last_global_step_saved == 0
+        if not nothing_new and self._last_global_step_saved != trainer.global_step:  # stopped early
+            self._save_latest(trainer, self._unranked_name)
+        self._finish(trainer)
+        archive = Path(self._format_nemo_checkpoint_name())
+        if trainer.strategy.broadcast(nothing_new and archive.exists()):
+            log.info("nothing is left to train, and %s is there", archive)
+            return
+        save_last, self.save_last = self.save_last, False  # what NeMo would save here is there already
+        with self.lifetime.watchdog.pause("writing the .nemo archive"):
+            super().on_train_end(trainer, pl_module)
+        self.save_last = save_last
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ranks that stop together wait for the checkpoint; one that fails alone would wait for the others forever."""
+        together = isinstance(exception, StopsAllRanks) or torch.distributed.get_world_size() == 1
+        if together and not isinstance(exception, CheckpointError):
+            self._finish(trainer)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        step = trainer.global_step
+        return step % self.save_interval == 0 or step >= self.schedule.plan.max_steps
+
+    def _look_after_the_writer(self, trainer: pl.Trainer) -> None:
+        if not self.lifetime.agreement.writing:
+            self._finish(trainer)
+
+    def _finish(self, trainer: pl.Trainer) -> None:
+        with self.lifetime.watchdog.pause("waiting for a checkpoint to be written"):
+            trainer.strategy.checkpoint_io.finish()
+
+    def _save_latest(self, trainer: pl.Trainer, name: str) -> None:
+        """Saves under `*-last` all that a run needs to go on."""
+        path = self.format_checkpoint_name(self._monitor_candidates(trainer), name + LAST)
+        self.last_model_path = path  # before it is saved, for it is a part of the state
+        self._save(trainer, path, weights_only=False)
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        self._save(trainer, filepath, self.save_weights_only)
+
+    def _save(self, trainer: pl.Trainer, path: str, weights_only: bool) -> None:
+        with self.lifetime.watchdog.pause(f"saving the checkpoint {Path(path).name}"):
+            if not trainer.strategy.checkpoint_io.save_again(path, trainer.global_step, not weights_only):
+                trainer.save_checkpoint(path, weights_only)
+        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
+        if not self.async_save:
+            self._finish(trainer)
+
+    def _remove_checkpoint(self, trainer: pl.Trainer, filepath: str, override_async: bool = False) -> None:
+        trainer.strategy.remove_checkpoint(filepath)
+
+    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
+        """A resumed run may save before it has logged anything."""
+        consumed = float(trainer.datamodule.training.consumed_samples)
+        return {**super()._monitor_candidates(trainer), "consumed_samples": torch.tensor(consumed)}
+
+    @property
+    def _saved_checkpoint_paths(self) -> Iterable[Path]:
+        """The ranked ones."""
+        folders = [path for path in Path(str(self.dirpath)).glob("[!.]*") if path.is_dir()]
+        return [path for path in folders if not path.name.endswith((LAST, PREVIOUS, DAMAGED))]
+
+
+@contextlib.contextmanager
+def _errors_that_name(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, CheckpointException) as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{target}: the checkpoint cannot be written ({reason}); the one before it is still there. Make room, or "
+            "set exp_manager.checkpoint_callback_params.dirpath, and run the same command again"
+        ) from error
+
+
+def _discard(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        if folder.is_dir():
+            discard(folder)

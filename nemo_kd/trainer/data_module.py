@@ -7,6 +7,7 @@ import logging
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader
 
 from nemo_kd.cache.layout import CacheError
@@ -100,6 +101,7 @@ class StudentData(pl.LightningDataModule):
             collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            generator=torch.Generator(),  # workers' seeds come from it, and not from what dropout draws from
         )
 
 

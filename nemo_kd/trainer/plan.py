@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LoopConfig
 
 PREFIX = "trainer.knowledge_distillation"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
     """Resolves fractions and -1 against the size of the training data.
 
     Raises:
-        ConfigError: the data is smaller than a global batch, or the intervals contradict each other.
+        ConfigError: the data is smaller than a global batch, or an interval has no step.
     """
     whole_batches = num_samples // global_batch_size
     if not whole_batches:
@@ -47,12 +50,31 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
         raise ConfigError(
             f"{PREFIX}.val_check_interval: {loop.val_check_interval} and save_interval: {loop.save_interval} must give at least 1 step"
         )
-    if save_interval % val_check_interval:
-        raise ConfigError(
-            f"{PREFIX}.save_interval: {save_interval} steps is not a multiple of val_check_interval ({val_check_interval} steps); "
-            "checkpoints are ranked by the validation loss"
+    plan = TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
+    for warning in _doubts(loop, plan):
+        log.warning("%s.%s", PREFIX, warning)
+    return plan
+
+
+def _doubts(loop: LoopConfig, plan: TrainingPlan) -> list[str]:
+    """Settings that can be followed, but hardly do what was meant."""
+    run = f"the run has {plan.max_steps} steps"
+    doubts = []
+    if loop.max_steps > plan.max_steps:
+        doubts.append(
+            f"max_steps: {loop.max_steps}, but {run}, which is what max_epochs={loop.max_epochs} gives; raise max_epochs to train longer"
         )
-    return TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
+    if not loop.limit_val_batches:
+        doubts.append("limit_val_batches: 0, so nothing is validated, and no checkpoint is better than another")
+    elif plan.val_check_interval > plan.max_steps:
+        doubts.append(f"val_check_interval: {plan.val_check_interval}, but {run}: it validates once, after the last")
+    if plan.save_interval > plan.max_steps:
+        doubts.append(
+            f"save_interval: {plan.save_interval} steps, but {run}: a run that is killed begins anew; give a smaller one"
+        )
+    if loop.log_every_n_steps > plan.max_steps:
+        doubts.append(f"log_every_n_steps: {loop.log_every_n_steps}, but {run}: none of them is logged")
+    return doubts
 
 
 def _steps(key: str, value: int | float, steps_per_epoch: int, largest: int | None = None) -> int:

@@ -12,7 +12,10 @@ from torch.optim import Optimizer
 
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.optimizer import ModelOptimizer
-from nemo_kd.trainer.checkpoints import DistributedCheckpointIO
+from nemo_kd.mcore.random_state import sharded_random_state
+from nemo_kd.trainer.checkpoint_folder import Contents
+from nemo_kd.trainer.checkpoints import DistributedCheckpointIO, checkpoint_folder
+from nemo_kd.trainer.schedule import RANDOM_STATE
 
 
 class ShardedModule(Protocol):
@@ -30,7 +33,7 @@ class MegatronStrategy(DDPStrategy):
     """
 
     def __init__(self, groups: ProcessGroups, **kwargs: Any) -> None:
-        super().__init__(checkpoint_io=DistributedCheckpointIO(), **kwargs)
+        super().__init__(checkpoint_io=DistributedCheckpointIO(groups.layout()), **kwargs)
         self.groups = groups
 
     @property
@@ -65,6 +68,8 @@ class MegatronStrategy(DDPStrategy):
                 _megatron(optimizer).sharded_state_dict(self.module.sharded_state_dict(), is_loading=True)
                 for optimizer in self.optimizers
             ]
+            if Contents.read(checkpoint_folder(checkpoint_path)).layout == self.groups.layout():
+                state[RANDOM_STATE] = sharded_random_state()
         return self.checkpoint_io.load_checkpoint(checkpoint_path, sharded_state=state)
 
     def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
