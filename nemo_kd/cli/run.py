@@ -218,6 +218,8 @@ def configure_logging() -> None:
     logger.setLevel(level)
     warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses without Apex and Transformer Engine
     warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been reduced over ranks
+    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # it is: StudentData
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.")
     for noisy in ("nv_one_logger", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

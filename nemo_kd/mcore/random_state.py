@@ -14,7 +14,8 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 def sharded_random_state() -> ShardedObject:
     """This rank's state; it loads only where there are as many ranks as when it was saved."""
     version, words, gauss = random.getstate()
-    name, keys, position, has_gauss, cached_gaussian = np.random.get_state(legacy=True)
+    numpy_state: Any = np.random.get_state()
+    name, keys, position, has_gauss, cached_gaussian = numpy_state
     state: dict[str, Any] = {
         "python": [version, list(words), gauss],
         "numpy": [name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached_gaussian],

@@ -178,7 +178,8 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         if trainer.strategy.broadcast(nothing_new and archive.exists()):
             log.info("nothing is left to train, and %s is there", archive)
             return
-        save_last, self.save_last = self.save_last, False  # what NeMo would save here is there already
+        save_last: bool = self.save_last
+        self.save_last = False  # what NeMo would save here is there already
         with self.lifetime.watchdog.pause("writing the .nemo archive"):
             super().on_train_end(trainer, pl_module)
         self.save_last = save_last

@@ -69,7 +69,9 @@ class Lifetime(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.interruption is not None:
-            self.interruption.take_signals()  # back from Lightning, which has handlers of its own
+            # Back from Lightning, which has handlers of its own, and would end this rank alone.
+            self.interruption.take_signals()
+            trainer._signal_connector.received_sigterm = False
 
     on_test_start = on_train_start
 
@@ -93,7 +95,7 @@ class Lifetime(pl.Callback):
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
     ) -> None:
-        self.agreement.sum(torch.zeros(0, dtype=torch.float64, device=pl_module.device))
+        self.agreement.sum(torch.zeros(0, dtype=torch.float64, device=pl_module.groups.device))
         self._look_for_reason()
         self.watchdog.step("after batch %d of the %s: waiting for data", batch_idx, trainer.state.stage)
 

@@ -281,9 +281,14 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
         ({"model__data__n_chunks": 7}, "the chunk is missing (3 of 7 chunks"),
         ({"model__data__top_k": 9}, "model.data.top_k: 9 exceeds the 8 logits a position"),
         (
-            {"trainer__knowledge_distillation__save_interval": 6},
-            "save_interval: 6 steps is not a multiple of val_check_interval",
+            {"exp_manager__checkpoint_callback_params__every_n_train_steps": 2},
+            "every_n_train_steps: 2 has no effect here; use trainer.knowledge_distillation.save_interval",
         ),
+        (
+            {"exp_manager__max_time_per_run": "00:01:00:00", "exp_manager__create_checkpoint_callback": False},
+            "exp_manager.create_checkpoint_callback=False writes none",
+        ),
+        ({"exp_manager__max_time_per_run": "1h"}, "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS"),
         ({"exp_manager__nonsense": 1}, "nonsense"),
         (
             {"model__data__data_prefix": {"train": ["/no/t_CHUNK_ID.jsonl"], "validation": ["v"]}},

@@ -16,7 +16,7 @@ import torch
 from nemo_kd.interruption import REQUEUE
 from nemo_kd.mcore import checkpoint_write
 from nemo_kd.student import StudentModule
-from nemo_kd.trainer.checkpoint_folder import Contents, CheckpointError, checkpoints, damage
+from nemo_kd.trainer.checkpoint_folder import CheckpointError, Contents, checkpoints, damage
 from nemo_kd.trainer.resume import choose_checkpoint
 from tests.forked_runs import StudentRun, metrics, training_rows, validation_rows
 from tests.tiny_data import write_chat_dataset
@@ -136,28 +136,28 @@ def test_what_a_run_leaves(straight):
 
 
 def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path):
-    log_dir, steps = tmp_path / "run", random.Random(torch.seed())
-    stops = sorted(steps.sample(range(1, STEPS), 3))
-    for change, step in zip(("with_slow_steps", "with_slow_writers", "with_slow_writers"), stops, strict=True):
-        run = start(world, log_dir, change)
-        run.wait_for_step(step)
-        run.kill()
-    run = start(world, log_dir, "with_dropout")
-    assert run.end() == [0, 0], (stops, run.said())
-    check_equal(log_dir, straight)
-
-
-def test_killed_while_it_writes_it_goes_on_from_the_checkpoint_before(world, straight, tmp_path):
-    log_dir = tmp_path / "run"
-    run = start(world, log_dir, "with_slow_writers")
-    folder = log_dir / "checkpoints"
-    run.wait_until(lambda: list(folder.glob(".*step=4-*.unfinished/*.distcp")))
+    """At a step in the first epoch, while a checkpoint is written, and at a step after that."""
+    log_dir, numbers = tmp_path / "run", random.Random(torch.seed())
+    folder, first, second = log_dir / "checkpoints", numbers.randint(1, 4), numbers.randint(6, STEPS - 1)
+    run = start(world, log_dir, "with_slow_steps")
+    run.wait_for_step(first)
     run.kill()
-    assert [Contents.read(path).step for path in checkpoints(folder)] == [2]
+
+    run = start(world, log_dir, "with_slow_writers")
+    run.wait_until(lambda: list(folder.glob(".*-step=6-*.unfinished/*.distcp")))
+    run.kill()
+    (unfinished,) = folder.glob(".*-step=6-*")
+    assert not list(folder.glob("[!.]*-step=6-*"))
+    before = last(log_dir)
+
+    run = start(world, log_dir, "with_slow_steps")
+    run.wait_for_step(second)
+    run.kill()
+    assert f"removing {unfinished}, which a run that was killed did not finish" in run.said()
+    assert f"going on from {before}\n" in run.said()
+
     run = start(world, log_dir, "with_dropout")
-    assert run.end() == [0, 0], run.said()
-    assert re.search(r"removing .*step=4-.*-last.*unfinished, which a run that was killed did not finish", run.said())
-    assert re.search(r"going on from .*step=2-.*-last", run.said())
+    assert run.end() == [0, 0], (first, second, run.said())
     check_equal(log_dir, straight)
 
 
