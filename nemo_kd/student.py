@@ -296,8 +296,7 @@ def train_student(config: TrainStudentConfig) -> None:
         )
         lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
         trainer = build_trainer(config, settings, plan, groups, lifetime)
-        with lifetime.watchdog.pause("loading the student"):
-            module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
+        module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         steps = {
             "steps": plan.max_steps,
             "steps an epoch": plan.steps_per_epoch,

@@ -42,18 +42,35 @@ def checkpoint_folder(path: str | Path) -> Path:
 
 
 @dataclass
+class _Saved:
+    """A state that was saved.
+
+    Attributes:
+        targets: the names that the checkpoint has, or gets when it is whole.
+    """
+
+    step: int
+    resumable: bool
+    targets: list[Path]
+
+    def again(self, step: int, resumable: bool, target: Path) -> bool:
+        """Whether it is of this step, and gets one more name."""
+        if (self.step, self.resumable) != (step, resumable):
+            return False
+        self.targets.append(target)
+        return True
+
+
+@dataclass
 class _Underway:
     """A checkpoint that is being written.
 
     Attributes:
-        targets: the names it gets when it is whole.
-        removals: checkpoints that go then.
+        removals: checkpoints that go when it is whole.
     """
 
     write: CheckpointWrite
-    step: int
-    resumable: bool
-    targets: list[Path]
+    saved: _Saved
     removals: list[Path] = field(default_factory=list)
 
 
@@ -63,7 +80,7 @@ class DistributedCheckpointIO(CheckpointIO):
     def __init__(self, layout: dict[str, int]) -> None:
         self.layout = layout
         self._underway: _Underway | None = None
-        self._latest: _Underway | None = None  # the last one that became whole
+        self._latest = _Saved(-1, False, [])  # the last one that became whole
 
     def is_writing(self) -> bool:
         """Whether this rank's part of a checkpoint is still being written."""
@@ -77,22 +94,18 @@ class DistributedCheckpointIO(CheckpointIO):
         torch.distributed.broadcast_object_list(folder, src=0)
         step, resumable = checkpoint["global_step"], "optimizer_states" in checkpoint
         with _errors_that_name(target):
-            self._underway = _Underway(CheckpointWrite(checkpoint, folder[0]), step, resumable, [target])
+            self._underway = _Underway(CheckpointWrite(checkpoint, folder[0]), _Saved(step, resumable, [target]))
 
     def save_again(self, path: str | Path, step: int, resumable: bool) -> bool:
         """Gives the checkpoint of this step another name; False where there is none of it."""
         target = checkpoint_folder(path)
         if self._underway is not None:
-            if (self._underway.step, self._underway.resumable) != (step, resumable):
-                return False
-            self._underway.targets.append(target)
-            return True
-        if self._latest is None or (self._latest.step, self._latest.resumable) != (step, resumable):
+            return self._underway.saved.again(step, resumable, target)
+        whole = self._latest.targets[-1:]
+        if not self._latest.again(step, resumable, target):
             return False
-        if torch.distributed.get_rank() == 0 and target not in self._latest.targets:
-            link(self._latest.targets[-1], target)
-        self._latest.targets.append(target)
-        torch.distributed.barrier()
+        if whole != [target]:
+            self._on_first_rank(lambda: link(whole[0], target), target)
         return True
 
     def finish(self) -> None:
@@ -104,14 +117,31 @@ class DistributedCheckpointIO(CheckpointIO):
         underway, self._underway = self._underway, None
         if underway is None:
             return
-        with _errors_that_name(underway.targets[0]):
+        saved, folder = underway.saved, underway.write.folder
+        with _errors_that_name(saved.targets[0]):
             sums = underway.write.finish()
-            if torch.distributed.get_rank() == 0:
-                seal(underway.write.folder, underway.step, underway.resumable, self.layout, sums)
-                publish(underway.write.folder, underway.targets)
-                _discard(underway.removals)
-        torch.distributed.barrier()
-        self._latest = underway
+
+        def name() -> None:
+            seal(folder, saved.step, saved.resumable, self.layout, sums)
+            publish(folder, saved.targets)
+            _discard(underway.removals)
+
+        self._on_first_rank(name, saved.targets[0])
+        self._latest = saved
+
+    @staticmethod
+    def _on_first_rank(act: Callable[[], None], target: Path) -> None:
+        """Rank 0 acts, the others wait; all of them raise a CheckpointError where that fails."""
+        problem: list[Any] = [None]
+        if torch.distributed.get_rank() == 0:
+            try:
+                act()
+            except OSError as error:
+                problem = [error]
+        torch.distributed.broadcast_object_list(problem, src=0)
+        with _errors_that_name(target):
+            if problem[0] is not None:
+                raise problem[0]
 
     def load_checkpoint(
         self,
@@ -135,6 +165,8 @@ class StudentCheckpoints(NeMoModelCheckpoint):
     After a validation a checkpoint is ranked by the monitored value, and the best are kept. The latest of all is called
     `*-last`, from which a run resumes, and the one before it `*-previous`.
     """
+
+    save_last: bool | None
 
     def __init__(self, save_interval: int, schedule: StepSchedule, lifetime: Lifetime, **kwargs: Any) -> None:
         super().__init__(enable_version_counter=False, **kwargs)
@@ -178,7 +210,7 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         if trainer.strategy.broadcast(nothing_new and archive.exists()):
             log.info("nothing is left to train, and %s is there", archive)
             return
-        save_last: bool = self.save_last
+        save_last = self.save_last
         self.save_last = False  # what NeMo would save here is there already
         with self.lifetime.watchdog.pause("writing the .nemo archive"):
             super().on_train_end(trainer, pl_module)

@@ -48,6 +48,17 @@ class StudentData(pl.LightningDataModule):
             "consumed_samples": self.training.consumed_samples,
             "data": self.descriptions,
             "data_weights": self.training.order.weights,
+            "order": self._order(),
+        }
+
+    def _order(self) -> dict[str, Any]:
+        """The keys that decide which example is in which step, besides the data."""
+        order, batches = self.training.order, self.training
+        return {
+            "model.seed": order.seed,
+            "model.data.shuffle": order.shuffle,
+            "model.global_batch_size": batches.global_batch_size,
+            "trainer.knowledge_distillation.limit_train_batches (in steps)": batches.steps_per_epoch,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -55,11 +66,19 @@ class StudentData(pl.LightningDataModule):
 
         Raises:
             CacheError: it was trained on other data.
+            ConfigError: it was trained on it in another order.
         """
         if "data" in state_dict:
             self._check_same_data(state_dict)
         else:
             log.warning("the checkpoint does not say what data it was trained on, so it goes on with any")
+        for key, now in self._order().items():
+            before = state_dict.get("order", {}).get(key, now)
+            if before != now:
+                raise ConfigError(
+                    f"{key}: {before} in the checkpoint, {now} now, and examples would be left out or seen twice. Give "
+                    "that of the checkpoint to go on, or another exp_manager.explicit_log_dir to begin anew"
+                )
         self.training.consumed_samples = state_dict["consumed_samples"]
 
     def _check_same_data(self, state_dict: dict[str, Any]) -> None:

@@ -44,6 +44,8 @@ class Lifetime(pl.Callback):
         self.interruption, self.watchdog, self.resumes = interruption, watchdog, resumes
         self.agreement = Agreement()
         self.reason: str | None = None
+        self._loading = contextlib.ExitStack()
+        self._loading.enter_context(watchdog.pause("loading"))
 
     @classmethod
     @contextlib.contextmanager
@@ -68,6 +70,7 @@ class Lifetime(pl.Callback):
         self.agreement.wants_to_stop = lambda: self.interruption is not None and self.interruption.reason is not None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._loading.close()
         if self.interruption is not None:
             # Back from Lightning, which has handlers of its own, and would end this rank alone.
             self.interruption.take_signals()

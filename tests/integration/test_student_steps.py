@@ -117,12 +117,18 @@ def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimiz
         assert changed == [True]
 
 
-def test_the_count_of_skipped_steps_is_resumed(ranks, world, tmp_path):
+def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(ranks, world, tmp_path):
     overrides = {**SETTINGS, "trainer__knowledge_distillation__non_finite": "skip"}
     first = {**overrides, "trainer__knowledge_distillation__max_steps": 4}
     ranks(2).run(run, (*world, tmp_path / "run"), first, infinite_loss)
     assert ranks(2).run(run, (*world, tmp_path / "run"), overrides, infinite_loss)[0][0] == ""
     assert training_rows(tmp_path / "run")[5]["train/skipped_steps"] == 1
+    for key, before, now in (("model.seed", 1234, 5), ("model.global_batch_size", 8, 4)):
+        changed = {**overrides, key.replace(".", "__"): now}
+        error = ranks(2).run(run, (*world, tmp_path / "run"), changed)[1][0]
+        assert error.startswith(
+            f"ConfigError: {key}: {before} in the checkpoint, {now} now, and examples would be left"
+        )
 
 
 def test_too_many_in_a_row():
