@@ -18,7 +18,7 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_layout
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
@@ -72,7 +72,7 @@ class StudentModule(pl.LightningModule):
             self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
         )
         self.loss = StudentLoss(model.knowledge_distillation)
-        self.validation_sums = torch.zeros(0)
+        self.validation_sums: torch.Tensor | None = None
         self.step_started_s = math.nan
 
     def configure_optimizers(self) -> Any:
@@ -80,15 +80,19 @@ class StudentModule(pl.LightningModule):
         optimizer = ModelOptimizer(self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val)
         return [optimizer], [{"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}]
 
-    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weighted loss summed over the micro-batch's loss tokens, sums of what is reported and of loss tokens)."""
         weight_vH = output_weight(self.gpt)
         shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
-        positions_N = batch.loss_mask_BS.flatten().nonzero()[:, 0]
+        positions_N = batch.loss_positions_N
         if self.loss.custom is not None:
             return self.loss.on_logits(project(self.gpt, hidden_SBH), batch, positions_N, shard)
-        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.indices_B), self.gpt)
+        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), self.gpt)
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""
+        return batch
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
@@ -107,12 +111,12 @@ class StudentModule(pl.LightningModule):
         self.step_started_s = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
-        self.validation_sums = torch.zeros(len(self.loss.reported) + 1, dtype=torch.float64)
+        self.validation_sums = None
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
-        # A custom loss names its metrics when it is called: where no step was left to train, only now.
-        self.validation_sums = sums if batch_idx == 0 else self.validation_sums + sums
+        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True)
+        if sums is not None:
+            self.validation_sums = sums if self.validation_sums is None else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)
@@ -160,7 +164,7 @@ class StudentModule(pl.LightningModule):
 
     def _log_evaluation(self, split: str) -> torch.Tensor:
         """Logs the means over all loss tokens of the split, and returns them."""
-        sums = self._over_ranks(self.validation_sums.to(self.device))
+        sums = self._over_ranks(self.validation_sums)
         means = sums[:-1] / sums[-1].clamp(min=1)
         for name, value in zip(self.loss.reported, means, strict=True):
             self.log(f"{split}/{name}", value)
@@ -171,9 +175,14 @@ class StudentModule(pl.LightningModule):
         """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
         self.log("step", float(self.global_step))
 
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(sums, group=self.groups.data)
-        return sums
+    def _over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
+        """The sums over all data- and context-parallel ranks, on every rank; only last stages have any."""
+        self.loss.agree_on_names()
+        total = torch.zeros(len(self.loss.reported) + 1, dtype=torch.float64, device=self.groups.device)
+        if sums is not None and self.groups.tensor_rank == 0:  # the others of its tensor-parallel group have the same
+            total += sums
+        torch.distributed.all_reduce(total)
+        return total
 
     def _log_step(self, sums: torch.Tensor, lr: float, grad_norm: float, data: StudentData) -> None:
         num_tokens = sums[-1].clamp(min=1)
@@ -205,10 +214,13 @@ def train_student(config: TrainStudentConfig) -> None:
         init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
-        check_layout(architecture, config.model)
+        check_training_layout(architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
-        check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        if config.model.data.max_tokens_per_batch is None:
+            check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        else:
+            check_batch_sizes(1, config.model.global_batch_size, 1)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         splits = load_splits(config.model, architecture, tokenizer)
         plan = plan_training(

@@ -10,7 +10,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -43,6 +43,7 @@ class StudentLoss:
     def __init__(self, config: LossConfig) -> None:
         self.config, self.reported = config, [*REPORTED]
         self.custom = load_custom_loss(config.custom_loss) if config.custom_loss is not None else None
+        self.custom_was_called, self.names_are_known = False, self.custom is None
         if self.custom is not None:
             _check_arguments(self.custom, config)
         divergence = None
@@ -70,6 +71,24 @@ class StudentLoss:
                 KEY,
             )
 
+    def agree_on_names(self) -> None:
+        """Gives every rank the names of what a custom loss reports, which the ranks that have called it know.
+
+        Nothing once they are known everywhere; until then all ranks have to call it together.
+
+        Raises:
+            ConfigError: on every rank, ranks were told different names.
+        """
+        if self.names_are_known:
+            return
+        named: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(named, self.reported if self.custom_was_called else None)
+        found = sorted({tuple(names) for names in named if names is not None})
+        if len(found) > 1:
+            raise self._different_metrics(found[1], found[0])
+        if found:
+            self.reported, self.names_are_known = list(found[0]), True
+
     def on_hidden(
         self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
@@ -94,12 +113,11 @@ class StudentLoss:
 
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As `on_hidden` for a custom loss; it is not called where nothing counts: filler rows have no teacher."""
         assert self.custom is not None
         if not len(positions_N):
-            total = logits_BSv[:0].float().sum()
-            return total, total.detach().new_zeros(len(self.reported) + 1)
+            return logits_BSv[:0].float().sum(), None
         rows_Nv = logits_BSv.flatten(0, 1)[positions_N]  # a copy, whose gradient may take its place
         ce_sum = self.losses(rows_Nv, batch.labels_BS.flatten()[positions_N], shard).ce_N.sum()
 
@@ -120,14 +138,17 @@ class StudentLoss:
             )
         total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
         reported = [*REPORTED, *sorted(metrics)]
-        if self.reported not in ([*REPORTED], reported):
-            raise ConfigError(
-                f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(reported[len(REPORTED) :])}, before "
-                f"{', '.join(self.reported[len(REPORTED) :])}; return the same in every call"
-            )
-        self.reported = reported
+        if (self.custom_was_called or self.names_are_known) and self.reported != reported:
+            raise self._different_metrics(reported, self.reported)
+        self.reported, self.custom_was_called = reported, True
         sums = [total, kd_sum, ce_sum, *(metrics[name] for name in sorted(metrics)), total.new_tensor(len(positions_N))]
         return total, torch.stack([value.detach().to(total.dtype) for value in sums])
+
+    def _different_metrics(self, now: Sequence[str], before: Sequence[str]) -> ConfigError:
+        return ConfigError(
+            f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(now[len(REPORTED) :])}, before "
+            f"{', '.join(before[len(REPORTED) :])}; return the same in every call"
+        )
 
     def _teacher(self, batch: Batch, positions_N: Tensor) -> TeacherRows | None:
         if self.losses.divergence is None or not len(positions_N):  # filler rows have no teacher

@@ -43,6 +43,11 @@ class CacheBlend:
         number, inner = self._locate(position)
         return self.readers[number][inner]
 
+    def num_tokens(self, position: int) -> int:
+        """Positions of a row, which the index tells."""
+        number, inner = self._locate(position)
+        return self.readers[number].num_tokens(inner)
+
     def will_read(self, positions: Sequence[int]) -> None:
         """Has these rows fetched ahead, all at once."""
         wanted: dict[int, list[int]] = {}
