@@ -91,6 +91,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         )
         for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
             _support_torch_adam(part)
+        for group in self.megatron.param_groups:
+            # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         config.grad_scale_func = self.megatron.scale_loss
         self.model = model
         self.grad_norm = math.nan

@@ -27,7 +27,8 @@ from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
-NUM_STEPS, GLOBAL_BATCH_SIZE, LEARNING_RATE = 3, 12, 1e-2
+NUM_STEPS, GLOBAL_BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 3, 12, 1e-2, 0.1
+KD_WEIGHT = 20.0  # random models are near each other: as much as the cross-entropy
 EPS = 1e-3  # so large that steps are in proportion to gradients: rounding of tiny ones stays tiny
 STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("qwen3", {}),
@@ -113,7 +114,12 @@ def world(ranks, tmp_path_factory):
 
 def run(student: Path, train: Path, validation: Path, settings: Settings, archive: Path) -> Run:
     """What stage 2 does, without Lightning."""
-    settings = {"model__optim__lr": LEARNING_RATE, "model__optim__eps": EPS} | settings
+    settings = {
+        "model__optim__lr": LEARNING_RATE,
+        "model__optim__eps": EPS,
+        "model__optim__weight_decay": WEIGHT_DECAY,
+        "model__knowledge_distillation__kd_loss_weight": KD_WEIGHT,
+    } | settings
     overlap = settings.pop("overlap", False)
     config = student_config(
         student, train, validation, Path("/nonexistent"), trainer__devices=torch.distributed.get_world_size(),
@@ -187,7 +193,7 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
     model = AutoModelForCausalLM.from_pretrained(students["dense"])
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS)
     config = student_config(students["dense"], train, train, Path("/nonexistent"))
     reader = CacheReader(str(train))
@@ -203,11 +209,11 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
         optimizer.step()
         assert found == pytest.approx([*sums.tolist(), float(norm)], rel=1e-4)
     for name, values in model.state_dict().items():
-        assert (trained[name] - values).abs().max() < 1e-5, name
+        assert (trained[name] - values).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, name
 
 
 def example_sums(model, row) -> torch.Tensor:
-    """(loss, KD, CE, loss tokens): forward KL with a tail bucket and half of the cross-entropy."""
+    """(loss, KD, CE, loss tokens): KD is forward KL with a tail bucket; half of the cross-entropy counts."""
     logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
     ce = torch.nn.functional.cross_entropy(logits, torch.tensor(row.example.labels_S), reduction="none")
     kd_sum, ce_sum, positions = torch.zeros(()), torch.zeros(()), row.example.loss_mask_S.nonzero()[0].tolist()
@@ -219,4 +225,4 @@ def example_sums(model, row) -> torch.Tensor:
         q = torch.softmax(logits[s], -1)[ids[kept]]
         p, q = torch.cat([p, torch.tensor([max(tail, 1e-12)])]), torch.cat([q, 1 - q.sum(0, keepdim=True)])
         kd_sum, ce_sum = kd_sum + (p * (p / q).log()).sum(), ce_sum + ce[s]
-    return torch.stack([kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))])
+    return torch.stack([KD_WEIGHT * kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))])
