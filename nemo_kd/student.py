@@ -17,7 +17,7 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_layout
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
@@ -79,8 +79,10 @@ class StudentModule(pl.LightningModule):
         self.loss = StudentLoss(
             model.knowledge_distillation, max(map(len, self.sources.values())), compares=model.data.uses_cache
         )
-        self.validation_sums = torch.zeros(0)
-        self.meter = StepMeter(forward_flops(architecture), groups.device, config.trainer.precision)
+        self.validation_sums: torch.Tensor | None = None
+        self.meter = StepMeter(
+            forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision
+        )
         self.first_step = True
 
     def configure_optimizers(self) -> Any:
@@ -88,23 +90,26 @@ class StudentModule(pl.LightningModule):
         optimizer = ModelOptimizer(self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val)
         return [optimizer], [{"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}]
 
-    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weighted loss summed over the micro-batch's loss tokens, sums of what is reported and of loss tokens)."""
         weight_vH = output_weight(self.gpt)
         shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
-        positions_N = batch.loss_mask_BS.flatten().nonzero()[:, 0]
+        positions_N = batch.loss_positions_N
         if self.loss.custom is not None:
             return self.loss.on_logits(project(self.gpt, hidden_SBH), batch, positions_N, shard)
-        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.indices_B), self.gpt)
+        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), self.gpt)
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""
+        return batch
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
-        counts = self.meter.counts(batch).to(self.device)
+        counts = self._counts_over_ranks(batch)
         sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
-        counts = self._over_ranks(counts)
         optimizer.step()
         scheduler.step()
         data: StudentData = self.trainer.datamodule
@@ -116,14 +121,18 @@ class StudentModule(pl.LightningModule):
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         self.meter.start(self.trainer.datamodule.watched.waited_s)
 
+    def on_validation_epoch_start(self) -> None:
+        self.validation_sums = None
+
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
-        # A custom loss names its metrics when it is called: where no step was left to train, only now.
-        self.validation_sums = sums if batch_idx == 0 else self.validation_sums + sums
+        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True)
+        if sums is not None:
+            self.validation_sums = sums if self.validation_sums is None else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")["loss"], prog_bar=True)
 
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
@@ -176,7 +185,7 @@ class StudentModule(pl.LightningModule):
 
     def _log_evaluation(self, split: str) -> dict[str, float]:
         """Logs the means over all loss tokens of the split, and returns them."""
-        means = self._log_means(split, self._over_ranks(self.validation_sums.to(self.device)))
+        means = self._log_means(split, self._over_ranks(self.validation_sums))
         self.log("eval_step", float(self.global_step))
         self._log_axis()
         return means
@@ -195,12 +204,24 @@ class StudentModule(pl.LightningModule):
         """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
         self.log("step", float(self.global_step))
 
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        torch.distributed.all_reduce(sums, group=self.groups.data)
-        return sums
+    def _over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
+        """The sums over all data- and context-parallel ranks, on every rank; only last stages have any."""
+        self.loss.agree_on_names()
+        total = self.loss.zeros(self.groups.device)
+        if sums is not None and self.groups.tensor_rank == 0:  # the others of its tensor-parallel group have the same
+            total += sums
+        torch.distributed.all_reduce(total)
+        return total
+
+    def _counts_over_ranks(self, batch: list[Batch]) -> list[float]:
+        counts = self.meter.counts(batch).to(self.groups.device)
+        if not self.groups.is_writer:  # one rank counts for the whole replica
+            counts.zero_()
+        torch.distributed.all_reduce(counts)
+        return counts.tolist()
 
     def _log_step(
-        self, sums_RM: torch.Tensor, counts: torch.Tensor, lr: float, grad_norm: float, data: StudentData
+        self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
     ) -> None:
         means = self._log_means("train", sums_RM)
         if self.first_step:
@@ -215,7 +236,7 @@ class StudentModule(pl.LightningModule):
                 "epoch": self.global_step / data.training.steps_per_epoch,
             }
         )
-        for name, value in self.meter.metrics(counts.tolist(), float(sums_RM[-1, -1])).items():
+        for name, value in self.meter.metrics(counts, float(sums_RM[-1, -1])).items():
             self.log(name, value, prog_bar=name == "perf/tokens_per_s")
 
     def _judge_first_step(self, means: dict[str, float]) -> None:
@@ -239,10 +260,13 @@ def train_student(config: TrainStudentConfig) -> None:
         init_process_group(config.trainer.num_nodes, config.trainer.devices, config.trainer.accelerator)
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
-        check_layout(architecture, config.model)
+        check_training_layout(architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
-        check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        if config.model.data.max_tokens_per_batch is None:
+            check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        else:
+            check_batch_sizes(1, config.model.global_batch_size, 1)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         splits = load_splits(config.model, architecture, tokenizer)
         plan = plan_training(

@@ -52,7 +52,9 @@ SHARED: dict[str, Ignored] = {
     "model.attention_dropout": _DROPOUT,
     "model.ffn_dropout": _DROPOUT,
     "model.dist_ckpt_load_strictness": Ignored("checkpoints are always loaded strictly"),
-    "model.activations_checkpoint_layers_per_pipeline": Ignored("there is one pipeline stage", (None,)),
+    "model.activations_checkpoint_layers_per_pipeline": Ignored(
+        "model.activations_checkpoint_num_layers holds for every stage", (None,)
+    ),
 }
 
 IGNORED: dict[str, dict[str, Ignored]] = {
@@ -87,8 +89,8 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.data.splits_string": Ignored("data_prefix names the file of every split", (None,)),
         "model.data.skip_warmup": Ignored("there is nothing to warm up", (True,)),
         "model.data.dataloader_type": Ignored("use model.data.shuffle", ("single",)),
-        "model.data.reset_position_ids": Ignored("a sequence holds one example", (False,)),
-        "model.data.reset_attention_mask": Ignored("a sequence holds one example", (False,)),
+        "model.data.reset_position_ids": Ignored("every example has positions of its own", (False, True)),
+        "model.data.reset_attention_mask": Ignored("every example has attention of its own", (False, True)),
         "model.data.eod_mask_loss": Ignored("the cache holds the loss mask", (False,)),
         "model.data.index_mapping_dir": Ignored("the index lies beside each chunk", (None,)),
         "exp_manager.checkpoint_callback_params.model_parallel_size": Ignored("checkpoints load in any layout"),

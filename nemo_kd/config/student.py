@@ -107,8 +107,12 @@ class StudentDataConfig:
     """Teacher token ids that the student has no embedding for join the tail; otherwise they are an error."""
     allow_other_template: bool = False
     """Takes a cache whose conversations were rendered with another chat template than the student's tokenizer has."""
-    num_workers: int = 0
-    """Processes that read ahead."""
+    max_tokens_per_batch: int | None = None
+    """Most tokens of a micro-batch on one rank, padding included; a longer example is alone. The examples of a global batch are spread over micro-batches and data-parallel ranks by length then, and model.micro_batch_size has no effect. With context parallelism every rank holds its part of so many times as many. None: model.micro_batch_size examples a micro-batch."""
+    packing: bool = True
+    """A micro-batch is one row of examples end to end, each with positions and attention of its own, without padding. False: one example a row, padded to the longest; so it is with context parallelism too, whatever is said here."""
+    num_workers: int = 2
+    """Processes of every rank that read, decode and put together batches ahead of the training; 0: it waits for that."""
     chat: bool | None = None
     """data_impl=dataset: as stage 1's data.chat."""
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
@@ -124,6 +128,10 @@ class StudentDataConfig:
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigError(f"model.data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"model.data.num_workers: {self.num_workers} must not be negative")
         if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
             raise ConfigError(f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks")
         unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
@@ -190,15 +198,17 @@ class PeftConfig:
 @dataclass
 class StudentModelConfig(ModelConfig):
     micro_batch_size: int = 1
-    """Examples in one forward pass on one data-parallel rank."""
+    """Examples in one forward pass on one data-parallel rank, where model.data.max_tokens_per_batch is not given."""
     global_batch_size: int = 64
     """Examples in one optimizer step over all data-parallel ranks."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Interleaved pipeline stages are not supported: None or 1."""
     activations_checkpoint_granularity: str | None = None
-    """full or selective recomputation of activations in the backward pass; None keeps them."""
+    """What the backward pass computes anew instead of keeping it: full (whole layers) or selective (attention); None: nothing."""
     activations_checkpoint_method: str | None = None
-    """full: uniform or block."""
+    """full: uniform (groups of layers) or block (the first layers of every pipeline stage); None: uniform."""
     activations_checkpoint_num_layers: int | None = None
-    """full: layers per recomputed group (uniform) or recomputed layers (block)."""
+    """full: layers of a group (uniform) or recomputed layers of a stage (block); None: 1."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     knowledge_distillation: LossConfig = field(default_factory=LossConfig)
@@ -206,15 +216,12 @@ class StudentModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)} is not available in this version; use 1")
-        if self.sequence_parallel:
-            raise ConfigError("model.sequence_parallel: True is not available in this version; use False")
-        if self.activations_checkpoint_granularity not in (None, "full", "selective"):
+        if self.virtual_pipeline_model_parallel_size not in (None, 1):
             raise ConfigError(
-                f"model.activations_checkpoint_granularity: {self.activations_checkpoint_granularity!r} is not one of full, selective"
+                f"model.virtual_pipeline_model_parallel_size: {self.virtual_pipeline_model_parallel_size} is not supported; leave it "
+                "out: every rank runs one stage, and more micro-batches in a global batch make pipelines wait less"
             )
+        self._check_recomputation()
         for name in ("top_k", "drop_ids_outside_vocab"):
             if self.knowledge_distillation.support == "sampled" and getattr(self.data, name):
                 raise ConfigError(
@@ -226,6 +233,29 @@ class StudentModelConfig(ModelConfig):
                 "model.data.data_impl: dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="
                 f"{self.knowledge_distillation.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or read a cache"
             )
+
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches are packed."""
+        return self.data.packing and self.context_parallel_size == 1
+
+    def _check_recomputation(self) -> None:
+        granularity, method = self.activations_checkpoint_granularity, self.activations_checkpoint_method
+        num_layers = self.activations_checkpoint_num_layers
+        if granularity not in (None, "full", "selective"):
+            raise ConfigError(
+                f"model.activations_checkpoint_granularity: {granularity!r} is not one of full, selective"
+            )
+        if method not in (None, "uniform", "block"):
+            raise ConfigError(f"model.activations_checkpoint_method: {method!r} is not one of uniform, block")
+        if num_layers is not None and num_layers < 1:
+            raise ConfigError(f"model.activations_checkpoint_num_layers: {num_layers} must be at least 1")
+        if granularity == "full":
+            self.activations_checkpoint_method = method or "uniform"
+            self.activations_checkpoint_num_layers = num_layers or 1
+        elif granularity == "selective":
+            # Megatron refuses what NeMo-Aligner's files say beside it; both are about whole layers.
+            self.activations_checkpoint_method = self.activations_checkpoint_num_layers = None
 
 
 @dataclass

@@ -40,16 +40,29 @@ def training_options() -> dict[str, Any]:
 def wrap_for_training(
     model: GPTModel, config: TransformerConfig, distributed_optimizer: bool
 ) -> DistributedDataParallel:
-    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all."""
+    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all.
+
+    On GPUs they are reduced during the last backward pass of a step. Weights are not gathered during the next forward
+    pass (`overlap_param_gather`): the output layer's is read without a call of its module, which would wait for it.
+    """
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=config.params_dtype.itemsize < 4
+            use_distributed_optimizer=distributed_optimizer,
+            grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
+            overlap_grad_reduce=overlaps_gradients(),
         ),
         model,
     )
+    if overlaps_gradients():
+        config.no_sync_func = ddp.no_sync
     ddp.broadcast_params()
     return ddp
+
+
+def overlaps_gradients() -> bool:
+    """Whether gradients are reduced while others are still made."""
+    return torch.cuda.is_available()
 
 
 class ModelOptimizer(torch.optim.Optimizer):
@@ -78,6 +91,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         )
         for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
             _support_torch_adam(part)
+        for group in self.megatron.param_groups:
+            # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         config.grad_scale_func = self.megatron.scale_loss
         self.model = model
         self.grad_norm = math.nan

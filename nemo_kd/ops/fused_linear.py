@@ -66,7 +66,7 @@ class _FusedLinear(torch.autograd.Function):
         of_blocks: list[TokenLosses] = []
         d_hidden_NH = d_weight_vH = None
         main_grad: Tensor | None = getattr(weight_vH, "main_grad", None)
-        ctx.into_main_grad = main_grad is not None
+        ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
             d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
@@ -87,7 +87,7 @@ class _FusedLinear(torch.autograd.Function):
         )
         assert ce_N is not None
         total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
-        ctx.save_for_backward(d_hidden_NH, None if ctx.into_main_grad else d_weight_vH)
+        ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
         ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N, compared) if values is not None])
         return total, ce_N, kd_N, compared
@@ -96,14 +96,27 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
-        if not ctx.into_main_grad:
+        if ctx.weight_with_main_grad is None:
             return d_hidden_NH * d_total, (d_weight_vH * d_total).to(ctx.weight_dtype), *unused
         if d_total.device.type == "cpu" and d_total != 1:
             raise ValueError(
                 f"fused_linear_loss: its gradient by the weight is already in main_grad, but its sum enters the loss times "
                 f"{d_total.item():g}; scale ce_weight and kd_weight instead"
             )
-        return d_hidden_NH, None, *unused
+        return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
+
+
+def _stand_in(weight_vH: Tensor) -> Tensor | None:
+    """What autograd gets for the gradient that is in main_grad.
+
+    Where Megatron reduces gradients while others are still made, it starts when autograd has brought one to every
+    weight; it does not add it to main_grad where it is told so. A weight that is the embedding too
+    (`zero_out_wgrad`) gets one from there, which has to be added.
+    """
+    if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(weight_vH, "zero_out_wgrad", False):
+        return None
+    weight_vH.grad_added_to_main_grad = True
+    return torch.empty_like(weight_vH)
 
 
 def _add_product(sum_vH: Tensor, gradient_Nv: Tensor, hidden_NH: Tensor) -> None:
