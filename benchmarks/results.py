@@ -39,6 +39,8 @@ from examples.quickstart import Quickstart, Settings, quoted  # noqa: E402
 
 TAIL_SAMPLES = 4
 MAX_SOURCE_CHARACTERS = 1000
+ALONE = ("trainer.devices=1", "trainer.knowledge_distillation.val_check_interval=1.0", "model.data.num_workers=0")
+"""Keys of every run: one rank, which spends its time on training."""
 LOSS = "model.knowledge_distillation."
 VARIANTS: dict[str, tuple[str, ...]] = {
     "SFT alone": ("kd_loss_weight=0",),
@@ -68,7 +70,7 @@ class Experiment(Quickstart):
         for name in ("teacher", "student"):  # the student's for its tokenizer
             self.build_model(name)
         epochs, lr = self.settings.teacher_epochs, self.settings.teacher_lr
-        self.train("teacher", "teacher_init", self.dataset_keys(), 0.0, epochs, lr, "trainer.devices=1")
+        self.train("teacher", "teacher_init", self.dataset_keys(), 0.0, epochs, lr, *ALONE)
         for split in ("train", "validation"):
             self.cache_logits(split, f"cache.tail_samples={TAIL_SAMPLES}")
         source, target = quoted(self.archive("teacher")), quoted(self.folder / "teacher_hf")
@@ -86,7 +88,7 @@ class Experiment(Quickstart):
             keys.append(f"{LOSS}custom_args={{teacher: {quoted(self.folder / 'teacher_hf')}}}")
         chosen = self.settings
         arguments = self.cache_keys(), chosen.kd_loss_weight, chosen.student_epochs, chosen.student_lr
-        seeded.train(name, "student_init", *arguments, "trainer.devices=1", *keys)
+        seeded.train(name, "student_init", *arguments, *ALONE, *keys)
         return seeded.archive(name)
 
 
