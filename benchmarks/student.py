@@ -175,7 +175,8 @@ def print_table(setting: Setting) -> None:
             mib(max(step.peak_bytes for step in mine)),
             f"{statistics.median(row['perf/data_wait_percent'] for row in alone[variant]):.2f}%",
         ]
-        cells += [f"{statistics.median(row['perf/mfu_percent'] for row in alone[variant]):.1f}%"] * on_gpu
+        if on_gpu:
+            cells.append(f"{statistics.median(row['perf/mfu_percent'] for row in alone[variant]):.1f}%")
         print(f"| {' | '.join(cells)} |", flush=True)
     tokens, loss_tokens = (sum(getattr(step, name) for step in found["SFT"]) for name in ("tokens", "loss_tokens"))
     print(
