@@ -235,7 +235,8 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
 
 def agreed_names(*reported: list[str] | None) -> list[str] | str:
     """What a rank reports in the end; None has not called the loss."""
-    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton"))
+    args = {"alpha": 0.3, "temperature": 3.0}
+    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args))
     mine = reported[torch.distributed.get_rank()]
     loss.agree_on_names()  # nobody knows: nothing changes
     assert loss.reported == ["loss", "kd_loss", "sft_loss"]
