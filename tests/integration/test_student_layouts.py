@@ -30,12 +30,15 @@ from tests.tiny_models import save_hf_model
 NUM_STEPS, GLOBAL_BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 3, 12, 1e-2, 0.1
 KD_WEIGHT = 20.0  # random models are near each other: as much as the cross-entropy
 EPS = 1e-3  # so large that steps are in proportion to gradients: rounding of tiny ones stays tiny
-STUDENTS: dict[str, tuple[str, dict[str, Any]]] = {
-    "dense": ("qwen3", {}),
-    "tied": ("llama3.2_tied", {}),
-    "mixtral": ("mixtral", {}),
-    "qwen3_moe": ("qwen3_moe", {}),
+STUDENTS = {
+    "dense": "qwen3",
+    "tied": "llama3.2_tied",
+    "mixtral": "mixtral",
+    "qwen3_moe": "qwen3_moe",
+    "few examples": "mixtral",
 }
+FEW = {"model__global_batch_size": 3}
+"""A step has three examples: of four ranks one computes nothing but filler."""
 Settings = dict[str, Any]
 TP, PP, CP, EP = (
     {f"model__{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context", "expert_model")
@@ -85,6 +88,8 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "DP2 PP overlap": ("tied", PP | DYNAMIC | OVERLAP),
         "EP TP SP overlap": ("qwen3_moe", EP | TP | SP | DYNAMIC | OVERLAP),
         "EP PP": ("mixtral", EP | PP | DYNAMIC),
+        "EP fillers": ("few examples", FEW | EP | DYNAMIC),
+        "fillers": ("few examples", FEW | ALONE | PADDED | OVERLAP),
     },
 }  # fmt: skip
 
@@ -102,8 +107,8 @@ def world(ranks, tmp_path_factory):
     folder = tmp_path_factory.mktemp("student_layouts")
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
     students = {}
-    for name, (base, changes) in STUDENTS.items():
-        students[name] = save_hf_model(base, folder / name, 300, **changes)
+    for name, base in STUDENTS.items():
+        students[name] = save_hf_model(base, folder / name, 300)
     caches = {}
     for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 17, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
@@ -123,7 +128,7 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
     overlap = settings.pop("overlap", False)
     config = student_config(
         student, train, validation, Path("/nonexistent"), trainer__devices=torch.distributed.get_world_size(),
-        model__global_batch_size=GLOBAL_BATCH_SIZE, **settings,
+        **{"model__global_batch_size": GLOBAL_BATCH_SIZE} | settings,
     )  # fmt: skip
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
@@ -166,7 +171,7 @@ def weights(ranks, archive: Path) -> dict[str, torch.Tensor]:
 def straight(ranks, world):
     """One rank, an example at a time, padded: the runs that all others have to equal, and their weights."""
     students, train, validation, folder = world
-    runs = {name: (name, PADDED | ALONE) for name in STUDENTS}
+    runs = {name: (name, PADDED | ALONE | (FEW if name == "few examples" else {})) for name in STUDENTS}
     (folder / "straight").mkdir()
     results = ranks(1).run(run_all, students, train, validation, runs, folder / "straight")[0]
     return {name: (results[name], weights(ranks, folder / "straight" / f"{name}.nemo")) for name in STUDENTS}
@@ -226,3 +231,42 @@ def example_sums(model, row) -> torch.Tensor:
         p, q = torch.cat([p, torch.tensor([max(tail, 1e-12)])]), torch.cat([q, 1 - q.sum(0, keepdim=True)])
         kd_sum, ce_sum = kd_sum + (p * (p / q).log()).sum(), ce_sum + ce[s]
     return torch.stack([KD_WEIGHT * kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))])
+
+
+def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[torch.dtype]]:
+    """Dtypes of weights, gradients, and of what the optimizer keeps."""
+    config = student_config(student, train, train, Path("/nonexistent"), trainer__devices=2, **settings)
+    groups = initialize_model_parallel(config.model, 1)
+    with open_pretrained(str(student)) as pretrained:
+        module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
+    optimizer = module.configure_optimizers()[0][0]
+    inner = optimizer.megatron.chained_optimizers[0].optimizer
+    kept = [state for states in inner.state.values() for key, state in states.items() if key != "step"]
+    return {
+        "weights": {parameter.dtype for parameter in module.gpt.parameters()},
+        "gradients": {parameter.main_grad.dtype for parameter in module.gpt.parameters()},
+        "optimizer": {parameter.dtype for group in inner.param_groups for parameter in group["params"]},
+        "states": {state.dtype for state in kept},
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "distributed_fused_adam"])
+@pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed"])
+def test_half_precision_keeps_float32_gradients_and_optimizer(ranks, world, optimizer, precision):
+    students, train, _, _ = world
+    settings = {"trainer__precision": precision, "model__optim__name": optimizer}
+    found = ranks(2).run(precisions, students["dense"], train, settings)[0]
+    whole = {torch.float32}
+    weights = whole if precision == "32" else {torch.bfloat16}
+    assert found == {"weights": weights, "gradients": whole, "optimizer": whole, "states": whole}
+
+
+def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
+    """bf16 has 8 bits; the sum of a few hundred losses, which its rounding enters at random, stays within a percent."""
+    students, train, validation, _ = world
+    for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAM}.items():
+        bf16 = {"trainer__precision": "bf16", **settings}
+        found = ranks(2).run(run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo")[0]
+        expected = straight["tied"][0]
+        for ours, theirs in zip([*found.steps, found.validation], [*expected.steps, expected.validation], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-2), name

@@ -251,8 +251,8 @@ def test_aliases_must_not_contradict():
         ),
         (
             "train_gpt_knowledge_distillation",
-            "model.pipeline_model_parallel_size=2",
-            "pipeline_model_parallel_size: 2 is not available",
+            "model.virtual_pipeline_model_parallel_size=2",
+            "virtual_pipeline_model_parallel_size: 2 is not supported",
         ),
         (
             "train_gpt_knowledge_distillation",

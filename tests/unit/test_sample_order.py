@@ -176,6 +176,8 @@ def test_paths_with_and_without_weights(train, paths, weights):
         ({"data_prefix": {"test": [1.0, "a"]}}, "model.data.data_prefix.test: weights are for train only"),
         ({"shuffle": "chunk"}, "model.data.shuffle: 'chunk' is not one of true, false, chunks"),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
+        ({"max_tokens_per_batch": 0}, "model.data.max_tokens_per_batch: 0 must be at least 1"),
+        ({"num_workers": -1}, "model.data.num_workers: -1 must not be negative"),
     ],
 )
 def test_wrong_data_settings_are_named(values, message):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError
@@ -35,7 +36,7 @@ LARGEST = max(
 )
 """The largest id in the caches of this file."""
 
-GROUPS = SimpleNamespace(data_rank=0, data_size=1)
+GROUPS = SimpleNamespace(data_rank=0, data_size=1, context_rank=0, context_size=1, device=torch.device("cpu"))
 
 
 def architecture(vocab_size: int = 300) -> GPTArchitecture:
