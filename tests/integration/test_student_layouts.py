@@ -95,7 +95,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
 
 
 class Run(NamedTuple):
-    """`steps`: (loss, KD, CE, loss tokens, norm of the gradient) of every step; `validation`: the first four, of the last weights."""
+    """`steps`: sums of everything reported (loss, KD, CE ...), loss tokens, norm of the gradient; `validation`: the sums of the last weights."""
 
     steps: list[list[float]]
     validation: list[float]
@@ -262,11 +262,12 @@ def test_half_precision_keeps_float32_gradients_and_optimizer(ranks, world, opti
 
 
 def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
-    """bf16 has 8 bits; the sum of a few hundred losses, which its rounding enters at random, stays within a percent."""
+    """bf16 has 8 bits; losses summed over a few hundred tokens, whose rounding is random, stay within a percent."""
     students, train, validation, _ = world
+    expected = straight["tied"][0]
     for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAM}.items():
         bf16 = {"trainer__precision": "bf16", **settings}
         found = ranks(2).run(run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo")[0]
-        expected = straight["tied"][0]
-        for ours, theirs in zip([*found.steps, found.validation], [*expected.steps, expected.validation], strict=True):
-            assert ours == pytest.approx(theirs, rel=1e-2), name
+        assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), name
+        for ours, theirs in zip(found.steps, expected.steps, strict=True):
+            assert [*ours[:3], ours[-1]] == pytest.approx([*theirs[:3], theirs[-1]], rel=1e-2), name
