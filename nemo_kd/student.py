@@ -24,12 +24,13 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.optimizer import ModelOptimizer, lr_scheduler, sharding_metadata, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer
+from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.plan import plan_training
 from nemo_kd.trainer.splits import load_splits
 
@@ -69,7 +70,7 @@ class StudentModule(pl.LightningModule):
         )
         pretrained.load_weights(self.gpt, groups)
         self.model = wrap_for_training(
-            self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
+            self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded
         )
         self.loss = StudentLoss(model.knowledge_distillation)
         self.validation_sums: torch.Tensor | None = None
@@ -226,6 +227,7 @@ def train_student(config: TrainStudentConfig) -> None:
         plan = plan_training(
             config.trainer.knowledge_distillation, len(splits["train"]), config.model.global_batch_size
         )
+        check_schedule(config.model.optim, plan.max_steps)
         groups = initialize_model_parallel(config.model, config.model.seed)
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
