@@ -11,6 +11,7 @@ import dataclasses
 import logging
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,11 +19,15 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
+from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.hf_export import save_adapter, save_hf
+from nemo_kd.mcore.lora import adapter_state, add_adapters, load_adapter_state, merged
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
 from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
@@ -67,11 +72,13 @@ class StudentModule(pl.LightningModule):
             self.transformer_config,
             model.make_vocab_size_divisible_by,
             use_transformer_engine(model.transformer_engine),
+            own_norms=model.peft.lora is not None,
         )
         pretrained.load_weights(self.gpt, groups)
-        self.model = wrap_for_training(
-            self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded
-        )
+        self.lora = model.peft.lora
+        if self.lora is not None:
+            add_adapters(self.gpt, self.lora, model.seed, groups)
+        self.model = wrap_for_training(self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded)
         self.loss = StudentLoss(model.knowledge_distillation)
         self.validation_sums: torch.Tensor | None = None
         self.step_started_s = math.nan
@@ -129,20 +136,67 @@ class StudentModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The weights as Megatron's sharded tensors, for distributed checkpoints."""
+        """The weights that are trained as Megatron's sharded tensors, for distributed checkpoints."""
+        if self.lora is not None:
+            return adapter_state(self.gpt)
         return self.gpt.sharded_state_dict(metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
-        self.gpt.load_state_dict(state)
+        if self.lora is not None:
+            load_adapter_state(self.gpt, state)
+        else:
+            self.gpt.load_state_dict(state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adapters"] = self._adapters()
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a training checkpoint of other weights than those that are trained here, by its plain values.
+
+        Raises:
+            ConfigError: it has no adapters, others, or those of another model.
+        """
+        before, now = checkpoint.get("adapters") or {}, self._adapters() or {}
+        differences = [
+            f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now"
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key)
+        ]
+        if differences:
+            raise ConfigError(
+                f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was trained "
+                "with to go on, or another exp_manager.explicit_log_dir to begin anew"
+            )
+
+    def _adapters(self) -> dict[str, Any] | None:
+        """What has to agree for a checkpoint of adapters to be loaded; the model under them is not in it."""
+        if self.lora is None:
+            return None
+        return {
+            "target_modules": list(self.lora.targets),
+            "adapter_dim": self.lora.adapter_dim,
+            "scale": self.lora.scale,
+            "layer_selection": self.lora.layer_selection,
+            "pretrained_checkpoint": self.pretrained.fingerprint()["weights"],
+        }
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: weights are saved through `sharded_state_dict`."""
         return {}
 
     def save_to(self, save_path: str) -> None:
-        """Writes the student as a .nemo archive; every rank takes part."""
-        tokenizer_folder = self.pretrained.tokenizer_folder
-        save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, self.provenance())
+        """Writes the student as a .nemo archive, and beside it what `export` asks for; every rank takes part."""
+        export, tokenizer_folder = self.config.export, self.pretrained.tokenizer_folder
+        hf_folder = Path(save_path.removesuffix(".nemo") + "-hf")
+        provenance = self.provenance()
+        with merged(self.gpt):
+            save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, provenance)
+            if export.hf and export.lora == "merged":
+                save_hf(hf_folder, self.gpt, self.architecture, tokenizer_folder, self.groups, provenance)
+        if export.lora == "adapter":
+            assert self.lora is not None
+            base, groups = str(self.pretrained.source.absolute()), self.groups
+            save_adapter(hf_folder, self.gpt, self.lora, self.architecture, base, tokenizer_folder, groups, provenance)
 
     def provenance(self) -> dict[str, Any]:
         """What the student was made from; names and hashes, no paths."""
@@ -159,6 +213,8 @@ class StudentModule(pl.LightningModule):
             "consumed_samples": data.training.consumed_samples,
             "knowledge_distillation": dataclasses.asdict(self.config.model.knowledge_distillation),
         }
+        if self.lora is not None:
+            provenance["adapters"] = self._adapters()
         if self.pretrained.provenance is not None:
             provenance["student_provenance"] = self.pretrained.provenance
         return provenance
@@ -216,6 +272,8 @@ def train_student(config: TrainStudentConfig) -> None:
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         check_training_layout(architecture, config.model)
+        if config.model.peft.lora is not None:
+            check_lora(config.model.peft.lora, architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
         if config.model.data.max_tokens_per_batch is None:

@@ -33,7 +33,9 @@ class LoraConfig:
     def __post_init__(self) -> None:
         unknown = [name for name in self.target_modules if name not in (*TARGETS, *GROUPS)]
         if unknown or not self.target_modules:
-            raise ConfigError(f"{KEY}.target_modules: {self.target_modules} must be of {', '.join((*TARGETS, *GROUPS))}")
+            raise ConfigError(
+                f"{KEY}.target_modules: {self.target_modules} must be of {', '.join((*TARGETS, *GROUPS))}"
+            )
         if self.adapter_dim < 1:
             raise ConfigError(f"{KEY}.adapter_dim: {self.adapter_dim} must be at least 1")
         if self.alpha is not None and not self.alpha > 0:
@@ -44,7 +46,9 @@ class LoraConfig:
             if getattr(self, name) not in INIT_METHODS:
                 raise ConfigError(f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(INIT_METHODS)}")
         if self.column_init_method == self.row_init_method == "zero":
-            raise ConfigError(f"{KEY}.column_init_method and row_init_method: zero for both leaves no gradient; use xavier and zero")
+            raise ConfigError(
+                f"{KEY}.column_init_method and row_init_method: zero for both leaves no gradient; use xavier and zero"
+            )
 
     @property
     def targets(self) -> tuple[str, ...]:

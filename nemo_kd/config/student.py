@@ -215,7 +215,9 @@ class TrainStudentConfig:
 
     def __post_init__(self) -> None:
         if self.export.lora == "adapter" and self.model.peft.lora is None:
-            raise ConfigError("export.lora: adapter, but model.peft.peft_scheme=none trains none; use lora, or export.lora=merged")
+            raise ConfigError(
+                "export.lora: adapter, but model.peft.peft_scheme=none trains none; use lora, or export.lora=merged"
+            )
         for split in ("train", "validation"):
             if not self.model.data.paths(split):
                 raise ConfigError(

@@ -37,7 +37,7 @@ def fused_linear_loss(
     The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
     summed over the ranks of the shard's group. That of the weight is summed in float32: where the weight has a `main_grad`,
     as Megatron's have, right there and then, so whoever calls this with gradients on must go backward, once; else it is
-    returned in the weight's dtype.
+    returned in the weight's dtype. A frozen weight's is not computed.
 
     Raises:
         ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
@@ -66,10 +66,11 @@ class _FusedLinear(torch.autograd.Function):
         ce_N = hidden_NH.new_empty(num_rows, dtype=dtype)
         kd_N = None if teacher is None else torch.empty_like(ce_N)
         d_hidden_NH = d_weight_vH = None
-        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None)
+        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
         ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
+        if with_gradients and weight_vH.requires_grad:
             d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
         buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
         for rows in row_blocks(num_rows, 1, block_rows):
@@ -79,11 +80,12 @@ class _FusedLinear(torch.autograd.Function):
             ce_N[rows] = losses.ce_N
             if kd_N is not None and losses.kd_N is not None:
                 kd_N[rows] = losses.kd_N
-            if d_hidden_NH is not None and d_weight_vH is not None:
+            if d_hidden_NH is not None:
                 d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]
                 loss.write_gradient(logits_Nv, logits_Nv, slopes, d_losses, shard)
                 torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
-                _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
+                if d_weight_vH is not None:
+                    _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
         total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
         ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
@@ -95,7 +97,8 @@ class _FusedLinear(torch.autograd.Function):
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
         if ctx.weight_with_main_grad is None:
-            return d_hidden_NH * d_total, (d_weight_vH * d_total).to(ctx.weight_dtype), *unused
+            d_weight_vH = None if d_weight_vH is None else (d_weight_vH * d_total).to(ctx.weight_dtype)
+            return d_hidden_NH * d_total, d_weight_vH, *unused
         if d_total.device.type == "cpu" and d_total != 1:
             raise ValueError(
                 f"fused_linear_loss: its gradient by the weight is already in main_grad, but its sum enters the loss times "
