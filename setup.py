@@ -7,7 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kd" / "__init__.py").read_text())[1]
-COMMANDS = ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint", "logit_cache")
+COMMANDS = (
+    "compute_topk_logits",
+    "train_gpt_knowledge_distillation",
+    "convert_checkpoint",
+    "logit_cache",
+    "plot_runs",
+)
 
 setup(
     name="nemo-kd",

@@ -23,12 +23,14 @@ class Example:
         tokens_S: int64, the model's input ids.
         labels_S: int64, the id each position has to predict.
         loss_mask_S: float32, 1.0 where the label counts in the loss, 0.0 elsewhere.
+        source: which of the configured paths it comes from.
     """
 
     index: int
     tokens_S: np.ndarray
     labels_S: np.ndarray
     loss_mask_S: np.ndarray
+    source: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -83,6 +85,10 @@ class CachedExample:
     teacher: TeacherTopK
 
 
+ALWAYS_ON_CPU = ("lengths_B", "cu_seqlens")
+"""Fields of a batch that the device has no use for."""
+
+
 @dataclass
 class Batch:
     """Examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
@@ -93,6 +99,8 @@ class Batch:
     Attributes:
         indices_B: int64, dataset index of each row, of each example where they are packed; -1 marks a filler row that
             stands for no example.
+        sources_B: int64, `Example.source` of the same; 0 for filler.
+        lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
         topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
@@ -107,6 +115,8 @@ class Batch:
     """
 
     indices_B: torch.Tensor
+    sources_B: torch.Tensor
+    lengths_B: torch.Tensor
     tokens_BS: torch.Tensor
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
@@ -130,8 +140,15 @@ class Batch:
         """Examples in the batch, filler rows not counted."""
         return int((self.indices_B >= 0).sum())
 
+    def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
+        """The source of the example at each position b * S + s, none of them of a packed row's filler."""
+        if self.cu_seqlens is None:
+            return self.sources_B[positions_N // self.tokens_BS.shape[1]]
+        starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
+        return self.sources_B[torch.bucketize(positions_N, starts, right=True)]
+
     def to(self, device: torch.device | str) -> Batch:
-        """A copy of the batch on `device`, apart from `cu_seqlens`."""
+        """A copy of the batch on `device`, apart from what is always on the CPU."""
         return self._with_each(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Batch:
@@ -149,7 +166,7 @@ class Batch:
         tensors: dict[str, Any] = {
             entry.name: change(value)
             for entry in fields(self)
-            if entry.name != "cu_seqlens" and isinstance(value := getattr(self, entry.name), torch.Tensor)
+            if entry.name not in ALWAYS_ON_CPU and isinstance(value := getattr(self, entry.name), torch.Tensor)
         }
         return replace(self, **tensors)
 

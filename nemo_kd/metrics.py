@@ -17,6 +17,8 @@ import orjson
 if TYPE_CHECKING:
     from torch.distributed import Store
 
+    from nemo_kd.config.model import GPTArchitecture
+
 WINDOW_INTERVALS = 10
 """Recent rates are over so many intervals."""
 
@@ -102,6 +104,24 @@ class ForwardFlops:
             + self.per_pair * pairs
             + self.per_window_pair * window_pairs
         )
+
+
+def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
+    """What a forward pass of this model computes."""
+    num_layers, windowed = architecture.num_layers, architecture.window_size is not None
+    return ForwardFlops.of_gpt(
+        num_layers=num_layers,
+        hidden_size=architecture.hidden_size,
+        ffn_hidden_size=architecture.ffn_hidden_size,
+        num_attention_heads=architecture.num_attention_heads,
+        num_query_groups=architecture.num_query_groups,
+        kv_channels=architecture.kv_channels,
+        vocab_size=architecture.vocab_size,
+        window_size=architecture.window_size,
+        num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
+        num_moe_experts=architecture.num_moe_experts,
+        moe_router_topk=architecture.moe_router_topk or 0,
+    )
 
 
 @dataclass

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import logging
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +18,36 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
-from nemo_kd.config import ConfigError
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
 from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
-from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
+from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
+from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
-from nemo_kd.mcore.hf_export import save_adapter, save_hf
-from nemo_kd.mcore.lora import adapter_state, add_adapters, load_adapter_state, merged
+from nemo_kd.mcore.lora import (
+    adapter_identity,
+    adapter_state,
+    add_adapters,
+    check_same_adapters,
+    load_adapter_state,
+)
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
 from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
+from nemo_kd.mcore.weights import hf_shapes
+from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
+from nemo_kd.trainer.best import export_best
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer
 from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
+from nemo_kd.trainer.logging import source_names
+from nemo_kd.trainer.meter import StepMeter
 from nemo_kd.trainer.plan import plan_training
-from nemo_kd.trainer.splits import load_splits
+from nemo_kd.trainer.splits import SPLITS, load_splits
 
 log = logging.getLogger(__name__)
 
@@ -76,12 +86,20 @@ class StudentModule(pl.LightningModule):
         )
         pretrained.load_weights(self.gpt, groups)
         self.lora = model.peft.lora
+        self.adapters: dict[str, Any] | None = None
         if self.lora is not None:
             add_adapters(self.gpt, self.lora, model.seed, groups)
+            self.adapters = adapter_identity(self.lora, pretrained.fingerprint()["weights"])
         self.model = wrap_for_training(self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded)
-        self.loss = StudentLoss(model.knowledge_distillation)
+        self.sources = {split: source_names(model.data.paths(split)) for split in SPLITS}
+        self.loss = StudentLoss(
+            model.knowledge_distillation, max(map(len, self.sources.values())), compares=model.data.uses_cache
+        )
         self.validation_sums: torch.Tensor | None = None
-        self.step_started_s = math.nan
+        self.meter = StepMeter(
+            forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision
+        )
+        self.first_step = True
 
     def configure_optimizers(self) -> Any:
         optim = self.config.model.optim
@@ -106,17 +124,18 @@ class StudentModule(pl.LightningModule):
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
+        counts = self._counts_over_ranks(batch)
         sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
         optimizer.step()
         scheduler.step()
         data: StudentData = self.trainer.datamodule
         data.training.consumed_samples += self.config.model.global_batch_size
-        self._log_step(sums, lr, optimizer.optimizer.grad_norm, data)
+        self._log_step(sums, counts, lr, optimizer.optimizer.grad_norm, data)
         if self.global_step >= self.max_steps:
             self.trainer.should_stop = True  # makes Lightning validate, and so save, after the last step
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
-        self.step_started_s = time.perf_counter()
+        self.meter.start(self.trainer.datamodule.watched.waited_s)
 
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = None
@@ -127,7 +146,7 @@ class StudentModule(pl.LightningModule):
             self.validation_sums = sums if self.validation_sums is None else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self._log_evaluation("validation")[0], prog_bar=True)
+        self.log("val_loss", self._log_evaluation("validation")["loss"], prog_bar=True)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -148,37 +167,15 @@ class StudentModule(pl.LightningModule):
             self.gpt.load_state_dict(state)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["adapters"] = self._adapters()
+        checkpoint["adapters"] = self.adapters
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a training checkpoint of other weights than those that are trained here, by its plain values.
+        """Refuses a training checkpoint with other adapters, by its plain values, before its weights are read.
 
         Raises:
-            ConfigError: it has no adapters, others, or those of another model.
+            ConfigError: names what differs.
         """
-        before, now = checkpoint.get("adapters") or {}, self._adapters() or {}
-        differences = [
-            f"{key}: {before.get(key)} in the checkpoint, {now.get(key)} now"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        if differences:
-            raise ConfigError(
-                f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was trained "
-                "with to go on, or another exp_manager.explicit_log_dir to begin anew"
-            )
-
-    def _adapters(self) -> dict[str, Any] | None:
-        """What has to agree for a checkpoint of adapters to be loaded; the model under them is not in it."""
-        if self.lora is None:
-            return None
-        return {
-            "target_modules": list(self.lora.targets),
-            "adapter_dim": self.lora.adapter_dim,
-            "scale": self.lora.scale,
-            "layer_selection": self.lora.layer_selection,
-            "pretrained_checkpoint": self.pretrained.fingerprint()["weights"],
-        }
+        check_same_adapters(checkpoint.get("adapters"), self.adapters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: weights are saved through `sharded_state_dict`."""
@@ -186,17 +183,19 @@ class StudentModule(pl.LightningModule):
 
     def save_to(self, save_path: str) -> None:
         """Writes the student as a .nemo archive, and beside it what `export` asks for; every rank takes part."""
-        export, tokenizer_folder = self.config.export, self.pretrained.tokenizer_folder
-        hf_folder = Path(save_path.removesuffix(".nemo") + "-hf")
-        provenance = self.provenance()
-        with merged(self.gpt):
-            save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, provenance)
-            if export.hf and export.lora == "merged":
-                save_hf(hf_folder, self.gpt, self.architecture, tokenizer_folder, self.groups, provenance)
-        if export.lora == "adapter":
-            assert self.lora is not None
-            base, groups = str(self.pretrained.source.absolute()), self.groups
-            save_adapter(hf_folder, self.gpt, self.lora, self.architecture, base, tokenizer_folder, groups, provenance)
+        save_model(
+            Path(save_path), self.gpt, self.pretrained, self.groups, self.provenance(), self.config.export, self.lora
+        )
+
+    def parameter_counts(self) -> Parameters:
+        """Numbers of weights; all ranks take part."""
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.gpt.parameters()]
+        own = [sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)]
+        counts = torch.tensor([*own, *(-count for count in own)], device=self.groups.device)
+        torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
+        most_held, most_trained, least_held, least_trained = map(abs, counts.tolist())
+        total = sum(math.prod(shape) for shape in hf_shapes(self.architecture).values())
+        return Parameters(total, (least_held, most_held), (least_trained, most_trained))
 
     def provenance(self) -> dict[str, Any]:
         """What the student was made from; names and hashes, no paths."""
@@ -214,19 +213,27 @@ class StudentModule(pl.LightningModule):
             "knowledge_distillation": dataclasses.asdict(self.config.model.knowledge_distillation),
         }
         if self.lora is not None:
-            provenance["adapters"] = self._adapters()
+            provenance["adapters"] = self.adapters
         if self.pretrained.provenance is not None:
             provenance["student_provenance"] = self.pretrained.provenance
         return provenance
 
-    def _log_evaluation(self, split: str) -> torch.Tensor:
+    def _log_evaluation(self, split: str) -> dict[str, float]:
         """Logs the means over all loss tokens of the split, and returns them."""
-        sums = self._over_ranks(self.validation_sums)
-        means = sums[:-1] / sums[-1].clamp(min=1)
-        for name, value in zip(self.loss.reported, means, strict=True):
-            self.log(f"{split}/{name}", value)
+        means = self._log_means(split, self._over_ranks(self.validation_sums))
+        self.log("eval_step", float(self.global_step))
         self._log_axis()
         return means
+
+    def _log_means(self, split: str, sums_RM: torch.Tensor) -> dict[str, float]:
+        """Logs the means of everything, and of every source where there are several; returns the former."""
+        *of_sources, of_all = self.loss.means(sums_RM)
+        for name, value in of_all.items():
+            self.log(f"{split}/{name}", value, prog_bar=split == "train" and name == "loss")
+        sources = self.sources[split] if len(self.sources[split]) > 1 else []
+        for source, means in zip(sources, of_sources, strict=False):
+            self.log_dict({f"{split}/{name}/{source}": value for name, value in means.items()})
+        return of_all
 
     def _log_axis(self) -> None:
         """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
@@ -235,28 +242,45 @@ class StudentModule(pl.LightningModule):
     def _over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
         """The sums over all data- and context-parallel ranks, on every rank; only last stages have any."""
         self.loss.agree_on_names()
-        total = torch.zeros(len(self.loss.reported) + 1, dtype=torch.float64, device=self.groups.device)
+        total = self.loss.zeros(self.groups.device)
         if sums is not None and self.groups.tensor_rank == 0:  # the others of its tensor-parallel group have the same
             total += sums
         torch.distributed.all_reduce(total)
         return total
 
-    def _log_step(self, sums: torch.Tensor, lr: float, grad_norm: float, data: StudentData) -> None:
-        num_tokens = sums[-1].clamp(min=1)
-        for name, value in zip(self.loss.reported, sums[:-1] / num_tokens, strict=True):
-            self.log(f"train/{name}", value, prog_bar=name == "loss")
-        step_time_s = time.perf_counter() - self.step_started_s
+    def _counts_over_ranks(self, batch: list[Batch]) -> list[float]:
+        counts = self.meter.counts(batch).to(self.groups.device)
+        if not self.groups.is_writer:  # one rank counts for the whole replica
+            counts.zero_()
+        torch.distributed.all_reduce(counts)
+        return counts.tolist()
+
+    def _log_step(
+        self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
+    ) -> None:
+        means = self._log_means("train", sums_RM)
+        if self.first_step:
+            self._judge_first_step(means)
         self._log_axis()
         self.log_dict(
             {
+                "train_step": float(self.global_step),
                 "lr": lr,
                 "grad_norm": grad_norm,
-                "perf/step_time_s": step_time_s,
                 "consumed_samples": float(data.training.consumed_samples),
                 "epoch": self.global_step / data.training.steps_per_epoch,
             }
         )
-        self.log("perf/loss_tokens_per_second", float(sums[-1]) / step_time_s, prog_bar=True)
+        for name, value in self.meter.metrics(counts, float(sums_RM[-1, -1])).items():
+            self.log(name, value, prog_bar=name == "perf/tokens_per_s")
+
+    def _judge_first_step(self, means: dict[str, float]) -> None:
+        self.first_step = False
+        if "sft_loss" in means:
+            text, doubt = first_step_report(means, self.architecture.vocab_size)
+            log.info(text)
+            if doubt:
+                log.warning(doubt)
 
 
 def train_student(config: TrainStudentConfig) -> None:
@@ -272,8 +296,7 @@ def train_student(config: TrainStudentConfig) -> None:
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         check_training_layout(architecture, config.model)
-        if config.model.peft.lora is not None:
-            check_lora(config.model.peft.lora, architecture, config.model)
+        check_lora(config.model.peft.lora, architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
         if config.model.data.max_tokens_per_batch is None:
@@ -292,6 +315,14 @@ def train_student(config: TrainStudentConfig) -> None:
         )
         trainer = build_trainer(config, plan, groups)
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
+        steps = {
+            "steps": plan.max_steps,
+            "steps an epoch": plan.steps_per_epoch,
+            "between validations": plan.val_check_interval,
+            "between checkpoints": plan.save_interval,
+        }
+        log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
+        export_best(trainer, module)
         if "test" in splits:
             trainer.test(module, datamodule=data)

@@ -5,6 +5,7 @@ A test sends an importable function; each rank runs it inside a live process gro
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 
 
@@ -50,7 +52,10 @@ class Ranks:
     def stop(self) -> None:
         """Ends the processes; the next `run` starts new ones."""
         for process in self._processes:
-            process.kill()
+            # With what it started: Megatron's checkpoints leave a process beside each rank.
+            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
             process.join()
         self._processes, self._pipes = [], []
 

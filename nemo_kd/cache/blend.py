@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -41,7 +42,8 @@ class CacheBlend:
 
     def __getitem__(self, position: int) -> CachedExample:
         number, inner = self._locate(position)
-        return self.readers[number][inner]
+        cached = self.readers[number][inner]
+        return replace(cached, example=replace(cached.example, source=number)) if number else cached
 
     def num_tokens(self, position: int) -> int:
         """Positions of a row, which the index tells."""

@@ -103,12 +103,14 @@ class ExportConfig:
             raise ConfigError("export.lora: adapter, but export.hf=false writes no folder for it; add export.hf=true")
 
 
-def check_lora(lora: LoraConfig, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+def check_lora(lora: LoraConfig | None, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
     """Refuses adapters that the model has no place for.
 
     Raises:
         ConfigError: names the key.
     """
+    if lora is None:
+        return
     layers = architecture.num_layers
     outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]
     if outside or lora.layer_selection == []:

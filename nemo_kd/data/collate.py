@@ -83,13 +83,16 @@ def _filled(
     tokens, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, pad_id, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     indices = np.full(len(rows), -1, dtype=np.int64)
+    sources, lengths = np.zeros_like(indices), np.zeros_like(indices)
     for number, (row, place) in enumerate(zip(rows, places, strict=False)):
         if row is not None:
             example = _example(row)
-            indices[number] = example.index
+            indices[number], sources[number], lengths[number] = example.index, example.source, example.num_tokens
             tokens[place], labels[place], loss_mask[place] = example.tokens_S, example.labels_S, example.loss_mask_S
     batch = Batch(
         indices_B=torch.from_numpy(indices),
+        sources_B=torch.from_numpy(sources),
+        lengths_B=torch.from_numpy(lengths),
         tokens_BS=torch.from_numpy(tokens),
         labels_BS=torch.from_numpy(labels),
         loss_mask_BS=torch.from_numpy(loss_mask),

@@ -30,6 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
+from nemo_kd.config import ConfigError
 from nemo_kd.config.peft import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.weights import ADAPTERS
@@ -158,6 +159,33 @@ def load_adapter_state(model: GPTModel, state: dict[str, Any]) -> None:
         for side, parameter in adapter.named_parameters():
             with torch.no_grad():
                 parameter.copy_(state[f"{name}.{ADAPTERS}.{side}"])
+
+
+def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
+    """What has to agree for a checkpoint of adapters to be loaded; the model under them, of this hash, is not in it."""
+    return {
+        "pretrained_checkpoint": base_weights,
+        "target_modules": list(lora.targets),
+        "adapter_dim": lora.adapter_dim,
+        "scale": lora.scale,
+        "layer_selection": lora.layer_selection,
+    }
+
+
+def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+    """Compares what a checkpoint says (None: it has no adapters) with what is trained.
+
+    Raises:
+        ConfigError: lists what differs.
+    """
+    before, now = before or {}, now or {}
+    keys = [key for key in (now or before) if before.get(key) != now.get(key)]
+    if keys:
+        differences = [f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in keys]
+        raise ConfigError(
+            f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was "
+            "trained with to go on, or another exp_manager.explicit_log_dir to begin anew"
+        )
 
 
 def _adding(adapter: Adapter) -> Any:

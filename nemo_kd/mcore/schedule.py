@@ -24,8 +24,8 @@ from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.groups import ProcessGroups, schedule_groups
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
-"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last is the token count).
-Without a loss token there may be None to report."""
+"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token
+count). Without a loss token there may be None to report."""
 Shape = tuple[int, int, int]
 
 
@@ -230,4 +230,4 @@ def _loss(
     loss_sum, sums = loss_function(hidden, batch)
     if sums is None:
         return loss_sum, loss_sum.new_zeros((), dtype=torch.int), {"sums": None}
-    return loss_sum, sums[-1].round().int(), {"sums": sums.detach().double()}
+    return loss_sum, sums.flatten()[-1].round().int(), {"sums": sums.detach().double()}

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_kd.ops.comparison import compare
 from nemo_kd.ops.student_logits import Slope, StudentLogits, TokenIds, read_logits, write_gradient
 from nemo_kd.ops.token_losses import (
     Divergence,
@@ -35,10 +36,16 @@ from nemo_kd.ops.vocab import VocabShard
 
 
 class TokenLosses(NamedTuple):
-    """Per-position losses in nats, before the mask. `kd_N` is None without a teacher."""
+    """Per-position losses in nats, before the mask.
+
+    Attributes:
+        kd_N: None without a divergence.
+        compared: `ops.comparison.compare` of student and teacher; None where `unscaled_tail_mass_N` was not given.
+    """
 
     ce_N: Tensor
     kd_N: Tensor | None
+    compared: Tensor | None
 
 
 class Slopes(NamedTuple):
@@ -93,7 +100,7 @@ class DistillationLoss:
     def checked(
         self, num_rows: int, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
     ) -> TeacherRows | None:
-        """The teacher's rows, None if the divergence needs none.
+        """The teacher's rows, None if nothing needs them.
 
         Raises:
             ValueError: as `__call__`.
@@ -103,24 +110,25 @@ class DistillationLoss:
         on_cpu = labels_N.device.type == "cpu"
         if on_cpu:
             _check_ids("labels_N", labels_N, 0, shard.vocab_size)
-        if self.divergence is None or teacher is None:
+        if teacher is None or (self.divergence is None and teacher.unscaled_tail_mass_N is None):
             return None
         for name, field in vars(teacher).items():
             if field is not None and len(field) != num_rows:
                 raise ValueError(f"{name}: {len(field)} rows for {num_rows} rows of logits")
-        for name in self.divergence.needs:
-            if getattr(teacher, name) is None:
-                raise ValueError(
-                    f"{name}: missing, but {self.divergence.objective} on support {self.divergence.support} needs it"
-                )
-        if on_cpu and not self.divergence.on_label and teacher.topk_token_ids_NK.numel():
+        if self.divergence is not None:
+            for name in self.divergence.needs:
+                if getattr(teacher, name) is None:
+                    raise ValueError(
+                        f"{name}: missing, but {self.divergence.objective} on support {self.divergence.support} needs it"
+                    )
+        if on_cpu and self._keeps_ids(teacher) and teacher.topk_token_ids_NK.numel():
             # Eight times as fast as torch's sort.
             ids_NK = np.sort(teacher.topk_token_ids_NK.numpy().astype(np.int32), axis=-1)
             _check_ids("topk_token_ids_NK", torch.from_numpy(ids_NK[:, [0, -1]]), -1, shard.vocab_size)
             repeated = ids_NK[:, 1:][(ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)]
             if len(repeated):
                 raise ValueError(f"topk_token_ids_NK: a row holds id {repeated[0]} twice; merge its entries")
-            if self.divergence.support == "sampled":
+            if self._is_sampled:
                 _check_ids("tail_token_ids_NM", teacher.tail_token_ids_NM, -1, shard.vocab_size)
         return teacher
 
@@ -128,19 +136,21 @@ class DistillationLoss:
         self, logits_Nv: Tensor, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
     ) -> tuple[TokenLosses, Slopes]:
         """Both losses and what `write_gradient` needs, outside autograd; `teacher` is `checked`."""
-        divergence, ids = self.divergence, TokenIds(labels_N)
-        if divergence is not None and teacher is not None and not divergence.on_label:
-            samples_NM = teacher.tail_token_ids_NM if divergence.support == "sampled" else None
+        divergence, ids, compared = self.divergence, TokenIds(labels_N), None
+        if teacher is not None and self._keeps_ids(teacher):
+            samples_NM = teacher.tail_token_ids_NM if self._is_sampled else None
             ids = TokenIds(labels_N, teacher.topk_token_ids_NK, samples_NM)
         student = read_logits(logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile)
         ce_N, slope = cross_entropy(student, self.label_smoothing, self.z_loss_weight, shard.vocab_size)
+        if teacher is not None and teacher.unscaled_tail_mass_N is not None:
+            compared = compare(student, teacher, shard.vocab_size)
         if divergence is None or teacher is None:
-            return TokenLosses(ce_N, None), Slopes([slope], student)
+            return TokenLosses(ce_N, None, compared), Slopes([slope], student)
         if divergence.on_label:
             kd_N, kd_slope = label_estimator(student, teacher, divergence)
         else:
             kd_N, kd_slope = divergence_on_support(student, teacher, divergence, shard.vocab_size)
-        return TokenLosses(ce_N, kd_N), Slopes([slope, kd_slope], student)
+        return TokenLosses(ce_N, kd_N, compared), Slopes([slope, kd_slope], student)
 
     def write_gradient(
         self,
@@ -153,6 +163,15 @@ class DistillationLoss:
         """Fills `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
         losses = list(zip(d_losses, slopes.of_losses, strict=False))
         write_gradient(logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile)
+
+    def _keeps_ids(self, teacher: TeacherRows) -> bool:
+        """Whether the teacher's kept ids are looked at."""
+        on_support = self.divergence is not None and not self.divergence.on_label
+        return on_support or teacher.unscaled_tail_mass_N is not None
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self.divergence is not None and not self.divergence.on_label and self.divergence.support == "sampled"
 
 
 def _check_ids(name: str, ids: Tensor | None, smallest: int, vocab_size: int) -> None:
@@ -172,18 +191,20 @@ class _OnLogits(torch.autograd.Function):
         teacher: TeacherRows | None,
         shard: VocabShard,
         loss: DistillationLoss,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         losses, slopes = loss.evaluate(logits_Nv, labels_N, teacher, shard)
+        if losses.compared is not None:
+            ctx.mark_non_differentiable(losses.compared)
         ctx.save_for_backward(logits_Nv)
         ctx.slopes, ctx.loss, ctx.shard = slopes, loss, shard
         base = logits_Nv._base if logits_Nv._base is not None else logits_Nv
         ctx.in_place = logits_Nv.is_contiguous() and not base.is_leaf
-        return losses.ce_N, losses.kd_N
+        return losses.ce_N, losses.kd_N, losses.compared
 
     @staticmethod
     def backward(ctx: Any, *d_losses: Tensor) -> tuple[Tensor | None, ...]:
         # Overwriting the logits makes autograd refuse a second backward pass, as it should.
         (logits_Nv,) = ctx.saved_tensors
         out_Nv = logits_Nv.detach() if ctx.in_place else torch.empty_like(logits_Nv)
-        ctx.loss.write_gradient(logits_Nv, out_Nv, ctx.slopes, d_losses, ctx.shard)
+        ctx.loss.write_gradient(logits_Nv, out_Nv, ctx.slopes, d_losses[:2], ctx.shard)
         return out_Nv, None, None, None, None

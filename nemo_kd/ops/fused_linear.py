@@ -32,7 +32,7 @@ def fused_linear_loss(
     kd_weight: float = 1.0,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Tensor, TokenLosses]:
-    """(ce_weight * CE + kd_weight * divergence summed over all positions, both at every position outside autograd).
+    """(ce_weight * CE + kd_weight * divergence summed over all positions, what is known of each outside autograd).
 
     The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
     summed over the ranks of the shard's group. That of the weight is summed in float32: where the weight has a `main_grad`,
@@ -44,8 +44,8 @@ def fused_linear_loss(
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
     arguments = (labels_N, teacher, shard, loss, (ce_weight, kd_weight), block_rows, torch.is_grad_enabled())
-    total, ce_N, kd_N = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
-    return total, TokenLosses(ce_N, kd_N)
+    total, *of_tokens = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
+    return total, TokenLosses(*of_tokens)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -61,10 +61,9 @@ class _FusedLinear(torch.autograd.Function):
         weights: tuple[float, float],
         block_rows: int,
         with_gradients: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         num_rows, dtype = len(hidden_NH), reduction_dtype(hidden_NH)
-        ce_N = hidden_NH.new_empty(num_rows, dtype=dtype)
-        kd_N = None if teacher is None else torch.empty_like(ce_N)
+        of_blocks: list[TokenLosses] = []
         d_hidden_NH = d_weight_vH = None
         main_grad: Tensor | None = getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
         ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
@@ -77,20 +76,23 @@ class _FusedLinear(torch.autograd.Function):
             logits_Nv = torch.mm(hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start])
             some = None if teacher is None else teacher.rows(rows)
             losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
-            ce_N[rows] = losses.ce_N
-            if kd_N is not None and losses.kd_N is not None:
-                kd_N[rows] = losses.kd_N
+            of_blocks.append(losses)
             if d_hidden_NH is not None:
                 d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]
                 loss.write_gradient(logits_Nv, logits_Nv, slopes, d_losses, shard)
                 torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
                 if d_weight_vH is not None:
                     _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
+        of_blocks = of_blocks or [TokenLosses(hidden_NH.new_empty(0, dtype=dtype), None, None)]
+        ce_N, kd_N, compared = (
+            None if parts[0] is None else torch.cat(parts) for parts in zip(*of_blocks, strict=True)
+        )
+        assert ce_N is not None
         total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
         ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
-        ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N) if values is not None])
-        return total, ce_N, kd_N
+        ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N, compared) if values is not None])
+        return total, ce_N, kd_N, compared
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:

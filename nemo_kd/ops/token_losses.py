@@ -35,6 +35,7 @@ class TeacherRows:
         tail_mass_N: probability outside the kept ids in softmax(teacher_scale * logits). Not needed for renormalize.
         label_logprobs_N: at temperature 1; for label estimators.
         tail_token_ids_NM: for sampled.
+        unscaled_tail_mass_N: as `tail_mass_N`, in softmax(logits). With it student and teacher are compared as well.
     """
 
     topk_logits_NK: Tensor
@@ -42,6 +43,7 @@ class TeacherRows:
     tail_mass_N: Tensor | None = None
     label_logprobs_N: Tensor | None = None
     tail_token_ids_NM: Tensor | None = None
+    unscaled_tail_mass_N: Tensor | None = None
 
     def rows(self, rows: slice) -> TeacherRows:
         """Some of the positions."""
@@ -132,13 +134,17 @@ def cross_entropy(
 
 
 def label_estimator(student: StudentLogits, teacher: TeacherRows, divergence: Divergence) -> tuple[Tensor, Slope]:
-    """k1, k2, k3 or low_var_kl; no ids are kept."""
+    """k1, k2, k3 or low_var_kl."""
     assert teacher.label_logprobs_N is not None
     log_sum_exp_N = student.log_sum_exp_N
     log_ratio_N = student.label_N - log_sum_exp_N - teacher.label_logprobs_N.to(log_sum_exp_N.dtype)
     value_N, slope_N = LABEL_ESTIMATORS[divergence.objective](log_ratio_N)
     slope_N = slope_N * divergence.factor
-    return value_N * divergence.factor, Slope(scale_index=0, tail_N=-slope_N, label_N=slope_N)
+    tail_N = -slope_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp()
+    kept_NK = None
+    if student.kept_NK is not None:
+        kept_NK = -slope_N[:, None] * (student.kept_NK - log_sum_exp_N[:, None]).exp_()
+    return value_N * divergence.factor, Slope(scale_index=0, tail_N=tail_N, kept_NK=kept_NK, label_N=slope_N)
 
 
 def divergence_on_support(
@@ -154,7 +160,7 @@ def divergence_on_support(
         some = teacher.rows(rows)
         num_used_N = (some.topk_token_ids_NK >= 0).sum(dim=-1)
         known_N = num_used_N > 0
-        entries = _entries(student, some, divergence, num_used_N == vocab_size, rows)
+        entries = entries_of(student, some, divergence, num_used_N == vocab_size, rows)
         terms = terms_of(entries)
         value, mean_u = terms.value_NE.sum(dim=-1), terms.q_u_NE.sum(dim=-1)
         if samples_NM is not None:
@@ -172,10 +178,20 @@ def divergence_on_support(
     return value_N, Slope(len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM)
 
 
-def _entries(
-    student: StudentLogits, teacher: TeacherRows, divergence: Divergence, all_kept_N: Tensor, rows: slice
+def entries_of(
+    student: StudentLogits,
+    teacher: TeacherRows,
+    divergence: Divergence,
+    all_kept_N: Tensor,
+    rows: slice,
+    scale_index: int = -1,
 ) -> Entries:
-    """Log-probabilities of both models; nan for a row that keeps nothing."""
+    """Log-probabilities of both models; nan for a row that keeps nothing.
+
+    Args:
+        teacher: already cut to `rows`, which the student is not.
+        scale_index: of the student's tail.
+    """
     assert student.kept_NK is not None
     student_NK = _scaled(student.kept_NK[rows], divergence.student_scale)
     teacher_NK = teacher.topk_logits_NK.to(student_NK.dtype)
@@ -185,13 +201,14 @@ def _entries(
     assert teacher.tail_mass_N is not None
     tail_N1 = teacher.tail_mass_N.to(student_NK.dtype)[:, None].clamp(0, 1)
     log_tail_N1 = torch.full_like(tail_N1, float("-inf"))
+    log_tail_q_N1 = student.log_tail_NS[rows, scale_index, None]
     if divergence.support == "tail":
         log_tail_N1 = tail_N1.clamp(min=SMALLEST_TAIL).log()
         # Any mass where the student has none would be infinitely wrong, so a rounded 0 must be one there.
         nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | all_kept_N[:, None]
-        nothing_N1 &= student.log_tail_NS[rows, -1:] == float("-inf")
+        nothing_N1 &= log_tail_q_N1 == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
-    log_q_NE = torch.cat([student_NK, student.log_tail_NS[rows, -1:]], dim=1).log_softmax(dim=-1)
+    log_q_NE = torch.cat([student_NK, log_tail_q_N1], dim=1).log_softmax(dim=-1)
     log_head_N1 = torch.log1p(-tail_N1).clamp_(min=math.log(objectives.EPSILON))  # a rounded 1 is finite, too
     return Entries.of(torch.cat([log_p_NK + log_head_N1, log_tail_N1], dim=1), log_q_NE, has_bucket=True)
 

@@ -14,15 +14,14 @@ from nemo_kd.cache.files import explained
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.metrics import (
-    ForwardFlops,
     MetricsFile,
     Progress,
     ProgressLine,
     SharedCounters,
     Sink,
     WandbSink,
+    forward_flops,
     peak_flops,
 )
 from nemo_kd.teacher.job import Job, Run
@@ -140,21 +139,3 @@ def _wandb(settings: dict[str, Any]) -> WandbSink:
         raise ConfigError(
             f"exp_manager.create_wandb_logger: {error}; log in (wandb login), or set WANDB_MODE=offline"
         ) from error
-
-
-def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
-    """What a forward pass of this model computes."""
-    num_layers, windowed = architecture.num_layers, architecture.window_size is not None
-    return ForwardFlops.of_gpt(
-        num_layers=num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        vocab_size=architecture.vocab_size,
-        window_size=architecture.window_size,
-        num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
-        num_moe_experts=architecture.num_moe_experts,
-        moe_router_topk=architecture.moe_router_topk or 0,
-    )

@@ -21,6 +21,7 @@ from nemo_kd.data.rows import MicroBatchRows, Rows
 from nemo_kd.interruption import leave_signals_to_the_main_process
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.schedule import context_positions
+from nemo_kd.trainer.meter import WatchedLoader
 
 log = logging.getLogger(__name__)
 
@@ -102,8 +103,9 @@ class StudentData(pl.LightningDataModule):
                 "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
             )
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self._loader("train", self.training)
+    def train_dataloader(self) -> WatchedLoader:
+        self.watched = WatchedLoader(self._loader("train", self.training))
+        return self.watched
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("validation", self._once("validation"))

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig, exp_manager
 from omegaconf import OmegaConf
@@ -22,6 +23,9 @@ from nemo_kd.trainer.strategy import MegatronStrategy
 
 DEFAULTS = {"seconds_to_sleep": 0, "log_tflops_per_sec_per_gpu": False, "log_step_timing": False}
 """exp_manager keys whose NeMo defaults do not fit: the sleep slows start-up, the others repeat our own metrics."""
+
+WANDB_AXES = {"train": "train_step", "perf": "train_step", "validation": "eval_step", "test": "eval_step"}
+"""Sections of metrics and what their charts in Weights & Biases run along: completed steps, at which each was measured."""
 
 
 def build_trainer(config: TrainStudentConfig, plan: TrainingPlan, groups: ProcessGroups) -> pl.Trainer:
@@ -55,6 +59,10 @@ def build_trainer(config: TrainStudentConfig, plan: TrainingPlan, groups: Proces
     nemo_logging.set_verbosity(nemo_logging.WARNING)
     log_dir = exp_manager(trainer, OmegaConf.create({**settings, "create_checkpoint_callback": False}))
     assert log_dir is not None
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            for section, axis in WANDB_AXES.items():
+                logger.experiment.define_metric(f"{section}/*", step_metric=axis)
     trainer.loggers = [*trainer.loggers, JsonlLogger(Path(log_dir) / "metrics" / "metrics.jsonl")]
     if settings["create_checkpoint_callback"]:
         trainer.callbacks.append(_checkpoints(settings, config.name, Path(log_dir), plan, trainer))

@@ -6,12 +6,13 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import CachedExample, Example
+from nemo_kd.batch import Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
@@ -21,7 +22,7 @@ from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.loss import KEY, LABEL_ESTIMATORS, LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
-from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.rows import Rows
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 
@@ -55,10 +56,6 @@ def load_splits(
         for path, sizes in zip(paths[split], chunks, strict=True):
             if data.weights(split) is not None and not sum(sizes):
                 raise ConfigError(f"{key}: no usable example in {path}, which has a weight; take it out")
-        log.info("%s: %d examples from %s", split, len(rows), ", ".join(paths[split]))
-    first = splits["train"][0]
-    example = first.example if isinstance(first, CachedExample) else first
-    log.info("example %d, trained between « and »:\n%s", example.index, describe_example(example, tokenizer))
     return splits
 
 
@@ -251,7 +248,7 @@ def _tokenize(
             if isinstance(example, Skipped):
                 skipped[example.reason] += 1
             else:
-                examples[-1].append(example)
+                examples[-1].append(replace(example, source=len(examples) - 1))
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
     return TokenizedRows(paths, examples)

@@ -21,8 +21,8 @@ from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
+from nemo_kd.mcore.export import save_adapter
 from nemo_kd.mcore.groups import initialize_model_parallel
-from nemo_kd.mcore.hf_export import save_adapter
 from nemo_kd.mcore.schedule import forward, forward_backward
 from nemo_kd.student import StudentModule
 from nemo_kd.trainer.data_module import StudentData
@@ -183,9 +183,7 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_only_adapters_have_gradient_buffers(straight):
-    for name, (trained, _) in {
-        name: (run.trained, 2) for name, run in straight[0].items() if name != "full"
-    }.items():
+    for name, (trained, _) in {name: (run.trained, 2) for name, run in straight[0].items() if name != "full"}.items():
         with_buffer = {weight for weight, (numel, _) in trained.items() if numel}
         assert with_buffer == {weight for weight, (_, requires_grad) in trained.items() if requires_grad}, name
         assert all(".lora." in weight for weight in with_buffer), name
@@ -345,7 +343,7 @@ def test_resume(ranks, world, tmp_path):
     assert "adapter_dim: 4 in the checkpoint, None now" in resume("none", {"model__peft__peft_scheme": "none"})[0]
     other = save_hf_model("qwen3", tmp_path / "other", 300, seed=5)
     student = other
-    assert "pretrained_checkpoint: sha256:" in resume("other model", {})[0]
+    assert "the checkpoint does not fit: pretrained_checkpoint sha256:" in resume("other model", {})[0]
     student = students["dense"]
     assert resume("tp", {**TP, **SP}, 2) == ["", ""]
     resumed = training_rows(tmp_path / "tp")

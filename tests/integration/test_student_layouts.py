@@ -135,7 +135,7 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         steps = []
         for batch in data.train_dataloader():
             optimizer.zero_grad()
-            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses)).tolist()
+            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[-1].tolist()
             optimizer.step()
             steps.append([*sums, optimizer.grad_norm])
         assert len(steps) == NUM_STEPS
@@ -143,7 +143,7 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         with torch.inference_mode():
             for number, batch in enumerate(data.val_dataloader()):
                 module.validation_step(batch, number)
-        sums = module._over_ranks(module.validation_sums).tolist()
+        sums = module._over_ranks(module.validation_sums)[-1].tolist()
         save_nemo(str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None)
     return Run(steps, sums)
 
@@ -207,7 +207,7 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
         (sums[0] / sums[3]).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        assert found == pytest.approx([*sums.tolist(), float(norm)], rel=1e-4)
+        assert [*found[:3], *found[-2:]] == pytest.approx([*sums.tolist(), float(norm)], rel=1e-4)
     for name, values in model.state_dict().items():
         assert (trained[name] - values).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, name
 

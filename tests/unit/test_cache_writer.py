@@ -307,7 +307,9 @@ def test_a_vanished_folder_is_explained(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     segment = writer.missing_segments()[0]
     shutil.rmtree(tmp_path / "sub")
-    with pytest.raises(CacheError, match="its folder has vanished: restore it or give another output_path"):
+    with pytest.raises(
+        CacheError, match="its folder is not there and cannot be made: restore it or give another output_path"
+    ):
         write_segment(layout, description, segment)
 
 

@@ -156,7 +156,7 @@ def custom(name, **custom_args):
 
 def on_three_positions(loss, num_loss_tokens=3):
     rows, zeros = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
-    batch = Batch(torch.tensor([0]), zeros, zeros, rows, torch.arange(3)[None])
+    batch = Batch(*[torch.tensor([0])] * 3, zeros, zeros, rows, torch.arange(3)[None])
     logits = torch.full((1, 3, 7), 2.0, requires_grad=True)
     total, sums = loss.on_logits(logits, batch, torch.arange(num_loss_tokens), VocabShard.of(7, 7))
     total.backward()
@@ -191,7 +191,7 @@ def test_a_custom_loss_is_not_called_where_nothing_counts():
     """Micro-batches of filler rows alone have no teacher."""
     loss = custom("sums_a_logit", power=3)
     sums, gradient = on_three_positions(loss, num_loss_tokens=2)
-    assert sums[[1, 3, 4]].tolist() == [16, 16, 2]
+    assert sums[-1, [1, 3, -1]].tolist() == [16, 16, 2]
     assert gradient[0, :, 0].tolist() == [12, 12, 0]
     sums, gradient = on_three_positions(loss, num_loss_tokens=0)
     assert sums is None
@@ -205,7 +205,7 @@ def names_by_turns(logits, batch, shard, token_sum, calls=iter("ab")):  # noqa: 
 def test_a_custom_loss_that_changes_its_metrics():
     loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns"))
     rows = torch.zeros(1, 3)
-    batch = Batch(torch.tensor([0]), *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
+    batch = Batch(*[torch.tensor([0])] * 3, *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
     arguments = torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7)
     loss.on_logits(*arguments)
     with pytest.raises(ConfigError, match="returned the metrics b, before a; return the same in every call"):

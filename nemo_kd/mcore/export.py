@@ -1,4 +1,4 @@
-"""Models and adapters as Hugging Face folders, written by all ranks that hold a part of them."""
+"""What a run leaves: an archive, and Hugging Face folders of models and adapters, written by all ranks that hold a part."""
 
 from __future__ import annotations
 
@@ -14,14 +14,35 @@ from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.peft import LoraConfig
-from nemo_kd.mcore.checkpoint import copy_tokenizer, save_provenance
+from nemo_kd.config.peft import ExportConfig, LoraConfig
+from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, save_nemo, save_provenance
 from nemo_kd.mcore.experts import fused_part
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.lora import adapters
+from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.weights import Piece, hf_pieces, pieces, whole_shape, whole_tensor
 
 MAX_SHARD_SIZE = "5GB"
+
+
+def save_model(
+    path: Path,
+    model: GPTModel,
+    source: PretrainedModel,
+    groups: ProcessGroups,
+    provenance: dict[str, Any],
+    export: ExportConfig,
+    lora: LoraConfig | None,
+) -> None:
+    """Writes the .nemo archive `path`, adapters merged, and beside it the Hugging Face folder that `export` asks for."""
+    hf_folder = path.with_name(path.name.removesuffix(".nemo") + "-hf")
+    architecture, tokenizer_folder = source.architecture, source.tokenizer_folder
+    with merged(model):
+        save_nemo(path, model, architecture, tokenizer_folder, groups, provenance)
+        if export.hf and export.lora == "merged":
+            save_hf(hf_folder, model, architecture, tokenizer_folder, groups, provenance)
+    if export.hf and export.lora == "adapter" and lora is not None:
+        base = str(source.source.absolute())
+        save_adapter(hf_folder, model, lora, architecture, base, tokenizer_folder, groups, provenance)
 
 
 def save_hf(

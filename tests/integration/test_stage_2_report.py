@@ -1,0 +1,153 @@
+"""What stage 2 tells: the report before the first step, and every figure against sums over transformers' logits."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.ops.comparison import COMPARED
+from tests.integration.test_stage_1 import run_stage_1
+from tests.integration.test_stage_2 import metrics, run_stage_2
+from tests.tiny_data import write_chat_dataset
+from tests.tiny_models import save_hf_model
+
+VOCAB_SIZE = 300
+
+
+@pytest.fixture(scope="module")
+def world(ranks, tmp_path_factory):
+    """(student, two training caches, validation cache)."""
+    folder = tmp_path_factory.mktemp("report")
+    teacher = save_hf_model("qwen3", folder / "teacher", VOCAB_SIZE, seed=1)
+    student = save_hf_model("llama2", folder / "student", VOCAB_SIZE, num_hidden_layers=1)
+    caches = []
+    for name, count, start in (("first", 6, 0), ("second", 10, 20), ("validation", 5, 60)):
+        dataset = write_chat_dataset(folder / f"{name}.jsonl", count, start)
+        caches.append(folder / f"{name}_CHUNK_ID.jsonl")
+        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [""]
+    return student, *caches
+
+
+def expected_means(student: Path, *caches: Path) -> dict[str, float]:
+    """Means over the loss tokens of caches, from transformers' float32 logits, a position at a time."""
+    model = AutoModelForCausalLM.from_pretrained(student)
+    found: dict[str, list[float]] = {name: [] for name in (*COMPARED, "sft_loss")}
+    for cache in caches:
+        reader = CacheReader(str(cache))
+        for index in range(len(reader)):
+            row = reader[index]
+            with torch.no_grad():
+                q_SV = torch.softmax(model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(), -1).numpy()
+            for s in np.flatnonzero(row.example.loss_mask_S):
+                used = row.teacher.topk_token_ids_SK[s] >= 0
+                ids, tail = row.teacher.topk_token_ids_SK[s][used], float(row.teacher.tail_mass_TS[0, s])
+                weights = np.exp(row.teacher.topk_logits_SK[s][used].astype(np.float64))
+                p = np.append(weights / weights.sum() * (1 - tail), tail)
+                q = np.append(q_SV[s, ids], 1 - q_SV[s, ids].sum())
+                values = (
+                    1 - tail,
+                    q[:-1].sum(),
+                    q_SV[s].argmax() == ids[0],
+                    (p * np.log(p / q)).sum(),
+                    -(p * np.log(p)).sum(),
+                    -(q * np.log(q)).sum(),
+                    -math.log(q_SV[s, row.example.labels_S[s]]),
+                )
+                for name, value in zip(found, values, strict=True):
+                    found[name].append(float(value))
+    return {name: float(np.mean(values)) for name, values in found.items()}
+
+
+def run_and_listen(*args) -> tuple[str, str]:
+    """(error, what rank 0 logged)."""
+    said = io.StringIO()
+    handler = logging.StreamHandler(said)
+    logger = logging.getLogger("nemo_kd")
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        return run_stage_2(*args), said.getvalue()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+@pytest.mark.parametrize("kd_loss_weight", [1.0, 0.0])
+def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
+    student, first, second, validation = world
+    num_examples = len(CacheReader(str(first))) + len(CacheReader(str(second)))
+    overrides = {
+        "trainer__devices": 2,
+        "model__data__data_prefix": {"train": [str(first), str(second)], "validation": str(validation)},
+        "model__global_batch_size": num_examples,
+        "model__micro_batch_size": num_examples // 2,
+        "model__optim__lr": 0.0,
+        "model__knowledge_distillation__kd_loss_weight": kd_loss_weight,
+        "model__knowledge_distillation__sft_loss_weight": 0.5,
+        "model__knowledge_distillation__support": "renormalize",
+        "trainer__knowledge_distillation__max_steps": 1,
+    }
+    (error, said), _ = ranks(2).run(run_and_listen, student, first, validation, tmp_path, overrides)
+    assert error == ""
+    rows = metrics(tmp_path)
+    trained = next(row for row in rows if "train/loss" in row)
+    validated = next(row for row in rows if "val_loss" in row)
+    expected = {
+        "train/{}": expected_means(student, first, second),
+        "train/{}/first": expected_means(student, first),
+        "train/{}/second": expected_means(student, second),
+    }
+    for form, means in expected.items():
+        for name, value in means.items():
+            assert trained[form.format(name)] == pytest.approx(value, rel=2e-5), form.format(name)
+        loss = kd_loss_weight * trained[form.format("kd_loss")] + 0.5 * trained[form.format("sft_loss")]
+        assert trained[form.format("loss")] == pytest.approx(loss, rel=1e-6)
+    assert (trained["train/kd_loss"] > 0) == (kd_loss_weight > 0)
+    for name, value in expected_means(student, validation).items():
+        assert validated[f"validation/{name}"] == pytest.approx(value, rel=2e-5), name
+    assert not any(name.startswith("validation/sft_loss/") for name in validated)
+    assert trained["train_step"] == validated["eval_step"] == 1
+
+    tokens = sum(
+        CacheReader(str(cache))[i].example.num_tokens
+        for cache in (first, second)
+        for i in range(len(CacheReader(str(cache))))
+    )
+    assert f"{num_examples} examples, about {tokens:,} tokens" in said
+    assert "layout:     tensor 1 x pipeline 1 x context 1 x data 2 = 2 ranks; 32, distributed_fused_adam" in said
+    weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(student).parameters())
+    assert f"student:    llama, {weights:,} weights" in said
+    assert "trained between « and »" in said
+    assert "the teacher's likeliest" in said
+    means = expected["train/{}"]
+    assert (
+        f"before training: cross-entropy {means['sft_loss']:.3f} (a uniform guess has ln V = {math.log(300):.3f})"
+        in said
+    )
+    assert f"KL to the teacher {means['teacher_kl']:.3f}" in said
+
+
+def test_speed_of_a_step(ranks, world, tmp_path):
+    student, first, _, validation = world
+    overrides = {
+        "model__global_batch_size": 6,
+        "model__micro_batch_size": 1,
+        "trainer__knowledge_distillation__max_steps": 2,
+    }
+    assert ranks(1).run(run_stage_2, student, first, validation, tmp_path, overrides) == [""]
+    lengths = [CacheReader(str(first))[i].example.num_tokens for i in range(len(CacheReader(str(first))))]
+    for row in (row for row in metrics(tmp_path) if "perf/step_time_s" in row):
+        seconds = row["perf/step_time_s"] / (1 - row["perf/data_wait_percent"] / 100)
+        assert row["perf/tokens_per_s"] * seconds == pytest.approx(sum(lengths))
+        assert 0 <= row["perf/padding_percent"] < 60
+        assert 0.1 < row["perf/peak_memory_gib"] < 20
+        assert "perf/mfu_percent" not in row
