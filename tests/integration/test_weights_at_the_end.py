@@ -24,6 +24,8 @@ SETTINGS = {
     "name": "run",
     "export__hf": True,
     "model__optim__sched__name": "constant",
+    "model__optim__lr": 1e-2,
+    "model__optim__eps": 1e-3,  # so large that rounding of tiny gradients stays tiny
     "trainer__knowledge_distillation__max_steps": 4,
     "trainer__knowledge_distillation__val_check_interval": 2,
     # The loss falls, so that the first validation has the largest.
@@ -103,7 +105,7 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
     left = tmp_path / "b" / "checkpoints"
     assert sorted(path.name for path in left.glob("run*") if "step" not in path.name) == ["run-hf", "run.nemo"]
     expected, found, other = weights(left / "run-hf"), weights(best), weights(last)
-    assert all((expected[name] - found[name]).abs().max() < 1e-5 for name in expected)
+    assert all((expected[name] - found[name]).abs().max() < 1e-4 for name in expected)
     assert any((expected[name] - other[name]).abs().max() > 1e-3 for name in expected)
 
     rows = metrics(tmp_path / "a")
@@ -122,7 +124,8 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
 
 def test_experts_spread_over_ranks_are_exported(ranks, world, tmp_path):
     students, train, validation = world
-    layout = {"trainer__devices": 4, "model__tensor_model_parallel_size": 2, "model__expert_model_parallel_size": 2}
+    layout = {"trainer__devices": 4, "model__tensor_model_parallel_size": 2, "model__expert_model_parallel_size": 2,
+              "model__sequence_parallel": True}  # fmt: skip
     best = {"exp_manager__checkpoint_callback_params": {"save_top_k": 1, "save_best_model": True}}
     args = (students["experts"], train, validation, tmp_path / "a", {**SETTINGS, **layout, **best})
     assert ranks(4).run(run_with_small_files, *args) == [""] * 4
