@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,20 +19,31 @@ import torch
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
+from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
-from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
+from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.lora import (
+    adapter_identity,
+    adapter_state,
+    add_adapters,
+    check_same_adapters,
+    load_adapter_state,
+)
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.optimizer import ModelOptimizer, lr_scheduler, sharding_metadata, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
+from nemo_kd.trainer.best import export_best
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer
+from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.logging import source_names
 from nemo_kd.trainer.meter import StepMeter
 from nemo_kd.trainer.plan import plan_training
@@ -70,11 +82,15 @@ class StudentModule(pl.LightningModule):
             self.transformer_config,
             model.make_vocab_size_divisible_by,
             use_transformer_engine(model.transformer_engine),
+            own_norms=model.peft.lora is not None,
         )
         pretrained.load_weights(self.gpt, groups)
-        self.model = wrap_for_training(
-            self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
-        )
+        self.lora = model.peft.lora
+        self.adapters: dict[str, Any] | None = None
+        if self.lora is not None:
+            add_adapters(self.gpt, self.lora, model.seed, groups)
+            self.adapters = adapter_identity(self.lora, pretrained.fingerprint()["weights"])
+        self.model = wrap_for_training(self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded)
         self.sources = {split: source_names(model.data.paths(split)) for split in SPLITS}
         self.loss = StudentLoss(
             model.knowledge_distillation, max(map(len, self.sources.values())), compares=model.data.uses_cache
@@ -139,20 +155,37 @@ class StudentModule(pl.LightningModule):
         self._log_evaluation("test")
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The weights as Megatron's sharded tensors, for distributed checkpoints."""
+        """The weights that are trained as Megatron's sharded tensors, for distributed checkpoints."""
+        if self.lora is not None:
+            return adapter_state(self.gpt)
         return self.gpt.sharded_state_dict(metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
-        self.gpt.load_state_dict(state)
+        if self.lora is not None:
+            load_adapter_state(self.gpt, state)
+        else:
+            self.gpt.load_state_dict(state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adapters"] = self.adapters
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a training checkpoint with other adapters, by its plain values, before its weights are read.
+
+        Raises:
+            ConfigError: names what differs.
+        """
+        check_same_adapters(checkpoint.get("adapters"), self.adapters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: weights are saved through `sharded_state_dict`."""
         return {}
 
     def save_to(self, save_path: str) -> None:
-        """Writes the student as a .nemo archive; every rank takes part."""
-        tokenizer_folder = self.pretrained.tokenizer_folder
-        save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, self.provenance())
+        """Writes the student as a .nemo archive, and beside it what `export` asks for; every rank takes part."""
+        save_model(
+            Path(save_path), self.gpt, self.pretrained, self.groups, self.provenance(), self.config.export, self.lora
+        )
 
     def parameter_counts(self) -> Parameters:
         """Numbers of weights; all ranks take part."""
@@ -179,6 +212,8 @@ class StudentModule(pl.LightningModule):
             "consumed_samples": data.training.consumed_samples,
             "knowledge_distillation": dataclasses.asdict(self.config.model.knowledge_distillation),
         }
+        if self.lora is not None:
+            provenance["adapters"] = self.adapters
         if self.pretrained.provenance is not None:
             provenance["student_provenance"] = self.pretrained.provenance
         return provenance
@@ -261,6 +296,7 @@ def train_student(config: TrainStudentConfig) -> None:
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         check_training_layout(architecture, config.model)
+        check_lora(config.model.peft.lora, architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
         if config.model.data.max_tokens_per_batch is None:
@@ -272,6 +308,7 @@ def train_student(config: TrainStudentConfig) -> None:
         plan = plan_training(
             config.trainer.knowledge_distillation, len(splits["train"]), config.model.global_batch_size
         )
+        check_schedule(config.model.optim, plan.max_steps)
         groups = initialize_model_parallel(config.model, config.model.seed)
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
@@ -286,5 +323,6 @@ def train_student(config: TrainStudentConfig) -> None:
         }
         log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
+        export_best(trainer, module)
         if "test" in splits:
             trainer.test(module, datamodule=data)

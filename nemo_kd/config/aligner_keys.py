@@ -30,6 +30,17 @@ class Ignored:
 _LIGHTNING = Ignored("nemo_kd configures the Trainer itself", (False, None))
 _DROPOUT = Ignored("distillation runs without dropout", (0.0, None))
 _CACHED = Ignored("the model's own value is used", (None,))
+_BUCKETS = Ignored("Megatron Core lays out and reduces gradients by itself")
+_BUCKET_KEYS = (
+    "average_grad_sync",
+    "bucket_cap_mb",
+    "contiguous_grad_bucket",
+    "contiguous_param_bucket",
+    "grad_sync_dtype",
+    "overlap_grad_sync",
+    "overlap_param_sync",
+)
+"""What NeMo passes on to Apex's distributed optimizer."""
 
 SHARED: dict[str, Ignored] = {
     "trainer.logger": _LIGHTNING,
@@ -82,8 +93,9 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "trainer.max_epochs": Ignored("use trainer.knowledge_distillation.max_epochs"),
         "trainer.max_steps": Ignored("use trainer.knowledge_distillation.max_steps"),
         "trainer.knowledge_distillation.inference_metrics": Ignored("no metric needs generation", (None,)),
-        "model.peft.restore_from_path": Ignored("peft_scheme=none trains every weight", (None,)),
-        "model.peft.lora_tuning": Ignored("peft_scheme=none trains every weight"),
+        "model.peft.lora_tuning.weight_tying": Ignored("every layer has adapters of its own", (False, None)),
+        "model.peft.lora_tuning.position_embedding_strategy": Ignored("every layer has adapters of its own", (None,)),
+        **{f"model.optim.{name}": _BUCKETS for name in _BUCKET_KEYS},
         "model.overwrite_base_config": Ignored("the checkpoint's architecture is never overwritten by this file"),
         "model.data.n_examples_per_chunk": Ignored("every chunk has an index of its own", (None,)),
         "model.data.splits_string": Ignored("data_prefix names the file of every split", (None,)),

@@ -8,10 +8,11 @@ from typing import Any
 
 from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
 from nemo_kd.config.loss import LossConfig
+from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.peft import ExportConfig, PeftConfig
 from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
 from nemo_kd.config.typed import ConfigError
 
-OPTIMIZERS = ("distributed_fused_adam", "adam")
 CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
 
 
@@ -40,51 +41,6 @@ class LoopConfig:
 @dataclass
 class StudentTrainerConfig(TrainerConfig):
     knowledge_distillation: LoopConfig = field(default_factory=LoopConfig)
-
-
-@dataclass
-class SchedConfig:
-    name: str = "CosineAnnealing"
-    """CosineAnnealing or constant, both after a linear warmup."""
-    warmup_steps: int | None = None
-    """Steps of linear warmup from 0."""
-    warmup_ratio: float | None = None
-    """Instead of warmup_steps: a fraction of all steps."""
-    constant_steps: int = 0
-    """CosineAnnealing: last steps, at min_lr."""
-    min_lr: float = 0.0
-    """CosineAnnealing: where the learning rate ends."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("CosineAnnealing", "constant"):
-            raise ConfigError(f"model.optim.sched.name: {self.name!r} is not one of CosineAnnealing, constant")
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError("model.optim.sched: give warmup_steps or warmup_ratio, not both")
-
-
-@dataclass
-class OptimConfig:
-    name: str = "distributed_fused_adam"
-    """distributed_fused_adam (optimizer state sharded over data-parallel ranks) or adam."""
-    lr: float = 3e-5
-    """Largest learning rate."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW); none on biases and norms."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """Adam's decay rates."""
-    eps: float = 1e-8
-    """Adam's denominator offset."""
-    sched: SchedConfig = field(default_factory=SchedConfig)
-
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ConfigError(f"model.optim.name: {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"model.optim.betas: {self.betas} must be two numbers from [0, 1)")
-        if self.lr < 0:
-            raise ConfigError(f"model.optim.lr: {self.lr} must not be negative")
-        if self.sched.min_lr > self.lr:
-            raise ConfigError(f"model.optim.sched.min_lr: {self.sched.min_lr} exceeds model.optim.lr ({self.lr})")
 
 
 @dataclass
@@ -184,18 +140,6 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass
-class PeftConfig:
-    peft_scheme: str = "none"
-    """none: every weight is trained."""
-
-    def __post_init__(self) -> None:
-        if self.peft_scheme not in ("none", None):
-            raise ConfigError(
-                f"model.peft.peft_scheme: {self.peft_scheme!r} is not available in this version; use none"
-            )
-
-
-@dataclass
 class StudentModelConfig(ModelConfig):
     micro_batch_size: int = 1
     """Examples in one forward pass on one data-parallel rank, where model.data.max_tokens_per_batch is not given."""
@@ -265,10 +209,15 @@ class TrainStudentConfig:
     trainer: StudentTrainerConfig = field(default_factory=StudentTrainerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     exp_manager: dict[str, Any] = field(default_factory=dict)
     """Keys of NeMo's exp_manager: explicit_log_dir, create_wandb_logger, resume_if_exists, checkpoint_callback_params ..."""
 
     def __post_init__(self) -> None:
+        if self.export.lora == "adapter" and self.model.peft.lora is None:
+            raise ConfigError(
+                "export.lora: adapter, but model.peft.peft_scheme=none trains none; use lora, or export.lora=merged"
+            )
         for split in ("train", "validation"):
             if not self.model.data.paths(split):
                 raise ConfigError(

@@ -1,9 +1,7 @@
-"""Megatron's optimizers behind torch's optimizer interface, and the learning-rate schedule."""
+"""Megatron's optimizers behind torch's optimizer interface."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
-from nemo_kd.config.student import OptimConfig, SchedConfig
-
-log = logging.getLogger(__name__)
+from nemo_kd.config.optim import OptimConfig
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -72,6 +68,8 @@ def overlaps_gradients() -> bool:
 class ModelOptimizer(torch.optim.Optimizer):
     """A MegatronOptimizer as a torch optimizer, for learning-rate schedulers and Lightning.
 
+    Megatron takes the Adam of Transformer Engine where it is installed, else Apex's, else torch's.
+
     Attributes:
         grad_norm: global L2 norm of the last step's gradient before clipping.
     """
@@ -88,7 +86,8 @@ class ModelOptimizer(torch.optim.Optimizer):
                 adam_eps=optim.eps,
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
-                use_distributed_optimizer=optim.name == "distributed_fused_adam",
+                use_distributed_optimizer=optim.is_sharded,
+                decoupled_weight_decay=optim.name != "adam",
                 clip_grad=gradient_clip_val or 0.0,
             ),
             [model],
@@ -140,41 +139,6 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: see `state_dict`."""
-
-
-def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps: int) -> float:
-    """Learning rate of a step (from 0) as a fraction of `max_lr`, with NeMo's CosineAnnealing semantics.
-
-    Linear warmup, cosine down to min_lr, then `constant_steps` at min_lr. As in NeMo, the warmup starts at 0 where there
-    are constant steps, else at max_lr / (warmup + 1).
-    """
-    warmup = sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0.0) * max_steps)
-    if warmup and step <= warmup:
-        return step / warmup if sched.constant_steps else (step + 1) / (warmup + 1)
-    if sched.name == "constant" or max_lr == 0:
-        return 1.0
-    decay_steps = max_steps - warmup - sched.constant_steps
-    progress = min(1.0, (step - warmup) / decay_steps) if decay_steps > 0 else 1.0
-    min_factor = sched.min_lr / max_lr
-    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def lr_scheduler(optimizer: ModelOptimizer, optim: OptimConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over the run's optimizer steps."""
-    sched = optim.sched
-    if sched.name == "CosineAnnealing" and (sched.warmup_steps or 0) + sched.constant_steps >= max_steps:
-        log.warning(
-            "model.optim.sched: warmup_steps %s and constant_steps %d leave no step of the %d for the cosine; after the warmup "
-            "the learning rate is min_lr",
-            sched.warmup_steps,
-            sched.constant_steps,
-            max_steps,
-        )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = optim.lr
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, functools.partial(learning_rate_factor, sched=optim.sched, max_lr=optim.lr, max_steps=max_steps)
-    )
 
 
 def _support_torch_adam(optimizer: Any) -> None:

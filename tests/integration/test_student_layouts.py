@@ -44,7 +44,7 @@ TP, PP, CP, EP = (
     {f"model__{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
 SP = {"model__sequence_parallel": True}
-ADAM = {"model__optim__name": "adam"}
+ADAM = {"model__optim__name": "adamw"}
 PADDED = {"model__data__packing": False}
 DYNAMIC = {"model__data__max_tokens_per_batch": 150}
 ALONE = {"model__micro_batch_size": 1}
