@@ -74,10 +74,10 @@ def answers() -> dict[str, str]:
     return found
 
 
-def splits() -> dict[str, dict[str, str]]:
-    """train and validation: drawn by a hash of the name; what resembles a training answer is not validated on."""
+def splits(answers: dict[str, str]) -> dict[str, dict[str, str]]:
+    """train and validation of name -> text: drawn by a hash of the name; what resembles a training answer is not validated on."""
     drawn: dict[str, dict[str, str]] = {"train": {}, "validation": {}}
-    for name, answer in answers().items():
+    for name, answer in answers.items():
         draw = int(hashlib.sha256(name.encode()).hexdigest(), 16) % 10_000 / 10_000
         drawn["validation" if draw < VALIDATION_SHARE else "train"][name] = answer
     having = defaultdict(list)
@@ -106,7 +106,7 @@ def write_dataset(folder: Path) -> dict[str, int]:
     """Writes train.jsonl, then validation.jsonl, each whole or not at all; returns their numbers of records."""
     folder.mkdir(parents=True, exist_ok=True)
     counts = {}
-    for split, chosen in splits().items():
+    for split, chosen in splits(answers()).items():
         lines = [
             json.dumps({"messages": [turn("user", f"What does `{name}` do?"), turn("assistant", answer)]}) + "\n"
             for name, answer in chosen.items()

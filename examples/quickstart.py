@@ -163,8 +163,8 @@ class Quickstart:
         train, validation = self.cache_file("train"), self.cache_file("validation")
         return [f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}"]
 
-    def cache_logits(self, split: str) -> None:
-        """Stage 1 with two tensor-parallel ranks."""
+    def cache_logits(self, split: str, *more: str) -> None:
+        """Stage 1 with two tensor-parallel ranks; `more` keys come last."""
         dataset = self.data / f"{split}.jsonl"
         last = []
         if split == "train":
@@ -184,10 +184,13 @@ class Quickstart:
             "trainer.devices=2",
             "model.tensor_model_parallel_size=2",
             "model.micro_batch_size=8",
+            *more,
         )
 
-    def train(self, name: str, start: str, data: list[str], kd_weight: float, epochs: int, lr: float) -> None:
-        """Stage 2 with two data-parallel ranks; SFT where `kd_weight` is 0."""
+    def train(
+        self, name: str, start: str, data: list[str], kd_weight: float, epochs: int, lr: float, *more: str
+    ) -> None:
+        """Stage 2 with two data-parallel ranks; SFT where `kd_weight` is 0. `more` keys come last."""
         self.command(
             name,
             "train_gpt_knowledge_distillation",
@@ -212,6 +215,7 @@ class Quickstart:
             "model.optim.sched.min_lr=1e-4",
             "exp_manager.checkpoint_callback_params.save_top_k=1",
             f"exp_manager.explicit_log_dir={quoted(self.folder / name)}",
+            *more,
         )
 
     def archive(self, name: str) -> Path:

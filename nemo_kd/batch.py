@@ -6,7 +6,8 @@ teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,10 @@ class CachedExample:
     teacher: TeacherTopK
 
 
+ALWAYS_ON_CPU = ("lengths_B", "cu_seqlens")
+"""Fields of a batch that the device has no use for."""
+
+
 @dataclass
 class Batch:
     """Examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
@@ -105,6 +110,8 @@ class Batch:
         cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU. One entry more than
             examples, or two more: positions that fill the row up are a sequence of their own at its end, without an
             index. None: one example a row.
+        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found when the batch is made, on
+            the CPU: a GPU would have to be waited for.
     """
 
     indices_B: torch.Tensor
@@ -122,6 +129,11 @@ class Batch:
     tail_token_ids_BSM: torch.Tensor | None = None
     temperatures: tuple[float, ...] = (1.0,)
     cu_seqlens: torch.Tensor | None = None
+    loss_positions_N: torch.Tensor = field(default=None)  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.loss_positions_N is None:
+            self.loss_positions_N = self.loss_mask_BS.flatten().nonzero()[:, 0]
 
     @property
     def num_examples(self) -> int:
@@ -137,11 +149,24 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy of the batch on `device`, apart from what is always on the CPU."""
+        return self._with_each(lambda tensor: to_device(tensor, device))
+
+    def pin_memory(self) -> Batch:
+        """A copy in memory that a GPU fetches from while the CPU goes on."""
+        return self._with_each(torch.Tensor.pin_memory)
+
+    def columns(self, columns_s: torch.Tensor) -> Batch:
+        """The batch with these positions of every row only: what a context-parallel rank holds of it."""
+        assert self.cu_seqlens is None
+        named = {entry.name: getattr(self, entry.name) for entry in fields(self) if "_BS" in entry.name}
+        parts: dict[str, Any] = {name: value[:, columns_s] for name, value in named.items() if value is not None}
+        return replace(self, **parts | {"loss_positions_N": None})
+
+    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors: dict[str, Any] = {
-            field.name: to_device(value, device)
-            for field in fields(self)
-            if field.name not in ("lengths_B", "cu_seqlens")
-            and isinstance(value := getattr(self, field.name), torch.Tensor)
+            entry.name: change(value)
+            for entry in fields(self)
+            if entry.name not in ALWAYS_ON_CPU and isinstance(value := getattr(self, entry.name), torch.Tensor)
         }
         return replace(self, **tensors)
 

@@ -125,6 +125,12 @@ def hold_back_warning_signal() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
 
+def leave_signals_to_the_main_process(worker: int) -> None:
+    """For processes that read data: a scheduler signals all processes of a job, and the run still needs them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _seconds(max_time: str) -> float:
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
     if match is None:

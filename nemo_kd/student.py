@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,23 +18,34 @@ import torch
 
 from nemo_kd import __version__
 from nemo_kd.batch import Batch
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_layout
+from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
+from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.order import FILLER
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
-from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
+from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.lora import (
+    adapter_identity,
+    adapter_state,
+    add_adapters,
+    check_same_adapters,
+    load_adapter_state,
+)
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.optimizer import ModelOptimizer, lr_scheduler, sharding_metadata, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.agreement import Agreement
+from nemo_kd.trainer.best import export_best
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer, experiment_settings
+from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.lifetime import Lifetime
 from nemo_kd.trainer.logging import source_names
 from nemo_kd.trainer.meter import StepMeter
@@ -75,17 +87,23 @@ class StudentModule(pl.LightningModule):
             self.transformer_config,
             model.make_vocab_size_divisible_by,
             use_transformer_engine(model.transformer_engine),
+            own_norms=model.peft.lora is not None,
         )
         pretrained.load_weights(self.gpt, groups)
-        self.model = wrap_for_training(
-            self.gpt, self.transformer_config, distributed_optimizer=model.optim.name == "distributed_fused_adam"
-        )
+        self.lora = model.peft.lora
+        self.adapters: dict[str, Any] | None = None
+        if self.lora is not None:
+            add_adapters(self.gpt, self.lora, model.seed, groups)
+            self.adapters = adapter_identity(self.lora, pretrained.fingerprint()["weights"])
+        self.model = wrap_for_training(self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded)
         self.sources = {split: source_names(model.data.paths(split)) for split in SPLITS}
         self.loss = StudentLoss(
             model.knowledge_distillation, max(map(len, self.sources.values())), compares=model.data.uses_cache
         )
-        self.validation_sums = torch.zeros(0)
-        self.meter = StepMeter(forward_flops(architecture), groups.device, config.trainer.precision)
+        self.validation_sums: torch.Tensor | None = None
+        self.meter = StepMeter(
+            forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision
+        )
         self.first_step = True
         self.agreement = Agreement()
         self.non_finite = NonFiniteSteps(config.trainer.knowledge_distillation.non_finite)
@@ -95,23 +113,26 @@ class StudentModule(pl.LightningModule):
         optimizer = ModelOptimizer(self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val)
         return [optimizer], [{"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}]
 
-    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weighted loss summed over the micro-batch's loss tokens, sums of what is reported and of loss tokens)."""
         weight_vH = output_weight(self.gpt)
         shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
-        positions_N = batch.loss_mask_BS.flatten().nonzero()[:, 0]
+        positions_N = batch.loss_positions_N
         if self.loss.custom is not None:
             return self.loss.on_logits(project(self.gpt, hidden_SBH), batch, positions_N, shard)
-        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.indices_B), self.gpt)
+        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), self.gpt)
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""
+        return batch
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
         optimizer.zero_grad()
-        counts = self.meter.counts(batch).to(self.device)
+        counts = self._counts_over_ranks(batch)
         sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
-        counts = self._over_ranks(counts)
         optimizer.step(loss_is_finite=self._is_finite(sums))
         if optimizer.optimizer.skipped:
             self.non_finite.left_out(self.global_step, *self._non_finite_examples(batch))
@@ -125,40 +146,59 @@ class StudentModule(pl.LightningModule):
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         self.meter.start(self.trainer.datamodule.watched.waited_s)
 
+    def on_validation_epoch_start(self) -> None:
+        self.validation_sums = None
+
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True).cpu()
-        # A custom loss names its metrics when it is called: where no step was left to train, only now.
-        self.validation_sums = sums if batch_idx == 0 else self.validation_sums + sums
+        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True)
+        if sums is not None:
+            self.validation_sums = sums if self.validation_sums is None else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
         self.log("val_loss", self._log_evaluation("validation")["loss"], prog_bar=True)
 
+    on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
         self._log_evaluation("test")
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """The weights as Megatron's sharded tensors, for distributed checkpoints."""
+        """The weights that are trained as Megatron's sharded tensors, for distributed checkpoints."""
+        if self.lora is not None:
+            return adapter_state(self.gpt)
         return self.gpt.sharded_state_dict(metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
-        self.gpt.load_state_dict(state)
+        if self.lora is not None:
+            load_adapter_state(self.gpt, state)
+        else:
+            self.gpt.load_state_dict(state)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["adapters"] = self.adapters
+        checkpoint["non_finite"] = self.non_finite.state_dict()
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a training checkpoint with other adapters, by its plain values, before its weights are read.
+
+        Raises:
+            ConfigError: names what differs.
+        """
+        check_same_adapters(checkpoint.get("adapters"), self.adapters)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Empty: weights are saved through `sharded_state_dict`."""
         return {}
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["non_finite"] = self.non_finite.state_dict()
-
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def save_to(self, save_path: str) -> None:
-        """Writes the student as a .nemo archive; every rank takes part."""
-        tokenizer_folder = self.pretrained.tokenizer_folder
-        save_nemo(save_path, self.gpt, self.architecture, tokenizer_folder, self.groups, self.provenance())
+        """Writes the student as a .nemo archive, and beside it what `export` asks for; every rank takes part."""
+        save_model(
+            Path(save_path), self.gpt, self.pretrained, self.groups, self.provenance(), self.config.export, self.lora
+        )
 
     def parameter_counts(self) -> Parameters:
         """Numbers of weights; all ranks take part."""
@@ -185,13 +225,15 @@ class StudentModule(pl.LightningModule):
             "consumed_samples": data.training.consumed_samples,
             "knowledge_distillation": dataclasses.asdict(self.config.model.knowledge_distillation),
         }
+        if self.lora is not None:
+            provenance["adapters"] = self.adapters
         if self.pretrained.provenance is not None:
             provenance["student_provenance"] = self.pretrained.provenance
         return provenance
 
     def _log_evaluation(self, split: str) -> dict[str, float]:
         """Logs the means over all loss tokens of the split, and returns them."""
-        means = self._log_means(split, self._over_ranks(self.validation_sums.to(self.device)))
+        means = self._log_means(split, self._over_ranks(self.validation_sums))
         self.log("eval_step", float(self.global_step))
         self._log_axis()
         return means
@@ -210,10 +252,20 @@ class StudentModule(pl.LightningModule):
         """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
         self.log("step", float(self.global_step))
 
-    def _over_ranks(self, sums: torch.Tensor) -> torch.Tensor:
-        """The sums of all replicas, on every rank."""
-        counts = self.groups.tensor_rank == 0 and self.groups.is_last_stage
-        return self.agreement.sum(sums if counts else torch.zeros_like(sums))
+    def _over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
+        """The sums over all data- and context-parallel ranks, on every rank; only last stages have any."""
+        self.loss.agree_on_names()
+        total = self.loss.zeros(self.groups.device)
+        if sums is not None and self.groups.tensor_rank == 0:  # the others of its tensor-parallel group have the same
+            total += sums
+        return self.agreement.sum(total)
+
+    def _counts_over_ranks(self, batch: list[Batch]) -> list[float]:
+        counts = self.meter.counts(batch).to(self.groups.device)
+        if not self.groups.is_writer:  # one rank counts for the whole replica
+            counts.zero_()
+        torch.distributed.all_reduce(counts)
+        return counts.tolist()
 
     def _is_finite(self, sums_RM: torch.Tensor) -> bool:
         return bool(sums_RM[..., self.loss.reported.index("loss")].isfinite().all())
@@ -222,7 +274,8 @@ class StudentModule(pl.LightningModule):
         """(examples of the micro-batches whose loss is not finite, all examples) of a global batch; on every rank."""
         found: list[int] = []
         for part in batch:
-            if not self._is_finite(forward_backward(self.model, [part], self.token_losses, forward_only=True)):
+            sums = forward_backward(self.model, [part], self.token_losses, forward_only=True)
+            if sums is not None and not self._is_finite(sums):
                 found += part.indices_B.tolist()
         everything: list[Any] = [None] * torch.distributed.get_world_size()
         mine = (found, [index for part in batch for index in part.indices_B.tolist()])
@@ -231,7 +284,7 @@ class StudentModule(pl.LightningModule):
         return sorted(culprits - {FILLER}), sorted(examples - {FILLER})
 
     def _log_step(
-        self, sums_RM: torch.Tensor, counts: torch.Tensor, lr: float, grad_norm: float, data: StudentData
+        self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
     ) -> None:
         means = self._log_means("train", sums_RM)
         if self.first_step:
@@ -247,7 +300,7 @@ class StudentModule(pl.LightningModule):
                 "epoch": self.global_step / data.training.steps_per_epoch,
             }
         )
-        for name, value in self.meter.metrics(counts.tolist(), float(sums_RM[-1, -1])).items():
+        for name, value in self.meter.metrics(counts, float(sums_RM[-1, -1])).items():
             self.log(name, value, prog_bar=name == "perf/tokens_per_s")
 
     def _judge_first_step(self, means: dict[str, float]) -> None:
@@ -281,15 +334,20 @@ def train_student(config: TrainStudentConfig) -> None:
         )
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
-        check_layout(architecture, config.model)
+        check_training_layout(architecture, config.model)
+        check_lora(config.model.peft.lora, architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
-        check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        if config.model.data.max_tokens_per_batch is None:
+            check_batch_sizes(config.model.micro_batch_size, config.model.global_batch_size, data_parallel_size)
+        else:
+            check_batch_sizes(1, config.model.global_batch_size, 1)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         splits = load_splits(config.model, architecture, tokenizer)
         plan = plan_training(
             config.trainer.knowledge_distillation, len(splits["train"]), config.model.global_batch_size
         )
+        check_schedule(config.model.optim, plan.max_steps)
         groups = initialize_model_parallel(config.model, config.model.seed)
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
@@ -305,6 +363,8 @@ def train_student(config: TrainStudentConfig) -> None:
         }
         log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
+        with lifetime.watchdog.pause("writing the best weights"):
+            export_best(trainer, module)
         if "test" in splits:
             trainer.ckpt_path = None  # else it would test the weights that the run went on from
             trainer.test(module, datamodule=data)

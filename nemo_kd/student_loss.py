@@ -11,7 +11,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard
 
 import torch
@@ -55,6 +55,7 @@ class StudentLoss:
         self.reported = list(self.own_names)
         self.custom = load_custom_loss(config.custom_loss) if config.custom_loss is not None else None
         self.num_sources = num_sources if num_sources > 1 and self.custom is None else 0
+        self.custom_was_called, self.names_are_known = False, self.custom is None
         if self.custom is not None:
             _check_arguments(self.custom, config)
         divergence = None
@@ -82,6 +83,24 @@ class StudentLoss:
                 KEY,
             )
 
+    def agree_on_names(self) -> None:
+        """Gives every rank the names of what a custom loss reports, which the ranks that have called it know.
+
+        Nothing once they are known everywhere; until then all ranks have to call it together.
+
+        Raises:
+            ConfigError: on every rank, ranks were told different names.
+        """
+        if self.names_are_known:
+            return
+        named: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(named, self.reported if self.custom_was_called else None)
+        found = sorted({tuple(names) for names in named if names is not None})
+        if len(found) > 1:
+            raise self._different_metrics(found[1], found[0])
+        if found:
+            self.reported, self.names_are_known = list(found[0]), True
+
     def on_hidden(
         self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
@@ -104,12 +123,11 @@ class StudentLoss:
 
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, positions_N: Tensor, shard: VocabShard
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None]:
         """As `on_hidden` for a custom loss; it is not called where nothing counts: filler rows have no teacher."""
         assert self.custom is not None
         if not len(positions_N):
-            total = logits_BSv[:0].float().sum()
-            return total, total.detach().new_zeros((1, len(self.reported) + 2), dtype=torch.float64)
+            return logits_BSv[:0].float().sum(), None
         rows_Nv = logits_BSv.flatten(0, 1)[positions_N]  # a copy, whose gradient may take its place
         labels_N = batch.labels_BS.flatten()[positions_N]
         losses = self.losses(rows_Nv, labels_N, shard, self._teacher(batch, positions_N))
@@ -132,16 +150,17 @@ class StudentLoss:
             )
         total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
         reported = [*self.own_names, *sorted(metrics)]
-        if self.reported not in (self.own_names, reported):
-            raise ConfigError(
-                f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(sorted(metrics))}, before "
-                f"{', '.join(self.reported[len(self.own_names) :])}; return the same in every call"
-            )
-        self.reported = reported
+        if (self.custom_was_called or self.names_are_known) and self.reported != reported:
+            raise self._different_metrics(reported, self.reported)
+        self.reported, self.custom_was_called = reported, True
         sums_1M = self._sums(losses, batch, positions_N)
         sums_1M[0, :2] = torch.stack([total.detach(), kd_sum.detach()])
         given = [metrics[name].detach().to(sums_1M) for name in sorted(metrics)]
         return total, torch.cat([sums_1M[0, :-2], *(value[None] for value in given), sums_1M[0, -2:]])[None]
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Sums of nothing; of a custom loss's metrics too, once all ranks know their names (`agree_on_names`)."""
+        return torch.zeros(self.num_sources + 1, len(self.reported) + 2, dtype=torch.float64, device=device)
 
     def means(self, sums_RM: Tensor) -> list[dict[str, float]]:
         """The mean of everything reported over the tokens that it is known of; nothing in a row without loss tokens."""
@@ -169,6 +188,12 @@ class StudentLoss:
         if self.num_sources:
             sums_RM[:-1].index_add_(0, batch.sources_of(positions_N), values_NM)
         return sums_RM
+
+    def _different_metrics(self, now: Sequence[str], before: Sequence[str]) -> ConfigError:
+        return ConfigError(
+            f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(now[len(self.own_names) :])}, before "
+            f"{', '.join(before[len(self.own_names) :])}; return the same in every call"
+        )
 
     def _teacher(self, batch: Batch, positions_N: Tensor) -> TeacherRows | None:
         if not len(positions_N) or (self.losses.divergence is None and not self.compares):

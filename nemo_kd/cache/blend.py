@@ -45,6 +45,11 @@ class CacheBlend:
         cached = self.readers[number][inner]
         return replace(cached, example=replace(cached.example, source=number)) if number else cached
 
+    def num_tokens(self, position: int) -> int:
+        """Positions of a row, which the index tells."""
+        number, inner = self._locate(position)
+        return self.readers[number].num_tokens(inner)
+
     def will_read(self, positions: Sequence[int]) -> None:
         """Has these rows fetched ahead, all at once."""
         wanted: dict[int, list[int]] = {}

@@ -108,6 +108,11 @@ class CacheReader:
             )
         return row
 
+    def num_tokens(self, position: int) -> int:
+        """Positions of a row, which the index tells."""
+        chunk, line, _, _ = self._locate(position)
+        return int(self._index(chunk)[0].num_positions[line])
+
     def will_read(self, positions: Sequence[int]) -> None:
         """Has these rows fetched ahead, all at once."""
         located = [self._locate(position) for position in positions]

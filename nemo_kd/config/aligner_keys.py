@@ -30,6 +30,17 @@ class Ignored:
 _LIGHTNING = Ignored("nemo_kd configures the Trainer itself", (False, None))
 _DROPOUT = Ignored("distillation runs without dropout", (0.0, None))
 _CACHED = Ignored("the model's own value is used", (None,))
+_BUCKETS = Ignored("Megatron Core lays out and reduces gradients by itself")
+_BUCKET_KEYS = (
+    "average_grad_sync",
+    "bucket_cap_mb",
+    "contiguous_grad_bucket",
+    "contiguous_param_bucket",
+    "grad_sync_dtype",
+    "overlap_grad_sync",
+    "overlap_param_sync",
+)
+"""What NeMo passes on to Apex's distributed optimizer."""
 
 SHARED: dict[str, Ignored] = {
     "trainer.logger": _LIGHTNING,
@@ -52,7 +63,9 @@ SHARED: dict[str, Ignored] = {
     "model.attention_dropout": _DROPOUT,
     "model.ffn_dropout": _DROPOUT,
     "model.dist_ckpt_load_strictness": Ignored("checkpoints are always loaded strictly"),
-    "model.activations_checkpoint_layers_per_pipeline": Ignored("there is one pipeline stage", (None,)),
+    "model.activations_checkpoint_layers_per_pipeline": Ignored(
+        "model.activations_checkpoint_num_layers holds for every stage", (None,)
+    ),
 }
 
 IGNORED: dict[str, dict[str, Ignored]] = {
@@ -80,15 +93,16 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "trainer.max_epochs": Ignored("use trainer.knowledge_distillation.max_epochs"),
         "trainer.max_steps": Ignored("use trainer.knowledge_distillation.max_steps"),
         "trainer.knowledge_distillation.inference_metrics": Ignored("no metric needs generation", (None,)),
-        "model.peft.restore_from_path": Ignored("peft_scheme=none trains every weight", (None,)),
-        "model.peft.lora_tuning": Ignored("peft_scheme=none trains every weight"),
+        "model.peft.lora_tuning.weight_tying": Ignored("every layer has adapters of its own", (False, None)),
+        "model.peft.lora_tuning.position_embedding_strategy": Ignored("every layer has adapters of its own", (None,)),
+        **{f"model.optim.{name}": _BUCKETS for name in _BUCKET_KEYS},
         "model.overwrite_base_config": Ignored("the checkpoint's architecture is never overwritten by this file"),
         "model.data.n_examples_per_chunk": Ignored("every chunk has an index of its own", (None,)),
         "model.data.splits_string": Ignored("data_prefix names the file of every split", (None,)),
         "model.data.skip_warmup": Ignored("there is nothing to warm up", (True,)),
         "model.data.dataloader_type": Ignored("use model.data.shuffle", ("single",)),
-        "model.data.reset_position_ids": Ignored("a sequence holds one example", (False,)),
-        "model.data.reset_attention_mask": Ignored("a sequence holds one example", (False,)),
+        "model.data.reset_position_ids": Ignored("every example has positions of its own", (False, True)),
+        "model.data.reset_attention_mask": Ignored("every example has attention of its own", (False, True)),
         "model.data.eod_mask_loss": Ignored("the cache holds the loss mask", (False,)),
         "model.data.index_mapping_dir": Ignored("the index lies beside each chunk", (None,)),
         "exp_manager.checkpoint_callback_params.model_parallel_size": Ignored("checkpoints load in any layout"),

@@ -158,6 +158,21 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
         raise ConfigError(f"model.expert_model_parallel_size: {size} does not divide the model's experts: it {found}")
 
 
+def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+    """As `check_layout`, and what Megatron refuses in training only.
+
+    Raises:
+        ConfigError: names the size that does not divide, or the key to set.
+    """
+    check_layout(architecture, parallel)
+    tensor_size = parallel.tensor_model_parallel_size
+    if architecture.num_moe_experts is not None and tensor_size > 1 and not parallel.sequence_parallel:
+        raise ConfigError(
+            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but a mixture of experts is trained on "
+            "tensor-parallel ranks with sequence parallelism only; set it to true"
+        )
+
+
 def length_multiple(parallel: ParallelConfig) -> int:
     """What the number of positions of every batch has to be a multiple of in this layout.
 

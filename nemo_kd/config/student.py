@@ -8,10 +8,11 @@ from typing import Any
 
 from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
 from nemo_kd.config.loss import LossConfig
+from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.peft import ExportConfig, PeftConfig
 from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
 from nemo_kd.config.typed import ConfigError
 
-OPTIMIZERS = ("distributed_fused_adam", "adam")
 CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
 
 
@@ -51,51 +52,6 @@ class StudentTrainerConfig(TrainerConfig):
 
 
 @dataclass
-class SchedConfig:
-    name: str = "CosineAnnealing"
-    """CosineAnnealing or constant, both after a linear warmup."""
-    warmup_steps: int | None = None
-    """Steps of linear warmup from 0."""
-    warmup_ratio: float | None = None
-    """Instead of warmup_steps: a fraction of all steps."""
-    constant_steps: int = 0
-    """CosineAnnealing: last steps, at min_lr."""
-    min_lr: float = 0.0
-    """CosineAnnealing: where the learning rate ends."""
-
-    def __post_init__(self) -> None:
-        if self.name not in ("CosineAnnealing", "constant"):
-            raise ConfigError(f"model.optim.sched.name: {self.name!r} is not one of CosineAnnealing, constant")
-        if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError("model.optim.sched: give warmup_steps or warmup_ratio, not both")
-
-
-@dataclass
-class OptimConfig:
-    name: str = "distributed_fused_adam"
-    """distributed_fused_adam (optimizer state sharded over data-parallel ranks) or adam."""
-    lr: float = 3e-5
-    """Largest learning rate."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay (AdamW); none on biases and norms."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """Adam's decay rates."""
-    eps: float = 1e-8
-    """Adam's denominator offset."""
-    sched: SchedConfig = field(default_factory=SchedConfig)
-
-    def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ConfigError(f"model.optim.name: {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"model.optim.betas: {self.betas} must be two numbers from [0, 1)")
-        if self.lr < 0:
-            raise ConfigError(f"model.optim.lr: {self.lr} must not be negative")
-        if self.sched.min_lr > self.lr:
-            raise ConfigError(f"model.optim.sched.min_lr: {self.sched.min_lr} exceeds model.optim.lr ({self.lr})")
-
-
-@dataclass
 class StudentDataConfig:
     """The training, validation and test data of stage 2."""
 
@@ -115,8 +71,12 @@ class StudentDataConfig:
     """Teacher token ids that the student has no embedding for join the tail; otherwise they are an error."""
     allow_other_template: bool = False
     """Takes a cache whose conversations were rendered with another chat template than the student's tokenizer has."""
-    num_workers: int = 0
-    """Processes that read ahead."""
+    max_tokens_per_batch: int | None = None
+    """Most tokens of a micro-batch on one rank, padding included; a longer example is alone. The examples of a global batch are spread over micro-batches and data-parallel ranks by length then, and model.micro_batch_size has no effect. With context parallelism every rank holds its part of so many times as many. None: model.micro_batch_size examples a micro-batch."""
+    packing: bool = True
+    """A micro-batch is one row of examples end to end, each with positions and attention of its own, without padding. False: one example a row, padded to the longest; so it is with context parallelism too, whatever is said here."""
+    num_workers: int = 2
+    """Processes of every rank that read, decode and put together batches ahead of the training; 0: it waits for that."""
     chat: bool | None = None
     """data_impl=dataset: as stage 1's data.chat."""
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
@@ -132,6 +92,10 @@ class StudentDataConfig:
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
+            raise ConfigError(f"model.data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1")
+        if self.num_workers < 0:
+            raise ConfigError(f"model.data.num_workers: {self.num_workers} must not be negative")
         if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
             raise ConfigError(f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks")
         unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
@@ -184,29 +148,19 @@ def _is_number(value: Any) -> bool:
 
 
 @dataclass
-class PeftConfig:
-    peft_scheme: str = "none"
-    """none: every weight is trained."""
-
-    def __post_init__(self) -> None:
-        if self.peft_scheme not in ("none", None):
-            raise ConfigError(
-                f"model.peft.peft_scheme: {self.peft_scheme!r} is not available in this version; use none"
-            )
-
-
-@dataclass
 class StudentModelConfig(ModelConfig):
     micro_batch_size: int = 1
-    """Examples in one forward pass on one data-parallel rank."""
+    """Examples in one forward pass on one data-parallel rank, where model.data.max_tokens_per_batch is not given."""
     global_batch_size: int = 64
     """Examples in one optimizer step over all data-parallel ranks."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Interleaved pipeline stages are not supported: None or 1."""
     activations_checkpoint_granularity: str | None = None
-    """full or selective recomputation of activations in the backward pass; None keeps them."""
+    """What the backward pass computes anew instead of keeping it: full (whole layers) or selective (attention); None: nothing."""
     activations_checkpoint_method: str | None = None
-    """full: uniform or block."""
+    """full: uniform (groups of layers) or block (the first layers of every pipeline stage); None: uniform."""
     activations_checkpoint_num_layers: int | None = None
-    """full: layers per recomputed group (uniform) or recomputed layers (block)."""
+    """full: layers of a group (uniform) or recomputed layers of a stage (block); None: 1."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     knowledge_distillation: LossConfig = field(default_factory=LossConfig)
@@ -214,15 +168,12 @@ class StudentModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"):
-            if getattr(self, name) != 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)} is not available in this version; use 1")
-        if self.sequence_parallel:
-            raise ConfigError("model.sequence_parallel: True is not available in this version; use False")
-        if self.activations_checkpoint_granularity not in (None, "full", "selective"):
+        if self.virtual_pipeline_model_parallel_size not in (None, 1):
             raise ConfigError(
-                f"model.activations_checkpoint_granularity: {self.activations_checkpoint_granularity!r} is not one of full, selective"
+                f"model.virtual_pipeline_model_parallel_size: {self.virtual_pipeline_model_parallel_size} is not supported; leave it "
+                "out: every rank runs one stage, and more micro-batches in a global batch make pipelines wait less"
             )
+        self._check_recomputation()
         for name in ("top_k", "drop_ids_outside_vocab"):
             if self.knowledge_distillation.support == "sampled" and getattr(self.data, name):
                 raise ConfigError(
@@ -235,6 +186,29 @@ class StudentModelConfig(ModelConfig):
                 f"{self.knowledge_distillation.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or read a cache"
             )
 
+    @property
+    def packed(self) -> bool:
+        """Whether micro-batches are packed."""
+        return self.data.packing and self.context_parallel_size == 1
+
+    def _check_recomputation(self) -> None:
+        granularity, method = self.activations_checkpoint_granularity, self.activations_checkpoint_method
+        num_layers = self.activations_checkpoint_num_layers
+        if granularity not in (None, "full", "selective"):
+            raise ConfigError(
+                f"model.activations_checkpoint_granularity: {granularity!r} is not one of full, selective"
+            )
+        if method not in (None, "uniform", "block"):
+            raise ConfigError(f"model.activations_checkpoint_method: {method!r} is not one of uniform, block")
+        if num_layers is not None and num_layers < 1:
+            raise ConfigError(f"model.activations_checkpoint_num_layers: {num_layers} must be at least 1")
+        if granularity == "full":
+            self.activations_checkpoint_method = method or "uniform"
+            self.activations_checkpoint_num_layers = num_layers or 1
+        elif granularity == "selective":
+            # Megatron refuses what NeMo-Aligner's files say beside it; both are about whole layers.
+            self.activations_checkpoint_method = self.activations_checkpoint_num_layers = None
+
 
 @dataclass
 class TrainStudentConfig:
@@ -243,10 +217,15 @@ class TrainStudentConfig:
     trainer: StudentTrainerConfig = field(default_factory=StudentTrainerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     exp_manager: dict[str, Any] = field(default_factory=dict)
     """Keys of NeMo's exp_manager: explicit_log_dir, create_wandb_logger, resume_if_exists, checkpoint_callback_params ..."""
 
     def __post_init__(self) -> None:
+        if self.export.lora == "adapter" and self.model.peft.lora is None:
+            raise ConfigError(
+                "export.lora: adapter, but model.peft.peft_scheme=none trains none; use lora, or export.lora=merged"
+            )
         for split in ("train", "validation"):
             if not self.model.data.paths(split):
                 raise ConfigError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 MAX_PADDING = 0.05
 
@@ -35,3 +36,57 @@ def form_batches(
             batches.append([position])
             sums.append(lengths[position])
     return batches
+
+
+@dataclass(frozen=True)
+class MicroBatching:
+    """How a global batch is cut into micro-batches, and which of them this data-parallel rank computes.
+
+    Every rank gets equally many, some of which may be empty: they run one step of the pipeline together.
+
+    Attributes:
+        micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
+        max_tokens: most tokens of a micro-batch, padding included, but for a longer example, which is alone.
+        packed, multiple_of: as `form_batches`.
+    """
+
+    data_rank: int
+    data_size: int
+    micro_batch_size: int
+    max_tokens: int | None = None
+    packed: bool = False
+    multiple_of: int = 1
+
+    def share(self, positions: Sequence[int], num_tokens: Callable[[int], int]) -> list[list[int]]:
+        """This rank's micro-batches of the global batch; from arguments that all ranks have alike.
+
+        Args:
+            num_tokens: of the example at a position; not asked without `max_tokens`.
+        """
+        if self.max_tokens is None:
+            per_rank = -(-len(positions) // self.data_size)
+            mine = positions[self.data_rank * per_rank : (self.data_rank + 1) * per_rank]
+            starts = range(0, per_rank, self.micro_batch_size)
+            return [list(mine[start : start + self.micro_batch_size]) for start in starts]
+        lengths = [num_tokens(position) for position in positions]
+        batches = form_batches(lengths, None, self.max_tokens, self.packed, self.multiple_of)
+        batches = _whole_rounds(batches, lengths, self.data_size)
+        # Ranks get neighbours in size: who is done first waits for the others.
+        return [[positions[place] for place in batch] for batch in batches[self.data_rank :: self.data_size]]
+
+
+def _whole_rounds(batches: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """The batches, largest first, made a multiple of `num_ranks` by halving the largest, or empty ones if none can be."""
+
+    def tokens(batch: list[int]) -> int:
+        return sum(lengths[place] for place in batch)
+
+    batches = list(batches)
+    while len(batches) % num_ranks:
+        largest = max((batch for batch in batches if len(batch) > 1), key=tokens, default=None)
+        if largest is None:
+            batches.append([])
+        else:
+            batches.remove(largest)
+            batches += [largest[::2], largest[1::2]]
+    return sorted(batches, key=tokens, reverse=True)

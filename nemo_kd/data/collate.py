@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,6 +12,8 @@ import torch
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
 
 Row = Example | CachedExample | None
+Places = Sequence[tuple[int, slice]]
+"""Where each example lies in a batch: its row, and its columns there."""
 
 
 def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
@@ -23,22 +25,70 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
     Args:
         rows: all with a teacher, or all without; fillers may stand among them.
     """
-    examples = [row.example if isinstance(row, CachedExample) else row for row in rows]
+    lengths = [0 if row is None else _example(row).num_tokens for row in rows]
+    length = -(-max(1, *lengths) // multiple_of) * multiple_of
+    places = [(row, slice(0, end)) for row, end in enumerate(lengths)]
+    return _filled(rows, places, torch.arange(length).repeat(len(rows), 1), pad_id)
+
+
+def pack(rows: Sequence[Row], pad_id: int, multiple_of: int = 1) -> Batch:
+    """A batch of one row [1, T]: the examples end to end, T filled up to a multiple of `multiple_of`.
+
+    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more sequence at the end; it
+    has no entry in `indices_B`. Without examples the row is nothing but filler.
+    """
+    lengths = [_example(row).num_tokens for row in rows if row is not None]
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
+    places = [(0, slice(start, end)) for start, end in itertools.pairwise(bounds)]
+    position_ids = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
+    examples = [row for row in rows if row is not None]
+    return _filled(examples, places, position_ids[None], pad_id, torch.tensor(bounds, dtype=torch.int32))
+
+
+def micro_batches(
+    rows: Sequence[Sequence[Row]],
+    pad_id: int,
+    packed: bool,
+    multiple_of: int,
+    columns: Callable[[int], torch.Tensor] | None = None,
+) -> list[Batch]:
+    """A batch for each list of rows; for an empty one a batch of filler, which takes part in what ranks do together.
+
+    Args:
+        columns: gives the positions to keep of batches of some length: a context-parallel rank's.
+    """
+    together = [
+        pack(part, pad_id, multiple_of) if packed else collate(part or [None], pad_id, multiple_of) for part in rows
+    ]
+    return together if columns is None else [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
+
+
+def _example(row: Example | CachedExample) -> Example:
+    return row.example if isinstance(row, CachedExample) else row
+
+
+def _filled(
+    rows: Sequence[Row],
+    places: Places,
+    position_ids_BS: torch.Tensor,
+    pad_id: int,
+    cu_seqlens: torch.Tensor | None = None,
+) -> Batch:
+    """A batch with every row at its place and padding elsewhere."""
     teachers = [row.teacher for row in rows if isinstance(row, CachedExample)]
     if teachers and len(teachers) != sum(row is not None for row in rows):
         raise ValueError("a batch mixes examples with and without teacher logits")
-    longest = max((example.num_tokens for example in examples if example is not None), default=1)
-    shape = (len(rows), -(-longest // multiple_of) * multiple_of)
+    shape = tuple(position_ids_BS.shape)
     tokens, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, pad_id, dtype=np.int64)
     loss_mask = np.zeros(shape, dtype=np.float32)
     indices = np.full(len(rows), -1, dtype=np.int64)
     sources, lengths = np.zeros_like(indices), np.zeros_like(indices)
-    for row, example in enumerate(examples):
-        if example is not None:
-            length = example.num_tokens
-            indices[row], sources[row], lengths[row] = example.index, example.source, length
-            tokens[row, :length], labels[row, :length] = example.tokens_S, example.labels_S
-            loss_mask[row, :length] = example.loss_mask_S
+    for number, (row, place) in enumerate(zip(rows, places, strict=False)):
+        if row is not None:
+            example = _example(row)
+            indices[number], sources[number], lengths[number] = example.index, example.source, example.num_tokens
+            tokens[place], labels[place], loss_mask[place] = example.tokens_S, example.labels_S, example.loss_mask_S
     batch = Batch(
         indices_B=torch.from_numpy(indices),
         sources_B=torch.from_numpy(sources),
@@ -46,45 +96,15 @@ def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
         tokens_BS=torch.from_numpy(tokens),
         labels_BS=torch.from_numpy(labels),
         loss_mask_BS=torch.from_numpy(loss_mask),
-        position_ids_BS=torch.arange(shape[1]).repeat(len(rows), 1),
+        position_ids_BS=position_ids_BS,
+        cu_seqlens=cu_seqlens,
     )
     if teachers:
-        _add_teacher(batch, rows, teachers)
+        _add_teacher(batch, rows, places, teachers)
     return batch
 
 
-def pack(examples: Sequence[Example], pad_id: int, multiple_of: int = 1) -> Batch:
-    """A batch of one row [1, T]: the examples end to end, T filled up to a multiple of `multiple_of`.
-
-    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more sequence at the end; it
-    has no entry in `indices_B`. Without examples the row is nothing but filler.
-    """
-    lengths = [example.num_tokens for example in examples]
-    filler = -sum(lengths) % multiple_of if lengths else multiple_of
-    lengths += [filler] * bool(filler)
-    padding, no_loss = np.full(filler, pad_id, dtype=np.int64), np.zeros(filler, dtype=np.float32)
-    return Batch(
-        indices_B=torch.tensor([example.index for example in examples], dtype=torch.int64),
-        sources_B=torch.tensor([example.source for example in examples], dtype=torch.int64),
-        lengths_B=torch.tensor([example.num_tokens for example in examples], dtype=torch.int64),
-        tokens_BS=_row([*(example.tokens_S for example in examples), padding]),
-        labels_BS=_row([*(example.labels_S for example in examples), padding]),
-        loss_mask_BS=_row([*(example.loss_mask_S for example in examples), no_loss]),
-        position_ids_BS=_row([np.arange(length) for length in lengths]),
-        cu_seqlens=torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32),
-    )
-
-
-def micro_batches(rows: Sequence[Row], micro_batch_size: int, pad_id: int) -> list[Batch]:
-    """The rows as consecutive micro-batches, padded one by one."""
-    return [collate(rows[start : start + micro_batch_size], pad_id) for start in range(0, len(rows), micro_batch_size)]
-
-
-def _row(parts: Sequence[np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(parts))[None]
-
-
-def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTopK]) -> None:
+def _add_teacher(batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherTopK]) -> None:
     shape = tuple(batch.tokens_BS.shape)
     # A blend of caches has in common what all of them have.
     temperatures = tuple(t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers))
@@ -97,19 +117,19 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], teachers: Sequence[TeacherTo
     samples = [teacher.tail_token_ids_SM for teacher in teachers]
     num_samples = {0 if array is None else array.shape[1] for array in samples}
     tail_ids = np.full((*shape, max(num_samples)), -1, dtype=np.int64)
-    for row, cached in enumerate(rows):
+    for cached, place in zip(rows, places, strict=False):
         if isinstance(cached, CachedExample):
-            length, teacher = cached.example.num_tokens, cached.teacher
+            teacher = cached.teacher
             row_k = teacher.topk_logits_SK.shape[1]
-            logits[row, :length, :row_k] = teacher.topk_logits_SK
-            ids[row, :length, :row_k] = teacher.topk_token_ids_SK
-            log_sum_exp[row, :length] = teacher.log_sum_exp_logits_S
+            logits[place][:, :row_k] = teacher.topk_logits_SK
+            ids[place][:, :row_k] = teacher.topk_token_ids_SK
+            log_sum_exp[place] = teacher.log_sum_exp_logits_S
             columns = [_columns(teacher, temperature)[0] for temperature in temperatures]
-            tail_mass[row, :length] = teacher.tail_mass_TS[columns].T
+            tail_mass[place] = teacher.tail_mass_TS[columns].T
             if teacher.label_logprobs_S is not None:
-                labels[row, :length] = teacher.label_logprobs_S
+                labels[place] = teacher.label_logprobs_S
             if teacher.tail_token_ids_SM is not None:
-                tail_ids[row, :length, : teacher.tail_token_ids_SM.shape[1]] = teacher.tail_token_ids_SM
+                tail_ids[place][:, : teacher.tail_token_ids_SM.shape[1]] = teacher.tail_token_ids_SM
     batch.topk_logits_BSK = torch.from_numpy(logits)
     batch.topk_token_ids_BSK = torch.from_numpy(ids)
     batch.log_sum_exp_logits_BS = torch.from_numpy(log_sum_exp)

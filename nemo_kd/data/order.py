@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-FILLER = -1
-"""A position that stands for no example: it fills up the last batch so that every rank takes part."""
-
 CHUNKS = "chunks"
 
 
@@ -102,25 +99,16 @@ class SampleOrder:
 
 
 class TrainingBatches:
-    """Every global batch of a run, this data-parallel rank's contiguous part of each, from `consumed_samples` on.
+    """Every global batch of a run from `consumed_samples` on, the same on every rank.
 
     An epoch is `steps_per_epoch` whole global batches; without weights the rest of its order sits that epoch out. Setting
     `consumed_samples` continues a run where it stopped, on any number of ranks.
     """
 
-    def __init__(
-        self,
-        order: SampleOrder,
-        global_batch_size: int,
-        steps_per_epoch: int,
-        max_steps: int,
-        data_parallel_rank: int,
-        data_parallel_size: int,
-    ) -> None:
+    def __init__(self, order: SampleOrder, global_batch_size: int, steps_per_epoch: int, max_steps: int) -> None:
         assert steps_per_epoch * global_batch_size <= order.num_samples
         self.order, self.global_batch_size = order, global_batch_size
         self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
-        self.rank, self.per_rank = data_parallel_rank, global_batch_size // data_parallel_size
         self.consumed_samples = 0
 
     def __len__(self) -> int:
@@ -133,25 +121,19 @@ class TrainingBatches:
             if epoch != ordered_epoch:
                 ordered_epoch = epoch
                 order = self.order.epoch(epoch, self.steps_per_epoch * self.global_batch_size)
-            start = step_of_epoch * self.global_batch_size + self.rank * self.per_rank
-            yield order[start : start + self.per_rank].tolist()
+            start = step_of_epoch * self.global_batch_size
+            yield order[start : start + self.global_batch_size].tolist()
 
 
 class EvaluationBatches:
-    """Every example once, in order, this rank's part of each global batch; the last one is filled up with `FILLER`."""
+    """Every example once, in order, in global batches of which the last one may be smaller."""
 
-    def __init__(
-        self, num_samples: int, global_batch_size: int, data_parallel_rank: int, data_parallel_size: int
-    ) -> None:
+    def __init__(self, num_samples: int, global_batch_size: int) -> None:
         self.num_samples, self.global_batch_size = num_samples, global_batch_size
-        self.rank, self.size = data_parallel_rank, data_parallel_size
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.global_batch_size)
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, self.num_samples, self.global_batch_size):
-            positions = list(range(start, min(start + self.global_batch_size, self.num_samples)))
-            per_rank = -(-len(positions) // self.size)
-            mine = positions[self.rank * per_rank : (self.rank + 1) * per_rank]
-            yield mine + [FILLER] * (per_rank - len(mine))
+            yield list(range(start, min(start + self.global_batch_size, self.num_samples)))

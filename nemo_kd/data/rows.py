@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch.utils.data import Dataset
@@ -19,6 +19,9 @@ class Rows(Protocol):
 
     def __getitem__(self, position: int, /) -> Row: ...
 
+    def num_tokens(self, position: int, /) -> int:
+        """Positions of an example, without reading it."""
+
     def will_read(self, positions: Sequence[int], /) -> None:
         """A hint that these are asked for next."""
 
@@ -29,19 +32,24 @@ class Rows(Protocol):
         """`paths`, `fingerprint` of the content, and `caches`: what their manifests say about their origin."""
 
 
-class RowsWithFiller(Dataset[Row | None]):
-    """The rows, and None for a negative position: a row that only fills up a batch."""
+Share = Callable[[Sequence[int], Callable[[int], int]], list[list[int]]]
+"""(positions of a global batch, number of tokens of a position) -> positions of this rank's micro-batches."""
 
-    def __init__(self, rows: Rows) -> None:
-        self.rows = rows
+
+class MicroBatchRows(Dataset[Row]):
+    """The rows of this rank's micro-batches, asked for by all positions of a global batch.
+
+    Loader workers cut and read: they have the indexes that tell how long examples are.
+    """
+
+    def __init__(self, rows: Rows, share: Share) -> None:
+        self.rows, self.share = rows, share
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, position: int) -> Row | None:
-        return None if position < 0 else self.rows[position]
-
-    def __getitems__(self, positions: list[int]) -> list[Row | None]:
-        """A whole batch, which torch's loader asks for; storage may fetch its rows while the first ones are decoded."""
-        self.rows.will_read([position for position in positions if position >= 0])
-        return [self[position] for position in positions]
+    def __getitems__(self, positions: list[int]) -> list[list[Row]]:
+        """Lists of rows; storage may fetch all of them while the first ones are decoded."""
+        micro_batches = self.share(positions, self.rows.num_tokens)
+        self.rows.will_read([position for batch in micro_batches for position in batch])
+        return [[self.rows[position] for position in batch] for batch in micro_batches]

@@ -31,7 +31,7 @@ from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, save_sharded
 from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_folder import SafetensorsFolder
-from nemo_kd.mcore.weights import load_hf_weights, zero_vocabulary_padding
+from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
 
 FORMAT_VERSION = 1
 PROVENANCE = "provenance.json"
@@ -209,8 +209,12 @@ def _kind_of_folder(folder: Path, key: str) -> str:
 
 
 def _weights(model: GPTModel) -> dict[str, Any]:
-    """The model's weights for a distributed checkpoint, without the states of Transformer Engine's FP8, which are pickles."""
-    return {name: part for name, part in model.sharded_state_dict().items() if not name.endswith("_extra_state")}
+    """The model's weights for a distributed checkpoint, without adapters and the states of Transformer Engine's FP8, pickles."""
+    return {
+        name: part
+        for name, part in model.sharded_state_dict().items()
+        if ADAPTERS not in name.split(".") and not name.endswith("_extra_state")
+    }
 
 
 def _read_model_config(path: Path) -> GPTArchitecture:

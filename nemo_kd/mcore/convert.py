@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from megatron.core.models.gpt import GPTModel
-from safetensors.torch import save_file
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture
+from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.teacher import ModelConfig
-from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, open_pretrained, save_nemo, save_provenance
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
+from nemo_kd.mcore.export import save_hf
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.mcore.weights import hf_tensors
-
-MAX_SHARD_SIZE = "5GB"
 
 
 def convert(config: ConvertCheckpointConfig) -> None:
     """Writes `output_path` from `input_path`; the weights keep their bits unless `precision` asks for another dtype.
 
-    Needs memory for about twice the weights.
+    Needs memory for the weights and one file of up to 5 GB.
 
     Raises:
         ConfigError: the input cannot be read, the output exists or is of the same kind; before any weight is read.
@@ -50,30 +43,8 @@ def convert(config: ConvertCheckpointConfig) -> None:
         if to_nemo:
             save_nemo(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
         else:
-            save_hf(output, model, source, dtype)
+            save_hf(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
     print(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})", flush=True)
-
-
-def save_hf(folder: Path, model: GPTModel, source: PretrainedModel, dtype: torch.dtype) -> None:
-    """Writes a Hugging Face folder from a whole model (one rank); it appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    tensors = dict(hf_tensors(model, source.architecture))
-    # Views of one storage would count as one tensor in the plan; meta tensors have sizes and no storage.
-    sizes = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    plan = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)
-    for file, names in plan.filename_to_tensors.items():
-        save_file({name: tensors[name].contiguous() for name in names}, temporary / file, metadata={"format": "pt"})
-    if plan.is_sharded:
-        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (temporary / "config.json").write_text(json.dumps(_hf_config(source.architecture, dtype), indent=2) + "\n")
-    copy_tokenizer(source.tokenizer_folder, temporary)
-    save_provenance(source.provenance, temporary)
-    if folder.exists():
-        shutil.rmtree(folder)
-    os.replace(temporary, folder)
 
 
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -101,11 +72,3 @@ def _load(source: PretrainedModel, dtype: torch.dtype) -> tuple[GPTModel, Proces
     model = build_gpt_model(source.architecture, config, 1, transformer_engine=False)
     source.load_weights(model, groups)
     return model, groups
-
-
-def _hf_config(architecture: GPTArchitecture, dtype: torch.dtype) -> dict[str, Any]:
-    config = dict(architecture.hf_config)
-    for key in ("dtype", "torch_dtype"):
-        if key in config:
-            config[key] = str(dtype).removeprefix("torch.")
-    return config

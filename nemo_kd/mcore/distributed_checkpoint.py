@@ -61,6 +61,11 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     )
 
 
+def load_plain(folder: Path) -> dict[str, Any]:
+    """The plain values that `folder` holds, without its sharded tensors."""
+    return dist_checkpointing.load_common_state_dict(str(folder))
+
+
 class ShardedFolder:
     """The tensors that a distributed checkpoint from elsewhere holds, by their names.
 

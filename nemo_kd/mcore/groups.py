@@ -16,6 +16,7 @@ from lightning.fabric.plugins.environments import (
     TorchElasticEnvironment,
 )
 from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kd.config import ConfigError
@@ -188,6 +189,11 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         writer_rank=replica_ranks[-tensor_size * context_size],
         device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
     )
+
+
+def schedule_groups() -> ProcessGroupCollection:
+    """The groups that Megatron's schedules and `finalize_model_grads` take; needs `initialize_model_parallel`."""
+    return ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"])
 
 
 def destroy_model_parallel() -> None:

@@ -100,17 +100,21 @@ def build_gpt_model(
     config: TransformerConfig,
     make_vocab_size_divisible_by: int,
     transformer_engine: bool,
+    own_norms: bool = False,
 ) -> GPTModel:
     """This rank's part of the model on its device, randomly initialised; the logits are its vocabulary columns [B, S, v].
 
     The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
     `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
+
+    Args:
+        own_norms: norms are modules of their own with Transformer Engine too, not parts of the projections after them.
     """
     if config.num_moe_experts is not None:
         install_expert_support()
     model = GPTModel(
         config,
-        _transformer_engine_block(config) if transformer_engine else _torch_block(config),
+        _transformer_engine_block(config, own_norms) if transformer_engine else _torch_block(config),
         vocab_size=padded_vocab_size(
             architecture.vocab_size, make_vocab_size_divisible_by, config.tensor_model_parallel_size
         ),
@@ -151,12 +155,21 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     return _block(config, layer, RMSNorm)
 
 
-def _transformer_engine_block(config: TransformerConfig) -> TransformerBlockSubmodules:
-    from megatron.core.extensions.transformer_engine import TENorm  # importable only where Transformer Engine is
+def _transformer_engine_block(config: TransformerConfig, own_norms: bool) -> TransformerBlockSubmodules:
+    # Importable only where Transformer Engine is.
+    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
+    if own_norms:
+        parts = layer.submodules
+        parts.input_layernorm, parts.self_attention.submodules.linear_qkv = TENorm, TEColumnParallelLinear
+        # Archives are the same with and without.
+        parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        if config.num_moe_experts is None:
+            parts.pre_mlp_layernorm, parts.mlp.submodules.linear_fc1 = TENorm, TEColumnParallelLinear
+            parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return _block(config, layer, TENorm)
 
 

@@ -1,9 +1,7 @@
-"""Megatron's optimizers behind torch's optimizer interface, and the learning-rate schedule."""
+"""Megatron's optimizers behind torch's optimizer interface."""
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +14,7 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
-from nemo_kd.config.student import OptimConfig, SchedConfig
-
-log = logging.getLogger(__name__)
+from nemo_kd.config.optim import OptimConfig
 
 
 def sharding_metadata() -> dict[str, Any]:
@@ -35,26 +31,45 @@ def sharding_metadata() -> dict[str, Any]:
 
 def training_options() -> dict[str, Any]:
     """What a TransformerConfig needs for training here: losses are token sums, divided once by the global token count."""
-    return {"calculate_per_token_loss": True, "finalize_model_grads_func": finalize_model_grads}
+    return {
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        "deallocate_pipeline_outputs": True,  # of a stage's outputs, once sent, only the graph is needed
+    }
 
 
 def wrap_for_training(
     model: GPTModel, config: TransformerConfig, distributed_optimizer: bool
 ) -> DistributedDataParallel:
-    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all."""
+    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all.
+
+    On GPUs they are reduced during the last backward pass of a step. Weights are not gathered during the next forward
+    pass (`overlap_param_gather`): the output layer's is read without a call of its module, which would wait for it.
+    """
     ddp = DistributedDataParallel(
         config,
         DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed_optimizer, grad_reduce_in_fp32=config.params_dtype.itemsize < 4
+            use_distributed_optimizer=distributed_optimizer,
+            grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
+            overlap_grad_reduce=overlaps_gradients(),
         ),
         model,
     )
+    if overlaps_gradients():
+        config.no_sync_func = ddp.no_sync
     ddp.broadcast_params()
     return ddp
 
 
+def overlaps_gradients() -> bool:
+    """Whether gradients are reduced while others are still made."""
+    return torch.cuda.is_available()
+
+
 class ModelOptimizer(torch.optim.Optimizer):
     """A MegatronOptimizer as a torch optimizer, for learning-rate schedulers and Lightning.
+
+    Megatron takes the Adam of Transformer Engine where it is installed, else Apex's, else torch's.
 
     Attributes:
         grad_norm: global L2 norm of the last step's gradient before clipping.
@@ -73,13 +88,17 @@ class ModelOptimizer(torch.optim.Optimizer):
                 adam_eps=optim.eps,
                 bf16=config.bf16,
                 params_dtype=config.params_dtype,
-                use_distributed_optimizer=optim.name == "distributed_fused_adam",
+                use_distributed_optimizer=optim.is_sharded,
+                decoupled_weight_decay=optim.name != "adam",
                 clip_grad=gradient_clip_val or 0.0,
             ),
             [model],
         )
         for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
             _support_torch_adam(part)
+        for group in self.megatron.param_groups:
+            # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         config.grad_scale_func = self.megatron.scale_loss
         self.model = model
         self.grad_norm, self.skipped = math.nan, False
@@ -132,41 +151,6 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Nothing: see `state_dict`."""
-
-
-def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps: int) -> float:
-    """Learning rate of a step (from 0) as a fraction of `max_lr`, with NeMo's CosineAnnealing semantics.
-
-    Linear warmup, cosine down to min_lr, then `constant_steps` at min_lr. As in NeMo, the warmup starts at 0 where there
-    are constant steps, else at max_lr / (warmup + 1).
-    """
-    warmup = sched.warmup_steps if sched.warmup_steps is not None else int((sched.warmup_ratio or 0.0) * max_steps)
-    if warmup and step <= warmup:
-        return step / warmup if sched.constant_steps else (step + 1) / (warmup + 1)
-    if sched.name == "constant" or max_lr == 0:
-        return 1.0
-    decay_steps = max_steps - warmup - sched.constant_steps
-    progress = min(1.0, (step - warmup) / decay_steps) if decay_steps > 0 else 1.0
-    min_factor = sched.min_lr / max_lr
-    return min_factor + (1.0 - min_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def lr_scheduler(optimizer: ModelOptimizer, optim: OptimConfig, max_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate over the run's optimizer steps."""
-    sched = optim.sched
-    if sched.name == "CosineAnnealing" and (sched.warmup_steps or 0) + sched.constant_steps >= max_steps:
-        log.warning(
-            "model.optim.sched: warmup_steps %s and constant_steps %d leave no step of the %d for the cosine; after the warmup "
-            "the learning rate is min_lr",
-            sched.warmup_steps,
-            sched.constant_steps,
-            max_steps,
-        )
-    for group in optimizer.param_groups:
-        group["initial_lr"] = optim.lr
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, functools.partial(learning_rate_factor, sched=optim.sched, max_lr=optim.lr, max_steps=max_steps)
-    )
 
 
 def _support_torch_adam(optimizer: Any) -> None:

@@ -16,14 +16,17 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_kd.batch import Batch
 from nemo_kd.mcore.attention import SDPACoreAttention
-from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.groups import ProcessGroups, schedule_groups
 
-LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor]]
-"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token count)."""
+LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
+"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token
+count). Without a loss token there may be None to report."""
+Shape = tuple[int, int, int]
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -45,12 +48,8 @@ def run_batch(model: MegatronModule, batch: Batch, groups: ProcessGroups) -> tor
     """
     gpt: GPTModel = getattr(model, "module", model)
     mine = _context_part(batch, groups)
-    num_rows, num_positions = mine.tokens_BS.shape
-    if gpt.config.sequence_parallel:
-        assert num_positions % groups.tensor_size == 0
-        num_positions //= groups.tensor_size
     stages = P2PCommunicator(groups.pipeline, gpt.config)
-    gpt.set_input_tensor(stages.recv_forward((num_positions, num_rows, gpt.config.hidden_size), groups.is_first_stage))
+    gpt.set_input_tensor(stages.recv_forward(_stage_shape(gpt, mine), groups.is_first_stage))
     hidden_SBH = hidden_states(model, mine).contiguous()
     gpt.set_input_tensor(None)  # or it lives until the next batch
     stages.send_forward(hidden_SBH, groups.is_last_stage)
@@ -131,28 +130,75 @@ def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: i
 
 def forward_backward(
     model: MegatronModule, micro_batches: Sequence[Batch], loss_function: LossFunction, forward_only: bool = False
-) -> torch.Tensor:
-    """Runs all micro-batches and returns the sum of what `loss_function` reports (float64, this data-parallel rank).
+) -> torch.Tensor | None:
+    """Runs all micro-batches through the pipeline, one forward and one backward step at a time.
 
-    With gradients: they are reduced over data-parallel ranks and divided once by the global number of loss tokens, so
-    they depend neither on the size nor on the number of micro-batches.
+    All ranks call it with equally many micro-batches, those of a replica with the same ones, whatever their lengths;
+    context-parallel ranks with their columns of them (`Batch.columns`). A batch goes to the model's device when its turn
+    comes. With gradients: they are reduced over data- and context-parallel ranks and divided once by the global number
+    of loss tokens, so they depend neither on the size nor on the number of micro-batches.
+
+    Returns:
+        The sum of what `loss_function` reports for this rank's columns (float64); None before the last stage, and
+        where it reported nothing.
     """
+    gpt: GPTModel = getattr(model, "module", model)
+    device = next(gpt.parameters()).device
 
     def step(micro_batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch = next(micro_batches)
+        batch = next(micro_batches).to(device)
         return hidden_states(model, batch), lambda hidden: _loss(loss_function, hidden, batch)
 
     model.train(not forward_only)
+    groups = schedule_groups()
     reports = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=iter(micro_batches),
         model=[model],
         num_microbatches=len(micro_batches),
-        seq_length=micro_batches[0].tokens_BS.shape[1],
-        micro_batch_size=len(micro_batches[0].tokens_BS),
+        seq_length=0,  # stands for nothing: `_Stages` knows the shapes
+        micro_batch_size=0,
         forward_only=forward_only,
+        p2p_communicator=_Stages(groups.pp, gpt.config, [_stage_shape(gpt, batch) for batch in micro_batches]),
+        pg_collection=groups,
     )
-    return torch.stack([report["sums"] for report in reports]).sum(dim=0)
+    sums = [report["sums"] for report in reports if report["sums"] is not None]
+    return torch.stack(sums).sum(dim=0) if sums else None
+
+
+class _Stages(P2PCommunicator):
+    """What pipeline stages send each other for micro-batches of different shapes.
+
+    Every stage knows all of them, so nothing has to be told: Megatron's `variable_seq_lengths` exchanges each shape
+    before each tensor, and waits for the GPU to do so.
+    """
+
+    def __init__(
+        self, group: torch.distributed.ProcessGroup, config: TransformerConfig, shapes: Sequence[Shape]
+    ) -> None:
+        super().__init__(group, config)
+        self._forward, self._backward = iter(shapes), iter(shapes)
+
+    def recv_forward(self, tensor_shapes: Any, is_first_stage: bool) -> Any:
+        return super().recv_forward([next(self._forward)], is_first_stage)
+
+    def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> Any:
+        return super().recv_backward([next(self._backward)], is_last_stage)
+
+    def send_forward_recv_backward(self, output_tensors: Any, tensor_shapes: Any, is_last_stage: bool) -> Any:
+        return super().send_forward_recv_backward(output_tensors, [next(self._backward)], is_last_stage)
+
+    def send_backward_recv_forward(self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool) -> Any:
+        return super().send_backward_recv_forward(input_tensor_grads, [next(self._forward)], is_first_stage)
+
+
+def _stage_shape(gpt: GPTModel, batch: Batch) -> Shape:
+    """Of the activations between stages."""
+    num_rows, num_positions = batch.tokens_BS.shape
+    if gpt.config.sequence_parallel:
+        assert num_positions % gpt.config.tensor_model_parallel_size == 0
+        num_positions //= gpt.config.tensor_model_parallel_size
+    return num_positions, num_rows, gpt.config.hidden_size
 
 
 def _context_part(batch: Batch, groups: ProcessGroups) -> Batch:
@@ -180,6 +226,8 @@ def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
 
 def _loss(
     loss_function: LossFunction, hidden: torch.Tensor, batch: Batch
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
     loss_sum, sums = loss_function(hidden, batch)
+    if sums is None:
+        return loss_sum, loss_sum.new_zeros((), dtype=torch.int), {"sums": None}
     return loss_sum, sums.flatten()[-1].round().int(), {"sums": sums.detach().double()}

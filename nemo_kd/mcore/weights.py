@@ -37,6 +37,10 @@ _VOCABULARY = {
 }
 
 
+ADAPTERS = "lora"
+"""Name of the module in a layer that holds its adapters."""
+
+
 @dataclass(frozen=True)
 class Piece:
     """The part of a Megatron weight that is a Hugging Face weight, or this rank's part of one.
@@ -62,7 +66,7 @@ def load_hf_weights(model: GPTModel, folder: Path, architecture: GPTArchitecture
     stored = open_hf_weights(folder, architecture)
     with torch.no_grad():
         for name, weight in _weights(model):
-            for piece in _pieces(name, weight, architecture):
+            for piece in pieces(name, weight, architecture):
                 _fill(piece, stored, groups)
     zero_vocabulary_padding(model, architecture, groups)
 
@@ -80,12 +84,34 @@ def open_hf_weights(folder: Path, architecture: GPTArchitecture) -> SafetensorsF
     return stored
 
 
-def hf_tensors(model: GPTModel, architecture: GPTArchitecture) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of the Hugging Face model, from a whole Megatron model (one rank); vocabulary padding is cut off."""
+def hf_pieces(model: GPTModel, architecture: GPTArchitecture) -> Iterator[Piece]:
+    """What this rank holds of the Hugging Face model; a tied output layer's copy on the last stage is left out."""
     for name, weight in _weights(model):
-        for piece in _pieces(name, weight, architecture):
-            tensor = piece.view.flatten(0, 1)
-            yield piece.hf_name, tensor[: architecture.vocab_size] if name in _VOCABULARY else tensor
+        if not (architecture.share_embeddings_and_output_weights and name == "output_layer.weight"):
+            yield from pieces(name, weight, architecture)
+
+
+def whole_shape(piece: Piece, architecture: GPTArchitecture, tensor_size: int) -> list[int]:
+    """The shape of the Hugging Face tensor that a piece is of."""
+    shape = list(piece.view.flatten(0, 1).shape)
+    if piece.cut_dim is not None:
+        shape[piece.cut_dim] *= tensor_size
+    if piece.hf_name in _VOCABULARY.values():
+        shape[0] = architecture.vocab_size
+    return shape
+
+
+def whole_tensor(piece: Piece, architecture: GPTArchitecture, groups: ProcessGroups) -> torch.Tensor:
+    """The Hugging Face tensor that a piece is of, on its device; all ranks of the tensor-parallel group take part.
+
+    Vocabulary padding is cut off.
+    """
+    tensor = piece.view.flatten(0, 1).contiguous()
+    if piece.cut_dim is not None and groups.tensor_size > 1:
+        parts = [torch.empty_like(tensor) for _ in range(groups.tensor_size)]
+        torch.distributed.all_gather(parts, tensor, group=groups.tensor)
+        tensor = torch.cat(parts, dim=piece.cut_dim)
+    return tensor[: architecture.vocab_size] if piece.hf_name in _VOCABULARY.values() else tensor
 
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
@@ -132,9 +158,14 @@ def zero_vocabulary_padding(model: GPTModel, architecture: GPTArchitecture, grou
 
 
 def _weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's weights under the names they have in a whole model: layers and experts counted from the first rank's."""
+    """This rank's weights under the names they have in a whole model: layers and experts counted from the first rank's.
+
+    Without those of adapters, see `mcore.lora`.
+    """
     for name, parameter in model.named_parameters():
         parts = name.split(".")
+        if ADAPTERS in parts:
+            continue
         if name.startswith("decoder.layers."):
             layer = model.decoder.layers[int(parts[2])]
             parts[2] = str(layer.layer_number - 1)
@@ -144,7 +175,7 @@ def _weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
         yield ".".join(parts), parameter.detach()
 
 
-def _pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> list[Piece]:
+def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> list[Piece]:
     """The Hugging Face weights that make up the Megatron weight `name`."""
     if name in _VOCABULARY:
         # Where both are tied, the last of several pipeline stages has an output layer nevertheless.

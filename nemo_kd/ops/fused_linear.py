@@ -37,7 +37,7 @@ def fused_linear_loss(
     The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
     summed over the ranks of the shard's group. That of the weight is summed in float32: where the weight has a `main_grad`,
     as Megatron's have, right there and then, so whoever calls this with gradients on must go backward, once; else it is
-    returned in the weight's dtype.
+    returned in the weight's dtype. A frozen weight's is not computed.
 
     Raises:
         ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
@@ -65,10 +65,11 @@ class _FusedLinear(torch.autograd.Function):
         num_rows, dtype = len(hidden_NH), reduction_dtype(hidden_NH)
         of_blocks: list[TokenLosses] = []
         d_hidden_NH = d_weight_vH = None
-        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None)
-        ctx.into_main_grad = main_grad is not None
+        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
+        ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
+        if with_gradients and weight_vH.requires_grad:
             d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
         buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
         for rows in row_blocks(num_rows, 1, block_rows):
@@ -76,18 +77,19 @@ class _FusedLinear(torch.autograd.Function):
             some = None if teacher is None else teacher.rows(rows)
             losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
             of_blocks.append(losses)
-            if d_hidden_NH is not None and d_weight_vH is not None:
+            if d_hidden_NH is not None:
                 d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]
                 loss.write_gradient(logits_Nv, logits_Nv, slopes, d_losses, shard)
                 torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
-                _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
+                if d_weight_vH is not None:
+                    _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
         of_blocks = of_blocks or [TokenLosses(hidden_NH.new_empty(0, dtype=dtype), None, None)]
         ce_N, kd_N, compared = (
             None if parts[0] is None else torch.cat(parts) for parts in zip(*of_blocks, strict=True)
         )
         assert ce_N is not None
         total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
-        ctx.save_for_backward(d_hidden_NH, None if ctx.into_main_grad else d_weight_vH)
+        ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
         ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N, compared) if values is not None])
         return total, ce_N, kd_N, compared
@@ -96,14 +98,28 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, d_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
-        if not ctx.into_main_grad:
-            return d_hidden_NH * d_total, (d_weight_vH * d_total).to(ctx.weight_dtype), *unused
+        if ctx.weight_with_main_grad is None:
+            d_weight_vH = None if d_weight_vH is None else (d_weight_vH * d_total).to(ctx.weight_dtype)
+            return d_hidden_NH * d_total, d_weight_vH, *unused
         if d_total.device.type == "cpu" and d_total != 1:
             raise ValueError(
                 f"fused_linear_loss: its gradient by the weight is already in main_grad, but its sum enters the loss times "
                 f"{d_total.item():g}; scale ce_weight and kd_weight instead"
             )
-        return d_hidden_NH, None, *unused
+        return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
+
+
+def _stand_in(weight_vH: Tensor) -> Tensor | None:
+    """What autograd gets for the gradient that is in main_grad.
+
+    Where Megatron reduces gradients while others are still made, it starts when autograd has brought one to every
+    weight; it does not add it to main_grad where it is told so. A weight that is the embedding too
+    (`zero_out_wgrad`) gets one from there, which has to be added.
+    """
+    if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(weight_vH, "zero_out_wgrad", False):
+        return None
+    weight_vH.grad_added_to_main_grad = True
+    return torch.empty_like(weight_vH)
 
 
 def _add_product(sum_vH: Tensor, gradient_Nv: Tensor, hidden_NH: Tensor) -> None:

@@ -9,7 +9,6 @@ the cache.
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter, Segment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.interruption import SIGNALS, Interruption, Requeue
+from nemo_kd.interruption import Interruption, Requeue, leave_signals_to_the_main_process
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.plan import plan_cache, print_table
@@ -173,7 +172,7 @@ def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Reco
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
         collate_fn=_unchanged,
-        worker_init_fn=_leave_signals_to_the_main_process,
+        worker_init_fn=leave_signals_to_the_main_process,
     )
 
 
@@ -280,8 +279,3 @@ class _Assembler:
 
 def _unchanged(item: Any) -> Any:
     return item
-
-
-def _leave_signals_to_the_main_process(worker: int) -> None:
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

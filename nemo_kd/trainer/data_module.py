@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,18 +13,25 @@ from torch.utils.data import DataLoader
 
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config import ConfigError
+from nemo_kd.config.model import length_multiple
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.batches import MicroBatching
 from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
-from nemo_kd.data.rows import Rows, RowsWithFiller
+from nemo_kd.data.rows import MicroBatchRows, Rows
+from nemo_kd.interruption import leave_signals_to_the_main_process
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.schedule import context_positions
 from nemo_kd.trainer.meter import WatchedLoader
 
 log = logging.getLogger(__name__)
 
+PADDED_MULTIPLE = 8
+"""Padded rows are a multiple of so many positions long: matrix products of such sizes are the fast ones."""
+
 
 class StudentData(pl.LightningDataModule):
-    """Data loaders over the splits; each batch is a list of this rank's micro-batches, padded one by one."""
+    """Data loaders over the splits; each batch is the list of this rank's micro-batches of a global batch."""
 
     def __init__(
         self,
@@ -37,11 +45,29 @@ class StudentData(pl.LightningDataModule):
         super().__init__()
         self.config, self.splits, self.groups = config, splits, groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
-        self.collate = functools.partial(micro_batches, micro_batch_size=config.model.micro_batch_size, pad_id=pad_id)
-        order = _training_order(config, splits["train"], steps_per_epoch * config.model.global_batch_size)
-        self.training = TrainingBatches(
-            order, config.model.global_batch_size, steps_per_epoch, max_steps, groups.data_rank, groups.data_size
+        model = config.model
+        multiple_of = length_multiple(model)
+        if not model.packed:
+            multiple_of = math.lcm(multiple_of, PADDED_MULTIPLE)
+        max_tokens = model.data.max_tokens_per_batch
+        self.batching = MicroBatching(
+            groups.data_rank,
+            groups.data_size,
+            model.micro_batch_size,
+            max_tokens if max_tokens is None else max_tokens * groups.context_size,
+            model.packed,
+            multiple_of,
         )
+        columns = functools.partial(context_positions, rank=groups.context_rank, size=groups.context_size)
+        self.collate = functools.partial(
+            micro_batches,
+            pad_id=pad_id,
+            packed=model.packed,
+            multiple_of=multiple_of,
+            columns=columns if groups.context_size > 1 else None,
+        )
+        order = _training_order(config, splits["train"], steps_per_epoch * model.global_batch_size)
+        self.training = TrainingBatches(order, model.global_batch_size, steps_per_epoch, max_steps)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -108,19 +134,19 @@ class StudentData(pl.LightningDataModule):
         return self._loader("test", self._once("test"))
 
     def _once(self, split: str) -> EvaluationBatches:
-        return EvaluationBatches(
-            len(self.splits[split]), self.config.model.global_batch_size, self.groups.data_rank, self.groups.data_size
-        )
+        return EvaluationBatches(len(self.splits[split]), self.config.model.global_batch_size)
 
     def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
         num_workers = self.config.model.data.num_workers
         return DataLoader(
-            RowsWithFiller(self.splits[split]),
+            MicroBatchRows(self.splits[split], self.batching.share),
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             generator=torch.Generator(),  # workers' seeds come from it, and not from what dropout draws from
+            pin_memory=self.groups.device.type == "cuda",
+            worker_init_fn=leave_signals_to_the_main_process,
         )
 
 

@@ -47,8 +47,8 @@ class WatchedLoader:
 class StepMeter:
     """Measures one training step at a time; validation and checkpoints in between do not count."""
 
-    def __init__(self, flops: ForwardFlops, device: torch.device, precision: str) -> None:
-        self.flops, self.device = flops, device
+    def __init__(self, flops: ForwardFlops, device: torch.device, context_size: int, precision: str) -> None:
+        self.flops, self.device, self.context_size = flops, device, context_size
         on_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device), precision) if on_gpu else None
         self.peak_flops = None if peak is None else peak * dist.get_world_size()
@@ -60,16 +60,16 @@ class StepMeter:
         self._wait_s, self._waited_before_s = waited_s - self._waited_before_s, waited_s
 
     def counts(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """What is summed over the data-parallel ranks before `metrics`: tokens, positions, FLOPs, seconds of waiting, 1."""
+        """What is summed over the replicas before `metrics`: tokens, positions, FLOPs, seconds of waiting, 1."""
         lengths = [length for batch in batches for length in batch.lengths_B.tolist()]
-        positions = sum(batch.tokens_BS.numel() for batch in batches)
+        positions = self.context_size * sum(batch.tokens_BS.numel() for batch in batches)
         flops = sum(self.flops.example(length, 0) for length in lengths)
         return torch.tensor([sum(lengths), positions, flops, self._wait_s, 1.0], dtype=torch.float64)
 
     def metrics(self, counts: Iterable[float], num_loss_tokens: float) -> dict[str, float]:
         """Of the step that ends now, given the sums of `counts`; memory is that of this rank."""
-        tokens, positions, flops, wait_s, num_ranks = counts
-        step_time_s, wait_s = time.perf_counter() - self._started_s, wait_s / num_ranks
+        tokens, positions, flops, wait_s, num_replicas = counts
+        step_time_s, wait_s = time.perf_counter() - self._started_s, wait_s / num_replicas
         seconds = step_time_s + wait_s
         metrics = {
             "perf/step_time_s": step_time_s,

@@ -207,6 +207,9 @@ class TokenizedRows:
     def __getitem__(self, position: int) -> Example:
         return self.examples[position]
 
+    def num_tokens(self, position: int) -> int:
+        return self.examples[position].num_tokens
+
     def will_read(self, positions: Sequence[int]) -> None:
         """Nothing has to be fetched."""
 

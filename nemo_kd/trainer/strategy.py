@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
+from nemo_kd.mcore.distributed_checkpoint import load_plain
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.optimizer import ModelOptimizer
 from nemo_kd.mcore.random_state import sharded_random_state
@@ -19,11 +20,13 @@ from nemo_kd.trainer.schedule import RANDOM_STATE
 
 
 class ShardedModule(Protocol):
-    """What the strategy asks of a Lightning module: its weights as Megatron's sharded tensors."""
+    """What the strategy asks of a Lightning module: its weights as Megatron's sharded tensors, and whether a checkpoint fits."""
 
     def sharded_state_dict(self) -> dict[str, Any]: ...
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
 
 
 class MegatronStrategy(DDPStrategy):
@@ -62,6 +65,7 @@ class MegatronStrategy(DDPStrategy):
         self.checkpoint_io.save_checkpoint(checkpoint, filepath, storage_options)
 
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        self.module.check_checkpoint(load_plain(checkpoint_folder(checkpoint_path)))
         state: dict[str, Any] = {"state_dict": self.module.sharded_state_dict()}
         if self.lightning_module is not None and self.lightning_module.trainer.state.fn == TrainerFn.FITTING:
             state["optimizer_states"] = [

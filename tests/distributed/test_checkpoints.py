@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import nemo_kd.mcore.convert
+import nemo_kd.mcore.export
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.teacher import ModelConfig
@@ -58,12 +59,12 @@ def convert(**options) -> None:
 
 
 def convert_in_small_files(**options) -> None:
-    before = nemo_kd.mcore.convert.MAX_SHARD_SIZE
-    nemo_kd.mcore.convert.MAX_SHARD_SIZE = "100KB"
+    before = nemo_kd.mcore.export.MAX_SHARD_SIZE
+    nemo_kd.mcore.export.MAX_SHARD_SIZE = "100KB"
     try:
         convert(**options)
     finally:
-        nemo_kd.mcore.convert.MAX_SHARD_SIZE = before
+        nemo_kd.mcore.export.MAX_SHARD_SIZE = before
 
 
 def fails(path: str, tensor_model_parallel_size: int) -> str:

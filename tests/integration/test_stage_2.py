@@ -196,10 +196,10 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
             assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-3)
 
 
-def test_distributed_optimizer_equals_plain_adam(ranks, world, tmp_path):
+def test_distributed_optimizer_equals_adamw(ranks, world, tmp_path):
     student, train, validation, _ = world
     curves = []
-    for name in ("distributed_fused_adam", "adam"):
+    for name in ("distributed_fused_adam", "adamw"):
         overrides = {
             "trainer__devices": 2,
             "model__optim__name": name,

@@ -11,11 +11,14 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.config import ConfigError
+from nemo_kd.config.loss import LossConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student import StudentModule
+from nemo_kd.student_loss import StudentLoss
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import gradients, run_stage_2
 from tests.tiny_data import student_config, write_chat_dataset
@@ -160,15 +163,27 @@ def metrics(log_dir: Path) -> list[dict]:
     return [json.loads(line) for line in (log_dir / "metrics" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, world_size):
+CUSTOM_LAYOUTS = {
+    "one rank": (1, {}),
+    "TP": (2, {"model__tensor_model_parallel_size": 2}),
+    "PP CP": (4, {"model__pipeline_model_parallel_size": 2, "model__context_parallel_size": 2}),
+    # One of four ranks never has an example in training, and so never learns from a call which metrics there are.
+    "fillers": (4, {"model__global_batch_size": 3, "model__data__max_tokens_per_batch": 1}),
+}
+
+
+@pytest.mark.parametrize("layout", list(CUSTOM_LAYOUTS))
+def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, layout):
     """examples/custom_loss.py is forward KL on renormalised top-k with T^2, and cross-entropy."""
     student, cache = world
-    layout = {
+    world_size, sizes = CUSTOM_LAYOUTS[layout]
+    if layout == "PP CP":
+        student = save_hf_model("qwen2_tied", tmp_path / "student", VOCAB_SIZE)  # a layer for each stage
+    layout = sizes | {
         "trainer__devices": world_size,
-        "model__tensor_model_parallel_size": world_size,
         "trainer__knowledge_distillation__max_steps": 2,
         "trainer__knowledge_distillation__val_check_interval": 2,
+        "exp_manager__create_checkpoint_callback": False,
     }
     prefix = "model__knowledge_distillation__"
     custom = {
@@ -216,3 +231,27 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
     for name in ("loss", "kd_loss", "sft_loss", "ce_loss", "kl_loss"):
         assert found[0][f"test/{name}"] == found[1][f"test/{name}"] > 0
     assert sum("test/kl_loss" in row for row in metrics(tmp_path)) == 2
+
+
+def agreed_names(*reported: list[str] | None) -> list[str] | str:
+    """What a rank reports in the end; None has not called the loss."""
+    args = {"alpha": 0.3, "temperature": 3.0}
+    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args))
+    mine = reported[torch.distributed.get_rank()]
+    loss.agree_on_names()  # nobody knows: nothing changes
+    assert loss.reported == ["loss", "kd_loss", "sft_loss"]
+    if mine is not None:
+        loss.reported, loss.custom_was_called = mine, True
+    try:
+        loss.agree_on_names()
+    except ConfigError as error:
+        return str(error)
+    return loss.reported
+
+
+def test_ranks_learn_from_each_other_what_a_custom_loss_reports(ranks):
+    names = ["loss", "kd_loss", "sft_loss", "a"]
+    assert ranks(2).run(agreed_names, None, names) == [names, names]
+    messages = ranks(2).run(agreed_names, names, [*names[:3], "b"])
+    assert messages[0] == messages[1]
+    assert "returned the metrics b, before a; return the same in every call" in messages[0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from nemo_kd.ops import fused_linear
 from nemo_kd.ops.fused_linear import fused_linear_loss
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import DEFAULT, Definition, Problem, cut, dense_losses, join
@@ -201,13 +202,16 @@ def test_values_need_no_gradient():
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
-def test_frozen_output_weight():
+def test_no_gradient_of_a_frozen_weight_is_computed(monkeypatch):
+    monkeypatch.setattr(fused_linear, "_add_product", lambda *_: pytest.fail("computed"))
     fused = fused_problem()
     weight_VH = fused.weight_VH.clone()
+    weight_VH.main_grad = torch.full_like(weight_VH, 7.0)
     hidden_NH, total, _ = _run_alone(fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
     total.backward()
     torch.testing.assert_close(hidden_NH.grad, dense_fused(fused, DEFAULT)[3], rtol=1e-11, atol=1e-11)
     assert weight_VH.grad is None
+    assert (weight_VH.main_grad == 7).all()
 
 
 @pytest.mark.parametrize("with_main_grad", [False, True])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nemo_kd.data.batches import form_batches
+from nemo_kd.data.batches import MicroBatching, form_batches
 from tests.tiny_tokenizer import docstrings
 
 
@@ -48,3 +48,45 @@ def test_a_longer_example_is_alone():
     assert form_batches([10, 500, 20], None, 100, True) == [[1], [2, 0]]
     assert form_batches([20, 500, 20], None, 100, False) == [[1], [0, 2]]
     assert form_batches([], None, 100, True) == []
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize(
+    ("count", "max_tokens", "packed"),
+    [(40, 512, True), (40, 512, False), (40, None, True), (5, 64, True), (1, 64, True)],
+)
+def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
+    lengths = np.random.default_rng(count).integers(1, 260, 97).tolist()
+    positions = np.random.default_rng(2).permutation(97)[:count].tolist()
+    shares = [
+        MicroBatching(rank, num_ranks, 3, max_tokens, packed, 8).share(positions, lengths.__getitem__)
+        for rank in range(num_ranks)
+    ]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(position for share in shares for batch in share for position in batch) == sorted(positions)
+    for batch in (batch for share in shares for batch in share if batch):
+        chosen = [lengths[position] for position in batch]
+        if max_tokens is None:
+            assert len(batch) <= 3
+            continue
+        tokens = sum(chosen) if packed else padded(batch, lengths, 8)
+        assert len(batch) == 1 or tokens <= max_tokens
+    if max_tokens is not None:
+        loads = [sum(lengths[position] for batch in share for position in batch) for share in shares]
+        assert max(loads) - min(loads) <= max(max_tokens, *lengths)
+        empty = sum(not batch for share in shares for batch in share)
+        assert not empty or all(len(batch) <= 1 for share in shares for batch in share)
+
+
+def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
+    lengths = [60, 30, 30, 20, 20, 20]
+    assert form_batches(lengths, None, 60, True) == [[0], [1, 2], [3, 4, 5]]
+    first, second = (MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__) for rank in (0, 1))
+    assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
+    alone = [MicroBatching(rank, 2, 1, 60, True).share([0], lengths.__getitem__) for rank in (0, 1)]
+    assert alone == [[[0]], [[]]]
+
+
+def test_lengths_are_not_asked_for_without_a_budget():
+    batching = MicroBatching(1, 2, 2, None, True)
+    assert batching.share([5, 6, 7, 8, 9], lambda position: pytest.fail("asked")) == [[8, 9], []]

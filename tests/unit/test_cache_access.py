@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.data.batches import MicroBatching
 from nemo_kd.data.collate import micro_batches
-from nemo_kd.data.rows import RowsWithFiller
+from nemo_kd.data.rows import MicroBatchRows
 from tests.tiny_cache import row, same, write
 
 NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
@@ -37,15 +38,15 @@ def test_forked_readers_read_the_same_rows(tmp_path, name):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers_give_the_same_batches(tmp_path, method):
     blend = CacheBlend([CacheReader(str(write(tmp_path / str(part), NAMES[part]))) for part in (0, 1)])
-    batches = [[0, 13, 7], [19, 4, -1], [10, 9, 3], [2, 2, 11]]
+    batches = [[0, 13, 7, 5], [19, 4], [10, 9, 3], [2, 2, 11, 1]]
 
-    def load(num_workers):
+    def load(num_workers, max_tokens=None):
         context = multiprocessing.get_context(method) if num_workers else None
         return list(
             DataLoader(
-                RowsWithFiller(blend),
+                MicroBatchRows(blend, MicroBatching(1, 2, 1, max_tokens).share),
                 batch_sampler=batches,
-                collate_fn=functools.partial(micro_batches, micro_batch_size=2, pad_id=0),
+                collate_fn=functools.partial(micro_batches, pad_id=0, packed=max_tokens is not None, multiple_of=8),
                 num_workers=num_workers,
                 multiprocessing_context=context,
             )
@@ -53,8 +54,10 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
 
     here, there = load(0), load(2)
     found = [[micro_batch.indices_B.tolist() for micro_batch in batch] for batch in there]
-    assert found == [[[0, 3], [7]], [[9, 4], [-1]], [[0, 9], [3]], [[2, 2], [1]]]
+    assert found == [[[7], [5]], [[4]], [[3], [-1]], [[1], [1]]]
+    here, there = here + load(0, 9), there + load(2, 9)
     for ours, theirs in zip(sum(here, []), sum(there, []), strict=True):
+        assert torch.equal(ours.indices_B, theirs.indices_B)
         if ours.topk_logits_BSK is None:
             assert (ours.num_examples, theirs.topk_logits_BSK) == (0, None)
             continue
@@ -64,7 +67,7 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
 
 def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     reader = CacheReader(str(write(tmp_path)))
-    rows, calls = RowsWithFiller(CacheBlend([reader])), []
+    rows, calls = MicroBatchRows(CacheBlend([reader]), MicroBatching(0, 1, 2).share), []
     advise, pread = os.posix_fadvise, os.pread
     monkeypatch.setattr(
         os, "posix_fadvise", lambda fd, start, size, how: calls.append((how, size)) or advise(fd, start, size, how)
@@ -72,10 +75,10 @@ def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     rows.__getitems__([0, 9])
     monkeypatch.setattr(os, "pread", lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start))
     calls.clear()
-    assert [None if found is None else found.example.index for found in rows.__getitems__([5, -1, 9])] == [5, None, 9]
+    assert [[row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])] == [[5, 3], [9]]
     announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
     assert announced == [size for how, size in calls if how == "read" and size in announced]
-    assert [how for how, _ in calls][-2:] == ["read", "read"]
+    assert [how for how, _ in calls][-3:] == ["read"] * 3
 
 
 def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
@@ -93,7 +96,8 @@ def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
                 requests.append((_name, what)) or _inner(self, what, *args, **kwargs)
             ),
         )
-    rows = RowsWithFiller(CacheBlend([CacheReader("memory://bucket/once/train_CHUNK_ID.jsonl")]))
+    blend = CacheBlend([CacheReader("memory://bucket/once/train_CHUNK_ID.jsonl")])
+    rows = MicroBatchRows(blend, MicroBatching(0, 1, 8).share)
     alone = [what for name, what in requests if name == "cat_file"]
     assert alone[0].endswith("train_manifest.json")
     indexes = next(what for name, what in requests if name == "cat_ranges")
@@ -101,8 +105,7 @@ def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
     assert [name for name, _ in requests].count("ls") == 1
     rows.__getitems__([0, 4, 9])  # all indexes are in memory from here on
     requests.clear()
-    found = rows.__getitems__([3, -1, 8])
-    assert [None if row is None else row.example.index for row in found] == [3, None, 8]
+    assert [row.example.index for row in rows.__getitems__([3, 8])[0]] == [3, 8]
     assert requests[0][0] == "cat_ranges"
     # The store in memory serves a request for two ranges by two of its own.
     assert [name for name, _ in requests if name != "info"] == ["cat_ranges", "cat_file", "cat_file"]

@@ -220,6 +220,20 @@ def test_nemo_aligners_yaml_files_are_taken():
     )
 
 
+def test_keys_for_apexs_distributed_optimizer_are_answered():
+    _, warnings = compose(
+        "train_gpt_knowledge_distillation",
+        MINIMAL["train_gpt_knowledge_distillation"]
+        + " model.optim.bucket_cap_mb=200 model.optim.overlap_grad_sync=False model.optim.contiguous_grad_bucket=True",
+    )
+    assert [line.split("=")[0].removeprefix("model.optim.") for line in warnings] == [
+        "bucket_cap_mb",
+        "contiguous_grad_bucket",
+        "overlap_grad_sync",
+    ]
+    assert all(line.endswith(": Megatron Core lays out and reduces gradients by itself") for line in warnings)
+
+
 def test_ignored_keys_tell_why():
     _, warnings = compose("compute_topk_logits", MINIMAL["compute_topk_logits"] + " data.sample=True")
     assert warnings == ["data.sample=True: every example is cached once"]
@@ -251,8 +265,8 @@ def test_aliases_must_not_contradict():
         ),
         (
             "train_gpt_knowledge_distillation",
-            "model.pipeline_model_parallel_size=2",
-            "pipeline_model_parallel_size: 2 is not available",
+            "model.virtual_pipeline_model_parallel_size=2",
+            "virtual_pipeline_model_parallel_size: 2 is not supported",
         ),
         (
             "train_gpt_knowledge_distillation",
@@ -264,7 +278,8 @@ def test_aliases_must_not_contradict():
         ("train_gpt_knowledge_distillation", "model.data.data_impl=mmap", "'mmap' is not read here"),
         ("train_gpt_knowledge_distillation", "model.optim.lr=null", "model.optim.lr"),
         ("train_gpt_knowledge_distillation", "'model.data.data_prefix={train: [a]}'", "no validation data"),
-        ("train_gpt_knowledge_distillation", "model.peft.peft_scheme=lora", "'lora' is not available"),
+        ("train_gpt_knowledge_distillation", "model.peft.peft_scheme=ptuning", "'ptuning' is not available; use lora"),
+        ("train_gpt_knowledge_distillation", "model.optim.name=sgd", "'sgd' is not one of distributed_fused_adam"),
     ],
 )
 def test_wrong_values_are_named(name, override, message):

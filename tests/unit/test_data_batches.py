@@ -10,6 +10,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kd.batch import CachedExample, Example, TeacherTopK
@@ -17,7 +18,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
-from nemo_kd.data.collate import collate
+from nemo_kd.data.collate import collate, pack
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
@@ -213,6 +214,26 @@ def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
     return CachedExample(example(index, length), teacher)
 
 
+def check_fields(batch, place, row, s):
+    """Row None, or a position beyond its end: nothing is known."""
+    teacher = row.teacher if row is not None and s < row.example.num_tokens else None
+    k = 0 if teacher is None else teacher.topk_logits_SK.shape[1]
+    padding = [-np.inf] * (5 - k), [-1] * (5 - k)
+    if teacher is None:
+        expected = (padding[0], padding[1], 0, [1, 1], 0, [-1] * 4)
+    else:
+        expected = (
+            [*teacher.topk_logits_SK[s], *padding[0]], [*teacher.topk_token_ids_SK[s], *padding[1]], teacher.log_sum_exp_logits_S[s],
+            [teacher.tail_mass_TS[0, s], teacher.tail_mass_TS[1, s]], teacher.label_logprobs_S[s], [*teacher.tail_token_ids_SM[s]],
+        )  # fmt: skip
+    fields = (
+        batch.topk_logits_BSK, batch.topk_token_ids_BSK, batch.log_sum_exp_logits_BS, batch.tail_mass_BST,
+        batch.label_logprobs_BS, batch.tail_token_ids_BSM,
+    )  # fmt: skip
+    for field, wanted in zip(fields, expected, strict=True):
+        assert field[place].tolist() == np.asarray(wanted).tolist()
+
+
 def test_every_field_of_the_teacher_lands_in_its_place():
     rows = [
         said(0, 3, 2, (1.0, 2.0), num_samples=4),
@@ -225,22 +246,20 @@ def test_every_field_of_the_teacher_lands_in_its_place():
     assert batch.tail_token_ids_BSM.shape == (4, 16, 4)
     for b, row in enumerate(rows):
         for s in range(16):
-            teacher = row.teacher if row is not None and s < row.example.num_tokens else None
-            k = 0 if teacher is None else teacher.topk_logits_SK.shape[1]
-            padding = [-np.inf] * (5 - k), [-1] * (5 - k)
-            if teacher is None:
-                expected = (padding[0], padding[1], 0, [1, 1], 0, [-1] * 4)
-            else:
-                expected = (
-                    [*teacher.topk_logits_SK[s], *padding[0]], [*teacher.topk_token_ids_SK[s], *padding[1]], teacher.log_sum_exp_logits_S[s],
-                    [teacher.tail_mass_TS[0, s], teacher.tail_mass_TS[1, s]], teacher.label_logprobs_S[s], [*teacher.tail_token_ids_SM[s]],
-                )  # fmt: skip
-            fields = (
-                batch.topk_logits_BSK, batch.topk_token_ids_BSK, batch.log_sum_exp_logits_BS, batch.tail_mass_BST,
-                batch.label_logprobs_BS, batch.tail_token_ids_BSM,
-            )  # fmt: skip
-            for field, wanted in zip(fields, expected, strict=True):
-                assert field[b, s].tolist() == np.asarray(wanted).tolist()
+            check_fields(batch, (b, s), row, s)
+    packed = pack(rows, pad_id=0, multiple_of=8)
+    assert packed.cu_seqlens.tolist() == [0, 3, 13, 14, 16]
+    assert packed.indices_B.tolist() == [0, 1, 2]
+    assert packed.loss_positions_N.tolist() == list(range(14))
+    assert packed.topk_logits_BSK.shape == (1, 16, 5)
+    for start, row in ((0, rows[0]), (3, rows[2]), (13, rows[3]), (14, None)):
+        for s in range(2 if row is None else row.example.num_tokens):
+            check_fields(packed, (0, start + s), row, s)
+    halves = [batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([2, 1]))]
+    for half, columns in zip(halves, (range(3, 11), (2, 1)), strict=True):
+        for place, s in enumerate(columns):
+            check_fields(half, (2, place), rows[2], s)
+    assert halves[1].loss_positions_N.tolist() == [0, 1, 4, 5]
 
 
 def test_a_batch_of_different_caches_has_what_all_of_them_have():

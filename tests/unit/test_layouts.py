@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, ParallelConfig, check_layout, length_multiple
+from nemo_kd.config.model import GPTArchitecture, ParallelConfig, check_layout, check_training_layout, length_multiple
 from nemo_kd.config.student import StudentModelConfig
 from nemo_kd.config.teacher import ModelConfig
-from nemo_kd.data.collate import pack
+from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore.model import transformer_config
 from nemo_kd.mcore.schedule import context_positions
 
@@ -54,14 +56,47 @@ def test_sizes_that_do_not_cut_the_model_are_refused():
         check_layout(ARCHITECTURE, ParallelConfig(tensor_model_parallel_size=8))
 
 
-@pytest.mark.parametrize(
-    "name", ["pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size"]
-)
-def test_students_have_tensor_and_data_parallelism_only(name):
-    with pytest.raises(ConfigError, match=f"model.{name}: 2 is not available in this version; use 1"):
-        StudentModelConfig(**{name: 2})
-    with pytest.raises(ConfigError, match=r"model.sequence_parallel: True is not available in this version; use False"):
-        StudentModelConfig(sequence_parallel=True)
+def test_what_students_cannot_have_is_refused():
+    StudentModelConfig(virtual_pipeline_model_parallel_size=1, pipeline_model_parallel_size=2, sequence_parallel=True)
+    with pytest.raises(
+        ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 2 is not supported; leave it out"
+    ):
+        StudentModelConfig(virtual_pipeline_model_parallel_size=2)
+    experts = replace(ARCHITECTURE, num_moe_experts=4, moe_router_topk=2)
+    check_training_layout(experts, ParallelConfig(2, sequence_parallel=True))
+    check_training_layout(ARCHITECTURE, ParallelConfig(2))
+    with pytest.raises(
+        ConfigError, match=r"model.sequence_parallel: False with model.tensor_model_parallel_size=2, but"
+    ):
+        check_training_layout(experts, ParallelConfig(2))
+    with pytest.raises(ConfigError, match=r"model.pipeline_model_parallel_size: 4 does not divide"):
+        check_training_layout(experts, ParallelConfig(pipeline_model_parallel_size=4))
+
+
+def test_recomputation_is_complete_or_refused():
+    full = StudentModelConfig(activations_checkpoint_granularity="full")
+    assert (full.activations_checkpoint_method, full.activations_checkpoint_num_layers) == ("uniform", 1)
+    selective = {"activations_checkpoint_granularity": "selective", "activations_checkpoint_method": "block"}
+    assert StudentModelConfig(**selective).activations_checkpoint_method is None
+    for name, value, message in (
+        ("granularity", "some", "'some' is not one of full, selective"),
+        ("method", "some", "'some' is not one of uniform, block"),
+        ("num_layers", 0, "0 must be at least 1"),
+    ):
+        with pytest.raises(ConfigError, match=f"model.activations_checkpoint_{name}: {message}"):
+            StudentModelConfig(**{f"activations_checkpoint_{name}": value})
+
+
+def test_a_context_parallel_rank_holds_its_columns_of_every_field():
+    rows = [example(3, 7), example(1, 16)]
+    whole = collate(rows, 0, 8)
+    assert whole.loss_positions_N.tolist() == [*range(7), *range(16, 32)]
+    for rank in range(2):
+        columns = context_positions(16, rank, 2)
+        part = whole.columns(columns)
+        assert torch.equal(part.position_ids_BS[1], columns)
+        assert torch.equal(part.labels_BS, whole.labels_BS[:, columns])
+        assert part.loss_positions_N.tolist() == [s for s in range(4) if columns[s] < 7] + [*range(8, 16)]
 
 
 def test_the_length_multiple_of_layouts():

@@ -101,25 +101,22 @@ def test_chunks_are_mixed_and_read_one_after_the_other(weights):
     assert sorted(pass_order([5, 7, 3], (1, 2), CHUNKS)) == list(range(15))
 
 
-def batches(order, rank, size, consumed=0, steps_per_epoch=2, max_steps=7):
-    result = TrainingBatches(order, 8, steps_per_epoch, max_steps, data_parallel_rank=rank, data_parallel_size=size)
+def batches(order, consumed=0, steps_per_epoch=2, max_steps=7):
+    result = TrainingBatches(order, 8, steps_per_epoch, max_steps)
     result.consumed_samples = consumed
     return list(result)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize(("weights", "shuffle"), ORDERS)
-def test_ranks_share_the_same_global_batches(ranks, weights, shuffle):
+def test_global_batches_follow_the_order(weights, shuffle):
     order = SampleOrder(SOURCES, weights, 3, shuffle)
-    together = [sum(parts, []) for parts in zip(*(batches(order, rank, ranks) for rank in range(ranks)), strict=True)]
-    assert together == batches(order, 0, 1)
-    assert [sum(together[start : start + 2], []) for start in (0, 2, 4)] == [
+    straight = batches(order)
+    assert [sum(straight[start : start + 2], []) for start in (0, 2, 4)] == [
         order.epoch(epoch, 16).tolist() for epoch in range(3)
     ]
-    # A run that stopped after any number of batches goes on with the next one, on any number of ranks.
+    # A run that stopped after any number of batches goes on with the next one.
     for done in range(8):
-        rest = [batches(order, rank, ranks, done * 8) for rank in range(ranks)]
-        assert [sum(parts, []) for parts in zip(*rest, strict=True)] == together[done:]
+        assert batches(order, done * 8) == straight[done:]
 
 
 def test_resuming_late_costs_no_more_than_an_epoch(monkeypatch):
@@ -129,16 +126,16 @@ def test_resuming_late_costs_no_more_than_an_epoch(monkeypatch):
     monkeypatch.setattr(
         SampleOrder, "epoch", lambda self, epoch, count: asked.append(epoch) or draw(self, epoch, count)
     )
-    assert len(batches(order, 0, 1, consumed=8 * 1999, max_steps=2000)) == 1
+    assert len(batches(order, consumed=8 * 1999, max_steps=2000)) == 1
     assert asked == [999]
 
 
-@pytest.mark.parametrize(("num_samples", "ranks"), [(11, 1), (11, 2), (11, 4), (8, 4), (1, 4)])
-def test_evaluation_sees_every_example_once(num_samples, ranks):
-    parts = [list(EvaluationBatches(num_samples, 8, rank, ranks)) for rank in range(ranks)]
-    assert len({tuple(len(batch) for batch in part) for part in parts}) == 1
-    seen = [position for part in parts for batch in part for position in batch if position >= 0]
-    assert sorted(seen) == list(range(num_samples))
+@pytest.mark.parametrize("num_samples", [11, 8, 1])
+def test_evaluation_sees_every_example_once(num_samples):
+    found = list(EvaluationBatches(num_samples, 8))
+    assert sum(found, []) == list(range(num_samples))
+    assert len(found) == len(EvaluationBatches(num_samples, 8))
+    assert {len(batch) for batch in found[:-1]} <= {8}
 
 
 def data_config(**values):
@@ -179,6 +176,8 @@ def test_paths_with_and_without_weights(train, paths, weights):
         ({"data_prefix": {"test": [1.0, "a"]}}, "model.data.data_prefix.test: weights are for train only"),
         ({"shuffle": "chunk"}, "model.data.shuffle: 'chunk' is not one of true, false, chunks"),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
+        ({"max_tokens_per_batch": 0}, "model.data.max_tokens_per_batch: 0 must be at least 1"),
+        ({"num_workers": -1}, "model.data.num_workers: -1 must not be negative"),
     ],
 )
 def test_wrong_data_settings_are_named(values, message):

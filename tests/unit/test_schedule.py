@@ -1,35 +1,127 @@
-"""The learning-rate schedule against NeMo's own CosineAnnealing."""
+"""The learning rate at every step against NeMo's own schedulers and written-out tables."""
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
-from nemo.core.optim.lr_scheduler import CosineAnnealing
+from nemo.core.optim import lr_scheduler as nemo
 
-from nemo_kd.config.student import SchedConfig
-from nemo_kd.mcore.optimizer import learning_rate_factor
+from nemo_kd.config import ConfigError
+from nemo_kd.config.optim import OptimConfig, SchedConfig
+from nemo_kd.trainer.learning_rate import check_schedule, learning_rate_factor, lr_scheduler
+
+LR = 1e-3
+
+
+def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
+    return [lr * learning_rate_factor(step, sched, lr, max_steps) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize(
-    ("warmup", "constant", "max_steps", "min_lr"),
-    [(0, 0, 20, 0.0), (5, 0, 30, 1e-4), (3, 7, 40, 9e-5), (10, 0, 10, 0.0)],
+    ("name", "settings", "max_steps"),
+    [
+        ("CosineAnnealing", {"warmup_steps": 0, "constant_steps": 0}, 20),
+        ("CosineAnnealing", {"warmup_steps": 5, "min_lr": 1e-4}, 30),
+        ("CosineAnnealing", {"warmup_steps": 3, "constant_steps": 7, "min_lr": 9e-5}, 40),
+        ("CosineAnnealing", {"warmup_ratio": 0.13, "constant_ratio": 0.26, "min_lr": 9e-5}, 50),
+        ("CosineAnnealing", {"warmup_steps": 10}, 10),
+        ("CosineAnnealing", {"warmup_steps": 4, "constant_steps": 6}, 10),
+        ("WarmupAnnealing", {"warmup_steps": 6, "min_lr": 2e-4}, 30),
+        ("WarmupAnnealing", {"warmup_ratio": 0.2}, 30),
+        ("WarmupAnnealing", {}, 12),
+        ("InverseSquareRootAnnealing", {"warmup_steps": 5}, 40),
+        ("InverseSquareRootAnnealing", {}, 12),
+        ("WarmupPolicy", {"warmup_steps": 5, "min_lr": 1e-4}, 12),
+    ],
 )
-def test_cosine_annealing_is_nemos(warmup, constant, max_steps, min_lr):
-    lr = 1e-3
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
-    reference = CosineAnnealing(
-        optimizer, max_steps=max_steps, warmup_steps=warmup, constant_steps=constant, min_lr=min_lr
-    )
-    sched = SchedConfig(warmup_steps=warmup, constant_steps=constant, min_lr=min_lr)
-    for step in range(max_steps):
-        ours = lr * learning_rate_factor(step, sched, lr, max_steps)
+def test_every_step_is_nemos(name, settings, max_steps):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
+    reference = getattr(nemo, name)(optimizer, max_steps=max_steps, **settings)
+    for step, ours in enumerate(rates(SchedConfig(name=name, **settings), max_steps)):
         assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12), step
         optimizer.step()
         reference.step()
 
 
-def test_warmup_ratio_and_constant():
-    sched = SchedConfig(name="constant", warmup_ratio=0.1)
-    factors = [learning_rate_factor(step, sched, 1.0, 100) for step in range(100)]
-    assert factors[0] == pytest.approx(1 / 11)
-    assert factors[10:] == [1.0] * 90
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"name": "linear", "warmup_steps": 3, "min_lr": 0.2},
+            [0.25, 0.5, 0.75, 1.0, 0.8857, 0.7714, 0.6571, 0.5429, 0.4286, 0.3143],
+        ),
+        (
+            {"name": "linear", "warmup_steps": 2, "constant_steps": 4, "min_lr": 0.2},
+            [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2],
+        ),
+        (
+            {"name": "CosineAnnealing", "warmup_ratio": 0.2, "constant_ratio": 0.4, "min_lr": 0.2},
+            [0.0, 0.5, 1.0, 0.8828, 0.6, 0.3172, 0.2, 0.2, 0.2, 0.2],
+        ),
+        (
+            {"name": "inverse_square_root", "warmup_steps": 2, "min_lr": 0.6},
+            [0.3333, 0.6667, 1.0, 0.866, 0.7746, 0.7071, 0.6547, 0.6124, 0.6, 0.6],
+        ),
+        ({"name": "constant", "warmup_ratio": 0.35}, [0.25, 0.5, 0.75] + [1.0] * 7),
+        ({"name": "constant"}, [1.0] * 10),
+    ],
+    ids=lambda value: value["name"] if isinstance(value, dict) else "",
+)
+def test_table(settings, expected):
+    assert rates(SchedConfig(**settings), 10, lr=1.0) == pytest.approx(expected, abs=1e-4)
+
+
+def test_the_optimizer_gets_it_step_by_step():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=7.0)
+    optim = OptimConfig(lr=LR, sched=SchedConfig(warmup_steps=3, min_lr=1e-4))
+    scheduler = lr_scheduler(optimizer, optim, 12)
+    for expected in rates(optim.sched, 12):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "cosine"}, "model.optim.sched.name: 'cosine' is not one of CosineAnnealing, WarmupAnnealing"),
+        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "give warmup_steps or warmup_ratio, not both"),
+        ({"constant_steps": 3, "constant_ratio": 0.1}, "give constant_steps or constant_ratio, not both"),
+        ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must not be negative"),
+        ({"constant_ratio": 1.5}, "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1"),
+        ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        SchedConfig(**settings)
+
+
+def test_parts_that_are_more_than_the_run_are_refused_a_long_warmup_is_told(caplog):
+    with pytest.raises(ConfigError, match="10 steps of warmup and 1000 constant steps at min_lr are more than the 900"):
+        check_schedule(OptimConfig(sched=SchedConfig(warmup_steps=10, constant_steps=1000)), 900)
+    with pytest.raises(ConfigError, match="60 steps of warmup and 50 constant"):
+        check_schedule(OptimConfig(sched=SchedConfig(warmup_ratio=0.6, constant_ratio=0.5)), 100)
+    with caplog.at_level(logging.WARNING):
+        check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 11)
+        assert not caplog.text
+        check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 5)
+    assert "a warmup of 10 steps in a run of 5: the learning rate ends at 0.455, never reaching lr=1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"name": "sgd"}, "model.optim.name: 'sgd' is not one of distributed_fused_adam, adamw, adam"),
+        ({"lr": -1.0}, "model.optim.lr: -1.0 must not be negative"),
+        ({"lr": float("nan")}, "model.optim.lr: nan must not be negative"),
+        ({"weight_decay": -0.1}, "model.optim.weight_decay: -0.1 must not be negative"),
+        ({"eps": 0.0}, "model.optim.eps: 0.0 must be above 0"),
+        ({"lr": 1e-5, "sched": SchedConfig(min_lr=1e-4)}, "min_lr: 0.0001 must be from 0 to model.optim.lr"),
+    ],
+)
+def test_impossible_optimizers_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        OptimConfig(**settings)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError
@@ -35,7 +36,7 @@ LARGEST = max(
 )
 """The largest id in the caches of this file."""
 
-GROUPS = SimpleNamespace(data_rank=0, data_size=1)
+GROUPS = SimpleNamespace(data_rank=0, data_size=1, context_rank=0, context_size=1, device=torch.device("cpu"))
 
 
 def architecture(vocab_size: int = 300) -> GPTArchitecture:
@@ -187,6 +188,7 @@ def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
     drawn = sum(list(data.training), [])
     assert len(drawn) == 80
     assert sum(position < 4 for position in drawn) == 20
+    assert data.splits["train"].num_tokens(3) == data.splits["train"][3].example.num_tokens
     assert [len(micro_batch.indices_B) for batch in data.train_dataloader() for micro_batch in batch] == [2] * 40
     with pytest.raises(
         ConfigError, match=r"the weight of .*a/train_CHUNK_ID.jsonl\[:4\] gives it none of the 8 samples of an epoch"

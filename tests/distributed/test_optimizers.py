@@ -1,0 +1,105 @@
+"""What the optimizers' names mean, against torch's own, and which kernel is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import megatron.core.optimizer
+import pytest
+import torch
+
+from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.model import build_gpt_model, transformer_config
+from nemo_kd.mcore.optimizer import ModelOptimizer, training_options, wrap_for_training
+from tests.tiny_models import save_hf_model
+
+LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, [0.8, 0.9], 1e-6, 0.3, 0.5
+REFERENCES = {"distributed_fused_adam": torch.optim.AdamW, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    return save_hf_model("qwen2_tied", tmp_path_factory.mktemp("optimizers"), 300, num_hidden_layers=1)
+
+
+def wrapped(student: Path, name: str):
+    groups = initialize_model_parallel(ModelConfig(), 1)
+    with open_pretrained(str(student)) as source:
+        config = transformer_config(source.architecture, ModelConfig(), torch.float32, **training_options())
+        model = build_gpt_model(source.architecture, config, 8, False)
+        source.load_weights(model, groups)
+    optim = OptimConfig(name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    return wrap_for_training(model, config, optim.is_sharded), optim
+
+
+def differences(student: Path, name: str) -> list[float]:
+    """Three steps of random gradients beside torch's optimizer: what the weights differ by at most after each."""
+    model, optim = wrapped(student, name)
+    optimizer = ModelOptimizer(model, optim, CLIP)
+    copies = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    groups = [
+        {"params": [copy for copy in copies.values() if copy.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [copy for copy in copies.values() if copy.dim() == 1], "weight_decay": 0.0},
+    ]
+    reference = REFERENCES[name](groups, lr=LR, betas=BETAS, eps=EPS)
+    found = []
+    for step in range(3):
+        generator = torch.Generator().manual_seed(step)
+        for weight, parameter in model.named_parameters():
+            gradient = torch.randn(parameter.shape, generator=generator)
+            parameter.main_grad.copy_(gradient)
+            copies[weight].grad = gradient
+        norm = torch.nn.utils.clip_grad_norm_(copies.values(), CLIP)
+        optimizer.step()
+        reference.step()
+        assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
+        found.append(max(float((copies[n] - p).abs().max()) for n, p in model.named_parameters()))
+    return found
+
+
+@pytest.mark.parametrize("name", list(REFERENCES))
+def test_steps_are_those_of_torch(ranks, student, name):
+    assert max(ranks(1).run(differences, student, name)[0]) < 1e-6
+
+
+class FusedAdam(torch.optim.AdamW):
+    """Stands in for the one of Transformer Engine or Apex, which takes `adam_w_mode`."""
+
+    def __init__(self, params, adam_w_mode=None, **kwargs):
+        super().__init__(params, **kwargs)
+        self.adam_w_mode = adam_w_mode
+
+
+def kernels(student: Path, installed: bool) -> dict[str, tuple[str, bool | None]]:
+    found = {}
+    for name in REFERENCES:
+        model, optim = wrapped(student, name)
+        with with_kernel(installed):
+            inner = ModelOptimizer(model, optim, None).megatron.chained_optimizers[0].optimizer
+        found[name] = (type(inner).__name__, getattr(inner, "adam_w_mode", None))
+    return found
+
+
+def with_kernel(installed: bool):
+    return mock.patch.multiple(
+        megatron.core.optimizer,
+        USING_PYTORCH_OPTIMIZER=not installed,
+        Adam=FusedAdam if installed else torch.optim.AdamW,
+    )
+
+
+def test_the_fused_kernel_is_taken_where_there_is_one(ranks, student):
+    assert ranks(1).run(kernels, student, False)[0] == {
+        "distributed_fused_adam": ("AdamW", None),
+        "adamw": ("AdamW", None),
+        "adam": ("Adam", None),
+    }
+    assert ranks(1).run(kernels, student, True)[0] == {
+        "distributed_fused_adam": ("FusedAdam", True),
+        "adamw": ("FusedAdam", True),
+        "adam": ("FusedAdam", False),
+    }

@@ -1,0 +1,113 @@
+"""Which adapters are meant, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+import pytest
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.model import GPTArchitecture, ParallelConfig
+from nemo_kd.config.peft import ExportConfig, LoraConfig, PeftConfig, check_lora
+from tests.tiny_data import student_config
+
+LAYERS = 6
+
+
+def architecture(**changes) -> GPTArchitecture:
+    fields = {
+        "family": "llama", "vocab_size": 100, "num_layers": LAYERS, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 2,
+        "num_query_groups": 2, "kv_channels": 4, "max_position_embeddings": 64, "layernorm_epsilon": 1e-5, "rotary_base": 1e4,
+    }  # fmt: skip
+    return GPTArchitecture(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (["attention_qkv"], ("attention_qkv",)),
+        (["mlp", "attention_dense"], ("attention_dense", "mlp_fc1", "mlp_fc2")),
+        (["attention", "attention_qkv"], ("attention_qkv", "attention_dense")),
+        (["all"], ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")),
+    ],
+)
+def test_groups_stand_for_projections(names, targets):
+    assert LoraConfig(target_modules=names).targets == targets
+
+
+def test_scale():
+    assert LoraConfig(adapter_dim=8).scale == 1
+    assert LoraConfig(adapter_dim=8, alpha=32).scale == 4
+
+
+def test_every_weight_is_trained_unless_lora_is_asked_for():
+    assert PeftConfig().lora is None
+    assert PeftConfig(peft_scheme=None).lora is None
+    assert PeftConfig(peft_scheme="lora").lora == LoraConfig()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"target_modules": ["q_proj"]},
+            "target_modules: ['q_proj'] must be of attention_qkv, attention_dense, mlp_fc1",
+        ),
+        ({"target_modules": []}, "target_modules: [] must be of"),
+        ({"adapter_dim": 0}, "adapter_dim: 0 must be at least 1"),
+        ({"alpha": 0.0}, "alpha: 0.0 must be above 0"),
+        ({"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be from [0, 1)"),
+        ({"column_init_method": "ones"}, "column_init_method: 'ones' is not one of xavier, normal, kaiming, zero"),
+        ({"column_init_method": "zero"}, "zero for both leaves no gradient"),
+    ],
+)
+def test_impossible_adapters(settings, message):
+    with pytest.raises(ConfigError) as error:
+        LoraConfig(**settings)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("lora", "model", "stages", "message"),
+    [
+        ({"layer_selection": [1, 7]}, {}, 1, "layer_selection: [1, 7] must be of the model's layers 1 to 6"),
+        ({"layer_selection": [0]}, {}, 1, "layer_selection: [0] must be of"),
+        ({"layer_selection": []}, {}, 1, "layer_selection: [] must be of"),
+        ({"layer_selection": [1, 2]}, {}, 3, "leaves pipeline stage 2 of 3 (layers 3 to 4) nothing to train"),
+        (
+            {"target_modules": ["all"]},
+            {"family": "mixtral", "num_moe_experts": 4, "moe_router_topk": 2},
+            1,
+            "mlp_fc1, mlp_fc2 would be adapters of experts, which are not supported; use attention",
+        ),
+    ],
+)
+def test_adapters_that_the_model_has_no_place_for(lora, model, stages, message):
+    with pytest.raises(ConfigError) as error:
+        check_lora(LoraConfig(**lora), architecture(**model), ParallelConfig(pipeline_model_parallel_size=stages))
+    assert message in str(error.value)
+
+
+def test_adapters_that_fit():
+    mixture = architecture(family="mixtral", num_moe_experts=4, moe_router_topk=2)
+    check_lora(LoraConfig(target_modules=["attention"]), mixture, ParallelConfig())
+    check_lora(LoraConfig(layer_selection=[2, 3, 6]), architecture(), ParallelConfig(pipeline_model_parallel_size=3))
+    check_lora(None, architecture(), ParallelConfig())
+
+
+def test_a_file_of_adapters_is_not_read():
+    with pytest.raises(
+        ConfigError, match=r"model\.peft\.restore_from_path: a\.nemo is not read; give the \.nemo that the run"
+    ):
+        PeftConfig(restore_from_path="a.nemo")
+
+
+def test_export(tmp_path):
+    with pytest.raises(ConfigError, match=r"export\.lora: 'both' is not one of merged, adapter"):
+        ExportConfig(lora="both")
+    with pytest.raises(ConfigError, match=r"export\.lora: adapter, but export\.hf=false writes no folder"):
+        ExportConfig(lora="adapter")
+    with pytest.raises(ConfigError, match=r"export\.lora: adapter, but model\.peft\.peft_scheme=none trains none"):
+        student_config(tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter")
+    config = student_config(
+        tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter", model__peft__peft_scheme="lora"
+    )
+    assert config.model.peft.lora is not None
