@@ -21,7 +21,6 @@ from nemo_kd.batch import Batch
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
 from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.order import FILLER
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
@@ -281,7 +280,7 @@ class StudentModule(pl.LightningModule):
         mine = (found, [index for part in batch for index in part.indices_B.tolist()])
         torch.distributed.all_gather_object(everything, mine)
         culprits, examples = ({index for part in parts for index in part} for parts in zip(*everything, strict=True))
-        return sorted(culprits - {FILLER}), sorted(examples - {FILLER})
+        return sorted(culprits), sorted(examples)
 
     def _log_step(
         self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
