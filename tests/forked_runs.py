@@ -38,6 +38,7 @@ class StudentRun:
         self.log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
         self.messages = log_dir.with_name(f"{log_dir.name}.{time.monotonic_ns()}.messages")
+        self._lines_before = len(metrics(log_dir))
         self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         overrides = {"trainer__devices": world_size, **overrides}
         self.ranks = [
@@ -58,7 +59,10 @@ class StudentRun:
             time.sleep(0.02)
 
     def wait_for_step(self, step: int) -> None:
-        self.wait_until(lambda: step in training_rows(self.log_dir))
+        """Until this run, not one before it, has completed the step."""
+        self.wait_until(
+            lambda: any(row["step"] == step for row in metrics(self.log_dir)[self._lines_before :] if "lr" in row)
+        )
 
     def send(self, rank: int, number: signal.Signals) -> None:
         pid = self.ranks[rank].pid
