@@ -55,6 +55,9 @@ from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
 
+FILLER = -1
+"""In a batch's indices a row that stands for no example."""
+
 
 class StudentModule(pl.LightningModule):
     """One optimizer step per `training_step`, run by Megatron's schedule over the rank's micro-batches."""
@@ -280,7 +283,7 @@ class StudentModule(pl.LightningModule):
         mine = (found, [index for part in batch for index in part.indices_B.tolist()])
         torch.distributed.all_gather_object(everything, mine)
         culprits, examples = ({index for part in parts for index in part} for parts in zip(*everything, strict=True))
-        return sorted(culprits), sorted(examples)
+        return sorted(culprits - {FILLER}), sorted(examples - {FILLER})
 
     def _log_step(
         self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
