@@ -44,7 +44,7 @@ TP, PP, CP, EP = (
     {f"model__{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
 SP = {"model__sequence_parallel": True}
-ADAM = {"model__optim__name": "adamw"}
+ADAMW = {"model__optim__name": "adamw"}
 PADDED = {"model__data__packing": False}
 DYNAMIC = {"model__data__max_tokens_per_batch": 150}
 ALONE = {"model__micro_batch_size": 1}
@@ -69,14 +69,14 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "TP SP": ("dense", TP | SP | DYNAMIC | SELECTIVE),
         "PP": ("dense", PP | PADDED),
         "PP dynamic": ("dense", PP | DYNAMIC | FULL),
-        "PP tied": ("tied", PP | DYNAMIC | ADAM),
+        "PP tied": ("tied", PP | DYNAMIC | ADAMW),
         "CP": ("dense", CP),
-        "CP dynamic": ("dense", CP | DYNAMIC | FULL | ADAM),
-        "DP dynamic": ("dense", DYNAMIC | ADAM),
+        "CP dynamic": ("dense", CP | DYNAMIC | FULL | ADAMW),
+        "DP dynamic": ("dense", DYNAMIC | ADAMW),
         "DP overlap": ("dense", DYNAMIC | OVERLAP),
-        "DP tied overlap": ("tied", OVERLAP | ADAM),
+        "DP tied overlap": ("tied", OVERLAP | ADAMW),
         "EP": ("mixtral", EP | DYNAMIC),
-        "EP CP": ("mixtral", EP | CP | ADAM),
+        "EP CP": ("mixtral", EP | CP | ADAMW),
         "PP experts": ("qwen3_moe", PP | DYNAMIC),
     },
     4: {
@@ -250,7 +250,7 @@ def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[
     }
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "distributed_fused_adam"])
+@pytest.mark.parametrize("optimizer", ["adamw", "distributed_fused_adam"])
 @pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed"])
 def test_half_precision_keeps_float32_gradients_and_optimizer(ranks, world, optimizer, precision):
     students, train, _, _ = world
@@ -265,7 +265,7 @@ def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
     """bf16 has 8 bits; losses summed over a few hundred tokens, whose rounding is random, stay within a percent."""
     students, train, validation, _ = world
     expected = straight["tied"][0]
-    for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAM}.items():
+    for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAMW}.items():
         bf16 = {"trainer__precision": "bf16", **settings}
         found = ranks(2).run(run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo")[0]
         assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), name
