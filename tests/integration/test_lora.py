@@ -30,7 +30,7 @@ from nemo_kd.trainer.splits import load_splits
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import run_stage_2, training_rows
 from tests.integration.test_student_layouts import (
-    ADAM,
+    ADAMW,
     CP,
     DYNAMIC,
     EP,
@@ -72,7 +72,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "TP": ("dense", TP, "all"),
         "TP SP": ("dense", TP | SP | FULL, "all"),
         "PP": ("dense", PP | FULL, "all"),
-        "CP": ("dense", CP | ADAM, "all"),
+        "CP": ("dense", CP | ADAMW, "all"),
         "DP": ("dense", DYNAMIC, "all"),
         "TP second": ("tied", TP | SECOND, "second"),
         "TP dropout": ("dense", TP | DROPOUT, ""),
