@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "interruption": {"config"},
     "watchdog": set(),
-    "metrics": set(),
+    "metrics": {"config"},
     "ops": {"batch"},
     "data": {"batch", "config"},
     "cache": {"batch", "config"},
