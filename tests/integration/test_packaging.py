@@ -33,13 +33,13 @@ def test_the_wheel_holds_conf_and_commands(tmp_path):
         check=True,
     )
     for command in (target / "bin").iterdir():
-        arguments = ["--help"] if command.name == "logit_cache" else ["--cfg", "job"]
+        arguments = ["--help"] if command.name in ("logit_cache", "plot_runs") else ["--cfg", "job"]
         line = [sys.executable, str(command), *arguments]
         result = subprocess.run(
             line, capture_output=True, text=True, check=False, cwd=tmp_path, env={"PYTHONPATH": str(target)}
         )
         assert result.returncode == 0, result.stderr
-    assert len(list((target / "bin").iterdir())) == 4
+    assert len(list((target / "bin").iterdir())) == 5
 
 
 def readme_commands() -> list[str]:
