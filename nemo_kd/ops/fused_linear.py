@@ -83,7 +83,9 @@ class _FusedLinear(torch.autograd.Function):
                 torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
                 if d_weight_vH is not None:
                     _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
-        of_blocks = of_blocks or [TokenLosses(hidden_NH.new_empty(0, dtype=dtype), None, None)]
+        if not of_blocks:
+            empty = hidden_NH.new_empty(0, dtype=dtype)
+            of_blocks = [TokenLosses(empty, None if teacher is None else empty, None)]
         ce_N, kd_N, compared = (
             None if parts[0] is None else torch.cat(parts) for parts in zip(*of_blocks, strict=True)
         )

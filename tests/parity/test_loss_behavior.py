@@ -249,7 +249,8 @@ def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
     shard, found = VocabShard(start, num_real, problem.logits_NV.shape[1], group), []
     for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
         logits_Nv = local_Nv.clone().requires_grad_()
-        ce_N, kd_N = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+        losses = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+        ce_N, kd_N = losses.ce_N, losses.kd_N
         (ce_N + kd_N).sum().backward()
         values_nan = bool(ce_N.isnan()[2] and (kd_N.isnan()[2] or one.support == "renormalize"))
         found.append((name_of(one), values_nan, bool(logits_Nv.grad[2].isnan().any())))
