@@ -1,13 +1,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
 
 .PHONY: help quickstart test lint format venv clean
 
 help:
 	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
-	@echo "make test         lint, type checks and tests"
+	@echo "make test         lint, type checks and tests, by WORKERS=$(WORKERS) processes"
 	@echo "make format       format the code"
 
 venv: $(VENV)/.installed
@@ -34,7 +35,7 @@ format: venv
 	$(BIN)/ruff format .
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 40
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,10 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import pytest
 
 from tests.ranks import Ranks
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # As shells start what they put into the background; the runs under test would inherit it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from nemo_kd.interruption import REQUEUE
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "distributed" / "rank_program.py"
 KEYS = ["pretrained_checkpoint.restore_from_path=t", "data.data.file_path=d.jsonl", "output_path=o.jsonl"]
-TIMEOUT_S = 60
+TIMEOUT_S = 180
 
 
 class Run:

@@ -330,7 +330,7 @@ def run_with_a_slow_disk(*args: object) -> str:
     original = CacheWriter.assemble_complete
 
     def assemble_complete(self, up_to=None):
-        time.sleep(11)
+        time.sleep(20)
         original(self, up_to)
 
     CacheWriter.assemble_complete = assemble_complete
@@ -342,6 +342,6 @@ def run_with_a_slow_disk(*args: object) -> str:
 
 def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
     model, dataset = world
-    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.15, "end_at_idx": 3}
+    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.3, "end_at_idx": 3}
     assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == ["", ""]
     assert (tmp_path / "c.jsonl").exists()
