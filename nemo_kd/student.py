@@ -34,7 +34,13 @@ from nemo_kd.mcore.lora import (
     load_adapter_state,
 )
 from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.optimizer import ModelOptimizer, sharding_metadata, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import (
+    ModelOptimizer,
+    release,
+    sharding_metadata,
+    training_options,
+    wrap_for_training,
+)
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.metrics import forward_flops
@@ -357,6 +363,7 @@ def train_student(config: TrainStudentConfig) -> None:
         lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
         trainer = build_trainer(config, settings, plan, groups, lifetime)
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
+        stack.callback(release, module.model)
         steps = {
             "steps": plan.max_steps,
             "steps an epoch": plan.steps_per_epoch,

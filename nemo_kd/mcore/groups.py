@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 from dataclasses import dataclass
 from datetime import timedelta
@@ -201,6 +202,7 @@ def destroy_model_parallel() -> None:
     parallel_state.destroy_model_parallel()
     _replicas.cache_clear()
     _joined.cache_clear()
+    gc.collect()  # a model that is in a cycle keeps its groups
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

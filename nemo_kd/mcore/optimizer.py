@@ -61,6 +61,15 @@ def wrap_for_training(
     return ddp
 
 
+def release(ddp: DistributedDataParallel) -> None:
+    """Ends its training. Megatron's hooks on autograd's nodes close a circle, through C++, that would keep the weights for ever."""
+    ddp.grad_accs.clear()
+    ddp.config.grad_scale_func = None  # the optimizer's, whose shards of float32 weights are views that hold such nodes
+    for parameter in ddp.parameters():
+        if hasattr(parameter, "main_param"):
+            del parameter.main_param
+
+
 def overlaps_gradients() -> bool:
     """Whether gradients are reduced while others are still made."""
     return torch.cuda.is_available()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import math
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.reader import CacheReader
@@ -134,6 +136,26 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
         in said
     )
     assert f"KL to the teacher {means['teacher_kl']:.3f}" in said
+
+
+def models_left(*args) -> int:
+    """How many models are still in memory after a run."""
+    assert run_stage_2(*args) == ""
+    gc.collect()
+    return sum(type(one) is GPTModel for one in gc.get_objects())
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "distributed_fused_adam"])
+def test_nothing_of_a_model_stays_in_memory(ranks, world, tmp_path, optimizer):
+    student, first, _, validation = world
+    overrides = {
+        "trainer__devices": 2,
+        "model__optim__name": optimizer,
+        "model__global_batch_size": 2,
+        "model__micro_batch_size": 1,
+        "trainer__knowledge_distillation__max_steps": 1,
+    }
+    assert ranks(2).run(models_left, student, first, validation, tmp_path, overrides) == [0, 0]
 
 
 def test_speed_of_a_step(ranks, world, tmp_path):
