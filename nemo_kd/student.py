@@ -20,7 +20,7 @@ from nemo_kd import __version__
 from nemo_kd.batch import Batch
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture, check_batch_sizes, check_training_layout
 from nemo_kd.config.peft import check_lora
-from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.student import SPLITS, TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
@@ -47,7 +47,7 @@ from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.agreement import Agreement
-from nemo_kd.trainer.best import export_best
+from nemo_kd.trainer.best import take_best
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.experiment import build_trainer, experiment_settings
 from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
@@ -56,7 +56,7 @@ from nemo_kd.trainer.logging import source_names
 from nemo_kd.trainer.meter import StepMeter
 from nemo_kd.trainer.non_finite import NonFiniteSteps
 from nemo_kd.trainer.plan import plan_training
-from nemo_kd.trainer.splits import SPLITS, load_splits
+from nemo_kd.trainer.splits import load_splits
 from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
@@ -110,9 +110,8 @@ class StudentModule(pl.LightningModule):
         )
         self.validation_sums: torch.Tensor | None = None
         self.meter = StepMeter(
-            forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision
+            forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision, self.lora is None
         )
-        self.first_step = True
         self.agreement = Agreement()
         self.non_finite = NonFiniteSteps(config.trainer.knowledge_distillation.non_finite)
 
@@ -295,7 +294,7 @@ class StudentModule(pl.LightningModule):
         self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
     ) -> None:
         means = self._log_means("train", sums_RM)
-        if self.first_step:
+        if self.global_step == 1:
             self._judge_first_step(means)
         self._log_axis()
         self.log_dict(
@@ -312,7 +311,6 @@ class StudentModule(pl.LightningModule):
             self.log(name, value, prog_bar=name == "perf/tokens_per_s")
 
     def _judge_first_step(self, means: dict[str, float]) -> None:
-        self.first_step = False
         if "sft_loss" in means:
             text, doubt = first_step_report(means, self.architecture.vocab_size)
             log.info(text)
@@ -329,8 +327,9 @@ def train_student(config: TrainStudentConfig) -> None:
         NonFiniteError: a step's loss or gradient is not finite, and it is not to be skipped.
         Requeue: it was told to stop, or its time is over; the same call goes on from the checkpoint that it left.
     """
-    StudentLoss(config.model.knowledge_distillation).check()
-    settings = experiment_settings(config)
+    loss = StudentLoss(config.model.knowledge_distillation, compares=config.model.data.uses_cache)
+    loss.check()
+    settings = experiment_settings(config, loss.own_names if loss.custom is None else None)
     with contextlib.ExitStack() as stack:
         pl.seed_everything(config.model.seed)
         timeout_minutes = config.trainer.distributed_timeout_minutes
@@ -342,6 +341,12 @@ def train_student(config: TrainStudentConfig) -> None:
         )
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
+        if config.export.lora == "adapter" and pretrained.kind != "hf":
+            log.warning(
+                "export.lora=adapter: peft loads adapters onto Hugging Face models, and %s is none; convert it "
+                "(convert_checkpoint) and put its folder into the adapter's base_model_name_or_path",
+                config.pretrained_checkpoint.restore_from_path,
+            )
         check_training_layout(architecture, config.model)
         check_lora(config.model.peft.lora, architecture, config.model)
         world_size = torch.distributed.get_world_size()
@@ -373,7 +378,7 @@ def train_student(config: TrainStudentConfig) -> None:
         log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
         with lifetime.watchdog.pause("writing the best weights"):
-            export_best(trainer, module)
+            take_best(trainer, module)
         if "test" in splits:
             trainer.ckpt_path = None  # else it would test the weights that the run went on from
             trainer.test(module, datamodule=data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import sys
@@ -19,10 +18,9 @@ from typing import Any
 
 import torch
 
+from tests.ranks import CONTEXT
 from tests.tiny_data import student_config
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.forked_runs", "nemo_kd.student"])
 TIMEOUT_S = 240
 
 

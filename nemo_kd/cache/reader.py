@@ -32,6 +32,11 @@ INDEXES_AHEAD = 32
 _SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
 
 
+def is_subset(path: str) -> bool:
+    """Whether a path selects rows, as `train_CHUNK_ID.jsonl[:10%]` does."""
+    return _SUBSET.fullmatch(path) is not None
+
+
 @dataclass
 class _Chunk:
     name: str

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from nemo_kd.config.typed import ConfigError
 
@@ -33,6 +33,9 @@ class ChatPromptTokens:
 class DatasetConfig:
     """One JSONL dataset and its formatting."""
 
+    KEY: ClassVar[str] = "data.data"
+    PATH_KEY: ClassVar[str] = "data.data.file_path"
+
     file_path: Any = "???"
     """JSONL file: one record a line, in any format of `format`. Stage 1 also takes {train: PATH, validation: PATH}."""
     format: str = "auto"
@@ -60,16 +63,18 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ConfigError(f"data.data.format: {self.format!r} is not one of {', '.join(FORMATS)}")
+            raise ConfigError(f"{self.KEY}.format: {self.format!r} is not one of {', '.join(FORMATS)}")
         if self.truncation_method not in ("left", "right"):
-            raise ConfigError(f"data.data.truncation_method: {self.truncation_method!r} is not one of left, right")
+            raise ConfigError(f"{self.KEY}.truncation_method: {self.truncation_method!r} is not one of left, right")
         if self.max_seq_length is not None and self.max_seq_length < 2:
-            raise ConfigError(f"data.data.max_seq_length: {self.max_seq_length} must be at least 2")
+            raise ConfigError(f"{self.KEY}.max_seq_length: {self.max_seq_length} must be at least 2")
 
 
 @dataclass
 class DataConfig:
     """The dataset of stage 1."""
+
+    KEY: ClassVar[str] = "data"
 
     chat: bool | None = None
     """True refuses records that are no conversation, False refuses conversations; None takes each record as it is."""
@@ -81,10 +86,12 @@ def sequence_length(key: str, asked: int | None, max_position_embeddings: int) -
     """The longest sequence in tokens: what was asked for, else 4096 or the model's maximum where that is smaller.
 
     Raises:
-        ConfigError: more was asked for than the model's positions are made for.
+        ConfigError: less than two tokens were asked for, or more than the model's positions are made for.
     """
     if asked is None:
         return min(DEFAULT_SEQ_LENGTH, max_position_embeddings)
+    if asked < 2:
+        raise ConfigError(f"{key}: {asked} must be at least 2")
     if asked > max_position_embeddings:
         raise ConfigError(f"{key}: {asked} exceeds the model's max_position_embeddings ({max_position_embeddings})")
     return asked

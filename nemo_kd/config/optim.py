@@ -8,6 +8,7 @@ from typing import NamedTuple
 from nemo_kd.config.typed import ConfigError
 
 KEY = "model.optim"
+DEFAULT_WARMUP_STEPS = 10
 SHARDED = "distributed_fused_adam"
 OPTIMIZERS = (SHARDED, "adamw", "adam")
 SCHEDULES = {
@@ -35,7 +36,7 @@ class SchedConfig:
     name: str = "CosineAnnealing"
     """After a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) down to min_lr, inverse_square_root (NeMo: InverseSquareRootAnnealing), never below min_lr, or constant (NeMo: WarmupPolicy), which knows no min_lr."""
     warmup_steps: int | None = None
-    """Steps of linear warmup."""
+    """Steps of linear warmup; None, without a warmup_ratio: 10."""
     warmup_ratio: float | None = None
     """Instead of warmup_steps: a fraction of all steps."""
     constant_steps: int | None = None
@@ -75,19 +76,20 @@ class SchedConfig:
         Raises:
             ConfigError: warmup and constant steps together are more than the run has.
         """
-        warmup, constant = (
-            steps if steps is not None else int((ratio or 0.0) * max_steps)
-            for steps, ratio in (
-                (self.warmup_steps, self.warmup_ratio),
-                (self.constant_steps, self.constant_ratio),
-            )
-        )
+        warmup = _steps(self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps)
+        constant = _steps(self.constant_steps, self.constant_ratio, 0, max_steps)
         if constant and warmup + constant > max_steps:
             raise ConfigError(
                 f"{KEY}.sched: {warmup} steps of warmup and {constant} constant steps at min_lr are more than the {max_steps} steps "
                 "of the run; lower constant_steps (0: the learning rate falls until the last step), or train longer"
             )
         return Phases(warmup, max(0, max_steps - warmup - constant), constant)
+
+
+def _steps(steps: int | None, ratio: float | None, default: int, max_steps: int) -> int:
+    if ratio is not None:
+        return int(ratio * max_steps)
+    return default if steps is None else steps
 
 
 @dataclass

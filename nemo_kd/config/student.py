@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
-from nemo_kd.config.data import ChatPromptTokens, DatasetConfig
+from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.peft import ExportConfig, PeftConfig
 from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
 from nemo_kd.config.typed import ConfigError
 
+LOOP = "trainer.knowledge_distillation"
+SPLITS = ("train", "validation", "test")
 CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
 
 
@@ -40,15 +42,45 @@ class LoopConfig:
     """A step whose loss or gradient is not a finite number: stop ends the run and names the examples; skip leaves the weights as they are and counts the step in train/skipped_steps, up to 10 in a row."""
 
     def __post_init__(self) -> None:
-        if self.non_finite not in ("stop", "skip"):
+        if self.max_steps < -1:
+            raise ConfigError(f"{LOOP}.max_steps: {self.max_steps} must be -1 or more")
+        if not self.limit_train_batches > 0:
+            raise ConfigError(f"{LOOP}.limit_train_batches: {self.limit_train_batches} must be above 0")
+        if not self.limit_val_batches >= 0:
+            raise ConfigError(f"{LOOP}.limit_val_batches: {self.limit_val_batches} must not be negative")
+        if self.limit_val_batches > 1 and self.limit_val_batches != int(self.limit_val_batches):
             raise ConfigError(
-                f"trainer.knowledge_distillation.non_finite: {self.non_finite!r} is not one of stop, skip"
+                f"{LOOP}.limit_val_batches: {self.limit_val_batches} is neither a whole number of batches nor a fraction up to 1.0"
             )
+        if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
+            raise ConfigError(f"{LOOP}.gradient_clip_val: {self.gradient_clip_val} must not be negative")
+        if self.log_every_n_steps < 1:
+            raise ConfigError(f"{LOOP}.log_every_n_steps: {self.log_every_n_steps} must be at least 1")
+        if self.non_finite not in ("stop", "skip"):
+            raise ConfigError(f"{LOOP}.non_finite: {self.non_finite!r} is not one of stop, skip")
 
 
 @dataclass
 class StudentTrainerConfig(TrainerConfig):
     knowledge_distillation: LoopConfig = field(default_factory=LoopConfig)
+
+
+@dataclass
+class StudentDatasetConfig(DatasetConfig):
+    """Formatting of the datasets that stage 2 reads itself, whose paths stand in data_prefix."""
+
+    KEY: ClassVar[str] = "model.data.dataset"
+    PATH_KEY: ClassVar[str] = "model.data.data_prefix"
+
+    file_path: Any = ""
+    """Not used: model.data.data_prefix names the files."""
+
+
+@dataclass
+class StudentRecordsConfig(DataConfig):
+    """What stage 1 calls `data`."""
+
+    KEY: ClassVar[str] = "model.data"
 
 
 @dataclass
@@ -80,7 +112,7 @@ class StudentDataConfig:
     chat: bool | None = None
     """data_impl=dataset: as stage 1's data.chat."""
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
-    dataset: DatasetConfig = field(default_factory=lambda: DatasetConfig(file_path=""))
+    dataset: StudentDatasetConfig = field(default_factory=StudentDatasetConfig)
     """data_impl=dataset: as stage 1's data.data, without file_path."""
 
     def __post_init__(self) -> None:
@@ -92,13 +124,16 @@ class StudentDataConfig:
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
+        if self.seq_length is not None and self.seq_length < 2:
+            raise ConfigError(f"model.data.seq_length: {self.seq_length} must be at least 2")
+        self._check_num_chunks()
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
             raise ConfigError(f"model.data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1")
         if self.num_workers < 0:
             raise ConfigError(f"model.data.num_workers: {self.num_workers} must not be negative")
         if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
             raise ConfigError(f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks")
-        unknown = sorted(set(self.data_prefix) - {"train", "validation", "test"})
+        unknown = sorted(set(self.data_prefix) - set(SPLITS))
         if unknown:
             raise ConfigError(
                 f"model.data.data_prefix: unknown splits {', '.join(unknown)}; known: train, validation, test"
@@ -107,6 +142,16 @@ class StudentDataConfig:
             if self.weights(split) is not None and split != "train":
                 raise ConfigError(
                     f"model.data.data_prefix.{split}: weights are for train only, here every row counts once; give the paths alone"
+                )
+
+    def _check_num_chunks(self) -> None:
+        chosen = self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
+        for split, number in chosen.items():
+            is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+            if split not in SPLITS or not (is_count or number is None):
+                raise ConfigError(
+                    f"model.data.n_chunks: {self.n_chunks!r} is neither a number of chunks nor one for each split, "
+                    "{train: 2, validation: 1}"
                 )
 
     def paths(self, split: str) -> list[str]:

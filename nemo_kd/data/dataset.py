@@ -43,7 +43,7 @@ class TokenizedDataset:
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_seq_length, self.vocab_size = max_seq_length, vocab_size
-        self.records = JsonlRecords(config.data.file_path)
+        self.records = JsonlRecords(config.data.file_path, config.data.PATH_KEY)
         self.prompt_template = PromptTemplate(config.data)
 
     def __len__(self) -> int:
@@ -117,15 +117,19 @@ class TokenizedDataset:
         asked, chat = self.config.data.format, self.config.chat
         found = next((key for key in ("messages", "conversations") if key in record), "prompt_template")
         if asked in ("messages", "conversations") and asked not in record:
-            raise DataError(f"data.data.format={asked} needs the field `{asked}`; the record has {', '.join(record)}")
+            raise DataError(
+                f"{self.config.data.KEY}.format={asked} needs the field `{asked}`; the record has {', '.join(record)}"
+            )
         kind = found if asked == "auto" else asked
         if chat is True and kind == "prompt_template":
             raise DataError(
-                f"data.chat=True needs the field `messages` or `conversations`; the record has {', '.join(record)}. "
-                "Set data.chat=False for input/output records"
+                f"{self.config.KEY}.chat=True needs the field `messages` or `conversations`; the record has {', '.join(record)}. "
+                f"Set {self.config.KEY}.chat=False for input/output records"
             )
         if chat is False and kind != "prompt_template":
-            raise DataError(f"data.chat=False, but the record is a conversation (`{kind}`); set data.chat=True")
+            raise DataError(
+                f"{self.config.KEY}.chat=False, but the record is a conversation (`{kind}`); set {self.config.KEY}.chat=True"
+            )
         return kind
 
 

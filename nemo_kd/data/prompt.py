@@ -12,8 +12,6 @@ from nemo_kd.config.data import DatasetConfig
 from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import encode, encode_continuation
 
-_KEY = "data.data.prompt_template"
-
 
 class PromptTemplate:
     """A template such as "{input} {output}" whose last field carries the answer.
@@ -27,12 +25,12 @@ class PromptTemplate:
 
     def __init__(self, config: DatasetConfig) -> None:
         self.config = config
-        parts = _parse(config.prompt_template)
+        parts = _parse(config.prompt_template, f"{config.KEY}.prompt_template")
         literal, last = parts[-1] if parts else ("", None)
         self.fields = [name for _, name in parts if name is not None]
         if last != config.label_key or self.fields.count(last) > 1:
             raise ConfigError(
-                f"{_KEY}: {config.prompt_template!r} must end with the field of data.data.label_key, "
+                f"{config.KEY}.prompt_template: {config.prompt_template!r} must end with the field of {config.KEY}.label_key, "
                 f"{{{config.label_key}}}, and hold it once"
             )
         self._prompt: list[tuple[str, str | None]] = [*parts[:-1], (literal.rstrip(" "), None)]
@@ -49,14 +47,20 @@ class PromptTemplate:
             DataError: a field is missing or no text, or a special token is asked for that the tokenizer lacks.
         """
         values = {name: _text(record, name) for name in self.fields}
-        start = [_special(tokenizer, "bos")] if self.config.add_bos else []
-        separator = [_special(tokenizer, "sep")] if self.config.add_sep else []
-        end = [_special(tokenizer, "eos")] if self.config.add_eos else []
+        start = [self._special(tokenizer, "bos")] if self.config.add_bos else []
+        separator = [self._special(tokenizer, "sep")] if self.config.add_sep else []
+        end = [self._special(tokenizer, "eos")] if self.config.add_eos else []
         answer = encode_continuation(tokenizer, self._joint + values[self.config.label_key])
         room = max_length - sum(map(len, (start, separator, answer, end)))
         context = [*start, *self._cut_prompt(values, tokenizer, room), *separator]
         trained = [*answer, *end]
         return context + trained, [False] * len(context) + [True] * len(trained)
+
+    def _special(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if token_id is None:
+            raise DataError(f"{self.config.KEY}.add_{name}=True, but the tokenizer has no {name} token")
+        return int(token_id)
 
     def _cut_prompt(self, values: dict[str, str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
         """The prompt's ids, with as many tokens cut from the fields that may be cut as `room` tokens ask for."""
@@ -83,23 +87,16 @@ class PromptTemplate:
         return [token_id for position, token_id in enumerate(ids) if position not in cut]
 
 
-def _parse(template: str) -> list[tuple[str, str | None]]:
+def _parse(template: str, key: str) -> list[tuple[str, str | None]]:
     """Literal texts, each with the name of the field after it."""
     try:
         parts = list(string.Formatter().parse(template))
     except ValueError as error:
-        raise ConfigError(f"{_KEY}: {template!r} is malformed ({error})") from error
+        raise ConfigError(f"{key}: {template!r} is malformed ({error})") from error
     for _, name, specification, conversion in parts:
         if name == "" or specification or conversion:
-            raise ConfigError(f"{_KEY}: in {template!r} every field must be a plain name such as {{input}}")
+            raise ConfigError(f"{key}: in {template!r} every field must be a plain name such as {{input}}")
     return [(literal, name) for literal, name, _, _ in parts]
-
-
-def _special(tokenizer: PreTrainedTokenizerBase, name: str) -> int:
-    token_id = getattr(tokenizer, f"{name}_token_id")
-    if token_id is None:
-        raise DataError(f"data.data.add_{name}=True, but the tokenizer has no {name} token")
-    return int(token_id)
 
 
 def _text(record: dict[str, Any], name: str) -> str:
@@ -109,5 +106,5 @@ def _text(record: dict[str, Any], name: str) -> str:
             if name in record
             else f"the record has {', '.join(record) or 'nothing'}"
         )
-        raise DataError(f"the field `{name}` of {_KEY} must be a text, but {found}")
+        raise DataError(f"the field `{name}` of prompt_template must be a text, but {found}")
     return record[name]

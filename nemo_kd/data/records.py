@@ -27,7 +27,7 @@ class JsonlRecords:
         DataError: the file is missing, unreadable or without records; on access: a line is no JSON object.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, key: str = "data.data.file_path") -> None:
         self.path = Path(path)
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
         self._file: tuple[int, int] | None = None  # (process, descriptor)
@@ -41,7 +41,7 @@ class JsonlRecords:
                         self._lines.append(number)
                     offset += len(line)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; check data.data.file_path") from error
+            raise DataError(f"{self.path}: {error.strerror}; check {key}") from error
         if not self._starts:
             raise DataError(f"{self.path}: the file has no records; a dataset holds one JSON object a line")
 

@@ -46,7 +46,8 @@ class CheckpointWrite:
     """A distributed checkpoint on its way into an empty folder; every rank makes one.
 
     The constructor returns as soon as there is a snapshot: tensors of a GPU are copied to host memory, those of the CPU
-    belong to a forked process from then on. That process writes this rank's files, and ends with this one.
+    belong to a forked process from then on. That process writes this rank's files, and ends with this one. The copies
+    are pinned memory, which a fork shares: they are kept here until it is done with them, lest something else gets them.
     """
 
     def __init__(self, state: dict[str, Any], folder: Path) -> None:
@@ -65,11 +66,12 @@ class CheckpointWrite:
             filesystem_async._results_queue = None
         self._outcome = folder / f".outcome_{torch.distributed.get_rank()}"
         self._writer: Any = None
+        self._buckets: Any = None
         if self._request.async_fn is not None:
-            buckets = self._request.preload_fn()
+            self._buckets = self._request.preload_fn()
             self._writer = multiprocessing.get_context("fork").Process(
                 target=_write_files,
-                args=(self._request.async_fn.args[0], buckets, self._outcome, os.getpid()),
+                args=(self._request.async_fn.args[0], self._buckets, self._outcome, os.getpid()),
                 name="checkpoint writer",
             )
             self._writer.start()
@@ -90,6 +92,7 @@ class CheckpointWrite:
         sums: dict[str, FileSum] = {}
         if self._writer is not None:
             self._writer.join()
+            self._buckets = None
             results: Any = RuntimeError(f"the process that writes it ended with the status {self._writer.exitcode}")
             if self._outcome.exists():
                 results, sums = pickle.loads(self._outcome.read_bytes())

@@ -55,7 +55,12 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What `folder` holds for the sharded tensors of `state`, and all its plain values; every rank calls it."""
+    """What `folder` holds for the sharded tensors of `state`, and all its plain values; every rank calls it.
+
+    Raises:
+        ConfigError: `.metadata` is damaged, or would run code.
+    """
+    _read_metadata(folder / ".metadata")  # torch will unpickle it
     return dist_checkpointing.load(
         state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
     )

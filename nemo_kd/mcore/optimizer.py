@@ -16,6 +16,9 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.optim import OptimConfig
 
+CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")
+"""What the configuration says of a group of parameters, whatever a checkpoint does."""
+
 
 def sharding_metadata() -> dict[str, Any]:
     """How a distributed checkpoint lays out the optimizer: so that it loads at any tensor- and data-parallel size.
@@ -26,6 +29,7 @@ def sharding_metadata() -> dict[str, Any]:
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank of all replicas holds the whole state, not each
     }
 
 
@@ -151,8 +155,12 @@ class ModelOptimizer(torch.optim.Optimizer):
         return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=sharding_metadata())
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from a checkpoint's moments, with the weight decay and decay rates of now."""
+        chosen = [{name: group[name] for name in CHOSEN if name in group} for group in self.param_groups]
         with torch.no_grad():
             self.megatron.load_state_dict(state)
+        for group, values in zip(self.param_groups, chosen, strict=True):
+            group.update(values)
 
     def state_dict(self) -> dict[str, Any]:
         """Empty: the state is saved through `sharded_state_dict`."""

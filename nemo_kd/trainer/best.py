@@ -12,6 +12,7 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
 from nemo_kd.mcore.distributed_checkpoint import load_plain, load_sharded
 from nemo_kd.trainer.checkpoints import checkpoint_folder
+from nemo_kd.trainer.resume import agreed_damage
 
 log = logging.getLogger(__name__)
 
@@ -26,23 +27,28 @@ class Student(Protocol):
     def save_to(self, save_path: str) -> None: ...
 
 
-def export_best(trainer: pl.Trainer, student: Student) -> None:
-    """Leaves the weights of the best checkpoint as NAME-best.nemo where they are not the last ones; all ranks take part.
+def take_best(trainer: pl.Trainer, student: Student) -> None:
+    """Gives the student the weights of the best checkpoint, and leaves them as NAME-best.nemo where they are not the last.
 
-    Comes after training, which left the last ones as NAME.nemo. The student has the best ones then. Where the best are
-    the last, what an earlier run left as the best is removed. Does nothing where exp_manager writes no archive, or the
-    best instead of the last one (`save_best_model`).
+    All ranks take part. Comes after training, which left the last ones as NAME.nemo. Where the best are the last, what
+    an earlier run left as the best is removed. Writes nothing where exp_manager writes no archive
+    (`save_nemo_on_train_end`), and does nothing where training ended with the best (`save_best_model`).
     """
     callbacks = [callback for callback in trainer.callbacks if isinstance(callback, NeMoModelCheckpoint)]
-    if not callbacks or not callbacks[0].save_nemo_on_train_end or callbacks[0].save_best_model:
+    if not callbacks or callbacks[0].save_best_model:
         return
+    writes = callbacks[0].save_nemo_on_train_end
     best, last = trainer.strategy.broadcast((callbacks[0].best_model_path, callbacks[0]._format_nemo_checkpoint_name()))
     if not best:
         return
     folder, archive = checkpoint_folder(best), Path(last.removesuffix(".nemo") + "-best.nemo")
+    problem = agreed_damage(folder)
+    if problem is not None:
+        log.warning("%s, the best checkpoint, is damaged: %s; the last weights take its place", folder, problem)
+        return
     step = load_plain(folder)["global_step"]
     if step == trainer.global_step:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and writes:
             archive.unlink(missing_ok=True)
             shutil.rmtree(archive.with_name(archive.name.removesuffix(".nemo") + "-hf"), ignore_errors=True)
         log.info("the last weights are the best ones by %s: %s", callbacks[0].monitor, last)
@@ -50,5 +56,6 @@ def export_best(trainer: pl.Trainer, student: Student) -> None:
     state = load_sharded({"state_dict": student.sharded_state_dict()}, folder)
     student.load_sharded_state_dict(state["state_dict"])
     trainer.datamodule.load_state_dict(state[type(trainer.datamodule).__qualname__])
-    student.save_to(str(archive))
-    log.info("the best weights by %s, of step %d: %s", callbacks[0].monitor, step, archive)
+    if writes:
+        student.save_to(str(archive))
+    log.info("the best weights by %s are of step %d%s", callbacks[0].monitor, step, f": {archive}" if writes else "")

@@ -17,9 +17,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from torch.distributed.checkpoint import CheckpointException
 
+from nemo_kd.config import ConfigError
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.trainer.checkpoint_folder import (
+    CONTENTS,
     DAMAGED,
     LAST,
     PREVIOUS,
@@ -168,10 +170,13 @@ class StudentCheckpoints(NeMoModelCheckpoint):
 
     save_last: bool | None
 
-    def __init__(self, save_interval: int, schedule: StepSchedule, lifetime: Lifetime, **kwargs: Any) -> None:
+    def __init__(
+        self, save_interval: int, schedule: StepSchedule, lifetime: Lifetime, leaves_hf: bool, **kwargs: Any
+    ) -> None:
         super().__init__(enable_version_counter=False, **kwargs)
         self.save_interval, self.schedule, self.lifetime = save_interval, schedule, lifetime
-        self._unranked_name = re.sub(rf"\{{{self.monitor}[^}}]*\}}-?", "", str(self.filename))
+        self.leaves_hf = leaves_hf
+        self._unranked_name = re.sub(rf"(\w+=)?\{{{self.monitor}[^}}]*\}}-?", "", str(self.filename))
         self._first_step = -1
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -196,9 +201,20 @@ class StudentCheckpoints(NeMoModelCheckpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.state.fn == "fit" and self._is_due(trainer):
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+            candidates = self._monitor_candidates(trainer)
+            if self.monitor not in candidates:
+                raise ConfigError(
+                    f"exp_manager.checkpoint_callback_params.monitor: {self.monitor!r} is not measured; known: {', '.join(candidates)}"
+                )
+            is_ranked = bool(torch.as_tensor(candidates[self.monitor]).isfinite())
+            if is_ranked:
+                self._save_topk_checkpoint(trainer, candidates)
+            else:
+                log.warning(
+                    "%s is not finite after step %d; no checkpoint is ranked by it", self.monitor, trainer.global_step
+                )
             if self.save_last:
-                self._save_latest(trainer, str(self.filename))
+                self._save_latest(trainer, str(self.filename) if is_ranked else self._unranked_name)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leaves the archive, unless an earlier run of the same command did and nothing was left to train."""
@@ -206,15 +222,21 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         if not nothing_new and self._last_global_step_saved != trainer.global_step:  # stopped early
             self._save_latest(trainer, self._unranked_name)
         self._finish(trainer)
-        archive = Path(self._format_nemo_checkpoint_name())
-        if trainer.strategy.broadcast(nothing_new and archive.exists()):
-            log.info("nothing is left to train, and %s is there", archive)
+        if trainer.strategy.broadcast(nothing_new and self._is_left(trainer)):
+            log.info("nothing is left to train, and %s is there", self._format_nemo_checkpoint_name())
             return
         save_last = self.save_last
         self.save_last = False  # what NeMo would save here is there already
         with self.lifetime.watchdog.pause("writing the .nemo archive"):
             super().on_train_end(trainer, pl_module)
         self.save_last = save_last
+
+    def _is_left(self, trainer: pl.Trainer) -> bool:
+        """Whether all that a run leaves was written after the checkpoint that this one went on from."""
+        archive = Path(self._format_nemo_checkpoint_name())
+        wanted = [archive, archive.with_name(f"{archive.stem}-hf")] if self.leaves_hf else [archive]
+        made_s = (checkpoint_folder(trainer.ckpt_path) / CONTENTS).stat().st_mtime
+        return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ranks that stop together wait for the checkpoint; one that fails alone would wait for the others forever."""
@@ -258,6 +280,23 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         """A resumed run may save before it has logged anything."""
         consumed = float(trainer.datamodule.training.consumed_samples)
         return {**super()._monitor_candidates(trainer), "consumed_samples": torch.tensor(consumed)}
+
+    def nemo_topk_check_previous_run(self) -> None:
+        """Reads the ranks of an earlier run's checkpoints from their names; NeMo's fails at what is not finite."""
+        label = re.escape(str(self.monitor).replace("/", "_"))
+        value = re.compile(rf"{label}=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?![\w.])")
+        found = {
+            str(path): float(match[1]) for path in self._saved_checkpoint_paths if (match := value.search(path.name))
+        }
+        best = sorted(found, key=lambda path: found[path], reverse=self.mode == "max")
+        if 0 <= self.save_top_k < len(best):
+            if torch.distributed.get_rank() == 0:
+                _discard(map(Path, best[self.save_top_k :]))
+            del best[self.save_top_k :]
+        self.best_k_models = {path: found[path] for path in best}
+        self.kth_best_model_path = best[-1] if best else ""
+        self.best_model_path = best[0] if best else ""
+        self.best_model_score = found[best[0]] if best else None
 
     @property
     def _saved_checkpoint_paths(self) -> Iterable[Path]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ from nemo_kd.trainer.resume import choose_checkpoint
 from nemo_kd.trainer.schedule import StepSchedule
 from nemo_kd.trainer.strategy import MegatronStrategy
 
+log = logging.getLogger(__name__)
+
 DEFAULTS = {
     "seconds_to_sleep": 0,
     "log_tflops_per_sec_per_gpu": False,
@@ -42,6 +46,16 @@ DONE_HERE = {
     "max_time_per_run": None,
 }
 """What exp_manager must leave alone: it knows nothing of damaged checkpoints, nor how all ranks stop at one step."""
+
+WITHOUT_EFFECT = {
+    "disable_validation_on_resume": True,
+    "resume_past_end": False,
+    "create_preemption_callback": True,
+    "checkpoint_callback_params.save_last_n_optim_states": -1,
+    "checkpoint_callback_params.every_n_epochs": 1,
+    "checkpoint_callback_params.save_on_train_epoch_end": False,
+}
+"""exp_manager keys that nothing here asks, with NeMo's defaults."""
 
 WANDB_AXES = {"train": "train_step", "perf": "train_step", "validation": "eval_step", "test": "eval_step"}
 """Sections of metrics and what their charts in Weights & Biases run along: completed steps, at which each was measured."""
@@ -100,16 +114,21 @@ def build_trainer(
                 logger.experiment.define_metric(f"{section}/*", step_metric=axis)
     trainer.loggers = [*trainer.loggers, JsonlLogger(Path(log_dir) / "metrics" / "metrics.jsonl")]
     if settings["create_checkpoint_callback"]:
-        trainer.callbacks.append(_checkpoints(settings, config.name, schedule, lifetime))
+        trainer.callbacks.append(_checkpoints(settings, config, schedule, lifetime))
     return trainer
 
 
-def experiment_settings(config: TrainStudentConfig) -> dict[str, Any]:
+def experiment_settings(config: TrainStudentConfig, measured: Sequence[str] | None = None) -> dict[str, Any]:
     """All of `exp_manager`'s keys, with defaults.
+
+    Args:
+        measured: names of what validation/... reports, by which checkpoints can be ranked; None: not known.
 
     Raises:
         ConfigError: a key is unknown, or impossible here.
     """
+    if "/" in config.name:
+        raise ConfigError(f"name: {config.name!r} names files and must not contain a slash")
     schema = OmegaConf.structured(ExpManagerConfig)
     try:
         merged = OmegaConf.merge(schema, DEFAULTS, {"name": config.name}, config.exp_manager)
@@ -120,6 +139,10 @@ def experiment_settings(config: TrainStudentConfig) -> dict[str, Any]:
             "exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name"
         )
     params = merged.checkpoint_callback_params
+    folders: list[tuple[Any, str]] = [(merged, "exp_dir"), (merged, "explicit_log_dir"), (params, "dirpath")]
+    for section, key in (*folders, (merged, "resume_from_checkpoint")):
+        if section[key]:
+            section[key] = os.path.expanduser(section[key])
     for key in ("every_n_train_steps", "train_time_interval"):
         if params[key]:
             raise ConfigError(
@@ -131,13 +154,52 @@ def experiment_settings(config: TrainStudentConfig) -> dict[str, Any]:
             "exp_manager.max_time_per_run: it stops a run that goes on from its checkpoint later, but "
             "exp_manager.create_checkpoint_callback=False writes none; leave one of them out"
         )
+    if merged.ema and merged.ema.enable:
+        raise ConfigError("exp_manager.ema.enable: True is not supported here; leave it out")
+    for key, value in WITHOUT_EFFECT.items():
+        if OmegaConf.select(merged, key) != value:
+            log.warning("exp_manager.%s: %s has no effect here", key, OmegaConf.select(merged, key))
+    _check_checkpoints(config, merged, measured)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
-def _checkpoints(settings: dict[str, Any], name: str, schedule: StepSchedule, lifetime: Lifetime) -> StudentCheckpoints:
+def _check_checkpoints(config: TrainStudentConfig, settings: Any, measured: Sequence[str] | None) -> None:
+    """How checkpoints are told apart, and what is left of them at the end."""
+    key, params = "exp_manager.checkpoint_callback_params", settings.checkpoint_callback_params
+    if params.mode not in ("min", "max"):
+        raise ConfigError(f"{key}.mode: {params.mode!r} is not one of min, max")
+    if params.save_top_k < -1:
+        raise ConfigError(f"{key}.save_top_k: {params.save_top_k} must be -1 (all), 0 (none) or more")
+    for name in ("filename", "prefix"):
+        if "/" in (params[name] or ""):
+            raise ConfigError(
+                f"{key}.{name}: {params[name]!r} must not contain a slash; dirpath says where checkpoints lie"
+            )
+    known = ["val_loss", *(f"validation/{name}" for name in measured or ())]
+    if params.monitor not in known and measured is not None:
+        raise ConfigError(f"{key}.monitor: {params.monitor!r} is not measured; known: {', '.join(known)}")
+    if params.save_best_model and params.save_weights_only:
+        raise ConfigError(f"{key}: save_best_model needs whole checkpoints; leave save_weights_only out")
+    if config.export.hf and not (settings.create_checkpoint_callback and params.save_nemo_on_train_end):
+        raise ConfigError(
+            f"export.hf: the folder is written with the .nemo archive, which {key}.save_nemo_on_train_end=false or "
+            "exp_manager.create_checkpoint_callback=false leaves out; set both to true"
+        )
+
+
+def _checkpoints(
+    settings: dict[str, Any], config: TrainStudentConfig, schedule: StepSchedule, lifetime: Lifetime
+) -> StudentCheckpoints:
+    name = config.name
     params = {key: settings["checkpoint_callback_params"][key] for key in CallbackParams.__dataclass_fields__}
     del params["filepath"]
-    params["filename"] = params["filename"] or f"{name}--{{{params['monitor']}:.4f}}-{{step}}-{{consumed_samples}}"
+    if not params["filename"]:
+        # As Lightning would from {val_loss:.4f}, but the name of a metric may have a slash.
+        label = params["monitor"].replace("/", "_")
+        params["filename"] = (
+            f"{name}--{label}={{{params['monitor']}:.4f}}-step={{step}}-consumed_samples={{consumed_samples}}"
+        )
+        params["auto_insert_metric_name"] = False
     params["prefix"] = params["prefix"] or name
-    resumes = bool(settings["resume_if_exists"])
-    return StudentCheckpoints(schedule.plan.save_interval, schedule, lifetime, n_resume=resumes, **params)
+    params["n_resume"] = bool(settings["resume_if_exists"])
+    return StudentCheckpoints(schedule.plan.save_interval, schedule, lifetime, config.export.hf, **params)

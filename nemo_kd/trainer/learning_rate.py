@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 
@@ -56,6 +57,17 @@ def lr_scheduler(
     """The learning rate over the run's optimizer steps."""
     for group in optimizer.param_groups:
         group["initial_lr"] = optim.lr
-    return torch.optim.lr_scheduler.LambdaLR(
+    return _Schedule(
         optimizer, functools.partial(learning_rate_factor, sched=optim.sched, max_lr=optim.lr, max_steps=max_steps)
     )
+
+
+class _Schedule(torch.optim.lr_scheduler.LambdaLR):
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on at the step of a checkpoint, by the configuration of now."""
+        base_lrs = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = base_lrs
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

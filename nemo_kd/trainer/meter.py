@@ -45,12 +45,18 @@ class WatchedLoader:
 
 
 class StepMeter:
-    """Measures one training step at a time; validation and checkpoints in between do not count."""
+    """Measures one training step at a time; validation and checkpoints in between do not count.
 
-    def __init__(self, flops: ForwardFlops, device: torch.device, context_size: int, precision: str) -> None:
+    Args:
+        all_train: whether all weights are trained. The operations of a step with frozen ones are not counted.
+    """
+
+    def __init__(
+        self, flops: ForwardFlops, device: torch.device, context_size: int, precision: str, all_train: bool
+    ) -> None:
         self.flops, self.device, self.context_size = flops, device, context_size
         on_gpu = device.type == "cuda"
-        peak = peak_flops(torch.cuda.get_device_name(device), precision) if on_gpu else None
+        peak = peak_flops(torch.cuda.get_device_name(device), precision) if on_gpu and all_train else None
         self.peak_flops = None if peak is None else peak * dist.get_world_size()
         self._started_s = self._wait_s = self._waited_before_s = 0.0
 

@@ -35,10 +35,12 @@ def choose_checkpoint(parent: Path, if_exists: bool, none_is_fine: bool, otherwi
     """
     found = _latest(parent) if if_exists else None
     if found is None and otherwise:
-        problem = _damage(Path(otherwise))
+        found = Path(otherwise)
+        problem = agreed_damage(found)
+        if problem is None and _has_weights_only(found):
+            problem = "it holds weights only, without the optimizer's state"
         if problem is not None:
             raise CheckpointError(f"exp_manager.resume_from_checkpoint: {otherwise}: {problem}; give another one")
-        found = Path(otherwise)
     if found is None and if_exists and not none_is_fine:
         raise CheckpointError(
             f"exp_manager.resume_if_exists: no checkpoint in {parent}; to begin anew where there is none set "
@@ -57,7 +59,7 @@ def _latest(parent: Path) -> Path | None:
     damaged: list[tuple[Path, str]] = []
     chosen = None
     for folder in _agreed(_candidates(parent)):
-        problem = _damage(folder)
+        problem = agreed_damage(folder)
         if problem is None:
             chosen = folder
             break
@@ -100,8 +102,8 @@ def _agreed(folders: list[Path]) -> list[Path]:
     return box[0]
 
 
-def _damage(folder: Path) -> str | None:
-    """What any rank found wrong with its share of the files."""
+def agreed_damage(folder: Path) -> str | None:
+    """What any rank found wrong with its share of a checkpoint's files; every rank takes part."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     found: list[Any] = [None] * world_size
     torch.distributed.all_gather_object(found, damage(folder, rank, world_size))

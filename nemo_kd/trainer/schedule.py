@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from typing import Any
 
@@ -9,6 +10,8 @@ import lightning.pytorch as pl
 
 from nemo_kd.mcore.random_state import set_random_state, sharded_random_state
 from nemo_kd.trainer.plan import TrainingPlan
+
+log = logging.getLogger(__name__)
 
 RANDOM_STATE, SCHEDULE = "random_state", "schedule"
 
@@ -24,7 +27,7 @@ class StepSchedule(pl.Callback):
     """
 
     def __init__(self, plan: TrainingPlan) -> None:
-        self.plan, self.validation_is_due = plan, False
+        self.plan, self.validation_is_due, self._has_stopped = plan, False, False
         self._random_state: dict[str, Any] | None = None
 
     def validates_after(self, trainer: pl.Trainer, step: int) -> bool:
@@ -33,6 +36,12 @@ class StepSchedule(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._tell(trainer)
+        if self._has_stopped and trainer.early_stopping_callback is not None:
+            log.warning(
+                "the run that this one goes on from was stopped early; to train on set "
+                "exp_manager.create_early_stopping_callback=false"
+            )
+            trainer.should_stop = True
         if self._random_state is not None:
             set_random_state(self._random_state)
             self._random_state = None
@@ -48,13 +57,14 @@ class StepSchedule(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         checkpoint["loops"]["fit_loop"] |= _between_steps(trainer.global_step, checkpoint["loops"]["fit_loop"])
-        checkpoint[SCHEDULE] = {"validation_is_due": self.validation_is_due}
+        checkpoint[SCHEDULE] = {"validation_is_due": self.validation_is_due, "has_stopped": trainer.should_stop}
         checkpoint[RANDOM_STATE] = sharded_random_state()
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.validation_is_due = checkpoint[SCHEDULE]["validation_is_due"]
+        self._has_stopped = checkpoint[SCHEDULE].get("has_stopped", False)
         self._random_state = checkpoint.get(RANDOM_STATE)
 
     def _tell(self, trainer: pl.Trainer) -> None:

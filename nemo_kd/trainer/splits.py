@@ -16,19 +16,17 @@ from nemo_kd.batch import Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
-from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.reader import CacheReader, is_subset
 from nemo_kd.config import ConfigError
-from nemo_kd.config.data import DataConfig, sequence_length
+from nemo_kd.config.data import sequence_length
 from nemo_kd.config.loss import KEY, LABEL_ESTIMATORS, LossConfig
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
+from nemo_kd.config.student import SPLITS, StudentDataConfig, StudentModelConfig, StudentRecordsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.rows import Rows
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
-
-SPLITS = ("train", "validation", "test")
 
 
 def load_splits(
@@ -41,9 +39,13 @@ def load_splits(
         ConfigError: nothing is left of a split, or of a path that has a weight.
     """
     data = model.data
-    seq_length = sequence_length(
-        "model.data.seq_length", data.seq_length or model.encoder_seq_length, architecture.max_position_embeddings
-    )
+    asked = {
+        "model.data.dataset.max_seq_length": None if data.uses_cache else data.dataset.max_seq_length,
+        "model.data.seq_length": data.seq_length,
+        "model.encoder_seq_length": model.encoder_seq_length,
+    }
+    key = next((key for key, length in asked.items() if length is not None), "model.data.seq_length")
+    seq_length = sequence_length(key, asked[key], architecture.max_position_embeddings)
     paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
     if data.uses_cache:
         splits = _open_caches(paths, data, model.knowledge_distillation, seq_length, architecture, tokenizer)
@@ -237,11 +239,13 @@ def _tokenize(
     examples: list[list[Example]] = []
     skipped: Counter[str] = Counter()
     for path in paths:
-        config: Any = DataConfig(chat=data.chat, chat_prompt_tokens=data.chat_prompt_tokens, data=data.dataset)
-        config.data.file_path = path
-        dataset = TokenizedDataset(
-            config, tokenizer, data.dataset.max_seq_length or seq_length, architecture.vocab_size
-        )
+        if is_subset(path):
+            raise ConfigError(
+                f"model.data.data_prefix.{split}: {path} selects rows, which caches take, and data_impl=dataset does not; "
+                "give a file with these rows alone"
+            )
+        config = StudentRecordsConfig(data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path))
+        dataset = TokenizedDataset(config, tokenizer, seq_length, architecture.vocab_size)
         examples.append([])
         for position in tqdm(range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False):
             example = dataset[position]

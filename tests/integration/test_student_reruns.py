@@ -1,0 +1,153 @@
+"""The same command again, with or without a changed key: what it takes over from the run before and what it leaves."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.mcore.checkpoint_write import file_sum
+from nemo_kd.trainer.checkpoint_folder import CONTENTS, CheckpointError
+from tests.integration.test_stage_1 import run_stage_1
+from tests.integration.test_stage_2 import metrics, run_stage_2
+from tests.tiny_data import write_chat_dataset
+from tests.tiny_models import save_hf_model
+
+SETTINGS = {
+    "name": "run",
+    "model__optim__sched__name": "constant",
+    "trainer__knowledge_distillation__max_steps": 2,
+    "trainer__knowledge_distillation__val_check_interval": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def world(ranks, tmp_path_factory):
+    """Student, training and validation cache."""
+    folder = tmp_path_factory.mktemp("reruns")
+    teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
+    caches = []
+    for split, count, start in (("train", 40, 0), ("validation", 5, 60)):
+        dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
+        caches.append(folder / f"{split}_CHUNK_ID.jsonl")
+        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [""]
+    return save_hf_model("llama2", folder / "student", 300, num_hidden_layers=1), *caches
+
+
+@pytest.fixture
+def train(ranks, world, tmp_path):
+    """Runs in `tmp_path`, again and again."""
+
+    def train(**overrides) -> list[dict]:
+        """The lines of metrics that it adds."""
+        before = len(metrics(tmp_path)) if (tmp_path / "metrics").exists() else 0
+        assert ranks(1).run(run_stage_2, *world, tmp_path, {**SETTINGS, **overrides}) == [""]
+        return metrics(tmp_path)[before:]
+
+    return train
+
+
+def trained(rows: list[dict]) -> list[int]:
+    return [row["step"] for row in rows if "train/loss" in row]
+
+
+def last_checkpoint(folder: Path) -> Path:
+    (found,) = (folder / "checkpoints").glob("*-last")
+    return found
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "distributed_fused_adam"])
+def test_learning_rate_and_weight_decay_are_those_of_now(train, optimizer):
+    overrides = {"model__optim__name": optimizer, "model__optim__lr": 1e-3}
+    assert {round(row["lr"], 8) for row in train(**overrides) if "lr" in row} == {1e-3}
+    # So much weight decay that the first step leaves nothing of the matrices, and the second sees equal logits.
+    overrides |= {"model__optim__lr": 1e-5, "model__optim__weight_decay": 1e5}
+    rows = train(trainer__knowledge_distillation__max_steps=4, **overrides)
+    assert trained(rows) == [3, 4]
+    assert {round(row["lr"], 8) for row in rows if "lr" in row} == {1e-5}
+    third, fourth = (row["train/sft_loss"] for row in rows if "train/sft_loss" in row)
+    assert abs(third - math.log(300)) > 1e-3
+    assert fourth == pytest.approx(math.log(300), abs=1e-5)
+
+
+def test_a_run_that_was_stopped_early_stays_stopped(train, tmp_path):
+    """Nothing is learnt at a learning rate of 0, so the second validation is no better than the first."""
+    overrides = {
+        "model__optim__lr": 0.0,
+        "trainer__knowledge_distillation__max_steps": 4,
+        "exp_manager__create_early_stopping_callback": True,
+        "exp_manager__early_stopping_callback_params": {"monitor": "val_loss", "mode": "min", "patience": 1},
+    }
+    assert trained(train(**overrides)) == [1, 2]
+    archive = tmp_path / "checkpoints" / "run.nemo"
+    written_ns = archive.stat().st_mtime_ns
+    assert trained(train(**overrides)) == []
+    assert archive.stat().st_mtime_ns == written_ns
+    assert trained(train(**overrides | {"exp_manager__create_early_stopping_callback": False})) == [3, 4]
+
+
+def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_path):
+    overrides = {
+        "exp_manager__checkpoint_callback_params": {
+            "monitor": "validation/teacher_kl", "save_top_k": 1, "save_nemo_on_train_end": True,
+        },
+    }  # fmt: skip
+    rows = train(**overrides)
+    values = {row["step"]: row["validation/teacher_kl"] for row in rows if "val_loss" in row}
+    best = int(min(values, key=lambda step: values[step]))
+    (ranked,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.endswith(("=8.0", "=16.0")))
+    assert ranked.name.startswith(f"run--validation_teacher_kl={values[best]:.4f}-step={best}-consumed_samples=")
+    assert trained(train(**overrides, trainer__knowledge_distillation__max_steps=3)) == [3]
+
+
+def test_what_is_older_than_its_checkpoint_is_written_again(train, tmp_path):
+    train()
+    archive, folder = tmp_path / "checkpoints" / "run.nemo", tmp_path / "checkpoints" / "run-hf"
+    written_ns = archive.stat().st_mtime_ns
+    assert not train()
+    assert archive.stat().st_mtime_ns == written_ns
+    train(export__hf=True)
+    assert (folder / "model.safetensors").exists()
+    # As if the run had been killed while it wrote its archive over one of an earlier, shorter run.
+    before_s = (last_checkpoint(tmp_path) / CONTENTS).stat().st_mtime - 10
+    os.utime(archive, (before_s, before_s))
+    train(export__hf=True)
+    assert archive.stat().st_mtime > before_s
+
+
+class _Harmful:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+def error_of(*args) -> str:
+    try:
+        return run_stage_2(*args)
+    except CheckpointError as error:
+        return str(error)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_path):
+    train()
+    checkpoint = last_checkpoint(tmp_path)
+    metadata, contents = checkpoint / ".metadata", json.loads((checkpoint / CONTENTS).read_text())
+    metadata.unlink()  # other checkpoints share the file
+    metadata.write_bytes(pickle.dumps(_Harmful()))
+    contents["files"][".metadata"] = list(file_sum(metadata))
+    (checkpoint / CONTENTS).unlink()
+    (checkpoint / CONTENTS).write_text(json.dumps(contents))
+    overrides = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 3}
+    assert "it refers to posix.system" in ranks(1).run(error_of, *world, tmp_path, overrides)[0]
+
+
+def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, train, tmp_path):
+    params = {"save_weights_only": True, "save_top_k": 1, "save_nemo_on_train_end": True}
+    train(exp_manager__checkpoint_callback_params=params)
+    (ranked,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.endswith(("=8.0", "=16.0")))
+    overrides = {**SETTINGS, "exp_manager__resume_from_checkpoint": str(ranked)}
+    message = ranks(1).run(error_of, *world, tmp_path / "other", overrides)[0]
+    assert f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message

@@ -1,0 +1,71 @@
+"""Keys of exp_manager: what is refused before any work, and what is only told."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from nemo_kd.config import ConfigError
+from nemo_kd.trainer.checkpoints import StudentCheckpoints
+from nemo_kd.trainer.experiment import experiment_settings
+from tests.tiny_data import student_config
+
+PARAMS = "exp_manager__checkpoint_callback_params__"
+MEASURED = ("loss", "teacher_kl")
+
+
+def settings(**overrides):
+    config = student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides)
+    return experiment_settings(config, MEASURED)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"name": "a/b"}, r"name: 'a/b' names files and must not contain a slash"),
+        ({f"{PARAMS}filename": "{validation/loss}"}, "filename: .* must not contain a slash"),
+        ({f"{PARAMS}monitor": "validation_loss"}, "monitor: 'validation_loss' is not measured; known: val_loss, validation/loss"),
+        ({f"{PARAMS}monitor": "validation/teacher_lk"}, "monitor: 'validation/teacher_lk' is not measured"),
+        ({f"{PARAMS}mode": "lowest"}, "mode: 'lowest' is not one of min, max"),
+        ({f"{PARAMS}save_top_k": -2}, "save_top_k: -2 must be -1"),
+        ({f"{PARAMS}save_best_model": True, f"{PARAMS}save_weights_only": True}, "save_best_model needs whole checkpoints"),
+        ({"export__hf": True, f"{PARAMS}save_nemo_on_train_end": False}, "export.hf: .*save_nemo_on_train_end=false"),
+        ({"export__hf": True, "exp_manager__create_checkpoint_callback": False}, "export.hf: .*create_checkpoint_callback"),
+        ({"exp_manager__ema": {"enable": True}}, "exp_manager.ema.enable: True is not supported"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**overrides)
+
+
+def test_what_nothing_here_asks_is_told(caplog):
+    with caplog.at_level(logging.WARNING, "nemo_kd"):
+        settings(**{f"{PARAMS}every_n_epochs": 2})
+    assert "checkpoint_callback_params.every_n_epochs: 2 has no effect here" in caplog.text
+
+
+def test_a_home_folder_is_found_whoever_looks_for_it():
+    found = settings(exp_manager__explicit_log_dir="~/runs", exp_manager__resume_from_checkpoint="~/old")
+    assert found["explicit_log_dir"] == os.path.expanduser("~/runs")
+    assert found["resume_from_checkpoint"] == os.path.expanduser("~/old")
+
+
+def test_ranks_are_read_from_names(tmp_path):
+    """The folder's own name, and values that are no numbers, are no ranks."""
+    folder = tmp_path / "val_loss_runs"
+    names = ("2.5000-step=1", "1.2500-step=2", "nan-step=3", "inf-step=4", "3.0000e-05-step=5", "9.0000-step=6-last")
+    for name in names:
+        (folder / f"kd--val_loss={name}").mkdir(parents=True)
+    schedule = SimpleNamespace(plan=SimpleNamespace(max_steps=9))
+    checkpoints = StudentCheckpoints(
+        1, schedule, SimpleNamespace(), False, dirpath=str(folder), filename="kd", monitor="val_loss", save_top_k=3, n_resume=True,
+    )  # fmt: skip
+    assert sorted(checkpoints.best_k_models.values()) == [3e-5, 1.25, 2.5]
+    assert checkpoints.best_model_path == str(folder / "kd--val_loss=3.0000e-05-step=5")
+    assert math.isclose(checkpoints.best_model_score, 3e-5)
