@@ -11,7 +11,7 @@ import orjson
 from nemo_kd.config import UserInputError
 
 METRICS_FILE = Path("metrics") / "metrics.jsonl"
-SECTIONS = ("validation", "train", "perf")
+SECTIONS = ("validation", "train", "perf", "test")
 """A picture each, of the metrics named SECTION/...; those without a section belong to train."""
 SMOOTHED_ABOVE = 200
 """Curves with more points are drawn faintly, with a running mean of a fiftieth of them on top."""
@@ -56,7 +56,7 @@ def read_curves(path: Path) -> Curves:
 
 
 def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -> list[Path]:
-    """Writes OUTPUT/validation.png, train.png, perf.png: every metric that any of the runs has, all runs in one diagram.
+    """Writes OUTPUT/validation.png, train.png, perf.png and test.png: every metric that any of the runs has, all runs in one diagram.
 
     Args:
         pattern: regular expression that the metrics' names must contain.

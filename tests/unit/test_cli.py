@@ -234,6 +234,14 @@ def test_keys_for_apexs_distributed_optimizer_are_answered():
     assert all(line.endswith(": Megatron Core lays out and reduces gradients by itself") for line in warnings)
 
 
+def test_a_warmup_by_ratio_needs_no_other_key():
+    student, _ = compose(
+        "train_gpt_knowledge_distillation",
+        MINIMAL["train_gpt_knowledge_distillation"] + " model.optim.sched.warmup_ratio=0.1",
+    )
+    assert student.model.optim.sched.phases(200).warmup == 20
+
+
 def test_ignored_keys_tell_why():
     _, warnings = compose("compute_topk_logits", MINIMAL["compute_topk_logits"] + " data.sample=True")
     assert warnings == ["data.sample=True: every example is cached once"]
@@ -246,6 +254,9 @@ def test_aliases_must_not_contradict():
             "compute_topk_logits",
             MINIMAL["compute_topk_logits"] + " forward_micro_batch_size=8 model.micro_batch_size=4",
         )
+
+
+LOOP = "trainer.knowledge_distillation"
 
 
 @pytest.mark.parametrize(
@@ -280,6 +291,33 @@ def test_aliases_must_not_contradict():
         ("train_gpt_knowledge_distillation", "'model.data.data_prefix={train: [a]}'", "no validation data"),
         ("train_gpt_knowledge_distillation", "model.peft.peft_scheme=ptuning", "'ptuning' is not available; use lora"),
         ("train_gpt_knowledge_distillation", "model.optim.name=sgd", "'sgd' is not one of distributed_fused_adam"),
+        *(
+            ("train_gpt_knowledge_distillation", f"'{LOOP}.{key}={value}'", f"{LOOP}.{key}: {value} must")
+            for key, value in (
+                ("max_steps", -7),
+                ("limit_train_batches", 0),
+                ("limit_train_batches", -3),
+                ("limit_val_batches", -1),
+                ("gradient_clip_val", -1.0),
+                ("log_every_n_steps", 0),
+            )
+        ),
+        ("train_gpt_knowledge_distillation", f"{LOOP}.limit_val_batches=2.5", "2.5 is neither a whole number"),
+        *(
+            (
+                "train_gpt_knowledge_distillation",
+                f"'model.data.n_chunks={value}'",
+                "is neither a number of chunks nor one",
+            )
+            for value in ("two", "1.5", "[1, 1]", "{trian: 2}", "{train: 0}", "true")
+        ),
+        ("train_gpt_knowledge_distillation", "model.data.seq_length=0", "model.data.seq_length: 0 must be at least 2"),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.data.dataset.format=foo",
+            "model.data.dataset.format: 'foo' is not",
+        ),
+        ("compute_topk_logits", "data.data.format=foo", "data.data.format: 'foo' is not one of"),
     ],
 )
 def test_wrong_values_are_named(name, override, message):

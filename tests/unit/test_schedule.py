@@ -30,9 +30,9 @@ def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
         ("CosineAnnealing", {"warmup_steps": 4, "constant_steps": 6}, 10),
         ("WarmupAnnealing", {"warmup_steps": 6, "min_lr": 2e-4}, 30),
         ("WarmupAnnealing", {"warmup_ratio": 0.2}, 30),
-        ("WarmupAnnealing", {}, 12),
+        ("WarmupAnnealing", {"warmup_steps": 0}, 12),
         ("InverseSquareRootAnnealing", {"warmup_steps": 5}, 40),
-        ("InverseSquareRootAnnealing", {}, 12),
+        ("InverseSquareRootAnnealing", {"warmup_steps": 0}, 12),
         ("WarmupPolicy", {"warmup_steps": 5, "min_lr": 1e-4}, 12),
     ],
 )
@@ -65,7 +65,8 @@ def test_every_step_is_nemos(name, settings, max_steps):
             [0.3333, 0.6667, 1.0, 0.866, 0.7746, 0.7071, 0.6547, 0.6124, 0.6, 0.6],
         ),
         ({"name": "constant", "warmup_ratio": 0.35}, [0.25, 0.5, 0.75] + [1.0] * 7),
-        ({"name": "constant"}, [1.0] * 10),
+        ({"name": "constant", "warmup_steps": 0}, [1.0] * 10),
+        ({"name": "constant"}, [step / 11 for step in range(1, 11)]),
     ],
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
