@@ -171,6 +171,7 @@ def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Reco
         sampler=work.claims(),
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
+        multiprocessing_context="fork" if num_workers else None,  # a spawned one imports everything anew
         collate_fn=_unchanged,
         worker_init_fn=leave_signals_to_the_main_process,
     )

@@ -144,6 +144,7 @@ class StudentData(pl.LightningDataModule):
             collate_fn=self.collate,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
+            multiprocessing_context="fork" if num_workers else None,  # a spawned one imports everything anew
             generator=torch.Generator(),  # workers' seeds come from it, and not from what dropout draws from
             pin_memory=self.groups.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_main_process,
