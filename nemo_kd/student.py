@@ -365,6 +365,7 @@ def train_student(config: TrainStudentConfig) -> None:
         data = StudentData(
             config, splits, plan.steps_per_epoch, plan.max_steps, padding_id(tokenizer, architecture.vocab_size), groups
         )
+        stack.callback(data.close)
         lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
         trainer = build_trainer(config, settings, plan, groups, lifetime)
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)

@@ -43,6 +43,7 @@ class StudentData(pl.LightningDataModule):
         groups: ProcessGroups,
     ) -> None:
         super().__init__()
+        self._loaders: list[DataLoader[Any]] = []
         self.config, self.splits, self.groups = config, splits, groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
         model = config.model
@@ -138,7 +139,7 @@ class StudentData(pl.LightningDataModule):
 
     def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
         num_workers = self.config.model.data.num_workers
-        return DataLoader(
+        loader = DataLoader(
             MicroBatchRows(self.splits[split], self.batching.share),
             batch_sampler=batches,
             collate_fn=self.collate,
@@ -149,6 +150,16 @@ class StudentData(pl.LightningDataModule):
             pin_memory=self.groups.device.type == "cuda",
             worker_init_fn=leave_signals_to_the_main_process,
         )
+        self._loaders.append(loader)
+        return loader
+
+    def close(self) -> None:
+        """Ends the processes that read ahead; at its end this one would wait for them forever, as they take no signals."""
+        for loader in self._loaders:
+            iterator: Any = loader._iterator  # there is one where workers persist
+            if iterator is not None:
+                iterator._shutdown_workers()
+        self._loaders.clear()
 
 
 def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: int) -> SampleOrder:

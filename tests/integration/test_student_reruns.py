@@ -6,10 +6,13 @@ import json
 import math
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+import nemo_kd
 from nemo_kd.mcore.checkpoint_write import file_sum
 from nemo_kd.trainer.checkpoint_folder import CONTENTS, CheckpointError
 from tests.integration.test_stage_1 import run_stage_1
@@ -151,3 +154,18 @@ def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, tr
     overrides = {**SETTINGS, "exp_manager__resume_from_checkpoint": str(ranked)}
     message = ranks(1).run(error_of, *world, tmp_path / "other", overrides)[0]
     assert f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message
+
+
+def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
+    """They take no signals, so nothing but the run itself ends them."""
+    student, train, validation = world
+    line = [
+        sys.executable, str(Path(nemo_kd.__file__).parents[1] / "examples" / "train_gpt_knowledge_distillation.py"),
+        f"pretrained_checkpoint.restore_from_path={student}", f"exp_manager.explicit_log_dir={tmp_path / 'run'}",
+        f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}", "trainer.precision=32",
+        "trainer.devices=2", "model.global_batch_size=8", "trainer.knowledge_distillation.max_steps=1",
+        "model.data.num_workers=2", "model.knowledge_distillation.kd_loss_weight=1.0",
+    ]  # fmt: skip
+    result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert list((tmp_path / "run" / "checkpoints").glob("*.nemo"))
