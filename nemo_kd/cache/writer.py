@@ -105,6 +105,7 @@ class CacheWriter:
                 if up_to is not None and chunk > up_to:
                     break
                 self._assemble_if_whole(chunk)
+            self._refresh()  # another shard may have listed chunks since, whose segments were gone at the look at them
 
     def _claim(self) -> None:
         """Makes the manifest say what is about to be written; or this job accept what it says."""

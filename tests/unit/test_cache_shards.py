@@ -135,6 +135,24 @@ def test_many_chunks_that_are_whole_at_once_are_all_listed_once(tmp_path, monkey
     assert not [path for path in folder.iterdir() if path.name.endswith((".segments", ".zst.lock"))]
 
 
+def test_a_chunk_listed_by_another_shard_meanwhile_is_not_missing(tmp_path, monkeypatch):
+    """Its segments are removed between a look at the manifest and a look at them."""
+    first, second = (open_writer(tmp_path, (number, 2), **many_segments()) for number in range(2))
+    for writer in (first, second):
+        for segment in writer.missing_segments():
+            write_segment(writer.layout, writer.manifest, segment)
+    listing = CacheLayout.chunks_in_work
+
+    def late(layout: CacheLayout) -> list[int]:
+        monkeypatch.setattr(CacheLayout, "chunks_in_work", listing)
+        second.assemble_complete()
+        return listing(layout)
+
+    monkeypatch.setattr(CacheLayout, "chunks_in_work", late)
+    first.assemble_complete()
+    assert first.missing == second.missing == []
+
+
 def test_shards_share_out_all_segments(tmp_path):
     whole = open_writer(tmp_path)
     everything = whole.missing_segments()
