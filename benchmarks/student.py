@@ -4,8 +4,9 @@
 
 A Llama with random weights and a vocabulary of 128,256 trains on chats about the source of Python's standard library. SFT reads
 the dataset, KD the packed cache of a teacher with 100 kept logits a position (all of them: `cache.min_probability=0`).
-Both are `train_gpt_knowledge_distillation` in a process of its own that holds its student. On a CPU they take turns, step by step;
-ratios are formed within a round, and the first step does not count. Then each trains alone, for the time that it waits for data.
+Both are `train_gpt_knowledge_distillation` in a process of its own that holds its student. On a CPU each kind of KD takes turns with
+SFT, step by step; ratios are formed within a round, and the first step does not count. Then each trains alone, for the time that it
+waits for data.
 Memory is the largest that the kernel saw of a process (VmHWM), on a GPU torch's own peak.
 """
 
@@ -137,22 +138,33 @@ def started(variant: str, setting: Setting, by_turns: bool) -> Iterator[Any]:
     process.join()
 
 
-def by_turns(setting: Setting) -> dict[str, list[Step]]:
-    """Every variant's steps but the first, taken in turns, there and back; on a GPU one variant after the other."""
-    steps: dict[str, list[Step]] = {variant: [] for variant in VARIANTS}
-    groups = [[variant] for variant in VARIANTS] if torch.cuda.is_available() else [list(VARIANTS)]
-    for group in groups:
-        with contextlib.ExitStack() as stack:
-            connections = {name: stack.enter_context(started(name, setting, by_turns=True)) for name in group}
-            for number in range(setting.steps):
-                for name in group[:: -1 if number % 2 else 1]:
-                    connections[name].send(True)
-                    steps[name].append(connections[name].recv())
+def by_turns(setting: Setting, variants: Sequence[str]) -> dict[str, list[Step]]:
+    """The variants' steps but the first, taken in turns, there and back."""
+    steps: dict[str, list[Step]] = {variant: [] for variant in variants}
+    with contextlib.ExitStack() as stack:
+        connections = {name: stack.enter_context(started(name, setting, by_turns=True)) for name in variants}
+        for number in range(setting.steps):
+            for name in variants[:: -1 if number % 2 else 1]:
+                connections[name].send(True)
+                steps[name].append(connections[name].recv())
     return {name: found[1:] for name, found in steps.items()}
 
 
+def beside_sft(setting: Setting) -> dict[str, tuple[list[Step], list[Step]]]:
+    """Every variant's steps, and those of the SFT that it took turns with; on a GPU one variant after the other."""
+    if torch.cuda.is_available():
+        found = {name: by_turns(setting, [name])[name] for name in VARIANTS}
+        return {name: (mine, found["SFT"]) for name, mine in found.items()}
+    pairs: dict[str, tuple[list[Step], list[Step]]] = {}
+    for name in list(VARIANTS)[1:]:
+        found = by_turns(setting, ["SFT", name])
+        pairs.setdefault("SFT", (found["SFT"], found["SFT"]))
+        pairs[name] = found[name], found["SFT"]
+    return pairs
+
+
 def print_table(setting: Setting) -> None:
-    found = by_turns(setting)
+    found = beside_sft(setting)
     alone = {}
     for variant in VARIANTS:
         with started(variant, setting, by_turns=False) as connection:
@@ -162,8 +174,7 @@ def print_table(setting: Setting) -> None:
     on_gpu = torch.cuda.is_available()
     columns += ["MFU alone"] * on_gpu
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
-    for variant, mine in found.items():
-        base = found["SFT"]
+    for variant, (mine, base) in found.items():
         assert [step.loss_tokens for step in mine] == [step.loss_tokens for step in base], "not the same examples"
         cells = [
             variant,
@@ -178,7 +189,7 @@ def print_table(setting: Setting) -> None:
         if on_gpu:
             cells.append(f"{statistics.median(row['perf/mfu_percent'] for row in alone[variant]):.1f}%")
         print(f"| {' | '.join(cells)} |", flush=True)
-    tokens, loss_tokens = (sum(getattr(step, name) for step in found["SFT"]) for name in ("tokens", "loss_tokens"))
+    tokens, loss_tokens = (sum(getattr(step, name) for step in found["SFT"][0]) for name in ("tokens", "loss_tokens"))
     print(
         f"\n{tokens:,} tokens, {loss_tokens:,} of them in the loss, {setting.batch_size} examples a step.", flush=True
     )

@@ -10,7 +10,6 @@ import gc
 import multiprocessing
 import multiprocessing.connection
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -105,11 +104,10 @@ def _serve(rank: int, world_size: int, port: int, pipe: multiprocessing.connecti
 
 def _let_go_of_models() -> None:
     """What a test has trained would keep its process groups, each of which wakes a thread a hundred times a second."""
-    if "nemo_kd.mcore.optimizer" in sys.modules:
-        from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.distributed import DistributedDataParallel
 
-        from nemo_kd.mcore.optimizer import release
+    from nemo_kd.mcore.optimizer import release
 
-        for one in gc.get_objects():
-            if type(one) is DistributedDataParallel:
-                release(one)
+    for one in gc.get_objects():
+        if type(one) is DistributedDataParallel:
+            release(one)

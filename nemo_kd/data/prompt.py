@@ -46,7 +46,7 @@ class PromptTemplate:
         Raises:
             DataError: a field is missing or no text, or a special token is asked for that the tokenizer lacks.
         """
-        values = {name: _text(record, name) for name in self.fields}
+        values = {name: self._text(record, name) for name in self.fields}
         start = [self._special(tokenizer, "bos")] if self.config.add_bos else []
         separator = [self._special(tokenizer, "sep")] if self.config.add_sep else []
         end = [self._special(tokenizer, "eos")] if self.config.add_eos else []
@@ -55,6 +55,16 @@ class PromptTemplate:
         context = [*start, *self._cut_prompt(values, tokenizer, room), *separator]
         trained = [*answer, *end]
         return context + trained, [False] * len(context) + [True] * len(trained)
+
+    def _text(self, record: dict[str, Any], name: str) -> str:
+        if not isinstance(record.get(name), str):
+            found = (
+                f"found {str(record[name])[:80]!r}"
+                if name in record
+                else f"the record has {', '.join(record) or 'nothing'}"
+            )
+            raise DataError(f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, but {found}")
+        return record[name]
 
     def _special(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
         token_id = getattr(tokenizer, f"{name}_token_id")
@@ -97,14 +107,3 @@ def _parse(template: str, key: str) -> list[tuple[str, str | None]]:
         if name == "" or specification or conversion:
             raise ConfigError(f"{key}: in {template!r} every field must be a plain name such as {{input}}")
     return [(literal, name) for literal, name, _, _ in parts]
-
-
-def _text(record: dict[str, Any], name: str) -> str:
-    if not isinstance(record.get(name), str):
-        found = (
-            f"found {str(record[name])[:80]!r}"
-            if name in record
-            else f"the record has {', '.join(record) or 'nothing'}"
-        )
-        raise DataError(f"the field `{name}` of prompt_template must be a text, but {found}")
-    return record[name]

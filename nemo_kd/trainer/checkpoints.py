@@ -43,6 +43,11 @@ def checkpoint_folder(path: str | Path) -> Path:
     return Path(str(path).removesuffix(".ckpt"))
 
 
+def label_of(metric: str) -> str:
+    """How the names of checkpoints call a metric, whose own name may have a slash."""
+    return metric.replace("/", "_")
+
+
 @dataclass
 class _Saved:
     """A state that was saved.
@@ -283,7 +288,7 @@ class StudentCheckpoints(NeMoModelCheckpoint):
 
     def nemo_topk_check_previous_run(self) -> None:
         """Reads the ranks of an earlier run's checkpoints from their names; NeMo's fails at what is not finite."""
-        label = re.escape(str(self.monitor).replace("/", "_"))
+        label = re.escape(label_of(str(self.monitor)))
         value = re.compile(rf"{label}=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?![\w.])")
         found = {
             str(path): float(match[1]) for path in self._saved_checkpoint_paths if (match := value.search(path.name))

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
-from nemo_kd.trainer.checkpoints import StudentCheckpoints
+from nemo_kd.trainer.checkpoints import StudentCheckpoints, label_of
 from nemo_kd.trainer.lifetime import Lifetime
 from nemo_kd.trainer.logging import JsonlLogger, ProgressBar
 from nemo_kd.trainer.plan import TrainingPlan
@@ -157,8 +157,8 @@ def experiment_settings(config: TrainStudentConfig, measured: Sequence[str] | No
     if merged.ema and merged.ema.enable:
         raise ConfigError("exp_manager.ema.enable: True is not supported here; leave it out")
     for key, value in WITHOUT_EFFECT.items():
-        if OmegaConf.select(merged, key) != value:
-            log.warning("exp_manager.%s: %s has no effect here", key, OmegaConf.select(merged, key))
+        if (asked := OmegaConf.select(merged, key)) != value:
+            log.warning("exp_manager.%s: %s has no effect here", key, asked)
     _check_checkpoints(config, merged, measured)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
@@ -194,8 +194,8 @@ def _checkpoints(
     params = {key: settings["checkpoint_callback_params"][key] for key in CallbackParams.__dataclass_fields__}
     del params["filepath"]
     if not params["filename"]:
-        # As Lightning would from {val_loss:.4f}, but the name of a metric may have a slash.
-        label = params["monitor"].replace("/", "_")
+        # As Lightning would from {val_loss:.4f}, but with another label.
+        label = label_of(params["monitor"])
         params["filename"] = (
             f"{name}--{label}={{{params['monitor']}:.4f}}-step={{step}}-consumed_samples={{consumed_samples}}"
         )

@@ -6,9 +6,7 @@ import logging
 from dataclasses import dataclass
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.student import LoopConfig
-
-PREFIX = "trainer.knowledge_distillation"
+from nemo_kd.config.student import LOOP, LoopConfig
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +38,7 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
         max_steps = min(max_steps, loop.max_steps) if loop.max_epochs > 0 else loop.max_steps
     if max_steps < 1:
         raise ConfigError(
-            f"{PREFIX}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing to train"
+            f"{LOOP}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing to train"
         )
     val_check_interval = _steps("val_check_interval", loop.val_check_interval, steps_per_epoch)
     save_interval = val_check_interval
@@ -48,11 +46,11 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
         save_interval = _steps("save_interval", loop.save_interval, steps_per_epoch)
     if val_check_interval < 1 or save_interval < 1:
         raise ConfigError(
-            f"{PREFIX}.val_check_interval: {loop.val_check_interval} and save_interval: {loop.save_interval} must give at least 1 step"
+            f"{LOOP}.val_check_interval: {loop.val_check_interval} and save_interval: {loop.save_interval} must give at least 1 step"
         )
     plan = TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
     for warning in _doubts(loop, plan):
-        log.warning("%s.%s", PREFIX, warning)
+        log.warning("%s.%s", LOOP, warning)
     return plan
 
 
@@ -80,7 +78,7 @@ def _doubts(loop: LoopConfig, plan: TrainingPlan) -> list[str]:
 def _steps(key: str, value: int | float, steps_per_epoch: int, largest: int | None = None) -> int:
     if isinstance(value, float):
         if value > 1.0 and not value.is_integer():
-            raise ConfigError(f"{PREFIX}.{key}: {value} is neither a whole number of steps nor a fraction up to 1.0")
+            raise ConfigError(f"{LOOP}.{key}: {value} is neither a whole number of steps nor a fraction up to 1.0")
         steps = int(value) if value > 1.0 else max(1, int(value * steps_per_epoch)) if value > 0 else 0
     else:
         steps = value

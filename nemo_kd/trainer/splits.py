@@ -50,6 +50,8 @@ def load_splits(
     if data.uses_cache:
         splits = _open_caches(paths, data, model.knowledge_distillation, seq_length, architecture, tokenizer)
     else:
+        for split, of_split in paths.items():
+            _check_no_subset(split, of_split)
         splits = {split: _tokenize(split, paths[split], data, seq_length, architecture, tokenizer) for split in paths}
     for split, rows in splits.items():
         key, chunks = f"model.data.data_prefix.{split}", rows.source_chunks()
@@ -228,6 +230,15 @@ class TokenizedRows:
         return {"paths": self.paths, "fingerprint": f"sha256:{digest.hexdigest()}", "caches": []}
 
 
+def _check_no_subset(split: str, paths: Sequence[str]) -> None:
+    for path in paths:
+        if is_subset(path):
+            raise ConfigError(
+                f"model.data.data_prefix.{split}: {path} selects rows, which caches take, and data_impl=dataset does not; "
+                "give a file with these rows alone"
+            )
+
+
 def _tokenize(
     split: str,
     paths: list[str],
@@ -239,11 +250,6 @@ def _tokenize(
     examples: list[list[Example]] = []
     skipped: Counter[str] = Counter()
     for path in paths:
-        if is_subset(path):
-            raise ConfigError(
-                f"model.data.data_prefix.{split}: {path} selects rows, which caches take, and data_impl=dataset does not; "
-                "give a file with these rows alone"
-            )
         config = StudentRecordsConfig(data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path))
         dataset = TokenizedDataset(config, tokenizer, seq_length, architecture.vocab_size)
         examples.append([])

@@ -17,7 +17,7 @@ from nemo_kd.cli.launch import needs_launch
 from nemo_kd.cli.run import conf_dir, help_text, hydra_arguments
 from nemo_kd.config import ConfigError, describe, typed
 from nemo_kd.config.aligner_keys import translate
-from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig, TrainerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -254,9 +254,6 @@ def test_aliases_must_not_contradict():
             "compute_topk_logits",
             MINIMAL["compute_topk_logits"] + " forward_micro_batch_size=8 model.micro_batch_size=4",
         )
-
-
-LOOP = "trainer.knowledge_distillation"
 
 
 @pytest.mark.parametrize(

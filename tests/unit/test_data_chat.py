@@ -405,9 +405,8 @@ def test_bad_prompt_templates_are_refused(template):
 
 
 def test_records_without_the_fields_are_refused():
-    with pytest.raises(
-        DataError, match="the field `output` of prompt_template must be a text, but the record has input"
-    ):
+    expected = r"the field `output` of data\.data\.prompt_template must be a text, but the record has input"
+    with pytest.raises(DataError, match=expected):
         render_prompt({"input": "x"})
     with pytest.raises(DataError, match="data.data.add_sep=True, but the tokenizer has no sep token"):
         render_prompt({"input": "x", "output": "y"}, add_sep=True)

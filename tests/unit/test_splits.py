@@ -324,3 +324,19 @@ def test_tail_samples_do_not_go_with_fewer_ids():
         overrides = {"model__knowledge_distillation__support": "sampled", f"model__data__{name}": value}
         with pytest.raises(ConfigError, match=f"model.data.{name}: {value} with support=sampled"):
             student_config("m", "t", "v", "l", **overrides)
+
+
+def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
+    monkeypatch.setattr(splits, "TokenizedDataset", lambda *_: pytest.fail("a file was opened"))
+    found = student_config(
+        "m",
+        "t",
+        "v",
+        "l",
+        model__data__data_prefix={"train": ["a.jsonl", "b.jsonl[:10%]"], "validation": ["c.jsonl"]},
+        model__knowledge_distillation__kd_loss_weight=0.0,
+        model__knowledge_distillation__sft_loss_weight=1.0,
+        model__data__data_impl="dataset",
+    )
+    with pytest.raises(ConfigError, match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows"):
+        load_splits(found.model, architecture(), TOKENIZER)
