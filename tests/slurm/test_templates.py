@@ -7,16 +7,20 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
+from tests.integration.test_stage_1 import run_stage_1
+from tests.integration.test_stage_2 import metrics
+from tests.tiny_data import write_chat_dataset
+from tests.tiny_models import save_hf_model
 from tests.unit.test_cli import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "scripts" / "slurm"
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 # Tells about every run of every task, and ends as STATUS_<number of the array task> (or STATUS) says; RUNS is how often.
 STAND_IN = """#!/usr/bin/env bash
@@ -72,10 +76,10 @@ class Cluster:
         (self.folder / "bin" / name).write_text(text)
         (self.folder / "bin" / name).chmod(0o755)
 
-    def submit(self, *options: str, **env: str) -> str:
+    def submit(self, *options: str, template: str = "compute_topk_logits", keys: Sequence[str] = (), **env: str) -> str:
         variables = self.env | env
         options = (f"--ntasks-per-node={variables['TASKS_PER_NODE']}", "--gpus-per-node=0", *options)
-        line = ["sbatch", "--parsable", *options, str(TEMPLATES / "compute_topk_logits.sbatch")]
+        line = ["sbatch", "--parsable", *options, str(TEMPLATES / f"{template}.sbatch"), *keys]
         self.jobs.append(_output(line, cwd=self.folder, env=variables).strip())
         return self.jobs[-1]
 
@@ -109,11 +113,14 @@ class Cluster:
             assert time.monotonic() < limit_s, states
             time.sleep(0.2)
 
-    def until_exists(self, *names: str) -> None:
+    def until(self, is_so: Callable[[], bool]) -> None:
         limit_s = time.monotonic() + TIMEOUT_S
-        while not all((self.cache / name).exists() for name in names):
+        while not is_so():
             assert time.monotonic() < limit_s, self.output()
             time.sleep(0.1)
+
+    def until_exists(self, *names: str) -> None:
+        self.until(lambda: all((self.cache / name).exists() for name in names))
 
     def log(self) -> list[tuple[str, str, str, dict[str, str]]]:
         """(command, array task, restarts, its keys) of every run, in order."""
@@ -206,3 +213,41 @@ def test_the_student_waits_for_requeued_shards(cluster):
     runs = [(command, keys.get("shard")) for command, _, _, keys in cluster.log()]
     assert runs[-1] == ("train_gpt_knowledge_distillation", None)
     assert sorted(shard for _, shard in runs[:-1]) == ["0/1", "0/2", "1/2", "1/2"]
+
+
+def test_a_student_goes_on_after_the_signal_as_if_nothing_had_been(cluster, ranks):
+    """The real command on two nodes, once without and once with a signal in the middle of an epoch."""
+    teacher = save_hf_model("qwen3", cluster.folder / "teacher", 300, seed=1)
+    save_hf_model("llama2", cluster.folder / "student", 300, num_hidden_layers=1)
+    for split, count, start in (("train", 40, 0), ("validation", 5, 60)):
+        dataset = write_chat_dataset(cluster.folder / f"{split}.jsonl", count, start)
+        cache = cluster.cache / f"{split}_with_logits_CHUNK_ID.jsonl.zst"
+        assert ranks(1).run(run_stage_1, teacher, dataset, cache, {"top_k": 4}) == [""]
+    command = Path(sys.executable).with_name("train_gpt_knowledge_distillation")
+    cluster.command(command.name, f'#!/usr/bin/env bash\nOMP_NUM_THREADS=1 exec "{command}" "$@"\n')
+    keys = [f"trainer.knowledge_distillation.{key}" for key in ("max_epochs=40", "val_check_interval=100")]
+    losses, restarts = {}, {}
+    for name in ("straight", "signalled"):
+        results = cluster.folder / name
+        env = {"RESULTS_DIR": str(results), "TASKS_PER_NODE": "1", "GLOBAL_BATCH_SIZE": "8", "PRECISION": "32"}
+        job = cluster.submit("--nodes=2", template="train_student", keys=keys, **env)
+        if name == "signalled":
+            cluster.until(lambda results=results: len(_steps(results)) >= 7)
+            _output(["scancel", "--signal=USR1", job])
+        ((state, restarts[name]),) = cluster.wait(job).values()
+        assert state == "COMPLETED", cluster.output()
+        losses[name] = _steps(results)
+        assert list((results / "checkpoints").glob("*.nemo"))
+    assert restarts == {"straight": 0, "signalled": 1}
+    assert "received SIGUSR1" in cluster.output()
+    assert losses["straight"] == losses["signalled"]
+    assert [step for step, _ in losses["straight"]] == list(
+        range(1, 40 * (39 // 8) + 1)
+    )  # one of 40 records has no answer
+
+
+def _steps(results: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every step of training, in the order of the file."""
+    if not (results / "metrics" / "metrics.jsonl").exists():
+        return []
+    return [(row["step"], row["train/loss"]) for row in metrics(results) if "train/loss" in row]
