@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
-from benchmarks import baseline_losses, losses
+from benchmarks import baseline_losses, losses, results
+from nemo_kd.batch import Batch
 from nemo_kd.ops.token_losses import Divergence
+from nemo_kd.ops.vocab import VocabShard
+from tests.tiny_models import save_hf_model
+from tests.unit.test_cli import MINIMAL, compose
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -67,6 +72,28 @@ def test_the_loss_benchmark_compares_methods_that_agree(baseline, divergence):
         total.backward()
         found.append((total.detach(), logits_NV.grad))
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", results.VARIANTS)
+def test_the_settings_whose_results_are_compared_are_taken(variant):
+    keys = ("sft_loss_weight=1", "kd_loss_weight=1", "support=renormalize", *results.VARIANTS[variant])
+    words = [MINIMAL["train_gpt_knowledge_distillation"], *(f"{results.LOSS}{key}" for key in keys)]
+    compose("train_gpt_knowledge_distillation", " ".join(words))
+
+
+def test_the_dense_teacher_sees_packed_examples_apart(tmp_path):
+    folder = save_hf_model("qwen3", tmp_path, 300)
+    parts = [torch.randint(300, (length,), generator=torch.manual_seed(length)) for length in (17, 1, 9)]
+    tokens_BS = torch.cat(parts)[None]
+    positions_BS = torch.cat([torch.arange(len(part)) for part in parts])[None]
+    ones_BS = torch.ones_like(tokens_BS)
+    indices_B = torch.arange(3)
+    batch = Batch(indices_B, indices_B, torch.tensor([17, 1, 9]), tokens_BS, tokens_BS, ones_BS.float(), positions_BS)
+    found_BSV, _ = results._dense(torch.zeros(1, 27, 300), batch, VocabShard(0, 300, 300), str(folder))
+    teacher = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        expected = [teacher(part[None]).logits[0].log_softmax(dim=-1) for part in parts]
+    torch.testing.assert_close(found_BSV[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
 def _rows(command: list[str]) -> list[list[str]]:
