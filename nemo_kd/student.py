@@ -33,7 +33,7 @@ from nemo_kd.mcore.lora import (
     check_same_adapters,
     load_adapter_state,
 )
-from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
+from nemo_kd.mcore.model import build_chunks, chunks, transformer_config, use_transformer_engine
 from nemo_kd.mcore.optimizer import (
     ModelOptimizer,
     release,
@@ -90,7 +90,7 @@ class StudentModule(pl.LightningModule):
             recompute_num_layers=model.activations_checkpoint_num_layers,
             **training_options(),
         )
-        self.gpt = build_gpt_model(
+        self.gpt = build_chunks(
             architecture,
             self.transformer_config,
             model.make_vocab_size_divisible_by,
@@ -122,12 +122,13 @@ class StudentModule(pl.LightningModule):
 
     def token_losses(self, hidden_SBH: torch.Tensor, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(weighted loss summed over the micro-batch's loss tokens, sums of what is reported and of loss tokens)."""
-        weight_vH = output_weight(self.gpt)
+        gpt = chunks(self.gpt)[-1]
+        weight_vH = output_weight(gpt)
         shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
         positions_N = batch.loss_positions_N
         if self.loss.custom is not None:
-            return self.loss.on_logits(project(self.gpt, hidden_SBH), batch, positions_N, shard)
-        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), self.gpt)
+            return self.loss.on_logits(project(gpt, hidden_SBH), batch, positions_N, shard)
+        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), gpt)
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
@@ -174,13 +175,15 @@ class StudentModule(pl.LightningModule):
         """The weights that are trained as Megatron's sharded tensors, for distributed checkpoints."""
         if self.lora is not None:
             return adapter_state(self.gpt)
-        return self.gpt.sharded_state_dict(metadata=sharding_metadata())
+        parts = enumerate(chunks(self.gpt))
+        return {str(number): chunk.sharded_state_dict(metadata=sharding_metadata()) for number, chunk in parts}
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
         if self.lora is not None:
             load_adapter_state(self.gpt, state)
         else:
-            self.gpt.load_state_dict(state)
+            for number, chunk in enumerate(chunks(self.gpt)):
+                chunk.load_state_dict(state[str(number)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["adapters"] = self.adapters

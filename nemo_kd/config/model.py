@@ -131,6 +131,11 @@ class ParallelConfig:
         return world_size // ranks
 
     @property
+    def chunks_per_stage(self) -> int:
+        """Parts that the layers of a pipeline stage are cut into; several where stages are interleaved."""
+        return 1
+
+    @property
     def replicas_in_lockstep(self) -> int:
         """Replicas of the model that have to run their forward passes together, as their experts are spread over all of them."""
         return math.lcm(self.expert_model_parallel_size, self.context_parallel_size) // self.context_parallel_size
@@ -152,6 +157,12 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
                 raise ConfigError(
                     f"model.{key}: {getattr(parallel, key)} does not divide the model's {name} ({getattr(architecture, name)})"
                 )
+    chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
+    if architecture.num_layers % chunks:
+        raise ConfigError(
+            f"model.virtual_pipeline_model_parallel_size: {parallel.chunks_per_stage} parts of {parallel.pipeline_model_parallel_size} "
+            f"pipeline stages do not divide the model's num_layers ({architecture.num_layers})"
+        )
     experts, size = architecture.num_moe_experts, parallel.expert_model_parallel_size
     if size > 1 and (experts is None or experts % size):
         found = "has none" if experts is None else f"has {experts} a layer"

@@ -115,7 +115,7 @@ def check_lora(lora: LoraConfig | None, architecture: GPTArchitecture, parallel:
     outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]
     if outside or lora.layer_selection == []:
         raise ConfigError(f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to {layers}")
-    stages = parallel.pipeline_model_parallel_size
+    stages = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     for stage in range(stages):
         first, last = stage * layers // stages + 1, (stage + 1) * layers // stages
         if not any(lora.has_layer(number) for number in range(first, last + 1)):

@@ -199,7 +199,7 @@ class StudentModelConfig(ModelConfig):
     global_batch_size: int = 64
     """Examples in one optimizer step over all data-parallel ranks."""
     virtual_pipeline_model_parallel_size: int | None = None
-    """Interleaved pipeline stages are not supported: None or 1."""
+    """Parts that the layers of every pipeline stage are cut into: stages are interleaved, so that they wait less and exchange more. None: one."""
     activations_checkpoint_granularity: str | None = None
     """What the backward pass computes anew instead of keeping it: full (whole layers) or selective (attention); None: nothing."""
     activations_checkpoint_method: str | None = None
@@ -213,10 +213,12 @@ class StudentModelConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.virtual_pipeline_model_parallel_size not in (None, 1):
+        key = "model.virtual_pipeline_model_parallel_size"
+        if self.chunks_per_stage < 1:
+            raise ConfigError(f"{key}: {self.chunks_per_stage} must be at least 1")
+        if self.chunks_per_stage > 1 and self.pipeline_model_parallel_size == 1:
             raise ConfigError(
-                f"model.virtual_pipeline_model_parallel_size: {self.virtual_pipeline_model_parallel_size} is not supported; leave it "
-                "out: every rank runs one stage, and more micro-batches in a global batch make pipelines wait less"
+                f"{key}: {self.chunks_per_stage} with model.pipeline_model_parallel_size=1 interleaves nothing; leave it out"
             )
         self._check_recomputation()
         for name in ("top_k", "drop_ids_outside_vocab"):
@@ -230,6 +232,10 @@ class StudentModelConfig(ModelConfig):
                 "model.data.data_impl: dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="
                 f"{self.knowledge_distillation.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or read a cache"
             )
+
+    @property
+    def chunks_per_stage(self) -> int:
+        return 1 if self.virtual_pipeline_model_parallel_size is None else self.virtual_pipeline_model_parallel_size
 
     @property
     def packed(self) -> bool:

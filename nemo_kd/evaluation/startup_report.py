@@ -53,10 +53,11 @@ def startup_report(
     sequence = ", sequence parallel" if model.sequence_parallel and model.tensor_model_parallel_size > 1 else ""
     tokens, loss_tokens = _tokens_per_example(splits["train"])
     batch = model.global_batch_size
+    interleaved = f", stages in {model.chunks_per_stage} parts each" if model.chunks_per_stage > 1 else ""
     facts = {
         "student": f"{architecture.family}, {parameters.total:,} weights; a rank holds {_span(*parameters.held)} and trains "
         f"{_span(*parameters.trained)}",
-        "layout": f"{product} = {world_size} ranks{expert}{sequence}; {config.trainer.precision}, {model.optim.name}",
+        "layout": f"{product} = {world_size} ranks{interleaved}{expert}{sequence}; {config.trainer.precision}, {model.optim.name}",
         "step": f"{batch} examples, about {batch * tokens:,.0f} tokens, {batch * loss_tokens:,.0f} of them in the loss",
         "run": ", ".join(f"{value:,} {name}" for name, value in steps.items()),
         **{

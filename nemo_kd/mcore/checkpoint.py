@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import yaml
-from megatron.core.models.gpt import GPTModel
 from omegaconf import DictConfig
 
 from nemo_kd.config import ConfigError, typed
@@ -31,6 +30,7 @@ from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, save_sharded
 from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_folder import SafetensorsFolder
+from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
 
 FORMAT_VERSION = 1
@@ -96,7 +96,7 @@ class PretrainedModel:
                     digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
         return {"name": self.source.absolute().name, "weights": f"sha256:{digest.hexdigest()}"}
 
-    def load_weights(self, model: GPTModel, groups: ProcessGroups) -> None:
+    def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
         """Fills this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards.
 
         Raises:
@@ -150,7 +150,7 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
 
 def save_nemo(
     path: str | Path,
-    model: GPTModel,
+    model: torch.nn.Module,
     architecture: GPTArchitecture,
     tokenizer_folder: Path,
     groups: ProcessGroups,
@@ -208,11 +208,12 @@ def _kind_of_folder(folder: Path, key: str) -> str:
     raise _not_ours(folder, is_nemo, key)
 
 
-def _weights(model: GPTModel) -> dict[str, Any]:
+def _weights(model: torch.nn.Module) -> dict[str, Any]:
     """The model's weights for a distributed checkpoint, without adapters and the states of Transformer Engine's FP8, pickles."""
     return {
-        name: part
-        for name, part in model.sharded_state_dict().items()
+        f"{number}.{name}": part
+        for number, chunk in enumerate(chunks(model))
+        for name, part in chunk.sharded_state_dict().items()
         if ADAPTERS not in name.split(".") and not name.endswith("_extra_state")
     }
 

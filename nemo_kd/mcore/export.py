@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from megatron.core.models.gpt import GPTModel
 from safetensors.torch import save_file
 
 from nemo_kd.config.model import GPTArchitecture
@@ -19,6 +18,7 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, save_nemo,
 from nemo_kd.mcore.experts import fused_part
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.lora import adapters, merged
+from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.weights import Piece, hf_pieces, pieces, whole_shape, whole_tensor
 
 MAX_SHARD_SIZE = "5GB"
@@ -26,7 +26,7 @@ MAX_SHARD_SIZE = "5GB"
 
 def save_model(
     path: Path,
-    model: GPTModel,
+    model: torch.nn.Module,
     source: PretrainedModel,
     groups: ProcessGroups,
     provenance: dict[str, Any],
@@ -47,7 +47,7 @@ def save_model(
 
 def save_hf(
     folder: Path,
-    model: GPTModel,
+    model: torch.nn.Module,
     architecture: GPTArchitecture,
     tokenizer_folder: Path,
     groups: ProcessGroups,
@@ -92,7 +92,7 @@ def save_hf(
 
 def save_adapter(
     folder: Path,
-    model: GPTModel,
+    model: torch.nn.Module,
     lora: LoraConfig,
     architecture: GPTArchitecture,
     base_model: str,
@@ -121,10 +121,10 @@ def save_adapter(
     _finish(temporary, folder, tokenizer_folder, provenance)
 
 
-def _pieces_to_write(model: GPTModel, architecture: GPTArchitecture, groups: ProcessGroups) -> dict[str, Piece]:
+def _pieces_to_write(model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> dict[str, Piece]:
     """The Hugging Face tensors that this rank's tensor-parallel group writes, each of which one group does."""
     number = groups.data_rank * groups.context_size + groups.context_rank
-    has_own_experts = number < model.config.expert_model_parallel_size
+    has_own_experts = number < chunks(model)[0].config.expert_model_parallel_size
     return {
         piece.hf_name: piece
         for piece in hf_pieces(model, architecture)
@@ -149,7 +149,7 @@ def _plan(
     return files, sum(counts[: torch.distributed.get_rank()]), sum(counts)
 
 
-def _adapter_pieces(model: GPTModel, architecture: GPTArchitecture) -> list[Piece]:
+def _adapter_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> list[Piece]:
     """This rank's parts of the tensors of a peft adapter, under its names for them."""
     found = []
     for name, _, adapter in adapters(model):

@@ -161,6 +161,8 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(**sizes, order=RANK_ORDER)
+    chunks = parallel.chunks_per_stage
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     tensor_size, pipeline_size, context_size, _ = sizes.values()

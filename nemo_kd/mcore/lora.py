@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
@@ -33,6 +32,7 @@ from torch.nn import functional
 from nemo_kd.config import ConfigError
 from nemo_kd.config.peft import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.weights import ADAPTERS
 
 PROJECTIONS = {
@@ -92,38 +92,39 @@ class Adapter(torch.nn.Module):
             return functional.dropout(x, self.dropout)
 
 
-def add_adapters(model: GPTModel, lora: LoraConfig, seed: int, groups: ProcessGroups) -> None:
+def add_adapters(model: torch.nn.Module, lora: LoraConfig, seed: int, groups: ProcessGroups) -> None:
     """Freezes the model and adds adapters to this rank's layers; they begin the same in every layout.
 
     Comes after the weights are loaded and before the gradient buffers are made, which frozen weights have none of.
     """
     model.requires_grad_(False)
-    for layer in model.decoder.layers:
+    for layer in (layer for chunk in chunks(model) for layer in chunk.decoder.layers):
         if not lora.has_layer(layer.layer_number):
             continue
         adapters = {}
         for target in lora.targets:
             projection = layer.get_submodule(PROJECTIONS[target])
-            adapter = Adapter(projection.weight, target, lora, model.config)
+            adapter = Adapter(projection.weight, target, lora, layer.config)
             _initialize(adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups)
             projection.register_forward_hook(_adding(adapter))
             adapters[target] = adapter
         setattr(layer, ADAPTERS, torch.nn.ModuleDict(adapters))
-    if model.config.recompute_granularity == "full" and model.pre_process:
+    first = chunks(model)[0]
+    if first.config.recompute_granularity == "full" and first.pre_process:
         # Layers that are computed anew pass a gradient on only where their input wants one, which no frozen weight gives it.
-        model.embedding.register_forward_hook(_wanting_gradient)
+        first.embedding.register_forward_hook(_wanting_gradient)
 
 
-def adapters(model: GPTModel) -> Iterator[tuple[str, Tensor, Adapter]]:
+def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, Adapter]]:
     """(name in a whole model, weight of the projection, adapter) of every adapter on this rank."""
-    for layer in model.decoder.layers:
+    for layer in (layer for chunk in chunks(model) for layer in chunk.decoder.layers):
         for target, adapter in getattr(layer, ADAPTERS, {}).items():
             name = f"decoder.layers.{layer.layer_number - 1}.{PROJECTIONS[target]}"
             yield name, layer.get_submodule(PROJECTIONS[target]).weight, adapter
 
 
 @contextlib.contextmanager
-def merged(model: GPTModel) -> Iterator[None]:
+def merged(model: torch.nn.Module) -> Iterator[None]:
     """Puts the adapters into the weights for as long as it lasts, and the very weights back; not for forward passes.
 
     Needs host memory for the weights that have adapters.
@@ -140,7 +141,7 @@ def merged(model: GPTModel) -> Iterator[None]:
                 weight.copy_(original)
 
 
-def adapter_state(model: GPTModel) -> dict[str, Any]:
+def adapter_state(model: torch.nn.Module) -> dict[str, Any]:
     """The adapters as Megatron's sharded tensors, for distributed checkpoints that load in any layout."""
     state: dict[str, Any] = {}
     for name, _, adapter in adapters(model):
@@ -153,7 +154,7 @@ def adapter_state(model: GPTModel) -> dict[str, Any]:
     return state
 
 
-def load_adapter_state(model: GPTModel, state: dict[str, Any]) -> None:
+def load_adapter_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
     """Fills the adapters with what a checkpoint held for `adapter_state`."""
     for name, _, adapter in adapters(model):
         for side, parameter in adapter.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,6 +71,7 @@ def transformer_config(
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
         "expert_model_parallel_size": model.expert_model_parallel_size,
+        **_interleaving(model.chunks_per_stage),
         "sequence_parallel": model.sequence_parallel and model.tensor_model_parallel_size > 1,
         # Waiting for the GPU after every exchange between stages is for versions of torch that are long gone.
         "batch_p2p_sync": False,
@@ -95,12 +97,44 @@ def transformer_config(
     return TransformerConfig(**{**fields, **training})
 
 
+def _interleaving(chunks_per_stage: int) -> dict[str, Any]:
+    if chunks_per_stage == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": chunks_per_stage,
+        # Megatron 0.16 computes nonsense, and says nothing, where interleaved stages exchange in batches.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def chunks(model: torch.nn.Module) -> Sequence[Any]:
+    """This rank's parts of a model, in the order of their layers: one, or those of an interleaved pipeline stage."""
+    return model if isinstance(model, torch.nn.ModuleList) else [model]  # type: ignore[return-value]
+
+
+def build_chunks(
+    architecture: GPTArchitecture,
+    config: TransformerConfig,
+    make_vocab_size_divisible_by: int,
+    transformer_engine: bool,
+    own_norms: bool = False,
+) -> GPTModel | torch.nn.ModuleList:
+    """As `build_gpt_model`; a list of models where pipeline stages are interleaved."""
+    size = config.virtual_pipeline_model_parallel_size
+    arguments = architecture, config, make_vocab_size_divisible_by, transformer_engine, own_norms
+    if size is None:
+        return build_gpt_model(*arguments)
+    return torch.nn.ModuleList(build_gpt_model(*arguments, number) for number in range(size))
+
+
 def build_gpt_model(
     architecture: GPTArchitecture,
     config: TransformerConfig,
     make_vocab_size_divisible_by: int,
     transformer_engine: bool,
     own_norms: bool = False,
+    chunk: int | None = None,
 ) -> GPTModel:
     """This rank's part of the model on its device, randomly initialised; the logits are its vocabulary columns [B, S, v].
 
@@ -109,6 +143,7 @@ def build_gpt_model(
 
     Args:
         own_norms: norms are modules of their own with Transformer Engine too, not parts of the projections after them.
+        chunk: of an interleaved pipeline stage's parts the one to build.
     """
     if config.num_moe_experts is not None:
         install_expert_support()
@@ -119,12 +154,13 @@ def build_gpt_model(
             architecture.vocab_size, make_vocab_size_divisible_by, config.tensor_model_parallel_size
         ),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=architecture.rotary_base,
+        vp_stage=chunk,
     )
     scaling = architecture.rope_scaling
     if scaling is not None:
@@ -174,5 +210,6 @@ def _transformer_engine_block(config: TransformerConfig, own_norms: bool) -> Tra
 
 
 def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
-    num_layers = config.num_layers // config.pipeline_model_parallel_size
+    num_chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    num_layers = config.num_layers // num_chunks
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.optim import OptimConfig
+from nemo_kd.mcore.model import chunks
 
 CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")
 """What the configuration says of a group of parameters, whatever a checkpoint does."""
@@ -43,33 +43,40 @@ def training_options() -> dict[str, Any]:
 
 
 def wrap_for_training(
-    model: GPTModel, config: TransformerConfig, distributed_optimizer: bool
-) -> DistributedDataParallel:
+    model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool
+) -> DistributedDataParallel | torch.nn.ModuleList:
     """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all.
+    Of the several chunks of an interleaved pipeline stage every one is wrapped.
 
     On GPUs they are reduced during the last backward pass of a step. Weights are not gathered during the next forward
     pass (`overlap_param_gather`): the output layer's is read without a call of its module, which would wait for it.
     """
-    ddp = DistributedDataParallel(
-        config,
-        DistributedDataParallelConfig(
-            use_distributed_optimizer=distributed_optimizer,
-            grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
-            overlap_grad_reduce=overlaps_gradients(),
-        ),
-        model,
+    buffers = DistributedDataParallelConfig(
+        use_distributed_optimizer=distributed_optimizer,
+        grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
+        overlap_grad_reduce=overlaps_gradients(),
     )
+    # Of the chunks but the first one Megatron reduces all gradients at a time.
+    wrapped = [
+        DistributedDataParallel(config, buffers, chunk, number > 0) for number, chunk in enumerate(chunks(model))
+    ]
+    for ddp in wrapped:
+        ddp.broadcast_params()
+    if len(wrapped) > 1:
+        if overlaps_gradients():
+            config.no_sync_func = [ddp.no_sync for ddp in wrapped]
+        return torch.nn.ModuleList(wrapped)
     if overlaps_gradients():
-        config.no_sync_func = ddp.no_sync
-    ddp.broadcast_params()
-    return ddp
+        config.no_sync_func = wrapped[0].no_sync
+    return wrapped[0]
 
 
-def release(ddp: DistributedDataParallel) -> None:
+def release(model: torch.nn.Module) -> None:
     """Ends its training. Megatron's hooks on autograd's nodes close a circle, through C++, that would keep the weights for ever."""
-    ddp.grad_accs.clear()
-    ddp.config.grad_scale_func = None  # the optimizer's, whose shards of float32 weights are views that hold such nodes
-    for parameter in ddp.parameters():
+    for ddp in chunks(model):
+        ddp.grad_accs.clear()
+        ddp.config.grad_scale_func = None  # the optimizer's, whose shards of float32 weights are views with such nodes
+    for parameter in model.parameters():
         if hasattr(parameter, "main_param"):
             del parameter.main_param
 
@@ -89,8 +96,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         skipped: whether the last step changed nothing, as its loss or gradient was not finite; the same on all ranks.
     """
 
-    def __init__(self, model: DistributedDataParallel, optim: OptimConfig, gradient_clip_val: float | None) -> None:
-        config = model.config
+    def __init__(self, model: torch.nn.Module, optim: OptimConfig, gradient_clip_val: float | None) -> None:
+        self.chunks = list(chunks(model))
+        config = self.chunks[0].config
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -105,7 +113,7 @@ class ModelOptimizer(torch.optim.Optimizer):
                 decoupled_weight_decay=optim.name != "adam",
                 clip_grad=gradient_clip_val or 0.0,
             ),
-            [model],
+            self.chunks,
         )
         for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
             _support_torch_adam(part)
@@ -113,7 +121,6 @@ class ModelOptimizer(torch.optim.Optimizer):
             # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         config.grad_scale_func = self.megatron.scale_loss
-        self.model = model
         self.grad_norm, self.skipped = math.nan, False
         super().__init__([{"params": []}], {"lr": optim.lr})
 
@@ -130,7 +137,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradient buffers as well as the parameters' gradients."""
-        self.model.zero_grad_buffer()
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
         self.megatron.zero_grad(set_to_none)
 
     @torch.no_grad()

@@ -6,6 +6,7 @@ among the context-parallel ranks, with sequence parallelism what is left among t
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,6 +23,7 @@ from megatron.core.transformer.module import MegatronModule
 from nemo_kd.batch import Batch
 from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.groups import ProcessGroups, schedule_groups
+from nemo_kd.mcore.model import chunks
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
 """(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token
@@ -129,11 +131,11 @@ def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: i
 
 
 def forward_backward(
-    model: MegatronModule, micro_batches: Sequence[Batch], loss_function: LossFunction, forward_only: bool = False
+    model: torch.nn.Module, micro_batches: Sequence[Batch], loss_function: LossFunction, forward_only: bool = False
 ) -> torch.Tensor | None:
     """Runs all micro-batches through the pipeline, one forward and one backward step at a time.
 
-    All ranks call it with equally many micro-batches, those of a replica with the same ones, whatever their lengths;
+    `model` is what `wrap_for_training` made. All ranks call it with equally many micro-batches, those of a replica with the same ones, whatever their lengths;
     context-parallel ranks with their columns of them (`Batch.columns`). A batch goes to the model's device when its turn
     comes. With gradients: they are reduced over data- and context-parallel ranks and divided once by the global number
     of loss tokens, so they depend neither on the size nor on the number of micro-batches.
@@ -142,7 +144,8 @@ def forward_backward(
         The sum of what `loss_function` reports for this rank's columns (float64); None before the last stage, and
         where it reported nothing.
     """
-    gpt: GPTModel = getattr(model, "module", model)
+    parts = chunks(model)
+    gpt: GPTModel = getattr(parts[-1], "module", parts[-1])
     device = next(gpt.parameters()).device
 
     def step(micro_batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
@@ -151,15 +154,26 @@ def forward_backward(
 
     model.train(not forward_only)
     groups = schedule_groups()
+    stages: P2PCommunicator
+    if len(parts) == 1:
+        stages = _Stages(groups.pp, gpt.config, [_stage_shape(gpt, batch) for batch in micro_batches])
+    else:
+        # Here it is Megatron that tells shapes, tensor by tensor. Its configuration refuses that with experts, needlessly.
+        config = copy.copy(gpt.config)
+        config.variable_seq_lengths = True
+        stages = P2PCommunicator(groups.pp, config)
+        # Interleaved stages take as many at a time as there are stages.
+        micro_batches = [*micro_batches, *[_without_loss(micro_batches)] * (-len(micro_batches) % groups.pp.size())]
+    iterators = [iter(micro_batches) for _ in parts]
     reports = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=[model],
+        data_iterator=iterators if len(parts) > 1 else iterators[0],
+        model=list(parts),
         num_microbatches=len(micro_batches),
         seq_length=0,  # stands for nothing: `_Stages` knows the shapes
         micro_batch_size=0,
         forward_only=forward_only,
-        p2p_communicator=_Stages(groups.pp, gpt.config, [_stage_shape(gpt, batch) for batch in micro_batches]),
+        p2p_communicator=stages,
         pg_collection=groups,
     )
     sums = [report["sums"] for report in reports if report["sums"] is not None]
@@ -190,6 +204,13 @@ class _Stages(P2PCommunicator):
 
     def send_backward_recv_forward(self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool) -> Any:
         return super().send_backward_recv_forward(input_tensor_grads, [next(self._forward)], is_first_stage)
+
+
+def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
+    """The shortest micro-batch, with nothing to learn from it."""
+    shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
+    mask_BS, positions_N = torch.zeros_like(shortest.loss_mask_BS), shortest.loss_positions_N[:0]
+    return replace(shortest, loss_mask_BS=mask_BS, loss_positions_N=positions_N)
 
 
 def _stage_shape(gpt: GPTModel, batch: Batch) -> Shape:

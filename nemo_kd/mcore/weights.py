@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from megatron.core.models.gpt import GPTModel
 
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.mcore.experts import EXPERT_NAMES
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_folder import BLOCK_BYTES, SafetensorsFolder
+from nemo_kd.mcore.model import chunks
 
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -55,7 +55,7 @@ class Piece:
     cut_dim: int | None
 
 
-def load_hf_weights(model: GPTModel, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
+def load_hf_weights(model: torch.nn.Module, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
     """Fills this rank's weights from a Hugging Face folder; vocabulary padding becomes zero. No communication.
 
     Reads what this rank holds, block by block, into the weights: memory for a few blocks is needed beside them.
@@ -84,7 +84,7 @@ def open_hf_weights(folder: Path, architecture: GPTArchitecture) -> SafetensorsF
     return stored
 
 
-def hf_pieces(model: GPTModel, architecture: GPTArchitecture) -> Iterator[Piece]:
+def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
     """What this rank holds of the Hugging Face model; a tied output layer's copy on the last stage is left out."""
     for name, weight in _weights(model):
         if not (architecture.share_embeddings_and_output_weights and name == "output_layer.weight"):
@@ -148,26 +148,26 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def zero_vocabulary_padding(model: GPTModel, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
+def zero_vocabulary_padding(model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
     """Clears the rows of embedding and output layer that stand for no token."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in _VOCABULARY:
-                num_real = architecture.vocab_size - groups.tensor_rank * parameter.shape[0]
-                parameter[max(0, num_real) :].zero_()
+    for name, weight in _weights(model):
+        if name in _VOCABULARY:
+            num_real = architecture.vocab_size - groups.tensor_rank * weight.shape[0]
+            weight[max(0, num_real) :].zero_()
 
 
-def _weights(model: GPTModel) -> Iterator[tuple[str, torch.Tensor]]:
+def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """This rank's weights under the names they have in a whole model: layers and experts counted from the first rank's.
 
     Without those of adapters, see `mcore.lora`.
     """
-    for name, parameter in model.named_parameters():
+    named = [(chunk, *pair) for chunk in chunks(model) for pair in chunk.named_parameters()]
+    for chunk, name, parameter in named:
         parts = name.split(".")
         if ADAPTERS in parts:
             continue
         if name.startswith("decoder.layers."):
-            layer = model.decoder.layers[int(parts[2])]
+            layer = chunk.decoder.layers[int(parts[2])]
             parts[2] = str(layer.layer_number - 1)
             if "local_experts" in parts:
                 place = parts.index("local_experts") + 1

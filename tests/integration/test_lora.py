@@ -42,6 +42,7 @@ from tests.integration.test_student_layouts import (
     PP,
     SP,
     TP,
+    VPP,
     example_sums,
 )
 from tests.tiny_data import student_config, write_chat_dataset
@@ -65,6 +66,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "recomputed": ("dense", FULL | DYNAMIC, "all"),
         "second": ("tied", SECOND, "second"),
         "experts": ("mixtral", ATTENTION, "experts"),
+        "deep": ("deep", {}, "deep"),
         "bf16": ("dense", {"trainer__precision": "bf16", "model__optim__eps": 1e-8}, ""),
         "full": ("dense", {"model__peft__peft_scheme": "none"}, "full"),
     },
@@ -72,6 +74,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "TP": ("dense", TP, "all"),
         "TP SP": ("dense", TP | SP | FULL, "all"),
         "PP": ("dense", PP | FULL, "all"),
+        "VPP": ("deep", VPP | FULL, "deep"),
         "CP": ("dense", CP | ADAMW, "all"),
         "DP": ("dense", DYNAMIC, "all"),
         "TP second": ("tied", TP | SECOND, "second"),
@@ -83,7 +86,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "EP TP": ("mixtral", ATTENTION | EP | TP | SP, "experts"),
     },
 }
-STUDENTS = {"dense": "qwen3", "tied": "qwen2_tied", "mixtral": "mixtral"}
+STUDENTS = {"dense": ("qwen3", 2), "tied": ("qwen2_tied", 2), "mixtral": ("mixtral", 2), "deep": ("qwen3", 4)}
 
 
 class Run(NamedTuple):
@@ -102,7 +105,10 @@ def world(ranks, tmp_path_factory):
     """Folders of the students, train and validation caches."""
     folder = tmp_path_factory.mktemp("lora")
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
-    students = {name: save_hf_model(base, folder / name, 300) for name, base in STUDENTS.items()}
+    students = {
+        name: save_hf_model(base, folder / name, 300, num_hidden_layers=layers)
+        for name, (base, layers) in STUDENTS.items()
+    }
     caches = {}
     for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 9, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
@@ -188,7 +194,7 @@ def test_only_adapters_have_gradient_buffers(straight):
         with_buffer = {weight for weight, (numel, _) in trained.items() if numel}
         assert with_buffer == {weight for weight, (_, requires_grad) in trained.items() if requires_grad}, name
         assert all(".lora." in weight for weight in with_buffer), name
-        assert len(with_buffer) == {"experts": 8, "second": 4}.get(name, 16), name
+        assert len(with_buffer) == {"experts": 8, "second": 4, "deep": 32}.get(name, 16), name
 
 
 def test_the_first_step_sees_the_base_model(straight):

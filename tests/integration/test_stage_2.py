@@ -196,6 +196,29 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
             assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-3)
 
 
+def test_resume_of_interleaved_stages(ranks, world, tmp_path):
+    """On the same ranks to the last bit, on a single one within rounding."""
+    _, train, validation, _ = world
+    student = save_hf_model("qwen3", tmp_path / "student", 300, num_hidden_layers=4)
+    overrides = {"trainer__knowledge_distillation__max_epochs": 2, "model__data__num_workers": 0}
+    interleaved = {
+        "trainer__devices": 2, "model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2,
+    }  # fmt: skip
+    found: dict[str, dict] = {}
+    for name, layout in (("straight", interleaved), ("again", interleaved), ("alone", {})):
+        log_dir, count = tmp_path / name, layout.get("trainer__devices", 1)
+        for path in (tmp_path / "straight" / "checkpoints").glob("*-step=4-*"):
+            shutil.copytree(path, log_dir / "checkpoints" / f"{path.name}-last")
+        assert ranks(count).run(run_stage_2, student, train, validation, log_dir, overrides | layout) == [""] * count
+        found[name] = training_rows(log_dir)
+    assert list(found["straight"]) == list(range(1, 9))
+    assert list(found["again"]) == list(found["alone"]) == [5, 6, 7, 8]
+    assert all(found["straight"][step] == row for step, row in found["again"].items())
+    for step, row in found["alone"].items():
+        assert row["train/loss"] == pytest.approx(found["straight"][step]["train/loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(found["straight"][step]["grad_norm"], rel=1e-3)
+
+
 def test_distributed_optimizer_equals_adamw(ranks, world, tmp_path):
     student, train, validation, _ = world
     curves = []

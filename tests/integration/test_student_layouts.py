@@ -36,6 +36,9 @@ STUDENTS = {
     "mixtral": "mixtral",
     "qwen3_moe": "qwen3_moe",
     "few examples": "mixtral",
+    "deep": "qwen3",
+    "deep tied": "llama3.2_tied",
+    "deep mixtral": "mixtral",
 }
 FEW = {"model__global_batch_size": 3}
 """A step has three examples: of four ranks one computes nothing but filler."""
@@ -44,6 +47,7 @@ TP, PP, CP, EP = (
     {f"model__{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
 SP = {"model__sequence_parallel": True}
+VPP = PP | {"model__virtual_pipeline_model_parallel_size": 2}
 ADAMW = {"model__optim__name": "adamw"}
 PADDED = {"model__data__packing": False}
 DYNAMIC = {"model__data__max_tokens_per_batch": 150}
@@ -78,6 +82,8 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "EP": ("mixtral", EP | DYNAMIC),
         "EP CP": ("mixtral", EP | CP | ADAMW),
         "PP experts": ("qwen3_moe", PP | DYNAMIC),
+        "VPP": ("deep", VPP | DYNAMIC | FULL),
+        "VPP tied": ("deep tied", VPP | PADDED | ADAMW),
     },
     4: {
         "PP TP SP": ("dense", PP | TP | SP | DYNAMIC),
@@ -88,6 +94,10 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "DP2 PP overlap": ("tied", PP | DYNAMIC | OVERLAP),
         "EP TP SP overlap": ("qwen3_moe", EP | TP | SP | DYNAMIC | OVERLAP),
         "EP PP": ("mixtral", EP | PP | DYNAMIC),
+        "VPP TP SP": ("deep", VPP | TP | SP | DYNAMIC),
+        "VPP CP": ("deep tied", VPP | CP),
+        "VPP DP overlap": ("deep tied", VPP | DYNAMIC | OVERLAP),
+        "VPP EP": ("deep mixtral", VPP | EP | DYNAMIC),
         "EP fillers": ("few examples", FEW | EP | DYNAMIC),
         "fillers": ("few examples", FEW | ALONE | PADDED | OVERLAP),
     },
@@ -108,7 +118,7 @@ def world(ranks, tmp_path_factory):
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
     students = {}
     for name, base in STUDENTS.items():
-        students[name] = save_hf_model(base, folder / name, 300)
+        students[name] = save_hf_model(base, folder / name, 300, num_hidden_layers=4 if name.startswith("deep") else 2)
     caches = {}
     for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 17, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)

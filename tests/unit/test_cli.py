@@ -274,7 +274,7 @@ def test_aliases_must_not_contradict():
         (
             "train_gpt_knowledge_distillation",
             "model.virtual_pipeline_model_parallel_size=2",
-            "virtual_pipeline_model_parallel_size: 2 is not supported",
+            "virtual_pipeline_model_parallel_size: 2 with model.pipeline_model_parallel_size=1 interleaves nothing",
         ),
         (
             "train_gpt_knowledge_distillation",

@@ -58,10 +58,13 @@ def test_sizes_that_do_not_cut_the_model_are_refused():
 
 def test_what_students_cannot_have_is_refused():
     StudentModelConfig(virtual_pipeline_model_parallel_size=1, pipeline_model_parallel_size=2, sequence_parallel=True)
-    with pytest.raises(
-        ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 2 is not supported; leave it out"
-    ):
+    with pytest.raises(ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 2 with .* interleaves nothing"):
         StudentModelConfig(virtual_pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 0 must be at least 1"):
+        StudentModelConfig(virtual_pipeline_model_parallel_size=0)
+    interleaved = StudentModelConfig(virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(ConfigError, match=r"2 parts of 2 pipeline stages do not divide the model's num_layers \(6\)"):
+        check_layout(ARCHITECTURE, interleaved)
     experts = replace(ARCHITECTURE, num_moe_experts=4, moe_router_topk=2)
     check_training_layout(experts, ParallelConfig(2, sequence_parallel=True))
     check_training_layout(ARCHITECTURE, ParallelConfig(2))
