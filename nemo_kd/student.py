@@ -351,7 +351,7 @@ def train_student(config: TrainStudentConfig) -> None:
                 config.pretrained_checkpoint.restore_from_path,
             )
         check_training_layout(architecture, config.model)
-        check_lora(config.model.peft.lora, architecture, config.model)
+        check_lora(config.model.peft, architecture, config.model)
         world_size = torch.distributed.get_world_size()
         data_parallel_size = config.model.data_parallel_size(world_size)
         if config.model.data.max_tokens_per_batch is None:

@@ -20,6 +20,8 @@ from nemo_kd.cache.fields import array, example_index, ids
 from nemo_kd.cache.layout import CacheError
 
 RECORD_VERSION = 1
+DATASET_FIELDS = ("messages", "conversations", "input", "prompt", "text")
+"""What tells a record of a dataset."""
 
 
 def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
@@ -141,6 +143,11 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise CacheError(
             f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the field tokens"
+        )
+    if "tokens" not in payload and (field := next((name for name in DATASET_FIELDS if name in payload), None)):
+        raise CacheError(
+            f"{where}: found the field {field} of a dataset, where a cache has tokens and what the teacher thinks of them; compute it "
+            "with compute_topk_logits, or train on the dataset's labels alone (model.data.data_impl=dataset, kd_loss_weight=0)"
         )
     return payload
 

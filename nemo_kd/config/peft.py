@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 from nemo_kd.config.typed import ConfigError
+
+log = logging.getLogger(__name__)
 
 KEY = "model.peft.lora_tuning"
 TARGETS = ("attention_qkv", "attention_dense", "mlp_fc1", "mlp_fc2")
@@ -103,13 +106,16 @@ class ExportConfig:
             raise ConfigError("export.lora: adapter, but export.hf=false writes no folder for it; add export.hf=true")
 
 
-def check_lora(lora: LoraConfig | None, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
-    """Refuses adapters that the model has no place for.
+def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+    """Refuses adapters that the model has no place for, and says so where settings of adapters have no effect.
 
     Raises:
         ConfigError: names the key.
     """
+    lora = peft.lora
     if lora is None:
+        if peft.lora_tuning != LoraConfig():
+            log.warning("%s has no effect: every weight is trained; adapters need model.peft.peft_scheme=lora", KEY)
         return
     layers = architecture.num_layers
     outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]

@@ -82,15 +82,25 @@ def test_impossible_adapters(settings, message):
 )
 def test_adapters_that_the_model_has_no_place_for(lora, model, stages, message):
     with pytest.raises(ConfigError) as error:
-        check_lora(LoraConfig(**lora), architecture(**model), ParallelConfig(pipeline_model_parallel_size=stages))
+        check_lora(adapters(**lora), architecture(**model), ParallelConfig(pipeline_model_parallel_size=stages))
     assert message in str(error.value)
+
+
+def adapters(**lora) -> PeftConfig:
+    return PeftConfig("lora", lora_tuning=LoraConfig(**lora))
 
 
 def test_adapters_that_fit():
     mixture = architecture(family="mixtral", num_moe_experts=4, moe_router_topk=2)
-    check_lora(LoraConfig(target_modules=["attention"]), mixture, ParallelConfig())
-    check_lora(LoraConfig(layer_selection=[2, 3, 6]), architecture(), ParallelConfig(pipeline_model_parallel_size=3))
-    check_lora(None, architecture(), ParallelConfig())
+    check_lora(adapters(target_modules=["attention"]), mixture, ParallelConfig())
+    check_lora(adapters(layer_selection=[2, 3, 6]), architecture(), ParallelConfig(pipeline_model_parallel_size=3))
+
+
+def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
+    check_lora(PeftConfig(), architecture(), ParallelConfig())
+    assert not caplog.text
+    check_lora(PeftConfig(lora_tuning=LoraConfig(adapter_dim=8)), architecture(), ParallelConfig())
+    assert "model.peft.lora_tuning has no effect: every weight is trained" in caplog.text
 
 
 def test_a_file_of_adapters_is_not_read():

@@ -326,6 +326,12 @@ def test_tail_samples_do_not_go_with_fewer_ids():
             student_config("m", "t", "v", "l", **overrides)
 
 
+def test_a_dataset_is_no_cache(tmp_path):
+    path = str(write_chat_dataset(tmp_path / "train.jsonl", 3))
+    with pytest.raises(CacheError, match=r"train\.jsonl:1: found the field messages of a dataset, .*data_impl=dataset"):
+        load(path)
+
+
 def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
     monkeypatch.setattr(splits, "TokenizedDataset", lambda *_: pytest.fail("a file was opened"))
     found = student_config(
