@@ -122,6 +122,10 @@ class StudentDataConfig:
             )
         if self.data_impl not in (*CACHE_IMPLS, "dataset"):
             raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
+        if self.dataset.file_path:
+            raise ConfigError(
+                f"model.data.dataset.file_path: {self.dataset.file_path} is not read; name the files of every split in model.data.data_prefix"
+            )
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"model.data.top_k: {self.top_k} must be at least 1")
         if self.seq_length is not None and self.seq_length < 2:

@@ -21,7 +21,13 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.loss import KEY, LABEL_ESTIMATORS, LossConfig
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.student import SPLITS, StudentDataConfig, StudentModelConfig, StudentRecordsConfig
+from nemo_kd.config.student import (
+    SPLITS,
+    StudentDataConfig,
+    StudentDatasetConfig,
+    StudentModelConfig,
+    StudentRecordsConfig,
+)
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.rows import Rows
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
@@ -48,6 +54,8 @@ def load_splits(
     seq_length = sequence_length(key, asked[key], architecture.max_position_embeddings)
     paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
     if data.uses_cache:
+        if data.dataset != StudentDatasetConfig():
+            log.warning("model.data.dataset has no effect on caches, which hold tokens; it is for data_impl=dataset")
         splits = _open_caches(paths, data, model.knowledge_distillation, seq_length, architecture, tokenizer)
     else:
         for split, of_split in paths.items():

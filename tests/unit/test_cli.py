@@ -284,6 +284,11 @@ def test_aliases_must_not_contradict():
         ("train_gpt_knowledge_distillation", "model.knowledge_distillation.kd_loss_weight=0", "are both 0"),
         ("train_gpt_knowledge_distillation", "model.data.data_impl=dataset", "has no teacher logits"),
         ("train_gpt_knowledge_distillation", "model.data.data_impl=mmap", "'mmap' is not read here"),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.data.dataset.file_path=d.jsonl",
+            "file_path: d.jsonl is not read; name",
+        ),
         ("train_gpt_knowledge_distillation", "model.optim.lr=null", "model.optim.lr"),
         ("train_gpt_knowledge_distillation", "'model.data.data_prefix={train: [a]}'", "no validation data"),
         ("train_gpt_knowledge_distillation", "model.peft.peft_scheme=ptuning", "'ptuning' is not available; use lora"),

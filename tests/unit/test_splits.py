@@ -332,6 +332,14 @@ def test_a_dataset_is_no_cache(tmp_path):
         load(path)
 
 
+def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
+    path = str(cache(tmp_path))
+    load(path)
+    assert "model.data.dataset" not in caplog.text
+    load(path, dataset__max_seq_length=100)
+    assert "model.data.dataset has no effect on caches" in caplog.text
+
+
 def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
     monkeypatch.setattr(splits, "TokenizedDataset", lambda *_: pytest.fail("a file was opened"))
     found = student_config(
