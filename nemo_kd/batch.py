@@ -88,6 +88,16 @@ class CachedExample:
 ALWAYS_ON_CPU = ("lengths_B", "cu_seqlens")
 """Fields of a batch that the device has no use for."""
 
+TEACHER_FIELDS = (
+    "topk_logits_BSK",
+    "topk_token_ids_BSK",
+    "log_sum_exp_logits_BS",
+    "tail_mass_BST",
+    "label_logprobs_BS",
+    "tail_token_ids_BSM",
+)
+"""Fields of a batch that only a loss has use for."""
+
 
 @dataclass
 class Batch:
@@ -154,6 +164,10 @@ class Batch:
     def pin_memory(self) -> Batch:
         """A copy in memory that a GPU fetches from while the CPU goes on."""
         return self._with_each(torch.Tensor.pin_memory)
+
+    def without_teacher(self) -> Batch:
+        """The batch without `TeacherTopK`'s fields, most of its bytes."""
+        return replace(self, **dict.fromkeys(TEACHER_FIELDS))  # type: ignore[arg-type]
 
     def columns(self, columns_s: torch.Tensor) -> Batch:
         """The batch with these positions of every row only: what a context-parallel rank holds of it."""

@@ -88,7 +88,7 @@ class StudentModule(pl.LightningModule):
             recompute_granularity=model.activations_checkpoint_granularity,
             recompute_method=model.activations_checkpoint_method,
             recompute_num_layers=model.activations_checkpoint_num_layers,
-            **training_options(),
+            **training_options(model.chunks_per_stage),
         )
         self.gpt = build_chunks(
             architecture,

@@ -125,9 +125,11 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
     for stage in range(stages):
         first, last = stage * layers // stages + 1, (stage + 1) * layers // stages
         if not any(lora.has_layer(number) for number in range(first, last + 1)):
+            interleaved = parallel.chunks_per_stage > 1
             raise ConfigError(
-                f"{KEY}.layer_selection: {lora.layer_selection} leaves pipeline stage {stage + 1} of {stages} (layers {first} to "
-                f"{last}) nothing to train; choose a layer of it too, or a smaller model.pipeline_model_parallel_size"
+                f"{KEY}.layer_selection: {lora.layer_selection} leaves {'part' if interleaved else 'pipeline stage'} {stage + 1} of "
+                f"{stages} {'of the interleaved pipeline ' if interleaved else ''}(layers {first} to {last}) nothing to train; choose a "
+                f"layer of it too, or a smaller model.{'virtual_' if interleaved else ''}pipeline_model_parallel_size"
             )
     experts = [target for target in lora.targets if target.startswith("mlp")]
     if architecture.num_moe_experts is not None and experts:

@@ -207,7 +207,7 @@ class StudentModelConfig(ModelConfig):
     activations_checkpoint_granularity: str | None = None
     """What the backward pass computes anew instead of keeping it: full (whole layers) or selective (attention); None: nothing."""
     activations_checkpoint_method: str | None = None
-    """full: uniform (groups of layers) or block (the first layers of every pipeline stage); None: uniform."""
+    """full: uniform (groups of layers) or block (the first layers of every pipeline stage, or of every part of an interleaved one); None: uniform."""
     activations_checkpoint_num_layers: int | None = None
     """full: layers of a group (uniform) or recomputed layers of a stage (block); None: 1."""
     peft: PeftConfig = field(default_factory=PeftConfig)

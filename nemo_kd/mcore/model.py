@@ -102,7 +102,7 @@ def _interleaving(chunks_per_stage: int) -> dict[str, Any]:
         return {}
     return {
         "virtual_pipeline_model_parallel_size": chunks_per_stage,
-        # Megatron 0.16 computes nonsense, and says nothing, where interleaved stages exchange in batches.
+        # Megatron 0.16 computes nonsense, and says nothing, where two interleaved stages exchange in batches.
         "overlap_p2p_comm": True,
         "batch_p2p_comm": False,
     }

@@ -33,12 +33,13 @@ def sharding_metadata() -> dict[str, Any]:
     }
 
 
-def training_options() -> dict[str, Any]:
+def training_options(chunks_per_stage: int) -> dict[str, Any]:
     """What a TransformerConfig needs for training here: losses are token sums, divided once by the global token count."""
     return {
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": finalize_model_grads,
-        "deallocate_pipeline_outputs": True,  # of a stage's outputs, once sent, only the graph is needed
+        # Of a stage's outputs, once sent, only the graph is needed; but interleaved ones may still be on their way.
+        "deallocate_pipeline_outputs": chunks_per_stage == 1,
     }
 
 

@@ -149,7 +149,9 @@ def forward_backward(
     device = next(gpt.parameters()).device
 
     def step(micro_batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
-        batch = next(micro_batches).to(device)
+        batch = next(micro_batches)
+        # Megatron asks none but the last part of the model for a loss.
+        batch = (batch if getattr(model, "module", model).post_process else batch.without_teacher()).to(device)
         return hidden_states(model, batch), lambda hidden: _loss(loss_function, hidden, batch)
 
     model.train(not forward_only)
@@ -170,7 +172,7 @@ def forward_backward(
         data_iterator=iterators if len(parts) > 1 else iterators[0],
         model=list(parts),
         num_microbatches=len(micro_batches),
-        seq_length=0,  # stands for nothing: `_Stages` knows the shapes
+        seq_length=0,  # stands for nothing: `_Stages` knows the shapes, interleaved stages are told them
         micro_batch_size=0,
         forward_only=forward_only,
         p2p_communicator=stages,

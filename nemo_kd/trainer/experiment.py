@@ -160,20 +160,24 @@ def experiment_settings(config: TrainStudentConfig, measured: Sequence[str] | No
         if (asked := OmegaConf.select(merged, key)) != value:
             log.warning("exp_manager.%s: %s has no effect here", key, asked)
     _check_checkpoints(config, merged, measured)
-    _check_writable("exp_manager.explicit_log_dir", merged.explicit_log_dir)
-    _check_writable("exp_manager.checkpoint_callback_params.dirpath", params.dirpath)
+    log_dir = "explicit_log_dir" if merged.explicit_log_dir else "exp_dir"
+    _check_writable(f"exp_manager.{log_dir}", getattr(merged, log_dir))
+    if params.dirpath and merged.create_checkpoint_callback:
+        _check_writable("exp_manager.checkpoint_callback_params.dirpath", params.dirpath)
     return OmegaConf.to_container(merged)  # type: ignore[return-value]
 
 
 def _check_writable(key: str, folder: str | None) -> None:
-    """Looks where the folder is, or would have to be made."""
+    """Looks where the folder is, or would have to be made; None stands for the current one."""
     existing = Path(folder or ".").absolute()
-    while not existing.exists():
+    while not os.path.exists(existing):  # which says no, where Path.exists fails, if one may not even look
         existing = existing.parent
     if not existing.is_dir():
         raise ConfigError(f"{key}: {folder} cannot be a folder: {existing} is a file; give another one")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {folder} cannot be written: you may not write in {existing}; give another one")
+        raise ConfigError(
+            f"{key}: {folder or existing} cannot be written: you may not write in {existing}; give another one"
+        )
 
 
 def _check_checkpoints(config: TrainStudentConfig, settings: Any, measured: Sequence[str] | None) -> None:

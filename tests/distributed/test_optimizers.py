@@ -29,7 +29,7 @@ def student(tmp_path_factory):
 def wrapped(student: Path, name: str):
     groups = initialize_model_parallel(ModelConfig(), 1)
     with open_pretrained(str(student)) as source:
-        config = transformer_config(source.architecture, ModelConfig(), torch.float32, **training_options())
+        config = transformer_config(source.architecture, ModelConfig(), torch.float32, **training_options(1))
         model = build_gpt_model(source.architecture, config, 8, False)
         source.load_weights(model, groups)
     optim = OptimConfig(name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)

@@ -168,6 +168,10 @@ CUSTOM_LAYOUTS = {
     "one rank": (1, {}),
     "TP": (2, {"model__tensor_model_parallel_size": 2}),
     "PP CP": (4, {"model__pipeline_model_parallel_size": 2, "model__context_parallel_size": 2}),
+    "interleaved": (
+        2,
+        {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2},
+    ),
     # One of four ranks never has an example in training, and so never learns from a call which metrics there are.
     "fillers": (4, {"model__global_batch_size": 3, "model__data__max_tokens_per_batch": 1}),
 }
@@ -178,8 +182,9 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     """examples/custom_loss.py is forward KL on renormalised top-k with T^2, and cross-entropy."""
     student, cache = world
     world_size, sizes = CUSTOM_LAYOUTS[layout]
-    if layout == "PP CP":
-        student = save_hf_model("qwen2_tied", tmp_path / "student", VOCAB_SIZE)  # a layer for each stage
+    if "model__pipeline_model_parallel_size" in sizes:
+        # A layer for each stage and part of it.
+        student = save_hf_model("qwen2_tied", tmp_path / "student", VOCAB_SIZE, num_hidden_layers=4)
     layout = sizes | {
         "trainer__devices": world_size,
         "trainer__knowledge_distillation__max_steps": 2,

@@ -39,7 +39,9 @@ STUDENTS = {
     "deep": "qwen3",
     "deep tied": "llama3.2_tied",
     "deep mixtral": "mixtral",
+    "deeper": "llama3.2_tied",
 }
+NUM_LAYERS = {"deep": 4, "deep tied": 4, "deep mixtral": 4, "deeper": 8}
 FEW = {"model__global_batch_size": 3}
 """A step has three examples: of four ranks one computes nothing but filler."""
 Settings = dict[str, Any]
@@ -84,6 +86,7 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "PP experts": ("qwen3_moe", PP | DYNAMIC),
         "VPP": ("deep", VPP | DYNAMIC | FULL),
         "VPP tied": ("deep tied", VPP | PADDED | ADAMW),
+        "four parts a stage": ("deeper", VPP | DYNAMIC | {"model__virtual_pipeline_model_parallel_size": 4}),
     },
     4: {
         "PP TP SP": ("dense", PP | TP | SP | DYNAMIC),
@@ -95,9 +98,10 @@ RUNS: dict[int, dict[str, tuple[str, Settings]]] = {
         "EP TP SP overlap": ("qwen3_moe", EP | TP | SP | DYNAMIC | OVERLAP),
         "EP PP": ("mixtral", EP | PP | DYNAMIC),
         "VPP TP SP": ("deep", VPP | TP | SP | DYNAMIC),
-        "VPP CP": ("deep tied", VPP | CP),
         "VPP DP overlap": ("deep tied", VPP | DYNAMIC | OVERLAP),
         "VPP EP": ("deep mixtral", VPP | EP | DYNAMIC),
+        "four stages": ("deeper", VPP | DYNAMIC | {"model__pipeline_model_parallel_size": 4}),
+        "four stages, one batch": ("deeper", VPP | {"model__pipeline_model_parallel_size": 4, "model__micro_batch_size": 12}),
         "EP fillers": ("few examples", FEW | EP | DYNAMIC),
         "fillers": ("few examples", FEW | ALONE | PADDED | OVERLAP),
     },
@@ -118,7 +122,7 @@ def world(ranks, tmp_path_factory):
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
     students = {}
     for name, base in STUDENTS.items():
-        students[name] = save_hf_model(base, folder / name, 300, num_hidden_layers=4 if name.startswith("deep") else 2)
+        students[name] = save_hf_model(base, folder / name, 300, num_hidden_layers=NUM_LAYERS.get(name, 2))
     caches = {}
     for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 17, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)

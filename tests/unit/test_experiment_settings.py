@@ -45,6 +45,40 @@ def test_what_cannot_work_is_refused(overrides, message):
         settings(**overrides)
 
 
+def test_only_folders_that_are_written_have_to_be_writable(tmp_path, monkeypatch):
+    (tmp_path / "current").mkdir()
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "current")
+    results = str(tmp_path / "results" / "run")
+    settings(exp_manager__explicit_log_dir=results)
+    settings(exp_manager__explicit_log_dir=None, exp_manager__exp_dir=results)
+    for key in ("exp_manager__explicit_log_dir", f"{PARAMS}dirpath"):
+        with pytest.raises(
+            ConfigError, match=rf"{key.split('__')[-1]}: .* you may not write in {tmp_path / 'current'}"
+        ):
+            settings(**{"exp_manager__explicit_log_dir": results, key: str(tmp_path / "current" / "run")})
+    settings(
+        **{
+            "exp_manager__explicit_log_dir": results,
+            "exp_manager__create_checkpoint_callback": False,
+            f"{PARAMS}dirpath": str(tmp_path / "current" / "run"),
+        }
+    )
+    with pytest.raises(ConfigError, match="exp_manager.exp_dir: .*current cannot be written"):
+        settings(exp_manager__explicit_log_dir=None)
+
+
+def test_a_folder_that_may_not_be_looked_at_is_not_written(monkeypatch):
+    """As /root/results is for others: whether it exists cannot be told."""
+    monkeypatch.setattr(os.path, "exists", lambda path: str(path) in ("/", "/root"))
+    monkeypatch.setattr(os, "access", lambda path, _: str(path) == "/")
+    with pytest.raises(
+        ConfigError, match="explicit_log_dir: /root/results cannot be written: you may not write in /root"
+    ):
+        settings(exp_manager__explicit_log_dir="/root/results")
+
+
 def test_what_nothing_here_asks_is_told(caplog):
     with caplog.at_level(logging.WARNING, "nemo_kd"):
         settings(**{f"{PARAMS}every_n_epochs": 2})

@@ -7,6 +7,7 @@ import pytest
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 from nemo_kd.config.peft import ExportConfig, LoraConfig, PeftConfig, check_lora
+from nemo_kd.config.student import StudentModelConfig
 from tests.tiny_data import student_config
 
 LAYERS = 6
@@ -88,6 +89,14 @@ def test_adapters_that_the_model_has_no_place_for(lora, model, stages, message):
 
 def adapters(**lora) -> PeftConfig:
     return PeftConfig("lora", lora_tuning=LoraConfig(**lora))
+
+
+def test_a_part_of_an_interleaved_pipeline_without_adapters():
+    parallel = StudentModelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
+    with pytest.raises(ConfigError) as error:
+        check_lora(adapters(layer_selection=[1, 2, 3, 4]), architecture(), parallel)
+    assert "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train" in str(error.value)
+    assert "a smaller model.virtual_pipeline_model_parallel_size" in str(error.value)
 
 
 def test_adapters_that_fit():
