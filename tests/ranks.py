@@ -108,6 +108,9 @@ def _let_go_of_models() -> None:
 
     from nemo_kd.mcore.optimizer import release
 
-    for one in gc.get_objects():
-        if type(one) is DistributedDataParallel:
-            release(one)
+    kept = [one for one in gc.get_objects() if type(one) is DistributedDataParallel]
+    if not kept:
+        return
+    while kept:
+        release(kept.pop())
+    gc.collect()

@@ -23,6 +23,7 @@ from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
 from nemo_kd.mcore.export import save_adapter
 from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward, forward_backward
 from nemo_kd.student import StudentModule
 from nemo_kd.trainer.data_module import StudentData
@@ -162,6 +163,7 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
         for name, parameter in module.gpt.named_parameters()
         if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False)
     }
+    release(module.model)  # else every layout's groups would stay until the test's end
     return Run(steps, trained, replicated, logits)
 
 

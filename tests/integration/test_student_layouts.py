@@ -19,6 +19,7 @@ from nemo_kd.mcore import optimizer as optimizers
 from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
 from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student import StudentModule
 from nemo_kd.trainer.data_module import StudentData
@@ -164,6 +165,7 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
                 module.validation_step(batch, number)
         sums = module._over_ranks(module.validation_sums)[-1].tolist()
         save_nemo(str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None)
+        release(module.model)  # else every layout's groups would stay until the test's end
     return Run(steps, sums)
 
 
