@@ -99,13 +99,12 @@ class CacheWriter:
             CacheError: a segment is damaged, or the file system refuses.
         """
         with self._assembling, explained(self.layout.folder):
-            self._refresh()
             in_work = set(self.missing).intersection(self.layout.chunks_in_work())
             for chunk in sorted(in_work):
                 if up_to is not None and chunk > up_to:
                     break
                 self._assemble_if_whole(chunk)
-            self._refresh()  # another shard may have listed chunks since, whose segments were gone at the look at them
+            self._refresh()  # last, for other shards may have listed chunks whose segments were gone at the look at them
 
     def _claim(self) -> None:
         """Makes the manifest say what is about to be written; or this job accept what it says."""

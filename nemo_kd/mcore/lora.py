@@ -98,7 +98,7 @@ def add_adapters(model: torch.nn.Module, lora: LoraConfig, seed: int, groups: Pr
     Comes after the weights are loaded and before the gradient buffers are made, which frozen weights have none of.
     """
     model.requires_grad_(False)
-    for layer in (layer for chunk in chunks(model) for layer in chunk.decoder.layers):
+    for layer in _layers(model):
         if not lora.has_layer(layer.layer_number):
             continue
         adapters = {}
@@ -117,7 +117,7 @@ def add_adapters(model: torch.nn.Module, lora: LoraConfig, seed: int, groups: Pr
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, Adapter]]:
     """(name in a whole model, weight of the projection, adapter) of every adapter on this rank."""
-    for layer in (layer for chunk in chunks(model) for layer in chunk.decoder.layers):
+    for layer in _layers(model):
         for target, adapter in getattr(layer, ADAPTERS, {}).items():
             name = f"decoder.layers.{layer.layer_number - 1}.{PROJECTIONS[target]}"
             yield name, layer.get_submodule(PROJECTIONS[target]).weight, adapter
@@ -187,6 +187,10 @@ def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | Non
             f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was "
             "trained with to go on, or another exp_manager.explicit_log_dir to begin anew"
         )
+
+
+def _layers(model: torch.nn.Module) -> Iterator[Any]:
+    return (layer for chunk in chunks(model) for layer in chunk.decoder.layers)
 
 
 def _adding(adapter: Adapter) -> Any:
