@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 
+from nemo_kd.terminal import print_text
+
 if TYPE_CHECKING:
     from torch.distributed import Store
 
@@ -286,7 +288,7 @@ class ProgressLine:
         done = [f"{metrics['progress/tokens']:,.0f} tokens"]
         if "progress/percent" in metrics:
             done = [f"{metrics['progress/percent']:.1f}%", f"{done[0]} of {self.total_tokens:,}"]
-        print(f"{self.name}: {', '.join([*done, *_described(metrics)])}", file=sys.stderr, flush=True)
+        print_text(f"{self.name}: {', '.join([*done, *_described(metrics)])}", sys.stderr)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from nemo_kd.config import ConfigError
+from nemo_kd.terminal import print_text
 
 SUMMARY = (
     "tells what a cache holds: counts, how much of the teacher is kept, how certain it is, examples as text or a page"
@@ -59,7 +59,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         content = page(arguments.path, report, rows, text).encode(errors="backslashreplace")
         write_atomically(os.path.abspath(arguments.html), content)
         found += f"\n\nwritten: {arguments.html}"
-    _print(found)
+    print_text(found)
     return 0
 
 
@@ -71,12 +71,3 @@ def _check(arguments: argparse.Namespace) -> None:
         folder = os.path.dirname(os.path.abspath(arguments.html))
         if os.path.isdir(arguments.html) or not os.path.isdir(folder):
             raise ConfigError(f"--html: {arguments.html} must be a file in a folder that exists")
-
-
-def _print(text: str) -> None:
-    """Prints what may be in any language to any terminal, or to a program that stops reading."""
-    try:
-        sys.stdout.buffer.write(f"{text}\n".encode(sys.stdout.encoding, "backslashreplace"))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end

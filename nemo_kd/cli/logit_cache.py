@@ -12,6 +12,7 @@ from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import USER_ERROR, run
 from nemo_kd.cli.verify_cache import add_verify
 from nemo_kd.config import UserInputError
+from nemo_kd.terminal import print_error, print_text
 
 PATH = "file or CHUNK_ID template of a cache"
 
@@ -31,7 +32,7 @@ def main() -> None:
             arguments.settings = unknown
         sys.exit(arguments.run(arguments))
     except UserInputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(USER_ERROR)
 
 
@@ -62,7 +63,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.repair import repair
 
     done = repair(arguments.path, arguments.dry_run)
-    print("\n".join(done) if done else "nothing to repair")
+    print_text("\n".join(done) if done else "nothing to repair")
     return 1 if any(text.startswith("not repaired") for text in done) else 0
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nemo_kd.cli.run import USER_ERROR
 from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.terminal import print_error, print_text
 
 SUMMARY = "Draws the metrics of training runs side by side, as PNG pictures."
 
@@ -26,9 +27,9 @@ def main() -> None:
         from nemo_kd.evaluation.run_curves import plot_runs
 
         for path in plot_runs(arguments.runs, arguments.output_dir, arguments.metrics):
-            print(path)
+            print_text(str(path))
     except UserInputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(USER_ERROR)
 
 

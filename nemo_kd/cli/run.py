@@ -25,6 +25,7 @@ from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launc
 from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue, hold_back_warning_signal
+from nemo_kd.terminal import PrintableFormatter, print_error, print_text
 from nemo_kd.watchdog import CollectiveError
 
 HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
@@ -65,7 +66,7 @@ def run(command: Command) -> None:
     try:
         sys.argv[1:] = hydra_arguments(sys.argv[1:])
     except UserInputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         sys.exit(USER_ERROR)
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command.name)(
         lambda cfg: _run_with_config(command, cfg)
@@ -157,7 +158,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
             sys.exit(launch(trainer.devices, command.subcommand))
         configure_logging()
         if ignored and global_rank() == 0:
-            print("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), file=sys.stderr, flush=True)
+            print_text("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr)
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
 
@@ -172,7 +173,7 @@ def errors_end_the_process() -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         _wait_for_other_ranks()
         if global_rank() == 0:
-            print(f"{requeue}; the same command continues (exit status {REQUEUE})", file=sys.stderr, flush=True)
+            print_text(f"{requeue}; the same command continues (exit status {REQUEUE})", sys.stderr)
         _leave(REQUEUE)
     except SystemExit as leaving:
         if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
@@ -189,7 +190,7 @@ def errors_end_the_process() -> Iterator[None]:
         if user_error and global_rank() != 0:
             # Rank 0 mostly fails alike; then the launcher ends this process before it repeats the message.
             time.sleep(3)
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print_error(error)
         if not user_error:
             time.sleep(1)  # the rank that caused it ends first, and its exit status counts
         _leave(USER_ERROR if user_error else 1)
@@ -212,7 +213,7 @@ def configure_logging() -> None:
     """Messages of rank 0, errors of the others."""
     level = logging.INFO if global_rank() == 0 else logging.ERROR
     handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("nemo_kd")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from typing import Any
 
 from nemo_kd.cli.launch import global_rank, launch, needs_launch
 from nemo_kd.cli.run import configure_logging, errors_end_the_process
 from nemo_kd.config import ConfigError
+from nemo_kd.terminal import print_text
 
 
 def add_verify(subcommands: Any, path_help: str) -> None:
@@ -56,7 +56,7 @@ def _verify_bytes(arguments: argparse.Namespace) -> int:
     reports = verify(arguments.path, max(1, arguments.num_workers))
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
-        print(problem)
+        print_text(problem)
     counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
     found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
     num_chunks = sum(report.chunk >= 0 for report in reports)
@@ -77,6 +77,5 @@ def _verify_against(arguments: argparse.Namespace) -> int:
         report, is_right = rescore(sample, config, arguments.dataset)
     if global_rank() != 0:  # its status must not end rank 0 before that has told
         return 0
-    print(report)
-    sys.stdout.flush()
+    print_text(report)
     return 0 if is_right else 1

@@ -11,8 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
 from nemo_kd.data.tokenizer import load_tokenizer
+from nemo_kd.terminal import printable
 
 MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+BLANKS = "".join(MARKS)
 _SENTENCEPIECE_SPACE = "▁"
 
 
@@ -108,10 +110,10 @@ def decoded(pending: bytes, raw: bytes) -> tuple[str, bytes]:
     position = 0
     while position < end:
         try:
-            text += "".join(_printable(character) for character in content[position:end].decode())
+            text += printable(content[position:end].decode(), BLANKS)
             break
         except UnicodeDecodeError as error:
-            text += "".join(_printable(character) for character in content[position : position + error.start].decode())
+            text += printable(content[position : position + error.start].decode(), BLANKS)
             # What was pending has been shown with the token before.
             broken = content[max(start, position + error.start) : position + error.end]
             text += _hex(broken) if broken else ""
@@ -136,10 +138,6 @@ def _unfinished(content: bytes) -> int:
 
 def _hex(raw: bytes) -> str:
     return f"⟨{raw.hex(' ').upper()}⟩"
-
-
-def _printable(character: str) -> str:
-    return character if character.isprintable() or character in MARKS else repr(character)[1:-1]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

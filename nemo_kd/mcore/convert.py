@@ -16,6 +16,7 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.export import save_hf
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
+from nemo_kd.terminal import print_text
 
 
 def convert(config: ConvertCheckpointConfig) -> None:
@@ -44,7 +45,7 @@ def convert(config: ConvertCheckpointConfig) -> None:
             save_nemo(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
         else:
             save_hf(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
-    print(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})", flush=True)
+    print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")
 
 
 def _check_output(output: Path, source: Path, overwrite: bool) -> None:

@@ -20,6 +20,7 @@ from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.teacher.job import Job, Run, open_run
 from nemo_kd.teacher.model import Teacher
+from nemo_kd.terminal import print_text
 
 NUM_PROBES, NUM_WARM_UPS = 48, 2
 NUM_MEASURED_RECORDS = 2000
@@ -161,7 +162,7 @@ def _estimates(run: Run, job: Job, probe: Probe, records: Records, start_up_s: f
 def print_table(lines: list[tuple[str, str]]) -> None:
     """Names and values in two columns."""
     width = max(len(name) for name, _ in lines)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in lines), flush=True)
+    print_text("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
 
 
 def _device_memory(run: Run) -> str:
