@@ -14,6 +14,7 @@ import logging
 import os
 import shutil
 import threading
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,29 @@ class CacheWriter:
         self._refresh()
         incomplete = set(self.missing)
         return [(chunk, part) for chunk, part in missing if chunk in incomplete]
+
+    def incomplete(self) -> list[int]:
+        """Return the chunks that are not listed, or not there with the listed size; looks at the disk again for all."""
+        self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
+        self.missing = [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
+        return self.missing
+
+    def missing_by_shard(self) -> dict[int, int]:
+        """Return for each shard how many segments of incomplete chunks are not on disk."""
+        count = self._shard[1]
+        incomplete = set(self.missing)
+        missing: dict[int, list[int]] = {}
+        first = 0
+        for chunk, indices in enumerate(self.chunks):
+            parts = segments(indices, self.manifest.segment_examples)
+            if chunk in incomplete:
+                folder = self.layout.segments_folder(chunk)
+                names = set(os.listdir(folder)) if folder.is_dir() else set()
+                paths = [segment_path(self.layout, chunk, part) for part in parts]
+                missing[chunk] = [(first + n) % count for n, path in enumerate(paths) if path.name not in names]
+            first += len(parts)
+        self._refresh()  # a chunk listed meanwhile misses nothing
+        return dict(Counter(shard for chunk in self.missing for shard in missing[chunk]))
 
     def assemble_complete(self, up_to: int | None = None) -> None:
         """Publishes every chunk of which all segments are there; `up_to` spares the look at later chunks.

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.dataset import TokenizedDataset, describe_example
+from nemo_kd.data.dataset import NO_LOSS_TOKENS, TOO_LONG, TOO_SHORT, Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
@@ -31,6 +32,9 @@ from nemo_kd.teacher.model import Teacher, ignored
 from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
+
+MOST_EXPLAINED = 10_000
+"""Records that an explanation of a dataset without examples reads."""
 
 
 @dataclass(frozen=True)
@@ -140,17 +144,19 @@ def plan_chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range
 
 
 def check_records(job: Job, segments: list[Segment]) -> int:
-    """Renders every record of the segments once, shared out among the ranks: a malformed one shows before the teacher is loaded.
+    """Render every record of the segments once, shared out among the ranks, before the teacher is loaded.
 
     Returns:
         The tokens of all of them.
 
     Raises:
-        DataError: on every rank, what one of them found.
+        DataError: on every rank: what one of them found in a record; or no record of the whole range makes an example.
     """
     indices = [index for _, records in segments for index in records]
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    num_tokens, problem = 0, None
+    num_tokens = 0
+    num_examples = 0
+    problem = None
     name = f"checking records{f' of {job.split}' if job.split else ''}"
     hidden = rank != 0 or not sys.stderr.isatty()
     for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=hidden, leave=False):
@@ -161,12 +167,48 @@ def check_records(job: Job, segments: list[Segment]) -> int:
             break
         if isinstance(record, Example):
             num_tokens += record.num_tokens
+            num_examples += 1
     found: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(found, (problem, num_tokens))
-    for message, _ in found:
+    torch.distributed.all_gather_object(found, (problem, num_tokens, num_examples))
+    for message, _, _ in found:
         if message is not None:
             raise DataError(message)
-    return sum(mine for _, mine in found)
+    covers_all = len(indices) == sum(map(len, job.chunks))  # a shard's part may be empty
+    if covers_all and not any(examples for _, _, examples in found):
+        raise nothing_to_train(job)
+    return sum(tokens for _, tokens, _ in found)
+
+
+def nothing_to_train(job: Job) -> DataError:
+    """Explain why no record of the job makes an example: counts per reason, formats and roles found, next step."""
+    indices = range(job.chunks[0][0], job.chunks[-1][-1] + 1)[:MOST_EXPLAINED]
+    reasons: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
+    for index in indices:
+        item = job.dataset[index]
+        reasons[item.reason if isinstance(item, Skipped) else "usable"] += 1
+        record = job.dataset.records[index]
+        formats.update(job.dataset.formats([index]))
+        for key, role in (("messages", "role"), ("conversations", "from")):
+            turns = record.get(key)
+            roles.update(str(turn.get(role)) for turn in turns or [] if isinstance(turn, dict))
+    data = job.config.data.data
+    remedies = {
+        TOO_LONG: f"raise data.data.max_seq_length (now {job.manifest.seq_length})",
+        TOO_SHORT: f"lower data.data.min_seq_length (now {data.min_seq_length})",
+        NO_LOSS_TOKENS: "only an assistant's turns with content are trained: rename the roles, or set data.data.format",
+    }
+    roles_found = f"; roles found: {_counts(roles)}" if roles else ""
+    advice = "; ".join(remedies[reason] for reason in reasons if reason in remedies)
+    return DataError(
+        f"data.data.file_path: {data.file_path}: nothing to train: none of the {len(indices):,} records {indices[0]} to "
+        f"{indices[-1]} makes an example ({_counts(reasons)}); formats found: {_counts(formats)}{roles_found}; {advice}"
+    )
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{count:,} {name!r}" for name, count in counter.most_common(10))
 
 
 def _job(

@@ -9,6 +9,8 @@ the cache.
 from __future__ import annotations
 
 import contextlib
+import logging
+import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,15 +25,21 @@ from nemo_kd.batch import Example
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter, Segment
+from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.records import DataError
 from nemo_kd.interruption import Interruption, Requeue, leave_signals_to_the_main_process
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
-from nemo_kd.teacher.plan import plan_cache, print_table
+from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.progress import TeacherProgress, metrics_file
+from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, print_table, summary_lines
 from nemo_kd.teacher.work_list import WorkList, wait_until
+from nemo_kd.terminal import print_text
 from nemo_kd.watchdog import Watchdog
+
+log = logging.getLogger(__name__)
 
 Records = list[Example | Skipped]
 
@@ -75,14 +83,13 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
             with watchdog.pause("loading the teacher"):
                 teacher = run.load_teacher(watchdog.step)
         for output, num_tokens in zip(outputs, totals, strict=True):
+            started_s = time.monotonic()
             if teacher is not None and output.missing:
                 _work(run, output, teacher, num_tokens, interruption, watchdog)
-            if output.writer is not None:
-                with watchdog.pause("putting chunks together"):
-                    output.writer.assemble_complete()
-                _report(output, output.writer)
-                output.store.set("complete", "1")
-            wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))
+            work = Work(num_tokens, time.monotonic() - started_s, output.num_complete)
+            _finish(output, work, watchdog)
+        if all(output.writer is not None and not output.writer.missing for output in outputs):
+            print_text("\n".join(next_commands(run.jobs)))
         torch.distributed.barrier()  # the store may end with the process of rank 0
 
 
@@ -210,30 +217,36 @@ def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
     }
 
 
-def _report(output: Output, writer: CacheWriter) -> None:
-    """What the cache holds now, other shards' chunks included."""
-    manifest, missing = writer.manifest, writer.missing
-    chunks = manifest.chunks.values()
-    examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
-    loss_tokens, num_bytes = sum(chunk.loss_tokens for chunk in chunks), sum(chunk.bytes for chunk in chunks)
-    kept = sum(chunk.kept_mass_sum for chunk in chunks) / max(1, loss_tokens)
-    lines = [
-        *([("split", output.job.split)] if output.job.split else []),
-        ("chunks", f"{len(chunks)} ({output.num_complete} were complete before)"),
-        ("examples", f"{examples:,}"),
-        ("tokens", f"{tokens:,} ({loss_tokens:,} in the loss)"),
-        ("bytes per token", f"{num_bytes / max(1, tokens):,.1f}"),
-        (f"teacher mass in the top {manifest.top_k}", f"{kept:.4f}"),
-        (f"label in the top {manifest.top_k}", f"{sum(c.label_in_topk for c in chunks) / max(1, loss_tokens):.4f}"),
-    ]
-    if missing:
-        shard, num_shards = output.job.config.shard_number()
-        lines.append(("incomplete chunks", f"{len(missing)}; shard {shard} of {num_shards} has done its part of them"))
-    skipped: dict[str, int] = {}
-    for chunk in chunks:
-        for reason, count in chunk.skipped.items():
-            skipped[reason] = skipped.get(reason, 0) + count
-    print_table([*lines, *([(f"skipped: {reason}", f"{n:,}") for reason, n in skipped.items()] or [("skipped", "0")])])
+def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
+    """Put the last chunks together, check what is on disk, and print the summary; every rank calls it.
+
+    Raises:
+        CacheError, DataError: on every rank, what rank 0 found wrong.
+    """
+    problem: UserInputError | None = None
+    if output.writer is not None:
+        try:
+            with watchdog.pause("putting chunks together"):
+                output.writer.assemble_complete()
+                waiting_for = check_end(output.job, output.writer)
+            _print_summary(output.job, output.writer, work, waiting_for)
+        except (CacheError, DataError) as error:
+            problem = error
+        output.store.set("complete", "1")
+    wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))
+    box = [problem]
+    torch.distributed.broadcast_object_list(box, src=0)
+    if box[0] is not None:
+        raise box[0]
+
+
+def _print_summary(job: Job, writer: CacheWriter, work: Work, waiting_for: str) -> None:
+    print_table(summary_lines(job, writer.manifest, work))
+    advice = kept_mass_advice(writer.manifest, job.config.cache)
+    if advice:
+        log.warning("warning: %s%s", f"{job.split}: " if job.split else "", advice)
+    if waiting_for:
+        log.warning("warning: this cache is not complete: %s", waiting_for)
 
 
 class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):

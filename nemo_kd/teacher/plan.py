@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import time
@@ -18,9 +19,11 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.teacher.job import Job, Run, open_run
+from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.terminal import print_text
+from nemo_kd.teacher.summary import advice, print_table, size_text
+
+log = logging.getLogger(__name__)
 
 NUM_PROBES, NUM_WARM_UPS = 48, 2
 NUM_MEASURED_RECORDS = 2000
@@ -42,6 +45,7 @@ class Probe:
     tokens: int
     computed_tokens: int
     loss_tokens: int
+    kept_tokens: int
     kept_mass: float
 
 
@@ -75,6 +79,11 @@ def plan_cache(config: ComputeTopkLogitsConfig) -> None:
             probe = _probe(run, job, teacher)
             if run.groups.is_writer and run.groups.data_rank == 0:
                 print_table([("layout", run.layout()), *_estimates(run, job, probe, records, start_up_s)])
+                loss_tokens = max(1, probe.loss_tokens)
+                kept_ids = probe.kept_tokens / loss_tokens
+                warning = advice(probe.kept_mass / loss_tokens, kept_ids, job.config.top_k, job.config.cache)
+                if warning:
+                    log.warning("warning: %s", warning)
 
 
 def _started_at() -> float:
@@ -99,6 +108,8 @@ def _measure_records(job: Job) -> Records:
     num_records = min(NUM_MEASURED_RECORDS, len(_indices(job)))
     started_s = time.perf_counter()
     examples = _sample(job, num_records)
+    if not examples:
+        raise nothing_to_train(job)
     seconds = time.perf_counter() - started_s
     return Records(
         tokens=sum(example.num_tokens for example in examples) / num_records,
@@ -125,6 +136,9 @@ def _probe(run: Run, job: Job, teacher: Teacher) -> Probe:
         tokens=sum(example.num_tokens for example in examples),
         computed_tokens=started.computed_tokens,
         loss_tokens=sum(int(mask.sum()) for mask in masks),
+        kept_tokens=sum(
+            int((row.teacher.topk_token_ids_SK[mask] >= 0).sum()) for row, mask in zip(rows, masks, strict=True)
+        ),
         kept_mass=sum(
             float((1 - row.teacher.tail_mass_TS[0, mask]).sum()) for row, mask in zip(rows, masks, strict=True)
         ),
@@ -149,31 +163,20 @@ def _estimates(run: Run, job: Job, probe: Probe, records: Records, start_up_s: f
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
         ("padding", f"{1 - probe.tokens / max(1, probe.computed_tokens):.1%}"),
-        ("teacher mass kept", f"{probe.kept_mass / max(1, probe.loss_tokens):.4f}"),
+        (f"mass of the kept ids (at most {job.config.top_k})", f"{probe.kept_mass / max(1, probe.loss_tokens):.4f}"),
         ("bytes per token", f"{file_bytes / max(1.0, stored_tokens):,.1f}"),
-        ("disk", f"{_size(file_bytes)}, and {_size(largest_chunk)} more while a chunk is put together, in {folder}"),
+        (
+            "disk",
+            f"{size_text(file_bytes)}, and {size_text(largest_chunk)} more while a chunk is put together, in {folder}",
+        ),
         ("time", f"{timedelta(seconds=round(seconds))} on {data_size} data-parallel ranks ({seconds:,.0f} s)"),
         ("tokens per second", f"{tokens / max(1e-9, compute_s):,.0f}"),
-        ("memory of a rank", _size(host_bytes) + _device_memory(run)),
+        ("memory of a rank", size_text(host_bytes) + _device_memory(run)),
         ("probed", f"{probe.records:,} records in {probe.seconds:.1f} s"),
     ]
-
-
-def print_table(lines: list[tuple[str, str]]) -> None:
-    """Names and values in two columns."""
-    width = max(len(name) for name, _ in lines)
-    print_text("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
 
 
 def _device_memory(run: Run) -> str:
     if run.groups.device.type != "cuda":
         return ""
-    return f", {_size(torch.cuda.max_memory_allocated())} on its GPU"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
+    return f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
