@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import re
 import sys
 import time
@@ -10,19 +12,22 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import orjson
 
-from nemo_kd.terminal import print_text
+from nemo_kd.terminal import print_text, printable
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from nemo_kd.config.model import GPTArchitecture
 
+Unit = Literal["tokens", "steps"]
+"""Field of Counters in which a run knows its total."""
+
 WINDOW_INTERVALS = 10
-"""Recent rates are over so many intervals."""
+"""Number of intervals in the moving window of recent rates."""
 
 PEAK_BF16_FLOPS = {
     r"\bH100 PCIe\b": 756e12,
@@ -130,6 +135,8 @@ def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
 class Counters:
     """Sums since the start of the run, of one replica of the model or of all."""
 
+    steps: float = 0
+    """Optimizer steps of the whole run, those before a resume included."""
     tokens: float = 0
     """Tokens that went through the model."""
     padding_tokens: float = 0
@@ -195,24 +202,33 @@ class Progress:
     that one only. Nothing runs in the background: a report comes with the first `add` after the interval.
 
     Args:
-        total_tokens: of the whole job; 0 if unknown, then there is no ETA.
+        total: tokens or steps of the whole job, as `unit` says; 0 if unknown, then there is no ETA.
         peak_flops: of all GPUs of the job together; None if unknown, then there is no utilisation.
+        start: counts that were there before, to which the rates do not apply.
     """
 
     def __init__(
         self,
-        total_tokens: int,
+        total: int,
         interval_s: float,
         sinks: Sequence[Sink] = (),
         shared: SharedCounters | None = None,
         peak_flops: float | None = None,
+        unit: Unit = "tokens",
+        start: Counters | None = None,
     ) -> None:
-        self.total_tokens, self.interval_s, self.sinks = total_tokens, interval_s, sinks
-        self.shared, self.peak_flops = shared, peak_flops
-        self.counters = Counters()
+        self.total = total
+        self.unit = unit
+        self.interval_s = interval_s
+        self.sinks = sinks
+        self.shared = shared
+        self.peak_flops = peak_flops
+        self.counters = start or Counters()
+        self.latest: dict[str, float] = {}
+        self._shown: Counters | None = None
         self._started_s = time.monotonic()
         self._next_report_s = self._started_s + interval_s
-        self._window = deque([(self._started_s, Counters())], maxlen=WINDOW_INTERVALS + 1)
+        self._window = deque([(self._started_s, self.counters)], maxlen=WINDOW_INTERVALS + 1)
 
     def add(self, **counts: float) -> None:
         """Adds to the fields of Counters; reports if it is time."""
@@ -223,18 +239,21 @@ class Progress:
             self.report()
 
     def report(self) -> None:
-        """Publishes and shows the present state."""
+        """Publishes and shows the present state, with the `latest` values of what is not counted."""
         if self.shared is not None:
             self.shared.publish(self.counters)
         if self.sinks:
             total = self.counters if self.shared is None else self.shared.total()
-            metrics = self._metrics(total, time.monotonic())
+            self._shown = total
+            metrics = {**self.latest, **self._metrics(total, time.monotonic())}
             for sink in self.sinks:
                 sink.show(metrics)
 
     def close(self) -> None:
-        """A last report. For one over the whole job, all replicas call `report`, meet at a barrier and then this."""
-        self.report()
+        """A last report, unless the last one told the same. For one over the whole job, all replicas call `report`, meet
+        at a barrier and then this."""
+        if self._shown is None or self._shown != (self.counters if self.shared is None else self.shared.total()):
+            self.report()
         for sink in self.sinks:
             sink.close()
 
@@ -244,6 +263,7 @@ class Progress:
         self._window.append((now_s, total))
         recent, seconds = total - before, max(now_s - before_s, 1e-9)
         num_replicas = 1 if self.shared is None else self.shared.size
+        done, recently_done = getattr(total, self.unit), getattr(recent, self.unit)
         metrics = {
             "progress/tokens": total.tokens,
             "progress/examples": total.examples,
@@ -251,11 +271,12 @@ class Progress:
             "perf/tokens_per_s_overall": total.tokens / max(now_s - self._started_s, 1e-9),
             "perf/data_wait_percent": 100 * recent.data_wait_s / seconds / num_replicas,
         }
-        if self.total_tokens:
-            metrics["progress/percent"] = 100 * total.tokens / self.total_tokens
-            if recent.tokens:
-                left = max(0.0, self.total_tokens - total.tokens)
-                metrics["perf/eta_s"] = left / metrics["perf/tokens_per_s"]
+        if self.unit == "steps":
+            metrics["progress/steps"] = total.steps
+        if self.total:
+            metrics["progress/percent"] = 100 * done / self.total
+            if recently_done:
+                metrics["perf/eta_s"] = max(0.0, self.total - done) * seconds / recently_done
         if recent.tokens:
             computed = recent.tokens + recent.padding_tokens
             metrics["perf/padding_percent"] = 100 * recent.padding_tokens / computed
@@ -269,43 +290,73 @@ class Progress:
 
 
 class ProgressLine:
-    """On stderr: a bar where somebody watches, elsewhere a plain line an interval."""
+    """On stderr: a bar where somebody watches, elsewhere a plain line an interval.
 
-    def __init__(self, name: str, total_tokens: int) -> None:
-        self.name, self.total_tokens = name, total_tokens
+    The bar leaves messages of the package's loggers whole. What a narrow terminal has no room for is at its end, so the
+    time that is left comes first there.
+    """
+
+    def __init__(self, name: str, total: int, unit: Unit = "tokens") -> None:
+        self.name = name
+        self.total = total
+        self.unit = unit
         self.bar: Any = None
+        self._resources = contextlib.ExitStack()
         if sys.stderr.isatty():
             from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
 
-            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} tokens [{elapsed}{postfix}]"
-            self.bar = tqdm(desc=name, total=total_tokens or None, unit_scale=True, dynamic_ncols=True, bar_format=form)
+            form = "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} " + unit + " [{elapsed}{postfix}]"
+            self.bar = tqdm(
+                desc=name, total=total or None, unit_scale=unit == "tokens", dynamic_ncols=True, bar_format=form
+            )
+            self._resources.callback(self.bar.close)
+            self._resources.enter_context(logging_redirect_tqdm([logging.getLogger("nemo_kd")]))
 
     def show(self, metrics: dict[str, float]) -> None:
+        done = metrics[f"progress/{self.unit}"]
+        described = list(_described(metrics))
+        eta = [f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"] if "perf/eta_s" in metrics else []
         if self.bar is not None:
-            self.bar.n = metrics["progress/tokens"]
-            self.bar.set_postfix_str(", ".join(_described(metrics)))  # draws
+            self.bar.n = int(done)
+            self.bar.set_postfix_str(", ".join([*eta, *described]))  # draws
             return
-        done = [f"{metrics['progress/tokens']:,.0f} tokens"]
-        if "progress/percent" in metrics:
-            done = [f"{metrics['progress/percent']:.1f}%", f"{done[0]} of {self.total_tokens:,}"]
-        print_text(f"{self.name}: {', '.join([*done, *_described(metrics)])}", sys.stderr)
+        if self.unit == "steps":
+            parts = [f"step {done:,.0f}/{self.total:,}"]
+        elif "progress/percent" in metrics:
+            parts = [f"{metrics['progress/percent']:.1f}%", f"{done:,.0f} {self.unit} of {self.total:,}"]
+        else:
+            parts = [f"{done:,.0f} {self.unit}"]
+        self.note(", ".join([*parts, *described, *eta]))
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own, above the bar if there is one."""
+        line = f"{self.name}: {text}"
+        if self.bar is not None:
+            self.bar.write(printable(line), file=sys.stderr)
+        else:
+            print_text(line, sys.stderr)
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        self._resources.close()
 
 
 def _described(metrics: dict[str, float]) -> Iterable[str]:
     texts = {
+        "epoch": "epoch {:.2f}",
+        "train/loss": "loss {:.4f}",
+        "train/kd_loss": "kd_loss {:.4f}",
+        "train/sft_loss": "sft_loss {:.4f}",
+        "lr": "lr {:.2e}",
+        "grad_norm": "grad_norm {:.3g}",
         "perf/tokens_per_s": "{:,.0f} tokens/s",
         "perf/mfu_percent": "{:.1f}% MFU",
         "perf/padding_percent": "{:.1f}% padding",
         "perf/data_wait_percent": "{:.1f}% data wait",
+        "perf/peak_memory_gib": "{:.1f} GiB",
         "cache/kept_mass": "kept mass {:.4f}",
     }
     yield from (text.format(metrics[name]) for name, text in texts.items() if name in metrics)
-    if "perf/eta_s" in metrics:
-        yield f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"
 
 
 class MetricsFile:

@@ -66,7 +66,12 @@ FILLER = -1
 
 
 class StudentModule(pl.LightningModule):
-    """One optimizer step per `training_step`, run by Megatron's schedule over the rank's micro-batches."""
+    """One optimizer step per `training_step`, run by Megatron's schedule over the rank's micro-batches.
+
+    Attributes:
+        step_metrics, evaluation_metrics: figures of the last step, and of the last validation or test; what is unknown of
+            it (a mean over no tokens) is not among them.
+    """
 
     def __init__(
         self,
@@ -109,6 +114,8 @@ class StudentModule(pl.LightningModule):
             model.knowledge_distillation, max(map(len, self.sources.values())), compares=model.data.uses_cache
         )
         self.validation_sums: torch.Tensor | None = None
+        self.step_metrics: dict[str, float] = {}
+        self.evaluation_metrics: dict[str, float] = {}
         self.meter = StepMeter(
             forward_flops(architecture), groups.device, groups.context_size, config.trainer.precision, self.lora is None
         )
@@ -131,10 +138,6 @@ class StudentModule(pl.LightningModule):
         hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), gpt)
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
 
-    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
-        """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""
-        return batch
-
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer, scheduler = self.optimizers(), self.lr_schedulers()
         lr = optimizer.param_groups[0]["lr"]
@@ -149,7 +152,7 @@ class StudentModule(pl.LightningModule):
         scheduler.step()
         data: StudentData = self.trainer.datamodule
         data.training.consumed_samples += self.config.model.global_batch_size
-        self._log_step(sums, counts, lr, optimizer.optimizer.grad_norm, data)
+        self._measure_step(sums, counts, lr, optimizer.optimizer.grad_norm, data)
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
         self.meter.start(self.trainer.datamodule.watched.waited_s)
@@ -163,13 +166,18 @@ class StudentModule(pl.LightningModule):
             self.validation_sums = sums if self.validation_sums is None else self.validation_sums + sums
 
     def on_validation_epoch_end(self) -> None:
-        self.log("val_loss", self._log_evaluation("validation")["loss"], prog_bar=True)
+        self._measure_evaluation("validation")
+        if "validation/loss" in self.evaluation_metrics:
+            self.evaluation_metrics["val_loss"] = self.evaluation_metrics["validation/loss"]
+        # Checkpoints are ranked by these; those of the validation before must not stay where this one has none.
+        known = {f"validation/{name}": math.nan for name in self.loss.reported} | {"val_loss": math.nan}
+        self.log_dict(known | self.evaluation_metrics, logger=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self._measure_evaluation("test")
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """The weights that are trained as Megatron's sharded tensors, for distributed checkpoints."""
@@ -241,26 +249,19 @@ class StudentModule(pl.LightningModule):
             provenance["student_provenance"] = self.pretrained.provenance
         return provenance
 
-    def _log_evaluation(self, split: str) -> dict[str, float]:
-        """Logs the means over all loss tokens of the split, and returns them."""
-        means = self._log_means(split, self._over_ranks(self.validation_sums))
-        self.log("eval_step", float(self.global_step))
-        self._log_axis()
-        return means
+    def _measure_evaluation(self, split: str) -> None:
+        """Takes the means over all loss tokens of the split."""
+        means = self._means(split, self._over_ranks(self.validation_sums))
+        self.evaluation_metrics = {**means, "eval_step": float(self.global_step)}
 
-    def _log_means(self, split: str, sums_RM: torch.Tensor) -> dict[str, float]:
-        """Logs the means of everything, and of every source where there are several; returns the former."""
+    def _means(self, split: str, sums_RM: torch.Tensor) -> dict[str, float]:
+        """The means of everything, and of every source where there are several, by the names of metrics."""
         *of_sources, of_all = self.loss.means(sums_RM)
-        for name, value in of_all.items():
-            self.log(f"{split}/{name}", value, prog_bar=split == "train" and name == "loss")
+        named = {f"{split}/{name}": value for name, value in of_all.items()}
         sources = self.sources[split] if len(self.sources[split]) > 1 else []
         for source, means in zip(sources, of_sources, strict=False):
-            self.log_dict({f"{split}/{name}/{source}": value for name, value in means.items()})
-        return of_all
-
-    def _log_axis(self) -> None:
-        """Completed optimizer steps as the loggers' x-axis; Lightning's own count is one less after a resume."""
-        self.log("step", float(self.global_step))
+            named |= {f"{split}/{name}/{source}": value for name, value in means.items()}
+        return named
 
     def _over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
         """The sums over all data- and context-parallel ranks, on every rank; only last stages have any."""
@@ -293,29 +294,28 @@ class StudentModule(pl.LightningModule):
         culprits, examples = ({index for part in parts for index in part} for parts in zip(*everything, strict=True))
         return sorted(culprits - {FILLER}), sorted(examples - {FILLER})
 
-    def _log_step(
+    def _measure_step(
         self, sums_RM: torch.Tensor, counts: list[float], lr: float, grad_norm: float, data: StudentData
     ) -> None:
-        means = self._log_means("train", sums_RM)
+        means = self._means("train", sums_RM)
         if self.global_step == 1:
             self._judge_first_step(means)
-        self._log_axis()
-        self.log_dict(
-            {
-                "train_step": float(self.global_step),
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "train/skipped_steps": float(self.non_finite.skipped),
-                "consumed_samples": float(data.training.consumed_samples),
-                "epoch": self.global_step / data.training.steps_per_epoch,
-            }
-        )
-        for name, value in self.meter.metrics(counts, float(sums_RM[-1, -1])).items():
-            self.log(name, value, prog_bar=name == "perf/tokens_per_s")
+        self.step_metrics = {
+            **means,
+            "train_step": float(self.global_step),
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "train/skipped_steps": float(self.non_finite.skipped),
+            "consumed_samples": float(data.training.consumed_samples),
+            "epoch": self.global_step / data.training.steps_per_epoch,
+            **self.meter.metrics(counts, float(sums_RM[-1, -1])),
+        }
+        self.log_dict(self.step_metrics, logger=False)  # names of checkpoints may contain them
 
     def _judge_first_step(self, means: dict[str, float]) -> None:
-        if "sft_loss" in means:
-            text, doubt = first_step_report(means, self.architecture.vocab_size)
+        if "train/sft_loss" in means:
+            own = {name.removeprefix("train/"): value for name, value in means.items()}
+            text, doubt = first_step_report(own, self.architecture.vocab_size)
             log.info(text)
             if doubt:
                 log.warning(doubt)

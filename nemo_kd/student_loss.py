@@ -45,14 +45,12 @@ class StudentLoss:
         compares: whether batches hold what a teacher said, which the student is then compared with whatever the loss.
 
     Attributes:
-        reported: names of the sums.
+        reported: names of the sums; `kd_loss` is one of them where the loss has such a term.
         custom: the function of `kd_loss=custom`, which needs logits; everything else works on hidden states.
     """
 
     def __init__(self, config: LossConfig, num_sources: int = 1, compares: bool = False) -> None:
         self.config, self.compares = config, compares
-        self.own_names = [*REPORTED, *COMPARED] if compares else [*REPORTED]
-        self.reported = list(self.own_names)
         self.custom = load_custom_loss(config.custom_loss) if config.custom_loss is not None else None
         self.num_sources = num_sources if num_sources > 1 and self.custom is None else 0
         self.custom_was_called, self.names_are_known = False, self.custom is None
@@ -71,6 +69,10 @@ class StudentLoss:
                 config.skew_lambda,
                 config.adaptive_kl_alpha,
             )
+        self.has_kd = divergence is not None or self.custom is not None
+        terms = [name for name in REPORTED if name != "kd_loss" or self.has_kd]
+        self.own_names = [*terms, *COMPARED] if compares else terms
+        self.reported = list(self.own_names)
         compile = torch.cuda.is_available() if config.compile == "auto" else config.compile == "on"
         self.losses = DistillationLoss(divergence, config.label_smoothing, config.z_loss_weight, compile)
 
@@ -175,7 +177,7 @@ class StudentLoss:
         ce_N = losses.ce_N.detach().double()
         kd_N = torch.zeros_like(ce_N) if losses.kd_N is None else losses.kd_N.detach().double()
         weighted_N = self.config.sft_loss_weight * ce_N + self.config.kd_loss_weight * kd_N
-        columns = [weighted_N, kd_N, ce_N]
+        columns = [weighted_N, kd_N, ce_N] if self.has_kd else [weighted_N, ce_N]
         known_N = torch.zeros_like(ce_N)
         if self.compares and losses.compared is None:  # there is nothing but filler
             columns += [known_N] * len(COMPARED)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from nemo_kd.config import typed
@@ -23,6 +25,25 @@ def write_chat_dataset(path: Path, num_records: int, start: int = 0) -> Path:
             if number != 5:
                 messages.append({"role": "assistant", "content": text[: 20 + (number * 37) % 90]})
             file.write(json.dumps({"messages": messages}) + "\n")
+    return path
+
+
+def aligner_rows(path: Path, loss_masks: Sequence[int]) -> Path:
+    """A file as NeMo-Aligner caches it, without a manifest: a row for each mask, which counts for all of its tokens."""
+    random = np.random.default_rng(0)
+    length = 6
+    rows = [
+        {
+            "tokens": random.integers(9, 250, length).tolist(),
+            "labels": random.integers(9, 250, length).tolist(),
+            "loss_mask": [mask] * length,
+            "topk_logits": [[4.0, 3.0, 2.0]] * length,
+            "topk_token_ids": [[1, 2, 3]] * length,
+            "log_sum_exp_logits": [6.0] * length,
+        }
+        for mask in loss_masks
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 

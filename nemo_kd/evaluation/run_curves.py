@@ -13,6 +13,8 @@ from nemo_kd.config import UserInputError
 METRICS_FILE = Path("metrics") / "metrics.jsonl"
 SECTIONS = ("validation", "train", "perf", "test")
 """A picture each, of the metrics named SECTION/...; those without a section belong to train."""
+COUNTERS = ("consumed_samples", "epoch", "train_step", "eval_step")
+"""Metrics that only tell the step in other words; drawn when a pattern asks for them."""
 SMOOTHED_ABOVE = 200
 """Curves with more points are drawn faintly, with a running mean of a fiftieth of them on top."""
 
@@ -59,7 +61,7 @@ def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -
     """Writes OUTPUT/validation.png, train.png, perf.png and test.png: every metric that any of the runs has, all runs in one diagram.
 
     Args:
-        pattern: regular expression that the metrics' names must contain.
+        pattern: regular expression that the metrics' names must contain; None draws all but COUNTERS.
 
     Raises:
         RunError: as `read_curves`; no metric is left; two runs have the same path.
@@ -69,7 +71,7 @@ def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -
     runs = dict(zip(_labels(paths), map(read_curves, paths), strict=True))
     sections: dict[str, list[str]] = {}
     for name in sorted({name for curves in runs.values() for name in curves}):
-        if pattern is None or re.search(pattern, name):
+        if name not in COUNTERS if pattern is None else re.search(pattern, name):
             section = name.partition("/")[0] if "/" in name else "train"
             sections.setdefault(section if section in SECTIONS else "train", []).append(name)
     if not sections:

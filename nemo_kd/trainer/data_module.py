@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from nemo_kd.batch import Batch
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import length_multiple
@@ -123,6 +124,10 @@ class StudentData(pl.LightningDataModule):
                 f"{', '.join(now['paths'])}: {'; '.join(differences)}. Give the data of the checkpoint to go on (it may lie "
                 "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
             )
+
+    def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
+        """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""
+        return batch
 
     def train_dataloader(self) -> WatchedLoader:
         self.watched = WatchedLoader(self._loader("train", self.training))

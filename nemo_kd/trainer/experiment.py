@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
 from nemo_kd.trainer.checkpoints import StudentCheckpoints, label_of
 from nemo_kd.trainer.lifetime import Lifetime
-from nemo_kd.trainer.logging import JsonlLogger, ProgressBar
+from nemo_kd.trainer.logging import JsonlLogger, RunLog
 from nemo_kd.trainer.plan import TrainingPlan
 from nemo_kd.trainer.resume import choose_checkpoint
 from nemo_kd.trainer.schedule import StepSchedule
@@ -61,6 +62,12 @@ WANDB_AXES = {"train": "train_step", "perf": "train_step", "validation": "eval_s
 """Sections of metrics and what their charts in Weights & Biases run along: completed steps, at which each was measured."""
 
 
+@dataclass
+class _Settings(ExpManagerConfig):
+    log_interval_s: float = 10.0
+    """Seconds between two lines of progress."""
+
+
 def build_trainer(
     config: TrainStudentConfig,
     settings: dict[str, Any],
@@ -77,6 +84,7 @@ def build_trainer(
         CheckpointError: there is no checkpoint to go on from.
     """
     loop = config.trainer.knowledge_distillation
+    run_log = RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))
     schedule = StepSchedule(plan)
     environment = cluster_environment(config.trainer.num_nodes, config.trainer.devices)
     trainer = pl.Trainer(
@@ -96,7 +104,8 @@ def build_trainer(
         enable_checkpointing=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        callbacks=[ProgressBar(plan.max_steps), schedule, lifetime],
+        enable_progress_bar=False,
+        callbacks=[run_log, schedule, lifetime],
     )
     params = settings["checkpoint_callback_params"]
     nemo_logging.set_verbosity(nemo_logging.ERROR)  # it would say that it finds no checkpoint, where it does not look
@@ -129,7 +138,7 @@ def experiment_settings(config: TrainStudentConfig, measured: Sequence[str] | No
     """
     if "/" in config.name:
         raise ConfigError(f"name: {config.name!r} names files and must not contain a slash")
-    schema = OmegaConf.structured(ExpManagerConfig)
+    schema = OmegaConf.structured(_Settings)
     try:
         merged = OmegaConf.merge(schema, DEFAULTS, {"name": config.name}, config.exp_manager)
     except OmegaConfBaseException as error:

@@ -1,9 +1,9 @@
-"""What a run tells while it goes: a progress bar and a file of metrics."""
+"""What stage 2 tells while it runs: lines on the terminal, and the same figures for every logger."""
 
 from __future__ import annotations
 
+import logging
 import re
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
@@ -12,9 +12,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import orjson
-from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
+
+from nemo_kd.metrics import Counters, Progress, ProgressLine
+
+log = logging.getLogger(__name__)
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
@@ -54,19 +57,102 @@ class JsonlLogger(Logger):
             file.write(orjson.dumps({"step": step, "time": time.time(), **metrics}) + b"\n")
 
 
-class ProgressBar(TQDMProgressBar):
-    """Lightning's bar over all steps of the run (ETA, the values logged with `prog_bar`); sparse where nobody watches."""
+class RunLog(pl.Callback):
+    """Shows the run's progress on stderr, and gives `step_metrics` and `evaluation_metrics` of the module to the loggers.
 
-    def __init__(self, num_steps: int) -> None:
-        super().__init__(refresh_rate=1 if sys.stderr.isatty() else max(1, num_steps // 20))
+    Lightning's own way to the loggers repeats the last value of a metric that a step does not have.
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        super().on_train_epoch_start(trainer, *args)
-        self.train_progress_bar.set_description("training")
+    Args:
+        every_n_steps: steps between those whose metrics are logged.
+        interval_s: seconds between two lines.
 
-    def get_metrics(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> dict[str, int | str | float | dict[str, float]]:
-        metrics = super().get_metrics(trainer, pl_module)
-        metrics.pop("v_num", None)
-        return {name.removeprefix("train/").removeprefix("perf/"): value for name, value in metrics.items()}
+    Attributes:
+        latest: metrics of the last step and of the last evaluation of each split, by name.
+        best: (step, value) of the lowest `validation/loss` of this process.
+    """
+
+    def __init__(self, max_steps: int, every_n_steps: int, interval_s: float) -> None:
+        self.max_steps = max_steps
+        self.every_n_steps = every_n_steps
+        self.interval_s = interval_s
+        self.latest: dict[str, float] = {}
+        self.best: tuple[int, float] | None = None
+        self.line: ProgressLine | None = None
+        self.progress: Progress | None = None
+        self._evaluation_started_s = self._next_line_s = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.line = ProgressLine("training", self.max_steps, "steps")
+            start = Counters(steps=trainer.global_step)
+            peak_flops = pl_module.meter.peak_flops
+            self.progress = Progress(
+                self.max_steps, self.interval_s, [self.line], peak_flops=peak_flops, unit="steps", start=start
+            )
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        metrics, step = pl_module.step_metrics, trainer.global_step
+        self.latest |= metrics
+        if step % self.every_n_steps == 0:
+            _give(trainer, metrics, step)
+        if self.progress is not None:
+            self.progress.latest = metrics
+            self.progress.add(steps=1, **pl_module.meter.counted)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._evaluation_started_s = time.monotonic()
+        self._next_line_s = self._evaluation_started_s + self.interval_s
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        if time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + self.interval_s
+            testing = trainer.state.fn == "test"
+            (num_batches,) = trainer.num_test_batches if testing else trainer.num_val_batches
+            self._note(f"{_stage(trainer)} after step {trainer.global_step:,}: batch {batch_idx + 1} of {num_batches}")
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        metrics, step = pl_module.evaluation_metrics, trainer.global_step
+        self.latest |= metrics
+        _give(trainer, metrics, step)
+        loss = metrics.get("val_loss")
+        if loss is not None and (self.best is None or loss < self.best[1]):
+            self.best = step, loss
+        seconds = time.monotonic() - self._evaluation_started_s
+        self._note(f"{_stage(trainer)} after step {step:,}: {_listed(metrics)}, {seconds:.1f} s")
+
+    on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.progress is not None:
+            self.progress.close()
+        self.line = self.progress = None
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if self.line is not None:
+            self.line.close()
+        self.line = self.progress = None
+
+    def _note(self, text: str) -> None:
+        if self.line is not None:
+            self.line.note(text)
+        else:  # after the training; ranks other than the first say nothing of the kind
+            log.info(text)
+
+
+def _stage(trainer: pl.Trainer) -> str:
+    return "test" if trainer.state.fn == "test" else "validation"
+
+
+def _listed(metrics: dict[str, float]) -> str:
+    """`validation/loss` and its kind without the section; not those of single sources."""
+    shown = {name.partition("/")[2]: value for name, value in metrics.items() if name.count("/") == 1}
+    return ", ".join(f"{name} {value:.4f}" for name, value in shown.items()) or "no token counts in the loss"
+
+
+def _give(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Hands metrics to all loggers; only rank 0's do something."""
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)
+        logger.save()

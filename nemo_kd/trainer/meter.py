@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from nemo_kd.batch import Batch
-from nemo_kd.metrics import ForwardFlops, peak_flops
+from nemo_kd.metrics import Counters, ForwardFlops, peak_flops
 
 GIB = 2**30
 TRAINING_FLOPS = 3
@@ -49,6 +49,10 @@ class StepMeter:
 
     Args:
         all_train: whether all weights are trained. The operations of a step with frozen ones are not counted.
+
+    Attributes:
+        counted: of the last step, by the names of Counters; a replica waited `data_wait_s` on average.
+        totals: the same of all steps since this object was made.
     """
 
     def __init__(
@@ -58,6 +62,8 @@ class StepMeter:
         on_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device), precision) if on_gpu and all_train else None
         self.peak_flops = None if peak is None else peak * dist.get_world_size()
+        self.counted: dict[str, float] = {}
+        self.totals = Counters()
         self._started_s = self._wait_s = self._waited_before_s = 0.0
 
     def start(self, waited_s: float) -> None:
@@ -85,9 +91,17 @@ class StepMeter:
             "perf/padding_percent": 100 * (1 - tokens / positions),
             "perf/peak_memory_gib": self._peak_bytes() / GIB,
         }
+        total_flops = TRAINING_FLOPS * (flops + num_loss_tokens * self.flops.per_loss_token)
         if self.peak_flops is not None:
-            total = TRAINING_FLOPS * (flops + num_loss_tokens * self.flops.per_loss_token)
-            metrics["perf/mfu_percent"] = 100 * total / seconds / self.peak_flops
+            metrics["perf/mfu_percent"] = 100 * total_flops / seconds / self.peak_flops
+        self.counted = {
+            "tokens": tokens,
+            "padding_tokens": positions - tokens,
+            "loss_tokens": num_loss_tokens,
+            "flops": total_flops,
+            "data_wait_s": wait_s,
+        }
+        self.totals += Counters(steps=1, **self.counted)
         return metrics
 
     def _peak_bytes(self) -> int:

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import Example
+from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
@@ -33,6 +34,9 @@ from nemo_kd.data.rows import Rows
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
+
+MOST_ROWS_LOOKED_AT = 4096
+"""Examples of one source, spread over it, that are read while none of them has a token in the loss."""
 
 
 def load_splits(
@@ -68,7 +72,27 @@ def load_splits(
         for path, sizes in zip(paths[split], chunks, strict=True):
             if data.weights(split) is not None and not sum(sizes):
                 raise ConfigError(f"{key}: no usable example in {path}, which has a weight; take it out")
+        _check_loss_tokens(key, paths[split], rows, [sum(sizes) for sizes in chunks])
     return splits
+
+
+def _check_loss_tokens(key: str, paths: Sequence[str], rows: Rows, sizes: Sequence[int]) -> None:
+    """Refuses a source in which no token counts in the loss; mostly its first example shows that one does.
+
+    Raises:
+        ConfigError: names the source.
+    """
+    start = 0
+    for path, size in zip(paths, sizes, strict=True):
+        positions = start + np.unique(np.linspace(0, size - 1, min(size, MOST_ROWS_LOOKED_AT)).astype(int))
+        found = (rows[position] for position in positions.tolist())
+        examples = (row.example if isinstance(row, CachedExample) else row for row in found)
+        if size and not any(example.num_loss_tokens for example in examples):
+            raise ConfigError(
+                f"{key}: {path}: none of {len(positions)} examples has a token in the loss (loss_mask is 0 throughout), so there "
+                "is nothing to learn from it or to measure on it; take it out, or mark what is to be trained"
+            )
+        start += size
 
 
 def _open_caches(
@@ -261,7 +285,9 @@ def _tokenize(
         config = StudentRecordsConfig(data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path))
         dataset = TokenizedDataset(config, tokenizer, seq_length, architecture.vocab_size)
         examples.append([])
-        for position in tqdm(range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False):
+        for position in tqdm(
+            range(len(dataset)), desc=f"tokenizing {split}", unit=" examples", leave=False, disable=None
+        ):
             example = dataset[position]
             if isinstance(example, Skipped):
                 skipped[example.reason] += 1

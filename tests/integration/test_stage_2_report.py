@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import io
 import logging
@@ -18,7 +19,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.ops.comparison import COMPARED
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
-from tests.tiny_data import write_chat_dataset
+from tests.tiny_data import aligner_rows, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
 VOCAB_SIZE = 300
@@ -69,7 +70,7 @@ def expected_means(student: Path, *caches: Path) -> dict[str, float]:
 
 
 def run_and_listen(*args) -> tuple[str, str]:
-    """(error, what rank 0 logged)."""
+    """(error, what rank 0 logged, and its lines of progress)."""
     said = io.StringIO()
     handler = logging.StreamHandler(said)
     logger = logging.getLogger("nemo_kd")
@@ -77,7 +78,8 @@ def run_and_listen(*args) -> tuple[str, str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
-        return run_stage_2(*args), said.getvalue()
+        with contextlib.redirect_stderr(said):
+            return run_stage_2(*args), said.getvalue()
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)
@@ -111,9 +113,9 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
     for form, means in expected.items():
         for name, value in means.items():
             assert trained[form.format(name)] == pytest.approx(value, rel=2e-5), form.format(name)
-        loss = kd_loss_weight * trained[form.format("kd_loss")] + 0.5 * trained[form.format("sft_loss")]
+        assert (form.format("kd_loss") in trained) == (kd_loss_weight > 0)
+        loss = kd_loss_weight * trained.get(form.format("kd_loss"), 0.0) + 0.5 * trained[form.format("sft_loss")]
         assert trained[form.format("loss")] == pytest.approx(loss, rel=1e-6)
-    assert (trained["train/kd_loss"] > 0) == (kd_loss_weight > 0)
     for name, value in expected_means(student, validation).items():
         assert validated[f"validation/{name}"] == pytest.approx(value, rel=2e-5), name
     assert not any(name.startswith("validation/sft_loss/") for name in validated)
@@ -136,6 +138,33 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
         in said
     )
     assert f"KL to the teacher {means['teacher_kl']:.3f}" in said
+
+
+def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, world, tmp_path):
+    student, *_ = world
+    first = aligner_rows(tmp_path / "first.jsonl", [1] * 4)
+    second = aligner_rows(tmp_path / "second.jsonl", [0] * 4 + [1] * 4)
+    overrides = {
+        "model__data__data_prefix": {"train": [str(first), str(second)], "validation": str(second)},
+        "model__data__shuffle": False,
+        "model__global_batch_size": 4,
+        "trainer__knowledge_distillation__limit_val_batches": 1,  # the half without loss tokens
+        "exp_manager__log_interval_s": 0.0,
+    }
+    (error, said), *_ = ranks(1).run(run_and_listen, student, first, second, tmp_path / "run", overrides)
+    assert error == ""
+    steps = {row["step"]: row for row in metrics(tmp_path / "run") if "lr" in row}
+    means = {step: sorted(name for name in row if name.startswith("train/loss")) for step, row in steps.items()}
+    assert means == {1: ["train/loss", "train/loss/first"], 2: [], 3: ["train/loss", "train/loss/second"]}
+    assert not any(name.startswith(("train/kd", "train/sft", "train/t")) for name in steps[2])
+    (validated,) = (row for row in metrics(tmp_path / "run") if "eval_step" in row)
+    assert not any("loss" in name for name in validated)
+    assert "val_loss is not finite after step 3" in said
+    lines = said.splitlines()
+    assert [line.partition(",")[0] for line in lines if line.startswith("training: step")] == [
+        f"training: step {step}/3" for step in (1, 2, 3)
+    ]
+    assert any(line.startswith("training: validation after step 3: no token counts in the loss") for line in lines)
 
 
 def models_left(*args) -> int:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_peak_of_known_gpus(name, precision, peak):
 
 def test_metrics_of_one_replica(clock):
     seen = Seen()
-    progress = Progress(total_tokens=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
+    progress = Progress(total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
     for _ in range(4):
         clock.now_s += 5
         progress.add(tokens=450, padding_tokens=50, loss_tokens=200, examples=3, flops=1e6, data_wait_s=0.5)
@@ -142,7 +143,7 @@ def test_metrics_of_one_replica(clock):
 
 def test_rates_and_eta_follow_the_recent_past(clock):
     seen = Seen()
-    progress = Progress(total_tokens=100_000, interval_s=1, sinks=[seen])
+    progress = Progress(total=100_000, interval_s=1, sinks=[seen])
     for second in range(60):
         clock.now_s += 1
         progress.add(tokens=1000 if second < 40 else 100)
@@ -154,7 +155,7 @@ def test_rates_and_eta_follow_the_recent_past(clock):
 
 def test_nothing_known_is_nothing_shown(clock):
     seen = Seen()
-    Progress(total_tokens=0, interval_s=1, sinks=[seen]).report()
+    Progress(total=0, interval_s=1, sinks=[seen]).report()
     assert set(seen.metrics[0]) == {
         "progress/tokens",
         "progress/examples",
@@ -224,14 +225,83 @@ def test_a_log_file_gets_plain_lines(capsys):
     ]
 
 
-def test_a_terminal_gets_one_bar():
-    code = f"from nemo_kd.metrics import ProgressLine; line = ProgressLine('teacher', 10_000); line.show({EXAMPLE}); line.close()"
+STEP = {
+    "progress/steps": 1500.0,
+    "progress/percent": 15.0,
+    "epoch": 0.75,
+    "train/loss": 2.34567,
+    "train/kd_loss": 1.5,
+    "train/sft_loss": 0.84567,
+    "lr": 1e-5,
+    "grad_norm": 12.345,
+    "perf/tokens_per_s": 98765.4,
+    "perf/data_wait_percent": 0.25,
+    "perf/peak_memory_gib": 71.26,
+    "perf/eta_s": 3725.0,
+}
+
+
+def test_a_step_is_one_line(capsys):
+    line = ProgressLine("training", 10_000, "steps")
+    line.show(STEP)
+    line.note("validation after step 1,500: loss 2.0000")
+    line.close()
+    assert capsys.readouterr().err.splitlines() == [
+        "training: step 1,500/10,000, epoch 0.75, loss 2.3457, kd_loss 1.5000, sft_loss 0.8457, lr 1.00e-05, grad_norm 12.3, "
+        "98,765 tokens/s, 0.2% data wait, 71.3 GiB, 1:02:05 left",
+        "training: validation after step 1,500: loss 2.0000",
+    ]
+
+
+def test_steps_done_before_a_resume_do_not_count_in_the_rates(clock):
+    seen = Seen()
+    progress = Progress(100, 10, [seen], unit="steps", start=Counters(steps=50))
+    progress.latest = {"train/loss": 2.0}
+    for _ in range(10):
+        clock.now_s += 1
+        progress.add(steps=1, tokens=30)
+    (shown,) = seen.metrics
+    assert shown["progress/steps"] == shown["progress/percent"] == 60
+    assert shown["perf/eta_s"] == pytest.approx(40)
+    assert shown["perf/tokens_per_s"] == pytest.approx(30)
+    assert shown["train/loss"] == 2
+    progress.close()
+    assert len(seen.metrics) == 1  # it would only repeat the last report
+    assert seen.closed
+
+
+def shown_on_a_terminal(num_columns: int, code: str) -> str:
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, 200, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 50, num_columns, 0, 0))
     subprocess.run([sys.executable, "-c", code], stderr=theirs, check=True, cwd=ROOT)
     os.close(theirs)
     text = os.read(ours, 100_000).decode()
     os.close(ours)
+    return text
+
+
+def test_a_narrow_terminal_shows_the_time_that_is_left():
+    code = f"""
+import logging
+from nemo_kd.metrics import ProgressLine
+logger = logging.getLogger("nemo_kd")
+logger.addHandler(logging.StreamHandler())
+line = ProgressLine("training", 10_000, "steps")
+line.show({STEP})
+logger.warning("a message")
+line.note("validation")
+line.close()
+"""
+    lines = [part.strip() for part in re.split(r"[\r\n]|\x1b\[A", shown_on_a_terminal(80, code))]
+    bars = [line for line in lines if "1:02:05 left, epoch 0.75" in line]
+    assert bars
+    assert all("15%|" in line and "1500/10000 steps" in line and len(line) < 80 for line in bars)
+    assert {"a message", "training: validation"} <= set(lines)
+
+
+def test_a_terminal_gets_one_bar():
+    code = f"from nemo_kd.metrics import ProgressLine; line = ProgressLine('teacher', 10_000); line.show({EXAMPLE}); line.close()"
+    text = shown_on_a_terminal(200, code)
     assert text.count("\n") == 1
     assert "teacher:  12%|" in text
     assert "1.23k/10.0k tokens" in text

@@ -18,8 +18,11 @@ def write_run(folder, rows, end=""):
     return folder
 
 
+COUNTS = {"epoch": 0.5, "consumed_samples": 8.0, "train_step": 1.0, "eval_step": 1.0}
+
+
 def steps(count, loss):
-    rows = [{"step": step, "time": 1.0, "train/loss": loss / step, "lr": 0.1} for step in range(1, count + 1)]
+    rows = [{"step": step, "time": 1.0, "train/loss": loss / step, "lr": 0.1, **COUNTS} for step in range(1, count + 1)]
     return [*rows, {"step": count, "time": 2.0, "validation/loss": loss, "perf/tokens_per_s": 5.0}]
 
 
@@ -57,6 +60,13 @@ def test_curves_hold_what_the_runs_measured(tmp_path, monkeypatch):
         ),
     )
     first, second = write_run(tmp_path / "x" / "a", steps(2, 4.0)), write_run(tmp_path / "x" / "b", steps(3, 9.0))
+    plot_runs([first, second], tmp_path)
+    assert set(drawn) >= {"train/loss", "lr"}
+    assert not {"epoch", "consumed_samples", "train_step", "eval_step"} & set(drawn)
+    drawn.clear()
+    plot_runs([first, second], tmp_path, "epoch")
+    assert list(drawn) == ["epoch"]
+    drawn.clear()
     plot_runs([first, second], tmp_path, "loss")
     assert drawn == {
         "train/loss": {"a": [[1, 4], [2, 2]], "b": [[1, 9], [2, 4.5], [3, 3]]},

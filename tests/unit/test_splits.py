@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from nemo_kd.trainer import splits
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.splits import load_splits
 from tests.tiny_cache import row, write
-from tests.tiny_data import student_config, write_chat_dataset
+from tests.tiny_data import aligner_rows, student_config, write_chat_dataset
 from tests.tiny_tokenizer import CHATML, LLAMA3, train_tokenizer
 
 TOKENIZER = train_tokenizer(300)
@@ -252,6 +253,16 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
     for path in (source, target):
         assert f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's" in caplog.text
     assert f"{ours}: nothing tells" not in caplog.text
+
+
+def test_a_source_without_loss_tokens_is_refused(tmp_path):
+    good = aligner_rows(tmp_path / "good.jsonl", [0, 0, 1])
+    load([str(good)])
+    empty = aligner_rows(tmp_path / "empty.jsonl", [0, 0, 0])
+    for train, validation, key in (([good, empty], good, "train"), ([good], empty, "validation")):
+        message = f"model.data.data_prefix.{key}: {empty}: none of 3 examples has a token in the loss"
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            load([str(path) for path in train], validation=str(validation))
 
 
 def loss_problems(train, **settings) -> list[str]:
