@@ -338,7 +338,7 @@ def train_student(config: TrainStudentConfig) -> None:
         timeout_minutes = config.trainer.distributed_timeout_minutes
         init_process_group(
             config.trainer.num_nodes,
-            config.trainer.devices,
+            config.trainer.num_devices,
             config.trainer.accelerator,
             TORCH_TIMEOUT_FACTOR * timeout_minutes,
         )

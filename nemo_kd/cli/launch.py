@@ -11,11 +11,14 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.interruption import REQUEUE, hold_back_warning_signal
+from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
 
 GRACE_S = {signal.SIGTERM: 600.0, signal.SIGINT: 30.0, signal.SIGHUP: 30.0}
 """Signals that end a run, and the time that ranks then have to finish what they are at."""
@@ -28,26 +31,49 @@ AFTER_FAILURE_S = 5.0
 
 POLL_S = 0.05
 
+STORE_TIMEOUT = timedelta(minutes=15)
+
+NVIDIA_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
+"""One of these exists where there may be a GPU; the last is WSL's."""
+
 LAUNCHER = "NEMO_KD_LAUNCHER_PID"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def needs_launch(trainer: TrainerConfig) -> bool:
-    """Whether this process has to start the others.
+    """Return True if this process has to start the others; `trainer.devices` is a number from here on.
 
     Raises:
         ConfigError: several machines, on which only srun or torchrun can start processes.
     """
-    # A step of one task is no launcher: an interactive shell of Slurm's is one.
-    step_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    in_step = "SLURM_STEP_ID" in os.environ and int(step_tasks) > 1
-    if in_step or "TORCHELASTIC_RUN_ID" in os.environ or "LOCAL_RANK" in os.environ:
+    ranks = find_ranks()
+    trainer.devices = _num_devices(trainer, ranks)
+    if ranks.launcher:
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(
             f"trainer.num_nodes: {trainer.num_nodes} machines need a launcher: run the command under srun (see scripts/slurm) or torchrun"
         )
-    return trainer.devices > 1
+    return trainer.num_devices > 1
+
+
+def _num_devices(trainer: TrainerConfig, ranks: Ranks) -> int:
+    """Return `trainer.devices`; for auto and -1 the launcher's number of ranks a machine, else that of GPUs, at least 1."""
+    if isinstance(trainer.devices, int) and trainer.devices > 0:
+        return trainer.devices
+    if ranks.launcher:
+        return max(1, ranks.size // trainer.num_nodes)
+    if trainer.accelerator == "cpu" or not any(Path(path).exists() for path in NVIDIA_DRIVER):
+        return 1
+    # In another process: importing torch takes seconds and memory, and this one only starts ranks.
+    code = "import torch; print(torch.cuda.device_count())"
+    counted = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if counted.returncode != 0:
+        raise ConfigError(
+            f"trainer.devices: {trainer.devices}, but torch cannot count the GPUs ({counted.stderr.strip().splitlines()[-1:]}); "
+            "give their number"
+        )
+    return max(1, int(counted.stdout))
 
 
 def launch(num_processes: int, subcommand: str = "") -> int:
@@ -57,9 +83,7 @@ def launch(num_processes: int, subcommand: str = "") -> int:
     Signals are passed on, and the ranks have GRACE_S to finish; a second one that ends a run ends it at once. The ranks
     meet in a store of this process, which outlives any of them.
     """
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = listen_on_loopback(0, None, STORE_TIMEOUT)
     line = [sys.executable, "-u", sys.argv[0], *subcommand.split(), *sys.argv[1:]]
     environment = _environment(num_processes, store.port)
     with _received_signals() as received:
@@ -84,7 +108,7 @@ def _environment(world_size: int, port: int) -> dict[str, str]:
         "WORLD_SIZE": str(world_size),
         "LOCAL_WORLD_SIZE": str(world_size),
         "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -190,8 +214,5 @@ class _Ranks:
 
 
 def global_rank() -> int:
-    """This process's rank as its launcher numbers it; 0 without one."""
-    for variable in ("RANK", "SLURM_PROCID"):
-        if variable in os.environ:
-            return int(os.environ[variable])
-    return 0
+    """Return this process's rank as its launcher numbers it; 0 without one."""
+    return find_ranks().rank

@@ -155,7 +155,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         config: Any = typed(command.config_class, cfg)
         trainer = getattr(config, "trainer", None)
         if trainer is not None and needs_launch(trainer):
-            sys.exit(launch(trainer.devices, command.subcommand))
+            sys.exit(launch(trainer.num_devices, command.subcommand))
         configure_logging()
         if ignored and global_rank() == 0:
             print_text("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr)

@@ -72,7 +72,7 @@ def _verify_against(arguments: argparse.Namespace) -> int:
         sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
         config = rescoring_config(sample, arguments.against, arguments.settings)
         if needs_launch(config.trainer):
-            return launch(config.trainer.devices)
+            return launch(config.trainer.num_devices)
         configure_logging()
         report, is_right = rescore(sample, config, arguments.dataset)
     if global_rank() != 0:  # its status must not end rank 0 before that has told

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,8 +22,8 @@ class TrainerConfig:
 
     num_nodes: int = 1
     """Machines; each starts the command (srun and torchrun do so)."""
-    devices: int = 1
-    """Processes a machine: GPUs, or CPU processes where there is no GPU."""
+    devices: int | str = 1
+    """Processes per machine: GPUs, or CPU processes where there is no GPU; auto or -1: all GPUs, 1 without any."""
     accelerator: str = "auto"
     """auto (GPU where there is one), gpu or cpu."""
     precision: str = "bf16"
@@ -36,13 +37,25 @@ class TrainerConfig:
             raise ConfigError(f"trainer.precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
         if self.accelerator not in ("auto", "gpu", "cuda", "cpu"):
             raise ConfigError(f"trainer.accelerator: {self.accelerator!r} is not one of auto, gpu, cpu")
-        for name in ("num_nodes", "devices"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"trainer.{name}: {getattr(self, name)} must be at least 1")
+        if self.num_nodes < 1:
+            raise ConfigError(f"trainer.num_nodes: {self.num_nodes} must be at least 1")
+        if isinstance(self.devices, str) and re.fullmatch(r"-?\d+", self.devices):
+            self.devices = int(self.devices)
+        if self.devices not in ("auto", -1) and not (isinstance(self.devices, int) and self.devices >= 1):
+            raise ConfigError(f"trainer.devices: {self.devices!r} must be at least 1, or auto for all GPUs")
         if self.distributed_timeout_minutes <= 0:
             raise ConfigError(
                 f"trainer.distributed_timeout_minutes: {self.distributed_timeout_minutes} must be above 0"
             )
+
+    @property
+    def num_devices(self) -> int:
+        """Return `devices` as a number; the commands replace auto and -1 before anything is started."""
+        if not isinstance(self.devices, int) or self.devices < 1:
+            raise ConfigError(
+                f"trainer.devices: {self.devices} is for the commands, which count the GPUs; give a number"
+            )
+        return self.devices
 
 
 @dataclass

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import gc
 import os
+import sys
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import (
-    ClusterEnvironment,
-    LightningEnvironment,
-    SLURMEnvironment,
-    TorchElasticEnvironment,
-)
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -23,6 +20,9 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
+from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
+
+LOOPBACK_INTERFACE = "lo"
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 """Which neighbours share what: tensor-parallel ranks are adjacent, pipeline stages farthest apart."""
@@ -94,56 +94,118 @@ class ProcessGroups:
 
 
 def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0) -> None:
-    """Joins this process to the others that the launcher started, and binds it to its GPU if there is one.
+    """Join this process to the others that the launcher started, and bind it to its GPU if there is one.
 
-    torchrun, srun and Lightning's own launcher are recognised; a process that none of them started is a world of its
-    own. Does nothing but check the number of ranks where a process group exists already. A collective that takes longer
-    than `timeout_minutes` is an error.
+    A process that no launcher started is a world of its own. Only checks the number of ranks where a process group
+    exists already. A collective that takes longer than `timeout_minutes` is an error. On one machine the ranks meet on
+    its loopback address, which no other machine reaches; several machines need a network that keeps others out.
 
     Raises:
-        ConfigError: the devices are not there, or the launcher started another number of processes.
+        ConfigError: the devices are not there, the launcher started another number of processes, or their meeting place
+            (MASTER_ADDR, MASTER_PORT) cannot be used.
     """
     use_gpu = _check_devices(devices, accelerator)
     if dist.is_initialized():
         _check_world_size(dist.get_world_size(), num_nodes, devices, "the process group")
         return
-    environment = cluster_environment(num_nodes, devices)
-    if environment is None:
-        _check_world_size(1, num_nodes, devices, "this process, started without a launcher,")
-        rank, world_size, local_rank, store = 0, 1, 0, dist.HashStore()
-    else:
-        rank, world_size, local_rank = environment.global_rank(), environment.world_size(), environment.local_rank()
-        _check_world_size(world_size, num_nodes, devices, type(environment).__name__)
-        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = environment.main_address, str(environment.main_port)
-        store = None
+    ranks = find_ranks()
+    found_by = (
+        f"{ranks.launcher}, which started this process,"
+        if ranks.launcher
+        else "this process, started without a launcher,"
+    )
+    _check_world_size(ranks.size, num_nodes, devices, found_by)
+    if ranks.is_one_machine and sys.platform == "linux":
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     if use_gpu:
-        torch.cuda.set_device(local_rank)
-    dist.init_process_group(
-        "nccl" if use_gpu else "gloo",
-        rank=rank,
-        world_size=world_size,
-        store=store,
-        timeout=timedelta(minutes=timeout_minutes),
+        torch.cuda.set_device(ranks.local_rank)
+    timeout = timedelta(minutes=timeout_minutes)
+    try:
+        dist.init_process_group(
+            "nccl" if use_gpu else "gloo",
+            rank=ranks.rank,
+            world_size=ranks.size,
+            store=_open_store(ranks, timeout),
+            timeout=timeout,
+        )
+    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
+        raise ConfigError(_meeting_problem(ranks, error)) from error
+
+
+def _open_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
+    """Return the store in which the ranks meet; None leaves that to torch, which asks the launcher or listens on all
+    addresses of rank 0's machine."""
+    if not ranks.launcher:
+        return dist.HashStore()
+    os.environ["MASTER_ADDR"] = ranks.main_address
+    os.environ["MASTER_PORT"] = str(ranks.main_port)
+    if not ranks.is_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+        return None
+    if ranks.rank != 0:
+        return dist.TCPStore(LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout)
+    return listen_on_loopback(ranks.main_port, ranks.size, timeout)
+
+
+def _meeting_problem(ranks: Ranks, error: Exception) -> str:
+    said = str(error).strip().splitlines()[0]
+    place = f"{ranks.main_address}:{ranks.main_port}"
+    if "EADDRINUSE" in said or getattr(error, "errno", None) == errno.EADDRINUSE:
+        return (
+            f"MASTER_PORT: {ranks.main_port} is taken on {ranks.main_address}, probably by another run; set MASTER_PORT to a free "
+            "port for all ranks of this one, or leave it unset"
+        )
+    return (
+        f"MASTER_ADDR, MASTER_PORT: rank {ranks.rank} cannot meet the others at {place} ({said}); rank 0 has to run on that "
+        "machine and the others have to reach it"
     )
 
 
-def cluster_environment(num_nodes: int, devices: int) -> ClusterEnvironment | None:
-    """Who started this process, as Lightning describes it: torchrun, srun or a launcher that set LOCAL_RANK; else None.
+class _RanksEnvironment(ClusterEnvironment):
+    """The ranks as Lightning asks for them."""
 
-    torchrun goes first: inside a Slurm job it starts the ranks that count. Slurm's variables alone prove nothing, a
-    job's batch script has them too.
-    """
-    if TorchElasticEnvironment.detect():
-        return TorchElasticEnvironment()
-    step_tasks = os.environ.get("SLURM_STEP_NUM_TASKS", os.environ.get("SLURM_NTASKS", "1"))
-    if "SLURM_STEP_ID" in os.environ and int(step_tasks) > 1 and SLURMEnvironment.detect():
-        return SLURMEnvironment()
-    if "LOCAL_RANK" not in os.environ:
-        return None
-    environment = LightningEnvironment()
-    environment.set_world_size(int(os.environ.get("WORLD_SIZE", num_nodes * devices)))
-    environment.set_global_rank(environment.node_rank() * devices + environment.local_rank())
-    return environment
+    def __init__(self, ranks: Ranks, devices: int) -> None:
+        super().__init__()
+        self._ranks = ranks
+        self._devices = devices
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._ranks.main_address
+
+    @property
+    def main_port(self) -> int:
+        return self._ranks.main_port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._ranks.size
+
+    def set_world_size(self, size: int) -> None:
+        """Nothing: the launcher decides."""
+
+    def global_rank(self) -> int:
+        return self._ranks.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Nothing: the launcher decides."""
+
+    def local_rank(self) -> int:
+        return self._ranks.local_rank
+
+    def node_rank(self) -> int:
+        return self._ranks.rank // self._devices
+
+
+def cluster_environment(devices: int) -> ClusterEnvironment:
+    """Return the ranks for Lightning's Trainer, whose own search reads the variables of other steps and jobs too."""
+    return _RanksEnvironment(find_ranks(), devices)
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:

@@ -98,7 +98,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
     """
     trainer = config.trainer
     minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
-    init_process_group(trainer.num_nodes, trainer.devices, trainer.accelerator, minutes)
+    init_process_group(trainer.num_nodes, trainer.num_devices, trainer.accelerator, minutes)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
         architecture = pretrained.architecture
         check_model(config, architecture)

@@ -166,7 +166,7 @@ def rescore(sample: Sample, config: ComputeTopkLogitsConfig, dataset: str | None
     trainer, timeout_s = config.trainer, 60 * config.trainer.distributed_timeout_minutes
     init_process_group(
         trainer.num_nodes,
-        trainer.devices,
+        trainer.num_devices,
         trainer.accelerator,
         TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes,
     )

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig, exp_manager
@@ -86,12 +85,11 @@ def build_trainer(
     loop = config.trainer.knowledge_distillation
     run_log = RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))
     schedule = StepSchedule(plan)
-    environment = cluster_environment(config.trainer.num_nodes, config.trainer.devices)
     trainer = pl.Trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
-        devices=config.trainer.devices,
+        devices=config.trainer.num_devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(groups, cluster_environment=environment or LightningEnvironment()),
+        strategy=MegatronStrategy(groups, cluster_environment=cluster_environment(config.trainer.num_devices)),
         precision="32-true",  # Megatron casts by itself
         max_epochs=1,  # to Lightning the whole run is one pass over `plan.max_steps` batches
         max_steps=-1,  # else it would not finish a run that was stopped after its last step

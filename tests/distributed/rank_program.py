@@ -46,6 +46,18 @@ def finish_together(interruption: Interruption) -> None:
     raise Requeue(interruption.reason)
 
 
+def meet(interruption: Interruption) -> None:
+    """The ranks as both stages start them; they exchange something, then wait."""
+    import torch.distributed as dist
+
+    from nemo_kd.mcore.groups import init_process_group
+
+    init_process_group(1, int(os.environ.get("WORLD_SIZE", "1")), "auto")
+    dist.barrier()
+    tell("ready")
+    time.sleep(1000)
+
+
 def lose_the_other(interruption: Interruption) -> None:
     """Rank 1 is killed while rank 0 waits for it in a collective."""
     import torch

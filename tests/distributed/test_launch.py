@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nemo_kd.interruption import REQUEUE
@@ -167,6 +168,16 @@ def test_a_second_signal_ends_at_once(start):
     status, stderr = run.end()
     assert time.monotonic() - started_s < 60  # and not the ten minutes that a first one gives
     assert (status, stderr) == (143, "error: ranks 0, 1: ended at once by a second SIGTERM\n")
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_nothing_listens_on_other_addresses_than_loopback(start, devices):
+    run = start("meet", devices)
+    pids = {run.process.pid, *run.ready()}
+    sockets = [each for pid in pids for each in psutil.Process(pid).net_connections("inet") if each.status == "LISTEN"]
+    assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
+    assert sockets or devices == 1
+    run.process.kill()
 
 
 def test_a_killed_rank_is_named_and_takes_the_others_along(start):

@@ -357,7 +357,7 @@ def test_mandatory_keys_that_a_yaml_leaves_null_are_named():
 
 
 def test_launching(monkeypatch):
-    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "LOCAL_RANK"):
+    for variable in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "WORLD_SIZE"):
         monkeypatch.delenv(variable, raising=False)
     assert not needs_launch(TrainerConfig(devices=1))
     assert needs_launch(TrainerConfig(devices=2))
@@ -367,4 +367,6 @@ def test_launching(monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
     assert needs_launch(TrainerConfig(devices=2))
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_LOCALID", "0")
     assert not needs_launch(TrainerConfig(num_nodes=2, devices=2))

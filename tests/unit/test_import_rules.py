@@ -12,19 +12,20 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "nemo_kd"
 
 EVERYWHERE = {"terminal"}
-RUNNING = {"interruption", "watchdog", "metrics"}
+RUNNING = {"ranks", "interruption", "watchdog", "metrics"}
 
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "terminal": set(),
     "config": set(),
+    "ranks": {"config"},
     "interruption": {"config"},
     "watchdog": set(),
     "metrics": {"config"},
     "ops": {"batch"},
     "data": {"batch", "config"},
     "cache": {"batch", "config"},
-    "mcore": {"batch", "config"},
+    "mcore": {"batch", "config", "ranks"},
     "trainer": {"batch", "config", "data", "cache", "mcore"} | RUNNING,
     "evaluation": {"batch", "config", "data", "cache", "mcore"},
     "teacher": {"batch", "config", "ops", "data", "cache", "mcore", "evaluation"} | RUNNING,
@@ -82,6 +83,7 @@ def test_every_room_is_listed():
         ("nemo_kd.cli.train_gpt_knowledge_distillation", ["torch", "megatron", "nemo", "transformers"]),
         ("nemo_kd.cli.logit_cache", ["torch", "megatron", "nemo", "transformers"]),
         ("nemo_kd.interruption", ["torch"]),
+        ("nemo_kd.ranks", ["torch"]),
         ("nemo_kd.watchdog", ["torch"]),
         ("nemo_kd.metrics", ["torch", "wandb", "tqdm"]),
         ("nemo_kd.config.student", ["torch", "megatron"]),

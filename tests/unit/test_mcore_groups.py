@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.mcore.groups import cluster_environment, init_process_group
+from nemo_kd.mcore.groups import init_process_group
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 
 
@@ -43,7 +45,9 @@ def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match=r"1 x 2 = 2 processes are asked for, but TorchElasticEnvironment has 3\."):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ConfigError, match=r"1 x 2 = 2 processes are asked for, but torchrun, .* has 3\."):
         init_process_group(1, 2, "cpu")
 
 
@@ -86,21 +90,16 @@ def test_only_megatron_sees_the_cpu_stand_in():
         zeros.cuda()
 
 
-def test_slurms_variables_count_only_in_a_step(monkeypatch):
-    for name, value in {
-        "SLURM_NTASKS": "8",
-        "SLURM_NTASKS_PER_NODE": "8",
-        "SLURM_JOB_NAME": "job",
-        "SLURM_PROCID": "3",
-        "SLURM_LOCALID": "1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("SLURM_STEP_ID", raising=False)
-    assert cluster_environment(1, 8) is None
-    monkeypatch.setenv("SLURM_STEP_ID", "0")
-    step = cluster_environment(1, 8)
-    assert (step.world_size(), step.global_rank(), step.local_rank()) == (8, 3, 1)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
-    monkeypatch.setenv("RANK", "5")
-    monkeypatch.setenv("WORLD_SIZE", "6")
-    assert (cluster_environment(1, 6).world_size(), cluster_environment(1, 6).global_rank()) == (6, 5)
+def test_a_taken_port_is_named(monkeypatch):
+    gpus(monkeypatch, 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        for name, value in {**step, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(
+            ConfigError, match=f"MASTER_PORT: {port} is taken on 127.0.0.1, probably by another run; set"
+        ):
+            init_process_group(1, 2, "cpu")
