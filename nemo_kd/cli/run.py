@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
-import os
 import re
 import shutil
-import signal
 import sys
 import textwrap
-import time
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,18 +16,15 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.cli.endings import USER_ERROR, errors_end_the_process
 from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.config import ConfigError, UserInputError, describe, typed
 from nemo_kd.config.aligner_keys import translate
-from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue, hold_back_warning_signal
+from nemo_kd.interruption import hold_back_warning_signal
 from nemo_kd.terminal import PrintableFormatter, print_error, print_text
-from nemo_kd.watchdog import CollectiveError
 
 HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
-
-USER_ERROR = 2
-"""Exit status when the user's input cannot work; any other failure is 1."""
 
 
 @dataclass(frozen=True)
@@ -161,52 +153,6 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
             print_text("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr)
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
-
-
-@contextlib.contextmanager
-def errors_end_the_process() -> Iterator[None]:
-    """Errors that a user can do something about end this rank at once, with a message and the status that tells them apart."""
-    try:
-        yield
-    except Requeue as requeue:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
-        _wait_for_other_ranks()
-        if global_rank() == 0:
-            print_text(f"{requeue}; the same command continues (exit status {REQUEUE})", sys.stderr)
-        _leave(REQUEUE)
-    except SystemExit as leaving:
-        if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
-            sys.exit(128 + signal.SIGTERM)
-        raise
-    except KeyboardInterrupt:
-        if global_rank() == 0:
-            print("interrupted", file=sys.stderr, flush=True)
-        _leave(128 + signal.SIGINT)
-    except (UserInputError, CollectiveError) as error:
-        if "HYDRA_FULL_ERROR" in os.environ:
-            raise
-        user_error = isinstance(error, UserInputError)
-        if user_error and global_rank() != 0:
-            # Rank 0 mostly fails alike; then the launcher ends this process before it repeats the message.
-            time.sleep(3)
-        print_error(error)
-        if not user_error:
-            time.sleep(1)  # the rank that caused it ends first, and its exit status counts
-        _leave(USER_ERROR if user_error else 1)
-
-
-def _wait_for_other_ranks() -> None:
-    """The first rank that leaves makes launchers end the others, and one of those may be cleaning up."""
-    torch: Any = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-
-
-def _leave(status: int) -> None:
-    """Not sys.exit: other ranks may be waiting for this one, and an orderly shutdown would wait for them."""
-    sys.stdout.flush()
-    os._exit(status)
 
 
 def configure_logging() -> None:

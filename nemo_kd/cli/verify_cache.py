@@ -6,8 +6,9 @@ import argparse
 import os
 from typing import Any
 
+from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.launch import global_rank, launch, needs_launch
-from nemo_kd.cli.run import configure_logging, errors_end_the_process
+from nemo_kd.cli.run import configure_logging
 from nemo_kd.config import ConfigError
 from nemo_kd.terminal import print_text
 

@@ -90,4 +90,4 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 2
-    assert "error: --metrics: '(' is no regular expression" in capsys.readouterr().err
+    assert "error: --metrics: '(' is not a regular expression" in capsys.readouterr().err
