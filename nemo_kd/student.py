@@ -23,6 +23,7 @@ from nemo_kd.config.peft import check_lora
 from nemo_kd.config.student import SPLITS, TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
+from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
@@ -43,7 +44,6 @@ from nemo_kd.mcore.optimizer import (
 )
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.mcore.weights import hf_shapes
-from nemo_kd.metrics import forward_flops
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.agreement import Agreement

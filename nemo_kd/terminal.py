@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import TextIO
 
 
@@ -39,6 +40,21 @@ def print_text(text: str, stream: TextIO | None = None) -> None:
 def print_error(error: object) -> None:
     """Print the one line that ends a command."""
     print_text(f"error: {error}", sys.stderr)
+
+
+def size_text(num_bytes: float) -> str:
+    """Format a number of bytes with a decimal unit."""
+    for unit in ("bytes", "KB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+        num_bytes /= 1000
+    raise AssertionError
+
+
+def print_table(lines: Sequence[tuple[str, str]]) -> None:
+    """Print names and values in two columns."""
+    width = max(len(name) for name, _ in lines)
+    print_text("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
 
 
 class PrintableFormatter(logging.Formatter):

@@ -34,9 +34,9 @@ from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.progress import TeacherProgress, metrics_file
-from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, print_table, summary_lines
+from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, summary_lines
 from nemo_kd.teacher.work_list import WorkList, wait_until
-from nemo_kd.terminal import print_text
+from nemo_kd.terminal import print_table, print_text
 from nemo_kd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

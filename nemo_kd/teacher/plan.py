@@ -21,7 +21,8 @@ from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.teacher.summary import advice, print_table, size_text
+from nemo_kd.teacher.summary import advice
+from nemo_kd.terminal import print_table, size_text
 
 log = logging.getLogger(__name__)
 

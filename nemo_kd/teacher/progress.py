@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.distributed import Store
@@ -13,7 +13,7 @@ from torch.distributed import Store
 from nemo_kd.cache.files import explained
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
-from nemo_kd.config import ConfigError
+from nemo_kd.flops import forward_flops, peak_flops
 from nemo_kd.metrics import (
     MetricsFile,
     Progress,
@@ -21,8 +21,6 @@ from nemo_kd.metrics import (
     SharedCounters,
     Sink,
     WandbSink,
-    forward_flops,
-    peak_flops,
 )
 from nemo_kd.teacher.job import Job, Run
 from nemo_kd.teacher.model import Pass
@@ -47,7 +45,7 @@ class TeacherProgress:
             sinks = [ProgressLine(f"teacher, {job.split}" if job.split else "teacher", total_tokens)]
             sinks.append(metrics_file(job))
             if settings.create_wandb_logger:
-                sinks.append(_wandb({"name": run.config.name, **settings.wandb_logger_kwargs}))
+                sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
         self._num_published, self._waited_s = 0, 0.0
         shared = SharedCounters(store, groups.data_rank, groups.data_size)
         peak = None
@@ -126,16 +124,3 @@ def metrics_file(job: Job) -> MetricsFile:
     path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
     with explained(path):
         return MetricsFile(path)
-
-
-def _wandb(settings: dict[str, Any]) -> WandbSink:
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError("exp_manager.create_wandb_logger: wandb is not installed (pip install wandb)") from error
-    try:
-        return WandbSink(settings)
-    except wandb.Error as error:
-        raise ConfigError(
-            f"exp_manager.create_wandb_logger: {error}; log in (wandb login), or set WANDB_MODE=offline"
-        ) from error

@@ -13,7 +13,7 @@ from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.data.records import DataError
 from nemo_kd.teacher.job import Job
-from nemo_kd.terminal import print_text
+from nemo_kd.terminal import size_text
 
 POOR_KEPT_MASS = 0.9
 """Below this share of the teacher's probability inside the kept ids, a warning tells what to do."""
@@ -131,21 +131,6 @@ def advice(kept_mass: float, kept_ids: float, top_k: int, cache: CacheConfig) ->
         f"the kept ids hold {kept_mass:.1%} of the teacher's probability: {support}; {remedy} keeps more. "
         "Do not train with support=renormalize: it teaches the student that nothing else is ever possible"
     )
-
-
-def size_text(num_bytes: float) -> str:
-    """Format a number of bytes with a decimal unit."""
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
-        num_bytes /= 1000
-    raise AssertionError
-
-
-def print_table(lines: Sequence[tuple[str, str]]) -> None:
-    """Print names and values in two columns."""
-    width = max(len(name) for name, _ in lines)
-    print_text("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
 
 
 def _total(manifest: Manifest) -> ChunkSummary:

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.loggers import WandbLogger
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import CallbackParams, ExpManagerConfig, exp_manager
 from omegaconf import OmegaConf
@@ -26,6 +25,7 @@ from nemo_kd.trainer.plan import TrainingPlan
 from nemo_kd.trainer.resume import choose_checkpoint
 from nemo_kd.trainer.schedule import StepSchedule
 from nemo_kd.trainer.strategy import MegatronStrategy
+from nemo_kd.trainer.wandb_logger import start_wandb
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ DONE_HERE = {
     "resume_from_checkpoint": None,
     "disable_validation_on_resume": False,
     "max_time_per_run": None,
+    "create_wandb_logger": False,
 }
-"""What exp_manager must leave alone: it knows nothing of damaged checkpoints, nor how all ranks stop at one step."""
+"""What exp_manager must leave alone: it knows nothing of damaged checkpoints, nor how all ranks stop at one step, nor
+that Weights & Biases may be out of reach."""
 
 WITHOUT_EFFECT = {
     "disable_validation_on_resume": True,
@@ -56,9 +58,6 @@ WITHOUT_EFFECT = {
     "checkpoint_callback_params.save_on_train_epoch_end": False,
 }
 """exp_manager keys that nothing here asks, with NeMo's defaults."""
-
-WANDB_AXES = {"train": "train_step", "perf": "train_step", "validation": "eval_step", "test": "eval_step"}
-"""Sections of metrics and what their charts in Weights & Biases run along: completed steps, at which each was measured."""
 
 
 @dataclass
@@ -115,11 +114,9 @@ def build_trainer(
     resume = [settings[f"resume_{key}"] for key in ("if_exists", "ignore_no_checkpoint", "from_checkpoint")]
     checkpoint = choose_checkpoint(Path(params["dirpath"]), *resume)
     trainer.ckpt_path = str(checkpoint) if checkpoint is not None else None
-    for logger in trainer.loggers:
-        if isinstance(logger, WandbLogger):
-            for section, axis in WANDB_AXES.items():
-                logger.experiment.define_metric(f"{section}/*", step_metric=axis)
-    trainer.loggers = [*trainer.loggers, JsonlLogger(Path(log_dir) / "metrics" / "metrics.jsonl")]
+    wandb_loggers = start_wandb(settings, Path(log_dir))
+    metrics_file = JsonlLogger(Path(log_dir) / "metrics" / "metrics.jsonl")
+    trainer.loggers = [*trainer.loggers, *wandb_loggers, metrics_file]
     if settings["create_checkpoint_callback"]:
         trainer.callbacks.append(_checkpoints(settings, config, schedule, lifetime))
     return trainer

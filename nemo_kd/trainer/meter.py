@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_kd.batch import Batch
-from nemo_kd.metrics import Counters, ForwardFlops, peak_flops
+from nemo_kd.flops import ForwardFlops, peak_flops
+from nemo_kd.metrics import Counters
 
 GIB = 2**30
 TRAINING_FLOPS = 3

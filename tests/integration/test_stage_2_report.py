@@ -8,10 +8,12 @@ import io
 import logging
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+import wandb
 from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
@@ -165,6 +167,53 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, worl
         f"training: step {step}/3" for step in (1, 2, 3)
     ]
     assert any(line.startswith("training: validation after step 3: no token counts in the loss") for line in lines)
+
+
+class LostRun:
+    """A run of Weights & Biases whose service has died."""
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, metrics):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
+def with_wandb(init, *args) -> tuple[str, str]:
+    """(error, what was logged) of a run of stage 2 with another wandb.init."""
+    with mock.patch.object(wandb, "init", init):
+        return run_and_listen(*args)
+
+
+def out_of_reach(**arguments):
+    raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.\nPlease try again")
+
+
+def lost(**arguments):
+    return LostRun()
+
+
+def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(ranks, world, tmp_path):
+    student, first, _, validation = world
+    overrides = {
+        "model__global_batch_size": 2,
+        "model__micro_batch_size": 1,
+        "trainer__knowledge_distillation__max_steps": 2,
+        "exp_manager__create_wandb_logger": True,
+        "exp_manager__wandb_logger_kwargs": {"project": "kd"},
+    }
+    run = (student, first, validation, tmp_path, {**overrides, "trainer__devices": 2})
+    results = ranks(2).run(with_wandb, out_of_reach, *run)
+    for error, said in results:
+        assert error.startswith(
+            "ConfigError: exp_manager.create_wandb_logger: Weights & Biases does not start (Run initialization has timed out "
+            "after 90.0 sec); log in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline"
+        )
+        assert "student:" not in said  # it comes before the student is loaded
+    ((error, said),) = ranks(1).run(with_wandb, lost, *run[:4], overrides)
+    assert error == ""
+    assert said.count("Weights & Biases failed (ConnectionResetError: [Errno 104] Connection reset by peer)") == 1
+    assert [row["step"] for row in metrics(tmp_path) if "lr" in row] == [1, 2]
 
 
 def models_left(*args) -> int:

@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "nemo_kd"
 
 EVERYWHERE = {"terminal"}
-RUNNING = {"ranks", "interruption", "watchdog", "metrics"}
+RUNNING = {"ranks", "interruption", "watchdog", "metrics", "flops"}
 
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "interruption": {"config"},
     "watchdog": set(),
     "metrics": {"config"},
+    "flops": {"config"},
     "ops": {"batch"},
     "data": {"batch", "config"},
     "cache": {"batch", "config"},

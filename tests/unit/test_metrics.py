@@ -20,7 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from nemo_kd import metrics
-from nemo_kd.metrics import Counters, ForwardFlops, MetricsFile, Progress, ProgressLine, SharedCounters, peak_flops
+from nemo_kd.flops import ForwardFlops, peak_flops
+from nemo_kd.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 500}
