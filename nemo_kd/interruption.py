@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from nemo_kd.config import ConfigError
+from nemo_kd.processes import end_with_parent
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -125,9 +127,16 @@ def hold_back_warning_signal() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
 
 
-def leave_signals_to_the_main_process(worker: int) -> None:
-    """For processes that read data: a scheduler signals all processes of a job, and the run still needs them."""
-    for number in SIGNALS:
+def follow_the_main_process(worker: int) -> None:
+    """Make a process that reads data, forked by the main one, end with it and not before.
+
+    Schedulers and terminals signal all processes of a job; the main process decides, and a run that stops in order still
+    needs its readers.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
+    for number in (*SIGNALS, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
 
 

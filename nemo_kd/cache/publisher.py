@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pickle
 import signal
-import threading
 import time
 import traceback
 from collections import deque
@@ -28,10 +27,10 @@ from nemo_kd.batch import CachedExample, Example, TeacherTopK
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.writer import Segment, SegmentWriter
+from nemo_kd.processes import end_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What a user or a cluster sends to all processes of a job: the one that computes decides what to do."""
-ORPHAN_CHECK_S = 0.5
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ class SegmentPublisher:
     """Publishes segments in the order in which they come, in one process of its own; to be used in a with block.
 
     That process is forked: start it early, while this one is small. It uses numpy and files, no torch. Signals to the
-    whole job do not reach it; it ends with the block, or by itself within a second when this process is killed. Only
+    whole job do not reach it; it ends with the block, or with this process. Only
     whole segments appear, whatever happens.
 
     Attributes:
@@ -216,8 +215,8 @@ def _serve(
     connection: Connection, parent: int, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any]
 ) -> None:
     """What the process does, until it is sent None."""
+    end_with_parent(parent)
     gc.freeze()  # what the parent left to be collected may own memory of a GPU, which is not this process's to free
-    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     while (task := _receive(connection)) is not None:
         answer: ChunkSummary | tuple[Exception, str]
         try:
@@ -236,10 +235,3 @@ def _publish(sink: SegmentWriter, records: Sequence[Record]) -> ChunkSummary:
             sink.write(record.expanded() if isinstance(record, CompactRow) else record)
     sink.publish()
     return sink.summary
-
-
-def _end_with(parent: int) -> None:
-    """Ends this process when its parent has ended without a word; half a segment lies under a hidden name then."""
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_S)
-    os._exit(1)

@@ -29,7 +29,7 @@ from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.records import DataError
-from nemo_kd.interruption import Interruption, Requeue, leave_signals_to_the_main_process
+from nemo_kd.interruption import Interruption, Requeue, follow_the_main_process
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.plan import plan_cache
@@ -180,7 +180,7 @@ def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Reco
         prefetch_factor=1 if num_workers else None,
         multiprocessing_context="fork" if num_workers else None,  # a spawned one imports everything anew
         collate_fn=_unchanged,
-        worker_init_fn=leave_signals_to_the_main_process,
+        worker_init_fn=follow_the_main_process,
     )
 
 

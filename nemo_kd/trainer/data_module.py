@@ -20,7 +20,7 @@ from nemo_kd.data.batches import MicroBatching
 from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
 from nemo_kd.data.rows import MicroBatchRows, Rows
-from nemo_kd.interruption import leave_signals_to_the_main_process
+from nemo_kd.interruption import follow_the_main_process
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.schedule import context_positions
 from nemo_kd.trainer.meter import WatchedLoader
@@ -153,7 +153,7 @@ class StudentData(pl.LightningDataModule):
             multiprocessing_context="fork" if num_workers else None,  # a spawned one imports everything anew
             generator=torch.Generator(),  # workers' seeds come from it, and not from what dropout draws from
             pin_memory=self.groups.device.type == "cuda",
-            worker_init_fn=leave_signals_to_the_main_process,
+            worker_init_fn=follow_the_main_process,
         )
         self._loaders.append(loader)
         return loader

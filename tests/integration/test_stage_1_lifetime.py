@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -345,3 +346,39 @@ def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
     overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.3, "end_at_idx": 3}
     assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == ["", ""]
     assert (tmp_path / "c.jsonl").exists()
+
+
+def processes_of(marker: str) -> list[psutil.Process]:
+    """Those that have the marker in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("NEMO_KD_TEST_MARKER") == marker and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all", "segments", "status"),
+    [
+        (signal.SIGINT, True, 1, 130),  # Ctrl-C in a terminal
+        (signal.SIGTERM, True, 3, REQUEUE),
+        (signal.SIGKILL, False, 2, -signal.SIGKILL),
+    ],
+)
+def test_no_process_outlives_the_command(world, tmp_path, number, to_all, segments, status):
+    """Neither one that reads ahead nor the one that publishes; they would keep stdout open."""
+    marker = str(tmp_path)
+    more = ["data.num_workers=2", "cache.segment_examples=1"]
+    process = start(keys(world, tmp_path, *more), NEMO_KD_TEST_MARKER=marker)
+    wait_for_segments(process, tmp_path, segments)
+    assert len(processes_of(marker)) >= 4
+    (os.killpg if to_all else os.kill)(process.pid, number)
+    assert process.wait(timeout=60) == status
+    ended_s = time.monotonic()
+    assert "Traceback" not in process.stderr.read()  # until its end
+    process.stdout.read()
+    assert time.monotonic() - ended_s < 2
+    while left := processes_of(marker):
+        assert time.monotonic() - ended_s < 2, left
+        time.sleep(0.05)
