@@ -26,7 +26,7 @@ from nemo_kd.evaluation.startup_report import Parameters, first_step_report, sta
 from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.export import save_model
-from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.mcore.lora import (
     adapter_identity,
     adapter_state,
@@ -342,6 +342,7 @@ def train_student(config: TrainStudentConfig) -> None:
             config.trainer.accelerator,
             TORCH_TIMEOUT_FACTOR * timeout_minutes,
         )
+        resolve_precision(config.trainer)
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         if config.export.lora == "adapter" and pretrained.kind != "hf":

@@ -20,6 +20,9 @@ PRECISIONS = {
 }
 """`trainer.precision` -> dtype of weights and activations. With bfloat16 the optimizer keeps float32 weights and gradients."""
 
+AUTO_PRECISION = "auto"
+"""`trainer.precision` that `mcore.groups.resolve_precision` replaces once the device is known."""
+
 TENSOR = "tensor_model_parallel_size"
 PARALLEL_SIZES = (TENSOR, "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
-from nemo_kd.config.model import PRECISIONS, ParallelConfig
+from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
 from nemo_kd.config.typed import ConfigError
 
 SPLIT = "SPLIT"
@@ -26,15 +26,15 @@ class TrainerConfig:
     """Processes per machine: GPUs, or CPU processes where there is no GPU; auto or -1: all GPUs, 1 without any."""
     accelerator: str = "auto"
     """auto (GPU where there is one), gpu or cpu."""
-    precision: str = "bf16"
-    """Dtype of weights and activations: bf16 or 32."""
+    precision: str = AUTO_PRECISION
+    """Dtype of weights and activations: bf16 or 32; auto: bf16 on a GPU, 32 on a CPU."""
     distributed_timeout_minutes: float = 10.0
     """A rank that makes no progress for so long ends the run with an error that tells what it was doing."""
 
     def __post_init__(self) -> None:
         self.precision = str(self.precision)
-        if self.precision not in PRECISIONS:
-            raise ConfigError(f"trainer.precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+        if self.precision not in (AUTO_PRECISION, *PRECISIONS):
+            raise ConfigError(f"trainer.precision: {self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
         if self.accelerator not in ("auto", "gpu", "cuda", "cpu"):
             raise ConfigError(f"trainer.accelerator: {self.accelerator!r} is not one of auto, gpu, cpu")
         if self.num_nodes < 1:

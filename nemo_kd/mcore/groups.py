@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import gc
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
+from nemo_kd.config.model import AUTO_PRECISION, PARALLEL_SIZES, ParallelConfig
+from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.mcore.cpu import install_cpu_support
 from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
+
+log = logging.getLogger(__name__)
 
 LOOPBACK_INTERFACE = "lo"
 
@@ -130,6 +134,19 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_m
         )
     except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
         raise ConfigError(_meeting_problem(ranks, error)) from error
+
+
+def resolve_precision(trainer: TrainerConfig) -> None:
+    """Replace `trainer.precision=auto` by bf16 on a GPU and 32 on a CPU, and log which one and why.
+
+    On a CPU bf16 is slower than fp32 on most machines, and rounds a teacher's targets by 1e-3 nats.
+    """
+    if trainer.precision != AUTO_PRECISION:
+        log.info("precision: %s, as trainer.precision asks", trainer.precision)
+        return
+    on_gpu = torch.cuda.is_available()
+    trainer.precision = "bf16" if on_gpu else "32"
+    log.info("precision: %s, the default on a %s (trainer.precision)", trainer.precision, "GPU" if on_gpu else "CPU")
 
 
 def _open_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:

@@ -26,7 +26,7 @@ from nemo_kd.data.dataset import NO_LOSS_TOKENS, TOO_LONG, TOO_SHORT, Skipped, T
 from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
-from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel
+from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.mcore.model import use_transformer_engine
 from nemo_kd.teacher.model import Teacher, ignored
 from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
@@ -99,6 +99,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
     trainer = config.trainer
     minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
     init_process_group(trainer.num_nodes, trainer.num_devices, trainer.accelerator, minutes)
+    resolve_precision(trainer)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
         architecture = pretrained.architecture
         check_model(config, architecture)

@@ -25,7 +25,7 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.faithfulness import Rounding, at_positions, known_positions
 from nemo_kd.evaluation.verdict import Compared, Verdict, judge
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel
+from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
 from nemo_kd.teacher.rendering import Findings, check_rendering
@@ -170,6 +170,7 @@ def rescore(sample: Sample, config: ComputeTopkLogitsConfig, dataset: str | None
         trainer.accelerator,
         TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes,
     )
+    resolve_precision(trainer)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained, contextlib.ExitStack() as stack:
         architecture = pretrained.architecture
         check_vocabulary(sample, architecture, str(pretrained.source))

@@ -28,7 +28,7 @@ export TEACHER_TP="${TEACHER_TP:-8}"
 export STUDENT_TP="${STUDENT_TP:-1}"
 export GLOBAL_BATCH_SIZE="${GLOBAL_BATCH_SIZE:-128}"
 export LEARNING_RATE="${LEARNING_RATE:-1e-5}"
-export PRECISION="${PRECISION:-bf16}"
+export PRECISION="${PRECISION:-auto}"
 
 # Ranks, world size and the node of rank 0 come from Slurm; the port from the job, so that jobs on one node do not meet.
 MASTER_ADDR="$(scontrol show hostnames "${SLURM_JOB_NODELIST:-localhost}" 2>/dev/null | head -n 1)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 
 import pytest
@@ -9,9 +10,9 @@ import torch
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.teacher import ModelConfig, TrainerConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.mcore.groups import init_process_group
+from nemo_kd.mcore.groups import init_process_group, resolve_precision
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 
 
@@ -103,3 +104,18 @@ def test_a_taken_port_is_named(monkeypatch):
             ConfigError, match=f"MASTER_PORT: {port} is taken on 127.0.0.1, probably by another run; set"
         ):
             init_process_group(1, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_gpu", "used"),
+    [("auto", False, "32"), ("auto", True, "bf16"), ("bf16", False, "bf16"), ("32", True, "32")],
+)
+def test_the_precision_follows_the_device_unless_it_is_given(monkeypatch, asked, has_gpu, used, caplog):
+    caplog.set_level("INFO", logger="nemo_kd")
+    monkeypatch.setattr(logging.getLogger("nemo_kd"), "propagate", True)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    trainer = TrainerConfig(precision=asked)
+    resolve_precision(trainer)
+    assert trainer.precision == used
+    assert f"precision: {used}" in caplog.text
+    assert TrainerConfig().precision == "auto"
