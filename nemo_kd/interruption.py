@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import re
 import signal
 import threading
 import time
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -117,6 +119,38 @@ class Interruption:
         # Nothing but this: Python runs it between any two instructions of the main thread, in the middle of a store
         # operation too.
         self._signal = signal.Signals(number)
+
+
+@contextlib.contextmanager
+def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
+    """From here on Ctrl-C ends the block with a KeyboardInterrupt whose text is `where()`.
+
+    Without this a library may turn it into an exit status of its own, as Lightning does, and ranks that stop one after
+    the other into errors of each other's collectives. Does nothing where SIGINT is ignored, or not in the main thread.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    received = False
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal received
+        received = True
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, on_signal)
+    try:
+        yield
+    except BaseException:
+        if not received:
+            raise
+        for number in (*SIGNALS, signal.SIGINT):  # launchers send the first when another rank has left
+            signal.signal(number, signal.SIG_IGN)
+        raise KeyboardInterrupt(where()) from None
+    finally:
+        if not received:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def hold_back_warning_signal() -> None:

@@ -24,6 +24,7 @@ from nemo_kd.config.student import SPLITS, TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.startup_report import Parameters, first_step_report, startup_report
 from nemo_kd.flops import forward_flops
+from nemo_kd.interruption import explained_ctrl_c
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel, resolve_precision
@@ -49,6 +50,7 @@ from nemo_kd.student_loss import StudentLoss
 from nemo_kd.trainer.agreement import Agreement
 from nemo_kd.trainer.best import take_best
 from nemo_kd.trainer.data_module import StudentData
+from nemo_kd.trainer.ending import Ending
 from nemo_kd.trainer.experiment import build_trainer, experiment_settings
 from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.lifetime import Lifetime
@@ -333,7 +335,8 @@ def train_student(config: TrainStudentConfig) -> None:
     loss = StudentLoss(config.model.knowledge_distillation, compares=config.model.data.uses_cache)
     loss.check()
     settings = experiment_settings(config, loss.own_names if loss.custom is None else None)
-    with contextlib.ExitStack() as stack:
+    ending = Ending(settings)
+    with explained_ctrl_c(ending.where_stopped), contextlib.ExitStack() as stack:
         pl.seed_everything(config.model.seed)
         timeout_minutes = config.trainer.distributed_timeout_minutes
         init_process_group(
@@ -372,6 +375,7 @@ def train_student(config: TrainStudentConfig) -> None:
         stack.callback(data.close)
         lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
         trainer = build_trainer(config, settings, plan, groups, lifetime)
+        ending.trainer, ending.max_steps = trainer, plan.max_steps
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)
         steps = {
@@ -387,3 +391,5 @@ def train_student(config: TrainStudentConfig) -> None:
         if "test" in splits:
             trainer.ckpt_path = None  # else it would test the weights that the run went on from
             trainer.test(module, datamodule=data)
+        if trainer.is_global_zero:
+            ending.show_summary(module.meter.totals)

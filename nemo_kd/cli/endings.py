@@ -105,9 +105,9 @@ def errors_end_the_process(at_once: bool = True) -> Iterator[None]:
         if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
             sys.exit(128 + signal.SIGTERM)
         raise
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if _rank() == 0:
-            print_text("interrupted", sys.stderr)
+            print_text(f"interrupted {interrupt}".strip(), sys.stderr)
         leave(128 + signal.SIGINT)
     except CollectiveError as error:
         if DEBUG in os.environ:

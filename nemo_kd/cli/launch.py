@@ -182,7 +182,8 @@ class _Ranks:
             return
         # Of several found at a time, the killed one is the cause, one that lost its connection the consequence.
         self.failure = min(failed, key=lambda failure: (failure[1] > 0, failure[1] == REQUEUE, failure[0]))
-        if self.failure[1] == REQUEUE:
+        by_signal = self.ending is not None and self.failure[1] == 128 + self.ending
+        if self.failure[1] == REQUEUE or by_signal:  # the others leave too, and one of them tells where the run stopped
             self.deadline_s = min(self.deadline_s, time.monotonic() + LEAVING_S)
         else:
             self.deadline_s = min(self.deadline_s, time.monotonic() + AFTER_FAILURE_S)

@@ -69,6 +69,7 @@ class RunLog(pl.Callback):
     Attributes:
         latest: metrics of the last step and of the last evaluation of each split, by name.
         best: (step, value) of the lowest `validation/loss` of this process.
+        seconds: from the start to the end of the training.
     """
 
     def __init__(self, max_steps: int, every_n_steps: int, interval_s: float) -> None:
@@ -79,9 +80,12 @@ class RunLog(pl.Callback):
         self.best: tuple[int, float] | None = None
         self.line: ProgressLine | None = None
         self.progress: Progress | None = None
+        self.seconds = 0.0
+        self._started_s = time.monotonic()
         self._evaluation_started_s = self._next_line_s = 0.0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started_s = time.monotonic()
         if trainer.is_global_zero:
             self.line = ProgressLine("training", self.max_steps, "steps")
             start = Counters(steps=trainer.global_step)
@@ -120,11 +124,12 @@ class RunLog(pl.Callback):
         if loss is not None and (self.best is None or loss < self.best[1]):
             self.best = step, loss
         seconds = time.monotonic() - self._evaluation_started_s
-        self._note(f"{_stage(trainer)} after step {step:,}: {_listed(metrics)}, {seconds:.1f} s")
+        self._note(f"{_stage(trainer)} after step {step:,}: {listed(metrics, _stage(trainer))}, {seconds:.1f} s")
 
     on_test_start, on_test_batch_end, on_test_end = on_validation_start, on_validation_batch_end, on_validation_end
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = time.monotonic() - self._started_s
         if self.progress is not None:
             self.progress.close()
         self.line = self.progress = None
@@ -145,10 +150,11 @@ def _stage(trainer: pl.Trainer) -> str:
     return "test" if trainer.state.fn == "test" else "validation"
 
 
-def _listed(metrics: dict[str, float]) -> str:
-    """`validation/loss` and its kind without the section; not those of single sources."""
-    shown = {name.partition("/")[2]: value for name, value in metrics.items() if name.count("/") == 1}
-    return ", ".join(f"{name} {value:.4f}" for name, value in shown.items()) or "no token counts in the loss"
+def listed(metrics: dict[str, float], section: str) -> str:
+    """Return the metrics of a section as `loss 1.2345, sft_loss ...`, without those of single sources."""
+    own = {name.removeprefix(f"{section}/"): value for name, value in metrics.items() if name.startswith(f"{section}/")}
+    shown = (f"{name} {value:.4f}" for name, value in own.items() if "/" not in name and name != "skipped_steps")
+    return ", ".join(shown) or "no token counts in the loss"
 
 
 def _give(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:

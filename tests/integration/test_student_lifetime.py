@@ -80,6 +80,17 @@ def with_slow_validation() -> None:
     StudentModule.validation_step = validation_step
 
 
+def with_slow_archive() -> None:
+    original = StudentModule.save_to
+
+    def save_to(self, save_path):
+        (Path(self.trainer.datamodule.config.exp_manager["explicit_log_dir"]) / "writing").touch()
+        time.sleep(5)
+        original(self, save_path)
+
+    StudentModule.save_to = save_to
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("student")
@@ -97,6 +108,7 @@ def straight(world, tmp_path_factory) -> Path:
     log_dir = tmp_path_factory.mktemp("straight") / "run"
     run = start(world, log_dir, "with_dropout")
     assert run.end() == [0, 0], run.said()
+    (log_dir / "messages").write_text(run.said())
     return log_dir
 
 
@@ -130,6 +142,17 @@ def test_what_a_run_leaves(straight):
         by_step.setdefault(Contents.read(folder).step, []).append(folder.name)
     # Of 10 and 12, which follow a validation, the ranked ones; the one before the last is unranked or the twin of one.
     assert set(by_step) == {10, 12}
+    summary = dict(re.findall(r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE))
+    rows, validated = training_rows(straight), validation_rows(straight)
+    assert summary["trained"] == "12 steps, up to step 12 of 12"
+    assert summary["last step"].startswith(f"loss {rows[STEPS]['train/loss']:.4f}, sft_loss ")
+    assert summary["last validation"].startswith(f"loss {validated[STEPS]['val_loss']:.4f}")
+    step = min(validated, key=lambda step: validated[step]["val_loss"])
+    assert summary["best val_loss"] == f"{validated[step]['val_loss']:.4f} at step {step}"
+    archive = straight / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
+    assert summary["last weights"].startswith(f"{archive}, ")
+    assert summary["metrics"] == str(straight / "metrics" / "metrics.jsonl")
+    assert f"next             convert_checkpoint input_path={archive}" in (straight / "messages").read_text()
     assert [name.rpartition("-")[2] for name in by_step[12] if "val_loss" in name].count("last") == 1
     assert any(name.endswith("-previous") for name in by_step[10])
     assert all("val_loss=0.0000" not in name for names in by_step.values() for name in names)
@@ -185,6 +208,24 @@ def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(world, str
     run = start(world, log_dir, "with_dropout")
     assert run.end() == [0, 0], run.said()
     check_equal(log_dir, straight)
+
+
+@pytest.mark.parametrize(
+    ("change", "sign", "step", "saved"),
+    [("with_slow_validation", "validating", 5, 4), ("with_slow_archive", "writing", STEPS, STEPS)],
+)
+def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step, saved):
+    run = start(world, tmp_path / "run", change, exp_manager__checkpoint_callback_params__async_save=False)
+    run.wait_until((tmp_path / "run" / sign).exists)
+    for rank in (1, 0):
+        run.send(rank, signal.SIGINT)
+    assert run.end() == [128 + signal.SIGINT] * 2
+    folder = last(tmp_path / "run")
+    assert Contents.read(folder).step == saved
+    text = f"interrupted at step {step} of {STEPS}; the same command goes on from the last checkpoint, of step {saved}: {folder}"
+    assert run.said().count("interrupted") == run.said().count(text) == 1
+    assert "Traceback" not in run.said()
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.nemo"))
 
 
 def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
