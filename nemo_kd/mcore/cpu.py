@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable
@@ -18,6 +19,11 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
+PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Environment variables of oneDNN and of torch's wrapper around it, read when they are first used."""
+PRIMITIVES_KEPT = 128
+"""In bf16 every new length compiles kernels, 0.7 MB each; by default 1,024 are kept of every kind, in two caches. A step of
+a student needs some tens."""
 _FACTORIES = (
     "tensor",
     "empty",
@@ -36,6 +42,8 @@ def install_cpu_support() -> None:
     """Redirects Megatron's CUDA requests to the CPU; does nothing where CUDA is available or when called again."""
     if torch.cuda.is_available():
         return
+    for variable in PRIMITIVE_CACHES:
+        os.environ.setdefault(variable, str(PRIMITIVES_KEPT))
     # What is imported later would keep the real torch: load all that allocates first.
     for name in (
         "distributed",

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,3 +122,25 @@ def test_the_precision_follows_the_device_unless_it_is_given(monkeypatch, asked,
     assert trainer.precision == used
     assert f"precision: {used}" in caplog.text
     assert TrainerConfig().precision == "auto"
+
+
+LENGTHS_IN_BF16 = """
+import psutil, torch
+from nemo_kd.mcore.cpu import install_cpu_support
+install_cpu_support()
+layer = torch.nn.Linear(256, 256, bias=False).bfloat16()
+used = []
+with torch.inference_mode():
+    for length in range(1, 501):
+        layer(torch.zeros(length, 256, dtype=torch.bfloat16))
+        used.append(psutil.Process().memory_info().rss)
+print((used[499] - used[199]) // 10**6)
+"""
+
+
+def test_memory_does_not_grow_with_the_lengths_that_a_cpu_has_seen_in_bf16():
+    """Where the CPU has instructions for bf16: 200 MB instead of 10 for 300 more lengths."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", LENGTHS_IN_BF16]
+    grown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert int(grown) < 70
