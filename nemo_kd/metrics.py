@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections import deque
@@ -257,15 +258,23 @@ def _described(metrics: dict[str, float]) -> Iterable[str]:
 
 
 class MetricsFile:
-    """Appends every report to a file, a JSON object a line, with `time` in unix seconds."""
+    """A file to which every report is appended, a JSON object per line, with `time` in unix seconds."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("ab")
 
     def show(self, metrics: dict[str, float]) -> None:
-        self.file.write(orjson.dumps({"time": time.time(), **metrics}) + b"\n")
-        self.file.flush()
+        line = orjson.dumps({"time": time.time(), **metrics}) + b"\n"
+        descriptor = self.file.fileno()
+        size_before = os.fstat(descriptor).st_size
+        try:
+            while line:
+                line = line[os.write(descriptor, line) :]
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(descriptor, size_before)  # no half line
+            raise OSError(error.errno, error.strerror, str(self.file.name)) from error
 
     def close(self) -> None:
         self.file.close()

@@ -107,9 +107,12 @@ class TeacherProgress:
     def __enter__(self) -> TeacherProgress:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        if self._counts:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._counts:
             self._progress.close()
+        elif self._counts:  # a last report might fail too, and hide why
+            for sink in self._progress.sinks:
+                sink.close()
 
 
 def metrics_file(job: Job) -> MetricsFile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -325,3 +326,26 @@ sink.close()
 def test_counters_add_and_subtract():
     assert Counters(tokens=3, bytes=5) + Counters(tokens=1) == Counters(tokens=4, bytes=5)
     assert Counters(tokens=3) - Counters(tokens=1, flops=2) == Counters(tokens=2, flops=-2)
+
+
+def test_a_full_disk_names_the_metrics_file_and_leaves_no_half_line(tmp_path, monkeypatch):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.show({"progress/tokens": 1})
+    write = os.write
+
+    def write_a_part(descriptor: int, data: bytes) -> int:
+        if len(data) < 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(descriptor, data[:15])
+
+    monkeypatch.setattr(os, "write", write_a_part)
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
+        file.show({"progress/tokens": 2})
+    monkeypatch.undo()
+    file.show({"progress/tokens": 3})
+    file.close()
+    assert [json.loads(line)["progress/tokens"] for line in file_lines(tmp_path)] == [1, 3]
+
+
+def file_lines(folder):
+    return (folder / "metrics.jsonl").read_text().splitlines()
