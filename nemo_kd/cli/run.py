@@ -27,6 +27,16 @@ HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logg
 """Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
 
 
+IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
+    {"module": r"megatron\."},  # what it misses without Apex and Transformer Engine
+    {"message": ".*sync_dist=True.*"},  # what is logged has been reduced over ranks
+    {"message": ".*dataloader is not resumable.*"},  # it is: StudentData
+    {"message": "Checkpoint directory .* exists and is not empty."},
+    {"message": "The `srun` command is available"},  # a hint for programs that do not start their ranks themselves
+)
+"""Warnings of libraries that a user can do nothing about, as arguments of warnings.filterwarnings."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A console command.
@@ -156,17 +166,15 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
 
 
 def configure_logging() -> None:
-    """Messages of rank 0, errors of the others."""
+    """Messages of rank 0, errors of the others; before anything heavy is imported, which would warn then."""
     level = logging.INFO if global_rank() == 0 else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("nemo_kd")
     logger.handlers, logger.propagate = [handler], False
     logger.setLevel(level)
-    warnings.filterwarnings("ignore", module=r"megatron\.")  # what it misses without Apex and Transformer Engine
-    warnings.filterwarnings("ignore", message=".*sync_dist=True.*")  # what is logged has been reduced over ranks
-    warnings.filterwarnings("ignore", message=".*dataloader is not resumable.*")  # it is: StudentData
-    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty.")
+    for pattern in IGNORED_WARNINGS:
+        warnings.filterwarnings("ignore", **pattern)
     for noisy in ("nv_one_logger", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

@@ -67,14 +67,14 @@ def _verify_bytes(arguments: argparse.Namespace) -> int:
 
 
 def _verify_against(arguments: argparse.Namespace) -> int:
-    from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config
-
     with errors_end_the_process():
+        configure_logging()
+        from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config
+
         sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
         config = rescoring_config(sample, arguments.against, arguments.settings)
         if needs_launch(config.trainer):
             return launch(config.trainer.num_devices)
-        configure_logging()
         report, is_right = rescore(sample, config, arguments.dataset)
     if global_rank() != 0:  # its status must not end rank 0 before that has told
         return 0

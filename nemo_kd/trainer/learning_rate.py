@@ -68,6 +68,9 @@ class _Schedule(torch.optim.lr_scheduler.LambdaLR):
         base_lrs = self.base_lrs
         super().load_state_dict(state_dict)
         self.base_lrs = base_lrs
-        self._last_lr = self.get_lr()
+        # Not get_lr(), which warns whoever is not a step of the scheduler.
+        self._last_lr = [
+            base_lr * factor(self.last_epoch) for base_lr, factor in zip(base_lrs, self.lr_lambdas, strict=True)
+        ]
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr

@@ -403,6 +403,7 @@ def test_the_command_line(world, tmp_path):
     done = logit_cache("verify", cache("packed"), "--against", teacher, "--num-examples", 4, "trainer.precision=32")
     assert done.returncode == 0, done.stderr
     assert "4 of 23 examples" in done.stdout
+    assert "Warning" not in done.stderr
     keys = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
     bad = planted(cache("packed"), tmp_path / "bad", shift)
     done = logit_cache("verify", bad, "--against", teacher, "--num-examples", 99, *keys)

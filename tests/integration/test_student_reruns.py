@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -168,4 +169,5 @@ def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
     ]  # fmt: skip
     result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
     assert result.returncode == 0, result.stderr
+    assert not re.search(r"Warning|NeMo W|HINT", result.stderr), result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*.nemo"))
