@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import orjson
 
 from nemo_kd.config import ConfigError
+from nemo_kd.files import open_for_append
 from nemo_kd.terminal import print_text, printable
 
 if TYPE_CHECKING:
@@ -262,7 +263,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = path.open("ab")
+        self.file = open_for_append(path)
 
     def show(self, metrics: dict[str, float]) -> None:
         line = orjson.dumps({"time": time.time(), **metrics}) + b"\n"

@@ -11,9 +11,9 @@ from typing import Any
 
 import orjson
 
-from nemo_kd.cache.files import write_atomically
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config.cache import CODECS, CacheConfig
+from nemo_kd.files import write_atomically
 
 FORMAT_VERSION = 2
 UNKNOWN = "unknown"

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nemo_kd.cache.files import Lock, explained, remove_abandoned, write_atomically
 from nemo_kd.cache.layout import SUFFIXES, CacheError, CacheLayout, index_name
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.salvage import blocks
+from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.verify import verify_chunks
+from nemo_kd.files import Lock, explained, remove_abandoned, write_atomically
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 """What file systems answer that cannot give a file a second name there."""
@@ -41,7 +42,7 @@ def merge(sources: Sequence[str], target: str, allow_gaps: bool = False, num_wor
         raise CacheError("\n".join(problems))
     with explained(layout.folder):
         layout.folder.mkdir(parents=True, exist_ok=True)
-    lock = Lock(layout.lock_path)
+    lock = Lock(layout.lock_path, IS_WRITTEN)
     try:
         _claim(layout, merged)
         for number, (path, _, summary) in enumerate(parts):

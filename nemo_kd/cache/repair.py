@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_kd.cache.files import Lock, abandoned, write_atomically
 from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import TornError
@@ -18,7 +17,9 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import is_json
 from nemo_kd.cache.salvage import blocks, stretches
 from nemo_kd.cache.scan import scan_chunk
+from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.storage import LocalStorage
+from nemo_kd.files import Lock, abandoned, remove, write_atomically
 
 
 def repair(path: str, dry_run: bool = False) -> list[str]:
@@ -38,13 +39,13 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
     with contextlib.ExitStack() as stack:
         for lock_path in sorted({one.lock_path for one in layouts if one is layout or one.manifest_path.exists()}):
             if not dry_run:
-                stack.callback(Lock(lock_path).release)
+                stack.callback(Lock(lock_path, IS_WRITTEN).release)
         done = [text for chunk in chunks for text in _repair_chunk(layout, chunk, dry_run)]
         for folder in [layout.folder, *sorted(layout.folder.glob(".*.segments"))]:
             for left in abandoned(folder):
                 done.append(f"{left}: removed, a dead process left it")
                 if not dry_run:
-                    left.unlink(missing_ok=True)
+                    remove(left)
     return done
 
 

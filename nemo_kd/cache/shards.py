@@ -9,10 +9,17 @@ import fcntl
 import logging
 import os
 
-from nemo_kd.cache.files import Lock, open_lock_file, refusal, release_lock, tell, this_process, told, try_lock
 from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.files import Lock, open_lock_file, read_holder, release_lock, this_process, try_lock, write_holder
 
 log = logging.getLogger(__name__)
+
+WAIT_OR_SHARE = (
+    "wait until it ends, stop it, or give another output_path. "
+    "Several jobs write one cache as its shards, each another one of the same number: shard=0/2 and shard=1/2"
+)
+IS_WRITTEN = f"is writing this cache; {WAIT_OR_SHARE}"
+"""The refusal of a process that asks for a cache's lock."""
 
 Shard = tuple[int, int]
 """(i, n): the i-th of n parts of the work, from 0."""
@@ -44,9 +51,8 @@ class WriteLock:
         except BaseException:
             self.release()
             raise
-        for (
-            file
-        ) in self._locks:  # else a child, such as one that reads ahead, kept the lock when this process is killed
+        # Else a child, such as one that reads ahead, kept the lock when this process is killed.
+        for file in self._locks:
             os.register_at_fork(after_in_child=file.close)
 
     def release(self) -> None:
@@ -56,13 +62,13 @@ class WriteLock:
 
     def _take_whole(self, free: bool | None) -> None:
         if free is False:
-            raise refusal(self._layout.lock_path, self._writers())
+            raise self._refusal()
         if free is None:
             log.warning(
                 "%s: this file system keeps no locks; make sure that no other job writes this cache",
                 self._layout.lock_path,
             )
-        tell(self._locks[0], this_process())
+        write_holder(self._locks[0], this_process())
 
     def _take_shard(self, free: bool | None, number: int, count: int) -> None:
         lock, path, group = self._locks[0], self._layout.lock_path, f"one of {count} shards"
@@ -73,22 +79,26 @@ class WriteLock:
                 "own and put the caches together with `logit_cache merge`"
             )
         if free:
-            tell(lock, group)
+            write_holder(lock, group)
             for _, shard_path in self._layout.shard_lock_paths():
                 shard_path.unlink()
-        if not try_lock(lock, fcntl.LOCK_SH) or told(lock) != group:
-            raise refusal(path, self._writers())
-        self._locks.append(Lock(self._layout.shard_lock_path(number), f"shard {number}/{count} of this cache").file)
+        if not try_lock(lock, fcntl.LOCK_SH) or read_holder(lock) != group:
+            raise self._refusal()
+        refusal = f"is writing shard {number}/{count} of this cache; {WAIT_OR_SHARE}"
+        self._locks.append(Lock(self._layout.shard_lock_path(number), refusal).file)
+
+    def _refusal(self) -> CacheError:
+        return CacheError(f"{self._layout.lock_path}: {self._writers()}; {WAIT_OR_SHARE}")
 
     def _writers(self) -> str:
         """Who writes the cache, as a sentence."""
-        holder = told(self._locks[0])
+        holder = read_holder(self._locks[0])
         if not holder.endswith(" shards"):
             return f"{holder} is writing this cache"
         shards = []
         for number, path in self._layout.shard_lock_paths():
             file = open_lock_file(path)
             if try_lock(file, fcntl.LOCK_SH) is False:
-                shards.append(f"shard {number} by {told(file)}")
+                shards.append(f"shard {number} by {read_holder(file)}")
             release_lock(file)
         return f"this cache is being written as {holder.removeprefix('one of ')}: {'; '.join(shards)}"

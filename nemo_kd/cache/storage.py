@@ -10,8 +10,8 @@ from typing import Any, BinaryIO, Protocol, cast
 
 import fsspec
 
-from nemo_kd.cache.files import write_atomically
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.files import write_atomically
 
 MAX_OPEN_FILES = 64
 

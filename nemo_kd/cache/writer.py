@@ -23,15 +23,17 @@ import numpy as np
 import orjson
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.files import Lock, atomic_file, explained, remove_abandoned, write_atomically
 from nemo_kd.cache.index import LineFacts
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.shards import Shard, WriteLock
+from nemo_kd.files import Lock, atomic_file, explained, remove_abandoned, write_atomically
 
 log = logging.getLogger(__name__)
+
+PUBLISHED_STAYS = "; what is published stays and is not computed again"
 
 Segment = tuple[int, range]
 """(chunk id, record indices)."""
@@ -60,7 +62,7 @@ class CacheWriter:
         self.layout, self.manifest, self.chunks, self._shard = layout, manifest, chunks, shard
         self.missing: list[int] = []
         self._assembling = threading.Lock()
-        with explained(layout.folder):
+        with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.manifest_lock_path, wait=True):
             self._lock = WriteLock(layout, shard)
@@ -122,7 +124,7 @@ class CacheWriter:
         Raises:
             CacheError: a segment is damaged, or the file system refuses.
         """
-        with self._assembling, explained(self.layout.folder):
+        with self._assembling, explained(self.layout.folder, PUBLISHED_STAYS):
             in_work = set(self.missing).intersection(self.layout.chunks_in_work())
             for chunk in sorted(in_work):
                 if up_to is not None and chunk > up_to:
@@ -192,7 +194,7 @@ class CacheWriter:
         """Publishes a chunk and its index, which do not count before the manifest lists them."""
         target, indices = self.layout.chunk_path(chunk), self.chunks[chunk]
         summary, facts, digest = ChunkSummary(indices[0], indices[-1]), LineFacts(), hashlib.sha256()
-        with atomic_file(target) as file:
+        with atomic_file(target, PUBLISHED_STAYS) as file:
             for path in paths:
                 part_summary, part_facts, payload = read_segment(path)
                 file.write(payload)
@@ -284,9 +286,9 @@ class SegmentWriter:
             "facts": dataclasses.asdict(self.facts),
             "sha256": self._digest.hexdigest(),
         }
-        with explained(self.path.parent):
+        with explained(self.path.parent, PUBLISHED_STAYS):
             self.path.parent.mkdir(exist_ok=True)
-        write_atomically(self.path, [orjson.dumps(header), b"\n", *self._payload])
+        write_atomically(self.path, [orjson.dumps(header), b"\n", *self._payload], PUBLISHED_STAYS)
 
 
 def segments(indices: range, segment_examples: int) -> list[range]:

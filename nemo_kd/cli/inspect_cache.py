@@ -35,13 +35,13 @@ def add_inspect(subcommands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.files import write_atomically
     from nemo_kd.cache.layout import CacheError
     from nemo_kd.cache.reader import CacheReader
     from nemo_kd.evaluation.cache_statistics import measure
     from nemo_kd.evaluation.inspect_cache import as_text, check_tokenizer, example_as_text, report_of
     from nemo_kd.evaluation.inspect_page import chosen, page
     from nemo_kd.evaluation.token_text import TokenText, tokenizer_of
+    from nemo_kd.files import write_atomically
 
     _check(arguments)
     reader, tokenizer = CacheReader(arguments.path, partial=True), None

@@ -28,7 +28,6 @@ from nemo_kd.cache.writer import CacheWriter, Segment
 from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.data.records import DataError
 from nemo_kd.interruption import Interruption, Requeue, follow_the_main_process
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
@@ -114,7 +113,7 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
             )
             stack.callback(writer.close)
             missing = writer.missing_segments()
-        except CacheError as error:
+        except UserInputError as error:
             problem = str(error)
         store.set("opened", "1")
     # All segments that are there are read: longer than a collective waits.
@@ -230,7 +229,7 @@ def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
                 output.writer.assemble_complete()
                 waiting_for = check_end(output.job, output.writer)
             _print_summary(output.job, output.writer, work, waiting_for)
-        except (CacheError, DataError) as error:
+        except UserInputError as error:
             problem = error
         output.store.set("complete", "1")
     wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))

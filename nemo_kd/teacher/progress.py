@@ -10,9 +10,9 @@ from typing import TypeVar
 import torch
 from torch.distributed import Store
 
-from nemo_kd.cache.files import explained
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
+from nemo_kd.files import explained
 from nemo_kd.flops import forward_flops, peak_flops
 from nemo_kd.metrics import (
     MetricsFile,

@@ -19,11 +19,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_kd.cache.files import Lock
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
+from nemo_kd.files import Lock
 from nemo_kd.teacher.loop import compute_topk_logits
 from nemo_kd.teacher.plan import plan_cache
 from tests.tiny_data import teacher_config, write_chat_dataset

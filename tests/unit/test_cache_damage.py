@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from nemo_kd.cache import files
-from nemo_kd.cache.files import Lock
+from nemo_kd import files
 from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import TornError, lines_of
@@ -22,6 +21,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.repair import repair
 from nemo_kd.cache.salvage import stretches
 from nemo_kd.cache.verify import verify, verify_chunk
+from nemo_kd.files import FileError, Lock
 from tests.tiny_cache import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -192,7 +192,7 @@ def test_a_cache_that_is_being_written_is_not_repaired(tmp_path):
     write(tmp_path, "t_0.jsonl", n_examples_per_chunk=None)
     for writing, path in (("t_0.jsonl", "t_0.jsonl"), ("t_0.jsonl", "t_CHUNK_ID.jsonl")):
         lock = Lock(CacheLayout(str(tmp_path / writing)).lock_path)
-        with pytest.raises(CacheError, match=f"process {os.getpid()} on .* is writing this cache"):
+        with pytest.raises(FileError, match=f"process {os.getpid()} on .* is writing this cache"):
             repair(str(tmp_path / path))
         lock.release()
         assert repair(str(tmp_path / path)) == []

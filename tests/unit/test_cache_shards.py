@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.cache import writer as writer_module
-from nemo_kd.cache.files import Lock
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.config import UserInputError
+from nemo_kd.files import FileError, Lock
 from tests.tiny_cache import chunks_of, manifest, write, write_segment
 from tests.unit.test_cache_writer import content, die_after, statuses
 
@@ -199,7 +201,7 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     me = rf"process {os.getpid()} on \S+, Slurm job 4711, since [^;]+"
     writer = open_writer(tmp_path, (1, 2))
-    with pytest.raises(CacheError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
+    with pytest.raises(FileError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
         open_writer(tmp_path, (1, 2))
     written_in_shards = (
         rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
@@ -208,8 +210,8 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
         open_writer(tmp_path)
     with pytest.raises(CacheError, match=written_in_shards):
         open_writer(tmp_path, (1, 3))
-    with pytest.raises(CacheError, match="one of 2 shards is writing this cache"):
-        Lock(writer.layout.lock_path)  # what `repair` and `merge` ask for
+    with pytest.raises(FileError, match="one of 2 shards is writing this cache"):
+        Lock(writer.layout.lock_path, IS_WRITTEN)  # what `repair` and `merge` ask for
     other = open_writer(tmp_path, (0, 2))
     with pytest.raises(CacheError, match=rf"shard 0 by {me}; shard 1 by {me}; wait"):
         open_writer(tmp_path)
@@ -258,7 +260,7 @@ def test_a_killed_job_leaves_no_lock_even_if_its_children_live_on(tmp_path, shar
         os._exit(0)
     child = int(os.read(ours, 20))
     try:
-        with pytest.raises(CacheError, match=f"process {job} on "):
+        with pytest.raises(UserInputError, match=f"process {job} on "):
             open_writer(tmp_path, shard)
         os.kill(job, signal.SIGKILL)
         assert statuses([job]) == [-signal.SIGKILL]
@@ -275,7 +277,7 @@ def test_a_lock_given_back_is_not_kept_by_a_process_that_was_forked_meanwhile(tm
         time.sleep(600)
         os._exit(0)
     try:
-        with pytest.raises(CacheError, match=f"process {os.getpid()} on "):
+        with pytest.raises(FileError, match=f"process {os.getpid()} on "):
             Lock(tmp_path / "lock")
         lock.release()
         Lock(tmp_path / "lock").release()

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.cache import files
+from nemo_kd import files
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter, read_segment, segment_path
+from nemo_kd.files import FileError
 from tests.tiny_cache import COMPUTED_WITH, chunks_of, manifest, row, same, write, write_segment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -275,7 +276,7 @@ def test_a_refusing_file_system_is_explained_and_nothing_is_damaged(tmp_path, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
-        with pytest.raises(CacheError, match=message) as error:
+        with pytest.raises(FileError, match=message) as error:
             write_segment(layout, description, missing[1])
     assert "run the same command again" in str(error.value)
     assert content(tmp_path) == before
@@ -297,7 +298,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 write_segment(layout, description, writer.missing_segments()[0])
 """
     result = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
-    assert "CacheError" in result.stderr
+    assert "FileError" in result.stderr
     assert "cannot be written (File too large)" in result.stderr
     assert not list((tmp_path / ".c.jsonl.segments").iterdir())
 
@@ -307,9 +308,7 @@ def test_a_vanished_folder_is_explained(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     segment = writer.missing_segments()[0]
     shutil.rmtree(tmp_path / "sub")
-    with pytest.raises(
-        CacheError, match="its folder is not there and cannot be made: restore it or give another output_path"
-    ):
+    with pytest.raises(FileError, match="its folder is not there and cannot be made: restore it or give another path"):
         write_segment(layout, description, segment)
 
 
@@ -328,7 +327,7 @@ def test_a_folder_of_another_owner_is_explained(tmp_path):
             CacheWriter(
                 CacheLayout(str(tmp_path / "cache" / "train_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest())
             )
-        except CacheError as error:
+        except FileError as error:
             os._exit(0 if "you may not write there" in str(error) else 2)
         finally:
             os._exit(1)

@@ -11,13 +11,14 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "nemo_kd"
 
-EVERYWHERE = {"terminal"}
+EVERYWHERE = {"terminal", "files"}
 RUNNING = {"ranks", "interruption", "watchdog", "metrics", "flops"}
 
 ALLOWED: dict[str, set[str]] = {
     "batch": set(),
     "terminal": set(),
     "config": set(),
+    "files": {"config"},
     "ranks": {"config"},
     "processes": set(),
     "interruption": {"config", "processes"},

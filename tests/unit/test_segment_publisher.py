@@ -17,6 +17,7 @@ from nemo_kd.batch import CachedExample, TeacherTopK
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.publisher import CompactRow, SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter, read_segment
+from nemo_kd.files import FileError
 from tests.tiny_cache import COMPUTED_WITH, chunks_of, manifest, row, write
 from tests.unit.test_cache_writer import content, statuses
 
@@ -149,7 +150,7 @@ def test_a_full_disk_comes_with_its_remedy(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(CacheError, match="the disk is full: free some space"), publisher_in(tmp_path) as publisher:
+    with pytest.raises(FileError, match="the disk is full: free some space"), publisher_in(tmp_path) as publisher:
         publisher.publish((0, range(2)), [row(0), row(1)])
     assert not list(tmp_path.glob(".*/*"))
 

@@ -1,0 +1,292 @@
+"""Files that appear whole or not at all, files that no planted link redirects, and locks between processes."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import shutil
+import socket
+import stat
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO, TextIO
+
+from nemo_kd.config import UserInputError
+
+ABANDONED_AFTER_S = 3600.0
+NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
+LONGEST_HOLDER = 1000
+"""Characters that are read of a lock file."""
+
+log = logging.getLogger(__name__)
+
+
+class FileError(UserInputError):
+    """A file cannot be opened, locked or written; the message names it, the cause and the next step."""
+
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your quota is used up: free some space",
+    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger file: raise it",
+    errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
+    errno.EACCES: "you may not write there: give another path, or have its owner permit it",
+    errno.EPERM: "you may not write there: give another path, or have its owner permit it",
+    errno.ENOENT: "its folder is not there and cannot be made: restore it or give another path",
+    errno.ENAMETOOLONG: "the name is too long: give a shorter path",
+    errno.ENOTDIR: "its folder is not a folder: give another path",
+    errno.EISDIR: "a folder has this name: give another path, or move the folder away",
+    errno.EEXIST: "something else has this name: give another path, or move it away",
+    errno.ESTALE: "its folder has vanished from the network file system: mount it again",
+    errno.EIO: "the disk reports an error: check it",
+}
+
+
+@contextlib.contextmanager
+def explained(path: str | Path, note: str = "") -> Iterator[None]:
+    """Raise an OSError of the block as a FileError: `path` cannot be written, why, and the remedy.
+
+    Args:
+        note: added behind the remedy, such as what stays of the work done so far.
+    """
+    try:
+        yield
+    except OSError as error:
+        remedy = _REMEDIES.get(error.errno or 0)
+        if remedy is None:
+            raise
+        raise FileError(
+            f"{path}: cannot be written ({error.strerror}); {remedy}, then run the same command again{note}"
+        ) from error
+
+
+def open_without_links(path: str | Path, flags: int) -> int:
+    """Return a descriptor of the regular file `path`, opened with `flags` of os.open; never blocks.
+
+    Raises:
+        FileError: a symbolic link, pipe, device or folder stands there: whoever may write into the folder could otherwise
+            make this process write to, or wait for, any other file.
+    """
+    try:
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno == errno.ELOOP and os.path.islink(path):
+            raise FileError(f"{path}: is a symbolic link, which is not followed here; remove it") from error
+        if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a pipe that nobody reads, or a socket
+            raise _not_regular(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return descriptor
+
+
+def _not_regular(path: str | Path) -> FileError:
+    return FileError(f"{path}: is not a regular file but a folder, pipe or device; remove it")
+
+
+def open_for_append(path: str | Path) -> BinaryIO:
+    """Open a file that lines are added to, creating it if there is none; symbolic links are refused."""
+    with explained(path):
+        return os.fdopen(open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+
+
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes], note: str = "") -> None:
+    """Replace the content of `path`; a crash at any instant leaves the old content or the new one."""
+    with atomic_file(path, note) as file:
+        file.writelines([data] if isinstance(data, bytes) else data)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
+    """Yield a file that takes the name `path`, durably, when the block ends without an error.
+
+    Until then the bytes lie in the hidden file `temporary_path(path)`. An error in the block removes it; what a killed
+    process leaves behind, `remove_abandoned` removes. Errors and `note` are those of `explained`.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    with explained(path, note):
+        try:
+            # Not the tempfile module: its files are readable by their owner only, and these are shared.
+            temporary.unlink(missing_ok=True)  # of a dead process that had this one's id
+            descriptor = open_without_links(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+        sync_folder(path.parent)
+
+
+def temporary_path(path: str | Path) -> Path:
+    """Return the hidden name, with machine and process in it, of a file or folder that is to become `path`."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Delete the temporary files and folders that dead processes left in a folder."""
+    for path in abandoned(folder):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder with all it holds; a symbolic link itself, not what it leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def abandoned(folder: Path) -> list[Path]:
+    """Return the temporary files and folders that dead processes left in a folder.
+
+    A process of this machine is dead when no process has its id. Nothing is known about a process of another machine, so
+    what it writes counts as abandoned once it has not grown for an hour.
+    """
+    found = []
+    for path in sorted(folder.glob(".*.tmp")):
+        owner, dash, pid = path.name.removesuffix(".tmp").rpartition("-")
+        if not (dash and pid.isdecimal()):
+            continue
+        if owner.endswith(f".{_machine()}"):
+            is_abandoned = int(pid) != os.getpid() and not _is_alive(int(pid))
+        else:
+            is_abandoned = time.time() - _last_change(path) > ABANDONED_AFTER_S
+        if is_abandoned:
+            found.append(path)
+    return found
+
+
+def _last_change(path: Path) -> float:
+    """Return the newest modification time in a file or folder; now, where it vanishes meanwhile."""
+    try:
+        newest = path.lstat().st_mtime
+        for parent, folders, names in os.walk(path):
+            newest = max([newest, *(os.lstat(os.path.join(parent, name)).st_mtime for name in folders + names)])
+        return newest
+    except FileNotFoundError:
+        return time.time()
+
+
+class Lock:
+    """The right to do something alone, held until `release`, the end of a with block or that of the process.
+
+    The operating system keeps the lock, so a killed job leaves none behind; the file only names the holder.
+
+    Args:
+        refusal: what a refused process is told behind the holder's name, for example "is writing this cache; wait
+            until it ends".
+        wait: until the holder releases it, instead of refusing.
+
+    Raises:
+        FileError: another process holds it, as in "PATH: process 7 on node-1 is writing this cache; wait until it ends".
+    """
+
+    def __init__(self, path: Path, refusal: str = "is using it; wait until it ends", wait: bool = False) -> None:
+        self.path = path
+        self.file = open_lock_file(path)
+        free = try_lock(self.file, fcntl.LOCK_EX)
+        if free is None and not wait:
+            log.warning("%s: this file system keeps no locks; make sure that no other job writes there", path)
+        if free is False and not wait:
+            holder = read_holder(self.file)
+            self.file.close()
+            raise FileError(f"{path}: {holder} {refusal}")
+        if free is False:
+            fcntl.flock(self.file, fcntl.LOCK_EX)
+        write_holder(self.file, this_process())
+
+    def release(self) -> None:
+        """Release the lock. The file stays: deleting it could take the lock away from a process that waits for it."""
+        release_lock(self.file)
+
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def open_lock_file(path: Path) -> TextIO:
+    """Open the file that a lock is about, creating it if there is none; symbolic links are refused."""
+    with explained(path):
+        descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+        return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
+
+
+def try_lock(file: TextIO, operation: int) -> bool | None:
+    """Take a file's lock, `LOCK_EX` or `LOCK_SH`, unless others hold it; None where the file system keeps no locks."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return None
+    return True
+
+
+def release_lock(file: TextIO) -> None:
+    """Release a file's lock and close the file; processes forked meanwhile do not keep it."""
+    if not file.closed:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_UN)
+        file.close()
+
+
+def write_holder(file: TextIO, holder: str) -> None:
+    """Replace the content of a lock file with its holder's name."""
+    file.truncate(0)
+    file.write(holder)
+    file.flush()
+
+
+def read_holder(file: TextIO) -> str:
+    """Return the name that the holder of a lock wrote into its file."""
+    file.seek(0)
+    return file.read(LONGEST_HOLDER).strip() or "another process"
+
+
+def this_process() -> str:
+    """Return process, machine, job and time, for a process that is refused a lock."""
+    environment = os.environ
+    job = f", Slurm job {environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else ""
+    return f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power failure."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder; their renames are durable by themselves or never.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _machine() -> str:
+    return socket.gethostname().replace("/", "_")
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):  # no process has an id of so many digits
+        return False
+    except PermissionError:
+        return True
+    return True
