@@ -52,6 +52,7 @@ from nemo_kd.trainer.best import take_best
 from nemo_kd.trainer.data_module import StudentData
 from nemo_kd.trainer.ending import Ending
 from nemo_kd.trainer.experiment import build_trainer, experiment_settings
+from nemo_kd.trainer.experiment_record import agreed_fingerprint, experiment_record
 from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.lifetime import Lifetime
 from nemo_kd.trainer.logging import source_names
@@ -374,7 +375,10 @@ def train_student(config: TrainStudentConfig) -> None:
         )
         stack.callback(data.close)
         lifetime = stack.enter_context(Lifetime.begin(settings, 60 * timeout_minutes))
-        trainer = build_trainer(config, settings, plan, groups, lifetime)
+        record = experiment_record(
+            config, architecture, agreed_fingerprint(pretrained), data.descriptions, plan.steps_per_epoch
+        )
+        trainer = build_trainer(config, settings, plan, groups, lifetime, record)
         ending.trainer, ending.max_steps = trainer, plan.max_steps
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)

@@ -273,6 +273,8 @@ class TrainStudentConfig:
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    allow_changed: list[str] = field(default_factory=list)
+    """Keys that may differ from those of the checkpoint that the run goes on from, [model.optim.lr]; a key's last part or a section will do. By default what determines the result must be the same."""
     exp_manager: dict[str, Any] = field(default_factory=dict)
     """Keys of NeMo's exp_manager: explicit_log_dir, create_wandb_logger, resume_if_exists, checkpoint_callback_params ..."""
 

@@ -40,12 +40,14 @@ class Contents:
         resumable: False where it has weights only.
         layout: the sizes of the process groups that wrote it.
         files: name -> (bytes, crc32) of all files but `contents.json`.
+        experiment: what determines the result of the run; None where an earlier version wrote the checkpoint.
     """
 
     step: int
     resumable: bool
     layout: dict[str, int]
     files: dict[str, Sequence[int]]
+    experiment: dict[str, Any] | None = None
 
     @staticmethod
     def read(folder: Path) -> Contents:
@@ -73,14 +75,21 @@ def unfinished_folder(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
 
 
-def seal(folder: Path, step: int, resumable: bool, layout: dict[str, int], sums: Mapping[str, FileSum]) -> None:
+def seal(
+    folder: Path,
+    step: int,
+    resumable: bool,
+    layout: dict[str, int],
+    sums: Mapping[str, FileSum],
+    experiment: dict[str, Any] | None = None,
+) -> None:
     """Adds `contents.json`, with the sums of the files that are not in `sums`; all of it is on the disk then."""
     files = dict(sums)
     for path in folder.iterdir():
         if path.name not in files:
             _sync(path)
             files[path.name] = file_sum(path)
-    contents = Contents(step, resumable, layout, {name: list(files[name]) for name in sorted(files)})
+    contents = Contents(step, resumable, layout, {name: list(files[name]) for name in sorted(files)}, experiment)
     (folder / CONTENTS).write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(contents)}, indent=1))
     _sync(folder / CONTENTS)
     _sync(folder)

@@ -84,8 +84,9 @@ class _Underway:
 class DistributedCheckpointIO(CheckpointIO):
     """Lightning's checkpoints as Megatron distributed checkpoints; every rank takes part in all but `is_writing`."""
 
-    def __init__(self, layout: dict[str, int]) -> None:
+    def __init__(self, layout: dict[str, int], experiment: dict[str, Any]) -> None:
         self.layout = layout
+        self.experiment = experiment
         self._underway: _Underway | None = None
         self._latest = _Saved(-1, False, [])  # the last one that became whole
 
@@ -129,7 +130,7 @@ class DistributedCheckpointIO(CheckpointIO):
             sums = underway.write.finish()
 
         def name() -> None:
-            seal(folder, saved.step, saved.resumable, self.layout, sums)
+            seal(folder, saved.step, saved.resumable, self.layout, sums, self.experiment)
             publish(folder, saved.targets)
             _discard(underway.removals)
 

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from nemo_kd.batch import Batch
-from nemo_kd.cache.layout import CacheError
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import length_multiple
 from nemo_kd.config.student import TrainStudentConfig
@@ -72,58 +71,14 @@ class StudentData(pl.LightningDataModule):
         self.training = TrainingBatches(order, model.global_batch_size, steps_per_epoch, max_steps)
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "consumed_samples": self.training.consumed_samples,
-            "data": self.descriptions,
-            "data_weights": self.training.order.weights,
-            "order": self._order(),
-        }
-
-    def _order(self) -> dict[str, Any]:
-        """The keys that decide which example is in which step, besides the data."""
-        order, batches = self.training.order, self.training
-        return {
-            "model.seed": order.seed,
-            "model.data.shuffle": order.shuffle,
-            "model.global_batch_size": batches.global_batch_size,
-            "trainer.knowledge_distillation.limit_train_batches (in steps)": batches.steps_per_epoch,
-        }
+        batches = self.training
+        return {"consumed_samples": batches.consumed_samples, "global_batch_size": batches.global_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on where the checkpoint stopped.
-
-        Raises:
-            CacheError: it was trained on other data.
-            ConfigError: it was trained on it in another order.
-        """
-        if "data" in state_dict:
-            self._check_same_data(state_dict)
-        else:
-            log.warning("the checkpoint does not say what data it was trained on, so it goes on with any")
-        for key, now in self._order().items():
-            before = state_dict.get("order", {}).get(key, now)
-            if before != now:
-                raise ConfigError(
-                    f"{key}: {before} in the checkpoint, {now} now, and examples would be left out or seen twice. Give "
-                    "that of the checkpoint to go on, or another exp_manager.explicit_log_dir to begin anew"
-                )
-        self.training.consumed_samples = state_dict["consumed_samples"]
-
-    def _check_same_data(self, state_dict: dict[str, Any]) -> None:
-        before, now = state_dict["data"]["train"], self.descriptions["train"]
-        pairs = [
-            ("content", before["fingerprint"], now["fingerprint"]),
-            ("weights", state_dict["data_weights"], self.training.order.weights),
-        ]
-        differences = [
-            f"{name} {theirs} in the checkpoint, {ours} now" for name, theirs, ours in pairs if theirs != ours
-        ]
-        if differences:
-            raise CacheError(
-                f"model.data.data_prefix.train: the checkpoint was trained on {', '.join(before['paths'])}, now it is "
-                f"{', '.join(now['paths'])}: {'; '.join(differences)}. Give the data of the checkpoint to go on (it may lie "
-                "elsewhere), or another exp_manager.explicit_log_dir to begin anew"
-            )
+        """Go on after the steps of the checkpoint, also where their batches had another size."""
+        now = self.training.global_batch_size
+        before = state_dict.get("global_batch_size", now)
+        self.training.consumed_samples = state_dict["consumed_samples"] // before * now
 
     def transfer_batch_to_device(self, batch: list[Batch], device: torch.device, dataloader_idx: int) -> list[Batch]:
         """The batch as it is: micro-batches go to the device one by one, see `forward_backward`."""

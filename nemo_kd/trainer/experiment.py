@@ -19,6 +19,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
 from nemo_kd.trainer.checkpoints import StudentCheckpoints, label_of
+from nemo_kd.trainer.experiment_record import check_same_experiment
 from nemo_kd.trainer.lifetime import Lifetime
 from nemo_kd.trainer.logging import JsonlLogger, RunLog
 from nemo_kd.trainer.plan import TrainingPlan
@@ -72,14 +73,16 @@ def build_trainer(
     plan: TrainingPlan,
     groups: ProcessGroups,
     lifetime: Lifetime,
+    record: dict[str, Any],
 ) -> pl.Trainer:
     """A Trainer that runs `plan`, goes on from the latest whole checkpoint and logs where `exp_manager` says.
 
     Args:
         settings: of `experiment_settings`.
+        record: of `experiment_record`.
 
     Raises:
-        CheckpointError: there is no checkpoint to go on from.
+        CheckpointError: there is no checkpoint to go on from, or it belongs to another experiment.
     """
     loop = config.trainer.knowledge_distillation
     run_log = RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))
@@ -88,7 +91,7 @@ def build_trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
         devices=config.trainer.num_devices,
         num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(groups, cluster_environment=cluster_environment(config.trainer.num_devices)),
+        strategy=MegatronStrategy(groups, record, cluster_environment=cluster_environment(config.trainer.num_devices)),
         precision="32-true",  # Megatron casts by itself
         max_epochs=1,  # to Lightning the whole run is one pass over `plan.max_steps` batches
         max_steps=-1,  # else it would not finish a run that was stopped after its last step
@@ -113,6 +116,8 @@ def build_trainer(
     params["dirpath"] = params["dirpath"] or str(log_dir / "checkpoints")
     resume = [settings[f"resume_{key}"] for key in ("if_exists", "ignore_no_checkpoint", "from_checkpoint")]
     checkpoint = choose_checkpoint(Path(params["dirpath"]), *resume)
+    if checkpoint is not None:
+        check_same_experiment(checkpoint, record, config.allow_changed)
     trainer.ckpt_path = str(checkpoint) if checkpoint is not None else None
     wandb_loggers = start_wandb(settings, Path(log_dir))
     metrics_file = JsonlLogger(Path(log_dir) / "metrics" / "metrics.jsonl")

@@ -36,8 +36,8 @@ class MegatronStrategy(DDPStrategy):
     The process group and Megatron's groups exist before the Trainer does. Checkpoints are written by all ranks.
     """
 
-    def __init__(self, groups: ProcessGroups, **kwargs: Any) -> None:
-        super().__init__(checkpoint_io=DistributedCheckpointIO(groups.layout()), **kwargs)
+    def __init__(self, groups: ProcessGroups, experiment: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(checkpoint_io=DistributedCheckpointIO(groups.layout(), experiment), **kwargs)
         self.groups = groups
 
     @property

@@ -346,12 +346,14 @@ def test_resume(ranks, world, straight, tmp_path):
 
     smaller = {"model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}}
     refused = resume("other rank", smaller)[0]
-    assert refused.startswith("ConfigError: model.peft: the checkpoint does not fit: target_modules ['attention_qkv', ")
-    assert "adapter_dim 4 in the checkpoint, 5 now" in refused
-    assert "adapter_dim 4 in the checkpoint, None now" in resume("none", {"model__peft__peft_scheme": "none"})[0]
+    assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in refused
+    allowed = resume("allowed", {**smaller, "allow_changed": ["lora_tuning"]})[0]
+    assert allowed.startswith("ConfigError: model.peft: the checkpoint does not fit: target_modules ['attention_qkv', ")
+    assert "adapter_dim 4 in the checkpoint, 5 now" in allowed
+    assert "peft_scheme: lora in the checkpoint, none now" in resume("none", {"model__peft__peft_scheme": "none"})[0]
     other = save_hf_model("qwen3", tmp_path / "other", 300, seed=5)
     student = other
-    assert "the checkpoint does not fit: pretrained_checkpoint sha256:" in resume("other model", {})[0]
+    assert "  pretrained_checkpoint.restore_from_path: dense (weights sha256:" in resume("other model", {})[0]
     student = students["dense"]
     assert resume("tp", {**TP, **SP, "export__hf": True, "export__lora": "adapter", "name": "run"}, 2) == ["", ""]
     left = tmp_path / "tp" / "checkpoints"

@@ -24,6 +24,7 @@ from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student import StudentModule, train_student
+from nemo_kd.trainer.checkpoint_folder import CheckpointError
 from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import build_hf_model, save_hf_model
@@ -34,7 +35,7 @@ NUM_TRAIN, NUM_VALIDATION = 40, 11
 def run_stage_2(model, train, validation, log_dir, overrides) -> str:
     try:
         train_student(student_config(model, train, validation, log_dir, **overrides))
-    except (ConfigError, CacheError, DataError) as error:
+    except (ConfigError, CacheError, DataError, CheckpointError) as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
@@ -363,8 +364,8 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
 
     alone = {"train": [str(second)], "validation": [str(validation)]}
     message = resume(tmp_path / "c", {"model__data__data_prefix": alone})[0]
-    assert f"the checkpoint was trained on {train}[:50%], {second}, now it is {second}: content sha256:" in message
-    assert "weights [0.25, 0.75] in the checkpoint, None now" in message
+    assert f"  model.data.data_prefix.train: {train}[:50%], {second} (content sha256:" in message
+    assert f", weights [0.25, 0.75]) in the checkpoint, {second} (content sha256:" in message
     assert not training_rows_or_none(tmp_path / "c")
 
     check_provenance(

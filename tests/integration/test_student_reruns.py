@@ -15,7 +15,7 @@ import pytest
 
 import nemo_kd
 from nemo_kd.mcore.checkpoint_write import file_sum
-from nemo_kd.trainer.checkpoint_folder import CONTENTS, CheckpointError
+from nemo_kd.trainer.checkpoint_folder import CONTENTS
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_data import write_chat_dataset
@@ -70,12 +70,38 @@ def test_learning_rate_and_weight_decay_are_those_of_now(train, optimizer):
     assert {round(row["lr"], 8) for row in train(**overrides) if "lr" in row} == {1e-3}
     # So much weight decay that the first step leaves nothing of the matrices, and the second sees equal logits.
     overrides |= {"model__optim__lr": 1e-5, "model__optim__weight_decay": 1e5}
+    overrides["allow_changed"] = ["lr", "weight_decay"]
     rows = train(trainer__knowledge_distillation__max_steps=4, **overrides)
     assert trained(rows) == [3, 4]
     assert {round(row["lr"], 8) for row in rows if "lr" in row} == {1e-5}
     third, fourth = (row["train/sft_loss"] for row in rows if "train/sft_loss" in row)
     assert abs(third - math.log(300)) > 1e-3
     assert fourth == pytest.approx(math.log(300), abs=1e-5)
+
+
+def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train, tmp_path):
+    """Finished runs too: the archive of one experiment is never the result of another."""
+    train()
+    archive = tmp_path / "checkpoints" / "run.nemo"
+    written_ns = archive.stat().st_mtime_ns
+    student = save_hf_model("llama2", tmp_path / "other" / "student", 300, num_hidden_layers=1, seed=9)
+    loss = {"model__knowledge_distillation__kd_loss": "reverse_kl", "model__optim__lr": 2e-3}
+    message = ranks(1).run(run_stage_2, student, *world[1:], tmp_path, {**SETTINGS, **loss})[0]
+    assert message.startswith(f"CheckpointError: {last_checkpoint(tmp_path)}: it belongs to another experiment:\n")
+    assert "\n  model.knowledge_distillation.kd_loss: forward_kl in the checkpoint, reverse_kl now\n" in message
+    assert "\n  model.optim.lr: 0.001 in the checkpoint, 0.002 now\n" in message
+    assert "\n  pretrained_checkpoint.restore_from_path: student (weights sha256:" in message
+    assert archive.stat().st_mtime_ns == written_ns
+    outside = {**SETTINGS, **loss, "exp_manager__resume_from_checkpoint": str(last_checkpoint(tmp_path))}
+    refused = ranks(1).run(run_stage_2, *world, tmp_path / "elsewhere", outside)[0]
+    assert "kd_loss: forward_kl in the checkpoint, reverse_kl now" in refused
+    more = {"allow_changed": ["kd_loss", "lr"], "trainer__knowledge_distillation__max_steps": 3}
+    assert ranks(1).run(run_stage_2, *world, tmp_path / "elsewhere", {**outside, **more}) == [""]
+    assert trained(metrics(tmp_path / "elsewhere")) == [3]
+    assert trained(train(**loss, **more)) == [3]
+    batch = {"model__global_batch_size": 4, "trainer__knowledge_distillation__max_steps": 5}
+    rows = train(**loss, **batch, allow_changed=["global_batch_size", "limit_train_batches"])
+    assert trained(rows) == [4, 5]
 
 
 def test_a_run_that_was_stopped_early_stays_stopped(train, tmp_path):
@@ -128,13 +154,6 @@ class _Harmful:
         return os.system, ("true",)
 
 
-def error_of(*args) -> str:
-    try:
-        return run_stage_2(*args)
-    except CheckpointError as error:
-        return str(error)
-
-
 def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_path):
     train()
     checkpoint = last_checkpoint(tmp_path)
@@ -145,7 +164,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_pa
     (checkpoint / CONTENTS).unlink()
     (checkpoint / CONTENTS).write_text(json.dumps(contents))
     overrides = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 3}
-    assert "it refers to posix.system" in ranks(1).run(error_of, *world, tmp_path, overrides)[0]
+    assert "it refers to posix.system" in ranks(1).run(run_stage_2, *world, tmp_path, overrides)[0]
 
 
 def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, train, tmp_path):
@@ -153,7 +172,7 @@ def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, tr
     train(exp_manager__checkpoint_callback_params=params)
     (ranked,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.endswith(("=8.0", "=16.0")))
     overrides = {**SETTINGS, "exp_manager__resume_from_checkpoint": str(ranked)}
-    message = ranks(1).run(error_of, *world, tmp_path / "other", overrides)[0]
+    message = ranks(1).run(run_stage_2, *world, tmp_path / "other", overrides)[0]
     assert f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message
 
 

@@ -77,7 +77,7 @@ def test_contents_are_plain_json(tmp_path):
     write(tmp_path, 2, "a-last")
     contents = json.loads((tmp_path / "a-last" / "contents.json").read_text())
     assert contents == {
-        "format_version": 1, "step": 2, "resumable": True, "layout": {"data": 1},
+        "format_version": 1, "step": 2, "resumable": True, "layout": {"data": 1}, "experiment": None,
         "files": {"__0_0.distcp": [7, zlib.crc32(b"weights")], "common.pt": [4, zlib.crc32(b"rest")]},
     }  # fmt: skip
 

@@ -1,0 +1,129 @@
+"""Which keys a resumed run is compared by, and what it is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.config import ConfigError, describe
+from nemo_kd.config.experiment import FREE_KEYS, allowed_keys, compared_defaults, compared_values, is_free
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.trainer.checkpoint_folder import CheckpointError, seal
+from nemo_kd.trainer.experiment_record import check_same_experiment, differences
+from tests.tiny_data import student_config
+
+LOSS = "model.knowledge_distillation"
+
+
+def config(**overrides) -> TrainStudentConfig:
+    return student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides)
+
+
+def test_every_key_is_compared_unless_it_is_listed_as_free():
+    keys = [one.key for one in describe(TrainStudentConfig)]
+    compared = compared_values(config())
+    assert set(compared) == {key for key in keys if not is_free(key)}
+    assert f"{LOSS}.kd_loss" in compared
+    assert "model.optim.lr" in compared
+    for free in FREE_KEYS:
+        assert any(key == free or key.startswith(f"{free}.") for key in keys), f"{free} is not a key"
+    assert set(compared_defaults(TrainStudentConfig)) == set(compared)
+
+
+def test_a_key_that_nobody_has_listed_is_compared():
+    @dataclasses.dataclass
+    class WithNewKey(TrainStudentConfig):
+        new_loss_weight: float = 0.0
+
+    old = config()
+    new = WithNewKey(**{field.name: getattr(old, field.name) for field in dataclasses.fields(old)}, new_loss_weight=2.0)
+    assert compared_values(new)["new_loss_weight"] == 2.0
+    assert compared_defaults(WithNewKey)["new_loss_weight"] == 0.0
+
+
+def test_a_checkpoint_that_does_not_know_a_key_was_trained_with_its_default():
+    now = compared_values(config())
+    before = dict(now)
+    del before[f"{LOSS}.support"]
+    assert differences(before, now) == {}
+    assert differences(before, {**now, f"{LOSS}.support": "truncate"}) == {
+        f"{LOSS}.support": "tail in the checkpoint, truncate now"
+    }
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        ([f"{LOSS}.kd_loss"], {f"{LOSS}.kd_loss"}),
+        (["kd_loss", "optim.lr"], {f"{LOSS}.kd_loss", "model.optim.lr"}),
+        (["max_steps"], set()),
+        (["model.optim.sched"], {"model.optim.sched.name", "model.optim.sched.min_lr"}),
+    ],
+)
+def test_keys_that_may_change(entries, found):
+    assert allowed_keys(entries, compared_values(config())) == found
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("adapter_din", "allow_changed: adapter_din is not a key that is compared; did you mean model.peft.lora_tuning.adapter_dim?"),
+        ("xyz", "allow_changed: xyz is not a key that is compared$"),
+        ("name", "allow_changed: name is the last part of model.optim.name, model.optim.sched.name; give one of them"),
+    ],
+)  # fmt: skip
+def test_entries_that_name_no_key(entry, message):
+    compared = [key for key in compared_values(config()) if entry != "name" or key.startswith("model.optim")]
+    with pytest.raises(ConfigError, match=message):
+        allowed_keys([entry], compared)
+
+
+def checkpoint(folder: Path, experiment: dict | None) -> Path:
+    folder.mkdir()
+    seal(folder, 2, True, {"data": 1}, {}, experiment)
+    return folder
+
+
+def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
+    data = {"paths": ["a.jsonl"], "content": "sha256:1", "weights": None}
+    now = {
+        **compared_values(config()),
+        "pretrained_checkpoint.restore_from_path": {"name": "student", "weights": "sha256:a"},
+        "model.data.data_prefix.train": data,
+        "architecture.num_layers": 2,
+    }
+    folder = checkpoint(tmp_path / "c", now)
+    assert json.loads((folder / "contents.json").read_text())["experiment"] == now
+    moved = {"model.data.data_prefix.train": {**data, "paths": ["b.jsonl"]}}
+    check_same_experiment(folder, {**now, **moved}, [])
+    changed = {
+        **now,
+        f"{LOSS}.kd_loss": "reverse_kl",
+        "model.data.data_prefix.train": {**data, "paths": ["b.jsonl"], "content": "sha256:2"},
+    }
+    with pytest.raises(CheckpointError) as refused:
+        check_same_experiment(folder, changed, [])
+    assert str(refused.value).splitlines() == [
+        f"{folder}: it belongs to another experiment:",
+        f"  {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now",
+        "  model.data.data_prefix.train: a.jsonl (content sha256:1) in the checkpoint, b.jsonl (content sha256:2) now",
+        "Give another folder (exp_manager.explicit_log_dir) to start over, or go on with what is changed: "
+        f"'allow_changed=[{LOSS}.kd_loss,model.data.data_prefix.train]'",
+    ]
+    with caplog.at_level(logging.WARNING, "nemo_kd"):
+        check_same_experiment(folder, changed, ["kd_loss", "data_prefix.train"])
+    assert (
+        f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run goes on" in caplog.text
+    )
+    with pytest.raises(CheckpointError, match="weights of another architecture cannot be read"):
+        check_same_experiment(folder, {**now, "architecture.num_layers": 3}, [])
+
+
+def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, "nemo_kd"):
+        check_same_experiment(checkpoint(tmp_path / "c", None), compared_values(config()), [])
+    assert "nothing was compared" in caplog.text
