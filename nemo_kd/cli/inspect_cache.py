@@ -6,6 +6,7 @@ import argparse
 import os
 from typing import Any
 
+from nemo_kd.cli.options import path
 from nemo_kd.config import ConfigError
 from nemo_kd.terminal import print_text
 
@@ -17,9 +18,14 @@ SUMMARY = (
 def add_inspect(subcommands: Any) -> None:
     """Adds the subcommand; nothing heavy is imported before it runs."""
     inspect = subcommands.add_parser("inspect", help=SUMMARY, description=SUMMARY)
-    inspect.add_argument("path", help="file or CHUNK_ID template of a cache; [a:b] behind it selects examples")
     inspect.add_argument(
-        "--tokenizer", metavar="MODEL", help="the teacher's model or tokenizer folder; without it ids are shown"
+        "path", type=path, help="file or CHUNK_ID template of a cache; [a:b] behind it selects examples"
+    )
+    inspect.add_argument(
+        "--tokenizer",
+        type=path,
+        metavar="MODEL",
+        help="the teacher's model or tokenizer folder; without it ids are shown",
     )
     inspect.add_argument(
         "--example", type=int, default=0, metavar="N", help="position of the example to show (default 0)"
@@ -28,7 +34,10 @@ def add_inspect(subcommands: Any) -> None:
         "--sample", type=int, default=1000, metavar="N", help="examples measured for the statistics (default 1000)"
     )
     inspect.add_argument(
-        "--html", metavar="FILE", help="writes a page: tokens coloured by the teacher's entropy, with its alternatives"
+        "--html",
+        type=path,
+        metavar="FILE",
+        help="writes a page: tokens coloured by the teacher's entropy, with its alternatives",
     )
     inspect.add_argument("--num-examples", type=int, default=20, metavar="N", help="examples on the page (default 20)")
     inspect.set_defaults(run=_inspect)

@@ -9,6 +9,7 @@ from typing import Any
 
 from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.inspect_cache import add_inspect
+from nemo_kd.cli.options import OptionParser, path
 from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import run
 from nemo_kd.cli.verify_cache import add_verify
@@ -33,9 +34,9 @@ def main() -> None:
         sys.exit(arguments.run(arguments))
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> OptionParser:
     """The command line; every subcommand sets `run`, which returns the exit status."""
-    result = argparse.ArgumentParser(prog="logit_cache", description="Works on caches of teacher logits.")
+    result = OptionParser(prog="logit_cache", description="Works on caches of teacher logits.")
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
     add_inspect(subcommands)
@@ -51,7 +52,7 @@ def _add_repair(subcommands: Any) -> None:
         "cuts torn last lines (keeping what is cut), makes missing or stale indexes, removes what dead processes left"
     )
     repair = subcommands.add_parser("repair", help=text, description=text)
-    repair.add_argument("path", help=PATH)
+    repair.add_argument("path", type=path, help=PATH)
     repair.add_argument("--dry-run", action="store_true", help="only tell what would be done")
     repair.set_defaults(run=_repair)
 
@@ -67,8 +68,8 @@ def _repair(arguments: argparse.Namespace) -> int:
 def _add_convert(subcommands: Any) -> None:
     text = "writes a cache again: other codec or container (by the target's suffix), fewer tokens, or from other programs' files"
     convert = subcommands.add_parser("convert", help=text, description=text)
-    convert.add_argument("source", help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
-    convert.add_argument("target", help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
+    convert.add_argument("source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
+    convert.add_argument("target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
     convert.add_argument(
         "--from", dest="format", choices=["cache", "vllm"], default="cache", help="vllm: prompt_logprobs"
     )
@@ -83,7 +84,10 @@ def _add_convert(subcommands: Any) -> None:
     convert.add_argument("--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)")
     convert.add_argument("--vocab-size", type=int, help="the teacher's, where the source has no manifest")
     convert.add_argument(
-        "--tokenizer", metavar="MODEL", help="the teacher's model or tokenizer folder, where the source has no manifest"
+        "--tokenizer",
+        type=path,
+        metavar="MODEL",
+        help="the teacher's model or tokenizer folder, where the source has no manifest",
     )
     convert.add_argument("--examples-per-chunk", type=int, help="records a chunk (default: the source's)")
     convert.set_defaults(run=_convert)
@@ -132,8 +136,8 @@ def _convert(arguments: argparse.Namespace) -> int:
 def _add_merge(subcommands: Any) -> None:
     text = "makes one cache of several that were written apart, for example by the tasks of an array job"
     merge = subcommands.add_parser("merge", help=text, description=text)
-    merge.add_argument("sources", nargs="+", help=PATH)
-    merge.add_argument("--output", required=True, help="CHUNK_ID template of the merged cache")
+    merge.add_argument("sources", type=path, nargs="+", help=PATH)
+    merge.add_argument("--output", type=path, required=True, help="CHUNK_ID template of the merged cache")
     merge.add_argument("--allow-gaps", action="store_true", help="records may be missing between the sources")
     merge.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     merge.set_defaults(run=_merge)

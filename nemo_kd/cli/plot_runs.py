@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
 from pathlib import Path
 
 from nemo_kd.cli.endings import errors_end_the_process
+from nemo_kd.cli.options import OptionParser
 from nemo_kd.config import ConfigError
 from nemo_kd.terminal import print_text
 
@@ -25,12 +25,14 @@ def main() -> None:
             raise ConfigError(f"--metrics: {arguments.metrics!r} is not a regular expression: {error}") from error
         from nemo_kd.evaluation.run_curves import plot_runs
 
-        for path in plot_runs(arguments.runs, arguments.output_dir, arguments.metrics):
+        for path in plot_runs(
+            [run.expanduser() for run in arguments.runs], arguments.output_dir.expanduser(), arguments.metrics
+        ):
             print_text(str(path))
 
 
-def parser() -> argparse.ArgumentParser:
-    result = argparse.ArgumentParser(prog="plot_runs", description=SUMMARY)
+def parser() -> OptionParser:
+    result = OptionParser(prog="plot_runs", description=SUMMARY)
     result.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's log folder, or its metrics.jsonl")
     result.add_argument("--output-dir", type=Path, default=Path("curves"), help="for the pictures (default: curves)")
     result.add_argument("--metrics", metavar="REGEX", help="only metrics whose name contains it, for example 'kl|loss'")

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import importlib
 import logging
-import re
 import shutil
 import sys
 import textwrap
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from nemo_kd.cli.endings import USER_ERROR, errors_end_the_process
+from nemo_kd import __version__
+from nemo_kd.cli.arguments import CommandLine, read_command_line
+from nemo_kd.cli.compose import compose, conf_dir, config_folder
+from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launch
-from nemo_kd.config import ConfigError, UserInputError, describe, typed
+from nemo_kd.config import describe, typed
 from nemo_kd.config.aligner_keys import translate
+from nemo_kd.config.typed import config_error
 from nemo_kd.interruption import hold_back_warning_signal
-from nemo_kd.terminal import PrintableFormatter, print_error, print_text
+from nemo_kd.terminal import PrintableFormatter, print_text
 
 HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
 """Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
@@ -57,81 +60,37 @@ class Command:
 
 
 def run(command: Command) -> None:
-    """Reads the command line and runs the command; exits with status 2 where the input cannot work, with REQUEUE where
-    the run stopped early and the same command continues it."""
-    if any(argument in ("-h", "--help") for argument in sys.argv[1:]):
-        print(help_text(command))
+    """Read the command line and run the command.
+
+    Exits with status 2 where the input cannot work, with REQUEUE where the run stopped early and the same command
+    continues it.
+    """
+    arguments = sys.argv[1:]
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print_text(help_text(command))
+        return
+    if "--version" in arguments:
+        print_text(f"nemo_kd {__version__}")
         return
     hold_back_warning_signal()
     follow_launcher()
     _register_resolvers()
-    try:
-        sys.argv[1:] = hydra_arguments(sys.argv[1:])
-    except UserInputError as error:
-        print_error(error)
-        sys.exit(USER_ERROR)
+    with errors_end_the_process(at_once=False):
+        line = read_command_line(arguments, command.config_class)
+        cfg = None if line.is_sweep else compose(line, command.name)
+    if cfg is not None and not line.is_for_hydra:
+        _run_with_config(command, cfg)
+        return
+    sys.argv[1:] = [*_absolute(line), *HYDRA_SETTINGS, *line.overrides]
     hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name=command.name)(
         lambda cfg: _run_with_config(command, cfg)
     )()
 
 
-def hydra_arguments(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra takes them: every `key=value` may add a key (our own check names unknown ones), and a
-    relative --config-path means the current folder."""
-    if any(argument.startswith("--experimental") for argument in arguments):
-        raise ConfigError("--experimental-rerun: refused, because Hydra unpickles the file, which can run any code")
-    options: list[str] = []
-    overrides: list[str] = []
-    arguments = _flags_as_keys(arguments)
-    for position, argument in enumerate(arguments):
-        option = arguments[position - 1] if position and "=" not in arguments[position - 1] else ""
-        if option in ("--config-path", "-cp", "--config-dir", "-cd"):
-            options.append(_absolute(argument))
-        elif argument.startswith(("--config-path=", "--config-dir=")):
-            name, _, value = argument.partition("=")
-            options.append(f"{name}={_absolute(value)}")
-        elif argument.startswith("-") or option in (
-            "--config-name",
-            "-cn",
-            "--cfg",
-            "-c",
-            "--info",
-            "-i",
-            "--package",
-            "-p",
-        ):
-            options.append(argument)
-        elif re.match(r"[A-Za-z_][\w.]*=", argument) and not argument.startswith("hydra."):
-            overrides.append(f"++{argument}")
-        else:
-            overrides.append(f"+{argument}" if re.match(r"\+[A-Za-z_][\w.]*=", argument) else argument)
-    given = {override.partition("=")[0] for override in overrides}
-    settings = [setting for setting in HYDRA_SETTINGS if setting.partition("=")[0] not in given]
-    return [*options, *settings, *overrides]
-
-
-def _flags_as_keys(arguments: list[str]) -> list[str]:
-    """`--dry-run` and `--shard i/n`, which read better than dry_run=true and shard=i/n."""
-    keys: list[str] = []
-    remaining = iter(arguments)
-    for argument in remaining:
-        if argument == "--dry-run":
-            keys.append("dry_run=true")
-        elif argument == "--shard":
-            keys.append(f"shard={next(remaining, '')}")
-        else:
-            keys.append(argument.replace("--shard=", "shard=", 1) if argument.startswith("--shard=") else argument)
-    return keys
-
-
-def _absolute(folder: str) -> str:
-    return str(Path(folder).absolute()) if Path(folder).is_dir() else folder
-
-
-def conf_dir() -> Path:
-    """The folder of the commands' YAML files: installed with the package, or beside it in a checkout."""
-    package = Path(__file__).resolve().parent.parent
-    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+def _absolute(line: CommandLine) -> list[str]:
+    """Return the options for Hydra, to which a relative folder is relative to a Python file."""
+    options = [option for option in line.options if not option.startswith("--config-path=")]
+    return [*options, f"--config-path={config_folder(line)}"] if "--config-path" in line.settings else options
 
 
 def help_text(command: Command) -> str:
@@ -147,13 +106,20 @@ def help_text(command: Command) -> str:
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
     if any(key.key == "dry_run" for key in describe(command.config_class)):
         lines += ["", "--dry-run is dry_run=true, --shard i/n is shard=i/n."]
+    lines += [
+        "",
+        "Text is taken as typed; lists are [a, b], mappings {a: 1, b: 2}, with quotes around the whole argument for the shell.",
+    ]
     lines += ["", "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun."]
     return "\n".join(lines)
 
 
 def _run_with_config(command: Command, cfg: DictConfig) -> None:
     with errors_end_the_process():
-        cfg, ignored = translate(cfg, command.name)
+        try:
+            cfg, ignored = translate(cfg, command.name)
+        except OmegaConfBaseException as error:
+            raise config_error(error) from error
         config: Any = typed(command.config_class, cfg)
         trainer = getattr(config, "trainer", None)
         if trainer is not None and needs_launch(trainer):

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.launch import global_rank, launch, needs_launch
+from nemo_kd.cli.options import path
 from nemo_kd.cli.run import configure_logging
 from nemo_kd.config import ConfigError
 from nemo_kd.terminal import print_text
@@ -28,17 +29,21 @@ def add_verify(subcommands: Any, path_help: str) -> None:
         epilog="KEY=VALUE: trainer.*, model.*, data.max_tokens_per_batch and data.packing of compute_topk_logits, for "
         "example trainer.devices=2 model.tensor_model_parallel_size=2.",
     )
-    verify.add_argument("path", help=path_help)
+    verify.add_argument("path", type=path, help=path_help)
     verify.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
     verify.add_argument(
         "--against",
+        type=path,
         metavar="TEACHER",
         help="scores a sample with this teacher again, twice: the second time as a control",
     )
     verify.add_argument("--num-examples", type=int, default=64, help="size of the sample (default 64)")
     verify.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     verify.add_argument(
-        "--dataset", metavar="FILE", help="the cache's dataset, to render the sample again (default: where it was)"
+        "--dataset",
+        type=path,
+        metavar="FILE",
+        help="the cache's dataset, to render the sample again (default: where it was)",
     )
     verify.set_defaults(run=_verify, settings=[])
 

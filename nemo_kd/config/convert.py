@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.typed import PATH, ConfigError
 
 
 @dataclass
 class ConvertCheckpointConfig:
-    input_path: str = "???"
+    input_path: str = field(default="???", metadata=PATH)
     """What to convert: a Hugging Face folder, a .nemo archive or an extracted one."""
-    output_path: str = "???"
+    output_path: str = field(default="???", metadata=PATH)
     """Where to: a path ending in .nemo makes an archive, any other path a Hugging Face folder."""
     precision: str | None = None
     """Dtype of the written weights, bf16 or 32; None keeps that of the input."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.typed import PATH, ConfigError
 
 DEFAULT_SEQ_LENGTH = 4096
 """Longest sequence where nobody asks for another and the model can do as much."""
@@ -36,7 +36,7 @@ class DatasetConfig:
     KEY: ClassVar[str] = "data.data"
     PATH_KEY: ClassVar[str] = "data.data.file_path"
 
-    file_path: Any = "???"
+    file_path: Any = field(default="???", metadata=PATH)
     """JSONL file: one record a line, in any format of `format`. Stage 1 also takes {train: PATH, validation: PATH}."""
     format: str = "auto"
     """auto (by the record's keys), messages (OpenAI chat, rendered by the tokenizer's chat template), conversations (NeMo chat), prompt_template (fields of the record put into prompt_template)."""

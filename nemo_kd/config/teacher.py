@@ -10,7 +10,7 @@ from typing import Any
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
 from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.typed import PATH, ConfigError
 
 SPLIT = "SPLIT"
 DEFAULT_MAX_TOKENS_PER_BATCH = 8192
@@ -60,7 +60,7 @@ class TrainerConfig:
 
 @dataclass
 class PretrainedCheckpoint:
-    restore_from_path: str = "???"
+    restore_from_path: str = field(default="???", metadata=PATH)
     """The model: a .nemo archive, an extracted one, or a Hugging Face folder."""
 
 
@@ -123,7 +123,7 @@ class TeacherDataConfig(DataConfig):
 class RunConfig:
     """`exp_manager`: what a run tells, and how long it may take."""
 
-    explicit_log_dir: str | None = None
+    explicit_log_dir: str | None = field(default=None, metadata=PATH)
     """Folder of the metrics file, one JSON line an interval; None: the cache's."""
     log_interval_s: float = 10.0
     """Seconds between two lines of metrics."""
@@ -149,7 +149,7 @@ class ComputeTopkLogitsConfig:
     """First record of the dataset."""
     end_at_idx: int | None = None
     """Last record of the dataset, included; None: the dataset's last."""
-    output_path: str = "???"
+    output_path: str = field(default="???", metadata=PATH)
     """A file, or a template whose CHUNK_ID becomes 0, 1, 2 ...; SPLIT becomes the split's name where data.data.file_path names several."""
     n_examples_per_chunk: int | None = None
     """Records that one chunk covers; None: all in one chunk. Needs CHUNK_ID in output_path."""

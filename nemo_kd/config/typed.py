@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import inspect
+import os
+import re
 import textwrap
 import typing
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
+
+from nemo_kd.config.foreign_keys import find_key
 
 T = TypeVar("T")
+
+PATH = {"nemo_kd": "path"}
+"""Metadata of a field that holds a path, or paths in a list or mapping: a leading ~ means the home folder."""
 
 
 class UserInputError(ValueError):
@@ -38,6 +44,7 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         raise ConfigError("unknown configuration keys:\n" + "\n".join(lines) + "\n--help lists the known ones.")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
+        _expand_paths(cls, typing.cast(DictConfig, merged))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
@@ -45,8 +52,77 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
             )
         return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None) or "?"
-        raise ConfigError(f"{key}: {str(error.args[0]).splitlines()[0]}") from error
+        raise config_error(error) from error
+
+
+def config_error(error: OmegaConfBaseException) -> ConfigError:
+    """Return OmegaConf's error as one line that names the key."""
+    key = getattr(error, "full_key", None) or "?"
+    said = str(error.args[0] if error.args else error).splitlines()[0]
+    if isinstance(error, InterpolationKeyError):
+        name = re.search(r"'([^']*)'", said)
+        variable = name[1] if name else "NAME"
+        return ConfigError(
+            f"{key}: ${{{variable}}} stands for a key of that name, and there is none; an environment variable is "
+            f"${{oc.env:{variable}}}"
+        )
+    if isinstance(error, InterpolationResolutionError):
+        said = said.rpartition("resolving interpolation: ")[2].strip("\"'")
+        return ConfigError(f"{key}: the value's ${{...}} cannot be resolved: {said}")
+    return ConfigError(f"{key}: {said}{shape_hint(key)}")
+
+
+def shape_hint(key: str) -> str:
+    """Return an example of a structured value, for those that were given something plain."""
+    if key == "model.data.data_prefix":
+        return "; give each split's paths: model.data.data_prefix='{train: [FILE], validation: [FILE]}'"
+    return ""
+
+
+def key_type(cls: type, key: str) -> tuple[Any, bool]:
+    """Return (type, holds paths) of a full key below the dataclass `cls`; (None, False) for one that it does not have.
+
+    Keys inside a mapping have the mapping's value type.
+    """
+    name, _, rest = key.partition(".")
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    if name not in fields:
+        return None, False
+    hint = typing.get_type_hints(cls)[name]
+    is_path = fields[name].metadata.get("nemo_kd") == "path"
+    if not rest:
+        return hint, is_path
+    inner = [each for each in (typing.get_args(hint) or (hint,)) if dataclasses.is_dataclass(each)]
+    if inner:
+        return key_type(typing.cast(type, inner[0]), rest)
+    return (Any, is_path) if hint is Any or typing.get_origin(hint) is dict else (None, False)
+
+
+def _expand_paths(cls: type, cfg: DictConfig) -> None:
+    """Replace a leading ~ in every path below the dataclass `cls`, wherever the value came from."""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        node = cfg._get_node(field.name)
+        if isinstance(node, DictConfig) and dataclasses.is_dataclass(hints[field.name]):
+            _expand_paths(typing.cast(type, hints[field.name]), node)
+        elif field.metadata.get("nemo_kd") == "path":
+            _expand_node(cfg, field.name)
+
+
+def _expand_node(parent: DictConfig | ListConfig, key: Any) -> None:
+    node: Any = parent._get_node(key)
+    value = node._value() if node is not None else None
+    if isinstance(node, DictConfig | ListConfig) and isinstance(value, dict | list):
+        for inner in list(node.keys()) if isinstance(node, DictConfig) else range(len(node)):
+            _expand_node(node, inner)
+    elif isinstance(value, str) and value.startswith("~"):
+        path = os.path.expanduser(value)
+        if path.startswith("~"):
+            name = value.partition("/")[0]
+            raise ConfigError(
+                f"{node._get_full_key(None)}: {value}: there is no user for {name}; a folder of that name is ./{name}"
+            )
+        parent[key] = path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,5 +198,5 @@ def _known(cls: type, parts: list[str]) -> bool:
 
 
 def _suggestion(key: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.7)
-    return f" (did you mean {close[0]}?)" if close else ""
+    meant, how = find_key(key, known)
+    return f" (did you mean {meant}?{f' {how}' if how else ''})" if meant else ""

@@ -13,8 +13,10 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_kd.cli import compute_topk_logits, convert_checkpoint, train_gpt_knowledge_distillation
+from nemo_kd.cli.arguments import read_command_line
+from nemo_kd.cli.compose import conf_dir
 from nemo_kd.cli.launch import needs_launch
-from nemo_kd.cli.run import conf_dir, help_text, hydra_arguments
+from nemo_kd.cli.run import help_text
 from nemo_kd.config import ConfigError, describe, typed
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.student import LOOP, TrainStudentConfig
@@ -131,14 +133,14 @@ def compose(command: str, line: str, base: str | None = None):
 
     text = base if base is not None else (ROOT / "conf" / f"{command}.yaml").read_text()
     cfg = OmegaConf.create(yaml.safe_load(text) or {})
-    arguments = [argument for argument in hydra_arguments(shlex.split(line)) if not argument.startswith("hydra")]
-    for override in OverridesParser.create().parse_overrides(arguments):
-        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
-    cfg, warnings = translate(cfg, command)
     config_class = {
         "compute_topk_logits": ComputeTopkLogitsConfig,
         "train_gpt_knowledge_distillation": TrainStudentConfig,
     }
+    overrides = read_command_line(shlex.split(line), config_class[command]).overrides
+    for override in OverridesParser.create().parse_overrides(overrides):
+        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
+    cfg, warnings = translate(cfg, command)
     return typed(config_class[command], cfg), warnings
 
 
