@@ -23,6 +23,23 @@ PRECISIONS = {
 AUTO_PRECISION = "auto"
 """`trainer.precision` that `mcore.groups.resolve_precision` replaces once the device is known."""
 
+MOST_LAYERS = 1 << 12
+
+_MOST = {
+    "vocab_size": 1 << 24,
+    "num_layers": MOST_LAYERS,
+    "hidden_size": 1 << 18,
+    "ffn_hidden_size": 1 << 20,
+    "num_attention_heads": 1 << 14,
+    "num_query_groups": 1 << 14,
+    "kv_channels": 1 << 14,
+    "max_position_embeddings": (1 << 31) - 1,
+    "window_size": (1 << 31) - 1,
+    "num_moe_experts": 1 << 14,
+    "moe_router_topk": 1 << 14,
+}
+"""Bounds far above every known model: a damaged file must not ask for any amount of memory."""
+
 TENSOR = "tensor_model_parallel_size"
 PARALLEL_SIZES = (TENSOR, "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
 
@@ -78,6 +95,18 @@ class GPTArchitecture:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise ConfigError(f"family: {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= most:
+                raise ConfigError(f"{name}: found {value:,}, expected an integer from 1 to {most:,}")
+        numbers = {name: getattr(self, name) for name in ("layernorm_epsilon", "rotary_base", "init_method_std")}
+        if self.rope_scaling is not None:
+            numbers |= {f"rope_scaling.{name}": value for name, value in vars(self.rope_scaling).items()}
+        for name, value in numbers.items():
+            if not 0 < value < math.inf:
+                raise ConfigError(f"{name}: found {value}, expected a number above 0")
+        if not all(0 <= layer < self.num_layers for layer in self.window_layers):
+            raise ConfigError(f"window_layers: numbers outside the {self.num_layers} layers, which count from 0")
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"

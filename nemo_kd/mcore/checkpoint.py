@@ -27,11 +27,11 @@ from omegaconf import DictConfig
 from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, save_sharded
-from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import SafetensorsFolder
+from nemo_kd.mcore.hf_model import open_hf_model
 from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
+from nemo_kd.model_files import read_json
 
 FORMAT_VERSION = 1
 PROVENANCE = "provenance.json"
@@ -68,11 +68,11 @@ class PretrainedModel:
 
     def __init__(self, kind: str, folder: Path, source: Path) -> None:
         self.kind, self.folder, self.source = kind, folder, source
-        self.provenance = _json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
+        self.provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
         if kind == "hf":
-            self.architecture = architecture_from_hf(_json(folder / "config.json"))
+            self.architecture, hf_weights = open_hf_model(folder)
             self.tokenizer_folder = folder
-            self.dtype = SafetensorsFolder(folder).dtype
+            self.dtype = hf_weights.dtype
         else:
             self.architecture = _read_model_config(folder / "model_config.yaml")
             self.tokenizer_folder = folder / "tokenizer"
@@ -200,7 +200,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def _kind_of_folder(folder: Path, key: str) -> str:
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").exists() or (folder / "config.json").is_symlink():
         return "hf"
     is_nemo = (folder / "model_config.yaml").is_file()
     if is_nemo and (folder / "model_weights" / ".metadata").is_file():
@@ -279,13 +279,6 @@ def _on_rank_zero(function: Any, *args: Any) -> Any:
     if outcome[1] is not None:
         raise ConfigError(outcome[1])
     return outcome[0]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
 
 
 def _distributed() -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,16 @@ from safetensors import SafetensorError, safe_open
 
 from nemo_kd.config import ConfigError
 from nemo_kd.mcore.experts import fused_part, fused_router
+from nemo_kd.model_files import MAX_TOKENIZER_BYTES, check_regular_file, read_json
 
 BLOCK_BYTES = 4 << 20
 """Files are mapped into memory; what is read is kept by the process until the mapping ends, which it does after so much."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+_NUMBERED = re.compile(r"model\.layers\.(?P<layer>\d{1,9})\.(?:\w+\.experts\.(?P<expert>\d{1,9})\.)?")
+_ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -43,9 +48,8 @@ class SafetensorsFolder:
         self.folder = folder
         index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.exists():
-            # Only names of files in this folder: an index cannot lead elsewhere.
-            self.files = {name: folder / Path(file).name for name, file in _weight_map(index).items()}
-        elif single.exists():
+            self.files = {name: folder / file for name, file in _weight_map(index).items()}
+        elif single.exists() or single.is_symlink():
             self.files = dict.fromkeys(_open(single).keys(), single)
         else:
             pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
@@ -54,7 +58,7 @@ class SafetensorsFolder:
                 f"{folder}: {found}, and no model.safetensors; load the model with transformers and save it with "
                 "save_pretrained, which writes safetensors"
             )
-        missing = sorted({path for path in self.files.values() if not path.exists()})
+        missing = sorted({path for path in self.files.values() if not path.exists() and not path.is_symlink()})
         if missing:
             raise ConfigError(f"{missing[0]}: the file is missing, though {index.name} lists it")
         self._open_files: dict[Path, safe_open] = {}
@@ -96,6 +100,28 @@ class SafetensorsFolder:
         """Bytes in the file from one row of the weight to the next."""
         return math.prod(self.shape(name)[1:]) * _DTYPES[self._slice(self._place(name).name).get_dtype()].itemsize
 
+    def num_layers_and_experts(self) -> tuple[int, int]:
+        """Return how many layers the stored names count, and the most experts of a layer."""
+        found = [match for name in self.files if (match := _NUMBERED.match(name))]
+        layers = {int(match["layer"]) for match in found}
+        experts = {int(match["expert"]) for match in found if match["expert"]}
+        fused = [self._slice(name).get_shape()[:1] for name in self.files if name.endswith(".mlp.experts.down_proj")]
+        num_experts = max([1 + max(experts, default=-1), *(shape[0] for shape in fused if shape)])
+        return 1 + max(layers, default=-1), num_experts
+
+    def equal(self, first: str, second: str) -> bool:
+        """Return True if two stored weights hold the same values; reads both until they differ."""
+        if self.shape(first) != self.shape(second):
+            return False
+        num_rows = self.shape(first)[0]
+        block_rows = max(1, BLOCK_BYTES // max(1, self.row_bytes(first)))
+        for start in range(0, num_rows, block_rows):
+            rows = slice(start, min(start + block_rows, num_rows))
+            block = self.read(first, rows).clone()
+            if not torch.equal(block.float(), self.read(second, rows).float()):
+                return False
+        return True
+
     def check(self, expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
         """Refuses a folder whose weights are not exactly those of a model; reads the files' headers only.
 
@@ -114,7 +140,8 @@ class SafetensorsFolder:
             else:
                 num_experts = max(place.expert + 1, *stored.get(place.name, (0,))[:1])
                 stored[place.name] = (num_experts, shape[0] if place.half is None else 2 * shape[0], *shape[1:])
-        left_over = {name for name in set(self.files) - set(stored) - optional if "rotary_emb" not in name}
+        # Old checkpoints hold the rotary frequencies, which follow from config.json.
+        left_over = {name for name in set(self.files) - set(stored) - optional if not name.endswith(_ROTARY_BUFFER)}
         missing = set(stored) - set(self.files)
         problems = [f"missing: {_some(missing)}"] if missing else []
         problems += [f"no place for: {_some(left_over)}"] if left_over else []
@@ -142,16 +169,24 @@ class SafetensorsFolder:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise ConfigError(f"{index}: not a readable index of safetensors files ({error!r})") from error
+    """Return the file of every tensor, by its name; all of them lie in the folder of the index."""
+    weight_map = read_json(index, MAX_TOKENIZER_BYTES).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ConfigError(f"{index}: weight_map is missing, empty or not an object; copy or download it again")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise ConfigError(
+                f"{index}: weight_map: {name[:100]}: found {str(file)[:100]!r}, expected the name of a .safetensors file in "
+                "this folder"
+            )
+    return weight_map
 
 
 def _open(path: Path) -> safe_open:
+    check_regular_file(path)
     try:
         return safe_open(path, framework="pt")
-    except SafetensorError as error:
+    except (SafetensorError, OSError) as error:
         raise ConfigError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.mcore.experts import EXPERT_NAMES
 from nemo_kd.mcore.groups import ProcessGroups
@@ -31,9 +32,12 @@ _SAME = {
 }
 """A layer's weights that are one tensor in both layouts; Transformer Engine's layers hold two norms in the linear after them."""
 
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head.weight"
+
 _VOCABULARY = {
-    "embedding.word_embeddings.weight": "model.embed_tokens.weight",
-    "output_layer.weight": "lm_head.weight",
+    "embedding.word_embeddings.weight": EMBEDDING,
+    "output_layer.weight": OUTPUT,
 }
 
 
@@ -78,10 +82,27 @@ def open_hf_weights(folder: Path, architecture: GPTArchitecture) -> SafetensorsF
         ConfigError: it does not.
     """
     stored = SafetensorsFolder(folder)
-    stored.check(
-        hf_shapes(architecture), {"lm_head.weight"} if architecture.share_embeddings_and_output_weights else set()
-    )
+    check_hf_weights(stored, architecture)
     return stored
+
+
+def check_hf_weights(stored: SafetensorsFolder, architecture: GPTArchitecture) -> None:
+    """Refuse weights that are not exactly those of an architecture; reads headers, allocates nothing.
+
+    Raises:
+        ConfigError: lists what is missing, left over or of another shape.
+    """
+    # Counts first: a config.json can ask for more names than fit into memory.
+    num_layers, num_experts = stored.num_layers_and_experts()
+    for key, asked, found in (
+        ("num_hidden_layers", architecture.num_layers, num_layers),
+        ("num_experts", architecture.num_moe_experts or 0, num_experts),
+    ):
+        if asked > found:
+            raise ConfigError(
+                f"{stored.folder}: the weights do not fit config.json: {key} is {asked:,} there, the weights have {found:,}"
+            )
+    stored.check(hf_shapes(architecture), {OUTPUT} if architecture.share_embeddings_and_output_weights else set())
 
 
 def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
