@@ -263,6 +263,7 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
         self.file = open_for_append(path)
 
     def show(self, metrics: dict[str, float]) -> None:
@@ -275,7 +276,7 @@ class MetricsFile:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.ftruncate(descriptor, size_before)  # no half line
-            raise OSError(error.errno, error.strerror, str(self.file.name)) from error
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         self.file.close()

@@ -55,7 +55,7 @@ from nemo_kd.trainer.experiment import build_trainer, experiment_settings
 from nemo_kd.trainer.experiment_record import agreed_fingerprint, experiment_record
 from nemo_kd.trainer.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.trainer.lifetime import Lifetime
-from nemo_kd.trainer.logging import source_names
+from nemo_kd.trainer.logging import quiet_tensorboard_thread, source_names
 from nemo_kd.trainer.meter import StepMeter
 from nemo_kd.trainer.non_finite import NonFiniteSteps
 from nemo_kd.trainer.plan import plan_training
@@ -338,6 +338,7 @@ def train_student(config: TrainStudentConfig) -> None:
     settings = experiment_settings(config, loss.own_names if loss.custom is None else None)
     ending = Ending(settings)
     with explained_ctrl_c(ending.where_stopped), contextlib.ExitStack() as stack:
+        stack.enter_context(quiet_tensorboard_thread())
         pl.seed_everything(config.model.seed)
         timeout_minutes = config.trainer.distributed_timeout_minutes
         init_process_group(

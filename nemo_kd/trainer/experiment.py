@@ -21,7 +21,7 @@ from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
 from nemo_kd.trainer.checkpoints import StudentCheckpoints, label_of
 from nemo_kd.trainer.experiment_record import check_same_experiment
 from nemo_kd.trainer.lifetime import Lifetime
-from nemo_kd.trainer.logging import JsonlLogger, RunLog
+from nemo_kd.trainer.logging import JsonlLogger, RunLog, named_os_errors
 from nemo_kd.trainer.plan import TrainingPlan
 from nemo_kd.trainer.resume import choose_checkpoint
 from nemo_kd.trainer.schedule import StepSchedule
@@ -110,7 +110,8 @@ def build_trainer(
     params = settings["checkpoint_callback_params"]
     nemo_logging.set_verbosity(nemo_logging.ERROR)  # it would say that it finds no checkpoint, where it does not look
     nothing = {**settings, **DONE_HERE, "checkpoint_callback_params": {**params, "dirpath": os.devnull}}
-    log_dir = exp_manager(trainer, OmegaConf.create(nothing))
+    with named_os_errors(settings["explicit_log_dir"] or settings["exp_dir"]):
+        log_dir = exp_manager(trainer, OmegaConf.create(nothing))
     nemo_logging.set_verbosity(nemo_logging.WARNING)
     assert log_dir is not None
     params["dirpath"] = params["dirpath"] or str(log_dir / "checkpoints")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import re
+import threading
 import time
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import orjson
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from nemo_kd.metrics import Counters, Progress, ProgressLine
+from nemo_kd.metrics import Counters, MetricsFile, Progress, ProgressLine
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class JsonlLogger(Logger):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
+        self._file: MetricsFile | None = None
 
     @property
     def name(self) -> str:
@@ -52,9 +55,15 @@ class JsonlLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("ab") as file:
-            file.write(orjson.dumps({"step": step, "time": time.time(), **metrics}) + b"\n")
+        if self._file is None:
+            self._file = MetricsFile(self.path)
+        self._file.show({"step": step, **metrics})  # type: ignore[dict-item]
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class RunLog(pl.Callback):
@@ -158,7 +167,40 @@ def listed(metrics: dict[str, float], section: str) -> str:
 
 
 def _give(trainer: pl.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Hands metrics to all loggers; only rank 0's do something."""
+    """Hands metrics to all loggers; only rank 0's do something.
+
+    Raises:
+        OSError: names the file or folder that cannot be written.
+    """
     for logger in trainer.loggers:
-        logger.log_metrics(metrics, step)
-        logger.save()
+        with named_os_errors(getattr(logger, "path", None) or logger.save_dir):
+            logger.log_metrics(metrics, step)
+            logger.save()
+
+
+@contextlib.contextmanager
+def named_os_errors(path: object) -> Iterator[None]:
+    """Raise errors of the operating system with `path` where they name none, as those of writing to an open file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+@contextlib.contextmanager
+def quiet_tensorboard_thread() -> Iterator[None]:
+    """Keep the traceback of TensorBoard's writing thread off the terminal; its error is raised where metrics are logged."""
+    before = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        in_writer = type(arguments.thread).__name__ == "_AsyncWriterThread"
+        if not (in_writer and isinstance(arguments.exc_value, OSError)):
+            before(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
