@@ -98,6 +98,7 @@ class SegmentPublisher:
     ) -> None:
         self.done: list[ChunkSummary] = []
         self.waited_s = 0.0
+        self._has_told = False  # of a failure; those after it mostly have the same cause
         self._max_waiting, self._is_closed = max_waiting, False
         self._pending: deque[Future[ChunkSummary]] = deque()
         self._connection, theirs = multiprocessing.Pipe()
@@ -148,14 +149,16 @@ class SegmentPublisher:
             return
         self._end()
         for error in [segment.exception() for segment in self._pending]:
-            if error is not None and error is not raised:  # the block's own error goes on
+            if error is not None and not self._has_told:  # the block's own error goes on
                 log.error("a segment was not published: %s", error)
 
     def _collect(self, most_pending: int) -> None:
         """Takes what is done off the list, and waits until it has no more than `most_pending`."""
         while self._pending and (self._pending[0].done() or len(self._pending) > most_pending):
-            self.done.append(self._pending[0].result())
-            self._pending.popleft()
+            segment = self._pending.popleft()
+            if segment.exception() is not None:
+                self._has_told = True
+            self.done.append(segment.result())
 
     def _end(self) -> None:
         if self._is_closed:

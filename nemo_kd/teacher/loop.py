@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.interruption import Interruption, Requeue, follow_the_main_process
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
-from nemo_kd.teacher.model import Pass, Teacher
+from nemo_kd.teacher.model import Pass, Teacher, TeacherError
 from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.progress import TeacherProgress, metrics_file
 from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, summary_lines
@@ -39,6 +40,9 @@ from nemo_kd.terminal import print_table, print_text
 from nemo_kd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+SILENT_S = 8.0
+USER_ERROR = 2
 
 Records = list[Example | Skipped]
 
@@ -84,7 +88,8 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
         for output, num_tokens in zip(outputs, totals, strict=True):
             started_s = time.monotonic()
             if teacher is not None and output.missing:
-                _work(run, output, teacher, num_tokens, interruption, watchdog)
+                with _one_rank_tells(output.store):
+                    _work(run, output, teacher, num_tokens, interruption, watchdog)
             work = Work(num_tokens, time.monotonic() - started_s, output.num_complete)
             _finish(output, work, watchdog)
         if all(output.writer is not None and not output.writer.missing for output in outputs):
@@ -166,6 +171,20 @@ def _work(
             assembler.finish()
     if reason is not None:
         raise Requeue(reason)
+
+
+@contextlib.contextmanager
+def _one_rank_tells(store: Store) -> Iterator[None]:
+    """Let the first rank that fails on a file tell why; ranks that fail after it, mostly alike, end without a word."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except (UserInputError, OSError):
+        if store.add("failed", 1) > 1:
+            time.sleep(SILENT_S)  # until the launcher ends this rank, after the one that tells
+            sys.exit(USER_ERROR)
+        raise
 
 
 def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:
