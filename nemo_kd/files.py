@@ -92,7 +92,8 @@ def _not_regular(path: str | Path) -> FileError:
 def open_for_append(path: str | Path) -> BinaryIO:
     """Open a file that lines are added to, creating it if there is none; symbolic links are refused."""
     with explained(path):
-        return os.fdopen(open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab")
+        descriptor = open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        return open(path, "ab", opener=lambda *_: descriptor)  # so that the file has its name
 
 
 def write_atomically(path: str | Path, data: bytes | Iterable[bytes], note: str = "") -> None:
@@ -221,7 +222,7 @@ def open_lock_file(path: Path) -> TextIO:
     """Open the file that a lock is about, creating it if there is none; symbolic links are refused."""
     with explained(path):
         descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        return os.fdopen(descriptor, "a+", encoding="utf-8", errors="replace")
+        return open(path, "a+", encoding="utf-8", errors="replace", opener=lambda *_: descriptor)
 
 
 def try_lock(file: TextIO, operation: int) -> bool | None:
@@ -247,9 +248,9 @@ def release_lock(file: TextIO) -> None:
 
 def write_holder(file: TextIO, holder: str) -> None:
     """Replace the content of a lock file with its holder's name."""
-    file.truncate(0)
-    file.write(holder)
-    file.flush()
+    with explained(file.name):
+        file.truncate(0)
+        os.write(file.fileno(), holder.encode())  # a buffer would be written once more at the close
 
 
 def read_holder(file: TextIO) -> str:

@@ -155,10 +155,9 @@ class SegmentPublisher:
     def _collect(self, most_pending: int) -> None:
         """Takes what is done off the list, and waits until it has no more than `most_pending`."""
         while self._pending and (self._pending[0].done() or len(self._pending) > most_pending):
-            segment = self._pending.popleft()
-            if segment.exception() is not None:
-                self._has_told = True
-            self.done.append(segment.result())
+            self._has_told = self._pending[0].exception() is not None
+            self.done.append(self._pending[0].result())
+            self._pending.popleft()
 
     def _end(self) -> None:
         if self._is_closed:
