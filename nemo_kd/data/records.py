@@ -31,8 +31,10 @@ class JsonlRecords:
         self.path = Path(path)
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
         self._file: tuple[int, int] | None = None  # (process, descriptor)
+        self._fingerprint = ""
         try:
             with self.path.open("rb") as file:
+                self._stamp = _stamp(os.fstat(file.fileno()))
                 offset = 0
                 for number, line in enumerate(file, start=1):
                     if line.strip():
@@ -55,6 +57,7 @@ class JsonlRecords:
         try:
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as error:
+            self.check_unchanged()
             raise DataError(
                 f"{self.where(index)}: not valid JSON ({error}); every line must be one JSON object"
             ) from error
@@ -69,12 +72,49 @@ class JsonlRecords:
         return f"{self.path}:{self._lines[index]}"
 
     def fingerprint(self) -> str:
-        """SHA-256 of the file's bytes."""
+        """Return the SHA-256 of the file's bytes, as they were when it was opened.
+
+        Raises:
+            DataError: the file has changed since.
+        """
+        if not self._fingerprint:
+            fingerprint, stamp = self._hash()
+            if stamp != self._stamp:
+                raise self._changed("its size or time of change is another one")
+            self._fingerprint = fingerprint
+        return self._fingerprint
+
+    def check_unchanged(self, read_all: bool = False) -> None:
+        """Check that the records read so far are those of `fingerprint`.
+
+        Cheap: the content is read again only if size, time of change or inode differ, or with `read_all`.
+
+        Raises:
+            DataError: the content is another one, or the file is gone.
+        """
+        try:
+            if not read_all and _stamp(os.stat(self.path)) == self._stamp:
+                return
+            fingerprint, stamp = self._hash()
+        except OSError as error:
+            raise self._changed(error.strerror or "it cannot be read") from error
+        if fingerprint != self._fingerprint:
+            raise self._changed("its content is another one")
+        self._stamp = stamp  # touched, or replaced by a copy
+
+    def _hash(self) -> tuple[str, tuple[int, ...]]:
         digest = hashlib.sha256()
         with self.path.open("rb") as file:
+            stamp = _stamp(os.fstat(file.fileno()))
             while block := file.read(1 << 20):
                 digest.update(block)
-        return f"sha256:{digest.hexdigest()}"
+        return f"sha256:{digest.hexdigest()}", stamp
+
+    def _changed(self, how: str) -> DataError:
+        return DataError(
+            f"{self.path}: the file was changed while it was in use ({how}); restore it and run the same command again, or "
+            "start over with the new file and another output path"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
@@ -83,3 +123,8 @@ class JsonlRecords:
         if self._file is None or self._file[0] != os.getpid():
             self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
         return self._file[1]
+
+
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    """Return what a change of a file's content changes too, on all common file systems."""
+    return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev

@@ -245,6 +245,8 @@ def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
     if output.writer is not None:
         try:
             with watchdog.pause("putting chunks together"):
+                if work.num_tokens:
+                    output.job.dataset.records.check_unchanged(read_all=True)
                 output.writer.assemble_complete()
                 waiting_for = check_end(output.job, output.writer)
             _print_summary(output.job, output.writer, work, waiting_for)
@@ -274,7 +276,11 @@ class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):
         self.dataset = dataset
 
     def __getitem__(self, segment: Segment | None) -> tuple[Segment | None, list[Example | Skipped]]:
-        return segment, [] if segment is None else [self.dataset[index] for index in segment[1]]
+        if segment is None:
+            return None, []
+        records = [self.dataset[index] for index in segment[1]]
+        self.dataset.records.check_unchanged()  # after they were read: no segment holds what a change has left
+        return segment, records
 
 
 class _Assembler:

@@ -117,3 +117,39 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
     assert "train with support=sampled: the 2 tail samples per position stand for the rest" in logged
+
+
+def run_and_edit(model: Path, dataset: Path, output: Path, overrides: dict[str, Any], edit: str) -> str:
+    """The error of a run whose dataset is edited after the first published segment."""
+    original = loop._publish
+
+    def publish(*args: Any) -> None:
+        loop._publish = original
+        text = dataset.read_text()
+        if edit == "removed":
+            dataset.unlink()
+        elif edit == "touched":
+            dataset.touch()
+        else:
+            dataset.write_text(text.replace("Say", "Sag"))
+        original(*args)
+
+    loop._publish = publish
+    try:
+        return run(model, dataset, output, overrides)[0]
+    finally:
+        loop._publish = original
+
+
+@pytest.mark.parametrize("edit", ["edited", "removed", "touched"])
+def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(ranks, world, tmp_path, edit):
+    dataset = tmp_path / "data.jsonl"
+    shutil.copy(world[1], dataset)
+    overrides = {"cache__segment_examples": 2, "data__num_workers": 0}
+    error = ranks(1).run(run_and_edit, world[0], dataset, tmp_path / "c.jsonl", overrides, edit)[0]
+    assert (f"{dataset}: the file was changed while it was in use" in error) == (edit != "touched")
+    assert (tmp_path / "c.jsonl").exists() == (edit == "touched")
+    shutil.copy(world[1], dataset)
+    assert ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0] == ""
+    ranks(1).run(run, *world, tmp_path / "straight.jsonl", overrides)
+    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
