@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.data.records import DataError
+from nemo_kd.data.template_limits import limited
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -45,8 +45,8 @@ def render_messages(
     encoding = tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
     ids: list[int] = list(encoding["input_ids"])
     marked = bool(_MARKS_ASSISTANT.search(tokenizer.get_chat_template(tools=tools)))
-    expected = tokenizer.apply_chat_template(
-        conversation.messages, tools=tools, tokenize=True, return_dict=True, return_assistant_tokens_mask=marked
+    expected = _apply_template(
+        tokenizer, conversation.messages, tools, return_dict=True, return_assistant_tokens_mask=marked
     )
     if ids != list(expected["input_ids"]):
         raise DataError("the chat template's text and its token ids disagree; the tokenizer adds tokens of its own")
@@ -62,6 +62,26 @@ def render_messages(
             for position, (start, end) in enumerate(offsets):
                 trained[position] |= start < last and end > first
     return ids, trained
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any
+) -> Any:
+    """Call `tokenizer.apply_chat_template` within limits of time and memory.
+
+    Raises:
+        DataError: the template fails, refuses the conversation or exceeds a limit.
+    """
+    templates = tokenizer.chat_template
+    names = f" (one of the tokenizer's {', '.join(sorted(templates))})" if isinstance(templates, dict) else ""
+    try:
+        with limited(f"the chat template{names}"):
+            return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
+    except DataError:
+        raise
+    except Exception as error:  # a template is a program of somebody else's: 1/0 in it is a ZeroDivisionError
+        reason = str(error) or type(error).__name__
+        raise DataError(f"the chat template{names} cannot render this conversation: {reason[:500]}") from error
 
 
 def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,12 +140,9 @@ class _Conversation:
         return span
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        try:
-            rendered = self.tokenizer.apply_chat_template(
-                list(messages), tools=self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, TypeError, KeyError, AttributeError, ValueError) as error:
-            raise DataError(f"the chat template cannot render this conversation: {error}") from error
+        rendered = _apply_template(
+            self.tokenizer, messages, self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
         assert isinstance(rendered, str)
         return rendered
 

@@ -11,6 +11,7 @@ from typing import Any
 import orjson
 
 from nemo_kd.config import UserInputError
+from nemo_kd.model_files import check_regular_file
 
 
 class DataError(UserInputError):
@@ -33,6 +34,8 @@ class JsonlRecords:
         self._file: tuple[int, int] | None = None  # (process, descriptor)
         self._fingerprint = ""
         try:
+            if self.path.exists():
+                check_regular_file(self.path, DataError)  # a pipe would be waited for
             with self.path.open("rb") as file:
                 self._stamp = _stamp(os.fstat(file.fileno()))
                 offset = 0

@@ -4,31 +4,78 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import orjson
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nemo_kd.config.model import MOST_LAYERS
 from nemo_kd.data.records import DataError
+from nemo_kd.model_files import MAX_TOKENIZER_BYTES, check_regular_file, read_json
+
+MAX_TEMPLATE_BYTES = 1 << 20
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer in `folder`; nothing is downloaded and no code from the folder runs.
 
     Raises:
-        DataError: the folder holds no tokenizer that transformers can load.
+        DataError: the folder holds no tokenizer that transformers can load, or a damaged file.
     """
     if not Path(folder).is_dir():
         raise DataError(f"{folder}: no such folder; a tokenizer is read from the folder of its model")
+    _check_files(Path(folder))
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"{folder}: no usable tokenizer ({reason}); save one there with tokenizer.save_pretrained(folder)"
-        ) from error
+    except Exception as error:  # what the tokenizers library raises has no other class
+        raise _unusable(folder, error) from error
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust code, which Python cannot name
+            raise
+        raise _unusable(folder, error) from error
     if not tokenizer.is_fast:
         raise DataError(f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with transformers")
+    templates = tokenizer.chat_template
+    texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{folder}: tokenizer_config.json: chat_template: found {str(templates)[:80]!r}, expected a text"
+        )
     return tokenizer
+
+
+def _unusable(folder: str | Path, error: BaseException) -> DataError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+    return DataError(f"{folder}: no usable tokenizer ({reason}); save one there with tokenizer.save_pretrained(folder)")
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse damaged files before transformers reads them: it has no bounds, and its errors name no file.
+
+    Raises:
+        DataError: names the file.
+    """
+    names = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+    templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+    for path in [folder / name for name in (*names, "config.json")]:
+        if path.exists() or path.is_symlink():
+            content = read_json(path, MAX_TOKENIZER_BYTES, DataError)
+            if path.name == "config.json":
+                _check_config(path, content)
+    for path in [folder / "tokenizer.model", folder / "chat_template.jinja", *templates]:
+        if path.exists() or path.is_symlink():
+            check_regular_file(path, DataError)
+            if path.suffix == ".jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
+                raise DataError(f"{path}: {path.stat().st_size:,} bytes, more than a chat template ever has")
+
+
+def _check_config(path: Path, content: dict[str, Any]) -> None:
+    """transformers makes lists of as many entries as there are layers from it, to find the tokenizer's class."""
+    num_layers = content.get("num_hidden_layers")
+    if num_layers is not None and (type(num_layers) is not int or not 0 < num_layers <= MOST_LAYERS):
+        raise DataError(
+            f"{path}: num_hidden_layers: found {str(num_layers)[:80]}, expected an integer from 1 to {MOST_LAYERS:,}"
+        )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
