@@ -11,6 +11,8 @@ from nemo_kd.config import UserInputError
 CHUNK_ID = "CHUNK_ID"
 SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
 SEGMENTS = ".segments"
+SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
+"""A path with a selection of rows behind it."""
 
 
 class CacheError(UserInputError):
@@ -119,3 +121,9 @@ class CacheLayout:
 def index_name(chunk_name: str) -> str:
     """The offset index beside a data file."""
     return f"{chunk_name}.idx"
+
+
+def path_of(path: str) -> str:
+    """Return a path without its selection of rows."""
+    subset = SUBSET.fullmatch(path)
+    return subset["path"] if subset else path

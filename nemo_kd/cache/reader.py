@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import numpy as np
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkFacts, ChunkIndex
-from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
+from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode
@@ -29,12 +28,10 @@ INDEX_LINES_IN_MEMORY = 1 << 22
 INDEXES_AHEAD = 32
 """Indexes that are fetched together when a cache is opened."""
 
-_SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
-
 
 def is_subset(path: str) -> bool:
     """Whether a path selects rows, as `train_CHUNK_ID.jsonl[:10%]` does."""
-    return _SUBSET.fullmatch(path) is not None
+    return SUBSET.fullmatch(path) is not None
 
 
 @dataclass
@@ -75,7 +72,7 @@ class CacheReader:
         partial: bool = False,
     ) -> None:
         self.source = path
-        subset = _SUBSET.fullmatch(path)
+        subset = SUBSET.fullmatch(path)
         self.path = subset["path"] if subset else path
         self.top_k, self.seq_length, self.vocab_size = top_k, seq_length, vocab_size
         self.layout = CacheLayout(self.path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -17,9 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd import __version__
 from nemo_kd.cli.arguments import CommandLine, read_command_line
+from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.cli.compose import compose, conf_dir, config_folder
 from nemo_kd.cli.endings import errors_end_the_process
-from nemo_kd.cli.launch import follow_launcher, global_rank, launch, needs_launch
+from nemo_kd.cli.launch import LAUNCHER, follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.config import describe, typed
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.typed import config_error
@@ -121,8 +123,11 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         except OmegaConfBaseException as error:
             raise config_error(error) from error
         config: Any = typed(command.config_class, cfg)
-        trainer = getattr(config, "trainer", None)
-        if trainer is not None and needs_launch(trainer):
+        trainer: Any = getattr(config, "trainer", None)
+        launching = trainer is not None and needs_launch(trainer)
+        if LAUNCHER not in os.environ:  # which has looked
+            check_before_start(config)
+        if launching:
             sys.exit(launch(trainer.num_devices, command.subcommand))
         configure_logging()
         if ignored and global_rank() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.typed import PATH, ConfigError
@@ -22,3 +23,25 @@ class ConvertCheckpointConfig:
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ConfigError(f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+
+
+def check_output(output: Path, source: Path, overwrite: bool) -> None:
+    """Refuse an output that exists, unless it is to be overwritten and is such a model.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if not output.exists():
+        return
+    if not overwrite:
+        raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
+    if source.resolve().is_relative_to(output.resolve()):
+        raise ConfigError(
+            f"output_path: {output} holds the input, which overwrite=True would delete; give another path"
+        )
+    replaceable = output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
+    if not replaceable:
+        raise ConfigError(
+            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a .nemo archive by another, "
+            "or a folder with config.json"
+        )

@@ -9,7 +9,7 @@ import torch
 from megatron.core.models.gpt import GPTModel
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
@@ -31,7 +31,7 @@ def convert(config: ConvertCheckpointConfig) -> None:
     source_path = Path(config.input_path).expanduser().absolute()
     output = Path(config.output_path).expanduser().absolute()
     to_nemo = output.suffix == ".nemo"
-    _check_output(output, source_path, config.overwrite)
+    check_output(output, source_path, config.overwrite)
     with open_pretrained(config.input_path, key="input_path") as source:
         if to_nemo == (source.kind == "nemo"):
             raise ConfigError(
@@ -46,23 +46,6 @@ def convert(config: ConvertCheckpointConfig) -> None:
         else:
             save_hf(output, model, source.architecture, source.tokenizer_folder, groups, source.provenance)
     print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")
-
-
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    if not output.exists():
-        return
-    if not overwrite:
-        raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
-    if source.resolve().is_relative_to(output.resolve()):
-        raise ConfigError(
-            f"output_path: {output} holds the input, which overwrite=True would delete; give another path"
-        )
-    replaceable = output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
-    if not replaceable:
-        raise ConfigError(
-            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a .nemo archive by another, "
-            "or a folder with config.json"
-        )
 
 
 def _load(source: PretrainedModel, dtype: torch.dtype) -> tuple[GPTModel, ProcessGroups]:
