@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
 
-.PHONY: help quickstart test lint format venv clean
+.PHONY: help quickstart test test-slurm lint format venv clean
 
 help:
 	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
 	@echo "make test         lint, type checks and tests, by WORKERS=$(WORKERS) processes"
+	@echo "make test-slurm   the tests that need Slurm, on one that is started here"
 	@echo "make format       format the code"
 
 venv: $(VENV)/.installed
@@ -28,7 +29,7 @@ lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck scripts/slurm/*.sh scripts/slurm/*.sbatch .ci/run
+	$(BIN)/shellcheck scripts/slurm/*.sh scripts/slurm/*.sbatch tests/slurm/*.sh .ci/run
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -36,6 +37,9 @@ format: venv
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --durations 40
+
+test-slurm: venv
+	tests/slurm/run.sh
 
 clean:
 	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run
