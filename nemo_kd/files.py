@@ -89,6 +89,33 @@ def _not_regular(path: str | Path) -> FileError:
     return FileError(f"{path}: is not a regular file but a folder, pipe or device; remove it")
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading, behind links too; never blocks.
+
+    Raises:
+        FileNotFoundError: there is none.
+        FileError: it is a pipe, device or folder, or cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise FileError(
+            f"{path}: cannot be read ({error.strerror}); restore it, or have its owner permit it"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise _not_regular(path)
+    return os.fdopen(descriptor, "rb")
+
+
+def read_file(path: str | Path) -> bytes:
+    """Return the content of a regular file; errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def open_for_append(path: str | Path) -> BinaryIO:
     """Open a file that lines are added to, creating it if there is none; symbolic links are refused."""
     with explained(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from typing import Any
 
 import numpy as np
@@ -73,5 +74,5 @@ def example_index(payload: dict[str, Any], default: int | None, where: str) -> i
     """The field `index`, or the default where there is none."""
     index = payload.get("index", default)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise CacheError(f"{where}: field index: found {index!r}, expected an integer of at least 0")
+        raise CacheError(f"{where}: field index: found {reprlib.repr(index)}, expected an integer of at least 0")
     return index

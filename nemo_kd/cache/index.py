@@ -73,7 +73,14 @@ class ChunkIndex:
         if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
             return None
         values = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size, count=2 * facts.num_lines + 1)
-        return cls(facts, sha256, values[: facts.num_lines + 1], values[facts.num_lines + 1 :])
+        starts = values[: facts.num_lines + 1]
+        num_positions = values[facts.num_lines + 1 :]
+        # A checksum proves no honesty: places outside the file would ask for any amount of memory.
+        if starts[0] != 0 or starts[-1] != facts.bytes or (starts[1:] <= starts[:-1]).any():
+            return None
+        if facts.num_lines and (num_positions.min() < 1 or num_positions.max() != facts.max_positions):
+            return None
+        return cls(facts, sha256, starts, num_positions)
 
 
 @dataclass

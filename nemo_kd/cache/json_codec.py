@@ -19,6 +19,8 @@ from nemo_kd.cache.layout import CacheError
 # The kept probabilities sum to at most 1. NeMo-Aligner rounds log-sum-exp to bf16, whose step is 1/16 between 8 and
 # 16: an honest sum stays below exp(1/32) plus the error of the logits. A larger one means that the two fields disagree.
 LARGEST_MASS = 1.1
+PROBABILITY_ERROR = 1e-3
+SMALLEST_TEMPERATURE = 1e-3
 
 
 def teacher_fields(row: CachedExample) -> dict[str, Any]:
@@ -101,6 +103,11 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
                 f"{where}: field tail_mass: found an array of shape {tail_mass_TS.shape} for temperatures {temperatures}, "
                 f"expected one list of {example.num_tokens} numbers for each temperature, the first of which is 1"
             )
+        _check_range("temperatures", np.array(temperatures), SMALLEST_TEMPERATURE, np.inf, where)
+        _check_range("tail_mass", tail_mass_TS, -PROBABILITY_ERROR, 1 + PROBABILITY_ERROR, where)
+        tail_mass_TS = np.clip(tail_mass_TS, 0, 1)
+    if "label_logprobs" in fields:
+        _check_range("label_logprobs", fields["label_logprobs"], -np.inf, PROBABILITY_ERROR, where)
     teacher = TeacherTopK(
         topk_logits_SK=logits_SK.astype(np.float32),
         topk_token_ids_SK=fields["topk_token_ids"],
@@ -124,6 +131,14 @@ def _check_lengths(fields: dict[str, Any], num_positions: int, where: str) -> No
     if found != expected:
         raise CacheError(
             f"{where}: field topk_token_ids: found {found[1]} ids a position, expected {expected[1]} as in topk_logits"
+        )
+
+
+def _check_range(name: str, values: np.ndarray, smallest: float, largest: float, where: str) -> None:
+    wrong = (values < smallest) | (values > largest)
+    if wrong.any():
+        raise CacheError(
+            f"{where}: field {name}: found {values[wrong][0]:.4g}, expected numbers from {smallest:.4g} to {largest:.4g}"
         )
 
 

@@ -69,6 +69,13 @@ class CacheLayout:
                 break
         return (stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest") + ".json"
 
+    def siblings(self) -> list[CacheLayout]:
+        """Return the layouts of other suffixes with the same manifest, as train_CHUNK_ID.jsonl has for .jsonl.zst."""
+        suffix = next((suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix), "")
+        stem = self.output_path.removesuffix(suffix)
+        paths = [stem + other for other in SUFFIXES if other != suffix and not os.path.isdir(stem + other)]
+        return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
+
     @property
     def manifest_path(self) -> Path:
         return self.folder / self.manifest_name
@@ -84,7 +91,7 @@ class CacheLayout:
 
     def shard_lock_paths(self) -> list[tuple[int, Path]]:
         """(number, path) of the locks of shards on disk."""
-        pattern = re.compile(re.escape(f".{self.manifest_name}.shard-") + r"(\d+)\.lock")
+        pattern = re.compile(re.escape(f".{self.manifest_name}.shard-") + r"(\d{1,18})\.lock")
         matches = (pattern.fullmatch(name) for name in os.listdir(self.folder))
         return sorted((int(match[1]), self.folder / match[0]) for match in matches if match)
 
@@ -102,7 +109,7 @@ class CacheLayout:
         if not self.is_template:
             return [0] if self._name in names else []
         before, after = self._name.split(CHUNK_ID, 1)
-        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]*)" + re.escape(after).replace(CHUNK_ID, r"\1"))
+        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after).replace(CHUNK_ID, r"\1"))
         matches = (pattern.fullmatch(name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
 
@@ -110,7 +117,7 @@ class CacheLayout:
         """The ids of the data files on disk, ascending."""
         if not self.folder.is_dir():
             return []
-        return self.chunk_ids([entry.name for entry in os.scandir(self.folder) if entry.is_file()])
+        return self.chunk_ids([name for name in os.listdir(self.folder) if os.path.isfile(self.folder / name)])
 
     def chunks_in_work(self) -> list[int]:
         """The ids of the chunks that have a folder of segments, ascending."""

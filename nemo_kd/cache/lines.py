@@ -15,6 +15,11 @@ from nemo_kd.cache.layout import CacheError
 
 ZST_LEVEL = 3
 MAX_LINE_BYTES = 1 << 31
+SMALL_LINE_BYTES = 1 << 26
+MOST_INFLATION = 1024
+"""Bytes of a line for each of its frame, above SMALL_LINE_BYTES; numbers as text never reach it."""
+_PIECE_BYTES = 1 << 10
+"""Fed to the decompressor at once: at most 32 MiB come out."""
 _BLOCK_BYTES = 1 << 20
 
 
@@ -46,6 +51,11 @@ class TornError(CacheError):
 def lines_of(name: str | PurePath) -> Lines:
     """The way a file of this name holds its lines."""
     return _Zst() if str(name).endswith(".zst") else _Plain()
+
+
+def most_line_bytes(frame_bytes: int) -> int:
+    """Return the longest line that a frame of so many bytes may hold: a few bytes must not fill the memory."""
+    return min(MAX_LINE_BYTES, max(SMALL_LINE_BYTES, MOST_INFLATION * frame_bytes))
 
 
 class _Plain:
@@ -82,9 +92,9 @@ class _Zst:
     def read(self, raw: bytes, where: str) -> bytes:
         try:
             size = zstandard.frame_content_size(raw)
-            if size > MAX_LINE_BYTES:
+            if size > most_line_bytes(len(raw)):
                 raise CacheError(f"{where}: a frame of {size} bytes is no line of a cache")
-            line = self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else MAX_LINE_BYTES)
+            line = self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw)))
         except zstandard.ZstdError as error:
             raise CacheError(
                 f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; restore the file or "
@@ -110,10 +120,20 @@ class _Zst:
 
     def _frame(self, block: bytes, file: BinaryIO, where: str) -> tuple[bytes, bytes]:
         """(the frame that `block` begins with, what follows it)."""
-        parts, frame = [], zstandard.ZstdDecompressor().decompressobj()
+        parts: list[bytes] = []
+        frame = zstandard.ZstdDecompressor().decompressobj()
+        num_read = num_inflated = used = 0
         while True:
             try:
-                frame.decompress(block)
+                for start in range(0, len(block), _PIECE_BYTES):
+                    piece = block[start : start + _PIECE_BYTES]
+                    used = start + len(piece)
+                    num_read += len(piece)
+                    num_inflated += len(frame.decompress(piece))
+                    if num_inflated > most_line_bytes(num_read):
+                        raise CacheError(f"{where}: a frame of more than {num_inflated} bytes is no line of a cache")
+                    if frame.eof:
+                        break
             except zstandard.ZstdError as error:
                 raise CacheError(
                     f"{where}: not a zstd frame ({error}): the bytes are damaged; restore the file, write it again, or see "
@@ -121,9 +141,9 @@ class _Zst:
                 ) from error
             parts.append(block)
             if frame.eof:
+                rest = frame.unused_data + block[used:]
                 raw = b"".join(parts)
-                length = len(raw) - len(frame.unused_data)
-                return raw[:length], frame.unused_data
+                return raw[: len(raw) - len(rest)], rest
             block = file.read(_BLOCK_BYTES)
             if not block:
                 raise TornError(

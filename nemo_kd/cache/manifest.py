@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,11 @@ import orjson
 
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config.cache import CODECS, CacheConfig
-from nemo_kd.files import write_atomically
+from nemo_kd.files import read_file, write_atomically
 
 FORMAT_VERSION = 2
+DEEPEST = 32
+LARGEST_NUMBER = 1 << 60
 UNKNOWN = "unknown"
 """What the manifest of a cache made from another program's files says where that program told nothing."""
 
@@ -86,7 +89,7 @@ class Manifest:
             CacheError: it is no manifest, or of a format this version does not read.
         """
         try:
-            return cls.parse(path.read_bytes(), str(path))
+            return cls.parse(read_file(path), str(path))
         except OSError as error:
             raise CacheError(f"{path}: the manifest cannot be read ({error.strerror})") from error
 
@@ -99,6 +102,7 @@ class Manifest:
         """
         try:
             payload = orjson.loads(content)
+            _check_depth(payload)
             version = payload["format_version"]
             if version != FORMAT_VERSION:
                 raise CacheError(
@@ -111,7 +115,7 @@ class Manifest:
             return manifest
         except CacheError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it away: the chunks are whole without it, "
                 "only nobody checks then which teacher and tokenizer wrote them"
@@ -182,13 +186,32 @@ def _check_types(manifest: Manifest, path: str) -> None:
         float(summary.kept_mass_sum)
         if not re.fullmatch("0|[1-9][0-9]*", key):
             raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
+        if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
+            raise TypeError(f"chunks.{key}: sha256 or computed_with is of another type")
+        if not math.isfinite(summary.kept_mass_sum):
+            raise ValueError(f"chunks.{key}.kept_mass_sum is not finite")
+    for name in ("codec", "teacher", "dataset"):
+        if not isinstance(getattr(manifest, name), dict):
+            raise TypeError(f"{name} is not an object")
     if manifest.codec["name"] not in CODECS:
         raise CacheError(f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of {', '.join(CODECS)}")
     for name, value in numbers.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST_NUMBER:
             raise CacheError(
                 f"{path}: {name}: found {value!r}, expected a number of at least 0; the manifest was edited or damaged: restore it"
             )
+
+
+def _check_depth(payload: Any) -> None:
+    """Refuse nesting that recursive code, here and in the standard library, does not survive."""
+    level = [payload] if isinstance(payload, dict | list) else []
+    depth = 0
+    while level:
+        if depth > DEEPEST:
+            raise ValueError(f"objects or lists are nested more than {DEEPEST} deep")
+        inner = [value.values() if isinstance(value, dict) else value for value in level]
+        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        depth += 1
 
 
 def _known(cls: type, payload: dict[str, Any]) -> dict[str, Any]:

@@ -48,6 +48,9 @@ _FLAGS = _ALL_POSITIONS | _LABELS | _WIDE_COUNTS
 _HEADER = struct.Struct("<BBBBBBBHII")
 _UNUSED = np.uint32(0xFFFFFFFF)
 
+MAX_CELLS = 1 << 27
+"""Positions times the most tokens that one of them keeps, of a row: 131,072 positions of 1,024."""
+
 
 class Kept(NamedTuple):
     """Where the kept entries of all stored positions lie.
@@ -85,6 +88,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     counts_P = used_SK.sum(axis=1)[stored]
     if (used_SK[:, 1:] > used_SK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
+    _check_size(counts_P)
     kept = Kept.of(counts_P, used_SK.shape[1])
     coarse, ids_N, levels_N = _by_id(teacher, stored, kept)
     wide = counts_P.max(initial=1) > 256
@@ -127,9 +131,11 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
     tail_TP = _tail_mass(unhuffman(next(streams), header.num_stored * len(temperatures)), len(temperatures))
     if len(counts_P) != len(stored) or tail_TP.shape[1] != len(stored) or counts_P.sum() != header.num_kept:
         raise ValueError("the teacher's part holds fewer numbers than it says")
+    # The levels come first: a stream inflates a thousandfold at most, so their number is not a mere claim.
+    levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
+    _check_size(counts_P)
     kept = Kept.of(counts_P, int(counts_P.max(initial=1)))
     nats = level_nats(header.fine, header.coarse)
-    levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
     ids_N = _from_distances(_read_ids(streams, *_coding_order(kept, header.num_classes)), kept)
     # Rounding has moved the sum over the kept ids: it is brought back to what the tail leaves.
     p_N = np.exp(-nats).take(levels_N)
@@ -195,6 +201,8 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
         raise ValueError(f"the header of the teacher's part contradicts itself: {header}")
     lengths = np.frombuffer(view[first : first + 4 * header.num_streams], dtype="<u4").tolist()
     ends = [first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)]
+    if not np.isfinite(temperatures).all() or temperatures.min() <= 0:
+        raise ValueError(f"temperatures {temperatures.tolist()} are not all finite and above 0")
     if not ends or ends[-1] != len(view) - 4:
         raise ValueError("the lengths of the teacher's streams do not add up")
     streams = [view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
@@ -327,8 +335,20 @@ def _read_samples(streams: Iterator[memoryview], num_stored: int, num_samples: i
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
     count = int(sampled_P.sum()) * num_samples
     values_QM = _read_ids(streams, np.arange(count), [count]).reshape(-1, num_samples)
-    samples_PM[sampled_P] = np.cumsum(values_QM.astype(np.int64) - 1, axis=1)
+    ids_QM = np.cumsum(values_QM.astype(np.int64) - 1, axis=1)
+    if ids_QM.max(initial=0) >= MAX_VOCAB_SIZE - 1:
+        raise ValueError("a sampled token id has more than 24 bits")
+    samples_PM[sampled_P] = ids_QM
     return samples_PM
+
+
+def _check_size(counts_P: np.ndarray) -> None:
+    """Refuse a row that a few bytes describe but no memory holds."""
+    cells = len(counts_P) * int(counts_P.max(initial=1))
+    if cells > MAX_CELLS:
+        raise ValueError(
+            f"{len(counts_P)} positions of up to {counts_P.max()} tokens are more than a row may hold ({MAX_CELLS})"
+        )
 
 
 def _exactly(symbols: np.ndarray, count: int) -> np.ndarray:

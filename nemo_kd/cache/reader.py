@@ -173,15 +173,19 @@ class CacheReader:
             raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk")
         elif not self.layout.is_template and n_chunks != 1:
             raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
-        wanted = list(range(n_chunks))
+        wanted = chunk_ids
+        missing = None
         if partial and chunk_ids:
             wanted = [chunk_id for chunk_id in chunk_ids if shared is None or str(chunk_id) in shared.chunks]
             if not wanted:
                 raise CacheError(f"{self.path}: no chunk is complete yet; let compute_topk_logits go on")
-        missing = sorted(set(wanted) - set(chunk_ids))
-        if missing:
+        else:
+            present = set(chunk_ids)
+            missing = next((chunk_id for chunk_id in range(n_chunks) if chunk_id not in present), None)
+            wanted = [chunk_id for chunk_id in chunk_ids if chunk_id < n_chunks]
+        if missing is not None:
             raise CacheError(
-                f"{self.storage.folder}/{self.layout.chunk_name(missing[0])}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
+                f"{self.storage.folder}/{self.layout.chunk_name(missing)}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
                 f"chunks of {self.path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
             )
         chunks = []

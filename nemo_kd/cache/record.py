@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import hashlib
+import reprlib
 from dataclasses import replace
 from typing import Any
 
@@ -75,14 +76,14 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
     example = _example(payload, index, where)
     if "hash" in payload and payload["hash"] != example_hash(example):
         raise CacheError(
-            f"{where}: field hash: found {payload['hash']!r}, but tokens, labels and loss_mask give "
+            f"{where}: field hash: found {reprlib.repr(payload['hash'])}, but tokens, labels and loss_mask give "
             f"{example_hash(example)!r}; the line was damaged or edited: restore the file or write it again"
         )
     if "v" not in payload:
         return trimmed(json_codec.row(payload, example, where))
     if payload["v"] != RECORD_VERSION:
         raise CacheError(
-            f"{where}: field v: found {payload['v']!r}, but this version of nemo_kd reads records of version {RECORD_VERSION}"
+            f"{where}: field v: found {reprlib.repr(payload['v'])}, but this version of nemo_kd reads records of version {RECORD_VERSION}"
         )
     try:
         blob = binascii.a2b_base64(payload["teacher"], strict_mode=True)

@@ -19,7 +19,7 @@ from nemo_kd.cache.salvage import blocks, stretches
 from nemo_kd.cache.scan import scan_chunk
 from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.storage import LocalStorage
-from nemo_kd.files import Lock, abandoned, remove, write_atomically
+from nemo_kd.files import Lock, abandoned, read_file, remove, write_atomically
 
 
 def repair(path: str, dry_run: bool = False) -> list[str]:
@@ -93,7 +93,7 @@ def _repair_chunk(layout: CacheLayout, chunk: int, dry_run: bool) -> list[str]:
 def _make_index(path: Path, size: int, sha256: str, is_listed: bool, dry_run: bool) -> list[str]:
     """Makes the index of a chunk anew unless it is that of its `size` bytes."""
     index_path, mtime_ns = path.with_name(index_name(path.name)), path.stat().st_mtime_ns
-    index = ChunkIndex.of(index_path.read_bytes()) if index_path.exists() else None
+    index = ChunkIndex.of(read_file(index_path)) if index_path.exists() else None
     is_current = index is not None and index.facts.bytes == size and f"sha256:{index.sha256.hex()}" == sha256
     if is_current and index is not None and (is_listed or index.facts.mtime_ns == mtime_ns):
         return []

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Protocol, cast
 import fsspec
 
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.files import write_atomically
+from nemo_kd.files import open_regular, write_atomically
 
 MAX_OPEN_FILES = 64
 
@@ -75,10 +75,13 @@ class LocalStorage:
     def names(self) -> list[str]:
         if not os.path.isdir(self.folder):
             return []
-        return [entry.name for entry in os.scandir(self.folder) if entry.is_file()]
+        return os.listdir(
+            self.folder
+        )  # also what is no file: a manifest or chunk that is a pipe must not be overlooked
 
     def stat(self, name: str) -> tuple[int, int]:
-        found = os.stat(os.path.join(self.folder, name))
+        with open_regular(os.path.join(self.folder, name)) as file:
+            found = os.fstat(file.fileno())
         return found.st_size, found.st_mtime_ns
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
@@ -93,7 +96,7 @@ class LocalStorage:
         return content
 
     def open(self, name: str) -> BinaryIO:
-        return open(os.path.join(self.folder, name), "rb")
+        return open_regular(os.path.join(self.folder, name))
 
     def will_read(self, ranges: Sequence[Range]) -> None:
         if hasattr(os, "posix_fadvise"):
@@ -116,7 +119,8 @@ class LocalStorage:
         if name not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            self._open[name] = os.open(os.path.join(self.folder, name), os.O_RDONLY)
+            with open_regular(os.path.join(self.folder, name)) as file:
+                self._open[name] = os.dup(file.fileno())
         self._open.move_to_end(name)
         return self._open[name]
 

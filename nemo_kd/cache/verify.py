@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -18,8 +19,10 @@ from nemo_kd.cache.lines import TornError, lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode, trimmed
 from nemo_kd.cache.salvage import file_sha256, stretches
+from nemo_kd.files import read_file
 
 MOST_PROBLEMS_OF_A_CHUNK = 20
+MOST_MISSING_CHUNKS = 1000
 MASS_TOLERANCE = {"packed": 1e-4, "json": 0.1}
 """Of kept probabilities + tail = 1. NeMo-Aligner rounds to bf16."""
 KEPT_MASS_TOLERANCE = 0.02
@@ -84,10 +87,16 @@ def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
         tasks.append((layout.chunk_path(chunk), said, said.chunks.get(key) if said is not None else None, chunk))
     reports = verify_chunks(tasks, num_workers)
     expected = manifest.num_chunks if manifest is not None else max(chunks, default=-1) + 1
-    for chunk in sorted(set(range(expected)) - set(chunks)):
+    there = set(chunks)
+    absent = (chunk for chunk in range(expected) if chunk not in there)
+    for chunk in itertools.islice(absent, MOST_MISSING_CHUNKS):
         missing = ChunkReport(layout.chunk_path(chunk), chunk)
         missing.problem(f"{missing.path}: the chunk is missing; run compute_topk_logits again")
         reports.append(missing)
+    if expected - len(there) > MOST_MISSING_CHUNKS:
+        reports[-1].problem(
+            f"{path}: {len(there)} chunks are there, {expected} expected; not all missing ones are listed"
+        )
     reports.sort(key=lambda report: report.chunk)
     _check_order(reports)
     return [report for report in of_manifests if report.problems] + reports
@@ -101,7 +110,7 @@ def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | 
     """
     report, facts = ChunkReport(path, chunk, path.stat().st_size), LineFacts()
     index_path = path.with_name(index_name(path.name))
-    index = ChunkIndex.of(index_path.read_bytes()) if index_path.exists() else None
+    index = ChunkIndex.of(read_file(index_path)) if index_path.exists() else None
     if index is not None and index.facts.bytes != report.bytes:
         report.problem(
             f"{index_path}: made for {index.facts.bytes} bytes, but {path.name} has {report.bytes}; `logit_cache repair`"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from nemo_kd.batch import CachedExample, Example, TeacherTopK
 from nemo_kd.cache.fields import array as field_array
 from nemo_kd.cache.fields import example_index, ids
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.packed_codec import MAX_CELLS
+from nemo_kd.files import open_regular
 
 SMALLEST_LOGPROB = -1000.0
 """JSON has no -inf: vLLM's server writes -9999 for what cannot be, others null or -Infinity."""
@@ -55,7 +58,7 @@ class VllmRows:
         self.path = path
         self._starts, self._lines, size = array("q"), array("q"), 0
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 for number, line in enumerate(file, start=1):
                     if line.strip():
                         self._starts.append(size)
@@ -72,7 +75,7 @@ class VllmRows:
 
     def __getitem__(self, position: int) -> CachedExample:
         where = f"{self.path}:{self._lines[position]}"
-        with open(self.path, "rb") as file:
+        with open_regular(self.path) as file:
             file.seek(self._starts[position])
             line = file.readline()
         return _row(_payload(line, where), position, where)
@@ -131,6 +134,10 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
     place_N = np.arange(len(row_N)) - np.repeat(np.cumsum(told.counts_S) - told.counts_S, told.counts_S)
     kept_N = _kept(told, tokens[1:], place_N, row_N)
     k = max(1, int(place_N[kept_N].max(initial=-1)) + 1)
+    if k * len(tokens) > MAX_CELLS:
+        raise CacheError(
+            f"{where}: field prompt_logprobs: found {k} ids for one of {len(tokens)} tokens, more than a row may hold"
+        )
     logprobs_SK = np.full((len(tokens) - 1, k), -np.inf, dtype=np.float64)
     ids_SK = np.full((len(tokens) - 1, k), -1, dtype=np.int64)
     logprobs_SK[row_N[kept_N], place_N[kept_N]] = told.logprobs_N[kept_N]
@@ -161,14 +168,14 @@ def _told(entries: list[Any], tokens_S: np.ndarray, where: str) -> Told:
         ranks = [facts.get("rank") or 0 if isinstance(facts, dict) else 0 for facts in own]
         ids_N, logprobs_N = np.array(ids, dtype=np.int64), np.array(logprobs, dtype=np.float64)
         own_rank_S, own_logprob_S = np.array(ranks, dtype=np.int64), np.array([_logprob(facts) for facts in own])
-        if ids_N.min() < 0 or np.isnan(logprobs_N).any() or logprobs_N.max() == np.inf:
+        if ids_N.min() < 0 or ids_N.max() >= 1 << 31 or np.isnan(logprobs_N).any() or logprobs_N.max() == np.inf:
             raise ValueError("an id or a log-probability is none")
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         if len(entries) > 1:  # find out which
             for number, entry in enumerate(entries):
                 _told([entry], tokens_S[number : number + 1], where)
         raise CacheError(
-            f"{where}: field prompt_logprobs: found {str(entries[0])[:80]!r} for token {tokens_S[0]}, expected an object "
+            f"{where}: field prompt_logprobs: found {reprlib.repr(entries[0])[:80]!r} for token {tokens_S[0]}, expected an object "
             '{"id": {"logprob": number, "rank": number}} with the token itself among the ids'
         ) from error
     counts_S = np.array([len(entry) for entry in entries])

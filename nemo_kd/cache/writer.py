@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.shards import Shard, WriteLock
-from nemo_kd.files import Lock, atomic_file, explained, remove_abandoned, write_atomically
+from nemo_kd.files import Lock, atomic_file, explained, read_file, remove_abandoned, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -52,16 +52,25 @@ class CacheWriter:
         manifest: what is about to be written. A cache that is there already is continued if it says the same.
         chunks: the record indices of every chunk.
         shard: (i, n); (0, 1) is a job alone.
+        check_before_listing: called before each chunk is put together; what it raises keeps the chunk from being listed.
 
     Raises:
         CacheError: another job writes this cache or shard; or another teacher, dataset or setting wrote what is there,
             or nobody knows who did.
     """
 
-    def __init__(self, layout: CacheLayout, manifest: Manifest, chunks: Sequence[range], shard: Shard = (0, 1)) -> None:
+    def __init__(
+        self,
+        layout: CacheLayout,
+        manifest: Manifest,
+        chunks: Sequence[range],
+        shard: Shard = (0, 1),
+        check_before_listing: Callable[[], None] | None = None,
+    ) -> None:
         self.layout, self.manifest, self.chunks, self._shard = layout, manifest, chunks, shard
         self.missing: list[int] = []
         self._assembling = threading.Lock()
+        self._check_before_listing = check_before_listing
         with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.manifest_lock_path, wait=True):
@@ -136,6 +145,8 @@ class CacheWriter:
         """Makes the manifest say what is about to be written; or this job accept what it says."""
         layout, manifest = self.layout, self.manifest
         existing = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+        if existing is not None:
+            self._refuse_sibling(existing)
         present, in_work = layout.existing_chunks(), layout.chunks_in_work()
         if existing is None and present:
             raise CacheError(
@@ -157,6 +168,17 @@ class CacheWriter:
             else:
                 shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
 
+    def _refuse_sibling(self, existing: Manifest) -> None:
+        """Refuse a manifest whose chunks lie there with another suffix; a dataset of such a name is none of them."""
+        if any(_is_listed(self.layout, existing, key) for key in existing.chunks) or self.layout.chunks_in_work():
+            return
+        for sibling in self.layout.siblings():
+            if sibling.chunks_in_work() or any(_is_listed(sibling, existing, key) for key in existing.chunks):
+                raise CacheError(
+                    f"output_path: {self.layout.manifest_path} belongs to the cache {sibling.output_path}; two caches "
+                    "cannot share a manifest: give another name, or delete that cache"
+                )
+
     def _check_same(self, existing: Manifest) -> None:
         differences = existing.differences(self.manifest)
         if differences:
@@ -173,8 +195,7 @@ class CacheWriter:
         self.missing = [chunk for chunk in self.missing if not self._is_complete(chunk)]
 
     def _is_complete(self, chunk: int) -> bool:
-        summary, path = self.manifest.chunks.get(str(chunk)), self.layout.chunk_path(chunk)
-        return summary is not None and path.is_file() and path.stat().st_size == summary.bytes
+        return _is_listed(self.layout, self.manifest, str(chunk))
 
     def _assemble_if_whole(self, chunk: int) -> None:
         folder, parts = self.layout.segments_folder(chunk), segments(self.chunks[chunk], self.manifest.segment_examples)
@@ -185,6 +206,8 @@ class CacheWriter:
         with Lock(lock_path, wait=True):
             self._refresh()  # another shard may have been faster
             if chunk in self.missing and _all_in(folder, paths):
+                if self._check_before_listing is not None:
+                    self._check_before_listing()
                 self._list(chunk, self._assembled(chunk, paths))
             if chunk not in self.missing:  # so whoever waits for this lock, or makes the file anew, has nothing to do
                 lock_path.unlink(missing_ok=True)
@@ -307,7 +330,7 @@ def read_segment(path: Path) -> tuple[ChunkSummary, LineFacts, bytes]:
     Raises:
         CacheError: it is damaged.
     """
-    header, _, payload = path.read_bytes().partition(b"\n")
+    header, _, payload = read_file(path).partition(b"\n")
     try:
         fields = orjson.loads(header)
         if fields["sha256"] != hashlib.sha256(payload).hexdigest():
@@ -317,6 +340,14 @@ def read_segment(path: Path) -> tuple[ChunkSummary, LineFacts, bytes]:
         raise CacheError(
             f"{path}: the segment is damaged ({error}); run the same command again (where shards write the cache, the one whose segment it is, or all as one job): it is computed anew"
         ) from error
+
+
+def _is_listed(layout: CacheLayout, manifest: Manifest, key: str) -> bool:
+    """Return True if a chunk is in the manifest and on disk with the listed size."""
+    if key not in manifest.chunks or not (layout.is_template or key == "0"):
+        return False
+    path = layout.chunk_path(int(key))
+    return path.is_file() and path.stat().st_size == manifest.chunks[key].bytes
 
 
 def _is_whole(path: Path) -> bool:

@@ -116,7 +116,7 @@ class TeacherProgress:
 
 
 def metrics_file(job: Job) -> MetricsFile:
-    """`train_CHUNK_ID.jsonl` -> `train_metrics.jsonl`, for a shard `train_metrics_1_of_4.jsonl`.
+    """`train_CHUNK_ID.jsonl` -> `train_metrics.log`, for a shard `train_metrics_1_of_4.log`. No glob of chunks matches it.
 
     Raises:
         CacheError: it cannot be written.
@@ -124,6 +124,6 @@ def metrics_file(job: Job) -> MetricsFile:
     layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.shard_number()
     folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
     part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
-    path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.jsonl")
+    path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.log")
     with explained(path):
         return MetricsFile(path)

@@ -49,7 +49,7 @@ class NonFiniteSteps:
         message = f"step {step}: {found} is not finite; no weight was changed"
         if self.mode == "stop":
             raise NonFiniteError(
-                f"{message}. Look at these examples and what the cache says of them (inspect_cache); try a lower "
+                f"{message}. Look at these examples and what the cache says of them (`logit_cache inspect`); try a lower "
                 f"model.optim.lr or trainer.precision=32, or go on without such steps: {KEY}=skip"
             )
         if self.in_a_row >= MOST_IN_A_ROW:

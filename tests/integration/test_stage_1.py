@@ -244,7 +244,7 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that make the cache: neither locks nor metrics."""
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.endswith((".lock", "metrics.jsonl"))]
+    paths = [path for path in sorted(folder.iterdir()) if not path.name.endswith((".lock", "metrics.log"))]
     return {path.name: path.read_bytes() for path in paths}
 
 
@@ -334,7 +334,7 @@ def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, t
         *(f"c_{chunk}.jsonl.zst{suffix}" for chunk in range(3) for suffix in ("", ".idx")),
         "c_manifest.json",
     }
-    assert (folder / "c_metrics.jsonl").exists()
+    assert (folder / "c_metrics.log").exists()
     assert written[1] == written[0]
     assert written[2] == written[0]
 

@@ -155,7 +155,7 @@ def test_shards_that_run_at_the_same_time_write_the_cache_of_one_run(world, stra
         status, said = finish(process)
         assert status == 0, said
     assert cache_files(tmp_path) == straight
-    assert {path.name for path in tmp_path.glob("*metrics*")} == {f"c_metrics_{i}_of_2.jsonl" for i in range(2)}
+    assert {path.name for path in tmp_path.glob("*metrics*")} == {f"c_metrics_{i}_of_2.log" for i in range(2)}
 
 
 def run(*args: object) -> str:
@@ -295,7 +295,7 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     model, dataset = world
     overrides = {"trainer__devices": 2, "exp_manager__log_interval_s": 0.05, "cache__segment_examples": 5}
     assert ranks(2).run(run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides) == ["", ""]
-    lines = [json.loads(line) for line in (tmp_path / "c_metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()]
     assert len(lines) > 2
     manifest = json.loads((tmp_path / "c_manifest.json").read_text())["chunks"]["0"]
     assert lines[-1]["progress/examples"] == manifest["examples"] == NUM_RECORDS - 1

@@ -1,0 +1,249 @@
+"""Damaged and hostile caches: right rows or one error, within bounds of memory and time."""
+
+from __future__ import annotations
+
+import binascii
+import os
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pytest
+import zstandard
+
+from nemo_kd.batch import Example
+from nemo_kd.cache.index import ChunkIndex
+from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.lines import lines_of
+from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.packed_codec import _HEADER, huffman
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.record import decode, example_hash
+from nemo_kd.cache.verify import verify
+from nemo_kd.config import UserInputError
+from tests.tiny_cache import CacheWriter, chunks_of, manifest, write_segment
+
+ROOT = Path(__file__).resolve().parents[2]
+CASES = 250
+MOST_BYTES = 6 << 30
+
+
+def write(folder: Path, name: str = "c_CHUNK_ID.jsonl.zst") -> str:
+    layout, description = CacheLayout(str(folder / name)), manifest()
+    writer = CacheWriter(layout, description, chunks_of(description))
+    for segment in writer.missing_segments():
+        write_segment(layout, description, segment)
+    writer.assemble_complete()
+    writer.close()
+    return layout.output_path
+
+
+def packed_line(num_positions: int, num_kept: int, counts: bytes) -> bytes:
+    """A short line whose header and counts ask for `num_kept` entries."""
+    example = Example(0, *(np.ones(num_positions, dtype=np.int64) for _ in range(2)), np.ones(num_positions))
+    streams = [counts, huffman(np.full(num_positions, 136, np.uint8)), huffman(np.zeros(5, np.uint8))]
+    streams += [huffman(np.zeros(5, np.uint8)), b""]
+    blob = _HEADER.pack(1, 4, 64, 8, 1, 0, 1, len(streams), num_positions, num_kept)
+    blob += np.array([1], "<f4").tobytes() + np.array([len(one) for one in streams], "<u4").tobytes()
+    blob += b"".join(streams)
+    blob += zlib.crc32(blob).to_bytes(4, "little")
+    ones = [1] * num_positions
+    fields = {"v": 1, "index": 0, "hash": example_hash(example), "tokens": ones, "labels": ones, "loss_mask": ones}
+    return orjson.dumps(fields | {"teacher": binascii.b2a_base64(blob, newline=False).decode()})
+
+
+def test_a_short_line_cannot_ask_for_the_memory(tmp_path):
+    line = packed_line(30_000, 30_000 * 60_000, huffman(np.full(30_000, 59_999, "<u2").view(np.uint8)))
+    with pytest.raises(CacheError, match="a stream holds 5 numbers where 1800000000 are called for"):
+        decode(line, "file:1")
+
+
+def test_a_frame_that_inflates_without_bounds_is_no_line(tmp_path):
+    compressor = zstandard.ZstdCompressor(write_content_size=False).compressobj()
+    path = tmp_path / "bomb.jsonl.zst"
+    with path.open("wb") as file:
+        for _ in range(64):
+            file.write(compressor.compress(bytes(8 << 20)))
+        file.write(compressor.flush())
+    assert path.stat().st_size < 200_000
+    with path.open("rb") as file, pytest.raises(CacheError, match="is no line of a cache"):
+        list(lines_of(path).split(file, str(path)))
+    with pytest.raises(CacheError):
+        lines_of(path).read(path.read_bytes(), str(path))
+    claim = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1 << 30))
+    with pytest.raises(CacheError, match="a frame of 1073741824 bytes is no line"):
+        lines_of(path).read(claim, str(path))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("tail_mass", [[1.5]], "field tail_mass: found 1.5"),
+        ("tail_mass", [[-0.5]], "field tail_mass: found -0.5"),
+        ("temperatures", [1, 0], "field temperatures: found 0"),
+        ("temperatures", [1, -2], "field temperatures: found -2"),
+        ("label_logprobs", [0.5], "field label_logprobs: found 0.5"),
+        ("topk_token_ids", [[-1, 3]], "field topk_token_ids: found -1"),
+        ("topk_token_ids", [[3, 3]], "found an id twice"),
+    ],
+)
+def test_values_of_the_json_codec_out_of_range_are_refused(field, value, message):
+    fields = {"tokens": [1], "labels": [2], "loss_mask": [1], "topk_logits": [[0, -1]], "topk_token_ids": [[2, 3]]}
+    fields |= {"log_sum_exp_logits": [0.4], "temperatures": [1], "tail_mass": [[0.1]], "label_logprobs": [-0.4]}
+    decode(orjson.dumps(fields), "file:1", index=0)
+    fields[field] = value
+    if field == "temperatures":
+        fields["tail_mass"] = [[0.1], [0.1]]
+    with pytest.raises(CacheError, match=message):
+        decode(orjson.dumps(fields), "file:1", index=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dataset": {"start_from_idx": 0, "end_at_idx": 10**9}, "n_examples_per_chunk": 1},
+        {"merged_chunks": 10**9},
+        {"merged_chunks": 2**63},
+        {"top_k": "8"},
+        {"codec": []},
+        {"teacher": 3},
+        {"dataset": None},
+        {"chunks": {"9" * 5000: {}}},
+        {"chunks": 7},
+        {"seq_length": -1, "vocab_size": -5},
+    ],
+)
+def test_a_manifest_of_absurd_values_is_one_error_at_once(tmp_path, change):
+    path = write(tmp_path)
+    manifest_path = CacheLayout(path).manifest_path
+    manifest_path.write_bytes(orjson.dumps(orjson.loads(manifest_path.read_bytes()) | change))
+    with pytest.raises(UserInputError):
+        CacheReader(path)
+    assert any(report.problems for report in verify(path))
+
+
+def test_a_manifest_nested_deeply_is_one_error(tmp_path):
+    deep = b"[" * 500 + b"]" * 500
+    with pytest.raises(CacheError, match="nested more than 32 deep"):
+        Manifest.parse(b'{"format_version":2,"codec":' + deep + b"}", "m.json")
+
+
+def test_an_index_with_places_outside_the_file_is_made_anew(tmp_path):
+    path = write(tmp_path)
+    index_path = tmp_path / "c_0.jsonl.zst.idx"
+    whole = index_path.read_bytes()
+    index = ChunkIndex.of(whole)
+    assert index is not None
+    starts = index.starts.copy()
+    starts[1] = 1 << 60
+    index_path.write_bytes(ChunkIndex(index.facts, index.sha256, starts, index.num_positions).to_bytes())
+    CacheReader(path)[0]
+    assert index_path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["c_0.jsonl.zst.idx", "c_manifest.json", "c_0.jsonl.zst"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
+def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, kind):
+    path = write(tmp_path)
+    place = tmp_path / name
+    place.unlink()
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "folder":
+        place.mkdir()
+    else:
+        place.symlink_to("/dev/zero" if kind == "device" else name)
+    with pytest.raises(UserInputError):
+        CacheReader(path)[0]
+
+
+def test_a_path_with_5000_digits_is_one_error(tmp_path):
+    path = write(tmp_path)
+    with pytest.raises(UserInputError):
+        CacheReader(f"{path}[:{'9' * 5000}]")
+
+
+def fuzz(folder: Path) -> None:
+    """Change bytes of a cache's files, and read and verify it: only right rows or errors of the user's input may come."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    generator = random.Random(7)
+    for name in ("a_CHUNK_ID.jsonl", "a_CHUNK_ID.jsonl.zst"):
+        whole, damaged = folder / f"whole{len(name)}", folder / "damaged"
+        whole.mkdir()
+        write(whole, name)
+        files = sorted(path.name for path in whole.iterdir() if not path.name.startswith("."))
+        for case in range(CASES):
+            shutil.rmtree(damaged, ignore_errors=True)
+            shutil.copytree(whole, damaged)
+            path = damaged / generator.choice(files)
+            content = bytearray(path.read_bytes())
+            place = generator.randrange(len(content))
+            kind = case % 4
+            if kind == 0:
+                content[place] ^= 1 << generator.randrange(8)
+            elif kind == 1:
+                del content[place:]
+            elif kind == 2:
+                content[place:place] = generator.choice(
+                    [b"9" * 5000, b"-1", b"1e308", b"\xff" * 8, b"[" * 2000, b"null"]
+                )
+            else:
+                content[place : place + 8] = (1 << generator.randrange(62)).to_bytes(8, "little")
+            path.write_bytes(content)
+            if case % 2:  # no manifest and no index protect the lines
+                for other in files:
+                    if other.endswith((".idx", "manifest.json")) and other != path.name:
+                        (damaged / other).unlink()
+            try:
+                reader = CacheReader(str(damaged / name))
+                for position in range(len(reader)):
+                    row = reader[position]
+                    assert np.isfinite(row.teacher.log_sum_exp_logits_S).all()
+                    assert (row.teacher.tail_mass_TS >= 0).all()
+                    assert (row.teacher.tail_mass_TS <= 1).all()
+            except UserInputError:
+                pass
+
+
+def test_changed_bytes_give_right_rows_or_an_error(tmp_path):
+    code = f"from pathlib import Path; from tests.unit.test_hostile_caches import fuzz; fuzz(Path({str(tmp_path)!r}))"
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_the_same_name_with_another_suffix_does_not_share_a_manifest(tmp_path):
+    write(tmp_path, "c_CHUNK_ID.jsonl")
+    with pytest.raises(CacheError, match="c_manifest.json belongs to the cache .*c_CHUNK_ID.jsonl; two caches cannot"):
+        write(tmp_path, "c_CHUNK_ID.jsonl.zst")
+    write(tmp_path, "c_CHUNK_ID.jsonl")
+
+
+def test_a_check_before_listing_keeps_a_chunk_from_being_listed(tmp_path):
+    layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
+
+    def refuse() -> None:
+        raise CacheError("the dataset has changed")
+
+    writer = CacheWriter(layout, description, chunks_of(description), check_before_listing=refuse)
+    for segment in writer.missing_segments():
+        write_segment(layout, description, segment)
+    with pytest.raises(CacheError, match="the dataset has changed"):
+        writer.assemble_complete()
+    writer.close()
+    assert Manifest.load(layout.manifest_path).chunks == {}
+    assert layout.existing_chunks() == []
