@@ -11,7 +11,7 @@ from nemo_kd.config import UserInputError
 CHUNK_ID = "CHUNK_ID"
 SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
 SEGMENTS = ".segments"
-SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
+SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d{1,18}%?)?:(?P<end>-?\d{1,18}%?)?\]")
 """A path with a selection of rows behind it."""
 
 
