@@ -158,7 +158,12 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
 def temporary_path(path: str | Path) -> Path:
     """Return the hidden name, with machine and process in it, of a file or folder that is to become `path`."""
     path = Path(path)
-    return path.with_name(f".{path.name}.{_machine()}-{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{owner_name()}.tmp")
+
+
+def owner_name() -> str:
+    """Return machine and process as the names of temporary files and folders have them."""
+    return f"{_machine()}-{os.getpid()}"
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -175,15 +180,15 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def abandoned(folder: Path) -> list[Path]:
+def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
     """Return the temporary files and folders that dead processes left in a folder.
 
     A process of this machine is dead when no process has its id. Nothing is known about a process of another machine, so
     what it writes counts as abandoned once it has not grown for an hour.
     """
     found = []
-    for path in sorted(folder.glob(".*.tmp")):
-        owner, dash, pid = path.name.removesuffix(".tmp").rpartition("-")
+    for path in sorted(folder.glob(f".*{suffix}")):
+        owner, dash, pid = path.name.removesuffix(suffix).rpartition("-")
         if not (dash and pid.isdecimal()):
             continue
         if owner.endswith(f".{_machine()}"):

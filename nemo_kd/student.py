@@ -59,6 +59,7 @@ from nemo_kd.trainer.logging import quiet_tensorboard_thread, source_names
 from nemo_kd.trainer.meter import StepMeter
 from nemo_kd.trainer.non_finite import NonFiniteSteps
 from nemo_kd.trainer.plan import plan_training
+from nemo_kd.trainer.run_folder import own_run_folder
 from nemo_kd.trainer.splits import load_splits
 from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
@@ -348,6 +349,7 @@ def train_student(config: TrainStudentConfig) -> None:
             TORCH_TIMEOUT_FACTOR * timeout_minutes,
         )
         resolve_precision(config.trainer)
+        stack.enter_context(own_run_folder(settings, config.name))
         pretrained = stack.enter_context(open_pretrained(config.pretrained_checkpoint.restore_from_path))
         architecture = pretrained.architecture
         if config.export.lora == "adapter" and pretrained.kind != "hf":

@@ -72,18 +72,17 @@ class SchedConfig:
         """The parts of a run of `max_steps`.
 
         A warmup that is longer than the run is allowed, as short trials have it; the rate stays below its maximum then.
-
-        Raises:
-            ConfigError: warmup and constant steps together are more than the run has.
+        Constant steps that do not fit after the warmup are left out: otherwise a short run would train at min_lr throughout.
         """
         warmup = _steps(self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps)
-        constant = _steps(self.constant_steps, self.constant_ratio, 0, max_steps)
-        if constant and warmup + constant > max_steps:
-            raise ConfigError(
-                f"{KEY}.sched: {warmup} steps of warmup and {constant} constant steps at min_lr are more than the {max_steps} steps "
-                "of the run; lower constant_steps (0: the learning rate falls until the last step), or train longer"
-            )
+        constant = self.asked_constant_steps(max_steps)
+        if warmup + constant > max_steps:
+            constant = 0
         return Phases(warmup, max(0, max_steps - warmup - constant), constant)
+
+    def asked_constant_steps(self, max_steps: int) -> int:
+        """Return the constant steps of the configuration, whether the run has room for them or not."""
+        return _steps(self.constant_steps, self.constant_ratio, 0, max_steps)
 
 
 def _steps(steps: int | None, ratio: float | None, default: int, max_steps: int) -> int:

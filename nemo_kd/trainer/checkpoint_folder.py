@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.config import UserInputError
+from nemo_kd.files import abandoned, owner_name
 from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
 
 CONTENTS = "contents.json"
@@ -71,8 +72,8 @@ class Contents:
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """A new hidden name beside `folder`; no two runs get the same."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}{UNFINISHED}")
+    """A new hidden name beside `folder` with machine and process in it; no two runs get the same."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{owner_name()}{UNFINISHED}")
 
 
 def seal(
@@ -124,8 +125,8 @@ def discard(folder: Path) -> None:
 
 
 def unfinished(parent: Path) -> list[Path]:
-    """What runs that were killed have left of checkpoints they wrote or deleted."""
-    return sorted(path for path in parent.glob(f".*{UNFINISHED}") if path.is_dir())
+    """What dead processes have left of checkpoints they wrote or deleted; never what a live one is writing."""
+    return [path for path in abandoned(parent, UNFINISHED) if path.is_dir()]
 
 
 def checkpoints(parent: Path) -> list[Path]:

@@ -229,7 +229,13 @@ class StudentCheckpoints(NeMoModelCheckpoint):
             self._save_latest(trainer, self._unranked_name)
         self._finish(trainer)
         if trainer.strategy.broadcast(nothing_new and self._is_left(trainer)):
-            log.info("nothing is left to train, and %s is there", self._format_nemo_checkpoint_name())
+            log.warning(
+                "nothing is left to train: %s is the result of an earlier run of this command, which took all %d steps; to train on "
+                "raise trainer.knowledge_distillation.max_steps or max_epochs, to start over give another "
+                "exp_manager.explicit_log_dir",
+                self._format_nemo_checkpoint_name(),
+                trainer.global_step,
+            )
             return
         save_last = self.save_last
         self.save_last = False  # what NeMo would save here is there already
@@ -238,7 +244,9 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         self.save_last = save_last
 
     def _is_left(self, trainer: pl.Trainer) -> bool:
-        """Whether all that a run leaves was written after the checkpoint that this one went on from."""
+        """Whether all that a run leaves was written after the checkpoint that this one went on from, in the same folder."""
+        if checkpoint_folder(trainer.ckpt_path).absolute().parent != Path(str(self.dirpath)).absolute():
+            return False
         archive = Path(self._format_nemo_checkpoint_name())
         wanted = [archive, archive.with_name(f"{archive.stem}-hf")] if self.leaves_hf else [archive]
         made_s = (checkpoint_folder(trainer.ckpt_path) / CONTENTS).stat().st_mtime

@@ -34,12 +34,17 @@ def learning_rate_factor(step: int, sched: SchedConfig, max_lr: float, max_steps
 
 
 def check_schedule(optim: OptimConfig, max_steps: int) -> None:
-    """Looks at the schedule before anything is loaded; warns of a warmup that the run does not get out of.
-
-    Raises:
-        ConfigError: its parts are more than the run.
-    """
-    warmup = optim.sched.phases(max_steps).warmup
+    """Warn of constant steps that the run has no room for, and of a warmup that it does not get out of."""
+    warmup, _, constant = optim.sched.phases(max_steps)
+    asked = optim.sched.asked_constant_steps(max_steps)
+    if constant < asked:
+        log.warning(
+            "model.optim.sched: %d steps of warmup and %d constant steps at min_lr are more than the %d steps of the run; it has no "
+            "constant steps, the learning rate falls until the last step (constant_steps=0 asks for that)",
+            warmup,
+            asked,
+            max_steps,
+        )
     if warmup >= max_steps:
         last = optim.lr * learning_rate_factor(max_steps - 1, optim.sched, optim.lr, max_steps)
         log.warning(

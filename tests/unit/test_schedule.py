@@ -100,11 +100,24 @@ def test_impossible_settings_are_refused(settings, message):
         SchedConfig(**settings)
 
 
-def test_parts_that_are_more_than_the_run_are_refused_a_long_warmup_is_told(caplog):
-    with pytest.raises(ConfigError, match="10 steps of warmup and 1000 constant steps at min_lr are more than the 900"):
-        check_schedule(OptimConfig(sched=SchedConfig(warmup_steps=10, constant_steps=1000)), 900)
-    with pytest.raises(ConfigError, match="60 steps of warmup and 50 constant"):
-        check_schedule(OptimConfig(sched=SchedConfig(warmup_ratio=0.6, constant_ratio=0.5)), 100)
+def test_constant_steps_without_room_are_left_out_with_a_warning(caplog):
+    for sched, max_steps, message in (
+        (SchedConfig(warmup_steps=10, constant_steps=1000), 900, "10 steps of warmup and 1000 constant steps at min_lr are more than the 900"),
+        (SchedConfig(warmup_ratio=0.6, constant_ratio=0.5), 100, "60 steps of warmup and 50 constant"),
+    ):  # fmt: skip
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check_schedule(OptimConfig(sched=sched), max_steps)
+        assert message in caplog.text
+        assert sched.phases(max_steps) == (
+            sched.phases(max_steps).warmup,
+            max_steps - sched.phases(max_steps).warmup,
+            0,
+        )
+        assert rates(sched, max_steps)[max_steps // 2 + 20] > 0.1 * LR
+
+
+def test_a_long_warmup_is_told(caplog):
     with caplog.at_level(logging.WARNING):
         check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 11)
         assert not caplog.text
