@@ -24,15 +24,18 @@ from nemo_kd.evaluation.faithfulness import (
     said_about,
 )
 
-FACTOR = 10.0
-"""A divergence may be this many times the control's worst, which is that of three times the error of a logit."""
+FACTOR = 4.0
+"""A divergence may be this many times the control's worst, that of twice the error of a logit."""
+FACTOR_OF_EXPERTS = 10.0
+"""Where rounding changes an expert's choice it changes few positions by much, and the control may show none of them."""
 ROUNDING_FACTOR = 2.0
 """Of what the codec rounds: |a + b|^2 <= 2 |a|^2 + 2 |b|^2."""
-FLOOR_KL = {"float32": 1e-7, "bfloat16": 1e-4}
-"""Allowed in any case: a sample of few positions may be lucky."""
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "bfloat16": 2.0**-8}
+STORED_KL = 1e-7
+"""Of float32 fields close to a certain teacher."""
+STORED_LABEL_NATS = 2e-3
 FLOOR_POSITION = 20.0
 """Times the floor at a single position."""
-FLOOR_LABEL_NATS = {"float32": 2e-3, "bfloat16": 0.05}
 FLOOR_SCALE, SCALE_ERRORS = 0.005, 6.0
 """A temperature this close to 1 is none, nor is one within so many standard errors."""
 FEWEST_FOR_SCALE = 50
@@ -100,23 +103,24 @@ class Verdict:
     wrong: dict[int, str]
 
 
-def judge(examples: Sequence[Compared], rounding: Rounding, dtype: str) -> Verdict:
+def judge(examples: Sequence[Compared], rounding: Rounding, dtype: str, factor: float = FACTOR) -> Verdict:
     """Compares every example; of each statistic the worst example counts, not the mean.
 
     Args:
         dtype: the coarser one of those that the cache and the teacher here were computed in.
+        factor: FACTOR or FACTOR_OF_EXPERTS.
     """
     temperatures = [t for t in examples[0].cached.temperatures if all(t in e.cached.temperatures for e in examples)]
     statistics: list[Statistic] = []
     for temperature in temperatures:
-        statistics += _divergences(examples, rounding, FLOOR_KL[dtype], temperature)
+        statistics += _divergences(examples, rounding, floor_kl(dtype), temperature, factor)
     if all(example.cached.label_logprobs_S is not None for example in examples):
-        statistics.append(_labels(examples, rounding, FLOOR_LABEL_NATS[dtype]))
+        statistics.append(_labels(examples, rounding, STORED_LABEL_NATS + 12 * UNIT_ROUNDOFF[dtype], factor))
     wrong_E = np.logical_or.reduce([statistic.wrong_E for statistic in statistics])
     wrong = {number: _explain(number, examples, statistics, rounding) for number in np.flatnonzero(wrong_E).tolist()}
     right = [example for example, is_wrong in zip(examples, wrong_E, strict=True) if not is_wrong]
     scale, control = _pooled([_scales(example, rounding) for example in right or examples])
-    allowed = max(FLOOR_SCALE, SCALE_ERRORS * scale.standard_error) + FACTOR * abs(control.scale - 1)
+    allowed = max(FLOOR_SCALE, SCALE_ERRORS * scale.standard_error) + factor * abs(control.scale - 1)
     return Verdict(
         statistics,
         _temperature(scale),
@@ -126,7 +130,14 @@ def judge(examples: Sequence[Compared], rounding: Rounding, dtype: str) -> Verdi
     )
 
 
-def _divergences(examples: Sequence[Compared], rounding: Rounding, floor: float, temperature: float) -> list[Statistic]:
+def floor_kl(dtype: str) -> float:
+    """Return what is allowed in any case, since a sample of few positions may be lucky: logits off by three roundings."""
+    return STORED_KL + (3 * UNIT_ROUNDOFF[dtype]) ** 2 / 2
+
+
+def _divergences(
+    examples: Sequence[Compared], rounding: Rounding, floor: float, temperature: float, factor: float
+) -> list[Statistic]:
     """Of every example mean, median and worst position of KL(cache || teacher)."""
     cached, control, rounded = [], [], []
     for example in examples:
@@ -141,7 +152,7 @@ def _divergences(examples: Sequence[Compared], rounding: Rounding, floor: float,
         f"{name}, mean of an example",
         np.array([kl_P.mean() for kl_P in cached]),
         mean_E,
-        FACTOR * mean_E.max() + ROUNDING_FACTOR * np.array([kl_P.mean() for kl_P in rounded]) + floor,
+        factor * mean_E.max() + ROUNDING_FACTOR * np.array([kl_P.mean() for kl_P in rounded]) + floor,
     )
     typical_E = np.array([np.median(kl_P) for kl_P in control])
     # Where an expert's choice is close, rounding changes it, and with it a position or two: of them the mean may be large.
@@ -149,9 +160,9 @@ def _divergences(examples: Sequence[Compared], rounding: Rounding, floor: float,
         f"{name}, median of an example",
         np.array([np.median(kl_P) for kl_P in cached]),
         typical_E,
-        FACTOR * typical_E.max() + ROUNDING_FACTOR * np.array([np.median(kl_P) for kl_P in rounded]) + floor,
+        factor * typical_E.max() + ROUNDING_FACTOR * np.array([np.median(kl_P) for kl_P in rounded]) + floor,
     )
-    most = FACTOR * max(kl_P.max() for kl_P in control) + FLOOR_POSITION * floor
+    most = factor * max(kl_P.max() for kl_P in control) + FLOOR_POSITION * floor
     allowed = [ROUNDING_FACTOR * kl_P + most for kl_P in rounded]
     places = [int((kl_P / allowed_P).argmax()) for kl_P, allowed_P in zip(cached, allowed, strict=True)]
     worst = Statistic(
@@ -163,7 +174,7 @@ def _divergences(examples: Sequence[Compared], rounding: Rounding, floor: float,
     return [mean, typical, worst]
 
 
-def _labels(examples: Sequence[Compared], rounding: Rounding, floor: float) -> Statistic:
+def _labels(examples: Sequence[Compared], rounding: Rounding, floor: float, factor: float) -> Statistic:
     cached, control, allowed = [], [], []
     for example in examples:
         labels_P, by_teacher_P, by_alone_P = (
@@ -173,7 +184,7 @@ def _labels(examples: Sequence[Compared], rounding: Rounding, floor: float) -> S
         cached.append(np.abs(labels_P - by_teacher_P).mean())
         control.append(np.abs(by_alone_P - by_teacher_P).mean())
         allowed.append(rounding_of_labels(rounding, labels_P).mean())
-    most = FACTOR**0.5 * max(control) + floor
+    most = factor**0.5 * max(control) + floor
     return Statistic("log-probability of labels, mean", np.array(cached), np.array(control), np.array(allowed) + most)
 
 

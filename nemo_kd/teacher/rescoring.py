@@ -23,7 +23,16 @@ from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.evaluation.faithfulness import Rounding, at_positions, known_positions
-from nemo_kd.evaluation.verdict import Compared, Verdict, judge
+from nemo_kd.evaluation.verdict import (
+    FACTOR,
+    FACTOR_OF_EXPERTS,
+    ROUNDING_FACTOR,
+    UNIT_ROUNDOFF,
+    Compared,
+    Verdict,
+    floor_kl,
+    judge,
+)
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.teacher.job import Run, check_model
@@ -212,6 +221,11 @@ def coarsest(sample: Sample, config: ComputeTopkLogitsConfig) -> str:
     return "bfloat16" if "bfloat16" in dtypes else "float32"
 
 
+def factor_of(run: Run) -> float:
+    """Return how many times the control's worst a divergence may be."""
+    return FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
+
+
 def check_vocabulary(sample: Sample, architecture: GPTArchitecture, teacher: str) -> None:
     """Refuses a teacher that cannot have written the cache.
 
@@ -242,11 +256,7 @@ def check_vocabulary(sample: Sample, architecture: GPTArchitecture, teacher: str
 def score_twice(
     teacher: Teacher, examples: Sequence[Example], unit: float
 ) -> tuple[list[CompactRow], list[CompactRow]]:
-    """The examples in batches, in reverse order; and as a control each alone, padded, and rounded otherwise.
-
-    Args:
-        unit: of the rounding errors that the control has, in parts of a number.
-    """
+    """Score the examples in batches, in reverse order; and as a control each alone, padded, with errors of `unit`."""
     if teacher.max_examples is not None:
         teacher.max_examples = max(2, teacher.max_examples)
     together = teacher.finish(teacher.start(examples[::-1]))[::-1]
@@ -307,9 +317,8 @@ def _outcome(
     if not sample.precisions:
         findings.not_checked.append(f"whether the cache was computed in {here}: it does not tell")
     elif sample.precisions != {here}:
-        told = ", ".join(sorted(sample.precisions))
-        findings.remarks.append(f"the cache was computed in {told}, the teacher here in {here}")
-    verdict = judge(compared, sample.rounding, coarsest(sample, run.config))
+        findings.remarks.append(f"the cache was computed in {', '.join(sample.precisions)}, the teacher here in {here}")
+    verdict = judge(compared, sample.rounding, coarsest(sample, run.config), factor_of(run))
     wrong = dict(findings.wrong)
     for number, text in [*verdict.wrong.items(), *_wrong_samples(sample)]:
         wrong[number] = "; ".join(filter(None, [wrong.get(number), text]))
@@ -349,6 +358,7 @@ def _report(
     wrong: dict[int, str],
 ) -> str:
     num_positions = sum(len(example.positions_P) for example in compared)
+    dtype = coarsest(sample, run.config)
     lines = [
         f"{len(compared)} of {len(sample.reader):,} examples with {num_positions:,} positions, scored by {run.pretrained.source}: {run.layout()}",
         "",
@@ -365,6 +375,8 @@ def _report(
         f"{'temperature that fits best':<36}  {verdict.temperature:8.4f} {'':17}  {verdict.control_temperature:10.4f}",
         "In nats; KL is that of the teacher from the cache, over the kept ids and all others together. The control",
         "scores each example alone and padded, with other rounding errors, instead of in batches.",
+        f"Allowed: {factor_of(run):g} x the control's worst, {ROUNDING_FACTOR:g} x what the codec rounds, and for the mean {floor_kl(dtype):.0e},",
+        f"which follow from the precision: {dtype}, unit roundoff {UNIT_ROUNDOFF[dtype]:.1e}.",
         "",
     ]
     if sample.num_empty:
