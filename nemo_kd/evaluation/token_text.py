@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
 from nemo_kd.data.tokenizer import load_tokenizer
+from nemo_kd.mcore.archive import ArchiveError, open_tokenizer
 from nemo_kd.terminal import printable
 
 MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
@@ -24,21 +23,11 @@ def tokenizer_of(path: str) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none; DataError: it cannot be loaded.
     """
-    source = Path(path).expanduser()
-    if not source.is_file():
-        return load_tokenizer(source / "tokenizer" if (source / "model_config.yaml").is_file() else source)
     try:
-        with tempfile.TemporaryDirectory() as folder, tarfile.open(source) as tar:
-            # Only the tokenizer: the weights beside it can be as large as a disk.
-            members = [member for member in tar if member.name.removeprefix("./").startswith("tokenizer/")]
-            if not members:
-                raise ConfigError(f"--tokenizer: {path} has no folder tokenizer/; give the tokenizer's own folder")
-            tar.extractall(folder, members, filter="data")  # refuses paths and links that lead out of the folder
-            return load_tokenizer(Path(folder) / "tokenizer")
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ConfigError(
-            f"--tokenizer: {path} is neither a folder nor a readable .nemo archive ({error}); give a tokenizer's folder"
-        ) from error
+        with open_tokenizer(Path(path).expanduser()) as folder:
+            return load_tokenizer(folder)
+    except ArchiveError as error:
+        raise ConfigError(f"--tokenizer: {error}") from error
 
 
 class TokenText:

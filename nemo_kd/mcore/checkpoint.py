@@ -11,31 +11,40 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 import tarfile
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import yaml
-from omegaconf import DictConfig
 
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, save_sharded
+from nemo_kd.files import atomic_file, explained, remove, remove_abandoned, temporary_path
+from nemo_kd.mcore.archive import (
+    CHAT_TEMPLATES,
+    MAX_TOP_FILE_BYTES,
+    MODEL_CONFIG,
+    PROVENANCE,
+    TOKENIZER,
+    WEIGHTS,
+    Archive,
+    ArchiveError,
+    FolderFiles,
+)
+from nemo_kd.mcore.checkpoint_write import save_sharded
+from nemo_kd.mcore.collective import on_every_rank, on_rank_zero, rank
+from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_model import open_hf_model
 from nemo_kd.mcore.model import chunks
+from nemo_kd.mcore.model_config import check_size, read_model_config, write_model_config
 from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
-from nemo_kd.model_files import read_json
 
-FORMAT_VERSION = 1
-PROVENANCE = "provenance.json"
-FINGERPRINT_BLOCKS, FINGERPRINT_BLOCK_BYTES = 16, 1 << 16
+FINGERPRINT_BLOCKS = 16
+FINGERPRINT_BLOCK_BYTES = 1 << 16
 KEY = "pretrained_checkpoint.restore_from_path"
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -59,51 +68,68 @@ class PretrainedModel:
 
     Attributes:
         kind: hf or nemo.
-        folder: the Hugging Face folder, or the content of the archive.
         source: the path that was given.
-        tokenizer_folder: where the tokenizer's files lie while the model is open.
+        files: those of the folder, or of the archive, which is read in place.
         dtype: of the stored weights.
         provenance: what the model was trained on, where it says so; conversions pass it on.
     """
 
-    def __init__(self, kind: str, folder: Path, source: Path) -> None:
-        self.kind, self.folder, self.source = kind, folder, source
-        self.provenance = read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else None
+    def __init__(self, kind: str, files: FolderFiles | Archive, source: Path) -> None:
+        self.kind = kind
+        self.files = files
+        self.source = source
+        self.provenance = _json(files, PROVENANCE) if PROVENANCE in files.sizes else None
         if kind == "hf":
-            self.architecture, hf_weights = open_hf_model(folder)
-            self.tokenizer_folder = folder
+            self.architecture, hf_weights = open_hf_model(files.root)
             self.dtype = hf_weights.dtype
-        else:
-            self.architecture = _read_model_config(folder / "model_config.yaml")
-            self.tokenizer_folder = folder / "tokenizer"
-            self._stored = ShardedFolder(folder / "model_weights")
-            self.dtype = functools.reduce(
-                torch.promote_types, {tensor.properties.dtype for tensor in self._stored.tensors.values()}
-            )
+            return
+        if isinstance(files, Archive):
+            files.check_names()
+        config = _read_small(files, MODEL_CONFIG)
+        self.architecture = read_model_config(config, str(files.root / MODEL_CONFIG))
+        self._stored = ShardedFolder(files, f"{WEIGHTS}/")
+        if not self._stored.tensors:
+            raise ConfigError(f"{files.root / WEIGHTS}: holds no weights; copy or write the model again")
+        self.dtype = functools.reduce(
+            torch.promote_types, {tensor.properties.dtype for tensor in self._stored.tensors.values()}
+        )
+        smallest = min(tensor.properties.dtype.itemsize for tensor in self._stored.tensors.values())
+        num_bytes = sum(size for name, size in files.sizes.items() if name.startswith(f"{WEIGHTS}/"))
+        check_size(self.architecture, num_bytes // smallest, str(files.root / MODEL_CONFIG))
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Where the tokenizer's files lie while the model is open."""
+        if isinstance(self.files, Archive):
+            return self.files.tokenizer_folder()
+        return self.files.root / TOKENIZER if self.kind == "nemo" else self.files.root
 
     def fingerprint(self) -> dict[str, str]:
-        """Name, and a hash of the architecture, every weight file's size and 1 MiB of its bytes, spread over the file."""
+        """Return the name, and a hash of the architecture, every weight file's size and 1 MiB of its bytes, spread over the file."""
         architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
         if self.architecture.num_moe_experts is None:  # a dense model's hash is that of versions without experts
             architecture = {key: value for key, value in architecture.items() if "moe" not in key}
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
-        for path in sorted(path for path in self.folder.rglob("*") if path.suffix in (".safetensors", ".distcp")):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(self.folder)}:{size}".encode())
-            with path.open("rb") as file:
+        sizes = self.files.sizes
+        for name in sorted(sizes, key=PurePosixPath):
+            if not name.endswith((".safetensors", ".distcp")):
+                continue
+            digest.update(f"{name}:{sizes[name]}".encode())
+            with self.files.open(name) as file:
                 for block in range(FINGERPRINT_BLOCKS):
-                    file.seek(block * max(0, size - FINGERPRINT_BLOCK_BYTES) // (FINGERPRINT_BLOCKS - 1))
+                    last = max(0, sizes[name] - FINGERPRINT_BLOCK_BYTES)
+                    file.seek(block * last // (FINGERPRINT_BLOCKS - 1))
                     digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
         return {"name": self.source.absolute().name, "weights": f"sha256:{digest.hexdigest()}"}
 
     def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
-        """Fills this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards.
+        """Fill this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards.
 
         Raises:
             ConfigError: the stored weights are not those that the architecture needs.
         """
         if self.kind == "hf":
-            load_hf_weights(model, self.folder, self.architecture, groups)
+            load_hf_weights(model, self.files.root, self.architecture, groups)
             return
         wanted = _weights(model)
         stages: list[Any] = [None] * len(groups.replica_ranks)
@@ -120,32 +146,30 @@ class PretrainedModel:
 
 @contextmanager
 def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
-    """Opens a Hugging Face folder, a .nemo archive or an extracted one; all ranks call it where there are several.
+    """Open a Hugging Face folder, a .nemo archive or an extracted one; all ranks call it where there are several.
 
-    An archive is extracted beside itself, or into the temporary folder where that cannot be written, and removed again.
+    An archive is read in place, by every rank: only its tokenizer is unpacked, into a temporary folder of each.
 
     Raises:
-        ConfigError: nothing is there, or nothing that can be read; names `key`.
+        ConfigError: on every rank, nothing is there, or nothing that can be read; names `key`.
     """
     source = Path(path).expanduser()
-    if not source.exists():
-        raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive")
-    if source.is_dir():
-        yield PretrainedModel(_kind_of_folder(source, key), source, source)
-        return
-    folder = _on_rank_zero(_extract, source, key)
-    try:
-        if not folder.exists():
-            raise ConfigError(
-                f"{key}: {source} was extracted to {folder}, which this machine does not see; extract it (tar xf) on a file "
-                "system that all machines share and give that folder"
-            )
-        yield PretrainedModel(_kind_of_folder(folder, key), folder, source)
-        if _distributed():
-            torch.distributed.barrier()  # no rank may still be reading
-    finally:
-        if _rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def open_files() -> FolderFiles | Archive:
+        if not source.exists():
+            raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive")
+        if source.is_dir():
+            if not any(_is_there(source / name) for name in ("config.json", MODEL_CONFIG)):
+                raise _not_ours(source, False, key)
+            return FolderFiles(source)
+        try:
+            return Archive(source)
+        except ArchiveError as error:
+            raise ConfigError(f"{key}: {error}") from error
+
+    files = on_every_rank(open_files)
+    with files if isinstance(files, Archive) else nullcontext():
+        yield on_every_rank(lambda: PretrainedModel(_kind(files, key), files, source))
 
 
 def save_nemo(
@@ -156,31 +180,52 @@ def save_nemo(
     groups: ProcessGroups,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a .nemo archive, whole or not at all; every rank takes part, rank 0 packs it.
+    """Write a .nemo archive, whole or not at all; every rank takes part, rank 0 packs it.
 
-    The weights lie beside `path` meanwhile, where all ranks write them: twice the archive's size is needed.
+    The weights lie beside `path` meanwhile, where all ranks write them: twice the archive's size is needed. What killed
+    processes left there is removed.
+
+    Raises:
+        FileError: on every rank, something cannot be written; nothing is left of it.
     """
     path = Path(path).absolute()
-    folder = path.with_name(f".{path.name}.tmp")
-    if _rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-    save_sharded(_weights(model), folder / "model_weights")
-    if _rank() == 0:
-        config = {"format_version": FORMAT_VERSION, **dataclasses.asdict(architecture)}
-        (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        copy_tokenizer(tokenizer_folder, folder / "tokenizer")
+
+    def new_folder() -> Path:
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(path.parent)
+            folder = temporary_path(path.with_name(f"{path.name}.content"))
+            remove(folder)  # of a dead process that had this one's id
+            folder.mkdir()
+        return folder
+
+    def pack() -> None:
+        (folder / MODEL_CONFIG).write_text(write_model_config(architecture), encoding="utf-8")
+        copy_tokenizer(tokenizer_folder, folder / TOKENIZER)
         save_provenance(provenance, folder)
-        archive = folder.with_suffix(".tar")
         # NeMo's connector would pack as much, but importing it takes seconds and its base class only knows pickles.
-        with archive.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                for entry in sorted(folder.iterdir()):
-                    tar.add(entry, arcname=f"./{entry.name}")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(archive, path)
-        shutil.rmtree(folder)
-    torch.distributed.barrier()
+        with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            for entry in sorted(folder.iterdir()):
+                tar.add(entry, arcname=f"./{entry.name}", filter=_without_owner)
+
+    folder = on_rank_zero(new_folder)
+    try:
+        with explained(path):
+            save_sharded(_weights(model), folder / WEIGHTS)
+            on_rank_zero(pack)
+    finally:
+        if rank() == 0:
+            remove(folder)
+
+
+def _without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Leave out who packed it on which machine; whole seconds need no extended headers."""
+    info.uid = 0
+    info.gid = 0
+    info.uname = ""
+    info.gname = ""
+    info.mtime = int(info.mtime)
+    return info
 
 
 def save_provenance(provenance: dict[str, Any] | None, folder: Path) -> None:
@@ -190,22 +235,23 @@ def save_provenance(provenance: dict[str, Any] | None, folder: Path) -> None:
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies a tokenizer's files, chat templates and generation settings included."""
+    """Copy a tokenizer's files, chat templates and generation settings included, with this process's file modes."""
+    templates = sorted((source / CHAT_TEMPLATES).glob("*.jinja"))
+    names = [*TOKENIZER_FILES, *(f"{CHAT_TEMPLATES}/{path.name}" for path in templates)]
     target.mkdir(parents=True, exist_ok=True)
-    for name in TOKENIZER_FILES:
+    for name in names:
         if (source / name).is_file():
-            shutil.copy2(source / name, target / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)
+            (target / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, target / name)
 
 
-def _kind_of_folder(folder: Path, key: str) -> str:
-    if (folder / "config.json").exists() or (folder / "config.json").is_symlink():
+def _kind(files: FolderFiles | Archive, key: str) -> str:
+    if isinstance(files, FolderFiles) and _is_there(files.root / "config.json"):
         return "hf"
-    is_nemo = (folder / "model_config.yaml").is_file()
-    if is_nemo and (folder / "model_weights" / ".metadata").is_file():
+    is_nemo = MODEL_CONFIG in files.sizes
+    if is_nemo and f"{WEIGHTS}/{METADATA}" in files.sizes:
         return "nemo"
-    raise _not_ours(folder, is_nemo, key)
+    raise _not_ours(files.root, is_nemo, key)
 
 
 def _weights(model: torch.nn.Module) -> dict[str, Any]:
@@ -216,43 +262,6 @@ def _weights(model: torch.nn.Module) -> dict[str, Any]:
         for name, part in chunk.sharded_state_dict().items()
         if ADAPTERS not in name.split(".") and not name.endswith("_extra_state")
     }
-
-
-def _read_model_config(path: Path) -> GPTArchitecture:
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML ({error})") from error
-    version = config.pop("format_version", None) if isinstance(config, dict) else None
-    if version != FORMAT_VERSION:
-        raise ConfigError(
-            f"{path}: format_version is {version!r}, so another tool wrote it (nemo_kd writes {FORMAT_VERSION}); convert the "
-            "model to Hugging Face with that tool, then with convert_checkpoint"
-        )
-    hf_config = config.pop("hf_config", {})  # kept from OmegaConf, which would interpolate "${...}" in it
-    return dataclasses.replace(typed(GPTArchitecture, DictConfig(config)), hf_config=hf_config)
-
-
-def _extract(source: Path, key: str) -> Path:
-    """Unpacks into a new folder; only names and sizes are looked at before it is known to be a model of ours."""
-    parent = source.absolute().parent
-    folder = Path(
-        tempfile.mkdtemp(prefix=f".{source.name}.extracted-", dir=parent if os.access(parent, os.W_OK) else None)
-    )
-    try:
-        with tarfile.open(source) as tar:
-            names = {os.path.normpath(name) for name in tar.getnames()}
-            if "model_config.yaml" in names and "model_weights/.metadata" in names:
-                tar.extractall(
-                    folder, filter="data"
-                )  # refuses absolute paths, `..`, links out of the folder and devices
-    except (tarfile.TarError, EOFError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ConfigError(f"{key}: {source} is no readable .nemo archive ({error}); copy or write it again") from error
-    if not any(folder.iterdir()):
-        shutil.rmtree(folder)
-        raise _not_ours(source, "model_config.yaml" in names, key)
-    return folder
 
 
 def _not_ours(path: Path, is_nemo: bool, key: str) -> ConfigError:
@@ -266,24 +275,27 @@ def _not_ours(path: Path, is_nemo: bool, key: str) -> ConfigError:
     )
 
 
-def _on_rank_zero(function: Any, *args: Any) -> Any:
-    """What `function(*args)` gives on rank 0, on every rank; its ConfigError is raised on all."""
-    outcome: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            outcome[0] = function(*args)
-        except ConfigError as error:
-            outcome[1] = str(error)
-    if _distributed():
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise ConfigError(outcome[1])
-    return outcome[0]
+def _is_there(path: Path) -> bool:
+    return path.exists() or path.is_symlink()
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+def _read_small(files: FolderFiles | Archive, name: str) -> bytes:
+    if files.sizes[name] > MAX_TOP_FILE_BYTES:
+        raise ConfigError(
+            f"{files.root / name}: {files.sizes[name]:,} bytes, more than any model's ({MAX_TOP_FILE_BYTES:,})"
+        )
+    try:
+        with files.open(name) as file:
+            return file.read(MAX_TOP_FILE_BYTES)
+    except OSError as error:
+        raise ConfigError(f"{files.root / name}: cannot be read ({error.strerror})") from error
 
 
-def _rank() -> int:
-    return torch.distributed.get_rank() if _distributed() else 0
+def _json(files: FolderFiles | Archive, name: str) -> dict[str, Any]:
+    try:
+        content = json.loads(_read_small(files, name).decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{files.root / name}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{files.root / name}: {type(content).__name__} where a mapping belongs")
+    return content

@@ -1,11 +1,14 @@
-"""Megatron's distributed checkpoints: one folder, written and read by all ranks, loadable in any layout."""
+"""Megatron's distributed checkpoints as they are read: in any layout, and from anywhere.
+
+Nothing in one runs code: `.metadata` is unpickled by a reader that knows its classes, what is not a tensor by torch with
+`weights_only=True`, and the weights of an archive are read as bytes.
+"""
 
 from __future__ import annotations
 
 import io
 import math
 import pickle
-import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -13,68 +16,119 @@ from typing import Any, BinaryIO
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factories
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
+from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, apply_factories
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 
 from nemo_kd.config import ConfigError
+from nemo_kd.mcore.archive import Files, FolderFiles
 from nemo_kd.mcore.hf_folder import BLOCK_BYTES
-from nemo_kd.mcore.optimizer import sharding_metadata
+from nemo_kd.mcore.stored_metadata import read_metadata
 
-_HARMLESS = {
-    "collections": {"OrderedDict"},
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.metadata": {
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
-}
-"""What the pickle that torch names `.metadata` is made of, dtypes apart; nothing in it does more than hold values."""
-
-
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Writes `state` (sharded tensors and plain values) into `folder`; every rank calls it, `folder` is replaced.
-
-    Megatron forks writer processes: a script that gets here must guard its entry point with `__name__`.
-    """
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    torch.distributed.barrier()
-    dist_checkpointing.save(state, str(folder), content_metadata=sharding_metadata())
+METADATA = ".metadata"
+COMMON = "common.pt"
+EXTRA_STATE = "_extra_state"
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """What `folder` holds for the sharded tensors of `state`, and all its plain values; every rank calls it.
+    """Return what `folder` holds for the sharded parts of `state`, and all its plain values; every rank calls it.
+
+    States that layers keep beside their weights (of FP8, pickles that Transformer Engine would load) are not read: the
+    model keeps its own.
 
     Raises:
-        ConfigError: `.metadata` is damaged, or would run code.
+        ConfigError: `.metadata` or a value is damaged, or would run code.
     """
-    _read_metadata(folder / ".metadata")  # torch will unpickle it
-    return dist_checkpointing.load(
-        state, str(folder), strict=dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
-    )
+    metadata = _checked(folder)
+
+    def load(part: Any) -> Any:
+        """Megatron would unpickle an object; it passes on one that is there already."""
+        if isinstance(part, ShardedObject):
+            return LocalNonpersistentObject(_load_object(part, metadata, folder))
+        return part
+
+    strict = dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
+    return dist_checkpointing.load(dict_list_map_outplace(load, state), str(folder), strict=strict)
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
-    """The plain values that `folder` holds, without its sharded tensors."""
+    """Return the plain values that `folder` holds, without its sharded tensors.
+
+    Raises:
+        ConfigError: they are damaged, or would run code.
+    """
+    _checked(folder)
     return dist_checkpointing.load_common_state_dict(str(folder))
 
 
-class ShardedFolder:
-    """The tensors that a distributed checkpoint from elsewhere holds, by their names.
+def _checked(folder: Path) -> Metadata:
+    """Read what torch and Megatron will unpickle, in a way that runs no code; both read it again then."""
+    path = folder / METADATA
+    try:
+        with path.open("rb") as file:
+            metadata = read_metadata(file, str(path))
+        if (folder / COMMON).is_file():  # newer versions of Megatron write none
+            load_values((folder / COMMON).read_bytes(), str(folder / COMMON))
+    except OSError as error:
+        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return metadata
 
-    torch unpickles `.metadata` without asking what is in it; here it may only hold values, and weights are read as bytes.
+
+def load_values(data: bytes, where: str) -> Any:
+    """Return the values that torch.save wrote; code in them is refused, not run.
+
+    Raises:
+        ConfigError: they are damaged, compressed (torch.save does not), or not plain values and tensors.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise zipfile.BadZipFile("it is compressed")
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (
+        *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, NotImplementedError),
+        *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError, MemoryError),
+    ) as error:
+        lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line or "nsupported" in line]
+        reason = (lines or str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"{where}: cannot be read without running its code ({reason[:200]}); "
+            "a checkpoint holds tensors and plain values only: use one that nemo_kd wrote"
+        ) from error
+
+
+def _load_object(part: ShardedObject, metadata: Metadata, folder: Path) -> Any:
+    if part.key.endswith(EXTRA_STATE):
+        return part.data
+    info = metadata.storage_data.get(MetadataIndex(part.unique_key))
+    if info is None:
+        raise ConfigError(f"{folder}: {part.unique_key} is missing; use another checkpoint")
+    path = folder / Path(info.relative_path).name
+    try:
+        with path.open("rb") as file:
+            file.seek(info.offset)
+            data = file.read(min(info.length, path.stat().st_size))
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{path}: {part.unique_key} cannot be read ({error})") from error
+    values = load_values(data, f"{path}: {part.unique_key}")
+    if not isinstance(values, list) or len(values) != 1:
+        raise ConfigError(f"{path}: {part.unique_key} is not one value; use another checkpoint")
+    return values[0]
+
+
+class ShardedFolder:
+    """The tensors of a distributed checkpoint from elsewhere, by their names.
+
+    `.metadata` may only hold values, and weights are read as bytes.
+
+    Args:
+        files: of the model; or the folder of the checkpoint itself.
+        prefix: of the names of the checkpoint's files, such as `model_weights/`.
 
     Attributes:
         tensors: name -> shape, dtype and stored chunks.
@@ -83,15 +137,24 @@ class ShardedFolder:
         ConfigError: `.metadata` is damaged, or would run code.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        metadata = _read_metadata(folder / ".metadata")
+    def __init__(self, files: Files | Path, prefix: str = "") -> None:
+        self.files: Files = FolderFiles(files) if isinstance(files, Path) else files
+        self.prefix = prefix
+        self.folder = self.files.root / prefix
+        try:
+            with self.files.open(prefix + METADATA) as file:
+                metadata = read_metadata(file, str(self.folder / METADATA))
+        except OSError as error:
+            raise ConfigError(f"{self.folder / METADATA}: cannot be read ({error})") from error
         entries = metadata.state_dict_metadata.items()
         self.tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
+        for file_name in sorted({Path(info.relative_path).name for info in metadata.storage_data.values()}):
+            if prefix + file_name not in self.files.sizes:
+                raise ConfigError(f"{self.folder / file_name}: the file is missing; copy or write the model again")
         self._stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Fills the memory of the sharded tensors in `state`, a few megabytes at a time; no communication.
+        """Fill the memory of the sharded tensors in `state`, a few megabytes at a time; no communication.
 
         What lies outside of the stored tensor (vocabulary padding) keeps its values. `state` is changed.
 
@@ -101,10 +164,11 @@ class ShardedFolder:
         apply_factories(state)
         for part in nested_values(state):
             stored = self.tensors[part.key]
-            if not part.allow_shape_mismatch and tuple(part.global_shape) != tuple(stored.size):
+            shape = tuple(part.global_shape)
+            free = 1 if part.allow_shape_mismatch else 0  # padding may differ along the vocabulary
+            if shape[free:] != tuple(stored.size)[free:] or len(shape) != len(stored.size):
                 raise ConfigError(
-                    f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, model_config.yaml calls for "
-                    f"{tuple(part.global_shape)}"
+                    f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, model_config.yaml calls for {shape}"
                 )
             target = part.data.detach()[(None,) * part.prepend_axis_num]
             for chunk in stored.chunks:
@@ -120,9 +184,12 @@ class ShardedFolder:
     def _read(
         self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, offsets: list[int], into: torch.Tensor
     ) -> None:
-        """Copies the part of a chunk that starts at `offsets` in it."""
-        info = self._stored[name, tuple(chunk.offsets)]
-        path = self.folder / Path(info.relative_path).name
+        """Copy the part of a chunk that starts at `offsets` in it."""
+        info = self._stored.get((name, tuple(chunk.offsets)))
+        if info is None:
+            raise ConfigError(f"{self.folder}: a part of {name} is missing; copy or write the model again")
+        file_name = Path(info.relative_path).name
+        path = self.folder / file_name
         sizes = list(chunk.sizes)
         while len(sizes) > 1 and sizes[0] == 1:  # numbers of layer and expert
             sizes, offsets, into = sizes[1:], offsets[1:], into[0]
@@ -130,7 +197,7 @@ class ShardedFolder:
         block_rows = max(1, BLOCK_BYTES // row_bytes)
         inner = tuple(slice(first, first + size) for first, size in zip(offsets[1:], into.shape[1:], strict=True))
         try:
-            with path.open("rb") as file:
+            with self.files.open(self.prefix + file_name) as file:
                 start = info.offset + _first_byte(file, info, sizes[0] * row_bytes)
                 for row in range(0, len(into), block_rows):
                     target = into[row : row + block_rows]
@@ -138,7 +205,7 @@ class ShardedFolder:
                     block = bytearray(file.read(len(target) * row_bytes))
                     rows = torch.frombuffer(block, dtype=dtype).view(len(target), *sizes[1:])
                     target.copy_(rows[(slice(None), *inner)])
-        except (OSError, zipfile.BadZipFile, RuntimeError, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{path}: {name} cannot be read ({error}); copy or write the model again") from error
 
 
@@ -166,8 +233,8 @@ class _FilePart(io.RawIOBase):
         return len(data)
 
 
-def _first_byte(file: BinaryIO, info: _StorageInfo, num_bytes: int) -> int:
-    """Where in the part of a file that torch.save wrote (a zip archive of stored entries) the tensor's bytes begin."""
+def _first_byte(file: BinaryIO, info: Any, num_bytes: int) -> int:
+    """Return where the tensor's bytes begin in the part of a file that torch.save wrote: a zip archive of stored entries."""
     part = _FilePart(file, info.offset, info.length)
     with zipfile.ZipFile(part) as archive:
         entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None)
@@ -177,22 +244,3 @@ def _first_byte(file: BinaryIO, info: _StorageInfo, num_bytes: int) -> int:
     header = part.read(30)
     name_length, extra_length = struct.unpack("<HH", header[26:])
     return entry.header_offset + len(header) + name_length + extra_length
-
-
-def _read_metadata(path: Path) -> Metadata:
-    try:
-        with path.open("rb") as file:
-            metadata = _MetadataUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise ConfigError(f"{path}: not the metadata of a distributed checkpoint ({error})") from error
-    if not isinstance(metadata, Metadata):
-        raise ConfigError(f"{path}: not the metadata of a distributed checkpoint ({type(metadata).__name__})")
-    return metadata
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if is_dtype or name in _HARMLESS.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import re
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.peft import ExportConfig, LoraConfig
+from nemo_kd.files import explained, remove, remove_abandoned, temporary_path
 from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, save_nemo, save_provenance
+from nemo_kd.mcore.collective import on_rank_zero, raise_together
 from nemo_kd.mcore.experts import fused_part
+from nemo_kd.mcore.folder_swap import replace_folder, restore_replaced
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks
@@ -33,7 +40,7 @@ def save_model(
     export: ExportConfig,
     lora: LoraConfig | None,
 ) -> None:
-    """Writes the .nemo archive `path`, adapters merged, and beside it the Hugging Face folder that `export` asks for."""
+    """Write the .nemo archive `path`, adapters merged, and beside it the Hugging Face folder that `export` asks for."""
     hf_folder = path.with_name(path.name.removesuffix(".nemo") + "-hf")
     architecture, tokenizer_folder = source.architecture, source.tokenizer_folder
     with merged(model):
@@ -53,13 +60,21 @@ def save_hf(
     groups: ProcessGroups,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Writes a Hugging Face folder, whole or not at all, replacing it; every rank takes part, and all see its disk.
+    """Write a Hugging Face folder, whole or not at all, replacing it; every rank takes part, and all see its disk.
 
     One rank of every pipeline stage (and of all that hold experts) writes the files of its layers. It gathers a file's
     weights over its tensor-parallel group first, so it needs host memory for one file, and memory on its device for
     one weight.
+
+    Raises:
+        FileError: on every rank, something cannot be written; the old folder is left.
     """
-    temporary = _new_folder(folder)
+    with _new_folder(folder) as temporary:
+        _write_hf(temporary, model, architecture, groups)
+        _finish(temporary, folder, tokenizer_folder, provenance)
+
+
+def _write_hf(temporary: Path, model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
     mine = _pieces_to_write(model, architecture, groups)
     files, first_file, num_files = _plan(mine, architecture, groups)
     names = {
@@ -68,18 +83,24 @@ def save_hf(
     }
     weight_map: dict[str, str] = {}
     total_bytes = 0
+    problem: OSError | None = None
     for file, hf_names in files.items():
         tensors: dict[str, torch.Tensor] = {}
         for hf_name in hf_names:
             tensor = whole_tensor(mine[hf_name], architecture, groups)
             if groups.tensor_rank == 0:
                 tensors[hf_name] = tensor.cpu().contiguous()
-        if groups.tensor_rank == 0:
-            save_file(tensors, temporary / names[file], metadata={"format": "pt"})
+        if groups.tensor_rank == 0 and problem is None:
+            try:
+                _save_tensors(tensors, temporary / names[file])
+            except OSError as error:  # the others gather on: they hear of it behind the loop
+                problem = error
             weight_map |= dict.fromkeys(hf_names, names[file])
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
+    raise_together(problem)
     parts = _gather((weight_map, total_bytes))
-    if torch.distributed.get_rank() == 0:
+
+    def write_configs() -> None:
         if num_files > 1:
             index = {
                 "metadata": {"total_size": sum(size for _, size in parts)},
@@ -87,7 +108,8 @@ def save_hf(
             }
             _write_json(temporary / "model.safetensors.index.json", index)
         _write_json(temporary / "config.json", _hf_config(architecture, next(model.parameters()).dtype))
-    _finish(temporary, folder, tokenizer_folder, provenance)
+
+    on_rank_zero(write_configs)
 
 
 def save_adapter(
@@ -100,25 +122,28 @@ def save_adapter(
     groups: ProcessGroups,
     provenance: dict[str, Any] | None = None,
 ) -> None:
-    """Writes the adapters alone as the peft library reads them, whole or not at all; every rank takes part.
+    """Write the adapters alone as the peft library reads them, whole or not at all; every rank takes part.
 
     That library has an adapter for every projection: those that share one here get copies of its input side.
 
     Args:
         base_model: where the model without the adapters is found, for those who load them.
     """
-    temporary = _new_folder(folder)
     tensors: dict[str, torch.Tensor] = {}
     if groups.data_rank == groups.context_rank == 0:
         for piece in _adapter_pieces(model, architecture):
             tensors[piece.hf_name] = whole_tensor(piece, architecture, groups).cpu().contiguous()
     parts = _gather(tensors if groups.tensor_rank == 0 else {})
-    if torch.distributed.get_rank() == 0:
-        tensors = {name: tensor for part in parts for name, tensor in part.items()}
-        save_file(tensors, temporary / "adapter_model.safetensors", metadata={"format": "pt"})
-        modules = sorted({name.split(".")[-3] for name in tensors})
+
+    def write_adapter() -> None:
+        gathered = {name: tensor for part in parts for name, tensor in part.items()}
+        _save_tensors(gathered, temporary / "adapter_model.safetensors")
+        modules = sorted({name.split(".")[-3] for name in gathered})
         _write_json(temporary / "adapter_config.json", _adapter_config(lora, modules, base_model))
-    _finish(temporary, folder, tokenizer_folder, provenance)
+
+    with _new_folder(folder) as temporary:
+        on_rank_zero(write_adapter)
+        _finish(temporary, folder, tokenizer_folder, provenance)
 
 
 def _pieces_to_write(model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> dict[str, Piece]:
@@ -188,26 +213,56 @@ def _hf_config(architecture: GPTArchitecture, dtype: torch.dtype) -> dict[str, A
     return config
 
 
-def _new_folder(folder: Path) -> Path:
-    """An empty folder beside `folder` that all ranks see."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    if torch.distributed.get_rank() == 0:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    torch.distributed.barrier()
-    return temporary
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `folder` that all ranks see; it is removed where the block fails.
+
+    What killed processes left beside `folder` is removed, and an old folder that one was about to replace restored.
+    """
+    folder = folder.absolute()
+
+    def make() -> Path:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        restore_replaced(folder)
+        remove_abandoned(folder.parent)
+        temporary = temporary_path(folder)
+        remove(temporary)  # of a dead process that had this one's id
+        temporary.mkdir()
+        return temporary
+
+    with explained(folder):
+        temporary = on_rank_zero(make)
+        try:
+            yield temporary
+        except BaseException:
+            if torch.distributed.get_rank() == 0:
+                remove(temporary)
+            raise
 
 
 def _finish(temporary: Path, folder: Path, tokenizer_folder: Path, provenance: dict[str, Any] | None) -> None:
-    """Adds what rank 0 knows and gives the folder its name, once all ranks have written."""
-    torch.distributed.barrier()
-    if torch.distributed.get_rank() == 0:
+    """Add what rank 0 knows and give the folder its name; all ranks have written."""
+
+    def name() -> None:
         copy_tokenizer(tokenizer_folder, temporary)
         save_provenance(provenance, temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(temporary, folder)
-    torch.distributed.barrier()
+        replace_folder(temporary, folder.absolute())
+
+    on_rank_zero(name)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file with this process's file mode; the library's own is readable by its owner only."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    path.chmod(mode)
 
 
 def _gather(value: Any) -> list[Any]:

@@ -280,7 +280,7 @@ def flip(path: Path) -> None:
     ("name", "harm", "problem"),
     [
         ("__1_0.distcp", cut, r"__1_0.distcp has [\d,]+ of [\d,]+ bytes"),
-        ("__0_1.distcp", flip, "__0_1.distcp has another checksum"),
+        ("__0_0.distcp", flip, "__0_0.distcp has another checksum"),
         ("common.pt", Path.unlink, "common.pt is missing"),
         (".metadata", cut, r".metadata has [\d,]+ of"),
         ("contents.json", cut, "contents.json cannot be read"),

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "ops": {"batch"},
     "data": {"batch", "config", "model_files"},
     "cache": {"batch", "config", "processes"},
-    "mcore": {"batch", "config", "ranks", "model_files"},
+    "mcore": {"batch", "config", "ranks", "model_files", "processes"},
     "trainer": {"batch", "config", "data", "cache", "mcore"} | RUNNING,
     "evaluation": {"batch", "config", "data", "cache", "mcore"},
     "teacher": {"batch", "config", "ops", "data", "cache", "mcore", "evaluation"} | RUNNING,
