@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 Unit = Literal["tokens", "steps"]
 """Field of Counters in which a run knows its total."""
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 WINDOW_INTERVALS = 10
 """Number of intervals in the moving window of recent rates."""
@@ -290,6 +293,7 @@ def explained_wandb_errors() -> Iterator[None]:
 
     Raises:
         ConfigError: there is no package, no login, no network, or an argument that wandb does not have.
+        OSError: its folder cannot be written.
     """
     try:
         import wandb
@@ -300,6 +304,8 @@ def explained_wandb_errors() -> Iterator[None]:
     except TypeError as error:
         raise ConfigError(f"exp_manager.wandb_logger_kwargs: {error}; leave that key out") from error
     except (wandb.Error, OSError) as error:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ConfigError(
             f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in (wandb login, or "

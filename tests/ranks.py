@@ -83,7 +83,13 @@ class _Failure:
 
 
 def _serve(rank: int, world_size: int, port: int, pipe: multiprocessing.connection.Connection) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT="1",  # nobody asks there: the process group exists already
+    )
     torch.set_num_threads(1)
     store = torch.distributed.TCPStore("127.0.0.1", port)
     torch.distributed.init_process_group(

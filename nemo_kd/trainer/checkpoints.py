@@ -26,6 +26,7 @@ from nemo_kd.trainer.checkpoint_folder import (
     LAST,
     PREVIOUS,
     CheckpointError,
+    checkpoints,
     discard,
     link,
     publish,
@@ -325,9 +326,11 @@ def _errors_that_name(target: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        before = next((path for path in checkpoints(target.parent) if path != target), None)
+        kept = "no checkpoint was written before" if before is None else f"the one before it is whole: {before.name}"
         raise CheckpointError(
-            f"{target}: the checkpoint cannot be written ({reason}); the one before it is still there. Make room, or "
-            "set exp_manager.checkpoint_callback_params.dirpath, and run the same command again"
+            f"{target}: the checkpoint cannot be written ({reason}); {kept}. Make room, or set "
+            "exp_manager.checkpoint_callback_params.dirpath, and run the same command again"
         ) from error
 
 

@@ -148,6 +148,10 @@ def experiment_settings(config: TrainStudentConfig, measured: Sequence[str] | No
         raise ConfigError(
             "exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name"
         )
+    if merged.log_interval_s < 0:
+        raise ConfigError(
+            f"exp_manager.log_interval_s: {merged.log_interval_s} must not be negative; 0 shows every step"
+        )
     params = merged.checkpoint_callback_params
     folders: list[tuple[Any, str]] = [(merged, "exp_dir"), (merged, "explicit_log_dir"), (params, "dirpath")]
     for section, key in (*folders, (merged, "resume_from_checkpoint")):

@@ -57,7 +57,7 @@ def start_wandb(settings: dict[str, Any], log_dir: Path) -> list[RunWandbLogger]
     """Return the logger if `exp_manager` asks for it; rank 0 starts the run of Weights & Biases, every rank takes part.
 
     Raises:
-        ConfigError: on every rank, it cannot be started.
+        ConfigError, OSError: on every rank, it cannot be started, or its folder cannot be written.
     """
     if not settings["create_wandb_logger"]:
         return []
@@ -66,11 +66,11 @@ def start_wandb(settings: dict[str, Any], log_dir: Path) -> list[RunWandbLogger]
     if torch.distributed.get_rank() == 0:
         try:
             loggers = [_started({"save_dir": str(log_dir), **(settings["wandb_logger_kwargs"] or {})})]
-        except ConfigError as error:
-            problem = [str(error)]
+        except (ConfigError, OSError) as error:
+            problem = [error]
     torch.distributed.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
-        raise ConfigError(problem[0])
+        raise problem[0]
     return loggers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     assert all(error.startswith("CheckpointError: ") and "-step=4-" in error for error in errors)
     assert "the checkpoint cannot be written (" in errors[0]
     assert "No such file or directory" in errors[0]
+    assert re.search(r"the one before it is whole: \S+-step=2-\S+-last\. Make room", errors[0])
     assert [Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")] == [2]
     assert ranks(2).run(run, arguments, overrides)[0][0] == ""
     steps = [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row]

@@ -37,6 +37,7 @@ def settings(**overrides):
         ({"export__hf": True, f"{PARAMS}save_nemo_on_train_end": False}, "export.hf: .*save_nemo_on_train_end=false"),
         ({"export__hf": True, "exp_manager__create_checkpoint_callback": False}, "export.hf: .*create_checkpoint_callback"),
         ({"exp_manager__explicit_log_dir": f"{__file__}/runs/1"}, "explicit_log_dir: .* cannot be a folder: .*settings.py is a file"),
+        ({"exp_manager__log_interval_s": -1.0}, "exp_manager.log_interval_s: -1.0 must not be negative"),
         ({"exp_manager__ema": {"enable": True}}, "exp_manager.ema.enable: True is not supported"),
     ],
 )  # fmt: skip
