@@ -90,7 +90,7 @@ class StudentDataConfig:
     data_impl: str = "chunked_jsonl"
     """chunked_jsonl reads a cache of stage 1; dataset reads plain JSONL records, for SFT without a teacher."""
     data_prefix: dict[str, Any] = field(default_factory=dict, metadata=PATH)
-    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ..., `[a:b]` or `[:10%]` after the path of a cache selects rows (the command line wants such a path in quotes); test is optional. Train may give weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together, each path gives its share of them, repeats where it has fewer, and goes on in the next epoch where it left off where it has more. Without weights every row counts once an epoch."""
+    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ..., `[a:b]` or `[:10%]` after the path of a cache selects rows (inside a list or mapping the command line wants such a path in quotes); test is optional. Train may give weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together, each path gives its share of them, repeats where it has fewer, and goes on in the next epoch where it left off where it has more. Without weights every row counts once an epoch."""
     n_chunks: Any = None
     """Chunks to read, a number or one a split; None: all there are."""
     seq_length: int | None = None
