@@ -19,6 +19,7 @@ from nemo_kd.files import read_file, write_atomically
 FORMAT_VERSION = 2
 DEEPEST = 32
 LARGEST_NUMBER = 1 << 60
+OPTIONAL_IDENTITY = ("teacher.tensors", "tokenizer_parts")
 UNKNOWN = "unknown"
 """What the manifest of a cache made from another program's files says where that program told nothing."""
 
@@ -73,6 +74,10 @@ class Manifest:
     chat_template: str | None
     dataset: dict[str, Any]
     n_examples_per_chunk: int | None
+    tokenizer_parts: dict[str, str] | None = None
+    """`data.tokenizer.tokenizer_parts`; None in manifests of older versions."""
+    tokenizer_tokens: dict[str, Any] | None = None
+    """`data.tokenizer.describe_tokens`, to name differences; None in manifests of older versions."""
     segment_examples: int = 64
     """Records computed together."""
     merged_chunks: int | None = None
@@ -128,13 +133,18 @@ class Manifest:
     def identity(self) -> dict[str, Any]:
         """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
         payload = dataclasses.asdict(self)
-        del payload["chunks"]
+        del payload["chunks"], payload["tokenizer_tokens"]
         payload["dataset"].pop("path", None)  # the fingerprint tells what was read, wherever it lies
         return dict(_flat(payload))
 
     def differences(self, other: Manifest) -> list[str]:
         """Every field of the identity that differs, with both values."""
         ours, theirs = self.identity(), other.identity()
+        # Manifests of older versions do not have these; what they have is compared.
+        for optional in OPTIONAL_IDENTITY:
+            if not (_starts(ours, optional) and _starts(theirs, optional)):
+                ours = {key: value for key, value in ours.items() if not key.startswith(optional)}
+                theirs = {key: value for key, value in theirs.items() if not key.startswith(optional)}
         return [
             f"{key}: {ours.get(key)!r} in the cache, {theirs.get(key)!r} now"
             for key in sorted(ours.keys() | theirs.keys())
@@ -154,7 +164,11 @@ class Manifest:
         return f"sha256:{hashlib.sha256(self._json()).hexdigest()}"
 
     def _json(self) -> bytes:
-        return orjson.dumps(dataclasses.asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
+        payload = dataclasses.asdict(self)
+        for name in ("tokenizer_parts", "tokenizer_tokens"):
+            if payload[name] is None:  # a manifest of an older version keeps its bytes, and with them its hash
+                del payload[name]
+        return orjson.dumps(payload, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
 
 
 def codec_settings(cache: CacheConfig) -> dict[str, Any]:
@@ -218,6 +232,10 @@ def _known(cls: type, payload: dict[str, Any]) -> dict[str, Any]:
     """The fields that this version knows; a later one may add some without changing what these mean."""
     names = {field.name for field in dataclasses.fields(cls)}
     return {name: value for name, value in payload.items() if name in names}
+
+
+def _starts(identity: dict[str, Any], prefix: str) -> bool:
+    return any(key.startswith(prefix) and value is not None for key, value in identity.items())
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

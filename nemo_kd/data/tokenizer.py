@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from nemo_kd.data.records import DataError
 from nemo_kd.model_files import MAX_TOKENIZER_BYTES, check_regular_file, read_json
 
 MAX_TEMPLATE_BYTES = 1 << 20
+BLOCK_IDS = 1024
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -82,6 +84,73 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of the vocabulary with its ids, added tokens included: equal for tokenizers whose ids mean the same."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return f"sha256:{hashlib.sha256(orjson.dumps(vocabulary)).hexdigest()}"
+
+
+def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """Hashes of everything that decides how text becomes ids, the vocabulary apart.
+
+    Taken from memory, where tokenizer.json and tokenizer_config.json have met: what transformers rewrites when it saves
+    them (names, versions, order, notation) does not count.
+    """
+    content = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = dict(content["model"])
+    vocabulary = model.pop("vocab", None)
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or []]
+    if isinstance(vocabulary, list):  # Unigram: scores decide
+        model["scores"] = vocabulary
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    parts = {
+        "model": model,
+        "merges": merges,
+        "added_tokens": content.get("added_tokens"),
+        "normalizer": content.get("normalizer"),
+        "pre_tokenizer": content.get("pre_tokenizer"),
+        "post_processor": content.get("post_processor"),
+        "special_tokens": special,
+    }
+    return {
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()
+    }
+
+
+def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Describe the vocabulary so that another tokenizer can name the first ids that mean something else.
+
+    Holds the added tokens by id, and a short hash of every 1,024 ids of the vocabulary without them.
+    """
+    vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    by_block: dict[int, list[tuple[int, str]]] = {}
+    for token, token_id in vocabulary.items():
+        by_block.setdefault(token_id // BLOCK_IDS, []).append((token_id, token))
+    blocks = [
+        hashlib.sha256(orjson.dumps(sorted(by_block.get(number, [])))).hexdigest()[:12]
+        for number in range(1 + max(by_block, default=-1))
+    ]
+    added = {str(token_id): token.content for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
+    return {"size": len(vocabulary), "added": added, "blocks": blocks}
+
+
+def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Name the first ids that mean something else in a cache's tokenizer than in `tokenizer`; empty: none does.
+
+    Two classes of transformers may load the same tokenizer.json with different added tokens: ids that only one of both
+    has are no difference.
+    """
+    ours = describe_tokens(tokenizer)
+    found = []
+    for number, (theirs_hash, our_hash) in enumerate(zip(described["blocks"], ours["blocks"], strict=False)):
+        if theirs_hash != our_hash:
+            first = number * BLOCK_IDS
+            token = tokenizer.convert_ids_to_tokens(first)
+            found.append(f"an id from {first} to {first + BLOCK_IDS - 1} ({first} is {token!r} in the student)")
+            break
+    if described["size"] != ours["size"]:
+        found.append(f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here")
+    for token_id, theirs in described["added"].items():
+        token = tokenizer.convert_ids_to_tokens(int(token_id))
+        if token is not None and token != theirs:
+            found.append(f"id {token_id}: {theirs!r} in the cache, {token!r} in the student")
+    return found[:4]
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:

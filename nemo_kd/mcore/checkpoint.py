@@ -13,7 +13,7 @@ import hashlib
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -37,7 +37,9 @@ from nemo_kd.mcore.archive import (
 from nemo_kd.mcore.checkpoint_write import save_sharded
 from nemo_kd.mcore.collective import on_every_rank, on_rank_zero, rank
 from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
+from nemo_kd.mcore.fingerprint import StoredBytes, safetensors_parts, sample_tensors
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.hf_folder import SafetensorsFolder
 from nemo_kd.mcore.hf_model import open_hf_model
 from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.model_config import check_size, read_model_config, write_model_config
@@ -105,7 +107,10 @@ class PretrainedModel:
         return self.files.root / TOKENIZER if self.kind == "nemo" else self.files.root
 
     def fingerprint(self) -> dict[str, str]:
-        """Return the name, and a hash of the architecture, every weight file's size and 1 MiB of its bytes, spread over the file."""
+        """Return the name and two hashes: `weights` of architecture and files, `tensors` of samples of every tensor.
+
+        `weights` covers every weight file's size and 1 MiB of its bytes; caches of older versions know no other hash.
+        """
         architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
         if self.architecture.num_moe_experts is None:  # a dense model's hash is that of versions without experts
             architecture = {key: value for key, value in architecture.items() if "moe" not in key}
@@ -120,7 +125,17 @@ class PretrainedModel:
                     last = max(0, sizes[name] - FINGERPRINT_BLOCK_BYTES)
                     file.seek(block * last // (FINGERPRINT_BLOCKS - 1))
                     digest.update(file.read(FINGERPRINT_BLOCK_BYTES))
-        return {"name": self.source.absolute().name, "weights": f"sha256:{digest.hexdigest()}"}
+        return {
+            "name": self.source.absolute().name,
+            "weights": f"sha256:{digest.hexdigest()}",
+            "tensors": sample_tensors(self.files, self._stored_bytes()),
+        }
+
+    def _stored_bytes(self) -> Iterable[StoredBytes]:
+        if self.kind == "hf":
+            stored = SafetensorsFolder(self.files.root)
+            return safetensors_parts(self.files, sorted({path.name for path in stored.files.values()}))
+        return self._stored.parts()
 
     def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
         """Fill this rank's part of the model; every rank calls it. Vocabulary padding is zero afterwards.

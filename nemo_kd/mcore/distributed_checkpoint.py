@@ -11,6 +11,7 @@ import math
 import pickle
 import struct
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 
 from nemo_kd.config import ConfigError
 from nemo_kd.mcore.archive import Files, FolderFiles
+from nemo_kd.mcore.fingerprint import StoredBytes
 from nemo_kd.mcore.hf_folder import BLOCK_BYTES
 from nemo_kd.mcore.stored_metadata import read_metadata
 
@@ -152,6 +154,12 @@ class ShardedFolder:
             if prefix + file_name not in self.files.sizes:
                 raise ConfigError(f"{self.folder / file_name}: the file is missing; copy or write the model again")
         self._stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+
+    def parts(self) -> Iterator[StoredBytes]:
+        """Yield where every stored part of a tensor lies, for `sample_tensors`."""
+        for (name, offsets), info in self._stored.items():
+            if name in self.tensors:
+                yield StoredBytes(f"{name} {offsets}", self.prefix + info.relative_path, info.offset, info.length)
 
     def load(self, state: dict[str, Any]) -> None:
         """Fill the memory of the sharded tensors in `state`, a few megabytes at a time; no communication.

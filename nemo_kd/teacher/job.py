@@ -24,7 +24,14 @@ from nemo_kd.config.model import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import NO_LOSS_TOKENS, TOO_LONG, TOO_SHORT, Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.records import DataError
-from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
+from nemo_kd.data.tokenizer import (
+    chat_template_fingerprint,
+    describe_tokens,
+    load_tokenizer,
+    padding_id,
+    tokenizer_fingerprint,
+    tokenizer_parts,
+)
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.mcore.model import use_transformer_engine
@@ -237,6 +244,8 @@ def _job(
         teacher=pretrained.fingerprint(),
         tokenizer=tokenizer_fingerprint(tokenizer),
         chat_template=chat_template_fingerprint(tokenizer),
+        tokenizer_parts=tokenizer_parts(tokenizer),
+        tokenizer_tokens=describe_tokens(tokenizer),
         dataset={
             "path": config.data.data.file_path,
             "fingerprint": dataset.records.fingerprint(),

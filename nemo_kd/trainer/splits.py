@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from nemo_kd.config.student import (
 )
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.rows import Rows
-from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
+from nemo_kd.data.tokenizer import chat_template_fingerprint, token_differences, tokenizer_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,11 @@ def _open_caches(
         n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
         readers[split] = [CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size) for path in of_split]
     student = _Student(
-        architecture.vocab_size, len(tokenizer), tokenizer_fingerprint(tokenizer), chat_template_fingerprint(tokenizer)
+        architecture.vocab_size,
+        len(tokenizer),
+        tokenizer_fingerprint(tokenizer),
+        chat_template_fingerprint(tokenizer),
+        functools.partial(token_differences, tokenizer=tokenizer),
     )
     mismatches = [
         f"  {split}: {reader.source}: {mismatch}"
@@ -132,6 +137,7 @@ class _Student(NamedTuple):
     tokenizer_size: int
     tokenizer: str
     chat_template: str | None
+    token_differences: Callable[[dict[str, Any]], list[str]]
 
 
 def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student) -> list[str]:
@@ -145,10 +151,14 @@ def _mismatches(reader: CacheReader, data: StudentDataConfig, student: _Student)
         log.warning("%s: nothing tells which tokenizer wrote it; make sure that it is the student's", reader.path)
     for manifest in reader.manifests:
         if manifest.tokenizer not in (student.tokenizer, UNKNOWN):
-            found.append(
-                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {student.tokenizer} "
-                f"({student.tokenizer_size} tokens) in the student; both must share one tokenizer"
-            )
+            tokens = manifest.tokenizer_tokens
+            differences = None if tokens is None else student.token_differences(tokens)
+            if differences != []:
+                named = f"; first differences: {'; '.join(differences)}" if differences else ""
+                found.append(
+                    f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, {student.tokenizer} "
+                    f"({student.tokenizer_size} tokens) in the student{named}; both must share one tokenizer"
+                )
         # Only `messages` are rendered by the tokenizer's template; manifests that do not tell are taken at their word.
         rendered = "messages" in manifest.dataset.get("formats", ["messages"]) and manifest.chat_template is not None
         if rendered and manifest.chat_template != student.chat_template and not data.allow_other_template:
