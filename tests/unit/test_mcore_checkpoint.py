@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -17,7 +18,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.convert import convert
-from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
+from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, load_values
 from tests.tiny_models import build_hf_model
 
 
@@ -91,6 +92,16 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
     (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
     with pytest.raises(ConfigError, match="not the metadata of a distributed checkpoint"):
         ShardedFolder(tmp_path)
+    assert not (tmp_path / "attacked").exists()
+
+
+@pytest.mark.parametrize("value", [[Attack()], [{"python": Attack()}]])
+def test_values_of_a_training_checkpoint_that_would_run_code_are_refused(tmp_path, monkeypatch, value):
+    monkeypatch.chdir(tmp_path)
+    file = io.BytesIO()
+    torch.save(value, file)
+    with pytest.raises(ConfigError, match=r"FILE: cannot be read without running its code .*posix.mkdir"):
+        load_values(file.getvalue(), "FILE")
     assert not (tmp_path / "attacked").exists()
 
 
