@@ -385,18 +385,12 @@ def train_student(config: TrainStudentConfig) -> None:
         ending.trainer, ending.max_steps = trainer, plan.max_steps
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)
-        steps = {
-            "steps": plan.max_steps,
-            "steps an epoch": plan.steps_per_epoch,
-            "between validations": plan.val_check_interval,
-            "between checkpoints": plan.save_interval,
-        }
-        log.info(startup_report(config, architecture, module.parameter_counts(), world_size, steps, splits, tokenizer))
+        parameters, steps = module.parameter_counts(), plan.described()
+        log.info(startup_report(config, architecture, parameters, world_size, steps, splits, tokenizer))
         trainer.fit(module, datamodule=data)
         with lifetime.watchdog.pause("writing the best weights"):
             take_best(trainer, module)
         if "test" in splits:
             trainer.ckpt_path = None  # else it would test the weights that the run went on from
             trainer.test(module, datamodule=data)
-        if trainer.is_global_zero:
-            ending.show_summary(module.meter.totals)
+        ending.show_summary(module.meter.totals)

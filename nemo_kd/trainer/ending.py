@@ -49,7 +49,9 @@ class Ending:
         return f"{at}; the same command goes on from the last checkpoint, of step {saved_step:,}: {folder}"
 
     def show_summary(self, totals: Counters) -> None:
-        """Print what `summary` returns."""
+        """Print what `summary` returns, on rank 0."""
+        if self.trainer is None or not self.trainer.is_global_zero:
+            return
         lines, commands = self.summary(totals)
         print_table([*lines, *(("next", command) for command in commands)])
 
