@@ -138,6 +138,10 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
     """
     ours = describe_tokens(tokenizer)
     found = []
+    if not all(isinstance(described.get(name), type(value)) for name, value in ours.items()) or not all(
+        token_id.isascii() and token_id.isdigit() and len(token_id) < 10 for token_id in described["added"]
+    ):
+        return ["the manifest's tokenizer_tokens are damaged; restore it"]
     for number, (theirs_hash, our_hash) in enumerate(zip(described["blocks"], ours["blocks"], strict=False)):
         if theirs_hash != our_hash:
             first = number * BLOCK_IDS
