@@ -10,7 +10,7 @@ from nemo_kd.cache.layout import SUFFIXES, CacheLayout, path_of
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import check_batch_sizes
-from nemo_kd.config.student import SPLITS, TrainStudentConfig
+from nemo_kd.config.student import SPLITS, TrainStudentConfig, check_experiment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 
 MODEL_KEY = "pretrained_checkpoint.restore_from_path"
@@ -64,10 +64,7 @@ def _check_student(config: TrainStudentConfig) -> None:
                 _check_file(key, path)
             elif "://" not in path:
                 _check_chunks(key, path_of(path))
-    folder = config.exp_manager.get("explicit_log_dir") or config.exp_manager.get("exp_dir")
-    if isinstance(folder, str):
-        name = "explicit_log_dir" if config.exp_manager.get("explicit_log_dir") else "exp_dir"
-        _check_writable(f"exp_manager.{name}", Path(folder).expanduser())
+    check_experiment(config)
 
 
 def _check_model(key: str, path: str) -> None:

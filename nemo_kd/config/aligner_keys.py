@@ -31,6 +31,7 @@ _LIGHTNING = Ignored("nemo_kd configures the Trainer itself", (False, None))
 _DROPOUT = Ignored("distillation runs without dropout", (0.0, None))
 _CACHED = Ignored("the model's own value is used", (None,))
 _BUCKETS = Ignored("Megatron Core lays out and reduces gradients by itself")
+_SAVES = "trainer.knowledge_distillation.save_interval says when"
 _BUCKET_KEYS = (
     "average_grad_sync",
     "bucket_cap_mb",
@@ -106,6 +107,16 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "model.data.eod_mask_loss": Ignored("the cache holds the loss mask", (False,)),
         "model.data.index_mapping_dir": Ignored("the index lies beside each chunk", (None,)),
         "exp_manager.checkpoint_callback_params.model_parallel_size": Ignored("checkpoints load in any layout"),
+        "exp_manager.checkpoint_callback_params.filepath": Ignored("dirpath and filename say where", (None,)),
+        "exp_manager.checkpoint_callback_params.every_n_epochs": Ignored(_SAVES, (1, None)),
+        "exp_manager.checkpoint_callback_params.save_on_train_epoch_end": Ignored(_SAVES, (False, None)),
+        "exp_manager.checkpoint_callback_params.save_last_n_optim_states": Ignored(
+            "every checkpoint that a run can go on from has the optimizer's state", (-1, None)
+        ),
+        "exp_manager.disable_validation_on_resume": Ignored("a validation that was due is done", (True, None)),
+        "exp_manager.resume_past_end": Ignored("a run goes on from its last checkpoint", (False, None)),
+        "exp_manager.create_preemption_callback": Ignored("SIGTERM and SIGUSR1 always save and stop", (True, None)),
+        "exp_manager.ema": Ignored("no moving average of weights is kept", (None,)),
     },
     "convert_checkpoint": {},
 }

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
+from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.peft import ExportConfig, PeftConfig
@@ -275,8 +276,7 @@ class TrainStudentConfig:
     export: ExportConfig = field(default_factory=ExportConfig)
     allow_changed: list[str] = field(default_factory=list)
     """Keys that may differ from those of the checkpoint that the run goes on from, [model.optim.lr]; a key's last part or a section will do. By default what determines the result must be the same."""
-    exp_manager: dict[str, Any] = field(default_factory=dict)
-    """Keys of NeMo's exp_manager: explicit_log_dir, create_wandb_logger, resume_if_exists, checkpoint_callback_params ..."""
+    exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
     def __post_init__(self) -> None:
         if self.export.lora == "adapter" and self.model.peft.lora is None:
@@ -288,3 +288,23 @@ class TrainStudentConfig:
                 raise ConfigError(
                     f"model.data.data_prefix: no {split} data; give '{{train: [train_CHUNK_ID.jsonl], validation: [val_CHUNK_ID.jsonl]}}'"
                 )
+
+
+def check_experiment(config: TrainStudentConfig) -> None:
+    """Check name, folders and checkpoints of a run against each other and the file system; needs no torch.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    if "/" in config.name:
+        raise ConfigError(f"name: {config.name!r} names files and must not contain a slash")
+    settings = config.exp_manager
+    if config.export.hf and not (
+        settings.create_checkpoint_callback and settings.checkpoint_callback_params.save_nemo_on_train_end
+    ):
+        raise ConfigError(
+            "export.hf: the folder is written with the .nemo archive, which "
+            "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false or "
+            "exp_manager.create_checkpoint_callback=false leaves out; set both to true"
+        )
+    settings.check_folders()

@@ -73,7 +73,7 @@ def with_slow_validation() -> None:
     original = StudentModule.validation_step
 
     def validation_step(self, batch, batch_idx):
-        (Path(self.trainer.datamodule.config.exp_manager["explicit_log_dir"]) / "validating").touch()
+        (Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "validating").touch()
         time.sleep(1)
         original(self, batch, batch_idx)
 
@@ -84,7 +84,7 @@ def with_slow_archive() -> None:
     original = StudentModule.save_to
 
     def save_to(self, save_path):
-        (Path(self.trainer.datamodule.config.exp_manager["explicit_log_dir"]) / "writing").touch()
+        (Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "writing").touch()
         time.sleep(5)
         original(self, save_path)
 

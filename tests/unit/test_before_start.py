@@ -15,6 +15,7 @@ from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.data import DatasetConfig
+from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig, StudentTrainerConfig, TrainStudentConfig
 from nemo_kd.config.teacher import (
     ComputeTopkLogitsConfig,
@@ -63,7 +64,7 @@ def student(model="model", train="train_CHUNK_ID.jsonl", log="log", devices=1, t
         trainer=StudentTrainerConfig(devices=devices),
         pretrained_checkpoint=PretrainedCheckpoint(model),
         model=config,
-        exp_manager={"explicit_log_dir": log},
+        exp_manager=ExpManagerConfig(explicit_log_dir=log),
     )
 
 

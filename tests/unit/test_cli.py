@@ -202,7 +202,7 @@ def test_nemo_aligners_guide_runs_unchanged():
     student, warnings = compose("train_gpt_knowledge_distillation", GUIDE_STAGE_2)
     assert student.model.knowledge_distillation.sft_loss_weight == 0.4
     assert student.model.data.paths("test") == ["val_CHUNK_ID.jsonl"]
-    assert student.exp_manager["wandb_logger_kwargs"] == {"name": "kd", "project": "kd"}
+    assert student.exp_manager.wandb_logger_kwargs == {"name": "kd", "project": "kd"}
     assert [line.split("=")[0] for line in warnings] == ["model.data.n_examples_per_chunk", "model.data.splits_string"]
 
 
@@ -217,7 +217,7 @@ def test_nemo_aligners_yaml_files_are_taken():
     assert student.trainer.knowledge_distillation.save_interval == 100
     assert student.model.data.seq_length == 4096
     assert (
-        student.exp_manager["checkpoint_callback_params"]["filename"]
+        student.exp_manager.checkpoint_callback_params.filename
         == "sft--{val_loss:.3f}-{step}-{consumed_samples}-{epoch}"
     )
 

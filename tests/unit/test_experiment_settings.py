@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from omegaconf import OmegaConf
 
-from nemo_kd.config import ConfigError
+from nemo_kd.cli.run import conf_dir
+from nemo_kd.config import ConfigError, describe
+from nemo_kd.config.aligner_keys import translate
+from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.trainer.checkpoints import StudentCheckpoints
 from nemo_kd.trainer.experiment import experiment_settings
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
+COMMAND = "train_gpt_knowledge_distillation"
 MEASURED = ("loss", "teacher_kl")
 
 
@@ -38,7 +42,8 @@ def settings(**overrides):
         ({"export__hf": True, "exp_manager__create_checkpoint_callback": False}, "export.hf: .*create_checkpoint_callback"),
         ({"exp_manager__explicit_log_dir": f"{__file__}/runs/1"}, "explicit_log_dir: .* cannot be a folder: .*settings.py is a file"),
         ({"exp_manager__log_interval_s": -1.0}, "exp_manager.log_interval_s: -1.0 must not be negative"),
-        ({"exp_manager__ema": {"enable": True}}, "exp_manager.ema.enable: True is not supported"),
+        ({"exp_manager__resume_if_exist": True}, r"resume_if_exist \(did you mean exp_manager.resume_if_exists\?\)"),
+        ({f"{PARAMS}save_topk": 2}, r"save_topk \(did you mean exp_manager.checkpoint_callback_params.save_top_k\?\)"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused(overrides, message):
@@ -80,10 +85,23 @@ def test_a_folder_that_may_not_be_looked_at_is_not_written(monkeypatch):
         settings(exp_manager__explicit_log_dir="/root/results")
 
 
-def test_what_nothing_here_asks_is_told(caplog):
-    with caplog.at_level(logging.WARNING, "nemo_kd"):
-        settings(**{f"{PARAMS}every_n_epochs": 2})
-    assert "checkpoint_callback_params.every_n_epochs: 2 has no effect here" in caplog.text
+def test_what_nothing_here_asks_is_told():
+    given = {"exp_manager": {"ema": {"enable": True}, "checkpoint_callback_params": {"every_n_epochs": 2}}}
+    _, warnings = translate(OmegaConf.create(given), COMMAND)
+    assert warnings == [
+        "exp_manager.checkpoint_callback_params.every_n_epochs=2: trainer.knowledge_distillation.save_interval says when",
+        "exp_manager.ema=...: no moving average of weights is kept",
+    ]
+
+
+def test_the_yaml_file_repeats_the_defaults():
+    """One's own YAML file, which has none of this, gives the same run."""
+    conf = OmegaConf.load(conf_dir() / f"{COMMAND}.yaml")
+    defaults = {one.key: one.default for one in describe(TrainStudentConfig)}
+    found = {key: OmegaConf.select(conf, key) for key in defaults if OmegaConf.select(conf, key) is not None}
+    assert len(found) > 8
+    differing = {key for key, value in found.items() if repr(value) != defaults[key]}
+    assert differing == {"model.optim.sched.min_lr"}
 
 
 def test_a_home_folder_is_found_whoever_looks_for_it():
