@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 import os
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +35,9 @@ from nemo_kd.files import Lock, atomic_file, explained, read_file, remove_abando
 
 log = logging.getLogger(__name__)
 
+QUICK_LISTING_S = 0.05
+LISTING_INTERVALS = 30
+"""A listing that is not quick is followed by at least so many times its duration without one."""
 PUBLISHED_STAYS = "; what is published stays and is not computed again"
 
 Segment = tuple[int, range]
@@ -71,6 +76,9 @@ class CacheWriter:
         self.missing: list[int] = []
         self._assembling = threading.Lock()
         self._check_before_listing = check_before_listing
+        self._unlisted: dict[int, ChunkSummary] = {}
+        self._last_listing_s = 0.0
+        self._listing_took_s = 0.0
         with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.manifest_lock_path, wait=True):
@@ -134,11 +142,15 @@ class CacheWriter:
             CacheError: a segment is damaged, or the file system refuses.
         """
         with self._assembling, explained(self.layout.folder, PUBLISHED_STAYS):
-            in_work = set(self.missing).intersection(self.layout.chunks_in_work())
-            for chunk in sorted(in_work):
-                if up_to is not None and chunk > up_to:
-                    break
+            if up_to is not None and self._shard[1] == 1:  # the folder of a large cache is not listed for every chunk
+                candidates = list(itertools.takewhile(lambda chunk: chunk <= up_to, self.missing))
+            else:
+                in_work = sorted(set(self.missing).intersection(self.layout.chunks_in_work()))
+                candidates = [chunk for chunk in in_work if up_to is None or chunk <= up_to]
+            for chunk in candidates:
                 self._assemble_if_whole(chunk)
+            if up_to is None and self._unlisted:
+                self._list()
             self._refresh()  # last, for other shards may have listed chunks whose segments were gone at the look at them
 
     def _claim(self) -> None:
@@ -190,8 +202,9 @@ class CacheWriter:
 
     def _refresh(self) -> None:
         """Takes in what other shards have done."""
-        if self._shard[1] > 1:
-            self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
+        if self._shard[1] == 1:
+            return
+        self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
         self.missing = [chunk for chunk in self.missing if not self._is_complete(chunk)]
 
     def _is_complete(self, chunk: int) -> bool:
@@ -200,7 +213,7 @@ class CacheWriter:
     def _assemble_if_whole(self, chunk: int) -> None:
         folder, parts = self.layout.segments_folder(chunk), segments(self.chunks[chunk], self.manifest.segment_examples)
         paths = [segment_path(self.layout, chunk, part) for part in parts]
-        if not _all_in(folder, paths):
+        if chunk in self._unlisted or not _all_in(folder, paths):
             return
         lock_path = self.layout.chunk_lock_path(chunk)
         with Lock(lock_path, wait=True):
@@ -208,10 +221,21 @@ class CacheWriter:
             if chunk in self.missing and _all_in(folder, paths):
                 if self._check_before_listing is not None:
                     self._check_before_listing()
-                self._list(chunk, self._assembled(chunk, paths))
-            if chunk not in self.missing:  # so whoever waits for this lock, or makes the file anew, has nothing to do
-                lock_path.unlink(missing_ok=True)
-                shutil.rmtree(folder, ignore_errors=True)
+                self._unlisted[chunk] = self._assembled(chunk, paths)
+                if self._shard[1] > 1 or self._is_listing_due():
+                    self._list()
+            elif chunk not in self.missing:
+                self._remove_segments(chunk)
+
+    def _remove_segments(self, chunk: int) -> None:
+        # The lock's file too: whoever waits for this lock, or makes the file anew, has nothing to do.
+        self.layout.chunk_lock_path(chunk).unlink(missing_ok=True)
+        shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
+
+    def _is_listing_due(self) -> bool:
+        # Listing costs time in proportion to all chunks: those of a large cache are listed together.
+        passed_s = time.monotonic() - self._last_listing_s
+        return self._listing_took_s < QUICK_LISTING_S or passed_s >= LISTING_INTERVALS * self._listing_took_s
 
     def _assembled(self, chunk: int, paths: list[Path]) -> ChunkSummary:
         """Publishes a chunk and its index, which do not count before the manifest lists them."""
@@ -228,15 +252,21 @@ class CacheWriter:
         write_atomically(target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes())
         return summary
 
-    def _list(self, chunk: int, summary: ChunkSummary) -> None:
-        """Adds a chunk to the manifest on disk, whatever other shards have added meanwhile."""
+    def _list(self) -> None:
+        """Add the assembled chunks to the manifest on disk; only then may their segments go."""
+        started_s = time.monotonic()
         with Lock(self.layout.manifest_lock_path, wait=True):
             manifest = Manifest.load(self.layout.manifest_path)
             self._check_same(manifest)
-            manifest.chunks[str(chunk)] = summary
+            manifest.chunks |= {str(chunk): summary for chunk, summary in self._unlisted.items()}
             manifest.save(self.layout.manifest_path)
         self.manifest.chunks = manifest.chunks
-        self.missing = [missing for missing in self.missing if missing != chunk]
+        self.missing = [chunk for chunk in self.missing if chunk not in self._unlisted]
+        for chunk in self._unlisted:
+            self._remove_segments(chunk)
+        self._unlisted = {}
+        self._last_listing_s = time.monotonic()
+        self._listing_took_s = self._last_listing_s - started_s
 
 
 class SegmentWriter:

@@ -371,3 +371,20 @@ def test_manifest_of_another_format_is_refused(tmp_path):
     path.write_text(json.dumps({"format_version": 2}))
     with pytest.raises(CacheError, match="not a cache manifest"):
         Manifest.load(path)
+
+
+def test_a_slow_listing_waits_for_more_chunks_and_the_end_lists_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("nemo_kd.cache.writer.QUICK_LISTING_S", 0.0)
+    monkeypatch.setattr("nemo_kd.cache.writer.LISTING_INTERVALS", 1e9)
+    description = manifest(n_examples_per_chunk=2)
+    layout = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl"))
+    writer = CacheWriter(layout, description, chunks_of(description))
+    for segment in writer.missing_segments():
+        write_segment(layout, description, segment)
+        writer.assemble_complete(segment[0])
+    assert len(Manifest.load(layout.manifest_path).chunks) == 1
+    assert len(layout.chunks_in_work()) == 4  # their segments stay until they are listed
+    writer.assemble_complete()
+    assert writer.incomplete() == []
+    assert layout.chunks_in_work() == []
+    assert len(Manifest.load(layout.manifest_path).chunks) == 5
