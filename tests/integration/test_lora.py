@@ -347,7 +347,7 @@ def test_resume(ranks, world, straight, tmp_path):
     smaller = {"model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}}
     refused = resume("other rank", smaller)[0]
     assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in refused
-    allowed = resume("allowed", {**smaller, "allow_changed": ["lora_tuning"]})[0]
+    allowed = resume("allowed", {**smaller, "allow_changed": ["model.peft.lora_tuning"]})[0]
     assert allowed.startswith("ConfigError: model.peft: the checkpoint does not fit: target_modules ['attention_qkv', ")
     assert "adapter_dim 4 in the checkpoint, 5 now" in allowed
     assert "peft_scheme: lora in the checkpoint, none now" in resume("none", {"model__peft__peft_scheme": "none"})[0]
