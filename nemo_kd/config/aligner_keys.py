@@ -116,7 +116,6 @@ IGNORED: dict[str, dict[str, Ignored]] = {
         "exp_manager.disable_validation_on_resume": Ignored("a validation that was due is done", (True, None)),
         "exp_manager.resume_past_end": Ignored("a run goes on from its last checkpoint", (False, None)),
         "exp_manager.create_preemption_callback": Ignored("SIGTERM and SIGUSR1 always save and stop", (True, None)),
-        "exp_manager.ema": Ignored("no moving average of weights is kept", (None,)),
     },
     "convert_checkpoint": {},
 }

@@ -182,8 +182,14 @@ class ExpManagerConfig:
     """Adds NeMo's fault tolerance (needs nvidia-resiliency-ext)."""
     fault_tolerance: dict[str, Any] | None = None
     """Its arguments."""
+    ema: dict[str, Any] | None = None
+    """Not supported: no moving average of weights is kept."""
 
     def __post_init__(self) -> None:
+        if (self.ema or {}).get("enable"):
+            raise ConfigError(
+                f"{KEY}.ema.enable: True is not supported: no moving average of weights is kept; leave it out"
+            )
         for name in ("explicit_log_dir", "exp_dir", "resume_from_checkpoint"):
             setattr(self, name, _expanded(getattr(self, name)))
         if self.log_interval_s < 0:

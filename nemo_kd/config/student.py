@@ -91,7 +91,7 @@ class StudentDataConfig:
     data_impl: str = "chunked_jsonl"
     """chunked_jsonl reads a cache of stage 1; dataset reads plain JSONL records, for SFT without a teacher."""
     data_prefix: dict[str, Any] = field(default_factory=dict, metadata=PATH)
-    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ..., `[a:b]` or `[:10%]` after the path of a cache selects rows (inside a list or mapping the command line wants such a path in quotes); test is optional. Train may give weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together, each path gives its share of them, repeats where it has fewer, and goes on in the next epoch where it left off where it has more. Without weights every row counts once an epoch."""
+    """{train: PATHS, validation: PATHS, test: PATHS}, a path or a list of them; CHUNK_ID stands for 0, 1, 2 ..., `[a:b]` or `[:10%]` after the path of a cache selects rows (inside a list or mapping the command line wants such a path in quotes); test is optional, and validation with trainer.knowledge_distillation.limit_val_batches=0. Train may give weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together, each path gives its share of them, repeats where it has fewer, and goes on in the next epoch where it left off where it has more. Without weights every row counts once an epoch."""
     n_chunks: Any = None
     """Chunks to read, a number or one a split; None: all there are."""
     seq_length: int | None = None
@@ -283,10 +283,35 @@ class TrainStudentConfig:
             raise ConfigError(
                 "export.lora: adapter, but model.peft.peft_scheme=none trains none; use lora, or export.lora=merged"
             )
-        for split in ("train", "validation"):
-            if not self.model.data.paths(split):
+        self._check_splits()
+
+    def _check_splits(self) -> None:
+        form = "'{train: [train_CHUNK_ID.jsonl], validation: [val_CHUNK_ID.jsonl]}'"
+        if not self.model.data.paths("train"):
+            raise ConfigError(f"model.data.data_prefix: no train data; give {form}")
+        if not self.validates:
+            self._check_settings_without_validation()
+        elif not self.model.data.paths("validation"):
+            raise ConfigError(
+                f"model.data.data_prefix: no validation data; give {form}, or train without any: {LOOP}.limit_val_batches=0"
+            )
+
+    @property
+    def validates(self) -> bool:
+        """Whether the run validates at all."""
+        return self.trainer.knowledge_distillation.limit_val_batches > 0
+
+    def _check_settings_without_validation(self) -> None:
+        settings = self.exp_manager
+        needing = {
+            "create_early_stopping_callback": settings.create_early_stopping_callback,
+            "checkpoint_callback_params.save_best_model": settings.checkpoint_callback_params.save_best_model,
+        }
+        for key, value in needing.items():
+            if value:
                 raise ConfigError(
-                    f"model.data.data_prefix: no {split} data; give '{{train: [train_CHUNK_ID.jsonl], validation: [val_CHUNK_ID.jsonl]}}'"
+                    f"exp_manager.{key}: True needs validations, which {LOOP}.limit_val_batches=0 leaves out; "
+                    "leave one of them out"
                 )
 
 

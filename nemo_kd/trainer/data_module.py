@@ -88,8 +88,9 @@ class StudentData(pl.LightningDataModule):
         self.watched = WatchedLoader(self._loader("train", self.training))
         return self.watched
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self._loader("validation", self._once("validation"))
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        """Return the validation data; an empty list where a run without validations has none."""
+        return self._loader("validation", self._once("validation")) if "validation" in self.splits else []
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test", self._once("test"))

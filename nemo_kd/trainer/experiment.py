@@ -50,6 +50,7 @@ NEMO_DEFAULTS = (
     "ipl_epoch_stopper_callback_params",
     "straggler_detection_params",
     "fault_tolerance",
+    "ema",
 )
 """Keys whose default None stands for NeMo's own."""
 

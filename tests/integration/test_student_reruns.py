@@ -120,6 +120,19 @@ def test_a_run_that_was_stopped_early_stays_stopped(train, tmp_path):
     assert trained(train(**overrides | {"exp_manager__create_early_stopping_callback": False})) == [3, 4]
 
 
+def test_a_run_without_validation_data(world, train, tmp_path):
+    settings = {
+        "model__data__data_prefix": {"train": [str(world[1])]},
+        "trainer__knowledge_distillation__limit_val_batches": 0,
+    }
+    rows = train(**settings)
+    rows += train(**settings, trainer__knowledge_distillation__max_steps=3)
+    assert trained(rows) == [1, 2, 3]
+    assert not [name for row in rows for name in row if name.startswith("val")]
+    assert "step=3" in last_checkpoint(tmp_path).name
+    assert (tmp_path / "checkpoints" / "run.nemo").is_file()
+
+
 def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_path):
     overrides = {
         "exp_manager__checkpoint_callback_params": {

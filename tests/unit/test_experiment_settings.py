@@ -86,12 +86,24 @@ def test_a_folder_that_may_not_be_looked_at_is_not_written(monkeypatch):
 
 
 def test_what_nothing_here_asks_is_told():
-    given = {"exp_manager": {"ema": {"enable": True}, "checkpoint_callback_params": {"every_n_epochs": 2}}}
+    given = {"exp_manager": {"resume_past_end": True, "checkpoint_callback_params": {"every_n_epochs": 2}}}
     _, warnings = translate(OmegaConf.create(given), COMMAND)
     assert warnings == [
         "exp_manager.checkpoint_callback_params.every_n_epochs=2: trainer.knowledge_distillation.save_interval says when",
-        "exp_manager.ema=...: no moving average of weights is kept",
+        "exp_manager.resume_past_end=True: a run goes on from its last checkpoint",
     ]
+
+
+def test_a_moving_average_is_refused():
+    with pytest.raises(ConfigError, match="exp_manager.ema.enable: True is not supported"):
+        settings(exp_manager__ema={"enable": True})
+    assert settings(exp_manager__ema={"enable": False})
+
+
+@pytest.mark.parametrize("key", ["create_early_stopping_callback", "checkpoint_callback_params__save_best_model"])
+def test_what_needs_validations_is_refused_without_them(key):
+    with pytest.raises(ConfigError, match=key.replace("__", ".") + ": True needs validations"):
+        settings(**{f"exp_manager__{key}": True, "trainer__knowledge_distillation__limit_val_batches": 0})
 
 
 def test_the_yaml_file_repeats_the_defaults():
