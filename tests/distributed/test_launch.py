@@ -17,7 +17,12 @@ from nemo_kd.interruption import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "distributed" / "rank_program.py"
-KEYS = ["pretrained_checkpoint.restore_from_path=t", "data.data.file_path=d.jsonl", "output_path=o.jsonl"]
+KEYS = [
+    f"pretrained_checkpoint.restore_from_path={ROOT}",
+    f"data.data.file_path={PROGRAM}",
+    "output_path=o.jsonl",
+]
+"""What is there passes the checks before the start; the program reads none of it."""
 TIMEOUT_S = 180
 
 

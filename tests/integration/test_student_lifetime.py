@@ -229,7 +229,8 @@ def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step,
 
 
 def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
-    run = start(world, tmp_path / "run", "with_slow_steps", trainer__distributed_timeout_minutes=0.25)
+    overrides = {"trainer__distributed_timeout_minutes": 0.25, "trainer__knowledge_distillation__save_interval": 50}
+    run = start(world, tmp_path / "run", "with_slow_steps", **overrides)
     run.wait_for_step(3)
     run.send(1, signal.SIGSTOP)
     run.ranks[0].join(120)

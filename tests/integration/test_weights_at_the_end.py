@@ -97,12 +97,11 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
 
     # The best weights are those of a run that ends there; an older run's best ones go where the last are the best.
     short = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
-    stale = tmp_path / "b" / "checkpoints" / "run-best.nemo"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"")
-    (stale.parent / "run-best-hf").mkdir()
-    assert ranks(1).run(run_stage_2, students["tied"], train, validation, tmp_path / "b", short) == [""]
     left = tmp_path / "b" / "checkpoints"
+    assert ranks(1).run(run_stage_2, students["tied"], train, validation, tmp_path / "b", short) == [""]
+    (left / "run.nemo").rename(left / "run-best.nemo")
+    (left / "run-hf").rename(left / "run-best-hf")
+    assert ranks(1).run(run_stage_2, students["tied"], train, validation, tmp_path / "b", short) == [""]
     assert sorted(path.name for path in left.glob("run*") if "step" not in path.name) == ["run-hf", "run.nemo"]
     expected, found, other = weights(left / "run-hf"), weights(best), weights(last)
     assert all((expected[name] - found[name]).abs().max() < 1e-4 for name in expected)

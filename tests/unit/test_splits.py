@@ -25,6 +25,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.trainer import splits
 from nemo_kd.trainer.data_module import StudentData
+from nemo_kd.trainer.experiment_record import differences, experiment_record
 from nemo_kd.trainer.splits import load_splits
 from tests.tiny_cache import row, write
 from tests.tiny_data import aligner_rows, student_config, write_chat_dataset
@@ -200,26 +201,31 @@ def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
 
 
 def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
-    first, second = cache(tmp_path / "a"), cache(tmp_path / "b", teacher={"name": "u", "weights": "v"})
-    before = student_data(str(first))
-    before.training.consumed_samples = 8
-    state = before.state_dict()
-    assert state["data"]["train"]["paths"] == [str(first)]
-    assert state["data"]["validation"]["caches"][0]["teacher"] == {"name": "t", "weights": "w"}
+    first = cache(tmp_path / "a")
+    second = cache(tmp_path / "b", teacher={"name": "u", "weights": "v"})
+
+    def record(train, **overrides):
+        data = student_data(train, **overrides)
+        return experiment_record(data.config, architecture(), {"name": "s", "weights": "w"}, data.descriptions, 2)
+
+    before = record(str(first))
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
-    moved = student_data(str(tmp_path / "moved" / first.name), validation=second)
-    moved.load_state_dict(state)
-    assert moved.training.consumed_samples == 8
-    part = student_data(f"{first}[:8]", steps_per_epoch=1)
-    with pytest.raises(CacheError, match="the checkpoint was trained on .*a/train_CHUNK_ID.jsonl, now it is") as error:
-        part.load_state_dict(state)
-    for description in (state["data"]["train"], part.descriptions["train"]):
-        assert description["fingerprint"] in str(error.value)
-    weighted = [student_data([weight, str(first), 1, str(second)]) for weight in (1, 3)]
-    with pytest.raises(CacheError, match=r"weights \[1, 1\] in the checkpoint, \[3, 1\] now"):
-        weighted[1].load_state_dict(weighted[0].state_dict())
-    moved.load_state_dict({"consumed_samples": 16})  # from before checkpoints told
-    assert moved.training.consumed_samples == 16
+    moved = record(str(tmp_path / "moved" / first.name))
+    assert differences(before, moved) == {}
+    part = record(f"{first}[:8]")
+    told = differences(before, part)["model.data.data_prefix.train"]
+    assert re.search(r"a/train_CHUNK_ID.jsonl \(content .* in the checkpoint, .*a/train_CHUNK_ID.jsonl\[:8\]", told)
+    assert "model.data.data_prefix.validation" in differences(before, record(str(first), validation=f"{first}[:8]"))
+    weighted = [record([weight, str(first), 1, str(second)]) for weight in (1, 3)]
+    assert "weights [3, 1]) now" in differences(*weighted)["model.data.data_prefix.train"]
+
+
+def test_a_run_goes_on_behind_the_samples_of_its_checkpoint(tmp_path):
+    data = student_data(str(cache(tmp_path / "a")))
+    data.training.consumed_samples = 8
+    other = student_data(str(tmp_path / "a" / "train_CHUNK_ID.jsonl"))
+    other.load_state_dict(data.state_dict())
+    assert other.training.consumed_samples == 8
 
 
 def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
