@@ -110,9 +110,10 @@ def open_regular(path: str | Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def read_file(path: str | Path) -> bytes:
-    """Return the content of a regular file; errors are those of `open_regular`."""
+def read_file(path: str | Path, start: int = 0) -> bytes:
+    """Return the content of a regular file from byte `start`; errors are those of `open_regular`."""
     with open_regular(path) as file:
+        file.seek(start)
         return file.read()
 
 

@@ -59,6 +59,12 @@ class CacheLayout:
         """Where the segments of a chunk wait until all of them are there."""
         return self.folder / f".{self.chunk_name(chunk_id)}{SEGMENTS}"
 
+    def segment_names(self, chunk_id: int) -> set[str]:
+        """Return the names in the folder of a chunk's segments."""
+        # A network file system asks its server for a listing, where it may remember that a single name was not there.
+        folder = self.segments_folder(chunk_id)
+        return set(os.listdir(folder)) if folder.is_dir() else set()
+
     @property
     def manifest_name(self) -> str:
         """`train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` -> `train_0.manifest.json`."""

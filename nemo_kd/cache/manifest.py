@@ -6,15 +6,17 @@ import dataclasses
 import hashlib
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import orjson
 
+from nemo_kd.cache import journal
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.config.cache import CODECS, CacheConfig
-from nemo_kd.files import read_file, write_atomically
+from nemo_kd.files import explained, read_file, write_atomically
 
 FORMAT_VERSION = 2
 DEEPEST = 32
@@ -88,19 +90,25 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
-        """Reads a manifest.
+        """Reads a manifest, and what its journal lists besides.
 
         Raises:
             CacheError: it is no manifest, or of a format this version does not read.
         """
         try:
-            return cls.parse(read_file(path), str(path))
+            listed = read_journal(
+                path
+            )  # first: what another process moves from it into the manifest is seen in one of them
+            return cls.parse(read_file(path), str(path), listed)
         except OSError as error:
             raise CacheError(f"{path}: the manifest cannot be read ({error.strerror})") from error
 
     @classmethod
-    def parse(cls, content: bytes, path: str) -> Manifest:
+    def parse(cls, content: bytes, path: str, listed: bytes = b"") -> Manifest:
         """The manifest in the content of a file that is called `path` in messages.
+
+        Args:
+            listed: content of its journal, read before the manifest.
 
         Raises:
             CacheError: as `load`.
@@ -114,7 +122,9 @@ class Manifest:
                     f"{path}: format_version {version} is not read by this version of nemo_kd (it reads {FORMAT_VERSION}); "
                     "use the version that wrote the cache, or write the cache again"
                 )
-            chunks = {key: ChunkSummary(**_known(ChunkSummary, chunk)) for key, chunk in payload["chunks"].items()}
+            chunks = parse_summaries(payload["chunks"], path) | _journaled(
+                content, path, listed, payload["chunks"].keys()
+            )
             manifest = cls(**(_known(cls, payload) | {"chunks": chunks}))
             _check_types(manifest, path)
             return manifest
@@ -127,8 +137,10 @@ class Manifest:
             ) from error
 
     def save(self, path: Path) -> None:
-        """Writes the manifest, whole or not at all."""
+        """Writes the manifest, whole or not at all, and removes its journal, whose chunks it must have."""
         write_atomically(path, self._json())
+        with explained(path):
+            journal.journal_path(path).unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
         """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
@@ -186,6 +198,73 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     return settings
 
 
+def read_journal(path: Path, start: int = 0) -> bytes:
+    """Return the bytes of a manifest's journal from `start`; nothing where there is none."""
+    try:
+        return read_file(journal.journal_path(path), start)
+    except FileNotFoundError:
+        return b""
+
+
+def parse_summaries(payload: dict[str, Any], path: str) -> dict[str, ChunkSummary]:
+    """Return the summaries of chunks by number, of which a later version may tell more.
+
+    Raises:
+        CacheError, TypeError, ValueError, AttributeError: they are no such summaries.
+    """
+    chunks = {key: ChunkSummary(**_known(ChunkSummary, chunk)) for key, chunk in payload.items()}
+    counts = [one.name for one in dataclasses.fields(ChunkSummary) if one.type == "int"]
+    for key, summary in chunks.items():
+        if not re.fullmatch("0|[1-9][0-9]{0,17}", key):
+            raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
+        if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
+            raise TypeError(f"chunks.{key}: sha256 or computed_with is of another type")
+        if not math.isfinite(float(summary.kept_mass_sum)):
+            raise ValueError(f"chunks.{key}.kept_mass_sum is not finite")
+        numbers = {f"chunks.{key}.{name}": getattr(summary, name) for name in counts}
+        numbers |= {f"chunks.{key}.skipped.{reason}": count for reason, count in summary.skipped.items()}
+        _check_numbers(numbers, path)
+    return chunks
+
+
+def journaled_summaries(chunks: dict[str, Any], path: str) -> dict[str, ChunkSummary]:
+    """Return the summaries in the journal `path`.
+
+    Raises:
+        CacheError: it holds something else.
+    """
+    try:
+        _check_depth(chunks)
+        return parse_summaries(chunks, path)
+    except CacheError:
+        raise
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise CacheError(
+            f"{path}: not the journal of a manifest ({error}); restore it from a copy, or delete it: chunks that only it "
+            "lists are then computed again"
+        ) from error
+
+
+def _journaled(content: bytes, path: str, listed: bytes, known: Collection[str]) -> dict[str, ChunkSummary]:
+    """The chunks of a manifest's journal.
+
+    A journal of an older manifest is what a kill leaves between the writing of the manifest with its chunks and its end.
+    """
+    if not listed:
+        return {}
+    part = journal.parse(listed, f"{path}{journal.SUFFIX}")
+    chunks = dict(part.chunks)
+    if part.manifest == journal.manifest_digest(content):
+        return journaled_summaries(chunks, f"{path}{journal.SUFFIX}")
+    unknown = [str(key) for key in chunks if key not in known]
+    if unknown:
+        raise CacheError(
+            f"{path}{journal.SUFFIX}: lists chunk {unknown[0]}, but belongs to another manifest than {path}; restore the manifest, "
+            "or delete the journal: chunks that only it lists are then computed again"
+        )
+    return {}
+
+
 def _check_types(manifest: Manifest, path: str) -> None:
     """Refuses a manifest whose numbers are none, as after an edit by hand."""
     numbers: dict[str, Any] = {name: getattr(manifest, name) for name in ("top_k", "vocab_size", "segment_examples")}
@@ -193,22 +272,15 @@ def _check_types(manifest: Manifest, path: str) -> None:
     for name in ("n_examples_per_chunk", "merged_chunks"):
         if getattr(manifest, name) is not None:
             numbers[name] = getattr(manifest, name)
-    for key, summary in manifest.chunks.items():
-        names = [one.name for one in dataclasses.fields(ChunkSummary) if one.type == "int"]
-        numbers |= {f"chunks.{key}.{name}": getattr(summary, name) for name in names}
-        numbers |= {f"chunks.{key}.skipped.{reason}": count for reason, count in summary.skipped.items()}
-        float(summary.kept_mass_sum)
-        if not re.fullmatch("0|[1-9][0-9]*", key):
-            raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
-        if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
-            raise TypeError(f"chunks.{key}: sha256 or computed_with is of another type")
-        if not math.isfinite(summary.kept_mass_sum):
-            raise ValueError(f"chunks.{key}.kept_mass_sum is not finite")
     for name in ("codec", "teacher", "dataset"):
         if not isinstance(getattr(manifest, name), dict):
             raise TypeError(f"{name} is not an object")
     if manifest.codec["name"] not in CODECS:
         raise CacheError(f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of {', '.join(CODECS)}")
+    _check_numbers(numbers, path)
+
+
+def _check_numbers(numbers: dict[str, Any], path: str) -> None:
     for name, value in numbers.items():
         if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < LARGEST_NUMBER:
             raise CacheError(

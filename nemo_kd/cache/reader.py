@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import OrderedDict
@@ -13,6 +14,7 @@ import numpy as np
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkFacts, ChunkIndex
+from nemo_kd.cache.journal import SUFFIX
 from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
@@ -204,7 +206,7 @@ class CacheReader:
     def _manifest(self, name: str, names: set[str]) -> Manifest | None:
         if name not in names:
             return None
-        manifest = Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}")
+        manifest = self._read_manifest(name, names)
         if self.manifests:
             first = self.manifests[0]
             for field in ("tokenizer", "vocab_size"):
@@ -215,6 +217,13 @@ class CacheReader:
                     )
         self.manifests.append(manifest)
         return manifest
+
+    def _read_manifest(self, name: str, names: set[str]) -> Manifest:
+        listed = b""
+        if name + SUFFIX in names:
+            with contextlib.suppress(FileNotFoundError):  # meanwhile its chunks are in the manifest
+                listed = self.storage.read(name + SUFFIX)
+        return Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}", listed)
 
     def _open_chunk(self, name: str, manifest: Manifest | None, key: str) -> _Chunk:
         where = f"{self.storage.folder}/{name}"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nemo_kd.cache.index import ChunkIndex
+from nemo_kd.cache.journal import journal_path
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import TornError
 from nemo_kd.cache.manifest import Manifest
@@ -40,6 +41,10 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
         for lock_path in sorted({one.lock_path for one in layouts if one is layout or one.manifest_path.exists()}):
             if not dry_run:
                 stack.callback(Lock(lock_path, IS_WRITTEN).release)
+        for one in layouts:
+            # A chunk that is taken off the list must not be listed by the journal still.
+            if not dry_run and journal_path(one.manifest_path).exists() and one.manifest_path.exists():
+                Manifest.load(one.manifest_path).save(one.manifest_path)
         done = [text for chunk in chunks for text in _repair_chunk(layout, chunk, dry_run)]
         for folder in [layout.folder, *sorted(layout.folder.glob(".*.segments"))]:
             for left in abandoned(folder):

@@ -2,7 +2,7 @@
 
 A segment is a fixed run of records, computed and published by one process. As soon as all segments of a chunk are there,
 a job that writes the cache puts them together in the order of their records. What lies in the folder at any instant is
-therefore: whole chunks that the manifest lists, whole segments, and hidden temporary files that the next run removes.
+therefore: whole chunks that the manifest or its journal lists, whole segments, and hidden temporary files that the next run removes.
 The same command continues from there, with any number of processes and of shards, and ends with the same bytes.
 """
 
@@ -12,12 +12,10 @@ import dataclasses
 import hashlib
 import itertools
 import logging
-import os
 import shutil
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import LineFacts
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
+from nemo_kd.cache.listing import ChunkList
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.shards import Shard, WriteLock
@@ -35,9 +34,6 @@ from nemo_kd.files import Lock, atomic_file, explained, read_file, remove_abando
 
 log = logging.getLogger(__name__)
 
-QUICK_LISTING_S = 0.05
-LISTING_INTERVALS = 30
-"""A listing that is not quick is followed by at least so many times its duration without one."""
 PUBLISHED_STAYS = "; what is published stays and is not computed again"
 
 Segment = tuple[int, range]
@@ -49,9 +45,6 @@ class CacheWriter:
 
     Several jobs may write one cache at a time, each a shard of it. Shard i of n computes segments i, i + n, i + 2n ... of
     all segments of the cache; whichever comes first puts a chunk together.
-
-    Attributes:
-        missing: chunks that are not listed, or whose file is not there with the listed size, when last looked.
 
     Args:
         manifest: what is about to be written. A cache that is there already is continued if it says the same.
@@ -73,12 +66,13 @@ class CacheWriter:
         check_before_listing: Callable[[], None] | None = None,
     ) -> None:
         self.layout, self.manifest, self.chunks, self._shard = layout, manifest, chunks, shard
-        self.missing: list[int] = []
+        self._missing: set[int] = set()
+        self._waiting: dict[int, None] = {}
+        self._first_parts = list(
+            itertools.accumulate((-(-len(one) // manifest.segment_examples) for one in chunks), initial=0)
+        )
         self._assembling = threading.Lock()
         self._check_before_listing = check_before_listing
-        self._unlisted: dict[int, ChunkSummary] = {}
-        self._last_listing_s = 0.0
-        self._listing_took_s = 0.0
         with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.manifest_lock_path, wait=True):
@@ -94,44 +88,42 @@ class CacheWriter:
         with self._assembling:
             self._lock.release()
 
+    @property
+    def missing(self) -> list[int]:
+        """Chunks that are not listed, or whose file is not there with the listed size, when last looked."""
+        return sorted(self._missing)
+
     def missing_segments(self) -> list[Segment]:
         """What this job has to compute, in the order of the records. Damaged segments are removed and are among it."""
-        (number, count), first = self._shard, 0
         missing: list[Segment] = []
-        incomplete = set(self.missing)
-        for chunk, indices in enumerate(self.chunks):
-            parts = segments(indices, self.manifest.segment_examples)
-            mine = parts[(number - first) % count :: count]
-            first += len(parts)
-            if chunk in incomplete:
-                missing += [(chunk, part) for part in mine if not _is_whole(segment_path(self.layout, chunk, part))]
+        for chunk in self.missing:
+            mine = self._of_this_shard(chunk, segments(self.chunks[chunk], self.manifest.segment_examples))
+            missing += [(chunk, part) for part in mine if not _is_whole(segment_path(self.layout, chunk, part))]
         # A chunk that another shard has put together meanwhile misses no segments: they are removed after it is listed.
-        self._refresh()
-        incomplete = set(self.missing)
-        return [(chunk, part) for chunk, part in missing if chunk in incomplete]
+        with self._assembling:
+            self._refresh()
+        return [(chunk, part) for chunk, part in missing if chunk in self._missing]
 
     def incomplete(self) -> list[int]:
         """Return the chunks that are not listed, or not there with the listed size; looks at the disk again for all."""
-        self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
-        self.missing = [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
+        with self._assembling:
+            self._listed.reload()
+            self.manifest.chunks = self._listed.chunks
+            self._missing = {chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)}
         return self.missing
 
     def missing_by_shard(self) -> dict[int, int]:
         """Return for each shard how many segments of incomplete chunks are not on disk."""
         count = self._shard[1]
-        incomplete = set(self.missing)
         missing: dict[int, list[int]] = {}
-        first = 0
-        for chunk, indices in enumerate(self.chunks):
-            parts = segments(indices, self.manifest.segment_examples)
-            if chunk in incomplete:
-                folder = self.layout.segments_folder(chunk)
-                names = set(os.listdir(folder)) if folder.is_dir() else set()
-                paths = [segment_path(self.layout, chunk, part) for part in parts]
-                missing[chunk] = [(first + n) % count for n, path in enumerate(paths) if path.name not in names]
-            first += len(parts)
-        self._refresh()  # a chunk listed meanwhile misses nothing
-        return dict(Counter(shard for chunk in self.missing for shard in missing[chunk]))
+        for chunk in self.missing:
+            names = self.layout.segment_names(chunk)
+            paths = self._segment_paths(chunk)
+            first = self._first_parts[chunk]
+            missing[chunk] = [(first + n) % count for n, path in enumerate(paths) if path.name not in names]
+        with self._assembling:
+            self._refresh()  # a chunk listed meanwhile misses nothing
+        return dict(Counter(shard for chunk in self._missing for shard in missing[chunk]))
 
     def assemble_complete(self, up_to: int | None = None) -> None:
         """Publishes every chunk of which all segments are there; `up_to` spares the look at later chunks.
@@ -142,16 +134,15 @@ class CacheWriter:
             CacheError: a segment is damaged, or the file system refuses.
         """
         with self._assembling, explained(self.layout.folder, PUBLISHED_STAYS):
-            if up_to is not None and self._shard[1] == 1:  # the folder of a large cache is not listed for every chunk
-                candidates = list(itertools.takewhile(lambda chunk: chunk <= up_to, self.missing))
-            else:
-                in_work = sorted(set(self.missing).intersection(self.layout.chunks_in_work()))
-                candidates = [chunk for chunk in in_work if up_to is None or chunk <= up_to]
-            for chunk in candidates:
-                self._assemble_if_whole(chunk)
-            if up_to is None and self._unlisted:
-                self._list()
-            self._refresh()  # last, for other shards may have listed chunks whose segments were gone at the look at them
+            if up_to is None:
+                for chunk in sorted(self._missing.intersection(self.layout.chunks_in_work())):
+                    self._assemble_if_whole(chunk)
+                self._fold()
+                return
+            for chunk in list(itertools.takewhile(lambda chunk: chunk <= up_to, self._waiting)):
+                if self._assemble_if_whole(chunk):
+                    del self._waiting[chunk]
+            self._refresh()
 
     def _claim(self) -> None:
         """Makes the manifest say what is about to be written; or this job accept what it says."""
@@ -173,19 +164,25 @@ class CacheWriter:
         remove_abandoned(layout.folder)
         if self._lock.is_alone:
             manifest.save(layout.manifest_path)  # before the first segment, so that none is ever of unknown origin
-        self.missing = [chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)]
+        self._listed = ChunkList(layout.manifest_path, PUBLISHED_STAYS)
+        self.manifest.chunks = self._listed.chunks
+        self._missing = {chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)}
+        self._waiting = dict.fromkeys(self.missing)
         for chunk in in_work:
-            if chunk in self.missing:
+            if chunk in self._missing:
                 remove_abandoned(layout.segments_folder(chunk))
             else:
                 shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
 
     def _refuse_sibling(self, existing: Manifest) -> None:
         """Refuse a manifest whose chunks lie there with another suffix; a dataset of such a name is none of them."""
-        if any(_is_listed(self.layout, existing, key) for key in existing.chunks) or self.layout.chunks_in_work():
+        if (
+            any(_is_listed(self.layout, existing.chunks, key) for key in existing.chunks)
+            or self.layout.chunks_in_work()
+        ):
             return
         for sibling in self.layout.siblings():
-            if sibling.chunks_in_work() or any(_is_listed(sibling, existing, key) for key in existing.chunks):
+            if sibling.chunks_in_work() or any(_is_listed(sibling, existing.chunks, key) for key in existing.chunks):
                 raise CacheError(
                     f"output_path: {self.layout.manifest_path} belongs to the cache {sibling.output_path}; two caches "
                     "cannot share a manifest: give another name, or delete that cache"
@@ -202,40 +199,48 @@ class CacheWriter:
 
     def _refresh(self) -> None:
         """Takes in what other shards have done."""
-        if self._shard[1] == 1:
-            return
-        self.manifest.chunks = Manifest.load(self.layout.manifest_path).chunks
-        self.missing = [chunk for chunk in self.missing if not self._is_complete(chunk)]
+        if self._shard[1] > 1:
+            self._take_in()
+
+    def _take_in(self) -> None:
+        for key in self._listed.read_new():
+            if _is_listed(self.layout, self._listed.chunks, key):
+                self._missing.discard(int(key))
+        self.manifest.chunks = self._listed.chunks
 
     def _is_complete(self, chunk: int) -> bool:
-        return _is_listed(self.layout, self.manifest, str(chunk))
+        return _is_listed(self.layout, self.manifest.chunks, str(chunk))
 
-    def _assemble_if_whole(self, chunk: int) -> None:
-        folder, parts = self.layout.segments_folder(chunk), segments(self.chunks[chunk], self.manifest.segment_examples)
-        paths = [segment_path(self.layout, chunk, part) for part in parts]
-        if chunk in self._unlisted or not _all_in(folder, paths):
-            return
+    def _of_this_shard(self, chunk: int, parts: list[Any]) -> list[Any]:
+        """Return the part of a chunk's segments, or of a list in their order, that this job computes."""
+        return parts[(self._shard[0] - self._first_parts[chunk]) % self._shard[1] :: self._shard[1]]
+
+    def _segment_paths(self, chunk: int) -> list[Path]:
+        parts = segments(self.chunks[chunk], self.manifest.segment_examples)
+        return [segment_path(self.layout, chunk, part) for part in parts]
+
+    def _assemble_if_whole(self, chunk: int) -> bool:
+        """Put a chunk together if all its segments are there.
+
+        Returns:
+            True where it needs no further look: it is listed, or only segments of other shards are missing, and the
+            shard that publishes the last of them looks at it then.
+        """
+        paths = self._segment_paths(chunk)
+        names = self.layout.segment_names(chunk)
+        if not all(path.name in names for path in paths):
+            return chunk not in self._missing or all(path.name in names for path in self._of_this_shard(chunk, paths))
         lock_path = self.layout.chunk_lock_path(chunk)
         with Lock(lock_path, wait=True):
             self._refresh()  # another shard may have been faster
-            if chunk in self.missing and _all_in(folder, paths):
+            if chunk in self._missing and self.layout.segment_names(chunk).issuperset(path.name for path in paths):
                 if self._check_before_listing is not None:
                     self._check_before_listing()
-                self._unlisted[chunk] = self._assembled(chunk, paths)
-                if self._shard[1] > 1 or self._is_listing_due():
-                    self._list()
-            elif chunk not in self.missing:
-                self._remove_segments(chunk)
-
-    def _remove_segments(self, chunk: int) -> None:
-        # The lock's file too: whoever waits for this lock, or makes the file anew, has nothing to do.
-        self.layout.chunk_lock_path(chunk).unlink(missing_ok=True)
-        shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
-
-    def _is_listing_due(self) -> bool:
-        # Listing costs time in proportion to all chunks: those of a large cache are listed together.
-        passed_s = time.monotonic() - self._last_listing_s
-        return self._listing_took_s < QUICK_LISTING_S or passed_s >= LISTING_INTERVALS * self._listing_took_s
+                self._list(chunk, self._assembled(chunk, paths))
+            if chunk not in self._missing:  # so whoever waits for this lock, or makes the file anew, has nothing to do
+                lock_path.unlink(missing_ok=True)
+                shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
+        return chunk not in self._missing
 
     def _assembled(self, chunk: int, paths: list[Path]) -> ChunkSummary:
         """Publishes a chunk and its index, which do not count before the manifest lists them."""
@@ -252,21 +257,22 @@ class CacheWriter:
         write_atomically(target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes())
         return summary
 
-    def _list(self) -> None:
-        """Add the assembled chunks to the manifest on disk; only then may their segments go."""
-        started_s = time.monotonic()
+    def _list(self, chunk: int, summary: ChunkSummary) -> None:
+        """Add a chunk to those on disk, whatever other shards have added meanwhile."""
         with Lock(self.layout.manifest_lock_path, wait=True):
-            manifest = Manifest.load(self.layout.manifest_path)
-            self._check_same(manifest)
-            manifest.chunks |= {str(chunk): summary for chunk, summary in self._unlisted.items()}
-            manifest.save(self.layout.manifest_path)
-        self.manifest.chunks = manifest.chunks
-        self.missing = [chunk for chunk in self.missing if chunk not in self._unlisted]
-        for chunk in self._unlisted:
-            self._remove_segments(chunk)
-        self._unlisted = {}
-        self._last_listing_s = time.monotonic()
-        self._listing_took_s = self._last_listing_s - started_s
+            self._take_in()
+            self._check_same(self._listed.manifest)
+            self._listed.add(chunk, summary)
+        self._missing.discard(chunk)
+
+    def _fold(self) -> None:
+        """Move the journal into the manifest, and look again at what is missing."""
+        with Lock(self.layout.manifest_lock_path, wait=True):
+            self._take_in()
+            self._check_same(self._listed.manifest)
+            self._listed.fold()
+        self.manifest.chunks = self._listed.chunks
+        self._missing = {chunk for chunk in self._missing if not self._is_complete(chunk)}
 
 
 class SegmentWriter:
@@ -372,12 +378,12 @@ def read_segment(path: Path) -> tuple[ChunkSummary, LineFacts, bytes]:
         ) from error
 
 
-def _is_listed(layout: CacheLayout, manifest: Manifest, key: str) -> bool:
-    """Return True if a chunk is in the manifest and on disk with the listed size."""
-    if key not in manifest.chunks or not (layout.is_template or key == "0"):
+def _is_listed(layout: CacheLayout, chunks: Mapping[str, ChunkSummary], key: str) -> bool:
+    """Return True if a chunk is among those listed, and on disk with the listed size."""
+    if key not in chunks or not (layout.is_template or key == "0"):
         return False
     path = layout.chunk_path(int(key))
-    return path.is_file() and path.stat().st_size == manifest.chunks[key].bytes
+    return path.is_file() and path.stat().st_size == chunks[key].bytes
 
 
 def _is_whole(path: Path) -> bool:
@@ -390,9 +396,3 @@ def _is_whole(path: Path) -> bool:
         path.unlink(missing_ok=True)
         return False
     return True
-
-
-def _all_in(folder: Path, paths: list[Path]) -> bool:
-    # A network file system asks its server for a listing, where it may remember that a single name was not there.
-    names = set(os.listdir(folder)) if folder.is_dir() else set()
-    return all(path.name in names for path in paths)

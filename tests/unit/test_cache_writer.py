@@ -10,11 +10,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from nemo_kd import files
+from nemo_kd.cache import journal
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
@@ -50,6 +52,8 @@ def die_after(steps: int) -> None:
         return call
 
     files.os = type("os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in ("fsync", "replace")}})
+    names = ("ftruncate", "fsync", "fdopen")
+    journal.os = type("os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in names}})
     files.open = counted(open)  # type: ignore[attr-defined]
     Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
     Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
@@ -68,9 +72,9 @@ def run_process(folder: Path, name: str, rank: int, num_ranks: int, die_after_st
         writer = CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
         planner = writer or CacheWriter.__new__(CacheWriter)
         if writer is None:
-            planner.layout, planner.manifest, planner.missing = layout, description, [0, 1, 2]
+            planner.layout, planner.manifest, planner._missing = layout, description, {0, 1, 2}
             planner.chunks = chunks_of(description)
-            planner._shard = (0, 1)
+            planner._shard, planner._first_parts, planner._assembling = (0, 1), [0, 2, 4], threading.Lock()
         for segment in planner.missing_segments()[rank::num_ranks]:
             write_segment(layout, description, segment)
             if writer is not None:
@@ -371,20 +375,3 @@ def test_manifest_of_another_format_is_refused(tmp_path):
     path.write_text(json.dumps({"format_version": 2}))
     with pytest.raises(CacheError, match="not a cache manifest"):
         Manifest.load(path)
-
-
-def test_a_slow_listing_waits_for_more_chunks_and_the_end_lists_all(tmp_path, monkeypatch):
-    monkeypatch.setattr("nemo_kd.cache.writer.QUICK_LISTING_S", 0.0)
-    monkeypatch.setattr("nemo_kd.cache.writer.LISTING_INTERVALS", 1e9)
-    description = manifest(n_examples_per_chunk=2)
-    layout = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl"))
-    writer = CacheWriter(layout, description, chunks_of(description))
-    for segment in writer.missing_segments():
-        write_segment(layout, description, segment)
-        writer.assemble_complete(segment[0])
-    assert len(Manifest.load(layout.manifest_path).chunks) == 1
-    assert len(layout.chunks_in_work()) == 4  # their segments stay until they are listed
-    writer.assemble_complete()
-    assert writer.incomplete() == []
-    assert layout.chunks_in_work() == []
-    assert len(Manifest.load(layout.manifest_path).chunks) == 5
