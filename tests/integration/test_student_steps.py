@@ -153,18 +153,18 @@ def test_what_to_do_then_is_one_of_two():
 
 def run_with_full_disk(*arguments) -> str:
     """From step 4 on, rank 1 cannot write."""
-    original = checkpoint_write._write_files
+    original = checkpoint_write._write
 
-    def write_files(transforms, buckets, outcome, parent):
-        if "step=4-" in str(outcome) and outcome.name.endswith("_1"):
-            buckets = [(f"/proc/no/{name}", key, data) for name, key, data in buckets]
-        original(transforms, buckets, outcome, parent)
+    def write(writer, plan, planner, folder, with_sums):
+        if "step=4-" in folder.name and torch.distributed.get_rank() == 1:
+            writer.path = Path("/proc/no")
+        return original(writer, plan, planner, folder, with_sums)
 
-    checkpoint_write._write_files = write_files
+    checkpoint_write._write = write
     try:
         return run(*arguments)[0]
     finally:
-        checkpoint_write._write_files = original
+        checkpoint_write._write = original
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(ranks, world, tmp_path):
