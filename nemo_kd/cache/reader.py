@@ -188,7 +188,7 @@ class CacheReader:
         if missing is not None:
             raise CacheError(
                 f"{self.storage.folder}/{self.layout.chunk_name(missing)}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
-                f"chunks of {self.path} are there); write it with compute_topk_logits, or correct model.data.data_prefix and n_chunks"
+                f"chunks of {self.path} are there); write it with compute_topk_logits, or correct the path (model.data.data_prefix) or n_chunks"
             )
         chunks = []
         for number, chunk_id in enumerate(wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import types
 import typing
@@ -120,7 +121,7 @@ def _answer_to_flag(argument: str, following: list[str], known: list[str]) -> st
 def _answer_to_word(argument: str, following: list[str], given: list[str], config_class: type) -> str:
     docs = describe(config_class)
     known = [each.key for each in docs]
-    key, how = find_key(argument, known)
+    key, how = ("", "") if os.path.exists(argument) else find_key(argument, known)  # a path stands for a value
     if key and following and "=" not in following[0] and not following[0].startswith("-"):
         return f"{argument} {following[0]}: write {_example(key, following[0])}, with = and without blanks{f' ({how})' if how else ''}"
     if argument in known:

@@ -80,11 +80,14 @@ def summary_lines(job: Job, manifest: Manifest, work: Work) -> list[tuple[str, s
         ("tokens", f"{total.tokens:,} ({total.loss_tokens:,} in the loss)"),
         ("size", f"{size_text(total.bytes)}, {total.bytes / max(1, total.tokens):,.1f} bytes per token"),
         ("computed now", rate),
-        (f"mass of the kept ids (at most {manifest.top_k})", f"{_share(total.kept_mass_sum, total):.4f}"),
-        ("label among the kept ids", f"{_share(total.label_in_topk, total):.4f}"),
-        ("kept ids per position", f"{_share(total.kept_tokens, total):.1f}"),
-        *([(f"skipped: {reason}", f"{count:,}") for reason, count in skipped] or [("skipped", "0")]),
     ]
+    if total.loss_tokens:  # else other shards' segments are still awaited
+        lines += [
+            (f"mass of the kept ids (at most {manifest.top_k})", f"{_share(total.kept_mass_sum, total):.4f}"),
+            ("label among the kept ids", f"{_share(total.label_in_topk, total):.4f}"),
+            ("kept ids per position", f"{_share(total.kept_tokens, total):.1f}"),
+        ]
+    lines += [(f"skipped: {reason}", f"{count:,}") for reason, count in skipped] or [("skipped", "0")]
     if job.split:
         lines.insert(0, ("split", job.split))
     return lines
@@ -129,7 +132,7 @@ def advice(kept_mass: float, kept_ids: float, top_k: int, cache: CacheConfig) ->
         remedy = f"a lower cache.min_probability (now {cache.probability_floor:g})"
     return (
         f"the kept ids hold {kept_mass:.1%} of the teacher's probability: {support}; {remedy} keeps more. "
-        "Do not train with support=renormalize: it teaches the student that nothing else is ever possible"
+        "support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0"
     )
 
 

@@ -111,7 +111,7 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
     assert error == ""
     assert "train with support=tail" in logged
     assert "a larger top_k (now 4) keeps more" in logged
-    assert "Do not train with support=renormalize" in logged
+    assert "support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0" in logged
     for name in ("mass of the kept ids (at most 4)", "label among the kept ids", "computed now", "size"):
         assert f"\n{name} " in printed
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}

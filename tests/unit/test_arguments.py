@@ -119,6 +119,13 @@ def test_other_ways_to_write_a_key_are_answered(config_class, line, answer):
     assert "\n" not in str(error.value)
 
 
+def test_a_path_that_exists_is_no_name_of_a_key(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "teacher").mkdir()
+    with pytest.raises(ConfigError, match="input_path=teacher output_path=out"):
+        read_command_line(["teacher", "out"], ConvertCheckpointConfig)
+
+
 def test_every_foreign_name_leads_to_a_key_that_exists():
     classes = (ComputeTopkLogitsConfig, TrainStudentConfig, ConvertCheckpointConfig)
     known = {each.key for config_class in classes for each in describe(config_class)}
