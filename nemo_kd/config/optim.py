@@ -43,7 +43,7 @@ class SchedConfig:
     """CosineAnnealing and linear: last steps, at min_lr."""
     constant_ratio: float | None = None
     """Instead of constant_steps: a fraction of all steps."""
-    min_lr: float = 9e-7
+    min_lr: float = 0.0
     """Where the learning rate ends."""
 
     def __post_init__(self) -> None:
