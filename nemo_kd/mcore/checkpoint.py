@@ -285,6 +285,11 @@ def _not_ours(path: Path, is_nemo: bool, key: str) -> ConfigError:
             f"{key}: {path} is a NeMo model whose weights are no Megatron distributed checkpoint (model_weights/.metadata is "
             "missing); export it to Hugging Face with the NeMo version that wrote it and give that folder"
         )
+    if _is_there(path / METADATA):
+        return ConfigError(
+            f"{key}: {path} is a training checkpoint; give the .nemo archive that its run leaves at the end, for which the training "
+            "command can be run again with trainer.knowledge_distillation.max_steps=STEP"
+        )
     return ConfigError(
         f"{key}: {path} is neither a Hugging Face folder (config.json) nor a .nemo archive or its content (model_config.yaml)"
     )

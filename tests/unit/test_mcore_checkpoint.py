@@ -59,6 +59,9 @@ def test_wrong_paths_are_refused_by_key(tmp_path):
     key = "pretrained_checkpoint.restore_from_path"
     refused(tmp_path / "none", f"{key}: .*none does not exist")
     refused(tmp_path, f"{key}: .* is neither a Hugging Face folder")
+    (tmp_path / "run-last").mkdir()
+    (tmp_path / "run-last" / ".metadata").touch()
+    refused(tmp_path / "run-last", f"{key}: .*run-last is a training checkpoint; give the .nemo archive")
     (tmp_path / "text.nemo").write_text("not a tar file")
     refused(tmp_path / "text.nemo", f"{key}: .* is no readable .nemo archive")
     refused(pack(tmp_path / "other.nemo", {"a.txt": b"x"}), f"{key}: .*other.nemo is neither")
