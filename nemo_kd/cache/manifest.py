@@ -144,7 +144,7 @@ class Manifest:
 
     def identity(self) -> dict[str, Any]:
         """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
-        payload = dataclasses.asdict(self)
+        payload = dataclasses.asdict(dataclasses.replace(self, chunks={}))  # copies of all chunks would take long
         del payload["chunks"], payload["tokenizer_tokens"]
         payload["dataset"].pop("path", None)  # the fingerprint tells what was read, wherever it lies
         return dict(_flat(payload))

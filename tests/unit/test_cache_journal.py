@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,24 @@ def test_a_look_and_an_addition_cost_the_same_in_a_large_cache(tmp_path, monkeyp
         one.add(number, ChunkSummary(number, number))
         assert other.read_new() == [str(number)]
     assert max(sizes) < 500
+
+
+def test_listing_looks_at_no_other_chunk(tmp_path):
+    """Counted in calls of functions, not in seconds."""
+    description = manifest(n_examples_per_chunk=1, segment_examples=1, dataset=manifest().dataset | {"end_at_idx": 59})
+    writer = CacheWriter(CacheLayout(str(tmp_path / NAME)), description, chunks_of(description))
+    counts = []
+
+    def count(*_):
+        counts[-1] += 1
+
+    for segment in writer.missing_segments():
+        write_segment(writer.layout, writer.manifest, segment)
+        counts.append(0)
+        sys.setprofile(count)
+        writer.assemble_complete(up_to=segment[0])
+        sys.setprofile(None)
+    assert sum(counts[-10:]) < 1.2 * sum(counts[10:20])
 
 
 def test_a_kill_between_the_manifest_and_the_end_of_its_journal_leaves_chunks_twice(tmp_path):
