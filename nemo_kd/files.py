@@ -29,21 +29,26 @@ class FileError(UserInputError):
     """A file cannot be opened, locked or written; the message names it, the cause and the next step."""
 
 
-_REMEDIES = {
+REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "your quota is used up: free some space",
     errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger file: raise it",
     errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
-    errno.EACCES: "you may not write there: give another path, or have its owner permit it",
-    errno.EPERM: "you may not write there: give another path, or have its owner permit it",
-    errno.ENOENT: "its folder is not there and cannot be made: restore it or give another path",
+    errno.EACCES: "give another path, or have its owner permit it",
+    errno.EPERM: "give another path, or have its owner permit it",
+    errno.ENOENT: "check the path, or restore its folder",
     errno.ENAMETOOLONG: "the name is too long: give a shorter path",
-    errno.ENOTDIR: "its folder is not a folder: give another path",
-    errno.EISDIR: "a folder has this name: give another path, or move the folder away",
+    errno.ENOTDIR: "a part of the path is a file: give another path",
+    errno.EISDIR: "a folder has this name: give a file's path, or move the folder away",
     errno.EEXIST: "something else has this name: give another path, or move it away",
-    errno.ESTALE: "its folder has vanished from the network file system: mount it again",
-    errno.EIO: "the disk reports an error: check it",
+    errno.ENOTEMPTY: "the folder is not empty: give another path, or move what is there away",
+    errno.ELOOP: "symbolic links lead in a circle: mend them or give another path",
+    errno.ESTALE: "the network file system has lost it: mount it again",
+    errno.EIO: "the disk or network file system reports an error: check it",
+    errno.ENODEV: "the file system cannot do this: give a path on another one",
+    errno.ENXIO: "it is no regular file: give a file's path",
 }
+"""What a user can do about an error of a file, by its number; `run the same command again` follows."""
 
 
 @contextlib.contextmanager
@@ -56,7 +61,7 @@ def explained(path: str | Path, note: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = _REMEDIES.get(error.errno or 0)
+        remedy = REMEDIES.get(error.errno or 0)
         if remedy is None:
             raise
         raise FileError(

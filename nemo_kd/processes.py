@@ -14,7 +14,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when process `parent`, which forked it in its main thread, ends in whatever way.
+    """Have this process killed when process `parent`, whose main thread started it, ends in whatever way.
 
     Otherwise it would keep its parent's memory and stdout, and whoever reads that would wait for it.
     """

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from nemo_kd.config import UserInputError
+from nemo_kd.files import REMEDIES
 from nemo_kd.interruption import REQUEUE, SIGNALS, Requeue
 from nemo_kd.ranks import find_ranks
 from nemo_kd.terminal import print_error, print_text, printable
@@ -33,23 +34,7 @@ CHILD_GRACE_S = 5.0
 """Time for a killed child process to be gone."""
 
 NEXT_STEPS = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "your quota is used up: free some space",
-    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger file: raise it",
-    errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
-    errno.EACCES: "give another path, or have its owner permit it",
-    errno.EPERM: "give another path, or have its owner permit it",
-    errno.ENOENT: "check the path",
-    errno.EISDIR: "a file is needed: give a file's path",
-    errno.ENOTDIR: "a part of the path is a file: give another path",
-    errno.EEXIST: "give another path, or move what is there away",
-    errno.ENOTEMPTY: "give another path, or move what is there away",
-    errno.ENAMETOOLONG: "give a shorter path",
-    errno.ELOOP: "symbolic links lead in a circle: mend them or give another path",
-    errno.ESTALE: "the network file system has lost the file: mount it again",
-    errno.EIO: "the disk or network file system reports an error: check it",
-    errno.ENODEV: "the file system cannot do this: give a path on another one",
-    errno.ENXIO: "a file is needed: give a file's path",
+    **REMEDIES,
     errno.EMFILE: "too many files are open: raise the limit (`ulimit -n`), or set fewer data workers",
     errno.ENFILE: "the machine has too many files open: end other programs, or set fewer data workers",
     errno.ENOMEM: "the machine is out of memory: end other programs, or make batches smaller",

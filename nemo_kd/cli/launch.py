@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from types import FrameType
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.interruption import REQUEUE, hold_back_warning_signal
+from nemo_kd.processes import end_with_parent
 from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
 
 GRACE_S = {signal.SIGTERM: 600.0, signal.SIGINT: 30.0, signal.SIGHUP: 30.0}
@@ -37,7 +37,6 @@ NVIDIA_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
 """One of these exists where there may be a GPU; the last is WSL's."""
 
 LAUNCHER = "NEMO_KD_LAUNCHER_PID"
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def needs_launch(trainer: TrainerConfig) -> bool:
@@ -120,12 +119,8 @@ def _environment(world_size: int, port: int) -> dict[str, str]:
 
 def follow_launcher() -> None:
     """Where this process is a rank of `launch`, it ends with the launcher, should that be killed."""
-    if LAUNCHER not in os.environ:
-        return
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before that
-        sys.exit(1)
+    if LAUNCHER in os.environ:
+        end_with_parent(int(os.environ[LAUNCHER]))
 
 
 @contextlib.contextmanager

@@ -6,9 +6,11 @@ Nothing in one runs code: `.metadata` is unpickled by a reader that knows its cl
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import pickle
+import re
 import struct
 import zipfile
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
 from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, apply_factories
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -34,7 +38,10 @@ from nemo_kd.mcore.stored_metadata import read_metadata
 
 METADATA = ".metadata"
 COMMON = "common.pt"
+CONFIG = "metadata.json"
 EXTRA_STATE = "_extra_state"
+OBJECT_NAME = re.compile(r"[^/]+/shard_\d+(\.\d+)*_\d+(\.\d+)*")
+"""How Megatron calls an entry that is not a tensor: key, position and shape."""
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -54,8 +61,10 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             return LocalNonpersistentObject(_load_object(part, metadata, folder))
         return part
 
+    wanted = dict_list_map_outplace(load, state)
     strict = dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
-    return dist_checkpointing.load(dict_list_map_outplace(load, state), str(folder), strict=strict)
+    with _explained(folder):
+        return dist_checkpointing.load(wanted, str(folder), strict=strict)
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
@@ -65,12 +74,42 @@ def load_plain(folder: Path) -> dict[str, Any]:
         ConfigError: they are damaged, or would run code.
     """
     _checked(folder)
-    return dist_checkpointing.load_common_state_dict(str(folder))
+    with _explained(folder):
+        return dist_checkpointing.load_common_state_dict(str(folder))
+
+
+@contextlib.contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Raise what torch and Megatron find wrong with a checkpoint as a ConfigError."""
+    try:
+        yield
+    except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
+        cause: BaseException = error
+        if isinstance(error, CheckpointException) and error.failures:
+            cause = next(iter(error.failures.values()))[0]
+        raise ConfigError(f"{folder}: cannot be read ({_reason(cause)}); use another checkpoint") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Return the line that tells what was wrong; of torch's advice to trust the file, nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]
+    return (telling or lines or [type(error).__name__])[0][:200]
 
 
 def _checked(folder: Path) -> Metadata:
     """Read what torch and Megatron will unpickle, in a way that runs no code; both read it again then."""
     path = folder / METADATA
+    with _explained(folder):
+        try:
+            config = dist_checkpointing.core.maybe_load_config(str(folder))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise ConfigError(f"{folder / CONFIG}: cannot be read ({error}); use another checkpoint") from error
+    if config is not None and (config.sharded_backend, config.common_backend) != ("torch_dist", "torch"):
+        raise ConfigError(
+            f"{folder / CONFIG}: the format {config.sharded_backend!r} with {config.common_backend!r} is not torch_dist with "
+            "torch, which nemo_kd writes; use another checkpoint"
+        )
     try:
         with path.open("rb") as file:
             metadata = read_metadata(file, str(path))
@@ -78,6 +117,9 @@ def _checked(folder: Path) -> Metadata:
             load_values((folder / COMMON).read_bytes(), str(folder / COMMON))
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    for name, entry in metadata.state_dict_metadata.items():
+        if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(name):  # torch would unpickle it
+            raise ConfigError(f"{path}: {name} is not a tensor; use another checkpoint")
     return metadata
 
 
@@ -96,10 +138,8 @@ def load_values(data: bytes, where: str) -> Any:
         *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, NotImplementedError),
         *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError, MemoryError),
     ) as error:
-        lines = [line.strip() for line in str(error).splitlines() if "WeightsUnpickler" in line or "nsupported" in line]
-        reason = (lines or str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"{where}: cannot be read without running its code ({reason[:200]}); "
+            f"{where}: cannot be read without running its code ({_reason(error)}); "
             "a checkpoint holds tensors and plain values only: use one that nemo_kd wrote"
         ) from error
 

@@ -149,6 +149,8 @@ def _check_values(metadata: Any) -> None:
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
             raise TypeError(f"an entry is a {type(entry).__name__}")
         if isinstance(entry, BytesStorageMetadata):
+            if vars(entry):  # a size would make Megatron take it for a tensor, which torch then unpickles
+                raise TypeError(f"{name} is not a tensor but has {', '.join(map(str, vars(entry)))}")
             continue
         if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
             raise TypeError(f"{name} has no dtype or size")
@@ -170,3 +172,7 @@ def _check_values(metadata: Any) -> None:
             raise ValueError(f"{index.fqn} lies nowhere in a file")
         if not isinstance(info.relative_path, str) or not isinstance(index.fqn, str):
             raise TypeError("a file has no name")
+        if info.relative_path in ("", ".", "..") or "/" in info.relative_path or "\0" in info.relative_path:
+            raise ValueError(f"{index.fqn} lies in {info.relative_path!r}, outside of the folder")
+        if info.transform_descriptors:
+            raise ValueError(f"{index.fqn} is stored as {info.transform_descriptors!r}")

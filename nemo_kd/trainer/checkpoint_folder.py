@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.config import UserInputError
-from nemo_kd.files import abandoned, owner_name
+from nemo_kd.files import abandoned, owner_name, read_file
 from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
 
 CONTENTS = "contents.json"
@@ -58,17 +58,30 @@ class Contents:
         """
         path = folder / CONTENTS
         try:
-            fields: dict[str, Any] = json.loads(path.read_bytes())
+            fields: dict[str, Any] = json.loads(read_file(path))
             version = fields.pop("format_version")
             if version != FORMAT_VERSION:
                 raise CheckpointError(f"{path}: format version {version} is not {FORMAT_VERSION}")
-            return Contents(**fields)
+            contents = Contents(**fields)
+            _check_types(contents)
+            return contents
         except FileNotFoundError as error:
             raise CheckpointError(f"{CONTENTS} is missing") from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{CONTENTS} cannot be read ({error})") from error
+
+
+def _check_types(contents: Contents) -> None:
+    """Raise a ValueError where one that somebody wrote by hand would be stumbled over, or lists files of other folders."""
+    if type(contents.step) is not int or not isinstance(contents.layout, dict):
+        raise ValueError("step or layout is none")
+    if contents.experiment is not None and not isinstance(contents.experiment, dict):
+        raise ValueError("experiment is no mapping")
+    for name, sums in contents.files.items():
+        if Path(name).name != name or len(sums) != 2 or not all(type(number) is int for number in sums):
+            raise ValueError(f"files: {name[:80]!r} is no file of this folder with length and checksum")
 
 
 def unfinished_folder(folder: Path) -> Path:
@@ -150,6 +163,9 @@ def damage(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
         contents = Contents.read(folder)
     except CheckpointError as error:
         return str(error)
+    for path in folder.iterdir():
+        if not path.is_file():  # reading a pipe would never end
+            return f"{path.name} is not a regular file"
     for name in list(contents.files)[part::num_parts]:
         num_bytes, crc32 = contents.files[name]
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -18,11 +19,11 @@ from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kd.config import ConfigError
+from nemo_kd.files import remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.trainer.checkpoint_folder import (
     CONTENTS,
-    DAMAGED,
     LAST,
     PREVIOUS,
     CheckpointError,
@@ -102,7 +103,7 @@ class DistributedCheckpointIO(CheckpointIO):
         folder: list[Any] = [unfinished_folder(target)]
         torch.distributed.broadcast_object_list(folder, src=0)
         step, resumable = checkpoint["global_step"], "optimizer_states" in checkpoint
-        with _errors_that_name(target):
+        with _errors_that_name(target, folder[0]):
             self._underway = _Underway(CheckpointWrite(checkpoint, folder[0]), _Saved(step, resumable, [target]))
 
     def save_again(self, path: str | Path, step: int, resumable: bool) -> bool:
@@ -127,7 +128,7 @@ class DistributedCheckpointIO(CheckpointIO):
         if underway is None:
             return
         saved, folder = underway.saved, underway.write.folder
-        with _errors_that_name(saved.targets[0]):
+        with _errors_that_name(saved.targets[0], folder):
             sums = underway.write.finish()
 
         def name() -> None:
@@ -296,6 +297,23 @@ class StudentCheckpoints(NeMoModelCheckpoint):
         consumed = float(trainer.datamodule.training.consumed_samples)
         return {**super()._monitor_candidates(trainer), "consumed_samples": torch.tensor(consumed)}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over scores of checkpoints in this run's folder alone.
+
+        The state may be of somebody's checkpoint, and a checkpoint that it names is deleted for a better one, or loaded.
+        """
+        own = set(self._saved_checkpoint_paths)
+        found = state_dict.get("best_k_models")
+        ranks = {}
+        for path, score in found.items() if isinstance(found, dict) else ():
+            here = os.path.join(str(self.dirpath), Path(str(path)).name)
+            if checkpoint_folder(here) in own and isinstance(score, int | float | torch.Tensor):
+                ranks[here] = float(score)
+        if not ranks and state_dict.get("dirpath") != self.dirpath:
+            ranks = self.best_k_models  # as the folder's names tell
+        unknown = {"best_model_path": "", "kth_best_model_path": "", "last_model_path": "", "best_model_score": None}
+        super().load_state_dict({"dirpath": self.dirpath, "best_k_models": ranks, **unknown})
+
     def nemo_topk_check_previous_run(self) -> None:
         """Reads the ranks of an earlier run's checkpoints from their names; NeMo's fails at what is not finite."""
         label = re.escape(label_of(str(self.monitor)))
@@ -316,17 +334,19 @@ class StudentCheckpoints(NeMoModelCheckpoint):
     @property
     def _saved_checkpoint_paths(self) -> Iterable[Path]:
         """The ranked ones."""
-        folders = [path for path in Path(str(self.dirpath)).glob("[!.]*") if path.is_dir()]
-        return [path for path in folders if not path.name.endswith((LAST, PREVIOUS, DAMAGED))]
+        return [path for path in checkpoints(Path(str(self.dirpath))) if not path.name.endswith((LAST, PREVIOUS))]
 
 
 @contextlib.contextmanager
-def _errors_that_name(target: Path) -> Iterator[None]:
+def _errors_that_name(target: Path, written: Path | None = None) -> Iterator[None]:
+    """Raise errors as a CheckpointError; removes what was `written`, which all ranks have left then."""
     try:
         yield
     except (OSError, CheckpointException) as error:
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
         before = next((path for path in checkpoints(target.parent) if path != target), None)
+        if written is not None and torch.distributed.get_rank() == 0:
+            remove(written)
         kept = "no checkpoint was written before" if before is None else f"the one before it is whole: {before.name}"
         raise CheckpointError(
             f"{target}: the checkpoint cannot be written ({reason}); {kept}. Make room, or set "

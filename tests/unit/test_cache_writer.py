@@ -265,7 +265,7 @@ def test_statistics_in_the_manifest(tmp_path):
         (errno.ENOSPC, "the disk is full: free some space"),
         (errno.EDQUOT, "your quota is used up"),
         (errno.EROFS, "the file system is read-only"),
-        (errno.ESTALE, "vanished from the network file system"),
+        (errno.ESTALE, "the network file system has lost it"),
     ],
 )
 def test_a_refusing_file_system_is_explained_and_nothing_is_damaged(tmp_path, monkeypatch, code, message):
@@ -312,7 +312,7 @@ def test_a_vanished_folder_is_explained(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     segment = writer.missing_segments()[0]
     shutil.rmtree(tmp_path / "sub")
-    with pytest.raises(FileError, match="its folder is not there and cannot be made: restore it or give another path"):
+    with pytest.raises(FileError, match="check the path, or restore its folder"):
         write_segment(layout, description, segment)
 
 
@@ -332,7 +332,7 @@ def test_a_folder_of_another_owner_is_explained(tmp_path):
                 CacheLayout(str(tmp_path / "cache" / "train_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest())
             )
         except FileError as error:
-            os._exit(0 if "you may not write there" in str(error) else 2)
+            os._exit(0 if "have its owner permit it" in str(error) else 2)
         finally:
             os._exit(1)
     assert statuses([process]) == [0]

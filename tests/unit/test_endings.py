@@ -39,7 +39,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         (OSError(errno.EDQUOT, "x", "/a/b"), "/a/b: Disk quota exceeded; your quota is used up: free some space"),
         (OSError(errno.EIO, "x", "/a/b"), "/a/b: Input/output error; the disk or network file system"),
         (PermissionError(errno.EACCES, "x", "/a/b"), "/a/b: Permission denied; give another path, or have its owner"),
-        (IsADirectoryError(errno.EISDIR, "x", "/a"), "/a: Is a directory; a file is needed"),
+        (IsADirectoryError(errno.EISDIR, "x", "/a"), "/a: Is a directory; a folder has this name: give a file's path"),
         (FileNotFoundError(errno.ENOENT, "x", "/a"), "/a: No such file or directory; check the path"),
         (
             OSError(errno.EMFILE, "x", "/a"),
