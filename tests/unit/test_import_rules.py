@@ -35,7 +35,19 @@ ALLOWED: dict[str, set[str]] = {
     "teacher": {"batch", "config", "ops", "data", "cache", "mcore", "evaluation"} | RUNNING,
     "student_loss": {"batch", "config", "ops"},
     "student": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "student_loss"} | RUNNING,
-    "cli": {"batch", "config", "ops", "data", "cache", "mcore", "trainer", "evaluation", "teacher", "student"}
+    "cli": {
+        "batch",
+        "config",
+        "ops",
+        "data",
+        "cache",
+        "mcore",
+        "trainer",
+        "evaluation",
+        "teacher",
+        "student",
+        "processes",
+    }
     | RUNNING,
 }
 
