@@ -46,7 +46,7 @@ class Interruption:
 
     def __init__(self, max_time: str | None = None) -> None:
         self._max_time = max_time
-        self._max_time_s = float("inf") if max_time is None else _seconds(max_time)
+        self._max_time_s = float("inf") if max_time is None else parse_max_time(max_time)
         self._started_s = time.monotonic() - (time.time() - psutil.Process().create_time())
         self._signal: signal.Signals | None = None
         self._reason: str | None = None
@@ -174,7 +174,12 @@ def follow_the_main_process(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _seconds(max_time: str) -> float:
+def parse_max_time(max_time: str) -> float:
+    """Return DD:HH:MM:SS in seconds.
+
+    Raises:
+        ConfigError: it has another form.
+    """
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
     if match is None:
         raise ConfigError(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 LOOPBACK = "127.0.0.1"
 LISTEN_BACKLOG = 2048
+MAX_PORT = 65_535
 
 FIRST_PORT = 12_000
 NUM_PORTS = 16_000
@@ -74,6 +75,20 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     return Ranks()
 
 
+def check_world_size(world_size: int, num_nodes: int, devices: int, found_by: str) -> None:
+    """Refuse a launcher that starts another number of ranks than the configuration asks for.
+
+    Raises:
+        ConfigError: names both numbers.
+    """
+    if world_size != num_nodes * devices:
+        raise ConfigError(
+            f"trainer.num_nodes x trainer.devices: {num_nodes} x {devices} = {num_nodes * devices} processes are asked "
+            f"for, but {found_by} has {world_size}. Make the launcher (torchrun --nproc-per-node, srun "
+            "--ntasks-per-node) and the configuration agree"
+        )
+
+
 def listen_on_loopback(port: int, num_ranks: int | None, timeout: timedelta) -> TCPStore:
     """Return a store that this machine alone can reach: torch's own listens, unauthenticated, on all addresses.
 
@@ -108,15 +123,28 @@ def _named_ranks(launcher: str, environment: Mapping[str, str]) -> Ranks:
         raise ConfigError(
             f"{', '.join(missing)}: not set, though {launcher} is there; unset its other variables, or use torchrun or srun"
         )
-    return Ranks(
-        launcher=launcher,
-        rank=_number(environment, "RANK"),
-        size=_number(environment, "WORLD_SIZE"),
-        local_rank=_number(environment, "LOCAL_RANK"),
-        local_size=_number(environment, "LOCAL_WORLD_SIZE", 0),
-        main_address=environment["MASTER_ADDR"],
-        main_port=_number(environment, "MASTER_PORT"),
+    return _checked(
+        Ranks(
+            launcher=launcher,
+            rank=_number(environment, "RANK"),
+            size=_number(environment, "WORLD_SIZE"),
+            local_rank=_number(environment, "LOCAL_RANK"),
+            local_size=_number(environment, "LOCAL_WORLD_SIZE", 0),
+            main_address=environment["MASTER_ADDR"],
+            main_port=_number(environment, "MASTER_PORT"),
+        )
     )
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if ranks.rank >= ranks.size:
+        raise ConfigError(
+            f"RANK: {ranks.launcher} numbers this process {ranks.rank}, but starts {ranks.size}, numbered from 0; correct "
+            "RANK or WORLD_SIZE"
+        )
+    if ranks.main_port > MAX_PORT:
+        raise ConfigError(f"MASTER_PORT: {ranks.main_port} is not a port; set it to one from 1024 to {MAX_PORT}")
+    return ranks
 
 
 def _slurm_tasks(environment: Mapping[str, str]) -> int:
@@ -129,14 +157,17 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
     num_nodes = _number(environment, "SLURM_STEP_NUM_NODES" if of_step else "SLURM_NNODES", 1)
     nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
     size = _slurm_tasks(environment)
-    return Ranks(
-        launcher="srun",
-        rank=_number(environment, "SLURM_PROCID"),
-        size=size,
-        local_rank=_number(environment, "SLURM_LOCALID"),
-        local_size=size if num_nodes == 1 else 0,
-        main_address=environment.get("MASTER_ADDR") or (LOOPBACK if num_nodes == 1 else _first_host(nodes)),
-        main_port=_number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else _port_of_step(environment),
+    port = _number(environment, "MASTER_PORT") if environment.get("MASTER_PORT") else _port_of_step(environment)
+    return _checked(
+        Ranks(
+            launcher="srun",
+            rank=_number(environment, "SLURM_PROCID"),
+            size=size,
+            local_rank=_number(environment, "SLURM_LOCALID"),
+            local_size=size if num_nodes == 1 else 0,
+            main_address=environment.get("MASTER_ADDR") or (LOOPBACK if num_nodes == 1 else _first_host(nodes)),
+            main_port=port,
+        )
     )
 
 

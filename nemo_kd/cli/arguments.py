@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import types
 import typing
 from collections.abc import Iterator
@@ -29,14 +30,20 @@ VALUE_OPTIONS = {
     "--package": "--package",
     "-p": "--package",
 }
-FLAGS = ("--multirun", "-m", "--resolve", "--hydra-help", "--run", "-r", "--shell-completion", "-sc", "--info", "-i")
+FLAGS = ("--multirun", "-m", "--resolve", "--hydra-help", "--run", "-r")
 """Hydra's options, with a value and without."""
+
+CHOICES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+"""What --cfg and --info print."""
 
 COMPOSED = ("--config-path", "--config-name", "--config-dir")
 """Those that only say where the configuration is."""
 
-_KEY = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_][\w.]*)=(?P<value>.*)", re.DOTALL)
-_OTHER_OVERRIDE = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w./@:-]*(=.*)?", re.DOTALL)
+_KEY = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL | re.ASCII)
+_OTHER_OVERRIDE = re.compile(r"~[A-Za-z_]\w*(\.\w+)*(=.*)?|\+{0,2}hydra[\w./@:-]*=.*", re.DOTALL | re.ASCII)
 _PLAIN = re.compile(r"[^,:\[\]{}'\"]+")
 
 
@@ -89,6 +96,8 @@ def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
                 raise ConfigError(f"{option}: needs a value")
             line.options.append(f"{option}={value}")
             line.settings[option] = value
+        elif name in ("--info", "-i"):
+            line.options.append(f"--info={value or 'all'}")
         elif name in FLAGS:
             line.options.append(argument)
         elif argument == "--dry-run" and "dry_run" in known:
@@ -101,8 +110,27 @@ def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
             given.append(argument)
         else:
             raise ConfigError(_answer_to_word(argument, list(remaining), given, config_class))
+    _check_options(line)
     line.overrides = [_override(argument, config_class, known, line.is_sweep) for argument in given]
     return line
+
+
+def _check_options(line: CommandLine) -> None:
+    """Refuse what Hydra ends in a traceback or several lines.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    for option in line.options:
+        name, _, value = option.partition("=")
+        if value not in CHOICES.get(name, (value,)):
+            raise ConfigError(
+                f"{name}: {value} is not one of {', '.join(CHOICES[name])}; write {name}={CHOICES[name][0]}"
+            )
+    if "--resolve" in line.options and "--cfg" not in line.settings:
+        raise ConfigError("--resolve: goes with --cfg; write --cfg job --resolve")
+    if line.is_sweep and "--cfg" in line.settings:
+        raise ConfigError("--multirun: does not go with --cfg, which prints one configuration; leave one of them out")
 
 
 def _answer_to_flag(argument: str, following: list[str], known: list[str]) -> str:
@@ -138,7 +166,9 @@ def _answer_to_word(argument: str, following: list[str], given: list[str], confi
 def _example(key: str, value: str) -> str:
     value = value or "VALUE"
     if key == "model.data.data_prefix":
-        return f'"{key}={{train: [{value}], validation: [FILE]}}"'
+        value = f"{{train: [{value}], validation: [FILE]}}"
+    if re.search(r"[$`\"\\!]", value):  # in double quotes the shell would still replace these
+        return shlex.quote(f"{key}={value}")
     return f'"{key}={value}"' if re.search(r"[\s#&|;<>()$*?'\[\]{}]", value) else f"{key}={value}"
 
 
@@ -146,10 +176,10 @@ def _override(argument: str, config_class: type, known: list[str], is_sweep: boo
     match = _KEY.fullmatch(argument)
     if match is None or match["key"].startswith("hydra."):
         if _OTHER_OVERRIDE.fullmatch(argument) is None:
-            name = argument.partition("=")[0]
-            raise ConfigError(
-                f"{name}: is not the name of a key; arguments are given as key=value, --help lists the keys"
-            )
+            name, _, value = argument.partition("=")
+            meant, how = find_key(name.strip(), known)
+            form = f"key=value{f', here {_example(meant, value)}' if meant else ''}{f' ({how})' if how else ''}"
+            raise ConfigError(f"{name}: is not the name of a key; arguments are given as {form}; --help lists the keys")
         _parse(argument)
         return argument
     key, value = match["key"], match["value"]
@@ -174,7 +204,7 @@ def _value(key: str, value: str, config_class: type, known: list[str]) -> str:
         if _is_read(key, value):
             return value
         if is_mapping or is_list or is_path:
-            raise ConfigError(_unread(key, value))
+            return _with_quotes(key, value)
         return _quoted(value)
     if is_mapping and not value.startswith("${"):
         form = shape_hint(key).replace("FILE", value, 1) or f"; give a mapping: {key}={{NAME: VALUE}}"
@@ -205,14 +235,16 @@ def _parse(argument: str) -> Any:
         raise ConfigError(f"{key}: cannot be read ({str(error).splitlines()[0][:200]})") from error
 
 
-def _unread(key: str, value: str) -> str:
-    shown = value if len(value) <= 300 else f"{value[:300]}..."
+def _with_quotes(key: str, value: str) -> str:
+    """Return a list or mapping with quotes around the texts that Hydra's grammar does not read without."""
     form = "".join(_quoted_texts(value)) if len(value) <= 10_000 else ""
-    if not form or not _is_read(key, form):
-        form = "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
-    return (
-        f"{key}: {shown} cannot be read; inside lists and mappings, texts with special characters need quotes, and the shell "
-        f'wants quotes around it all: "{key}={form}"'
+    if form and _is_read(key, form):
+        return form
+    shown = value if len(value) <= 300 else f"{value[:300]}..."
+    example = "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
+    raise ConfigError(
+        f"{key}: {shown} cannot be read; brackets must match, texts that hold brackets, commas or quotes need quotes, and "
+        f'the shell wants quotes around it all: "{key}={example}"'
     )
 
 

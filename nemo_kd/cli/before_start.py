@@ -12,6 +12,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import check_batch_sizes
 from nemo_kd.config.student import SPLITS, TrainStudentConfig, check_experiment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.interruption import parse_max_time
 
 MODEL_KEY = "pretrained_checkpoint.restore_from_path"
 
@@ -22,6 +23,9 @@ def check_before_start(config: Any) -> None:
     Raises:
         ConfigError, CacheError: names the key.
     """
+    max_time = config.exp_manager.max_time_per_run if hasattr(config, "exp_manager") else None
+    if max_time is not None:
+        parse_max_time(max_time)
     if isinstance(config, ComputeTopkLogitsConfig):
         _check_teacher(config)
     elif isinstance(config, TrainStudentConfig):

@@ -54,7 +54,9 @@ def compose(line: CommandLine, name: str) -> DictConfig:
     """
     folder = config_folder(line)
     name = line.settings.get("--config-name", name)
-    path = folder / (name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if name.endswith(".yml"):
+        raise ConfigError(f"--config-name: {name}: only files ending in .yaml are read; rename it to {name[:-4]}.yaml")
+    path = folder / (name if name.endswith(".yaml") else f"{name}.yaml")
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in folder.glob("*.yaml"))) or "none"
         here = Path(path.name).is_file() and "--config-path" not in line.settings

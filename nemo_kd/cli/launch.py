@@ -18,7 +18,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.interruption import REQUEUE, hold_back_warning_signal
 from nemo_kd.processes import end_with_parent
-from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
+from nemo_kd.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
 
 GRACE_S = {signal.SIGTERM: 600.0, signal.SIGINT: 30.0, signal.SIGHUP: 30.0}
 """Signals that end a run, and the time that ranks then have to finish what they are at."""
@@ -43,11 +43,14 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     """Return True if this process has to start the others; `trainer.devices` is a number from here on.
 
     Raises:
-        ConfigError: several machines, on which only srun or torchrun can start processes.
+        ConfigError: several machines, on which only srun or torchrun can start processes; or a launcher that started
+            another number of them.
     """
     ranks = find_ranks()
     trainer.devices = _num_devices(trainer, ranks)
     if ranks.launcher:
+        found_by = f"{ranks.launcher}, which started this process,"
+        check_world_size(ranks.size, trainer.num_nodes, trainer.num_devices, found_by)
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(

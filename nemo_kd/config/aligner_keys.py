@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, Node, OmegaConf
 
 from nemo_kd.config.typed import ConfigError
 
@@ -152,7 +152,7 @@ def translate(cfg: DictConfig, command: str) -> tuple[DictConfig, list[str]]:
     OmegaConf.set_struct(cfg, False)
     warnings: list[str] = []
     for key in _NULL_MEANS_DEFAULT:
-        if _holds(cfg, key) and OmegaConf.select(cfg, key) is None:
+        if _holds(cfg, key) and _is_null(cfg, key):
             _pop(cfg, key)
     for alias, key in ALIASES[command].items():
         if not _holds(cfg, alias):
@@ -185,6 +185,13 @@ def _parent(cfg: DictConfig, key: str) -> tuple[DictConfig, str]:
 def _holds(cfg: DictConfig, key: str) -> bool:
     parent, name = _parent(cfg, key)
     return isinstance(parent, DictConfig) and name in parent.keys()  # noqa: SIM118 (`in` itself is False for ???)
+
+
+def _is_null(cfg: DictConfig, key: str) -> bool:
+    """Return True for null as written: ${...} is not resolved, since it may stand for a key with its default in code."""
+    parent, name = _parent(cfg, key)
+    node = parent._get_node(name)
+    return isinstance(node, Node) and node._is_none()
 
 
 def _pop(cfg: DictConfig, key: str) -> Any:

@@ -54,8 +54,8 @@ class CacheConfig:
             raise ConfigError(f"cache.tail_samples: {self.tail_samples} must be from 0 to {MAX_TAIL_SAMPLES}")
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"cache.seed: {self.seed} must be at least 0 and below 2^64")
-        if any(temperature <= 0 for temperature in self.temperatures):
-            raise ConfigError(f"cache.temperatures: {self.temperatures} must all be above 0")
+        if not all(0 < temperature < float("inf") for temperature in self.temperatures):
+            raise ConfigError(f"cache.temperatures: {self.temperatures} must all be above 0 and finite")
         self.temperatures = sorted({float(temperature) for temperature in self.temperatures} - {1.0})
         if len(self.temperatures) > 15:
             raise ConfigError(f"cache.temperatures: {len(self.temperatures)} of them, at most 15 are stored")

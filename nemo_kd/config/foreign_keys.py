@@ -18,7 +18,7 @@ _MICRO = Foreign(("model.micro_batch_size",), "examples per forward pass of one 
 _EPOCHS = Foreign(("trainer.knowledge_distillation.max_epochs",))
 _STEPS = Foreign(("trainer.knowledge_distillation.max_steps",))
 _LENGTH = Foreign(("model.data.seq_length", "data.data.max_seq_length"))
-_OUTPUT = Foreign(("exp_manager.explicit_log_dir", "output_path"))
+_OUTPUT = Foreign(("output_path", "exp_manager.explicit_log_dir"))
 _LORA_RANK = Foreign(("model.peft.lora_tuning.adapter_dim",), "with model.peft.peft_scheme=lora")
 _LORA_ALPHA = Foreign(("model.peft.lora_tuning.alpha",), "with model.peft.peft_scheme=lora")
 _LORA_TARGETS = Foreign(

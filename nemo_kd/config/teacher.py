@@ -14,6 +14,8 @@ from nemo_kd.config.typed import PATH, ConfigError
 
 SPLIT = "SPLIT"
 DEFAULT_MAX_TOKENS_PER_BATCH = 8192
+MAX_SEED = 2**32 - 1
+MAX_TIMEOUT_MINUTES = 1_000_000
 
 
 @dataclass
@@ -43,9 +45,10 @@ class TrainerConfig:
             self.devices = int(self.devices)
         if self.devices not in ("auto", -1) and not (isinstance(self.devices, int) and self.devices >= 1):
             raise ConfigError(f"trainer.devices: {self.devices!r} must be at least 1, or auto for all GPUs")
-        if self.distributed_timeout_minutes <= 0:
+        if not 0 < self.distributed_timeout_minutes <= MAX_TIMEOUT_MINUTES:
             raise ConfigError(
-                f"trainer.distributed_timeout_minutes: {self.distributed_timeout_minutes} must be above 0"
+                f"trainer.distributed_timeout_minutes: {self.distributed_timeout_minutes} must be above 0 and at most "
+                f"{MAX_TIMEOUT_MINUTES}"
             )
 
     @property
@@ -84,8 +87,8 @@ class ModelConfig(ParallelConfig):
         )
         if self.transformer_engine not in ("auto", "on", "off"):
             raise ConfigError(f"model.transformer_engine: {self.transformer_engine!r} is not one of auto, on, off")
-        if self.seed < 0:
-            raise ConfigError(f"model.seed: {self.seed} must not be negative")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"model.seed: {self.seed} must be from 0 to {MAX_SEED}")
         if self.make_vocab_size_divisible_by < 1:
             raise ConfigError(
                 f"model.make_vocab_size_divisible_by: {self.make_vocab_size_divisible_by} must be at least 1"
@@ -135,7 +138,7 @@ class RunConfig:
     """DD:HH:MM:SS after which the run stops between two segments with exit status 75; the same command continues."""
 
     def __post_init__(self) -> None:
-        if self.log_interval_s <= 0:
+        if not self.log_interval_s > 0:
             raise ConfigError(f"exp_manager.log_interval_s: {self.log_interval_s} must be above 0")
         if self.create_wandb_logger and not self.wandb_logger_kwargs.get("project"):
             raise ConfigError("exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project")
@@ -195,19 +198,19 @@ class ComputeTopkLogitsConfig:
 
     def shard_number(self) -> tuple[int, int]:
         """(i, n) of `shard`, or of the task in a Slurm array."""
-        array_size = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", 1))
         if self.shard is not None:
             return self._parsed_shard(self.shard)
+        array_size = _array_variable("COUNT", 1)
         if array_size == 1 or self.start_from_idx or self.end_at_idx is not None:
             return 0, 1
         defaults = {"MIN": 0, "STEP": 1, "MAX": array_size - 1}
-        first, step, last = (int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", value)) for name, value in defaults.items())
+        first, step, last = (_array_variable(name, value) for name, value in defaults.items())
         if "SLURM_ARRAY_TASK_MAX" in os.environ and last != first + (array_size - 1) * step:
             raise ConfigError(
                 f"shard: the Slurm array has {array_size} tasks that are no range; give one (--array=0-{array_size - 1}), "
                 "or the shard of each task (shard=i/n)"
             )
-        return (int(os.environ["SLURM_ARRAY_TASK_ID"]) - first) // step, array_size
+        return (_array_variable("ID") - first) // step, array_size
 
     @staticmethod
     def _parsed_shard(shard: str) -> tuple[int, int]:
@@ -254,3 +257,18 @@ class ComputeTopkLogitsConfig:
             raise ConfigError(
                 f"start_from_idx, end_at_idx: records of one dataset, but data.data.file_path names {len(paths)}; give one path"
             )
+
+
+def _array_variable(name: str, default: int | None = None) -> int:
+    """Return a number that Slurm tells the tasks of an array.
+
+    Raises:
+        ConfigError: it is not set, or no number.
+    """
+    value = os.environ.get(f"SLURM_ARRAY_TASK_{name}", "" if default is None else str(default))
+    if not re.fullmatch(r"\d+", value, re.ASCII) or (name in ("COUNT", "STEP") and int(value) < 1):
+        raise ConfigError(
+            f"SLURM_ARRAY_TASK_{name}: {value!r} is not what Slurm sets for the tasks of an array; unset it, or give the "
+            "shard of this job (shard=i/n)"
+        )
+    return int(value)

@@ -40,8 +40,9 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
     unknown = sorted(set(_leaf_keys(cfg)) - {key for key in _leaf_keys(cfg) if _known(cls, key.split("."))})
     if unknown:
         known = [field.key for field in describe(cls)]
-        lines = [f"  {key}{_suggestion(key, known)}" for key in unknown]
-        raise ConfigError("unknown configuration keys:\n" + "\n".join(lines) + "\n--help lists the known ones.")
+        names = [f"{key}{_suggestion(key, known)}" for key in unknown]
+        raise ConfigError(f"unknown configuration keys: {', '.join(names)}; --help lists the known ones")
+    _check_sections(cls, cfg, [field.key for field in describe(cls)])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
         _expand_paths(cls, typing.cast(DictConfig, merged))
@@ -53,6 +54,24 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise config_error(error) from error
+
+
+def _check_sections(cls: type, cfg: DictConfig, keys_of_all: list[str], prefix: str = "") -> None:
+    """Refuse a value where keys belong: OmegaConf's own error does not name the place."""
+    for name, hint in typing.get_type_hints(cls).items():
+        node = cfg._get_node(name, validate_access=False)
+        if not dataclasses.is_dataclass(hint) or node is None or OmegaConf.is_interpolation(cfg, name):
+            continue
+        if isinstance(node, DictConfig) and not node._is_none():
+            _check_sections(typing.cast(type, hint), node, keys_of_all, f"{prefix}{name}.")
+            continue
+        keys = [field.key for field in describe(typing.cast(type, hint), f"{prefix}{name}.")]
+        value = node._value() if not isinstance(node, DictConfig | ListConfig) else OmegaConf.to_container(node)
+        meant, how = find_key(f"{prefix}{name}", keys_of_all)
+        step = (
+            f"did you mean {meant}?{f' {how}' if how else ''}" if meant else f"its keys are {', '.join(keys[:3])} ..."
+        )
+        raise ConfigError(f"{prefix}{name}: {value} is no mapping of keys; {step}")
 
 
 def config_error(error: OmegaConfBaseException) -> ConfigError:

@@ -22,7 +22,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import AUTO_PRECISION, PARALLEL_SIZES, ParallelConfig
 from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.ranks import LOOPBACK, Ranks, find_ranks, listen_on_loopback
+from nemo_kd.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_m
     """
     use_gpu = _check_devices(devices, accelerator)
     if dist.is_initialized():
-        _check_world_size(dist.get_world_size(), num_nodes, devices, "the process group")
+        check_world_size(dist.get_world_size(), num_nodes, devices, "the process group")
         return
     ranks = find_ranks()
     found_by = (
@@ -118,7 +118,7 @@ def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_m
         if ranks.launcher
         else "this process, started without a launcher,"
     )
-    _check_world_size(ranks.size, num_nodes, devices, found_by)
+    check_world_size(ranks.size, num_nodes, devices, found_by)
     if ranks.is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
     if use_gpu:
@@ -339,12 +339,3 @@ def _check_devices(devices: int, accelerator: str) -> bool:
             f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of its node (--gpus-per-node)"
         )
     return num_gpus > 0
-
-
-def _check_world_size(world_size: int, num_nodes: int, devices: int, found_by: str) -> None:
-    if world_size != num_nodes * devices:
-        raise ConfigError(
-            f"trainer.num_nodes x trainer.devices: {num_nodes} x {devices} = {num_nodes * devices} processes are asked "
-            f"for, but {found_by} has {world_size}. Make the launcher (torchrun --nproc-per-node, srun "
-            "--ntasks-per-node) and the configuration agree"
-        )

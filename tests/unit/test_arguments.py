@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import check_yaml, compose
 from nemo_kd.config import ConfigError, describe, typed
+from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.foreign_keys import FOREIGN
 from nemo_kd.config.student import TrainStudentConfig
@@ -38,6 +39,9 @@ ODD_PATHS = (
     "true",
     "*",
 )
+
+
+STAGE_1 = ("pretrained_checkpoint.restore_from_path=t", "data.data.file_path=d", "output_path=o.jsonl")
 
 
 def value_of(key: str, value: str, config_class: type) -> object:
@@ -104,12 +108,20 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         ),
         (
             TrainStudentConfig,
-            "'model.data.data_prefix={train: [é a/b=1.jsonl], validation: [~/b]}'",
-            "\"model.data.data_prefix={train: ['é a/b=1.jsonl'], validation: ['~/b']}\"",
+            "'model.data.data_prefix={train: [a[1].jsonl]}'",
+            "texts that hold brackets, commas or quotes need quotes",
         ),
+        (ComputeTopkLogitsConfig, "top-k=5", "given as key=value, here top_k=5;"),
+        (ComputeTopkLogitsConfig, "'top_k =5'", "given as key=value, here top_k=5;"),
+        (ComputeTopkLogitsConfig, "cache..codec=json", "cache..codec: is not the name of a key"),
+        (ComputeTopkLogitsConfig, "cache/codec=json", "cache/codec: is not the name of a key"),
+        (ComputeTopkLogitsConfig, "--output '$HOME/a`b'", "'output_path=$HOME/a`b'"),
         (TrainStudentConfig, "model.data.data_prefix={train:", "model.data.data_prefix: {train: cannot be read"),
         (TrainStudentConfig, f"model.data.data_prefix={'[' * 9000}", "cannot be read"),
         (TrainStudentConfig, "--config-name", "--config-name: needs a value"),
+        (TrainStudentConfig, "--cfg foo", "--cfg: foo is not one of job, hydra, all"),
+        (TrainStudentConfig, "--resolve", "--resolve: goes with --cfg"),
+        (TrainStudentConfig, "--multirun --cfg job", "--multirun: does not go with --cfg"),
     ],
 )
 def test_other_ways_to_write_a_key_are_answered(config_class, line, answer):
@@ -124,6 +136,39 @@ def test_a_path_that_exists_is_no_name_of_a_key(tmp_path, monkeypatch):
     (tmp_path / "teacher").mkdir()
     with pytest.raises(ConfigError, match="input_path=teacher output_path=out"):
         read_command_line(["teacher", "out"], ConvertCheckpointConfig)
+
+
+@pytest.mark.parametrize("path", ["run/val_loss=2.1", "~/b", "#1", "é a/文.jsonl", "it's", "a;b", "$x", "(v2)"])
+def test_texts_in_lists_and_mappings_need_no_quotes(path):
+    value = f"{{train: [0.5, {path}, 0.5, 'q'], validation: {path}}}"
+    expected = {"train": [0.5, path, 0.5, "q"], "validation": path}
+    assert value_of("model.data.data_prefix", value, TrainStudentConfig) == expected
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        ("model=llama", "model: llama is no mapping of keys; did you mean pretrained_checkpoint.restore_from_path?"),
+        ("data.data=d.jsonl", "data.data: d.jsonl is no mapping of keys; did you mean data.data.file_path?"),
+        ("cache=3", "cache: 3 is no mapping of keys; its keys are cache.codec, cache.min_probability"),
+        ("cache.temperatures=[nan]", "cache.temperatures: [nan] must all be above 0 and finite"),
+        ("trainer.distributed_timeout_minutes=inf", "trainer.distributed_timeout_minutes: inf must be above 0 and"),
+        ("exp_manager.log_interval_s=nan", "exp_manager.log_interval_s: nan must be above 0"),
+        ("model.seed=99999999999999999999", "model.seed: 99999999999999999999 must be from 0 to 4294967295"),
+    ],
+)
+def test_values_that_cannot_work_name_their_key(argument, answer):
+    line = read_command_line([*STAGE_1, argument], ComputeTopkLogitsConfig)
+    with pytest.raises(ConfigError) as error:
+        typed(ComputeTopkLogitsConfig, compose(line, "compute_topk_logits"))
+    assert answer in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_keys_may_stand_for_others_that_have_their_default_in_code():
+    line = read_command_line([*STAGE_1, "output_path=${name}.jsonl"], ComputeTopkLogitsConfig)
+    cfg, _ = translate(compose(line, "compute_topk_logits"), "compute_topk_logits")
+    assert typed(ComputeTopkLogitsConfig, cfg).output_path == "compute_topk_logits.jsonl"
 
 
 def test_every_foreign_name_leads_to_a_key_that_exists():

@@ -39,14 +39,14 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def teacher(model="model", data="file", output="cache/t_CHUNK_ID.jsonl", log=None, devices=1, tensor=1):
+def teacher(model="model", data="file", output="cache/t_CHUNK_ID.jsonl", log=None, devices=1, tensor=1, max_time=None):
     return ComputeTopkLogitsConfig(
         output_path=output,
         pretrained_checkpoint=PretrainedCheckpoint(model),
         data=TeacherDataConfig(data=DatasetConfig(file_path=data)),
         trainer=TrainerConfig(devices=devices),
         model=TeacherModelConfig(tensor_model_parallel_size=tensor),
-        exp_manager=RunConfig(explicit_log_dir=log),
+        exp_manager=RunConfig(explicit_log_dir=log, max_time_per_run=max_time),
     )
 
 
@@ -89,6 +89,7 @@ def test_what_can_work_passes(here):
         (lambda: teacher(output="CHUNK_ID/t.jsonl"), "CHUNK_ID stands in the folder"),
         (lambda: teacher(log="file"), "exp_manager.explicit_log_dir: file cannot be a folder: "),
         (lambda: teacher(devices=2, tensor=3), "model.tensor_model_parallel_size: 3 does not divide the 2 ranks"),
+        (lambda: teacher(max_time="1h"), "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS"),
         (lambda: student(model="none"), "pretrained_checkpoint.restore_from_path: none does not exist"),
         (
             lambda: student(train="none/t_CHUNK_ID.jsonl"),
