@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib
 import json
 import logging
 from collections.abc import Mapping
@@ -20,6 +22,17 @@ log = logging.getLogger(__name__)
 
 STUDENT = "pretrained_checkpoint.restore_from_path"
 ARCHITECTURE = "architecture"
+CUSTOM_LOSS = "model.knowledge_distillation.custom_loss"
+OTHER_STATE = (
+    ARCHITECTURE,
+    "model.optim.name",
+    "model.peft.peft_scheme",
+    "model.peft.lora_tuning.target_modules",
+    "model.peft.lora_tuning.adapter_dim",
+    "model.peft.lora_tuning.alpha",
+    "model.peft.lora_tuning.layer_selection",
+)
+"""Keys and sections by which a checkpoint holds other tensors, or tensors of other meaning: no run can go on with a changed value."""
 PLACES = ("name", "paths")
 """Parts of a value that say where something lies; they are shown, not compared."""
 
@@ -42,6 +55,9 @@ def experiment_record(
     record[STUDENT] = dict(student)
     record["trainer.precision"] = PRECISIONS[config.trainer.precision]
     record["model.knowledge_distillation.kd_loss"] = config.model.knowledge_distillation.objective
+    loss = config.model.knowledge_distillation
+    if loss.custom_loss is not None:
+        record[CUSTOM_LOSS] = {"function": loss.custom_loss, "source": _source_hash(loss.custom_loss)}
     record[f"{LOOP}.limit_train_batches"] = f"{steps_per_epoch} steps an epoch"
     for split in ("train", "validation"):
         if split in descriptions:
@@ -65,7 +81,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
         if key not in before and key not in defaults:
             continue
         earlier = before.get(key, defaults.get(key))
-        if _comparable(earlier) != _comparable(value):
+        if _comparable(earlier) != _comparable(value) or _is_count(earlier) != _is_count(value):
             found[key] = f"{_shown(earlier)} in the checkpoint, {_shown(value)} now"
     return found
 
@@ -87,19 +103,19 @@ def check_same_experiment(checkpoint: Path, now: Mapping[str, Any], allow_change
         )
         return
     found = differences(before, now)
-    refused = {key: text for key, text in found.items() if key not in allowed}
+    refused = {key: text for key, text in found.items() if key not in allowed or _changes_state(key, now)}
     if not refused:
         for key, text in found.items():
             log.warning("allow_changed: %s: %s; the run goes on with it", key, text)
         return
     lines = "".join(f"\n  {key}: {text}" for key, text in refused.items())
-    changeable = [key for key in refused if not key.startswith(f"{ARCHITECTURE}.")]
+    changeable = [key for key in refused if not _changes_state(key, now)]
     ways = "Give another folder (exp_manager.explicit_log_dir) to start over"
     if len(changeable) == len(refused):
         wanted = ",".join(dict.fromkeys([*allow_changed, *changeable]))
         ways += f", or go on with what is changed: 'allow_changed=[{wanted}]'"
     else:
-        ways += "; weights of another architecture cannot be read"
+        ways += f"; with another {', '.join(key for key in refused if _changes_state(key, now))} it cannot be used"
     raise CheckpointError(f"{checkpoint}: it belongs to another experiment:{lines}\n{ways}")
 
 
@@ -114,9 +130,28 @@ def _comparable(value: Any) -> Any:
     return {key: part for key, part in value.items() if key not in PLACES} if isinstance(value, dict) else value
 
 
+def _changes_state(key: str, now: Mapping[str, Any]) -> bool:
+    has_adapters = now.get("model.peft.peft_scheme") not in (None, "none")
+    if key == STUDENT and has_adapters:  # the checkpoint holds adapters alone
+        return True
+    return any(key == section or key.startswith(f"{section}.") for section in OTHER_STATE)
+
+
+def _is_count(value: Any) -> bool:
+    """Return True for a whole number: limit_val_batches=1 is one batch, 1.0 is all of them."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _source_hash(function: str) -> str | None:
+    """Return the hash of the file that a function is imported from; None for one without a source file."""
+    module = importlib.import_module(function.rpartition(".")[0])
+    path = getattr(module, "__file__", None)
+    return f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}" if path is not None else None
+
+
 def _shown(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
     parts = [f"{key} {part}" for key, part in _comparable(value).items() if part is not None]
     places = [", ".join(place) if isinstance(place, list) else place for key in PLACES if (place := value.get(key))]
-    return f"{' '.join(places)} ({', '.join(parts)})" if places else str(value)
+    return f"{' '.join(places)} ({', '.join(parts)})" if places else ", ".join(parts)

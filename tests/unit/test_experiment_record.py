@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nemo_kd.config import ConfigError, describe
 from nemo_kd.config.experiment import FREE_KEYS, allowed_keys, compared_defaults, compared_values, is_free
+from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.trainer.checkpoint_folder import CheckpointError, seal
-from nemo_kd.trainer.experiment_record import check_same_experiment, differences
+from nemo_kd.trainer.experiment_record import check_same_experiment, differences, experiment_record
 from tests.tiny_data import student_config
 
 LOSS = "model.knowledge_distillation"
@@ -53,6 +56,34 @@ def test_a_checkpoint_that_does_not_know_a_key_was_trained_with_its_default():
     assert differences(before, {**now, f"{LOSS}.support": "truncate"}) == {
         f"{LOSS}.support": "tail in the checkpoint, truncate now"
     }
+
+
+def test_one_batch_and_all_batches_are_not_the_same():
+    key = "trainer.knowledge_distillation.limit_val_batches"
+    now = compared_values(config(trainer__knowledge_distillation__limit_val_batches=1))
+    assert differences({**now, key: 1.0}, now) == {key: "1.0 in the checkpoint, 1 now"}
+
+
+def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
+    source = tmp_path / "loss_that_is_edited.py"
+    source.write_text("def loss():\n    return 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "loss_that_is_edited", raising=False)
+    custom = {
+        f"{LOSS}.kd_loss".replace(".", "__"): "custom",
+        f"{LOSS}.custom_loss".replace(".", "__"): f"{source.stem}.loss",
+    }
+
+    def record() -> dict[str, Any]:
+        return experiment_record(
+            config(**custom), GPTArchitecture("llama", 100, 1, 8, 8, 1, 1, 8, 512, 1e-5, 1e4), {}, {}, 1
+        )
+
+    before = record()
+    assert differences(before, record()) == {}
+    source.write_text("def loss():\n    return 2\n")
+    (text,) = differences(before, record()).values()
+    assert text.startswith("function loss_that_is_edited.loss, source sha256:")
 
 
 @pytest.mark.parametrize(
@@ -119,8 +150,21 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     assert (
         f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run goes on" in caplog.text
     )
-    with pytest.raises(CheckpointError, match="weights of another architecture cannot be read"):
-        check_same_experiment(folder, {**now, "architecture.num_layers": 3}, [])
+    for key, value in (
+        ("architecture.num_layers", 3),
+        ("model.optim.name", "adam"),
+        ("model.peft.peft_scheme", "lora"),
+    ):
+        with pytest.raises(CheckpointError, match=f"to start over; with another {key} it cannot be used$"):
+            check_same_experiment(folder, {**now, key: value}, [] if key.startswith("architecture") else [key])
+
+
+def test_adapters_go_on_with_their_own_student_only(tmp_path):
+    student = "pretrained_checkpoint.restore_from_path"
+    now = {**compared_values(config(model__peft__peft_scheme="lora")), student: {"name": "a", "weights": "sha256:a"}}
+    folder = checkpoint(tmp_path / "c", now)
+    with pytest.raises(CheckpointError, match=f"with another {student} it cannot be used$"):
+        check_same_experiment(folder, {**now, student: {"name": "b", "weights": "sha256:b"}}, [student])
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path, caplog):
