@@ -20,10 +20,11 @@ CONFIGS = {
     "convert_checkpoint": ConvertCheckpointConfig,
 }
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted((ROOT / "examples").glob("*.py"))
 KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
 
 
-@pytest.mark.parametrize("page", PAGES + sorted((ROOT / "scripts" / "slurm").iterdir()), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES + COMMAND_FILES, ids=lambda page: page.name)
 def test_keys_in_the_documentation_exist(page):
     known = {each.key for config in CONFIGS.values() for each in describe(config)}
     sections = {"checkpoint_callback_params": "exp_manager.", "lora_tuning": "model.peft."}
