@@ -112,9 +112,14 @@ def _written(checkpoint: Any) -> tuple[list[tuple[str, str]], list[str]]:
     best = last.with_name(f"{last.stem}-best.nemo")
     last_name = "best weights" if checkpoint.save_best_model else "last weights"
     for name, archive in ((last_name, last), ("best weights", best)):
+        if not archive.exists():
+            continue
         folder = archive.with_name(f"{archive.stem}-hf")
-        lines += [(name, f"{path}, {size_text(_num_bytes(path))}") for path in (archive, folder) if path.exists()]
-        if archive.exists() and not folder.exists():
+        # An older folder is that of an earlier part of the run, which had export.hf=true.
+        has_folder = folder.exists() and folder.stat().st_mtime >= archive.stat().st_mtime
+        paths = [archive, folder] if has_folder else [archive]
+        lines += [(name, f"{path}, {size_text(_num_bytes(path))}") for path in paths]
+        if not has_folder:
             commands = [f"convert_checkpoint input_path={shlex.quote(str(archive))} output_path=student_hf/"]
     parent = Path(checkpoint.dirpath)
     folders = checkpoints(parent)
