@@ -73,6 +73,7 @@ def _verify_bytes(arguments: argparse.Namespace) -> int:
 
 def _verify_against(arguments: argparse.Namespace) -> int:
     with errors_end_the_process():
+        check_verify(arguments)
         configure_logging()
         from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config
 
@@ -85,3 +86,19 @@ def _verify_against(arguments: argparse.Namespace) -> int:
         return 0
     print_text(report)
     return 0 if is_right else 1
+
+
+def check_verify(arguments: argparse.Namespace) -> None:
+    """Refuse what cannot work before torch is imported, which takes seconds.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    if not os.path.exists(arguments.against):
+        raise ConfigError(
+            f"--against: {arguments.against} does not exist; give the teacher, a Hugging Face folder or a .nemo archive"
+        )
+    if arguments.dataset is not None and not os.path.isfile(arguments.dataset):
+        raise ConfigError(
+            f"--dataset: there is no file {arguments.dataset}; give the JSONL file that the cache was made of"
+        )

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.cli.before_start import check_before_start
+from nemo_kd.cli.logit_cache import parser
+from nemo_kd.cli.verify_cache import check_verify
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.data import DatasetConfig
@@ -155,3 +157,16 @@ def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys)
     assert result.stderr.count("\n") == 1
     assert "none does not exist" in result.stderr
     assert time.monotonic() - started_s < 10  # a second on a quiet machine; importing torch and Megatron takes longer
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--against", "none"], "--against: none does not exist; give the teacher"),
+        (["--against", "model", "--dataset", "none.jsonl"], "--dataset: there is no file none.jsonl"),
+    ],
+)
+def test_verify_looks_for_teacher_and_dataset_first(here, options, message):
+    arguments = parser().parse_args(["verify", "train_CHUNK_ID.jsonl", *options])
+    with pytest.raises(ConfigError, match=message):
+        check_verify(arguments)
