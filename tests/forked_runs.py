@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from tests.ranks import CONTEXT
@@ -68,9 +69,13 @@ class StudentRun:
         os.kill(pid, number)
 
     def kill(self) -> None:
+        """Kill all ranks; processes that they have started, such as writers of checkpoints, must end with them."""
+        children = [child for rank in self.ranks for child in _children(rank.pid)]
         for rank in self.ranks:
             rank.kill()
         self.end()
+        _, alive = psutil.wait_procs(children, timeout=10)
+        assert not alive, alive
 
     def end(self) -> list[int | None]:
         """The exit statuses, in rank order."""
@@ -84,6 +89,13 @@ class StudentRun:
 
     def said(self) -> str:
         return self.messages.read_text() if self.messages.exists() else ""
+
+
+def _children(pid: int | None) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
 
 
 def metrics(log_dir: Path) -> list[dict[str, Any]]:

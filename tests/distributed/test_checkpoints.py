@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,7 @@ from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
+from tests.ranks import Ranks
 from tests.tiny_models import save_hf_model
 
 VOCABULARY = 517  # odd, and padded to 517, 528, 544, 576 or 640 rows below
@@ -65,6 +68,14 @@ def convert_in_small_files(**options) -> None:
         convert(**options)
     finally:
         nemo_kd.mcore.export.MAX_SHARD_SIZE = before
+
+
+def convert_with_umask(**options) -> None:
+    before = os.umask(0o027)
+    try:
+        convert(**options)
+    finally:
+        os.umask(before)
 
 
 def fails(path: str, tensor_model_parallel_size: int) -> str:
@@ -128,6 +139,34 @@ def test_everything_around_the_weights_travels_along(run, source, tmp_path):
     assert before.apply_chat_template(messages)["input_ids"] == after.apply_chat_template(messages)["input_ids"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "deep"]
     assert [path.name for path in archive.parent.iterdir()] == ["model.nemo"]
+
+
+def test_files_have_the_mode_that_the_umask_gives(run, source, tmp_path):
+    private = Path(shutil.copytree(source, tmp_path / "private"))
+    for path in private.iterdir():
+        path.chmod(0o600)
+    archive, back = tmp_path / "model.nemo", tmp_path / "back"
+    run(convert_with_umask, input_path=private, output_path=archive)
+    run(convert_with_umask, input_path=archive, output_path=back)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (archive, *back.iterdir())}
+    assert modes == dict.fromkeys(modes, "0o640")
+    assert back.stat().st_mode & 0o777 == 0o750
+    with tarfile.open(archive) as tar:
+        assert {oct(member.mode) for member in tar if member.isfile()} == {"0o640"}
+
+
+def test_two_processes_that_write_one_archive_leave_a_whole_one(ranks, source, tmp_path):
+    archive, other = str(tmp_path / "model.nemo"), Ranks(1)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            for _ in range(2):
+                packed = [pool.submit(one.run, resave, str(source), archive, 1, 16) for one in (ranks(1), other)]
+                assert [one.result() for one in packed] == [[None], [None]]
+    finally:
+        other.stop()
+    expected, loaded = (ranks(1).run(shards, path, 1, 1)[0] for path in (str(source), archive))
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+    assert os.listdir(tmp_path) == ["model.nemo"]
 
 
 def test_an_extracted_archive_opens_as_well(run, source, tmp_path):
