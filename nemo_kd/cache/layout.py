@@ -82,6 +82,14 @@ class CacheLayout:
         paths = [stem + other for other in SUFFIXES if other != suffix and not os.path.isdir(stem + other)]
         return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
 
+    def templates(self) -> list[tuple[CacheLayout, int]]:
+        """Return the templates that this file may be a chunk of, with its number: any number in the name may be it."""
+        if self.is_template:
+            return []
+        numbers = re.finditer(r"(?<![0-9])(0|[1-9][0-9]{0,17})(?![0-9])", self._name)
+        names = [(self._name[: one.start()] + CHUNK_ID + self._name[one.end() :], int(one[0])) for one in numbers]
+        return [(CacheLayout(os.path.join(self.folder, name)), number) for name, number in reversed(names)]
+
     @property
     def manifest_path(self) -> Path:
         return self.folder / self.manifest_name

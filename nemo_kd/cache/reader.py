@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from nemo_kd.cache.journal import SUFFIX
 from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
-from nemo_kd.cache.record import decode
+from nemo_kd.cache.record import decode, is_packed
 from nemo_kd.cache.reduce import limited
 from nemo_kd.cache.scan import scan_chunk
 from nemo_kd.cache.storage import Storage, open_storage
@@ -112,6 +112,12 @@ class CacheReader:
             )
         return row
 
+    def has_packed_rows(self) -> bool:
+        """Return True if the first row is of the packed codec, which the file tells without a manifest."""
+        chunk, _, start, end = self._locate(0)
+        name = self._chunks[chunk].name
+        return is_packed(self._lines.read(self.storage.read(name, start, end), name))
+
     def num_tokens(self, position: int) -> int:
         """Positions of a row, which the index tells."""
         chunk, line, _, _ = self._locate(position)
@@ -159,6 +165,8 @@ class CacheReader:
     def _row(self, chunk: _Chunk, line: int, raw: bytes) -> CachedExample:
         where = self._where(chunk, line)
         row = decode(self._lines.read(raw, where), where, index=line)
+        if self.manifests:
+            _check_vocabulary(row, self.manifests[0].vocab_size, where)
         teacher = limited(row.teacher, self.top_k, self.vocab_size)
         return row if teacher is row.teacher else CachedExample(row.example, teacher)
 
@@ -168,7 +176,7 @@ class CacheReader:
     def _open_chunks(self, n_chunks: int | None, partial: bool) -> list[_Chunk]:
         names = set(self.storage.names())
         chunk_ids = self.layout.chunk_ids(list(names))
-        shared = self._manifest(self.layout.manifest_name, names)
+        shared = self._manifest(self.layout.manifest_name, names) or self._manifest_of_template(names)
         if n_chunks is None:
             n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
         elif n_chunks < 1:
@@ -217,6 +225,26 @@ class CacheReader:
                     )
         self.manifests.append(manifest)
         return manifest
+
+    def _manifest_of_template(self, names: set[str]) -> Manifest | None:
+        """Return the manifest that lists the file as one of several chunks, as if this chunk were all of the cache."""
+        for layout, number in self.layout.templates():
+            if layout.manifest_name not in names or self.layout.chunk_name(0) not in names:
+                continue
+            manifest = self._read_manifest(layout.manifest_name, names)
+            summary = manifest.chunks.get(str(number))
+            if summary is not None and self.storage.stat(self.layout.chunk_name(0))[0] == summary.bytes:
+                records = {"start_from_idx": summary.first_index, "end_at_idx": summary.last_index}
+                of_chunk = replace(
+                    manifest,
+                    chunks={"0": summary},
+                    merged_chunks=1,
+                    n_examples_per_chunk=None,
+                    dataset=manifest.dataset | records,
+                )
+                self.manifests.append(of_chunk)
+                return of_chunk
+        return None
 
     def _read_manifest(self, name: str, names: set[str]) -> Manifest:
         listed = b""
@@ -281,6 +309,21 @@ class CacheReader:
                 "%s/%s has no index and none can be saved there; it is made anew each time", self.storage.folder, name
             )
         return index
+
+
+def _check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
+    example, teacher = row.example, row.teacher
+    for name, ids in (
+        ("tokens", example.tokens_S),
+        ("labels", example.labels_S),
+        ("topk_token_ids", teacher.topk_token_ids_SK),
+        ("tail_token_ids", teacher.tail_token_ids_SM),
+    ):
+        if ids is not None and ids.size and ids.max() >= vocab_size:
+            raise CacheError(
+                f"{where}: field {name}: found id {ids.max()}, but the manifest states a vocabulary of {vocab_size}; "
+                "restore the file, or delete it and run compute_topk_logits again"
+            )
 
 
 def _bound(text: str | None, total: int, default: int) -> int:

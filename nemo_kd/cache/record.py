@@ -123,6 +123,11 @@ def trimmed(row: CachedExample) -> CachedExample:
     )
 
 
+def is_packed(line: bytes) -> bool:
+    """Return True if a valid line is of the packed codec."""
+    return "v" in orjson.loads(line)
+
+
 def is_json(line: bytes) -> bool:
     """Whether a line is valid JSON: a line cut short never is."""
     try:

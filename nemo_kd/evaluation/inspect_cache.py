@@ -119,7 +119,7 @@ def _headline(counts: Facts, found: Statistics) -> Facts:
         return facts
     facts += [
         ("tokens kept a position", f"{found.num_kept_N.mean():.1f}"),
-        ("probability inside them", share(found.kept_mass_N.mean())),
+        ("probability of the kept ids", share(found.kept_mass_N.mean())),
         ("mean entropy, at least", f"{found.entropy_N.mean():.2f} nats"),
         ("labels that rank first", share((found.label_rank_N == 1).mean())),
     ]
@@ -172,8 +172,8 @@ def _counts(reader: CacheReader, found: Statistics) -> Facts:
         ("records left out", skipped or "none"),
         *_sizes(total.bytes, total.tokens, total.loss_tokens),
         ("tokens kept", f"{total.kept_tokens / loss_tokens:.2f} a loss token"),
-        ("probability inside them", share(total.kept_mass_sum / loss_tokens)),
-        ("label among them", share(total.label_in_topk / loss_tokens)),
+        ("probability of the kept ids", share(total.kept_mass_sum / loss_tokens)),
+        ("label among the kept ids", share(total.label_in_topk / loss_tokens)),
     ]
     if len(reader.chunk_facts) < len(chunks):
         facts.insert(1, ("chunks not found", f"{len(chunks) - len(reader.chunk_facts):,} of the complete ones"))
@@ -226,7 +226,7 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
     return [
         *facts,
         ("tokens kept", f"mean {found.num_kept_N.mean():.2f}, median {median:.0f}, p99 {p99:.0f}"),
-        ("probability inside them", f"mean {share(found.kept_mass_N.mean())}"),
+        ("probability of the kept ids", f"mean {share(found.kept_mass_N.mean())}"),
         ("teacher's entropy", entropy),
         ("label", label),
         ("teacher's cross-entropy", cross_entropy),

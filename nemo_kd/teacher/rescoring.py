@@ -76,7 +76,9 @@ class Sample:
     @property
     def rounding(self) -> Rounding:
         manifests = self.reader.manifests
-        unknown = not manifests or any(manifest.teacher.get("name") == UNKNOWN for manifest in manifests)
+        unknown = any(manifest.teacher.get("name") == UNKNOWN for manifest in manifests)
+        if not manifests:
+            unknown = not self.reader.has_packed_rows()
         # A cache that was converted to json may have been packed before.
         packed = any(m.codec["name"] == "packed" or "converted_from" in m.teacher for m in manifests)
         return Rounding(packed=packed or not manifests, bfloat16=unknown)

@@ -204,7 +204,7 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
                 "compute it with stage 1 of nemo_kd, or use another kd_loss"
             )
         return found
-    if loss.support != "renormalize" and not reader.manifests:
+    if loss.support != "renormalize" and not reader.manifests and not reader.has_packed_rows():
         log.warning(
             "%s: the mass outside the kept ids comes from log_sum_exp_logits, which NeMo-Aligner rounds to bfloat16 (1%% of all mass); "
             "%s.support=renormalize does not need it",

@@ -375,3 +375,38 @@ def test_a_damaged_manifest_does_not_cost_the_chunks(tmp_path):
         CacheReader(str(path))
     manifest_path.unlink()
     assert same(CacheReader(str(path))[5], row(5, 4))
+
+
+@pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst", "7b_CHUNK_ID_2.jsonl"])
+def test_a_chunk_given_by_name_finds_the_manifest_of_its_template(tmp_path, name):
+    write(tmp_path, name, codec="packed")
+    path = tmp_path / name.replace("CHUNK_ID", "1")
+    reader = CacheReader(str(path))
+    assert [reader[i].example.index for i in range(len(reader))] == [4, 5, 6, 7]
+    (found,) = reader.manifests
+    assert found.codec["name"] == "packed"
+    assert (found.num_chunks, list(found.chunks)) == (1, ["0"])
+    assert (found.dataset["start_from_idx"], found.dataset["end_at_idx"]) == (4, 7)
+    path.with_name(path.name.replace("_1", "_4", 1)).write_bytes(path.read_bytes())
+    assert CacheReader(str(path.with_name(path.name.replace("_1", "_4", 1)))).manifests == []  # chunk 4 is not listed
+
+
+def test_a_packed_chunk_tells_without_a_manifest_that_it_is_packed(tmp_path):
+    for codec in ("packed", "json"):
+        write(tmp_path / codec, codec=codec)
+        (tmp_path / codec / "train_manifest.json").unlink()
+        reader = CacheReader(str(tmp_path / codec / "train_0.jsonl"))
+        assert reader.manifests == []
+        assert reader.has_packed_rows() == (codec == "packed")
+
+
+@pytest.mark.parametrize("codec", ["packed", "json"])
+def test_ids_beyond_the_manifests_vocabulary_are_refused(tmp_path, codec):
+    write(tmp_path, codec=codec)
+    path = tmp_path / "train_manifest.json"
+    path.write_bytes(path.read_bytes().replace(b'"vocab_size": 50', b'"vocab_size": 20'))
+    reader = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl"))
+    with pytest.raises(
+        CacheError, match=r"train_0.jsonl:1: field tokens: found id \d+, but the manifest states a vocabulary of 20"
+    ):
+        reader[0]

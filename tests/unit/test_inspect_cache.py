@@ -70,8 +70,8 @@ def test_figures_against_plain_sums(tmp_path):
     assert counts["bytes per token"].startswith(
         f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
     )
-    assert counts["probability inside them"] == f"{100 * np.mean(masses):.1f}%"
-    assert counts["label among them"] == f"{100 * np.mean(np.array(ranks) > 0):.1f}%"
+    assert counts["probability of the kept ids"] == f"{100 * np.mean(masses):.1f}%"
+    assert counts["label among the kept ids"] == f"{100 * np.mean(np.array(ranks) > 0):.1f}%"
     assert sample["teacher's entropy"].startswith(f"mean {np.mean(entropies):.3f} nats at least")
     assert sample["teacher's cross-entropy"].startswith(f"{-np.mean(logprobs):.4f} nats")
     shown = {histogram.title: histogram for histogram in histograms(found)}
