@@ -13,4 +13,4 @@ if ((status == 77)); then
 fi
 ((status == 0)) || exit "${status}"
 eval "${environment}"
-OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm tests/slurm
+OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m slurm tests/slurm "$@"

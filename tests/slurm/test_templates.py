@@ -20,7 +20,7 @@ from tests.unit.test_cli import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "scripts" / "slurm"
-TIMEOUT_S = 300
+TIMEOUT_S = 240
 
 # Tells about every run of every task, and ends as STATUS_<number of the array task> (or STATUS) says; RUNS is how often.
 STAND_IN = """#!/usr/bin/env bash
@@ -36,7 +36,8 @@ RANK = f"""#!/usr/bin/env bash
 if [[ -n "${{SLURM_RESTART_COUNT:-}}" ]]; then exit 0; fi
 export RANK="${{SLURM_PROCID}}" WORLD_SIZE="${{SLURM_NTASKS}}" PYTHONPATH="{ROOT}" FOLDER="${{CACHE_DIR}}" OMP_NUM_THREADS=1
 exec "{sys.executable}" "{ROOT}/tests/distributed/rank_program.py" \\
-    pretrained_checkpoint.restore_from_path=t data.data.file_path=d.jsonl output_path=o.jsonl
+    trainer.num_nodes=2 pretrained_checkpoint.restore_from_path="{ROOT}" data.data.file_path="{ROOT}/README.md" \\
+    output_path=o.jsonl
 """
 
 
