@@ -142,18 +142,21 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
         token_id.isascii() and token_id.isdigit() and len(token_id) < 10 for token_id in described["added"]
     ):
         return ["the manifest's tokenizer_tokens are damaged; restore it"]
-    for number, (theirs_hash, our_hash) in enumerate(zip(described["blocks"], ours["blocks"], strict=False)):
-        if theirs_hash != our_hash:
-            first = number * BLOCK_IDS
-            token = tokenizer.convert_ids_to_tokens(first)
-            found.append(f"an id from {first} to {first + BLOCK_IDS - 1} ({first} is {token!r} in the student)")
-            break
-    if described["size"] != ours["size"]:
-        found.append(f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here")
     for token_id, theirs in described["added"].items():
         token = tokenizer.convert_ids_to_tokens(int(token_id))
         if token is not None and token != theirs:
             found.append(f"id {token_id}: {theirs!r} in the cache, {token!r} in the student")
+    if described["size"] != ours["size"]:
+        found.append(f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here")
+    same_size = described["size"] == ours["size"]
+    common_ids = min(described["size"], ours["size"])
+    for number, (theirs_hash, our_hash) in enumerate(zip(described["blocks"], ours["blocks"], strict=False)):
+        first = number * BLOCK_IDS
+        is_common = same_size or first + BLOCK_IDS <= common_ids
+        if is_common and theirs_hash != our_hash:
+            last = min(first + BLOCK_IDS, common_ids) - 1
+            found.append(f"a token among the ids {first} to {last}")
+            break
     return found[:4]
 
 

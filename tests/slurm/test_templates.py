@@ -20,7 +20,7 @@ from tests.unit.test_cli import compose
 
 ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = ROOT / "scripts" / "slurm"
-TIMEOUT_S = 240
+TIMEOUT_S = 300
 
 # Tells about every run of every task, and ends as STATUS_<number of the array task> (or STATUS) says; RUNS is how often.
 STAND_IN = """#!/usr/bin/env bash

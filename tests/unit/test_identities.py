@@ -118,6 +118,8 @@ def test_the_first_different_tokens_are_named(tmp_path):
     ]
     described["added"] = {"9999": "<|extra|>"}
     assert token_differences(described, load_tokenizer(tmp_path)) == []
+    described["blocks"][0] = "0" * len(described["blocks"][0])
+    assert token_differences(described, load_tokenizer(tmp_path)) == ["a token among the ids 0 to 299"]
 
 
 def test_manifests_of_older_versions_are_compared_by_what_they_have():
