@@ -14,7 +14,7 @@ from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.salvage import blocks
 from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.verify import verify_chunks
-from nemo_kd.files import Lock, explained, remove_abandoned, write_atomically
+from nemo_kd.files import Lock, explained, open_regular, remove_abandoned, write_atomically
 
 NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
 """What file systems answer that cannot give a file a second name there."""
@@ -129,10 +129,11 @@ def _parts(source: str) -> list[Part]:
 
 def _place(source: Path, target: Path) -> None:
     """Makes `target` the same file as `source`, or a copy where file systems do not allow that."""
+    open_regular(source).close()  # a pipe or device could be linked too
     with explained(target):
         target.unlink(missing_ok=True)  # of a merge that was killed
         try:
-            os.link(source, target)
+            os.link(source.resolve(), target)  # a relative link would lead elsewhere from the target's folder
         except OSError as error:
             if error.errno not in NO_LINKS:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import BinaryIO, NamedTuple
 
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.lines import lines_of
+from nemo_kd.files import open_regular
 
 ZST_MAGIC = b"\x28\xb5\x2f\xfd"
 _BLOCK_BYTES = 1 << 20
@@ -39,10 +41,14 @@ def stretches(path: Path, starts: Sequence[int] = ()) -> Iterator[Stretch]:
 
     Args:
         starts: where the lines begin, as far as an index tells; only numbers lines behind damage.
+
+    Raises:
+        FileError: the chunk is no regular file, or cannot be read.
     """
-    lines, size = lines_of(path), path.stat().st_size
+    lines = lines_of(path)
     start, number = 0, 1
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
         while start < size:
             file.seek(start)
             try:
@@ -69,8 +75,8 @@ def file_sha256(path: Path) -> bytes:
 
 def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
     """The bytes of a file from `start` to before `end`, in pieces."""
-    remaining = (path.stat().st_size if end is None else end) - start
-    with path.open("rb") as file:
+    with open_regular(path) as file:
+        remaining = (os.fstat(file.fileno()).st_size if end is None else end) - start
         file.seek(start)
         while remaining > 0 and (block := file.read(min(remaining, _BLOCK_BYTES))):
             remaining -= len(block)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,8 @@ from nemo_kd.cache.lines import TornError, lines_of
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.record import decode, trimmed
 from nemo_kd.cache.salvage import file_sha256, stretches
-from nemo_kd.files import read_file
+from nemo_kd.config import UserInputError
+from nemo_kd.files import FileError, read_file
 
 MOST_PROBLEMS_OF_A_CHUNK = 20
 MOST_MISSING_CHUNKS = 1000
@@ -81,7 +83,7 @@ def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
     of_manifests, tasks = [shared], list[Task]()
     for chunk in chunks:
         said, key = manifest, str(chunk)
-        if not shared.path.exists():  # every chunk may have one of its own
+        if not os.path.lexists(shared.path):  # every chunk may have one of its own
             of_manifests.append(ChunkReport(CacheLayout(str(layout.chunk_path(chunk))).manifest_path))
             said, key = _load_manifest(of_manifests[-1]), "0"
         tasks.append((layout.chunk_path(chunk), said, said.chunks.get(key) if said is not None else None, chunk))
@@ -108,7 +110,16 @@ def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | 
     Args:
         summary: what the manifest says of the chunk; None where it says nothing.
     """
-    report, facts = ChunkReport(path, chunk, path.stat().st_size), LineFacts()
+    report = ChunkReport(path, chunk, path.stat().st_size)
+    try:
+        _check_bytes(report, manifest, summary)
+    except FileError as error:  # the chunk or its index is a pipe, folder or device, or cannot be read
+        report.problem(str(error))
+    return report
+
+
+def _check_bytes(report: ChunkReport, manifest: Manifest | None, summary: ChunkSummary | None) -> None:
+    path, facts = report.path, LineFacts()
     index_path = path.with_name(index_name(path.name))
     index = ChunkIndex.of(read_file(index_path)) if index_path.exists() else None
     if index is not None and index.facts.bytes != report.bytes:
@@ -137,16 +148,15 @@ def verify_chunk(path: Path, manifest: Manifest | None, summary: ChunkSummary | 
         _check_summary(report, summary)
     if not report.problems and (manifest is not None or index_path.exists()):
         _check_index(index_path, index, facts, digest, report)
-    return report
 
 
 def _load_manifest(report: ChunkReport) -> Manifest | None:
     """The manifest at the report's path, if there is a usable one."""
-    if not report.path.exists():
+    if not os.path.lexists(report.path):
         return None
     try:
         manifest = Manifest.load(report.path)
-    except CacheError as error:
+    except UserInputError as error:  # it is damaged, or no file
         report.problem(str(error))
         return None
     first, last = manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import binascii
+import contextlib
+import multiprocessing
 import os
 import random
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zlib
@@ -22,10 +25,14 @@ from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.merge import merge
 from nemo_kd.cache.packed_codec import _HEADER, huffman
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import decode, example_hash
+from nemo_kd.cache.repair import repair
+from nemo_kd.cache.salvage import file_sha256, stretches
 from nemo_kd.cache.verify import verify
+from nemo_kd.cache.writer import segment_path
 from nemo_kd.config import UserInputError
 from tests.tiny_cache import CacheWriter, chunks_of, manifest, write_segment
 
@@ -147,20 +154,75 @@ def test_an_index_with_places_outside_the_file_is_made_anew(tmp_path):
     assert index_path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["c_0.jsonl.zst.idx", "c_manifest.json", "c_0.jsonl.zst"])
-@pytest.mark.parametrize("kind", ["pipe", "folder", "loop", "device"])
-def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, kind):
-    path = write(tmp_path)
-    place = tmp_path / name
+KINDS = ["pipe", "folder", "loop", "device"]
+
+
+def replace_by(kind: str, place: Path) -> None:
+    """Put something that is no file in the place of one."""
     place.unlink()
     if kind == "pipe":
         os.mkfifo(place)
     elif kind == "folder":
         place.mkdir()
     else:
-        place.symlink_to("/dev/zero" if kind == "device" else name)
+        place.symlink_to("/dev/zero" if kind == "device" else place.name)
+
+
+@pytest.fixture
+def soon():
+    """Fail the test, with its child processes, after 20 seconds: it waits for what never comes."""
+
+    def stop(*_):
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise TimeoutError("something that is no file was waited for")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("name", ["c_0.jsonl.zst.idx", "c_manifest.json", "c_0.jsonl.zst"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, kind, soon):
+    path = write(tmp_path)
+    replace_by(kind, tmp_path / name)
     with pytest.raises(UserInputError):
         CacheReader(path)[0]
+    with pytest.raises(UserInputError):
+        merge([path], str(tmp_path / "merged" / "m_CHUNK_ID.jsonl.zst"))
+    assert any(report.problems for report in verify(path))
+    with contextlib.suppress(UserInputError):  # it makes an index anew, and passes over a chunk that is none
+        repair(path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_chunk_or_segment_that_becomes_something_else_is_one_error(tmp_path, kind, soon):
+    layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
+    writer = CacheWriter(layout, description, chunks_of(description))
+    todo = writer.missing_segments()
+    for segment in todo:
+        write_segment(layout, description, segment)
+    place = segment_path(layout, *todo[0])
+    replace_by(kind, place)
+    for use in (lambda: list(stretches(place)), lambda: file_sha256(place), writer.assemble_complete):
+        with pytest.raises(UserInputError, match=place.name):
+            use()
+    writer.close()
+    with pytest.raises(UserInputError, match=place.name):
+        CacheWriter(layout, description, chunks_of(description)).missing_segments()
+
+
+def test_chunks_behind_links_are_merged_as_files(tmp_path):
+    path = write(tmp_path)
+    place = tmp_path / "c_0.jsonl.zst"
+    place.symlink_to(place.rename(tmp_path / "elsewhere").name)
+    target = tmp_path / "merged" / "m_CHUNK_ID.jsonl.zst"
+    merge([path], str(target))
+    assert not target.with_name("m_0.jsonl.zst").is_symlink()
+    assert not any(report.problems for report in verify(str(target)))
 
 
 def test_a_path_with_5000_digits_is_one_error(tmp_path):
