@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
+import functools
 import re
 from pathlib import Path
 
 import pytest
 
+from nemo_kd.cli import logit_cache, plot_runs
+from nemo_kd.cli.arguments import CHOICES, FLAGS, VALUE_OPTIONS
 from nemo_kd.config import describe
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.experiment import FREE_KEYS, KEY
@@ -21,6 +26,12 @@ CONFIGS = {
 }
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted((ROOT / "examples").glob("*.py"))
+SOURCES = sorted((ROOT / "nemo_kd").rglob("*.py"))
+HYDRA_OPTIONS = {*VALUE_OPTIONS, *FLAGS, *CHOICES, "-h", "--help", "--version"}
+COMMAND_LINE = re.compile(
+    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)", re.MULTILINE
+)
+"""A command and its arguments, in backticks or from the beginning of a line, perhaps behind `usage:` or the like."""
 KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
 
 
@@ -56,3 +67,49 @@ def test_links_between_pages_lead_somewhere():
                 headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
                 anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert anchor in anchors, f"{page.name}: {target}"
+
+
+@functools.cache
+def options_of(command: str, subcommand: str) -> set[str]:
+    """Return the options that a command takes, or logit_cache with a subcommand."""
+    parser: argparse.ArgumentParser = plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
+    if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
+        keys = {each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))}
+        return HYDRA_OPTIONS | {f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "shard"}}
+    if command == "logit_cache" and not subcommand.startswith("-"):
+        (subcommands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        assert subcommand in subcommands, f"logit_cache {subcommand}: there is no such subcommand"
+        parser = subcommands[subcommand]
+    return {option for action in parser._actions for option in action.option_strings}
+
+
+def texts_of(file: Path) -> list[str]:
+    """Return a page, or the string literals of a source file; what an f-string puts in is X."""
+    content = file.read_text(encoding="utf-8")
+    if file.suffix == ".md":
+        return [content]
+    nodes = list(ast.walk(ast.parse(content)))
+    joined = [node for node in nodes if isinstance(node, ast.JoinedStr)]
+    parts = {id(part) for node in joined for part in node.values}
+    texts = [
+        "".join(str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        for node in joined
+    ]
+    return texts + [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts
+    ]
+
+
+def test_command_lines_name_subcommands_and_options_that_exist():
+    found = set()
+    for file in PAGES + SOURCES:
+        for command, arguments in (line for text in texts_of(file) for line in COMMAND_LINE.findall(text)):
+            found.add(command)
+            subcommand = arguments.split()[0] if command == "logit_cache" else ""
+            if subcommand == "X":
+                continue
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)) - options_of(command, subcommand)
+            assert not unknown, f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
+    assert found == {*CONFIGS, "logit_cache", "plot_runs"}
