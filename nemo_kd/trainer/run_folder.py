@@ -19,7 +19,9 @@ from nemo_kd.trainer.checkpoint_folder import CheckpointError, Contents, checkpo
 
 log = logging.getLogger(__name__)
 
-LOCK = ".lock"
+LOCK = Path(".nemo_kd") / "lock"
+"""Inside a folder: NeMo's exp_manager moves the files of a log folder away when a run resumes, but no folders."""
+
 WAIT_S = 3.0
 WAIT_AFTER_REQUEUE_S = 30.0
 """Time in which the processes of a run that was killed, or of the job before a requeued one, come to their end."""
@@ -69,9 +71,9 @@ def _folders(settings: dict[str, Any], name: str) -> tuple[Path | None, Path | N
 
 
 def _locked(folder: Path) -> Lock:
-    with explained(folder):
-        folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
+    with explained(folder):
+        path.parent.mkdir(parents=True, exist_ok=True)
     wait_s = WAIT_AFTER_REQUEUE_S if "SLURM_RESTART_COUNT" in os.environ else WAIT_S
     limit_s = time.monotonic() + wait_s
     file = open_lock_file(path)

@@ -240,6 +240,25 @@ def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
     assert re.search(r"last step: (step \d+: examples \[\[\d+|after step|saving|waiting for a checkpoint)", run.said())
 
 
+def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(world, straight, tmp_path):
+    """Also where the first one goes on from a checkpoint, when NeMo moves the files of its folder away."""
+    log_dir = tmp_path / "run"
+    first = start(world, log_dir, "with_slow_steps")
+    first.wait_for_step(3)
+    first.kill()
+    first = start(world, log_dir, "with_slow_steps")
+    first.wait_for_step(5)
+    for rank in (0, 1):
+        first.send(rank, signal.SIGSTOP)
+    second = start(world, log_dir, "with_slow_steps")
+    assert second.end() == [2, 2]
+    for rank in (0, 1):
+        first.send(rank, signal.SIGCONT)
+    assert "is training there; two runs in one folder would destroy each other's checkpoints" in second.said()
+    assert first.end() == [0, 0], first.said()
+    check_equal(log_dir, straight)
+
+
 def test_nothing_is_left_to_train(world, straight, tmp_path):
     """The archive is written where it is missing, which is where the run was killed after its last checkpoint."""
     log_dir = tmp_path / "run"

@@ -14,6 +14,7 @@ from nemo_kd.cli.run import conf_dir
 from nemo_kd.config import ConfigError, describe
 from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.trainer.checkpoint_folder import CONTENTS
 from nemo_kd.trainer.checkpoints import StudentCheckpoints
 from nemo_kd.trainer.experiment import experiment_settings
 from tests.tiny_data import student_config
@@ -127,7 +128,9 @@ def test_ranks_are_read_from_names(tmp_path):
     folder = tmp_path / "val_loss_runs"
     names = ("2.5000-step=1", "1.2500-step=2", "nan-step=3", "inf-step=4", "3.0000e-05-step=5", "9.0000-step=6-last")
     for name in names:
-        (folder / f"kd--val_loss={name}").mkdir(parents=True)
+        checkpoint = folder / f"kd--val_loss={name}"
+        checkpoint.mkdir(parents=True)
+        (checkpoint / CONTENTS).touch()
     schedule = SimpleNamespace(plan=SimpleNamespace(max_steps=9))
     checkpoints = StudentCheckpoints(
         1, schedule, SimpleNamespace(), False, dirpath=str(folder), filename="kd", monitor="val_loss", save_top_k=3, n_resume=True,

@@ -73,6 +73,7 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, shared):
 def test_a_requeued_job_waits_for_the_one_before(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     path = tmp_path / run_folder.LOCK
+    path.parent.mkdir()
     child = os.fork()
     if child == 0:
         file = path.open("w")
