@@ -180,8 +180,8 @@ class LostRun:
 
 
 def with_wandb(init, *args) -> tuple[str, str]:
-    """(error, what was logged) of a run of stage 2 with another wandb.init."""
-    with mock.patch.object(wandb, "init", init):
+    """(error, what was logged) of a run of stage 2 with another wandb.init; this process may have had a run before."""
+    with mock.patch.object(wandb, "init", init), mock.patch.object(wandb, "run", None):
         return run_and_listen(*args)
 
 
