@@ -306,13 +306,19 @@ def this_process() -> str:
 
 def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` survive a power failure."""
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(folder)
     except OSError as error:
         # Some network and FUSE file systems cannot sync a folder; their renames are durable by themselves or never.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
+
+
+def sync(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power failure."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

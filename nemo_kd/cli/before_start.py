@@ -9,6 +9,7 @@ from typing import Any
 from nemo_kd.cache.layout import SUFFIXES, CacheLayout, path_of
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
+from nemo_kd.config.exp_manager import check_writable
 from nemo_kd.config.model import check_batch_sizes
 from nemo_kd.config.student import SPLITS, TrainStudentConfig, check_experiment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -34,7 +35,7 @@ def check_before_start(config: Any) -> None:
         _check_model("input_path", config.input_path)
         output = Path(config.output_path).absolute()
         check_output(output, Path(config.input_path).absolute(), config.overwrite)
-        _check_writable("output_path", output.parent)
+        check_writable("output_path", output.parent)
 
 
 def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
@@ -50,9 +51,9 @@ def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
             )
         layout = CacheLayout(path)
         if not config.dry_run:
-            _check_writable("output_path", layout.folder)
+            check_writable("output_path", layout.folder)
     if config.exp_manager.explicit_log_dir is not None and not config.dry_run:
-        _check_writable("exp_manager.explicit_log_dir", Path(config.exp_manager.explicit_log_dir))
+        check_writable("exp_manager.explicit_log_dir", Path(config.exp_manager.explicit_log_dir))
 
 
 def _check_student(config: TrainStudentConfig) -> None:
@@ -101,14 +102,3 @@ def _check_chunks(key: str, path: str) -> None:
     raise ConfigError(
         f"{key}: {path}: there is no such file, caches in its folder: {there}; give the output_path of compute_topk_logits"
     )
-
-
-def _check_writable(key: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written, or made where it is not there yet."""
-    existing = folder.absolute()
-    while not os.path.exists(existing):  # which says no, where Path.exists fails, if one may not even look
-        existing = existing.parent
-    if not existing.is_dir():
-        raise ConfigError(f"{key}: {folder} cannot be a folder: {existing} is a file; give another path")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise ConfigError(f"{key}: {folder} cannot be written: you may not write in {existing}; give another path")

@@ -209,17 +209,17 @@ class ExpManagerConfig:
             ConfigError: names the key and the folder that stands in the way.
         """
         log_dir = "explicit_log_dir" if self.explicit_log_dir else "exp_dir"
-        _check_writable(f"{KEY}.{log_dir}", getattr(self, log_dir))
+        check_writable(f"{KEY}.{log_dir}", getattr(self, log_dir))
         dirpath = self.checkpoint_callback_params.dirpath
         if dirpath and self.create_checkpoint_callback:
-            _check_writable(f"{PARAMS}.dirpath", dirpath)
+            check_writable(f"{PARAMS}.dirpath", dirpath)
 
 
 def _expanded(path: str | None) -> str | None:
     return os.path.expanduser(path) if path else path
 
 
-def _check_writable(key: str, folder: str | None) -> None:
+def check_writable(key: str, folder: str | Path | None) -> None:
     """Look where the folder is, or would have to be made; None stands for the current one."""
     existing = Path(folder or ".").absolute()
     while not os.path.exists(existing):  # which says no, where Path.exists fails, if one may not even look

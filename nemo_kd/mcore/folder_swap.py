@@ -6,7 +6,7 @@ import ctypes
 import os
 from pathlib import Path
 
-from nemo_kd.files import remove, sync_folder
+from nemo_kd.files import remove, sync, sync_folder
 
 AT_FDCWD = -100  # linux/fcntl.h
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -23,7 +23,7 @@ def replace_folder(new: Path, folder: Path) -> None:
         if path.is_dir():
             sync_folder(path)
         else:
-            _sync_file(path)
+            sync(path)
     aside = _aside(folder)
     if not folder.exists():
         os.rename(new, folder)
@@ -55,11 +55,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if rename is None:
         return False
     return rename(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
-
-
-def _sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

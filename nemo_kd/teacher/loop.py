@@ -30,6 +30,7 @@ from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.interruption import Interruption, Requeue, follow_the_main_process
+from nemo_kd.mcore.collective import raise_together
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher, TeacherError
 from nemo_kd.teacher.plan import plan_cache
@@ -254,10 +255,7 @@ def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
             problem = error
         output.store.set("complete", "1")
     wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))
-    box = [problem]
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[0] is not None:
-        raise box[0]
+    raise_together(problem)
 
 
 def _print_summary(job: Job, writer: CacheWriter, work: Work, waiting_for: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.publisher import CompactRow
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError, UserInputError, typed
+from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.cache import MAX_TOP_K
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -34,6 +34,7 @@ from nemo_kd.evaluation.verdict import (
     judge,
 )
 from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.collective import on_rank_zero
 from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel, resolve_precision
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
@@ -189,7 +190,7 @@ def rescore(sample: Sample, config: ComputeTopkLogitsConfig, dataset: str | None
         check_model(config, architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         groups = initialize_model_parallel(config.model, config.model.seed)
-        findings = _on_rank_0(
+        findings = on_rank_zero(
             lambda: check_rendering(
                 sample.reader.manifests,
                 sample.examples,
@@ -292,20 +293,6 @@ def _rounded_otherwise(teacher: Teacher, unit: float) -> Iterator[None]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _on_rank_0(function: Callable[[], T]) -> T:
-    """What the function returns on rank 0, on every rank; so are its errors."""
-    box: list[Any] = [None, None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            box[0] = function()
-        except UserInputError as error:
-            box[1] = error
-    torch.distributed.broadcast_object_list(box, src=0)
-    if box[1] is not None:
-        raise box[1]
-    return box[0]
 
 
 def _outcome(

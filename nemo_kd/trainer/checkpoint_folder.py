@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.config import UserInputError
-from nemo_kd.files import abandoned, owner_name, read_file
+from nemo_kd.files import abandoned, owner_name, read_file, sync
 from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
 
 CONTENTS = "contents.json"
@@ -101,12 +101,12 @@ def seal(
     files = dict(sums)
     for path in folder.iterdir():
         if path.name not in files:
-            _sync(path)
+            sync(path)
             files[path.name] = file_sum(path)
     contents = Contents(step, resumable, layout, {name: list(files[name]) for name in sorted(files)}, experiment)
     (folder / CONTENTS).write_text(json.dumps({"format_version": FORMAT_VERSION, **asdict(contents)}, indent=1))
-    _sync(folder / CONTENTS)
-    _sync(folder)
+    sync(folder / CONTENTS)
+    sync(folder)
 
 
 def publish(written: Path, targets: Sequence[Path]) -> None:
@@ -122,7 +122,7 @@ def publish(written: Path, targets: Sequence[Path]) -> None:
         elif target.exists():
             discard(target)
         folder.rename(target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def link(folder: Path, target: Path) -> None:
@@ -221,13 +221,5 @@ def _twin(folder: Path) -> Path:
         except OSError:
             copy = shutil.copy2
             copy(path, twin / path.name)
-    _sync(twin)
+    sync(twin)
     return twin
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import CheckpointException
 from nemo_kd.config import ConfigError
 from nemo_kd.files import remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
+from nemo_kd.mcore.collective import on_rank_zero
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.trainer.checkpoint_folder import (
     CONTENTS,
@@ -142,16 +143,8 @@ class DistributedCheckpointIO(CheckpointIO):
     @staticmethod
     def _on_first_rank(act: Callable[[], None], target: Path) -> None:
         """Rank 0 acts, the others wait; all of them raise a CheckpointError where that fails."""
-        problem: list[Any] = [None]
-        if torch.distributed.get_rank() == 0:
-            try:
-                act()
-            except OSError as error:
-                problem = [error]
-        torch.distributed.broadcast_object_list(problem, src=0)
         with _errors_that_name(target):
-            if problem[0] is not None:
-                raise problem[0]
+            on_rank_zero(act)
 
     def load_checkpoint(
         self,

@@ -11,11 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from nemo_kd.config.experiment import allowed_keys, compared_defaults, compared_values
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
+from nemo_kd.mcore.collective import on_rank_zero
 from nemo_kd.trainer.checkpoint_folder import CheckpointError, Contents
 
 log = logging.getLogger(__name__)
@@ -121,9 +120,7 @@ def check_same_experiment(checkpoint: Path, now: Mapping[str, Any], allow_change
 
 def agreed_fingerprint(pretrained: Any) -> dict[str, str]:
     """Return the student's fingerprint on all ranks; one of them reads the files."""
-    box: list[Any] = [pretrained.fingerprint() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+    return on_rank_zero(pretrained.fingerprint)
 
 
 def _comparable(value: Any) -> Any:

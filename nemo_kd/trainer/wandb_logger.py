@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from nemo_kd.config import ConfigError
+from nemo_kd.mcore.collective import on_rank_zero
 from nemo_kd.metrics import explained_wandb_errors
 
 log = logging.getLogger(__name__)
@@ -62,15 +62,8 @@ def start_wandb(settings: dict[str, Any], log_dir: Path) -> list[RunWandbLogger]
     if not settings["create_wandb_logger"]:
         return []
     loggers: list[RunWandbLogger] = []
-    problem: list[Any] = [None]
-    if torch.distributed.get_rank() == 0:
-        try:
-            loggers = [_started({"save_dir": str(log_dir), **(settings["wandb_logger_kwargs"] or {})})]
-        except (ConfigError, OSError) as error:
-            problem = [error]
-    torch.distributed.broadcast_object_list(problem, src=0)
-    if problem[0] is not None:
-        raise problem[0]
+    arguments = {"save_dir": str(log_dir), **(settings["wandb_logger_kwargs"] or {})}
+    on_rank_zero(lambda: loggers.append(_started(arguments)))
     return loggers
 
 

@@ -50,7 +50,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, monkeypat
             exchange = folder_swap._exchange if can_exchange else (lambda *_: False)
             patch.setattr(folder_swap, "_exchange", counted(exchange))
             patch.setattr(os, "rename", counted(os.rename))
-            for name in ("remove", "sync_folder", "_sync_file"):
+            for name in ("remove", "sync_folder", "sync"):
                 patch.setattr(folder_swap, name, counted(getattr(folder_swap, name)))
             try:
                 folder_swap.replace_folder(new, folder)
