@@ -77,8 +77,12 @@ def random_inputs(setting: Setting, dense: bool = False) -> Inputs:
         if dense_NV is not None:
             dense_NV[rows] = teacher_BV
         blocks.append(_teacher_rows(teacher_BV, setting.top_k, generator))
-    labels, topk, ids, tail_1, tail_2, logprobs, samples = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    return Inputs(logits_NV, labels, topk, ids, {1.0: tail_1, 2.0: tail_2}, logprobs, samples, dense_NV)
+    labels, topk, ids, tail_1, tail_2, logprobs, samples = (
+        torch.cat(parts) for parts in zip(*blocks, strict=True)
+    )
+    return Inputs(
+        logits_NV, labels, topk, ids, {1.0: tail_1, 2.0: tail_2}, logprobs, samples, dense_NV
+    )
 
 
 def _teacher_rows(teacher_BV: Tensor, top_k: int, generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -90,7 +94,15 @@ def _teacher_rows(teacher_BV: Tensor, top_k: int, generator: torch.Generator) ->
     samples_BM = torch.multinomial(tails[0], TAIL_SAMPLES, replacement=True, generator=generator)
     samples_BM[tails[0].sum(-1) < SMALLEST_SAMPLED_TAIL] = -1
     label_logprobs_B = logprobs_BV.gather(1, labels_B[:, None])[:, 0]
-    return labels_B, topk_BK - topk_BK[:, :1], ids_BK, tails[0].sum(-1), tails[1].sum(-1), label_logprobs_B, samples_BM
+    return (
+        labels_B,
+        topk_BK - topk_BK[:, :1],
+        ids_BK,
+        tails[0].sum(-1),
+        tails[1].sum(-1),
+        label_logprobs_B,
+        samples_BM,
+    )
 
 
 def torch_cross_entropy(logits_NV: Tensor, inputs: Inputs) -> Tensor:
@@ -119,14 +131,18 @@ def _join_a_world_of_one(device: str) -> None:
     from megatron.core import parallel_state
 
     backend = "nccl" if device == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        backend, store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
     parallel_state.initialize_model_parallel()
 
 
 def gather_and_kl_div(logits_NV: Tensor, inputs: Inputs) -> Tensor:
     """Forward KL over the kept ids: log_softmax, gather, F.kl_div, and the cross-entropy beside it."""
     log_q_NK = logits_NV.float().log_softmax(-1).gather(1, inputs.topk_token_ids_NK)
-    log_p_NK = inputs.topk_logits_NK.log_softmax(-1) + torch.log1p(-inputs.tail_mass_of[1.0])[:, None]
+    log_p_NK = (
+        inputs.topk_logits_NK.log_softmax(-1) + torch.log1p(-inputs.tail_mass_of[1.0])[:, None]
+    )
     kd = F.kl_div(log_q_NK, log_p_NK, reduction="sum", log_target=True)
     return kd + torch_cross_entropy(logits_NV, inputs)
 

@@ -49,7 +49,11 @@ SETTINGS = (
     Setting("top-100", CacheConfig(min_probability=0), 100),
     Setting(
         "head of 16, top-p 0.95, and 4 tail samples",
-        CacheConfig(min_probability=0, top_p=synthetic_teacher.HEAD_TOP_P, tail_samples=synthetic_teacher.TAIL_SAMPLES),
+        CacheConfig(
+            min_probability=0,
+            top_p=synthetic_teacher.HEAD_TOP_P,
+            tail_samples=synthetic_teacher.TAIL_SAMPLES,
+        ),
         synthetic_teacher.HEAD_K,
     ),
     Setting("`json` codec, top-100", CacheConfig(codec="json"), 100),
@@ -71,30 +75,54 @@ class Measured(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "nemo_kd_benchmarks")
-    parser.add_argument("--cache", help="rows of this cache are measured too: a path or template, [a:b] selects")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "nemo_kd_benchmarks"
+    )
+    parser.add_argument(
+        "--cache", help="rows of this cache are measured too: a path or template, [a:b] selects"
+    )
     parser.add_argument("--num-positions", type=int, default=synthetic_teacher.NUM_POSITIONS)
     parser.add_argument("--vocab-size", type=int, default=synthetic_teacher.VOCAB_SIZE)
     parser.add_argument("--seq-length", type=int, default=synthetic_teacher.SEQ_LENGTH)
-    parser.add_argument("--chunk-examples", type=int, nargs=2, default=(2000, 200), help="of the two chunks read from")
-    parser.add_argument("--scanned-examples", type=int, default=100, help="of the json chunk that is scanned")
+    parser.add_argument(
+        "--chunk-examples",
+        type=int,
+        nargs=2,
+        default=(2000, 200),
+        help="of the two chunks read from",
+    )
+    parser.add_argument(
+        "--scanned-examples", type=int, default=100, help="of the json chunk that is scanned"
+    )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each speed")
     options = parser.parse_args(arguments)
     # glibc hands out memory faster once a process has freed a large block, as any process that loads a model has.
     np.empty(31 << 20, dtype=np.uint8).fill(0)
-    print(f"{date.today()}, {_machine()}, Python {platform.python_version()}, numpy {np.__version__}\n")
-    teacher = synthetic_teacher.synthetic_teacher(options.data_dir, options.num_positions, options.vocab_size)
+    print(
+        f"{date.today()}, {_machine()}, Python {platform.python_version()}, numpy {np.__version__}\n"
+    )
+    teacher = synthetic_teacher.synthetic_teacher(
+        options.data_dir, options.num_positions, options.vocab_size
+    )
     rows = synthetic_rows(teacher, options.seq_length)
     print(f"Synthetic teacher, {len(teacher.labels_N):,} tokens, {options.vocab_size:,} words:\n")
     print_codecs([measure(setting, rows, teacher, options.seconds) for setting in SETTINGS])
     if options.cache:
         reader = CacheReader(options.cache)
         rows = [reader[position] for position in range(len(reader))]
-        print(f"\n{options.cache}, {sum(row.example.num_loss_tokens for row in rows):,} loss tokens:\n")
+        print(
+            f"\n{options.cache}, {sum(row.example.num_loss_tokens for row in rows):,} loss tokens:\n"
+        )
         # Samples cannot be drawn from a tail that is not there.
         print_codecs(
-            [measure(setting, rows, None, options.seconds) for setting in SETTINGS if not setting.cache.tail_samples]
+            [
+                measure(setting, rows, None, options.seconds)
+                for setting in SETTINGS
+                if not setting.cache.tail_samples
+            ]
         )
     print(f"\nRandom access, CPU time for an example of {options.seq_length} tokens:\n")
     with tempfile.TemporaryDirectory(dir=options.data_dir) as folder:
@@ -106,7 +134,10 @@ def synthetic_rows(teacher: SyntheticTeacher, seq_length: int) -> list[CachedExa
     rows = []
     for index, start in enumerate(range(0, len(teacher.labels_N), seq_length)):
         mine = slice(start, start + seq_length)
-        logits_SK, log_sum_exp_S = teacher.logits_NK[mine].astype(np.float64), teacher.log_sum_exp_N[mine]
+        logits_SK, log_sum_exp_S = (
+            teacher.logits_NK[mine].astype(np.float64),
+            teacher.log_sum_exp_N[mine],
+        )
         labels_S = teacher.labels_N[mine].astype(np.int64)
         tokens_S = np.append(synthetic_teacher.FIRST_TOKEN, labels_S[:-1])
         tail_S = np.clip(1 - np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1), 0, 1)
@@ -117,15 +148,23 @@ def synthetic_rows(teacher: SyntheticTeacher, seq_length: int) -> list[CachedExa
             tail_mass_TS=tail_S[None].astype(np.float32),
             label_logprobs_S=teacher.label_logprobs_N[mine].astype(np.float32),
         )
-        rows.append(CachedExample(Example(index, tokens_S, labels_S, np.ones(len(labels_S), np.float32)), row))
+        rows.append(
+            CachedExample(
+                Example(index, tokens_S, labels_S, np.ones(len(labels_S), np.float32)), row
+            )
+        )
     return rows
 
 
-def reduced(setting: Setting, rows: list[CachedExample], teacher: SyntheticTeacher | None) -> list[CachedExample]:
+def reduced(
+    setting: Setting, rows: list[CachedExample], teacher: SyntheticTeacher | None
+) -> list[CachedExample]:
     """The rows with what the setting keeps of them."""
     found, start = [], 0
     for row in rows:
-        kept_SK = setting.cache.kept(np.exp(logprobs(row.teacher))) & (row.teacher.topk_token_ids_SK >= 0)
+        kept_SK = setting.cache.kept(np.exp(logprobs(row.teacher))) & (
+            row.teacher.topk_token_ids_SK >= 0
+        )
         kept_SK[:, setting.top_k :] = False
         fields = keep(row.teacher, kept_SK)
         if setting.cache.tail_samples and teacher is not None:
@@ -141,7 +180,9 @@ def logprobs(teacher: TeacherTopK) -> np.ndarray:
     return teacher.topk_logits_SK.astype(np.float64) - teacher.log_sum_exp_logits_S[:, None]
 
 
-def measure(setting: Setting, rows: list[CachedExample], teacher: SyntheticTeacher | None, seconds: float) -> Measured:
+def measure(
+    setting: Setting, rows: list[CachedExample], teacher: SyntheticTeacher | None, seconds: float
+) -> Measured:
     """One line of the table."""
     inputs, codec = reduced(setting, rows, teacher), setting.cache.codec
     plain = [encode(row, codec) for row in inputs]
@@ -150,10 +191,16 @@ def measure(setting: Setting, rows: list[CachedExample], teacher: SyntheticTeach
     encode_s = best_s(lambda: [lines.write(encode(row, codec)) for row in inputs], seconds)
     decode_s = best_s(lambda: [decode(lines.read(frame, "line"), "line") for frame in raw], seconds)
     kl_N = np.concatenate(
-        [codec_kl(row, decode(line, "line").teacher) for row, line in zip(inputs, plain, strict=True)]
+        [
+            codec_kl(row, decode(line, "line").teacher)
+            for row, line in zip(inputs, plain, strict=True)
+        ]
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
-    num_kept = sum(int((row.teacher.topk_token_ids_SK[row.example.loss_mask_S > 0] >= 0).sum()) for row in inputs)
+    num_kept = sum(
+        int((row.teacher.topk_token_ids_SK[row.example.loss_mask_S > 0] >= 0).sum())
+        for row in inputs
+    )
     return Measured(
         setting.name, num_kept / len(kl_N), sum(map(len, plain)) / num_tokens, sum(map(len, raw)) / num_tokens,
         float(kl_N.mean()), float(np.percentile(kl_N, 99)), num_tokens / encode_s, num_tokens / decode_s,
@@ -178,7 +225,9 @@ def codec_kl(row: CachedExample, decoded: TeacherTopK) -> np.ndarray:
 def _by_id(teacher: TeacherTopK, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first."""
     ids_NK = teacher.topk_token_ids_SK[: len(in_loss_S)][in_loss_S]
-    order_NK = np.argsort(ids_NK, axis=1)[:, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :]
+    order_NK = np.argsort(ids_NK, axis=1)[
+        :, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :
+    ]
     found_NK = logprobs(teacher)[: len(in_loss_S)][in_loss_S]
     return np.take_along_axis(ids_NK, order_NK, 1), np.take_along_axis(found_NK, order_NK, 1)
 
@@ -210,9 +259,13 @@ def print_access(folder: Path, teacher: SyntheticTeacher, options: argparse.Name
     print("| reader | examples a chunk | chunk | ms an example: mean / p99 |\n|---|---|---|---|")
     rows = synthetic_rows(teacher, options.seq_length)
     for num_examples in options.chunk_examples:
-        path = write_cache(folder / f"packed_{num_examples}_CHUNK_ID.jsonl.zst", SETTINGS[0], rows, num_examples)
+        path = write_cache(
+            folder / f"packed_{num_examples}_CHUNK_ID.jsonl.zst", SETTINGS[0], rows, num_examples
+        )
         reader = CacheReader(str(path))
-        _print_times("`CacheReader`, packed .jsonl.zst", path, num_examples, reader.__getitem__, 200)
+        _print_times(
+            "`CacheReader`, packed .jsonl.zst", path, num_examples, reader.__getitem__, 200
+        )
     path = write_cache(folder / "json_CHUNK_ID.jsonl", SETTINGS[-1], rows, options.scanned_examples)
 
     def scan(wanted: int) -> Any:
@@ -222,11 +275,15 @@ def print_access(folder: Path, teacher: SyntheticTeacher, options: argparse.Name
                     return json.loads(line)
 
     reader = CacheReader(str(path))
-    _print_times("`CacheReader`, json top-100 .jsonl", path, options.scanned_examples, reader.__getitem__, 50)
+    _print_times(
+        "`CacheReader`, json top-100 .jsonl", path, options.scanned_examples, reader.__getitem__, 50
+    )
     _print_times("scan as NeMo-Aligner's, same file", path, options.scanned_examples, scan, 50)
 
 
-def _print_times(name: str, path: Path, num_examples: int, read: Callable[[int], Any], count: int) -> None:
+def _print_times(
+    name: str, path: Path, num_examples: int, read: Callable[[int], Any], count: int
+) -> None:
     size = Path(str(path).replace("CHUNK_ID", "0")).stat().st_size / 1e6
     times_ms = []
     for position in np.random.default_rng(0).integers(num_examples, size=count + 5).tolist():

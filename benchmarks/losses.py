@@ -94,7 +94,10 @@ def ours(divergence: Divergence | None, compile: bool = False) -> Method:
     def summed(logits_NV: Tensor, inputs: Inputs) -> Tensor:
         vocab_size = logits_NV.shape[1]
         losses = loss(
-            logits_NV, inputs.labels_N, VocabShard(0, vocab_size, vocab_size), teacher_rows(divergence, inputs)
+            logits_NV,
+            inputs.labels_N,
+            VocabShard(0, vocab_size, vocab_size),
+            teacher_rows(divergence, inputs),
         )
         return losses.ce_N.sum() if losses.kd_N is None else losses.ce_N.sum() + losses.kd_N.sum()
 
@@ -121,7 +124,9 @@ def methods(dtype: str) -> dict[str, Method]:
         "`log_softmax`, `gather`, `F.kl_div` + cross-entropy": baseline_losses.gather_and_kl_div,
         "dense `F.kl_div` of all teacher logits + cross-entropy": baseline_losses.dense_kl_div,
         "tail bucket by autograd": baseline_losses.autograd_tail_kl,
-        "tail bucket by autograd, compiled": baseline_losses.compiled(baseline_losses.autograd_tail_kl),
+        "tail bucket by autograd, compiled": baseline_losses.compiled(
+            baseline_losses.autograd_tail_kl
+        ),
     }
     if dtype == "bfloat16":
         table["Megatron's fused cross-entropy"] = baseline_losses.megatron_fused_cross_entropy
@@ -136,7 +141,9 @@ def methods(dtype: str) -> dict[str, Method]:
         table[f"`{objective}`"] = ours(Divergence(objective))
     table[f"{OUR_CE}, compiled"] = ours(None, compile=True)
     for objective, support in COMPILED:
-        table[f"`{objective}`, {support}, compiled"] = ours(Divergence(objective, support), compile=True)
+        table[f"`{objective}`, {support}, compiled"] = ours(
+            Divergence(objective, support), compile=True
+        )
     return table
 
 
@@ -164,8 +171,12 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
     inputs = random_inputs(setting)
     options = {"dtype": setting.torch_dtype, "device": setting.device}
     hidden_NH = torch.randn(setting.num_tokens, setting.hidden_size, **options)
-    weight_VH = (torch.randn(setting.vocab_size, setting.hidden_size, **options) * 0.05).requires_grad_()
-    main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32).fill_(0)  # filled, so that its pages exist
+    weight_VH = (
+        torch.randn(setting.vocab_size, setting.hidden_size, **options) * 0.05
+    ).requires_grad_()
+    main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32).fill_(
+        0
+    )  # filled, so that its pages exist
     loss, divergence = ours(Divergence("forward_kl", "tail")), Divergence("forward_kl", "tail")
     shard = VocabShard(0, setting.vocab_size, setting.vocab_size)
 
@@ -184,14 +195,26 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
     def fused(block_rows: int) -> Callable[[Tensor], Tensor]:
         rows = teacher_rows(divergence, inputs)
         return lambda hidden: fused_linear_loss(
-            DistillationLoss(divergence), hidden, weight_VH, inputs.labels_N, shard, rows, block_rows=block_rows
+            DistillationLoss(divergence),
+            hidden,
+            weight_VH,
+            inputs.labels_N,
+            shard,
+            rows,
+            block_rows=block_rows,
         )[0]
 
     return {
-        PROJECTION: job(lambda hidden: baseline_losses.megatron_cross_entropy(hidden @ weight_VH.T, inputs)),
-        "projection + our loss of the logits": job(lambda hidden: loss(hidden @ weight_VH.T, inputs)),
+        PROJECTION: job(
+            lambda hidden: baseline_losses.megatron_cross_entropy(hidden @ weight_VH.T, inputs)
+        ),
+        "projection + our loss of the logits": job(
+            lambda hidden: loss(hidden @ weight_VH.T, inputs)
+        ),
         **{
-            f"fused, {rows} rows a block, weight gradient into main_grad": job(fused(rows), into_main_grad=True)
+            f"fused, {rows} rows a block, weight gradient into main_grad": job(
+                fused(rows), into_main_grad=True
+            )
             for rows in (256, 512)
         },
         "fused, 512 rows a block, weight gradient returned": job(fused(512)),
@@ -244,7 +267,11 @@ def _peak_bytes_here(jobs_of: Jobs, setting: Setting, name: str) -> int:
 
 
 def _status_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -259,7 +286,9 @@ def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> N
     for name, job in jobs.items():
         if not _wanted(name, only):
             continue
-        torch_ce, our_ce, mine = best([jobs[TORCH_CE], jobs[OUR_CE], job], repetitions, setting.device)
+        torch_ce, our_ce, mine = best(
+            [jobs[TORCH_CE], jobs[OUR_CE], job], repetitions, setting.device
+        )
         extra = peak_bytes(logits_jobs, setting, name) / setting.logits_bytes
         cells = [name, f"{mine / torch_ce:.2f}", f"{mine / our_ce:.2f}", f"{extra:.3f}"]
         # A pass that reads the logits, and one that reads them and writes the gradient, are the least there can be.
@@ -282,7 +311,9 @@ def print_fused_table(settings: Sequence[Setting], repetitions: int, only: list[
     """Times at the first setting only; memory at each, which differ in the number of tokens."""
     jobs = fused_jobs(settings[0])
     (reference,) = best([jobs[PROJECTION]], 1, settings[0].device)
-    print(f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference:.3g} s.\n")
+    print(
+        f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference:.3g} s.\n"
+    )
     print("| method | N | time | peak extra / logits | beyond the gradient of the hidden states |")
     print("|---|---|---|---|---|")
     for name, job in jobs.items():
@@ -313,32 +344,59 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name()
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     return (
-        next((line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU") + ", one thread"
+        next(
+            (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU"
+        )
+        + ", one thread"
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--num-tokens", type=int, help="2,048, or 8,192 on a GPU")
-    parser.add_argument("--vocab", nargs="+", help="SIZE:DTYPE; 32000:float32 128256:bfloat16, on a GPU the last alone")
+    parser.add_argument(
+        "--vocab",
+        nargs="+",
+        help="SIZE:DTYPE; 32000:float32 128256:bfloat16, on a GPU the last alone",
+    )
     parser.add_argument("--top-k", type=int, default=100)
     parser.add_argument("--hidden-size", type=int, default=1024)
-    parser.add_argument("--tables", nargs="+", choices=("logits", "fused"), default=["logits", "fused"])
-    parser.add_argument("--only", nargs="+", default=[], metavar="SUBSTRING", help="rows whose name has one of these")
+    parser.add_argument(
+        "--tables", nargs="+", choices=("logits", "fused"), default=["logits", "fused"]
+    )
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="SUBSTRING",
+        help="rows whose name has one of these",
+    )
     parser.add_argument("--repetitions", type=int, default=7)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    kept = {name: os.environ.pop(name) for name in ALLOCATOR_KEYS if name in os.environ}  # not for memory's processes
+    kept = {
+        name: os.environ.pop(name) for name in ALLOCATOR_KEYS if name in os.environ
+    }  # not for memory's processes
     on_gpu = options.device == "cuda"
     num_tokens = options.num_tokens or (8192 if on_gpu else 2048)
     words = [f"{name}={value}" for name, value in kept.items()] + ["python -m benchmarks.losses"]
-    command = " ".join([*words, *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)])
-    print(f"    {command}\n\n{date.today()}, {_machine(options.device)}, torch {torch.__version__}.")
-    for vocab in options.vocab or (["128256:bfloat16"] if on_gpu else ["32000:float32", "128256:bfloat16"]):
+    command = " ".join(
+        [*words, *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)]
+    )
+    print(
+        f"    {command}\n\n{date.today()}, {_machine(options.device)}, torch {torch.__version__}."
+    )
+    for vocab in options.vocab or (
+        ["128256:bfloat16"] if on_gpu else ["32000:float32", "128256:bfloat16"]
+    ):
         size, dtype = vocab.split(":")
-        setting = Setting(num_tokens, int(size), dtype, options.top_k, options.hidden_size, options.device)
+        setting = Setting(
+            num_tokens, int(size), dtype, options.top_k, options.hidden_size, options.device
+        )
         if "logits" in options.tables:
             print_logits_table(setting, options.repetitions, options.only)
         if "fused" in options.tables:

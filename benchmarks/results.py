@@ -39,7 +39,11 @@ from examples.quickstart import Quickstart, Settings, quoted  # noqa: E402
 
 TAIL_SAMPLES = 4
 MAX_SOURCE_CHARACTERS = 1000
-ALONE = ("trainer.devices=1", "trainer.knowledge_distillation.val_check_interval=1.0", "model.data.num_workers=0")
+ALONE = (
+    "trainer.devices=1",
+    "trainer.knowledge_distillation.val_check_interval=1.0",
+    "model.data.num_workers=0",
+)
 """Keys of every run: one rank, which spends its time on training."""
 LOSS = "model.knowledge_distillation."
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -50,8 +54,16 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "forward KL, head + tail samples": ("kd_loss=forward_kl", "support=sampled"),
     "reverse KL, renormalized top-k": ("kd_loss=reverse_kl", "support=renormalize"),
     "reverse KL, tail bucket": ("kd_loss=reverse_kl", "support=tail"),
-    "forward KL, dense teacher": ("kd_loss=custom", "support=tail", "custom_loss=benchmarks.results.dense_forward_kl"),
-    "reverse KL, dense teacher": ("kd_loss=custom", "support=tail", "custom_loss=benchmarks.results.dense_reverse_kl"),
+    "forward KL, dense teacher": (
+        "kd_loss=custom",
+        "support=tail",
+        "custom_loss=benchmarks.results.dense_forward_kl",
+    ),
+    "reverse KL, dense teacher": (
+        "kd_loss=custom",
+        "support=tail",
+        "custom_loss=benchmarks.results.dense_reverse_kl",
+    ),
 }
 
 
@@ -74,11 +86,15 @@ class Experiment(Quickstart):
         for split in ("train", "validation"):
             self.cache_logits(split, f"cache.tail_samples={TAIL_SAMPLES}")
         source, target = quoted(self.archive("teacher")), quoted(self.folder / "teacher_hf")
-        self.command("teacher_hf", "convert_checkpoint", f"input_path={source}", f"output_path={target}")
+        self.command(
+            "teacher_hf", "convert_checkpoint", f"input_path={source}", f"output_path={target}"
+        )
 
     def student(self, variant: str, seed: int) -> Path:
         """Trains a student, unless it is there; its archive."""
-        seeded = Experiment(self.folder / f"seed_{seed}", self.task, replace(self.settings, seed=seed))
+        seeded = Experiment(
+            self.folder / f"seed_{seed}", self.task, replace(self.settings, seed=seed)
+        )
         seeded.data, seeded.cache_file = self.data, self.cache_file  # type: ignore[method-assign]
         seeded.folder.mkdir(exist_ok=True)
         seeded.build_model("student")
@@ -87,7 +103,12 @@ class Experiment(Quickstart):
         if "dense" in variant:
             keys.append(f"{LOSS}custom_args={{teacher: {quoted(self.folder / 'teacher_hf')}}}")
         chosen = self.settings
-        arguments = self.cache_keys(), chosen.kd_loss_weight, chosen.student_epochs, chosen.student_lr
+        arguments = (
+            self.cache_keys(),
+            chosen.kd_loss_weight,
+            chosen.student_epochs,
+            chosen.student_lr,
+        )
         seeded.train(name, "student_init", *arguments, *ALONE, *keys)
         return seeded.archive(name)
 
@@ -110,25 +131,39 @@ def write_source_dataset(folder: Path) -> None:
             continue
         for name, docstring, source in found:
             if len(source) <= MAX_SOURCE_CHARACTERS and source not in sources.values():
-                sources[name], questions[name] = source, f"Write `{name}`: {docstring.split(chr(10) * 2)[0][:200]}"
+                sources[name], questions[name] = (
+                    source,
+                    f"Write `{name}`: {docstring.split(chr(10) * 2)[0][:200]}",
+                )
     drawn = docstring_dataset.splits(sources)
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in drawn.items():
-        turns = ([("user", questions[name]), ("assistant", source)] for name, source in chosen.items())
+        turns = (
+            [("user", questions[name]), ("assistant", source)] for name, source in chosen.items()
+        )
         records = [{"messages": [docstring_dataset.turn(*turn) for turn in pair]} for pair in turns]
         records.sort(key=lambda record: hashlib.sha256(json.dumps(record).encode()).digest())
-        (folder / f"{split}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        (folder / f"{split}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records)
+        )
 
 
 DATASETS: dict[str, Callable[[Path], Any]] = {
     "docstrings": docstring_dataset.write_dataset,
     "source": write_source_dataset,
 }
-SETTINGS = {"docstrings": Settings(), "source": Settings(vocab_size=4096, teacher_epochs=4, student_epochs=3)}
+SETTINGS = {
+    "docstrings": Settings(),
+    "source": Settings(vocab_size=4096, teacher_epochs=4, student_epochs=3),
+}
 
 
 def dense_forward_kl(
-    logits_BSv: torch.Tensor, batch: Batch, shard: VocabShard, token_sum: Callable[..., torch.Tensor], teacher: str
+    logits_BSv: torch.Tensor,
+    batch: Batch,
+    shard: VocabShard,
+    token_sum: Callable[..., torch.Tensor],
+    teacher: str,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """KL(teacher || student) over the whole vocabulary, the teacher's logits computed here and now."""
     log_p, log_q = _dense(logits_BSv, batch, shard, teacher)
@@ -136,7 +171,11 @@ def dense_forward_kl(
 
 
 def dense_reverse_kl(
-    logits_BSv: torch.Tensor, batch: Batch, shard: VocabShard, token_sum: Callable[..., torch.Tensor], teacher: str
+    logits_BSv: torch.Tensor,
+    batch: Batch,
+    shard: VocabShard,
+    token_sum: Callable[..., torch.Tensor],
+    teacher: str,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """KL(student || teacher), likewise."""
     log_p, log_q = _dense(logits_BSv, batch, shard, teacher)
@@ -149,8 +188,12 @@ def _dense(
     assert shard.num_real == shard.vocab_size, "one tensor-parallel rank"
     with torch.no_grad():
         # Only without a cache of keys does the model tell by their positions that examples of a packed row are apart.
-        logits = load_teacher(teacher)(batch.tokens_BS, position_ids=batch.position_ids_BS, use_cache=False).logits
-    return logits.float().log_softmax(dim=-1), logits_BSv[..., : shard.vocab_size].log_softmax(dim=-1)
+        logits = load_teacher(teacher)(
+            batch.tokens_BS, position_ids=batch.position_ids_BS, use_cache=False
+        ).logits
+    return logits.float().log_softmax(dim=-1), logits_BSv[..., : shard.vocab_size].log_softmax(
+        dim=-1
+    )
 
 
 @functools.cache
@@ -167,13 +210,15 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
         from nemo_kd.config.data import DataConfig, DatasetConfig
         from nemo_kd.data.dataset import Skipped, TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
-        from nemo_kd.evaluation.agreement import compare_with_teacher
         from nemo_kd.mcore.groups import init_process_group
+        from nemo_kd.tools.compare import compare_with_teacher
 
         init_process_group(1, 1, "auto")
         config = DataConfig(data=DatasetConfig(file_path=str(experiment.data / "validation.jsonl")))
         tokenizer = load_tokenizer(experiment.folder / "student_init")
-        dataset = TokenizedDataset(config, tokenizer, max_seq_length=512, vocab_size=experiment.settings.vocab_size)
+        dataset = TokenizedDataset(
+            config, tokenizer, max_seq_length=512, vocab_size=experiment.settings.vocab_size
+        )
         examples = [one for i in range(len(dataset)) if not isinstance(one := dataset[i], Skipped)]
         found = compare_with_teacher(str(archive), str(experiment.archive("teacher")), examples)
         file.write_text(json.dumps(vars(found)))
@@ -187,7 +232,9 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("tasks", nargs="+", choices=DATASETS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--folder", type=Path, default=Path("results_run"))
@@ -207,7 +254,9 @@ def main() -> None:
         )
         print("| loss | cross-entropy | KL to the teacher | top-1 agreement |\n|---|---|---|---|")
         for variant, rows in found.items():
-            ce, kl = (spread([row[name] for row in rows], 4) for name in ("student_ce", "forward_kl"))
+            ce, kl = (
+                spread([row[name] for row in rows], 4) for name in ("student_ce", "forward_kl")
+            )
             agreement = spread([100 * row["top1_agreement"] for row in rows], 2)
             print(f"| {variant} | {ce} | {kl} | {agreement}% |", flush=True)
 

@@ -36,7 +36,7 @@ import torch
 from benchmarks.teacher import machine, mib, spread
 from benchmarks.teacher_inputs import MAX_LENGTH, SHAPES, write_chats, write_teacher
 from benchmarks.teacher_variants import status_bytes
-from nemo_kd.student import StudentModule, train_student
+from nemo_kd.student.module import StudentModule, train_student
 from nemo_kd.teacher.loop import compute_topk_logits
 from tests.tiny_data import student_config, teacher_config
 
@@ -62,7 +62,10 @@ class Setting:
 
     def config(self, variant: str, log_dir: Path) -> Any:
         source = self.dataset if variant == "SFT" else self.cache
-        loss = {f"model__knowledge_distillation__{key}": value for key, value in VARIANTS[variant].items()}
+        loss = {
+            f"model__knowledge_distillation__{key}": value
+            for key, value in VARIANTS[variant].items()
+        }
         return student_config(
             self.student,
             source,
@@ -106,7 +109,9 @@ def train(connection: Any, variant: str, setting: Setting, by_turns: bool) -> No
             peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")
             tokens = sum(int(part.lengths_B.sum()) for part in batch)
             loss_tokens = sum(int((part.loss_mask_BS > 0).sum()) for part in batch)
-            step = Step(time.perf_counter() - started, cpu_seconds() - used, tokens, loss_tokens, peak_bytes)
+            step = Step(
+                time.perf_counter() - started, cpu_seconds() - used, tokens, loss_tokens, peak_bytes
+            )
             connection.send(step)
 
     log_dir = Path(tempfile.mkdtemp(dir=setting.folder))
@@ -142,7 +147,9 @@ def by_turns(setting: Setting, variants: Sequence[str]) -> dict[str, list[Step]]
     """The variants' steps but the first, taken in turns, there and back."""
     steps: dict[str, list[Step]] = {variant: [] for variant in variants}
     with contextlib.ExitStack() as stack:
-        connections = {name: stack.enter_context(started(name, setting, by_turns=True)) for name in variants}
+        connections = {
+            name: stack.enter_context(started(name, setting, by_turns=True)) for name in variants
+        }
         for number in range(setting.steps):
             for name in variants[:: -1 if number % 2 else 1]:
                 connections[name].send(True)
@@ -170,12 +177,23 @@ def print_table(setting: Setting) -> None:
         with started(variant, setting, by_turns=False) as connection:
             alone[variant] = connection.recv()[1:]
     print(f"\nprecision {setting.precision}, {setting.steps - 1} steps: median (least, most)\n")
-    columns = ["variant", "seconds", "CPU s", "tokens/s", "/ SFT", "CPU / SFT", "peak memory", "data wait alone"]
+    columns = [
+        "variant",
+        "seconds",
+        "CPU s",
+        "tokens/s",
+        "/ SFT",
+        "CPU / SFT",
+        "peak memory",
+        "data wait alone",
+    ]
     on_gpu = torch.cuda.is_available()
     columns += ["MFU alone"] * on_gpu
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for variant, (mine, base) in found.items():
-        assert [step.loss_tokens for step in mine] == [step.loss_tokens for step in base], "not the same examples"
+        assert [step.loss_tokens for step in mine] == [step.loss_tokens for step in base], (
+            "not the same examples"
+        )
         cells = [
             variant,
             spread([step.seconds for step in mine], 2),
@@ -187,40 +205,60 @@ def print_table(setting: Setting) -> None:
             f"{statistics.median(row['perf/data_wait_percent'] for row in alone[variant]):.2f}%",
         ]
         if on_gpu:
-            cells.append(f"{statistics.median(row['perf/mfu_percent'] for row in alone[variant]):.1f}%")
+            cells.append(
+                f"{statistics.median(row['perf/mfu_percent'] for row in alone[variant]):.1f}%"
+            )
         print(f"| {' | '.join(cells)} |", flush=True)
-    tokens, loss_tokens = (sum(getattr(step, name) for step in found["SFT"][0]) for name in ("tokens", "loss_tokens"))
+    tokens, loss_tokens = (
+        sum(getattr(step, name) for step in found["SFT"][0]) for name in ("tokens", "loss_tokens")
+    )
     print(
-        f"\n{tokens:,} tokens, {loss_tokens:,} of them in the loss, {setting.batch_size} examples a step.", flush=True
+        f"\n{tokens:,} tokens, {loss_tokens:,} of them in the loss, {setting.batch_size} examples a step.",
+        flush=True,
     )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables as Markdown."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--precision", nargs="+", choices=("32", "bf16"), default=["bf16"] if on_gpu else ["32", "bf16"]
+        "--precision",
+        nargs="+",
+        choices=("32", "bf16"),
+        default=["bf16"] if on_gpu else ["32", "bf16"],
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-0.3b")
     parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 4)
     parser.add_argument("--steps", type=int, default=21 if on_gpu else 6)
-    parser.add_argument("--students", type=Path, help="keeps the random weights there; else they are made anew")
+    parser.add_argument(
+        "--students", type=Path, help="keeps the random weights there; else they are made anew"
+    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    command = shlex.join(["python", "-m", "benchmarks.student", *(sys.argv[1:] if arguments is None else arguments)])
+    command = shlex.join(
+        ["python", "-m", "benchmarks.student", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     print(f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = options.students or folder
-        student, teacher = (write_teacher(weights / shape, shape) for shape in (options.shape, "shallow"))
+        student, teacher = (
+            write_teacher(weights / shape, shape) for shape in (options.shape, "shallow")
+        )
         dataset = write_chats(folder / "chats.jsonl", options.batch_size * options.steps)
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
         with contextlib.redirect_stdout(io.StringIO()):
             keys = {"cache__min_probability": 0.0, "data__data__max_seq_length": MAX_LENGTH}
             compute_topk_logits(teacher_config(teacher, dataset, cache, top_k=TOP_K, **keys))
         for precision in options.precision:
-            print_table(Setting(folder, student, dataset, cache, precision, options.batch_size, options.steps))
+            print_table(
+                Setting(
+                    folder, student, dataset, cache, precision, options.batch_size, options.steps
+                )
+            )
 
 
 if __name__ == "__main__":

@@ -63,13 +63,20 @@ def synthetic_teacher(
 def _generate(num_positions: int, vocab_size: int) -> SyntheticTeacher:
     random = np.random.default_rng(_SEED)
     ranks_V = np.arange(1, vocab_size + 1, dtype=np.float64)
-    log_ranks_V, bend_V = np.log(ranks_V).astype(np.float32), np.log1p(ranks_V / _BEND).astype(np.float32)
+    log_ranks_V, bend_V = (
+        np.log(ranks_V).astype(np.float32),
+        np.log1p(ranks_V / _BEND).astype(np.float32),
+    )
     id_of_place_V = np.argsort(np.argsort(ranks_V * np.exp(random.normal(0, 1, vocab_size))))
     frequency_V = (1 / (ranks_V + 1.7)).astype(np.float32)
     slopes_N = _slopes(0.05 + 5.95 * random.beta(0.8, 2.2, num_positions), vocab_size)
     rows = []
     for slope in slopes_N.astype(np.float32):
-        logits_V = -slope * log_ranks_V - bend_V + np.float32(_NOISE) * random.standard_normal(vocab_size, np.float32)
+        logits_V = (
+            -slope * log_ranks_V
+            - bend_V
+            + np.float32(_NOISE) * random.standard_normal(vocab_size, np.float32)
+        )
         # Exponential arrival times with the frequencies as rates: their order is that of draws without replacement.
         times_V = random.standard_exponential(vocab_size, np.float32) / frequency_V
         rows.append(_position(logits_V, times_V, id_of_place_V, random))
@@ -77,7 +84,10 @@ def _generate(num_positions: int, vocab_size: int) -> SyntheticTeacher:
 
 
 def _position(
-    logits_V: np.ndarray, times_V: np.ndarray, id_of_place_V: np.ndarray, random: np.random.Generator
+    logits_V: np.ndarray,
+    times_V: np.ndarray,
+    id_of_place_V: np.ndarray,
+    random: np.random.Generator,
 ) -> tuple[np.ndarray | float, ...]:
     k = min(TOP_K, len(logits_V))
     top_K = np.argpartition(logits_V, -k)[-k:]

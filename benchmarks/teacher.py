@@ -37,7 +37,13 @@ import numpy as np
 import psutil
 import torch
 
-from benchmarks.teacher_inputs import MAX_LENGTH, SHAPES, write_chats, write_one_example, write_teacher
+from benchmarks.teacher_inputs import (
+    MAX_LENGTH,
+    SHAPES,
+    write_chats,
+    write_one_example,
+    write_teacher,
+)
 from benchmarks.teacher_variants import VARIANTS, Figures, Setting, serve
 from nemo_kd.cache.writer import segments
 from nemo_kd.data.batches import form_batches
@@ -82,7 +88,9 @@ class Worker:
         self._process.join()
 
 
-def measure(setting: Setting, rounds: int) -> tuple[list[tuple[int, int]], dict[str, list[Figures]]]:
+def measure(
+    setting: Setting, rounds: int
+) -> tuple[list[tuple[int, int]], dict[str, list[Figures]]]:
     """The lengths of the examples and `rounds` runs of every variant; in turns, there and back, on a CPU."""
     runs: dict[str, list[Figures]] = {variant: [] for variant in VARIANTS}
     if torch.cuda.is_available():
@@ -103,9 +111,24 @@ def print_speed(setting: Setting, rounds: int) -> None:
     """Every variant's time and memory, and what stage 1 tells about its run."""
     lengths, runs = measure(setting, rounds)
     tokens, loss_tokens = (sum(column) for column in zip(*lengths, strict=True))
-    peak = peak_flops(torch.cuda.get_device_name(), setting.precision) if torch.cuda.is_available() else None
+    peak = (
+        peak_flops(torch.cuda.get_device_name(), setting.precision)
+        if torch.cuda.is_available()
+        else None
+    )
     speed = "MFU" if peak else "TFLOP/s"
-    columns = ["variant", "seconds", "tokens/s", speed, "CPU s", "/ forward", "/ projection", "memory", "beside", "GPU"]
+    columns = [
+        "variant",
+        "seconds",
+        "tokens/s",
+        speed,
+        "CPU s",
+        "/ forward",
+        "/ projection",
+        "memory",
+        "beside",
+        "GPU",
+    ]
     print(f"\nprecision {setting.precision}, {rounds} rounds: median (least, most)\n")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for variant, mine in runs.items():
@@ -120,7 +143,9 @@ def print_speed(setting: Setting, rounds: int) -> None:
             *(spread(ratios(mine, runs[base]), 3) for base in ("forward", "projection")),
             *(
                 mib(max(size))
-                for size in zip(*((r.host_bytes, r.beside_bytes, r.device_bytes) for r in mine), strict=True)
+                for size in zip(
+                    *((r.host_bytes, r.beside_bytes, r.device_bytes) for r in mine), strict=True
+                )
             ),
         ]
         print(f"| {' | '.join(cells)} |", flush=True)
@@ -140,7 +165,9 @@ def print_speed(setting: Setting, rounds: int) -> None:
 
 def print_memory(setting: Setting) -> None:
     """Peak memory of one long example, each in a process of its own."""
-    print("\n| variant | tokens | loaded | peak | beyond loaded | beside | GPU |\n|---|---|---|---|---|---|---|")
+    print(
+        "\n| variant | tokens | loaded | peak | beyond loaded | beside | GPU |\n|---|---|---|---|---|---|---|"
+    )
     for variant in ("stage 1", "obvious"):
         for num_tokens in MEMORY_LENGTHS:
             dataset = write_one_example(setting.folder / f"{num_tokens}.jsonl", num_tokens)
@@ -183,31 +210,49 @@ def machine() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU")
+    name = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU"
+    )
     return f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the tables as Markdown."""
     on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", nargs="+", choices=("speed", "memory"), default=["speed", "memory"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--precision", nargs="+", choices=("32", "bf16"), default=["bf16"] if on_gpu else ["32", "bf16"]
+        "--tables", nargs="+", choices=("speed", "memory"), default=["speed", "memory"]
+    )
+    parser.add_argument(
+        "--precision",
+        nargs="+",
+        choices=("32", "bf16"),
+        default=["bf16"] if on_gpu else ["32", "bf16"],
     )
     parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b" if on_gpu else "llama-0.3b")
     parser.add_argument("--num-records", type=int, default=2048 if on_gpu else 64)
     parser.add_argument("--segment-examples", type=int, default=64 if on_gpu else 16)
     parser.add_argument("--max-tokens", type=int, default=8192 if on_gpu else 4096, help="a batch")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--teachers", type=Path, help="keeps the random teachers there; else they are made anew")
+    parser.add_argument(
+        "--teachers", type=Path, help="keeps the random teachers there; else they are made anew"
+    )
     options = parser.parse_args(arguments)
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")  # of the processes: Megatron's, on what is not installed
-    command = shlex.join(["python", "-m", "benchmarks.teacher", *(sys.argv[1:] if arguments is None else arguments)])
+    os.environ.setdefault(
+        "PYTHONWARNINGS", "ignore"
+    )  # of the processes: Megatron's, on what is not installed
+    command = shlex.join(
+        ["python", "-m", "benchmarks.teacher", *(sys.argv[1:] if arguments is None else arguments)]
+    )
     print(f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.", flush=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        teachers, dataset = options.teachers or folder, write_chats(folder / "chats.jsonl", options.num_records)
+        teachers, dataset = (
+            options.teachers or folder,
+            write_chats(folder / "chats.jsonl", options.num_records),
+        )
         for precision in options.precision if "speed" in options.tables else ():
             teacher = write_teacher(teachers / options.shape, options.shape)
             limits = options.max_tokens, options.segment_examples

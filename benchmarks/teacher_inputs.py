@@ -87,7 +87,10 @@ def conversations() -> Iterator[list[dict[str, str]]]:
             [show, source],
             [ask, docstring, "How is it written?", source],
         ][number % 4]
-        yield [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(turns)]
+        yield [
+            {"role": ("user", "assistant")[turn % 2], "content": text}
+            for turn, text in enumerate(turns)
+        ]
 
 
 def functions(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -95,7 +98,9 @@ def functions(path: Path) -> Iterator[tuple[str, str, str]]:
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (docstring := ast.get_docstring(node)):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and (
+            docstring := ast.get_docstring(node)
+        ):
             source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
             if len(source) <= MAX_CHARACTERS:
                 yield f"{path.stem}.{node.name}", docstring, source

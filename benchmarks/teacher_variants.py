@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass
 class Figures:
-    """One run of a variant; CPU seconds of all its processes, FLOPs as `nemo_kd.metrics` counts them."""
+    """One run of a variant; CPU seconds of all its processes, FLOPs as `nemo_kd.run.metrics` counts them."""
 
     seconds: float
     cpu_s: float
@@ -81,7 +81,9 @@ class Clock:
         self._started = self._now()
 
     def stop(self) -> None:
-        self.wall_s, self.cpu_s = (now - then for now, then in zip(self._now(), self._started, strict=True))
+        self.wall_s, self.cpu_s = (
+            now - then for now, then in zip(self._now(), self._started, strict=True)
+        )
 
     @staticmethod
     def _now() -> tuple[float, float]:
@@ -105,9 +107,14 @@ class Bench:
         for indices in segments(job.chunks[0], self.setting.segment_examples):
             examples = [one for index in indices if isinstance(one := job.dataset[index], Example)]
             lengths = [example.num_tokens for example in examples]
-            for places in form_batches(lengths, teacher.max_examples, teacher.max_tokens, True, teacher.multiple_of):
+            for places in form_batches(
+                lengths, teacher.max_examples, teacher.max_tokens, True, teacher.multiple_of
+            ):
                 chosen = [examples[place] for place in places]
-                yield chosen, pack(chosen, teacher.pad_id, teacher.multiple_of).to(self.run.groups.device)
+                yield (
+                    chosen,
+                    pack(chosen, teacher.pad_id, teacher.multiple_of).to(self.run.groups.device),
+                )
 
 
 Work = Callable[[Clock], dict[str, float]]
@@ -130,7 +137,9 @@ def bare_forward(bench: Bench) -> Work:
 
 def bare_projection(bench: Bench) -> Work:
     model, groups, batches = bench.teacher.model, bench.run.groups, list(bench.batches())
-    positions = [loss_positions(batch.to("cpu"), groups)[0].to(groups.device) for _, batch in batches]
+    positions = [
+        loss_positions(batch.to("cpu"), groups)[0].to(groups.device) for _, batch in batches
+    ]
     weight_VH = output_weight(model)[:VOCAB_SIZE]
     block = max(1, BLOCK_BYTES[weight_VH.is_cuda] // (VOCAB_SIZE * weight_VH.element_size()))
     logits_NV = weight_VH.new_empty(block, VOCAB_SIZE)
@@ -160,14 +169,21 @@ def stage_1(bench: Bench) -> Work:
             return bench.teacher
 
         folder = Path(tempfile.mkdtemp(dir=bench.setting.folder))
-        with mock.patch.object(Run, "load_teacher", loaded), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            mock.patch.object(Run, "load_teacher", loaded),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             compute_topk_logits(bench.setting.config(folder / "cache.jsonl.zst"))
         clock.stop()
         (metrics,), (manifest,) = folder.glob("*metrics.jsonl"), folder.glob("*manifest.json")
         (chunk,) = json.loads(manifest.read_text())["chunks"].values()
         told = json.loads(metrics.read_text().splitlines()[-1])
         shutil.rmtree(folder)
-        return {"before_s": before_s, **told, **{key: chunk[key] for key in ("bytes", "kept_tokens")}}
+        return {
+            "before_s": before_s,
+            **told,
+            **{key: chunk[key] for key in ("bytes", "kept_tokens")},
+        }
 
     return work
 
@@ -179,7 +195,9 @@ def obvious(bench: Bench) -> Work:
         clock.start()
         with path.open("w") as file:
             for examples, batch in bench.batches():
-                file.writelines(json.dumps(record) + "\n" for record in obvious_records(bench, examples, batch))
+                file.writelines(
+                    json.dumps(record) + "\n" for record in obvious_records(bench, examples, batch)
+                )
         clock.stop()
         details = {"bytes": path.stat().st_size}
         path.unlink()
@@ -188,7 +206,9 @@ def obvious(bench: Bench) -> Work:
     return work
 
 
-def obvious_records(bench: Bench, examples: Sequence[Example], batch: Batch) -> Iterator[dict[str, Any]]:
+def obvious_records(
+    bench: Bench, examples: Sequence[Example], batch: Batch
+) -> Iterator[dict[str, Any]]:
     logits_NV = forward(bench.teacher.model, batch)[0, :, :VOCAB_SIZE].float()
     log_sum_exp_N = logits_NV.logsumexp(dim=-1)
     topk = logits_NV.topk(TOP_K, dim=-1)
@@ -234,9 +254,23 @@ def serve(connection: Any, variant: str, setting: Setting) -> None:
             details = work(clock)
             device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             host_bytes = status_bytes("VmHWM")
-            connection.send(Figures(clock.wall_s, clock.cpu_s, before_bytes, host_bytes, device_bytes, flops, details))
+            connection.send(
+                Figures(
+                    clock.wall_s,
+                    clock.cpu_s,
+                    before_bytes,
+                    host_bytes,
+                    device_bytes,
+                    flops,
+                    details,
+                )
+            )
 
 
 def status_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024

@@ -63,18 +63,26 @@ def method_of(name: str, options: argparse.Namespace) -> tuple[int, Callable[[],
     num_rows = options.num_rows * (4 if name == MORE_ROWS else 1)
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(num_rows, options.hidden_size, generator=generator).to(device, dtype)
-    weight_vH = torch.randn(options.vocab_size, options.hidden_size, generator=generator).mul_(0.1).to(device, dtype)
+    weight_vH = (
+        torch.randn(options.vocab_size, options.hidden_size, generator=generator)
+        .mul_(0.1)
+        .to(device, dtype)
+    )
     labels_N = torch.randint(0, options.vocab_size, (num_rows,), generator=generator).to(device)
     if name == PROJECTION:
         return num_rows, partial(torch.mm, hidden_NH, weight_vH.T)
     if name == OBVIOUS:
         return num_rows, partial(obvious, hidden_NH, weight_vH, labels_N, options.top_k)
     shard = VocabShard(0, options.vocab_size, options.vocab_size)
-    work = partial(topk_rows, hidden_NH, weight_vH, labels_N, shard, top_k=options.top_k, kept=lambda p: p >= 0)
+    work = partial(
+        topk_rows, hidden_NH, weight_vH, labels_N, shard, top_k=options.top_k, kept=lambda p: p >= 0
+    )
     if "temperature" in name:
         work = partial(work, temperatures=(1.0, 2.0))
     if "samples" in name:
-        work = partial(work, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, num_rows, 4)).to(device))
+        work = partial(
+            work, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, num_rows, 4)).to(device)
+        )
     return num_rows, work
 
 
@@ -96,7 +104,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     reference_rows, reference = method_of(PROJECTION, options)
     best = {"us": float("inf"), "projection_us": float("inf")}
     for _ in range(options.repetitions):  # in turn: what else the machine does slows both
-        best["projection_us"] = min(best["projection_us"], _seconds(reference, on_gpu) * 1e6 / reference_rows)
+        best["projection_us"] = min(
+            best["projection_us"], _seconds(reference, on_gpu) * 1e6 / reference_rows
+        )
         best["us"] = min(best["us"], _seconds(work, on_gpu) * 1e6 / num_rows)
     return best | {"bytes": peak - before}
 
@@ -113,13 +123,21 @@ def _seconds(work: Callable[[], object], on_gpu: bool) -> float:
 
 
 def _status_bytes(field: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(field + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
-def measured_elsewhere(name: str, dtype: str, options: argparse.Namespace, keeping: bool) -> dict[str, float]:
+def measured_elsewhere(
+    name: str, dtype: str, options: argparse.Namespace, keeping: bool
+) -> dict[str, float]:
     """`measure` in a new process."""
-    environment = {key: value for key, value in os.environ.items() if key not in KEEPING} | (KEEPING if keeping else {})
+    environment = {key: value for key, value in os.environ.items() if key not in KEEPING} | (
+        KEEPING if keeping else {}
+    )
     command = [
         sys.executable,
         "-m",
@@ -148,7 +166,9 @@ def print_table(dtype: str, options: argparse.Namespace) -> None:
     )
     for name in METHODS:
         both = [measured_elsewhere(name, dtype, options, keeping) for keeping in (False, True)]
-        times = [f"{found['us']:,.0f} | {found['us'] / found['projection_us']:.3f}" for found in both]
+        times = [
+            f"{found['us']:,.0f} | {found['us'] / found['projection_us']:.3f}" for found in both
+        ]
         print(f"| {name} | {' | '.join(times)} | {both[0]['bytes'] / 2**20:,.0f} MiB |", flush=True)
 
 
@@ -156,15 +176,21 @@ def _machine(device: str) -> str:
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
-    name = next((line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU")
+    name = next(
+        (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU"
+    )
     return f"{name}, {torch.get_num_threads()} threads"
 
 
 def main() -> None:
     """Prints the tables as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+    )
     parser.add_argument("--num-rows", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=128_256)
     parser.add_argument("--hidden-size", type=int, default=1024)

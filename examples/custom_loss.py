@@ -49,7 +49,9 @@ def hinton(
 
     ids_NK = batch.topk_token_ids_BSK.flatten(0, 1)
     unused_NK = ids_NK < 0
-    nothing_N1 = unused_NK.all(dim=-1, keepdim=True)  # prompts and padding: about them the cache says nothing
+    nothing_N1 = unused_NK.all(
+        dim=-1, keepdim=True
+    )  # prompts and padding: about them the cache says nothing
     student_NK = log_probs_at(logits_Nv, ids_NK, shard, scale=1 / temperature)
     teacher_NK = batch.topk_logits_BSK.flatten(0, 1).masked_fill(nothing_N1, 0) / temperature
     log_q_NK = student_NK.masked_fill(unused_NK & ~nothing_N1, float("-inf")).log_softmax(dim=-1)

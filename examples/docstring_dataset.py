@@ -21,7 +21,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-SKIPPED_PACKAGES = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo", "ensurepip"}
+SKIPPED_PACKAGES = {
+    "test",
+    "tests",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "dist-packages",
+    "turtledemo",
+    "ensurepip",
+}
 VALIDATION_SHARE = 0.1
 MIN_CHARACTERS, MAX_CHARACTERS = 40, 400
 MAX_OVERLAP = 0.5
@@ -41,7 +50,9 @@ def documented_objects() -> Iterator[tuple[str, str]]:
             continue
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # about escape sequences in the library's own strings
+                warnings.simplefilter(
+                    "ignore"
+                )  # about escape sequences in the library's own strings
                 tree = ast.parse(path.read_bytes())
         except SyntaxError:
             continue  # templates and deliberately broken files that lie in the library
@@ -108,7 +119,10 @@ def write_dataset(folder: Path) -> dict[str, int]:
     counts = {}
     for split, chosen in splits(answers()).items():
         lines = [
-            json.dumps({"messages": [turn("user", f"What does `{name}` do?"), turn("assistant", answer)]}) + "\n"
+            json.dumps(
+                {"messages": [turn("user", f"What does `{name}` do?"), turn("assistant", answer)]}
+            )
+            + "\n"
             for name, answer in chosen.items()
         ]
         # Neighbours in a file are alike; a fixed order by hash mixes them.
@@ -125,7 +139,9 @@ def turn(role: str, content: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, required=True)
     for split, count in write_dataset(parser.parse_args().output_dir).items():
         print(f"{split}: {count} records")

@@ -36,8 +36,18 @@ CHAT_TEMPLATE = (
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SHAPES: dict[str, dict[str, int]] = {
-    "teacher": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "num_attention_heads": 4},
-    "student": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "teacher": {
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    },
+    "student": {
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    },
 }
 STUDENTS = {"student_sft": "student, SFT alone", "student_kd": "student, SFT + KD"}
 
@@ -82,15 +92,26 @@ class Quickstart:
         for name in SHAPES:
             self.build_model(name)
         teacher_epochs = max(1, round(chosen.teacher_epochs * chosen.scale))
-        self.train("teacher", "teacher_init", self.dataset_keys(), 0.0, teacher_epochs, chosen.teacher_lr)
+        self.train(
+            "teacher", "teacher_init", self.dataset_keys(), 0.0, teacher_epochs, chosen.teacher_lr
+        )
         for split in ("train", "validation"):
             self.cache_logits(split)
         for name, kd_weight in zip(STUDENTS, (0.0, chosen.kd_loss_weight), strict=True):
-            self.train(name, "student_init", self.cache_keys(), kd_weight, chosen.student_epochs, chosen.student_lr)
+            self.train(
+                name,
+                "student_init",
+                self.cache_keys(),
+                kd_weight,
+                chosen.student_epochs,
+                chosen.student_lr,
+            )
         results = self.compare()
         self.plot(results["teacher"]["ce"])
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\nall of it took {time.perf_counter() - started_s:.0f} s; the files are in {self.folder}")
+        print(
+            f"\nall of it took {time.perf_counter() - started_s:.0f} s; the files are in {self.folder}"
+        )
 
     def claim_folder(self) -> None:
         """Writes the settings into the folder, or checks that its steps were made with the same."""
@@ -99,18 +120,29 @@ class Quickstart:
             made_with, now = json.loads(file.read_text()), asdict(self.settings)
             differing = [key for key in now if made_with.get(key) != now[key]]
             if differing:
-                changes = ", ".join(f"{key} {made_with.get(key)} (now {now[key]})" for key in differing)
-                sys.exit(f"quickstart: the steps in {self.folder} were made with {changes}; give another --output-dir")
+                changes = ", ".join(
+                    f"{key} {made_with.get(key)} (now {now[key]})" for key in differing
+                )
+                sys.exit(
+                    f"quickstart: the steps in {self.folder} were made with {changes}; give another --output-dir"
+                )
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         if any(self.folder.iterdir()):
-            sys.exit(f"quickstart: {self.folder} holds other files; give an --output-dir that is new or empty")
+            sys.exit(
+                f"quickstart: {self.folder} holds other files; give an --output-dir that is new or empty"
+            )
         file.write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def build_dataset(self) -> None:
         if not (self.data / "validation.jsonl").exists():
             say("dataset: docstrings of the standard library")
-            print(", ".join(f"{split}: {count} examples" for split, count in write_dataset(self.data).items()))
+            print(
+                ", ".join(
+                    f"{split}: {count} examples"
+                    for split, count in write_dataset(self.data).items()
+                )
+            )
 
     def build_model(self, name: str) -> None:
         """A tokenizer trained on the dataset and a Qwen3 model with random weights, as a Hugging Face folder."""
@@ -150,7 +182,9 @@ class Quickstart:
         print(f"{name}: {model.num_parameters():,} parameters, random weights")
 
     def dataset_keys(self) -> list[str]:
-        train, validation = (quoted(self.data / f"{split}.jsonl") for split in ("train", "validation"))
+        train, validation = (
+            quoted(self.data / f"{split}.jsonl") for split in ("train", "validation")
+        )
         return [
             "model.data.data_impl=dataset",
             f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}",
@@ -188,7 +222,14 @@ class Quickstart:
         )
 
     def train(
-        self, name: str, start: str, data: list[str], kd_weight: float, epochs: int, lr: float, *more: str
+        self,
+        name: str,
+        start: str,
+        data: list[str],
+        kd_weight: float,
+        epochs: int,
+        lr: float,
+        *more: str,
     ) -> None:
         """Stage 2 with two data-parallel ranks; SFT where `kd_weight` is 0. `more` keys come last."""
         self.command(
@@ -232,9 +273,13 @@ class Quickstart:
         say(step)
         print(" \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True)
         started_s = time.perf_counter()
-        status = subprocess.run([sys.executable, str(EXAMPLES / f"{command}.py"), *keys], check=False).returncode
+        status = subprocess.run(
+            [sys.executable, str(EXAMPLES / f"{command}.py"), *keys], check=False
+        ).returncode
         if status:
-            sys.exit(f"quickstart: the step {step} failed with status {status}; its message stands above")
+            sys.exit(
+                f"quickstart: the step {step} failed with status {status}; its message stands above"
+            )
         self.times_s[step] = round(time.perf_counter() - started_s, 1)
         done.write_text(str(self.times_s[step]))
 
@@ -243,21 +288,31 @@ class Quickstart:
         from nemo_kd.config.data import DataConfig, DatasetConfig
         from nemo_kd.data.dataset import Skipped, TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
-        from nemo_kd.evaluation.agreement import compare_with_teacher
         from nemo_kd.mcore.groups import init_process_group
+        from nemo_kd.tools.compare import compare_with_teacher
 
         say("comparison on the validation split")
         init_process_group(1, 1, "auto")
         config = DataConfig(data=DatasetConfig(file_path=str(self.data / "validation.jsonl")))
         tokenizer = load_tokenizer(self.folder / "student_init")
-        dataset = TokenizedDataset(config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size)
-        examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
+        dataset = TokenizedDataset(
+            config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size
+        )
+        examples = [
+            example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)
+        ]
         found = {
-            name: compare_with_teacher(str(self.archive(name)), str(self.archive("teacher")), examples)
+            name: compare_with_teacher(
+                str(self.archive(name)), str(self.archive("teacher")), examples
+            )
             for name in STUDENTS
         }
         rows = {
-            name: {"ce": row.student_ce, "kl_to_teacher": row.forward_kl, "top1_agreement": row.top1_agreement}
+            name: {
+                "ce": row.student_ce,
+                "kl_to_teacher": row.forward_kl,
+                "top1_agreement": row.top1_agreement,
+            }
             for name, row in found.items()
         }
         one = found["student_kd"]
@@ -270,8 +325,18 @@ class Quickstart:
             f"(nats per token over {one.num_tokens:,} tokens of {len(examples)} examples that no model was trained on)"
         )
         counts = {"validation_examples": len(examples), "validation_tokens": one.num_tokens}
-        machine = {"date": date.today().isoformat(), "cpu_cores": os.cpu_count(), "platform": platform.platform()}
-        return {**rows, **counts, "times_s": self.times_s, "settings": asdict(self.settings), **machine}
+        machine = {
+            "date": date.today().isoformat(),
+            "cpu_cores": os.cpu_count(),
+            "platform": platform.platform(),
+        }
+        return {
+            **rows,
+            **counts,
+            "times_s": self.times_s,
+            "settings": asdict(self.settings),
+            **machine,
+        }
 
     def plot(self, teacher_ce: float) -> None:
         """Validation cross-entropy over the steps of both students."""
@@ -284,10 +349,16 @@ class Quickstart:
         for name, title in STUDENTS.items():
             lines = (self.folder / name / "metrics" / "metrics.jsonl").read_text().splitlines()
             rows = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
-            curve = {row["step"]: row["validation/sft_loss"] for row in rows}  # a resumed run repeats steps
+            curve = {
+                row["step"]: row["validation/sft_loss"] for row in rows
+            }  # a resumed run repeats steps
             axes.plot(list(curve), list(curve.values()), marker="o", label=title)
         axes.axhline(teacher_ce, color="grey", linestyle="--", label="teacher")
-        axes.set(xlabel="step", ylabel="validation cross-entropy (nats per token)", title="Equal students, equal data")
+        axes.set(
+            xlabel="step",
+            ylabel="validation cross-entropy (nats per token)",
+            title="Equal students, equal data",
+        )
         axes.grid(alpha=0.3)
         axes.legend()
         figure.tight_layout()
@@ -309,14 +380,18 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
         show_progress=False,
     )
     records = (json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines())
-    tokenizer.train_from_iterator((m["content"] for record in records for m in record["messages"]), trainer)
+    tokenizer.train_from_iterator(
+        (m["content"] for record in records for m in record["messages"]), trainer
+    )
     return tokenizer
 
 
 def quoted(path: Path) -> str:
     """A path as a value on a command's line, where Hydra's grammar gives some characters a meaning."""
     text = str(path)
-    return text if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text) else "'" + text.replace("'", "\\'") + "'"
+    return (
+        text if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text) else "'" + text.replace("'", "\\'") + "'"
+    )
 
 
 def say(title: str) -> None:
@@ -324,11 +399,16 @@ def say(title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_run"))
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="below 1 the teacher sees fewer epochs and the students fewer examples"
+        "--scale",
+        type=float,
+        default=1.0,
+        help="below 1 the teacher sees fewer epochs and the students fewer examples",
     )
     arguments = parser.parse_args()
     if arguments.scale <= 0:

@@ -172,15 +172,20 @@ class Batch:
     def columns(self, columns_s: torch.Tensor) -> Batch:
         """The batch with these positions of every row only: what a context-parallel rank holds of it."""
         assert self.cu_seqlens is None
-        named = {entry.name: getattr(self, entry.name) for entry in fields(self) if "_BS" in entry.name}
-        parts: dict[str, Any] = {name: value[:, columns_s] for name, value in named.items() if value is not None}
+        named = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if "_BS" in entry.name
+        }
+        parts: dict[str, Any] = {
+            name: value[:, columns_s] for name, value in named.items() if value is not None
+        }
         return replace(self, **parts | {"loss_positions_N": None})
 
     def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors: dict[str, Any] = {
             entry.name: change(value)
             for entry in fields(self)
-            if entry.name not in ALWAYS_ON_CPU and isinstance(value := getattr(self, entry.name), torch.Tensor)
+            if entry.name not in ALWAYS_ON_CPU
+            and isinstance(value := getattr(self, entry.name), torch.Tensor)
         }
         return replace(self, **tensors)
 

@@ -80,8 +80,13 @@ def open_without_links(path: str | Path, flags: int) -> int:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
-            raise FileError(f"{path}: is a symbolic link, which is not followed here; remove it") from error
-        if error.errno in (errno.EISDIR, errno.ENXIO):  # a folder; a pipe that nobody reads, or a socket
+            raise FileError(
+                f"{path}: is a symbolic link, which is not followed here; remove it"
+            ) from error
+        if error.errno in (
+            errno.EISDIR,
+            errno.ENXIO,
+        ):  # a folder; a pipe that nobody reads, or a socket
             raise _not_regular(path) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -211,7 +216,12 @@ def _last_change(path: Path) -> float:
     try:
         newest = path.lstat().st_mtime
         for parent, folders, names in os.walk(path):
-            newest = max([newest, *(os.lstat(os.path.join(parent, name)).st_mtime for name in folders + names)])
+            newest = max(
+                [
+                    newest,
+                    *(os.lstat(os.path.join(parent, name)).st_mtime for name in folders + names),
+                ]
+            )
         return newest
     except FileNotFoundError:
         return time.time()
@@ -231,12 +241,17 @@ class Lock:
         FileError: another process holds it, as in "PATH: process 7 on node-1 is writing this cache; wait until it ends".
     """
 
-    def __init__(self, path: Path, refusal: str = "is using it; wait until it ends", wait: bool = False) -> None:
+    def __init__(
+        self, path: Path, refusal: str = "is using it; wait until it ends", wait: bool = False
+    ) -> None:
         self.path = path
         self.file = open_lock_file(path)
         free = try_lock(self.file, fcntl.LOCK_EX)
         if free is None and not wait:
-            log.warning("%s: this file system keeps no locks; make sure that no other job writes there", path)
+            log.warning(
+                "%s: this file system keeps no locks; make sure that no other job writes there",
+                path,
+            )
         if free is False and not wait:
             holder = read_holder(self.file)
             self.file.close()

@@ -23,7 +23,9 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     """FLOP/s that a GPU can reach in a dense bf16 product; None for unknown GPUs and other precisions."""
     if not precision.startswith("bf16"):
         return None
-    return next((peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)), None)
+    return next(
+        (peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)), None
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,9 @@ class ForwardFlops:
         attention = 2 * hidden_size * (2 * num_attention_heads + 2 * num_query_groups) * kv_channels
         if num_moe_experts:
             ffn_size = moe_ffn_hidden_size or ffn_hidden_size
-            feed_forward = 6 * hidden_size * ffn_size * moe_router_topk + 2 * hidden_size * num_moe_experts
+            feed_forward = (
+                6 * hidden_size * ffn_size * moe_router_topk + 2 * hidden_size * num_moe_experts
+            )
         else:
             feed_forward = 6 * hidden_size * ffn_hidden_size
         pair = 4 * num_attention_heads * kv_channels

@@ -28,14 +28,18 @@ def read_json(
     check_regular_file(path, error_type)
     num_bytes = path.stat().st_size
     if num_bytes > max_bytes:
-        raise error_type(f"{path}: {num_bytes:,} bytes, more than such a file ever has ({max_bytes:,}); restore it")
+        raise error_type(
+            f"{path}: {num_bytes:,} bytes, more than such a file ever has ({max_bytes:,}); restore it"
+        )
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
         raise error_type(f"{path}: cannot be read ({error.strerror})") from error
     # A number of more than 4,300 digits is a ValueError too.
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        reason = (
+            "it is nested too deeply" if isinstance(error, RecursionError) else str(error)[:200]
+        )
         raise error_type(f"{path}: not valid JSON ({reason}); copy or download it again") from error
     if not isinstance(content, dict):
         raise error_type(
@@ -61,10 +65,16 @@ def check_regular_file(path: Path, error_type: type[UserInputError] = ConfigErro
             start = os.pread(file.fileno(), len(_LFS_POINTER), 0)
     except OSError as error:
         is_dangling = path.is_symlink() and not path.exists()
-        reason = f"a link to {os.readlink(path)}, which does not exist" if is_dangling else error.strerror
+        reason = (
+            f"a link to {os.readlink(path)}, which does not exist"
+            if is_dangling
+            else error.strerror
+        )
         raise error_type(f"{path}: cannot be read ({reason})") from error
     if start == _LFS_POINTER:
-        raise error_type(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise error_type(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+        )
 
 
 def _is_deep(content: Any) -> bool:

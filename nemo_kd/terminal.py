@@ -21,7 +21,8 @@ def printable(text: str, keep: str = "\t\n") -> str:
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() or character in keep else repr(character)[1:-1] for character in text
+        character if character.isprintable() or character in keep else repr(character)[1:-1]
+        for character in text
     )
 
 

@@ -33,17 +33,29 @@ class StudentRun:
         change: "module:function" that is called in every rank first, to disturb it.
     """
 
-    def __init__(self, log_dir: Path, world_size: int, change: str, *arguments: Any, **overrides: Any) -> None:
+    def __init__(
+        self, log_dir: Path, world_size: int, change: str, *arguments: Any, **overrides: Any
+    ) -> None:
         self.log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
         self.messages = log_dir.with_name(f"{log_dir.name}.{time.monotonic_ns()}.messages")
         self._lines_before = len(metrics(log_dir))
-        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = torch.distributed.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         overrides = {"trainer__devices": world_size, **overrides}
         self.ranks = [
             CONTEXT.Process(
                 target=_rank,
-                args=(rank, world_size, self._store.port, self.messages, change, (*arguments, log_dir), overrides),
+                args=(
+                    rank,
+                    world_size,
+                    self._store.port,
+                    self.messages,
+                    change,
+                    (*arguments, log_dir),
+                    overrides,
+                ),
             )
             for rank in range(world_size)
         ]
@@ -60,7 +72,11 @@ class StudentRun:
     def wait_for_step(self, step: int) -> None:
         """Until this run, not one before it, has completed the step."""
         self.wait_until(
-            lambda: any(row["step"] == step for row in metrics(self.log_dir)[self._lines_before :] if "lr" in row)
+            lambda: any(
+                row["step"] == step
+                for row in metrics(self.log_dir)[self._lines_before :]
+                if "lr" in row
+            )
         )
 
     def send(self, rank: int, number: signal.Signals) -> None:
@@ -103,7 +119,11 @@ def metrics(log_dir: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     # The last line may be on its way.
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [
+        json.loads(line)
+        for line in path.read_text().splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
 
 
 def training_rows(log_dir: Path) -> dict[int, dict[str, Any]]:
@@ -117,14 +137,24 @@ def validation_rows(log_dir: Path) -> dict[int, dict[str, Any]]:
 
 def _rows(log_dir: Path, needed: str) -> dict[int, dict[str, Any]]:
     return {
-        row["step"]: {key: value for key, value in row.items() if key != "time" and not key.startswith("perf/")}
+        row["step"]: {
+            key: value
+            for key, value in row.items()
+            if key != "time" and not key.startswith("perf/")
+        }
         for row in metrics(log_dir)
         if needed in row
     }
 
 
 def _rank(
-    rank: int, world_size: int, port: int, messages: Path, change: str, arguments: tuple[Any, ...], overrides: Any
+    rank: int,
+    world_size: int,
+    port: int,
+    messages: Path,
+    change: str,
+    arguments: tuple[Any, ...],
+    overrides: Any,
 ) -> None:
     file = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -136,9 +166,9 @@ def _rank(
         "TORCHELASTIC_RUN_ID": "tests", "TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
-    from nemo_kd.cli.endings import errors_end_the_process
     from nemo_kd.cli.run import configure_logging
-    from nemo_kd.student import train_student
+    from nemo_kd.run.endings import errors_end_the_process
+    from nemo_kd.student.module import train_student
 
     configure_logging()
     with errors_end_the_process():

@@ -20,7 +20,9 @@ import torch
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """Forks processes from one that has imported what takes seconds to import."""
-CONTEXT.set_forkserver_preload(["tests.forked_runs", "nemo_kd.student", "nemo_kd.teacher.job", "transformers"])
+CONTEXT.set_forkserver_preload(
+    ["tests.forked_runs", "nemo_kd.student.module", "nemo_kd.teacher.job", "transformers"]
+)
 
 
 class Ranks:
@@ -67,10 +69,14 @@ class Ranks:
     def _start(self) -> None:
         os.environ["OMP_NUM_THREADS"] = "1"
         # Port 0: the system picks a free one. A file store would do, but its `get` polls.
-        self._store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = torch.distributed.TCPStore(
+            "127.0.0.1", 0, is_master=True, wait_for_workers=False
+        )
         for rank in range(self.world_size):
             ours, theirs = CONTEXT.Pipe()
-            process = CONTEXT.Process(target=_serve, args=(rank, self.world_size, self._store.port, theirs))
+            process = CONTEXT.Process(
+                target=_serve, args=(rank, self.world_size, self._store.port, theirs)
+            )
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -82,7 +88,9 @@ class _Failure:
         self.message = message
 
 
-def _serve(rank: int, world_size: int, port: int, pipe: multiprocessing.connection.Connection) -> None:
+def _serve(
+    rank: int, world_size: int, port: int, pipe: multiprocessing.connection.Connection
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),

@@ -32,7 +32,11 @@ def row(
     logits = logits - top[:, :1]
     top = top - top[:, :1]
     log_sum_exp = np.log(np.exp(logits).sum(1))
-    kept = np.ones(top.shape, dtype=bool) if cache is None else cache.kept(np.exp(top - log_sum_exp[:, None]))
+    kept = (
+        np.ones(top.shape, dtype=bool)
+        if cache is None
+        else cache.kept(np.exp(top - log_sum_exp[:, None]))
+    )
     tails = []
     for temperature in temperatures:
         weights = np.exp(logits / temperature)
@@ -50,7 +54,9 @@ def row(
         temperatures,
         label_logprobs.astype(np.float32),
     )
-    return CachedExample(Example(index, random.integers(vocab_size, size=length), labels, mask), teacher)
+    return CachedExample(
+        Example(index, random.integers(vocab_size, size=length), labels, mask), teacher
+    )
 
 
 def manifest(codec: str = "json", **changes: Any) -> Manifest:

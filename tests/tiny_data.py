@@ -47,7 +47,9 @@ def aligner_rows(path: Path, loss_masks: Sequence[int]) -> Path:
     return path
 
 
-def teacher_config(model: Path, dataset: Path, output: Path, **overrides: Any) -> ComputeTopkLogitsConfig:
+def teacher_config(
+    model: Path, dataset: Path, output: Path, **overrides: Any
+) -> ComputeTopkLogitsConfig:
     """Stage 1 in float32; `overrides` by dotted key with __ for dots."""
     return typed(
         ComputeTopkLogitsConfig,
@@ -64,7 +66,9 @@ def teacher_config(model: Path, dataset: Path, output: Path, **overrides: Any) -
     )
 
 
-def student_config(model: Path, train: Path, validation: Path, log_dir: Path, **overrides: Any) -> TrainStudentConfig:
+def student_config(
+    model: Path, train: Path, validation: Path, log_dir: Path, **overrides: Any
+) -> TrainStudentConfig:
     """Stage 2 in float32, without processes that read ahead: they take longer to start than a few steps take."""
     return typed(
         TrainStudentConfig,
@@ -77,13 +81,19 @@ def student_config(model: Path, train: Path, validation: Path, log_dir: Path, **
                     "global_batch_size": 8,
                     "knowledge_distillation": {"kd_loss_weight": 1.0, "sft_loss_weight": 0.5},
                     "optim": {"lr": 1e-3, "sched": {"warmup_steps": 0}},
-                    "data": {"data_prefix": {"train": [str(train)], "validation": [str(validation)]}, "num_workers": 0},
+                    "data": {
+                        "data_prefix": {"train": [str(train)], "validation": [str(validation)]},
+                        "num_workers": 0,
+                    },
                 },
                 "exp_manager": {
                     "explicit_log_dir": str(log_dir),
                     "resume_if_exists": True,
                     "resume_ignore_no_checkpoint": True,
-                    "checkpoint_callback_params": {"save_top_k": -1, "save_nemo_on_train_end": True},
+                    "checkpoint_callback_params": {
+                        "save_top_k": -1,
+                        "save_nemo_on_train_end": True,
+                    },
                 },
             },
             overrides,

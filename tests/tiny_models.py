@@ -38,10 +38,19 @@ def _llama3_rope(factor: float) -> dict[str, Any]:
 
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama2": {"model_type": "llama", "num_attention_heads": 8, "num_key_value_heads": 4, "rms_norm_eps": 1e-5},
+    "llama2": {
+        "model_type": "llama",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "rms_norm_eps": 1e-5,
+    },
     "llama_mha": {"model_type": "llama"},
     "llama3.1": {"model_type": "llama", "head_dim": 64, "rope_parameters": _llama3_rope(8.0)},
-    "llama3.2_tied": {"model_type": "llama", "rope_parameters": _llama3_rope(32.0), "tie_word_embeddings": True},
+    "llama3.2_tied": {
+        "model_type": "llama",
+        "rope_parameters": _llama3_rope(32.0),
+        "tie_word_embeddings": True,
+    },
     "mistral": {"model_type": "mistral", "sliding_window": None},
     "mistral_window": {"model_type": "mistral", "sliding_window": 7},
     "qwen2_tied": {
@@ -49,7 +58,12 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     },
-    "mixtral": {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {
+        "model_type": "mixtral",
+        "num_key_value_heads": 2,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
     "qwen3_moe": {
         "model_type": "qwen3_moe",
         "head_dim": 24,
@@ -65,13 +79,21 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 96,
         "norm_topk_prob": False,
     },
-    "qwen3": {"model_type": "qwen3", "head_dim": 24, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    "qwen3": {
+        "model_type": "qwen3",
+        "head_dim": 24,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    },
 }
 
 
-def build_hf_model(name: str, vocab_size: int = 157, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+def build_hf_model(
+    name: str, vocab_size: int = 157, seed: int = 0, **overrides: Any
+) -> PreTrainedModel:
     """A float32 model whose weights, norms and biases included, are all random, so that each of them shows in the logits."""
-    config = AutoConfig.for_model(**{**_SHAPE, **MODELS[name], "vocab_size": vocab_size, **overrides})
+    config = AutoConfig.for_model(
+        **{**_SHAPE, **MODELS[name], "vocab_size": vocab_size, **overrides}
+    )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
@@ -82,7 +104,11 @@ def build_hf_model(name: str, vocab_size: int = 157, seed: int = 0, **overrides:
 
 
 def save_hf_model(
-    name: str, folder: Path, vocab_size: int = 512, dtype: torch.dtype = torch.float32, **overrides: Any
+    name: str,
+    folder: Path,
+    vocab_size: int = 512,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
 ) -> Path:
     """The model and a tokenizer with as many ids as a Hugging Face folder."""
     build_hf_model(name, vocab_size, **overrides).to(dtype).save_pretrained(folder)

@@ -15,7 +15,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_DEFAULT_SYSTEM = (
-    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}" + CHATML
+    "{% if messages[0].role != 'system' %}<|im_start|>system\nBe helpful.<|im_end|>\n{% endif %}"
+    + CHATML
 )
 LLAMA2 = (
     "{% if messages[0].role == 'system' %}{% set sys = '<<SYS>>\n' ~ messages[0].content ~ '\n<</SYS>>\n\n' %}{% set rest = messages[1:] %}"
@@ -66,11 +67,20 @@ QWEN3 = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|start_header|>", "<|end_header|>", "<|eot|>"]
+SPECIAL = [
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header|>",
+    "<|end_header|>",
+    "<|eot|>",
+]
 
 
 @functools.lru_cache
-def train_tokenizer(vocab_size: int = 512, chat_template: str | None = CHATML) -> PreTrainedTokenizerFast:
+def train_tokenizer(
+    vocab_size: int = 512, chat_template: str | None = CHATML
+) -> PreTrainedTokenizerFast:
     """A tokenizer with `vocab_size` ids; `<|im_end|>` ends a sequence, `<|endoftext|>` pads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -99,7 +109,9 @@ def train_sentencepiece_tokenizer(chat_template: str | None = LLAMA2) -> PreTrai
         [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False
+    )
     tokenizer.train_from_iterator(docstrings(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -131,5 +143,9 @@ def docstrings() -> tuple[str, ...]:
         if path.exists():
             nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            texts += [text for node in nodes if isinstance(node, documented) and (text := ast.get_docstring(node))]
+            texts += [
+                text
+                for node in nodes
+                if isinstance(node, documented) and (text := ast.get_docstring(node))
+            ]
     return tuple(texts)

@@ -28,7 +28,9 @@ class CacheBlend:
         self.readers = list(readers)
         self._ends = list(accumulate(len(reader) for reader in readers))
         described = [(reader.path, manifest) for reader in readers for manifest in reader.manifests]
-        described = [(path, manifest) for path, manifest in described if manifest.tokenizer != UNKNOWN]
+        described = [
+            (path, manifest) for path, manifest in described if manifest.tokenizer != UNKNOWN
+        ]
         for path, manifest in described[1:]:
             first_path, first = described[0]
             if manifest.tokenizer != first.tokenizer:

@@ -25,17 +25,27 @@ def array(payload: dict[str, Any], field: str, ndim: int, kinds: str, where: str
         # Without a dtype: numpy would otherwise read strings as numbers and cut 1.5 down to 1.
         values = np.array(payload[field])
     except ValueError as error:
-        raise CacheError(f"{where}: field {field}: found lists of different lengths, expected {expected}") from error
+        raise CacheError(
+            f"{where}: field {field}: found lists of different lengths, expected {expected}"
+        ) from error
     if values.size == 0 or values.ndim != ndim:
-        raise CacheError(f"{where}: field {field}: found an array of shape {values.shape}, expected {expected}")
+        raise CacheError(
+            f"{where}: field {field}: found an array of shape {values.shape}, expected {expected}"
+        )
     if values.dtype.kind == "O" and any(value is None for value in values.flat):
-        raise CacheError(f"{where}: field {field}: found null (how some writers spell NaN), expected {expected}")
+        raise CacheError(
+            f"{where}: field {field}: found null (how some writers spell NaN), expected {expected}"
+        )
     if values.dtype.kind not in kinds:
-        raise CacheError(f"{where}: field {field}: found values of type {values.dtype}, expected {expected}")
+        raise CacheError(
+            f"{where}: field {field}: found values of type {values.dtype}, expected {expected}"
+        )
     return values
 
 
-def ids(payload: dict[str, Any], field: str, ndim: int, where: str, smallest: int = 0) -> np.ndarray:
+def ids(
+    payload: dict[str, Any], field: str, ndim: int, where: str, smallest: int = 0
+) -> np.ndarray:
     """The field as token ids (int64).
 
     Raises:
@@ -74,5 +84,7 @@ def example_index(payload: dict[str, Any], default: int | None, where: str) -> i
     """The field `index`, or the default where there is none."""
     index = payload.get("index", default)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise CacheError(f"{where}: field index: found {reprlib.repr(index)}, expected an integer of at least 0")
+        raise CacheError(
+            f"{where}: field index: found {reprlib.repr(index)}, expected an integer of at least 0"
+        )
     return index

@@ -78,7 +78,9 @@ class ChunkIndex:
         # A checksum proves no honesty: places outside the file would ask for any amount of memory.
         if starts[0] != 0 or starts[-1] != facts.bytes or (starts[1:] <= starts[:-1]).any():
             return None
-        if facts.num_lines and (num_positions.min() < 1 or num_positions.max() != facts.max_positions):
+        if facts.num_lines and (
+            num_positions.min() < 1 or num_positions.max() != facts.max_positions
+        ):
             return None
         return cls(facts, sha256, starts, num_positions)
 
@@ -101,7 +103,9 @@ class LineFacts:
         k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
         self.line_bytes.append(num_bytes)
         self.num_positions.append(row.example.num_tokens)
-        self.max_token_id = max(self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max()))
+        self.max_token_id = max(
+            self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max())
+        )
         self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
         if samples_SM is not None:
             self.max_topk_id = max(self.max_topk_id, int(samples_SM[stored].max(initial=-1)))

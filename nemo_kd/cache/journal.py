@@ -97,7 +97,9 @@ def append(path: Path, start: int, lines: Sequence[bytes], note: str) -> int:
         descriptor = open_without_links(path, os.O_WRONLY if start else os.O_WRONLY | os.O_CREAT)
         with os.fdopen(descriptor, "wb") as journal:
             if os.fstat(descriptor).st_size < start:
-                raise CacheError(f"{path}: lost bytes while this job ran; run the same command again")
+                raise CacheError(
+                    f"{path}: lost bytes while this job ran; run the same command again"
+                )
             journal.truncate(start)
             journal.seek(start)
             journal.write(content)

@@ -42,7 +42,11 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
     log_sum_exp_S = teacher.log_sum_exp_logits_S.astype(np.float32)
     # Where nothing is known nothing counts either; any distribution fills the place.
     k = ids_SK.shape[1]
-    logits_SK[~known_S], ids_SK[~known_S], log_sum_exp_S[~known_S] = 0, np.arange(k), np.log(np.float32(k))
+    logits_SK[~known_S], ids_SK[~known_S], log_sum_exp_S[~known_S] = (
+        0,
+        np.arange(k),
+        np.log(np.float32(k)),
+    )
     fields: dict[str, Any] = {
         "topk_logits": logits_SK,
         "topk_token_ids": ids_SK,
@@ -134,7 +138,9 @@ def _check_lengths(fields: dict[str, Any], num_positions: int, where: str) -> No
         )
 
 
-def _check_range(name: str, values: np.ndarray, smallest: float, largest: float, where: str) -> None:
+def _check_range(
+    name: str, values: np.ndarray, smallest: float, largest: float, where: str
+) -> None:
     wrong = (values < smallest) | (values > largest)
     if wrong.any():
         raise CacheError(

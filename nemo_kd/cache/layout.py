@@ -36,7 +36,9 @@ class CacheLayout:
                 f"{output_path}: {CHUNK_ID} stands in the folder; put it in the file name, e.g. folder/train_{CHUNK_ID}.jsonl"
             )
         if self._name in ("", ".", "..") or os.path.isdir(output_path):
-            raise CacheError(f"{output_path!r} is no file name; give a file such as folder/train_{CHUNK_ID}.jsonl")
+            raise CacheError(
+                f"{output_path!r} is no file name; give a file such as folder/train_{CHUNK_ID}.jsonl"
+            )
 
     @property
     def is_template(self) -> bool:
@@ -73,13 +75,22 @@ class CacheLayout:
             if stem.endswith(suffix) and stem != suffix:
                 stem = stem.removesuffix(suffix)
                 break
-        return (stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest") + ".json"
+        return (
+            stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest"
+        ) + ".json"
 
     def siblings(self) -> list[CacheLayout]:
         """Return the layouts of other suffixes with the same manifest, as train_CHUNK_ID.jsonl has for .jsonl.zst."""
-        suffix = next((suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix), "")
+        suffix = next(
+            (suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix),
+            "",
+        )
         stem = self.output_path.removesuffix(suffix)
-        paths = [stem + other for other in SUFFIXES if other != suffix and not os.path.isdir(stem + other)]
+        paths = [
+            stem + other
+            for other in SUFFIXES
+            if other != suffix and not os.path.isdir(stem + other)
+        ]
         return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
 
     def templates(self) -> list[tuple[CacheLayout, int]]:
@@ -87,8 +98,14 @@ class CacheLayout:
         if self.is_template:
             return []
         numbers = re.finditer(r"(?<![0-9])(0|[1-9][0-9]{0,17})(?![0-9])", self._name)
-        names = [(self._name[: one.start()] + CHUNK_ID + self._name[one.end() :], int(one[0])) for one in numbers]
-        return [(CacheLayout(os.path.join(self.folder, name)), number) for name, number in reversed(names)]
+        names = [
+            (self._name[: one.start()] + CHUNK_ID + self._name[one.end() :], int(one[0]))
+            for one in numbers
+        ]
+        return [
+            (CacheLayout(os.path.join(self.folder, name)), number)
+            for name, number in reversed(names)
+        ]
 
     @property
     def manifest_path(self) -> Path:
@@ -123,7 +140,9 @@ class CacheLayout:
         if not self.is_template:
             return [0] if self._name in names else []
         before, after = self._name.split(CHUNK_ID, 1)
-        pattern = re.compile(re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after).replace(CHUNK_ID, r"\1"))
+        pattern = re.compile(
+            re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after).replace(CHUNK_ID, r"\1")
+        )
         matches = (pattern.fullmatch(name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
 
@@ -131,11 +150,17 @@ class CacheLayout:
         """The ids of the data files on disk, ascending."""
         if not self.folder.is_dir():
             return []
-        return self.chunk_ids([name for name in os.listdir(self.folder) if os.path.isfile(self.folder / name)])
+        return self.chunk_ids(
+            [name for name in os.listdir(self.folder) if os.path.isfile(self.folder / name)]
+        )
 
     def chunks_in_work(self) -> list[int]:
         """The ids of the chunks that have a folder of segments, ascending."""
-        names = [name for name in os.listdir(self.folder) if name.startswith(".") and name.endswith(SEGMENTS)]
+        names = [
+            name
+            for name in os.listdir(self.folder)
+            if name.startswith(".") and name.endswith(SEGMENTS)
+        ]
         return self.chunk_ids([name[1:].removesuffix(SEGMENTS) for name in names])
 
 

@@ -77,7 +77,9 @@ class _Plain:
 
 class _Zst:
     def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(level=ZST_LEVEL, write_checksum=True, write_content_size=True)
+        self._compressor = zstandard.ZstdCompressor(
+            level=ZST_LEVEL, write_checksum=True, write_content_size=True
+        )
         self._decompressor = zstandard.ZstdDecompressor()
 
     def __getstate__(self) -> dict[str, object]:
@@ -94,7 +96,9 @@ class _Zst:
             size = zstandard.frame_content_size(raw)
             if size > most_line_bytes(len(raw)):
                 raise CacheError(f"{where}: a frame of {size} bytes is no line of a cache")
-            line = self._decompressor.decompress(raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw)))
+            line = self._decompressor.decompress(
+                raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw))
+            )
         except zstandard.ZstdError as error:
             raise CacheError(
                 f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; restore the file or "
@@ -131,7 +135,9 @@ class _Zst:
                     num_read += len(piece)
                     num_inflated += len(frame.decompress(piece))
                     if num_inflated > most_line_bytes(num_read):
-                        raise CacheError(f"{where}: a frame of more than {num_inflated} bytes is no line of a cache")
+                        raise CacheError(
+                            f"{where}: a frame of more than {num_inflated} bytes is no line of a cache"
+                        )
                     if frame.eof:
                         break
             except zstandard.ZstdError as error:

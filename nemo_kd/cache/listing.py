@@ -79,7 +79,9 @@ class ChunkList:
         try:
             return open_regular(self._path)
         except FileNotFoundError as error:
-            raise CacheError(f"{self._path}: the manifest was removed while this job ran; restore it") from error
+            raise CacheError(
+                f"{self._path}: the manifest was removed while this job ran; restore it"
+            ) from error
 
 
 def _version(status: os.stat_result) -> tuple[int, int, int]:

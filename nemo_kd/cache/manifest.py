@@ -50,11 +50,21 @@ class ChunkSummary:
 
     def add(self, other: ChunkSummary) -> None:
         """Takes in the counts of a part that follows."""
-        for name in ("examples", "tokens", "loss_tokens", "bytes", "kept_tokens", "kept_mass_sum", "label_in_topk"):
+        for name in (
+            "examples",
+            "tokens",
+            "loss_tokens",
+            "bytes",
+            "kept_tokens",
+            "kept_mass_sum",
+            "label_in_topk",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.skipped.items():
             self.skipped[reason] = self.skipped.get(reason, 0) + count
-        self.computed_with += [settings for settings in other.computed_with if settings not in self.computed_with]
+        self.computed_with += [
+            settings for settings in other.computed_with if settings not in self.computed_with
+        ]
 
 
 @dataclass
@@ -144,9 +154,13 @@ class Manifest:
 
     def identity(self) -> dict[str, Any]:
         """What must agree before a cache is continued, flat: `teacher.weights` and so on."""
-        payload = dataclasses.asdict(dataclasses.replace(self, chunks={}))  # copies of all chunks would take long
+        payload = dataclasses.asdict(
+            dataclasses.replace(self, chunks={})
+        )  # copies of all chunks would take long
         del payload["chunks"], payload["tokenizer_tokens"]
-        payload["dataset"].pop("path", None)  # the fingerprint tells what was read, wherever it lies
+        payload["dataset"].pop(
+            "path", None
+        )  # the fingerprint tells what was read, wherever it lies
         return dict(_flat(payload))
 
     def differences(self, other: Manifest) -> list[str]:
@@ -156,7 +170,9 @@ class Manifest:
         for optional in OPTIONAL_IDENTITY:
             if not (_starts(ours, optional) and _starts(theirs, optional)):
                 ours = {key: value for key, value in ours.items() if not key.startswith(optional)}
-                theirs = {key: value for key, value in theirs.items() if not key.startswith(optional)}
+                theirs = {
+                    key: value for key, value in theirs.items() if not key.startswith(optional)
+                }
         return [
             f"{key}: {ours.get(key)!r} in the cache, {theirs.get(key)!r} now"
             for key in sorted(ours.keys() | theirs.keys())
@@ -178,7 +194,9 @@ class Manifest:
     def _json(self) -> bytes:
         payload = dataclasses.asdict(self)
         for name in ("tokenizer_parts", "tokenizer_tokens"):
-            if payload[name] is None:  # a manifest of an older version keeps its bytes, and with them its hash
+            if (
+                payload[name] is None
+            ):  # a manifest of an older version keeps its bytes, and with them its hash
                 del payload[name]
         return orjson.dumps(payload, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
 
@@ -216,13 +234,17 @@ def parse_summaries(payload: dict[str, Any], path: str) -> dict[str, ChunkSummar
     counts = [one.name for one in dataclasses.fields(ChunkSummary) if one.type == "int"]
     for key, summary in chunks.items():
         if not re.fullmatch("0|[1-9][0-9]{0,17}", key):
-            raise CacheError(f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest")
+            raise CacheError(
+                f"{path}: chunks: found {key!r}, expected numbers of chunks; restore the manifest"
+            )
         if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
             raise TypeError(f"chunks.{key}: sha256 or computed_with is of another type")
         if not math.isfinite(float(summary.kept_mass_sum)):
             raise ValueError(f"chunks.{key}.kept_mass_sum is not finite")
         numbers = {f"chunks.{key}.{name}": getattr(summary, name) for name in counts}
-        numbers |= {f"chunks.{key}.skipped.{reason}": count for reason, count in summary.skipped.items()}
+        numbers |= {
+            f"chunks.{key}.skipped.{reason}": count for reason, count in summary.skipped.items()
+        }
         _check_numbers(numbers, path)
     return chunks
 
@@ -245,7 +267,9 @@ def journaled_summaries(chunks: dict[str, Any], path: str) -> dict[str, ChunkSum
         ) from error
 
 
-def _journaled(content: bytes, path: str, listed: bytes, known: Collection[str]) -> dict[str, ChunkSummary]:
+def _journaled(
+    content: bytes, path: str, listed: bytes, known: Collection[str]
+) -> dict[str, ChunkSummary]:
     """The chunks of a manifest's journal.
 
     A journal of an older manifest is what a kill leaves between the writing of the manifest with its chunks and its end.
@@ -267,8 +291,12 @@ def _journaled(content: bytes, path: str, listed: bytes, known: Collection[str])
 
 def _check_types(manifest: Manifest, path: str) -> None:
     """Refuses a manifest whose numbers are none, as after an edit by hand."""
-    numbers: dict[str, Any] = {name: getattr(manifest, name) for name in ("top_k", "vocab_size", "segment_examples")}
-    numbers |= {f"dataset.{name}": manifest.dataset[name] for name in ("start_from_idx", "end_at_idx")}
+    numbers: dict[str, Any] = {
+        name: getattr(manifest, name) for name in ("top_k", "vocab_size", "segment_examples")
+    }
+    numbers |= {
+        f"dataset.{name}": manifest.dataset[name] for name in ("start_from_idx", "end_at_idx")
+    }
     for name in ("n_examples_per_chunk", "merged_chunks"):
         if getattr(manifest, name) is not None:
             numbers[name] = getattr(manifest, name)
@@ -276,7 +304,9 @@ def _check_types(manifest: Manifest, path: str) -> None:
         if not isinstance(getattr(manifest, name), dict):
             raise TypeError(f"{name} is not an object")
     if manifest.codec["name"] not in CODECS:
-        raise CacheError(f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of {', '.join(CODECS)}")
+        raise CacheError(
+            f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of {', '.join(CODECS)}"
+        )
     _check_numbers(numbers, path)
 
 
@@ -313,5 +343,9 @@ def _starts(identity: dict[str, Any], prefix: str) -> bool:
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     items: list[tuple[str, Any]] = []
     for key, inner in value.items():
-        items += _flat(inner, f"{prefix}{key}.") if isinstance(inner, dict) else [(f"{prefix}{key}", inner)]
+        items += (
+            _flat(inner, f"{prefix}{key}.")
+            if isinstance(inner, dict)
+            else [(f"{prefix}{key}", inner)]
+        )
     return items

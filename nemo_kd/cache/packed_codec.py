@@ -70,7 +70,13 @@ class Kept(NamedTuple):
     def of(cls, counts_P: np.ndarray, k: int) -> Kept:
         starts_P, rows_P = np.cumsum(counts_P) - counts_P, np.arange(len(counts_P))
         row_N = np.repeat(rows_P, counts_P)
-        return cls(counts_P, starts_P, row_N, k, np.repeat(rows_P * k - starts_P, counts_P) + np.arange(len(row_N)))
+        return cls(
+            counts_P,
+            starts_P,
+            row_N,
+            k,
+            np.repeat(rows_P * k - starts_P, counts_P) + np.arange(len(row_N)),
+        )
 
 
 def pack(row: CachedExample, positions: str = "loss") -> bytes:
@@ -83,10 +89,18 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         ValueError: a stored position keeps no token, or values are out of order or outside what the format holds.
     """
     example, teacher = row.example, row.teacher
-    stored = np.flatnonzero(example.loss_mask_S) if positions == "loss" else np.arange(example.num_tokens)
+    stored = (
+        np.flatnonzero(example.loss_mask_S)
+        if positions == "loss"
+        else np.arange(example.num_tokens)
+    )
     used_SK = teacher.topk_token_ids_SK >= 0
     counts_P = used_SK.sum(axis=1)[stored]
-    if (used_SK[:, 1:] > used_SK[:, :-1]).any() or counts_P.min(initial=1) < 1 or counts_P.max(initial=1) > MAX_TOP_K:
+    if (
+        (used_SK[:, 1:] > used_SK[:, :-1]).any()
+        or counts_P.min(initial=1) < 1
+        or counts_P.max(initial=1) > MAX_TOP_K
+    ):
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
     _check_size(counts_P)
     kept = Kept.of(counts_P, used_SK.shape[1])
@@ -123,13 +137,27 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
         ValueError: the blob is damaged, of another version, or of another example.
     """
     header, temperatures, streams = _open(blob)
-    stored = np.arange(example.num_tokens) if header.flags & _ALL_POSITIONS else np.flatnonzero(example.loss_mask_S)
+    stored = (
+        np.arange(example.num_tokens)
+        if header.flags & _ALL_POSITIONS
+        else np.flatnonzero(example.loss_mask_S)
+    )
     if len(stored) != header.num_stored:
-        raise ValueError(f"the teacher's part has {header.num_stored} positions, the example {len(stored)}")
+        raise ValueError(
+            f"the teacher's part has {header.num_stored} positions, the example {len(stored)}"
+        )
     wide = bool(header.flags & _WIDE_COUNTS)
-    counts_P = unhuffman(next(streams), header.num_stored * (1 + wide)).view("<u2" if wide else np.uint8) + np.int64(1)
-    tail_TP = _tail_mass(unhuffman(next(streams), header.num_stored * len(temperatures)), len(temperatures))
-    if len(counts_P) != len(stored) or tail_TP.shape[1] != len(stored) or counts_P.sum() != header.num_kept:
+    counts_P = unhuffman(next(streams), header.num_stored * (1 + wide)).view(
+        "<u2" if wide else np.uint8
+    ) + np.int64(1)
+    tail_TP = _tail_mass(
+        unhuffman(next(streams), header.num_stored * len(temperatures)), len(temperatures)
+    )
+    if (
+        len(counts_P) != len(stored)
+        or tail_TP.shape[1] != len(stored)
+        or counts_P.sum() != header.num_kept
+    ):
         raise ValueError("the teacher's part holds fewer numbers than it says")
     # The levels come first: a stream inflates a thousandfold at most, so their number is not a mere claim.
     levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
@@ -139,7 +167,9 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
     ids_N = _from_distances(_read_ids(streams, *_coding_order(kept, header.num_classes)), kept)
     # Rounding has moved the sum over the kept ids: it is brought back to what the tail leaves.
     p_N = np.exp(-nats).take(levels_N)
-    head_P = np.add.reduceat(p_N, kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
+    head_P = (
+        np.add.reduceat(p_N, kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
+    )
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
     sorted_levels_N, sorted_ids_N = _by_level(levels_N, ids_N, kept)
     first_P = -nats.take(sorted_levels_N[kept.starts_P])
@@ -155,18 +185,30 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
         hits = np.flatnonzero(ids_N == example.labels_S[stored].astype(np.int32).take(kept.row_N))
         labels_P[kept.row_N[hits]] = shift_P[kept.row_N[hits]] - nats[levels_N[hits]]
         outside_P = np.isnan(labels_P)
-        labels_P[outside_P] = -nats[_exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))]
-    samples_PM = _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
+        labels_P[outside_P] = -nats[
+            _exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))
+        ]
+    samples_PM = (
+        _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
+    )
     return TeacherTopK(
         topk_logits_SK=_rows(stored, logits_PK, num_tokens, -np.inf),
         topk_token_ids_SK=_rows(stored, ids_PK, num_tokens, -1),
-        log_sum_exp_logits_S=_at(stored, -(first_P + shift_P), np.zeros(num_tokens, dtype=np.float32)),
-        tail_mass_TS=_at(stored, tail_TP, np.ones((len(temperatures), num_tokens), dtype=np.float32)),
+        log_sum_exp_logits_S=_at(
+            stored, -(first_P + shift_P), np.zeros(num_tokens, dtype=np.float32)
+        ),
+        tail_mass_TS=_at(
+            stored, tail_TP, np.ones((len(temperatures), num_tokens), dtype=np.float32)
+        ),
         temperatures=temperatures,
-        label_logprobs_S=None if labels_P is None else _at(stored, labels_P, np.zeros(num_tokens, dtype=np.float32)),
+        label_logprobs_S=None
+        if labels_P is None
+        else _at(stored, labels_P, np.zeros(num_tokens, dtype=np.float32)),
         tail_token_ids_SM=None
         if samples_PM is None
-        else _at(stored, samples_PM.T, np.full((header.num_samples, num_tokens), -1, dtype=np.int32)).T,
+        else _at(
+            stored, samples_PM.T, np.full((header.num_samples, num_tokens), -1, dtype=np.int32)
+        ).T,
     )
 
 
@@ -195,7 +237,9 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
         )
     first = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : first], dtype="<f4")
-    num_streams = 4 + header.num_classes + bool(header.flags & _LABELS) + 3 * bool(header.num_samples)
+    num_streams = (
+        4 + header.num_classes + bool(header.flags & _LABELS) + 3 * bool(header.num_samples)
+    )
     counts_fit = header.num_streams == num_streams and header.num_classes > 0
     if not counts_fit or temperatures[:1].tolist() != [1] or not 1 <= header.coarse <= header.fine:
         raise ValueError(f"the header of the teacher's part contradicts itself: {header}")
@@ -222,7 +266,9 @@ def _rounding_kl(coarse: int) -> np.ndarray:
     return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
 
 
-def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[int, np.ndarray, np.ndarray]:
+def _by_id(
+    teacher: TeacherTopK, stored: np.ndarray, kept: Kept
+) -> tuple[int, np.ndarray, np.ndarray]:
     """(coarse steps per nat, ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
     ids_SK, logits_SK = teacher.topk_token_ids_SK, teacher.topk_logits_SK
     if len(stored) < len(ids_SK):
@@ -232,13 +278,18 @@ def _by_id(teacher: TeacherTopK, stored: np.ndarray, kept: Kept) -> tuple[int, n
     logprobs_N = logits_SK.reshape(-1).take(kept.cells_N) - log_sum_exp_N
     coarse, levels_N = COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, COARSE_STEPS_PER_NAT)
     if _rounding_kl(coarse).take(levels_N).sum() > MOST_ROUNDING_KL_NATS * len(stored):
-        coarse, levels_N = FLAT_COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, FLAT_COARSE_STEPS_PER_NAT)
+        coarse, levels_N = (
+            FLAT_COARSE_STEPS_PER_NAT,
+            _finite_levels(logprobs_N, FLAT_COARSE_STEPS_PER_NAT),
+        )
     rises_N = levels_N[1:] >= levels_N[:-1]
     rises_N[kept.starts_P[1:] - 1] = True
     if not rises_N.all():
         raise ValueError("the kept logits of a position do not descend")
     if ids_N.max(initial=0) >= MAX_VOCAB_SIZE - 1:
-        raise ValueError(f"token id {ids_N.max()} exceeds what the format holds ({MAX_VOCAB_SIZE - 2})")
+        raise ValueError(
+            f"token id {ids_N.max()} exceeds what the format holds ({MAX_VOCAB_SIZE - 2})"
+        )
     # Ids will order what has one level: the likeliest token gets a level of its own, so that it stays the first.
     seconds = kept.starts_P[kept.counts_P > 1] + 1
     tied = seconds[(levels_N[seconds] == levels_N[seconds - 1]) & (levels_N[seconds] > 0)]
@@ -263,7 +314,9 @@ def _sorted(keys_N: np.ndarray, kept: Kept) -> np.ndarray:
 
 def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
     mass = np.clip(tail_mass.astype(np.float64), 1e-9, 1 - 1e-9)
-    return np.searchsorted((TAIL_LOG_ODDS[1:] + TAIL_LOG_ODDS[:-1]) / 2, np.log(mass / (1 - mass))).astype(np.uint8)
+    return np.searchsorted(
+        (TAIL_LOG_ODDS[1:] + TAIL_LOG_ODDS[:-1]) / 2, np.log(mass / (1 - mass))
+    ).astype(np.uint8)
 
 
 def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
@@ -314,7 +367,9 @@ def _id_streams(values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int
     return [*map(huffman, classes), pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N)]
 
 
-def _read_ids(streams: Iterator[memoryview], order_N: np.ndarray, class_sizes: list[int]) -> np.ndarray:
+def _read_ids(
+    streams: Iterator[memoryview], order_N: np.ndarray, class_sizes: list[int]
+) -> np.ndarray:
     classes = [_exactly(unhuffman(next(streams), size), size) for size in class_sizes]
     widths_N = np.concatenate(classes).take(order_N).astype(np.uint32)
     if widths_N.max(initial=0) > 23:
@@ -327,7 +382,10 @@ def _sample_streams(samples_PM: np.ndarray) -> list[bytes]:
     sampled_P = samples_PM[:, 0] >= 0
     ids_QM = np.sort(samples_PM[sampled_P], axis=1)
     values = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
-    return [huffman(sampled_P.astype(np.uint8)), *_id_streams(values, np.arange(len(values)), [len(values)])]
+    return [
+        huffman(sampled_P.astype(np.uint8)),
+        *_id_streams(values, np.arange(len(values)), [len(values)]),
+    ]
 
 
 def _read_samples(streams: Iterator[memoryview], num_stored: int, num_samples: int) -> np.ndarray:
@@ -362,7 +420,9 @@ def _at(stored: np.ndarray, values: np.ndarray, background: np.ndarray) -> np.nd
     return background
 
 
-def _rows(stored: np.ndarray, values_PK: np.ndarray, num_tokens: int, background: float) -> np.ndarray:
+def _rows(
+    stored: np.ndarray, values_PK: np.ndarray, num_tokens: int, background: float
+) -> np.ndarray:
     if len(stored) == num_tokens:
         return values_PK
     values_SK = np.full((num_tokens, values_PK.shape[1]), background, dtype=values_PK.dtype)

@@ -27,7 +27,7 @@ from nemo_kd.batch import CachedExample, Example, TeacherTopK
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.writer import Segment, SegmentWriter
-from nemo_kd.processes import end_with_parent
+from nemo_kd.run.processes import end_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What a user or a cluster sends to all processes of a job: the one that computes decides what to do."""
@@ -94,7 +94,11 @@ class SegmentPublisher:
     """
 
     def __init__(
-        self, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any], max_waiting: int = 2
+        self,
+        layout: CacheLayout,
+        manifest: Manifest,
+        computed_with: dict[str, Any],
+        max_waiting: int = 2,
     ) -> None:
         self.done: list[ChunkSummary] = []
         self.waited_s = 0.0
@@ -143,7 +147,9 @@ class SegmentPublisher:
     def __enter__(self) -> SegmentPublisher:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, raised: BaseException | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, raised: BaseException | None, *_: object
+    ) -> None:
         if raised is None:
             self.close()
             return
@@ -170,7 +176,9 @@ class SegmentPublisher:
             self._process.kill()
             raise
 
-    def _deliver(self, segment: Segment, records: Sequence[Record], changed: dict[str, Any]) -> ChunkSummary:
+    def _deliver(
+        self, segment: Segment, records: Sequence[Record], changed: dict[str, Any]
+    ) -> ChunkSummary:
         """What the courier does with a segment."""
         try:
             _send(self._connection, (segment, records, changed))
@@ -185,7 +193,9 @@ class SegmentPublisher:
         if isinstance(answer, ChunkSummary):
             return answer
         failure, remote_traceback = answer
-        raise failure from RuntimeError(f"in the process that publishes segments:\n{remote_traceback}")
+        raise failure from RuntimeError(
+            f"in the process that publishes segments:\n{remote_traceback}"
+        )
 
     def _dismiss(self) -> None:
         """Tells the process that there is no more, unless it has ended."""
@@ -196,7 +206,11 @@ class SegmentPublisher:
 
 
 def _how(exitcode: int | None) -> str:
-    return f"killed by signal {-exitcode}" if exitcode is not None and exitcode < 0 else f"status {exitcode}"
+    return (
+        f"killed by signal {-exitcode}"
+        if exitcode is not None and exitcode < 0
+        else f"status {exitcode}"
+    )
 
 
 def _send(connection: Connection, message: object) -> None:
@@ -214,7 +228,11 @@ def _receive(connection: Connection) -> Any:
 
 
 def _serve(
-    connection: Connection, parent: int, layout: CacheLayout, manifest: Manifest, computed_with: dict[str, Any]
+    connection: Connection,
+    parent: int,
+    layout: CacheLayout,
+    manifest: Manifest,
+    computed_with: dict[str, Any],
 ) -> None:
     """What the process does, until it is sent None."""
     end_with_parent(parent)
@@ -223,7 +241,9 @@ def _serve(
         answer: ChunkSummary | tuple[Exception, str]
         try:
             segment, records, changed = task
-            answer = _publish(SegmentWriter(layout, manifest, segment, computed_with | changed), records)
+            answer = _publish(
+                SegmentWriter(layout, manifest, segment, computed_with | changed), records
+            )
         except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the caller is
             answer = error, traceback.format_exc()
         connection.send(answer)

@@ -90,7 +90,9 @@ class CacheReader:
         self.max_token_id = max(fact.max_token_id for fact in facts)
         self.max_topk_id = max(fact.max_topk_id for fact in facts)
         self.largest_k = max(fact.largest_k for fact in facts)
-        self.dropped_too_long = sum(chunk.facts.num_lines - chunk.num_rows for chunk in self._chunks)
+        self.dropped_too_long = sum(
+            chunk.facts.num_lines - chunk.num_rows for chunk in self._chunks
+        )
         self._ends = np.cumsum([chunk.num_rows for chunk in self._chunks])
         total = int(self._ends[-1])
         self._first = _bound(subset["start"], total, 0) if subset else 0
@@ -126,7 +128,9 @@ class CacheReader:
     def will_read(self, positions: Sequence[int]) -> None:
         """Has these rows fetched ahead, all at once."""
         located = [self._locate(position) for position in positions]
-        self.storage.will_read([(self._chunks[chunk].name, start, end) for chunk, _, start, end in located])
+        self.storage.will_read(
+            [(self._chunks[chunk].name, start, end) for chunk, _, start, end in located]
+        )
 
     def where(self, position: int) -> str:
         """`file:line` of a row, for messages."""
@@ -147,7 +151,9 @@ class CacheReader:
     def fingerprint(self) -> str:
         """Identifies the content: SHA-256 over the checksums of all chunks and the selected rows."""
         parts = [chunk.sha256.hex() for chunk in self._chunks]
-        parts += [f"{self._first}:{self._last}:{self.seq_length if self.dropped_too_long else None}"]
+        parts += [
+            f"{self._first}:{self._last}:{self.seq_length if self.dropped_too_long else None}"
+        ]
         return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
     def _locate(self, position: int) -> tuple[int, int, int, int]:
@@ -176,22 +182,36 @@ class CacheReader:
     def _open_chunks(self, n_chunks: int | None, partial: bool) -> list[_Chunk]:
         names = set(self.storage.names())
         chunk_ids = self.layout.chunk_ids(list(names))
-        shared = self._manifest(self.layout.manifest_name, names) or self._manifest_of_template(names)
+        shared = self._manifest(self.layout.manifest_name, names) or self._manifest_of_template(
+            names
+        )
         if n_chunks is None:
             n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
         elif n_chunks < 1:
-            raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk")
+            raise CacheError(
+                f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk"
+            )
         elif not self.layout.is_template and n_chunks != 1:
-            raise CacheError(f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk")
+            raise CacheError(
+                f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk"
+            )
         wanted = chunk_ids
         missing = None
         if partial and chunk_ids:
-            wanted = [chunk_id for chunk_id in chunk_ids if shared is None or str(chunk_id) in shared.chunks]
+            wanted = [
+                chunk_id
+                for chunk_id in chunk_ids
+                if shared is None or str(chunk_id) in shared.chunks
+            ]
             if not wanted:
-                raise CacheError(f"{self.path}: no chunk is complete yet; let compute_topk_logits go on")
+                raise CacheError(
+                    f"{self.path}: no chunk is complete yet; let compute_topk_logits go on"
+                )
         else:
             present = set(chunk_ids)
-            missing = next((chunk_id for chunk_id in range(n_chunks) if chunk_id not in present), None)
+            missing = next(
+                (chunk_id for chunk_id in range(n_chunks) if chunk_id not in present), None
+            )
             wanted = [chunk_id for chunk_id in chunk_ids if chunk_id < n_chunks]
         if missing is not None:
             raise CacheError(
@@ -202,7 +222,9 @@ class CacheReader:
         for number, chunk_id in enumerate(wanted):
             if number % INDEXES_AHEAD == 0:
                 ahead = map(self.layout.chunk_name, wanted[number : number + INDEXES_AHEAD])
-                self.storage.will_read([(index, 0, None) for index in map(index_name, ahead) if index in names])
+                self.storage.will_read(
+                    [(index, 0, None) for index in map(index_name, ahead) if index in names]
+                )
             name = self.layout.chunk_name(chunk_id)
             manifest, key = shared, str(chunk_id)
             if shared is None:
@@ -233,7 +255,10 @@ class CacheReader:
                 continue
             manifest = self._read_manifest(layout.manifest_name, names)
             summary = manifest.chunks.get(str(number))
-            if summary is not None and self.storage.stat(self.layout.chunk_name(0))[0] == summary.bytes:
+            if (
+                summary is not None
+                and self.storage.stat(self.layout.chunk_name(0))[0] == summary.bytes
+            ):
                 records = {"start_from_idx": summary.first_index, "end_at_idx": summary.last_index}
                 of_chunk = replace(
                     manifest,
@@ -276,7 +301,9 @@ class CacheReader:
         """(index of a chunk, its lines that are not too long or None where all are)."""
         if number not in self._indexes:
             chunk = self._chunks[number]
-            index = self._load_index(chunk.name, chunk.summary, chunk.facts.bytes, chunk.facts.mtime_ns)
+            index = self._load_index(
+                chunk.name, chunk.summary, chunk.facts.bytes, chunk.facts.mtime_ns
+            )
             fitting = None
             if chunk.num_rows != chunk.facts.num_lines:
                 fitting = np.flatnonzero(index.num_positions <= (self.seq_length or 0))
@@ -287,7 +314,9 @@ class CacheReader:
         self._indexes.move_to_end(number)
         return self._indexes[number]
 
-    def _load_index(self, name: str, summary: ChunkSummary | None, size: int, mtime_ns: int) -> ChunkIndex:
+    def _load_index(
+        self, name: str, summary: ChunkSummary | None, size: int, mtime_ns: int
+    ) -> ChunkIndex:
         """The chunk's index, made again where there is none for this state of the file."""
         try:
             index = ChunkIndex.of(self.storage.read(index_name(name)))
@@ -306,7 +335,9 @@ class CacheReader:
             )
         if not self.storage.save(index_name(name), index.to_bytes()):
             log.warning(
-                "%s/%s has no index and none can be saved there; it is made anew each time", self.storage.folder, name
+                "%s/%s has no index and none can be saved there; it is made anew each time",
+                self.storage.folder,
+                name,
             )
         return index
 

@@ -90,7 +90,9 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
         return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
     except (KeyError, TypeError, ValueError) as error:
         reason = "found nothing" if isinstance(error, KeyError) else str(error)
-        raise CacheError(f"{where}: field teacher: {reason}; restore the file or write it again") from error
+        raise CacheError(
+            f"{where}: field teacher: {reason}; restore the file or write it again"
+        ) from error
 
 
 def example_hash(example: Example) -> str:
@@ -110,7 +112,12 @@ def trimmed(row: CachedExample) -> CachedExample:
         return row
     labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
     return CachedExample(
-        Example(example.index, example.tokens_S[:length], example.labels_S[:length], example.loss_mask_S[:length]),
+        Example(
+            example.index,
+            example.tokens_S[:length],
+            example.labels_S[:length],
+            example.loss_mask_S[:length],
+        ),
         replace(
             teacher,
             topk_logits_SK=teacher.topk_logits_SK[:length],
@@ -141,7 +148,11 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         payload = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        hint = " NaN and Infinity are not JSON: the teacher's logits overflowed." if b"NaN" in line else ""
+        hint = (
+            " NaN and Infinity are not JSON: the teacher's logits overflowed."
+            if b"NaN" in line
+            else ""
+        )
         raise CacheError(
             f"{where}: found {len(line)} bytes that are not valid JSON ({error}), expected one JSON object.{hint} "
             "Restore the file, write it again, or cut a torn last line with `logit_cache repair`."
@@ -150,7 +161,9 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise CacheError(
             f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the field tokens"
         )
-    if "tokens" not in payload and (field := next((name for name in DATASET_FIELDS if name in payload), None)):
+    if "tokens" not in payload and (
+        field := next((name for name in DATASET_FIELDS if name in payload), None)
+    ):
         raise CacheError(
             f"{where}: found the field {field} of a dataset, where a cache has tokens and what the teacher thinks of them; compute it "
             "with compute_topk_logits, or train on the dataset's labels alone (model.data.data_impl=dataset, kd_loss_weight=0)"
@@ -168,5 +181,9 @@ def _example(payload: dict[str, Any], index: int | None, where: str) -> Example:
             )
     wrong = (loss_mask_S != 0) & (loss_mask_S != 1)
     if wrong.any():
-        raise CacheError(f"{where}: field loss_mask: found {loss_mask_S[wrong][0]}, expected only 0 and 1")
-    return Example(example_index(payload, index, where), tokens_S, labels_S, loss_mask_S.astype(np.float32))
+        raise CacheError(
+            f"{where}: field loss_mask: found {loss_mask_S[wrong][0]}, expected only 0 and 1"
+        )
+    return Example(
+        example_index(payload, index, where), tokens_S, labels_S, loss_mask_S.astype(np.float32)
+    )

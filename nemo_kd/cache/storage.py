@@ -133,7 +133,13 @@ class RemoteStorage:
         self._ahead: dict[Range, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "_process": -1, "_filesystem": None, "_sizes": {}, "_ahead": {}}
+        return {
+            "folder": self.folder,
+            "_process": -1,
+            "_filesystem": None,
+            "_sizes": {},
+            "_ahead": {},
+        }
 
     def names(self) -> list[str]:
         try:
@@ -141,7 +147,9 @@ class RemoteStorage:
         except FileNotFoundError:
             return []
         files = [entry for entry in found if entry["type"] == "file"]
-        self._sizes = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"]) for entry in files}
+        self._sizes = {
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"]) for entry in files
+        }
         return list(self._sizes)
 
     def stat(self, name: str) -> tuple[int, int]:
@@ -161,11 +169,17 @@ class RemoteStorage:
 
     def will_read(self, ranges: Sequence[Range]) -> None:
         """Fetches them at once: one after the other, each would cost a round trip."""
-        paths, starts, ends = ([*values] for values in zip(*ranges, strict=True)) if ranges else ([], [], [])
-        contents = self._fs().cat_ranges([self._path(name) for name in paths], starts, ends, on_error="return")
+        paths, starts, ends = (
+            ([*values] for values in zip(*ranges, strict=True)) if ranges else ([], [], [])
+        )
+        contents = self._fs().cat_ranges(
+            [self._path(name) for name in paths], starts, ends, on_error="return"
+        )
         # What failed is left to `read`, which says why.
         self._ahead = {
-            wanted: content for wanted, content in zip(ranges, contents, strict=True) if isinstance(content, bytes)
+            wanted: content
+            for wanted, content in zip(ranges, contents, strict=True)
+            if isinstance(content, bytes)
         }
 
     def save(self, name: str, content: bytes) -> bool:

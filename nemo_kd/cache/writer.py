@@ -28,9 +28,16 @@ from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.listing import ChunkList
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
+from nemo_kd.cache.parts import Shard, WriteLock
 from nemo_kd.cache.record import encode, trimmed
-from nemo_kd.cache.shards import Shard, WriteLock
-from nemo_kd.files import Lock, atomic_file, explained, read_file, remove_abandoned, write_atomically
+from nemo_kd.files import (
+    Lock,
+    atomic_file,
+    explained,
+    read_file,
+    remove_abandoned,
+    write_atomically,
+)
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +76,9 @@ class CacheWriter:
         self._missing: set[int] = set()
         self._waiting: dict[int, None] = {}
         self._first_parts = list(
-            itertools.accumulate((-(-len(one) // manifest.segment_examples) for one in chunks), initial=0)
+            itertools.accumulate(
+                (-(-len(one) // manifest.segment_examples) for one in chunks), initial=0
+            )
         )
         self._assembling = threading.Lock()
         self._check_before_listing = check_before_listing
@@ -97,8 +106,14 @@ class CacheWriter:
         """What this job has to compute, in the order of the records. Damaged segments are removed and are among it."""
         missing: list[Segment] = []
         for chunk in self.missing:
-            mine = self._of_this_shard(chunk, segments(self.chunks[chunk], self.manifest.segment_examples))
-            missing += [(chunk, part) for part in mine if not _is_whole(segment_path(self.layout, chunk, part))]
+            mine = self._of_this_shard(
+                chunk, segments(self.chunks[chunk], self.manifest.segment_examples)
+            )
+            missing += [
+                (chunk, part)
+                for part in mine
+                if not _is_whole(segment_path(self.layout, chunk, part))
+            ]
         # A chunk that another shard has put together meanwhile misses no segments: they are removed after it is listed.
         with self._assembling:
             self._refresh()
@@ -109,7 +124,9 @@ class CacheWriter:
         with self._assembling:
             self._listed.reload()
             self.manifest.chunks = self._listed.chunks
-            self._missing = {chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)}
+            self._missing = {
+                chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)
+            }
         return self.missing
 
     def missing_by_shard(self) -> dict[int, int]:
@@ -120,7 +137,9 @@ class CacheWriter:
             names = self.layout.segment_names(chunk)
             paths = self._segment_paths(chunk)
             first = self._first_parts[chunk]
-            missing[chunk] = [(first + n) % count for n, path in enumerate(paths) if path.name not in names]
+            missing[chunk] = [
+                (first + n) % count for n, path in enumerate(paths) if path.name not in names
+            ]
         with self._assembling:
             self._refresh()  # a chunk listed meanwhile misses nothing
         return dict(Counter(shard for chunk in self._missing for shard in missing[chunk]))
@@ -158,12 +177,16 @@ class CacheWriter:
             )
         # A manifest without any work done is what is left of a run that got no further: it binds nobody.
         has_segments = any(any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work)
-        if existing is not None and (existing.chunks or present or has_segments or not self._lock.is_alone):
+        if existing is not None and (
+            existing.chunks or present or has_segments or not self._lock.is_alone
+        ):
             self._check_same(existing)
             manifest.chunks = existing.chunks
         remove_abandoned(layout.folder)
         if self._lock.is_alone:
-            manifest.save(layout.manifest_path)  # before the first segment, so that none is ever of unknown origin
+            manifest.save(
+                layout.manifest_path
+            )  # before the first segment, so that none is ever of unknown origin
         self._listed = ChunkList(layout.manifest_path, PUBLISHED_STAYS)
         self.manifest.chunks = self._listed.chunks
         self._missing = {chunk for chunk in range(len(self.chunks)) if not self._is_complete(chunk)}
@@ -182,7 +205,9 @@ class CacheWriter:
         ):
             return
         for sibling in self.layout.siblings():
-            if sibling.chunks_in_work() or any(_is_listed(sibling, existing.chunks, key) for key in existing.chunks):
+            if sibling.chunks_in_work() or any(
+                _is_listed(sibling, existing.chunks, key) for key in existing.chunks
+            ):
                 raise CacheError(
                     f"output_path: {self.layout.manifest_path} belongs to the cache {sibling.output_path}; two caches "
                     "cannot share a manifest: give another name, or delete that cache"
@@ -229,15 +254,21 @@ class CacheWriter:
         paths = self._segment_paths(chunk)
         names = self.layout.segment_names(chunk)
         if not all(path.name in names for path in paths):
-            return chunk not in self._missing or all(path.name in names for path in self._of_this_shard(chunk, paths))
+            return chunk not in self._missing or all(
+                path.name in names for path in self._of_this_shard(chunk, paths)
+            )
         lock_path = self.layout.chunk_lock_path(chunk)
         with Lock(lock_path, wait=True):
             self._refresh()  # another shard may have been faster
-            if chunk in self._missing and self.layout.segment_names(chunk).issuperset(path.name for path in paths):
+            if chunk in self._missing and self.layout.segment_names(chunk).issuperset(
+                path.name for path in paths
+            ):
                 if self._check_before_listing is not None:
                     self._check_before_listing()
                 self._list(chunk, self._assembled(chunk, paths))
-            if chunk not in self._missing:  # so whoever waits for this lock, or makes the file anew, has nothing to do
+            if (
+                chunk not in self._missing
+            ):  # so whoever waits for this lock, or makes the file anew, has nothing to do
                 lock_path.unlink(missing_ok=True)
                 shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
         return chunk not in self._missing
@@ -245,7 +276,11 @@ class CacheWriter:
     def _assembled(self, chunk: int, paths: list[Path]) -> ChunkSummary:
         """Publishes a chunk and its index, which do not count before the manifest lists them."""
         target, indices = self.layout.chunk_path(chunk), self.chunks[chunk]
-        summary, facts, digest = ChunkSummary(indices[0], indices[-1]), LineFacts(), hashlib.sha256()
+        summary, facts, digest = (
+            ChunkSummary(indices[0], indices[-1]),
+            LineFacts(),
+            hashlib.sha256(),
+        )
         with atomic_file(target, PUBLISHED_STAYS) as file:
             for path in paths:
                 part_summary, part_facts, payload = read_segment(path)
@@ -254,7 +289,9 @@ class CacheWriter:
                 summary.add(part_summary)
                 facts.extend(part_facts)
         summary.sha256 = f"sha256:{digest.hexdigest()}"
-        write_atomically(target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes())
+        write_atomically(
+            target.with_name(index_name(target.name)), facts.index(digest.digest()).to_bytes()
+        )
         return summary
 
     def _list(self, chunk: int, summary: ChunkSummary) -> None:
@@ -283,13 +320,19 @@ class SegmentWriter:
     """
 
     def __init__(
-        self, layout: CacheLayout, manifest: Manifest, segment: Segment, computed_with: dict[str, Any]
+        self,
+        layout: CacheLayout,
+        manifest: Manifest,
+        segment: Segment,
+        computed_with: dict[str, Any],
     ) -> None:
         chunk, self.indices = segment
         self.path = segment_path(layout, chunk, self.indices)
         self.codec, self.positions = manifest.codec["name"], manifest.codec.get("positions", "all")
         self.top_k, self._lines = manifest.top_k, lines_of(layout.chunk_name(chunk))
-        self.summary = ChunkSummary(self.indices[0], self.indices[-1], computed_with=[computed_with])
+        self.summary = ChunkSummary(
+            self.indices[0], self.indices[-1], computed_with=[computed_with]
+        )
         self.facts, self._payload, self._digest = LineFacts(), list[bytes](), hashlib.sha256()
         self._last_index = self.indices[0] - 1
 
@@ -322,7 +365,9 @@ class SegmentWriter:
         in_loss = example.loss_mask_S > 0
         ids_PK = teacher.topk_token_ids_SK[in_loss]
         summary.kept_tokens += int((ids_PK >= 0).sum())
-        summary.kept_mass_sum += float((1 - teacher.tail_mass_TS[0, in_loss].astype(np.float64)).sum())
+        summary.kept_mass_sum += float(
+            (1 - teacher.tail_mass_TS[0, in_loss].astype(np.float64)).sum()
+        )
         summary.label_in_topk += int((ids_PK == example.labels_S[in_loss, None]).any(axis=1).sum())
 
     def skip(self, reason: str) -> None:
@@ -352,7 +397,10 @@ class SegmentWriter:
 
 def segments(indices: range, segment_examples: int) -> list[range]:
     """The segments of a chunk."""
-    return [indices[start : start + segment_examples] for start in range(0, len(indices), segment_examples)]
+    return [
+        indices[start : start + segment_examples]
+        for start in range(0, len(indices), segment_examples)
+    ]
 
 
 def segment_path(layout: CacheLayout, chunk: int, indices: range) -> Path:

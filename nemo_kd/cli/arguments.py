@@ -42,8 +42,12 @@ CHOICES = {
 COMPOSED = ("--config-path", "--config-name", "--config-dir")
 """Those that only say where the configuration is."""
 
-_KEY = re.compile(r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL | re.ASCII)
-_OTHER_OVERRIDE = re.compile(r"~[A-Za-z_]\w*(\.\w+)*(=.*)?|\+{0,2}hydra[\w./@:-]*=.*", re.DOTALL | re.ASCII)
+_KEY = re.compile(
+    r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL | re.ASCII
+)
+_OTHER_OVERRIDE = re.compile(
+    r"~[A-Za-z_]\w*(\.\w+)*(=.*)?|\+{0,2}hydra[\w./@:-]*=.*", re.DOTALL | re.ASCII
+)
 _PLAIN = re.compile(r"[^,:\[\]{}'\"]+")
 
 
@@ -88,7 +92,9 @@ def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
     for argument in remaining:
         name, has_value, value = argument.partition("=")
         if name.startswith("--experimental"):
-            raise ConfigError("--experimental-rerun: refused, because Hydra unpickles the file, which can run any code")
+            raise ConfigError(
+                "--experimental-rerun: refused, because Hydra unpickles the file, which can run any code"
+            )
         if name in VALUE_OPTIONS:
             option = VALUE_OPTIONS[name]
             value = value if has_value else next(remaining, "")
@@ -130,12 +136,19 @@ def _check_options(line: CommandLine) -> None:
     if "--resolve" in line.options and "--cfg" not in line.settings:
         raise ConfigError("--resolve: goes with --cfg; write --cfg job --resolve")
     if line.is_sweep and "--cfg" in line.settings:
-        raise ConfigError("--multirun: does not go with --cfg, which prints one configuration; leave one of them out")
+        raise ConfigError(
+            "--multirun: does not go with --cfg, which prints one configuration; leave one of them out"
+        )
 
 
 def _answer_to_flag(argument: str, following: list[str], known: list[str]) -> str:
     name, has_value, value = argument.partition("=")
-    if not has_value and following and not following[0].startswith("--") and "=" not in following[0]:
+    if (
+        not has_value
+        and following
+        and not following[0].startswith("--")
+        and "=" not in following[0]
+    ):
         value = following[0]
     if name in ("--config", "--config-file", "--yaml", "--cfg-file"):
         folder, _, file = (value or "my.yaml").rpartition("/")
@@ -146,15 +159,22 @@ def _answer_to_flag(argument: str, following: list[str], known: list[str]) -> st
     return f"{name}: keys are given as key=value, without dashes: {_example(key, value)}{f' ({how})' if how else ''}"
 
 
-def _answer_to_word(argument: str, following: list[str], given: list[str], config_class: type) -> str:
+def _answer_to_word(
+    argument: str, following: list[str], given: list[str], config_class: type
+) -> str:
     docs = describe(config_class)
     known = [each.key for each in docs]
-    key, how = ("", "") if os.path.exists(argument) else find_key(argument, known)  # a path stands for a value
+    key, how = (
+        ("", "") if os.path.exists(argument) else find_key(argument, known)
+    )  # a path stands for a value
     if key and following and "=" not in following[0] and not following[0].startswith("-"):
         return f"{argument} {following[0]}: write {_example(key, following[0])}, with = and without blanks{f' ({how})' if how else ''}"
     if argument in known:
         return f"{argument}: has no value; write {_example(argument, 'VALUE')}"
-    words = [argument, *(word for word in following if "=" not in word and not word.startswith("-"))]
+    words = [
+        argument,
+        *(word for word in following if "=" not in word and not word.startswith("-")),
+    ]
     named = {each.partition("=")[0].lstrip("+") for each in given + following if "=" in each}
     free = [each.key for each in docs if each.default == "mandatory" and each.key not in named]
     if free:
@@ -179,7 +199,9 @@ def _override(argument: str, config_class: type, known: list[str], is_sweep: boo
             name, _, value = argument.partition("=")
             meant, how = find_key(name.strip(), known)
             form = f"key=value{f', here {_example(meant, value)}' if meant else ''}{f' ({how})' if how else ''}"
-            raise ConfigError(f"{name}: is not the name of a key; arguments are given as {form}; --help lists the keys")
+            raise ConfigError(
+                f"{name}: is not the name of a key; arguments are given as {form}; --help lists the keys"
+            )
         _parse(argument)
         return argument
     key, value = match["key"], match["value"]
@@ -207,7 +229,9 @@ def _value(key: str, value: str, config_class: type, known: list[str]) -> str:
             return _with_quotes(key, value)
         return _quoted(value)
     if is_mapping and not value.startswith("${"):
-        form = shape_hint(key).replace("FILE", value, 1) or f"; give a mapping: {key}={{NAME: VALUE}}"
+        form = (
+            shape_hint(key).replace("FILE", value, 1) or f"; give a mapping: {key}={{NAME: VALUE}}"
+        )
         raise ConfigError(f"{key}: {value} is not a mapping{form}")
     if is_list and not value.startswith("${"):
         raise ConfigError(f"{key}: {value} is not a list; give {key}=[{value}]")
@@ -241,7 +265,9 @@ def _with_quotes(key: str, value: str) -> str:
     if form and _is_read(key, form):
         return form
     shown = value if len(value) <= 300 else f"{value[:300]}..."
-    example = "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
+    example = (
+        "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
+    )
     raise ConfigError(
         f"{key}: {shown} cannot be read; brackets must match, texts that hold brackets, commas or quotes need quotes, and "
         f'the shell wants quotes around it all: "{key}={example}"'

@@ -13,7 +13,7 @@ from nemo_kd.config.exp_manager import check_writable
 from nemo_kd.config.model import check_batch_sizes
 from nemo_kd.config.student import SPLITS, TrainStudentConfig, check_experiment
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.interruption import parse_max_time
+from nemo_kd.run.interruption import parse_max_time
 
 MODEL_KEY = "pretrained_checkpoint.restore_from_path"
 
@@ -59,7 +59,9 @@ def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
 def _check_student(config: TrainStudentConfig) -> None:
     _check_model(MODEL_KEY, config.pretrained_checkpoint.restore_from_path)
     model, data = config.model, config.model.data
-    data_parallel_size = model.data_parallel_size(config.trainer.num_nodes * config.trainer.num_devices)
+    data_parallel_size = model.data_parallel_size(
+        config.trainer.num_nodes * config.trainer.num_devices
+    )
     if data.max_tokens_per_batch is None:
         check_batch_sizes(model.micro_batch_size, model.global_batch_size, data_parallel_size)
     for split in SPLITS:
@@ -74,9 +76,13 @@ def _check_student(config: TrainStudentConfig) -> None:
 
 def _check_model(key: str, path: str) -> None:
     if not os.path.exists(path):
-        raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive")
+        raise ConfigError(
+            f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive"
+        )
     if not os.access(path, os.R_OK):
-        raise ConfigError(f"{key}: {path} cannot be read: permission denied; have its owner permit it")
+        raise ConfigError(
+            f"{key}: {path} cannot be read: permission denied; have its owner permit it"
+        )
 
 
 def _check_file(key: str, path: str) -> None:
@@ -84,7 +90,9 @@ def _check_file(key: str, path: str) -> None:
         with open(path, "rb") as file:
             file.read(1)
     except OSError as error:
-        raise ConfigError(f"{key}: {path}: {error.strerror}; give a file of records, one JSON object a line") from error
+        raise ConfigError(
+            f"{key}: {path}: {error.strerror}; give a file of records, one JSON object a line"
+        ) from error
 
 
 def _check_chunks(key: str, path: str) -> None:
@@ -96,7 +104,9 @@ def _check_chunks(key: str, path: str) -> None:
             f"{key}: {path}: there is no folder {layout.folder}; give the output_path of compute_topk_logits"
         )
     near = sorted(
-        name for name in os.listdir(layout.folder or ".") if name.endswith(SUFFIXES) and not name.startswith(".")
+        name
+        for name in os.listdir(layout.folder or ".")
+        if name.endswith(SUFFIXES) and not name.startswith(".")
     )
     there = f"{', '.join(near[:3])}{' ...' if len(near) > 3 else ''}" if near else "none"
     raise ConfigError(

@@ -55,19 +55,28 @@ def compose(line: CommandLine, name: str) -> DictConfig:
     folder = config_folder(line)
     name = line.settings.get("--config-name", name)
     if name.endswith(".yml"):
-        raise ConfigError(f"--config-name: {name}: only files ending in .yaml are read; rename it to {name[:-4]}.yaml")
+        raise ConfigError(
+            f"--config-name: {name}: only files ending in .yaml are read; rename it to {name[:-4]}.yaml"
+        )
     path = folder / (name if name.endswith(".yaml") else f"{name}.yaml")
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in folder.glob("*.yaml"))) or "none"
         here = Path(path.name).is_file() and "--config-path" not in line.settings
         raise ConfigError(
             f"--config-name: there is no {path.name} in {folder}; there are: {there}"
-            + (f". For the file in the current folder: --config-path . --config-name {name}" if here else "")
+            + (
+                f". For the file in the current folder: --config-path . --config-name {name}"
+                if here
+                else ""
+            )
         )
     check_yaml(path)
     overrides = line.overrides
     if "--config-dir" in line.settings:
-        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(line.settings['--config-dir'])}]"]
+        overrides = [
+            *overrides,
+            f"hydra.searchpath=[file://{os.path.abspath(line.settings['--config-dir'])}]",
+        ]
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             return hydra.compose(name, overrides)
@@ -131,7 +140,11 @@ def _count_nodes(path: Path, text: bytes) -> None:
 
 def _yaml_problem(path: Path, error: yaml.YAMLError) -> str:
     mark = getattr(error, "problem_mark", None)
-    said = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+    said = (
+        getattr(error, "problem", None)
+        or getattr(error, "reason", None)
+        or str(error).splitlines()[0]
+    )
     if mark is None:
         return f"{path}: is not YAML: {said}"
     name = mark.name if Path(str(mark.name)).is_file() else path

@@ -7,12 +7,12 @@ import os
 import sys
 from typing import Any
 
-from nemo_kd.cli.endings import errors_end_the_process
 from nemo_kd.cli.inspect_cache import add_inspect
 from nemo_kd.cli.options import OptionParser, path
 from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import run
 from nemo_kd.cli.verify_cache import add_verify
+from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.terminal import print_text
 
 PATH = "file or CHUNK_ID template of a cache"
@@ -26,7 +26,9 @@ def main() -> None:
     command_line = parser()
     # argparse takes no positional arguments behind options: KEY=VALUE come as what it does not know.
     arguments, unknown = command_line.parse_known_args()
-    if unknown and ("settings" not in arguments or any(argument.startswith("-") for argument in unknown)):
+    if unknown and (
+        "settings" not in arguments or any(argument.startswith("-") for argument in unknown)
+    ):
         command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
     with errors_end_the_process(at_once=False):
         if unknown:
@@ -48,9 +50,7 @@ def parser() -> OptionParser:
 
 
 def _add_repair(subcommands: Any) -> None:
-    text = (
-        "cuts torn last lines (keeping what is cut), makes missing or stale indexes, removes what dead processes left"
-    )
+    text = "cuts torn last lines (keeping what is cut), makes missing or stale indexes, removes what dead processes left"
     repair = subcommands.add_parser("repair", help=text, description=text)
     repair.add_argument("path", type=path, help=PATH)
     repair.add_argument("--dry-run", action="store_true", help="only tell what would be done")
@@ -58,7 +58,7 @@ def _add_repair(subcommands: Any) -> None:
 
 
 def _repair(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.repair import repair
+    from nemo_kd.tools.repair import repair
 
     done = repair(arguments.path, arguments.dry_run)
     print_text("\n".join(done) if done else "nothing to repair")
@@ -68,36 +68,58 @@ def _repair(arguments: argparse.Namespace) -> int:
 def _add_convert(subcommands: Any) -> None:
     text = "writes a cache again: other codec or container (by the target's suffix), fewer tokens, or from other programs' files"
     convert = subcommands.add_parser("convert", help=text, description=text)
-    convert.add_argument("source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
-    convert.add_argument("target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
     convert.add_argument(
-        "--from", dest="format", choices=["cache", "vllm"], default="cache", help="vllm: prompt_logprobs"
+        "source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm"
+    )
+    convert.add_argument(
+        "target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst"
+    )
+    convert.add_argument(
+        "--from",
+        dest="format",
+        choices=["cache", "vllm"],
+        default="cache",
+        help="vllm: prompt_logprobs",
     )
     convert.add_argument("--codec", choices=["packed", "json"], default="packed")
-    convert.add_argument("--top-k", type=int, help="most tokens kept a position (default: the source's)")
     convert.add_argument(
-        "--min-probability", type=float, default=0.0, help="less likely tokens join the tail (default 0)"
+        "--top-k", type=int, help="most tokens kept a position (default: the source's)"
     )
     convert.add_argument(
-        "--top-p", type=float, default=1.0, help="tokens kept until they hold this probability (default 1)"
+        "--min-probability",
+        type=float,
+        default=0.0,
+        help="less likely tokens join the tail (default 0)",
     )
-    convert.add_argument("--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)")
-    convert.add_argument("--vocab-size", type=int, help="the teacher's, where the source has no manifest")
+    convert.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="tokens kept until they hold this probability (default 1)",
+    )
+    convert.add_argument(
+        "--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)"
+    )
+    convert.add_argument(
+        "--vocab-size", type=int, help="the teacher's, where the source has no manifest"
+    )
     convert.add_argument(
         "--tokenizer",
         type=path,
         metavar="MODEL",
         help="the teacher's model or tokenizer folder, where the source has no manifest",
     )
-    convert.add_argument("--examples-per-chunk", type=int, help="records a chunk (default: the source's)")
+    convert.add_argument(
+        "--examples-per-chunk", type=int, help="records a chunk (default: the source's)"
+    )
     convert.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.convert import Tokenizer, convert
     from nemo_kd.cache.reader import CacheReader
-    from nemo_kd.cache.vllm import VllmRows
     from nemo_kd.config.cache import CacheConfig
+    from nemo_kd.tools.recode import Tokenizer, convert
+    from nemo_kd.tools.vllm_files import VllmRows
 
     cache = CacheConfig(
         codec=arguments.codec,
@@ -105,17 +127,20 @@ def _convert(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         min_k=arguments.min_k,
     )
-    source = VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
+    source = (
+        VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
+    )
     tokenizer = None
     if arguments.tokenizer:
+        from nemo_kd.data.token_text import tokenizer_of
         from nemo_kd.data.tokenizer import tokenizer_fingerprint
-        from nemo_kd.evaluation.token_text import tokenizer_of
 
         loaded = tokenizer_of(arguments.tokenizer)
         tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
     elif not source.manifests:
         print(
-            "warning: without --tokenizer, training cannot tell whether student and teacher share one", file=sys.stderr
+            "warning: without --tokenizer, training cannot tell whether student and teacher share one",
+            file=sys.stderr,
         )
     written = convert(
         source,
@@ -127,9 +152,14 @@ def _convert(arguments: argparse.Namespace) -> int:
         tokenizer,
     )
     chunks = written.chunks.values()
-    examples, tokens = sum(chunk.examples for chunk in chunks), sum(chunk.tokens for chunk in chunks)
+    examples, tokens = (
+        sum(chunk.examples for chunk in chunks),
+        sum(chunk.tokens for chunk in chunks),
+    )
     num_bytes = sum(chunk.bytes for chunk in chunks)
-    print(f"{examples:,} examples, {tokens:,} tokens, {num_bytes / max(1, tokens):,.1f} bytes per token")
+    print(
+        f"{examples:,} examples, {tokens:,} tokens, {num_bytes / max(1, tokens):,.1f} bytes per token"
+    )
     return 0
 
 
@@ -137,17 +167,30 @@ def _add_merge(subcommands: Any) -> None:
     text = "makes one cache of several that were written apart, for example by the tasks of an array job"
     merge = subcommands.add_parser("merge", help=text, description=text)
     merge.add_argument("sources", type=path, nargs="+", help=PATH)
-    merge.add_argument("--output", type=path, required=True, help="CHUNK_ID template of the merged cache")
-    merge.add_argument("--allow-gaps", action="store_true", help="records may be missing between the sources")
-    merge.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    merge.add_argument(
+        "--output", type=path, required=True, help="CHUNK_ID template of the merged cache"
+    )
+    merge.add_argument(
+        "--allow-gaps", action="store_true", help="records may be missing between the sources"
+    )
+    merge.add_argument(
+        "--num-workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores)",
+    )
     merge.set_defaults(run=_merge)
 
 
 def _merge(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.merge import merge
+    from nemo_kd.tools.merge import merge
 
-    manifest = merge(arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers))
-    print(f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples")
+    manifest = merge(
+        arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers)
+    )
+    print(
+        f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples"
+    )
     return 0
 
 

@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 from nemo_kd import __version__
-from nemo_kd.cli.endings import USER_ERROR
+from nemo_kd.run.endings import USER_ERROR
 from nemo_kd.terminal import print_error
 
 

@@ -17,18 +17,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd import __version__
+from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import CommandLine, read_command_line
 from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.cli.compose import compose, conf_dir, config_folder
-from nemo_kd.cli.endings import errors_end_the_process
-from nemo_kd.cli.launch import LAUNCHER, follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.config import describe, typed
-from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.typed import config_error
-from nemo_kd.interruption import hold_back_warning_signal
+from nemo_kd.run.endings import errors_end_the_process
+from nemo_kd.run.interruption import hold_back_warning_signal
+from nemo_kd.run.launch import LAUNCHER, follow_launcher, global_rank, launch, needs_launch
 from nemo_kd.terminal import PrintableFormatter, print_text
 
-HYDRA_SETTINGS = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 """Hydra neither makes folders nor logs; a run's files are those that its own keys name."""
 
 
@@ -37,7 +42,9 @@ IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
     {"message": ".*sync_dist=True.*"},  # what is logged has been reduced over ranks
     {"message": ".*dataloader is not resumable.*"},  # it is: StudentData
     {"message": "Checkpoint directory .* exists and is not empty."},
-    {"message": "The `srun` command is available"},  # a hint for programs that do not start their ranks themselves
+    {
+        "message": "The `srun` command is available"
+    },  # a hint for programs that do not start their ranks themselves
 )
 """Warnings of libraries that a user can do nothing about, as arguments of warnings.filterwarnings."""
 
@@ -92,14 +99,24 @@ def run(command: Command) -> None:
 def _absolute(line: CommandLine) -> list[str]:
     """Return the options for Hydra, to which a relative folder is relative to a Python file."""
     options = [option for option in line.options if not option.startswith("--config-path=")]
-    return [*options, f"--config-path={config_folder(line)}"] if "--config-path" in line.settings else options
+    return (
+        [*options, f"--config-path={config_folder(line)}"]
+        if "--config-path" in line.settings
+        else options
+    )
 
 
 def help_text(command: Command) -> str:
     """What --help prints: purpose, an example, every key with type, default and meaning."""
     width = min(shutil.get_terminal_size().columns, 120)
     title = f"logit_cache {command.subcommand}" if command.subcommand else command.name
-    lines = [f"{title}: {command.summary}", "", "Example:", textwrap.indent(command.example, "  "), ""]
+    lines = [
+        f"{title}: {command.summary}",
+        "",
+        "Example:",
+        textwrap.indent(command.example, "  "),
+        "",
+    ]
     lines += ["Keys, given as key=value:"]
     for key in describe(command.config_class):
         default = "" if key.default == "mandatory" else f", default {key.default}"
@@ -112,7 +129,10 @@ def help_text(command: Command) -> str:
         "",
         "Text is taken as typed; lists are [a, b], mappings {a: 1, b: 2}, with quotes around the whole argument for the shell.",
     ]
-    lines += ["", "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun."]
+    lines += [
+        "",
+        "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun.",
+    ]
     return "\n".join(lines)
 
 
@@ -131,7 +151,9 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
             sys.exit(launch(trainer.num_devices, command.subcommand))
         configure_logging()
         if ignored and global_rank() == 0:
-            print_text("warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr)
+            print_text(
+                "warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr
+            )
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
 
@@ -146,7 +168,11 @@ def configure_logging() -> None:
     logger.setLevel(level)
     for pattern in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", **pattern)
-    for noisy in ("nv_one_logger", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+    for noisy in (
+        "nv_one_logger",
+        "lightning.pytorch.utilities.rank_zero",
+        "lightning.fabric.utilities.seed",
+    ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 
 

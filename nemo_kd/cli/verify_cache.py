@@ -6,11 +6,11 @@ import argparse
 import os
 from typing import Any
 
-from nemo_kd.cli.endings import errors_end_the_process
-from nemo_kd.cli.launch import global_rank, launch, needs_launch
 from nemo_kd.cli.options import path
 from nemo_kd.cli.run import configure_logging
 from nemo_kd.config import ConfigError
+from nemo_kd.run.endings import errors_end_the_process
+from nemo_kd.run.launch import global_rank, launch, needs_launch
 from nemo_kd.terminal import print_text
 
 
@@ -30,14 +30,21 @@ def add_verify(subcommands: Any, path_help: str) -> None:
         "example trainer.devices=2 model.tensor_model_parallel_size=2.",
     )
     verify.add_argument("path", type=path, help=path_help)
-    verify.add_argument("--num-workers", type=int, default=os.cpu_count() or 1, help="processes (default: all cores)")
+    verify.add_argument(
+        "--num-workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        help="processes (default: all cores)",
+    )
     verify.add_argument(
         "--against",
         type=path,
         metavar="TEACHER",
         help="scores a sample with this teacher again, twice: the second time as a control",
     )
-    verify.add_argument("--num-examples", type=int, default=64, help="size of the sample (default 64)")
+    verify.add_argument(
+        "--num-examples", type=int, default=64, help="size of the sample (default 64)"
+    )
     verify.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     verify.add_argument(
         "--dataset",
@@ -52,12 +59,14 @@ def _verify(arguments: argparse.Namespace) -> int:
     if arguments.against is not None:
         return _verify_against(arguments)
     if arguments.settings:
-        raise ConfigError(f"{arguments.settings[0]}: keys of compute_topk_logits are taken with --against TEACHER only")
+        raise ConfigError(
+            f"{arguments.settings[0]}: keys of compute_topk_logits are taken with --against TEACHER only"
+        )
     return _verify_bytes(arguments)
 
 
 def _verify_bytes(arguments: argparse.Namespace) -> int:
-    from nemo_kd.cache.verify import verify
+    from nemo_kd.tools.verify import verify
 
     reports = verify(arguments.path, max(1, arguments.num_workers))
     problems = [problem for report in reports for problem in report.problems]
@@ -75,7 +84,7 @@ def _verify_against(arguments: argparse.Namespace) -> int:
     with errors_end_the_process():
         check_verify(arguments)
         configure_logging()
-        from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config
+        from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config
 
         sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
         config = rescoring_config(sample, arguments.against, arguments.settings)

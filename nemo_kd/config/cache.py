@@ -42,7 +42,9 @@ class CacheConfig:
         if self.codec not in CODECS:
             raise ConfigError(f"cache.codec: {self.codec!r} is not one of {', '.join(CODECS)}")
         if not 0 <= self.probability_floor < 1:
-            raise ConfigError(f"cache.min_probability: {self.min_probability} must be at least 0 and below 1")
+            raise ConfigError(
+                f"cache.min_probability: {self.min_probability} must be at least 0 and below 1"
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"cache.top_p: {self.top_p} must be above 0 and at most 1")
         if self.positions not in ("loss", "all"):
@@ -51,14 +53,22 @@ class CacheConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"cache.{name}: {getattr(self, name)} must be at least 1")
         if not 0 <= self.tail_samples <= MAX_TAIL_SAMPLES:
-            raise ConfigError(f"cache.tail_samples: {self.tail_samples} must be from 0 to {MAX_TAIL_SAMPLES}")
+            raise ConfigError(
+                f"cache.tail_samples: {self.tail_samples} must be from 0 to {MAX_TAIL_SAMPLES}"
+            )
         if not 0 <= self.seed < 2**64:
             raise ConfigError(f"cache.seed: {self.seed} must be at least 0 and below 2^64")
         if not all(0 < temperature < float("inf") for temperature in self.temperatures):
-            raise ConfigError(f"cache.temperatures: {self.temperatures} must all be above 0 and finite")
-        self.temperatures = sorted({float(temperature) for temperature in self.temperatures} - {1.0})
+            raise ConfigError(
+                f"cache.temperatures: {self.temperatures} must all be above 0 and finite"
+            )
+        self.temperatures = sorted(
+            {float(temperature) for temperature in self.temperatures} - {1.0}
+        )
         if len(self.temperatures) > 15:
-            raise ConfigError(f"cache.temperatures: {len(self.temperatures)} of them, at most 15 are stored")
+            raise ConfigError(
+                f"cache.temperatures: {len(self.temperatures)} of them, at most 15 are stored"
+            )
         if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
             raise ConfigError(
                 "cache.codec: json stores top_k logits at every position, so cache.min_probability must be 0 and "

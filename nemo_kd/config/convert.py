@@ -22,7 +22,9 @@ class ConvertCheckpointConfig:
 
     def __post_init__(self) -> None:
         if self.precision is not None and self.precision not in PRECISIONS:
-            raise ConfigError(f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}")
+            raise ConfigError(
+                f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}"
+            )
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
@@ -39,7 +41,9 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"output_path: {output} holds the input, which overwrite=True would delete; give another path"
         )
-    replaceable = output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
+    replaceable = (
+        output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
+    )
     if not replaceable:
         raise ConfigError(
             f"output_path: {output} exists and is not such a model; overwrite=True replaces only a .nemo archive by another, "

@@ -63,11 +63,17 @@ class DatasetConfig:
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS:
-            raise ConfigError(f"{self.KEY}.format: {self.format!r} is not one of {', '.join(FORMATS)}")
+            raise ConfigError(
+                f"{self.KEY}.format: {self.format!r} is not one of {', '.join(FORMATS)}"
+            )
         if self.truncation_method not in ("left", "right"):
-            raise ConfigError(f"{self.KEY}.truncation_method: {self.truncation_method!r} is not one of left, right")
+            raise ConfigError(
+                f"{self.KEY}.truncation_method: {self.truncation_method!r} is not one of left, right"
+            )
         if self.max_seq_length is not None and self.max_seq_length < 2:
-            raise ConfigError(f"{self.KEY}.max_seq_length: {self.max_seq_length} must be at least 2")
+            raise ConfigError(
+                f"{self.KEY}.max_seq_length: {self.max_seq_length} must be at least 2"
+            )
 
 
 @dataclass
@@ -93,5 +99,7 @@ def sequence_length(key: str, asked: int | None, max_position_embeddings: int) -
     if asked < 2:
         raise ConfigError(f"{key}: {asked} must be at least 2")
     if asked > max_position_embeddings:
-        raise ConfigError(f"{key}: {asked} exceeds the model's max_position_embeddings ({max_position_embeddings})")
+        raise ConfigError(
+            f"{key}: {asked} exceeds the model's max_position_embeddings ({max_position_embeddings})"
+        )
     return asked

@@ -62,14 +62,18 @@ class CheckpointParams:
         if self.mode not in ("min", "max"):
             raise ConfigError(f"{PARAMS}.mode: {self.mode!r} is not one of min, max")
         if self.save_top_k < -1:
-            raise ConfigError(f"{PARAMS}.save_top_k: {self.save_top_k} must be -1 (all), 0 (none) or more")
+            raise ConfigError(
+                f"{PARAMS}.save_top_k: {self.save_top_k} must be -1 (all), 0 (none) or more"
+            )
         for name in ("filename", "prefix"):
             if "/" in (getattr(self, name) or ""):
                 raise ConfigError(
                     f"{PARAMS}.{name}: {getattr(self, name)!r} must not contain a slash; dirpath says where checkpoints lie"
                 )
         if self.save_best_model and self.save_weights_only:
-            raise ConfigError(f"{PARAMS}: save_best_model needs whole checkpoints; leave save_weights_only out")
+            raise ConfigError(
+                f"{PARAMS}: save_best_model needs whole checkpoints; leave save_weights_only out"
+            )
 
 
 @dataclass
@@ -101,7 +105,9 @@ class EarlyStoppingParams:
 
     def __post_init__(self) -> None:
         if self.mode not in ("min", "max"):
-            raise ConfigError(f"{KEY}.early_stopping_callback_params.mode: {self.mode!r} is not one of min, max")
+            raise ConfigError(
+                f"{KEY}.early_stopping_callback_params.mode: {self.mode!r} is not one of min, max"
+            )
 
 
 @dataclass
@@ -193,9 +199,13 @@ class ExpManagerConfig:
         for name in ("explicit_log_dir", "exp_dir", "resume_from_checkpoint"):
             setattr(self, name, _expanded(getattr(self, name)))
         if self.log_interval_s < 0:
-            raise ConfigError(f"{KEY}.log_interval_s: {self.log_interval_s} must not be negative; 0 shows every step")
+            raise ConfigError(
+                f"{KEY}.log_interval_s: {self.log_interval_s} must not be negative; 0 shows every step"
+            )
         if self.create_wandb_logger and not (self.wandb_logger_kwargs or {}).get("project"):
-            raise ConfigError(f"{KEY}.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name")
+            raise ConfigError(
+                f"{KEY}.wandb_logger_kwargs.project: create_wandb_logger=True needs a project and a name"
+            )
         if self.max_time_per_run is not None and not self.create_checkpoint_callback:
             raise ConfigError(
                 f"{KEY}.max_time_per_run: it stops a run that goes on from its checkpoint later, but "
@@ -222,10 +232,14 @@ def _expanded(path: str | None) -> str | None:
 def check_writable(key: str, folder: str | Path | None) -> None:
     """Look where the folder is, or would have to be made; None stands for the current one."""
     existing = Path(folder or ".").absolute()
-    while not os.path.exists(existing):  # which says no, where Path.exists fails, if one may not even look
+    while not os.path.exists(
+        existing
+    ):  # which says no, where Path.exists fails, if one may not even look
         existing = existing.parent
     if not existing.is_dir():
-        raise ConfigError(f"{key}: {folder} cannot be a folder: {existing} is a file; give another one")
+        raise ConfigError(
+            f"{key}: {folder} cannot be a folder: {existing} is a file; give another one"
+        )
     if not os.access(existing, os.W_OK | os.X_OK):
         raise ConfigError(
             f"{key}: {folder or existing} cannot be written: you may not write in {existing}; give another one"

@@ -66,7 +66,9 @@ FREE_KEYS = (
 
 def compared_values(config: Any) -> dict[str, Any]:
     """Return every key of a configuration that is compared, with its value as JSON has it."""
-    return {key: json.loads(json.dumps(value)) for key, value in _leaves(config, "") if not is_free(key)}
+    return {
+        key: json.loads(json.dumps(value)) for key, value in _leaves(config, "") if not is_free(key)
+    }
 
 
 def compared_defaults(config_class: type) -> dict[str, Any]:
@@ -98,8 +100,14 @@ def allowed_keys(allow_changed: Iterable[str], compared: Iterable[str]) -> set[s
         if not found:
             found = [key for key in compared if key.endswith(f".{entry}")]
             if len(found) > 1:
-                raise ConfigError(f"{KEY}: {entry} is the last part of {', '.join(found)}; give one of them whole")
-        if not found and not is_free(entry) and not any(free.endswith(f".{entry}") for free in FREE_KEYS):
+                raise ConfigError(
+                    f"{KEY}: {entry} is the last part of {', '.join(found)}; give one of them whole"
+                )
+        if (
+            not found
+            and not is_free(entry)
+            and not any(free.endswith(f".{entry}") for free in FREE_KEYS)
+        ):
             last_parts = {key.rpartition(".")[2]: key for key in compared}
             close = difflib.get_close_matches(entry, [*compared, *last_parts], n=1, cutoff=0.6)
             meant = f"; did you mean {last_parts.get(close[0], close[0])}?" if close else ""

@@ -32,26 +32,40 @@ _EVAL = Foreign(("trainer.knowledge_distillation.val_check_interval",))
 _SAVE = Foreign(("trainer.knowledge_distillation.save_interval",))
 _LOG = Foreign(("trainer.knowledge_distillation.log_every_n_steps", "exp_manager.log_interval_s"))
 _SAVE_LIMIT = Foreign(("exp_manager.checkpoint_callback_params.save_top_k",))
-_WANDB = Foreign(("exp_manager.wandb_logger_kwargs.project",), "with exp_manager.create_wandb_logger=true")
-_WANDB_NAME = Foreign(("exp_manager.wandb_logger_kwargs.name",), "with exp_manager.create_wandb_logger=true")
-_RESUME = Foreign(("exp_manager.resume_from_checkpoint",), "without it a run resumes from its own folder")
+_WANDB = Foreign(
+    ("exp_manager.wandb_logger_kwargs.project",), "with exp_manager.create_wandb_logger=true"
+)
+_WANDB_NAME = Foreign(
+    ("exp_manager.wandb_logger_kwargs.name",), "with exp_manager.create_wandb_logger=true"
+)
+_RESUME = Foreign(
+    ("exp_manager.resume_from_checkpoint",), "without it a run resumes from its own folder"
+)
 _PRECISION = Foreign(("trainer.precision", "precision"), "bf16 or 32")
 _GPUS = Foreign(("trainer.devices",), "a number, or auto")
 _NODES = Foreign(("trainer.num_nodes",))
 _TRAIN_DATA = Foreign(
-    ("model.data.data_prefix", "data.data.file_path"), "stage 2: '{train: [FILE], validation: [FILE]}'"
+    ("model.data.data_prefix", "data.data.file_path"),
+    "stage 2: '{train: [FILE], validation: [FILE]}'",
 )
 _TENSOR = Foreign(("model.tensor_model_parallel_size",))
 _PIPELINE = Foreign(("model.pipeline_model_parallel_size",))
 _WORKERS = Foreign(("model.data.num_workers", "data.num_workers"))
 _RECOMPUTE = Foreign(("model.activations_checkpoint_granularity",), "true: full")
 _KD_WEIGHT = Foreign(
-    ("model.knowledge_distillation.kd_loss_weight",), "kd_loss_weight=a and sft_loss_weight=1-a for a weight a"
+    ("model.knowledge_distillation.kd_loss_weight",),
+    "kd_loss_weight=a and sft_loss_weight=1-a for a weight a",
 )
 _TEMPERATURE = Foreign(
-    ("model.knowledge_distillation.temperature", "model.knowledge_distillation.logits_scale", "cache.temperatures")
+    (
+        "model.knowledge_distillation.temperature",
+        "model.knowledge_distillation.logits_scale",
+        "cache.temperatures",
+    )
 )
-_ACCUMULATION = Foreign(("model.global_batch_size",), "micro_batch_size x data-parallel ranks x accumulation steps")
+_ACCUMULATION = Foreign(
+    ("model.global_batch_size",), "micro_batch_size x data-parallel ranks x accumulation steps"
+)
 
 FOREIGN: dict[str, Foreign] = {
     "model": _MODEL,
@@ -76,7 +90,9 @@ FOREIGN: dict[str, Foreign] = {
     "out_dir": _OUTPUT,
     "log_dir": Foreign(("exp_manager.explicit_log_dir",)),
     "logging_dir": Foreign(("exp_manager.explicit_log_dir",)),
-    "overwrite_output_dir": Foreign(("overwrite", "exp_manager.explicit_log_dir"), "stage 2: a new folder"),
+    "overwrite_output_dir": Foreign(
+        ("overwrite", "exp_manager.explicit_log_dir"), "stage 2: a new folder"
+    ),
     "learning_rate": Foreign(("model.optim.lr",)),
     "lr": Foreign(("model.optim.lr",)),
     "min_lr": Foreign(("model.optim.sched.min_lr",)),
@@ -136,13 +152,16 @@ FOREIGN: dict[str, Foreign] = {
     "r": _LORA_RANK,
     "rank": _LORA_RANK,
     "lora_alpha": _LORA_ALPHA,
-    "lora_dropout": Foreign(("model.peft.lora_tuning.adapter_dropout",), "with model.peft.peft_scheme=lora"),
+    "lora_dropout": Foreign(
+        ("model.peft.lora_tuning.adapter_dropout",), "with model.peft.peft_scheme=lora"
+    ),
     "lora_target_modules": _LORA_TARGETS,
     "target_modules": _LORA_TARGETS,
     "use_lora": Foreign(("model.peft.peft_scheme",), "lora or none"),
     "use_peft": Foreign(("model.peft.peft_scheme",), "lora or none"),
     "alpha": Foreign(
-        ("model.peft.lora_tuning.alpha", "model.knowledge_distillation.kd_loss_weight"), "LoRA's, or the weight of KD"
+        ("model.peft.lora_tuning.alpha", "model.knowledge_distillation.kd_loss_weight"),
+        "LoRA's, or the weight of KD",
     ),
     "wandb_project": _WANDB,
     "project": _WANDB,

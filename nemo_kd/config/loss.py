@@ -11,7 +11,15 @@ from nemo_kd.config.typed import ConfigError
 
 KEY = "model.knowledge_distillation"
 ALIASES = {"fwd_kl": "forward_kl", "bwd_kl": "reverse_kl", "js_divergence": "jsd"}
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "adaptive_kl", "tvd")
+DIVERGENCES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "adaptive_kl",
+    "tvd",
+)
 LABEL_ESTIMATORS = ("k1", "k2", "k3", "low_var_kl")
 SUPPORTS = ("renormalize", "tail", "truncate", "sampled")
 OWN_KEYS = {
@@ -87,7 +95,11 @@ class LossConfig:
     @property
     def factor(self) -> float:
         """What multiplies the KD term beside its weight."""
-        return self.temperature**2 if self.temperature is not None and self.multiply_by_squared_temperature else 1.0
+        return (
+            self.temperature**2
+            if self.temperature is not None and self.multiply_by_squared_temperature
+            else 1.0
+        )
 
     @property
     def uses_teacher(self) -> bool:
@@ -97,31 +109,51 @@ class LossConfig:
     def temperature_index(self, temperatures: Sequence[float]) -> int | None:
         """Which of a cache's temperatures is the teacher's in the KD term; None if none is."""
         wanted = 1 / self.scales[1]
-        return next((i for i, value in enumerate(temperatures) if math.isclose(value, wanted, rel_tol=1e-4)), None)
+        return next(
+            (
+                i
+                for i, value in enumerate(temperatures)
+                if math.isclose(value, wanted, rel_tol=1e-4)
+            ),
+            None,
+        )
 
     def _check_choices(self) -> None:
         objectives = (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES)
         choices = {"kd_loss": objectives, "support": SUPPORTS, "compile": ("auto", "on", "off")}
         for name, known in choices.items():
             if getattr(self, name) not in known:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(known)}")
+                raise ConfigError(
+                    f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(known)}"
+                )
 
     def _check_numbers(self) -> None:
         for name in ("kd_loss_weight", "sft_loss_weight", "z_loss_weight"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must be finite and not negative")
+                raise ConfigError(
+                    f"{KEY}.{name}: {getattr(self, name)} must be finite and not negative"
+                )
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise ConfigError(f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained")
+            raise ConfigError(
+                f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
+            )
         for name in ("target_logits_scale", "logits_scale", "temperature"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must be finite and greater than 0")
-        for name, limit in (("jsd_beta", "forward_kl or reverse_kl"), ("skew_lambda", "forward_kl or reverse_kl")):
+                raise ConfigError(
+                    f"{KEY}.{name}: {getattr(self, name)} must be finite and greater than 0"
+                )
+        for name, limit in (
+            ("jsd_beta", "forward_kl or reverse_kl"),
+            ("skew_lambda", "forward_kl or reverse_kl"),
+        ):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(
                     f"{KEY}.{name}: {getattr(self, name)} must be between 0 and 1, which are excluded; for the limit use {limit}"
                 )
         if not 0 <= self.adaptive_kl_alpha <= 1:
-            raise ConfigError(f"{KEY}.adaptive_kl_alpha: {self.adaptive_kl_alpha} must be from [0, 1]")
+            raise ConfigError(
+                f"{KEY}.adaptive_kl_alpha: {self.adaptive_kl_alpha} must be from [0, 1]"
+            )
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"{KEY}.label_smoothing: {self.label_smoothing} must be from [0, 1)")
         for name in ("label_smoothing", "z_loss_weight"):
@@ -138,11 +170,19 @@ class LossConfig:
                     f"{KEY}.{name}: {getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with {', '.join(owners)}"
                 )
         if self.objective == "custom" and not self.custom_loss:
-            raise ConfigError(f"{KEY}.custom_loss: missing; kd_loss=custom needs the import path of a function")
+            raise ConfigError(
+                f"{KEY}.custom_loss: missing; kd_loss=custom needs the import path of a function"
+            )
         on_kept_ids = self.objective in DIVERGENCES
         if not on_kept_ids and self.support != "tail":
-            what = "the function sees all logits" if self.objective == "custom" else "it looks at the label alone"
-            raise ConfigError(f"{KEY}.support: {self.support} has no effect with kd_loss={self.kd_loss}: {what}")
+            what = (
+                "the function sees all logits"
+                if self.objective == "custom"
+                else "it looks at the label alone"
+            )
+            raise ConfigError(
+                f"{KEY}.support: {self.support} has no effect with kd_loss={self.kd_loss}: {what}"
+            )
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
             raise ConfigError(
                 f"{KEY}.support: truncate makes {self.kd_loss} infinite, for the student has mass where the teacher would have none; use tail"
@@ -155,14 +195,26 @@ class LossConfig:
 
     def _check_scales(self) -> None:
         scaled = self.scales != (1, 1)
-        if self.temperature is not None and (self.logits_scale != 1 or self.target_logits_scale != 1):
-            raise ConfigError(f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both")
+        if self.temperature is not None and (
+            self.logits_scale != 1 or self.target_logits_scale != 1
+        ):
+            raise ConfigError(
+                f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both"
+            )
         if self.multiply_by_squared_temperature and self.temperature is None:
-            raise ConfigError(f"{KEY}.multiply_by_squared_temperature: give temperature, which it multiplies by")
+            raise ConfigError(
+                f"{KEY}.multiply_by_squared_temperature: give temperature, which it multiplies by"
+            )
         if scaled and self.objective not in DIVERGENCES:
             what = (
-                "give it as custom_args" if self.objective == "custom" else "the cache has the label at temperature 1"
+                "give it as custom_args"
+                if self.objective == "custom"
+                else "the cache has the label at temperature 1"
             )
-            raise ConfigError(f"{KEY}: kd_loss={self.kd_loss} knows no temperature and no scales; {what}")
+            raise ConfigError(
+                f"{KEY}: kd_loss={self.kd_loss} knows no temperature and no scales; {what}"
+            )
         if scaled and self.support == "sampled":
-            raise ConfigError(f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 only")
+            raise ConfigError(
+                f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 only"
+            )

@@ -41,7 +41,12 @@ _MOST = {
 """Bounds far above every known model: a damaged file must not ask for any amount of memory."""
 
 TENSOR = "tensor_model_parallel_size"
-PARALLEL_SIZES = (TENSOR, "pipeline_model_parallel_size", "context_parallel_size", "expert_model_parallel_size")
+PARALLEL_SIZES = (
+    TENSOR,
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+)
 
 
 @dataclass
@@ -94,26 +99,40 @@ class GPTArchitecture:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise ConfigError(f"family: {self.family!r} is not supported; supported: {', '.join(FAMILIES)}")
+            raise ConfigError(
+                f"family: {self.family!r} is not supported; supported: {', '.join(FAMILIES)}"
+            )
         for name, most in _MOST.items():
             value = getattr(self, name)
             if value is not None and not 1 <= value <= most:
-                raise ConfigError(f"{name}: found {value:,}, expected an integer from 1 to {most:,}")
-        numbers = {name: getattr(self, name) for name in ("layernorm_epsilon", "rotary_base", "init_method_std")}
+                raise ConfigError(
+                    f"{name}: found {value:,}, expected an integer from 1 to {most:,}"
+                )
+        numbers = {
+            name: getattr(self, name)
+            for name in ("layernorm_epsilon", "rotary_base", "init_method_std")
+        }
         if self.rope_scaling is not None:
-            numbers |= {f"rope_scaling.{name}": value for name, value in vars(self.rope_scaling).items()}
+            numbers |= {
+                f"rope_scaling.{name}": value for name, value in vars(self.rope_scaling).items()
+            }
         for name, value in numbers.items():
             if not 0 < value < math.inf:
                 raise ConfigError(f"{name}: found {value}, expected a number above 0")
         if not all(0 <= layer < self.num_layers for layer in self.window_layers):
-            raise ConfigError(f"window_layers: numbers outside the {self.num_layers} layers, which count from 0")
+            raise ConfigError(
+                f"window_layers: numbers outside the {self.num_layers} layers, which count from 0"
+            )
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
             )
         # One expert with a normalised weight has the weight 1: nothing for a router to learn, and Megatron refuses it.
         fewest = 2 if self.moe_normalize_topk else 1
-        if self.num_moe_experts is not None and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts:
+        if (
+            self.num_moe_experts is not None
+            and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts
+        ):
             raise ConfigError(
                 f"moe_router_topk: {self.moe_router_topk} experts for a token are not supported where a layer has "
                 f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; supported: from {fewest} to all"
@@ -146,10 +165,14 @@ class ParallelConfig:
         Raises:
             ConfigError: the ranks do not divide evenly.
         """
-        sizes = {name: getattr(self, name) for name in PARALLEL_SIZES[:3] if getattr(self, name) > 1}
+        sizes = {
+            name: getattr(self, name) for name in PARALLEL_SIZES[:3] if getattr(self, name) > 1
+        }
         ranks = math.prod(sizes.values())
         if world_size % ranks:
-            product = " x ".join(map(str, sizes.values())) + (f" = {ranks}" if len(sizes) > 1 else "")
+            product = " x ".join(map(str, sizes.values())) + (
+                f" = {ranks}" if len(sizes) > 1 else ""
+            )
             raise ConfigError(
                 f"{' x '.join(f'model.{name}' for name in sizes)}: {product} does not divide the {world_size} ranks "
                 "(trainer.num_nodes x trainer.devices)"
@@ -170,7 +193,10 @@ class ParallelConfig:
     @property
     def replicas_in_lockstep(self) -> int:
         """Replicas of the model that have to run their forward passes together, as their experts are spread over all of them."""
-        return math.lcm(self.expert_model_parallel_size, self.context_parallel_size) // self.context_parallel_size
+        return (
+            math.lcm(self.expert_model_parallel_size, self.context_parallel_size)
+            // self.context_parallel_size
+        )
 
 
 def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
@@ -198,7 +224,9 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
     experts, size = architecture.num_moe_experts, parallel.expert_model_parallel_size
     if size > 1 and (experts is None or experts % size):
         found = "has none" if experts is None else f"has {experts} a layer"
-        raise ConfigError(f"model.expert_model_parallel_size: {size} does not divide the model's experts: it {found}")
+        raise ConfigError(
+            f"model.expert_model_parallel_size: {size} does not divide the model's experts: it {found}"
+        )
 
 
 def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
@@ -209,7 +237,11 @@ def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfi
     """
     check_layout(architecture, parallel)
     tensor_size = parallel.tensor_model_parallel_size
-    if architecture.num_moe_experts is not None and tensor_size > 1 and not parallel.sequence_parallel:
+    if (
+        architecture.num_moe_experts is not None
+        and tensor_size > 1
+        and not parallel.sequence_parallel
+    ):
         raise ConfigError(
             f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but a mixture of experts is trained on "
             "tensor-parallel ranks with sequence parallelism only; set it to true"
@@ -224,7 +256,9 @@ def length_multiple(parallel: ParallelConfig) -> int:
     """
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
-    return math.lcm(chunks, context * parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
+    return math.lcm(
+        chunks, context * parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    )
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
@@ -237,7 +271,9 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_
     return -(-vocab_size // multiple) * multiple
 
 
-def check_batch_sizes(micro_batch_size: int, global_batch_size: int, data_parallel_size: int) -> None:
+def check_batch_sizes(
+    micro_batch_size: int, global_batch_size: int, data_parallel_size: int
+) -> None:
     """Refuses batch sizes that do not split into whole micro-batches on every data-parallel rank.
 
     Raises:

@@ -48,7 +48,9 @@ class SchedConfig:
 
     def __post_init__(self) -> None:
         if self.name not in SCHEDULES:
-            raise ConfigError(f"{KEY}.sched.name: {self.name!r} is not one of {', '.join(SCHEDULES)}")
+            raise ConfigError(
+                f"{KEY}.sched.name: {self.name!r} is not one of {', '.join(SCHEDULES)}"
+            )
         for phase in ("warmup", "constant"):
             steps, ratio = getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio")
             if steps is not None and ratio is not None:
@@ -116,7 +118,9 @@ class OptimConfig:
         if not self.eps > 0:
             raise ConfigError(f"{KEY}.eps: {self.eps} must be above 0")
         if not 0 <= self.sched.min_lr <= self.lr and self.sched.shape != "constant":
-            raise ConfigError(f"{KEY}.sched.min_lr: {self.sched.min_lr} must be from 0 to {KEY}.lr ({self.lr})")
+            raise ConfigError(
+                f"{KEY}.sched.min_lr: {self.sched.min_lr} must be from 0 to {KEY}.lr ({self.lr})"
+            )
 
     @property
     def is_sharded(self) -> bool:

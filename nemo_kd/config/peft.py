@@ -47,7 +47,9 @@ class LoraConfig:
             raise ConfigError(f"{KEY}.adapter_dropout: {self.adapter_dropout} must be from [0, 1)")
         for name in ("column_init_method", "row_init_method"):
             if getattr(self, name) not in INIT_METHODS:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(INIT_METHODS)}")
+                raise ConfigError(
+                    f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(INIT_METHODS)}"
+                )
         if self.column_init_method == self.row_init_method == "zero":
             raise ConfigError(
                 f"{KEY}.column_init_method and row_init_method: zero for both leaves no gradient; use xavier and zero"
@@ -79,7 +81,9 @@ class PeftConfig:
 
     def __post_init__(self) -> None:
         if self.peft_scheme not in ("none", None, "lora"):
-            raise ConfigError(f"model.peft.peft_scheme: {self.peft_scheme!r} is not available; use lora or none")
+            raise ConfigError(
+                f"model.peft.peft_scheme: {self.peft_scheme!r} is not available; use lora or none"
+            )
         if self.restore_from_path is not None:
             raise ConfigError(
                 f"model.peft.restore_from_path: {self.restore_from_path} is not read; give the .nemo that the run before left, whose "
@@ -103,7 +107,9 @@ class ExportConfig:
         if self.lora not in ("merged", "adapter"):
             raise ConfigError(f"export.lora: {self.lora!r} is not one of merged, adapter")
         if self.lora == "adapter" and not self.hf:
-            raise ConfigError("export.lora: adapter, but export.hf=false writes no folder for it; add export.hf=true")
+            raise ConfigError(
+                "export.lora: adapter, but export.hf=false writes no folder for it; add export.hf=true"
+            )
 
 
 def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
@@ -115,12 +121,17 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
     lora = peft.lora
     if lora is None:
         if peft.lora_tuning != LoraConfig():
-            log.warning("%s has no effect: every weight is trained; adapters need model.peft.peft_scheme=lora", KEY)
+            log.warning(
+                "%s has no effect: every weight is trained; adapters need model.peft.peft_scheme=lora",
+                KEY,
+            )
         return
     layers = architecture.num_layers
     outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]
     if outside or lora.layer_selection == []:
-        raise ConfigError(f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to {layers}")
+        raise ConfigError(
+            f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to {layers}"
+        )
     stages = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     for stage in range(stages):
         first, last = stage * layers // stages + 1, (stage + 1) * layers // stages

@@ -46,17 +46,25 @@ class LoopConfig:
         if self.max_steps < -1:
             raise ConfigError(f"{LOOP}.max_steps: {self.max_steps} must be -1 or more")
         if not self.limit_train_batches > 0:
-            raise ConfigError(f"{LOOP}.limit_train_batches: {self.limit_train_batches} must be above 0")
+            raise ConfigError(
+                f"{LOOP}.limit_train_batches: {self.limit_train_batches} must be above 0"
+            )
         if not self.limit_val_batches >= 0:
-            raise ConfigError(f"{LOOP}.limit_val_batches: {self.limit_val_batches} must not be negative")
+            raise ConfigError(
+                f"{LOOP}.limit_val_batches: {self.limit_val_batches} must not be negative"
+            )
         if self.limit_val_batches > 1 and self.limit_val_batches != int(self.limit_val_batches):
             raise ConfigError(
                 f"{LOOP}.limit_val_batches: {self.limit_val_batches} is neither a whole number of batches nor a fraction up to 1.0"
             )
         if self.gradient_clip_val is not None and not self.gradient_clip_val >= 0:
-            raise ConfigError(f"{LOOP}.gradient_clip_val: {self.gradient_clip_val} must not be negative")
+            raise ConfigError(
+                f"{LOOP}.gradient_clip_val: {self.gradient_clip_val} must not be negative"
+            )
         if self.log_every_n_steps < 1:
-            raise ConfigError(f"{LOOP}.log_every_n_steps: {self.log_every_n_steps} must be at least 1")
+            raise ConfigError(
+                f"{LOOP}.log_every_n_steps: {self.log_every_n_steps} must be at least 1"
+            )
         if self.non_finite not in ("stop", "skip"):
             raise ConfigError(f"{LOOP}.non_finite: {self.non_finite!r} is not one of stop, skip")
 
@@ -122,7 +130,9 @@ class StudentDataConfig:
                 f"model.data.data_impl: {self.data_impl!r} is not read here; use chunked_jsonl or dataset"
             )
         if self.data_impl not in (*CACHE_IMPLS, "dataset"):
-            raise ConfigError(f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset")
+            raise ConfigError(
+                f"model.data.data_impl: {self.data_impl!r} is not one of chunked_jsonl, dataset"
+            )
         if self.dataset.file_path:
             raise ConfigError(
                 f"model.data.dataset.file_path: {self.dataset.file_path} is not read; name the files of every split in model.data.data_prefix"
@@ -133,11 +143,15 @@ class StudentDataConfig:
             raise ConfigError(f"model.data.seq_length: {self.seq_length} must be at least 2")
         self._check_num_chunks()
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ConfigError(f"model.data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1")
+            raise ConfigError(
+                f"model.data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"model.data.num_workers: {self.num_workers} must not be negative")
         if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
-            raise ConfigError(f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks")
+            raise ConfigError(
+                f"model.data.shuffle: {self.shuffle!r} is not one of true, false, chunks"
+            )
         unknown = sorted(set(self.data_prefix) - set(SPLITS))
         if unknown:
             raise ConfigError(
@@ -240,7 +254,11 @@ class StudentModelConfig(ModelConfig):
 
     @property
     def chunks_per_stage(self) -> int:
-        return 1 if self.virtual_pipeline_model_parallel_size is None else self.virtual_pipeline_model_parallel_size
+        return (
+            1
+            if self.virtual_pipeline_model_parallel_size is None
+            else self.virtual_pipeline_model_parallel_size
+        )
 
     @property
     def packed(self) -> bool:
@@ -248,16 +266,23 @@ class StudentModelConfig(ModelConfig):
         return self.data.packing and self.context_parallel_size == 1
 
     def _check_recomputation(self) -> None:
-        granularity, method = self.activations_checkpoint_granularity, self.activations_checkpoint_method
+        granularity, method = (
+            self.activations_checkpoint_granularity,
+            self.activations_checkpoint_method,
+        )
         num_layers = self.activations_checkpoint_num_layers
         if granularity not in (None, "full", "selective"):
             raise ConfigError(
                 f"model.activations_checkpoint_granularity: {granularity!r} is not one of full, selective"
             )
         if method not in (None, "uniform", "block"):
-            raise ConfigError(f"model.activations_checkpoint_method: {method!r} is not one of uniform, block")
+            raise ConfigError(
+                f"model.activations_checkpoint_method: {method!r} is not one of uniform, block"
+            )
         if num_layers is not None and num_layers < 1:
-            raise ConfigError(f"model.activations_checkpoint_num_layers: {num_layers} must be at least 1")
+            raise ConfigError(
+                f"model.activations_checkpoint_num_layers: {num_layers} must be at least 1"
+            )
         if granularity == "full":
             self.activations_checkpoint_method = method or "uniform"
             self.activations_checkpoint_num_layers = num_layers or 1
@@ -325,7 +350,8 @@ def check_experiment(config: TrainStudentConfig) -> None:
         raise ConfigError(f"name: {config.name!r} names files and must not contain a slash")
     settings = config.exp_manager
     if config.export.hf and not (
-        settings.create_checkpoint_callback and settings.checkpoint_callback_params.save_nemo_on_train_end
+        settings.create_checkpoint_callback
+        and settings.checkpoint_callback_params.save_nemo_on_train_end
     ):
         raise ConfigError(
             "export.hf: the folder is written with the .nemo archive, which "

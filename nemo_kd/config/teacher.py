@@ -36,15 +36,23 @@ class TrainerConfig:
     def __post_init__(self) -> None:
         self.precision = str(self.precision)
         if self.precision not in (AUTO_PRECISION, *PRECISIONS):
-            raise ConfigError(f"trainer.precision: {self.precision!r} is not one of auto, {', '.join(PRECISIONS)}")
+            raise ConfigError(
+                f"trainer.precision: {self.precision!r} is not one of auto, {', '.join(PRECISIONS)}"
+            )
         if self.accelerator not in ("auto", "gpu", "cuda", "cpu"):
-            raise ConfigError(f"trainer.accelerator: {self.accelerator!r} is not one of auto, gpu, cpu")
+            raise ConfigError(
+                f"trainer.accelerator: {self.accelerator!r} is not one of auto, gpu, cpu"
+            )
         if self.num_nodes < 1:
             raise ConfigError(f"trainer.num_nodes: {self.num_nodes} must be at least 1")
         if isinstance(self.devices, str) and re.fullmatch(r"-?\d+", self.devices):
             self.devices = int(self.devices)
-        if self.devices not in ("auto", -1) and not (isinstance(self.devices, int) and self.devices >= 1):
-            raise ConfigError(f"trainer.devices: {self.devices!r} must be at least 1, or auto for all GPUs")
+        if self.devices not in ("auto", -1) and not (
+            isinstance(self.devices, int) and self.devices >= 1
+        ):
+            raise ConfigError(
+                f"trainer.devices: {self.devices!r} must be at least 1, or auto for all GPUs"
+            )
         if not 0 < self.distributed_timeout_minutes <= MAX_TIMEOUT_MINUTES:
             raise ConfigError(
                 f"trainer.distributed_timeout_minutes: {self.distributed_timeout_minutes} must be above 0 and at most "
@@ -86,7 +94,9 @@ class ModelConfig(ParallelConfig):
             self.transformer_engine, self.transformer_engine
         )
         if self.transformer_engine not in ("auto", "on", "off"):
-            raise ConfigError(f"model.transformer_engine: {self.transformer_engine!r} is not one of auto, on, off")
+            raise ConfigError(
+                f"model.transformer_engine: {self.transformer_engine!r} is not one of auto, on, off"
+            )
         if not 0 <= self.seed <= MAX_SEED:
             raise ConfigError(f"model.seed: {self.seed} must be from 0 to {MAX_SEED}")
         if self.make_vocab_size_divisible_by < 1:
@@ -117,7 +127,9 @@ class TeacherDataConfig(DataConfig):
 
     def __post_init__(self) -> None:
         if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < 1:
-            raise ConfigError(f"data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1")
+            raise ConfigError(
+                f"data.max_tokens_per_batch: {self.max_tokens_per_batch} must be at least 1"
+            )
         if self.num_workers < 0:
             raise ConfigError(f"data.num_workers: {self.num_workers} must not be negative")
 
@@ -141,7 +153,9 @@ class RunConfig:
         if not self.log_interval_s > 0:
             raise ConfigError(f"exp_manager.log_interval_s: {self.log_interval_s} must be above 0")
         if self.create_wandb_logger and not self.wandb_logger_kwargs.get("project"):
-            raise ConfigError("exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project")
+            raise ConfigError(
+                "exp_manager.wandb_logger_kwargs.project: create_wandb_logger=True needs a project"
+            )
 
 
 @dataclass
@@ -177,12 +191,16 @@ class ComputeTopkLogitsConfig:
         if self.start_from_idx < 0:
             raise ConfigError(f"start_from_idx: {self.start_from_idx} must not be negative")
         if self.end_at_idx is not None and self.end_at_idx < self.start_from_idx:
-            raise ConfigError(f"end_at_idx: {self.end_at_idx} lies before start_from_idx {self.start_from_idx}")
+            raise ConfigError(
+                f"end_at_idx: {self.end_at_idx} lies before start_from_idx {self.start_from_idx}"
+            )
         self._check_splits()
         self.shard_number()
         if self.n_examples_per_chunk is not None:
             if self.n_examples_per_chunk < 1:
-                raise ConfigError(f"n_examples_per_chunk: {self.n_examples_per_chunk} must be at least 1")
+                raise ConfigError(
+                    f"n_examples_per_chunk: {self.n_examples_per_chunk} must be at least 1"
+                )
             if "CHUNK_ID" not in self.output_path:
                 raise ConfigError(
                     f"output_path: {self.output_path!r} has no CHUNK_ID, which n_examples_per_chunk={self.n_examples_per_chunk} needs; "

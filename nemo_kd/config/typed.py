@@ -12,7 +12,11 @@ import typing
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import InterpolationKeyError, InterpolationResolutionError, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationKeyError,
+    InterpolationResolutionError,
+    OmegaConfBaseException,
+)
 
 from nemo_kd.config.foreign_keys import find_key
 
@@ -37,11 +41,15 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         ConfigError: a key is unknown, mandatory and missing, or of the wrong type; or a check of `cls` failed.
             The message names the full key, the value found and what to do.
     """
-    unknown = sorted(set(_leaf_keys(cfg)) - {key for key in _leaf_keys(cfg) if _known(cls, key.split("."))})
+    unknown = sorted(
+        set(_leaf_keys(cfg)) - {key for key in _leaf_keys(cfg) if _known(cls, key.split("."))}
+    )
     if unknown:
         known = [field.key for field in describe(cls)]
         names = [f"{key}{_suggestion(key, known)}" for key in unknown]
-        raise ConfigError(f"unknown configuration keys: {', '.join(names)}; --help lists the known ones")
+        raise ConfigError(
+            f"unknown configuration keys: {', '.join(names)}; --help lists the known ones"
+        )
     _check_sections(cls, cfg, [field.key for field in describe(cls)])
     try:
         merged = OmegaConf.merge(OmegaConf.structured(cls), cfg)
@@ -60,16 +68,26 @@ def _check_sections(cls: type, cfg: DictConfig, keys_of_all: list[str], prefix: 
     """Refuse a value where keys belong: OmegaConf's own error does not name the place."""
     for name, hint in typing.get_type_hints(cls).items():
         node = cfg._get_node(name, validate_access=False)
-        if not dataclasses.is_dataclass(hint) or node is None or OmegaConf.is_interpolation(cfg, name):
+        if (
+            not dataclasses.is_dataclass(hint)
+            or node is None
+            or OmegaConf.is_interpolation(cfg, name)
+        ):
             continue
         if isinstance(node, DictConfig) and not node._is_none():
             _check_sections(typing.cast(type, hint), node, keys_of_all, f"{prefix}{name}.")
             continue
         keys = [field.key for field in describe(typing.cast(type, hint), f"{prefix}{name}.")]
-        value = node._value() if not isinstance(node, DictConfig | ListConfig) else OmegaConf.to_container(node)
+        value = (
+            node._value()
+            if not isinstance(node, DictConfig | ListConfig)
+            else OmegaConf.to_container(node)
+        )
         meant, how = find_key(f"{prefix}{name}", keys_of_all)
         step = (
-            f"did you mean {meant}?{f' {how}' if how else ''}" if meant else f"its keys are {', '.join(keys[:3])} ..."
+            f"did you mean {meant}?{f' {how}' if how else ''}"
+            if meant
+            else f"its keys are {', '.join(keys[:3])} ..."
         )
         raise ConfigError(f"{prefix}{name}: {value} is no mapping of keys; {step}")
 

@@ -9,7 +9,11 @@ MAX_PADDING = 0.05
 
 
 def form_batches(
-    lengths: Sequence[int], max_examples: int | None, max_tokens: int | None, packed: bool, multiple_of: int = 1
+    lengths: Sequence[int],
+    max_examples: int | None,
+    max_tokens: int | None,
+    packed: bool,
+    multiple_of: int = 1,
 ) -> list[list[int]]:
     """Positions in `lengths` grouped into batches, every one once, long examples first.
 
@@ -72,10 +76,15 @@ class MicroBatching:
         batches = form_batches(lengths, None, self.max_tokens, self.packed, self.multiple_of)
         batches = _whole_rounds(batches, lengths, self.data_size)
         # Ranks get neighbours in size: who is done first waits for the others.
-        return [[positions[place] for place in batch] for batch in batches[self.data_rank :: self.data_size]]
+        return [
+            [positions[place] for place in batch]
+            for batch in batches[self.data_rank :: self.data_size]
+        ]
 
 
-def _whole_rounds(batches: list[list[int]], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+def _whole_rounds(
+    batches: list[list[int]], lengths: Sequence[int], num_ranks: int
+) -> list[list[int]]:
     """The batches, largest first, made a multiple of `num_ranks` by halving the largest, or empty ones if none can be."""
 
     def tokens(batch: list[int]) -> int:

@@ -29,7 +29,9 @@ _MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 def render_messages(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[Any] | None = None
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    tools: Sequence[Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of the whole conversation, and for each whether it is trained.
 
@@ -46,15 +48,23 @@ def render_messages(
     ids: list[int] = list(encoding["input_ids"])
     marked = bool(_MARKS_ASSISTANT.search(tokenizer.get_chat_template(tools=tools)))
     expected = _apply_template(
-        tokenizer, conversation.messages, tools, return_dict=True, return_assistant_tokens_mask=marked
+        tokenizer,
+        conversation.messages,
+        tools,
+        return_dict=True,
+        return_assistant_tokens_mask=marked,
     )
     if ids != list(expected["input_ids"]):
-        raise DataError("the chat template's text and its token ids disagree; the tokenizer adds tokens of its own")
+        raise DataError(
+            "the chat template's text and its token ids disagree; the tokenizer adds tokens of its own"
+        )
     if marked:
         return ids, [bool(flag) for flag in expected["assistant_masks"]]
     offsets: list[Span] = encoding["offset_mapping"]
     special = _special_ids(tokenizer)
-    special_spans = [span for token_id, span in zip(ids, offsets, strict=True) if token_id in special]
+    special_spans = [
+        span for token_id, span in zip(ids, offsets, strict=True) if token_id in special
+    ]
     trained = [False] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -65,7 +75,10 @@ def render_messages(
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], tools: Sequence[Any] | None, **options: Any
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None,
+    **options: Any,
 ) -> Any:
     """Call `tokenizer.apply_chat_template` within limits of time and memory.
 
@@ -73,22 +86,34 @@ def _apply_template(
         DataError: the template fails, refuses the conversation or exceeds a limit.
     """
     templates = tokenizer.chat_template
-    names = f" (one of the tokenizer's {', '.join(sorted(templates))})" if isinstance(templates, dict) else ""
+    names = (
+        f" (one of the tokenizer's {', '.join(sorted(templates))})"
+        if isinstance(templates, dict)
+        else ""
+    )
     try:
         with limited(f"the chat template{names}"):
             return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
     except DataError:
         raise
-    except Exception as error:  # a template is a program of somebody else's: 1/0 in it is a ZeroDivisionError
+    except (
+        Exception
+    ) as error:  # a template is a program of somebody else's: 1/0 in it is a ZeroDivisionError
         reason = str(error) or type(error).__name__
-        raise DataError(f"the chat template{names} cannot render this conversation: {reason[:500]}") from error
+        raise DataError(
+            f"the chat template{names} cannot render this conversation: {reason[:500]}"
+        ) from error
 
 
 def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template, which `messages` need; add chat_template to its folder")
+        raise DataError(
+            "the tokenizer has no chat template, which `messages` need; add chat_template to its folder"
+        )
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"`messages` must be a list of at least one message, found {str(messages)[:80]!r}")
+        raise DataError(
+            f"`messages` must be a list of at least one message, found {str(messages)[:80]!r}"
+        )
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(
@@ -101,7 +126,9 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special = {
+        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
     return special | set(tokenizer.all_special_ids)
 
 
@@ -141,7 +168,11 @@ class _Conversation:
 
     def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         rendered = _apply_template(
-            self.tokenizer, messages, self.tools, tokenize=False, add_generation_prompt=add_generation_prompt
+            self.tokenizer,
+            messages,
+            self.tools,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
         )
         assert isinstance(rendered, str)
         return rendered
@@ -186,7 +217,11 @@ class _Conversation:
             return following[1]
         around = self._around(turn, stop=turn + 1)
         closing = around[1].rstrip() if around else ""
-        return content_end + len(closing) if self.text.startswith(closing, content_end) else content_end
+        return (
+            content_end + len(closing)
+            if self.text.startswith(closing, content_end)
+            else content_end
+        )
 
     def _written_span(self, turn: int) -> Span | None:
         """The turn from the end of its generation prompt, for templates that write more than the content.

@@ -41,9 +41,13 @@ def pack(rows: Sequence[Row], pad_id: int, multiple_of: int = 1) -> Batch:
     filler = -sum(lengths) % multiple_of if lengths else multiple_of
     bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
     places = [(0, slice(start, end)) for start, end in itertools.pairwise(bounds)]
-    position_ids = torch.cat([torch.arange(end - start) for start, end in itertools.pairwise(bounds)])
+    position_ids = torch.cat(
+        [torch.arange(end - start) for start, end in itertools.pairwise(bounds)]
+    )
     examples = [row for row in rows if row is not None]
-    return _filled(examples, places, position_ids[None], pad_id, torch.tensor(bounds, dtype=torch.int32))
+    return _filled(
+        examples, places, position_ids[None], pad_id, torch.tensor(bounds, dtype=torch.int32)
+    )
 
 
 def micro_batches(
@@ -59,9 +63,14 @@ def micro_batches(
         columns: gives the positions to keep of batches of some length: a context-parallel rank's.
     """
     together = [
-        pack(part, pad_id, multiple_of) if packed else collate(part or [None], pad_id, multiple_of) for part in rows
+        pack(part, pad_id, multiple_of) if packed else collate(part or [None], pad_id, multiple_of)
+        for part in rows
     ]
-    return together if columns is None else [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
+    return (
+        together
+        if columns is None
+        else [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
+    )
 
 
 def _example(row: Example | CachedExample) -> Example:
@@ -87,8 +96,16 @@ def _filled(
     for number, (row, place) in enumerate(zip(rows, places, strict=False)):
         if row is not None:
             example = _example(row)
-            indices[number], sources[number], lengths[number] = example.index, example.source, example.num_tokens
-            tokens[place], labels[place], loss_mask[place] = example.tokens_S, example.labels_S, example.loss_mask_S
+            indices[number], sources[number], lengths[number] = (
+                example.index,
+                example.source,
+                example.num_tokens,
+            )
+            tokens[place], labels[place], loss_mask[place] = (
+                example.tokens_S,
+                example.labels_S,
+                example.loss_mask_S,
+            )
     batch = Batch(
         indices_B=torch.from_numpy(indices),
         sources_B=torch.from_numpy(sources),
@@ -104,10 +121,14 @@ def _filled(
     return batch
 
 
-def _add_teacher(batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherTopK]) -> None:
+def _add_teacher(
+    batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherTopK]
+) -> None:
     shape = tuple(batch.tokens_BS.shape)
     # A blend of caches has in common what all of them have.
-    temperatures = tuple(t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers))
+    temperatures = tuple(
+        t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers)
+    )
     k = max(teacher.topk_logits_SK.shape[1] for teacher in teachers)
     logits = np.full((*shape, k), -np.inf, dtype=np.float32)
     ids = np.full((*shape, k), -1, dtype=np.int64)
@@ -142,4 +163,8 @@ def _add_teacher(batch: Batch, rows: Sequence[Row], places: Places, teachers: Se
 
 def _columns(teacher: TeacherTopK, temperature: float) -> list[int]:
     """Where the tail mass at a temperature stands, first of all; one format of caches rounds temperatures to float32."""
-    return [i for i, found in enumerate(teacher.temperatures) if math.isclose(found, temperature, rel_tol=1e-4)]
+    return [
+        i
+        for i, found in enumerate(teacher.temperatures)
+        if math.isclose(found, temperature, rel_tol=1e-4)
+    ]

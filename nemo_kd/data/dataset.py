@@ -39,7 +39,11 @@ class TokenizedDataset:
     """
 
     def __init__(
-        self, config: DataConfig, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, vocab_size: int
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_length: int,
+        vocab_size: int,
     ) -> None:
         self.config, self.tokenizer = config, tokenizer
         self.max_seq_length, self.vocab_size = max_seq_length, vocab_size
@@ -110,12 +114,16 @@ class TokenizedDataset:
         except orjson.JSONDecodeError as error:
             raise DataError(f"`{key}` is a text that is not valid JSON ({error})") from error
         if tools and not isinstance(tools, list):
-            raise DataError(f"`{key}` must be a list of tool definitions, found {str(tools)[:80]!r}")
+            raise DataError(
+                f"`{key}` must be a list of tool definitions, found {str(tools)[:80]!r}"
+            )
         return tools or None
 
     def _format(self, record: dict[str, Any]) -> str:
         asked, chat = self.config.data.format, self.config.chat
-        found = next((key for key in ("messages", "conversations") if key in record), "prompt_template")
+        found = next(
+            (key for key in ("messages", "conversations") if key in record), "prompt_template"
+        )
         if asked in ("messages", "conversations") and asked not in record:
             raise DataError(
                 f"{self.config.data.KEY}.format={asked} needs the field `{asked}`; the record has {', '.join(record)}"

@@ -41,7 +41,9 @@ def render_conversations(
     if kind not in _TYPES:
         raise DataError(f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}")
     if not isinstance(turns, list) or len(turns) < 2:
-        raise DataError(f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}")
+        raise DataError(
+            f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}"
+        )
     for number, turn in enumerate(turns):
         _check_turn(turn, number)
     speakers = [turn["from"] for turn in turns]
@@ -70,7 +72,9 @@ def render_conversations(
     return ids, trained
 
 
-def _body(turn: dict[str, Any], kind: str | None, speaks: bool, markers: ChatPromptTokens) -> list[Piece]:
+def _body(
+    turn: dict[str, Any], kind: str | None, speaks: bool, markers: ChatPromptTokens
+) -> list[Piece]:
     """What follows the speaker's name; `speaks` is whether the turn is one to train."""
     value, label = turn["value"] + markers.end_of_turn, turn.get("label")
     if kind == "TEXT_TO_VALUE":
@@ -93,12 +97,22 @@ def _masked_speakers(record: dict[str, Any]) -> set[str]:
     mask = record.get("mask", "User")
     speakers = {name.strip() for name in mask.split(",")} - {""} if isinstance(mask, str) else set()
     if not speakers:
-        raise DataError(f'`mask` must name the speakers that are not trained, such as "User"; found {mask!r}')
+        raise DataError(
+            f'`mask` must name the speakers that are not trained, such as "User"; found {mask!r}'
+        )
     return speakers
 
 
 def _check_turn(turn: Any, number: int) -> None:
-    if not isinstance(turn, dict) or not isinstance(turn.get("from"), str) or not isinstance(turn.get("value"), str):
-        raise DataError(f"turn {number} must be an object with texts `from` and `value`, found {str(turn)[:80]!r}")
+    if (
+        not isinstance(turn, dict)
+        or not isinstance(turn.get("from"), str)
+        or not isinstance(turn.get("value"), str)
+    ):
+        raise DataError(
+            f"turn {number} must be an object with texts `from` and `value`, found {str(turn)[:80]!r}"
+        )
     if not isinstance(turn.get("label"), str | None):
-        raise DataError(f"turn {number}: `label` must be a text or null, found {str(turn['label'])[:80]!r}")
+        raise DataError(
+            f"turn {number}: `label` must be a text or null, found {str(turn['label'])[:80]!r}"
+        )

@@ -11,7 +11,9 @@ import numpy as np
 CHUNKS = "chunks"
 
 
-def pass_order(chunk_sizes: Sequence[int], entropy: Sequence[int], shuffle: bool | str) -> np.ndarray:
+def pass_order(
+    chunk_sizes: Sequence[int], entropy: Sequence[int], shuffle: bool | str
+) -> np.ndarray:
     """Every position once (int64), in an order that follows from the arguments alone, on every rank and machine.
 
     Args:
@@ -27,7 +29,10 @@ def pass_order(chunk_sizes: Sequence[int], entropy: Sequence[int], shuffle: bool
         return random.permutation(num_rows)
     starts = np.cumsum([0, *chunk_sizes])
     return np.concatenate(
-        [starts[chunk] + random.permutation(chunk_sizes[chunk]) for chunk in random.permutation(len(chunk_sizes))]
+        [
+            starts[chunk] + random.permutation(chunk_sizes[chunk])
+            for chunk in random.permutation(len(chunk_sizes))
+        ]
     )
 
 
@@ -93,7 +98,8 @@ class SampleOrder:
         passes = range(start // num_rows, (start + count - 1) // num_rows + 1)
         # numpy takes [seed, epoch] and [seed, epoch, 0] for the same entropy, so sources count from 1.
         drawn = [
-            pass_order(chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle) for number_of_pass in passes
+            pass_order(chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle)
+            for number_of_pass in passes
         ]
         return np.concatenate(drawn)[start % num_rows :][:count]
 
@@ -105,7 +111,9 @@ class TrainingBatches:
     `consumed_samples` continues a run where it stopped, on any number of ranks.
     """
 
-    def __init__(self, order: SampleOrder, global_batch_size: int, steps_per_epoch: int, max_steps: int) -> None:
+    def __init__(
+        self, order: SampleOrder, global_batch_size: int, steps_per_epoch: int, max_steps: int
+    ) -> None:
         assert steps_per_epoch * global_batch_size <= order.num_samples
         self.order, self.global_batch_size = order, global_batch_size
         self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps

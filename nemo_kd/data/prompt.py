@@ -63,16 +63,22 @@ class PromptTemplate:
                 if name in record
                 else f"the record has {', '.join(record) or 'nothing'}"
             )
-            raise DataError(f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, but {found}")
+            raise DataError(
+                f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, but {found}"
+            )
         return record[name]
 
     def _special(self, tokenizer: PreTrainedTokenizerBase, name: str) -> int:
         token_id = getattr(tokenizer, f"{name}_token_id")
         if token_id is None:
-            raise DataError(f"{self.config.KEY}.add_{name}=True, but the tokenizer has no {name} token")
+            raise DataError(
+                f"{self.config.KEY}.add_{name}=True, but the tokenizer has no {name} token"
+            )
         return int(token_id)
 
-    def _cut_prompt(self, values: dict[str, str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
+    def _cut_prompt(
+        self, values: dict[str, str], tokenizer: PreTrainedTokenizerBase, room: int
+    ) -> list[int]:
         """The prompt's ids, with as many tokens cut from the fields that may be cut as `room` tokens ask for."""
         text, spans = "", []
         for literal, name in self._prompt:
@@ -84,16 +90,25 @@ class PromptTemplate:
         excess = len(ids) - max(room, 0)
         if excess <= 0 or not self._cuttable:
             return ids
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)[
+            "offset_mapping"
+        ]
         cut: set[int] = set()
         for cuttable in self._cuttable:
             inside = [
                 position
                 for position, (first, last) in enumerate(offsets)
-                if any(name == cuttable and start <= first < last <= stop for name, start, stop in spans)
+                if any(
+                    name == cuttable and start <= first < last <= stop
+                    for name, start, stop in spans
+                )
             ]
             number = min(excess - len(cut), len(inside))
-            cut.update(inside[:number] if self.config.truncation_method == "left" else inside[len(inside) - number :])
+            cut.update(
+                inside[:number]
+                if self.config.truncation_method == "left"
+                else inside[len(inside) - number :]
+            )
         return [token_id for position, token_id in enumerate(ids) if position not in cut]
 
 
@@ -105,5 +120,7 @@ def _parse(template: str, key: str) -> list[tuple[str, str | None]]:
         raise ConfigError(f"{key}: {template!r} is malformed ({error})") from error
     for _, name, specification, conversion in parts:
         if name == "" or specification or conversion:
-            raise ConfigError(f"{key}: in {template!r} every field must be a plain name such as {{input}}")
+            raise ConfigError(
+                f"{key}: in {template!r} every field must be a plain name such as {{input}}"
+            )
     return [(literal, name) for literal, name, _, _ in parts]

@@ -48,7 +48,9 @@ class JsonlRecords:
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}; check {key}") from error
         if not self._starts:
-            raise DataError(f"{self.path}: the file has no records; a dataset holds one JSON object a line")
+            raise DataError(
+                f"{self.path}: the file has no records; a dataset holds one JSON object a line"
+            )
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -56,7 +58,9 @@ class JsonlRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
-        raw = os.pread(self._descriptor(), self._ends[index] - self._starts[index], self._starts[index])
+        raw = os.pread(
+            self._descriptor(), self._ends[index] - self._starts[index], self._starts[index]
+        )
         try:
             record = orjson.loads(raw)
         except orjson.JSONDecodeError as error:

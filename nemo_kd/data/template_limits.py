@@ -38,7 +38,9 @@ def limited(what: str) -> Iterator[None]:
         DataError: the block took too much time or memory, or recursed without end; names `what`.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError("chat templates are rendered in a process's main thread, where a signal can end them")
+        raise RuntimeError(
+            "chat templates are rendered in a process's main thread, where a signal can end them"
+        )
     started_s = time.thread_time()
     is_running = True
 
@@ -53,10 +55,18 @@ def limited(what: str) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_AS, (_memory_limit(soft), hard))
         yield
     except _OutOfTime:
-        raise DataError(f"{what} did not end within {TIME_LIMIT_S:g} s; look for an endless loop in it") from None
+        raise DataError(
+            f"{what} did not end within {TIME_LIMIT_S:g} s; look for an endless loop in it"
+        ) from None
     except (MemoryError, RecursionError) as error:
-        found = "recurses without end" if isinstance(error, RecursionError) else "needs more than 2 GiB of memory"
-        raise DataError(f"{what} {found}; use the template that the model was published with") from None
+        found = (
+            "recurses without end"
+            if isinstance(error, RecursionError)
+            else "needs more than 2 GiB of memory"
+        )
+        raise DataError(
+            f"{what} {found}; use the template that the model was published with"
+        ) from None
     finally:
         is_running = False  # a late tick must not end this block before the limits are back
         signal.setitimer(signal.ITIMER_REAL, *earlier_timer)

@@ -25,10 +25,14 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         DataError: the folder holds no tokenizer that transformers can load, or a damaged file.
     """
     if not Path(folder).is_dir():
-        raise DataError(f"{folder}: no such folder; a tokenizer is read from the folder of its model")
+        raise DataError(
+            f"{folder}: no such folder; a tokenizer is read from the folder of its model"
+        )
     _check_files(Path(folder))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
     except Exception as error:  # what the tokenizers library raises has no other class
         raise _unusable(folder, error) from error
     except BaseException as error:
@@ -36,7 +40,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             raise
         raise _unusable(folder, error) from error
     if not tokenizer.is_fast:
-        raise DataError(f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with transformers")
+        raise DataError(
+            f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with transformers"
+        )
     templates = tokenizer.chat_template
     texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
     if not all(isinstance(text, str) for text in texts):
@@ -48,7 +54,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _unusable(folder: str | Path, error: BaseException) -> DataError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-    return DataError(f"{folder}: no usable tokenizer ({reason}); save one there with tokenizer.save_pretrained(folder)")
+    return DataError(
+        f"{folder}: no usable tokenizer ({reason}); save one there with tokenizer.save_pretrained(folder)"
+    )
 
 
 def _check_files(folder: Path) -> None:
@@ -57,7 +65,13 @@ def _check_files(folder: Path) -> None:
     Raises:
         DataError: names the file.
     """
-    names = ("tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json", "vocab.json")
+    names = (
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+    )
     templates = sorted((folder / "additional_chat_templates").glob("*.jinja"))
     for path in [folder / name for name in (*names, "config.json")]:
         if path.exists() or path.is_symlink():
@@ -68,13 +82,17 @@ def _check_files(folder: Path) -> None:
         if path.exists() or path.is_symlink():
             check_regular_file(path, DataError)
             if path.suffix == ".jinja" and path.stat().st_size > MAX_TEMPLATE_BYTES:
-                raise DataError(f"{path}: {path.stat().st_size:,} bytes, more than a chat template ever has")
+                raise DataError(
+                    f"{path}: {path.stat().st_size:,} bytes, more than a chat template ever has"
+                )
 
 
 def _check_config(path: Path, content: dict[str, Any]) -> None:
     """transformers makes lists of as many entries as there are layers from it, to find the tokenizer's class."""
     num_layers = content.get("num_hidden_layers")
-    if num_layers is not None and (type(num_layers) is not int or not 0 < num_layers <= MOST_LAYERS):
+    if num_layers is not None and (
+        type(num_layers) is not int or not 0 < num_layers <= MOST_LAYERS
+    ):
         raise DataError(
             f"{path}: num_hidden_layers: found {str(num_layers)[:80]}, expected an integer from 1 to {MOST_LAYERS:,}"
         )
@@ -95,7 +113,10 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = dict(content["model"])
     vocabulary = model.pop("vocab", None)
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model.pop("merges", None) or []]
+    merges = [
+        merge if isinstance(merge, str) else " ".join(merge)
+        for merge in model.pop("merges", None) or []
+    ]
     if isinstance(vocabulary, list):  # Unigram: scores decide
         model["scores"] = vocabulary
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
@@ -109,7 +130,8 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
         "special_tokens": special,
     }
     return {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16] for name, part in parts.items()
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+        for name, part in parts.items()
     }
 
 
@@ -126,7 +148,10 @@ def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
         hashlib.sha256(orjson.dumps(sorted(by_block.get(number, [])))).hexdigest()[:12]
         for number in range(1 + max(by_block, default=-1))
     ]
-    added = {str(token_id): token.content for token_id, token in sorted(tokenizer.added_tokens_decoder.items())}
+    added = {
+        str(token_id): token.content
+        for token_id, token in sorted(tokenizer.added_tokens_decoder.items())
+    }
     return {"size": len(vocabulary), "added": added, "blocks": blocks}
 
 
@@ -138,8 +163,11 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
     """
     ours = describe_tokens(tokenizer)
     found = []
-    if not all(isinstance(described.get(name), type(value)) for name, value in ours.items()) or not all(
-        token_id.isascii() and token_id.isdigit() and len(token_id) < 10 for token_id in described["added"]
+    if not all(
+        isinstance(described.get(name), type(value)) for name, value in ours.items()
+    ) or not all(
+        token_id.isascii() and token_id.isdigit() and len(token_id) < 10
+        for token_id in described["added"]
     ):
         return ["the manifest's tokenizer_tokens are damaged; restore it"]
     for token_id, theirs in described["added"].items():
@@ -147,10 +175,14 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
         if token is not None and token != theirs:
             found.append(f"id {token_id}: {theirs!r} in the cache, {token!r} in the student")
     if described["size"] != ours["size"]:
-        found.append(f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here")
+        found.append(
+            f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here"
+        )
     same_size = described["size"] == ours["size"]
     common_ids = min(described["size"], ours["size"])
-    for number, (theirs_hash, our_hash) in enumerate(zip(described["blocks"], ours["blocks"], strict=False)):
+    for number, (theirs_hash, our_hash) in enumerate(
+        zip(described["blocks"], ours["blocks"], strict=False)
+    ):
         first = number * BLOCK_IDS
         is_common = same_size or first + BLOCK_IDS <= common_ids
         if is_common and theirs_hash != our_hash:

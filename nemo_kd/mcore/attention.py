@@ -49,9 +49,13 @@ class SDPACoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale
         self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.num_visible: int | None = None
-        if is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number):
+        if is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        ):
             assert config.window_size is not None
-            self.num_visible = config.window_size[0] + 1  # Megatron counts the positions before a token's own
+            self.num_visible = (
+                config.window_size[0] + 1
+            )  # Megatron counts the positions before a token's own
 
     def forward(
         self,
@@ -73,11 +77,19 @@ class SDPACoreAttention(MegatronModule):
         return self._causal(query, key, value)
 
     def _packed(
-        self, query_ThD: torch.Tensor, key_TgD: torch.Tensor, value_TgD: torch.Tensor, bounds: list[int]
+        self,
+        query_ThD: torch.Tensor,
+        key_TgD: torch.Tensor,
+        value_TgD: torch.Tensor,
+        bounds: list[int],
     ) -> torch.Tensor:
-        assert self.context_group.size() == 1, "packed sequences are not shared among context-parallel ranks"
+        assert self.context_group.size() == 1, (
+            "packed sequences are not shared among context-parallel ranks"
+        )
         sequences = [
-            self._causal(query_ThD[start:end, None], key_TgD[start:end, None], value_TgD[start:end, None])
+            self._causal(
+                query_ThD[start:end, None], key_TgD[start:end, None], value_TgD[start:end, None]
+            )
             for start, end in itertools.pairwise(bounds)
         ]
         return torch.cat(sequences)[:, 0]
@@ -91,20 +103,31 @@ class SDPACoreAttention(MegatronModule):
         chunks, length = query_sBhD.chunk(2), len(query_sBhD) // 2
         starts = (rank * length, (2 * size - 1 - rank) * length)
         return torch.cat(
-            [self._causal(chunk, key_SBgD, value_SBgD, start) for chunk, start in zip(chunks, starts, strict=True)]
+            [
+                self._causal(chunk, key_SBgD, value_SBgD, start)
+                for chunk, start in zip(chunks, starts, strict=True)
+            ]
         )
 
     def _gather(self, tensor_sBgD: torch.Tensor) -> torch.Tensor:
         """The whole sequence in its order from the chunks of all ranks: rank r holds chunks r and 2 * size - 1 - r."""
         size = self.context_group.size()
-        chunks = gather_from_sequence_parallel_region(tensor_sBgD, group=self.context_group).chunk(2 * size)
+        chunks = gather_from_sequence_parallel_region(tensor_sBgD, group=self.context_group).chunk(
+            2 * size
+        )
         return torch.cat([*chunks[::2], *reversed(chunks[1::2])])
 
     def _causal(
-        self, query_SBhD: torch.Tensor, key_SBgD: torch.Tensor, value_SBgD: torch.Tensor, start: int = 0
+        self,
+        query_SBhD: torch.Tensor,
+        key_SBgD: torch.Tensor,
+        value_SBgD: torch.Tensor,
+        start: int = 0,
     ) -> torch.Tensor:
         """Context [S, B, h * D] of queries at the positions from `start` on; the keys are those from position 0 on."""
-        query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query_SBhD, key_SBgD, value_SBgD))
+        query, key, value = (
+            tensor.permute(1, 2, 0, 3) for tensor in (query_SBhD, key_SBgD, value_SBgD)
+        )
         num_positions, end = query.shape[2], start + query.shape[2]
         if start == 0 and (self.num_visible is None or self.num_visible >= end):
             context = self._attend(query, key[:, :, :end], value[:, :, :end], None)
@@ -113,16 +136,22 @@ class SDPACoreAttention(MegatronModule):
             for first in range(0, num_positions, QUERY_BLOCK):
                 block = query[:, :, first : first + QUERY_BLOCK]
                 last = start + first + block.shape[2]
-                oldest = 0 if self.num_visible is None else max(0, start + first + 1 - self.num_visible)
+                oldest = (
+                    0 if self.num_visible is None else max(0, start + first + 1 - self.num_visible)
+                )
                 mask = self._mask(block.shape[2], last - oldest, query.device)
-                blocks.append(self._attend(block, key[:, :, oldest:last], value[:, :, oldest:last], mask))
+                blocks.append(
+                    self._attend(block, key[:, :, oldest:last], value[:, :, oldest:last], mask)
+                )
             context = torch.cat(blocks, dim=2)
         return context.permute(2, 0, 1, 3).flatten(2)
 
     def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
         """[queries, keys], True where a query (row) sees a key (column); the last query stands at the last key."""
         if self.num_visible is None:
-            return causal_lower_right(num_queries, num_keys)  # a kernel may know it without the matrix
+            return causal_lower_right(
+                num_queries, num_keys
+            )  # a kernel may know it without the matrix
         offset = num_keys - num_queries
         seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
         return seen.triu(offset + 1 - self.num_visible)

@@ -23,7 +23,16 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.files import atomic_file, explained, remove, remove_abandoned, temporary_path
-from nemo_kd.mcore.archive import (
+from nemo_kd.mcore.checkpoint_write import save_sharded
+from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
+from nemo_kd.mcore.fingerprint import StoredBytes, safetensors_parts, sample_tensors
+from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.hf_folder import SafetensorsFolder
+from nemo_kd.mcore.hf_model import open_hf_model
+from nemo_kd.mcore.model import chunks
+from nemo_kd.mcore.model_config import check_size, read_model_config, write_model_config
+from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
+from nemo_kd.nemo_archive import (
     CHAT_TEMPLATES,
     MAX_TOP_FILE_BYTES,
     MODEL_CONFIG,
@@ -34,16 +43,7 @@ from nemo_kd.mcore.archive import (
     ArchiveError,
     FolderFiles,
 )
-from nemo_kd.mcore.checkpoint_write import save_sharded
-from nemo_kd.mcore.collective import on_every_rank, on_rank_zero, rank
-from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
-from nemo_kd.mcore.fingerprint import StoredBytes, safetensors_parts, sample_tensors
-from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import SafetensorsFolder
-from nemo_kd.mcore.hf_model import open_hf_model
-from nemo_kd.mcore.model import chunks
-from nemo_kd.mcore.model_config import check_size, read_model_config, write_model_config
-from nemo_kd.mcore.weights import ADAPTERS, load_hf_weights, zero_vocabulary_padding
+from nemo_kd.run.collective import on_every_rank, on_rank_zero, rank
 
 FINGERPRINT_BLOCKS = 16
 FINGERPRINT_BLOCK_BYTES = 1 << 16
@@ -91,12 +91,17 @@ class PretrainedModel:
         self.architecture = read_model_config(config, str(files.root / MODEL_CONFIG))
         self._stored = ShardedFolder(files, f"{WEIGHTS}/")
         if not self._stored.tensors:
-            raise ConfigError(f"{files.root / WEIGHTS}: holds no weights; copy or write the model again")
+            raise ConfigError(
+                f"{files.root / WEIGHTS}: holds no weights; copy or write the model again"
+            )
         self.dtype = functools.reduce(
-            torch.promote_types, {tensor.properties.dtype for tensor in self._stored.tensors.values()}
+            torch.promote_types,
+            {tensor.properties.dtype for tensor in self._stored.tensors.values()},
         )
         smallest = min(tensor.properties.dtype.itemsize for tensor in self._stored.tensors.values())
-        num_bytes = sum(size for name, size in files.sizes.items() if name.startswith(f"{WEIGHTS}/"))
+        num_bytes = sum(
+            size for name, size in files.sizes.items() if name.startswith(f"{WEIGHTS}/")
+        )
         check_size(self.architecture, num_bytes // smallest, str(files.root / MODEL_CONFIG))
 
     @property
@@ -112,7 +117,9 @@ class PretrainedModel:
         `weights` covers every weight file's size and 1 MiB of its bytes; caches of older versions know no other hash.
         """
         architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
-        if self.architecture.num_moe_experts is None:  # a dense model's hash is that of versions without experts
+        if (
+            self.architecture.num_moe_experts is None
+        ):  # a dense model's hash is that of versions without experts
             architecture = {key: value for key, value in architecture.items() if "moe" not in key}
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         sizes = self.files.sizes
@@ -134,7 +141,9 @@ class PretrainedModel:
     def _stored_bytes(self) -> Iterable[StoredBytes]:
         if self.kind == "hf":
             stored = SafetensorsFolder(self.files.root)
-            return safetensors_parts(self.files, sorted({path.name for path in stored.files.values()}))
+            return safetensors_parts(
+                self.files, sorted({path.name for path in stored.files.values()})
+            )
         return self._stored.parts()
 
     def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
@@ -148,7 +157,9 @@ class PretrainedModel:
             return
         wanted = _weights(model)
         stages: list[Any] = [None] * len(groups.replica_ranks)
-        torch.distributed.all_gather_object(stages, {tensor.key for tensor in wanted.values()}, group=groups.replica)
+        torch.distributed.all_gather_object(
+            stages, {tensor.key for tensor in wanted.values()}, group=groups.replica
+        )
         differing = set[str]().union(*stages) ^ set(self._stored.tensors)
         if differing:
             raise ConfigError(
@@ -172,7 +183,9 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
 
     def open_files() -> FolderFiles | Archive:
         if not source.exists():
-            raise ConfigError(f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive")
+            raise ConfigError(
+                f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive"
+            )
         if source.is_dir():
             if not any(_is_there(source / name) for name in ("config.json", MODEL_CONFIG)):
                 raise _not_ours(source, False, key)

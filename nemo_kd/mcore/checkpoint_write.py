@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from nemo_kd.mcore.collective import on_rank_zero, raise_together
 from nemo_kd.mcore.optimizer import sharding_metadata
-from nemo_kd.processes import end_with_parent
+from nemo_kd.run.collective import on_rank_zero, raise_together
+from nemo_kd.run.processes import end_with_parent
 
 BLOCK_BYTES = 1 << 24
 
@@ -153,7 +153,11 @@ class _Strategy(TorchDistSaveShardedStrategy):
             self._start(writer, plan)
 
         def finish() -> dict[str, FileSum]:
-            outcome = self._outcome() if self.in_background else _write(writer, plan, self._planner, folder, False)
+            outcome = (
+                self._outcome()
+                if self.in_background
+                else _write(writer, plan, self._planner, folder, False)
+            )
             return _complete(outcome, writer, metadata, folder)
 
         return _Request(finish)
@@ -185,7 +189,11 @@ class _Strategy(TorchDistSaveShardedStrategy):
         self._planner.snapshot.clear()
         status = self._process.exitcode
         if status:
-            outcome = _Outcome([], {}, ChildProcessError(f"the process that writes it ended with the status {status}"))
+            outcome = _Outcome(
+                [],
+                {},
+                ChildProcessError(f"the process that writes it ended with the status {status}"),
+            )
         return outcome
 
 
@@ -254,14 +262,18 @@ def _global_plan(planner: _Planner, writer: _Writer) -> tuple[SavePlan, Metadata
     return planner.finish_plan(received[0]), metadata
 
 
-def _write(writer: _Writer, plan: SavePlan, planner: _Planner, folder: Path, with_sums: bool) -> _Outcome:
+def _write(
+    writer: _Writer, plan: SavePlan, planner: _Planner, folder: Path, with_sums: bool
+) -> _Outcome:
     """Write this rank's files."""
     if not plan.items:
         return _Outcome([], {}, None)
     try:
         results = writer.write_data(plan, planner).value()
         names = sorted({result.storage_data.relative_path for result in results})
-        return _Outcome(results, {name: file_sum(folder / name) for name in names} if with_sums else {}, None)
+        return _Outcome(
+            results, {name: file_sum(folder / name) for name in names} if with_sums else {}, None
+        )
     except OSError as error:
         return _Outcome([], {}, _naming(error, folder))
     except RuntimeError as error:  # of torch.save, whose file could not be written
@@ -272,7 +284,12 @@ def _write(writer: _Writer, plan: SavePlan, planner: _Planner, folder: Path, wit
 
 
 def _write_and_send(
-    sender: Connection, writer: _Writer, plan: SavePlan, planner: _Planner, folder: Path, parent: int
+    sender: Connection,
+    writer: _Writer,
+    plan: SavePlan,
+    planner: _Planner,
+    folder: Path,
+    parent: int,
 ) -> None:
     """Runs in the forked process: nothing here may touch the GPU, not even to free memory."""
     gc.disable()
@@ -280,7 +297,9 @@ def _write_and_send(
     sender.send(_write(writer, plan, planner, folder, with_sums=True))
 
 
-def _complete(outcome: _Outcome, writer: _Writer, metadata: Metadata | None, folder: Path) -> dict[str, FileSum]:
+def _complete(
+    outcome: _Outcome, writer: _Writer, metadata: Metadata | None, folder: Path
+) -> dict[str, FileSum]:
     """Gather what all ranks wrote; rank 0 writes `.metadata`. Returns the sums of all files."""
     raise_together(outcome.error)
     parts: list[Any] = [None] * torch.distributed.get_world_size()

@@ -70,7 +70,11 @@ class _CudaOnCpu(types.ModuleType):
     """torch.cuda with one device, the CPU; what is not listed is torch.cuda's own."""
 
     # isinstance checks against them sort a tensor by its dtype.
-    FloatTensor, HalfTensor, BFloat16Tensor = torch.FloatTensor, torch.HalfTensor, torch.BFloat16Tensor
+    FloatTensor, HalfTensor, BFloat16Tensor = (
+        torch.FloatTensor,
+        torch.HalfTensor,
+        torch.BFloat16Tensor,
+    )
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.cuda, name)
@@ -129,7 +133,9 @@ def _redirect_random_state() -> None:
     """Megatron keeps one random state a tensor-parallel rank; without CUDA it is the CPU generator's."""
     random = importlib.import_module("megatron.core.tensor_parallel.random")
 
-    def get_state(device: Any = None, clone: bool = False, graph_safe: bool = False) -> torch.Tensor:
+    def get_state(
+        device: Any = None, clone: bool = False, graph_safe: bool = False
+    ) -> torch.Tensor:
         return torch.get_rng_state()
 
     def set_state(new_state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:

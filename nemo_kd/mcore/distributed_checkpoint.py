@@ -20,7 +20,11 @@ from typing import Any, BinaryIO
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
-from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject, ShardedObject, apply_factories
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    apply_factories,
+)
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -31,10 +35,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.archive import Files, FolderFiles
 from nemo_kd.mcore.fingerprint import StoredBytes
 from nemo_kd.mcore.hf_folder import BLOCK_BYTES
 from nemo_kd.mcore.stored_metadata import read_metadata
+from nemo_kd.nemo_archive import Files, FolderFiles
 
 METADATA = ".metadata"
 COMMON = "common.pt"
@@ -87,7 +91,9 @@ def _explained(folder: Path) -> Iterator[None]:
         cause: BaseException = error
         if isinstance(error, CheckpointException) and error.failures:
             cause = next(iter(error.failures.values()))[0]
-        raise ConfigError(f"{folder}: cannot be read ({_reason(cause)}); use another checkpoint") from error
+        raise ConfigError(
+            f"{folder}: cannot be read ({_reason(cause)}); use another checkpoint"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -104,8 +110,13 @@ def _checked(folder: Path) -> Metadata:
         try:
             config = dist_checkpointing.core.maybe_load_config(str(folder))
         except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise ConfigError(f"{folder / CONFIG}: cannot be read ({error}); use another checkpoint") from error
-    if config is not None and (config.sharded_backend, config.common_backend) != ("torch_dist", "torch"):
+            raise ConfigError(
+                f"{folder / CONFIG}: cannot be read ({error}); use another checkpoint"
+            ) from error
+    if config is not None and (config.sharded_backend, config.common_backend) != (
+        "torch_dist",
+        "torch",
+    ):
         raise ConfigError(
             f"{folder / CONFIG}: the format {config.sharded_backend!r} with {config.common_backend!r} is not torch_dist with "
             "torch, which nemo_kd writes; use another checkpoint"
@@ -118,7 +129,9 @@ def _checked(folder: Path) -> Metadata:
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(name):  # torch would unpickle it
+        if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(
+            name
+        ):  # torch would unpickle it
             raise ConfigError(f"{path}: {name} is not a tensor; use another checkpoint")
     return metadata
 
@@ -136,7 +149,15 @@ def load_values(data: bytes, where: str) -> Any:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except (
         *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, NotImplementedError),
-        *(ValueError, TypeError, AttributeError, LookupError, AssertionError, OverflowError, MemoryError),
+        *(
+            ValueError,
+            TypeError,
+            AttributeError,
+            LookupError,
+            AssertionError,
+            OverflowError,
+            MemoryError,
+        ),
     ) as error:
         raise ConfigError(
             f"{where}: cannot be read without running its code ({_reason(error)}); "
@@ -189,17 +210,28 @@ class ShardedFolder:
         except OSError as error:
             raise ConfigError(f"{self.folder / METADATA}: cannot be read ({error})") from error
         entries = metadata.state_dict_metadata.items()
-        self.tensors = {name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)}
-        for file_name in sorted({Path(info.relative_path).name for info in metadata.storage_data.values()}):
+        self.tensors = {
+            name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)
+        }
+        for file_name in sorted(
+            {Path(info.relative_path).name for info in metadata.storage_data.values()}
+        ):
             if prefix + file_name not in self.files.sizes:
-                raise ConfigError(f"{self.folder / file_name}: the file is missing; copy or write the model again")
-        self._stored = {(index.fqn, tuple(index.offset or ())): info for index, info in metadata.storage_data.items()}
+                raise ConfigError(
+                    f"{self.folder / file_name}: the file is missing; copy or write the model again"
+                )
+        self._stored = {
+            (index.fqn, tuple(index.offset or ())): info
+            for index, info in metadata.storage_data.items()
+        }
 
     def parts(self) -> Iterator[StoredBytes]:
         """Yield where every stored part of a tensor lies, for `sample_tensors`."""
         for (name, offsets), info in self._stored.items():
             if name in self.tensors:
-                yield StoredBytes(f"{name} {offsets}", self.prefix + info.relative_path, info.offset, info.length)
+                yield StoredBytes(
+                    f"{name} {offsets}", self.prefix + info.relative_path, info.offset, info.length
+                )
 
     def load(self, state: dict[str, Any]) -> None:
         """Fill the memory of the sharded tensors in `state`, a few megabytes at a time; no communication.
@@ -220,22 +252,38 @@ class ShardedFolder:
                 )
             target = part.data.detach()[(None,) * part.prepend_axis_num]
             for chunk in stored.chunks:
-                both = list(zip(part.global_offset, target.shape, chunk.offsets, chunk.sizes, strict=True))
+                both = list(
+                    zip(part.global_offset, target.shape, chunk.offsets, chunk.sizes, strict=True)
+                )
                 begin = [max(ours, theirs) for ours, _, theirs, _ in both]
-                end = [min(ours + our_size, theirs + their_size) for ours, our_size, theirs, their_size in both]
+                end = [
+                    min(ours + our_size, theirs + their_size)
+                    for ours, our_size, theirs, their_size in both
+                ]
                 if all(first < last for first, last in zip(begin, end, strict=True)):
                     span = zip(begin, end, part.global_offset, strict=True)
-                    into = target[tuple(slice(first - ours, last - ours) for first, last, ours in span)]
-                    offsets = [first - theirs for first, theirs in zip(begin, chunk.offsets, strict=True)]
+                    into = target[
+                        tuple(slice(first - ours, last - ours) for first, last, ours in span)
+                    ]
+                    offsets = [
+                        first - theirs for first, theirs in zip(begin, chunk.offsets, strict=True)
+                    ]
                     self._read(part.key, chunk, stored.properties.dtype, offsets, into)
 
     def _read(
-        self, name: str, chunk: ChunkStorageMetadata, dtype: torch.dtype, offsets: list[int], into: torch.Tensor
+        self,
+        name: str,
+        chunk: ChunkStorageMetadata,
+        dtype: torch.dtype,
+        offsets: list[int],
+        into: torch.Tensor,
     ) -> None:
         """Copy the part of a chunk that starts at `offsets` in it."""
         info = self._stored.get((name, tuple(chunk.offsets)))
         if info is None:
-            raise ConfigError(f"{self.folder}: a part of {name} is missing; copy or write the model again")
+            raise ConfigError(
+                f"{self.folder}: a part of {name} is missing; copy or write the model again"
+            )
         file_name = Path(info.relative_path).name
         path = self.folder / file_name
         sizes = list(chunk.sizes)
@@ -243,7 +291,10 @@ class ShardedFolder:
             sizes, offsets, into = sizes[1:], offsets[1:], into[0]
         row_bytes = math.prod(sizes[1:]) * dtype.itemsize
         block_rows = max(1, BLOCK_BYTES // row_bytes)
-        inner = tuple(slice(first, first + size) for first, size in zip(offsets[1:], into.shape[1:], strict=True))
+        inner = tuple(
+            slice(first, first + size)
+            for first, size in zip(offsets[1:], into.shape[1:], strict=True)
+        )
         try:
             with self.files.open(self.prefix + file_name) as file:
                 start = info.offset + _first_byte(file, info, sizes[0] * row_bytes)
@@ -253,8 +304,17 @@ class ShardedFolder:
                     block = bytearray(file.read(len(target) * row_bytes))
                     rows = torch.frombuffer(block, dtype=dtype).view(len(target), *sizes[1:])
                     target.copy_(rows[(slice(None), *inner)])
-        except (OSError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, OverflowError) as error:
-            raise ConfigError(f"{path}: {name} cannot be read ({error}); copy or write the model again") from error
+        except (
+            OSError,
+            zipfile.BadZipFile,
+            struct.error,
+            RuntimeError,
+            ValueError,
+            OverflowError,
+        ) as error:
+            raise ConfigError(
+                f"{path}: {name} cannot be read ({error}); copy or write the model again"
+            ) from error
 
 
 class _FilePart(io.RawIOBase):
@@ -267,7 +327,9 @@ class _FilePart(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        self.position = (
+            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        )
         return self.position
 
     def readable(self) -> bool:
@@ -285,7 +347,9 @@ def _first_byte(file: BinaryIO, info: Any, num_bytes: int) -> int:
     """Return where the tensor's bytes begin in the part of a file that torch.save wrote: a zip archive of stored entries."""
     part = _FilePart(file, info.offset, info.length)
     with zipfile.ZipFile(part) as archive:
-        entry = next((entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None)
+        entry = next(
+            (entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None
+        )
     if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes:
         raise zipfile.BadZipFile(f"it is not {num_bytes} bytes as torch.save writes them")
     part.seek(entry.header_offset)

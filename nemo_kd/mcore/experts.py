@@ -42,8 +42,12 @@ EXPERT_NAMES = {
     "qwen3_moe": ExpertNames("mlp", "gate_proj", "up_proj", "down_proj"),
 }
 
-_EXPERT = re.compile(r"(?P<layer>.*)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight")
-_GATE, _UP, _DOWN = ({getattr(names, part) for names in EXPERT_NAMES.values()} for part in ("gate", "up", "down"))
+_EXPERT = re.compile(
+    r"(?P<layer>.*)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight"
+)
+_GATE, _UP, _DOWN = (
+    {getattr(names, part) for names in EXPERT_NAMES.values()} for part in ("gate", "up", "down")
+)
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,9 @@ def install_expert_support() -> None:
         moe_utils.te_general_gemm = None  # type: ignore[attr-defined] # used unbound where Transformer Engine is missing
     if torch.cuda.is_available():
         return
-    dispatcher = importlib.import_module("megatron.core.transformer.moe.token_dispatcher").MoEAlltoAllTokenDispatcher
+    dispatcher = importlib.import_module(
+        "megatron.core.transformer.moe.token_dispatcher"
+    ).MoEAlltoAllTokenDispatcher
     dispatcher.cuda_dtoh_stream = "none: the counts are on the CPU"
     dispatcher._maybe_dtoh_and_synchronize = _counts_to_numpy
     mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
@@ -112,7 +118,9 @@ def install_expert_support() -> None:
         setattr(mappings, name, _allow_uneven(getattr(mappings, name), uneven))
 
 
-def _counts_to_numpy(self: Any, point: str, tokens_per_expert: torch.Tensor | None = None) -> torch.Tensor | None:
+def _counts_to_numpy(
+    self: Any, point: str, tokens_per_expert: torch.Tensor | None = None
+) -> torch.Tensor | None:
     """What the dispatcher does with CUDA's counts of tokens while it moves them to the CPU."""
     for name in ("input_splits", "output_splits", "output_splits_tp"):
         counts = getattr(self, name)
@@ -128,7 +136,11 @@ def _allow_uneven(
 
     @functools.wraps(even)
     def either(
-        part: torch.Tensor, group: ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+        part: torch.Tensor,
+        group: ProcessGroup,
+        sizes: list[int] | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         if sizes is None or len(set(sizes)) == 1:
             return even(part, group, sizes, *args, **kwargs)
@@ -145,7 +157,9 @@ def _gather_uneven(part: torch.Tensor, group: ProcessGroup, sizes: list[int]) ->
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
 
-def _reduce_scatter_uneven(whole: torch.Tensor, group: ProcessGroup, sizes: list[int]) -> torch.Tensor:
+def _reduce_scatter_uneven(
+    whole: torch.Tensor, group: ProcessGroup, sizes: list[int]
+) -> torch.Tensor:
     total = whole.clone()
     torch.distributed.all_reduce(total, group=group)
     return total.split(sizes)[group.rank()].clone()

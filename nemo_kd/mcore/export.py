@@ -20,13 +20,13 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.peft import ExportConfig, LoraConfig
 from nemo_kd.files import explained, remove, remove_abandoned, temporary_path
 from nemo_kd.mcore.checkpoint import PretrainedModel, copy_tokenizer, save_nemo, save_provenance
-from nemo_kd.mcore.collective import on_rank_zero, raise_together
 from nemo_kd.mcore.experts import fused_part
 from nemo_kd.mcore.folder_swap import replace_folder, restore_replaced
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks
 from nemo_kd.mcore.weights import Piece, hf_pieces, pieces, whole_shape, whole_tensor
+from nemo_kd.run.collective import on_rank_zero, raise_together
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -49,7 +49,9 @@ def save_model(
             save_hf(hf_folder, model, architecture, tokenizer_folder, groups, provenance)
     if export.hf and export.lora == "adapter" and lora is not None:
         base = str(source.source.absolute())
-        save_adapter(hf_folder, model, lora, architecture, base, tokenizer_folder, groups, provenance)
+        save_adapter(
+            hf_folder, model, lora, architecture, base, tokenizer_folder, groups, provenance
+        )
 
 
 def save_hf(
@@ -74,11 +76,15 @@ def save_hf(
         _finish(temporary, folder, tokenizer_folder, provenance)
 
 
-def _write_hf(temporary: Path, model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
+def _write_hf(
+    temporary: Path, model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups
+) -> None:
     mine = _pieces_to_write(model, architecture, groups)
     files, first_file, num_files = _plan(mine, architecture, groups)
     names = {
-        file: "model.safetensors" if num_files == 1 else f"model-{first_file + number:05}-of-{num_files:05}.safetensors"
+        file: "model.safetensors"
+        if num_files == 1
+        else f"model-{first_file + number:05}-of-{num_files:05}.safetensors"
         for number, file in enumerate(files, 1)
     }
     weight_map: dict[str, str] = {}
@@ -104,10 +110,14 @@ def _write_hf(temporary: Path, model: torch.nn.Module, architecture: GPTArchitec
         if num_files > 1:
             index = {
                 "metadata": {"total_size": sum(size for _, size in parts)},
-                "weight_map": {hf_name: file for part, _ in parts for hf_name, file in part.items()},
+                "weight_map": {
+                    hf_name: file for part, _ in parts for hf_name, file in part.items()
+                },
             }
             _write_json(temporary / "model.safetensors.index.json", index)
-        _write_json(temporary / "config.json", _hf_config(architecture, next(model.parameters()).dtype))
+        _write_json(
+            temporary / "config.json", _hf_config(architecture, next(model.parameters()).dtype)
+        )
 
     on_rank_zero(write_configs)
 
@@ -146,7 +156,9 @@ def save_adapter(
         _finish(temporary, folder, tokenizer_folder, provenance)
 
 
-def _pieces_to_write(model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> dict[str, Piece]:
+def _pieces_to_write(
+    model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups
+) -> dict[str, Piece]:
     """The Hugging Face tensors that this rank's tensor-parallel group writes, each of which one group does."""
     number = groups.data_rank * groups.context_size + groups.context_rank
     has_own_experts = number < chunks(model)[0].config.expert_model_parallel_size
@@ -163,11 +175,17 @@ def _plan(
     """(tensors of every file that this rank writes, number of files that ranks before it write, of all files)."""
     # Views of one storage would count as one tensor; meta tensors have sizes and no storage.
     sizes = {
-        name: torch.empty(whole_shape(piece, architecture, groups.tensor_size), dtype=piece.view.dtype, device="meta")
+        name: torch.empty(
+            whole_shape(piece, architecture, groups.tensor_size),
+            dtype=piece.view.dtype,
+            device="meta",
+        )
         for name, piece in mine.items()
     }
     files = (
-        split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE).filename_to_tensors if sizes else {}
+        split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE).filename_to_tensors
+        if sizes
+        else {}
     )
     counts: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(counts, len(files) if groups.tensor_rank == 0 else 0)
@@ -198,7 +216,9 @@ def _adapter_config(lora: LoraConfig, modules: list[str], base_model: str) -> di
         "lora_alpha": lora.scale * lora.adapter_dim,
         "lora_dropout": lora.adapter_dropout,
         "target_modules": modules,
-        "layers_to_transform": None if lora.layer_selection is None else [n - 1 for n in sorted(lora.layer_selection)],
+        "layers_to_transform": None
+        if lora.layer_selection is None
+        else [n - 1 for n in sorted(lora.layer_selection)],
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -240,7 +260,9 @@ def _new_folder(folder: Path) -> Iterator[Path]:
             raise
 
 
-def _finish(temporary: Path, folder: Path, tokenizer_folder: Path, provenance: dict[str, Any] | None) -> None:
+def _finish(
+    temporary: Path, folder: Path, tokenizer_folder: Path, provenance: dict[str, Any] | None
+) -> None:
     """Add what rank 0 knows and give the folder its name; all ranks have written."""
 
     def name() -> None:

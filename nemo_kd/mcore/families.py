@@ -10,9 +10,19 @@ from nemo_kd.config.model import FAMILIES, MOST_LAYERS, GPTArchitecture, RopeSca
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "mixtral": {"num_key_value_heads": 8, "num_experts": 8, "num_experts_per_tok": 2, "rope_theta": 1e6},
+    "mixtral": {
+        "num_key_value_heads": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "rope_theta": 1e6,
+    },
     "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
     "qwen3_moe": {
         "num_key_value_heads": 4,
         "sliding_window": 4096,
@@ -56,7 +66,9 @@ def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
     hf = {**_DEFAULTS[family], **hf_config}
     for key, allowed in _ONLY.items():
         if hf.get(key, allowed[0]) not in allowed:
-            raise ConfigError(f"config.json: {key} = {_shown(hf[key])} is not supported; supported: {allowed[0]!r}")
+            raise ConfigError(
+                f"config.json: {key} = {_shown(hf[key])} is not supported; supported: {allowed[0]!r}"
+            )
     heads = _integer(hf, "num_attention_heads")
     hidden = _integer(hf, "hidden_size")
     rotary_base, rope_scaling = _rope(hf)
@@ -70,9 +82,13 @@ def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
             vocab_size=_integer(hf, "vocab_size"),
             num_layers=_integer(hf, "num_hidden_layers"),
             hidden_size=hidden,
-            ffn_hidden_size=_integer(hf, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"),
+            ffn_hidden_size=_integer(
+                hf, "moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"
+            ),
             num_attention_heads=heads,
-            num_query_groups=_integer(hf, "num_key_value_heads") if hf.get("num_key_value_heads") else heads,
+            num_query_groups=_integer(hf, "num_key_value_heads")
+            if hf.get("num_key_value_heads")
+            else heads,
             kv_channels=_integer(hf, "head_dim") if hf.get("head_dim") else hidden // heads,
             max_position_embeddings=_integer(hf, "max_position_embeddings"),
             layernorm_epsilon=_number(hf, "rms_norm_eps"),
@@ -91,7 +107,9 @@ def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
         )
     except ConfigError as error:
         text = str(error)
-        raise ConfigError(text if text.startswith("config.json: ") else f"config.json: {text}") from error
+        raise ConfigError(
+            text if text.startswith("config.json: ") else f"config.json: {text}"
+        ) from error
 
 
 def _required(values: dict[str, Any], key: str, inside: str = "") -> Any:
@@ -103,7 +121,9 @@ def _required(values: dict[str, Any], key: str, inside: str = "") -> Any:
 def _integer(values: dict[str, Any], key: str, inside: str = "") -> int:
     value = _required(values, key, inside)
     if type(value) is not int or not 1 <= value <= MOST:
-        raise ConfigError(f"config.json: {inside}{key}: found {_shown(value)}, expected an integer from 1 to {MOST:,}")
+        raise ConfigError(
+            f"config.json: {inside}{key}: found {_shown(value)}, expected an integer from 1 to {MOST:,}"
+        )
     return value
 
 
@@ -111,7 +131,9 @@ def _number(values: dict[str, Any], key: str, inside: str = "") -> float:
     value = _required(values, key, inside)
     # An integer may be too large for a float.
     if type(value) not in (int, float) or not 0 < value < 1e30:
-        raise ConfigError(f"config.json: {inside}{key}: found {_shown(value)}, expected a number above 0")
+        raise ConfigError(
+            f"config.json: {inside}{key}: found {_shown(value)}, expected a number above 0"
+        )
     return float(value)
 
 
@@ -143,7 +165,9 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
             base = _number(values, "rope_theta", inside)
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     if parameters.get("partial_rotary_factor") not in _ONLY["partial_rotary_factor"]:
-        raise ConfigError("config.json: rope_parameters.partial_rotary_factor other than 1 is not supported")
+        raise ConfigError(
+            "config.json: rope_parameters.partial_rotary_factor other than 1 is not supported"
+        )
     if kind == "default":
         return base, None
     if kind != "llama3":
@@ -154,7 +178,9 @@ def _rope(hf: dict[str, Any]) -> tuple[float, RopeScaling | None]:
         factor=_number(parameters, "factor", "rope_scaling."),
         low_freq_factor=_number(parameters, "low_freq_factor", "rope_scaling."),
         high_freq_factor=_number(parameters, "high_freq_factor", "rope_scaling."),
-        original_max_position_embeddings=_integer(parameters, "original_max_position_embeddings", "rope_scaling."),
+        original_max_position_embeddings=_integer(
+            parameters, "original_max_position_embeddings", "rope_scaling."
+        ),
     )
 
 
@@ -166,15 +192,22 @@ def _window(hf: dict[str, Any]) -> tuple[int | None, list[int]]:
     if window is None or (family.startswith("qwen") and not hf.get("use_sliding_window")):
         return None, []
     if family == "llama":
-        raise ConfigError(f"config.json: sliding_window = {window} is not supported for model_type llama")
+        raise ConfigError(
+            f"config.json: sliding_window = {window} is not supported for model_type llama"
+        )
     kinds = hf.get("layer_types")
     if kinds is None and family in ("qwen2", "qwen3"):
         first = _integer(hf, "max_window_layers") if hf["max_window_layers"] else 0
-        kinds = ["sliding_attention" if layer >= first else "full_attention" for layer in range(num_layers)]
+        kinds = [
+            "sliding_attention" if layer >= first else "full_attention"
+            for layer in range(num_layers)
+        ]
     if kinds is None:
         return window, []
     if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
-        raise ConfigError(f"config.json: layer_types: found {_shown(kinds)}, expected a list of names")
+        raise ConfigError(
+            f"config.json: layer_types: found {_shown(kinds)}, expected a list of names"
+        )
     # The others slide in every layer of transformers' models whatever layer_types says.
     known = {"sliding_attention"} | ({"full_attention"} if family in ("qwen2", "qwen3") else set())
     if len(kinds) != num_layers or not set(kinds) <= known:

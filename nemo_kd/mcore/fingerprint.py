@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.archive import Files
+from nemo_kd.nemo_archive import Files
 
 WHOLE_BYTES = 1 << 16
 BLOCK_BYTES = 1 << 13
@@ -52,7 +52,9 @@ def sample_tensors(files: Files, parts: Iterable[StoredBytes]) -> str:
                         )
                     digest.update(block)
         except OSError as error:
-            raise ConfigError(f"{files.root / part.file}: cannot be read ({error.strerror})") from error
+            raise ConfigError(
+                f"{files.root / part.file}: cannot be read ({error.strerror})"
+            ) from error
     return f"sha256:{digest.hexdigest()}"
 
 

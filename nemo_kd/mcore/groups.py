@@ -22,7 +22,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import AUTO_PRECISION, PARALLEL_SIZES, ParallelConfig
 from nemo_kd.config.teacher import TrainerConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
+from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,9 @@ class ProcessGroups:
         return dist.get_rank() == self.writer_rank
 
 
-def init_process_group(num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0) -> None:
+def init_process_group(
+    num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0
+) -> None:
     """Join this process to the others that the launcher started, and bind it to its GPU if there is one.
 
     A process that no launcher started is a world of its own. Only checks the number of ranks where a process group
@@ -146,7 +148,11 @@ def resolve_precision(trainer: TrainerConfig) -> None:
         return
     on_gpu = torch.cuda.is_available()
     trainer.precision = "bf16" if on_gpu else "32"
-    log.info("precision: %s, the default on a %s (trainer.precision)", trainer.precision, "GPU" if on_gpu else "CPU")
+    log.info(
+        "precision: %s, the default on a %s (trainer.precision)",
+        trainer.precision,
+        "GPU" if on_gpu else "CPU",
+    )
 
 
 def _open_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
@@ -159,7 +165,9 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
     if not ranks.is_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
         return None
     if ranks.rank != 0:
-        return dist.TCPStore(LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout)
+        return dist.TCPStore(
+            LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout
+        )
     return listen_on_loopback(ranks.main_port, ranks.size, timeout)
 
 
@@ -249,7 +257,11 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     replicas = _replicas(dist.group.WORLD, tensor_size, pipeline_size, context_size, data_size)
     replica, replica_ranks = replicas[data_rank]
     lanes = parallel.replicas_in_lockstep
-    teams = _joined(dist.group.WORLD, tuple(ranks for _, ranks in replicas), lanes) if lanes > 1 else None
+    teams = (
+        _joined(dist.group.WORLD, tuple(ranks for _, ranks in replicas), lanes)
+        if lanes > 1
+        else None
+    )
     return ProcessGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
@@ -269,13 +281,17 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         lockstep_lanes=lanes,
         lane=data_rank % lanes,
         writer_rank=replica_ranks[-tensor_size * context_size],
-        device=torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu"),
+        device=torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu"),
     )
 
 
 def schedule_groups() -> ProcessGroupCollection:
     """The groups that Megatron's schedules and `finalize_model_grads` take; needs `initialize_model_parallel`."""
-    return ProcessGroupCollection.use_mpu_process_groups(["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"])
+    return ProcessGroupCollection.use_mpu_process_groups(
+        ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
+    )
 
 
 def destroy_model_parallel() -> None:
@@ -305,15 +321,22 @@ def _replicas(
     world: dist.ProcessGroup, tensor: int, pipeline: int, context: int, data: int
 ) -> list[tuple[dist.ProcessGroup, tuple[int, ...]]]:
     """A gloo group and the global ranks, last stage at the end, of every replica; all ranks take part the first time."""
-    ranks = parallel_state.RankGenerator(tensor, 1, data, pipeline, context, RANK_ORDER).get_ranks("tp-cp-pp")
+    ranks = parallel_state.RankGenerator(tensor, 1, data, pipeline, context, RANK_ORDER).get_ranks(
+        "tp-cp-pp"
+    )
     return [(dist.new_group(replica, backend="gloo"), tuple(replica)) for replica in ranks]
 
 
 @functools.lru_cache(maxsize=4)
-def _joined(world: dist.ProcessGroup, replicas: tuple[tuple[int, ...], ...], lanes: int) -> list[dist.ProcessGroup]:
+def _joined(
+    world: dist.ProcessGroup, replicas: tuple[tuple[int, ...], ...], lanes: int
+) -> list[dist.ProcessGroup]:
     """A gloo group of every `lanes` neighbouring replicas; all ranks take part the first time."""
     teams = [replicas[first : first + lanes] for first in range(0, len(replicas), lanes)]
-    return [dist.new_group(sorted(rank for replica in team for rank in replica), backend="gloo") for team in teams]
+    return [
+        dist.new_group(sorted(rank for replica in team for rank in replica), backend="gloo")
+        for team in teams
+    ]
 
 
 def _check_devices(devices: int, accelerator: str) -> bool:

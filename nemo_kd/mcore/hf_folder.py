@@ -22,7 +22,9 @@ BLOCK_BYTES = 4 << 20
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-_NUMBERED = re.compile(r"model\.layers\.(?P<layer>\d{1,9})\.(?:\w+\.experts\.(?P<expert>\d{1,9})\.)?")
+_NUMBERED = re.compile(
+    r"model\.layers\.(?P<layer>\d{1,9})\.(?:\w+\.experts\.(?P<expert>\d{1,9})\.)?"
+)
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"
 
 
@@ -52,13 +54,21 @@ class SafetensorsFolder:
         elif single.exists() or single.is_symlink():
             self.files = dict.fromkeys(_open(single).keys(), single)
         else:
-            pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-            found = f"only {pickled[0]}, a pickle, which can run code when it is loaded" if pickled else "no weights"
+            pickled = sorted(
+                path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+            )
+            found = (
+                f"only {pickled[0]}, a pickle, which can run code when it is loaded"
+                if pickled
+                else "no weights"
+            )
             raise ConfigError(
                 f"{folder}: {found}, and no model.safetensors; load the model with transformers and save it with "
                 "save_pretrained, which writes safetensors"
             )
-        missing = sorted({path for path in self.files.values() if not path.exists() and not path.is_symlink()})
+        missing = sorted(
+            {path for path in self.files.values() if not path.exists() and not path.is_symlink()}
+        )
         if missing:
             raise ConfigError(f"{missing[0]}: the file is missing, though {index.name} lists it")
         self._open_files: dict[Path, safe_open] = {}
@@ -70,7 +80,9 @@ class SafetensorsFolder:
         names = {name: self._slice(name).get_dtype() for name in self.files}
         for name, dtype in names.items():
             if dtype not in _DTYPES:
-                raise ConfigError(f"{self.files[name]}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}")
+                raise ConfigError(
+                    f"{self.files[name]}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}"
+                )
         return functools.reduce(torch.promote_types, {_DTYPES[dtype] for dtype in names.values()})
 
     def read(self, name: str, rows: slice, columns: slice | None = None) -> torch.Tensor:
@@ -98,14 +110,21 @@ class SafetensorsFolder:
 
     def row_bytes(self, name: str) -> int:
         """Bytes in the file from one row of the weight to the next."""
-        return math.prod(self.shape(name)[1:]) * _DTYPES[self._slice(self._place(name).name).get_dtype()].itemsize
+        return (
+            math.prod(self.shape(name)[1:])
+            * _DTYPES[self._slice(self._place(name).name).get_dtype()].itemsize
+        )
 
     def num_layers_and_experts(self) -> tuple[int, int]:
         """Return how many layers the stored names count, and the most experts of a layer."""
         found = [match for name in self.files if (match := _NUMBERED.match(name))]
         layers = {int(match["layer"]) for match in found}
         experts = {int(match["expert"]) for match in found if match["expert"]}
-        fused = [self._slice(name).get_shape()[:1] for name in self.files if name.endswith(".mlp.experts.down_proj")]
+        fused = [
+            self._slice(name).get_shape()[:1]
+            for name in self.files
+            if name.endswith(".mlp.experts.down_proj")
+        ]
         num_experts = max([1 + max(experts, default=-1), *(shape[0] for shape in fused if shape)])
         return 1 + max(layers, default=-1), num_experts
 
@@ -139,17 +158,29 @@ class SafetensorsFolder:
                 stored[place.name] = shape
             else:
                 num_experts = max(place.expert + 1, *stored.get(place.name, (0,))[:1])
-                stored[place.name] = (num_experts, shape[0] if place.half is None else 2 * shape[0], *shape[1:])
+                stored[place.name] = (
+                    num_experts,
+                    shape[0] if place.half is None else 2 * shape[0],
+                    *shape[1:],
+                )
         # Old checkpoints hold the rotary frequencies, which follow from config.json.
-        left_over = {name for name in set(self.files) - set(stored) - optional if not name.endswith(_ROTARY_BUFFER)}
+        left_over = {
+            name
+            for name in set(self.files) - set(stored) - optional
+            if not name.endswith(_ROTARY_BUFFER)
+        }
         missing = set(stored) - set(self.files)
         problems = [f"missing: {_some(missing)}"] if missing else []
         problems += [f"no place for: {_some(left_over)}"] if left_over else []
         for name in stored.keys() & self.files.keys():
             if (found := tuple(self._slice(name).get_shape())) != stored[name]:
-                problems.append(f"{name} has the shape {found}, config.json calls for {stored[name]}")
+                problems.append(
+                    f"{name} has the shape {found}, config.json calls for {stored[name]}"
+                )
         if problems:
-            raise ConfigError(f"{self.folder}: the weights do not fit config.json: {'; '.join(problems[:5])}")
+            raise ConfigError(
+                f"{self.folder}: the weights do not fit config.json: {'; '.join(problems[:5])}"
+            )
 
     def _place(self, name: str) -> _Place:
         fused = fused_part(name)
@@ -165,16 +196,24 @@ class SafetensorsFolder:
         try:
             return self._open_files[path].get_slice(stored_name)
         except SafetensorError as error:
-            raise ConfigError(f"{path}: {stored_name} is missing, though the index lists it there") from error
+            raise ConfigError(
+                f"{path}: {stored_name} is missing, though the index lists it there"
+            ) from error
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     """Return the file of every tensor, by its name; all of them lie in the folder of the index."""
     weight_map = read_json(index, MAX_TOKENIZER_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise ConfigError(f"{index}: weight_map is missing, empty or not an object; copy or download it again")
+        raise ConfigError(
+            f"{index}: weight_map is missing, empty or not an object; copy or download it again"
+        )
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if (
+            not isinstance(file, str)
+            or Path(file).name != file
+            or not file.endswith(".safetensors")
+        ):
             raise ConfigError(
                 f"{index}: weight_map: {name[:100]}: found {str(file)[:100]!r}, expected the name of a .safetensors file in "
                 "this folder"
@@ -187,7 +226,9 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{path}: not a readable safetensors file ({error}); copy or download it again") from error
+        raise ConfigError(
+            f"{path}: not a readable safetensors file ({error}); copy or download it again"
+        ) from error
 
 
 def _some(names: set[str]) -> str:

@@ -26,13 +26,21 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
     try:
         architecture = architecture_from_hf(config)
     except ConfigError as error:
-        raise ConfigError(f"{folder / str(error)}") from error  # the message opens with the file's name
+        raise ConfigError(
+            f"{folder / str(error)}"
+        ) from error  # the message opens with the file's name
     stored = SafetensorsFolder(folder)
     if architecture.share_embeddings_and_output_weights and _has_own_output(stored):
         # transformers 5 uses the stored layer too. Untied in config.json of an export, all its versions do.
-        log.warning("%s: %s differs from the embedding: it is used, although config.json ties both", folder, OUTPUT)
+        log.warning(
+            "%s: %s differs from the embedding: it is used, although config.json ties both",
+            folder,
+            OUTPUT,
+        )
         untied = architecture.hf_config | {"tie_word_embeddings": False}
-        architecture = dataclasses.replace(architecture, share_embeddings_and_output_weights=False, hf_config=untied)
+        architecture = dataclasses.replace(
+            architecture, share_embeddings_and_output_weights=False, hf_config=untied
+        )
     check_hf_weights(stored, architecture)
     return architecture, stored
 

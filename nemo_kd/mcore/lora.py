@@ -54,9 +54,15 @@ class Adapter(torch.nn.Module):
         cut_by_output: which of both it is.
     """
 
-    def __init__(self, weight: Tensor, target: str, lora: LoraConfig, config: TransformerConfig) -> None:
+    def __init__(
+        self, weight: Tensor, target: str, lora: LoraConfig, config: TransformerConfig
+    ) -> None:
         super().__init__()
-        self.cut_by_output, self.scale, self.dropout = target in CUT_BY_OUTPUT, lora.scale, lora.adapter_dropout
+        self.cut_by_output, self.scale, self.dropout = (
+            target in CUT_BY_OUTPUT,
+            lora.scale,
+            lora.adapter_dropout,
+        )
         self.sequence_parallel = config.sequence_parallel
         self.down = torch.nn.Parameter(weight.new_empty(lora.adapter_dim, weight.shape[1]))
         self.up = torch.nn.Parameter(weight.new_empty(weight.shape[0], lora.adapter_dim))
@@ -69,7 +75,9 @@ class Adapter(torch.nn.Module):
         low_SBr = functional.linear(self._drop(x), self.down) * self.scale
         if self.cut_by_output:
             gather = (
-                gather_from_sequence_parallel_region if self.sequence_parallel else copy_to_tensor_model_parallel_region
+                gather_from_sequence_parallel_region
+                if self.sequence_parallel
+                else copy_to_tensor_model_parallel_region
             )
             return functional.linear(gather(low_SBr), self.up)
         add = (
@@ -92,7 +100,9 @@ class Adapter(torch.nn.Module):
             return functional.dropout(x, self.dropout)
 
 
-def add_adapters(model: torch.nn.Module, lora: LoraConfig, seed: int, groups: ProcessGroups) -> None:
+def add_adapters(
+    model: torch.nn.Module, lora: LoraConfig, seed: int, groups: ProcessGroups
+) -> None:
     """Freezes the model and adds adapters to this rank's layers; they begin the same in every layout.
 
     Comes after the weights are loaded and before the gradient buffers are made, which frozen weights have none of.
@@ -146,7 +156,9 @@ def adapter_state(model: torch.nn.Module) -> dict[str, Any]:
     state: dict[str, Any] = {}
     for name, _, adapter in adapters(model):
         cut = {"up": 0} if adapter.cut_by_output else {"down": 1}
-        parts = make_sharded_tensors_for_checkpoint(adapter.state_dict(keep_vars=True), f"{name}.{ADAPTERS}.", cut)
+        parts = make_sharded_tensors_for_checkpoint(
+            adapter.state_dict(keep_vars=True), f"{name}.{ADAPTERS}.", cut
+        )
         if name.endswith(PROJECTIONS["mlp_fc1"]):
             up = f"{name}.{ADAPTERS}.up"
             parts[up] = apply_swiglu_sharded_factory(parts[up], (), False)
@@ -182,7 +194,9 @@ def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | Non
     before, now = before or {}, now or {}
     keys = [key for key in (now or before) if before.get(key) != now.get(key)]
     if keys:
-        differences = [f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in keys]
+        differences = [
+            f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in keys
+        ]
         raise ConfigError(
             f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was "
             "trained with to go on, or another exp_manager.explicit_log_dir to begin anew"
@@ -194,7 +208,9 @@ def _layers(model: torch.nn.Module) -> Iterator[Any]:
 
 
 def _adding(adapter: Adapter) -> Any:
-    def hook(_: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]) -> tuple[Tensor, Any]:
+    def hook(
+        _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any]:
         projected, bias = outputs
         return projected + adapter(inputs[0]), bias
 
@@ -202,12 +218,20 @@ def _adding(adapter: Adapter) -> Any:
 
 
 def _wanting_gradient(_: torch.nn.Module, __: Any, embedded: Tensor) -> Tensor:
-    return embedded.requires_grad_() if torch.is_grad_enabled() and not embedded.requires_grad else embedded
+    return (
+        embedded.requires_grad_()
+        if torch.is_grad_enabled() and not embedded.requires_grad
+        else embedded
+    )
 
 
-def _initialize(adapter: Adapter, target: str, lora: LoraConfig, key: str, groups: ProcessGroups) -> None:
+def _initialize(
+    adapter: Adapter, target: str, lora: LoraConfig, key: str, groups: ProcessGroups
+) -> None:
     """Draws the whole matrices from a generator of their own and keeps this rank's parts."""
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(
+        int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
+    )
     rank, size = groups.tensor_rank, groups.tensor_size
     for side, method in (("down", lora.column_init_method), ("up", lora.row_init_method)):
         parameter: Tensor = getattr(adapter, side)
@@ -227,7 +251,9 @@ def _initialize(adapter: Adapter, target: str, lora: LoraConfig, key: str, group
 _INIT = {
     "xavier": lambda tensor, generator: torch.nn.init.xavier_normal_(tensor, generator=generator),
     "normal": lambda tensor, generator: torch.nn.init.normal_(tensor, std=0.2, generator=generator),
-    "kaiming": lambda tensor, generator: torch.nn.init.kaiming_uniform_(tensor, a=5**0.5, generator=generator),
+    "kaiming": lambda tensor, generator: torch.nn.init.kaiming_uniform_(
+        tensor, a=5**0.5, generator=generator
+    ),
     "zero": lambda tensor, generator: tensor.zero_(),
 }
 """As NeMo's adapters begin, kaiming as the peft library's."""

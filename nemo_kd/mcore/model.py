@@ -33,8 +33,14 @@ def use_transformer_engine(choice: str) -> bool:
     """
     available = HAVE_TE and torch.cuda.is_available()
     if choice == "on" and not available:
-        missing = "is not installed (pip install 'nemo_kd[gpu]')" if not HAVE_TE else "needs a GPU and torch finds none"
-        raise ConfigError(f"model.transformer_engine: on, but Transformer Engine {missing}; use auto or off")
+        missing = (
+            "is not installed (pip install 'nemo_kd[gpu]')"
+            if not HAVE_TE
+            else "needs a GPU and torch finds none"
+        )
+        raise ConfigError(
+            f"model.transformer_engine: on, but Transformer Engine {missing}; use auto or off"
+        )
     return available and choice != "off"
 
 
@@ -149,13 +155,19 @@ def build_gpt_model(
         install_expert_support()
     model = GPTModel(
         config,
-        _transformer_engine_block(config, own_norms) if transformer_engine else _torch_block(config),
+        _transformer_engine_block(config, own_norms)
+        if transformer_engine
+        else _torch_block(config),
         vocab_size=padded_vocab_size(
             architecture.vocab_size, make_vocab_size_divisible_by, config.tensor_model_parallel_size
         ),
         max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk),
-        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+        pre_process=parallel_state.is_pipeline_first_stage(
+            ignore_virtual=chunk is None, vp_stage=chunk
+        ),
+        post_process=parallel_state.is_pipeline_last_stage(
+            ignore_virtual=chunk is None, vp_stage=chunk
+        ),
         parallel_output=True,
         share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
         position_embedding_type="rope",
@@ -178,7 +190,9 @@ def build_gpt_model(
 
 def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     layer = get_gpt_layer_local_spec(
-        num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm, normalization="RMSNorm"
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization="RMSNorm",
     )
     if config.num_moe_experts is not None:
         # As with Transformer Engine, whose experts have no norm in them: archives of both are the same.
@@ -191,7 +205,9 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     return _block(config, layer, RMSNorm)
 
 
-def _transformer_engine_block(config: TransformerConfig, own_norms: bool) -> TransformerBlockSubmodules:
+def _transformer_engine_block(
+    config: TransformerConfig, own_norms: bool
+) -> TransformerBlockSubmodules:
     # Importable only where Transformer Engine is.
     from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
 
@@ -200,16 +216,26 @@ def _transformer_engine_block(config: TransformerConfig, own_norms: bool) -> Tra
     )
     if own_norms:
         parts = layer.submodules
-        parts.input_layernorm, parts.self_attention.submodules.linear_qkv = TENorm, TEColumnParallelLinear
+        parts.input_layernorm, parts.self_attention.submodules.linear_qkv = (
+            TENorm,
+            TEColumnParallelLinear,
+        )
         # Archives are the same with and without.
-        parts.sharded_state_dict_keys_map = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+        parts.sharded_state_dict_keys_map = {
+            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
+        }
         if config.num_moe_experts is None:
-            parts.pre_mlp_layernorm, parts.mlp.submodules.linear_fc1 = TENorm, TEColumnParallelLinear
+            parts.pre_mlp_layernorm, parts.mlp.submodules.linear_fc1 = (
+                TENorm,
+                TEColumnParallelLinear,
+            )
             parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     return _block(config, layer, TENorm)
 
 
 def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
-    num_chunks = config.pipeline_model_parallel_size * (config.virtual_pipeline_model_parallel_size or 1)
+    num_chunks = config.pipeline_model_parallel_size * (
+        config.virtual_pipeline_model_parallel_size or 1
+    )
     num_layers = config.num_layers // num_chunks
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -13,7 +13,14 @@ from nemo_kd.config.model import GPTArchitecture, RopeScaling
 
 FORMAT_VERSION = 1
 SIZES = (
-    *("vocab_size", "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"),
+    *(
+        "vocab_size",
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+    ),
     *("kv_channels", "max_position_embeddings", "num_moe_experts", "window_size"),
 )
 MAX_DEPTH = 32
@@ -42,21 +49,29 @@ def read_model_config(data: bytes, where: str) -> GPTArchitecture:
         config = yaml.load(data.decode("utf-8"), _PlainLoader)
     # A date or a number that Python cannot hold is a ValueError or an OverflowError.
     except (yaml.YAMLError, ValueError, OverflowError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML ({' '.join(str(error).split())[:300]})") from error
+        raise ConfigError(
+            f"{where}: not valid YAML ({' '.join(str(error).split())[:300]})"
+        ) from error
     version = config.pop("format_version", None) if isinstance(config, dict) else None
     if not isinstance(version, int) or version != FORMAT_VERSION:
         raise ConfigError(
             f"{where}: format_version is {_shown(version)}, so another tool wrote it (nemo_kd writes {FORMAT_VERSION}); "
             "convert the model to Hugging Face with that tool, then with convert_checkpoint"
         )
-    hf_config = config.pop("hf_config", {})  # config.json of another model: it is kept and may hold anything
+    hf_config = config.pop(
+        "hf_config", {}
+    )  # config.json of another model: it is kept and may hold anything
     if not isinstance(hf_config, dict):
-        raise ConfigError(f"{where}: hf_config is {_shown(hf_config)}, not a mapping; write the archive again")
+        raise ConfigError(
+            f"{where}: hf_config is {_shown(hf_config)}, not a mapping; write the archive again"
+        )
     known = [field.name for field in dataclasses.fields(GPTArchitecture)]
     _check_mapping(config, known, where)
     for key in SIZES:
         if isinstance(config.get(key), int) and config[key] < 1:
-            raise ConfigError(f"{where}: {key} is {config[key]} and must be at least 1; write the archive again")
+            raise ConfigError(
+                f"{where}: {key} is {config[key]} and must be at least 1; write the archive again"
+            )
     try:
         architecture = typed(GPTArchitecture, DictConfig(config))
     except ConfigError as error:
@@ -96,11 +111,17 @@ def _check_mapping(config: dict[Any, Any], known: list[str], where: str) -> None
             continue
         parts = value if isinstance(value, list) else [value]
         if len(parts) > MAX_LIST_LENGTH:
-            raise ConfigError(f"{where}: {key} has {len(parts):,} entries, more than any model has layers")
+            raise ConfigError(
+                f"{where}: {key} has {len(parts):,} entries, more than any model has layers"
+            )
         for part in parts:
-            is_plain = isinstance(part, str | int | float | None) and not (isinstance(part, str) and "${" in part)
+            is_plain = isinstance(part, str | int | float | None) and not (
+                isinstance(part, str) and "${" in part
+            )
             if not is_plain:
-                raise ConfigError(f"{where}: {key}: {_shown(part)} is not a plain value; write the archive again")
+                raise ConfigError(
+                    f"{where}: {key}: {_shown(part)} is not a plain value; write the archive again"
+                )
 
 
 def _shown(value: Any) -> str:
@@ -118,7 +139,9 @@ class _PlainLoader(yaml.SafeLoader):
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"an alias (*{self.peek_event().anchor}), which nemo_kd does not write")
+            raise yaml.YAMLError(
+                f"an alias (*{self.peek_event().anchor}), which nemo_kd does not write"
+            )
         if self.depth == MAX_DEPTH:
             raise yaml.YAMLError(f"it is nested more than {MAX_DEPTH} deep")
         self.depth += 1

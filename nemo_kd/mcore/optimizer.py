@@ -7,7 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -59,7 +63,8 @@ def wrap_for_training(
     )
     # Of the chunks but the first one Megatron reduces all gradients at a time.
     wrapped = [
-        DistributedDataParallel(config, buffers, chunk, number > 0) for number, chunk in enumerate(chunks(model))
+        DistributedDataParallel(config, buffers, chunk, number > 0)
+        for number, chunk in enumerate(chunks(model))
     ]
     for ddp in wrapped:
         ddp.broadcast_params()
@@ -76,7 +81,9 @@ def release(model: torch.nn.Module) -> None:
     """Ends its training. Megatron's hooks on autograd's nodes close a circle, through C++, that would keep the weights for ever."""
     for ddp in chunks(model):
         ddp.grad_accs.clear()
-        ddp.config.grad_scale_func = None  # the optimizer's, whose shards of float32 weights are views with such nodes
+        ddp.config.grad_scale_func = (
+            None  # the optimizer's, whose shards of float32 weights are views with such nodes
+        )
     for parameter in model.parameters():
         if hasattr(parameter, "main_param"):
             del parameter.main_param
@@ -97,7 +104,9 @@ class ModelOptimizer(torch.optim.Optimizer):
         skipped: whether the last step changed nothing, as its loss or gradient was not finite; the same on all ranks.
     """
 
-    def __init__(self, model: torch.nn.Module, optim: OptimConfig, gradient_clip_val: float | None) -> None:
+    def __init__(
+        self, model: torch.nn.Module, optim: OptimConfig, gradient_clip_val: float | None
+    ) -> None:
         self.chunks = list(chunks(model))
         config = self.chunks[0].config
         self.megatron: MegatronOptimizer = get_megatron_optimizer(
@@ -159,13 +168,19 @@ class ModelOptimizer(torch.optim.Optimizer):
             megatron.step_with_ready_grads()
         return result
 
-    def sharded_state_dict(self, model_state: dict[str, Any], is_loading: bool = False) -> dict[str, Any]:
+    def sharded_state_dict(
+        self, model_state: dict[str, Any], is_loading: bool = False
+    ) -> dict[str, Any]:
         """The optimizer's part of a distributed checkpoint; every rank takes part."""
-        return self.megatron.sharded_state_dict(model_state, is_loading=is_loading, metadata=sharding_metadata())
+        return self.megatron.sharded_state_dict(
+            model_state, is_loading=is_loading, metadata=sharding_metadata()
+        )
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from a checkpoint's moments, with the weight decay and decay rates of now."""
-        chosen = [{name: group[name] for name in CHOSEN if name in group} for group in self.param_groups]
+        chosen = [
+            {name: group[name] for name in CHOSEN if name in group} for group in self.param_groups
+        ]
         with torch.no_grad():
             self.megatron.load_state_dict(state)
         for group, values in zip(self.param_groups, chosen, strict=True):
@@ -194,12 +209,17 @@ def _support_torch_adam(optimizer: Any) -> None:
             state = inner.state[parameter]
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"], state["exp_avg_sq"] = (
+                    torch.zeros_like(parameter),
+                    torch.zeros_like(parameter),
+                )
     if not isinstance(optimizer, DistributedOptimizer):
         return
     set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
 
-    def set_states_with_step(model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]) -> None:
+    def set_states_with_step(
+        model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
+    ) -> None:
         group, position = optimizer.model_param_group_index_map[model_param]
         state = inner.state[inner.param_groups[group]["params"][position]]
         set_states(model_param, {**tensors, "step": state["step"]})

@@ -16,7 +16,10 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
@@ -34,7 +37,12 @@ Shape = tuple[int, int, int]
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Logits [B, S, v] of this rank's vocabulary columns, padding columns included."""
     gpt: GPTModel = getattr(model, "module", model)
-    return model(batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=_packed_seq_params(gpt, batch))
+    return model(
+        batch.tokens_BS,
+        batch.position_ids_BS,
+        None,
+        packed_seq_params=_packed_seq_params(gpt, batch),
+    )
 
 
 def run_batch(model: MegatronModule, batch: Batch, groups: ProcessGroups) -> torch.Tensor | None:
@@ -58,7 +66,9 @@ def run_batch(model: MegatronModule, batch: Batch, groups: ProcessGroups) -> tor
     return hidden_SBH if groups.is_last_stage else None
 
 
-def loss_positions(batch: Batch, groups: ProcessGroups, every: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_positions(
+    batch: Batch, groups: ProcessGroups, every: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The positions of this context-parallel rank that teacher rows are wanted for.
 
     On a GPU it waits for it: better called with the batch as it is on the CPU.
@@ -77,7 +87,9 @@ def loss_positions(batch: Batch, groups: ProcessGroups, every: bool = False) -> 
     elif every:
         wanted_BS = (batch.indices_B >= 0)[:, None].expand_as(wanted_BS)
     num_positions = wanted_BS.shape[1]
-    columns_s = context_positions(num_positions, groups.context_rank, groups.context_size).to(wanted_BS.device)
+    columns_s = context_positions(num_positions, groups.context_rank, groups.context_size).to(
+        wanted_BS.device
+    )
     rows_N, local_N = wanted_BS[:, columns_s].nonzero(as_tuple=True)
     return rows_N * len(columns_s) + local_N, rows_N * num_positions + columns_s[local_N]
 
@@ -118,7 +130,9 @@ def project(gpt: GPTModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
     return logits_SBv.transpose(0, 1).contiguous()
 
 
-def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel) -> torch.Tensor:
+def hidden_at(
+    hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel
+) -> torch.Tensor:
     """Hidden states [N, H] at positions b * S + s, whose gradients are summed over the tensor-parallel ranks.
 
     With sequence parallelism all tensor-parallel ranks take part, and each gets the whole of S for the moment.
@@ -127,11 +141,18 @@ def hidden_at(hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: i
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
     length = len(hidden_SBH)
     hidden_NH = hidden_SBH.flatten(0, 1)[positions_N % length * batch_size + positions_N // length]
-    return hidden_NH if gpt.config.sequence_parallel else copy_to_tensor_model_parallel_region(hidden_NH)
+    return (
+        hidden_NH
+        if gpt.config.sequence_parallel
+        else copy_to_tensor_model_parallel_region(hidden_NH)
+    )
 
 
 def forward_backward(
-    model: torch.nn.Module, micro_batches: Sequence[Batch], loss_function: LossFunction, forward_only: bool = False
+    model: torch.nn.Module,
+    micro_batches: Sequence[Batch],
+    loss_function: LossFunction,
+    forward_only: bool = False,
 ) -> torch.Tensor | None:
     """Runs all micro-batches through the pipeline, one forward and one backward step at a time.
 
@@ -148,24 +169,33 @@ def forward_backward(
     gpt: GPTModel = getattr(parts[-1], "module", parts[-1])
     device = next(gpt.parameters()).device
 
-    def step(micro_batches: Iterator[Batch], model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    def step(
+        micro_batches: Iterator[Batch], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(micro_batches)
         # Megatron asks none but the last part of the model for a loss.
-        batch = (batch if getattr(model, "module", model).post_process else batch.without_teacher()).to(device)
+        batch = (
+            batch if getattr(model, "module", model).post_process else batch.without_teacher()
+        ).to(device)
         return hidden_states(model, batch), lambda hidden: _loss(loss_function, hidden, batch)
 
     model.train(not forward_only)
     groups = schedule_groups()
     stages: P2PCommunicator
     if len(parts) == 1:
-        stages = _Stages(groups.pp, gpt.config, [_stage_shape(gpt, batch) for batch in micro_batches])
+        stages = _Stages(
+            groups.pp, gpt.config, [_stage_shape(gpt, batch) for batch in micro_batches]
+        )
     else:
         # Here it is Megatron that tells shapes, tensor by tensor. Its configuration refuses that with experts, needlessly.
         config = copy.copy(gpt.config)
         config.variable_seq_lengths = True
         stages = P2PCommunicator(groups.pp, config)
         # Interleaved stages take as many at a time as there are stages.
-        micro_batches = [*micro_batches, *[_without_loss(micro_batches)] * (-len(micro_batches) % groups.pp.size())]
+        micro_batches = [
+            *micro_batches,
+            *[_without_loss(micro_batches)] * (-len(micro_batches) % groups.pp.size()),
+        ]
     iterators = [iter(micro_batches) for _ in parts]
     reports = get_forward_backward_func()(
         forward_step_func=step,
@@ -190,7 +220,10 @@ class _Stages(P2PCommunicator):
     """
 
     def __init__(
-        self, group: torch.distributed.ProcessGroup, config: TransformerConfig, shapes: Sequence[Shape]
+        self,
+        group: torch.distributed.ProcessGroup,
+        config: TransformerConfig,
+        shapes: Sequence[Shape],
     ) -> None:
         super().__init__(group, config)
         self._forward, self._backward = iter(shapes), iter(shapes)
@@ -201,11 +234,19 @@ class _Stages(P2PCommunicator):
     def recv_backward(self, tensor_shapes: Any, is_last_stage: bool) -> Any:
         return super().recv_backward([next(self._backward)], is_last_stage)
 
-    def send_forward_recv_backward(self, output_tensors: Any, tensor_shapes: Any, is_last_stage: bool) -> Any:
-        return super().send_forward_recv_backward(output_tensors, [next(self._backward)], is_last_stage)
+    def send_forward_recv_backward(
+        self, output_tensors: Any, tensor_shapes: Any, is_last_stage: bool
+    ) -> Any:
+        return super().send_forward_recv_backward(
+            output_tensors, [next(self._backward)], is_last_stage
+        )
 
-    def send_backward_recv_forward(self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool) -> Any:
-        return super().send_backward_recv_forward(input_tensor_grads, [next(self._forward)], is_first_stage)
+    def send_backward_recv_forward(
+        self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool
+    ) -> Any:
+        return super().send_backward_recv_forward(
+            input_tensor_grads, [next(self._forward)], is_first_stage
+        )
 
 
 def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
@@ -229,9 +270,15 @@ def _context_part(batch: Batch, groups: ProcessGroups) -> Batch:
     if groups.context_size == 1:
         return batch
     assert batch.cu_seqlens is None, "packed sequences are not shared among context-parallel ranks"
-    columns_s = context_positions(batch.tokens_BS.shape[1], groups.context_rank, groups.context_size)
+    columns_s = context_positions(
+        batch.tokens_BS.shape[1], groups.context_rank, groups.context_size
+    )
     columns_s = columns_s.to(batch.tokens_BS.device)
-    return replace(batch, tokens_BS=batch.tokens_BS[:, columns_s], position_ids_BS=batch.position_ids_BS[:, columns_s])
+    return replace(
+        batch,
+        tokens_BS=batch.tokens_BS[:, columns_s],
+        position_ids_BS=batch.position_ids_BS[:, columns_s],
+    )
 
 
 def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
@@ -239,11 +286,17 @@ def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
         return None
     bounds = batch.cu_seqlens
     if not isinstance(gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention):
-        bounds = bounds.to(batch.tokens_BS.device)  # Transformer Engine reads it there; ours must not wait for the GPU
+        bounds = bounds.to(
+            batch.tokens_BS.device
+        )  # Transformer Engine reads it there; ours must not wait for the GPU
     # The exact length: Megatron takes rotary frequencies of the length of the whole row for those of its positions.
     longest = int(batch.cu_seqlens.diff().max())
     return PackedSeqParams(
-        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
     )
 
 

@@ -40,13 +40,26 @@ _HARMLESS = {
         "TensorStorageMetadata",
         "_MEM_FORMAT_ENCODING",
     },
-    "torch.distributed.checkpoint.planner": {"SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"},
+    "torch.distributed.checkpoint.planner": {
+        "SavePlan",
+        "TensorWriteData",
+        "WriteItem",
+        "WriteItemType",
+    },
 }
 """The classes and functions that the pickle is made of, dtypes apart; none of them does more than hold values."""
 
 _ATOMS = {
     *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT"),
-    *("SHORT_BINUNICODE", "BINUNICODE", "EMPTY_TUPLE", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "GLOBAL"),
+    *(
+        "SHORT_BINUNICODE",
+        "BINUNICODE",
+        "EMPTY_TUPLE",
+        "EMPTY_DICT",
+        "EMPTY_LIST",
+        "EMPTY_SET",
+        "GLOBAL",
+    ),
 }
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 _MARKED = {"TUPLE", "APPENDS", "SETITEMS", "ADDITEMS"}
@@ -65,10 +78,21 @@ def read_metadata(file: BinaryIO, where: str) -> Metadata:
         _check_opcodes(data)
         metadata = _MetadataUnpickler(io.BytesIO(data)).load()
         _check_values(metadata)
-    except (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ConfigError(f"{where}: not the metadata of a distributed checkpoint ({str(error)[:300]})") from error
+    except (
+        pickle.UnpicklingError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
+        raise ConfigError(
+            f"{where}: not the metadata of a distributed checkpoint ({str(error)[:300]})"
+        ) from error
     except (RuntimeError, OverflowError, MemoryError) as error:
-        raise ConfigError(f"{where}: not the metadata of a distributed checkpoint ({type(error).__name__})") from error
+        raise ConfigError(
+            f"{where}: not the metadata of a distributed checkpoint ({type(error).__name__})"
+        ) from error
     return metadata
 
 
@@ -146,19 +170,27 @@ def _check_values(metadata: Any) -> None:
     if not isinstance(metadata, Metadata):
         raise TypeError(type(metadata).__name__)
     for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata | BytesStorageMetadata):
+        if not isinstance(name, str) or not isinstance(
+            entry, TensorStorageMetadata | BytesStorageMetadata
+        ):
             raise TypeError(f"an entry is a {type(entry).__name__}")
         if isinstance(entry, BytesStorageMetadata):
-            if vars(entry):  # a size would make Megatron take it for a tensor, which torch then unpickles
-                raise TypeError(f"{name} is not a tensor but has {', '.join(map(str, vars(entry)))}")
+            if vars(
+                entry
+            ):  # a size would make Megatron take it for a tensor, which torch then unpickles
+                raise TypeError(
+                    f"{name} is not a tensor but has {', '.join(map(str, vars(entry)))}"
+                )
             continue
-        if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(entry.size, torch.Size):
+        if not isinstance(entry.properties.dtype, torch.dtype) or not isinstance(
+            entry.size, torch.Size
+        ):
             raise TypeError(f"{name} has no dtype or size")
         num_stored = 0
         for chunk in entry.chunks:
-            if not isinstance(chunk, ChunkStorageMetadata) or not len(chunk.sizes) == len(chunk.offsets) == len(
-                entry.size
-            ):
+            if not isinstance(chunk, ChunkStorageMetadata) or not len(chunk.sizes) == len(
+                chunk.offsets
+            ) == len(entry.size):
                 raise ValueError(f"{name} has chunks of another rank than its own")
             for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
                 if not 0 <= offset <= offset + size <= whole or size < 0:
@@ -172,7 +204,11 @@ def _check_values(metadata: Any) -> None:
             raise ValueError(f"{index.fqn} lies nowhere in a file")
         if not isinstance(info.relative_path, str) or not isinstance(index.fqn, str):
             raise TypeError("a file has no name")
-        if info.relative_path in ("", ".", "..") or "/" in info.relative_path or "\0" in info.relative_path:
+        if (
+            info.relative_path in ("", ".", "..")
+            or "/" in info.relative_path
+            or "\0" in info.relative_path
+        ):
             raise ValueError(f"{index.fqn} lies in {info.relative_path!r}, outside of the folder")
         if info.transform_descriptors:
             raise ValueError(f"{index.fqn} is stored as {info.transform_descriptors!r}")

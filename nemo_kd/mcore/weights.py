@@ -59,7 +59,9 @@ class Piece:
     cut_dim: int | None
 
 
-def load_hf_weights(model: torch.nn.Module, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
+def load_hf_weights(
+    model: torch.nn.Module, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups
+) -> None:
     """Fills this rank's weights from a Hugging Face folder; vocabulary padding becomes zero. No communication.
 
     Reads what this rank holds, block by block, into the weights: memory for a few blocks is needed beside them.
@@ -102,7 +104,10 @@ def check_hf_weights(stored: SafetensorsFolder, architecture: GPTArchitecture) -
             raise ConfigError(
                 f"{stored.folder}: the weights do not fit config.json: {key} is {asked:,} there, the weights have {found:,}"
             )
-    stored.check(hf_shapes(architecture), {OUTPUT} if architecture.share_embeddings_and_output_weights else set())
+    stored.check(
+        hf_shapes(architecture),
+        {OUTPUT} if architecture.share_embeddings_and_output_weights else set(),
+    )
 
 
 def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
@@ -122,7 +127,9 @@ def whole_shape(piece: Piece, architecture: GPTArchitecture, tensor_size: int) -
     return shape
 
 
-def whole_tensor(piece: Piece, architecture: GPTArchitecture, groups: ProcessGroups) -> torch.Tensor:
+def whole_tensor(
+    piece: Piece, architecture: GPTArchitecture, groups: ProcessGroups
+) -> torch.Tensor:
     """The Hugging Face tensor that a piece is of, on its device; all ranks of the tensor-parallel group take part.
 
     Vocabulary padding is cut off.
@@ -137,7 +144,11 @@ def whole_tensor(piece: Piece, architecture: GPTArchitecture, groups: ProcessGro
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor of the Hugging Face model."""
-    hidden, ffn, width = architecture.hidden_size, architecture.ffn_hidden_size, architecture.kv_channels
+    hidden, ffn, width = (
+        architecture.hidden_size,
+        architecture.ffn_hidden_size,
+        architecture.kv_channels,
+    )
     query, key = architecture.num_attention_heads * width, architecture.num_query_groups * width
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
@@ -157,10 +168,16 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
             layer |= {names.weight(expert, part): (ffn, hidden) for part in (names.gate, names.up)}
             layer[names.weight(expert, names.down)] = (hidden, ffn)
     if architecture.add_qkv_bias:
-        layer |= {"self_attn.q_proj.bias": (query,), "self_attn.k_proj.bias": (key,), "self_attn.v_proj.bias": (key,)}
+        layer |= {
+            "self_attn.q_proj.bias": (query,),
+            "self_attn.k_proj.bias": (key,),
+            "self_attn.v_proj.bias": (key,),
+        }
     if architecture.qk_layernorm:
         layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (architecture.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (architecture.vocab_size, hidden)
+    }
     for number in range(architecture.num_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
@@ -169,7 +186,9 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def zero_vocabulary_padding(model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups) -> None:
+def zero_vocabulary_padding(
+    model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups
+) -> None:
     """Clears the rows of embedding and output layer that stand for no token."""
     for name, weight in _weights(model):
         if name in _VOCABULARY:
@@ -208,7 +227,9 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
     _, _, layer, inner = name.split(".", 3)
     prefix = f"model.layers.{layer}."
     if inner in _SAME:
-        cut_dim = None if "norm" in inner else 1  # attention output and down projection are cut by input
+        cut_dim = (
+            None if "norm" in inner else 1
+        )  # attention output and down projection are cut by input
         return [Piece(prefix + _SAME[inner], weight[None], cut_dim)]
     if inner.startswith("self_attention.linear_qkv."):
         kind = inner.removeprefix("self_attention.linear_qkv.")
@@ -216,7 +237,10 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
         num_queries = architecture.num_attention_heads // architecture.num_query_groups
         per_group = weight.unflatten(0, (-1, (num_queries + 2) * width))
         parts = per_group.split([num_queries * width, width, width], dim=1)
-        return [Piece(f"{prefix}self_attn.{q}_proj.{kind}", part, 0) for q, part in zip("qkv", parts, strict=True)]
+        return [
+            Piece(f"{prefix}self_attn.{q}_proj.{kind}", part, 0)
+            for q, part in zip("qkv", parts, strict=True)
+        ]
     if inner == "mlp.linear_fc1.weight":
         return _gate_and_up(weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
     names = EXPERT_NAMES[architecture.family]
@@ -226,7 +250,9 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
     if kind == "linear_fc2.weight":
         return [Piece(prefix + names.weight(expert, names.down), weight[None], 1)]
     assert kind == "linear_fc1.weight", name
-    return _gate_and_up(weight, prefix + names.weight(expert, names.gate), prefix + names.weight(expert, names.up))
+    return _gate_and_up(
+        weight, prefix + names.weight(expert, names.gate), prefix + names.weight(expert, names.up)
+    )
 
 
 def _gate_and_up(weight: torch.Tensor, gate: str, up: str) -> list[Piece]:
@@ -246,6 +272,10 @@ def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> Non
     for number, part in enumerate(piece.view):
         for start in range(0, num_rows, block_rows):
             first = first_row + number * num_rows + start
-            last = min(first + min(block_rows, num_rows - start), num_stored)  # padding rows are not stored
+            last = min(
+                first + min(block_rows, num_rows - start), num_stored
+            )  # padding rows are not stored
             if first < last:
-                part[start : start + last - first].copy_(stored.read(piece.hf_name, slice(first, last), columns))
+                part[start : start + last - first].copy_(
+                    stored.read(piece.hf_name, slice(first, last), columns)
+                )

@@ -17,7 +17,14 @@ from nemo_kd.ops.objectives import forward_kl
 from nemo_kd.ops.student_logits import StudentLogits
 from nemo_kd.ops.token_losses import Divergence, TeacherRows, entries_of
 
-COMPARED = ("teacher_mass", "student_mass", "top1_agreement", "teacher_kl", "teacher_entropy", "student_entropy")
+COMPARED = (
+    "teacher_mass",
+    "student_mass",
+    "top1_agreement",
+    "teacher_kl",
+    "teacher_entropy",
+    "student_entropy",
+)
 """Probability that the teacher has, and that the student has, inside the kept ids; whether both rank the same token first;
 KL(teacher || student) and entropies in nats."""
 
@@ -28,7 +35,9 @@ def compare(student: StudentLogits, teacher: TeacherRows, vocab_size: int) -> Te
     num_used_N = (teacher.topk_token_ids_NK >= 0).sum(dim=-1)
     known_N = num_used_N > 0
     at_1 = replace(teacher, tail_mass_N=teacher.unscaled_tail_mass_N)
-    entries = entries_of(student, at_1, Divergence(), num_used_N == vocab_size, slice(None), scale_index=0)
+    entries = entries_of(
+        student, at_1, Divergence(), num_used_N == vocab_size, slice(None), scale_index=0
+    )
     columns = [
         known_N,
         1 - entries.p_NE[:, -1],
@@ -38,4 +47,6 @@ def compare(student: StudentLogits, teacher: TeacherRows, vocab_size: int) -> Te
         torch.special.entr(entries.p_NE).sum(dim=-1),
         torch.special.entr(entries.q_NE).sum(dim=-1),
     ]
-    return torch.stack([torch.where(known_N, column.to(entries.q_NE.dtype), 0) for column in columns], dim=-1)
+    return torch.stack(
+        [torch.where(known_N, column.to(entries.q_NE.dtype), 0) for column in columns], dim=-1
+    )

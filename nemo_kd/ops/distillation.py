@@ -73,11 +73,19 @@ class DistillationLoss:
         compile: bool = False,
     ) -> None:
         self.divergence = divergence
-        self.label_smoothing, self.z_loss_weight, self.compile = label_smoothing, z_loss_weight, compile
+        self.label_smoothing, self.z_loss_weight, self.compile = (
+            label_smoothing,
+            z_loss_weight,
+            compile,
+        )
         self.scales = divergence.scales if divergence is not None else (1.0,)
 
     def __call__(
-        self, logits_Nv: Tensor, labels_N: Tensor, shard: VocabShard, teacher: TeacherRows | None = None
+        self,
+        logits_Nv: Tensor,
+        labels_N: Tensor,
+        shard: VocabShard,
+        teacher: TeacherRows | None = None,
     ) -> TokenLosses:
         """The losses of every position, the same on every rank of the shard's group.
 
@@ -106,7 +114,9 @@ class DistillationLoss:
             ValueError: as `__call__`.
         """
         if labels_N.shape != (num_rows,):
-            raise ValueError(f"labels_N: shape {list(labels_N.shape)} for {num_rows} rows of logits")
+            raise ValueError(
+                f"labels_N: shape {list(labels_N.shape)} for {num_rows} rows of logits"
+            )
         on_cpu = labels_N.device.type == "cpu"
         if on_cpu:
             _check_ids("labels_N", labels_N, 0, shard.vocab_size)
@@ -124,10 +134,14 @@ class DistillationLoss:
         if on_cpu and self._keeps_ids(teacher) and teacher.topk_token_ids_NK.numel():
             # Eight times as fast as torch's sort.
             ids_NK = np.sort(teacher.topk_token_ids_NK.numpy().astype(np.int32), axis=-1)
-            _check_ids("topk_token_ids_NK", torch.from_numpy(ids_NK[:, [0, -1]]), -1, shard.vocab_size)
+            _check_ids(
+                "topk_token_ids_NK", torch.from_numpy(ids_NK[:, [0, -1]]), -1, shard.vocab_size
+            )
             repeated = ids_NK[:, 1:][(ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)]
             if len(repeated):
-                raise ValueError(f"topk_token_ids_NK: a row holds id {repeated[0]} twice; merge its entries")
+                raise ValueError(
+                    f"topk_token_ids_NK: a row holds id {repeated[0]} twice; merge its entries"
+                )
             if self._is_sampled:
                 _check_ids("tail_token_ids_NM", teacher.tail_token_ids_NM, -1, shard.vocab_size)
         return teacher
@@ -140,8 +154,12 @@ class DistillationLoss:
         if teacher is not None and self._keeps_ids(teacher):
             samples_NM = teacher.tail_token_ids_NM if self._is_sampled else None
             ids = TokenIds(labels_N, teacher.topk_token_ids_NK, samples_NM)
-        student = read_logits(logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile)
-        ce_N, slope = cross_entropy(student, self.label_smoothing, self.z_loss_weight, shard.vocab_size)
+        student = read_logits(
+            logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile
+        )
+        ce_N, slope = cross_entropy(
+            student, self.label_smoothing, self.z_loss_weight, shard.vocab_size
+        )
         if teacher is not None and teacher.unscaled_tail_mass_N is not None:
             compared = compare(student, teacher, shard.vocab_size)
         if divergence is None or teacher is None:
@@ -171,7 +189,11 @@ class DistillationLoss:
 
     @property
     def _is_sampled(self) -> bool:
-        return self.divergence is not None and not self.divergence.on_label and self.divergence.support == "sampled"
+        return (
+            self.divergence is not None
+            and not self.divergence.on_label
+            and self.divergence.support == "sampled"
+        )
 
 
 def _check_ids(name: str, ids: Tensor | None, smallest: int, vocab_size: int) -> None:
@@ -179,7 +201,9 @@ def _check_ids(name: str, ids: Tensor | None, smallest: int, vocab_size: int) ->
         return
     for found in (ids.amin(), ids.amax()):
         if not smallest <= found < vocab_size:
-            raise ValueError(f"{name}: id {found} lies outside the vocabulary of {vocab_size} tokens")
+            raise ValueError(
+                f"{name}: id {found} lies outside the vocabulary of {vocab_size} tokens"
+            )
 
 
 class _OnLogits(torch.autograd.Function):

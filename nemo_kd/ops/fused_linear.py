@@ -43,7 +43,15 @@ def fused_linear_loss(
         ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
-    arguments = (labels_N, teacher, shard, loss, (ce_weight, kd_weight), block_rows, torch.is_grad_enabled())
+    arguments = (
+        labels_N,
+        teacher,
+        shard,
+        loss,
+        (ce_weight, kd_weight),
+        block_rows,
+        torch.is_grad_enabled(),
+    )
     total, *of_tokens = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
     return total, TokenLosses(*of_tokens)
 
@@ -65,15 +73,21 @@ class _FusedLinear(torch.autograd.Function):
         num_rows, dtype = len(hidden_NH), reduction_dtype(hidden_NH)
         of_blocks: list[TokenLosses] = []
         d_hidden_NH = d_weight_vH = None
-        main_grad: Tensor | None = getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
+        main_grad: Tensor | None = (
+            getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
+        )
         ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
         if with_gradients and weight_vH.requires_grad:
-            d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
+            d_weight_vH = (
+                torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
+            )
         buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
         for rows in row_blocks(num_rows, 1, block_rows):
-            logits_Nv = torch.mm(hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start])
+            logits_Nv = torch.mm(
+                hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start]
+            )
             some = None if teacher is None else teacher.rows(rows)
             losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
             of_blocks.append(losses)
@@ -93,7 +107,9 @@ class _FusedLinear(torch.autograd.Function):
         total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
         ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
-        ctx.mark_non_differentiable(*[values for values in (ce_N, kd_N, compared) if values is not None])
+        ctx.mark_non_differentiable(
+            *[values for values in (ce_N, kd_N, compared) if values is not None]
+        )
         return total, ce_N, kd_N, compared
 
     @staticmethod
@@ -101,7 +117,9 @@ class _FusedLinear(torch.autograd.Function):
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
         if ctx.weight_with_main_grad is None:
-            d_weight_vH = None if d_weight_vH is None else (d_weight_vH * d_total).to(ctx.weight_dtype)
+            d_weight_vH = (
+                None if d_weight_vH is None else (d_weight_vH * d_total).to(ctx.weight_dtype)
+            )
             return d_hidden_NH * d_total, d_weight_vH, *unused
         if d_total.device.type == "cpu" and d_total != 1:
             raise ValueError(
@@ -118,7 +136,9 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
     weight; it does not add it to main_grad where it is told so. A weight that is the embedding too
     (`zero_out_wgrad`) gets one from there, which has to be added.
     """
-    if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(weight_vH, "zero_out_wgrad", False):
+    if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(
+        weight_vH, "zero_out_wgrad", False
+    ):
         return None
     weight_vH.grad_added_to_main_grad = True
     return torch.empty_like(weight_vH)

@@ -14,7 +14,9 @@ from nemo_kd.ops.student_logits import Slope, TokenIds, read_logits, write_gradi
 from nemo_kd.ops.vocab import VocabShard
 
 
-def log_probs_at(logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0) -> Tensor:
+def log_probs_at(
+    logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0
+) -> Tensor:
     """log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in nats, the same on every rank.
 
     Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward, none backward.
@@ -25,8 +27,13 @@ def log_probs_at(logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: fl
 
 class _LogProbsAt(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float) -> Tensor:
-        ids, scales = TokenIds(torch.full_like(ids_NJ[:, 0], -1), samples_NM=ids_NJ), (1.0, scale)[: 1 + (scale != 1)]
+    def forward(
+        ctx: Any, logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float
+    ) -> Tensor:
+        ids, scales = (
+            TokenIds(torch.full_like(ids_NJ[:, 0], -1), samples_NM=ids_NJ),
+            (1.0, scale)[: 1 + (scale != 1)],
+        )
         student = read_logits(logits_Nv, ids, scales, shard)
         assert student.samples_NM is not None
         ctx.save_for_backward(logits_Nv)
@@ -38,7 +45,13 @@ class _LogProbsAt(torch.autograd.Function):
         (logits_Nv,) = ctx.saved_tensors
         gradient_Nv = torch.empty_like(logits_Nv)
         scale_index = len(ctx.scales) - 1
-        slope = Slope(scale_index, -d_log_probs_NJ.sum(dim=-1), samples_NM=d_log_probs_NJ * ctx.scales[scale_index])
+        slope = Slope(
+            scale_index,
+            -d_log_probs_NJ.sum(dim=-1),
+            samples_NM=d_log_probs_NJ * ctx.scales[scale_index],
+        )
         weight_N = torch.ones_like(ctx.student.label_N)
-        write_gradient(logits_Nv, gradient_Nv, ctx.scales, ctx.student, [(weight_N, slope)], ctx.shard)
+        write_gradient(
+            logits_Nv, gradient_Nv, ctx.scales, ctx.student, [(weight_N, slope)], ctx.shard
+        )
         return gradient_Nv, None, None, None

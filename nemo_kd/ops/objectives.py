@@ -106,14 +106,19 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
     ascending_NK = ascending_NK.cumsum_(dim=-1)
     if entries.has_bucket:
         ascending_NK += p_NE[:, -1:]
-    above_NK = (ascending_NK > alpha) & (alpha < 1)  # a sum of all that rounds to more than 1 is no more than 1
+    above_NK = (ascending_NK > alpha) & (
+        alpha < 1
+    )  # a sum of all that rounds to more than 1 is no more than 1
     in_head_NK = torch.empty_like(order_NK, dtype=torch.bool).scatter_(1, order_NK, above_NK)
     head_N = (gap_NE[:, :num_kept] * in_head_NK).sum(dim=-1)
     all_N = gap_NE.sum(dim=-1)
     # Equal distributions have no gaps: both divergences are 0 then and any weight will do.
     weight_N1 = torch.where(all_N > 0, head_N / all_N.clamp(min=EPSILON), 0.5)[:, None]
     forward, reverse = forward_kl(entries), reverse_kl(entries)
-    return Terms(_mix(weight_N1, forward.value_NE, reverse.value_NE), _mix(weight_N1, forward.q_u_NE, reverse.q_u_NE))
+    return Terms(
+        _mix(weight_N1, forward.value_NE, reverse.value_NE),
+        _mix(weight_N1, forward.q_u_NE, reverse.q_u_NE),
+    )
 
 
 def k1(log_ratio_N: Tensor) -> tuple[Tensor, Tensor]:

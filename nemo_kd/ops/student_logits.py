@@ -89,7 +89,11 @@ def read_logits(
     compiled: bool = False,
 ) -> StudentLogits:
     """The first pass. Two all-reduces: [N], and [N, S + 1 + K + M]. The first of `scales` is 1."""
-    columns = [Columns.of(ids_NJ, shard) for ids_NJ in (ids.labels_N[:, None], *ids[1:]) if ids_NJ is not None]
+    columns = [
+        Columns.of(ids_NJ, shard)
+        for ids_NJ in (ids.labels_N[:, None], *ids[1:])
+        if ids_NJ is not None
+    ]
     kept = 1 if ids.kept_NK is not None else None
     local = sum_pass(logits_Nv, columns, kept, scales, shard, with_mean, compiled)
     maximum_N = shard.all_reduce(local.maximum_N.clone(), ReduceOp.MAX)
@@ -100,7 +104,13 @@ def read_logits(
     parts = [local_sum_exp_NS, *local.at_columns]
     parts += [] if local.sum_N is None else [local.sum_N[:, None]]
     sums = iter(shard.sum_parts(parts))
-    tail_sum_exp_NS, label_N, shift_N, kept_NK, samples_NM = next(sums), next(sums)[:, 0], maximum_N, None, None
+    tail_sum_exp_NS, label_N, shift_N, kept_NK, samples_NM = (
+        next(sums),
+        next(sums)[:, 0],
+        maximum_N,
+        None,
+        None,
+    )
     if ids.kept_NK is not None:
         kept_NK = next(sums)
         if columns[1].held_NJ is not None:
@@ -159,13 +169,17 @@ def write_gradient(
             samples_NM.addcmul_(slope.samples_NM, d_loss_N[:, None])
         if slope.constant:
             constant_N = slope.constant * d_loss_N
-    coefficients_NS = torch.where(student.tail_sum_exp_NS != 0, coefficients_NS / student.tail_sum_exp_NS, 0)
+    coefficients_NS = torch.where(
+        student.tail_sum_exp_NS != 0, coefficients_NS / student.tail_sum_exp_NS, 0
+    )
     at_label, *others = student.columns
     added = [(at_label, at_label.masked(label_N[:, None]))]
     kept = None if kept_NK is None else (others[0], kept_NK)
     if samples_NM is not None:
         added.append((others[-1], others[-1].masked(samples_NM)))
-    exponentials = Exponentials(student.tail_maximum_N, coefficients_NS, student.local_sum_exp_NS, constant_N)
+    exponentials = Exponentials(
+        student.tail_maximum_N, coefficients_NS, student.local_sum_exp_NS, constant_N
+    )
     if out_Nv.data_ptr() != logits_Nv.data_ptr():
         out_Nv.copy_(logits_Nv)
     gradient_pass(out_Nv, scales, exponentials, kept, added, shard, compiled)

@@ -27,12 +27,16 @@ GROUP_COLUMNS = 64
 BLOCK_ELEMENTS = 1 << 20
 
 
-def tail_uniforms(seed: int, example_index: int, num_positions: int, num_samples: int) -> np.ndarray:
+def tail_uniforms(
+    seed: int, example_index: int, num_positions: int, num_samples: int
+) -> np.ndarray:
     """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1]; the seed is below 2^64.
 
     A function of the seed, the example and the position: neither a rerun nor another batch or layout changes them.
     """
-    generator = np.random.Generator(np.random.Philox(key=np.array([seed, example_index], dtype=np.uint64)))
+    generator = np.random.Generator(
+        np.random.Philox(key=np.array([seed, example_index], dtype=np.uint64))
+    )
     return generator.random((num_positions, num_samples + 1))
 
 
@@ -87,12 +91,23 @@ def _find(ends: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def _find_column(
-    logits_Nv: torch.Tensor, maximum_N: torch.Tensor, group_NM: torch.Tensor, inside_NM: torch.Tensor
+    logits_Nv: torch.Tensor,
+    maximum_N: torch.Tensor,
+    group_NM: torch.Tensor,
+    inside_NM: torch.Tensor,
 ) -> torch.Tensor:
     """The columns [N, M] at which the sums of exp(logit - maximum) over a group pass the wanted numbers."""
     last_column = logits_Nv.shape[1] - 1
-    columns_NMg = group_NM[..., None] * GROUP_COLUMNS + torch.arange(GROUP_COLUMNS, device=logits_Nv.device)
-    logits_NMg = logits_Nv.gather(1, columns_NMg.clamp(max=last_column).flatten(1)).view(columns_NMg.shape)
-    weights_NMg = (logits_NMg.double() - maximum_N[:, None, None]).exp_().masked_fill_(columns_NMg > last_column, 0)
+    columns_NMg = group_NM[..., None] * GROUP_COLUMNS + torch.arange(
+        GROUP_COLUMNS, device=logits_Nv.device
+    )
+    logits_NMg = logits_Nv.gather(1, columns_NMg.clamp(max=last_column).flatten(1)).view(
+        columns_NMg.shape
+    )
+    weights_NMg = (
+        (logits_NMg.double() - maximum_N[:, None, None])
+        .exp_()
+        .masked_fill_(columns_NMg > last_column, 0)
+    )
     place_NM1, _ = _find(weights_NMg.cumsum(dim=-1), inside_NM[..., None])
     return group_NM * GROUP_COLUMNS + place_NM1[..., 0]

@@ -47,7 +47,9 @@ class TeacherRows:
 
     def rows(self, rows: slice) -> TeacherRows:
         """Some of the positions."""
-        return replace(self, **{name: field[rows] for name, field in vars(self).items() if field is not None})
+        return replace(
+            self, **{name: field[rows] for name, field in vars(self).items() if field is not None}
+        )
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,12 @@ class Divergence:
             "forward_kl": objectives.forward_kl,
             "reverse_kl": objectives.reverse_kl,
             "jsd": lambda entries: objectives.jsd(entries, self.jsd_beta),
-            "skewed_forward_kl": lambda entries: objectives.skewed_forward_kl(entries, self.skew_lambda),
-            "skewed_reverse_kl": lambda entries: objectives.skewed_reverse_kl(entries, self.skew_lambda),
+            "skewed_forward_kl": lambda entries: objectives.skewed_forward_kl(
+                entries, self.skew_lambda
+            ),
+            "skewed_reverse_kl": lambda entries: objectives.skewed_reverse_kl(
+                entries, self.skew_lambda
+            ),
             "adaptive_kl": lambda entries: objectives.adaptive_kl(entries, self.adaptive_kl_alpha),
             "tvd": objectives.tvd,
         }[self.objective]
@@ -133,7 +139,9 @@ def cross_entropy(
     )
 
 
-def label_estimator(student: StudentLogits, teacher: TeacherRows, divergence: Divergence) -> tuple[Tensor, Slope]:
+def label_estimator(
+    student: StudentLogits, teacher: TeacherRows, divergence: Divergence
+) -> tuple[Tensor, Slope]:
     """k1, k2, k3 or low_var_kl."""
     assert teacher.label_logprobs_N is not None
     log_sum_exp_N = student.log_sum_exp_N
@@ -144,7 +152,9 @@ def label_estimator(student: StudentLogits, teacher: TeacherRows, divergence: Di
     kept_NK = None
     if student.kept_NK is not None:
         kept_NK = -slope_N[:, None] * (student.kept_NK - log_sum_exp_N[:, None]).exp_()
-    return value_N * divergence.factor, Slope(scale_index=0, tail_N=tail_N, kept_NK=kept_NK, label_N=slope_N)
+    return value_N * divergence.factor, Slope(
+        scale_index=0, tail_N=tail_N, kept_NK=kept_NK, label_N=slope_N
+    )
 
 
 def divergence_on_support(
@@ -167,14 +177,20 @@ def divergence_on_support(
             weights_NM, sampled_N = _sampled(student, some, rows)
             value, mean_u = value + sampled_N, mean_u - weights_NM.sum(dim=-1)
             samples_NM[rows] = torch.where(known_N[:, None], -divergence.factor * weights_NM, 0)
-        slope_NE = terms.q_u_NE.addcmul(entries.q_NE, mean_u[:, None], value=-1).masked_fill_(~known_N[:, None], 0)
+        slope_NE = terms.q_u_NE.addcmul(entries.q_NE, mean_u[:, None], value=-1).masked_fill_(
+            ~known_N[:, None], 0
+        )
         value_N[rows] = torch.where(known_N, value * divergence.factor, 0)
-        torch.mul(slope_NE[:, :num_kept], divergence.factor * divergence.student_scale, out=kept_NK[rows])
+        torch.mul(
+            slope_NE[:, :num_kept], divergence.factor * divergence.student_scale, out=kept_NK[rows]
+        )
         if entries.has_bucket:
             # Slopes sum to 0 (with samples, to their weights): for a student all outside the kept ids, as the kept ones' sum
             # says it without cancellation.
             rest_N = -slope_NE[:, :num_kept].sum(dim=-1) if samples_NM is None else slope_NE[:, -1]
-            tail_N[rows] = torch.where(entries.q_NE[:, -1] > 0.5, rest_N, slope_NE[:, -1]) * divergence.factor
+            tail_N[rows] = (
+                torch.where(entries.q_NE[:, -1] > 0.5, rest_N, slope_NE[:, -1]) * divergence.factor
+            )
     return value_N, Slope(len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM)
 
 
@@ -209,8 +225,12 @@ def entries_of(
         nothing_N1 &= log_tail_q_N1 == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
     log_q_NE = torch.cat([student_NK, log_tail_q_N1], dim=1).log_softmax(dim=-1)
-    log_head_N1 = torch.log1p(-tail_N1).clamp_(min=math.log(objectives.EPSILON))  # a rounded 1 is finite, too
-    return Entries.of(torch.cat([log_p_NK + log_head_N1, log_tail_N1], dim=1), log_q_NE, has_bucket=True)
+    log_head_N1 = torch.log1p(-tail_N1).clamp_(
+        min=math.log(objectives.EPSILON)
+    )  # a rounded 1 is finite, too
+    return Entries.of(
+        torch.cat([log_p_NK + log_head_N1, log_tail_N1], dim=1), log_q_NE, has_bucket=True
+    )
 
 
 def _scaled(logits_NK: Tensor, scale: float) -> Tensor:
@@ -224,6 +244,10 @@ def _sampled(student: StudentLogits, teacher: TeacherRows, rows: slice) -> tuple
     assert teacher.tail_token_ids_NM is not None
     tail_N = teacher.tail_mass_N.to(student.samples_NM.dtype).clamp(0, 1)
     drawn_NM = teacher.tail_token_ids_NM >= 0
-    weights_NM = drawn_NM * (tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / max(drawn_NM.shape[1], 1))[:, None]
+    weights_NM = (
+        drawn_NM * (tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / max(drawn_NM.shape[1], 1))[:, None]
+    )
     log_q_NM = student.samples_NM[rows] - student.log_sum_exp_N[rows, None]
-    return weights_NM, tail_N.xlogy(tail_N) - torch.where(drawn_NM, weights_NM * log_q_NM, 0).sum(dim=-1)
+    return weights_NM, tail_N.xlogy(tail_N) - torch.where(drawn_NM, weights_NM * log_q_NM, 0).sum(
+        dim=-1
+    )

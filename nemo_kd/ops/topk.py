@@ -90,7 +90,9 @@ def topk_rows(
         raise ValueError(f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens")
     num_rows, dtype = len(hidden_NH), _logits_dtype(hidden_NH)
     row_bytes = len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
-    num_blocks = -(-num_rows // max(1, (block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]) // row_bytes))
+    num_blocks = -(
+        -num_rows // max(1, (block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]) // row_bytes)
+    )
     # Of equal size, as a small block is slow; and as many on every rank, whatever its padding.
     blocks = row_blocks(num_rows, 1, -(-num_rows // num_blocks)) if num_rows else [slice(0, 0)]
     buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)
@@ -99,8 +101,12 @@ def topk_rows(
         logits_Nv = buffer_Nv[: rows.stop - rows.start]
         _project(hidden_NH[rows], weight_vH[: shard.num_real], logits_Nv)
         uniforms = None if uniforms_NU is None else uniforms_NU[rows]
-        parts.append(topk_of_logits(logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms))
-    return TopKRows._make(None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True))
+        parts.append(
+            topk_of_logits(logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms)
+        )
+    return TopKRows._make(
+        None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -114,10 +120,14 @@ def topk_of_logits(
     uniforms_NU: torch.Tensor | None = None,
 ) -> TopKRows:
     """`topk_rows` of logits that exist: this rank's columns without the padding. The largest are overwritten."""
-    label_logits_N = logits_Nv.new_full((len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv))
+    label_logits_N = logits_Nv.new_full(
+        (len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv)
+    )
     if shard.num_real:
         columns_N, held_N = shard.local(labels_N)
-        label_logits_N = torch.where(held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], label_logits_N)
+        label_logits_N = torch.where(
+            held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], label_logits_N
+        )
     head = _take_head(logits_Nv, top_k)
     rest_NT, sums_NG = _sum_rest(logits_Nv, head, temperatures)
     found = _gather(head, rest_NT, label_logits_N, shard, top_k, temperatures)
@@ -131,13 +141,17 @@ def topk_of_logits(
     for number, temperature in enumerate(temperatures):
         weights_NC = (found.logits_NC.double() / temperature).exp_()
         total_N = weights_NC.sum(dim=-1) + found.rest_NT[:, number]
-        tail_mass_NT[:, number] = weights_NC.masked_fill_(kept_NC, 0).sum(dim=-1) + found.rest_NT[:, number]
+        tail_mass_NT[:, number] = (
+            weights_NC.masked_fill_(kept_NC, 0).sum(dim=-1) + found.rest_NT[:, number]
+        )
         tail_mass_NT[:, number] /= total_N
     samples_NM = None
     if uniforms_NU is not None:
         kept_Nk = kept_NC[:, shard.rank * top_k :][:, : head.columns_Nk.shape[1]]
         _put_back(logits_Nv, sums_NG, head, kept_Nk, found.maximum_N)
-        samples_NM = sample_tail(logits_Nv, found.maximum_N, sums_NG, tail_mass_NT[:, 0], uniforms_NU, shard).int()
+        samples_NM = sample_tail(
+            logits_Nv, found.maximum_N, sums_NG, tail_mass_NT[:, 0], uniforms_NU, shard
+        ).int()
     return TopKRows(
         topk_logits_NK.masked_fill_(~kept_NK, float("-inf")),
         found.ids_NC.gather(1, order_NK).masked_fill_(~kept_NK, -1).int(),
@@ -186,7 +200,9 @@ def _take_head(logits_Nv: torch.Tensor, top_k: int) -> _Head:
     next_logit_N = values[:, min(top_k, num_columns)]
     columns_Nk = columns[:, :top_k]
     _assign(logits_Nv, columns_Nk, values.new_full((), float("-inf")))
-    return _Head(values[:, : columns_Nk.shape[1]], columns_Nk, next_logit_N, next_column_N, values[:, 0])
+    return _Head(
+        values[:, : columns_Nk.shape[1]], columns_Nk, next_logit_N, next_column_N, values[:, 0]
+    )
 
 
 def _assign(logits_Nv: torch.Tensor, columns_Nk: torch.Tensor, values: torch.Tensor) -> None:
@@ -214,7 +230,9 @@ def _largest(logits_Nv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     return values, columns.gather(1, order)
 
 
-def _sum_rest(logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+def _sum_rest(
+    logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of exp((logit - maximum) / temperature) without the head's: all [N, T], groups of columns [N, G] at the first."""
     (num_rows, num_columns), dtype = logits_Nv.shape, reduction_dtype(logits_Nv)
     rest_NT = logits_Nv.new_zeros(num_rows, len(temperatures), dtype=dtype)
@@ -225,7 +243,10 @@ def _sum_rest(logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float
     scratch = logits_Nv.new_empty(2, tiles[0].stop if tiles else 0, num_columns, dtype=dtype)
     for rows in tiles:
         scaled_Nv, weights_Nv = scratch[:, : rows.stop - rows.start]
-        next_column_N1, next_logit_N1 = head.next_column_N[rows, None], head.next_logit_N[rows, None]
+        next_column_N1, next_logit_N1 = (
+            head.next_column_N[rows, None],
+            head.next_logit_N[rows, None],
+        )
         for number, temperature in enumerate(temperatures):
             tile_Nv = logits_Nv[rows]
             if temperature != 1:
@@ -236,7 +257,9 @@ def _sum_rest(logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float
             scale_N1 = ((next_logit_N1 - head.maximum_N[rows, None]) / temperature).exp_()
             scale_N1 /= weights_Nv.gather(1, next_column_N1)
             # A softmax of nothing but -inf is NaN.
-            groups_NG = (_group_sums(weights_Nv) * scale_N1).masked_fill_(next_logit_N1 == float("-inf"), 0)
+            groups_NG = (_group_sums(weights_Nv) * scale_N1).masked_fill_(
+                next_logit_N1 == float("-inf"), 0
+            )
             rest_NT[rows, number] = groups_NG.sum(dim=-1)
             if number == 0:
                 sums_NG[rows] = groups_NG
@@ -245,7 +268,11 @@ def _sum_rest(logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float
 
 def _group_sums(weights_Nv: torch.Tensor) -> torch.Tensor:
     num_whole, left_over = divmod(weights_Nv.shape[1], GROUP_COLUMNS)
-    sums_NG = weights_Nv[:, : num_whole * GROUP_COLUMNS].unflatten(1, (num_whole, GROUP_COLUMNS)).sum(dim=-1)
+    sums_NG = (
+        weights_Nv[:, : num_whole * GROUP_COLUMNS]
+        .unflatten(1, (num_whole, GROUP_COLUMNS))
+        .sum(dim=-1)
+    )
     if left_over:
         sums_NG = torch.cat([sums_NG, weights_Nv[:, -left_over:].sum(dim=-1, keepdim=True)], dim=1)
     return sums_NG
@@ -276,7 +303,9 @@ def _gather(
     ids_Nk = torch.nn.functional.pad(head.columns_Nk + shard.start, missing, value=shard.vocab_size)
     numbers_NX = torch.cat([logits_Nk, rest_NT, label_logits_N[:, None]], dim=1)
     numbers_NRX = shard.gather(numbers_NX).unflatten(1, (-1, numbers_NX.shape[1]))
-    logits_NRk, rest_NRT, label_logits_NR1 = numbers_NRX.split([top_k, len(temperatures), 1], dim=-1)
+    logits_NRk, rest_NRT, label_logits_NR1 = numbers_NRX.split(
+        [top_k, len(temperatures), 1], dim=-1
+    )
     maximum_NR = logits_NRk.amax(dim=-1)
     maximum_N = maximum_NR.amax(dim=-1)
     scales_NR = (maximum_NR - maximum_N[:, None]).double()
@@ -301,10 +330,16 @@ def _ordered(found: _Gathered, top_k: int) -> torch.Tensor:
 
 
 def _put_back(
-    logits_Nv: torch.Tensor, sums_NG: torch.Tensor, head: _Head, kept_Nk: torch.Tensor, maximum_N: torch.Tensor
+    logits_Nv: torch.Tensor,
+    sums_NG: torch.Tensor,
+    head: _Head,
+    kept_Nk: torch.Tensor,
+    maximum_N: torch.Tensor,
 ) -> None:
     """Gives the head's logits that are not kept their places again, and the groups' sums their weights."""
     logits_Nk = head.logits_Nk.masked_fill(kept_Nk, float("-inf"))
     _assign(logits_Nv, head.columns_Nk, logits_Nk)
     sums_NG *= (head.maximum_N - maximum_N).exp_()[:, None]
-    sums_NG.scatter_add_(1, head.columns_Nk // GROUP_COLUMNS, (logits_Nk - maximum_N[:, None]).exp_())
+    sums_NG.scatter_add_(
+        1, head.columns_Nk // GROUP_COLUMNS, (logits_Nk - maximum_N[:, None]).exp_()
+    )

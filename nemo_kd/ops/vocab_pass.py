@@ -41,7 +41,9 @@ class Columns(NamedTuple):
         index_NJ, held_NJ = shard.local(ids_NJ.long())
         if index_NJ.device.type == "cpu" and held_NJ.all():
             return cls(index_NJ, None, None)
-        first_N1 = held_NJ.byte().argmax(dim=-1, keepdim=True) if held_NJ.shape[1] else held_NJ.long()
+        first_N1 = (
+            held_NJ.byte().argmax(dim=-1, keepdim=True) if held_NJ.shape[1] else held_NJ.long()
+        )
         return cls(torch.where(held_NJ, index_NJ, index_NJ.gather(1, first_N1)), held_NJ, first_N1)
 
     def masked(self, values_NJ: Tensor) -> Tensor:
@@ -50,7 +52,11 @@ class Columns(NamedTuple):
 
     def held_index(self, rows: slice) -> Tensor:
         """The columns in some of the rows, -1 where the id is not held."""
-        return self.index_NJ[rows] if self.held_NJ is None else self.index_NJ[rows].masked_fill(~self.held_NJ[rows], -1)
+        return (
+            self.index_NJ[rows]
+            if self.held_NJ is None
+            else self.index_NJ[rows].masked_fill(~self.held_NJ[rows], -1)
+        )
 
     def put(self, block: Tensor, rows: slice, values_NJ: Tensor) -> None:
         """Writes the values of held ids into a block that holds some of the rows; ids are distinct within a row."""
@@ -120,7 +126,9 @@ def sum_pass(
         maximum_N[rows], log_sum_exp_NS[rows] = row_sums(block, scales, scratch)
         if kept is not None:
             _scatter(block, columns[kept].index_NJ[rows], at_columns[kept][rows].to(block.dtype))
-    at_columns = [part.masked(values_NJ) for part, values_NJ in zip(columns, at_columns, strict=True)]
+    at_columns = [
+        part.masked(values_NJ) for part, values_NJ in zip(columns, at_columns, strict=True)
+    ]
     return Sums(maximum_N, log_sum_exp_NS, at_columns, sum_N)
 
 
@@ -182,7 +190,10 @@ def _blocks(
     """
     if not shard.num_real or not len(logits_Nv):
         return
-    sizes = (BLOCK_ELEMENTS, COMPILED_BLOCK_ELEMENTS), (GPU_BLOCK_ELEMENTS, GPU_COMPILED_BLOCK_ELEMENTS)
+    sizes = (
+        (BLOCK_ELEMENTS, COMPILED_BLOCK_ELEMENTS),
+        (GPU_BLOCK_ELEMENTS, GPU_COMPILED_BLOCK_ELEMENTS),
+    )
     blocks = row_blocks(len(logits_Nv), shard.num_real, sizes[logits_Nv.is_cuda][compiled])
     dtype, real_Nv = reduction_dtype(logits_Nv), logits_Nv[:, : shard.num_real]
     copies = not compiled and not (logits_Nv.dtype == dtype and real_Nv.is_contiguous())
@@ -195,7 +206,9 @@ def _blocks(
         yield rows, block, None if scratch is None else scratch[:num_rows]
 
 
-def _replaced(values_NJ: Tensor, index_NJ: Tensor, kept_index_NK: Tensor, kept_NK: Tensor) -> Tensor:
+def _replaced(
+    values_NJ: Tensor, index_NJ: Tensor, kept_index_NK: Tensor, kept_NK: Tensor
+) -> Tensor:
     """The values, and where a column is also kept the kept value instead."""
     is_kept_NJK = index_NJ[:, :, None] == kept_index_NK[:, None]
     at_kept_NJ = torch.where(is_kept_NJK, kept_NK[:, None], 0).sum(dim=-1)
@@ -209,26 +222,36 @@ def _scatter(block: Tensor, index_NJ: Tensor, values_NJ: Tensor) -> None:
     block.scatter_(1, index_NJ, values_NJ)
 
 
-def _row_sums(block: Tensor, scales: Sequence[float], scratch: Tensor | None) -> tuple[Tensor, Tensor]:
+def _row_sums(
+    block: Tensor, scales: Sequence[float], scratch: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """(maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once, logsumexp four times."""
     assert scratch is not None
     maximum_N, log_sum_exp = block.amax(dim=-1), []
     for scale in scales:
-        scaled = block if scale == 1 else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)
+        scaled = (
+            block if scale == 1 else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)
+        )
         torch.log_softmax(scaled, dim=-1, out=scratch)
         log_sum_exp.append(scratch.amax(dim=-1).neg_())
     return maximum_N, torch.stack(log_sum_exp, dim=-1)
 
 
-def _row_sums_in_one_loop(block: Tensor, scales: Sequence[float], scratch: None) -> tuple[Tensor, Tensor]:
+def _row_sums_in_one_loop(
+    block: Tensor, scales: Sequence[float], scratch: None
+) -> tuple[Tensor, Tensor]:
     """`_row_sums` for the compiler."""
     logits = block.to(reduction_dtype(block))
     maximum = logits.amax(dim=-1)
     shifted = logits - maximum[:, None]
-    return maximum, torch.stack([(shifted * scale).exp().sum(dim=-1).log() for scale in scales], dim=-1)
+    return maximum, torch.stack(
+        [(shifted * scale).exp().sum(dim=-1).log() for scale in scales], dim=-1
+    )
 
 
-def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: Tensor | None) -> None:
+def _fill(
+    block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: Tensor | None
+) -> None:
     coefficients_NS = exponentials.coefficients_NS * exponentials.local_sum_exp_NS
     if scratch is not None:
         torch.sub(block, exponentials.reference_N[:, None], out=scratch).mul_(scales[1])
@@ -238,12 +261,16 @@ def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials, sc
         block += scratch
 
 
-def _fill_in_one_loop(block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: None) -> None:
+def _fill_in_one_loop(
+    block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: None
+) -> None:
     """`_fill` for the compiler."""
     block.copy_(_sum_of_exponentials(block, scales, exponentials))
 
 
-def _sum_of_exponentials(logits: Tensor, scales: Sequence[float], exponentials: Exponentials) -> Tensor:
+def _sum_of_exponentials(
+    logits: Tensor, scales: Sequence[float], exponentials: Exponentials
+) -> Tensor:
     shifted = logits.to(exponentials.reference_N.dtype) - exponentials.reference_N[:, None]
     values = exponentials.coefficients_NS[:, :1] * shifted.exp()
     if len(scales) > 1:

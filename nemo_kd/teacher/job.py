@@ -22,7 +22,14 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, sequence_length
 from nemo_kd.config.model import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.dataset import NO_LOSS_TOKENS, TOO_LONG, TOO_SHORT, Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.dataset import (
+    NO_LOSS_TOKENS,
+    TOO_LONG,
+    TOO_SHORT,
+    Skipped,
+    TokenizedDataset,
+    describe_example,
+)
 from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
@@ -33,10 +40,15 @@ from nemo_kd.data.tokenizer import (
     tokenizer_parts,
 )
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
-from nemo_kd.mcore.groups import ProcessGroups, init_process_group, initialize_model_parallel, resolve_precision
+from nemo_kd.mcore.groups import (
+    ProcessGroups,
+    init_process_group,
+    initialize_model_parallel,
+    resolve_precision,
+)
 from nemo_kd.mcore.model import use_transformer_engine
+from nemo_kd.run.watchdog import TORCH_TIMEOUT_FACTOR
 from nemo_kd.teacher.model import Teacher, ignored
-from nemo_kd.watchdog import TORCH_TIMEOUT_FACTOR
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +128,10 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
             config.data.data.max_seq_length or config.model.encoder_seq_length,
             architecture.max_position_embeddings,
         )
-        jobs = [_job(split, part, pretrained, tokenizer, seq_length) for split, part in config.splits().items()]
+        jobs = [
+            _job(split, part, pretrained, tokenizer, seq_length)
+            for split, part in config.splits().items()
+        ]
         groups = initialize_model_parallel(config.model, config.model.seed)
         yield Run(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), jobs)
 
@@ -131,7 +146,9 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
     use_transformer_engine(config.model.transformer_engine)
     config.model.data_parallel_size(torch.distributed.get_world_size())
     if config.top_k > architecture.vocab_size:
-        raise ConfigError(f"top_k: {config.top_k} exceeds the teacher's vocabulary of {architecture.vocab_size} tokens")
+        raise ConfigError(
+            f"top_k: {config.top_k} exceeds the teacher's vocabulary of {architecture.vocab_size} tokens"
+        )
 
 
 def plan_chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range]:
@@ -167,7 +184,9 @@ def check_records(job: Job, segments: list[Segment]) -> int:
     problem = None
     name = f"checking records{f' of {job.split}' if job.split else ''}"
     hidden = rank != 0 or not sys.stderr.isatty()
-    for index in tqdm(indices[rank::world_size], desc=name, unit=" records", disable=hidden, leave=False):
+    for index in tqdm(
+        indices[rank::world_size], desc=name, unit=" records", disable=hidden, leave=False
+    ):
         try:
             record = job.dataset[index]
         except DataError as error:
@@ -226,11 +245,17 @@ def _job(
     tokenizer: PreTrainedTokenizerBase,
     seq_length: int,
 ) -> Job:
-    dataset = TokenizedDataset(config.data, tokenizer, seq_length, pretrained.architecture.vocab_size)
+    dataset = TokenizedDataset(
+        config.data, tokenizer, seq_length, pretrained.architecture.vocab_size
+    )
     chunks = plan_chunks(config, len(dataset))
-    first = dataset[chunks[0].start]  # a wrong format or template shows here, before anything is written
+    first = dataset[
+        chunks[0].start
+    ]  # a wrong format or template shows here, before anything is written
     if isinstance(first, Example):
-        text = f"example {first.index}, trained between « and »:\n{describe_example(first, tokenizer)}"
+        text = (
+            f"example {first.index}, trained between « and »:\n{describe_example(first, tokenizer)}"
+        )
     else:
         text = f"example {first.index} is skipped: {first.reason}"
     log.info("%s%s", f"{split}: " if split else "", text)
@@ -262,5 +287,11 @@ def _job(
 
 def formatting(data: DataConfig) -> dict[str, Any]:
     """The settings that decide how a record becomes tokens and a mask, tokenizer and length apart."""
-    settings = dataclasses.asdict(data.data) | {"chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)}
-    return {name: value for name, value in settings.items() if name not in ("file_path", "max_seq_length")}
+    settings = dataclasses.asdict(data.data) | {
+        "chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)
+    }
+    return {
+        name: value
+        for name, value in settings.items()
+        if name not in ("file_path", "max_seq_length")
+    }

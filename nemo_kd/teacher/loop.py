@@ -29,16 +29,16 @@ from nemo_kd.cache.writer import CacheWriter, Segment
 from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.interruption import Interruption, Requeue, follow_the_main_process
-from nemo_kd.mcore.collective import raise_together
+from nemo_kd.run.collective import raise_together
+from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
+from nemo_kd.run.watchdog import Watchdog
+from nemo_kd.teacher.estimate import plan_cache
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher, TeacherError
-from nemo_kd.teacher.plan import plan_cache
 from nemo_kd.teacher.progress import TeacherProgress, metrics_file
+from nemo_kd.teacher.segment_queue import WorkList, wait_until
 from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, summary_lines
-from nemo_kd.teacher.work_list import WorkList, wait_until
 from nemo_kd.terminal import print_table, print_text
-from nemo_kd.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,10 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
         try:
             metrics_file(job).close()  # whether it can be written shows now
             writer = CacheWriter(
-                CacheLayout(job.config.output_path), job.manifest, job.chunks, job.config.shard_number()
+                CacheLayout(job.config.output_path),
+                job.manifest,
+                job.chunks,
+                job.config.shard_number(),
             )
             stack.callback(writer.close)
             missing = writer.missing_segments()
@@ -134,7 +137,12 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
 
 
 def _work(
-    run: Run, output: Output, teacher: Teacher, total_tokens: int, interruption: Interruption, watchdog: Watchdog
+    run: Run,
+    output: Output,
+    teacher: Teacher,
+    total_tokens: int,
+    interruption: Interruption,
+    watchdog: Watchdog,
 ) -> None:
     """Computes this replica's share of the missing segments.
 
@@ -149,7 +157,9 @@ def _work(
         progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
         publisher = None
         if run.groups.is_writer:
-            publisher = stack.enter_context(SegmentPublisher(layout, job.manifest, computed_with(job.config)))
+            publisher = stack.enter_context(
+                SegmentPublisher(layout, job.manifest, computed_with(job.config))
+            )
         assembler = stack.enter_context(_Assembler(output.writer))
         for segment, records in progress.waiting_for(_read_ahead(job, work)):
             if not work.goes_on():
@@ -197,7 +207,9 @@ def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Reco
         sampler=work.claims(),
         num_workers=num_workers,
         prefetch_factor=1 if num_workers else None,
-        multiprocessing_context="fork" if num_workers else None,  # a spawned one imports everything anew
+        multiprocessing_context="fork"
+        if num_workers
+        else None,  # a spawned one imports everything anew
         collate_fn=_unchanged,
         worker_init_fn=follow_the_main_process,
     )
@@ -215,7 +227,9 @@ def _publish(
     if publisher is None:
         return
     remaining = iter(rows)
-    rows_and_reasons = [record.reason if isinstance(record, Skipped) else next(remaining) for record in records]
+    rows_and_reasons = [
+        record.reason if isinstance(record, Skipped) else next(remaining) for record in records
+    ]
     publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=started.max_tokens)
     progress.computed(started)
     progress.published(publisher)
@@ -254,7 +268,9 @@ def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
         except UserInputError as error:
             problem = error
         output.store.set("complete", "1")
-    wait_until(output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together"))
+    wait_until(
+        output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together")
+    )
     raise_together(problem)
 
 
@@ -273,7 +289,9 @@ class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):
     def __init__(self, dataset: TokenizedDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, segment: Segment | None) -> tuple[Segment | None, list[Example | Skipped]]:
+    def __getitem__(
+        self, segment: Segment | None
+    ) -> tuple[Segment | None, list[Example | Skipped]]:
         if segment is None:
             return None, []
         records = [self.dataset[index] for index in segment[1]]
@@ -285,7 +303,11 @@ class _Assembler:
     """Puts chunks together in a thread of the process that holds the cache's lock, while the teacher goes on."""
 
     def __init__(self, writer: CacheWriter | None) -> None:
-        self._writer, self._threads, self._running = writer, ThreadPoolExecutor(max_workers=1), Future[None]()
+        self._writer, self._threads, self._running = (
+            writer,
+            ThreadPoolExecutor(max_workers=1),
+            Future[None](),
+        )
         self._running.set_result(None)
 
     def look(self, up_to: int) -> None:

@@ -90,17 +90,28 @@ class Teacher:
         pad_id: int,
         step: Callable[..., None] = ignored,
     ) -> None:
-        self.top_k, self.cache, self.groups, self.pad_id, self.step = config.top_k, config.cache, groups, pad_id, step
+        self.top_k, self.cache, self.groups, self.pad_id, self.step = (
+            config.top_k,
+            config.cache,
+            groups,
+            pad_id,
+            step,
+        )
         self.temperatures = (1.0, *config.cache.temperatures)
         self.everywhere = config.cache.codec == "json" or config.cache.positions == "all"
-        self.max_examples, self.max_tokens = config.model.micro_batch_size, config.max_tokens_per_batch
+        self.max_examples, self.max_tokens = (
+            config.model.micro_batch_size,
+            config.max_tokens_per_batch,
+        )
         self.packed = config.data.packing and groups.context_size == 1
         self.multiple_of = length_multiple(config.model)
         self.vocab_size = pretrained.architecture.vocab_size
         dtype = getattr(torch, PRECISIONS[config.trainer.precision])
         self.model = build_gpt_model(
             pretrained.architecture,
-            transformer_config(pretrained.architecture, config.model, dtype, perform_initialization=False),
+            transformer_config(
+                pretrained.architecture, config.model, dtype, perform_initialization=False
+            ),
             config.model.make_vocab_size_divisible_by,
             use_transformer_engine(config.model.transformer_engine),
         )
@@ -123,7 +134,9 @@ class Teacher:
         result, pending = Pass(examples), list(range(len(examples)))
         while True:
             lengths = [examples[number].num_tokens for number in pending]
-            places = form_batches(lengths, self.max_examples, self.max_tokens, self.packed, self.multiple_of)
+            places = form_batches(
+                lengths, self.max_examples, self.max_tokens, self.packed, self.multiple_of
+            )
             batches = [[pending[place] for place in batch] for batch in places]
             num_done = self._compute(result, batches)
             if num_done == len(batches):
@@ -149,7 +162,9 @@ class Teacher:
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
                 mine = {name: values[first:last] for name, values in fields.items()}
                 positions_P = positions_N[first:last] - start
-                rows[number] = CompactRow(example, positions_P, self._teacher_topk(example, positions_P, mine))
+                rows[number] = CompactRow(
+                    example, positions_P, self._teacher_topk(example, positions_P, mine)
+                )
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
@@ -192,10 +207,16 @@ class Teacher:
     @torch.inference_mode()
     def _batch(self, result: Pass, numbers: list[int]) -> None:
         examples = [result.examples[number] for number in numbers]
-        self.step("batch of %d tokens, examples %s", sum(e.num_tokens for e in examples), [e.index for e in examples])
+        self.step(
+            "batch of %d tokens, examples %s",
+            sum(e.num_tokens for e in examples),
+            [e.index for e in examples],
+        )
         batch = self._collated(examples)
         hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
-        result.batches.append(None if hidden is None else self._score(examples, numbers, batch, hidden))
+        result.batches.append(
+            None if hidden is None else self._score(examples, numbers, batch, hidden)
+        )
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
 
     def _collated(self, examples: Sequence[Example]) -> Batch:
@@ -204,9 +225,13 @@ class Teacher:
             return pack(examples, self.pad_id, self.multiple_of)
         return collate(examples or [None], self.pad_id, self.multiple_of)
 
-    def _score(self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor) -> Scored:
+    def _score(
+        self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor
+    ) -> Scored:
         local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
-        hidden_NH = hidden_at(hidden, to_device(local_N, hidden.device), len(batch.tokens_BS), self.model)
+        hidden_NH = hidden_at(
+            hidden, to_device(local_N, hidden.device), len(batch.tokens_BS), self.model
+        )
         weight_vH = output_weight(self.model)
         found = topk_rows(
             hidden_NH,
@@ -216,9 +241,13 @@ class Teacher:
             top_k=self.top_k,
             kept=self.cache.kept,
             temperatures=self.temperatures,
-            uniforms_NU=self._uniforms(examples, batch, positions_N) if self.cache.tail_samples else None,
+            uniforms_NU=self._uniforms(examples, batch, positions_N)
+            if self.cache.tail_samples
+            else None,
         )
-        fields = {name: _to_host(values) for name, values in found._asdict().items() if values is not None}
+        fields = {
+            name: _to_host(values) for name, values in found._asdict().items() if values is not None
+        }
         ready = None
         if hidden.device.type == "cuda":
             ready = torch.cuda.Event()
@@ -232,20 +261,30 @@ class Teacher:
         if scored is not None and groups.tensor_rank == 0:
             if scored.ready is not None:
                 scored.ready.synchronize()
-            mine = scored.positions_N, {name: values.numpy() for name, values in scored.fields.items()}
+            mine = (
+                scored.positions_N,
+                {name: values.numpy() for name, values in scored.fields.items()},
+            )
         if groups.context_size == 1:
             return mine
-        gathered: list[Any] | None = [None] * len(groups.replica_ranks) if groups.is_writer else None
+        gathered: list[Any] | None = (
+            [None] * len(groups.replica_ranks) if groups.is_writer else None
+        )
         dist.gather_object(mine, gathered, dst=groups.writer_rank, group=groups.replica)
         if gathered is None:
             return None
         parts = [part for part in gathered if part is not None]
         positions_N = np.concatenate([positions for positions, _ in parts])
         order = positions_N.argsort()
-        fields = {name: np.concatenate([fields[name] for _, fields in parts])[order] for name in parts[0][1]}
+        fields = {
+            name: np.concatenate([fields[name] for _, fields in parts])[order]
+            for name in parts[0][1]
+        }
         return positions_N[order], fields
 
-    def _teacher_topk(self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]) -> TeacherTopK:
+    def _teacher_topk(
+        self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]
+    ) -> TeacherTopK:
         finite = np.isfinite(fields["log_sum_exp_N"])
         if not finite.all():
             raise TeacherError(
@@ -262,7 +301,9 @@ class Teacher:
             tail_token_ids_SM=fields.get("tail_token_ids_NM"),
         )
 
-    def _uniforms(self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor) -> torch.Tensor:
+    def _uniforms(
+        self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor
+    ) -> torch.Tensor:
         """Random numbers of every position that depend on nothing but the seed, the example and the position."""
         uniforms_AU = np.zeros((batch.tokens_BS.numel(), self.cache.tail_samples + 1))
         for example, start in zip(examples, _starts(batch), strict=False):
@@ -285,4 +326,6 @@ def _to_host(tensor: torch.Tensor) -> torch.Tensor:
     """A copy on the host that is complete when the device has done what was asked of it so far."""
     if tensor.device.type != "cuda":
         return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+        tensor, non_blocking=True
+    )

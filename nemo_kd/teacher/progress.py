@@ -14,7 +14,7 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.files import explained
 from nemo_kd.flops import forward_flops, peak_flops
-from nemo_kd.metrics import (
+from nemo_kd.run.metrics import (
     MetricsFile,
     Progress,
     ProgressLine,
@@ -42,7 +42,9 @@ class TeacherProgress:
         self._flops = forward_flops(run.pretrained.architecture)
         sinks: list[Sink] = []
         if groups.is_writer and groups.data_rank == 0:
-            sinks = [ProgressLine(f"teacher, {job.split}" if job.split else "teacher", total_tokens)]
+            sinks = [
+                ProgressLine(f"teacher, {job.split}" if job.split else "teacher", total_tokens)
+            ]
             sinks.append(metrics_file(job))
             if settings.create_wandb_logger:
                 sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
@@ -83,7 +85,9 @@ class TeacherProgress:
             tokens=tokens,
             loss_tokens=sum(example.num_loss_tokens for example in started.examples),
             padding_tokens=started.computed_tokens - tokens,
-            flops=sum(self._flops.example(one.num_tokens, one.num_loss_tokens) for one in started.examples),
+            flops=sum(
+                self._flops.example(one.num_tokens, one.num_loss_tokens) for one in started.examples
+            ),
         )
 
     def published(self, publisher: SegmentPublisher) -> None:

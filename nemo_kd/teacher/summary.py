@@ -57,7 +57,11 @@ def check_end(job: Job, writer: CacheWriter) -> str:
         )
     if not incomplete:
         return ""
-    others = ", ".join(f"{other}/{num_shards} ({count} segments)" for other, count in sorted(by_shard.items()) if count)
+    others = ", ".join(
+        f"{other}/{num_shards} ({count} segments)"
+        for other, count in sorted(by_shard.items())
+        if count
+    )
     return (
         f"{len(incomplete)} of {len(job.chunks)} chunks ({_some(incomplete)}) wait for other shards: "
         f"{others or 'being put together'}. "
@@ -75,19 +79,30 @@ def summary_lines(job: Job, manifest: Manifest, work: Work) -> list[tuple[str, s
         rate += f", {work.num_tokens / max(work.seconds, 1e-9):,.0f} tokens/s"
     lines = [
         ("cache", job.config.output_path),
-        ("chunks", f"{len(manifest.chunks)} of {len(job.chunks)} ({work.num_complete_before} were complete before)"),
+        (
+            "chunks",
+            f"{len(manifest.chunks)} of {len(job.chunks)} ({work.num_complete_before} were complete before)",
+        ),
         ("examples", f"{total.examples:,}"),
         ("tokens", f"{total.tokens:,} ({total.loss_tokens:,} in the loss)"),
-        ("size", f"{size_text(total.bytes)}, {total.bytes / max(1, total.tokens):,.1f} bytes per token"),
+        (
+            "size",
+            f"{size_text(total.bytes)}, {total.bytes / max(1, total.tokens):,.1f} bytes per token",
+        ),
         ("computed now", rate),
     ]
     if total.loss_tokens:  # else other shards' segments are still awaited
         lines += [
-            (f"mass of the kept ids (at most {manifest.top_k})", f"{_share(total.kept_mass_sum, total):.4f}"),
+            (
+                f"mass of the kept ids (at most {manifest.top_k})",
+                f"{_share(total.kept_mass_sum, total):.4f}",
+            ),
             ("label among the kept ids", f"{_share(total.label_in_topk, total):.4f}"),
             ("kept ids per position", f"{_share(total.kept_tokens, total):.1f}"),
         ]
-    lines += [(f"skipped: {reason}", f"{count:,}") for reason, count in skipped] or [("skipped", "0")]
+    lines += [(f"skipped: {reason}", f"{count:,}") for reason, count in skipped] or [
+        ("skipped", "0")
+    ]
     if job.split:
         lines.insert(0, ("split", job.split))
     return lines
@@ -110,7 +125,9 @@ def kept_mass_advice(manifest: Manifest, cache: CacheConfig) -> str:
     total = _total(manifest)
     if not total.loss_tokens:
         return ""
-    return advice(_share(total.kept_mass_sum, total), _share(total.kept_tokens, total), manifest.top_k, cache)
+    return advice(
+        _share(total.kept_mass_sum, total), _share(total.kept_tokens, total), manifest.top_k, cache
+    )
 
 
 def advice(kept_mass: float, kept_ids: float, top_k: int, cache: CacheConfig) -> str:

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-from nemo_kd.cli.launch import global_rank
 from nemo_kd.cli.run import Command, run
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.interruption import Interruption, Requeue
-from nemo_kd.watchdog import Watchdog
+from nemo_kd.run.interruption import Interruption, Requeue
+from nemo_kd.run.launch import global_rank
+from nemo_kd.run.watchdog import Watchdog
 
 FOLDER = Path(os.environ["FOLDER"])
 

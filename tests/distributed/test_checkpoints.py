@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import nemo_kd.mcore.convert
+import nemo_kd.convert
 import nemo_kd.mcore.export
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
@@ -29,20 +29,31 @@ from tests.tiny_models import save_hf_model
 VOCABULARY = 517  # odd, and padded to 517, 528, 544, 576 or 640 rows below
 
 
-def load(path: str, tensor_model_parallel_size: int, divisible_by: int, dtype: torch.dtype = torch.float32):
+def load(
+    path: str,
+    tensor_model_parallel_size: int,
+    divisible_by: int,
+    dtype: torch.dtype = torch.float32,
+):
     layout = ModelConfig(
-        tensor_model_parallel_size=tensor_model_parallel_size, make_vocab_size_divisible_by=divisible_by
+        tensor_model_parallel_size=tensor_model_parallel_size,
+        make_vocab_size_divisible_by=divisible_by,
     )
     groups = initialize_model_parallel(layout, 1)
     with open_pretrained(path) as source:
         model = build_gpt_model(
-            source.architecture, transformer_config(source.architecture, layout, dtype), divisible_by, False
+            source.architecture,
+            transformer_config(source.architecture, layout, dtype),
+            divisible_by,
+            False,
         )
         source.load_weights(model, groups)
     return model, source, groups
 
 
-def shards(path: str, tensor_model_parallel_size: int, divisible_by: int) -> dict[str, torch.Tensor]:
+def shards(
+    path: str, tensor_model_parallel_size: int, divisible_by: int
+) -> dict[str, torch.Tensor]:
     model, _, _ = load(path, tensor_model_parallel_size, divisible_by)
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -58,7 +69,7 @@ def resave(path: str, output: str, tensor_model_parallel_size: int, divisible_by
 
 
 def convert(**options) -> None:
-    nemo_kd.mcore.convert.convert(ConvertCheckpointConfig(**options))
+    nemo_kd.convert.convert(ConvertCheckpointConfig(**options))
 
 
 def convert_in_small_files(**options) -> None:
@@ -92,7 +103,12 @@ class Run:
 
     def __call__(self, function=convert, **options) -> None:
         self.rank.run(
-            _call, function, {key: str(value) if isinstance(value, Path) else value for key, value in options.items()}
+            _call,
+            function,
+            {
+                key: str(value) if isinstance(value, Path) else value
+                for key, value in options.items()
+            },
         )
 
 
@@ -121,7 +137,9 @@ def test_an_archive_is_the_same_model_in_every_layout(ranks, source, tmp_path):
         for ours, theirs in zip(loaded, expected, strict=True):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     rows = torch.cat([part["embedding.word_embeddings.weight"] for part in loaded])
-    assert torch.equal(rows[:VOCABULARY], load_file(source / "model.safetensors")["model.embed_tokens.weight"])
+    assert torch.equal(
+        rows[:VOCABULARY], load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+    )
     assert len(rows) == 544
     assert not rows[VOCABULARY:].any()
 
@@ -133,10 +151,15 @@ def test_everything_around_the_weights_travels_along(run, source, tmp_path):
     weights = {"model.safetensors", "config.json"}
     files = {path.name for path in source.iterdir()}
     assert {path.name for path in back.iterdir()} == files
-    assert all((back / name).read_bytes() == (source / name).read_bytes() for name in files - weights)
+    assert all(
+        (back / name).read_bytes() == (source / name).read_bytes() for name in files - weights
+    )
     messages = [{"role": "user", "content": "What does len do?"}]
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, back))
-    assert before.apply_chat_template(messages)["input_ids"] == after.apply_chat_template(messages)["input_ids"]
+    assert (
+        before.apply_chat_template(messages)["input_ids"]
+        == after.apply_chat_template(messages)["input_ids"]
+    )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "deep"]
     assert [path.name for path in archive.parent.iterdir()] == ["model.nemo"]
 
@@ -160,7 +183,10 @@ def test_two_processes_that_write_one_archive_leave_a_whole_one(ranks, source, t
     try:
         with ThreadPoolExecutor(2) as pool:
             for _ in range(2):
-                packed = [pool.submit(one.run, resave, str(source), archive, 1, 16) for one in (ranks(1), other)]
+                packed = [
+                    pool.submit(one.run, resave, str(source), archive, 1, 16)
+                    for one in (ranks(1), other)
+                ]
                 assert [one.result() for one in packed] == [[None], [None]]
     finally:
         other.stop()
@@ -219,10 +245,17 @@ def test_an_archive_whose_parts_disagree_is_refused(run, ranks, source, tmp_path
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     config = (folder / "model_config.yaml").read_text()
-    changed = re.sub("share_embeddings_and_output_weights: false", "share_embeddings_and_output_weights: true", config)
+    changed = re.sub(
+        "share_embeddings_and_output_weights: false",
+        "share_embeddings_and_output_weights: true",
+        config,
+    )
     (folder / "model_config.yaml").write_text(changed)
     message = ranks(1).run(fails, str(folder), 1)[0]
-    assert "model_weights does not fit model_config.yaml: output_layer.weight stands in one of them only" in message
+    assert (
+        "model_weights does not fit model_config.yaml: output_layer.weight stands in one of them only"
+        in message
+    )
     assert "pretrained_checkpoint" in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
 
 
@@ -232,14 +265,20 @@ def test_damaged_or_other_weights_are_refused(run, ranks, source, tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     config = (folder / "model_config.yaml").read_text()
-    (folder / "model_config.yaml").write_text(config.replace("ffn_hidden_size: 96", "ffn_hidden_size: 48"))
+    (folder / "model_config.yaml").write_text(
+        config.replace("ffn_hidden_size: 96", "ffn_hidden_size: 48")
+    )
     message = ranks(1).run(fails, str(folder), 1)[0]
-    assert "linear_fc1.weight has the shape (2, 192, 64), model_config.yaml calls for (2, 96, 64)" in message
+    assert (
+        "linear_fc1.weight has the shape (2, 192, 64), model_config.yaml calls for (2, 96, 64)"
+        in message
+    )
     (folder / "model_config.yaml").write_text(config)
     for file in (folder / "model_weights").glob("*.distcp"):
         os.truncate(file, file.stat().st_size - 100)
     assert re.search(
-        r"distcp: .* cannot be read .*copy or write the model again", ranks(1).run(fails, str(folder), 1)[0]
+        r"distcp: .* cannot be read .*copy or write the model again",
+        ranks(1).run(fails, str(folder), 1)[0],
     )
     for file in (folder / "model_weights").glob("*.distcp"):
         file.unlink()

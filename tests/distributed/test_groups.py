@@ -45,13 +45,22 @@ def test_replicas_and_their_writers(ranks):
         assert len(set(places.values())) == 4, name
         for rank, result in enumerate(results):
             place, replica_ranks, writer_rank, speakers, lines = result[name]
-            assert sorted(replica_ranks) == [other for other in places if places[other][0] == place[0]], name
+            assert sorted(replica_ranks) == [
+                other for other in places if places[other][0] == place[0]
+            ], name
             assert len(replica_ranks) == tensor * pipeline * context
             assert places[writer_rank] == (place[0], pipeline - 1, 0, 0), name
-            assert sorted(speakers) == sorted((other, other == writer_rank) for other in replica_ranks), name
+            assert sorted(speakers) == sorted(
+                (other, other == writer_rank) for other in replica_ranks
+            ), name
             # Along an axis only that coordinate changes, from 0 upwards.
             for axis, coordinate in (("data", 0), ("pipeline", 1), ("context", 2), ("tensor", 3)):
                 along = [places[other] for other in lines[axis]]
                 assert rank in lines[axis]
-                assert [other[coordinate] for other in along] == list(range(len(along))), (name, axis)
-                assert len({other[:coordinate] + other[coordinate + 1 :] for other in along}) == 1, (name, axis)
+                assert [other[coordinate] for other in along] == list(range(len(along))), (
+                    name,
+                    axis,
+                )
+                assert (
+                    len({other[:coordinate] + other[coordinate + 1 :] for other in along}) == 1
+                ), (name, axis)

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_kd.interruption import REQUEUE
+from nemo_kd.run.interruption import REQUEUE
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tests" / "distributed" / "rank_program.py"
@@ -32,13 +32,23 @@ class Run:
     def __init__(self, folder: Path, mode: str, devices: int = 2, **env: str) -> None:
         self.folder, self.devices = folder, devices
         variables = {
-            name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC"))
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("SLURM_", "TORCHELASTIC"))
         }
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
             variables.pop(name, None)
-        variables |= {"MODE": mode, "FOLDER": str(folder), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **env}
+        variables |= {
+            "MODE": mode,
+            "FOLDER": str(folder),
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            **env,
+        }
         line = [sys.executable, str(PROGRAM), *KEYS, f"trainer.devices={devices}"]
-        self.process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True)
+        self.process = subprocess.Popen(
+            line, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+        )
 
     def ready(self) -> list[int]:
         """The ranks' process ids, once all are ready."""
@@ -179,7 +189,12 @@ def test_a_second_signal_ends_at_once(start):
 def test_nothing_listens_on_other_addresses_than_loopback(start, devices):
     run = start("meet", devices)
     pids = {run.process.pid, *run.ready()}
-    sockets = [each for pid in pids for each in psutil.Process(pid).net_connections("inet") if each.status == "LISTEN"]
+    sockets = [
+        each
+        for pid in pids
+        for each in psutil.Process(pid).net_connections("inet")
+        if each.status == "LISTEN"
+    ]
     assert {each.laddr.ip for each in sockets} <= {"127.0.0.1", "::1"}
     assert sockets or devices == 1
     run.process.kill()
@@ -189,7 +204,10 @@ def test_a_killed_rank_is_named_and_takes_the_others_along(start):
     run = start("dies")
     status, stderr = run.end()
     assert status == 1
-    assert stderr == "error: rank 1 was ended by SIGKILL (SIGKILL is what a machine out of memory sends)\n"
+    assert (
+        stderr
+        == "error: rank 1 was ended by SIGKILL (SIGKILL is what a machine out of memory sends)\n"
+    )
 
 
 def test_ranks_end_with_their_launcher(start):
@@ -210,7 +228,10 @@ def test_a_rank_that_loses_the_others_tells_what_it_was_doing(start):
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 2, stderr
     assert lines[0].startswith("error: rank 0 on ")
-    assert "its last step: batch 12 of segment 640-703: examples [641, 650]: forward. Another rank" in lines[0]
+    assert (
+        "its last step: batch 12 of segment 640-703: examples [641, 650]: forward. Another rank"
+        in lines[0]
+    )
     assert "torch says: " in lines[0]
     assert "rank 1 was ended by SIGKILL" in lines[1]
 

@@ -18,18 +18,26 @@ from nemo_kd.mcore.optimizer import ModelOptimizer, training_options, wrap_for_t
 from tests.tiny_models import save_hf_model
 
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, [0.8, 0.9], 1e-6, 0.3, 0.5
-REFERENCES = {"distributed_fused_adam": torch.optim.AdamW, "adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+REFERENCES = {
+    "distributed_fused_adam": torch.optim.AdamW,
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+}
 
 
 @pytest.fixture(scope="module")
 def student(tmp_path_factory):
-    return save_hf_model("qwen2_tied", tmp_path_factory.mktemp("optimizers"), 300, num_hidden_layers=1)
+    return save_hf_model(
+        "qwen2_tied", tmp_path_factory.mktemp("optimizers"), 300, num_hidden_layers=1
+    )
 
 
 def wrapped(student: Path, name: str):
     groups = initialize_model_parallel(ModelConfig(), 1)
     with open_pretrained(str(student)) as source:
-        config = transformer_config(source.architecture, ModelConfig(), torch.float32, **training_options(1))
+        config = transformer_config(
+            source.architecture, ModelConfig(), torch.float32, **training_options(1)
+        )
         model = build_gpt_model(source.architecture, config, 8, False)
         source.load_weights(model, groups)
     optim = OptimConfig(name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
@@ -40,9 +48,15 @@ def differences(student: Path, name: str) -> list[float]:
     """Three steps of random gradients beside torch's optimizer: what the weights differ by at most after each."""
     model, optim = wrapped(student, name)
     optimizer = ModelOptimizer(model, optim, CLIP)
-    copies = {name: torch.nn.Parameter(parameter.detach().clone()) for name, parameter in model.named_parameters()}
+    copies = {
+        name: torch.nn.Parameter(parameter.detach().clone())
+        for name, parameter in model.named_parameters()
+    }
     groups = [
-        {"params": [copy for copy in copies.values() if copy.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {
+            "params": [copy for copy in copies.values() if copy.dim() > 1],
+            "weight_decay": WEIGHT_DECAY,
+        },
         {"params": [copy for copy in copies.values() if copy.dim() == 1], "weight_decay": 0.0},
     ]
     reference = REFERENCES[name](groups, lr=LR, betas=BETAS, eps=EPS)

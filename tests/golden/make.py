@@ -21,7 +21,9 @@ from nemo_kd.config.cache import CacheConfig
 
 FOLDER = Path(__file__).parent
 CACHES = {
-    "loss_CHUNK_ID.jsonl.zst": CacheConfig(min_probability=0.01, temperatures=[2.0], tail_samples=2),
+    "loss_CHUNK_ID.jsonl.zst": CacheConfig(
+        min_probability=0.01, temperatures=[2.0], tail_samples=2
+    ),
     "all_CHUNK_ID.jsonl": CacheConfig(positions="all", min_probability=0.02),
     "numbers_CHUNK_ID.jsonl": CacheConfig(codec="json", temperatures=[2.0], tail_samples=2),
 }
@@ -35,7 +37,9 @@ def row(index: int, name: str) -> CachedExample:
     cache, mask, random = CACHES[name], MASKS[index], np.random.default_rng(index)
     length = len(mask)
     ids_SC = np.argsort(random.random((length, VOCAB_SIZE)), axis=1)[:, :CANDIDATES]
-    spread_S = np.array([0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4] for s in range(length)])
+    spread_S = np.array(
+        [0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4] for s in range(length)]
+    )
     logits_SC = -np.sort(-random.normal(size=(length, CANDIDATES)) * spread_S[:, None], axis=1)
     logits_SC = np.round(logits_SC - logits_SC[:, :1], 2)
     p_SC = np.exp(logits_SC) / np.exp(logits_SC).sum(axis=1, keepdims=True)
@@ -45,14 +49,18 @@ def row(index: int, name: str) -> CachedExample:
         # Flat positions keep more than 256 tokens, which take two bytes to count, together enough for classes of ids.
         kept_SC = (
             cache.kept(p_SC)
-            | (np.arange(CANDIDATES) < 260) & ((spread_S == 0.05) & (cache.positions == "loss"))[:, None]
+            | (np.arange(CANDIDATES) < 260)
+            & ((spread_S == 0.05) & (cache.positions == "loss"))[:, None]
         )
     places_S = np.array([[0, CANDIDATES - 1, 1][s % 3] for s in range(length)])
     pick = np.arange(length), places_S
     samples_SM = np.full((length, 2), -1)
     for s in range(1, length, 2):
         samples_SM[s] = np.sort(random.choice(ids_SC[s][~kept_SC[s]], 2))
-    heads = [(np.where(kept_SC, w, 0).sum(1) / w.sum(1)) for w in (np.exp(logits_SC / t) for t in temperatures(cache))]
+    heads = [
+        (np.where(kept_SC, w, 0).sum(1) / w.sum(1))
+        for w in (np.exp(logits_SC / t) for t in temperatures(cache))
+    ]
     teacher = TeacherTopK(
         topk_logits_SK=np.where(kept_SC, logits_SC, -np.inf).astype(np.float32),
         topk_token_ids_SK=np.where(kept_SC, ids_SC, -1),
@@ -64,10 +72,14 @@ def row(index: int, name: str) -> CachedExample:
     )
     k = int(kept_SC.sum(axis=1).max())
     teacher = replace(
-        teacher, topk_logits_SK=teacher.topk_logits_SK[:, :k], topk_token_ids_SK=teacher.topk_token_ids_SK[:, :k]
+        teacher,
+        topk_logits_SK=teacher.topk_logits_SK[:, :k],
+        topk_token_ids_SK=teacher.topk_token_ids_SK[:, :k],
     )
     tokens_S = random.integers(VOCAB_SIZE, size=length)
-    return CachedExample(Example(index, tokens_S, ids_SC[pick], np.array(mask, dtype=np.float32)), teacher)
+    return CachedExample(
+        Example(index, tokens_S, ids_SC[pick], np.array(mask, dtype=np.float32)), teacher
+    )
 
 
 def temperatures(cache: CacheConfig) -> tuple[float, ...]:
@@ -100,7 +112,9 @@ def from_json(fields: dict[str, Any]) -> CachedExample:
     k = max(map(len, fields["topk_logits"]))
     f32, samples = np.float32, fields["tail_token_ids"]
     teacher = TeacherTopK(
-        topk_logits_SK=np.array([x + [-np.inf] * (k - len(x)) for x in fields["topk_logits"]], dtype=f32),
+        topk_logits_SK=np.array(
+            [x + [-np.inf] * (k - len(x)) for x in fields["topk_logits"]], dtype=f32
+        ),
         topk_token_ids_SK=np.array([x + [-1] * (k - len(x)) for x in fields["topk_token_ids"]]),
         log_sum_exp_logits_S=np.array(fields["log_sum_exp_logits"], dtype=f32),
         tail_mass_TS=np.array(fields["tail_mass"], dtype=f32),
@@ -110,7 +124,8 @@ def from_json(fields: dict[str, Any]) -> CachedExample:
     )
     mask_S = np.array(fields["loss_mask"], dtype=f32)
     return CachedExample(
-        Example(fields["index"], np.array(fields["tokens"]), np.array(fields["labels"]), mask_S), teacher
+        Example(fields["index"], np.array(fields["tokens"]), np.array(fields["labels"]), mask_S),
+        teacher,
     )
 
 
@@ -122,7 +137,10 @@ def write(folder: Path, name: str, rows: list[CachedExample]) -> None:
         teacher={"name": "golden", "weights": "none"}, tokenizer="none", chat_template=None, n_examples_per_chunk=3,
         dataset={"path": "golden", "fingerprint": "none", "start_from_idx": 0, "end_at_idx": 5},
     )  # fmt: skip
-    writer, by_index = CacheWriter(layout, manifest, [range(3), range(3, 6)]), {row.example.index: row for row in rows}
+    writer, by_index = (
+        CacheWriter(layout, manifest, [range(3), range(3, 6)]),
+        {row.example.index: row for row in rows},
+    )
     for segment in writer.missing_segments():
         sink = SegmentWriter(layout, manifest, segment, {"precision": "float32"})
         for index in segment[1]:
@@ -145,7 +163,9 @@ def tiny_row() -> CachedExample:
         tail_mass_TS=np.array([[0, 0.22, 0.01]], dtype=np.float32),
         label_logprobs_S=np.array([0, -4.0, -0.01], dtype=np.float32),
     )
-    example = Example(7, np.array([5, 6, 9]), np.array([6, 9, 2]), np.array([0, 1, 1], dtype=np.float32))
+    example = Example(
+        7, np.array([5, 6, 9]), np.array([6, 9, 2]), np.array([0, 1, 1], dtype=np.float32)
+    )
     return CachedExample(example, teacher)
 
 

@@ -11,7 +11,10 @@ from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import Definition, Problem, dense_losses, random_problem
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 DEFINITIONS = [
     Definition("forward_kl", "tail", 0.5, 0.5, factor=4.0),
@@ -34,11 +37,16 @@ def on_gpu(problem: Problem) -> tuple[TeacherRows, torch.Tensor]:
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_losses_and_gradients_match_dense_float64(definition, dtype, tolerance, compile):
     problem = random_problem(64, 5000, 20, teacher_scale=definition.teacher_scale)
-    problem = problem.map(lambda tensor: tensor if tensor is not problem.logits_NV else tensor.to(dtype).double())
+    problem = problem.map(
+        lambda tensor: tensor if tensor is not problem.logits_NV else tensor.to(dtype).double()
+    )
     ce_N, kd_N, gradient_NV = dense_losses(problem, definition)
     teacher, labels_N = on_gpu(problem)
     loss = DistillationLoss(
-        Divergence(**definition.of_divergence()), definition.label_smoothing, definition.z_loss_weight, compile
+        Divergence(**definition.of_divergence()),
+        definition.label_smoothing,
+        definition.z_loss_weight,
+        compile,
     )
     leaf_NV = problem.logits_NV.to("cuda", dtype).requires_grad_()
     losses = loss(leaf_NV * 1, labels_N, VocabShard.of(5000, 5000), teacher)
@@ -56,12 +64,19 @@ def test_memory(compile):
     num_rows, vocab_size, hidden_size = 4096, 64000, 512
     teacher, labels_N = on_gpu(random_problem(num_rows // 64, vocab_size, 100))
     teacher = TeacherRows(
-        *(None if field is None else field.repeat(64, *[1] * (field.dim() - 1)) for field in vars(teacher).values())
+        *(
+            None if field is None else field.repeat(64, *[1] * (field.dim() - 1))
+            for field in vars(teacher).values()
+        )
     )
     labels_N, shard = labels_N.repeat(64), VocabShard.of(vocab_size, vocab_size)
     loss = DistillationLoss(Divergence(), compile=compile)
-    hidden_NH = torch.randn(num_rows, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight_vH = torch.randn(vocab_size, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    hidden_NH = torch.randn(
+        num_rows, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
+    weight_vH = torch.randn(
+        vocab_size, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True
+    )
     weight_vH.main_grad = torch.zeros_like(weight_vH, dtype=torch.float32)
     logits_bytes = num_rows * vocab_size * 2
     for _ in range(2):  # compiles first

@@ -9,7 +9,10 @@ from nemo_kd.ops.tail_sampling import tail_uniforms
 from nemo_kd.ops.topk import topk_rows
 from nemo_kd.ops.vocab import VocabShard
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 WIDENS = "dtype_out" in torch.ops.aten.mm.overloads()
 
@@ -41,14 +44,22 @@ def test_rows_match_dense_float64(dtype):
     ids, kept = found.topk_token_ids_NK.cpu().long(), found.topk_token_ids_NK.cpu() >= 0
     shifted = logits - logits.amax(-1, keepdim=True)
     expected = shifted.gather(1, ids.clamp(min=0))
-    torch.testing.assert_close(found.topk_logits_NK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance)
-    torch.testing.assert_close(found.log_sum_exp_N.cpu().double(), shifted.logsumexp(-1), rtol=0, atol=tolerance)
+    torch.testing.assert_close(
+        found.topk_logits_NK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance
+    )
+    torch.testing.assert_close(
+        found.log_sum_exp_N.cpu().double(), shifted.logsumexp(-1), rtol=0, atol=tolerance
+    )
     label_logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
-    torch.testing.assert_close(found.label_logprobs_N.cpu().double(), label_logprobs, rtol=0, atol=2 * tolerance)
+    torch.testing.assert_close(
+        found.label_logprobs_N.cpu().double(), label_logprobs, rtol=0, atol=2 * tolerance
+    )
     outside = torch.ones_like(logits).scatter_(1, ids.clamp(min=0), (~kept).double())
     for number, temperature in enumerate((1.0, 2.0)):
         tail = ((logits / temperature).softmax(-1) * outside).sum(-1)
-        torch.testing.assert_close(found.tail_mass_NT[:, number].cpu().double(), tail, rtol=2 * tolerance, atol=0)
+        torch.testing.assert_close(
+            found.tail_mass_NT[:, number].cpu().double(), tail, rtol=2 * tolerance, atol=0
+        )
     samples = found.tail_token_ids_NM.cpu().long()
     assert (samples >= 0).any()
     assert (outside.gather(1, samples.clamp(min=0))[samples >= 0] == 1).all()
@@ -62,7 +73,9 @@ def test_memory_does_not_grow_with_the_rows():
         labels = torch.zeros(num_rows, dtype=torch.int64, device="cuda")
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        topk_rows(hidden, weight, labels, VocabShard(0, 128_256, 128_256), top_k=8, kept=lambda p: p > 0)
+        topk_rows(
+            hidden, weight, labels, VocabShard(0, 128_256, 128_256), top_k=8, kept=lambda p: p > 0
+        )
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] < 600e6
     assert peaks[1] - peaks[0] < 30e6

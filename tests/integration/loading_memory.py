@@ -34,11 +34,16 @@ def load(path: str, dtype: torch.dtype, size: int) -> dict[str, int]:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
         before = memory("VmRSS")
-        config = transformer_config(source.architecture, layout, dtype, perform_initialization=False)
+        config = transformer_config(
+            source.architecture, layout, dtype, perform_initialization=False
+        )
         model = build_gpt_model(source.architecture, config, 8, transformer_engine=False)
         source.load_weights(model, groups)
         peak = memory("VmHWM") - before
-    return {"shard": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())), "peak": peak}
+    return {
+        "shard": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "peak": peak,
+    }
 
 
 def main(store: str, size: int, rank: int, loads: list[str]) -> None:

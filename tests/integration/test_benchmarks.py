@@ -46,8 +46,12 @@ def test_the_loss_benchmark_runs_on_a_tiny_setting():
         "--hidden-size=16", "--repetitions=2", "--only", "torch", "`forward_kl`, sampled", "256 rows",
     ]  # fmt: skip
     rows = _rows(command)
-    reference, ours = ([float(value) for value in row[1:]] for row in rows if len(row) == 4 and row[0] != "method")
-    assert reference[2] == pytest.approx(3, abs=0.3)  # its output, and the gradients of two of its steps
+    reference, ours = (
+        [float(value) for value in row[1:]] for row in rows if len(row) == 4 and row[0] != "method"
+    )
+    assert reference[2] == pytest.approx(
+        3, abs=0.3
+    )  # its output, and the gradients of two of its steps
     assert ours[2] < 0.5
     assert all(min(ratios[:2]) > 0 for ratios in (reference, ours))
     fused = [row for row in rows if len(row) == 5 and row[0] != "method"]
@@ -76,20 +80,37 @@ def test_the_loss_benchmark_compares_methods_that_agree(baseline, divergence):
 
 @pytest.mark.parametrize("variant", results.VARIANTS)
 def test_the_settings_whose_results_are_compared_are_taken(variant):
-    keys = ("sft_loss_weight=1", "kd_loss_weight=1", "support=renormalize", *results.VARIANTS[variant])
+    keys = (
+        "sft_loss_weight=1",
+        "kd_loss_weight=1",
+        "support=renormalize",
+        *results.VARIANTS[variant],
+    )
     words = [MINIMAL["train_gpt_knowledge_distillation"], *(f"{results.LOSS}{key}" for key in keys)]
     compose("train_gpt_knowledge_distillation", " ".join(words))
 
 
 def test_the_dense_teacher_sees_packed_examples_apart(tmp_path):
     folder = save_hf_model("qwen3", tmp_path, 300)
-    parts = [torch.randint(300, (length,), generator=torch.manual_seed(length)) for length in (17, 1, 9)]
+    parts = [
+        torch.randint(300, (length,), generator=torch.manual_seed(length)) for length in (17, 1, 9)
+    ]
     tokens_BS = torch.cat(parts)[None]
     positions_BS = torch.cat([torch.arange(len(part)) for part in parts])[None]
     ones_BS = torch.ones_like(tokens_BS)
     indices_B = torch.arange(3)
-    batch = Batch(indices_B, indices_B, torch.tensor([17, 1, 9]), tokens_BS, tokens_BS, ones_BS.float(), positions_BS)
-    found_BSV, _ = results._dense(torch.zeros(1, 27, 300), batch, VocabShard(0, 300, 300), str(folder))
+    batch = Batch(
+        indices_B,
+        indices_B,
+        torch.tensor([17, 1, 9]),
+        tokens_BS,
+        tokens_BS,
+        ones_BS.float(),
+        positions_BS,
+    )
+    found_BSV, _ = results._dense(
+        torch.zeros(1, 27, 300), batch, VocabShard(0, 300, 300), str(folder)
+    )
     teacher = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         expected = [teacher(part[None]).logits[0].log_softmax(dim=-1) for part in parts]

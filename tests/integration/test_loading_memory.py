@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.mcore.convert import convert
+from nemo_kd.convert import convert
 from nemo_kd.mcore.families import architecture_from_hf
 from nemo_kd.mcore.weights import hf_shapes
 
@@ -38,7 +38,10 @@ def write(folder: Path, dtype: torch.dtype) -> Path:
     (folder / "config.json").write_text(json.dumps(MODEL))
     torch.manual_seed(0)
     shapes = hf_shapes(architecture_from_hf(MODEL))
-    save_file({name: torch.rand(shape).to(dtype) for name, shape in shapes.items()}, folder / "model.safetensors")
+    save_file(
+        {name: torch.rand(shape).to(dtype) for name, shape in shapes.items()},
+        folder / "model.safetensors",
+    )
     return folder
 
 
@@ -50,7 +53,10 @@ def checkpoints(ranks, tmp_path_factory) -> dict[str, Path]:
         "bfloat16": write(folder / "bfloat16", torch.bfloat16),
     }
     paths["nemo"] = folder / "model.nemo"
-    ranks(1).run(convert, ConvertCheckpointConfig(input_path=str(paths["float32"]), output_path=str(paths["nemo"])))
+    ranks(1).run(
+        convert,
+        ConvertCheckpointConfig(input_path=str(paths["float32"]), output_path=str(paths["nemo"])),
+    )
     return paths
 
 
@@ -58,10 +64,23 @@ def load(loads: list[tuple[Path, str]], size: int, store: Path) -> list[list[dic
     """Of every rank and load: bytes of the rank's part of the model, and of the most memory that loading took."""
     arguments = [f"{path}={dtype}" for path, dtype in loads]
     # What the process frees goes back to the system at once, so that each load begins from the same memory.
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONWARNINGS": "ignore"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "PYTHONWARNINGS": "ignore",
+    }
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.integration.loading_memory", str(store), str(size), str(rank), *arguments],
+            [
+                sys.executable,
+                "-m",
+                "tests.integration.loading_memory",
+                str(store),
+                str(size),
+                str(rank),
+                *arguments,
+            ],
             stdout=subprocess.PIPE,
             cwd=ROOT,
             env=environment,
@@ -75,7 +94,10 @@ def load(loads: list[tuple[Path, str]], size: int, store: Path) -> list[list[dic
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0] * size
-    return [[json.loads(line) for line in output.splitlines() if line.startswith("{")] for output in outputs]
+    return [
+        [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+        for output in outputs
+    ]
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -16,18 +16,18 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
 from nemo_kd.mcore.export import save_adapter
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward, forward_backward
-from nemo_kd.student import StudentModule
-from nemo_kd.trainer.data_module import StudentData
-from nemo_kd.trainer.splits import load_splits
+from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.splits import load_splits
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import run_stage_2, training_rows
 from tests.integration.test_student_layouts import (
@@ -59,7 +59,13 @@ LORA: Settings = {
 ATTENTION = {"model__peft__lora_tuning": {"target_modules": ["attention"], "adapter_dim": RANK}}
 SECOND = {"model__peft__lora_tuning": {"target_modules": ["mlp_fc1", "mlp_fc2"], "adapter_dim": 3, "layer_selection": [2],
           "row_init_method": "normal", "column_init_method": "kaiming"}}  # fmt: skip
-DROPOUT = {"model__peft__lora_tuning": {"target_modules": ["all"], "adapter_dim": RANK, "adapter_dropout": 0.5}}
+DROPOUT = {
+    "model__peft__lora_tuning": {
+        "target_modules": ["all"],
+        "adapter_dim": RANK,
+        "adapter_dropout": 0.5,
+    }
+}
 # By world size and name: the student, settings, and the run on one rank with the same result.
 RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
     1: {
@@ -87,7 +93,12 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "EP TP": ("mixtral", ATTENTION | EP | TP | SP, "experts"),
     },
 }
-STUDENTS = {"dense": ("qwen3", 2), "tied": ("qwen2_tied", 2), "mixtral": ("mixtral", 2), "deep": ("qwen3", 4)}
+STUDENTS = {
+    "dense": ("qwen3", 2),
+    "tied": ("qwen2_tied", 2),
+    "mixtral": ("mixtral", 2),
+    "deep": ("qwen3", 4),
+}
 
 
 class Run(NamedTuple):
@@ -111,10 +122,15 @@ def world(ranks, tmp_path_factory):
         for name, (base, layers) in STUDENTS.items()
     }
     caches = {}
-    for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 9, 60)):
+    for split, count, start in (
+        ("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0),
+        ("validation", 9, 60),
+    ):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
         caches[split] = folder / f"{split}_CHUNK_ID.jsonl"
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[split], {"n_examples_per_chunk": 16}) == [""]
+        assert ranks(1).run(
+            run_stage_1, teacher, dataset, caches[split], {"n_examples_per_chunk": 16}
+        ) == [""]
     return students, caches["train"], caches["validation"], folder
 
 
@@ -129,7 +145,9 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
     )  # fmt: skip
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
-        splits = load_splits(config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder))
+        splits = load_splits(
+            config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
+        )
         data = StudentData(config, splits, NUM_STEPS, NUM_STEPS, 0, groups)
         module = StudentModule(config, pretrained.architecture, pretrained, groups, NUM_STEPS)
         module.provenance = dict
@@ -139,7 +157,9 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
         steps = []
         for batch in data.train_dataloader():
             optimizer.zero_grad()
-            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[-1].tolist()
+            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[
+                -1
+            ].tolist()
             optimizer.step()
             steps.append([*sums[:3], sums[-1], optimizer.grad_norm])
         before = {name: parameter.clone() for name, parameter in module.gpt.named_parameters()}
@@ -147,13 +167,18 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
         module.save_to(f"{folder}-merged.nemo")
         if module.lora is not None:
             leave_adapter(module, Path(f"{folder}-hf"))
-        assert all(torch.equal(before[name], parameter) for name, parameter in module.gpt.named_parameters())
+        assert all(
+            torch.equal(before[name], parameter)
+            for name, parameter in module.gpt.named_parameters()
+        )
         logits = None
         if world_size == 1:
             module.gpt.eval()
             with torch.no_grad():
                 row = CacheReader(str(train))[3]
-                logits = forward(module.gpt, collate([row], 0))[0, : len(row.example.tokens_S), :300]
+                logits = forward(module.gpt, collate([row], 0))[
+                    0, : len(row.example.tokens_S), :300
+                ]
     trained = {
         name: (getattr(parameter, "main_grad", torch.zeros(0)).numel(), parameter.requires_grad)
         for name, parameter in module.gpt.named_parameters()
@@ -176,7 +201,8 @@ def leave_adapter(module: StudentModule, folder: Path) -> None:
 
 def run_all(students, train, runs, folder: Path) -> dict[str, Run]:
     return {
-        name: run(students[student], train, settings, folder / name) for name, (student, settings, _) in runs.items()
+        name: run(students[student], train, settings, folder / name)
+        for name, (student, settings, _) in runs.items()
     }
 
 
@@ -192,9 +218,13 @@ def adapter(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_only_adapters_have_gradient_buffers(straight):
-    for name, (trained, _) in {name: (run.trained, 2) for name, run in straight[0].items() if name != "full"}.items():
+    for name, (trained, _) in {
+        name: (run.trained, 2) for name, run in straight[0].items() if name != "full"
+    }.items():
         with_buffer = {weight for weight, (numel, _) in trained.items() if numel}
-        assert with_buffer == {weight for weight, (_, requires_grad) in trained.items() if requires_grad}, name
+        assert with_buffer == {
+            weight for weight, (_, requires_grad) in trained.items() if requires_grad
+        }, name
         assert all(".lora." in weight for weight in with_buffer), name
         assert len(with_buffer) == {"experts": 8, "second": 4, "deep": 32}.get(name, 16), name
 
@@ -211,8 +241,12 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
     runs, folder = straight
     found, found_folder = straight
     if world_size > 1:
-        results = ranks(world_size).run(run_all, students, train, RUNS[world_size], tmp_path, timeout_s=600)
-        assert all(other[name].steps == run.steps for other in results for name, run in results[0].items())
+        results = ranks(world_size).run(
+            run_all, students, train, RUNS[world_size], tmp_path, timeout_s=600
+        )
+        assert all(
+            other[name].steps == run.steps for other in results for name, run in results[0].items()
+        )
         for name, run in results[0].items():
             if "TP" in name:
                 assert run.replicated, name
@@ -223,25 +257,37 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
             assert found[name].steps[-1][0] < 0.99 * found[name].steps[0][0], name
             continue
         steps, expected = torch.tensor(found[name].steps), torch.tensor(runs[like].steps)
-        torch.testing.assert_close(steps, expected, rtol=1e-4, atol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            steps, expected, rtol=1e-4, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
         if like == "full":
             continue
         for kind in ("-start-hf", "-hf"):
-            ours, theirs = adapter(found_folder / f"{name}{kind}"), adapter(folder / f"{like}{kind}")
+            ours, theirs = (
+                adapter(found_folder / f"{name}{kind}"),
+                adapter(folder / f"{like}{kind}"),
+            )
             assert ours.keys() == theirs.keys(), name
             for weight, values in ours.items():
                 moved = LEARNING_RATE * NUM_STEPS if kind == "-hf" else 0.0
                 assert (values - theirs[weight]).abs().max() <= 2e-3 * moved, (name, kind, weight)
         config = json.loads((found_folder / f"{name}-hf" / "adapter_config.json").read_text())
         assert config == json.loads((folder / f"{like}-hf" / "adapter_config.json").read_text())
-        ours, theirs = load_file_of(found_folder / f"{name}-merged-hf"), load_file_of(folder / f"{like}-merged-hf")
+        ours, theirs = (
+            load_file_of(found_folder / f"{name}-merged-hf"),
+            load_file_of(folder / f"{like}-merged-hf"),
+        )
         assert ours.keys() == theirs.keys()
         assert all((ours[weight] - theirs[weight]).abs().max() < 1e-3 for weight in ours), name
 
 
 def load_file_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face folder."""
-    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+    return {
+        name: tensor
+        for path in sorted(folder.glob("*.safetensors"))
+        for name, tensor in load_file(path).items()
+    }
 
 
 def test_it_is_the_definition_on_transformers_model(world, straight):
@@ -250,7 +296,8 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
     model = AutoModelForCausalLM.from_pretrained(students["dense"])
     model.requires_grad_(False)
     start = {
-        name.removeprefix("base_model.model."): tensor for name, tensor in adapter(folder / "all-start-hf").items()
+        name.removeprefix("base_model.model."): tensor
+        for name, tensor in adapter(folder / "all-start-hf").items()
     }
     modules = sorted({name.rsplit(".lora_", 1)[0] for name in start})
     assert len(modules) == 2 * 7
@@ -261,7 +308,9 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
         return module.removesuffix(name) + shared.get(name, name)
 
     down = {
-        module: start[f"{module}.lora_A.weight"].requires_grad_() for module in modules if input_side(module) == module
+        module: start[f"{module}.lora_A.weight"].requires_grad_()
+        for module in modules
+        if input_side(module) == module
     }
     up = {module: start[f"{module}.lora_B.weight"].requires_grad_() for module in modules}
     assert not any(tensor.any() for tensor in up.values())
@@ -269,13 +318,16 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
 
     def adapted(tokens):
         changes = {
-            f"{module}.weight": base[f"{module}.weight"] + SCALE * up[module] @ down[input_side(module)]
+            f"{module}.weight": base[f"{module}.weight"]
+            + SCALE * up[module] @ down[input_side(module)]
             for module in modules
         }
         return functional_call(model, changes, (tokens,))
 
     parameters = [*down.values(), *up.values()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS, weight_decay=WEIGHT_DECAY)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS, weight_decay=WEIGHT_DECAY
+    )
     config = student_config(students["dense"], train, train, Path("/nonexistent"))
     reader = CacheReader(str(train))
     order = np.random.Generator(np.random.PCG64([config.model.seed, 0])).permutation(len(reader))
@@ -292,7 +344,10 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
     for module in modules:
         for side, expected in (("lora_A", down[input_side(module)]), ("lora_B", up[module])):
             values = trained[f"base_model.model.{module}.{side}.weight"]
-            assert (values - expected).abs().max() < 2e-3 * LEARNING_RATE * NUM_STEPS, (module, side)
+            assert (values - expected).abs().max() < 2e-3 * LEARNING_RATE * NUM_STEPS, (
+                module,
+                side,
+            )
 
 
 @pytest.mark.parametrize("name", ["all", "second", "experts"])
@@ -302,10 +357,14 @@ def test_merged_weights_are_those_of_the_trained_model(ranks, world, straight, t
     tokens = torch.tensor(CacheReader(str(train))[3].example.tokens_S)[None]
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(students[RUNS[1][name][0]])(tokens).logits[0]
-        merged = AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged-hf")(tokens).logits[0]
+        merged = AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged-hf")(tokens).logits[
+            0
+        ]
     assert (base - merged).abs().max() > 0.1
     torch.testing.assert_close(merged, runs[name].logits, rtol=0, atol=2e-4)
-    archive = ConvertCheckpointConfig(input_path=str(folder / f"{name}-merged.nemo"), output_path=str(tmp_path / "hf"))
+    archive = ConvertCheckpointConfig(
+        input_path=str(folder / f"{name}-merged.nemo"), output_path=str(tmp_path / "hf")
+    )
     ranks(1).run(convert, archive)
     converted, exported = load_file_of(tmp_path / "hf"), load_file_of(folder / f"{name}-merged-hf")
     assert converted.keys() == exported.keys()
@@ -334,15 +393,21 @@ def test_resume(ranks, world, straight, tmp_path):
     assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides) == [""]
     expected = training_rows(tmp_path / "a")
     assert list(expected) == list(range(1, 9))
-    checkpoint = next(path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name)
+    checkpoint = next(
+        path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name
+    )
     tensors = ShardedFolder(checkpoint).tensors
     assert tensors
-    assert all(".lora." in name for name in tensors if not name.startswith("optimizer.")), sorted(tensors)[:5]
+    assert all(".lora." in name for name in tensors if not name.startswith("optimizer.")), sorted(
+        tensors
+    )[:5]
 
     def resume(name: str, changes: Settings, world_size: int = 1) -> list[str]:
         shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / f"{checkpoint.name}-last")
         changes = {**overrides, "trainer__devices": world_size, **changes}
-        return ranks(world_size).run(run_stage_2, student, train, validation, tmp_path / name, changes)
+        return ranks(world_size).run(
+            run_stage_2, student, train, validation, tmp_path / name, changes
+        )
 
     smaller = {"model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}}
     refused = resume("other rank", smaller)[0]
@@ -351,12 +416,20 @@ def test_resume(ranks, world, straight, tmp_path):
     assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in allowed
     assert "lora_tuning.target_modules" in allowed
     assert allowed.endswith(" it cannot be used")
-    assert "peft_scheme: lora in the checkpoint, none now" in resume("none", {"model__peft__peft_scheme": "none"})[0]
+    assert (
+        "peft_scheme: lora in the checkpoint, none now"
+        in resume("none", {"model__peft__peft_scheme": "none"})[0]
+    )
     other = save_hf_model("qwen3", tmp_path / "other", 300, seed=5)
     student = other
-    assert "  pretrained_checkpoint.restore_from_path: dense (weights sha256:" in resume("other model", {})[0]
+    assert (
+        "  pretrained_checkpoint.restore_from_path: dense (weights sha256:"
+        in resume("other model", {})[0]
+    )
     student = students["dense"]
-    assert resume("tp", {**TP, **SP, "export__hf": True, "export__lora": "adapter", "name": "run"}, 2) == ["", ""]
+    assert resume(
+        "tp", {**TP, **SP, "export__hf": True, "export__lora": "adapter", "name": "run"}, 2
+    ) == ["", ""]
     left = tmp_path / "tp" / "checkpoints"
     assert adapter(left / "run-hf").keys() == adapter(folder / "runs" / "all-hf").keys()
     provenance = json.loads((left / "run-hf" / "provenance.json").read_text())

@@ -20,7 +20,17 @@ def test_the_wheel_holds_conf_and_commands(tmp_path):
     source = tmp_path / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(tmp_path), str(source)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--wheel-dir",
+            str(tmp_path),
+            str(source),
+        ],
         check=True,
     )
     (wheel,) = tmp_path.glob("nemo_kd-*.whl")
@@ -29,14 +39,29 @@ def test_the_wheel_holds_conf_and_commands(tmp_path):
         assert f"nemo_kd/conf/{name}.yaml" in names
     target = tmp_path / "site"
     subprocess.run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(target),
+            str(wheel),
+        ],
         check=True,
     )
     for command in (target / "bin").iterdir():
         arguments = ["--help"] if command.name in ("logit_cache", "plot_runs") else ["--cfg", "job"]
         line = [sys.executable, str(command), *arguments]
         result = subprocess.run(
-            line, capture_output=True, text=True, check=False, cwd=tmp_path, env={"PYTHONPATH": str(target)}
+            line,
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(target)},
         )
         assert result.returncode == 0, result.stderr
     assert len(list((target / "bin").iterdir())) == 5
@@ -45,7 +70,11 @@ def test_the_wheel_holds_conf_and_commands(tmp_path):
 def readme_commands() -> list[str]:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line for line in lines if re.match(r"(compute_topk_logits|train_gpt_knowledge_distillation) ", line)]
+    return [
+        line
+        for line in lines
+        if re.match(r"(compute_topk_logits|train_gpt_knowledge_distillation) ", line)
+    ]
 
 
 def test_the_readme_shows_both_stages():
@@ -66,10 +95,16 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts" / "slurm").iterdir()), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "script", sorted((ROOT / "scripts" / "slurm").iterdir()), ids=lambda path: path.name
+)
 def test_shell_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
-    result = subprocess.run([str(shellcheck), "-x", str(script)], capture_output=True, text=True, check=False, cwd=ROOT)
+    result = subprocess.run(
+        [str(shellcheck), "-x", str(script)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
     assert result.returncode == 0, result.stdout
-    assert not re.search(r"\\[ \t]+#", script.read_text()), "a comment after a line continuation ends the command"
+    assert not re.search(r"\\[ \t]+#", script.read_text()), (
+        "a comment after a line continuation ends the command"
+    )

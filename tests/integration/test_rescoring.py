@@ -22,9 +22,9 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.records import DataError
-from nemo_kd.evaluation.faithfulness import at_positions, known_positions
 from nemo_kd.teacher.loop import compute_topk_logits
-from nemo_kd.teacher.rescoring import open_sample, rescore, rescoring_config, sampled
+from nemo_kd.tools.faithfulness import at_positions, known_positions
+from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config, sampled
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import CHATML, CHATML_DEFAULT_SYSTEM, train_tokenizer
@@ -69,7 +69,9 @@ def run_verify(
     """Report and result; of what is refused, the message and None."""
     try:
         sample = open_sample(str(path), num_examples)
-        return rescore(sample, rescoring_config(sample, str(teacher), settings), dataset and str(dataset))
+        return rescore(
+            sample, rescoring_config(sample, str(teacher), settings), dataset and str(dataset)
+        )
     except UserInputError as error:
         return f"{type(error).__name__}: {error}", None
 
@@ -85,7 +87,9 @@ def world(ranks, tmp_path_factory):
         output = folder / kind / "c_CHUNK_ID.jsonl"
         if not output.parent.exists():
             settings = {"n_examples_per_chunk": 10, "cache__segment_examples": 7, **CACHES[kind]}
-            ranks(settings.get("trainer__devices", 1)).run(run_stage_1, teacher, dataset, output, settings)
+            ranks(settings.get("trainer__devices", 1)).run(
+                run_stage_1, teacher, dataset, output, settings
+            )
         return output
 
     return teacher, dataset, cache
@@ -94,7 +98,9 @@ def world(ranks, tmp_path_factory):
 @pytest.fixture
 def verify(ranks, world):
     def of(path, *settings, teacher=None, dataset=None, num_examples=100, world_size=1):
-        results = ranks(world_size).run(run_verify, path, teacher or world[0], list(settings), dataset, num_examples)
+        results = ranks(world_size).run(
+            run_verify, path, teacher or world[0], list(settings), dataset, num_examples
+        )
         assert all(result == results[0] for result in results)
         return results[0]
 
@@ -155,8 +161,14 @@ def swap(rows: list[CachedExample]) -> None:
     a, b = rows[7], rows[8]
     positions = known_positions(a), known_positions(b)
     length = min(map(len, positions))
-    said = [at_positions(row.teacher, places[:length]) for row, places in zip((a, b), positions, strict=True)]
-    rows[7], rows[8] = put(a, positions[0][:length], said[1]), put(b, positions[1][:length], said[0])
+    said = [
+        at_positions(row.teacher, places[:length])
+        for row, places in zip((a, b), positions, strict=True)
+    ]
+    rows[7], rows[8] = (
+        put(a, positions[0][:length], said[1]),
+        put(b, positions[1][:length], said[0]),
+    )
 
 
 def shift(rows: list[CachedExample]) -> None:
@@ -177,7 +189,15 @@ def one_position(rows: list[CachedExample]) -> None:
         ("json", 1, []),
         ("packed", 1, []),
         ("packed", 2, ["trainer.devices=2", "model.tensor_model_parallel_size=2"]),
-        ("packed", 2, ["trainer.devices=2", "model.pipeline_model_parallel_size=2", "model.micro_batch_size=1"]),
+        (
+            "packed",
+            2,
+            [
+                "trainer.devices=2",
+                "model.pipeline_model_parallel_size=2",
+                "model.micro_batch_size=1",
+            ],
+        ),
         ("packed", 2, ["trainer.devices=2", "model.context_parallel_size=2"]),
         ("packed, all positions", 2, ["trainer.devices=2"]),
         ("packed, bf16", 1, []),
@@ -197,24 +217,43 @@ def test_an_unharmed_cache_passes(verify, world, kind, world_size, settings):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mixtral"])
-def test_rounding_of_a_teacher_with_large_logits_passes_and_hides_nothing(verify, ranks, world, tmp_path, family):
+def test_rounding_of_a_teacher_with_large_logits_passes_and_hides_nothing(
+    verify, ranks, world, tmp_path, family
+):
     """The divergences between two layouts in bfloat16 are as large as those of small faults elsewhere."""
     teacher = save_teacher(tmp_path / "sharp", temperature=0.25, family=family)
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    settings = {"n_examples_per_chunk": 10, "model__tensor_model_parallel_size": 2, "trainer__devices": 2}
-    ranks(2).run(run_stage_1, teacher, world[1], output, settings | {"trainer__precision": "bf16", "top_k": 60})
+    settings = {
+        "n_examples_per_chunk": 10,
+        "model__tensor_model_parallel_size": 2,
+        "trainer__devices": 2,
+    }
+    ranks(2).run(
+        run_stage_1,
+        teacher,
+        world[1],
+        output,
+        settings | {"trainer__precision": "bf16", "top_k": 60},
+    )
     for num_examples in (1, 100):
         report, is_right = verify(output, teacher=teacher, num_examples=num_examples)
         assert is_right, report
     for change, num_wrong in ((swap, 2), (shift, 1)):
-        report, is_right = verify(planted(output, tmp_path / change.__name__, change), teacher=teacher)
+        report, is_right = verify(
+            planted(output, tmp_path / change.__name__, change), teacher=teacher
+        )
         assert f"{num_wrong} of 23 examples are wrong" in report, report
         assert is_right is False
 
 
 FAULTS = {
     "permutation": (swap, 2, "example 8", "permuted: it is what the teacher says of example"),
-    "shift": (shift, 1, "example 3", "shifted: what stands at a position is what the teacher says 1 behind it"),
+    "shift": (
+        shift,
+        1,
+        "example 3",
+        "shifted: what stands at a position is what the teacher says 1 behind it",
+    ),
     "one position": (one_position, 1, "example 11", "at few positions, most at position"),
 }
 
@@ -255,7 +294,9 @@ def test_rows_that_were_decoded_and_encoded_again_pass(verify, world, tmp_path):
 
 
 def test_another_teacher_shows(verify, world, tmp_path):
-    report, is_right = verify(world[2]("packed"), teacher=save_teacher(tmp_path / "other", seed=1), num_examples=6)
+    report, is_right = verify(
+        world[2]("packed"), teacher=save_teacher(tmp_path / "other", seed=1), num_examples=6
+    )
     assert is_right is False
     assert "6 of 6 examples are wrong" in report
     assert "like nothing the teacher says" in report
@@ -266,7 +307,9 @@ def test_a_tail_at_another_temperature_shows(verify, world, tmp_path):
     def change(rows: list[CachedExample]) -> None:
         tails = rows[2].teacher.tail_mass_TS.copy()
         tails[1] = tails[0]
-        rows[2] = CachedExample(rows[2].example, dataclasses.replace(rows[2].teacher, tail_mass_TS=tails))
+        rows[2] = CachedExample(
+            rows[2].example, dataclasses.replace(rows[2].teacher, tail_mass_TS=tails)
+        )
 
     report, is_right = verify(planted(world[2]("packed"), tmp_path / "bad", change))
     assert is_right is False
@@ -279,7 +322,9 @@ def test_a_tail_sample_among_the_kept_ids_shows(verify, world, tmp_path):
         samples = rows[2].teacher.tail_token_ids_SM.copy()
         places = np.flatnonzero(samples[:, 0] >= 0)
         samples[places[0]] = rows[2].teacher.topk_token_ids_SK[places[0], 0]
-        rows[2] = CachedExample(rows[2].example, dataclasses.replace(rows[2].teacher, tail_token_ids_SM=samples))
+        rows[2] = CachedExample(
+            rows[2].example, dataclasses.replace(rows[2].teacher, tail_token_ids_SM=samples)
+        )
 
     report, is_right = verify(planted(world[2]("packed"), tmp_path / "bad", change))
     assert is_right is False
@@ -294,7 +339,13 @@ def test_another_template_shows(verify, ranks, world, tmp_path):
     assert is_right is False
     assert "wrong: the cache was rendered with another chat template than the teacher's" in report
     assert "tokens from position" in report
-    ranks(1).run(run_stage_1, other, dataset, tmp_path / "c_CHUNK_ID.jsonl", {"n_examples_per_chunk": 10, "top_k": 20})
+    ranks(1).run(
+        run_stage_1,
+        other,
+        dataset,
+        tmp_path / "c_CHUNK_ID.jsonl",
+        {"n_examples_per_chunk": 10, "top_k": 20},
+    )
     claimed = Manifest.load(cache("packed").parent / "c_manifest.json").chat_template
     manifest = json.loads((tmp_path / "c_manifest.json").read_text())
     (tmp_path / "c_manifest.json").write_text(json.dumps(manifest | {"chat_template": claimed}))
@@ -333,7 +384,10 @@ def test_a_cache_without_a_manifest(verify, world, tmp_path):
         example, teacher = row.example, row.teacher
         half = {
             name: torch.from_numpy(getattr(teacher, field)).bfloat16().float().tolist()
-            for name, field in (("topk_logits", "topk_logits_SK"), ("log_sum_exp_logits", "log_sum_exp_logits_S"))
+            for name, field in (
+                ("topk_logits", "topk_logits_SK"),
+                ("log_sum_exp_logits", "log_sum_exp_logits_S"),
+            )
         }
         lines.append(
             {
@@ -381,7 +435,12 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
         (tmp_path / "empty.jsonl", 4, [], "empty.jsonl: the file is empty"),
         (f"{cache('packed')}[3:3]", 4, [], "the cache has no rows"),
         (cache("packed"), 0, [], "--num-examples: 0 must be at least 1"),
-        (cache("packed"), 4, ["trainer.devises=2"], "trainer.devises (did you mean trainer.devices?)"),
+        (
+            cache("packed"),
+            4,
+            ["trainer.devises=2"],
+            "trainer.devises (did you mean trainer.devices?)",
+        ),
         (cache("packed"), 4, ["top_k=4"], "top_k: only trainer.*"),
         (cache("packed"), 4, ["trainer.devices"], "is no KEY=VALUE"),
         (cache("packed"), 4, ["trainer.precision=64"], "trainer.precision: '64' is not one of"),
@@ -400,7 +459,9 @@ def logit_cache(*arguments: object) -> subprocess.CompletedProcess:
 
 def test_the_command_line(world, tmp_path):
     teacher, _, cache = world
-    done = logit_cache("verify", cache("packed"), "--against", teacher, "--num-examples", 4, "trainer.precision=32")
+    done = logit_cache(
+        "verify", cache("packed"), "--against", teacher, "--num-examples", 4, "trainer.precision=32"
+    )
     assert done.returncode == 0, done.stderr
     assert "4 of 23 examples" in done.stdout
     assert "Warning" not in done.stderr
@@ -409,7 +470,10 @@ def test_the_command_line(world, tmp_path):
     done = logit_cache("verify", bad, "--against", teacher, "--num-examples", 99, *keys)
     assert done.returncode == 1, done.stderr
     assert "2 ranks = tensor 2" in done.stdout
-    assert "verdict: the cache is not what this teacher says: 1 of 23 examples are wrong" in done.stdout
+    assert (
+        "verdict: the cache is not what this teacher says: 1 of 23 examples are wrong"
+        in done.stdout
+    )
     done = logit_cache("verify", cache("packed"), "--against", tmp_path / "nowhere")
     assert done.returncode == 2
     assert "nowhere does not exist" in done.stderr

@@ -24,8 +24,8 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.files import Lock
+from nemo_kd.teacher.estimate import plan_cache
 from nemo_kd.teacher.loop import compute_topk_logits
-from nemo_kd.teacher.plan import plan_cache
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -63,7 +63,9 @@ def reference_of(
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).to(dtype), train_tokenizer(300)
     rows = {}
     for index, line in enumerate(dataset.read_text().splitlines()):
-        ids = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)["input_ids"]
+        ids = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)[
+            "input_ids"
+        ]
         with torch.no_grad():
             rows[index] = (ids, model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1).numpy())
     return rows
@@ -90,8 +92,16 @@ def check_rows(rows: list[dict], reference) -> None:
 
 
 TP, PP = "model__tensor_model_parallel_size", "model__pipeline_model_parallel_size"
-CP, SP, EP = "model__context_parallel_size", "model__sequence_parallel", "model__expert_model_parallel_size"
-MICRO, TOKENS, SEGMENT = "model__micro_batch_size", "data__max_tokens_per_batch", "cache__segment_examples"
+CP, SP, EP = (
+    "model__context_parallel_size",
+    "model__sequence_parallel",
+    "model__expert_model_parallel_size",
+)
+MICRO, TOKENS, SEGMENT = (
+    "model__micro_batch_size",
+    "data__max_tokens_per_batch",
+    "cache__segment_examples",
+)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +125,16 @@ MICRO, TOKENS, SEGMENT = "model__micro_batch_size", "data__max_tokens_per_batch"
     ],
     ids=str,
 )
-def test_rows_belong_to_their_example_in_every_layout(ranks, world, reference, tmp_path, world_size, layout):
+def test_rows_belong_to_their_example_in_every_layout(
+    ranks, world, reference, tmp_path, world_size, layout
+):
     _, model, dataset = world
-    overrides = {"trainer__devices": world_size, "cache__codec": "json", "n_examples_per_chunk": 10, **layout}
+    overrides = {
+        "trainer__devices": world_size,
+        "cache__codec": "json",
+        "n_examples_per_chunk": 10,
+        **layout,
+    }
     assert (
         ranks(world_size).run(run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides)
         == [""] * world_size
@@ -136,17 +153,28 @@ def test_experts_that_are_spread_over_replicas(ranks, world, tmp_path, world_siz
     """Three segments for two lanes: one of them computes filler while the other is at the last one."""
     _, _, dataset = world
     model = save_hf_model("qwen3_moe", tmp_path / "teacher", 300)
-    overrides = {"trainer__devices": world_size, "cache__codec": "json", "n_examples_per_chunk": 10, **layout}
+    overrides = {
+        "trainer__devices": world_size,
+        "cache__codec": "json",
+        "n_examples_per_chunk": 10,
+        **layout,
+    }
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    assert ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+    assert (
+        ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+    )
     check_rows(
-        read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference_of(model, dataset, torch.float32)
+        read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]),
+        reference_of(model, dataset, torch.float32),
     )  # its experts take no float64
 
 
 def test_a_range_in_one_file_and_a_rerun_that_skips(ranks, world, tmp_path):
     _, model, dataset = world
-    output, overrides = tmp_path / "part_0.jsonl", {"start_from_idx": 7, "end_at_idx": 9, "cache__codec": "json"}
+    output, overrides = (
+        tmp_path / "part_0.jsonl",
+        {"start_from_idx": 7, "end_at_idx": 9, "cache__codec": "json"},
+    )
     ranks(1).run(run_stage_1, model, dataset, output, overrides)
     assert [row["index"] for row in read_rows([output])] == [7, 8, 9]
     before = output.stat().st_mtime_ns
@@ -161,7 +189,10 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
     output, overrides = tmp_path / "c_CHUNK_ID.jsonl", {"n_examples_per_chunk": 10}
     ranks(1).run(run_stage_1, model, dataset, output, overrides)
     chunks = [tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]
-    content, times = [path.read_bytes() for path in chunks], [path.stat().st_mtime_ns for path in chunks]
+    content, times = (
+        [path.read_bytes() for path in chunks],
+        [path.stat().st_mtime_ns for path in chunks],
+    )
     chunks[1].unlink()
     ranks(1).run(run_stage_1, model, dataset, output, overrides)
     assert [path.read_bytes() for path in chunks] == content
@@ -180,7 +211,10 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
             "model.tensor_model_parallel_size",
         ),
         ({"cache__min_k": 9}, "cache.min_k: 9 exceeds top_k (8)"),
-        ({"cache__codec": "json", "cache__top_p": 0.9}, "cache.codec: json stores top_k logits at every position"),
+        (
+            {"cache__codec": "json", "cache__top_p": 0.9},
+            "cache.codec: json stores top_k logits at every position",
+        ),
         ({"cache__temperatures": [0]}, "cache.temperatures: [0.0] must all be above 0"),
         (
             {"data__data__max_seq_length": 5000},
@@ -191,7 +225,10 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ({"data__chat": False}, "data.chat=False, but the record is a conversation"),
         ({"trainer__accelerator": "gpu"}, "trainer.accelerator: gpu, but torch finds no GPU"),
         ({"trainer__devices": 3}, "trainer.num_nodes x trainer.devices: 1 x 3"),
-        ({"model__transformer_engine": "on"}, "model.transformer_engine: on, but Transformer Engine"),
+        (
+            {"model__transformer_engine": "on"},
+            "model.transformer_engine: on, but Transformer Engine",
+        ),
     ],
 )
 def test_wrong_input_is_refused_before_the_teacher_runs(ranks, world, tmp_path, overrides, message):
@@ -205,12 +242,18 @@ def test_wrong_input_is_refused_before_the_teacher_runs(ranks, world, tmp_path, 
 
 def test_heads_that_tensor_parallelism_cannot_cut_are_refused(ranks, world, tmp_path):
     folder = save_hf_model(
-        "llama2", tmp_path / "odd", 300, num_attention_heads=6, num_key_value_heads=3, hidden_size=48
+        "llama2",
+        tmp_path / "odd",
+        300,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        hidden_size=48,
     )
     overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2}
     refused = ranks(2).run(run_stage_1, folder, world[2], tmp_path / "c.jsonl", overrides)
     assert all(
-        "model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)" in text
+        "model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)"
+        in text
         for text in refused
     )
 
@@ -224,7 +267,9 @@ def test_broken_json_names_file_and_line(ranks, world, tmp_path):
     assert not list(tmp_path.glob("c*"))
 
 
-def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(ranks, world, tmp_path):
+def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(
+    ranks, world, tmp_path
+):
     lines = world[2].read_text().splitlines(keepends=True)
     (tmp_path / "d.jsonl").write_text("".join(lines[:20]) + '{"messages": [{"role": "user"}]}\n')
     overrides = {"trainer__devices": 2, "n_examples_per_chunk": 4}
@@ -235,7 +280,9 @@ def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(r
 
 
 def test_too_long_examples_are_counted(ranks, world, tmp_path):
-    ranks(1).run(run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"data__data__max_seq_length": 40})
+    ranks(1).run(
+        run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"data__data__max_seq_length": 40}
+    )
     manifest = json.loads((tmp_path / "c.manifest.json").read_text())["chunks"]["0"]
     assert manifest["skipped"]["too long"] > 0
     assert manifest["examples"] + sum(manifest["skipped"].values()) == NUM_RECORDS
@@ -244,7 +291,11 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
 
 def contents(folder: Path) -> dict[str, bytes]:
     """The files that make the cache: neither locks nor metrics."""
-    paths = [path for path in sorted(folder.iterdir()) if not path.name.endswith((".lock", "metrics.log"))]
+    paths = [
+        path
+        for path in sorted(folder.iterdir())
+        if not path.name.endswith((".lock", "metrics.log"))
+    ]
     return {path.name: path.read_bytes() for path in paths}
 
 
@@ -259,8 +310,13 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
     }
     packed = {"cache__min_probability": 0.01, "cache__min_k": 2, "cache__tail_samples": 3}
     for name, overrides in (("json.jsonl", {"cache__codec": "json"}), ("packed.jsonl.zst", packed)):
-        assert ranks(2).run(run_stage_1, model, dataset, tmp_path / name, {**shared, **overrides}) == ["", ""]
-    ours, full = CacheReader(str(tmp_path / "packed.jsonl.zst")), CacheReader(str(tmp_path / "json.jsonl"))
+        assert ranks(2).run(
+            run_stage_1, model, dataset, tmp_path / name, {**shared, **overrides}
+        ) == ["", ""]
+    ours, full = (
+        CacheReader(str(tmp_path / "packed.jsonl.zst")),
+        CacheReader(str(tmp_path / "json.jsonl")),
+    )
     assert len(ours) == len(full) == NUM_RECORDS - 1
     assert ours.manifests[0].codec == {
         "name": "packed", "min_probability": 0.01, "top_p": 1.0, "min_k": 2, "positions": "loss", "temperatures": [2.0],
@@ -283,10 +339,14 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
             logits = exact.topk_logits_SK[s].astype(float)
             for number, temperature in enumerate((1.0, 2.0)):
                 weights = np.exp(logits / temperature)
-                share = weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_TS[number, s])
+                share = (
+                    weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_TS[number, s])
+                )
                 odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_TS[number, s] - 1)
                 assert abs(odds[0] + odds[1]) < 0.07
-        np.testing.assert_allclose(found.label_logprobs_S[in_loss], exact.label_logprobs_S[in_loss], atol=0.15)
+        np.testing.assert_allclose(
+            found.label_logprobs_S[in_loss], exact.label_logprobs_S[in_loss], atol=0.15
+        )
 
 
 def run_plan(model, dataset, output, overrides) -> str:
@@ -299,7 +359,12 @@ def run_plan(model, dataset, output, overrides) -> str:
 def test_the_plan_foretells_the_disk(ranks, world, tmp_path):
     _, model, _ = world
     dataset = write_chat_dataset(tmp_path / "more.jsonl", 200)
-    overrides = {"trainer__devices": 2, "model__micro_batch_size": 2, "n_examples_per_chunk": 50, "top_k": 64}
+    overrides = {
+        "trainer__devices": 2,
+        "model__micro_batch_size": 2,
+        "n_examples_per_chunk": 50,
+        "top_k": 64,
+    }
     output = tmp_path / "cache" / "c_CHUNK_ID.jsonl.zst"
     told, nothing = ranks(2).run(run_plan, model, dataset, output, overrides)
     assert nothing == ""
@@ -328,7 +393,10 @@ def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, t
             "n_examples_per_chunk": 10,
         }
         output = folder / "c_CHUNK_ID.jsonl.zst"
-        assert ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+        assert (
+            ranks(world_size).run(run_stage_1, model, dataset, output, overrides)
+            == [""] * world_size
+        )
         written.append(contents(folder))
     assert set(written[0]) == {
         *(f"c_{chunk}.jsonl.zst{suffix}" for chunk in range(3) for suffix in ("", ".idx")),
@@ -344,18 +412,30 @@ def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
     drawn = []
     for tp in (1, 2):
         output = tmp_path / f"tp{tp}.jsonl"
-        overrides = {"trainer__devices": tp, "model__tensor_model_parallel_size": tp, "cache__tail_samples": 4}
-        ranks(tp).run(run_stage_1, model, dataset, output, {**overrides, "model__micro_batch_size": tp})
+        overrides = {
+            "trainer__devices": tp,
+            "model__tensor_model_parallel_size": tp,
+            "cache__tail_samples": 4,
+        }
+        ranks(tp).run(
+            run_stage_1, model, dataset, output, {**overrides, "model__micro_batch_size": tp}
+        )
         reader = CacheReader(str(output))
-        drawn.append(np.concatenate([reader[i].teacher.tail_token_ids_SM for i in range(len(reader))]))
+        drawn.append(
+            np.concatenate([reader[i].teacher.tail_token_ids_SM for i in range(len(reader))])
+        )
     assert (drawn[0] >= 0).any()
-    assert (drawn[0] == drawn[1]).mean() > 0.999  # rounding may move a draw over the border of two ids
+    assert (
+        drawn[0] == drawn[1]
+    ).mean() > 0.999  # rounding may move a draw over the border of two ids
 
 
 def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(world, tmp_path):
     """The command itself: ranks die at random instants, other numbers of ranks continue."""
     _, model, _ = world
-    dataset = write_chat_dataset(tmp_path / "many.jsonl", 160)  # so that no run ends before it is killed
+    dataset = write_chat_dataset(
+        tmp_path / "many.jsonl", 160
+    )  # so that no run ends before it is killed
     dice = random.Random(1)
 
     def command(output: Path, devices: int) -> subprocess.Popen[bytes]:
@@ -368,9 +448,14 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
         return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
 
     def num_published(folder: Path) -> int:
-        return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 60 * len(list(folder.glob("c_?.jsonl.zst")))
+        return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 60 * len(
+            list(folder.glob("c_?.jsonl.zst"))
+        )
 
-    straight, killed = tmp_path / "straight" / "c_CHUNK_ID.jsonl.zst", tmp_path / "killed" / "c_CHUNK_ID.jsonl.zst"
+    straight, killed = (
+        tmp_path / "straight" / "c_CHUNK_ID.jsonl.zst",
+        tmp_path / "killed" / "c_CHUNK_ID.jsonl.zst",
+    )
     assert command(straight, 1).wait() == 0
     deaths = 0
     for devices in (2, 2, 1):
@@ -379,7 +464,9 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
         while process.poll() is None and after < before + 3:  # then at any instant
             time.sleep(dice.uniform(0.005, 0.02))
             after = num_published(killed.parent)
-        victims = psutil.Process(process.pid).children(recursive=True) or [psutil.Process(process.pid)]
+        victims = psutil.Process(process.pid).children(recursive=True) or [
+            psutil.Process(process.pid)
+        ]
         dice.choice(victims).send_signal(signal.SIGKILL)
         time.sleep(dice.uniform(0, 0.2))
         os.killpg(process.pid, signal.SIGKILL)
@@ -393,13 +480,19 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
 
 def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_path):
     _, model, _ = world
-    (tmp_path / "d.jsonl").write_text("".join(f'{{"input": "a {n}", "output": "b {n}"}}\n' for n in range(4)))
+    (tmp_path / "d.jsonl").write_text(
+        "".join(f'{{"input": "a {n}", "output": "b {n}"}}\n' for n in range(4))
+    )
     output = tmp_path / "c.jsonl.zst"
     assert ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, {}) == [""]
-    overrides = {"data__data__prompt_template": "Q: {input} A: {output}", "data__data__add_eos": False}
+    overrides = {
+        "data__data__prompt_template": "Q: {input} A: {output}",
+        "data__data__add_eos": False,
+    }
     refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[0]
     assert (
-        "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now" in refused
+        "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now"
+        in refused
     )
     assert "dataset.formatting.add_eos: True in the cache, False now" in refused
 
@@ -407,7 +500,13 @@ def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_p
 def test_every_rank_is_told_that_another_job_writes(ranks, world, tmp_path):
     _, model, dataset = world
     lock = Lock(CacheLayout(str(tmp_path / "c.jsonl")).lock_path)
-    refused = ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2})
-    assert all(f"process {os.getpid()} on" in text and "is writing this cache" in text for text in refused)
+    refused = ranks(2).run(
+        run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}
+    )
+    assert all(
+        f"process {os.getpid()} on" in text and "is writing this cache" in text for text in refused
+    )
     lock.release()
-    assert ranks(2).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}) == ["", ""]
+    assert ranks(2).run(
+        run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}
+    ) == ["", ""]

@@ -29,7 +29,9 @@ def world(tmp_path_factory):
     return model, write_chat_dataset(folder / "data.jsonl", NUM_RECORDS)
 
 
-def run(model: Path, dataset: Path, output: Path, overrides: dict[str, Any], remove: str = "") -> tuple[str, str, str]:
+def run(
+    model: Path, dataset: Path, output: Path, overrides: dict[str, Any], remove: str = ""
+) -> tuple[str, str, str]:
     """(error, stdout, log); `remove` is a file or folder that vanishes before the end."""
     printed = io.StringIO()
     logged = io.StringIO()
@@ -64,7 +66,9 @@ CHUNKS = {"n_examples_per_chunk": 12, "cache__segment_examples": 3}
 @pytest.mark.parametrize("remove", ["c_1.jsonl", "c_0.jsonl"])
 def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(ranks, world, tmp_path, remove):
     overrides = {**CHUNKS, "trainer__devices": 2}
-    for error, printed, _ in ranks(2).run(run, *world, tmp_path / "c_CHUNK_ID.jsonl", overrides, remove):
+    for error, printed, _ in ranks(2).run(
+        run, *world, tmp_path / "c_CHUNK_ID.jsonl", overrides, remove
+    ):
         assert f"1 of 2 chunks are missing at the end of this job ({remove[2]})" in error
         assert "run the same command again" in error
         assert "next:" not in printed
@@ -87,7 +91,9 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
     assert error == ""
     assert f"check: logit_cache verify {output}" in printed
-    assert f"'model.data.data_prefix={{train: [{output}], validation: [VALIDATION_CACHE]}}'" in printed
+    assert (
+        f"'model.data.data_prefix={{train: [{output}], validation: [VALIDATION_CACHE]}}'" in printed
+    )
 
 
 def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(ranks, world, tmp_path):
@@ -96,31 +102,53 @@ def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(ranks, world,
     dataset = tmp_path / "roles.jsonl"
     dataset.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)) + usable)
     error, _, _ = ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", {"end_at_idx": 3})[0]
-    assert "nothing to train: none of the 4 records 0 to 3 makes an example (4 'no loss tokens')" in error
+    assert (
+        "nothing to train: none of the 4 records 0 to 3 makes an example (4 'no loss tokens')"
+        in error
+    )
     assert "formats found: 4 'messages'; roles found: 4 'human', 4 'gpt'" in error
     assert not (tmp_path / "c.jsonl").exists()
     whole = {"cache__segment_examples": 4}
-    assert ranks(1).run(run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "shard": "0/2"})[0][0] == ""
+    assert (
+        ranks(1).run(run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "shard": "0/2"})[0][0]
+        == ""
+    )
     assert ranks(1).run(run, world[0], dataset, tmp_path / "e.jsonl", whole)[0][0] == ""
-    error, _, _ = ranks(1).run(run, world[0], dataset, tmp_path / "f.jsonl", {"dry_run": True, "end_at_idx": 3})[0]
+    error, _, _ = ranks(1).run(
+        run, world[0], dataset, tmp_path / "f.jsonl", {"dry_run": True, "end_at_idx": 3}
+    )[0]
     assert "nothing to train" in error
 
 
 def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_path):
     output = tmp_path / "c.jsonl"
-    error, printed, logged = ranks(1).run(run, *world, output, {"top_k": 4, "cache__min_probability": 0})[0]
+    error, printed, logged = ranks(1).run(
+        run, *world, output, {"top_k": 4, "cache__min_probability": 0}
+    )[0]
     assert error == ""
     assert "train with support=tail" in logged
     assert "a larger top_k (now 4) keeps more" in logged
-    assert "support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0" in logged
-    for name in ("mass of the kept ids (at most 4)", "label among the kept ids", "computed now", "size"):
+    assert (
+        "support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0"
+        in logged
+    )
+    for name in (
+        "mass of the kept ids (at most 4)",
+        "label among the kept ids",
+        "computed now",
+        "size",
+    ):
         assert f"\n{name} " in printed
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
-    assert "train with support=sampled: the 2 tail samples per position stand for the rest" in logged
+    assert (
+        "train with support=sampled: the 2 tail samples per position stand for the rest" in logged
+    )
 
 
-def run_and_edit(model: Path, dataset: Path, output: Path, overrides: dict[str, Any], edit: str) -> str:
+def run_and_edit(
+    model: Path, dataset: Path, output: Path, overrides: dict[str, Any], edit: str
+) -> str:
     """The error of a run whose dataset is edited after the first published segment."""
     original = loop._publish
 
@@ -143,7 +171,9 @@ def run_and_edit(model: Path, dataset: Path, output: Path, overrides: dict[str, 
 
 
 @pytest.mark.parametrize("edit", ["edited", "removed", "touched"])
-def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(ranks, world, tmp_path, edit):
+def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(
+    ranks, world, tmp_path, edit
+):
     dataset = tmp_path / "data.jsonl"
     shutil.copy(world[1], dataset)
     overrides = {"cache__segment_examples": 2, "data__num_workers": 0}

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import UserInputError
-from nemo_kd.interruption import REQUEUE
+from nemo_kd.run.interruption import REQUEUE
 from nemo_kd.teacher import model as teacher_model
 from nemo_kd.teacher.loop import compute_topk_logits
 from tests.tiny_data import teacher_config, write_chat_dataset
@@ -69,20 +69,30 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
 
 
 def wait_for_segments(process: subprocess.Popen[str], folder: Path, number: int) -> None:
-    while len(list(folder.glob(".c_*.segments/[0-9]*"))) + 35 * len(list(folder.glob("c_?.jsonl.zst"))) < number:
+    while (
+        len(list(folder.glob(".c_*.segments/[0-9]*")))
+        + 35 * len(list(folder.glob("c_?.jsonl.zst")))
+        < number
+    ):
         assert process.poll() is None, finish(process)
         time.sleep(0.01)
 
 
 def second_rank(process: subprocess.Popen[str]) -> psutil.Process:
     """Rank 1 itself, not the processes beside it."""
-    ranks = [one for one in psutil.Process(process.pid).children(recursive=True) if one.environ().get("RANK") == "1"]
+    ranks = [
+        one
+        for one in psutil.Process(process.pid).children(recursive=True)
+        if one.environ().get("RANK") == "1"
+    ]
     return min(ranks, key=lambda one: one.create_time())
 
 
 def cache_files(folder: Path) -> dict[str, Any]:
     """Content by name; the manifest without what depends on the layouts that its chunks were computed in."""
-    files: dict[str, Any] = {p.name: p.read_bytes() for p in folder.iterdir() if CACHE_FILES.fullmatch(p.name)}
+    files: dict[str, Any] = {
+        p.name: p.read_bytes() for p in folder.iterdir() if CACHE_FILES.fullmatch(p.name)
+    }
     if "c_manifest.json" in files:
         manifest = json.loads(files["c_manifest.json"])
         for chunk in manifest["chunks"].values():
@@ -104,9 +114,15 @@ def straight(world, tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("number", "tensor_size"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
-def test_a_signal_publishes_what_was_begun_and_asks_for_a_requeue(world, straight, tmp_path, number, tensor_size):
+def test_a_signal_publishes_what_was_begun_and_asks_for_a_requeue(
+    world, straight, tmp_path, number, tensor_size
+):
     """SIGTERM to the launcher, SIGUSR1 to a rank that is not the first of its replica."""
-    process = start(keys(world, tmp_path, "trainer.devices=2", f"model.tensor_model_parallel_size={tensor_size}"))
+    process = start(
+        keys(
+            world, tmp_path, "trainer.devices=2", f"model.tensor_model_parallel_size={tensor_size}"
+        )
+    )
     wait_for_segments(process, tmp_path, 4)
     (process if tensor_size == 1 else second_rank(process)).send_signal(number)
     status, said = finish(process)
@@ -137,7 +153,9 @@ def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, t
     wait_for_segments(process, tmp_path, 4)
     hanging = second_rank(process)
     hanging.suspend()
-    killer = threading.Timer(25, hanging.kill)  # the launcher would wait longer for a process that cannot react
+    killer = threading.Timer(
+        25, hanging.kill
+    )  # the launcher would wait longer for a process that cannot react
     killer.start()
     status, said = finish(process)
     killer.cancel()
@@ -150,12 +168,19 @@ def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, t
 
 def test_shards_that_run_at_the_same_time_write_the_cache_of_one_run(world, straight, tmp_path):
     first = start(keys(world, tmp_path, "--shard", "0/2"))
-    second = start(keys(world, tmp_path), SLURM_ARRAY_TASK_ID="7", SLURM_ARRAY_TASK_MIN="6", SLURM_ARRAY_TASK_COUNT="2")
+    second = start(
+        keys(world, tmp_path),
+        SLURM_ARRAY_TASK_ID="7",
+        SLURM_ARRAY_TASK_MIN="6",
+        SLURM_ARRAY_TASK_COUNT="2",
+    )
     for process in (first, second):
         status, said = finish(process)
         assert status == 0, said
     assert cache_files(tmp_path) == straight
-    assert {path.name for path in tmp_path.glob("*metrics*")} == {f"c_metrics_{i}_of_2.log" for i in range(2)}
+    assert {path.name for path in tmp_path.glob("*metrics*")} == {
+        f"c_metrics_{i}_of_2.log" for i in range(2)
+    }
 
 
 def run(*args: object) -> str:
@@ -191,7 +216,9 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
         "end_at_idx": 39,
     }  # fmt: skip
     little, much = tmp_path / "little.jsonl", tmp_path / "much.jsonl"
-    for error, sizes in ranks(2).run(run_with_little_memory, 500, model, dataset, little, overrides):
+    for error, sizes in ranks(2).run(
+        run_with_little_memory, 500, model, dataset, little, overrides
+    ):
         assert error == ""
         if sizes:
             assert 250 < max(sizes) <= 500
@@ -216,13 +243,21 @@ def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tm
     for rank, (error, _) in enumerate(
         ranks(2).run(run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", overrides)
     ):
-        assert f"data.max_tokens_per_batch: rank {rank} is out of memory with a batch of at most 8192 tokens" in error
+        assert (
+            f"data.max_tokens_per_batch: rank {rank} is out of memory with a batch of at most 8192 tokens"
+            in error
+        )
 
 
 def test_an_example_that_does_not_fit_alone_is_named(ranks, world, tmp_path):
     model, dataset = world
-    error, _ = ranks(1).run(run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", {"end_at_idx": 9})[0]
-    assert re.match(r"example \d: its \d+ tokens do not fit into the GPU's memory, not even alone; lower data", error)
+    error, _ = ranks(1).run(
+        run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", {"end_at_idx": 9}
+    )[0]
+    assert re.match(
+        r"example \d: its \d+ tokens do not fit into the GPU's memory, not even alone; lower data",
+        error,
+    )
 
 
 def test_logits_that_are_not_finite_name_the_example(ranks, world, tmp_path):
@@ -236,14 +271,17 @@ def test_logits_that_are_not_finite_name_the_example(ranks, world, tmp_path):
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     found = ranks(1).run(run, broken, dataset, tmp_path / "c.jsonl", {"end_at_idx": 0})
     assert re.match(
-        r"example 0: the teacher's logits at position \d+ are not finite; try trainer.precision=32", found[0]
+        r"example 0: the teacher's logits at position \d+ are not finite; try trainer.precision=32",
+        found[0],
     )
     assert not (tmp_path / "c.jsonl").exists()
     # Where the rank that notices is not the first, the launcher ends the others.
     layout = ["trainer.devices=2", "model.pipeline_model_parallel_size=2"]
     status, said = finish(start(keys((broken, dataset), tmp_path / "cache", *layout)))
     assert status == 2, said
-    assert re.search(r"error: example \d+: the teacher's logits at position \d+ are not finite", said)
+    assert re.search(
+        r"error: example \d+: the teacher's logits at position \d+ are not finite", said
+    )
 
 
 def test_several_splits_in_one_command(ranks, world, tmp_path):
@@ -262,15 +300,30 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"data__data__file_path": {"train": "a.jsonl"}}, "output_path: .* has no SPLIT, which the splits train need"),
-        ({"data__data__file_path": ["a.jsonl"]}, "data.data.file_path: .* is neither a path nor {SPLIT: PATH"),
+        (
+            {"data__data__file_path": {"train": "a.jsonl"}},
+            "output_path: .* has no SPLIT, which the splits train need",
+        ),
+        (
+            {"data__data__file_path": ["a.jsonl"]},
+            "data.data.file_path: .* is neither a path nor {SPLIT: PATH",
+        ),
         ({"shard": "2/2"}, "shard: '2/2' is not i/n with i from 0 to n - 1"),
         ({"shard": "1"}, "shard: '1' is not i/n"),
-        ({"data__data__file_path": {1: "a.jsonl"}}, "data.data.file_path: .* is neither a path nor"),
+        (
+            {"data__data__file_path": {1: "a.jsonl"}},
+            "data.data.file_path: .* is neither a path nor",
+        ),
         ({"data__max_tokens_per_batch": 0}, "data.max_tokens_per_batch: 0 must be at least 1"),
         ({"model__micro_batch_size": 0}, "model.micro_batch_size: 0 must be at least 1"),
-        ({"trainer__distributed_timeout_minutes": 0}, "trainer.distributed_timeout_minutes: 0.0 must be above 0"),
-        ({"exp_manager__create_wandb_logger": True}, "exp_manager.wandb_logger_kwargs.project: .* needs a project"),
+        (
+            {"trainer__distributed_timeout_minutes": 0},
+            "trainer.distributed_timeout_minutes: 0.0 must be above 0",
+        ),
+        (
+            {"exp_manager__create_wandb_logger": True},
+            "exp_manager.wandb_logger_kwargs.project: .* needs a project",
+        ),
         ({"exp_manager__log_interval_s": 0}, "exp_manager.log_interval_s: 0.0 must be above 0"),
     ],
 )
@@ -281,7 +334,15 @@ def test_impossible_keys_are_refused(overrides, message):
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
     status, said = finish(
-        start(keys(world, tmp_path / "cache", "--dry-run", "trainer.devices=2", "data.data.max_seq_length=90"))
+        start(
+            keys(
+                world,
+                tmp_path / "cache",
+                "--dry-run",
+                "trainer.devices=2",
+                "data.data.max_seq_length=90",
+            )
+        )
     )
     assert status == 0, said
     assert not (tmp_path / "cache").exists()
@@ -293,7 +354,11 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
 
 def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     model, dataset = world
-    overrides = {"trainer__devices": 2, "exp_manager__log_interval_s": 0.05, "cache__segment_examples": 5}
+    overrides = {
+        "trainer__devices": 2,
+        "exp_manager__log_interval_s": 0.05,
+        "cache__segment_examples": 5,
+    }
     assert ranks(2).run(run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides) == ["", ""]
     lines = [json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()]
     assert len(lines) > 2
@@ -301,7 +366,9 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     assert lines[-1]["progress/examples"] == manifest["examples"] == NUM_RECORDS - 1
     assert lines[-1]["progress/percent"] == pytest.approx(100)
     assert lines[-1]["perf/padding_percent"] == 0
-    assert lines[-1]["cache/kept_mass"] == pytest.approx(manifest["kept_mass_sum"] / manifest["loss_tokens"])
+    assert lines[-1]["cache/kept_mass"] == pytest.approx(
+        manifest["kept_mass_sum"] / manifest["loss_tokens"]
+    )
     assert all(line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines)
 
 
@@ -311,7 +378,9 @@ def test_weights_and_biases_gets_the_metrics_when_asked(world, tmp_path):
         "exp_manager.wandb_logger_kwargs.project=kd",
         "end_at_idx=9",
     ]
-    process = start(keys(world, tmp_path, *keys_of_wandb), WANDB_MODE="offline", WANDB_DIR=str(tmp_path))
+    process = start(
+        keys(world, tmp_path, *keys_of_wandb), WANDB_MODE="offline", WANDB_DIR=str(tmp_path)
+    )
     status, said = finish(process)
     assert status == 0, said
     assert list(tmp_path.glob("wandb/offline-run-*/*.wandb"))
@@ -321,10 +390,15 @@ def test_an_array_that_is_no_range_is_refused(monkeypatch):
     """Tasks 1 and 3 would be the shards 0 and 2 of 2."""
     for name, value in {"ID": 3, "MIN": 1, "MAX": 3, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
-    with pytest.raises(UserInputError, match="shard: the Slurm array has 2 tasks that are no range"):
+    with pytest.raises(
+        UserInputError, match="shard: the Slurm array has 2 tasks that are no range"
+    ):
         teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"))
     monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
-    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).shard_number() == (1, 2)
+    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).shard_number() == (
+        1,
+        2,
+    )
 
 
 def run_with_a_slow_disk(*args: object) -> str:
@@ -343,8 +417,15 @@ def run_with_a_slow_disk(*args: object) -> str:
 
 def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
     model, dataset = world
-    overrides = {"trainer__devices": 2, "trainer__distributed_timeout_minutes": 0.3, "end_at_idx": 3}
-    assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == ["", ""]
+    overrides = {
+        "trainer__devices": 2,
+        "trainer__distributed_timeout_minutes": 0.3,
+        "end_at_idx": 3,
+    }
+    assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == [
+        "",
+        "",
+    ]
     assert (tmp_path / "c.jsonl").exists()
 
 
@@ -353,7 +434,10 @@ def processes_of(marker: str) -> list[psutil.Process]:
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.environ().get("NEMO_KD_TEST_MARKER") == marker and process.status() != psutil.STATUS_ZOMBIE:
+            if (
+                process.environ().get("NEMO_KD_TEST_MARKER") == marker
+                and process.status() != psutil.STATUS_ZOMBIE
+            ):
                 found.append(process)
     return found
 

@@ -17,8 +17,8 @@ from nemo_kd.data.collate import collate
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward
-from nemo_kd.student import StudentModule
-from nemo_kd.student_loss import StudentLoss
+from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.module import StudentModule
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import gradients, run_stage_2
 from tests.tiny_data import student_config, write_chat_dataset
@@ -62,7 +62,9 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
     """The KD term of one position; `logits` are the student's [V] in float64."""
     teacher, kd_loss, support = row.teacher, settings["kd_loss"], settings.get("support", "tail")
     if kd_loss in ("k2", "k3"):
-        gap = logits.log_softmax(-1)[int(row.example.labels_S[s])] - float(teacher.label_logprobs_S[s])
+        gap = logits.log_softmax(-1)[int(row.example.labels_S[s])] - float(
+            teacher.label_logprobs_S[s]
+        )
         return gap**2 / 2 if kd_loss == "k2" else (-gap).exp() - 1 + gap
     temperature = settings.get("temperature", 1.0)
     used = teacher.topk_token_ids_SK[s] >= 0
@@ -79,7 +81,10 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
         drawn = torch.tensor(samples[samples >= 0]).long()
         entropy = torch.tensor(tail).xlogy(torch.tensor(tail))
         return (p * (p / q[ids]).log()).sum() + entropy - weight * q[drawn].log().sum()
-    p, q = torch.cat([p, torch.tensor([tail]).double()]), torch.cat([q[ids], 1 - q[ids].sum(0, keepdim=True)])
+    p, q = (
+        torch.cat([p, torch.tensor([tail]).double()]),
+        torch.cat([q[ids], 1 - q[ids].sum(0, keepdim=True)]),
+    )
     factor = temperature**2 if settings.get("multiply_by_squared_temperature") else 1
     return factor * divergence(p, q, kd_loss)
 
@@ -100,13 +105,25 @@ def reference(student: Path, cache: Path, settings: dict) -> tuple[float, dict[s
             total = total + 0.5 * ce + position_loss(logits[s], row, s, settings)
             count += 1
     (total / count).backward()
-    return float(total / count), {name: parameter.grad for name, parameter in model.named_parameters()}
+    return float(total / count), {
+        name: parameter.grad for name, parameter in model.named_parameters()
+    }
 
 
 CASES = [
     {"kd_loss": "jsd", "jsd_beta": 0.3},
-    {"kd_loss": "skewed_forward_kl", "skew_lambda": 0.2, "label_smoothing": 0.1, "z_loss_weight": 1e-3},
-    {"kd_loss": "skewed_reverse_kl", "skew_lambda": 0.2, "support": "renormalize", "temperature": 1.0},
+    {
+        "kd_loss": "skewed_forward_kl",
+        "skew_lambda": 0.2,
+        "label_smoothing": 0.1,
+        "z_loss_weight": 1e-3,
+    },
+    {
+        "kd_loss": "skewed_reverse_kl",
+        "skew_lambda": 0.2,
+        "support": "renormalize",
+        "temperature": 1.0,
+    },
     {"kd_loss": "tvd"},
     {"kd_loss": "forward_kl", "temperature": 2.0, "multiply_by_squared_temperature": True},
     {"kd_loss": "reverse_kl", "temperature": 2.0},
@@ -116,22 +133,31 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("settings", CASES, ids=lambda case: "-".join(str(value) for value in case.values()))
+@pytest.mark.parametrize(
+    "settings", CASES, ids=lambda case: "-".join(str(value) for value in case.values())
+)
 def test_every_objective_trains_what_it_says(ranks, world, settings):
     """At TP 1 and 2; the embedding's gradient holds both of its uses."""
     student, cache = world
     loss, expected = reference(student, cache, settings)
     overrides = {f"model__knowledge_distillation__{key}": value for key, value in settings.items()}
     for tp in (1, 2):
-        check(ranks(tp).run(gradients, student, cache, tp, 1, 3, NUM_ROWS, overrides), loss, expected)
+        check(
+            ranks(tp).run(gradients, student, cache, tp, 1, 3, NUM_ROWS, overrides), loss, expected
+        )
 
 
 def check(results, loss, expected):
     sums = results[0][0][-1]
     assert float(sums[0] / sums[-1]) == pytest.approx(loss, rel=1e-5)
-    embedding = torch.cat([result[1]["embedding.word_embeddings.weight"] for result in results])[:VOCAB_SIZE]
+    embedding = torch.cat([result[1]["embedding.word_embeddings.weight"] for result in results])[
+        :VOCAB_SIZE
+    ]
     norm = results[0][1]["decoder.final_layernorm.weight"]
-    for ours, theirs in ((embedding, expected["model.embed_tokens.weight"]), (norm, expected["model.norm.weight"])):
+    for ours, theirs in (
+        (embedding, expected["model.embed_tokens.weight"]),
+        (norm, expected["model.norm.weight"]),
+    ):
         assert (ours.double() - theirs).norm() < 1e-5 * theirs.norm()
 
 
@@ -151,7 +177,9 @@ def sequence_parallel_gradients(student, cache):
         module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
-    return sums, {name: parameter.main_grad.clone() for name, parameter in module.gpt.named_parameters()}
+    return sums, {
+        name: parameter.main_grad.clone() for name, parameter in module.gpt.named_parameters()
+    }
 
 
 def test_sequence_parallelism_trains_the_same(ranks, world):
@@ -161,7 +189,10 @@ def test_sequence_parallelism_trains_the_same(ranks, world):
 
 
 def metrics(log_dir: Path) -> list[dict]:
-    return [json.loads(line) for line in (log_dir / "metrics" / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (log_dir / "metrics" / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 CUSTOM_LAYOUTS = {
@@ -170,7 +201,10 @@ CUSTOM_LAYOUTS = {
     "PP CP": (4, {"model__pipeline_model_parallel_size": 2, "model__context_parallel_size": 2}),
     "interleaved": (
         2,
-        {"model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2},
+        {
+            "model__pipeline_model_parallel_size": 2,
+            "model__virtual_pipeline_model_parallel_size": 2,
+        },
     ),
     # One of four ranks never has an example in training, and so never learns from a call which metrics there are.
     "fillers": (4, {"model__global_batch_size": 3, "model__data__max_tokens_per_batch": 1}),
@@ -204,14 +238,21 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     for name, settings in (("custom", custom), ("built_in", built_in)):
         overrides = {**layout, **{prefix + key: value for key, value in settings.items()}}
         log_dir = tmp_path / name
-        assert ranks(world_size).run(run_stage_2, student, cache, cache, log_dir, overrides) == [""] * world_size
+        assert (
+            ranks(world_size).run(run_stage_2, student, cache, cache, log_dir, overrides)
+            == [""] * world_size
+        )
         rows.append(metrics(log_dir))
     for ours, theirs in zip(*rows, strict=True):
         for split in ("train", "validation"):
             if f"{split}/loss" in theirs:
                 assert ours[f"{split}/loss"] == pytest.approx(theirs[f"{split}/loss"], rel=1e-5)
-                assert ours[f"{split}/ce_loss"] == pytest.approx(theirs[f"{split}/sft_loss"], rel=1e-5)
-                assert ours[f"{split}/kl_loss"] == pytest.approx(theirs[f"{split}/kd_loss"], rel=1e-5)
+                assert ours[f"{split}/ce_loss"] == pytest.approx(
+                    theirs[f"{split}/sft_loss"], rel=1e-5
+                )
+                assert ours[f"{split}/kl_loss"] == pytest.approx(
+                    theirs[f"{split}/kd_loss"], rel=1e-5
+                )
     assert sum("train/kl_loss" in row for row in rows[0]) == 2
     assert sum("validation/kl_loss" in row for row in rows[0]) == 1
 
@@ -225,7 +266,9 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
         "trainer__knowledge_distillation__max_steps": 1,
         "trainer__knowledge_distillation__val_check_interval": 1,
         "model__micro_batch_size": 1,
-        "model__data__data_prefix": {split: [str(cache)] for split in ("train", "validation", "test")},
+        "model__data__data_prefix": {
+            split: [str(cache)] for split in ("train", "validation", "test")
+        },
         prefix + "kd_loss": "custom",
         prefix + "custom_loss": "examples.custom_loss.hinton",
         prefix + "custom_args": {"alpha": 0.3, "temperature": 3.0},
@@ -242,7 +285,9 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
 def agreed_names(*reported: list[str] | None) -> list[str] | str:
     """What a rank reports in the end; None has not called the loss."""
     args = {"alpha": 0.3, "temperature": 3.0}
-    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args))
+    loss = StudentLoss(
+        LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args)
+    )
     mine = reported[torch.distributed.get_rank()]
     loss.agree_on_names()  # nobody knows: nothing changes
     assert loss.reported == ["loss", "kd_loss", "sft_loss"]

@@ -50,10 +50,15 @@ def expected_means(student: Path, *caches: Path) -> dict[str, float]:
         for index in range(len(reader)):
             row = reader[index]
             with torch.no_grad():
-                q_SV = torch.softmax(model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(), -1).numpy()
+                q_SV = torch.softmax(
+                    model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(), -1
+                ).numpy()
             for s in np.flatnonzero(row.example.loss_mask_S):
                 used = row.teacher.topk_token_ids_SK[s] >= 0
-                ids, tail = row.teacher.topk_token_ids_SK[s][used], float(row.teacher.tail_mass_TS[0, s])
+                ids, tail = (
+                    row.teacher.topk_token_ids_SK[s][used],
+                    float(row.teacher.tail_mass_TS[0, s]),
+                )
                 weights = np.exp(row.teacher.topk_logits_SK[s][used].astype(np.float64))
                 p = np.append(weights / weights.sum() * (1 - tail), tail)
                 q = np.append(q_SV[s, ids], 1 - q_SV[s, ids].sum())
@@ -93,7 +98,10 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
     num_examples = len(CacheReader(str(first))) + len(CacheReader(str(second)))
     overrides = {
         "trainer__devices": 2,
-        "model__data__data_prefix": {"train": [str(first), str(second)], "validation": str(validation)},
+        "model__data__data_prefix": {
+            "train": [str(first), str(second)],
+            "validation": str(validation),
+        },
         "model__global_batch_size": num_examples,
         "model__micro_batch_size": num_examples // 2,
         "model__optim__lr": 0.0,
@@ -116,7 +124,10 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
         for name, value in means.items():
             assert trained[form.format(name)] == pytest.approx(value, rel=2e-5), form.format(name)
         assert (form.format("kd_loss") in trained) == (kd_loss_weight > 0)
-        loss = kd_loss_weight * trained.get(form.format("kd_loss"), 0.0) + 0.5 * trained[form.format("sft_loss")]
+        loss = (
+            kd_loss_weight * trained.get(form.format("kd_loss"), 0.0)
+            + 0.5 * trained[form.format("sft_loss")]
+        )
         assert trained[form.format("loss")] == pytest.approx(loss, rel=1e-6)
     for name, value in expected_means(student, validation).items():
         assert validated[f"validation/{name}"] == pytest.approx(value, rel=2e-5), name
@@ -129,8 +140,14 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
         for i in range(len(CacheReader(str(cache))))
     )
     assert f"{num_examples} examples, about {tokens:,} tokens" in said
-    assert "layout:     tensor 1 x pipeline 1 x context 1 x data 2 = 2 ranks; 32, distributed_fused_adam" in said
-    weights = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(student).parameters())
+    assert (
+        "layout:     tensor 1 x pipeline 1 x context 1 x data 2 = 2 ranks; 32, distributed_fused_adam"
+        in said
+    )
+    weights = sum(
+        parameter.numel()
+        for parameter in AutoModelForCausalLM.from_pretrained(student).parameters()
+    )
     assert f"student:    llama, {weights:,} weights" in said
     assert "trained between « and »" in said
     assert "the teacher's likeliest" in said
@@ -153,11 +170,20 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, worl
         "trainer__knowledge_distillation__limit_val_batches": 1,  # the half without loss tokens
         "exp_manager__log_interval_s": 0.0,
     }
-    (error, said), *_ = ranks(1).run(run_and_listen, student, first, second, tmp_path / "run", overrides)
+    (error, said), *_ = ranks(1).run(
+        run_and_listen, student, first, second, tmp_path / "run", overrides
+    )
     assert error == ""
     steps = {row["step"]: row for row in metrics(tmp_path / "run") if "lr" in row}
-    means = {step: sorted(name for name in row if name.startswith("train/loss")) for step, row in steps.items()}
-    assert means == {1: ["train/loss", "train/loss/first"], 2: [], 3: ["train/loss", "train/loss/second"]}
+    means = {
+        step: sorted(name for name in row if name.startswith("train/loss"))
+        for step, row in steps.items()
+    }
+    assert means == {
+        1: ["train/loss", "train/loss/first"],
+        2: [],
+        3: ["train/loss", "train/loss/second"],
+    }
     assert not any(name.startswith(("train/kd", "train/sft", "train/t")) for name in steps[2])
     (validated,) = (row for row in metrics(tmp_path / "run") if "eval_step" in row)
     assert not any("loss" in name for name in validated)
@@ -166,7 +192,10 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, worl
     assert [line.partition(",")[0] for line in lines if line.startswith("training: step")] == [
         f"training: step {step}/3" for step in (1, 2, 3)
     ]
-    assert any(line.startswith("training: validation after step 3: no token counts in the loss") for line in lines)
+    assert any(
+        line.startswith("training: validation after step 3: no token counts in the loss")
+        for line in lines
+    )
 
 
 class LostRun:
@@ -186,7 +215,9 @@ def with_wandb(init, *args) -> tuple[str, str]:
 
 
 def out_of_reach(**arguments):
-    raise wandb.errors.CommError("Run initialization has timed out after 90.0 sec.\nPlease try again")
+    raise wandb.errors.CommError(
+        "Run initialization has timed out after 90.0 sec.\nPlease try again"
+    )
 
 
 def lost(**arguments):
@@ -212,7 +243,12 @@ def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(rank
         assert "student:" not in said  # it comes before the student is loaded
     ((error, said),) = ranks(1).run(with_wandb, lost, *run[:4], overrides)
     assert error == ""
-    assert said.count("Weights & Biases failed (ConnectionResetError: [Errno 104] Connection reset by peer)") == 1
+    assert (
+        said.count(
+            "Weights & Biases failed (ConnectionResetError: [Errno 104] Connection reset by peer)"
+        )
+        == 1
+    )
     assert [row["step"] for row in metrics(tmp_path) if "lr" in row] == [1, 2]
 
 

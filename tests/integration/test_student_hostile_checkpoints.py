@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from nemo_kd.mcore.checkpoint_write import file_sum
-from nemo_kd.trainer.checkpoint_folder import CONTENTS, Contents, seal
+from nemo_kd.student.checkpoint_folder import CONTENTS, Contents, seal
 from tests.forked_runs import StudentRun
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -143,7 +143,10 @@ def as_a_pipe(folder: Path, attack: Attack) -> None:
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
-        (in_metadata, ".metadata: not the metadata of a distributed checkpoint (it refers to posix.mkdir"),
+        (
+            in_metadata,
+            ".metadata: not the metadata of a distributed checkpoint (it refers to posix.mkdir",
+        ),
         (in_common, "common.pt: cannot be read without running its code"),
         (in_random_state, "random_state/shard_0_1: cannot be read without running its code"),
         (in_weights, "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir"),
@@ -160,7 +163,9 @@ def test_planted_pickles_are_refused_in_one_line(world, trusted, tmp_path, plant
     if plant is not as_a_pipe:
         reseal(folder)
     more = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
-    run = StudentRun(tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more)
+    run = StudentRun(
+        tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more
+    )
     assert run.end() == [2], run.said()
     assert not attacked.exists()
     assert "Traceback" not in run.said()
@@ -202,7 +207,9 @@ def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):
         torch.save(common, folder / "common.pt")
         reseal(folder)
         more = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
-        run = StudentRun(tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more)
+        run = StudentRun(
+            tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more
+        )
         assert run.end() == [0], run.said()
         assert all((kept / "thesis.txt").exists() for kept in precious)
         for path in dirpath.glob("*step*"):

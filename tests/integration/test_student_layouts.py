@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.convert import convert
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore import optimizer as optimizers
 from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
-from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
-from nemo_kd.student import StudentModule
-from nemo_kd.trainer.data_module import StudentData
-from nemo_kd.trainer.splits import load_splits
+from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.splits import load_splits
 from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -47,7 +47,8 @@ FEW = {"model__global_batch_size": 3}
 """A step has three examples: of four ranks one computes nothing but filler."""
 Settings = dict[str, Any]
 TP, PP, CP, EP = (
-    {f"model__{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context", "expert_model")
+    {f"model__{name}_parallel_size": 2}
+    for name in ("tensor_model", "pipeline_model", "context", "expert_model")
 )
 SP = {"model__sequence_parallel": True}
 VPP = PP | {"model__virtual_pipeline_model_parallel_size": 2}
@@ -123,12 +124,19 @@ def world(ranks, tmp_path_factory):
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
     students = {}
     for name, base in STUDENTS.items():
-        students[name] = save_hf_model(base, folder / name, 300, num_hidden_layers=NUM_LAYERS.get(name, 2))
+        students[name] = save_hf_model(
+            base, folder / name, 300, num_hidden_layers=NUM_LAYERS.get(name, 2)
+        )
     caches = {}
-    for split, count, start in (("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0), ("validation", 17, 60)):
+    for split, count, start in (
+        ("train", NUM_STEPS * GLOBAL_BATCH_SIZE + 1, 0),
+        ("validation", 17, 60),
+    ):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
         caches[split] = folder / f"{split}_CHUNK_ID.jsonl"
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[split], {"n_examples_per_chunk": 16}) == [""]
+        assert ranks(1).run(
+            run_stage_1, teacher, dataset, caches[split], {"n_examples_per_chunk": 16}
+        ) == [""]
     return students, caches["train"], caches["validation"], folder
 
 
@@ -147,7 +155,9 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
     )  # fmt: skip
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
-        splits = load_splits(config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder))
+        splits = load_splits(
+            config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
+        )
         data = StudentData(config, splits, NUM_STEPS, NUM_STEPS, 0, groups)
         with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
             module = StudentModule(config, pretrained.architecture, pretrained, groups, NUM_STEPS)
@@ -155,7 +165,9 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         steps = []
         for batch in data.train_dataloader():
             optimizer.zero_grad()
-            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[-1].tolist()
+            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[
+                -1
+            ].tolist()
             optimizer.step()
             steps.append([*sums, optimizer.grad_norm])
         assert len(steps) == NUM_STEPS
@@ -164,12 +176,16 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
             for number, batch in enumerate(data.val_dataloader()):
                 module.validation_step(batch, number)
         sums = module._over_ranks(module.validation_sums)[-1].tolist()
-        save_nemo(str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None)
+        save_nemo(
+            str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None
+        )
         release(module.model)  # else every layout's groups would stay until the test's end
     return Run(steps, sums)
 
 
-def run_all(students, train, validation, runs: dict[str, tuple[str, Settings]], folder: Path) -> dict[str, Run]:
+def run_all(
+    students, train, validation, runs: dict[str, tuple[str, Settings]], folder: Path
+) -> dict[str, Run]:
     return {
         name: run(students[student], train, validation, dict(settings), folder / f"{name}.nemo")
         for name, (student, settings) in runs.items()
@@ -187,20 +203,31 @@ def weights(ranks, archive: Path) -> dict[str, torch.Tensor]:
 def straight(ranks, world):
     """One rank, an example at a time, padded: the runs that all others have to equal, and their weights."""
     students, train, validation, folder = world
-    runs = {name: (name, PADDED | ALONE | (FEW if name == "few examples" else {})) for name in STUDENTS}
+    runs = {
+        name: (name, PADDED | ALONE | (FEW if name == "few examples" else {})) for name in STUDENTS
+    }
     (folder / "straight").mkdir()
     results = ranks(1).run(run_all, students, train, validation, runs, folder / "straight")[0]
-    return {name: (results[name], weights(ranks, folder / "straight" / f"{name}.nemo")) for name in STUDENTS}
+    return {
+        name: (results[name], weights(ranks, folder / "straight" / f"{name}.nemo"))
+        for name in STUDENTS
+    }
 
 
 @pytest.mark.parametrize("world_size", list(RUNS))
-def test_every_layout_and_kind_of_batch_trains_the_same(ranks, world, straight, tmp_path, world_size):
+def test_every_layout_and_kind_of_batch_trains_the_same(
+    ranks, world, straight, tmp_path, world_size
+):
     students, train, validation, _ = world
-    results = ranks(world_size).run(run_all, students, train, validation, RUNS[world_size], tmp_path, timeout_s=600)
+    results = ranks(world_size).run(
+        run_all, students, train, validation, RUNS[world_size], tmp_path, timeout_s=600
+    )
     assert all(result == results[0] for result in results), "every rank knows the same sums"
     for name, found in results[0].items():
         expected, expected_weights = straight[RUNS[world_size][name][0]]
-        assert torch.tensor(found.steps).numpy() == pytest.approx(torch.tensor(expected.steps).numpy(), rel=1e-4), name
+        assert torch.tensor(found.steps).numpy() == pytest.approx(
+            torch.tensor(expected.steps).numpy(), rel=1e-4
+        ), name
         assert found.validation == pytest.approx(expected.validation, rel=1e-4), name
         found_weights = weights(ranks, tmp_path / f"{name}.nemo")
         assert found_weights.keys() == expected_weights.keys()
@@ -214,7 +241,10 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
     model = AutoModelForCausalLM.from_pretrained(students["dense"])
     decayed = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     others = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS)
     config = student_config(students["dense"], train, train, Path("/nonexistent"))
     reader = CacheReader(str(train))
@@ -236,32 +266,49 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
 def example_sums(model, row) -> torch.Tensor:
     """(loss, KD, CE, loss tokens): KD is forward KL with a tail bucket; half of the cross-entropy counts."""
     logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
-    ce = torch.nn.functional.cross_entropy(logits, torch.tensor(row.example.labels_S), reduction="none")
-    kd_sum, ce_sum, positions = torch.zeros(()), torch.zeros(()), row.example.loss_mask_S.nonzero()[0].tolist()
+    ce = torch.nn.functional.cross_entropy(
+        logits, torch.tensor(row.example.labels_S), reduction="none"
+    )
+    kd_sum, ce_sum, positions = (
+        torch.zeros(()),
+        torch.zeros(()),
+        row.example.loss_mask_S.nonzero()[0].tolist(),
+    )
     for s in positions:
         ids = torch.tensor(row.teacher.topk_token_ids_SK[s]).long()
         kept = ids >= 0
         tail = float(row.teacher.tail_mass_TS[0, s])
         p = (1 - tail) * torch.softmax(torch.tensor(row.teacher.topk_logits_SK[s])[kept], -1)
         q = torch.softmax(logits[s], -1)[ids[kept]]
-        p, q = torch.cat([p, torch.tensor([max(tail, 1e-12)])]), torch.cat([q, 1 - q.sum(0, keepdim=True)])
+        p, q = (
+            torch.cat([p, torch.tensor([max(tail, 1e-12)])]),
+            torch.cat([q, 1 - q.sum(0, keepdim=True)]),
+        )
         kd_sum, ce_sum = kd_sum + (p * (p / q).log()).sum(), ce_sum + ce[s]
-    return torch.stack([KD_WEIGHT * kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))])
+    return torch.stack(
+        [KD_WEIGHT * kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))]
+    )
 
 
 def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[torch.dtype]]:
     """Dtypes of weights, gradients, and of what the optimizer keeps."""
-    config = student_config(student, train, train, Path("/nonexistent"), trainer__devices=2, **settings)
+    config = student_config(
+        student, train, train, Path("/nonexistent"), trainer__devices=2, **settings
+    )
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
         module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
     optimizer = module.configure_optimizers()[0][0]
     inner = optimizer.megatron.chained_optimizers[0].optimizer
-    kept = [state for states in inner.state.values() for key, state in states.items() if key != "step"]
+    kept = [
+        state for states in inner.state.values() for key, state in states.items() if key != "step"
+    ]
     return {
         "weights": {parameter.dtype for parameter in module.gpt.parameters()},
         "gradients": {parameter.main_grad.dtype for parameter in module.gpt.parameters()},
-        "optimizer": {parameter.dtype for group in inner.param_groups for parameter in group["params"]},
+        "optimizer": {
+            parameter.dtype for group in inner.param_groups for parameter in group["params"]
+        },
         "states": {state.dtype for state in kept},
     }
 
@@ -283,7 +330,9 @@ def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
     expected = straight["tied"][0]
     for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAMW}.items():
         bf16 = {"trainer__precision": "bf16", **settings}
-        found = ranks(2).run(run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo")[0]
+        found = ranks(2).run(
+            run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo"
+        )[0]
         assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), name
         for ours, theirs in zip(found.steps, expected.steps, strict=True):
             assert [*ours[:3], ours[-1]] == pytest.approx([*theirs[:3], theirs[-1]], rel=1e-2), name

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_kd.interruption import REQUEUE
 from nemo_kd.mcore import checkpoint_write
-from nemo_kd.student import StudentModule
-from nemo_kd.trainer.checkpoint_folder import CheckpointError, Contents, checkpoints, damage
-from nemo_kd.trainer.resume import choose_checkpoint
+from nemo_kd.run.interruption import REQUEUE
+from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, checkpoints, damage
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.resume import choose_checkpoint
 from tests.forked_runs import StudentRun, metrics, training_rows, validation_rows
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -41,7 +41,9 @@ def with_dropout() -> None:
     original = StudentModule.token_losses
 
     def token_losses(self, hidden_SBH, batch):
-        return original(self, torch.nn.functional.dropout(hidden_SBH, 0.1, self.gpt.training), batch)
+        return original(
+            self, torch.nn.functional.dropout(hidden_SBH, 0.1, self.gpt.training), batch
+        )
 
     StudentModule.token_losses = token_losses
 
@@ -123,7 +125,10 @@ def check_equal(log_dir: Path, straight: Path) -> None:
     assert validation_rows(log_dir) == validation_rows(straight)
     contents = [Contents.read(last(folder)) for folder in (log_dir, straight)]
     assert contents[0].step == STEPS
-    tensors = [{name: sums for name, sums in one.files.items() if name.endswith("distcp")} for one in contents]
+    tensors = [
+        {name: sums for name, sums in one.files.items() if name.endswith("distcp")}
+        for one in contents
+    ]
     assert len(tensors[0]) >= 2
     assert tensors[0] == tensors[1]
     assert sorted(path.name for path in checkpoints(log_dir / "checkpoints")) == sorted(
@@ -142,7 +147,9 @@ def test_what_a_run_leaves(straight):
         by_step.setdefault(Contents.read(folder).step, []).append(folder.name)
     # Of 10 and 12, which follow a validation, the ranked ones; the one before the last is unranked or the twin of one.
     assert set(by_step) == {10, 12}
-    summary = dict(re.findall(r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE))
+    summary = dict(
+        re.findall(r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE)
+    )
     rows, validated = training_rows(straight), validation_rows(straight)
     assert summary["trained"] == "12 steps, up to step 12 of 12"
     assert summary["last step"].startswith(f"loss {rows[STEPS]['train/loss']:.4f}, sft_loss ")
@@ -152,8 +159,13 @@ def test_what_a_run_leaves(straight):
     archive = straight / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
     assert summary["last weights"].startswith(f"{archive}, ")
     assert summary["metrics"] == str(straight / "metrics" / "metrics.jsonl")
-    assert f"next             convert_checkpoint input_path={archive}" in (straight / "messages").read_text()
-    assert [name.rpartition("-")[2] for name in by_step[12] if "val_loss" in name].count("last") == 1
+    assert (
+        f"next             convert_checkpoint input_path={archive}"
+        in (straight / "messages").read_text()
+    )
+    assert [name.rpartition("-")[2] for name in by_step[12] if "val_loss" in name].count(
+        "last"
+    ) == 1
     assert any(name.endswith("-previous") for name in by_step[10])
     assert all("val_loss=0.0000" not in name for names in by_step.values() for name in names)
 
@@ -161,7 +173,11 @@ def test_what_a_run_leaves(straight):
 def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path):
     """At a step in the first epoch, while a checkpoint is written, and at a step after that."""
     log_dir, numbers = tmp_path / "run", random.Random(torch.seed())
-    folder, first, second = log_dir / "checkpoints", numbers.randint(1, 4), numbers.randint(6, STEPS - 1)
+    folder, first, second = (
+        log_dir / "checkpoints",
+        numbers.randint(1, 4),
+        numbers.randint(6, STEPS - 1),
+    )
     run = start(world, log_dir, "with_slow_steps")
     run.wait_for_step(first)
     run.kill()
@@ -215,7 +231,9 @@ def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(world, str
     [("with_slow_validation", "validating", 5, 4), ("with_slow_archive", "writing", STEPS, STEPS)],
 )
 def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step, saved):
-    run = start(world, tmp_path / "run", change, exp_manager__checkpoint_callback_params__async_save=False)
+    run = start(
+        world, tmp_path / "run", change, exp_manager__checkpoint_callback_params__async_save=False
+    )
     run.wait_until((tmp_path / "run" / sign).exists)
     for rank in (1, 0):
         run.send(rank, signal.SIGINT)
@@ -229,7 +247,10 @@ def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step,
 
 
 def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
-    overrides = {"trainer__distributed_timeout_minutes": 0.25, "trainer__knowledge_distillation__save_interval": 50}
+    overrides = {
+        "trainer__distributed_timeout_minutes": 0.25,
+        "trainer__knowledge_distillation__save_interval": 50,
+    }
     run = start(world, tmp_path / "run", "with_slow_steps", **overrides)
     run.wait_for_step(3)
     run.send(1, signal.SIGSTOP)
@@ -237,7 +258,10 @@ def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
     run.kill()
     assert run.ranks[0].exitcode == 1
     assert re.search(r"rank 0 on .* made no progress for 15 s", run.said()), run.said()
-    assert re.search(r"last step: (step \d+: examples \[\[\d+|after step|saving|waiting for a checkpoint)", run.said())
+    assert re.search(
+        r"last step: (step \d+: examples \[\[\d+|after step|saving|waiting for a checkpoint)",
+        run.said(),
+    )
 
 
 def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(world, straight, tmp_path):
@@ -254,7 +278,10 @@ def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(world, straight
     assert second.end() == [2, 2]
     for rank in (0, 1):
         first.send(rank, signal.SIGCONT)
-    assert "is training there; two runs in one folder would destroy each other's checkpoints" in second.said()
+    assert (
+        "is training there; two runs in one folder would destroy each other's checkpoints"
+        in second.said()
+    )
     assert first.end() == [0, 0], first.said()
     check_equal(log_dir, straight)
 
@@ -307,7 +334,9 @@ def flip(path: Path) -> None:
         ("contents.json", Path.unlink, "contents.json is missing"),
     ],
 )
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(ranks, straight, tmp_path, name, harm, problem):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(
+    ranks, straight, tmp_path, name, harm, problem
+):
     parent = tmp_path / "checkpoints"
     shutil.copytree(straight / "checkpoints", parent)
     newest = last(tmp_path)
@@ -325,7 +354,9 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(ranks, straig
     for folder in checkpoints(parent):
         cut(folder / "__0_0.distcp")
     message = ranks(2).run(chosen, parent)[1]
-    assert message.startswith(f"error: exp_manager.resume_if_exists: no checkpoint in {parent} is whole:\n")
+    assert message.startswith(
+        f"error: exp_manager.resume_if_exists: no checkpoint in {parent} is whole:\n"
+    )
     assert "-previous: __0_0.distcp has " in message
     assert "remove all of them to begin anew" in message
 
@@ -336,6 +367,8 @@ def test_where_there_is_no_checkpoint(ranks, straight, tmp_path):
     other = str(checkpoints(straight / "checkpoints")[-1])
     assert ranks(2).run(chosen, tmp_path, False, False, other) == [other, other]
     assert ranks(2).run(chosen, tmp_path, True, False, other) == [other, other]
-    assert "contents.json is missing" in ranks(2).run(chosen, tmp_path, False, False, str(tmp_path))[0]
+    assert (
+        "contents.json is missing" in ranks(2).run(chosen, tmp_path, False, False, str(tmp_path))[0]
+    )
     contents = json.loads((Path(other) / "contents.json").read_text())
     assert contents["layout"]["data"] == 2

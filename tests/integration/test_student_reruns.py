@@ -15,7 +15,7 @@ import pytest
 
 import nemo_kd
 from nemo_kd.mcore.checkpoint_write import file_sum
-from nemo_kd.trainer.checkpoint_folder import CONTENTS
+from nemo_kd.student.checkpoint_folder import CONTENTS
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_data import write_chat_dataset
@@ -84,15 +84,26 @@ def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train
     train()
     archive = tmp_path / "checkpoints" / "run.nemo"
     written_ns = archive.stat().st_mtime_ns
-    student = save_hf_model("llama2", tmp_path / "other" / "student", 300, num_hidden_layers=1, seed=9)
+    student = save_hf_model(
+        "llama2", tmp_path / "other" / "student", 300, num_hidden_layers=1, seed=9
+    )
     loss = {"model__knowledge_distillation__kd_loss": "reverse_kl", "model__optim__lr": 2e-3}
     message = ranks(1).run(run_stage_2, student, *world[1:], tmp_path, {**SETTINGS, **loss})[0]
-    assert message.startswith(f"CheckpointError: {last_checkpoint(tmp_path)}: it belongs to another experiment:\n")
-    assert "\n  model.knowledge_distillation.kd_loss: forward_kl in the checkpoint, reverse_kl now\n" in message
+    assert message.startswith(
+        f"CheckpointError: {last_checkpoint(tmp_path)}: it belongs to another experiment:\n"
+    )
+    assert (
+        "\n  model.knowledge_distillation.kd_loss: forward_kl in the checkpoint, reverse_kl now\n"
+        in message
+    )
     assert "\n  model.optim.lr: 0.001 in the checkpoint, 0.002 now\n" in message
     assert "\n  pretrained_checkpoint.restore_from_path: student (weights sha256:" in message
     assert archive.stat().st_mtime_ns == written_ns
-    outside = {**SETTINGS, **loss, "exp_manager__resume_from_checkpoint": str(last_checkpoint(tmp_path))}
+    outside = {
+        **SETTINGS,
+        **loss,
+        "exp_manager__resume_from_checkpoint": str(last_checkpoint(tmp_path)),
+    }
     refused = ranks(1).run(run_stage_2, *world, tmp_path / "elsewhere", outside)[0]
     assert "kd_loss: forward_kl in the checkpoint, reverse_kl now" in refused
     more = {"allow_changed": ["kd_loss", "lr"], "trainer__knowledge_distillation__max_steps": 3}
@@ -110,14 +121,21 @@ def test_a_run_that_was_stopped_early_stays_stopped(train, tmp_path):
         "model__optim__lr": 0.0,
         "trainer__knowledge_distillation__max_steps": 4,
         "exp_manager__create_early_stopping_callback": True,
-        "exp_manager__early_stopping_callback_params": {"monitor": "val_loss", "mode": "min", "patience": 1},
+        "exp_manager__early_stopping_callback_params": {
+            "monitor": "val_loss",
+            "mode": "min",
+            "patience": 1,
+        },
     }
     assert trained(train(**overrides)) == [1, 2]
     archive = tmp_path / "checkpoints" / "run.nemo"
     written_ns = archive.stat().st_mtime_ns
     assert trained(train(**overrides)) == []
     assert archive.stat().st_mtime_ns == written_ns
-    assert trained(train(**overrides | {"exp_manager__create_early_stopping_callback": False})) == [3, 4]
+    assert trained(train(**overrides | {"exp_manager__create_early_stopping_callback": False})) == [
+        3,
+        4,
+    ]
 
 
 def test_a_run_without_validation_data(world, train, tmp_path):
@@ -142,8 +160,14 @@ def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_p
     rows = train(**overrides)
     values = {row["step"]: row["validation/teacher_kl"] for row in rows if "val_loss" in row}
     best = int(min(values, key=lambda step: values[step]))
-    (ranked,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.endswith(("=8.0", "=16.0")))
-    assert ranked.name.startswith(f"run--validation_teacher_kl={values[best]:.4f}-step={best}-consumed_samples=")
+    (ranked,) = (
+        path
+        for path in (tmp_path / "checkpoints").iterdir()
+        if path.name.endswith(("=8.0", "=16.0"))
+    )
+    assert ranked.name.startswith(
+        f"run--validation_teacher_kl={values[best]:.4f}-step={best}-consumed_samples="
+    )
     assert trained(train(**overrides, trainer__knowledge_distillation__max_steps=3)) == [3]
 
 
@@ -183,7 +207,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_pa
 def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, train, tmp_path):
     params = {"save_weights_only": True, "save_top_k": 1, "save_nemo_on_train_end": True}
     train(exp_manager__checkpoint_callback_params=params)
-    (ranked,) = (path for path in (tmp_path / "checkpoints").iterdir() if path.name.endswith(("=8.0", "=16.0")))
+    (ranked,) = (
+        path
+        for path in (tmp_path / "checkpoints").iterdir()
+        if path.name.endswith(("=8.0", "=16.0"))
+    )
     overrides = {**SETTINGS, "exp_manager__resume_from_checkpoint": str(ranked)}
     message = ranks(1).run(run_stage_2, *world, tmp_path / "other", overrides)[0]
     assert f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message

@@ -11,9 +11,9 @@ import torch
 
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.mcore import checkpoint_write
-from nemo_kd.student import StudentModule, train_student
-from nemo_kd.trainer.checkpoint_folder import Contents, checkpoints
-from nemo_kd.trainer.non_finite import MOST_IN_A_ROW, NonFiniteError, NonFiniteSteps
+from nemo_kd.student.checkpoint_folder import Contents, checkpoints
+from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.non_finite import MOST_IN_A_ROW, NonFiniteError, NonFiniteSteps
 from tests.forked_runs import metrics, training_rows
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -55,7 +55,9 @@ def run(arguments, overrides, token_losses=None) -> tuple[str, list[str], list[b
     def state(module: StudentModule) -> list[torch.Tensor]:
         inner = module.optimizers().optimizer.megatron
         optimizers = [part.optimizer for part in getattr(inner, "chained_optimizers", [inner])]
-        moments = [one for part in optimizers for states in part.state.values() for one in states.values()]
+        moments = [
+            one for part in optimizers for states in part.state.values() for one in states.values()
+        ]
         return [one.detach().clone() for one in (*module.gpt.parameters(), *moments)]
 
     def training_step(self, batch, batch_idx):
@@ -65,7 +67,9 @@ def run(arguments, overrides, token_losses=None) -> tuple[str, list[str], list[b
         changed.append(not all(map(torch.equal, before, state(self))))
 
     if token_losses is not None:
-        StudentModule.token_losses = lambda self, hidden, batch: token_losses(originals[0], self, hidden, batch)
+        StudentModule.token_losses = lambda self, hidden, batch: token_losses(
+            originals[0], self, hidden, batch
+        )
     StudentModule.training_step = training_step
     logger.addHandler(said)
     logger.setLevel(logging.INFO)
@@ -92,15 +96,29 @@ def infinite_gradient(original, module, hidden_SBH, batch):
 @pytest.mark.parametrize(
     ("token_losses", "optimizer", "found"),
     [
-        (infinite_loss, "distributed_fused_adam", "step 2: the loss of examples 13, 14 is not finite"),
-        (infinite_gradient, "adam", "step 2: the gradient of examples 9, 10, 11, 12, 13, 14, 15, 16 is not finite"),
+        (
+            infinite_loss,
+            "distributed_fused_adam",
+            "step 2: the loss of examples 13, 14 is not finite",
+        ),
+        (
+            infinite_gradient,
+            "adam",
+            "step 2: the gradient of examples 9, 10, 11, 12, 13, 14, 15, 16 is not finite",
+        ),
     ],
 )
 def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimizer, found):
     """On one of two ranks; neither of them changes anything."""
-    overrides = {**SETTINGS, "model__optim__name": optimizer, "model__optim__sched__warmup_steps": 3}
+    overrides = {
+        **SETTINGS,
+        "model__optim__name": optimizer,
+        "model__optim__sched__warmup_steps": 3,
+    }
     skip = {**overrides, "trainer__knowledge_distillation__non_finite": "skip"}
-    for error, messages, changed, rates in ranks(2).run(run, (*world, tmp_path / "skip"), skip, token_losses):
+    for error, messages, changed, rates in ranks(2).run(
+        run, (*world, tmp_path / "skip"), skip, token_losses
+    ):
         assert error == ""
         assert changed == [True, False, True, True, True]
         assert rates[2] > rates[1]  # the schedule goes on, so that it ends where the run does
@@ -112,8 +130,12 @@ def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimiz
     assert [rows[step]["consumed_samples"] for step in rows] == [8, 16, 24, 32, 40]
     assert rows[5]["train/loss"] < rows[1]["train/loss"]
 
-    for error, _, changed, _ in ranks(2).run(run, (*world, tmp_path / "stop"), overrides, token_losses):
-        assert error.startswith(f"NonFiniteError: {found}; no weight was changed. Look at these examples")
+    for error, _, changed, _ in ranks(2).run(
+        run, (*world, tmp_path / "stop"), overrides, token_losses
+    ):
+        assert error.startswith(
+            f"NonFiniteError: {found}; no weight was changed. Look at these examples"
+        )
         assert "trainer.knowledge_distillation.non_finite=skip" in error
         assert changed == [True]
 
@@ -147,7 +169,9 @@ def test_too_many_in_a_row():
 
 
 def test_what_to_do_then_is_one_of_two():
-    with pytest.raises(ConfigError, match=r"trainer.knowledge_distillation.non_finite: 'ignore' is not one of stop"):
+    with pytest.raises(
+        ConfigError, match=r"trainer.knowledge_distillation.non_finite: 'ignore' is not one of stop"
+    ):
         student_config(*map(Path, "mtvl"), trainer__knowledge_distillation__non_finite="ignore")
 
 
@@ -167,7 +191,9 @@ def run_with_full_disk(*arguments) -> str:
         checkpoint_write._write = original
 
 
-def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(ranks, world, tmp_path):
+def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(
+    ranks, world, tmp_path
+):
     overrides = {**SETTINGS, "trainer__knowledge_distillation__save_interval": 2}
     arguments = (*world, tmp_path / "run")
     errors = ranks(2).run(run_with_full_disk, arguments, overrides)
@@ -175,7 +201,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     assert "the checkpoint cannot be written (" in errors[0]
     assert "No such file or directory" in errors[0]
     assert re.search(r"the one before it is whole: \S+-step=2-\S+-last\. Make room", errors[0])
-    assert [Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+    assert [Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")] == [
+        2
+    ]
     assert ranks(2).run(run, arguments, overrides)[0][0] == ""
     steps = [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row]
     assert steps[:4] == [1, 2, 3, 4]

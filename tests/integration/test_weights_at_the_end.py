@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.convert import convert
 from nemo_kd.mcore import export
-from nemo_kd.mcore.convert import convert
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_data import write_chat_dataset
@@ -29,7 +29,11 @@ SETTINGS = {
     "trainer__knowledge_distillation__max_steps": 4,
     "trainer__knowledge_distillation__val_check_interval": 2,
     # The loss falls, so that the first validation has the largest.
-    "exp_manager__checkpoint_callback_params": {"save_top_k": 1, "save_nemo_on_train_end": True, "mode": "max"},
+    "exp_manager__checkpoint_callback_params": {
+        "save_top_k": 1,
+        "save_nemo_on_train_end": True,
+        "mode": "max",
+    },
 }
 
 
@@ -70,7 +74,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def same_as_archive(ranks, folder: Path, archive: Path, target: Path) -> bool:
     ranks(1).run(convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target)))
     ours, theirs = weights(folder), weights(target)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) for name in ours
+    )
 
 
 def provenance(archive: Path) -> dict:
@@ -80,7 +86,11 @@ def provenance(archive: Path) -> dict:
 
 def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
     students, train, validation = world
-    layout = {"trainer__devices": 4, "model__tensor_model_parallel_size": 2, "model__pipeline_model_parallel_size": 2}
+    layout = {
+        "trainer__devices": 4,
+        "model__tensor_model_parallel_size": 2,
+        "model__pipeline_model_parallel_size": 2,
+    }
     test = {"model__data__data_prefix": {split: [str(path)] for split, path in
             (("train", train), ("validation", validation), ("test", validation))}}  # fmt: skip
     args = (students["tied"], train, validation, tmp_path / "a", {**SETTINGS, **layout, **test})
@@ -98,11 +108,18 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
     # The best weights are those of a run that ends there; an older run's best ones go where the last are the best.
     short = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
     left = tmp_path / "b" / "checkpoints"
-    assert ranks(1).run(run_stage_2, students["tied"], train, validation, tmp_path / "b", short) == [""]
+    assert ranks(1).run(
+        run_stage_2, students["tied"], train, validation, tmp_path / "b", short
+    ) == [""]
     (left / "run.nemo").rename(left / "run-best.nemo")
     (left / "run-hf").rename(left / "run-best-hf")
-    assert ranks(1).run(run_stage_2, students["tied"], train, validation, tmp_path / "b", short) == [""]
-    assert sorted(path.name for path in left.glob("run*") if "step" not in path.name) == ["run-hf", "run.nemo"]
+    assert ranks(1).run(
+        run_stage_2, students["tied"], train, validation, tmp_path / "b", short
+    ) == [""]
+    assert sorted(path.name for path in left.glob("run*") if "step" not in path.name) == [
+        "run-hf",
+        "run.nemo",
+    ]
     expected, found, other = weights(left / "run-hf"), weights(best), weights(last)
     assert all((expected[name] - found[name]).abs().max() < 1e-4 for name in expected)
     assert any((expected[name] - other[name]).abs().max() > 1e-3 for name in expected)
@@ -132,6 +149,10 @@ def test_experts_spread_over_ranks_are_exported(ranks, world, tmp_path):
     assert not (left / "run-best.nemo").exists()
     assert same_as_archive(ranks, left / "run-hf", left / "run.nemo", tmp_path / "hf")
     index = json.loads((left / "run-hf" / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {path.name for path in (left / "run-hf").glob("*.safetensors")}
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in weights(left / "run-hf").values())
+    assert set(index["weight_map"].values()) == {
+        path.name for path in (left / "run-hf").glob("*.safetensors")
+    }
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in weights(left / "run-hf").values()
+    )
     AutoModelForCausalLM.from_pretrained(left / "run-hf")

@@ -16,7 +16,15 @@ from nemo_kd.ops.token_losses import Divergence
 
 SMALLEST_TAIL = 1e-12  # the teacher's tail bucket never counts for less
 LABEL_OBJECTIVES = ("k1", "k2", "k3", "low_var_kl")
-OBJECTIVES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd", "adaptive_kl")
+OBJECTIVES = (
+    "forward_kl",
+    "reverse_kl",
+    "jsd",
+    "skewed_forward_kl",
+    "skewed_reverse_kl",
+    "tvd",
+    "adaptive_kl",
+)
 SUPPORTS = ("renormalize", "tail", "truncate")
 INFINITE = (("reverse_kl", "truncate"), ("adaptive_kl", "truncate"))
 COMBINATIONS = tuple((o, s) for o in OBJECTIVES for s in SUPPORTS if (o, s) not in INFINITE)
@@ -54,7 +62,9 @@ class Problem:
     kd_weight_N: torch.Tensor
 
     def map(self, function) -> Problem:
-        return replace(self, **{field.name: function(getattr(self, field.name)) for field in fields(self)})
+        return replace(
+            self, **{field.name: function(getattr(self, field.name)) for field in fields(self)}
+        )
 
     def rows(self, rows) -> Problem:
         return self.map(lambda tensor: tensor[rows])
@@ -63,8 +73,13 @@ class Problem:
         """The float tensors of student and teacher rounded to `dtype` (tail and weights at least to float32)."""
         small = ("logits_NV", "topk_logits_NK")
         wide = torch.promote_types(dtype, torch.float32)
-        floats = [field.name for field in fields(self) if getattr(self, field.name).is_floating_point()]
-        return replace(self, **{name: getattr(self, name).to(dtype if name in small else wide) for name in floats})
+        floats = [
+            field.name for field in fields(self) if getattr(self, field.name).is_floating_point()
+        ]
+        return replace(
+            self,
+            **{name: getattr(self, name).to(dtype if name in small else wide) for name in floats},
+        )
 
 
 def make_problem(
@@ -93,7 +108,9 @@ def make_problem(
         topk_token_ids_NK=ids_NK,
         tail_mass_N=tail_NV.sum(1).clamp(max=1),  # rounding
         label_logprobs_N=torch.log_softmax(teacher_NV, 1).gather(1, labels_N[:, None])[:, 0],
-        tail_token_ids_NM=samples_NM.masked_fill(tail_NV.sum(1)[:, None] < SMALLEST_SAMPLED_TAIL, -1),
+        tail_token_ids_NM=samples_NM.masked_fill(
+            tail_NV.sum(1)[:, None] < SMALLEST_SAMPLED_TAIL, -1
+        ),
         ce_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.1,
         kd_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.1,
     )
@@ -120,7 +137,9 @@ def random_problem(
     labels_N = torch.randint(vocab_size, (num_rows,), generator=generator)
     for row in range(0, num_rows, 2):
         labels_N[row] = wanted_ids[row // 2 % len(wanted_ids)] if wanted_ids else labels_N[row]
-    return make_problem(teacher_NV, logits_NV, priority_NV.topk(k).indices, labels_N, teacher_scale, seed=seed)
+    return make_problem(
+        teacher_NV, logits_NV, priority_NV.topk(k).indices, labels_N, teacher_scale, seed=seed
+    )
 
 
 def forget(problem: Problem, row: int, num_used: int) -> Problem:
@@ -134,24 +153,37 @@ def forget(problem: Problem, row: int, num_used: int) -> Problem:
     return replace(problem, topk_logits_NK=logits_NK, topk_token_ids_NK=ids_NK, tail_mass_N=tail_N)
 
 
-def dense_losses(problem: Problem, definition: Definition) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def dense_losses(
+    problem: Problem, definition: Definition
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(ce_N, kd_N, gradient of their weighted sum with respect to the logits), all float64."""
-    problem = problem.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.long())
+    problem = problem.map(
+        lambda tensor: tensor.double() if tensor.is_floating_point() else tensor.long()
+    )
     leaf_NV = problem.logits_NV.clone().requires_grad_()
     num_rows = len(leaf_NV)
-    ce_N = torch.stack([_cross_entropy(leaf_NV[n], problem.labels_N[n], definition) for n in range(num_rows)])
-    kd_N = torch.stack([_divergence(leaf_NV[n], problem, n, definition) for n in range(num_rows)]) * definition.factor
+    ce_N = torch.stack(
+        [_cross_entropy(leaf_NV[n], problem.labels_N[n], definition) for n in range(num_rows)]
+    )
+    kd_N = (
+        torch.stack([_divergence(leaf_NV[n], problem, n, definition) for n in range(num_rows)])
+        * definition.factor
+    )
     ((ce_N * problem.ce_weight_N).sum() + (kd_N * problem.kd_weight_N).sum()).backward()
     assert leaf_NV.grad is not None
     return ce_N.detach(), kd_N.detach(), leaf_NV.grad
 
 
 def _cross_entropy(z_V: torch.Tensor, label: torch.Tensor, definition: Definition) -> torch.Tensor:
-    ce = torch.nn.functional.cross_entropy(z_V[None], label[None], label_smoothing=definition.label_smoothing)
+    ce = torch.nn.functional.cross_entropy(
+        z_V[None], label[None], label_smoothing=definition.label_smoothing
+    )
     return ce + definition.z_loss_weight * torch.logsumexp(z_V, 0) ** 2
 
 
-def _divergence(z_V: torch.Tensor, problem: Problem, row: int, definition: Definition) -> torch.Tensor:
+def _divergence(
+    z_V: torch.Tensor, problem: Problem, row: int, definition: Definition
+) -> torch.Tensor:
     if definition.objective in LABEL_OBJECTIVES:
         log_ratio = torch.log_softmax(z_V, 0)[problem.labels_N[row]] - problem.label_logprobs_N[row]
         return _label_objective(log_ratio, definition.objective)
@@ -161,21 +193,29 @@ def _divergence(z_V: torch.Tensor, problem: Problem, row: int, definition: Defin
         return z_V.sum() * 0
     log_head_K = torch.log_softmax(teacher_K * definition.teacher_scale, 0)
     if definition.support == "renormalize":
-        return _of_entries(log_head_K, torch.log_softmax(z_V[ids] * definition.student_scale, 0), definition)
+        return _of_entries(
+            log_head_K, torch.log_softmax(z_V[ids] * definition.student_scale, 0), definition
+        )
     tail = problem.tail_mass_N[row]
     log_q_V = torch.log_softmax(z_V * definition.student_scale, 0)
     log_p_K = log_head_K + torch.log(1 - tail)
     if definition.support == "sampled":
         samples = problem.tail_token_ids_NM[row]
         weight = tail.clamp(min=SMALLEST_SAMPLED_TAIL) / len(samples)
-        return _kl(log_p_K, log_q_V[ids]) + torch.xlogy(tail, tail) - weight * log_q_V[samples[samples >= 0]].sum()
+        return (
+            _kl(log_p_K, log_q_V[ids])
+            + torch.xlogy(tail, tail)
+            - weight * log_q_V[samples[samples >= 0]].sum()
+        )
     outside = torch.ones_like(z_V, dtype=torch.bool).index_fill(0, ids, False)
     tail = tail.clamp(min=SMALLEST_TAIL) if definition.support == "tail" else torch.zeros_like(tail)
     if not outside.any():  # the whole vocabulary is kept: there is no bucket
         return _of_entries(log_p_K, log_q_V[ids], definition)
     log_q_tail = torch.logsumexp(log_q_V[outside], 0)
     log_p = torch.cat([tail.log()[None], log_p_K])
-    return _of_entries(log_p, torch.cat([log_q_tail[None], log_q_V[ids]]), definition, has_bucket=True)
+    return _of_entries(
+        log_p, torch.cat([log_q_tail[None], log_q_V[ids]]), definition, has_bucket=True
+    )
 
 
 def _label_objective(log_ratio: torch.Tensor, objective: str) -> torch.Tensor:
@@ -184,12 +224,16 @@ def _label_objective(log_ratio: torch.Tensor, objective: str) -> torch.Tensor:
     if objective == "k2":
         return log_ratio**2 / 2
     k3 = torch.exp(-log_ratio) - 1 + log_ratio
-    if objective == "low_var_kl" and k3.abs() > 10:  # clamped; autograd would multiply 0 by what may be infinite
+    if (
+        objective == "low_var_kl" and k3.abs() > 10
+    ):  # clamped; autograd would multiply 0 by what may be infinite
         return log_ratio * 0 + torch.sign(k3).detach() * 10
     return k3
 
 
-def _of_entries(log_p: torch.Tensor, log_q: torch.Tensor, definition: Definition, has_bucket=False) -> torch.Tensor:
+def _of_entries(
+    log_p: torch.Tensor, log_q: torch.Tensor, definition: Definition, has_bucket=False
+) -> torch.Tensor:
     """The divergence of two distributions over the same entries; the first is the tail bucket if there is one."""
     p, q = log_p.exp(), log_q.exp()
     objective, beta, skew = definition.objective, definition.jsd_beta, definition.skew_lambda
@@ -236,9 +280,15 @@ def num_real_of(layout: str, vocab_size: int, world_size: int) -> tuple[list[int
     """
     if layout == "even":
         columns = -(-vocab_size // world_size) + 1
-        return [max(0, min(columns, vocab_size - rank * columns)) for rank in range(world_size)], columns
+        return [
+            max(0, min(columns, vocab_size - rank * columns)) for rank in range(world_size)
+        ], columns
     first = vocab_size // 3
-    real = {1: [vocab_size], 2: [first, vocab_size - first], 4: [first, 0, vocab_size - first - 1, 1]}[world_size]
+    real = {
+        1: [vocab_size],
+        2: [first, vocab_size - first],
+        4: [first, 0, vocab_size - first - 1, 1],
+    }[world_size]
     if layout == "late":
         real = [0] * (world_size - 1) + [vocab_size]
     return real, max(real) + 2

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.evaluation.agreement import compare_with_teacher
+from nemo_kd.tools.compare import compare_with_teacher
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -28,19 +28,26 @@ def compare(student, teacher, examples, micro_batch_size=3):
 def test_agreement_matches_transformers(ranks, tmp_path):
     student = save_hf_model("llama2", tmp_path / "student", 300)
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=5)
-    data = DataConfig(data=DatasetConfig(file_path=str(write_chat_dataset(tmp_path / "d.jsonl", 8))))
+    data = DataConfig(
+        data=DatasetConfig(file_path=str(write_chat_dataset(tmp_path / "d.jsonl", 8)))
+    )
     dataset = TokenizedDataset(data, train_tokenizer(300), 512, 300)
-    examples = [example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)]
+    examples = [
+        example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)
+    ]
     ours = ranks(1).run(compare, student, teacher, examples)[0]
 
-    models = [AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (student, teacher)]
+    models = [
+        AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (student, teacher)
+    ]
     sums = torch.zeros(4, dtype=torch.float64)
     for example in examples:
         mask = torch.tensor(example.loss_mask_S) > 0
         labels = torch.tensor(example.labels_S)[mask]
         with torch.no_grad():
             log_q, log_p = (
-                model(torch.tensor(example.tokens_S)[None]).logits[0][mask].log_softmax(-1) for model in models
+                model(torch.tensor(example.tokens_S)[None]).logits[0][mask].log_softmax(-1)
+                for model in models
             )
         sums += torch.stack(
             [
@@ -53,7 +60,9 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     count = sum(example.num_loss_tokens for example in examples)
     expected = (sums / count).tolist()
     assert ours.num_tokens == count
-    assert [ours.student_ce, ours.teacher_ce, ours.forward_kl] == pytest.approx(expected[:3], rel=1e-5)
+    assert [ours.student_ce, ours.teacher_ce, ours.forward_kl] == pytest.approx(
+        expected[:3], rel=1e-5
+    )
     assert ours.top1_agreement == pytest.approx(expected[3], abs=1.5 / count)
 
     in_one_go = ranks(1).run(compare, student, teacher, examples, 50)[0]
@@ -66,7 +75,10 @@ def test_agreement_matches_transformers(ranks, tmp_path):
 def test_what_cannot_be_compared_is_refused(ranks, tmp_path):
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300)
     fewer = save_hf_model("llama2", tmp_path / "fewer", 290)
-    assert "vocabulary of 290 tokens, the teacher one of 300" in ranks(1).run(compare, fewer, teacher, [])[0]
+    assert (
+        "vocabulary of 290 tokens, the teacher one of 300"
+        in ranks(1).run(compare, fewer, teacher, [])[0]
+    )
 
     other = tmp_path / "other"
     shutil.copytree(teacher, other)

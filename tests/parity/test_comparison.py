@@ -58,7 +58,11 @@ def expected_rows(problem):
     """The same by plain sums, a row at a time."""
     rows = []
     for logits_V, topk_K, ids_K, tail in zip(
-        problem.logits_NV, problem.topk_logits_NK, problem.topk_token_ids_NK, problem.tail_mass_N.tolist(), strict=True
+        problem.logits_NV,
+        problem.topk_logits_NK,
+        problem.topk_token_ids_NK,
+        problem.tail_mass_N.tolist(),
+        strict=True,
     ):
         ids = [token for token in ids_K.tolist() if token >= 0]
         if not ids:

@@ -14,12 +14,23 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import check_layout
 from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
-from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, run_batch
-from tests.parity.test_layouts import BATCHES, CP, PP, SP, TP, VOCAB_SIZE, Layout, Rows, example_of, largest_difference
+from tests.parity.test_layouts import (
+    BATCHES,
+    CP,
+    PP,
+    SP,
+    TP,
+    VOCAB_SIZE,
+    Layout,
+    Rows,
+    example_of,
+    largest_difference,
+)
 from tests.parity.test_layouts import load as load_model
 from tests.tiny_models import build_hf_model
 
@@ -30,7 +41,14 @@ EP4 = {"expert_model_parallel_size": 4}
 LAYOUTS: dict[int, dict[str, Layout]] = {
     1: {"one rank": {}},
     2: {"TP": TP, "TP SP": TP | SP, "PP": PP, "DP": {}, "EP": EP, "CP EP": CP | EP},
-    4: {"EP TP": EP | TP, "EP TP SP": EP | TP | SP, "EP PP": EP | PP, "EP CP": EP | CP, "EP4": EP4, "EP4 CP": EP4 | CP},
+    4: {
+        "EP TP": EP | TP,
+        "EP TP SP": EP | TP | SP,
+        "EP PP": EP | PP,
+        "EP CP": EP | CP,
+        "EP4": EP4,
+        "EP4 CP": EP4 | CP,
+    },
 }
 
 
@@ -44,7 +62,11 @@ def run(path: str, layout: Layout, packed: bool) -> Rows:
     rows: Rows = {}
     for number in range(3 if groups.lockstep_lanes > 1 else len(mine)):
         is_filler = number >= len(mine)
-        batch = form([] if packed else [None], 0, multiple_of) if is_filler else form(mine[number], 0, multiple_of)
+        batch = (
+            form([] if packed else [None], 0, multiple_of)
+            if is_filler
+            else form(mine[number], 0, multiple_of)
+        )
         hidden = run_batch(model, batch, groups)
         if hidden is None or is_filler:
             continue
@@ -77,7 +99,11 @@ def resave(path: str, output: str, layout: Layout) -> None:
 def stand(layout: Layout) -> tuple[list[int], int, int]:
     """(global ranks that step together with this one, number of replicas among them, this rank's replica)."""
     groups = initialize_model_parallel(ModelConfig(**layout), 1)  # type: ignore[arg-type]
-    return torch.distributed.get_process_group_ranks(groups.lockstep), groups.lockstep_lanes, groups.lane
+    return (
+        torch.distributed.get_process_group_ranks(groups.lockstep),
+        groups.lockstep_lanes,
+        groups.lane,
+    )
 
 
 def convert_in_rank(source: str, target: str) -> None:
@@ -117,7 +143,10 @@ def test_every_layout_matches_transformers(ranks, models, reference, world_size)
 
 
 def test_the_comparison_notices_other_weights_of_the_experts(ranks, models, reference, tmp_path):
-    for name, changed in (("qwen3_moe", {"norm_topk_prob": False}), ("mixtral", {"num_experts_per_tok": 3})):
+    for name, changed in (
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("mixtral", {"num_experts_per_tok": 3}),
+    ):
         build_hf_model(name, VOCAB_SIZE, **changed).save_pretrained(tmp_path / name)
         results = ranks(1).run(run, str(tmp_path / name), {}, True)
         assert largest_difference(results, reference[name]) > 100 * TOLERANCE
@@ -131,7 +160,10 @@ def test_archives_written_and_read_with_experts_apart(ranks, models, reference, 
         results = ranks(world_size).run(run, archive, layout, True)
         assert largest_difference(results, reference[name]) < TOLERANCE, layout
     ranks(1).run(convert_in_rank, archive, str(back))
-    before, after = load_file(f"{models[name]}/model.safetensors"), load_file(back / "model.safetensors")
+    before, after = (
+        load_file(f"{models[name]}/model.safetensors"),
+        load_file(back / "model.safetensors"),
+    )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -140,13 +172,17 @@ def test_archives_written_and_read_with_experts_apart(ranks, models, reference, 
 def test_fused_experts_are_read_as_well(ranks, models, reference, tmp_path, name):
     """The layout of transformers' memory, as torch or safetensors save a state dict of its version 5."""
     shutil.copytree(models[name], tmp_path / "hf")
-    fused = {key: tensor.clone() for key, tensor in build_hf_model(name, VOCAB_SIZE).state_dict().items()}
+    fused = {
+        key: tensor.clone() for key, tensor in build_hf_model(name, VOCAB_SIZE).state_dict().items()
+    }
     assert "model.layers.1.mlp.experts.gate_up_proj" in fused
     save_file(fused, tmp_path / "hf" / "model.safetensors")
     for world_size, layout in ((1, {}), (4, EP | TP)):
         results = ranks(world_size).run(run, str(tmp_path / "hf"), layout, False)
         assert largest_difference(results, reference[name]) < TOLERANCE
-    fused["model.layers.1.mlp.experts.down_proj"] = fused["model.layers.1.mlp.experts.down_proj"][1:].clone()
+    fused["model.layers.1.mlp.experts.down_proj"] = fused["model.layers.1.mlp.experts.down_proj"][
+        1:
+    ].clone()
     save_file(fused, tmp_path / "hf" / "model.safetensors")
     message = r"layers.1.mlp.experts.down_proj has the shape .* config.json calls for"
     with pytest.raises(ConfigError, match=message), open_pretrained(str(tmp_path / "hf")):
@@ -158,8 +194,24 @@ def test_ranks_that_step_together(ranks):
         ({}, [([0], 1, 0), ([1], 1, 0), ([2], 1, 0), ([3], 1, 0)]),
         (EP, [([0, 1], 2, 0), ([0, 1], 2, 1), ([2, 3], 2, 0), ([2, 3], 2, 1)]),
         (EP | CP, [([0, 1], 1, 0), ([0, 1], 1, 0), ([2, 3], 1, 0), ([2, 3], 1, 0)]),
-        (EP | TP, [([0, 1, 2, 3], 2, 0), ([0, 1, 2, 3], 2, 0), ([0, 1, 2, 3], 2, 1), ([0, 1, 2, 3], 2, 1)]),
-        (EP | PP, [([0, 1, 2, 3], 2, 0), ([0, 1, 2, 3], 2, 1), ([0, 1, 2, 3], 2, 0), ([0, 1, 2, 3], 2, 1)]),
+        (
+            EP | TP,
+            [
+                ([0, 1, 2, 3], 2, 0),
+                ([0, 1, 2, 3], 2, 0),
+                ([0, 1, 2, 3], 2, 1),
+                ([0, 1, 2, 3], 2, 1),
+            ],
+        ),
+        (
+            EP | PP,
+            [
+                ([0, 1, 2, 3], 2, 0),
+                ([0, 1, 2, 3], 2, 1),
+                ([0, 1, 2, 3], 2, 0),
+                ([0, 1, 2, 3], 2, 1),
+            ],
+        ),
     ):
         assert ranks(4).run(stand, layout) == expected, layout
 
@@ -167,12 +219,15 @@ def test_ranks_that_step_together(ranks):
 def test_layouts_that_do_not_fit_are_refused(models):
     with open_pretrained(models["qwen3_moe"]) as source:
         architecture = source.architecture
-    message = r"model.expert_model_parallel_size: 3 does not divide the model's experts: it has 8 a layer"
+    message = (
+        r"model.expert_model_parallel_size: 3 does not divide the model's experts: it has 8 a layer"
+    )
     with pytest.raises(ConfigError, match=message):
         check_layout(architecture, ModelConfig(expert_model_parallel_size=3))
     with pytest.raises(ConfigError, match="does not divide the model's experts: it has none"):
         check_layout(replace(architecture, num_moe_experts=None), ModelConfig(**EP))
     with pytest.raises(
-        ConfigError, match=r"expert_model_parallel_size: 2 does not divide the 1 ranks of data and context"
+        ConfigError,
+        match=r"expert_model_parallel_size: 2 does not divide the 1 ranks of data and context",
     ):
         ModelConfig(**EP, **TP).data_parallel_size(2)

@@ -63,7 +63,9 @@ def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
     results = []
     for definition in DEFINITIONS:
         fused = fused_problem(definition.teacher_scale)
-        local_Hv, start, num_real = cut(fused.weight_VH.T, layout, rank, group.size(), padding=100.0)
+        local_Hv, start, num_real = cut(
+            fused.weight_VH.T, layout, rank, group.size(), padding=100.0
+        )
         shard = VocabShard(start, num_real, 50, group)
         for block_rows in BLOCK_ROWS:
             hidden_NH = fused.hidden_NH.clone().requires_grad_()
@@ -92,7 +94,9 @@ def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize(("layout", "with_main_grad"), [("uneven", False), ("even", False), ("uneven", True)])
+@pytest.mark.parametrize(
+    ("layout", "with_main_grad"), [("uneven", False), ("even", False), ("uneven", True)]
+)
 def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
     per_rank = ranks(world_size).run(_solve, layout, with_main_grad)
     cases = [(definition, block_rows) for definition in DEFINITIONS for block_rows in BLOCK_ROWS]
@@ -100,7 +104,9 @@ def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
         expected = dense_fused(fused_problem(definition.teacher_scale), definition)
         found = [[torch.from_numpy(array) for array in results[number]] for results in per_rank]
         name = f"{definition}, blocks of {block_rows}"
-        close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=f"{name}: {{}}".format)
+        close = functools.partial(
+            torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=f"{name}: {{}}".format
+        )
         for total, ce_N, kd_N, _, _ in found:
             close(total, expected[0])
             close(ce_N, expected[1])
@@ -133,15 +139,24 @@ def test_fused_equals_the_losses_on_logits(upstream):
     weight_VH = fused.weight_VH.clone().requires_grad_()
     hidden_NH, total, losses = _run_alone(fused, weight_VH, ce_weight=2.0, kd_weight=3.0)
     (total * upstream).backward()
-    hidden2_NH, weight2_VH = (t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH))
+    hidden2_NH, weight2_VH = (
+        t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH)
+    )
     logits_NV = hidden2_NH @ weight2_VH.T
     on_logits = loss_of(DEFAULT)(
-        logits_NV, fused.problem.labels_N, whole_vocabulary(fused.problem), teacher_rows(fused.problem)
+        logits_NV,
+        fused.problem.labels_N,
+        whole_vocabulary(fused.problem),
+        teacher_rows(fused.problem),
     )
     total2 = (2 * on_logits.ce_N + 3 * on_logits.kd_N).sum()
     (total2 * upstream).backward()
     pairs = ((total, total2), (losses.ce_N, on_logits.ce_N), (losses.kd_N, on_logits.kd_N))
-    for ours, theirs in (*pairs, (hidden_NH.grad, hidden2_NH.grad), (weight_VH.grad, weight2_VH.grad)):
+    for ours, theirs in (
+        *pairs,
+        (hidden_NH.grad, hidden2_NH.grad),
+        (weight_VH.grad, weight2_VH.grad),
+    ):
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -153,7 +168,9 @@ def test_main_grad_accumulates():
     for _ in range(3):
         _, total, _ = _run_alone(fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
         total.backward()
-    torch.testing.assert_close(weight_VH.main_grad.double(), 7 + 3 * expected[4], rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(
+        weight_VH.main_grad.double(), 7 + 3 * expected[4], rtol=1e-6, atol=1e-5
+    )
     assert weight_VH.grad is None or not weight_VH.grad.any(), "the gradient would count twice"
 
 
@@ -176,7 +193,12 @@ def test_tied_weight_gets_the_gradients_of_both_its_uses(with_main_grad):
         weight_VH.main_grad = torch.zeros_like(weight_VH, dtype=torch.float32)
     hidden_NH = torch.tanh(torch.nn.functional.embedding(tokens_N, weight_VH))
     total, _ = fused_linear_loss(
-        loss_of(DEFAULT), hidden_NH, weight_VH, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+        loss_of(DEFAULT),
+        hidden_NH,
+        weight_VH,
+        problem.labels_N,
+        whole_vocabulary(problem),
+        teacher_rows(problem),
     )
     total.backward()
     found = weight_VH.grad.double() + (weight_VH.main_grad.double() if with_main_grad else 0)
@@ -196,7 +218,9 @@ def test_tied_weight_gets_the_gradients_of_both_its_uses(with_main_grad):
 def test_values_need_no_gradient():
     fused = fused_problem()
     with torch.no_grad():
-        _, total, losses = _run_alone(fused, fused.weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
+        _, total, losses = _run_alone(
+            fused, fused.weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT
+        )
     expected = dense_fused(fused, DEFAULT)
     for ours, theirs in zip((total, losses.ce_N, losses.kd_N), expected, strict=False):
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
@@ -209,7 +233,9 @@ def test_no_gradient_of_a_frozen_weight_is_computed(monkeypatch):
     weight_VH.main_grad = torch.full_like(weight_VH, 7.0)
     hidden_NH, total, _ = _run_alone(fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
     total.backward()
-    torch.testing.assert_close(hidden_NH.grad, dense_fused(fused, DEFAULT)[3], rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(
+        hidden_NH.grad, dense_fused(fused, DEFAULT)[3], rtol=1e-11, atol=1e-11
+    )
     assert weight_VH.grad is None
     assert (weight_VH.main_grad == 7).all()
 
@@ -236,14 +262,27 @@ def test_without_a_teacher():
     hidden_NH, weight_VH = (t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH))
     problem = fused.problem
     total, losses = fused_linear_loss(
-        loss_of(DEFAULT), hidden_NH, weight_VH, problem.labels_N, whole_vocabulary(problem), block_rows=3
+        loss_of(DEFAULT),
+        hidden_NH,
+        weight_VH,
+        problem.labels_N,
+        whole_vocabulary(problem),
+        block_rows=3,
     )
     total.backward()
-    hidden2_NH, weight2_VH = (t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH))
-    plain = torch.nn.functional.cross_entropy(hidden2_NH @ weight2_VH.T, problem.labels_N, reduction="sum")
+    hidden2_NH, weight2_VH = (
+        t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH)
+    )
+    plain = torch.nn.functional.cross_entropy(
+        hidden2_NH @ weight2_VH.T, problem.labels_N, reduction="sum"
+    )
     plain.backward()
     assert losses.kd_N is None
-    for ours, theirs in ((total, plain), (hidden_NH.grad, hidden2_NH.grad), (weight_VH.grad, weight2_VH.grad)):
+    for ours, theirs in (
+        (total, plain),
+        (hidden_NH.grad, hidden2_NH.grad),
+        (weight_VH.grad, weight2_VH.grad),
+    ):
         torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
 
 
@@ -254,11 +293,21 @@ def test_low_precision(dtype):
     rounded = Fused(fused.problem, fused.hidden_NH.to(dtype), fused.weight_VH.to(dtype))
     weight_VH = rounded.weight_VH.clone().requires_grad_()
     weight_VH.main_grad = torch.zeros(50, HIDDEN)
-    hidden_NH, total, _ = _run_alone(rounded, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT, block_rows=3)
+    hidden_NH, total, _ = _run_alone(
+        rounded, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT, block_rows=3
+    )
     total.backward()
-    problem = replace(fused.problem, logits_NV=rounded.hidden_NH.double() @ rounded.weight_VH.double().T)
-    expected = dense_fused(Fused(problem, rounded.hidden_NH.double(), rounded.weight_VH.double()), DEFAULT)
+    problem = replace(
+        fused.problem, logits_NV=rounded.hidden_NH.double() @ rounded.weight_VH.double().T
+    )
+    expected = dense_fused(
+        Fused(problem, rounded.hidden_NH.double(), rounded.weight_VH.double()), DEFAULT
+    )
     assert hidden_NH.grad.dtype == dtype
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-5
-    for ours, theirs in ((total, expected[0]), (hidden_NH.grad, expected[3]), (weight_VH.main_grad, expected[4])):
+    for ours, theirs in (
+        (total, expected[0]),
+        (hidden_NH.grad, expected[3]),
+        (weight_VH.main_grad, expected[4]),
+    ):
         assert (ours.double() - theirs).norm() <= tolerance * theirs.norm()

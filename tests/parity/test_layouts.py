@@ -14,10 +14,10 @@ from nemo_kd.batch import Batch, Example
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import length_multiple
 from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore import attention, schedule
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, project, run_batch
@@ -42,7 +42,9 @@ LENGTHS = ((1, 7, 40, 129), (200,), (33, 2, 64), (5,))
 QUERY_BLOCK = 48  # several blocks even at these lengths
 
 Layout = dict[str, int | bool]
-TP, PP, CP = ({f"{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context"))
+TP, PP, CP = (
+    {f"{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context")
+)
 SP = {"sequence_parallel": True}
 LAYOUTS: dict[int, dict[str, Layout]] = {
     1: {"one rank": {}, "SP without TP": SP},
@@ -99,7 +101,9 @@ def example_of(batch: Batch, position: int) -> tuple[int, int]:
 
 
 @torch.inference_mode()
-def run(path: str, layout: Layout, packed: bool, every: bool = False, dtype: torch.dtype = torch.float32) -> Rows:
+def run(
+    path: str, layout: Layout, packed: bool, every: bool = False, dtype: torch.dtype = torch.float32
+) -> Rows:
     """What this rank's columns of this data-parallel rank's batches give, on the last stage; the vocabulary gathered."""
     model, groups, multiple_of = load(path, layout, dtype)
     rows: Rows = {}
@@ -114,11 +118,15 @@ def run(path: str, layout: Layout, packed: bool, every: bool = False, dtype: tor
         mine, whole = loss_positions(batch, groups, every)
         logits = hidden_at(hidden, mine, len(batch.tokens_BS), model) @ output_weight(model).T
         assert torch.allclose(
-            project(model, hidden).flatten(0, 1)[mine], logits, atol=1e-5 if dtype.itemsize > 2 else 0.1
+            project(model, hidden).flatten(0, 1)[mine],
+            logits,
+            atol=1e-5 if dtype.itemsize > 2 else 0.1,
         )
         parts = [torch.empty_like(logits) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, logits, group=groups.tensor)
-        for position, row in zip(whole.tolist(), torch.cat(parts, -1)[:, :VOCAB_SIZE].float(), strict=True):
+        for position, row in zip(
+            whole.tolist(), torch.cat(parts, -1)[:, :VOCAB_SIZE].float(), strict=True
+        ):
             index, offset = example_of(batch, position)
             assert offset not in rows.setdefault(index, {})
             rows[index][offset] = row
@@ -146,7 +154,9 @@ def merged(results: list[Rows]) -> Rows:
     return rows
 
 
-def largest_difference(results: list[Rows], expected: dict[int, torch.Tensor], every: bool = False) -> float:
+def largest_difference(
+    results: list[Rows], expected: dict[int, torch.Tensor], every: bool = False
+) -> float:
     """Of logits; that every loss-bearing position is there, and no other, is checked."""
     rows, largest = merged(results), 0.0
     for example in (example for batch in BATCHES for example in batch):
@@ -157,7 +167,10 @@ def largest_difference(results: list[Rows], expected: dict[int, torch.Tensor], e
             assert sorted(found) == np.flatnonzero(example.loss_mask_S).tolist()
         for position in range(example.num_tokens):
             if position in found:
-                largest = max(largest, (found[position] - expected[example.index][position]).abs().max().item())
+                largest = max(
+                    largest,
+                    (found[position] - expected[example.index][position]).abs().max().item(),
+                )
     return largest
 
 
@@ -166,7 +179,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     folders = {}
     for name, (base, changes) in MODELS.items():
         folder: Path = tmp_path_factory.mktemp(name.replace(".", "_")) / "hf"
-        build_hf_model(base, VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **changes).save_pretrained(folder)
+        build_hf_model(base, VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **changes).save_pretrained(
+            folder
+        )
         folders[name] = str(folder)
     return folders
 

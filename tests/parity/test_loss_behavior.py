@@ -36,7 +36,9 @@ from tests.parity.test_losses import (
 )
 
 
-@pytest.mark.parametrize(("dtype", "epsilon"), [(torch.float32, 3e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    ("dtype", "epsilon"), [(torch.float32, 3e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+)
 def test_low_precision_inputs(dtype, epsilon):
     """Values as exact as float32 sums allow; gradients as exact as their own dtype can hold."""
     for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
@@ -47,7 +49,9 @@ def test_low_precision_inputs(dtype, epsilon):
         assert gradient.dtype == dtype
         torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6, msg=name_of(one))
         torch.testing.assert_close(kd.double(), expected_kd, rtol=1e-5, atol=2e-6, msg=name_of(one))
-        error = (gradient.double() - expected).abs().amax(1) / expected.abs().amax(1).clamp(min=1e-9)
+        error = (gradient.double() - expected).abs().amax(1) / expected.abs().amax(1).clamp(
+            min=1e-9
+        )
         assert error.max() < epsilon, f"{name_of(one)}: {error}"
 
 
@@ -57,7 +61,9 @@ def test_extreme_logits_in_float32(make_cases):
         problem, limit = case.problem, case.limit or case.problem
         if case.definition.objective == "k3":  # exp(500) overflows
             problem, limit = problem.rows([0]), limit.rows([0])
-        expected_ce, expected_kd, expected = dense_losses(limit.cast(torch.float32), case.definition)
+        expected_ce, expected_kd, expected = dense_losses(
+            limit.cast(torch.float32), case.definition
+        )
         ce, kd, gradient = solve_alone(problem.cast(torch.float32), case.definition)
         torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-5, msg=case.name)
         torch.testing.assert_close(kd.double(), expected_kd, rtol=1e-5, atol=1e-5, msg=case.name)
@@ -66,8 +72,12 @@ def test_extreme_logits_in_float32(make_cases):
         assert ((gradient.double() - expected).abs().amax(1) <= 2e-6 * size_N).all(), case.name
 
 
-@pytest.mark.parametrize(("objective", "support"), [pair for pair in COMBINATIONS if pair[0] == "forward_kl"])
-def test_an_impossible_kept_token_makes_forward_kl_infinite_but_not_its_gradient(objective, support):
+@pytest.mark.parametrize(
+    ("objective", "support"), [pair for pair in COMBINATIONS if pair[0] == "forward_kl"]
+)
+def test_an_impossible_kept_token_makes_forward_kl_infinite_but_not_its_gradient(
+    objective, support
+):
     problem, definition = mixed_rows(1.0).rows([0, 1, 2]), Definition(objective, support)  # a copy
     rows_N, first_N = torch.arange(3), problem.topk_token_ids_NK[:, 1]
     problem.logits_NV[rows_N, first_N] = -1e6
@@ -112,25 +122,37 @@ def test_other_memory_layouts(layout):
     problem = mixed_rows(1.0)
     leaf, logits_NV, back = layout(problem.logits_NV)
     before = leaf.detach().clone()
-    losses = loss_of(DEFAULT)(logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem))
-    ((losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()).backward()
+    losses = loss_of(DEFAULT)(
+        logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+    )
+    (
+        (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+    ).backward()
     assert torch.equal(leaf.detach(), before)
-    torch.testing.assert_close(back(leaf.grad), dense_losses(problem, DEFAULT)[2], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        back(leaf.grad), dense_losses(problem, DEFAULT)[2], rtol=1e-12, atol=1e-12
+    )
 
 
 def test_an_operation_that_needs_its_output_again_is_refused():
     """tanh differentiates through its result, which the gradient has replaced: an error, no wrong gradient."""
     problem = mixed_rows(1.0)
     logits_NV = torch.tanh(problem.logits_NV.clone().requires_grad_())
-    losses = loss_of(DEFAULT)(logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem))
+    losses = loss_of(DEFAULT)(
+        logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+    )
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         losses.ce_N.sum().backward()
 
 
 def test_ids_may_be_int32():
     problem, sampled = mixed_rows(1.0), Definition("forward_kl", "sampled")
-    ids = {name: getattr(problem, name).int() for name in ("topk_token_ids_NK", "tail_token_ids_NM")}
-    for ours, theirs in zip(solve_alone(replace(problem, **ids), sampled), solve_alone(problem, sampled), strict=True):
+    ids = {
+        name: getattr(problem, name).int() for name in ("topk_token_ids_NK", "tail_token_ids_NM")
+    }
+    for ours, theirs in zip(
+        solve_alone(replace(problem, **ids), sampled), solve_alone(problem, sampled), strict=True
+    ):
         assert torch.equal(ours, theirs)
 
 
@@ -149,12 +171,20 @@ def test_a_second_backward_through_the_same_graph_is_refused():
 def test_only_one_of_the_two_losses_may_be_used():
     problem = mixed_rows(1.0)
     for ce_weight, kd_weight in ((1.0, 0.0), (0.0, 1.0)):
-        one = replace(problem, ce_weight_N=problem.ce_weight_N * ce_weight, kd_weight_N=problem.kd_weight_N * kd_weight)
+        one = replace(
+            problem,
+            ce_weight_N=problem.ce_weight_N * ce_weight,
+            kd_weight_N=problem.kd_weight_N * kd_weight,
+        )
         leaf_NV = one.logits_NV.clone().requires_grad_()
-        losses = DistillationLoss(Divergence())(leaf_NV.clone(), one.labels_N, whole_vocabulary(one), teacher_rows(one))
+        losses = DistillationLoss(Divergence())(
+            leaf_NV.clone(), one.labels_N, whole_vocabulary(one), teacher_rows(one)
+        )
         chosen_N = losses.ce_N * one.ce_weight_N if ce_weight else losses.kd_N * one.kd_weight_N
         chosen_N.sum().backward()
-        torch.testing.assert_close(leaf_NV.grad, dense_losses(one, DEFAULT)[2], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            leaf_NV.grad, dense_losses(one, DEFAULT)[2], rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("divergence", [None, Divergence()])
@@ -180,7 +210,13 @@ def test_gradients_do_not_depend_on_blocks_or_micro_batches():
     """10 million elements, more than any block: whole, in micro-batches of 100 rows and rows by themselves."""
     problem = random_problem(2500, 4099, 8, wanted_ids=(0, 4098)).cast(torch.float32)
     whole = solve_alone(problem)
-    for rows in (slice(0, 100), slice(900, 1000), slice(1020, 1030), slice(2400, 2500), slice(2499, 2500)):
+    for rows in (
+        slice(0, 100),
+        slice(900, 1000),
+        slice(1020, 1030),
+        slice(2400, 2500),
+        slice(2499, 2500),
+    ):
         for ours, part in zip(solve_alone(problem.rows(rows)), whole, strict=True):
             torch.testing.assert_close(ours, part[rows], rtol=1e-6, atol=1e-9)
     sample = slice(0, 2500, 500)
@@ -189,7 +225,14 @@ def test_gradients_do_not_depend_on_blocks_or_micro_batches():
         torch.testing.assert_close(ours[sample].double(), theirs, rtol=1e-5, atol=1e-7)
 
 
-COLLECTIVES = ("all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce")
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "reduce_scatter_tensor",
+    "broadcast",
+    "reduce",
+)
 
 
 def _count_collectives(make_cases: Callable[[], list[Case]]) -> list[tuple[list[int], list[int]]]:
@@ -212,10 +255,14 @@ def _count_collectives(make_cases: Callable[[], list[Case]]) -> list[tuple[list[
             setattr(torch.distributed, name, counted(name))
         for case in make_cases():
             problem = case.problem
-            local_Nv, start, num_real = cut(problem.logits_NV, case.layout, rank, group.size(), case.padding)
+            local_Nv, start, num_real = cut(
+                problem.logits_NV, case.layout, rank, group.size(), case.padding
+            )
             shard = VocabShard(start, num_real, problem.logits_NV.shape[1], group)
             logits_Nv = local_Nv.requires_grad_()
-            losses = loss_of(case.definition)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+            losses = loss_of(case.definition)(
+                logits_Nv, problem.labels_N, shard, teacher_rows(problem)
+            )
             forward = len(calls)
             (losses.ce_N.sum() + losses.kd_N.sum()).backward()
             counts.append((calls[:forward], calls[forward:]))
@@ -227,17 +274,27 @@ def _count_collectives(make_cases: Callable[[], list[Case]]) -> list[tuple[list[
 
 
 def test_two_small_all_reduces_forward_and_none_backward(ranks):
-    for counts in ranks(2).run(_count_collectives, option_cases) + ranks(2).run(_count_collectives, objective_cases):
+    for counts in ranks(2).run(_count_collectives, option_cases) + ranks(2).run(
+        _count_collectives, objective_cases
+    ):
         for forward, backward in counts:
             assert 1 <= len(forward) <= 2
-            assert sum(forward) <= 8 * (10 + 3 + 8), "more than a few numbers per kept entry and row"
+            assert sum(forward) <= 8 * (10 + 3 + 8), (
+                "more than a few numbers per kept entry and row"
+            )
             assert not backward
 
 
 def test_compiled_equals_eager():
-    for one in (DEFAULT, Definition("jsd", "renormalize", 0.5, 2.0), Definition("forward_kl", "sampled")):
+    for one in (
+        DEFAULT,
+        Definition("jsd", "renormalize", 0.5, 2.0),
+        Definition("forward_kl", "sampled"),
+    ):
         problem = mixed_rows(one.teacher_scale)
-        for ours, theirs in zip(solve_alone(problem, one, compile=True), solve_alone(problem, one), strict=True):
+        for ours, theirs in zip(
+            solve_alone(problem, one, compile=True), solve_alone(problem, one), strict=True
+        ):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
@@ -245,7 +302,9 @@ def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
     """Of every definition: its name, and whether values and this rank's gradient are nan where one logit is."""
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
     problem = replace(problem, logits_NV=_with(problem.logits_NV, (2, column), float("nan")))
-    local_Nv, start, num_real = cut(problem.logits_NV, "even", torch.distributed.get_rank(), group.size(), 0.0)
+    local_Nv, start, num_real = cut(
+        problem.logits_NV, "even", torch.distributed.get_rank(), group.size(), 0.0
+    )
     shard, found = VocabShard(start, num_real, problem.logits_NV.shape[1], group), []
     for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
         logits_Nv = local_Nv.clone().requires_grad_()
@@ -267,10 +326,14 @@ def test_nan_on_one_rank_is_nan_on_all(ranks):
 
 def _refused_on_rank(fields: dict, labels_N: torch.Tensor, definition: Definition) -> str:
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
-    local_Nv, start, num_real = cut(problem.logits_NV, "uneven", torch.distributed.get_rank(), group.size(), 0.0)
+    local_Nv, start, num_real = cut(
+        problem.logits_NV, "uneven", torch.distributed.get_rank(), group.size(), 0.0
+    )
     teacher = replace(teacher_rows(problem), **fields)
     try:
-        loss_of(definition)(local_Nv.requires_grad_(), labels_N, VocabShard(start, num_real, 50, group), teacher)
+        loss_of(definition)(
+            local_Nv.requires_grad_(), labels_N, VocabShard(start, num_real, 50, group), teacher
+        )
     except ValueError as error:
         return str(error)
     return "not refused"
@@ -287,12 +350,22 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
     ids, labels, samples = problem.topk_token_ids_NK, problem.labels_N, problem.tail_token_ids_NM
     sampled, k1, tail = Definition("forward_kl", "sampled"), Definition("k1"), Definition()
     hostile = [
-        ({"topk_token_ids_NK": _with(ids, (2, 5), int(ids[2, 0]))}, labels, tail, "topk_token_ids.*twice"),
+        (
+            {"topk_token_ids_NK": _with(ids, (2, 5), int(ids[2, 0]))},
+            labels,
+            tail,
+            "topk_token_ids.*twice",
+        ),
         ({"topk_token_ids_NK": _with(ids, (2, 5), 50)}, labels, tail, "topk_token_ids.*outside"),
         ({"topk_token_ids_NK": _with(ids, (2, 5), -2)}, labels, tail, "topk_token_ids.*outside"),
         ({}, _with(labels, (3,), 50), tail, "labels.*outside"),
         ({}, _with(labels, (3,), -100), tail, "labels.*outside"),
-        ({"tail_token_ids_NM": _with(samples, (0, 0), 50)}, labels, sampled, "tail_token_ids.*outside"),
+        (
+            {"tail_token_ids_NM": _with(samples, (0, 0), 50)},
+            labels,
+            sampled,
+            "tail_token_ids.*outside",
+        ),
         ({"tail_mass_N": None}, labels, tail, "tail_mass"),
         ({"tail_mass_N": None}, labels, Definition("jsd", "truncate"), "tail_mass"),
         ({"tail_mass_N": None}, labels, sampled, "tail_mass"),
@@ -302,12 +375,20 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
     for fields, wrong_labels, definition, message in hostile:
         for found in ranks(2).run(_refused_on_rank, fields, wrong_labels, definition):
             assert found != "not refused", (fields, definition)
-            assert pytest.raises(ValueError, match=message).matches(ValueError(found)), (message, found)
+            assert pytest.raises(ValueError, match=message).matches(ValueError(found)), (
+                message,
+                found,
+            )
 
 
 def test_numbers_of_rows_must_agree():
     problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
-    logits_NV, labels_N, teacher, loss = problem.logits_NV, problem.labels_N, teacher_rows(problem), loss_of(DEFAULT)
+    logits_NV, labels_N, teacher, loss = (
+        problem.logits_NV,
+        problem.labels_N,
+        teacher_rows(problem),
+        loss_of(DEFAULT),
+    )
     tail_of_one = replace(teacher, tail_mass_N=problem.tail_mass_N[:1])
     for logits, labels, rows, message in (
         (logits_NV, labels_N[:1], teacher, r"labels_N: shape \[1\] for 8 rows"),
@@ -323,7 +404,9 @@ def test_fields_that_an_objective_does_not_need_may_be_missing():
     problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
     bare = TeacherRows(problem.topk_logits_NK, problem.topk_token_ids_NK)
     for one in every_definition([(0.5, 2.0)]):
-        needs_tail = one.support in ("tail", "truncate", "sampled") and one.objective not in LABEL_OBJECTIVES
+        needs_tail = (
+            one.support in ("tail", "truncate", "sampled") and one.objective not in LABEL_OBJECTIVES
+        )
         teacher = replace(bare, tail_mass_N=problem.tail_mass_N) if needs_tail else bare
         if one.support == "sampled":
             teacher = replace(teacher, tail_token_ids_NM=problem.tail_token_ids_NM)
@@ -338,10 +421,15 @@ def test_half_precision_rounds_the_gradient_once(support):
     """Compiled too, at labels that the student is nearly sure of: q - 1 is no difference of rounded numbers."""
     problem = random_problem(60, 300, 7, seed=5)
     confident = torch.linspace(8, 18, 60, dtype=torch.float64)
-    logits_NV = problem.logits_NV.scatter_add(1, problem.labels_N[:, None], confident[:, None]).to(torch.bfloat16)
+    logits_NV = problem.logits_NV.scatter_add(1, problem.labels_N[:, None], confident[:, None]).to(
+        torch.bfloat16
+    )
     samples_NM = torch.cat([problem.labels_N[:, None]] * 2 + [problem.tail_token_ids_NM], dim=1)
     teacher = TeacherRows(
-        problem.topk_logits_NK, problem.topk_token_ids_NK, problem.tail_mass_N, tail_token_ids_NM=samples_NM
+        problem.topk_logits_NK,
+        problem.topk_token_ids_NK,
+        problem.tail_mass_N,
+        tail_token_ids_NM=samples_NM,
     )
     shard = VocabShard.of(300, 300)
 

@@ -28,7 +28,9 @@ TEMPERATURES = [1.0, 0.5, 2.0]
 def _kd_of(problem: Problem, definition: Definition) -> tuple[torch.Tensor, torch.Tensor]:
     """(kd_N, its gradient for the weight 1 at every row)."""
     ones = torch.ones_like(problem.kd_weight_N)
-    _, kd_N, gradient_NV = solve_alone(replace(problem, ce_weight_N=ones * 0, kd_weight_N=ones), definition)
+    _, kd_N, gradient_NV = solve_alone(
+        replace(problem, ce_weight_N=ones * 0, kd_weight_N=ones), definition
+    )
     return kd_N, gradient_NV
 
 
@@ -55,16 +57,24 @@ class _Again(torch.autograd.Function):
             return torch.autograd.grad(losses, leaf_NV, upstream)[0], None, None
 
 
-GRADCHECKED = [pair for pair in COMBINATIONS if pair[0] != "adaptive_kl"]  # its weight is a constant for the gradient
+GRADCHECKED = [
+    pair for pair in COMBINATIONS if pair[0] != "adaptive_kl"
+]  # its weight is a constant for the gradient
 
 
 @pytest.mark.parametrize(
     ("objective", "support"),
-    [*GRADCHECKED, ("forward_kl", "sampled"), *((objective, "tail") for objective in LABEL_OBJECTIVES)],
+    [
+        *GRADCHECKED,
+        ("forward_kl", "sampled"),
+        *((objective, "tail") for objective in LABEL_OBJECTIVES),
+    ],
 )
 def test_gradcheck(objective, support):
     scales = (1.0, 1.0) if support == "sampled" or objective in LABEL_OBJECTIVES else (0.5, 2.0)
-    definition = Definition(objective, support, *scales, factor=2.0, label_smoothing=0.1, z_loss_weight=0.1)
+    definition = Definition(
+        objective, support, *scales, factor=2.0, label_smoothing=0.1, z_loss_weight=0.1
+    )
     problem = random_problem(3, 7, 3, spread=1.0, teacher_scale=scales[1], seed=5)
     assert torch.autograd.gradcheck(
         lambda logits_NV: _Again.apply(logits_NV, problem, definition),
@@ -75,7 +85,9 @@ def test_gradcheck(objective, support):
 
 @pytest.mark.parametrize(("objective", "support"), COMBINATIONS)
 @pytest.mark.parametrize("inside", [True, False])
-def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(objective, support, inside):
+def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(
+    objective, support, inside
+):
     """One side of the kept set holds 1e-1 .. 1e-8 of the student's mass: 1 - sum would lose the other."""
     generator = torch.Generator().manual_seed(6)
     teacher_NV = torch.randn(8, 200, generator=generator, dtype=torch.float64) * 3
@@ -83,7 +95,10 @@ def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(obje
     ids_NK = teacher_NV.topk(20).indices
     kept = torch.zeros_like(teacher_NV, dtype=torch.bool).scatter_(1, ids_NK, True)
     small = torch.logspace(-1, -8, 8, dtype=torch.float64)[:, None]
-    for mask, mass in ((kept, 1 - small if inside else small), (~kept, small if inside else 1 - small)):
+    for mask, mass in (
+        (kept, 1 - small if inside else small),
+        (~kept, small if inside else 1 - small),
+    ):
         held = logits_NV.masked_fill(~mask, -math.inf).logsumexp(1, keepdim=True)
         logits_NV = torch.where(mask, logits_NV - held + mass.log(), logits_NV)
     problem = make_problem(teacher_NV, logits_NV, ids_NK, ids_NK[:, 3]).cast(torch.float32)
@@ -99,22 +114,30 @@ def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(obje
     assert (error_N <= 5e-6 * size_N + (0 if inside else 1e-7)).all(), error_N / size_N
 
 
-@pytest.mark.parametrize(("objective", "support"), [pair for pair in COMBINATIONS if pair[1] != "truncate"])
+@pytest.mark.parametrize(
+    ("objective", "support"), [pair for pair in COMBINATIONS if pair[1] != "truncate"]
+)
 @pytest.mark.parametrize("temperature_scale", TEMPERATURES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_divergences_are_not_negative_and_0_at_equality(objective, support, temperature_scale, dtype):
+def test_divergences_are_not_negative_and_0_at_equality(
+    objective, support, temperature_scale, dtype
+):
     rounding = 1e-12 if dtype == torch.float64 else 3e-6
     definition = Definition(objective, support, temperature_scale, temperature_scale)
     problem = random_problem(64, 40, 6, teacher_scale=temperature_scale).cast(dtype)
     kd_N, _ = _kd_of(problem, definition)
     assert (kd_N > 0).all()
     assert kd_N.mean() > 0.01
-    teacher_NV = torch.randn(64, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    teacher_NV = (
+        torch.randn(64, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+    )
     teacher_NV = teacher_NV.to(dtype).double()
     for distance in (0.0, 1e-7, 1e-4):
         student_NV = teacher_NV + distance * torch.sin(torch.arange(40.0, dtype=torch.float64))
         ids_NK = teacher_NV.topk(6).indices
-        problem = make_problem(teacher_NV, student_NV, ids_NK, ids_NK[:, 0], temperature_scale).cast(dtype)
+        problem = make_problem(
+            teacher_NV, student_NV, ids_NK, ids_NK[:, 0], temperature_scale
+        ).cast(dtype)
         kd_N, gradient_NV = _kd_of(problem, definition)
         assert kd_N.min() >= -rounding
         if objective == "tvd":  # half the sum of |p - q|, whose gradient jumps at equality
@@ -146,7 +169,10 @@ def _all_mass_outside(k: int = 5) -> Problem:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_tail_sees_the_mass_outside_the_kept_ids_that_renormalize_does_not(objective):
     problem = _all_mass_outside()
-    blind, seeing = _kd_of(problem, Definition(objective, "renormalize")), _kd_of(problem, Definition(objective))
+    blind, seeing = (
+        _kd_of(problem, Definition(objective, "renormalize")),
+        _kd_of(problem, Definition(objective)),
+    )
     assert blind[0].abs().max() < 1e-12
     if objective != "tvd":  # whose gradient jumps at equality
         assert blind[1].abs().max() < 1e-10
@@ -160,7 +186,9 @@ def test_tail_sees_the_mass_outside_the_kept_ids_that_renormalize_does_not(objec
 @pytest.mark.parametrize("support", ["renormalize", "tail", "truncate"])
 def test_jsd_and_tvd_are_bounded(support):
     problem = random_problem(64, 40, 6, spread=30.0, seed=8)
-    apart = replace(problem, logits_NV=problem.logits_NV.scatter(1, problem.topk_token_ids_NK, -500.0))
+    apart = replace(
+        problem, logits_NV=problem.logits_NV.scatter(1, problem.topk_token_ids_NK, -500.0)
+    )
     for one in (problem, apart, _all_mass_outside()):
         for beta in (0.1, 0.5, 0.9):
             entropy = -(beta * math.log(beta) + (1 - beta) * math.log(1 - beta))
@@ -178,7 +206,9 @@ def test_adaptive_kl_lies_between_forward_and_reverse(scales):
     forward = _kd_of(problem, Definition("forward_kl", "renormalize", *scales))
     reverse = _kd_of(problem, Definition("reverse_kl", "renormalize", *scales))
     for alpha, expected in ((0.0, forward), (1.0, reverse)):
-        found = _kd_of(problem, Definition("adaptive_kl", "renormalize", *scales, adaptive_kl_alpha=alpha))
+        found = _kd_of(
+            problem, Definition("adaptive_kl", "renormalize", *scales, adaptive_kl_alpha=alpha)
+        )
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     between, _ = _kd_of(problem, Definition("adaptive_kl", "renormalize", *scales))
@@ -186,7 +216,9 @@ def test_adaptive_kl_lies_between_forward_and_reverse(scales):
     assert (between >= forward[0].minimum(reverse[0]) - 1e-12).all()
 
 
-def _sampled_rows(teacher_V: torch.Tensor, student_V: torch.Tensor, k: int, num_draws: int, num_samples: int):
+def _sampled_rows(
+    teacher_V: torch.Tensor, student_V: torch.Tensor, k: int, num_draws: int, num_samples: int
+):
     """(value, gradient) of each of `num_draws` independent draws of the teacher's tail at one position."""
     teacher_NV = teacher_V.expand(num_draws, -1)
     ids_NK = teacher_NV.topk(k).indices
@@ -208,7 +240,9 @@ def _sampled_rows(teacher_V: torch.Tensor, student_V: torch.Tensor, k: int, num_
     return (*_kd_of(problem, Definition("forward_kl", "sampled")), samples_NM)
 
 
-@pytest.mark.parametrize("head_shift", [0.0, 9.0])  # the second tail is so small that most draws are dropped
+@pytest.mark.parametrize(
+    "head_shift", [0.0, 9.0]
+)  # the second tail is so small that most draws are dropped
 def test_sampled_forward_kl_is_unbiased(head_shift):
     generator = torch.Generator().manual_seed(11)
     kept = 5
@@ -222,7 +256,10 @@ def test_sampled_forward_kl_is_unbiased(head_shift):
     kd_N, gradient_NV, samples_NM = _sampled_rows(teacher_V, student_V, kept, 20_000, 3)
     assert bool((samples_NM < 0).any()) is (head_shift > 0)
     assert (samples_NM >= 0).any()
-    expected = [((log_p.exp() * (log_p - log_q)).sum() + tail * entropy)[None], log_q.exp() - log_p.exp()]
+    expected = [
+        ((log_p.exp() * (log_p - log_q)).sum() + tail * entropy)[None],
+        log_q.exp() - log_p.exp(),
+    ]
     for draws, theirs in zip((kd_N[:, None], gradient_NV), expected, strict=True):
         standard_error = draws.std(dim=0) / math.sqrt(len(draws))
         assert ((draws.mean(dim=0) - theirs).abs() <= 4 * standard_error + 1e-12).all()
@@ -230,7 +267,9 @@ def test_sampled_forward_kl_is_unbiased(head_shift):
     assert kd_N.std() > 1e-4
 
 
-def _roll(objective: str, teacher_K, student_K, temperature: float, teacher_temperature: float) -> float:
+def _roll(
+    objective: str, teacher_K, student_K, temperature: float, teacher_temperature: float
+) -> float:
     """ROLL's `various_divergence` on K gathered logits of a position, with its default parameters."""
     p = torch.softmax(teacher_K / temperature / teacher_temperature, 0).tolist()
     q = torch.softmax(student_K / temperature, 0).tolist()
@@ -248,7 +287,9 @@ def _roll(objective: str, teacher_K, student_K, temperature: float, teacher_temp
         "reverse_kl": reverse,
         "skewed_forward_kl": sum(a * (math.log(a) - math.log(0.1 * a + 0.9 * b)) for a, b in pairs),
         "skewed_reverse_kl": sum(b * (math.log(b) - math.log(0.9 * a + 0.1 * b)) for a, b in pairs),
-        "jsd": sum(a * math.log(2 * a / (a + b)) / 2 + b * math.log(2 * b / (a + b)) / 2 for a, b in pairs),
+        "jsd": sum(
+            a * math.log(2 * a / (a + b)) / 2 + b * math.log(2 * b / (a + b)) / 2 for a, b in pairs
+        ),
     }[objective]
 
 
@@ -260,7 +301,9 @@ def test_renormalize_equals_roll(objective, temperature, teacher_temperature):
     kd_N, _ = _kd_of(problem, Definition(objective, "renormalize", *scales))
     for row, kd in enumerate(kd_N.tolist()):
         student_K = problem.logits_NV[row, problem.topk_token_ids_NK[row]]
-        expected = _roll(objective, problem.topk_logits_NK[row], student_K, temperature, teacher_temperature)
+        expected = _roll(
+            objective, problem.topk_logits_NK[row], student_K, temperature, teacher_temperature
+        )
         assert kd == pytest.approx(expected, rel=1e-11, abs=1e-12)
 
 
@@ -275,7 +318,10 @@ def test_label_objectives_equal_slime():
             "k1": (log_ratio, 1.0),
             "k2": (log_ratio**2 / 2, log_ratio),
             "k3": (k3, 1 - math.exp(-log_ratio)),
-            "low_var_kl": (min(max(k3, -10.0), 10.0), 1 - math.exp(-log_ratio) if abs(k3) < 10 else 0.0),
+            "low_var_kl": (
+                min(max(k3, -10.0), 10.0),
+                1 - math.exp(-log_ratio) if abs(k3) < 10 else 0.0,
+            ),
         }
         onehot_V = torch.zeros(40, dtype=torch.float64)
         onehot_V[label] = 1
@@ -286,12 +332,16 @@ def test_label_objectives_equal_slime():
             torch.testing.assert_close(gradient_NV[0], gradient_V, rtol=1e-11, atol=1e-12)
 
 
-@pytest.mark.parametrize(("objective", "theirs"), [("forward_kl", "fwd_kl"), ("reverse_kl", "bwd_kl")])
+@pytest.mark.parametrize(
+    ("objective", "theirs"), [("forward_kl", "fwd_kl"), ("reverse_kl", "bwd_kl")]
+)
 @pytest.mark.parametrize(("logits_scale", "target_logits_scale"), [(1.0, 1.0), (0.5, 2.0)])
 def test_renormalize_equals_nemo_aligner(objective, theirs, logits_scale, target_logits_scale):
     """Values and the gradients that NeMo-Aligner writes by hand, with respect to the scaled logits."""
     problem = random_problem(16, 40, 6, seed=14)
-    kd_N, gradient_NV = _kd_of(problem, Definition(objective, "renormalize", logits_scale, target_logits_scale))
+    kd_N, gradient_NV = _kd_of(
+        problem, Definition(objective, "renormalize", logits_scale, target_logits_scale)
+    )
     student_NK = problem.logits_NV.gather(1, problem.topk_token_ids_NK) * logits_scale
     q = student_NK.exp() / student_NK.exp().sum(1, keepdim=True)
     teacher_NK = (problem.topk_logits_NK * target_logits_scale).exp()
@@ -301,14 +351,19 @@ def test_renormalize_equals_nemo_aligner(objective, theirs, logits_scale, target
     else:
         value_N = (q * (q.log() - p.log())).sum(1)
         gradient_NK = q * ((q / p).log() - value_N[:, None])
-    expected_NV = torch.zeros_like(gradient_NV).scatter_(1, problem.topk_token_ids_NK, logits_scale * gradient_NK)
+    expected_NV = torch.zeros_like(gradient_NV).scatter_(
+        1, problem.topk_token_ids_NK, logits_scale * gradient_NK
+    )
     torch.testing.assert_close(kd_N, value_N, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(gradient_NV, expected_NV, rtol=1e-12, atol=1e-12)
 
 
 def test_scales_do_not_touch_cross_entropy():
     problem = random_problem(16, 40, 6, seed=15)
-    plain, scaled = (solve_alone(problem, Definition("forward_kl", "tail", *scales)) for scales in ((1, 1), (0.25, 4)))
+    plain, scaled = (
+        solve_alone(problem, Definition("forward_kl", "tail", *scales))
+        for scales in ((1, 1), (0.25, 4))
+    )
     assert torch.equal(plain[0], scaled[0])
     assert not torch.equal(plain[1], scaled[1])
 
@@ -323,7 +378,10 @@ def test_the_gradient_of_tail_is_nearer_to_the_whole_teacher_than_that_of_renorm
     problem = make_problem(teacher_NV, student_NV, ids_NK, ids_NK[:, 0])
     full_NV = torch.softmax(student_NV, 1) - torch.softmax(teacher_NV, 1)
     errors = {
-        support: float((_kd_of(problem, Definition("forward_kl", support))[1] - full_NV).norm() / full_NV.norm())
+        support: float(
+            (_kd_of(problem, Definition("forward_kl", support))[1] - full_NV).norm()
+            / full_NV.norm()
+        )
         for support in ("tail", "renormalize", "truncate")
     }
     assert errors["tail"] < 0.5 * min(errors["renormalize"], errors["truncate"]), errors

@@ -42,7 +42,9 @@ class Case:
     layout: str = "uneven"
     padding: float = 1e4
     tolerance: float = 1e-12
-    limit: Problem | None = None  # what the dense reference solves, where that is not the problem itself
+    limit: Problem | None = (
+        None  # what the dense reference solves, where that is not the problem itself
+    )
 
 
 def teacher_rows(problem: Problem) -> TeacherRows:
@@ -57,7 +59,9 @@ def teacher_rows(problem: Problem) -> TeacherRows:
 
 def loss_of(definition: Definition, compile: bool = False) -> DistillationLoss:
     divergence = Divergence(**definition.of_divergence())
-    return DistillationLoss(divergence, definition.label_smoothing, definition.z_loss_weight, compile=compile)
+    return DistillationLoss(
+        divergence, definition.label_smoothing, definition.z_loss_weight, compile=compile
+    )
 
 
 def whole_vocabulary(problem: Problem) -> VocabShard:
@@ -70,7 +74,9 @@ def solve_alone(problem: Problem, definition: Definition = DEFAULT, compile: boo
     losses = loss_of(definition, compile)(
         leaf_NV.clone(), problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
     )
-    ((losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()).backward()
+    (
+        (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+    ).backward()
     return losses.ce_N.detach(), losses.kd_N.detach(), leaf_NV.grad
 
 
@@ -81,19 +87,30 @@ def solve(make_cases: Callable[[], list[Case]]) -> list[tuple]:
     for case in make_cases():
         problem = case.problem
         vocab_size = problem.logits_NV.shape[1]
-        local_Nv, start, num_real = cut(problem.logits_NV, case.layout, rank, group.size(), case.padding)
+        local_Nv, start, num_real = cut(
+            problem.logits_NV, case.layout, rank, group.size(), case.padding
+        )
         leaf_Nv = local_Nv.requires_grad_()
         losses = loss_of(case.definition)(
-            leaf_Nv.clone(), problem.labels_N, VocabShard(start, num_real, vocab_size, group), teacher_rows(problem)
+            leaf_Nv.clone(),
+            problem.labels_N,
+            VocabShard(start, num_real, vocab_size, group),
+            teacher_rows(problem),
         )
-        ((losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()).backward()
-        results.append(tuple(tensor.detach().numpy() for tensor in (losses.ce_N, losses.kd_N, leaf_Nv.grad)))
+        (
+            (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+        ).backward()
+        results.append(
+            tuple(tensor.detach().numpy() for tensor in (losses.ce_N, losses.kd_N, leaf_Nv.grad))
+        )
     return results
 
 
 @functools.cache
 def references(make_cases: Callable[[], list[Case]]) -> list[tuple[Case, tuple[torch.Tensor, ...]]]:
-    return [(case, dense_losses(case.limit or case.problem, case.definition)) for case in make_cases()]
+    return [
+        (case, dense_losses(case.limit or case.problem, case.definition)) for case in make_cases()
+    ]
 
 
 def assert_cases_match(ranks, world_size: int, make_cases: Callable[[], list[Case]]) -> None:
@@ -101,11 +118,17 @@ def assert_cases_match(ranks, world_size: int, make_cases: Callable[[], list[Cas
     faults = []
     for number, (case, expected) in enumerate(references(make_cases)):
         found = [[torch.from_numpy(array) for array in results[number]] for results in per_rank]
-        gradient_NV = join([gradient for _, _, gradient in found], case.layout, case.problem.logits_NV.shape[1])
-        values = [(name, rank[i], expected[i]) for rank in found for i, name in enumerate(("ce", "kd"))]
+        gradient_NV = join(
+            [gradient for _, _, gradient in found], case.layout, case.problem.logits_NV.shape[1]
+        )
+        values = [
+            (name, rank[i], expected[i]) for rank in found for i, name in enumerate(("ce", "kd"))
+        ]
         for name, ours, theirs in [*values, ("gradient", gradient_NV, expected[2])]:
             try:
-                torch.testing.assert_close(ours.double(), theirs, rtol=case.tolerance, atol=case.tolerance)
+                torch.testing.assert_close(
+                    ours.double(), theirs, rtol=case.tolerance, atol=case.tolerance
+                )
             except AssertionError as error:
                 faults.append(f"{case.name}: {name}: {str(error)[:400]}")
         masked = (case.problem.ce_weight_N == 0) & (case.problem.kd_weight_N == 0)
@@ -147,7 +170,11 @@ def objective_cases() -> list[Case]:
 
 def option_cases() -> list[Case]:
     """Parameters of objectives, the factor, the options of the cross-entropy."""
-    jsd = [Definition("jsd", support, 0.5, 0.5, jsd_beta=b) for support in ("tail", "truncate") for b in (0.1, 0.9)]
+    jsd = [
+        Definition("jsd", support, 0.5, 0.5, jsd_beta=b)
+        for support in ("tail", "truncate")
+        for b in (0.1, 0.9)
+    ]
     skewed = [
         Definition(f"skewed_{direction}_kl", "tail", 0.5, 0.5, skew_lambda=value)
         for direction, value in product(("forward", "reverse"), (0.01, 0.5, 0.9))
@@ -156,24 +183,50 @@ def option_cases() -> list[Case]:
         Definition("adaptive_kl", support, 0.5, 0.5, adaptive_kl_alpha=alpha)
         for support, alpha in product(("renormalize", "tail"), (0.0, 0.05, 0.3, 0.8, 0.95))
     ]
-    others = [Definition("forward_kl", support, 0.5, 0.5, factor=4.0) for support in ("renormalize", "tail")]
+    others = [
+        Definition("forward_kl", support, 0.5, 0.5, factor=4.0)
+        for support in ("renormalize", "tail")
+    ]
     others += [Definition("k2", factor=0.5), Definition("tvd", label_smoothing=0.1)]
-    others += [Definition("reverse_kl", z_loss_weight=1e-2), Definition(label_smoothing=0.3, z_loss_weight=0.5)]
-    return [Case(str(one), mixed_rows(one.teacher_scale), one) for one in [*jsd, *skewed, *adaptive, *others]]
+    others += [
+        Definition("reverse_kl", z_loss_weight=1e-2),
+        Definition(label_smoothing=0.3, z_loss_weight=0.5),
+    ]
+    return [
+        Case(str(one), mixed_rows(one.teacher_scale), one)
+        for one in [*jsd, *skewed, *adaptive, *others]
+    ]
 
 
 def shape_cases() -> list[Case]:
     """K=1, K=V, one row, every rank but one without a token."""
-    shapes = {"K=1": (3, 5, 1, "uneven"), "K=V": (3, 13, 13, "uneven"), "K=V even": (3, 13, 13, "even")}
+    shapes = {
+        "K=1": (3, 5, 1, "uneven"),
+        "K=V": (3, 13, 13, "uneven"),
+        "K=V even": (3, 13, 13, "even"),
+    }
     shapes |= {"N=1": (1, 50, 10, "uneven"), "late": (2, 11, 4, "late"), "V=1": (2, 1, 1, "late")}
     cases = []
-    for (name, (num_rows, vocab_size, k, layout)), one in product(shapes.items(), every_definition([(0.5, 2.0)])):
-        borders = tuple(sorted({0, vocab_size // 3 - 1, vocab_size // 3, vocab_size - 1} & set(range(vocab_size))))
+    for (name, (num_rows, vocab_size, k, layout)), one in product(
+        shapes.items(), every_definition([(0.5, 2.0)])
+    ):
+        borders = tuple(
+            sorted(
+                {0, vocab_size // 3 - 1, vocab_size // 3, vocab_size - 1} & set(range(vocab_size))
+            )
+        )
         problem = random_problem(
-            num_rows, vocab_size, k, wanted_ids=borders, teacher_scale=one.teacher_scale, seed=num_rows
+            num_rows,
+            vocab_size,
+            k,
+            wanted_ids=borders,
+            teacher_scale=one.teacher_scale,
+            seed=num_rows,
         )
         if one.support == "sampled" and k == vocab_size:
-            problem = replace(problem, tail_token_ids_NM=torch.full_like(problem.tail_token_ids_NM, -1))
+            problem = replace(
+                problem, tail_token_ids_NM=torch.full_like(problem.tail_token_ids_NM, -1)
+            )
         # Without a tail the bucket adds 1e-12 times a logarithm that a smallest number keeps finite.
         tolerance = 2e-9 if k == vocab_size and one.support == "tail" else 1e-12
         cases.append(Case(f"{name} {name_of(one)}", problem, one, layout, tolerance=tolerance))
@@ -184,7 +237,11 @@ def padding_cases() -> list[Case]:
     return [
         Case(f"padding {padding} {name_of(one)}", mixed_rows(1.0), one, layout, padding)
         for one in every_definition([(1.0, 1.0)])
-        for padding, layout in ((NEGATIVE_INFINITY, "uneven"), (float("nan"), "even"), (float("nan"), "uneven"))
+        for padding, layout in (
+            (NEGATIVE_INFINITY, "uneven"),
+            (float("nan"), "even"),
+            (float("nan"), "uneven"),
+        )
     ]
 
 
@@ -192,7 +249,9 @@ def large_cases() -> list[Case]:
     """Logits up to +-1e4, where most probabilities underflow."""
     cases = []
     for one in every_definition([(1.0, 1.0), (0.5, 2.0)]):
-        problem = random_problem(8, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=3)
+        problem = random_problem(
+            8, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=3
+        )
         kept = torch.zeros(8, 50, dtype=torch.bool).scatter_(1, problem.topk_token_ids_NK, True)
         logits_NV, topk_logits_NK = problem.logits_NV.clone(), problem.topk_logits_NK.clone()
         logits_NV[0] += 1e4
@@ -213,7 +272,9 @@ def infinite_cases() -> list[Case]:
     """Student logits of -inf, which are the limit of ever smaller ones; a teacher with no mass on its kept ids."""
     cases = []
     for one in every_definition([(1.0, 1.0), (0.5, 2.0)]):
-        problem = random_problem(6, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=4)
+        problem = random_problem(
+            6, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=4
+        )
         problem.labels_N[:] = problem.topk_token_ids_NK[:, 0]
         outside = torch.ones(6, 50, dtype=torch.bool).scatter_(1, problem.topk_token_ids_NK, False)
         hidden = torch.zeros_like(outside)
@@ -236,13 +297,22 @@ def infinite_cases() -> list[Case]:
             for value in (NEGATIVE_INFINITY, -1e6)
         )
         # Row 5, without any tail: 1e-12 times a logarithm that the limit still has.
-        cases.append(Case(name_of(one), problem, one, tolerance=2e-6 if one.support == "tail" else 1e-12, limit=limit))
+        cases.append(
+            Case(
+                name_of(one),
+                problem,
+                one,
+                tolerance=2e-6 if one.support == "tail" else 1e-12,
+                limit=limit,
+            )
+        )
     return cases
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(
-    "make_cases", [objective_cases, option_cases, shape_cases, padding_cases, large_cases, infinite_cases]
+    "make_cases",
+    [objective_cases, option_cases, shape_cases, padding_cases, large_cases, infinite_cases],
 )
 def test_losses_and_gradients_match_dense_float64(ranks, world_size, make_cases):
     assert_cases_match(ranks, world_size, make_cases)

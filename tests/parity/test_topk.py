@@ -44,7 +44,9 @@ def _run(hidden, weight, num_columns, labels, kept=_everything, **settings) -> T
 def _run_logits(logits, num_columns, dtype, labels=None, **settings) -> TopKRows:
     """`_run` with a weight that hands the logits through as they are."""
     labels = torch.zeros(len(logits), dtype=torch.int64) if labels is None else labels
-    return _run(logits.to(dtype), torch.eye(logits.shape[1], dtype=dtype), num_columns, labels, **settings)
+    return _run(
+        logits.to(dtype), torch.eye(logits.shape[1], dtype=dtype), num_columns, labels, **settings
+    )
 
 
 def _alone(logits: torch.Tensor, **settings) -> TopKRows:
@@ -96,7 +98,9 @@ def test_a_projection_of_lower_precision_is_as_good_as_its_logits(ranks, world_s
     # Logits below 32 are rounded by up to 2^-4 in bfloat16, and by some 2^-20 in float32.
     tolerance = 0.07 if dtype == torch.bfloat16 else 3e-5
     run = partial(_run, top_k=20, block_bytes=100_000)
-    for found in ranks(world_size).run(run, hidden, weight, _columns(3000, world_size, 900), labels):
+    for found in ranks(world_size).run(
+        run, hidden, weight, _columns(3000, world_size, 900), labels
+    ):
         shifted = exact - exact.amax(-1, keepdim=True)
         close = partial(torch.testing.assert_close, rtol=0, atol=2 * tolerance, check_dtype=False)
         assert found.topk_logits_NK.dtype == torch.float32
@@ -107,7 +111,9 @@ def test_a_projection_of_lower_precision_is_as_good_as_its_logits(ranks, world_s
         close(found.label_logprobs_N, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0])
 
 
-@pytest.mark.parametrize("config", [{"min_probability": 0.05}, {"min_probability": 0.0, "top_p": 0.8, "min_k": 2}])
+@pytest.mark.parametrize(
+    "config", [{"min_probability": 0.05}, {"min_probability": 0.0, "top_p": 0.8, "min_k": 2}]
+)
 def test_what_is_not_kept_is_tail(ranks, config):
     kept, logits = CacheConfig(**config).kept, _logits(30, 60)
     probabilities, ids = logits.softmax(-1).topk(10)
@@ -117,7 +123,9 @@ def test_what_is_not_kept_is_tail(ranks, config):
     for world_size in WORLD_SIZES:
         settings = {"top_k": 10, "temperatures": TEMPERATURES, "kept": kept}
         run = partial(_run_logits, **settings)
-        for found in ranks(world_size).run(run, logits, _columns(60, world_size, 25), torch.float64):
+        for found in ranks(world_size).run(
+            run, logits, _columns(60, world_size, 25), torch.float64
+        ):
             assert torch.equal(found.topk_token_ids_NK.long(), ids.where(kept_NK, -1))
             assert torch.equal(found.topk_logits_NK.isfinite(), kept_NK)
             for number, temperature in enumerate(TEMPERATURES):
@@ -132,12 +140,16 @@ def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(ranks, worl
     logits[torch.arange(20), torch.arange(20) * 25] += torch.linspace(20, 45, 20)
     exact = logits.double().softmax(-1)
     top = exact.argmax(-1, keepdim=True)
-    for found in ranks(world_size).run(partial(_run_logits, top_k=1), logits, _columns(500, world_size), torch.float32):
+    for found in ranks(world_size).run(
+        partial(_run_logits, top_k=1), logits, _columns(500, world_size), torch.float32
+    ):
         tail = exact.scatter(1, top, 0).sum(-1)
         assert tail.min() < 1e-12
         # Shifted logits near -50 are rounded by up to 2e-6; a log-sum-exp is the float64 logarithm of 1 and the tail.
         torch.testing.assert_close(found.tail_mass_NT[:, 0].double(), tail, rtol=4e-6, atol=0)
-        torch.testing.assert_close(found.log_sum_exp_N.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15)
+        torch.testing.assert_close(
+            found.log_sum_exp_N.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15
+        )
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
@@ -145,9 +157,16 @@ def test_no_row_and_one_row(ranks, num_rows):
     uniforms = torch.from_numpy(tail_uniforms(0, 0, num_rows, 2))
     run = partial(_run_logits, top_k=4, uniforms_NU=uniforms, temperatures=TEMPERATURES)
     for world_size in WORLD_SIZES:
-        for found in ranks(world_size).run(run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32):
+        for found in ranks(world_size).run(
+            run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32
+        ):
             assert [len(field) for field in found] == [num_rows] * 6
-            assert [field.shape[1] for field in (found[0], found[1], found[3], found[5])] == [4, 4, 3, 2]
+            assert [field.shape[1] for field in (found[0], found[1], found[3], found[5])] == [
+                4,
+                4,
+                3,
+                2,
+            ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,7 +187,9 @@ def test_the_largest_of_a_large_vocabulary_are_exact(top_k, dtype):
         assert torch.equal(logits.float().gather(1, ids), values)
         assert all(len(set(row)) == top_k for row in ids.tolist())
         exact = logits.double().softmax(-1)
-        torch.testing.assert_close(found.log_sum_exp_N.double(), -exact.amax(-1).log(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            found.log_sum_exp_N.double(), -exact.amax(-1).log(), rtol=1e-6, atol=1e-7
+        )
         expected = exact.scatter(1, ids, 0).sum(-1)
         torch.testing.assert_close(found.tail_mass_NT[:, 0].double(), expected, rtol=4e-6, atol=0)
 
@@ -190,13 +211,18 @@ def test_bfloat16_log_sum_exp_runs_in_float32(ranks):
     logits = _logits(8, 500)
     exact = logits.bfloat16().double()
     ours = ranks(2).run(partial(_run_logits, top_k=4), logits, 256, torch.bfloat16)[0].log_sum_exp_N
-    torch.testing.assert_close(ours.double(), exact.logsumexp(-1) - exact.amax(-1), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours.double(), exact.logsumexp(-1) - exact.amax(-1), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_broken_hidden_states_show_in_their_row_alone(ranks, value):
     generator = torch.Generator().manual_seed(3)
-    hidden, weight = torch.randn(6, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    hidden, weight = (
+        torch.randn(6, 8, generator=generator),
+        torch.randn(300, 8, generator=generator),
+    )
     uniforms = torch.from_numpy(tail_uniforms(0, 0, 6, 2))
     labels = torch.arange(6)
     run = partial(_run, top_k=5, uniforms_NU=uniforms, block_bytes=3000)
@@ -219,13 +245,22 @@ def test_one_nan_among_the_logits_shows(ranks):
     hidden = torch.cat([logits, torch.ones(4, 1)], dim=1)
     for world_size in WORLD_SIZES:
         labels = torch.zeros(4, dtype=torch.int64)
-        for found in ranks(world_size).run(partial(_run, top_k=3), hidden, weight, _columns(30, world_size), labels):
+        for found in ranks(world_size).run(
+            partial(_run, top_k=3), hidden, weight, _columns(30, world_size), labels
+        ):
             assert not found.log_sum_exp_N.isfinite().any()
 
 
 def test_top_k_above_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="top_k: 9 exceeds the vocabulary of 8 tokens"):
-        topk_rows(torch.zeros(1, 2), torch.zeros(8, 2), torch.zeros(1), VocabShard(0, 8, 8), top_k=9, kept=_everything)
+        topk_rows(
+            torch.zeros(1, 2),
+            torch.zeros(8, 2),
+            torch.zeros(1),
+            VocabShard(0, 8, 8),
+            top_k=9,
+            kept=_everything,
+        )
 
 
 def test_memory_does_not_grow_with_the_rows():
@@ -250,7 +285,9 @@ print(run(1), run(512), run(8192))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", program]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, cwd=root)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment, cwd=root
+    )
     one, few, many = map(int, result.stdout.split())
     assert few - one < 250e6
     assert many - few < 30e6
@@ -275,8 +312,14 @@ def test_every_layout_draws_the_same_ids(ranks, vocab_size, num_columns, num_sam
             drawn = tail >= SMALLEST_SAMPLED_TAIL
             assert drawn.sum() > 20
             assert (ids[drawn] >= 0).all()
-            assert (p_tail[drawn].gather(1, ids[drawn]) > 0).all(), "a kept id or a padding column was drawn"
-            strata = (torch.arange(num_samples) + uniforms[:, :num_samples]) / num_samples * p_tail.sum(-1)[:, None]
+            assert (p_tail[drawn].gather(1, ids[drawn]) > 0).all(), (
+                "a kept id or a padding column was drawn"
+            )
+            strata = (
+                (torch.arange(num_samples) + uniforms[:, :num_samples])
+                / num_samples
+                * p_tail.sum(-1)[:, None]
+            )
             expected = torch.searchsorted(p_tail.cumsum(-1), strata, right=True)
             assert torch.equal(ids[drawn], expected[drawn])
 
@@ -290,9 +333,13 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     logits[:, kept] = 14
     p_tail = logits.index_fill(1, kept, float("-inf")).softmax(-1)
     borders = (p_tail.cumsum(-1)[:, :-1] / p_tail.sum(-1, keepdim=True)).flatten()
-    numbers = torch.stack([borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))], dim=1)
+    numbers = torch.stack(
+        [borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))], dim=1
+    )
     uniforms = torch.stack([numbers.flatten(), torch.zeros(numbers.numel())], dim=1)
-    logits, p_tail = (rows.repeat_interleave(3 * (vocab_size - 1), dim=0) for rows in (logits, p_tail))
+    logits, p_tail = (
+        rows.repeat_interleave(3 * (vocab_size - 1), dim=0) for rows in (logits, p_tail)
+    )
     ends = p_tail.cumsum(-1)
     wanted = uniforms[:, :1] * ends[:, -1:]
     run = partial(_run_logits, top_k=len(kept), uniforms_NU=uniforms)
@@ -311,16 +358,22 @@ def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtyp
     run = partial(_run_logits, top_k=8, uniforms_NU=uniforms)
     reference = ranks(1).run(run, logits, 1000, dtype)[0]
     p_tail = logits.double().softmax(-1).scatter(1, reference.topk_token_ids_NK.long(), 0)
-    torch.testing.assert_close(reference.tail_mass_NT[:, 0].double(), p_tail.sum(-1), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        reference.tail_mass_NT[:, 0].double(), p_tail.sum(-1), rtol=1e-6, atol=0
+    )
     strata = (torch.arange(4) + uniforms[:, :4]) / 4 * p_tail.sum(-1)[:, None]
     expected = torch.searchsorted(p_tail.cumsum(-1), strata, right=True)
     assert torch.equal(reference.tail_token_ids_NM.long(), expected)
     for world_size in (2, 4):
         for found in ranks(world_size).run(run, logits, 300 * 4 // world_size, dtype):
-            same = (found.topk_token_ids_NK == reference.topk_token_ids_NK).all(-1)  # but for ties at the last place
+            same = (found.topk_token_ids_NK == reference.topk_token_ids_NK).all(
+                -1
+            )  # but for ties at the last place
             assert same.sum() > 80
             assert torch.equal(found.tail_token_ids_NM[same], reference.tail_token_ids_NM[same])
-            torch.testing.assert_close(found.tail_mass_NT, reference.tail_mass_NT, rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                found.tail_mass_NT, reference.tail_mass_NT, rtol=1e-6, atol=0
+            )
 
 
 def test_nothing_is_drawn_where_everything_is_kept(ranks):
@@ -354,7 +407,12 @@ def test_head_and_samples_are_an_unbiased_estimate(certainty, vocab_size):
     ids, tail = found.tail_token_ids_NM, found.tail_mass_NT[:, 0]
     weight = torch.where(ids >= 0, tail.clamp(min=SMALLEST_SAMPLED_TAIL)[:, None] / num_samples, 0)
     for seed in range(5):
-        f = torch.randn(vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + 2
+        f = (
+            torch.randn(
+                vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+            )
+            + 2
+        )
         head = (p[kept[0]] * f[kept[0]]).sum()
         estimates = head + (weight * f[ids.clamp(min=0)]).sum(-1)
         standard_error = estimates.std() / num_draws**0.5
@@ -382,12 +440,20 @@ def test_samples_follow_the_tail():
 
 def test_the_benchmark_compares_methods_that_agree():
     options = argparse.Namespace(
-        device="cpu", dtypes=["float32"], num_rows=20, vocab_size=3000, hidden_size=16, top_k=8, repetitions=1
+        device="cpu",
+        dtypes=["float32"],
+        num_rows=20,
+        vocab_size=3000,
+        hidden_size=16,
+        top_k=8,
+        repetitions=1,
     )
     ours = benchmark.method_of(benchmark.TOPK_ROWS, options)[1]()
     logprobs, ids, labels = benchmark.method_of(benchmark.OBVIOUS, options)[1]()
     assert torch.equal(ours.topk_token_ids_NK.long(), ids)
-    torch.testing.assert_close(ours.topk_logits_NK - ours.log_sum_exp_N[:, None], logprobs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        ours.topk_logits_NK - ours.log_sum_exp_N[:, None], logprobs, rtol=0, atol=1e-6
+    )
     torch.testing.assert_close(ours.label_logprobs_N, labels, rtol=0, atol=1e-6)
     for name in benchmark.METHODS:
         found = benchmark.measure(name, options)

@@ -44,7 +44,10 @@ exec "{sys.executable}" "{ROOT}/tests/distributed/rank_program.py" \\
 def _slurm_answers() -> bool:
     return (
         shutil.which("sinfo") is not None
-        and subprocess.run(["sinfo", "--noheader"], capture_output=True, timeout=20, check=False).returncode == 0
+        and subprocess.run(
+            ["sinfo", "--noheader"], capture_output=True, timeout=20, check=False
+        ).returncode
+        == 0
     )
 
 
@@ -77,9 +80,19 @@ class Cluster:
         (self.folder / "bin" / name).write_text(text)
         (self.folder / "bin" / name).chmod(0o755)
 
-    def submit(self, *options: str, template: str = "compute_topk_logits", keys: Sequence[str] = (), **env: str) -> str:
+    def submit(
+        self,
+        *options: str,
+        template: str = "compute_topk_logits",
+        keys: Sequence[str] = (),
+        **env: str,
+    ) -> str:
         variables = self.env | env
-        options = (f"--ntasks-per-node={variables['TASKS_PER_NODE']}", "--gpus-per-node=0", *options)
+        options = (
+            f"--ntasks-per-node={variables['TASKS_PER_NODE']}",
+            "--gpus-per-node=0",
+            *options,
+        )
         line = ["sbatch", "--parsable", *options, str(TEMPLATES / f"{template}.sbatch"), *keys]
         self.jobs.append(_output(line, cwd=self.folder, env=variables).strip())
         return self.jobs[-1]
@@ -103,13 +116,23 @@ class Cluster:
         while True:
             tasks = self.tasks(job)
             for task in tasks.values():
-                number = f"{task['ArrayJobId']}_{task['ArrayTaskId']}" if "ArrayTaskId" in task else task["JobId"]
+                number = (
+                    f"{task['ArrayJobId']}_{task['ArrayTaskId']}"
+                    if "ArrayTaskId" in task
+                    else task["JobId"]
+                )
                 run = (number, task["Restarts"])
-                if task["Reason"] == "BeginTime" and run not in started:  # two minutes after a requeue, by default
+                if (
+                    task["Reason"] == "BeginTime" and run not in started
+                ):  # two minutes after a requeue, by default
                     started.add(run)
                     _output(["scontrol", "update", f"JobId={number}", "StartTime=now+2"])
-            states = {number: (task["JobState"], int(task["Restarts"])) for number, task in tasks.items()}
-            if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & {state for state, _ in states.values()}:
+            states = {
+                number: (task["JobState"], int(task["Restarts"])) for number, task in tasks.items()
+            }
+            if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & {
+                state for state, _ in states.values()
+            }:
                 return states
             assert time.monotonic() < limit_s, states
             time.sleep(0.2)
@@ -151,7 +174,11 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
     job = cluster.submit("--array=3-7:2")
     assert cluster.wait(job) == {number: ("COMPLETED", 0) for number in "357"}
     keys = {task: keys for _, task, _, keys in cluster.log()}
-    assert {task: key["shard"] for task, key in keys.items()} == {"3": "0/3", "5": "1/3", "7": "2/3"}
+    assert {task: key["shard"] for task, key in keys.items()} == {
+        "3": "0/3",
+        "5": "1/3",
+        "7": "2/3",
+    }
     for key in keys.values():
         assert key["output_path"] == f"{cluster.cache}/train_with_logits_CHUNK_ID.jsonl.zst"
         assert key["n_examples_per_chunk"] == "10000"
@@ -163,19 +190,33 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
 
 
 def test_an_interrupted_task_runs_again_and_no_other(cluster):
-    job = cluster.submit("--array=0-2", STATUS_1="3", STATUS_2="75")  # the last task has the array's own number
+    job = cluster.submit(
+        "--array=0-2", STATUS_1="3", STATUS_2="75"
+    )  # the last task has the array's own number
     assert cluster.wait(job) == {"0": ("COMPLETED", 0), "1": ("FAILED", 0), "2": ("COMPLETED", 1)}
     runs = [(task, restarts, keys["shard"]) for _, task, restarts, keys in cluster.log()]
-    assert sorted(runs) == [("0", "0", "0/3"), ("1", "0", "1/3"), ("2", "0", "2/3"), ("2", "1", "2/3")]
+    assert sorted(runs) == [
+        ("0", "0", "0/3"),
+        ("1", "0", "1/3"),
+        ("2", "0", "2/3"),
+        ("2", "1", "2/3"),
+    ]
     text = (cluster.folder / f"teacher-{job}_2.out").read_text()
-    assert text.index("run 0 of rank 0") < text.index(f"job {job}_2 goes back") < text.index("run 1 of rank 0")
+    assert (
+        text.index("run 0 of rank 0")
+        < text.index(f"job {job}_2 goes back")
+        < text.index("run 1 of rank 0")
+    )
 
 
 def test_a_job_that_never_gets_done_is_not_requeued_for_ever(cluster):
     job = cluster.submit(STATUS="75", RUNS="100", MAX_REQUEUES="2")
     assert cluster.wait(job) == {"": ("FAILED", 2)}
     assert [keys["shard"] for *_, keys in cluster.log()] == ["0/1"] * 3
-    assert f"job {job} was requeued MAX_REQUEUES=2 times; submit it again to continue" in cluster.output()
+    assert (
+        f"job {job} was requeued MAX_REQUEUES=2 times; submit it again to continue"
+        in cluster.output()
+    )
 
 
 def test_ranks_save_and_the_job_goes_on_when_slurm_warns(cluster):
@@ -183,7 +224,9 @@ def test_ranks_save_and_the_job_goes_on_when_slurm_warns(cluster):
     cluster.command("compute_topk_logits", RANK)
     job = cluster.submit("--nodes=2", "--array=4", TASKS_PER_NODE="1", MODE="finish_together")
     cluster.until_exists("ready.0", "ready.1")
-    _output(["scancel", "--signal=USR1", f"{job}_4"])  # to the tasks and not to the script, as --signal=USR1@120 does
+    _output(
+        ["scancel", "--signal=USR1", f"{job}_4"]
+    )  # to the tasks and not to the script, as --signal=USR1@120 does
     assert cluster.wait(job) == {"4": ("COMPLETED", 1)}
     assert (cluster.cache / "saved.0").exists()
     assert (cluster.cache / "saved.1").exists()
@@ -203,7 +246,9 @@ def test_a_cancelled_job_stays_away(cluster):
 def test_tasks_that_are_no_range_are_refused(cluster):
     job = cluster.submit("--array=0,1,5")
     assert {state for state, _ in cluster.wait(job).values()} == {"FAILED"}
-    assert "--array: 3 tasks that are no range; give one, for example --array=0-2" in cluster.output()
+    assert (
+        "--array: 3 tasks that are no range; give one, for example --array=0-2" in cluster.output()
+    )
     assert not (cluster.cache / "log").exists()
 
 
@@ -226,11 +271,19 @@ def test_a_student_goes_on_after_the_signal_as_if_nothing_had_been(cluster, rank
         assert ranks(1).run(run_stage_1, teacher, dataset, cache, {"top_k": 4}) == [""]
     command = Path(sys.executable).with_name("train_gpt_knowledge_distillation")
     cluster.command(command.name, f'#!/usr/bin/env bash\nOMP_NUM_THREADS=1 exec "{command}" "$@"\n')
-    keys = [f"trainer.knowledge_distillation.{key}" for key in ("max_epochs=40", "val_check_interval=100")]
+    keys = [
+        f"trainer.knowledge_distillation.{key}"
+        for key in ("max_epochs=40", "val_check_interval=100")
+    ]
     losses, restarts = {}, {}
     for name in ("straight", "signalled"):
         results = cluster.folder / name
-        env = {"RESULTS_DIR": str(results), "TASKS_PER_NODE": "1", "GLOBAL_BATCH_SIZE": "8", "PRECISION": "32"}
+        env = {
+            "RESULTS_DIR": str(results),
+            "TASKS_PER_NODE": "1",
+            "GLOBAL_BATCH_SIZE": "8",
+            "PRECISION": "32",
+        }
         job = cluster.submit("--nodes=2", template="train_student", keys=keys, **env)
         if name == "signalled":
             cluster.until(lambda results=results: len(_steps(results)) >= 7)

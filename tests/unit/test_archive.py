@@ -16,13 +16,15 @@ import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.archive import Archive, ArchiveError, open_tokenizer
 from nemo_kd.mcore.model_config import check_size, read_model_config, write_model_config
+from nemo_kd.nemo_archive import Archive, ArchiveError, open_tokenizer
 
 TOKENIZER = "./tokenizer/tokenizer.json"
 
 
-def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0, **pax: str) -> tarfile.TarInfo:
+def member(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int = 0, **pax: str
+) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.type = kind
     info.linkname = link
@@ -61,7 +63,10 @@ def temporary(tmp_path, monkeypatch) -> Path:
         (member("tokenizer//a"), "leads out of it"),
         (member("tokenizer/\x1b[2J"), "leads out of it, or is none"),
         (member("tokenizer/" + "a" * 300), "leads out of it, or is none"),
-        (member("tokenizer/a", tarfile.SYMTYPE, "/etc/passwd"), "neither a regular file nor a folder"),
+        (
+            member("tokenizer/a", tarfile.SYMTYPE, "/etc/passwd"),
+            "neither a regular file nor a folder",
+        ),
         (member("tokenizer", tarfile.SYMTYPE, "."), "neither a regular file nor a folder"),
         (member("tokenizer/a", tarfile.LNKTYPE, TOKENIZER), "neither a regular file nor a folder"),
         (member("tokenizer/a", tarfile.FIFOTYPE), "neither a regular file nor a folder"),
@@ -75,7 +80,9 @@ def temporary(tmp_path, monkeypatch) -> Path:
         (member("tokenizer/a/b/c"), "no tokenizer holds 'tokenizer/a/b/c'"),
     ],
 )
-def test_what_no_archive_holds_is_refused_before_anything_is_written(tmp_path, temporary, info, message):
+def test_what_no_archive_holds_is_refused_before_anything_is_written(
+    tmp_path, temporary, info, message
+):
     refused(pack(tmp_path / "a.nemo", info), message)
     assert not list(temporary.iterdir())
 
@@ -125,7 +132,9 @@ def test_a_tokenizer_of_a_wrong_size_is_refused_without_writing_it(tmp_path, tem
 
 
 def test_the_tokenizer_is_unpacked_for_this_process_alone_and_removed(tmp_path, temporary):
-    archive = pack(tmp_path / "a.nemo", member("tokenizer/additional_chat_templates/rag.jinja", size=1))
+    archive = pack(
+        tmp_path / "a.nemo", member("tokenizer/additional_chat_templates/rag.jinja", size=1)
+    )
     with open_tokenizer(archive) as folder:
         assert (folder / "tokenizer.json").read_text() == "{}"
         assert (folder / "additional_chat_templates" / "rag.jinja").exists()
@@ -140,7 +149,7 @@ def test_the_tokenizer_is_unpacked_for_this_process_alone_and_removed(tmp_path, 
 def test_what_a_killed_process_unpacked_the_next_one_removes(tmp_path, temporary):
     archive = pack(tmp_path / "a.nemo")
     code = (
-        "import os, sys, tempfile; from pathlib import Path; from nemo_kd.mcore.archive import Archive;"
+        "import os, sys, tempfile; from pathlib import Path; from nemo_kd.nemo_archive import Archive;"
         "tempfile.tempdir = sys.argv[2]; Archive(Path(sys.argv[1])).tokenizer_folder(); os._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(archive), str(temporary)], check=False)
@@ -179,10 +188,19 @@ BASE = write_model_config(SMALL)
     [
         (BASE + "a: &a [1]\nb: [*a, *a]\n", "an alias"),
         (BASE + "hf_config: " + "[" * 100_000, "nested more than 32 deep"),
-        (BASE + "hf_config:\n" + "".join(" " * depth + "a:\n" for depth in range(1, 900)), "nested more than 32 deep"),
-        (BASE.replace("llama", "${oc.env:HOME}", 1), r"family: '\$\{oc.env:HOME\}' is not a plain value"),
+        (
+            BASE + "hf_config:\n" + "".join(" " * depth + "a:\n" for depth in range(1, 900)),
+            "nested more than 32 deep",
+        ),
+        (
+            BASE.replace("llama", "${oc.env:HOME}", 1),
+            r"family: '\$\{oc.env:HOME\}' is not a plain value",
+        ),
         (BASE + "1: 2\n", "the key 1 is unknown"),
-        (BASE + "a: !!python/object/apply:os.system [x]\n", "not valid YAML .*could not determine a constructor"),
+        (
+            BASE + "a: !!python/object/apply:os.system [x]\n",
+            "not valid YAML .*could not determine a constructor",
+        ),
         (BASE + f"x: {'9' * 9000}\n", "not valid YAML"),
         (BASE + f"x: '{'9' * 90_000}'\n", "a value of 90,000 characters"),
         (BASE + "? [1]\n: 2\n", "not valid YAML .*unhashable"),
@@ -190,7 +208,10 @@ BASE = write_model_config(SMALL)
         (BASE.replace("num_layers: 2", "num_layers: null"), "num_layers"),
         (BASE.replace("num_layers: 2", "num_layers: -2"), "num_layers is -2"),
         (BASE.replace("num_query_groups: 4", "num_query_groups: 0"), "num_query_groups is 0"),
-        (BASE.replace("window_layers: []", f"window_layers: {[1] * 20_000}"), "window_layers has 20,000 entries"),
+        (
+            BASE.replace("window_layers: []", f"window_layers: {[1] * 20_000}"),
+            "window_layers has 20,000 entries",
+        ),
         (BASE.replace("hf_config:", "hf_config: []\nx:"), "hf_config is .*not a mapping"),
         ("[]", "format_version is None"),
         ("", "format_version is None"),

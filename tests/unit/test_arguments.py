@@ -11,10 +11,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import check_yaml, compose
 from nemo_kd.config import ConfigError, describe, typed
-from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.foreign_keys import FOREIGN
 from nemo_kd.config.student import TrainStudentConfig
@@ -41,7 +41,11 @@ ODD_PATHS = (
 )
 
 
-STAGE_1 = ("pretrained_checkpoint.restore_from_path=t", "data.data.file_path=d", "output_path=o.jsonl")
+STAGE_1 = (
+    "pretrained_checkpoint.restore_from_path=t",
+    "data.data.file_path=d",
+    "output_path=o.jsonl",
+)
 
 
 def value_of(key: str, value: str, config_class: type) -> object:
@@ -59,7 +63,10 @@ def test_text_is_taken_as_typed(path):
 
 @pytest.mark.parametrize("path", [path for path in ODD_PATHS if path not in ("-5", "1e3", "true")])
 def test_keys_of_any_type_take_what_the_grammar_cannot_read(path):
-    assert value_of("exp_manager.wandb_logger_kwargs.name", path, ComputeTopkLogitsConfig) in (path, {"x": ""})
+    assert value_of("exp_manager.wandb_logger_kwargs.name", path, ComputeTopkLogitsConfig) in (
+        path,
+        {"x": ""},
+    )
 
 
 def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
@@ -67,7 +74,9 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     assert value_of("end_at_idx", "null", ComputeTopkLogitsConfig) is None
     assert value_of("cache.temperatures", "[1.0, 2]", ComputeTopkLogitsConfig) == [1.0, 2]
     assert value_of("output_path", "'a=b'", ConvertCheckpointConfig) == "a=b"
-    assert value_of("model.data.data_prefix", "{train: [0.3, a], validation: ['b=1']}", TrainStudentConfig) == {
+    assert value_of(
+        "model.data.data_prefix", "{train: [0.3, a], validation: ['b=1']}", TrainStudentConfig
+    ) == {
         "train": [0.3, "a"],
         "validation": ["b=1"],
     }
@@ -82,7 +91,11 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     [
         (ComputeTopkLogitsConfig, "top_k 5", "top_k 5: write top_k=5, with ="),
         (TrainStudentConfig, "learning_rate 1e-4", "learning_rate 1e-4: write model.optim.lr=1e-4"),
-        (TrainStudentConfig, "--lr 1e-4", "--lr: keys are given as key=value, without dashes: model.optim.lr=1e-4"),
+        (
+            TrainStudentConfig,
+            "--lr 1e-4",
+            "--lr: keys are given as key=value, without dashes: model.optim.lr=1e-4",
+        ),
         (TrainStudentConfig, "--num-train-epochs=3", "trainer.knowledge_distillation.max_epochs=3"),
         (TrainStudentConfig, "--model.optim.lr 3", "without dashes: model.optim.lr=3"),
         (
@@ -90,9 +103,21 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
             "--config d/my.yaml",
             "--config: give the folder and the file of a YAML: --config-path d --config-name",
         ),
-        (TrainStudentConfig, "--nonsense", "--nonsense: is not an option; keys are given as key=value"),
-        (ConvertCheckpointConfig, "a b", "a: arguments are given as key=value: input_path=a output_path=b"),
-        (ConvertCheckpointConfig, "input_path=a b", "b: arguments are given as key=value: output_path=b"),
+        (
+            TrainStudentConfig,
+            "--nonsense",
+            "--nonsense: is not an option; keys are given as key=value",
+        ),
+        (
+            ConvertCheckpointConfig,
+            "a b",
+            "a: arguments are given as key=value: input_path=a output_path=b",
+        ),
+        (
+            ConvertCheckpointConfig,
+            "input_path=a b",
+            "b: arguments are given as key=value: output_path=b",
+        ),
         (ConvertCheckpointConfig, "--dry-run", "--dry-run: is not an option"),
         (ComputeTopkLogitsConfig, "top_k", "top_k: has no value; write top_k=VALUE"),
         (ComputeTopkLogitsConfig, "1x=3", "1x: is not the name of a key"),
@@ -116,7 +141,11 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         (ComputeTopkLogitsConfig, "cache..codec=json", "cache..codec: is not the name of a key"),
         (ComputeTopkLogitsConfig, "cache/codec=json", "cache/codec: is not the name of a key"),
         (ComputeTopkLogitsConfig, "--output '$HOME/a`b'", "'output_path=$HOME/a`b'"),
-        (TrainStudentConfig, "model.data.data_prefix={train:", "model.data.data_prefix: {train: cannot be read"),
+        (
+            TrainStudentConfig,
+            "model.data.data_prefix={train:",
+            "model.data.data_prefix: {train: cannot be read",
+        ),
         (TrainStudentConfig, f"model.data.data_prefix={'[' * 9000}", "cannot be read"),
         (TrainStudentConfig, "--config-name", "--config-name: needs a value"),
         (TrainStudentConfig, "--cfg foo", "--cfg: foo is not one of job, hydra, all"),
@@ -138,7 +167,9 @@ def test_a_path_that_exists_is_no_name_of_a_key(tmp_path, monkeypatch):
         read_command_line(["teacher", "out"], ConvertCheckpointConfig)
 
 
-@pytest.mark.parametrize("path", ["run/val_loss=2.1", "~/b", "#1", "é a/文.jsonl", "it's", "a;b", "$x", "(v2)"])
+@pytest.mark.parametrize(
+    "path", ["run/val_loss=2.1", "~/b", "#1", "é a/文.jsonl", "it's", "a;b", "$x", "(v2)"]
+)
 def test_texts_in_lists_and_mappings_need_no_quotes(path):
     value = f"{{train: [0.5, {path}, 0.5, 'q'], validation: {path}}}"
     expected = {"train": [0.5, path, 0.5, "q"], "validation": path}
@@ -148,13 +179,28 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
 @pytest.mark.parametrize(
     ("argument", "answer"),
     [
-        ("model=llama", "model: llama is no mapping of keys; did you mean pretrained_checkpoint.restore_from_path?"),
-        ("data.data=d.jsonl", "data.data: d.jsonl is no mapping of keys; did you mean data.data.file_path?"),
-        ("cache=3", "cache: 3 is no mapping of keys; its keys are cache.codec, cache.min_probability"),
+        (
+            "model=llama",
+            "model: llama is no mapping of keys; did you mean pretrained_checkpoint.restore_from_path?",
+        ),
+        (
+            "data.data=d.jsonl",
+            "data.data: d.jsonl is no mapping of keys; did you mean data.data.file_path?",
+        ),
+        (
+            "cache=3",
+            "cache: 3 is no mapping of keys; its keys are cache.codec, cache.min_probability",
+        ),
         ("cache.temperatures=[nan]", "cache.temperatures: [nan] must all be above 0 and finite"),
-        ("trainer.distributed_timeout_minutes=inf", "trainer.distributed_timeout_minutes: inf must be above 0 and"),
+        (
+            "trainer.distributed_timeout_minutes=inf",
+            "trainer.distributed_timeout_minutes: inf must be above 0 and",
+        ),
         ("exp_manager.log_interval_s=nan", "exp_manager.log_interval_s: nan must be above 0"),
-        ("model.seed=99999999999999999999", "model.seed: 99999999999999999999 must be from 0 to 4294967295"),
+        (
+            "model.seed=99999999999999999999",
+            "model.seed: 99999999999999999999 must be from 0 to 4294967295",
+        ),
     ],
 )
 def test_values_that_cannot_work_name_their_key(argument, answer):
@@ -202,24 +248,40 @@ def test_names_of_other_trainers_are_answered(key, answer):
 
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    teacher = {"pretrained_checkpoint": {"restore_from_path": "~/t"}, "output_path": "~/c/t_SPLIT.jsonl"}
+    teacher = {
+        "pretrained_checkpoint": {"restore_from_path": "~/t"},
+        "output_path": "~/c/t_SPLIT.jsonl",
+    }
     teacher |= {"data": {"data": {"file_path": {"train": "~/d.jsonl", "validation": "v"}}}}
-    found = typed(ComputeTopkLogitsConfig, OmegaConf.create({**teacher, "exp_manager": {"explicit_log_dir": "~/log"}}))
+    found = typed(
+        ComputeTopkLogitsConfig,
+        OmegaConf.create({**teacher, "exp_manager": {"explicit_log_dir": "~/log"}}),
+    )
     assert found.output_path == "/home/me/c/t_SPLIT.jsonl"
     assert found.pretrained_checkpoint.restore_from_path == "/home/me/t"
     assert found.data.data.file_path == {"train": "/home/me/d.jsonl", "validation": "v"}
     assert found.exp_manager.explicit_log_dir == "/home/me/log"
     prefix = {"train": [0.5, "~/a", 0.5, "b"], "validation": "~/v[:10%]"}
-    student = {"pretrained_checkpoint": {"restore_from_path": "~"}, "model": {"data": {"data_prefix": prefix}}}
+    student = {
+        "pretrained_checkpoint": {"restore_from_path": "~"},
+        "model": {"data": {"data_prefix": prefix}},
+    }
     found = typed(TrainStudentConfig, OmegaConf.create(student))
     assert found.model.data.paths("train") == ["/home/me/a", "b"]
     assert found.model.data.paths("validation") == ["/home/me/v[:10%]"]
     assert (
-        typed(ConvertCheckpointConfig, OmegaConf.create({"input_path": "~/a", "output_path": "b~"})).input_path
+        typed(
+            ConvertCheckpointConfig, OmegaConf.create({"input_path": "~/a", "output_path": "b~"})
+        ).input_path
         == "/home/me/a"
     )
-    with pytest.raises(ConfigError, match="input_path: ~nobody_here/a: there is no user for ~nobody_here"):
-        typed(ConvertCheckpointConfig, OmegaConf.create({"input_path": "~nobody_here/a", "output_path": "b"}))
+    with pytest.raises(
+        ConfigError, match="input_path: ~nobody_here/a: there is no user for ~nobody_here"
+    ):
+        typed(
+            ConvertCheckpointConfig,
+            OmegaConf.create({"input_path": "~nobody_here/a", "output_path": "b"}),
+        )
 
 
 @pytest.mark.parametrize(
@@ -231,7 +293,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
         ("a: " + "[" * 5000, ":1: nested more than 50 deep"),
         ("a: &a [*a]\n", ":1: *a stands for something that is not complete"),
         (
-            "\n".join(f"{n}: &n{n} [{', '.join([f'*n{n - 1}' if n else 'x'] * 10)}]" for n in range(9)),
+            "\n".join(
+                f"{n}: &n{n} [{', '.join([f'*n{n - 1}' if n else 'x'] * 10)}]" for n in range(9)
+            ),
             "more than 100,000 values",
         ),
         ("#" * 1_000_001, "bytes are too many"),
@@ -241,7 +305,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
 )
 def test_yaml_files_that_cannot_be_read_are_named_with_their_line(tmp_path, text, message):
     (tmp_path / "my.yaml").write_text(text)
-    line = read_command_line(["--config-path", str(tmp_path), "--config-name", "my"], ComputeTopkLogitsConfig)
+    line = read_command_line(
+        ["--config-path", str(tmp_path), "--config-name", "my"], ComputeTopkLogitsConfig
+    )
     with pytest.raises(ConfigError) as error:
         compose(line, "compute_topk_logits")
     assert str(tmp_path / "my.yaml") in str(error.value)
@@ -255,8 +321,15 @@ def test_yaml_files_that_are_not_there_and_interpolations_without_a_key(tmp_path
     arguments = ["--config-path", str(tmp_path), "--config-name"]
     with pytest.raises(ConfigError, match=r"there is no your\.yaml in .*; there are: my"):
         compose(read_command_line([*arguments, "your"], ComputeTopkLogitsConfig), "")
-    with pytest.raises(ConfigError, match="my.yaml is a file; give its folder and its name: --config-path"):
-        compose(read_command_line(["--config-path", str(tmp_path / "my.yaml")], ComputeTopkLogitsConfig), "")
+    with pytest.raises(
+        ConfigError, match="my.yaml is a file; give its folder and its name: --config-path"
+    ):
+        compose(
+            read_command_line(
+                ["--config-path", str(tmp_path / "my.yaml")], ComputeTopkLogitsConfig
+            ),
+            "",
+        )
     line = [sys.executable, "-m", "nemo_kd.cli.compute_topk_logits", *arguments, "my"]
     result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
     expected = "error: output_path: ${HOME} stands for a key of that name, and there is none; an environment variable is ${oc.env:HOME}\n"
@@ -266,7 +339,9 @@ def test_yaml_files_that_are_not_there_and_interpolations_without_a_key(tmp_path
 def test_versions_and_wrong_options():
     def of(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         line = [sys.executable, "-m", f"nemo_kd.cli.{module}", *arguments]
-        return subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+        return subprocess.run(
+            line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+        )
 
     for module in ("compute_topk_logits", "logit_cache", "plot_runs"):
         assert of(module, "--version").stdout.startswith("nemo_kd ")

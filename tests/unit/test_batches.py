@@ -15,7 +15,8 @@ def padded(batch: list[int], lengths: list[int], multiple_of: int) -> int:
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
-    ("max_examples", "max_tokens"), [(None, 300), (3, None), (4, 200), (1, 50), (None, 1), (None, None)]
+    ("max_examples", "max_tokens"),
+    [(None, 300), (3, None), (4, 200), (1, 50), (None, 1), (None, None)],
 )
 def test_every_example_once_and_within_the_limits(packed, max_examples, max_tokens):
     lengths = np.random.default_rng(0).integers(1, 260, 97).tolist()
@@ -32,7 +33,10 @@ def test_every_example_once_and_within_the_limits(packed, max_examples, max_toke
 def test_packed_batches_are_full():
     """No two batches would fit into one: what first-fit guarantees, and padding or one batch an example would not."""
     lengths = np.random.default_rng(1).integers(1, 400, 200).tolist()
-    totals = sorted(sum(lengths[member] for member in batch) for batch in form_batches(lengths, None, 1000, True))
+    totals = sorted(
+        sum(lengths[member] for member in batch)
+        for batch in form_batches(lengths, None, 1000, True)
+    )
     assert totals[0] + totals[1] > 1000
     assert sum(lengths) / (len(totals) * 1000) > 0.95
 
@@ -59,11 +63,15 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
     lengths = np.random.default_rng(count).integers(1, 260, 97).tolist()
     positions = np.random.default_rng(2).permutation(97)[:count].tolist()
     shares = [
-        MicroBatching(rank, num_ranks, 3, max_tokens, packed, 8).share(positions, lengths.__getitem__)
+        MicroBatching(rank, num_ranks, 3, max_tokens, packed, 8).share(
+            positions, lengths.__getitem__
+        )
         for rank in range(num_ranks)
     ]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(position for share in shares for batch in share for position in batch) == sorted(positions)
+    assert sorted(position for share in shares for batch in share for position in batch) == sorted(
+        positions
+    )
     for batch in (batch for share in shares for batch in share if batch):
         chosen = [lengths[position] for position in batch]
         if max_tokens is None:
@@ -72,7 +80,9 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
         tokens = sum(chosen) if packed else padded(batch, lengths, 8)
         assert len(batch) == 1 or tokens <= max_tokens
     if max_tokens is not None:
-        loads = [sum(lengths[position] for batch in share for position in batch) for share in shares]
+        loads = [
+            sum(lengths[position] for batch in share for position in batch) for share in shares
+        ]
         assert max(loads) - min(loads) <= max(max_tokens, *lengths)
         empty = sum(not batch for share in shares for batch in share)
         assert not empty or all(len(batch) <= 1 for share in shares for batch in share)
@@ -81,7 +91,9 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
 def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
     lengths = [60, 30, 30, 20, 20, 20]
     assert form_batches(lengths, None, 60, True) == [[0], [1, 2], [3, 4, 5]]
-    first, second = (MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__) for rank in (0, 1))
+    first, second = (
+        MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__) for rank in (0, 1)
+    )
     assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
     alone = [MicroBatching(rank, 2, 1, 60, True).share([0], lengths.__getitem__) for rank in (0, 1)]
     assert alone == [[[0]], [[]]]

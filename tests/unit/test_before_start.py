@@ -18,7 +18,12 @@ from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.data import DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
-from nemo_kd.config.student import StudentDataConfig, StudentModelConfig, StudentTrainerConfig, TrainStudentConfig
+from nemo_kd.config.student import (
+    StudentDataConfig,
+    StudentModelConfig,
+    StudentTrainerConfig,
+    TrainStudentConfig,
+)
 from nemo_kd.config.teacher import (
     ComputeTopkLogitsConfig,
     PretrainedCheckpoint,
@@ -41,7 +46,15 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def teacher(model="model", data="file", output="cache/t_CHUNK_ID.jsonl", log=None, devices=1, tensor=1, max_time=None):
+def teacher(
+    model="model",
+    data="file",
+    output="cache/t_CHUNK_ID.jsonl",
+    log=None,
+    devices=1,
+    tensor=1,
+    max_time=None,
+):
     return ComputeTopkLogitsConfig(
         output_path=output,
         pretrained_checkpoint=PretrainedCheckpoint(model),
@@ -52,7 +65,15 @@ def teacher(model="model", data="file", output="cache/t_CHUNK_ID.jsonl", log=Non
     )
 
 
-def student(model="model", train="train_CHUNK_ID.jsonl", log="log", devices=1, tensor=1, batch=8, impl="chunked_jsonl"):
+def student(
+    model="model",
+    train="train_CHUNK_ID.jsonl",
+    log="log",
+    devices=1,
+    tensor=1,
+    batch=8,
+    impl="chunked_jsonl",
+):
     weights = {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}
     config = StudentModelConfig(
         tensor_model_parallel_size=tensor,
@@ -71,28 +92,49 @@ def student(model="model", train="train_CHUNK_ID.jsonl", log="log", devices=1, t
 
 
 def test_what_can_work_passes(here):
-    for config in (teacher(), student(), student(train=["train_1.jsonl", "train_CHUNK_ID.jsonl[0:1]"])):
+    for config in (
+        teacher(),
+        student(),
+        student(train=["train_1.jsonl", "train_CHUNK_ID.jsonl[0:1]"]),
+    ):
         check_before_start(config)
     check_before_start(ConvertCheckpointConfig("model", "new/model.nemo"))
-    assert sorted(path.name for path in here.iterdir()) == ["file", "model", "train_0.jsonl", "train_1.jsonl"]
+    assert sorted(path.name for path in here.iterdir()) == [
+        "file",
+        "model",
+        "train_0.jsonl",
+        "train_1.jsonl",
+    ]
 
 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (lambda: teacher(model="none"), "pretrained_checkpoint.restore_from_path: none does not exist; give"),
+        (
+            lambda: teacher(model="none"),
+            "pretrained_checkpoint.restore_from_path: none does not exist; give",
+        ),
         (
             lambda: teacher(data="none.jsonl"),
             "data.data.file_path: none.jsonl: No such file or directory; give a file of",
         ),
         (lambda: teacher(data="model"), "data.data.file_path: model: Is a directory"),
-        (lambda: teacher(output="c/t.jsonl.gz"), "output_path: c/t.jsonl.gz ends in none of .jsonl.zst, .jsonl, .json"),
+        (
+            lambda: teacher(output="c/t.jsonl.gz"),
+            "output_path: c/t.jsonl.gz ends in none of .jsonl.zst, .jsonl, .json",
+        ),
         (lambda: teacher(output="file/t.jsonl"), "output_path: file cannot be a folder: "),
         (lambda: teacher(output="CHUNK_ID/t.jsonl"), "CHUNK_ID stands in the folder"),
         (lambda: teacher(log="file"), "exp_manager.explicit_log_dir: file cannot be a folder: "),
-        (lambda: teacher(devices=2, tensor=3), "model.tensor_model_parallel_size: 3 does not divide the 2 ranks"),
+        (
+            lambda: teacher(devices=2, tensor=3),
+            "model.tensor_model_parallel_size: 3 does not divide the 2 ranks",
+        ),
         (lambda: teacher(max_time="1h"), "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS"),
-        (lambda: student(model="none"), "pretrained_checkpoint.restore_from_path: none does not exist"),
+        (
+            lambda: student(model="none"),
+            "pretrained_checkpoint.restore_from_path: none does not exist",
+        ),
         (
             lambda: student(train="none/t_CHUNK_ID.jsonl"),
             "model.data.data_prefix.train: none/t_CHUNK_ID.jsonl: there is no folder",
@@ -101,8 +143,14 @@ def test_what_can_work_passes(here):
             lambda: student(train="tarin_CHUNK_ID.jsonl"),
             "no such file, caches in its folder: train_0.jsonl, train_1.jsonl; give",
         ),
-        (lambda: student(train="none.jsonl", impl="dataset"), "model.data.data_prefix.train: none.jsonl: No such file"),
-        (lambda: student(log="file/log"), "exp_manager.explicit_log_dir: file/log cannot be a folder: "),
+        (
+            lambda: student(train="none.jsonl", impl="dataset"),
+            "model.data.data_prefix.train: none.jsonl: No such file",
+        ),
+        (
+            lambda: student(log="file/log"),
+            "exp_manager.explicit_log_dir: file/log cannot be a folder: ",
+        ),
         (lambda: student(devices=2, batch=3), "model.global_batch_size: 3 must be a multiple of"),
         (lambda: student(devices=3, tensor=2), "does not divide the 3 ranks"),
         (lambda: ConvertCheckpointConfig("none", "b"), "input_path: none does not exist"),
@@ -110,7 +158,10 @@ def test_what_can_work_passes(here):
             lambda: ConvertCheckpointConfig("model", "file"),
             "output_path: {here}/file exists; give another path or overwrite",
         ),
-        (lambda: ConvertCheckpointConfig("model", "file/b"), "output_path: {here}/file cannot be a folder"),
+        (
+            lambda: ConvertCheckpointConfig("model", "file/b"),
+            "output_path: {here}/file cannot be a folder",
+        ),
     ],
 )
 def test_what_cannot_work_names_its_key(here, config, message):
@@ -122,7 +173,9 @@ def test_what_cannot_work_names_its_key(here, config, message):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_folders_without_permission_are_named(here):
     (here / "closed").mkdir(mode=0o500)
-    with pytest.raises(ConfigError, match="output_path: closed/a cannot be written: you may not write in .*/closed"):
+    with pytest.raises(
+        ConfigError, match="output_path: closed/a cannot be written: you may not write in .*/closed"
+    ):
         check_before_start(teacher(output="closed/a/t.jsonl"))
 
 
@@ -151,19 +204,26 @@ def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys)
     )
     started_s = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+    )
     assert result.returncode == 2, result.stderr
     assert json.loads(result.stdout) == []
     assert result.stderr.count("\n") == 1
     assert "none does not exist" in result.stderr
-    assert time.monotonic() - started_s < 10  # a second on a quiet machine; importing torch and Megatron takes longer
+    assert (
+        time.monotonic() - started_s < 10
+    )  # a second on a quiet machine; importing torch and Megatron takes longer
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--against", "none"], "--against: none does not exist; give the teacher"),
-        (["--against", "model", "--dataset", "none.jsonl"], "--dataset: there is no file none.jsonl"),
+        (
+            ["--against", "model", "--dataset", "none.jsonl"],
+            "--dataset: there is no file none.jsonl",
+        ),
     ],
 )
 def test_verify_looks_for_teacher_and_dataset_first(here, options, message):

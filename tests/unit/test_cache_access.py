@@ -37,7 +37,9 @@ def test_forked_readers_read_the_same_rows(tmp_path, name):
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_loader_workers_give_the_same_batches(tmp_path, method):
-    blend = CacheBlend([CacheReader(str(write(tmp_path / str(part), NAMES[part]))) for part in (0, 1)])
+    blend = CacheBlend(
+        [CacheReader(str(write(tmp_path / str(part), NAMES[part]))) for part in (0, 1)]
+    )
     batches = [[0, 13, 7, 5], [19, 4], [10, 9, 3], [2, 2, 11, 1]]
 
     def load(num_workers, max_tokens=None):
@@ -46,7 +48,9 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
             DataLoader(
                 MicroBatchRows(blend, MicroBatching(1, 2, 1, max_tokens).share),
                 batch_sampler=batches,
-                collate_fn=functools.partial(micro_batches, pad_id=0, packed=max_tokens is not None, multiple_of=8),
+                collate_fn=functools.partial(
+                    micro_batches, pad_id=0, packed=max_tokens is not None, multiple_of=8
+                ),
                 num_workers=num_workers,
                 multiprocessing_context=context,
             )
@@ -70,12 +74,19 @@ def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     rows, calls = MicroBatchRows(CacheBlend([reader]), MicroBatching(0, 1, 2).share), []
     advise, pread = os.posix_fadvise, os.pread
     monkeypatch.setattr(
-        os, "posix_fadvise", lambda fd, start, size, how: calls.append((how, size)) or advise(fd, start, size, how)
+        os,
+        "posix_fadvise",
+        lambda fd, start, size, how: calls.append((how, size)) or advise(fd, start, size, how),
     )
     rows.__getitems__([0, 9])
-    monkeypatch.setattr(os, "pread", lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start))
+    monkeypatch.setattr(
+        os, "pread", lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start)
+    )
     calls.clear()
-    assert [[row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])] == [[5, 3], [9]]
+    assert [[row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])] == [
+        [5, 3],
+        [9],
+    ]
     announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
     assert announced == [size for how, size in calls if how == "read" and size in announced]
     assert [how for how, _ in calls][-3:] == ["read"] * 3
@@ -101,14 +112,20 @@ def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
     alone = [what for name, what in requests if name == "cat_file"]
     assert alone[0].endswith("train_manifest.json")
     indexes = next(what for name, what in requests if name == "cat_ranges")
-    assert [path.rsplit("/", 1)[1] for path in indexes] == [f"train_{chunk}.jsonl.idx" for chunk in range(3)]
+    assert [path.rsplit("/", 1)[1] for path in indexes] == [
+        f"train_{chunk}.jsonl.idx" for chunk in range(3)
+    ]
     assert [name for name, _ in requests].count("ls") == 1
     rows.__getitems__([0, 4, 9])  # all indexes are in memory from here on
     requests.clear()
     assert [row.example.index for row in rows.__getitems__([3, 8])[0]] == [3, 8]
     assert requests[0][0] == "cat_ranges"
     # The store in memory serves a request for two ranges by two of its own.
-    assert [name for name, _ in requests if name != "info"] == ["cat_ranges", "cat_file", "cat_file"]
+    assert [name for name, _ in requests if name != "info"] == [
+        "cat_ranges",
+        "cat_file",
+        "cat_file",
+    ]
 
 
 def in_child(reader, position):
@@ -135,7 +152,9 @@ def test_an_object_store_is_read_by_url_also_in_a_forked_process(tmp_path):
     assert same(CacheReader(url)[5], row(5, 4))
     assert not store.exists("memory://bucket/cache/train_1.jsonl.zst.idx")
     store.rm("memory://bucket/cache/train_1.jsonl.zst")
-    with pytest.raises(CacheError, match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing"):
+    with pytest.raises(
+        CacheError, match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing"
+    ):
         CacheReader(url)
     with pytest.raises(CacheError, match="nothing://x/a"):
         CacheReader("nothing://x/a/t_CHUNK_ID.jsonl")

@@ -14,15 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.cache.convert import Tokenizer, convert
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.merge import merge
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
-from nemo_kd.cache.verify import verify
-from nemo_kd.cache.vllm import VllmRows
 from nemo_kd.config.cache import CacheConfig
+from nemo_kd.tools.merge import merge
+from nemo_kd.tools.recode import Tokenizer, convert
+from nemo_kd.tools.verify import verify
+from nemo_kd.tools.vllm_files import VllmRows
 from tests.tiny_cache import row, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,9 +47,17 @@ def aligner_lines(indices: range) -> str:
 def test_chunks_without_indices_are_numbered_through(tmp_path):
     for chunk, indices in enumerate((range(4), range(4, 7), range(7, 9))):
         (tmp_path / f"a_{chunk}.jsonl").write_text(aligner_lines(indices))
-    source, target = CacheReader(str(tmp_path / "a_CHUNK_ID.jsonl")), tmp_path / "new" / "c_CHUNK_ID.jsonl.zst"
+    source, target = (
+        CacheReader(str(tmp_path / "a_CHUNK_ID.jsonl")),
+        tmp_path / "new" / "c_CHUNK_ID.jsonl.zst",
+    )
     written = convert(
-        source, str(target), ALL, vocab_size=50, n_examples_per_chunk=5, tokenizer=Tokenizer("sha256:1", 48)
+        source,
+        str(target),
+        ALL,
+        vocab_size=50,
+        n_examples_per_chunk=5,
+        tokenizer=Tokenizer("sha256:1", 48),
     )
     found = CacheReader(str(target))
     assert [found[position].example.index for position in range(len(found))] == list(range(9))
@@ -58,22 +66,38 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
         assert np.array_equal(found[position].example.tokens_S, expected.example.tokens_S)
         in_loss = expected.example.loss_mask_S > 0
         ours, theirs = found[position].teacher, expected.teacher
-        p, q = (np.exp(t.topk_logits_SK - t.log_sum_exp_logits_S[:, None])[in_loss].sum(1) for t in (ours, theirs))
+        p, q = (
+            np.exp(t.topk_logits_SK - t.log_sum_exp_logits_S[:, None])[in_loss].sum(1)
+            for t in (ours, theirs)
+        )
         np.testing.assert_allclose(p, q, atol=0.01)
-    assert (written.tokenizer, written.tokenizer_size, written.teacher["name"]) == ("sha256:1", 48, "unknown")
+    assert (written.tokenizer, written.tokenizer_size, written.teacher["name"]) == (
+        "sha256:1",
+        48,
+        "unknown",
+    )
     assert problems(target) == []
 
 
 def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(tmp_path):
     (tmp_path / "a.jsonl").write_text(aligner_lines(range(3)))
-    with pytest.raises(CacheError, match=r"token id \d+ exceeds the vocabulary of 20; correct --vocab-size"):
-        convert(CacheReader(str(tmp_path / "a.jsonl")), str(tmp_path / "c.jsonl.zst"), ALL, vocab_size=20)
+    with pytest.raises(
+        CacheError, match=r"token id \d+ exceeds the vocabulary of 20; correct --vocab-size"
+    ):
+        convert(
+            CacheReader(str(tmp_path / "a.jsonl")),
+            str(tmp_path / "c.jsonl.zst"),
+            ALL,
+            vocab_size=20,
+        )
     source = CacheReader(str(write(tmp_path / "cache")))
     with pytest.raises(CacheError, match="its manifest tells vocabulary and tokenizer"):
         convert(source, str(tmp_path / "d.jsonl.zst"), ALL, vocab_size=50)
     with pytest.raises(CacheError, match="is the source; give another target"):
         convert(source, source.path, ALL)
-    with pytest.raises(CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which tell"):
+    with pytest.raises(
+        CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which tell"
+    ):
         convert(source, str(tmp_path / "e.zst"), ALL)
     with pytest.raises(CacheError, match="--top-k: -1 must be at least 1"):
         convert(source, str(tmp_path / "e.jsonl.zst"), ALL, top_k=-1)
@@ -105,13 +129,20 @@ def entries(k: int, label: int, probabilities: dict[int, float]) -> dict[str, di
     ranked = sorted(probabilities, key=lambda token: -probabilities[token])
     told = dict.fromkeys([label, *ranked[:k]])
     return {
-        str(t): {"logprob": math.log(probabilities[t]), "rank": ranked.index(t) + 1, "decoded_token": "x"} for t in told
+        str(t): {
+            "logprob": math.log(probabilities[t]),
+            "rank": ranked.index(t) + 1,
+            "decoded_token": "x",
+        }
+        for t in told
     }
 
 
 def distributions(length: int, vocab_size: int = 30) -> list[dict[int, float]]:
     random = np.random.default_rng(0)
-    return [dict(enumerate(random.dirichlet(np.full(vocab_size, 0.3)) + 1e-9)) for _ in range(length)]
+    return [
+        dict(enumerate(random.dirichlet(np.full(vocab_size, 0.3)) + 1e-9)) for _ in range(length)
+    ]
 
 
 @pytest.mark.parametrize("with_ranks", [True, False])
@@ -120,7 +151,10 @@ def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, wit
     labels[:3] = [max(told[s], key=told[s].get) for s in range(3)]
     found = [entries(5, int(label), p) for label, p in zip(labels, told, strict=True)]
     if not with_ranks:
-        found = [{token: {"logprob": facts["logprob"]} for token, facts in entry.items()} for entry in found]
+        found = [
+            {token: {"logprob": facts["logprob"]} for token, facts in entry.items()}
+            for entry in found
+        ]
     line = {"prompt_token_ids": [7, *labels.tolist()], "prompt_logprobs": [None, *found]}
     (tmp_path / "v.jsonl").write_text(json.dumps(line) + "\n")
     teacher = VllmRows(str(tmp_path / "v.jsonl"))[0].teacher
@@ -132,19 +166,29 @@ def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, wit
             [p[token] for token in likeliest],
             rtol=1e-5,
         )
-        np.testing.assert_allclose(teacher.tail_mass_TS[0, s], 1 - sum(p[token] for token in likeliest), atol=1e-6)
+        np.testing.assert_allclose(
+            teacher.tail_mass_TS[0, s], 1 - sum(p[token] for token in likeliest), atol=1e-6
+        )
         np.testing.assert_allclose(teacher.label_logprobs_S[s], math.log(p[labels[s]]), rtol=1e-5)
 
 
 def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
-    entry = {"4": {"logprob": math.log(0.01), "rank": 9}, "8": {"logprob": math.log(0.6), "rank": 1}}
-    (tmp_path / "v.jsonl").write_text(json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]}) + "\n")
+    entry = {
+        "4": {"logprob": math.log(0.01), "rank": 9},
+        "8": {"logprob": math.log(0.6), "rank": 1},
+    }
+    (tmp_path / "v.jsonl").write_text(
+        json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]}) + "\n"
+    )
     assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_SK.tolist() == [[8]]
 
 
 LINE = {
     "prompt_token_ids": [3, 9],
-    "prompt_logprobs": [None, {"9": {"logprob": -0.5, "rank": 1}, "4": {"logprob": -9999.0, "rank": 2}}],
+    "prompt_logprobs": [
+        None,
+        {"9": {"logprob": -0.5, "rank": 1}, "4": {"logprob": -9999.0, "rank": 2}},
+    ],
 }
 
 
@@ -157,7 +201,12 @@ LINE = {
         json.dumps({**LINE, "prompt_logprobs": [None, {"9": -0.5, "4": -9999.0}]}),
         json.dumps({"object": "text_completion", "choices": [{"index": 0, "text": "", **LINE}]}),
         json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": {}}], **LINE}),
-        json.dumps({"custom_id": "1", "response": {"status_code": 200, "body": {"choices": [{"index": 0, **LINE}]}}}),
+        json.dumps(
+            {
+                "custom_id": "1",
+                "response": {"status_code": 200, "body": {"choices": [{"index": 0, **LINE}]}},
+            }
+        ),
     ],
     ids=["clamped", "python", "null", "numbers", "completion", "chat", "batch"],
 )
@@ -182,9 +231,15 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
             json.dumps({"custom_id": "1", "response": {"status_code": 500, "body": None}}),
             "prompt_logprobs: found nothing",
         ),
-        (json.dumps({**LINE, "loss_mask": [0, 0.5]}), "field loss_mask: found 0.5, expected only 0 and 1"),
+        (
+            json.dumps({**LINE, "loss_mask": [0, 0.5]}),
+            "field loss_mask: found 0.5, expected only 0 and 1",
+        ),
         ('{"prompt_token_ids": [', "not valid JSON"),
-        (json.dumps({"prompt_logprobs": LINE["prompt_logprobs"]}), "field prompt_token_ids: found nothing"),
+        (
+            json.dumps({"prompt_logprobs": LINE["prompt_logprobs"]}),
+            "field prompt_token_ids: found nothing",
+        ),
     ],
 )
 def test_lines_of_vllm_that_mean_nothing_are_named(tmp_path, text, message):
@@ -196,11 +251,28 @@ def test_lines_of_vllm_that_mean_nothing_are_named(tmp_path, text, message):
 
 def test_vllms_files_without_vocabulary_or_tokenizer(tmp_path):
     (tmp_path / "v.jsonl").write_text(json.dumps(LINE) + "\n")
-    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "convert", "v.jsonl", "c.jsonl.zst", "--from", "vllm"]
+    line = [
+        sys.executable,
+        "-m",
+        "nemo_kd.cli.logit_cache",
+        "convert",
+        "v.jsonl",
+        "c.jsonl.zst",
+        "--from",
+        "vllm",
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    for more, message in (([], "give --vocab-size"), (["--vocab-size", "10"], "training cannot tell")):
+    for more, message in (
+        ([], "give --vocab-size"),
+        (["--vocab-size", "10"], "training cannot tell"),
+    ):
         result = subprocess.run(
-            [*line, *more], check=False, cwd=tmp_path, env=environment, capture_output=True, text=True
+            [*line, *more],
+            check=False,
+            cwd=tmp_path,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert message in result.stderr
     assert result.returncode == 0
@@ -211,8 +283,15 @@ def parts(folder: Path) -> list[str]:
     """Two caches of ten records, as two array jobs leave them."""
     names = []
     for number, first in enumerate((0, 10)):
-        dataset = {"path": "d", "fingerprint": "f", "start_from_idx": first, "end_at_idx": first + 9}
-        names.append(str(write(folder / str(number), "p_CHUNK_ID.jsonl", codec="packed", dataset=dataset)))
+        dataset = {
+            "path": "d",
+            "fingerprint": "f",
+            "start_from_idx": first,
+            "end_at_idx": first + 9,
+        }
+        names.append(
+            str(write(folder / str(number), "p_CHUNK_ID.jsonl", codec="packed", dataset=dataset))
+        )
     return names
 
 
@@ -257,7 +336,9 @@ def test_a_stopped_merge_goes_on_and_is_no_cache_until_then(tmp_path, monkeypatc
 
 def test_containers_are_not_mixed(tmp_path):
     names = parts(tmp_path)
-    with pytest.raises(CacheError, match=r"ends in .jsonl, the target in .jsonl.zst; merging changes no file"):
+    with pytest.raises(
+        CacheError, match=r"ends in .jsonl, the target in .jsonl.zst; merging changes no file"
+    ):
         merge(names, str(tmp_path / "m_CHUNK_ID.jsonl.zst"))
     shutil.rmtree(tmp_path / "1")
     with pytest.raises(CacheError, match="there is no such cache"):
@@ -273,8 +354,21 @@ def test_converted_parts_are_merged_and_merged_ones_converted(tmp_path):
     hashes = [Manifest.load(tmp_path / str(number) / "p_manifest.json").hash() for number in (0, 1)]
     assert merged.teacher["converted_from"] == hashes
     target = tmp_path / "again" / "a_CHUNK_ID.jsonl.zst"
-    again = convert(CacheReader(str(tmp_path / "m_CHUNK_ID.jsonl.zst")), str(target), ALL, n_examples_per_chunk=6)
-    assert (again.num_chunks, [chunk.examples for chunk in again.chunks.values()]) == (4, [6, 6, 6, 2])
+    again = convert(
+        CacheReader(str(tmp_path / "m_CHUNK_ID.jsonl.zst")),
+        str(target),
+        ALL,
+        n_examples_per_chunk=6,
+    )
+    assert (again.num_chunks, [chunk.examples for chunk in again.chunks.values()]) == (
+        4,
+        [6, 6, 6, 2],
+    )
     assert problems(target) == []
     with pytest.raises(CacheError, match="--examples-per-chunk: 0 must be at least 1"):
-        convert(CacheReader(str(target)), str(tmp_path / "b_CHUNK_ID.jsonl"), ALL, n_examples_per_chunk=0)
+        convert(
+            CacheReader(str(target)),
+            str(tmp_path / "b_CHUNK_ID.jsonl"),
+            ALL,
+            n_examples_per_chunk=0,
+        )

@@ -18,10 +18,10 @@ from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import TornError, lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.repair import repair
-from nemo_kd.cache.salvage import stretches
-from nemo_kd.cache.verify import verify, verify_chunk
 from nemo_kd.files import FileError, Lock
+from nemo_kd.tools.repair import repair
+from nemo_kd.tools.salvage import stretches
+from nemo_kd.tools.verify import verify, verify_chunk
 from tests.tiny_cache import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -66,7 +66,9 @@ def test_lines_behind_damage_keep_their_numbers(tmp_path, with_index):
     lines[5] = lines[5][:4] + bytes(len(lines[5]) - 4)
     lines[8] = zstandard.ZstdCompressor(write_checksum=True).compress(b'{"index": 8}\n')
     path.write_bytes(b"".join(lines))
-    assert any("made for" in problem for problem in problems(path))  # another size: the index tells nothing
+    assert any(
+        "made for" in problem for problem in problems(path)
+    )  # another size: the index tells nothing
     (tmp_path / "t.manifest.json").unlink()
     if with_index:
         starts = [sum(map(len, lines[:number])) for number in range(10)]
@@ -90,7 +92,9 @@ def test_neighbouring_damaged_frames_are_numbered_by_the_index(tmp_path):
     assert [line.number for line in stretches(path, starts)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
     report = verify(str(path))[0]
     assert report.counts["examples"] == 8
-    assert any(f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem for problem in report.problems)
+    assert any(
+        f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem for problem in report.problems
+    )
 
 
 def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
@@ -144,7 +148,10 @@ def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(tm
     chunk.write_bytes(whole + addition)
     (done,) = repair(str(path))
     assert f"{len(addition)} bytes cut off and kept as {chunk.name}.torn" in done
-    assert (chunk.read_bytes(), chunk.with_name(f"{chunk.name}.torn").read_bytes()) == (whole, addition)
+    assert (chunk.read_bytes(), chunk.with_name(f"{chunk.name}.torn").read_bytes()) == (
+        whole,
+        addition,
+    )
     assert (tmp_path / "train_manifest.json").read_bytes() == manifest
     assert problems(path) == []
     chunk.write_bytes(whole + b"more")
@@ -219,7 +226,11 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
         (["dataset", "end_at_idx"], None, "dataset.end_at_idx: found None"),
         (["chunks", "1", "bytes"], -1, "chunks.1.bytes: found -1"),
         (["codec", "name"], "pickle", "codec.name: found 'pickle', expected one of packed, json"),
-        (["chunks", "1", "skipped"], {"too long": 1}, "4 examples and 1 skipped records are not the records 4 to 7"),
+        (
+            ["chunks", "1", "skipped"],
+            {"too long": 1},
+            "4 examples and 1 skipped records are not the records 4 to 7",
+        ),
         (["chunks", "1", "last_index"], 8, "chunk 1: covers records 4 to 8, expected 4 to 7"),
         (["dataset", "end_at_idx"], 7, "chunk 2: is listed, but records 0 to 7 make 2 chunks"),
         (["chunks", "1", "kept_tokens"], 7, "kept_tokens, but the manifest says 7"),
@@ -227,7 +238,9 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
         (["chunks", "1", "kept_mass_sum"], 1.0, "but the manifest says 1;"),
     ],
 )
-def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(tmp_path, keys, value, message):
+def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(
+    tmp_path, keys, value, message
+):
     path = write(tmp_path)
     manifest_path = tmp_path / "train_manifest.json"
     manifest = json.loads(manifest_path.read_bytes())

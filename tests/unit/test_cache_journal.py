@@ -13,11 +13,11 @@ from nemo_kd.cache import journal
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.listing import ChunkList
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
-from nemo_kd.cache.merge import merge
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.repair import repair
-from nemo_kd.cache.verify import verify
 from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.tools.merge import merge
+from nemo_kd.tools.repair import repair
+from nemo_kd.tools.verify import verify
 from tests.tiny_cache import chunks_of, manifest, write, write_segment
 
 NAME = "train_CHUNK_ID.jsonl"
@@ -44,7 +44,11 @@ def chunks_in_the_file(folder: Path) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.suffix != ".lock"}
+    return {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if path.is_file() and path.suffix != ".lock"
+    }
 
 
 def test_listing_does_not_rewrite_the_manifest_and_every_reader_sees_the_chunk(tmp_path):
@@ -115,13 +119,17 @@ def test_a_look_and_an_addition_cost_the_same_in_a_large_cache(tmp_path, monkeyp
     """Counted in bytes that are read and written, not in seconds."""
     sizes = []
     read, write_lines = journal.parse, journal.append
-    monkeypatch.setattr(journal, "parse", lambda content, path: (sizes.append(len(content)), read(content, path))[1])
+    monkeypatch.setattr(
+        journal, "parse", lambda content, path: (sizes.append(len(content)), read(content, path))[1]
+    )
     monkeypatch.setattr(
         journal, "append", lambda path, start, lines, note: (sizes.append(sum(map(len, lines))), write_lines(path, start, lines, note))[1]
     )  # fmt: skip
     chunks = {str(number): ChunkSummary(number, number) for number in range(1000)}
     dataset = manifest().dataset | {"end_at_idx": 1999}
-    manifest(n_examples_per_chunk=1, dataset=dataset, chunks=chunks).save(tmp_path / "train_manifest.json")
+    manifest(n_examples_per_chunk=1, dataset=dataset, chunks=chunks).save(
+        tmp_path / "train_manifest.json"
+    )
     one, other = (ChunkList(tmp_path / "train_manifest.json") for _ in range(2))
     sizes.clear()
     monkeypatch.setattr(Manifest, "parse", None)  # the manifest is not read again
@@ -134,7 +142,9 @@ def test_a_look_and_an_addition_cost_the_same_in_a_large_cache(tmp_path, monkeyp
 
 def test_listing_looks_at_no_other_chunk(tmp_path):
     """Counted in calls of functions, not in seconds."""
-    description = manifest(n_examples_per_chunk=1, segment_examples=1, dataset=manifest().dataset | {"end_at_idx": 59})
+    description = manifest(
+        n_examples_per_chunk=1, segment_examples=1, dataset=manifest().dataset | {"end_at_idx": 59}
+    )
     writer = CacheWriter(CacheLayout(str(tmp_path / NAME)), description, chunks_of(description))
     counts = []
 
@@ -187,7 +197,10 @@ def line_of(chunk: object, **changes) -> bytes:
         ([line_of(["0"])], "journal:2: the line is damaged"),
         ([b"[" * 100_000 + b"\n", line_of("0")], "journal:2: the line is damaged .wrong checksum"),
         ([b"00000000 {}\n", line_of("0")], "journal:2: the line is damaged .wrong checksum"),
-        ([journal.first_line("another"), line_of("0")], "lists chunk 0, but belongs to another manifest"),
+        (
+            [journal.first_line("another"), line_of("0")],
+            "lists chunk 0, but belongs to another manifest",
+        ),
     ],
 )
 def test_hostile_journals_end_in_one_error(tmp_path, lines, message):

@@ -44,7 +44,8 @@ def test_rows_come_back_by_index_from_uneven_chunks(tmp_path, name):
         assert reader[index].example.index == index
     assert same(pickle.loads(pickle.dumps(reader))[7], row(7, 6))
     assert reader.max_token_id == max(
-        max(row(i, 3 + i % 4).example.tokens_S.max(), row(i, 3 + i % 4).example.labels_S.max()) for i in range(10)
+        max(row(i, 3 + i % 4).example.tokens_S.max(), row(i, 3 + i % 4).example.labels_S.max())
+        for i in range(10)
     )
     assert [m.vocab_size for m in reader.manifests] == [50]
     assert indices(CacheReader(str(path), n_chunks=2)) == list(range(8))
@@ -82,7 +83,11 @@ def test_reading_a_row_touches_its_own_bytes_only(tmp_path, monkeypatch, name):
     reader[4]  # chunk 1's index is in memory from here on
     reads = []
     pread = os.pread
-    monkeypatch.setattr(os, "pread", lambda fd, size, offset: reads.append((size, offset)) or pread(fd, size, offset))
+    monkeypatch.setattr(
+        os,
+        "pread",
+        lambda fd, size, offset: reads.append((size, offset)) or pread(fd, size, offset),
+    )
     reader[6]
     assert len(reads) == 1
     size, offset = reads[0]
@@ -163,14 +168,17 @@ def test_an_edited_file_is_noticed(tmp_path):
     lines = content.splitlines(keepends=True)
     data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))  # same size, other order
     (tmp_path / "train_0.jsonl.idx").unlink()
-    with pytest.raises(CacheError, match=r"train_0\.jsonl: its bytes are not those that the manifest tells of"):
+    with pytest.raises(
+        CacheError, match=r"train_0\.jsonl: its bytes are not those that the manifest tells of"
+    ):
         CacheReader(str(path))
     # Without a manifest there is nothing that the edit contradicts: the index is made anew.
     (tmp_path / "train_manifest.json").unlink()
     assert CacheReader(str(path))[0].example.index == 1
     tokens = json.loads(lines[0])["tokens"]
     changed = lines[0].replace(
-        str(tokens).replace(" ", "").encode(), str([tokens[0] ^ 1, *tokens[1:]]).replace(" ", "").encode()
+        str(tokens).replace(" ", "").encode(),
+        str([tokens[0] ^ 1, *tokens[1:]]).replace(" ", "").encode(),
     )
     assert changed != lines[0]
     data.write_bytes(b"".join([changed, *lines[1:]]))
@@ -192,7 +200,9 @@ def test_damage_is_found(tmp_path):
     path = write(tmp_path)
     for chunk in (1, 2):
         (tmp_path / f"train_{chunk}.jsonl").rename(tmp_path / "elsewhere")
-        with pytest.raises(CacheError, match=rf"train_{chunk}\.jsonl: the chunk is missing \(2 of 3"):
+        with pytest.raises(
+            CacheError, match=rf"train_{chunk}\.jsonl: the chunk is missing \(2 of 3"
+        ):
             CacheReader(str(path))
         (tmp_path / "elsewhere").rename(tmp_path / f"train_{chunk}.jsonl")
     with pytest.raises(CacheError, match="a path without CHUNK_ID is one chunk"):
@@ -239,7 +249,9 @@ def copies(folder: Path, num_chunks: int, lines: int) -> str:
     manifest = Manifest.load(folder / "train_manifest.json")
     for chunk in range(1, num_chunks):
         for suffix in ("", ".idx"):
-            (folder / f"train_{chunk}.jsonl{suffix}").write_bytes((folder / f"train_0.jsonl{suffix}").read_bytes())
+            (folder / f"train_{chunk}.jsonl{suffix}").write_bytes(
+                (folder / f"train_0.jsonl{suffix}").read_bytes()
+            )
         manifest.chunks[str(chunk)] = manifest.chunks["0"]
     manifest.dataset = dataset(lines * num_chunks)
     manifest.save(folder / "train_manifest.json")
@@ -284,9 +296,16 @@ def test_fewer_teacher_tokens_join_the_tail(tmp_path, codec, name):
         for s in range(len(ours.log_sum_exp_logits_S)):
             kept = ours.topk_token_ids_SK[s] >= 0
             if kept.any():
-                mass = np.exp(ours.topk_logits_SK[s][kept] - ours.log_sum_exp_logits_S[s]).astype(np.float64).sum()
+                mass = (
+                    np.exp(ours.topk_logits_SK[s][kept] - ours.log_sum_exp_logits_S[s])
+                    .astype(np.float64)
+                    .sum()
+                )
                 assert mass + ours.tail_mass_TS[0, s] == pytest.approx(1, abs=2e-3)
-                assert ours.topk_token_ids_SK[s][kept].tolist() == theirs.topk_token_ids_SK[s, : kept.sum()].tolist()
+                assert (
+                    ours.topk_token_ids_SK[s][kept].tolist()
+                    == theirs.topk_token_ids_SK[s, : kept.sum()].tolist()
+                )
 
 
 def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
@@ -300,12 +319,15 @@ def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
             ids = original.topk_token_ids_SK[s]
             expected = [int(i) for i in ids if i < 30]
             assert [int(i) for i in ours.topk_token_ids_SK[s] if i >= 0] == expected
-            probabilities = np.exp(original.topk_logits_SK[s].astype(np.float64) - original.log_sum_exp_logits_S[s])
+            probabilities = np.exp(
+                original.topk_logits_SK[s].astype(np.float64) - original.log_sum_exp_logits_S[s]
+            )
             kept = probabilities[ids < 30].sum()
             assert ours.tail_mass_TS[0, s] == pytest.approx(1 - kept, abs=1e-5)
             if expected:
                 found = np.exp(
-                    ours.topk_logits_SK[s][: len(expected)].astype(np.float64) - ours.log_sum_exp_logits_S[s]
+                    ours.topk_logits_SK[s][: len(expected)].astype(np.float64)
+                    - ours.log_sum_exp_logits_S[s]
                 )
                 assert found.sum() == pytest.approx(kept, rel=1e-5)
             dropped += len(ids) - len(expected)
@@ -327,14 +349,20 @@ def test_tail_samples_outside_a_smaller_vocabulary_are_nobody(tmp_path):
 
 
 def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
-    first, second = write(tmp_path / "a"), write(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9)
+    first, second = (
+        write(tmp_path / "a"),
+        write(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9),
+    )
     blend = CacheBlend([CacheReader(f"{first}[8:]"), CacheReader(str(second))])
     assert indices(blend) == [8, 9, *range(10)]
     assert blend.source_chunks() == [[2], [4, 4, 2]]
     description = blend.description()
     assert description["paths"] == [f"{first}[8:]", str(second)]
     assert [cache["teacher"]["name"] for cache in description["caches"]] == ["t", "u"]
-    assert description["caches"][0]["manifest"] == Manifest.load(tmp_path / "a" / "train_manifest.json").hash()
+    assert (
+        description["caches"][0]["manifest"]
+        == Manifest.load(tmp_path / "a" / "train_manifest.json").hash()
+    )
     assert json.loads(json.dumps(description)) == description
     # Content decides, not the place; order counts.
     moved = (tmp_path / "a").rename(tmp_path / "moved")
@@ -342,7 +370,9 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
     assert again.fingerprint() == blend.fingerprint()
     assert CacheBlend(again.readers[::-1]).fingerprint() != blend.fingerprint()
     other = write(tmp_path / "c", tokenizer="another")
-    with pytest.raises(CacheError, match=r"were written with different tokenizers \(another and tok\)"):
+    with pytest.raises(
+        CacheError, match=r"were written with different tokenizers \(another and tok\)"
+    ):
         CacheBlend([again.readers[0], CacheReader(str(other))])
 
 
@@ -371,13 +401,17 @@ def test_a_damaged_manifest_does_not_cost_the_chunks(tmp_path):
     path = write(tmp_path)
     manifest_path = tmp_path / "train_manifest.json"
     manifest_path.write_bytes(manifest_path.read_bytes()[:-30])
-    with pytest.raises(CacheError, match="restore it from a copy, or move it away: the chunks are whole without it"):
+    with pytest.raises(
+        CacheError, match="restore it from a copy, or move it away: the chunks are whole without it"
+    ):
         CacheReader(str(path))
     manifest_path.unlink()
     assert same(CacheReader(str(path))[5], row(5, 4))
 
 
-@pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst", "7b_CHUNK_ID_2.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst", "7b_CHUNK_ID_2.jsonl"]
+)
 def test_a_chunk_given_by_name_finds_the_manifest_of_its_template(tmp_path, name):
     write(tmp_path, name, codec="packed")
     path = tmp_path / name.replace("CHUNK_ID", "1")
@@ -388,7 +422,9 @@ def test_a_chunk_given_by_name_finds_the_manifest_of_its_template(tmp_path, name
     assert (found.num_chunks, list(found.chunks)) == (1, ["0"])
     assert (found.dataset["start_from_idx"], found.dataset["end_at_idx"]) == (4, 7)
     path.with_name(path.name.replace("_1", "_4", 1)).write_bytes(path.read_bytes())
-    assert CacheReader(str(path.with_name(path.name.replace("_1", "_4", 1)))).manifests == []  # chunk 4 is not listed
+    assert (
+        CacheReader(str(path.with_name(path.name.replace("_1", "_4", 1)))).manifests == []
+    )  # chunk 4 is not listed
 
 
 def test_a_packed_chunk_tells_without_a_manifest_that_it_is_packed(tmp_path):
@@ -407,6 +443,7 @@ def test_ids_beyond_the_manifests_vocabulary_are_refused(tmp_path, codec):
     path.write_bytes(path.read_bytes().replace(b'"vocab_size": 50', b'"vocab_size": 20'))
     reader = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl"))
     with pytest.raises(
-        CacheError, match=r"train_0.jsonl:1: field tokens: found id \d+, but the manifest states a vocabulary of 20"
+        CacheError,
+        match=r"train_0.jsonl:1: field tokens: found id \d+, but the manifest states a vocabulary of 20",
     ):
         reader[0]

@@ -11,7 +11,14 @@ import numpy as np
 import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherTopK
-from nemo_kd.cache.entropy_coding import huffman, level_nats, levels, pack_bits, unhuffman, unpack_bits
+from nemo_kd.cache.entropy_coding import (
+    huffman,
+    level_nats,
+    levels,
+    pack_bits,
+    unhuffman,
+    unpack_bits,
+)
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import decode, encode
@@ -41,14 +48,24 @@ def in_order_of(original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray)
 def test_plain_json_reads_a_json_line_and_float32_survives():
     original = row(3)
     payload = json.loads(encode(original, "json"))
-    assert {"index", "tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits"} <= set(
-        payload
-    )
+    assert {
+        "index",
+        "tokens",
+        "labels",
+        "loss_mask",
+        "topk_logits",
+        "topk_token_ids",
+        "log_sum_exp_logits",
+    } <= set(payload)
     assert payload["index"] == 3
-    assert np.array_equal(np.array(payload["topk_logits"], dtype=np.float32), original.teacher.topk_logits_SK)
+    assert np.array_equal(
+        np.array(payload["topk_logits"], dtype=np.float32), original.teacher.topk_logits_SK
+    )
     decoded = decode(encode(original, "json"), "x:1")
     assert same(decoded, original)
-    np.testing.assert_allclose(decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-7)
+    np.testing.assert_allclose(
+        decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-7
+    )
     assert np.array_equal(decoded.teacher.label_logprobs_S, original.teacher.label_logprobs_S)
 
 
@@ -57,14 +74,21 @@ def test_nemo_aligners_padded_lines_with_other_fields_are_read():
     line = json.loads(encode(original, "json"))
     for name in ("hash", "tail_mass", "temperatures", "label_logprobs"):
         del line[name]
-    for name, filler in (("tokens", 2), ("labels", 2), ("loss_mask", 0.0), ("log_sum_exp_logits", 1.5)):
+    for name, filler in (
+        ("tokens", 2),
+        ("labels", 2),
+        ("loss_mask", 0.0),
+        ("log_sum_exp_logits", 1.5),
+    ):
         line[name] += [filler] * padding
     line["topk_logits"] += [[0.0, -1.0, -2.0, -3.0]] * padding
     line["topk_token_ids"] += [[1, 2, 3, 4]] * padding
     line |= {"contexts": [1, 2], "context_lengths": 2, "answers": [3], "metadata": {"id": 1}}
     decoded = decode(json.dumps(line).encode(), "x:1")
     assert same(decoded, original)
-    np.testing.assert_allclose(decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-6)
+    np.testing.assert_allclose(
+        decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-6
+    )
     assert decoded.teacher.label_logprobs_S is None
     del line["index"]
     assert decode(json.dumps(line).encode(), "x:1", index=8).example.index == 8
@@ -76,8 +100,12 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
     line["topk_logits"] = [[value + 7.25 for value in position] for position in line["topk_logits"]]
     line["log_sum_exp_logits"] = [value + 7.25 for value in line["log_sum_exp_logits"]]
     decoded = decode(json.dumps(line).encode(), "x:1")
-    np.testing.assert_allclose(decoded.teacher.topk_logits_SK, original.teacher.topk_logits_SK, atol=1e-6)
-    np.testing.assert_allclose(decoded.teacher.log_sum_exp_logits_S, original.teacher.log_sum_exp_logits_S, atol=1e-6)
+    np.testing.assert_allclose(
+        decoded.teacher.topk_logits_SK, original.teacher.topk_logits_SK, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        decoded.teacher.log_sum_exp_logits_S, original.teacher.log_sum_exp_logits_S, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +138,9 @@ def test_contradictions_in_a_json_line_are_named(change, message):
 def test_bit_fields_and_huffman_streams_come_back(values):
     values = np.array(values, dtype=np.uint32)
     widths = np.floor(np.log2(values)).astype(np.uint32)
-    assert np.array_equal(unpack_bits(pack_bits(values ^ (1 << widths), widths), widths) + (1 << widths), values)
+    assert np.array_equal(
+        unpack_bits(pack_bits(values ^ (1 << widths), widths), widths) + (1 << widths), values
+    )
     symbols = values.astype(np.uint8)
     assert np.array_equal(unhuffman(huffman(symbols), len(symbols)), symbols)
     with pytest.raises(ValueError, match="does not end"):
@@ -124,7 +154,11 @@ def test_levels_are_the_nearest_ones_and_the_error_follows_the_design():
     error = np.abs(nats[levels(-x.astype(np.float32), 64, 8)] - x)
     step = np.where(x < 9.5, np.minimum(np.exp(x / 2) / 64, 1 / 8), 1 / 2)
     assert (error <= 0.55 * step + 1e-3).all()
-    assert nats[levels(np.array([-1e9, 0.0, 1e-7], dtype=np.float32), 64, 8)].tolist() == [nats[-1], 0, 0]
+    assert nats[levels(np.array([-1e9, 0.0, 1e-7], dtype=np.float32), 64, 8)].tolist() == [
+        nats[-1],
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("length", [1, 2, 7, 700])
@@ -149,7 +183,9 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
     k = decoded.teacher.topk_token_ids_SK.shape[1]
     assert (original.teacher.topk_token_ids_SK[stored, k:] < 0).all()
     original = in_order_of(original, decoded.teacher.topk_token_ids_SK, stored)
-    assert np.array_equal(decoded.teacher.topk_token_ids_SK[stored], original.teacher.topk_token_ids_SK[stored, :k])
+    assert np.array_equal(
+        decoded.teacher.topk_token_ids_SK[stored], original.teacher.topk_token_ids_SK[stored, :k]
+    )
     assert (decoded.teacher.topk_logits_SK[stored, 0] == 0).all()
     assert (decoded.teacher.topk_token_ids_SK[~stored] == -1).all()
     assert (decoded.teacher.tail_mass_TS[:, ~stored] == 1).all()
@@ -163,16 +199,22 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
         np.log(np.clip(t, 1e-9, 1) / np.clip(1 - t, 1e-9, 1))
         for t in (original.teacher.tail_mass_TS, decoded.teacher.tail_mass_TS)
     ]
-    clear = (original.teacher.tail_mass_TS > 1e-6) & (original.teacher.tail_mass_TS < 1 - 1e-6) & stored
+    clear = (
+        (original.teacher.tail_mass_TS > 1e-6) & (original.teacher.tail_mass_TS < 1 - 1e-6) & stored
+    )
     assert (np.abs(odds[0] - odds[1])[clear] < 1 / 16 + 1e-3).all()
     assert (
         np.abs(decoded.teacher.label_logprobs_S - original.teacher.label_logprobs_S)[stored]
         < 0.1 + 0.3 * (original.teacher.label_logprobs_S[stored] < -10)
     ).all()
     p = np.where(used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0)[stored]
-    difference = np.where(used, logprobs(original.teacher)[:, :k], 0) - np.where(used, logprobs(decoded.teacher), 0)
+    difference = np.where(used, logprobs(original.teacher)[:, :k], 0) - np.where(
+        used, logprobs(decoded.teacher), 0
+    )
     tail, found_tail = 1 - p.sum(1), decoded.teacher.tail_mass_TS[0, stored]
-    kl = (p * difference[stored]).sum(1) + np.where(tail > 1e-6, tail * np.log(tail / found_tail), 0)
+    kl = (p * difference[stored]).sum(1) + np.where(
+        tail > 1e-6, tail * np.log(tail / found_tail), 0
+    )
     assert kl.max() < 1e-3
 
 
@@ -185,7 +227,9 @@ def test_an_extreme_teacher_survives():
     ids[1, -1] = (1 << 24) - 2
     log_sum_exp = np.log(np.exp(logits.astype(np.float64)).sum(1)).astype(np.float32)
     teacher = TeacherTopK(logits, ids, log_sum_exp, np.zeros((1, 2), dtype=np.float32))
-    original = CachedExample(Example(0, np.array([3, 4]), np.array([4, 5]), np.ones(2, dtype=np.float32)), teacher)
+    original = CachedExample(
+        Example(0, np.array([3, 4]), np.array([4, 5]), np.ones(2, dtype=np.float32)), teacher
+    )
     decoded = decode(encode(original, "packed"), "x:1").teacher
     assert np.array_equal(np.sort(decoded.topk_token_ids_SK), np.sort(ids))
     assert decoded.topk_token_ids_SK[:, 0].tolist() == ids[:, 0].tolist()
@@ -205,7 +249,8 @@ def test_tail_samples_come_back():
     assert np.array_equal(decoded.teacher.tail_token_ids_SM[in_loss], samples[in_loss])
     assert (decoded.teacher.tail_token_ids_SM[~in_loss] == -1).all()
     assert np.array_equal(
-        decode(encode(row(1, 9), "json"), "x:1").teacher.topk_token_ids_SK, row(1, 9).teacher.topk_token_ids_SK
+        decode(encode(row(1, 9), "json"), "x:1").teacher.topk_token_ids_SK,
+        row(1, 9).teacher.topk_token_ids_SK,
     )
 
 
@@ -215,7 +260,9 @@ def test_positions_behind_the_last_loss_position_are_cut():
     for codec in ("packed", "json"):
         decoded = decode(encode(original, codec), "x:1")
         assert decoded.example.num_tokens == 5
-        assert decoded.teacher.topk_token_ids_SK.shape[0] == decoded.teacher.tail_mass_TS.shape[1] == 5
+        assert (
+            decoded.teacher.topk_token_ids_SK.shape[0] == decoded.teacher.tail_mass_TS.shape[1] == 5
+        )
     original.example.loss_mask_S[:] = 0
     assert decode(encode(original, "json"), "x:1").example.num_tokens == 1
     assert decode(encode(original, "packed"), "x:1").teacher.topk_token_ids_SK.tolist() == [[-1]]
@@ -291,7 +338,10 @@ def test_the_json_codec_refuses_positions_that_keep_different_numbers():
 def test_the_packed_codec_refuses_what_it_cannot_hold():
     original = row(0)
     for change, message in (
-        ({"topk_token_ids_SK": original.teacher.topk_token_ids_SK + (1 << 24)}, "exceeds what the format holds"),
+        (
+            {"topk_token_ids_SK": original.teacher.topk_token_ids_SK + (1 << 24)},
+            "exceeds what the format holds",
+        ),
         ({"topk_logits_SK": original.teacher.topk_logits_SK[:, ::-1]}, "do not descend"),
         ({"topk_logits_SK": original.teacher.topk_logits_SK * np.nan}, "not finite"),
         ({"topk_token_ids_SK": np.full((5, 4), -1)}, "must keep 1 to"),
@@ -303,7 +353,10 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
 
 def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
     temperatures = (1.0, 2.0)
-    full, small = row(3, 6, k=20, temperatures=temperatures), row(3, 6, k=5, temperatures=temperatures)
+    full, small = (
+        row(3, 6, k=20, temperatures=temperatures),
+        row(3, 6, k=5, temperatures=temperatures),
+    )
     reduced = limited(full.teacher, top_k=5)
     assert np.array_equal(reduced.topk_token_ids_SK, small.teacher.topk_token_ids_SK)
     np.testing.assert_allclose(reduced.tail_mass_TS, small.teacher.tail_mass_TS, atol=1e-6)
@@ -323,5 +376,9 @@ def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
 def test_settings_that_keep_everything_do_so_although_sums_round_to_one():
     probabilities = np.array([[0.7, 0.3 + 1e-7, 1e-30, 1e-40]], dtype=np.float32)
     assert CacheConfig(min_probability=0).kept(probabilities).all()
-    assert CacheConfig(min_probability=0, top_p=0.7).kept(probabilities).tolist() == [[True, False, False, False]]
-    assert CacheConfig(min_probability=0, top_p=0.9).kept(probabilities).tolist() == [[True, True, False, False]]
+    assert CacheConfig(min_probability=0, top_p=0.7).kept(probabilities).tolist() == [
+        [True, False, False, False]
+    ]
+    assert CacheConfig(min_probability=0, top_p=0.9).kept(probabilities).tolist() == [
+        [True, True, False, False]
+    ]

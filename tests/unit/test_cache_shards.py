@@ -17,8 +17,8 @@ import pytest
 from nemo_kd.cache import writer as writer_module
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.parts import IS_WRITTEN
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.shards import IS_WRITTEN
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import UserInputError
 from nemo_kd.files import FileError, Lock
@@ -63,7 +63,9 @@ def slow_load(path: Path) -> Manifest:
     return loaded
 
 
-def run_shard(folder: Path, shard, steps: int | None = None, delay_s: float = 0, log: Path | None = None) -> int:
+def run_shard(
+    folder: Path, shard, steps: int | None = None, delay_s: float = 0, log: Path | None = None
+) -> int:
     """A job that writes a shard, in a process that kills itself after so many steps. Returns its id."""
     process = os.fork()
     if process:
@@ -93,7 +95,8 @@ def test_shards_killed_again_and_again_the_files_are_the_same(tmp_path):
         for _ in range(3):  # each time in another number of shards
             count = dice.choice([1, 2, 3])
             shards = [
-                run_shard(folder, (number, count), dice.randint(1, 150), dice.random() / 20) for number in range(count)
+                run_shard(folder, (number, count), dice.randint(1, 150), dice.random() / 20)
+                for number in range(count)
             ]
             found = statuses(shards)
             assert set(found) <= {0, MISSING, -signal.SIGKILL}
@@ -113,9 +116,14 @@ def test_no_segment_is_computed_twice_and_no_chunk_put_together_twice(tmp_path):
     for attempt, count in enumerate([2, 3, 3, 3]):
         folder, log = tmp_path / f"attempt_{attempt}", tmp_path / f"log_{attempt}"
         folder.mkdir()
-        first = [run_shard(folder, (number, count), 60 + 30 * number, 0, log) for number in range(count)]
+        first = [
+            run_shard(folder, (number, count), 60 + 30 * number, 0, log) for number in range(count)
+        ]
         statuses(first)  # all of them were killed somewhere
-        shards = [run_shard(folder, (number, count), None, dice.random() / 5, log) for number in range(count)]
+        shards = [
+            run_shard(folder, (number, count), None, dice.random() / 5, log)
+            for number in range(count)
+        ]
         assert 0 in statuses(shards)
         assert content(folder) == expected
         times = Counter(log.read_text().splitlines())
@@ -131,7 +139,9 @@ def test_many_chunks_that_are_whole_at_once_are_all_listed_once(tmp_path, monkey
     for segment in writer.missing_segments():
         write_segment(writer.layout, writer.manifest, segment)
     writer.close()
-    assert statuses([run_shard(folder, (number, 4), None, 0, log) for number in range(4)]) == [0] * 4
+    assert (
+        statuses([run_shard(folder, (number, 4), None, 0, log) for number in range(4)]) == [0] * 4
+    )
     assert sorted(log.read_text().splitlines()) == sorted(f"chunk {chunk}" for chunk in range(10))
     assert len(CacheReader(str(folder / NAME))) == 40
     assert not [path for path in folder.iterdir() if path.name.endswith((".segments", ".zst.lock"))]
@@ -161,7 +171,9 @@ def test_shards_share_out_all_segments(tmp_path):
     whole.close()
     assert len(everything) == 5  # two, two and one in three chunks
     writers = [open_writer(tmp_path, (number, 3)) for number in range(3)]
-    assert [writer.missing_segments() for writer in writers] == [everything[number::3] for number in range(3)]
+    assert [writer.missing_segments() for writer in writers] == [
+        everything[number::3] for number in range(3)
+    ]
     # What a shard has to do does not depend on what is there.
     compute(writers[0])
     assert writers[0].missing == [0, 1, 2]
@@ -201,11 +213,12 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     me = rf"process {os.getpid()} on \S+, Slurm job 4711, since [^;]+"
     writer = open_writer(tmp_path, (1, 2))
-    with pytest.raises(FileError, match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends"):
+    with pytest.raises(
+        FileError,
+        match=rf"shard-1.lock: {me} is writing shard 1/2 of this cache; wait until it ends",
+    ):
         open_writer(tmp_path, (1, 2))
-    written_in_shards = (
-        rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
-    )
+    written_in_shards = rf"json.lock: this cache is being written as 2 shards: shard 1 by {me}; wait until it ends, stop it"
     with pytest.raises(CacheError, match=written_in_shards):
         open_writer(tmp_path)
     with pytest.raises(CacheError, match=written_in_shards):
@@ -220,7 +233,10 @@ def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
         open_writer(tmp_path)
     other.close()
     whole = open_writer(tmp_path)
-    with pytest.raises(CacheError, match=rf"{me} is writing this cache; wait until it ends.*shard=0/2 and shard=1/2"):
+    with pytest.raises(
+        CacheError,
+        match=rf"{me} is writing this cache; wait until it ends.*shard=0/2 and shard=1/2",
+    ):
         open_writer(tmp_path, (0, 2))
     whole.close()
     open_writer(tmp_path, (2, 3)).close()
@@ -290,7 +306,9 @@ def test_without_locks_shards_are_refused_and_a_job_alone_is_warned(tmp_path, mo
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
-    with pytest.raises(CacheError, match="this file system keeps no locks .flock., without which shards cannot"):
+    with pytest.raises(
+        CacheError, match="this file system keeps no locks .flock., without which shards cannot"
+    ):
         open_writer(tmp_path, (0, 2))
     writer = open_writer(tmp_path)
     assert "make sure that no other job writes this cache" in caplog.text

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.merge import merge
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.repair import repair
-from nemo_kd.cache.verify import verify
-from nemo_kd.cache.vllm import VllmRows
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
 from nemo_kd.config.cache import CacheConfig
+from nemo_kd.tools.merge import merge
+from nemo_kd.tools.recode import convert
+from nemo_kd.tools.repair import repair
+from nemo_kd.tools.verify import verify
+from nemo_kd.tools.vllm_files import VllmRows
 from tests.tiny_cache import chunks_of, manifest, row, same, write, write_segment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,18 +35,28 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("name", "codec"), [("t_CHUNK_ID.jsonl", "json"), ("t_CHUNK_ID.jsonl.zst", "packed")])
+@pytest.mark.parametrize(
+    ("name", "codec"), [("t_CHUNK_ID.jsonl", "json"), ("t_CHUNK_ID.jsonl.zst", "packed")]
+)
 def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     path = write(tmp_path, name, codec=codec)
     reports = verify(str(path), num_workers=2)
     assert [problem for report in reports for problem in report.problems] == []
     assert sum(report.counts["examples"] for report in reports) == 10
-    assert [(report.first_index, report.last_index) for report in reports] == [(0, 3), (4, 7), (8, 9)]
+    assert [(report.first_index, report.last_index) for report in reports] == [
+        (0, 3),
+        (4, 7),
+        (8, 9),
+    ]
 
 
 @pytest.mark.parametrize("position", [0.05, 0.3, 0.5, 0.7, 0.95])
-@pytest.mark.parametrize(("name", "codec"), [("t_CHUNK_ID.jsonl", "packed"), ("t_CHUNK_ID.jsonl.zst", "packed")])
-def test_a_flipped_byte_anywhere_is_found_and_does_not_hide_the_rest(tmp_path, name, codec, position):
+@pytest.mark.parametrize(
+    ("name", "codec"), [("t_CHUNK_ID.jsonl", "packed"), ("t_CHUNK_ID.jsonl.zst", "packed")]
+)
+def test_a_flipped_byte_anywhere_is_found_and_does_not_hide_the_rest(
+    tmp_path, name, codec, position
+):
     path = write(tmp_path, name, codec=codec)
     chunk = CacheLayout(str(path)).chunk_path(0)
     raw = bytearray(chunk.read_bytes())
@@ -102,7 +112,10 @@ def test_probabilities_that_do_not_sum_to_one_and_ids_kept_twice_are_found(tmp_p
     line = json.loads(encode(row(0), "json"))
     line["tail_mass"] = [[0.9] * 5]
     (tmp_path / "c.jsonl").write_text(json.dumps(line) + "\n")
-    assert any("kept probabilities and tail sum to" in problem for problem in problems(tmp_path / "c.jsonl"))
+    assert any(
+        "kept probabilities and tail sum to" in problem
+        for problem in problems(tmp_path / "c.jsonl")
+    )
 
 
 @pytest.mark.parametrize("name", ["t_CHUNK_ID.jsonl", "t_CHUNK_ID.jsonl.zst"])
@@ -189,28 +202,50 @@ def test_damage_in_the_middle_is_left_alone(tmp_path):
 
 def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     source = write(tmp_path / "source")
-    for name, codec in (("packed/a_CHUNK_ID.jsonl.zst", "packed"), ("json/b_CHUNK_ID.jsonl", "json")):
-        convert(CacheReader(str(source)), str(tmp_path / name), CacheConfig(codec=codec, min_probability=0))
+    for name, codec in (
+        ("packed/a_CHUNK_ID.jsonl.zst", "packed"),
+        ("json/b_CHUNK_ID.jsonl", "json"),
+    ):
+        convert(
+            CacheReader(str(source)),
+            str(tmp_path / name),
+            CacheConfig(codec=codec, min_probability=0),
+        )
         assert problems(tmp_path / name) == []
-    original, packed = CacheReader(str(source)), CacheReader(str(tmp_path / "packed" / "a_CHUNK_ID.jsonl.zst"))
+    original, packed = (
+        CacheReader(str(source)),
+        CacheReader(str(tmp_path / "packed" / "a_CHUNK_ID.jsonl.zst")),
+    )
     plain = CacheReader(str(tmp_path / "json" / "b_CHUNK_ID.jsonl"))
     for position in range(10):
         assert same(plain[position], original[position])
         in_loss = original[position].example.loss_mask_S > 0
         ours, theirs = packed[position].teacher, original[position].teacher
-        assert np.array_equal(np.sort(ours.topk_token_ids_SK[in_loss]), np.sort(theirs.topk_token_ids_SK[in_loss]))
-        np.testing.assert_allclose(ours.tail_mass_TS[0, in_loss], theirs.tail_mass_TS[0, in_loss], atol=0.02)
+        assert np.array_equal(
+            np.sort(ours.topk_token_ids_SK[in_loss]), np.sort(theirs.topk_token_ids_SK[in_loss])
+        )
+        np.testing.assert_allclose(
+            ours.tail_mass_TS[0, in_loss], theirs.tail_mass_TS[0, in_loss], atol=0.02
+        )
     written = Manifest.load(tmp_path / "packed" / "a_manifest.json")
-    assert written.teacher["converted_from"] == Manifest.load(tmp_path / "source" / "train_manifest.json").hash()
+    assert (
+        written.teacher["converted_from"]
+        == Manifest.load(tmp_path / "source" / "train_manifest.json").hash()
+    )
     assert written.codec["name"] == "packed"
     fewer = convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(min_probability=0.2), 2)
     assert fewer.top_k == 2
     small = CacheReader(str(tmp_path / "fewer.jsonl"))
     for position in range(10):
-        p = np.exp(packed[position].teacher.topk_logits_SK - packed[position].teacher.log_sum_exp_logits_S[:, None])
+        p = np.exp(
+            packed[position].teacher.topk_logits_SK
+            - packed[position].teacher.log_sum_exp_logits_S[:, None]
+        )
         in_loss = packed[position].example.loss_mask_S > 0
         counts = np.clip((p >= 0.2).sum(1), 1, 2)[in_loss]
-        assert (small[position].teacher.topk_token_ids_SK[in_loss] >= 0).sum(1).tolist() == counts.tolist()
+        assert (small[position].teacher.topk_token_ids_SK[in_loss] >= 0).sum(
+            1
+        ).tolist() == counts.tolist()
     one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
     assert list(one.chunks) == ["0"]
     assert one.chunks["0"].examples == 10
@@ -228,7 +263,12 @@ def test_nemo_aligners_files_become_a_packed_cache(tmp_path):
         line = json.loads(encode(row(index), "json"))
         for name in ("hash", "tail_mass", "temperatures", "label_logprobs"):
             del line[name]
-        for name, filler in (("tokens", 0), ("labels", 0), ("loss_mask", 0.0), ("log_sum_exp_logits", 1.0)):
+        for name, filler in (
+            ("tokens", 0),
+            ("labels", 0),
+            ("loss_mask", 0.0),
+            ("log_sum_exp_logits", 1.0),
+        ):
             line[name].append(filler)
         line["topk_logits"].append([0.0, -1.0, -2.0, -3.0])
         line["topk_token_ids"].append([0, 1, 2, 3])
@@ -242,16 +282,24 @@ def test_nemo_aligners_files_become_a_packed_cache(tmp_path):
     found = CacheReader(str(target))
     assert [found[position].example.index for position in range(3)] == [0, 2, 3]
     assert found[1].teacher.label_logprobs_S is None
-    assert Manifest.load(target.parent / "c_manifest.json").chunks["0"].skipped == {"not in the source": 1}
+    assert Manifest.load(target.parent / "c_manifest.json").chunks["0"].skipped == {
+        "not in the source": 1
+    }
     (tmp_path / "aligner_0.jsonl").write_text("\n".join(reversed(lines)) + "\n")
-    assert "sort the lines by index" in command("convert", source, tmp_path / "d.jsonl", "--vocab-size", 50).stderr
+    assert (
+        "sort the lines by index"
+        in command("convert", source, tmp_path / "d.jsonl", "--vocab-size", 50).stderr
+    )
 
 
 def vllm_line(with_choices: bool = False) -> dict:
     """Three tokens; k = 2, and the prompt's own token where it is not among the two likeliest."""
     entries = [
         None,
-        {"7": {"logprob": math.log(0.5), "rank": 1, "decoded_token": "a"}, "9": {"logprob": math.log(0.2), "rank": 2}},
+        {
+            "7": {"logprob": math.log(0.5), "rank": 1, "decoded_token": "a"},
+            "9": {"logprob": math.log(0.2), "rank": 2},
+        },
         {
             "4": {"logprob": math.log(0.01), "rank": 30},
             "8": {"logprob": math.log(0.6), "rank": 1},
@@ -265,7 +313,15 @@ def vllm_line(with_choices: bool = False) -> dict:
 @pytest.mark.parametrize("with_choices", [False, True])
 def test_vllms_prompt_logprobs_become_a_cache(tmp_path, with_choices):
     (tmp_path / "v.jsonl").write_text(2 * (json.dumps(vllm_line(with_choices)) + "\n"))
-    result = command("convert", tmp_path / "v.jsonl", tmp_path / "c.jsonl.zst", "--from", "vllm", "--vocab-size", 10)
+    result = command(
+        "convert",
+        tmp_path / "v.jsonl",
+        tmp_path / "c.jsonl.zst",
+        "--from",
+        "vllm",
+        "--vocab-size",
+        10,
+    )
     assert result.returncode == 0, result.stderr
     found = CacheReader(str(tmp_path / "c.jsonl.zst"))
     assert len(found) == 2
@@ -317,7 +373,9 @@ def test_parts_become_one_cache(tmp_path):
     merged = CacheReader(str(target))
     assert [merged[position].example.index for position in range(10)] == list(range(10))
     assert problems(target) == []
-    assert (tmp_path / "all" / "c_1.jsonl.zst").read_bytes() == (tmp_path / "part_1.jsonl.zst").read_bytes()
+    assert (tmp_path / "all" / "c_1.jsonl.zst").read_bytes() == (
+        tmp_path / "part_1.jsonl.zst"
+    ).read_bytes()
     with pytest.raises(CacheError, match="exists; give another target"):
         merge([str(tmp_path / "part_CHUNK_ID.jsonl.zst")], str(target))
 
@@ -325,9 +383,16 @@ def test_parts_become_one_cache(tmp_path):
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     first, third = part(tmp_path, 0, 0, 3), part(tmp_path, 2, 6, 9)
     target = str(tmp_path / "c_CHUNK_ID.jsonl.zst")
-    with pytest.raises(CacheError, match=r"records 4 to 5 are missing between .*part_0.* and .*part_2"):
+    with pytest.raises(
+        CacheError, match=r"records 4 to 5 are missing between .*part_0.* and .*part_2"
+    ):
         merge([str(first), str(third)], target)
-    assert merge([str(first), str(third)], str(tmp_path / "gap_CHUNK_ID.jsonl.zst"), allow_gaps=True).num_chunks == 2
+    assert (
+        merge(
+            [str(first), str(third)], str(tmp_path / "gap_CHUNK_ID.jsonl.zst"), allow_gaps=True
+        ).num_chunks
+        == 2
+    )
     with pytest.raises(CacheError, match="both hold record 0"):
         merge([str(first), str(first)], target)
     with pytest.raises(CacheError, match="top_k: 4 in the cache, 9 now"):

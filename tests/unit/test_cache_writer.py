@@ -51,16 +51,24 @@ def die_after(steps: int) -> None:
 
         return call
 
-    files.os = type("os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in ("fsync", "replace")}})
+    files.os = type(
+        "os",
+        (),
+        {**vars(os), **{name: counted(getattr(os, name)) for name in ("fsync", "replace")}},
+    )
     names = ("ftruncate", "fsync", "fdopen")
-    journal.os = type("os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in names}})
+    journal.os = type(
+        "os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in names}}
+    )
     files.open = counted(open)  # type: ignore[attr-defined]
     Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
     Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
     shutil.rmtree = counted(shutil.rmtree)
 
 
-def run_process(folder: Path, name: str, rank: int, num_ranks: int, die_after_steps: int | None) -> int:
+def run_process(
+    folder: Path, name: str, rank: int, num_ranks: int, die_after_steps: int | None
+) -> int:
     """A writing process as one of several ranks; rank 0 holds the lock. Returns its wait status."""
     process = os.fork()
     if process:
@@ -74,7 +82,11 @@ def run_process(folder: Path, name: str, rank: int, num_ranks: int, die_after_st
         if writer is None:
             planner.layout, planner.manifest, planner._missing = layout, description, {0, 1, 2}
             planner.chunks = chunks_of(description)
-            planner._shard, planner._first_parts, planner._assembling = (0, 1), [0, 2, 4], threading.Lock()
+            planner._shard, planner._first_parts, planner._assembling = (
+                (0, 1),
+                [0, 2, 4],
+                threading.Lock(),
+            )
         for segment in planner.missing_segments()[rank::num_ranks]:
             write_segment(layout, description, segment)
             if writer is not None:
@@ -116,9 +128,14 @@ def test_several_ranks_killed_again_and_again_the_files_are_the_same(tmp_path):
     for attempt in range(20):
         folder = tmp_path / f"attempt_{attempt}"
         folder.mkdir()
-        for _ in range(3):  # each time another number of ranks, each of which dies at its own instant
+        for _ in range(
+            3
+        ):  # each time another number of ranks, each of which dies at its own instant
             num_ranks = dice.randint(1, 4)
-            ranks = [run_process(folder, name, rank, num_ranks, dice.randint(1, 30)) for rank in range(num_ranks)]
+            ranks = [
+                run_process(folder, name, rank, num_ranks, dice.randint(1, 30))
+                for rank in range(num_ranks)
+            ]
             kills += sum(status == -signal.SIGKILL for status in statuses(ranks))
         assert statuses([run_process(folder, name, 0, 1, None)]) == [0]
         assert content(folder) == expected
@@ -200,7 +217,9 @@ def test_segments_of_other_settings_are_not_thrown_away(tmp_path):
 def test_files_of_unknown_origin_are_not_overwritten(tmp_path):
     (tmp_path / "c_0.jsonl").write_text("precious")
     with pytest.raises(CacheError, match="there is no manifest"):
-        CacheWriter(CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest()))
+        CacheWriter(
+            CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest())
+        )
     assert (tmp_path / "c_0.jsonl").read_text() == "precious"
 
 
@@ -212,7 +231,9 @@ import sys; sys.path.insert(0, {str(ROOT)!r})
 from tests.tiny_cache import *
 CacheWriter(CacheLayout({layout.output_path!r}), manifest(), chunks_of(manifest()))
 """
-    second = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
+    second = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True
+    )
     assert f"process {os.getpid()} on " in second.stderr
     assert "is writing this cache; wait until it ends" in second.stderr
     # Jobs of an array write different chunks.
@@ -223,7 +244,10 @@ CacheWriter(CacheLayout({layout.output_path!r}), manifest(), chunks_of(manifest(
 
 
 def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
-    layout, description = CacheLayout(str(tmp_path / "c.jsonl")), manifest(n_examples_per_chunk=None)
+    layout, description = (
+        CacheLayout(str(tmp_path / "c.jsonl")),
+        manifest(n_examples_per_chunk=None),
+    )
     CacheWriter(layout, description, chunks_of(description))
     sink = SegmentWriter(layout, description, (0, range(2, 6)), COMPUTED_WITH)
     sink.write(row(3))
@@ -239,7 +263,9 @@ def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
         sink.write(row(index))
     sink.skip("too long")
     sink.publish()
-    assert [path.name for path in layout.segments_folder(0).iterdir()] == ["000000000002-000000000005"]
+    assert [path.name for path in layout.segments_folder(0).iterdir()] == [
+        "000000000002-000000000005"
+    ]
 
 
 def test_statistics_in_the_manifest(tmp_path):
@@ -250,7 +276,10 @@ def test_statistics_in_the_manifest(tmp_path):
     assert summary.tokens == sum(r.example.num_tokens for r in rows)
     assert summary.loss_tokens == sum(int(mask.sum()) for mask in in_loss)
     assert summary.kept_tokens == 4 * summary.loss_tokens
-    mass = sum((1 - r.teacher.tail_mass_TS[0, mask].astype(float)).sum() for r, mask in zip(rows, in_loss, strict=True))
+    mass = sum(
+        (1 - r.teacher.tail_mass_TS[0, mask].astype(float)).sum()
+        for r, mask in zip(rows, in_loss, strict=True)
+    )
     assert summary.kept_mass_sum == pytest.approx(mass, rel=1e-6)
     hits = sum(
         label in ids for r, mask in zip(rows, in_loss, strict=True) for label, ids in zip(r.example.labels_S[mask], r.teacher.topk_token_ids_SK[mask], strict=True)
@@ -268,7 +297,9 @@ def test_statistics_in_the_manifest(tmp_path):
         (errno.ESTALE, "the network file system has lost it"),
     ],
 )
-def test_a_refusing_file_system_is_explained_and_nothing_is_damaged(tmp_path, monkeypatch, code, message):
+def test_a_refusing_file_system_is_explained_and_nothing_is_damaged(
+    tmp_path, monkeypatch, code, message
+):
     layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
     writer = CacheWriter(layout, description, chunks_of(description))
     missing = writer.missing_segments()
@@ -301,7 +332,9 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 write_segment(layout, description, writer.missing_segments()[0])
 """
-    result = subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True
+    )
     assert "FileError" in result.stderr
     assert "cannot be written (File too large)" in result.stderr
     assert not list((tmp_path / ".c.jsonl.segments").iterdir())
@@ -329,7 +362,9 @@ def test_a_folder_of_another_owner_is_explained(tmp_path):
         try:
             os.setuid(65534)
             CacheWriter(
-                CacheLayout(str(tmp_path / "cache" / "train_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest())
+                CacheLayout(str(tmp_path / "cache" / "train_CHUNK_ID.jsonl")),
+                manifest(),
+                chunks_of(manifest()),
             )
         except FileError as error:
             os._exit(0 if "have its owner permit it" in str(error) else 2)

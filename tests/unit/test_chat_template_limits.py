@@ -37,7 +37,10 @@ def short(monkeypatch):
         ("{{ 10 ** (10 ** 8) > 5 }}", "did not end within|memory"),
         ("{{ 'x' * 10 ** 10 }}", "memory"),
         ("{{ '%10000000000d' % 1 }}", "memory|cannot render"),
-        ("{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "memory"),
+        (
+            "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+            "memory",
+        ),
         ("{{ 1 / 0 }}", "cannot render this conversation: division by zero"),
         ("{{ range(10 ** 9) | length }}", "cannot render this conversation: Range too big"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
@@ -78,7 +81,9 @@ def folder(saved, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("content", ["", "[]", "null", "{", "[" * 10**5, '{"a": ' * 500 + "1" + "}" * 500, "{}"])
+@pytest.mark.parametrize(
+    "content", ["", "[]", "null", "{", "[" * 10**5, '{"a": ' * 500 + "1" + "}" * 500, "{}"]
+)
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_tokenizer_files_are_named(folder, name, content):
     (folder / name).write_text(content)
@@ -114,7 +119,9 @@ def test_tokenizer_config_of_wrong_types(folder, change):
         load_tokenizer(folder)
 
 
-@pytest.mark.parametrize("change", [{"model": []}, {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["a"]]}}])
+@pytest.mark.parametrize(
+    "change", [{"model": []}, {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["a"]]}}]
+)
 def test_tokenizer_json_of_wrong_types(folder, change):
     path = folder / "tokenizer.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -123,7 +130,9 @@ def test_tokenizer_json_of_wrong_types(folder, change):
 
 
 def test_a_configuration_of_a_billion_layers_is_refused(folder):
-    (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**9}))
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**9})
+    )
     with pytest.raises(DataError, match="config.json: num_hidden_layers: found 1000000000"):
         load_tokenizer(folder)
 
@@ -135,7 +144,9 @@ def test_what_is_no_readable_file_is_named(folder):
         load_tokenizer(folder)
     with pytest.raises(DataError, match=r"tokenizer.json: found a pipe or device"):
         JsonlRecords(folder / "tokenizer.json")
-    (folder / "data.jsonl").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    (folder / "data.jsonl").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    )
     with pytest.raises(DataError, match="a Git LFS pointer"):
         JsonlRecords(folder / "data.jsonl")
     with pytest.raises(DataError, match="found a folder, expected a regular file"):

@@ -11,8 +11,16 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.mcore.checkpoint_write import file_sum
-from nemo_kd.trainer import checkpoint_folder
-from nemo_kd.trainer.checkpoint_folder import checkpoints, damage, discard, publish, put_aside, seal, unfinished_folder
+from nemo_kd.student import checkpoint_folder as checkpoint_folder
+from nemo_kd.student.checkpoint_folder import (
+    checkpoints,
+    damage,
+    discard,
+    publish,
+    put_aside,
+    seal,
+    unfinished_folder,
+)
 
 
 def write(parent: Path, step: int, *names: str, content: bytes = b"weights") -> None:
@@ -111,7 +119,9 @@ def test_killed_between_any_two_changes_a_whole_checkpoint_is_left(tmp_path, mon
                 raise KeyboardInterrupt(str(path))
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
-            patch.setattr(Path, "rename", lambda path, target: (dies(path), os.rename(path, target))[1])
+            patch.setattr(
+                Path, "rename", lambda path, target: (dies(path), os.rename(path, target))[1]
+            )
             patch.setattr(checkpoint_folder.shutil, "rmtree", lambda path, **kwargs: dies(path))
             write(parent, 6, "a-loss=1-step=6", "a-loss=1-step=6-last")
         first = checkpoints(parent)[0]

@@ -13,17 +13,20 @@ import yaml
 from omegaconf import OmegaConf
 
 from nemo_kd.cli import compute_topk_logits, convert_checkpoint, train_gpt_knowledge_distillation
+from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import conf_dir
-from nemo_kd.cli.launch import needs_launch
 from nemo_kd.cli.run import help_text
 from nemo_kd.config import ConfigError, describe, typed
-from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig, TrainerConfig
+from nemo_kd.run.launch import needs_launch
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMANDS = [module.COMMAND for module in (compute_topk_logits, train_gpt_knowledge_distillation, convert_checkpoint)]
+COMMANDS = [
+    module.COMMAND
+    for module in (compute_topk_logits, train_gpt_knowledge_distillation, convert_checkpoint)
+]
 MINIMAL = {
     "compute_topk_logits": "pretrained_checkpoint.restore_from_path=t data.data.file_path=d.jsonl output_path=o.jsonl",
     "train_gpt_knowledge_distillation": "pretrained_checkpoint.restore_from_path=s model.data.data_prefix={train:[t],validation:[v]}",
@@ -198,21 +201,31 @@ def test_nemo_aligners_guide_runs_unchanged():
     ]
     older, warnings = compose("compute_topk_logits", OLDER_GUIDE_STAGE_1)
     assert older.model.micro_batch_size == 2
-    assert "batch_size=16: data.max_tokens_per_batch and model.micro_batch_size say what" in warnings[0]
+    assert (
+        "batch_size=16: data.max_tokens_per_batch and model.micro_batch_size say what"
+        in warnings[0]
+    )
     student, warnings = compose("train_gpt_knowledge_distillation", GUIDE_STAGE_2)
     assert student.model.knowledge_distillation.sft_loss_weight == 0.4
     assert student.model.data.paths("test") == ["val_CHUNK_ID.jsonl"]
     assert student.exp_manager.wandb_logger_kwargs == {"name": "kd", "project": "kd"}
-    assert [line.split("=")[0] for line in warnings] == ["model.data.n_examples_per_chunk", "model.data.splits_string"]
+    assert [line.split("=")[0] for line in warnings] == [
+        "model.data.n_examples_per_chunk",
+        "model.data.splits_string",
+    ]
 
 
 def test_nemo_aligners_yaml_files_are_taken():
-    teacher, warnings = compose("compute_topk_logits", MINIMAL["compute_topk_logits"], ALIGNER_STAGE_1)
+    teacher, warnings = compose(
+        "compute_topk_logits", MINIMAL["compute_topk_logits"], ALIGNER_STAGE_1
+    )
     assert teacher.start_from_idx == 0
     assert teacher.data.data.max_seq_length == 4096
     assert all("=" in line and ": " in line for line in warnings)
     student, _ = compose(
-        "train_gpt_knowledge_distillation", MINIMAL["train_gpt_knowledge_distillation"], ALIGNER_STAGE_2
+        "train_gpt_knowledge_distillation",
+        MINIMAL["train_gpt_knowledge_distillation"],
+        ALIGNER_STAGE_2,
     )
     assert student.trainer.knowledge_distillation.save_interval == 100
     assert student.model.data.seq_length == 4096
@@ -233,7 +246,10 @@ def test_keys_for_apexs_distributed_optimizer_are_answered():
         "contiguous_grad_bucket",
         "overlap_grad_sync",
     ]
-    assert all(line.endswith(": Megatron Core lays out and reduces gradients by itself") for line in warnings)
+    assert all(
+        line.endswith(": Megatron Core lays out and reduces gradients by itself")
+        for line in warnings
+    )
 
 
 def test_a_warmup_by_ratio_needs_no_other_key():
@@ -245,7 +261,9 @@ def test_a_warmup_by_ratio_needs_no_other_key():
 
 
 def test_ignored_keys_tell_why():
-    _, warnings = compose("compute_topk_logits", MINIMAL["compute_topk_logits"] + " data.sample=True")
+    _, warnings = compose(
+        "compute_topk_logits", MINIMAL["compute_topk_logits"] + " data.sample=True"
+    )
     assert warnings == ["data.sample=True: every example is cached once"]
 
 
@@ -265,8 +283,16 @@ def test_aliases_must_not_contradict():
         ("compute_topk_logits", "model.nope.deep=3", "model.nope.deep"),
         ("compute_topk_logits", "top_k=0", "top_k: 0 must be from 1 to 65535"),
         ("compute_topk_logits", "top_k=many", "top_k: Value 'many'"),
-        ("compute_topk_logits", "n_examples_per_chunk=5", "has no CHUNK_ID, which n_examples_per_chunk=5 needs"),
-        ("compute_topk_logits", "start_from_idx=5 end_at_idx=4", "end_at_idx: 4 lies before start_from_idx 5"),
+        (
+            "compute_topk_logits",
+            "n_examples_per_chunk=5",
+            "has no CHUNK_ID, which n_examples_per_chunk=5 needs",
+        ),
+        (
+            "compute_topk_logits",
+            "start_from_idx=5 end_at_idx=4",
+            "end_at_idx: 4 lies before start_from_idx 5",
+        ),
         ("compute_topk_logits", "trainer.precision=fp8", "trainer.precision: 'fp8' is not one of"),
         (
             "compute_topk_logits",
@@ -283,20 +309,48 @@ def test_aliases_must_not_contradict():
             "model.knowledge_distillation.kd_loss=fkl",
             "'fkl' is not one of forward_kl, reverse_kl, jsd, skewed_forward_kl",
         ),
-        ("train_gpt_knowledge_distillation", "model.knowledge_distillation.kd_loss_weight=0", "are both 0"),
-        ("train_gpt_knowledge_distillation", "model.data.data_impl=dataset", "has no teacher logits"),
-        ("train_gpt_knowledge_distillation", "model.data.data_impl=mmap", "'mmap' is not read here"),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.knowledge_distillation.kd_loss_weight=0",
+            "are both 0",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.data.data_impl=dataset",
+            "has no teacher logits",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.data.data_impl=mmap",
+            "'mmap' is not read here",
+        ),
         (
             "train_gpt_knowledge_distillation",
             "model.data.dataset.file_path=d.jsonl",
             "file_path: d.jsonl is not read; name",
         ),
         ("train_gpt_knowledge_distillation", "model.optim.lr=null", "model.optim.lr"),
-        ("train_gpt_knowledge_distillation", "'model.data.data_prefix={train: [a]}'", "no validation data"),
-        ("train_gpt_knowledge_distillation", "model.peft.peft_scheme=ptuning", "'ptuning' is not available; use lora"),
-        ("train_gpt_knowledge_distillation", "model.optim.name=sgd", "'sgd' is not one of distributed_fused_adam"),
+        (
+            "train_gpt_knowledge_distillation",
+            "'model.data.data_prefix={train: [a]}'",
+            "no validation data",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.peft.peft_scheme=ptuning",
+            "'ptuning' is not available; use lora",
+        ),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.optim.name=sgd",
+            "'sgd' is not one of distributed_fused_adam",
+        ),
         *(
-            ("train_gpt_knowledge_distillation", f"'{LOOP}.{key}={value}'", f"{LOOP}.{key}: {value} must")
+            (
+                "train_gpt_knowledge_distillation",
+                f"'{LOOP}.{key}={value}'",
+                f"{LOOP}.{key}: {value} must",
+            )
             for key, value in (
                 ("max_steps", -7),
                 ("limit_train_batches", 0),
@@ -306,7 +360,11 @@ def test_aliases_must_not_contradict():
                 ("log_every_n_steps", 0),
             )
         ),
-        ("train_gpt_knowledge_distillation", f"{LOOP}.limit_val_batches=2.5", "2.5 is neither a whole number"),
+        (
+            "train_gpt_knowledge_distillation",
+            f"{LOOP}.limit_val_batches=2.5",
+            "2.5 is neither a whole number",
+        ),
         *(
             (
                 "train_gpt_knowledge_distillation",
@@ -315,7 +373,11 @@ def test_aliases_must_not_contradict():
             )
             for value in ("two", "1.5", "[1, 1]", "{trian: 2}", "{train: 0}", "true")
         ),
-        ("train_gpt_knowledge_distillation", "model.data.seq_length=0", "model.data.seq_length: 0 must be at least 2"),
+        (
+            "train_gpt_knowledge_distillation",
+            "model.data.seq_length=0",
+            "model.data.seq_length: 0 must be at least 2",
+        ),
         (
             "train_gpt_knowledge_distillation",
             "model.data.dataset.format=foo",
@@ -345,7 +407,9 @@ def test_the_command_ends_with_the_message_and_status_2(tmp_path):
 
 def test_hydras_rerun_which_unpickles_is_refused(tmp_path):
     (tmp_path / "config.pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
-    result = command("compute_topk_logits", "--experimental-rerun", str(tmp_path / "config.pickle"), cwd=tmp_path)
+    result = command(
+        "compute_topk_logits", "--experimental-rerun", str(tmp_path / "config.pickle"), cwd=tmp_path
+    )
     assert result.returncode == 2
     assert "--experimental-rerun: refused" in result.stderr
     assert not (tmp_path / "ran").exists()
@@ -353,7 +417,8 @@ def test_hydras_rerun_which_unpickles_is_refused(tmp_path):
 
 def test_mandatory_keys_that_a_yaml_leaves_null_are_named():
     with pytest.raises(
-        ConfigError, match=r"mandatory keys have no value: .*output_path, pretrained_checkpoint\.restore"
+        ConfigError,
+        match=r"mandatory keys have no value: .*output_path, pretrained_checkpoint\.restore",
     ):
         compose("compute_topk_logits", "data.data.file_path=d.jsonl", ALIGNER_STAGE_1)
 

@@ -50,7 +50,9 @@ def change(path: Path, **values: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-@pytest.mark.parametrize("content", ["[]", "null", "3", "{", DEEP, f'{{"a": {DEEP}}}', f'{{"a": {LONG}}}', "\xff"])
+@pytest.mark.parametrize(
+    "content", ["[]", "null", "3", "{", DEEP, f'{{"a": {DEEP}}}', f'{{"a": {LONG}}}', "\xff"]
+)
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_files_that_are_no_mappings_are_named(model, name, content):
     (model / name).write_bytes(content.encode("latin-1"))
@@ -60,9 +62,18 @@ def test_json_files_that_are_no_mappings_are_named(model, name, content):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        *((key, 10**9) for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")),
-        *((key, 2) for key in ("hidden_size", "vocab_size", "intermediate_size", "num_key_value_heads")),
-        *(("num_hidden_layers", value) for value in (0, -1, 4000, "2", [2], True, 2.0, float("nan"), {})),
+        *(
+            (key, 10**9)
+            for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")
+        ),
+        *(
+            (key, 2)
+            for key in ("hidden_size", "vocab_size", "intermediate_size", "num_key_value_heads")
+        ),
+        *(
+            ("num_hidden_layers", value)
+            for value in (0, -1, 4000, "2", [2], True, 2.0, float("nan"), {})
+        ),
         *(("num_attention_heads", value) for value in (0, True, "4", [])),
         ("head_dim", True),
         ("num_key_value_heads", "many"),
@@ -87,7 +98,8 @@ def test_wrong_values_of_config_json_are_named(model, key, value):
     message = error_of(model)
     assert "config.json" in message
     assert any(
-        name in message for name in (key, "shape", "num_layers", "kv_channels", "ffn_hidden_size", "rope_scaling")
+        name in message
+        for name in (key, "shape", "num_layers", "kv_channels", "ffn_hidden_size", "rope_scaling")
     )
 
 
@@ -97,7 +109,9 @@ def test_sliding_windows_are_checked(model, value):
     assert "config.json: sliding_window: found" in error_of(model)
 
 
-@pytest.mark.parametrize("kinds", ["sliding", 3, [[]], {"a": 1}, [None, None], ["sliding_attention"] * 100_000])
+@pytest.mark.parametrize(
+    "kinds", ["sliding", 3, [[]], {"a": 1}, [None, None], ["sliding_attention"] * 100_000]
+)
 def test_layer_types_are_checked(model, kinds):
     change(model / "config.json", use_sliding_window=True, sliding_window=4, layer_types=kinds)
     assert "config.json: layer_types" in error_of(model)
@@ -148,15 +162,23 @@ def header(content: object, length: int | None = None, data: bytes = b"") -> byt
         header(DEEP.encode()),
         header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),
         header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, data=b"0" * 16),
-        header({"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}}, data=b"0" * 16),
-        header({name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"}, data=b"0" * 16),
+        header(
+            {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}},
+            data=b"0" * 16,
+        ),
+        header(
+            {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"},
+            data=b"0" * 16,
+        ),
         header({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, data=b"0" * 16),
         header({"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}, data=b"0" * 16),
     ],
 )
 def test_headers_that_lie_are_refused(model, content):
     (model / "model.safetensors").write_bytes(content)
-    assert error_of(model).startswith(f"{model / 'model.safetensors'}: not a readable safetensors file")
+    assert error_of(model).startswith(
+        f"{model / 'model.safetensors'}: not a readable safetensors file"
+    )
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
@@ -180,7 +202,13 @@ def test_what_is_no_readable_file_is_named(model, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["model.layers.0.self_attn.o_proj.bias", "score.weight", "lm_head.bias", "model.layers.0.extra_norm.weight"]
+    "name",
+    [
+        "model.layers.0.self_attn.o_proj.bias",
+        "score.weight",
+        "lm_head.bias",
+        "model.layers.0.extra_norm.weight",
+    ],
 )
 def test_stored_tensors_without_a_place_are_named(model, name):
     weights = load_file(model / "model.safetensors")
@@ -190,12 +218,17 @@ def test_stored_tensors_without_a_place_are_named(model, name):
 
 def test_frequencies_of_old_checkpoints_are_harmless(model):
     weights = load_file(model / "model.safetensors")
-    save_file({**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}, model / "model.safetensors")
+    save_file(
+        {**weights, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)},
+        model / "model.safetensors",
+    )
     with open_pretrained(str(model)) as opened:
         assert opened.architecture.share_embeddings_and_output_weights
 
 
-@pytest.mark.parametrize("name", [*(name for name in MODELS if name.endswith("_tied")), "qwen3_moe", "mistral"])
+@pytest.mark.parametrize(
+    "name", [*(name for name in MODELS if name.endswith("_tied")), "qwen3_moe", "mistral"]
+)
 def test_a_stored_output_layer_is_used_as_transformers_uses_it(tmp_path, name):
     build_hf_model(name).save_pretrained(tmp_path)
     change(tmp_path / "config.json", tie_word_embeddings=True)
@@ -226,10 +259,25 @@ def test_a_stored_output_layer_of_another_shape_is_refused(model):
 def test_an_archive_has_bounds_too():
     from nemo_kd.config.model import GPTArchitecture
 
-    fine = {"family": "llama", "vocab_size": 8, "num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8}
-    fine |= {"num_attention_heads": 2, "num_query_groups": 2, "kv_channels": 4, "max_position_embeddings": 8}
+    fine = {
+        "family": "llama",
+        "vocab_size": 8,
+        "num_layers": 1,
+        "hidden_size": 8,
+        "ffn_hidden_size": 8,
+    }
+    fine |= {
+        "num_attention_heads": 2,
+        "num_query_groups": 2,
+        "kv_channels": 4,
+        "max_position_embeddings": 8,
+    }
     fine |= {"layernorm_epsilon": 1e-6, "rotary_base": 1e4}
     GPTArchitecture(**fine)
-    for key, value in (("num_layers", 10**9), ("num_query_groups", 0), ("rotary_base", float("nan"))):
+    for key, value in (
+        ("num_layers", 10**9),
+        ("num_query_groups", 0),
+        ("rotary_base", float("nan")),
+    ):
         with pytest.raises(ConfigError, match=f"{key}: found"):
             GPTArchitecture(**{**fine, key: value})

@@ -21,15 +21,22 @@ from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
 from nemo_kd.data.records import DataError, JsonlRecords
-from nemo_kd.data.tokenizer import chat_template_fingerprint, load_tokenizer, padding_id, tokenizer_fingerprint
-from nemo_kd.trainer.plan import TrainingPlan, plan_training
+from nemo_kd.data.tokenizer import (
+    chat_template_fingerprint,
+    load_tokenizer,
+    padding_id,
+    tokenizer_fingerprint,
+)
+from nemo_kd.student.training_plan import TrainingPlan, plan_training
 from tests.tiny_tokenizer import train_tokenizer
 
 
 def test_records_are_read_by_index_whatever_the_order(tmp_path):
     path = tmp_path / "d.jsonl"
     rows = [{"n": 0, "text": "ü\u2028 x"}, {"n": 1}, {"n": 2, "deep": {"a": [1]}}]
-    path.write_text("\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    path.write_text(
+        "\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+    )
     records = JsonlRecords(path)
     assert [records[i] for i in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
     assert pickle.loads(pickle.dumps(records))[1] == rows[1]
@@ -55,7 +62,10 @@ def number_of(records, index):
 def test_fingerprints_are_sha256_of_the_bytes(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' * 300_000)
-    assert JsonlRecords(path).fingerprint() == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert (
+        JsonlRecords(path).fingerprint()
+        == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
+    )
 
 
 def test_tokenizers_are_loaded_from_folders_only(tmp_path):
@@ -66,7 +76,9 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
     assert tokenizer_fingerprint(loaded) != tokenizer_fingerprint(train_tokenizer(600))
     assert chat_template_fingerprint(loaded) == chat_template_fingerprint(tokenizer)
-    with pytest.raises(DataError, match="missing: no such folder; a tokenizer is read from the folder of its model"):
+    with pytest.raises(
+        DataError, match="missing: no such folder; a tokenizer is read from the folder of its model"
+    ):
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="empty: no usable tokenizer"):
@@ -99,7 +111,9 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, message):
 def dataset(tmp_path, records, max_seq_length=512, vocab_size=512, **config):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    data = DataConfig(chat=config.pop("chat", None), data=DatasetConfig(file_path=str(path), **config))
+    data = DataConfig(
+        chat=config.pop("chat", None), data=DatasetConfig(file_path=str(path), **config)
+    )
     return TokenizedDataset(data, train_tokenizer(512), max_seq_length, vocab_size)
 
 
@@ -111,13 +125,22 @@ def test_examples_are_shifted_and_carry_their_index(tmp_path):
     assert first.tokens_S.tolist() == ids[:-1]
     assert first.labels_S.tolist() == ids[1:]
     assert (first.index, examples[1].index) == (0, 1)
-    assert describe_example(first, train_tokenizer(512)).endswith("<|im_start|>assistant\n«Yo<|im_end|>»\n")
+    assert describe_example(first, train_tokenizer(512)).endswith(
+        "<|im_start|>assistant\n«Yo<|im_end|>»\n"
+    )
 
 
 def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
-    long = {"messages": [{"role": "user", "content": "x " * 300}, {"role": "assistant", "content": "Yo"}]}
+    long = {
+        "messages": [
+            {"role": "user", "content": "x " * 300},
+            {"role": "assistant", "content": "Yo"},
+        ]
+    }
     silent = {"messages": [{"role": "user", "content": "Hi"}]}
-    examples = dataset(tmp_path, [long, silent, {"input": "a", "output": "b"}], max_seq_length=50, min_seq_length=4)
+    examples = dataset(
+        tmp_path, [long, silent, {"input": "a", "output": "b"}], max_seq_length=50, min_seq_length=4
+    )
     assert [examples[i] for i in range(3)] == [
         Skipped(0, "too long"),
         Skipped(1, "no loss tokens"),
@@ -142,44 +165,60 @@ def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
 
 
 def test_the_longest_example_has_max_seq_length_positions(tmp_path):
-    record = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    record = {
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    }
     length = dataset(tmp_path, [record])[0].num_tokens
     assert isinstance(dataset(tmp_path, [record], max_seq_length=length)[0], Example)
     assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == Skipped(0, "too long")
     prompt = {"input": "word " * 100, "output": "end"}
     assert dataset(tmp_path, [prompt], max_seq_length=20)[0].num_tokens == 20
-    assert dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[0] == Skipped(0, "too long")
+    assert dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[
+        0
+    ] == Skipped(0, "too long")
 
 
 def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
     with pytest.raises(DataError, match=r"d\.jsonl:2: data\.chat=True needs the field"):
         dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[1]
     with pytest.raises(
-        DataError, match=r"d\.jsonl:1: data\.format=messages|d\.jsonl:1: data\.data\.format=messages needs"
+        DataError,
+        match=r"d\.jsonl:1: data\.format=messages|d\.jsonl:1: data\.data\.format=messages needs",
     ):
         dataset(tmp_path, [{"input": "a", "output": "b"}], format="messages")[0]
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(tmp_path):
     with pytest.raises(
-        DataError, match=r"d\.jsonl:1: the token '.*' has the id \d+, outside the model's vocabulary of 20"
+        DataError,
+        match=r"d\.jsonl:1: the token '.*' has the id \d+, outside the model's vocabulary of 20",
     ):
         dataset(tmp_path, [{"input": "a", "output": "b"}], vocab_size=20)[0]
     assert padding_id(train_tokenizer(512), 512) == 0
     assert (
-        padding_id(PreTrainedTokenizerFast(tokenizer_object=train_tokenizer(512)._tokenizer, pad_token="<|eot|>"), 3)
+        padding_id(
+            PreTrainedTokenizerFast(
+                tokenizer_object=train_tokenizer(512)._tokenizer, pad_token="<|eot|>"
+            ),
+            3,
+        )
         == 0
     )
 
 
 def example(index, length, k=None):
-    part = Example(index, np.arange(length) + 1, np.arange(length) + 2, np.ones(length, dtype=np.float32))
+    part = Example(
+        index, np.arange(length) + 1, np.arange(length) + 2, np.ones(length, dtype=np.float32)
+    )
     if k is None:
         return part
     logits = -np.arange(k, dtype=np.float32) * np.ones((length, 1), dtype=np.float32)
     ids = np.arange(k) + np.zeros((length, 1), dtype=np.int64)
     tail = np.full((1, length), 0.1, dtype=np.float32)
-    return CachedExample(part, TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32), tail))
+    return CachedExample(
+        part,
+        TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32), tail),
+    )
 
 
 def test_collate_pads_on_the_right_and_masks_the_padding():
@@ -281,10 +320,17 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     assert collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):
         assert (
-            collate([said(0, 3, 2, num_samples=first), said(1, 3, 2, num_samples=second)], 0).tail_token_ids_BSM is None
+            collate(
+                [said(0, 3, 2, num_samples=first), said(1, 3, 2, num_samples=second)], 0
+            ).tail_token_ids_BSM
+            is None
         )
     fillers = collate([None, None], 0)
-    assert (fillers.num_examples, fillers.topk_logits_BSK, fillers.loss_mask_BS.sum()) == (0, None, 0)
+    assert (fillers.num_examples, fillers.topk_logits_BSK, fillers.loss_mask_BS.sum()) == (
+        0,
+        None,
+        0,
+    )
 
 
 @pytest.mark.parametrize(
@@ -294,7 +340,10 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
         (LoopConfig(max_steps=5, val_check_interval=1000), TrainingPlan(6, 5, 1000, 1000)),
         (LoopConfig(val_check_interval=0.5, save_interval=1.0), TrainingPlan(6, 6, 3, 6)),
         (LoopConfig(val_check_interval=4, save_interval=3), TrainingPlan(6, 6, 4, 3)),
-        (LoopConfig(max_epochs=3, limit_train_batches=2, val_check_interval=1), TrainingPlan(2, 6, 1, 1)),
+        (
+            LoopConfig(max_epochs=3, limit_train_batches=2, val_check_interval=1),
+            TrainingPlan(2, 6, 1, 1),
+        ),
         (LoopConfig(limit_train_batches=0.5), TrainingPlan(3, 3, 100, 100)),
     ],
 )
@@ -309,7 +358,9 @@ def test_impossible_plans_and_layouts_are_refused():
         plan_training(LoopConfig(max_steps=0), 80, 8)
     with pytest.raises(ConfigError, match="2 x 4 = 8"):
         check_batch_sizes(2, 12, 4)
-    with pytest.raises(ConfigError, match="tensor_model_parallel_size: 3 does not divide the 4 ranks"):
+    with pytest.raises(
+        ConfigError, match="tensor_model_parallel_size: 3 does not divide the 4 ranks"
+    ):
         ParallelConfig(tensor_model_parallel_size=3).data_parallel_size(4)
     with pytest.raises(ConfigError, match="exceeds the model's max_position_embeddings"):
         sequence_length("key", 9, 8)

@@ -25,11 +25,14 @@ CONFIGS = {
     "convert_checkpoint": ConvertCheckpointConfig,
 }
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted((ROOT / "examples").glob("*.py"))
+COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted(
+    (ROOT / "examples").glob("*.py")
+)
 SOURCES = sorted((ROOT / "nemo_kd").rglob("*.py"))
 HYDRA_OPTIONS = {*VALUE_OPTIONS, *FLAGS, *CHOICES, "-h", "--help", "--version"}
 COMMAND_LINE = re.compile(
-    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)", re.MULTILINE
+    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)",
+    re.MULTILINE,
 )
 """A command and its arguments, in backticks or from the beginning of a line, perhaps behind `usage:` or the like."""
 KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
@@ -48,36 +51,47 @@ def test_keys_in_the_documentation_exist(page):
 def test_the_page_on_stage_2_lists_what_may_change_when_a_run_goes_on():
     text = (ROOT / "docs" / "stage_2.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"These may change freely.*?\n\n(\|.*?)\n\n", text, re.DOTALL)
-    patterns = [re.escape(name).replace(r"\*", r"\w*") for name in re.findall(r"`([\w.*]+)`", table)]
+    patterns = [
+        re.escape(name).replace(r"\*", r"\w*") for name in re.findall(r"`([\w.*]+)`", table)
+    ]
     for key in FREE_KEYS:
         name = key.rpartition(".")[2]
         is_size = name.endswith("_parallel_size") and "parallel sizes" in table
-        assert key == KEY or is_size or any(re.fullmatch(rf"(.*\.)?{one}", key) for one in patterns), (
-            f"{key} is missing"
-        )
+        assert (
+            key == KEY or is_size or any(re.fullmatch(rf"(.*\.)?{one}", key) for one in patterns)
+        ), f"{key} is missing"
 
 
 def test_links_between_pages_lead_somewhere():
     for page in PAGES:
-        for target in re.findall(r"\]\(([^)#\s:]*(?:#[^)\s]*)?)\)", page.read_text(encoding="utf-8")):
+        for target in re.findall(
+            r"\]\(([^)#\s:]*(?:#[^)\s]*)?)\)", page.read_text(encoding="utf-8")
+        ):
             path, _, anchor = target.partition("#")
             file = (page.parent / path).resolve() if path else page
             assert file.exists(), f"{page.name}: {target}"
             if anchor:
                 headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
-                anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+                anchors = {
+                    re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                    for heading in headings
+                }
                 assert anchor in anchors, f"{page.name}: {target}"
 
 
 @functools.cache
 def options_of(command: str, subcommand: str) -> set[str]:
     """Return the options that a command takes, or logit_cache with a subcommand."""
-    parser: argparse.ArgumentParser = plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
+    parser: argparse.ArgumentParser = (
+        plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
+    )
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
         keys = {each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))}
         return HYDRA_OPTIONS | {f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "shard"}}
     if command == "logit_cache" and not subcommand.startswith("-"):
-        (subcommands,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+        (subcommands,) = (
+            action.choices for action in parser._actions if isinstance(action.choices, dict)
+        )
         assert subcommand in subcommands, f"logit_cache {subcommand}: there is no such subcommand"
         parser = subcommands[subcommand]
     return {option for action in parser._actions for option in action.option_strings}
@@ -92,7 +106,10 @@ def texts_of(file: Path) -> list[str]:
     joined = [node for node in nodes if isinstance(node, ast.JoinedStr)]
     parts = {id(part) for node in joined for part in node.values}
     texts = [
-        "".join(str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "X" for part in node.values)
+        "".join(
+            str(getattr(part, "value", "")) if isinstance(part, ast.Constant) else "X"
+            for part in node.values
+        )
         for node in joined
     ]
     return texts + [
@@ -105,11 +122,17 @@ def texts_of(file: Path) -> list[str]:
 def test_command_lines_name_subcommands_and_options_that_exist():
     found = set()
     for file in PAGES + SOURCES:
-        for command, arguments in (line for text in texts_of(file) for line in COMMAND_LINE.findall(text)):
+        for command, arguments in (
+            line for text in texts_of(file) for line in COMMAND_LINE.findall(text)
+        ):
             found.add(command)
             subcommand = arguments.split()[0] if command == "logit_cache" else ""
             if subcommand == "X":
                 continue
-            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)) - options_of(command, subcommand)
-            assert not unknown, f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)) - options_of(
+                command, subcommand
+            )
+            assert not unknown, (
+                f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
+            )
     assert found == {*CONFIGS, "logit_cache", "plot_runs"}

@@ -10,22 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.cli.endings import user_message
 from nemo_kd.config import ConfigError
+from nemo_kd.run.endings import user_message
 
 ROOT = Path(__file__).resolve().parents[2]
-WORKER = (
-    "Caught {name} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n{said}\n"
-)
+WORKER = "Caught {name} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File ...\n{said}\n"
 
 
 def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     """A command that runs `code`."""
-    program = "import os, sys, time, errno, multiprocessing\nfrom nemo_kd.cli.endings import errors_end_the_process\n"
-    program += "with errors_end_the_process():\n" + "".join(f"    {line}\n" for line in code.splitlines())
+    program = "import os, sys, time, errno, multiprocessing\nfrom nemo_kd.run.endings import errors_end_the_process\n"
+    program += "with errors_end_the_process():\n" + "".join(
+        f"    {line}\n" for line in code.splitlines()
+    )
     line = [sys.executable, "-c", program]
     return subprocess.run(
-        line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60, env={"PATH": "", **env}
+        line,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        timeout=60,
+        env={"PATH": "", **env},
     )
 
 
@@ -36,24 +42,54 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             OSError(errno.ENOSPC, "x", "/a/b"),
             "/a/b: No space left on device; the disk is full: free some space, then run",
         ),
-        (OSError(errno.EDQUOT, "x", "/a/b"), "/a/b: Disk quota exceeded; your quota is used up: free some space"),
-        (OSError(errno.EIO, "x", "/a/b"), "/a/b: Input/output error; the disk or network file system"),
-        (PermissionError(errno.EACCES, "x", "/a/b"), "/a/b: Permission denied; give another path, or have its owner"),
-        (IsADirectoryError(errno.EISDIR, "x", "/a"), "/a: Is a directory; a folder has this name: give a file's path"),
-        (FileNotFoundError(errno.ENOENT, "x", "/a"), "/a: No such file or directory; check the path"),
+        (
+            OSError(errno.EDQUOT, "x", "/a/b"),
+            "/a/b: Disk quota exceeded; your quota is used up: free some space",
+        ),
+        (
+            OSError(errno.EIO, "x", "/a/b"),
+            "/a/b: Input/output error; the disk or network file system",
+        ),
+        (
+            PermissionError(errno.EACCES, "x", "/a/b"),
+            "/a/b: Permission denied; give another path, or have its owner",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "x", "/a"),
+            "/a: Is a directory; a folder has this name: give a file's path",
+        ),
+        (
+            FileNotFoundError(errno.ENOENT, "x", "/a"),
+            "/a: No such file or directory; check the path",
+        ),
         (
             OSError(errno.EMFILE, "x", "/a"),
             "/a: Too many open files; too many files are open: raise the limit (`ulimit -n`)",
         ),
-        (OSError(errno.EADDRINUSE, "x"), "Address already in use; another program uses this network port"),
+        (
+            OSError(errno.EADDRINUSE, "x"),
+            "Address already in use; another program uses this network port",
+        ),
         (OSError(errno.EXDEV, "x", "/a", None, "/b"), None),
         (OSError(errno.ENOTEMPTY, "x", "/a", None, "/b"), "/a -> /b: Directory not empty"),
         (
-            OSError(WORKER.format(name="OSError", said="OSError: [Errno 28] No space left on device: '/c'")),
+            OSError(
+                WORKER.format(
+                    name="OSError", said="OSError: [Errno 28] No space left on device: '/c'"
+                )
+            ),
             "/c: No space",
         ),
-        (RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"), "No space left on"),
-        (RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'), "No space left on"),
+        (
+            RuntimeError(
+                "Error while serializing: I/O error: No space left on device (os error 28)"
+            ),
+            "No space left on",
+        ),
+        (
+            RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'),
+            "No space left on",
+        ),
         (
             RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
             "a file cannot be written (",
@@ -62,14 +98,27 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "),
             "a process that reads data ahead was",
         ),
-        (RuntimeError("DataLoader worker (pid(s) 17, 18) exited unexpectedly"), "a process that reads data ahead was"),
         (
-            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+            RuntimeError("DataLoader worker (pid(s) 17, 18) exited unexpectedly"),
+            "a process that reads data ahead was",
+        ),
+        (
+            RuntimeError(
+                "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+            ),
             "out of memory (Defau",
         ),
         (MemoryError(), "out of memory; make batches smaller"),
-        (RecursionError("maximum recursion depth exceeded"), "something in the input is nested too deeply"),
-        (ConfigError(WORKER.format(name="ConfigError", said="nemo_kd.config.typed.ConfigError: a:3: bad")), "a:3: bad"),
+        (
+            RecursionError("maximum recursion depth exceeded"),
+            "something in the input is nested too deeply",
+        ),
+        (
+            ConfigError(
+                WORKER.format(name="ConfigError", said="nemo_kd.config.typed.ConfigError: a:3: bad")
+            ),
+            "a:3: bad",
+        ),
         (ValueError("a bug"), None),
         (OSError("no number"), None),
     ],
@@ -90,7 +139,9 @@ def test_a_cause_that_a_library_wraps_is_found():
 def test_machine_errors_end_with_status_2_and_bugs_with_a_traceback():
     result = failing('open("/no/such/file")')
     assert (result.returncode, "Traceback" in result.stderr) == (2, False)
-    assert result.stderr.startswith("error: /no/such/file: No such file or directory; check the path")
+    assert result.stderr.startswith(
+        "error: /no/such/file: No such file or directory; check the path"
+    )
     result = failing('open("/no/such/file")', HYDRA_FULL_ERROR="1")
     assert (result.returncode, "Traceback" in result.stderr) == (1, True)
     result = failing('raise ValueError("a \\x1b[2J bug")')
@@ -111,5 +162,7 @@ def test_machine_errors_end_with_status_2_and_bugs_with_a_traceback():
 def test_no_child_keeps_stdout_open(end, status):
     code = "import signal\ndef sleep():\n    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    time.sleep(600)\n"
     started_s = time.monotonic()
-    result = failing(f"{code}multiprocessing.get_context('fork').Process(target=sleep).start()\n{end}")
+    result = failing(
+        f"{code}multiprocessing.get_context('fork').Process(target=sleep).start()\n{end}"
+    )
     assert (result.returncode, time.monotonic() - started_s < 30) == (status, True), result.stderr

@@ -12,11 +12,17 @@ from typing import Any
 import pytest
 
 from nemo_kd.config import ConfigError, describe
-from nemo_kd.config.experiment import FREE_KEYS, allowed_keys, compared_defaults, compared_values, is_free
+from nemo_kd.config.experiment import (
+    FREE_KEYS,
+    allowed_keys,
+    compared_defaults,
+    compared_values,
+    is_free,
+)
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.trainer.checkpoint_folder import CheckpointError, seal
-from nemo_kd.trainer.experiment_record import check_same_experiment, differences, experiment_record
+from nemo_kd.student.checkpoint_folder import CheckpointError, seal
+from nemo_kd.student.experiment_record import check_same_experiment, differences, experiment_record
 from tests.tiny_data import student_config
 
 LOSS = "model.knowledge_distillation"
@@ -33,7 +39,9 @@ def test_every_key_is_compared_unless_it_is_listed_as_free():
     assert f"{LOSS}.kd_loss" in compared
     assert "model.optim.lr" in compared
     for free in FREE_KEYS:
-        assert any(key == free or key.startswith(f"{free}.") for key in keys), f"{free} is not a key"
+        assert any(key == free or key.startswith(f"{free}.") for key in keys), (
+            f"{free} is not a key"
+        )
     assert set(compared_defaults(TrainStudentConfig)) == set(compared)
 
 
@@ -43,7 +51,10 @@ def test_a_key_that_nobody_has_listed_is_compared():
         new_loss_weight: float = 0.0
 
     old = config()
-    new = WithNewKey(**{field.name: getattr(old, field.name) for field in dataclasses.fields(old)}, new_loss_weight=2.0)
+    new = WithNewKey(
+        **{field.name: getattr(old, field.name) for field in dataclasses.fields(old)},
+        new_loss_weight=2.0,
+    )
     assert compared_values(new)["new_loss_weight"] == 2.0
     assert compared_defaults(WithNewKey)["new_loss_weight"] == 0.0
 
@@ -76,7 +87,11 @@ def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
 
     def record() -> dict[str, Any]:
         return experiment_record(
-            config(**custom), GPTArchitecture("llama", 100, 1, 8, 8, 1, 1, 8, 512, 1e-5, 1e4), {}, {}, 1
+            config(**custom),
+            GPTArchitecture("llama", 100, 1, 8, 8, 1, 1, 8, 512, 1e-5, 1e4),
+            {},
+            {},
+            1,
         )
 
     before = record()
@@ -108,7 +123,9 @@ def test_keys_that_may_change(entries, found):
     ],
 )  # fmt: skip
 def test_entries_that_name_no_key(entry, message):
-    compared = [key for key in compared_values(config()) if entry != "name" or key.startswith("model.optim")]
+    compared = [
+        key for key in compared_values(config()) if entry != "name" or key.startswith("model.optim")
+    ]
     with pytest.raises(ConfigError, match=message):
         allowed_keys([entry], compared)
 
@@ -148,23 +165,33 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "nemo_kd"):
         check_same_experiment(folder, changed, ["kd_loss", "data_prefix.train"])
     assert (
-        f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run goes on" in caplog.text
+        f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run goes on"
+        in caplog.text
     )
     for key, value in (
         ("architecture.num_layers", 3),
         ("model.optim.name", "adam"),
         ("model.peft.peft_scheme", "lora"),
     ):
-        with pytest.raises(CheckpointError, match=f"to start over; with another {key} it cannot be used$"):
-            check_same_experiment(folder, {**now, key: value}, [] if key.startswith("architecture") else [key])
+        with pytest.raises(
+            CheckpointError, match=f"to start over; with another {key} it cannot be used$"
+        ):
+            check_same_experiment(
+                folder, {**now, key: value}, [] if key.startswith("architecture") else [key]
+            )
 
 
 def test_adapters_go_on_with_their_own_student_only(tmp_path):
     student = "pretrained_checkpoint.restore_from_path"
-    now = {**compared_values(config(model__peft__peft_scheme="lora")), student: {"name": "a", "weights": "sha256:a"}}
+    now = {
+        **compared_values(config(model__peft__peft_scheme="lora")),
+        student: {"name": "a", "weights": "sha256:a"},
+    }
     folder = checkpoint(tmp_path / "c", now)
     with pytest.raises(CheckpointError, match=f"with another {student} it cannot be used$"):
-        check_same_experiment(folder, {**now, student: {"name": "b", "weights": "sha256:b"}}, [student])
+        check_same_experiment(
+            folder, {**now, student: {"name": "b", "weights": "sha256:b"}}, [student]
+        )
 
 
 def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path, caplog):

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.run import conf_dir
 from nemo_kd.config import ConfigError, describe
-from nemo_kd.config.aligner_keys import translate
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.trainer.checkpoint_folder import CONTENTS
-from nemo_kd.trainer.checkpoints import StudentCheckpoints
-from nemo_kd.trainer.experiment import experiment_settings
+from nemo_kd.student.checkpoint_folder import CONTENTS
+from nemo_kd.student.checkpoints import StudentCheckpoints
+from nemo_kd.student.experiment import experiment_settings
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
@@ -62,9 +62,12 @@ def test_only_folders_that_are_written_have_to_be_writable(tmp_path, monkeypatch
     settings(exp_manager__explicit_log_dir=None, exp_manager__exp_dir=results)
     for key in ("exp_manager__explicit_log_dir", f"{PARAMS}dirpath"):
         with pytest.raises(
-            ConfigError, match=rf"{key.split('__')[-1]}: .* you may not write in {tmp_path / 'current'}"
+            ConfigError,
+            match=rf"{key.split('__')[-1]}: .* you may not write in {tmp_path / 'current'}",
         ):
-            settings(**{"exp_manager__explicit_log_dir": results, key: str(tmp_path / "current" / "run")})
+            settings(
+                **{"exp_manager__explicit_log_dir": results, key: str(tmp_path / "current" / "run")}
+            )
     settings(
         **{
             "exp_manager__explicit_log_dir": results,
@@ -81,13 +84,19 @@ def test_a_folder_that_may_not_be_looked_at_is_not_written(monkeypatch):
     monkeypatch.setattr(os.path, "exists", lambda path: str(path) in ("/", "/root"))
     monkeypatch.setattr(os, "access", lambda path, _: str(path) == "/")
     with pytest.raises(
-        ConfigError, match="explicit_log_dir: /root/results cannot be written: you may not write in /root"
+        ConfigError,
+        match="explicit_log_dir: /root/results cannot be written: you may not write in /root",
     ):
         settings(exp_manager__explicit_log_dir="/root/results")
 
 
 def test_what_nothing_here_asks_is_told():
-    given = {"exp_manager": {"resume_past_end": True, "checkpoint_callback_params": {"every_n_epochs": 2}}}
+    given = {
+        "exp_manager": {
+            "resume_past_end": True,
+            "checkpoint_callback_params": {"every_n_epochs": 2},
+        }
+    }
     _, warnings = translate(OmegaConf.create(given), COMMAND)
     assert warnings == [
         "exp_manager.checkpoint_callback_params.every_n_epochs=2: trainer.knowledge_distillation.save_interval says when",
@@ -101,24 +110,34 @@ def test_a_moving_average_is_refused():
     assert settings(exp_manager__ema={"enable": False})
 
 
-@pytest.mark.parametrize("key", ["create_early_stopping_callback", "checkpoint_callback_params__save_best_model"])
+@pytest.mark.parametrize(
+    "key", ["create_early_stopping_callback", "checkpoint_callback_params__save_best_model"]
+)
 def test_what_needs_validations_is_refused_without_them(key):
     with pytest.raises(ConfigError, match=key.replace("__", ".") + ": True needs validations"):
-        settings(**{f"exp_manager__{key}": True, "trainer__knowledge_distillation__limit_val_batches": 0})
+        settings(
+            **{f"exp_manager__{key}": True, "trainer__knowledge_distillation__limit_val_batches": 0}
+        )
 
 
 def test_the_yaml_file_repeats_the_defaults():
     """One's own YAML file, which has none of this, gives the same run."""
     conf = OmegaConf.load(conf_dir() / f"{COMMAND}.yaml")
     defaults = {one.key: one.default for one in describe(TrainStudentConfig)}
-    found = {key: OmegaConf.select(conf, key) for key in defaults if OmegaConf.select(conf, key) is not None}
+    found = {
+        key: OmegaConf.select(conf, key)
+        for key in defaults
+        if OmegaConf.select(conf, key) is not None
+    }
     assert len(found) > 8
     differing = {key for key, value in found.items() if repr(value) != defaults[key]}
     assert differing == {"model.optim.sched.min_lr"}
 
 
 def test_a_home_folder_is_found_whoever_looks_for_it():
-    found = settings(exp_manager__explicit_log_dir="~/runs", exp_manager__resume_from_checkpoint="~/old")
+    found = settings(
+        exp_manager__explicit_log_dir="~/runs", exp_manager__resume_from_checkpoint="~/old"
+    )
     assert found["explicit_log_dir"] == os.path.expanduser("~/runs")
     assert found["resume_from_checkpoint"] == os.path.expanduser("~/old")
 
@@ -126,7 +145,14 @@ def test_a_home_folder_is_found_whoever_looks_for_it():
 def test_ranks_are_read_from_names(tmp_path):
     """The folder's own name, and values that are no numbers, are no ranks."""
     folder = tmp_path / "val_loss_runs"
-    names = ("2.5000-step=1", "1.2500-step=2", "nan-step=3", "inf-step=4", "3.0000e-05-step=5", "9.0000-step=6-last")
+    names = (
+        "2.5000-step=1",
+        "1.2500-step=2",
+        "nan-step=3",
+        "inf-step=4",
+        "3.0000e-05-step=5",
+        "9.0000-step=6-last",
+    )
     for name in names:
         checkpoint = folder / f"kd--val_loss={name}"
         checkpoint.mkdir(parents=True)

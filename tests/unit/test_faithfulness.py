@@ -7,7 +7,7 @@ import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherTopK
 from nemo_kd.cache.packed_codec import pack, unpack
-from nemo_kd.evaluation.faithfulness import (
+from nemo_kd.tools.faithfulness import (
     LEAST_LABEL_NATS,
     Rounding,
     divergence,
@@ -30,7 +30,10 @@ def top_k(logits: np.ndarray, k: int, labels: np.ndarray | None = None) -> Teach
     """What float32 keeps of dense logits."""
     ids = np.argsort(-logits, axis=1)[:, :k]
     kept = np.take_along_axis(logits, ids, 1)
-    tails = [1 - np.exp(np.take_along_axis(log_softmax(logits / t), ids, 1)).sum(axis=1) for t in TEMPERATURES]
+    tails = [
+        1 - np.exp(np.take_along_axis(log_softmax(logits / t), ids, 1)).sum(axis=1)
+        for t in TEMPERATURES
+    ]
     logprobs = log_softmax(logits)
     return TeacherTopK(
         (kept - kept[:, :1]).astype(np.float32),
@@ -38,11 +41,15 @@ def top_k(logits: np.ndarray, k: int, labels: np.ndarray | None = None) -> Teach
         (-np.take_along_axis(logprobs, ids[:, :1], 1)[:, 0]).astype(np.float32),
         np.array(tails, dtype=np.float32),
         TEMPERATURES,
-        None if labels is None else np.take_along_axis(logprobs, labels[:, None], 1)[:, 0].astype(np.float32),
+        None
+        if labels is None
+        else np.take_along_axis(logprobs, labels[:, None], 1)[:, 0].astype(np.float32),
     )
 
 
-def dense_kl(p_logits: np.ndarray, q_logits: np.ndarray, ids: np.ndarray, temperature: float) -> np.ndarray:
+def dense_kl(
+    p_logits: np.ndarray, q_logits: np.ndarray, ids: np.ndarray, temperature: float
+) -> np.ndarray:
     """KL over the ids and everything else, from whole distributions."""
     p, q = (np.exp(log_softmax(logits / temperature)) for logits in (p_logits, q_logits))
     p_ids, q_ids = np.take_along_axis(p, ids, 1), np.take_along_axis(q, ids, 1)
@@ -58,7 +65,9 @@ def test_divergence_is_that_of_the_dense_distributions(temperature):
     cached, teacher = top_k(p_logits, 12), top_k(q_logits, 60)
     ids = cached.topk_token_ids_SK.astype(np.int64)
     found = divergence(said_about(ids, cached, temperature), said_about(ids, teacher, temperature))
-    np.testing.assert_allclose(found, dense_kl(p_logits, q_logits, ids, temperature), rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        found, dense_kl(p_logits, q_logits, ids, temperature), rtol=1e-3, atol=1e-6
+    )
 
 
 def test_ids_that_the_teacher_does_not_keep_count_as_its_least_likely_ones():
@@ -70,7 +79,9 @@ def test_ids_that_the_teacher_does_not_keep_count_as_its_least_likely_ones():
     exact = np.take_along_axis(log_softmax(q_logits), ids, 1)
     assert (~said.known_PK).any()
     np.testing.assert_allclose(said.logprobs_PK[said.known_PK], exact[said.known_PK], atol=1e-5)
-    smallest = np.take_along_axis(log_softmax(q_logits), teacher.topk_token_ids_SK[:, -1:].astype(int), 1)
+    smallest = np.take_along_axis(
+        log_softmax(q_logits), teacher.topk_token_ids_SK[:, -1:].astype(int), 1
+    )
     assert (said.logprobs_PK <= np.where(said.known_PK, np.inf, smallest + 1e-5)).all()
     np.testing.assert_allclose(np.exp(said.logprobs_PK).sum(axis=1) + said.tail_P, 1, atol=1e-5)
 
@@ -106,7 +117,9 @@ def test_bfloat16_fields_stay_below_their_bound():
     exact = top_k(logits, 25)
     z, lse = rounded(exact.topk_logits_SK), rounded(exact.log_sum_exp_logits_S)
     mass = np.exp(z.astype(np.float64) - lse[:, None]).sum(axis=1)
-    cached = TeacherTopK(z, exact.topk_token_ids_SK, lse, np.clip(1 - mass, 0, 1)[None].astype(np.float32))
+    cached = TeacherTopK(
+        z, exact.topk_token_ids_SK, lse, np.clip(1 - mass, 0, 1)[None].astype(np.float32)
+    )
     ids = cached.topk_token_ids_SK.astype(np.int64)
     said = said_about(ids, cached)
     kl = divergence(said, said_about(ids, exact))
@@ -118,7 +131,9 @@ def test_the_scale_that_fits_is_the_inverse_temperature(temperature):
     logits = np.random.default_rng(4).normal(size=(200, 60)) * 3
     cached, teacher = top_k(logits / temperature, 20), top_k(logits, 30)
     ids = cached.topk_token_ids_SK.astype(np.int64)
-    fit = fit_scale(said_about(ids, cached), said_about(ids, teacher), Rounding(packed=False, bfloat16=False))
+    fit = fit_scale(
+        said_about(ids, cached), said_about(ids, teacher), Rounding(packed=False, bfloat16=False)
+    )
     assert 1 / fit.scale == pytest.approx(temperature, rel=1e-5)
     assert np.median(fit.residuals_P) < 1e-10
     assert fit.standard_error < 1e-5

@@ -8,8 +8,16 @@ import socket
 import pytest
 
 from nemo_kd import files
-from nemo_kd.files import FileError, Lock, abandoned, atomic_file, open_for_append, remove_abandoned, write_atomically
-from nemo_kd.metrics import MetricsFile
+from nemo_kd.files import (
+    FileError,
+    Lock,
+    abandoned,
+    atomic_file,
+    open_for_append,
+    remove_abandoned,
+    write_atomically,
+)
+from nemo_kd.run.metrics import MetricsFile
 
 
 def plant(path, kind, victim):
@@ -29,13 +37,16 @@ def plant(path, kind, victim):
 
 @pytest.mark.parametrize("kind", ["link", "loop", "pipe", "folder", "socket"])
 @pytest.mark.parametrize("opened", [Lock, open_for_append, MetricsFile])
-def test_a_lock_or_log_that_is_no_regular_file_is_refused_at_once(tmp_path, monkeypatch, kind, opened):
+def test_a_lock_or_log_that_is_no_regular_file_is_refused_at_once(
+    tmp_path, monkeypatch, kind, opened
+):
     monkeypatch.chdir(tmp_path)
     victim = tmp_path / "victim"
     victim.write_text("precious")
     plant(tmp_path / "file", kind, victim)
     with pytest.raises(
-        FileError, match=f"file: is {'a symbolic link' if kind in ('link', 'loop') else 'not a regular'}"
+        FileError,
+        match=f"file: is {'a symbolic link' if kind in ('link', 'loop') else 'not a regular'}",
     ):
         opened((tmp_path / "file").relative_to(tmp_path))
     assert victim.read_text() == "precious"
@@ -55,12 +66,17 @@ def test_a_link_planted_after_the_look_is_refused(tmp_path, monkeypatch):
     victim = tmp_path / "victim"
     victim.write_text("precious")
     files.temporary_path(tmp_path / "file").symlink_to(victim)
-    with pytest.raises(FileError, match="something else has this name"), atomic_file(tmp_path / "file"):
+    with (
+        pytest.raises(FileError, match="something else has this name"),
+        atomic_file(tmp_path / "file"),
+    ):
         pass
     assert victim.read_text() == "precious"
 
 
-def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are_not_followed(tmp_path):
+def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are_not_followed(
+    tmp_path,
+):
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_text("precious")
@@ -69,7 +85,10 @@ def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are
     dead.mkdir()
     (dead / "inner").write_text("")
     linked.symlink_to(kept)
-    alive, nobody = tmp_path / f".alive.{machine}-{os.getpid()}.tmp", tmp_path / f".long.{machine}-{'9' * 200}.tmp"
+    alive, nobody = (
+        tmp_path / f".alive.{machine}-{os.getpid()}.tmp",
+        tmp_path / f".long.{machine}-{'9' * 200}.tmp",
+    )
     alive.mkdir()
     nobody.write_text("")
     assert abandoned(tmp_path) == [dead, linked, nobody]

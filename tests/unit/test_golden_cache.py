@@ -68,7 +68,10 @@ def test_the_independent_reader_is_small_and_independent():
     source = (GOLDEN / "independent_reader.py").read_text()
     assert len(source.splitlines()) <= 60
     imported = {
-        alias.name for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Import) for alias in node.names
+        alias.name
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Import)
+        for alias in node.names
     }
     assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(source)))
     assert imported <= {*sys.stdlib_module_names, "zstandard"}
@@ -109,13 +112,17 @@ def compare(cache, row, s, position):
         assert label == row["label_logprobs"][s]
         return
     shift = 1 / 16 + expected_tails[0] / 16
-    half_steps = np.where(np.arange(len(ids)) == 0, 3, 1)  # the likeliest token may have given way to the next
+    half_steps = np.where(
+        np.arange(len(ids)) == 0, 3, 1
+    )  # the likeliest token may have given way to the next
     assert (np.abs(-nats - logprobs) <= half_steps * step(nats) / 2 + 1e-3 + shift).all()
     assert (np.diff(logprobs) <= 0).all()
     odds = [np.log(tail / (1 - tail)) for tail in (expected_tails, np.array(tails))]
     assert (np.abs(odds[0] - odds[1]) <= 1 / 16 + 1e-5).all()
     expected_label = -row["label_logprobs"][s]
-    assert abs(expected_label + label) <= step(expected_label) * 1.5 + 1e-3 + shift * (row["labels"][s] in ids)
+    assert abs(expected_label + label) <= step(expected_label) * 1.5 + 1e-3 + shift * (
+        row["labels"][s] in ids
+    )
     assert sum(np.exp(logprobs)) + tails[0] == pytest.approx(1, abs=1e-9)
     p = np.exp(-nats)
     kl = (p * (-nats - logprobs)).sum() + expected_tails[0] * np.log(expected_tails[0] / tails[0])
@@ -141,7 +148,10 @@ def test_both_readers_agree(name):
             ids, logprobs, tails, label, samples = position
             assert teacher.topk_token_ids_SK[s, : len(ids)].tolist() == ids
             assert (teacher.topk_token_ids_SK[s, len(ids) :] == -1).all()
-            ours = teacher.topk_logits_SK[s, : len(ids)].astype(np.float64) - teacher.log_sum_exp_logits_S[s]
+            ours = (
+                teacher.topk_logits_SK[s, : len(ids)].astype(np.float64)
+                - teacher.log_sum_exp_logits_S[s]
+            )
             np.testing.assert_allclose(np.exp(ours), np.exp(logprobs), rtol=0, atol=1e-6)
             np.testing.assert_allclose(ours, logprobs, rtol=1e-6, atol=1e-6)
             np.testing.assert_allclose(teacher.tail_mass_TS[:, s], tails, rtol=1e-6)
@@ -171,19 +181,32 @@ def test_index_and_manifest_say_what_the_document_says(name):
         path = GOLDEN / name.replace("CHUNK_ID", chunk)
         raw, index = path.read_bytes(), Path(f"{path}.idx").read_bytes()
         magic, digest, *numbers, n = struct.unpack_from("<8s32s8q", index)
-        offsets, counts = struct.unpack_from(f"<{n + 1}q", index, 104), struct.unpack_from(f"<{n}q", index, 112 + 8 * n)
+        offsets, counts = (
+            struct.unpack_from(f"<{n + 1}q", index, 104),
+            struct.unpack_from(f"<{n}q", index, 112 + 8 * n),
+        )
         assert len(index) == 116 + 16 * n
         assert zlib.crc32(index[:-4]) == int.from_bytes(index[-4:], "little")
         found = independent_reader.read(str(path))
-        lengths = [max([s for s, x in enumerate(line["loss_mask"]) if x], default=0) + 1 for line, _ in found]
+        lengths = [
+            max([s for s, x in enumerate(line["loss_mask"]) if x], default=0) + 1
+            for line, _ in found
+        ]
         tokens, topk, ks = [], [], []
         for (line, positions), length in zip(found, lengths, strict=True):
             tokens += line["tokens"][:length] + line["labels"][:length]
             kept = [position[0] for position in positions[:length] if position]
-            topk += sum(kept, []) + sum((list(position[4]) for position in positions[:length] if position), [])
+            topk += sum(kept, []) + sum(
+                (list(position[4]) for position in positions[:length] if position), []
+            )
             ks.append(max(map(len, kept), default=0))
         facts = [len(raw), 0, max(tokens), max(topk), min(ks), max(ks), max(lengths)]
-        assert (magic, digest, numbers, n) == (b"NKDIDX02", hashlib.sha256(raw).digest(), facts, len(found))
+        assert (magic, digest, numbers, n) == (
+            b"NKDIDX02",
+            hashlib.sha256(raw).digest(),
+            facts,
+            len(found),
+        )
         assert list(counts) == lengths
         assert (offsets[0], offsets[-1]) == (0, len(raw))
         for (line, _), start, end in zip(found, offsets[:-1], offsets[1:], strict=True):
@@ -195,7 +218,10 @@ def test_index_and_manifest_say_what_the_document_says(name):
         assert (summary["examples"], summary["loss_tokens"]) == (n, sum(map(sum, masks)))
         indices = [line["index"] for line, _ in found]
         assert summary["first_index"] <= indices[0] < indices[-1] <= summary["last_index"]
-        assert sum(summary["skipped"].values()) == summary["last_index"] + 1 - summary["first_index"] - n
+        assert (
+            sum(summary["skipped"].values())
+            == summary["last_index"] + 1 - summary["first_index"] - n
+        )
 
 
 def test_the_documents_worked_example_is_what_is_written():
@@ -207,8 +233,14 @@ def test_the_documents_worked_example_is_what_is_written():
     assert blob == base64.b64decode(json.loads(line)["teacher"])
     assert streams(blob) == streams(pack(make.tiny_row()))
     positions = independent_reader.positions(json.loads(line))
-    said = re.findall(r"^\| position (\d) \| ([\d, ]+) \| ([-\d., ]+) \| ([\d.]+) \| (-[\d.]+) \|", text, re.MULTILINE)
-    assert [int(number) for number, *_ in said] == [s for s, position in enumerate(positions) if position]
+    said = re.findall(
+        r"^\| position (\d) \| ([\d, ]+) \| ([-\d., ]+) \| ([\d.]+) \| (-[\d.]+) \|",
+        text,
+        re.MULTILINE,
+    )
+    assert [int(number) for number, *_ in said] == [
+        s for s, position in enumerate(positions) if position
+    ]
     for number, ids, logprobs, tail, label in said:
         found = positions[int(number)]
         assert [int(token) for token in ids.split(", ")] == found[0]

@@ -25,15 +25,15 @@ from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.merge import merge
 from nemo_kd.cache.packed_codec import _HEADER, huffman
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import decode, example_hash
-from nemo_kd.cache.repair import repair
-from nemo_kd.cache.salvage import file_sha256, stretches
-from nemo_kd.cache.verify import verify
 from nemo_kd.cache.writer import segment_path
 from nemo_kd.config import UserInputError
+from nemo_kd.tools.merge import merge
+from nemo_kd.tools.repair import repair
+from nemo_kd.tools.salvage import file_sha256, stretches
+from nemo_kd.tools.verify import verify
 from tests.tiny_cache import CacheWriter, chunks_of, manifest, write_segment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,21 +53,40 @@ def write(folder: Path, name: str = "c_CHUNK_ID.jsonl.zst") -> str:
 
 def packed_line(num_positions: int, num_kept: int, counts: bytes) -> bytes:
     """A short line whose header and counts ask for `num_kept` entries."""
-    example = Example(0, *(np.ones(num_positions, dtype=np.int64) for _ in range(2)), np.ones(num_positions))
-    streams = [counts, huffman(np.full(num_positions, 136, np.uint8)), huffman(np.zeros(5, np.uint8))]
+    example = Example(
+        0, *(np.ones(num_positions, dtype=np.int64) for _ in range(2)), np.ones(num_positions)
+    )
+    streams = [
+        counts,
+        huffman(np.full(num_positions, 136, np.uint8)),
+        huffman(np.zeros(5, np.uint8)),
+    ]
     streams += [huffman(np.zeros(5, np.uint8)), b""]
     blob = _HEADER.pack(1, 4, 64, 8, 1, 0, 1, len(streams), num_positions, num_kept)
-    blob += np.array([1], "<f4").tobytes() + np.array([len(one) for one in streams], "<u4").tobytes()
+    blob += (
+        np.array([1], "<f4").tobytes() + np.array([len(one) for one in streams], "<u4").tobytes()
+    )
     blob += b"".join(streams)
     blob += zlib.crc32(blob).to_bytes(4, "little")
     ones = [1] * num_positions
-    fields = {"v": 1, "index": 0, "hash": example_hash(example), "tokens": ones, "labels": ones, "loss_mask": ones}
+    fields = {
+        "v": 1,
+        "index": 0,
+        "hash": example_hash(example),
+        "tokens": ones,
+        "labels": ones,
+        "loss_mask": ones,
+    }
     return orjson.dumps(fields | {"teacher": binascii.b2a_base64(blob, newline=False).decode()})
 
 
 def test_a_short_line_cannot_ask_for_the_memory(tmp_path):
-    line = packed_line(30_000, 30_000 * 60_000, huffman(np.full(30_000, 59_999, "<u2").view(np.uint8)))
-    with pytest.raises(CacheError, match="a stream holds 5 numbers where 1800000000 are called for"):
+    line = packed_line(
+        30_000, 30_000 * 60_000, huffman(np.full(30_000, 59_999, "<u2").view(np.uint8))
+    )
+    with pytest.raises(
+        CacheError, match="a stream holds 5 numbers where 1800000000 are called for"
+    ):
         decode(line, "file:1")
 
 
@@ -101,8 +120,19 @@ def test_a_frame_that_inflates_without_bounds_is_no_line(tmp_path):
     ],
 )
 def test_values_of_the_json_codec_out_of_range_are_refused(field, value, message):
-    fields = {"tokens": [1], "labels": [2], "loss_mask": [1], "topk_logits": [[0, -1]], "topk_token_ids": [[2, 3]]}
-    fields |= {"log_sum_exp_logits": [0.4], "temperatures": [1], "tail_mass": [[0.1]], "label_logprobs": [-0.4]}
+    fields = {
+        "tokens": [1],
+        "labels": [2],
+        "loss_mask": [1],
+        "topk_logits": [[0, -1]],
+        "topk_token_ids": [[2, 3]],
+    }
+    fields |= {
+        "log_sum_exp_logits": [0.4],
+        "temperatures": [1],
+        "tail_mass": [[0.1]],
+        "label_logprobs": [-0.4],
+    }
     decode(orjson.dumps(fields), "file:1", index=0)
     fields[field] = value
     if field == "temperatures":
@@ -149,7 +179,9 @@ def test_an_index_with_places_outside_the_file_is_made_anew(tmp_path):
     assert index is not None
     starts = index.starts.copy()
     starts[1] = 1 << 60
-    index_path.write_bytes(ChunkIndex(index.facts, index.sha256, starts, index.num_positions).to_bytes())
+    index_path.write_bytes(
+        ChunkIndex(index.facts, index.sha256, starts, index.num_positions).to_bytes()
+    )
     CacheReader(path)[0]
     assert index_path.read_bytes() == whole
 
@@ -194,7 +226,9 @@ def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, ki
     with pytest.raises(UserInputError):
         merge([path], str(tmp_path / "merged" / "m_CHUNK_ID.jsonl.zst"))
     assert any(report.problems for report in verify(path))
-    with contextlib.suppress(UserInputError):  # it makes an index anew, and passes over a chunk that is none
+    with contextlib.suppress(
+        UserInputError
+    ):  # it makes an index anew, and passes over a chunk that is none
         repair(path)
 
 
@@ -207,7 +241,11 @@ def test_a_chunk_or_segment_that_becomes_something_else_is_one_error(tmp_path, k
         write_segment(layout, description, segment)
     place = segment_path(layout, *todo[0])
     replace_by(kind, place)
-    for use in (lambda: list(stretches(place)), lambda: file_sha256(place), writer.assemble_complete):
+    for use in (
+        lambda: list(stretches(place)),
+        lambda: file_sha256(place),
+        writer.assemble_complete,
+    ):
         with pytest.raises(UserInputError, match=place.name):
             use()
     writer.close()
@@ -290,7 +328,10 @@ def test_changed_bytes_give_right_rows_or_an_error(tmp_path):
 
 def test_the_same_name_with_another_suffix_does_not_share_a_manifest(tmp_path):
     write(tmp_path, "c_CHUNK_ID.jsonl")
-    with pytest.raises(CacheError, match="c_manifest.json belongs to the cache .*c_CHUNK_ID.jsonl; two caches cannot"):
+    with pytest.raises(
+        CacheError,
+        match="c_manifest.json belongs to the cache .*c_CHUNK_ID.jsonl; two caches cannot",
+    ):
         write(tmp_path, "c_CHUNK_ID.jsonl.zst")
     write(tmp_path, "c_CHUNK_ID.jsonl")
 

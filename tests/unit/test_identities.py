@@ -11,10 +11,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import normalizers, pre_tokenizers
 
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.data.tokenizer import describe_tokens, load_tokenizer, token_differences, tokenizer_parts
-from nemo_kd.mcore.archive import FolderFiles
+from nemo_kd.data.tokenizer import (
+    describe_tokens,
+    load_tokenizer,
+    token_differences,
+    tokenizer_parts,
+)
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.fingerprint import safetensors_parts, sample_tensors
+from nemo_kd.nemo_archive import FolderFiles
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import train_tokenizer
 
@@ -36,7 +41,10 @@ def test_every_tensor_is_sampled(tmp_path):
     before = fingerprint(tmp_path)["tensors"]
     assert fingerprint(tmp_path)["tensors"] == before
     for name, tensor in weights.items():
-        for changed in (torch.zeros_like(tensor) - 1, tensor.flip(0) if tensor.unique().numel() > 1 else tensor + 1):
+        for changed in (
+            torch.zeros_like(tensor) - 1,
+            tensor.flip(0) if tensor.unique().numel() > 1 else tensor + 1,
+        ):
             save_file({**weights, name: changed.contiguous()}, path, metadata={"format": "pt"})
             assert sampled(tmp_path, path) != before, name
     names = sorted(weights)
@@ -69,11 +77,16 @@ def changed_tokenizer(tmp_path, change):
     [
         ("merges", lambda content: content["model"]["merges"].reverse()),
         ("model", lambda content: content["model"].update(ignore_merges=True)),
-        ("normalizer", lambda content: content.update(normalizer=json.loads(normalizers.NFC().__getstate__()))),
+        (
+            "normalizer",
+            lambda content: content.update(normalizer=json.loads(normalizers.NFC().__getstate__())),
+        ),
         (
             "pre_tokenizer",
             lambda content: content.update(
-                pre_tokenizer=json.loads(pre_tokenizers.ByteLevel(add_prefix_space=True).__getstate__())
+                pre_tokenizer=json.loads(
+                    pre_tokenizers.ByteLevel(add_prefix_space=True).__getstate__()
+                )
             ),
         ),
         ("added_tokens", lambda content: content["added_tokens"][1].update(lstrip=True)),
@@ -94,7 +107,11 @@ def test_saving_again_changes_no_part(tmp_path):
     first = load_saved(tmp_path / "first")
     first.save_pretrained(tmp_path / "second")
     path = tmp_path / "second" / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "name_or_path": "x", "transformers_version": "4.0"}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "name_or_path": "x", "transformers_version": "4.0"}
+        )
+    )
     assert tokenizer_parts(load_tokenizer(tmp_path / "second")) == tokenizer_parts(first)
 
 
@@ -119,7 +136,9 @@ def test_the_first_different_tokens_are_named(tmp_path):
     described["added"] = {"9999": "<|extra|>"}
     assert token_differences(described, load_tokenizer(tmp_path)) == []
     described["blocks"][0] = "0" * len(described["blocks"][0])
-    assert token_differences(described, load_tokenizer(tmp_path)) == ["a token among the ids 0 to 299"]
+    assert token_differences(described, load_tokenizer(tmp_path)) == [
+        "a token among the ids 0 to 299"
+    ]
 
 
 def test_manifests_of_older_versions_are_compared_by_what_they_have():
@@ -127,7 +146,13 @@ def test_manifests_of_older_versions_are_compared_by_what_they_have():
     values = {field.name: None for field in dataclasses.fields(Manifest)}
     values |= {"codec": {}, "teacher": {"weights": "a"}, "dataset": {}, "chunks": {}}
     old = Manifest(**values)
-    new = Manifest(**{**values, "teacher": {"weights": "a", "tensors": "b"}, "tokenizer_parts": {"merges": "m"}})
+    new = Manifest(
+        **{
+            **values,
+            "teacher": {"weights": "a", "tensors": "b"},
+            "tokenizer_parts": {"merges": "m"},
+        }
+    )
     other = dataclasses.replace(new, tokenizer_parts={"merges": "n"})
     assert old.differences(new) == [] == new.differences(old)
     assert new.differences(other) == ["tokenizer_parts.merges: 'm' in the cache, 'n' now"]

@@ -26,11 +26,11 @@ from nemo_kd.cache.record import encode
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.cli.logit_cache import parser
 from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.data.token_text import TokenText, decoded, tokenizer_of
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
-from nemo_kd.evaluation.cache_statistics import Histogram, histograms, measure, view
-from nemo_kd.evaluation.inspect_cache import Report, check_tokenizer, example_as_text, report_of, share
-from nemo_kd.evaluation.inspect_page import PAGE_ALTERNATIVES, chosen, page
-from nemo_kd.evaluation.token_text import TokenText, decoded, tokenizer_of
+from nemo_kd.tools.cache_statistics import Histogram, histograms, measure, view
+from nemo_kd.tools.inspect_cache import Report, check_tokenizer, example_as_text, report_of, share
+from nemo_kd.tools.inspect_page import PAGE_ALTERNATIVES, chosen, page
 from tests.tiny_cache import chunks_of, manifest, row, write, write_segment
 from tests.tiny_tokenizer import train_sentencepiece_tokenizer, train_tokenizer
 
@@ -50,7 +50,9 @@ def test_figures_against_plain_sums(tmp_path):
     masses, entropies, logprobs, ranks = [], [], [], []
     for one in rows:
         for s in np.flatnonzero(one.example.loss_mask_S):
-            p = np.exp(one.teacher.topk_logits_SK[s].astype(float) - one.teacher.log_sum_exp_logits_S[s])
+            p = np.exp(
+                one.teacher.topk_logits_SK[s].astype(float) - one.teacher.log_sum_exp_logits_S[s]
+            )
             masses.append(p.sum())
             entropies.append(-sum(part * math.log(part) for part in [*p, 1 - p.sum()]))
             logprobs.append(one.teacher.label_logprobs_S[s])
@@ -61,7 +63,9 @@ def test_figures_against_plain_sums(tmp_path):
     assert found.num_loss_tokens == len(masses) == len(found.entropy_N)
     np.testing.assert_allclose(found.kept_mass_N, masses, atol=1e-6)
     np.testing.assert_allclose(found.entropy_N, entropies, atol=1e-5)
-    np.testing.assert_allclose(found.rest_nats_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5)
+    np.testing.assert_allclose(
+        found.rest_nats_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5
+    )
     np.testing.assert_allclose(found.label_logprob_N, logprobs, atol=1e-6)
     assert found.label_rank_N.tolist() == ranks
     assert set(found.num_kept_N.tolist()) == {4}
@@ -86,7 +90,9 @@ def test_the_entropy_of_the_whole_distribution_lies_between_the_two_bounds(tmp_p
     truths = []
     for index in range(10):
         length = 3 + index % 4
-        logits = np.random.default_rng(index).normal(size=(length, 50)) * 3  # as tiny_cache.row draws them
+        logits = (
+            np.random.default_rng(index).normal(size=(length, 50)) * 3
+        )  # as tiny_cache.row draws them
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
     assert (found.entropy_N <= np.array(truths) + 1e-6).all()
@@ -101,7 +107,9 @@ def test_a_sample_is_bounded_and_always_the_same(tmp_path):
     assert chosen(10, 7, 4)[0] == 7
     assert len(set(chosen(10, 7, 4))) == 4
     assert sorted(chosen(3, 1, 20)) == [0, 1, 2]
-    assert dict(report_of(reader, measure(reader, 3)).sample)["measured"].startswith("3 of 10 examples")
+    assert dict(report_of(reader, measure(reader, 3)).sample)["measured"].startswith(
+        "3 of 10 examples"
+    )
     part = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl[2:5]"))
     assert dict(report_of(part, measure(part, 9)).counts)["examples read"] == "3"
 
@@ -111,7 +119,11 @@ def test_positions_of_which_nothing_is_known_are_left_out():
     ids_SK, logits_SK = one.teacher.topk_token_ids_SK.copy(), one.teacher.topk_logits_SK.copy()
     ids_SK[3], logits_SK[3] = -1, -np.inf
     logprobs = one.teacher.label_logprobs_S
-    seen = view(replace(one, teacher=replace(one.teacher, topk_token_ids_SK=ids_SK, topk_logits_SK=logits_SK)))
+    seen = view(
+        replace(
+            one, teacher=replace(one.teacher, topk_token_ids_SK=ids_SK, topk_logits_SK=logits_SK)
+        )
+    )
     assert seen.position_P.tolist() == [2, 4]
     np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
     without = view(replace(one, teacher=replace(one.teacher, label_logprobs_S=None)))
@@ -167,7 +179,9 @@ def test_tokens_of_sentencepiece_keep_their_space():
     assert b"".join(map(TokenText(tokenizer).raw, ids)) == b" the value of"
     vocabulary = {"<unk>": 0, "▁a": 1, "<0xE2>": 2}
     model = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
-    model.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    model.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
     tokens = TokenText(PreTrainedTokenizerFast(tokenizer_object=model))
     assert [tokens.raw(token) for token in (1, 2, 9)] == [b" a", b"\xe2", b"#9"]
     assert tokens.visible(2) == "⟨E2⟩"
@@ -180,7 +194,9 @@ def test_probabilities_in_percent():
 
 
 def word_tokenizer(vocabulary: dict[str, int]) -> PreTrainedTokenizerFast:
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0")))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token="t0"))
+    )
 
 
 class Parser(HTMLParser):
@@ -221,11 +237,22 @@ def hostile_page() -> tuple[CachedExample, str]:
     ids_SK, labels_S = one.teacher.topk_token_ids_SK.copy(), one.example.labels_S.copy()
     ids_SK[ids_SK >= 48] = 0
     ids_SK[:, 0], ids_SK[:, 1], labels_S[5] = 48, 49, 48
-    one = CachedExample(replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_SK=ids_SK))
-    report = Report(
-        [(HOSTILE, HOSTILE)], [("teacher", HOSTILE), ("dataset", HOSTILE)], [], [], [Histogram(HOSTILE, ["0"], [3])]
+    one = CachedExample(
+        replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_SK=ids_SK)
     )
-    return one, page(f"folder/{HOSTILE.replace('/', '|')}", report, [(2, one)], TokenText(word_tokenizer(vocabulary)))
+    report = Report(
+        [(HOSTILE, HOSTILE)],
+        [("teacher", HOSTILE), ("dataset", HOSTILE)],
+        [],
+        [],
+        [Histogram(HOSTILE, ["0"], [3])],
+    )
+    return one, page(
+        f"folder/{HOSTILE.replace('/', '|')}",
+        report,
+        [(2, one)],
+        TokenText(word_tokenizer(vocabulary)),
+    )
 
 
 def test_the_page_is_whole_safe_and_needs_nothing():
@@ -235,10 +262,29 @@ def test_the_page_is_whole_safe_and_needs_nothing():
         {"type": "application/json", "id": "data"},
         {},
     ]
-    assert not {tag for tag, _ in found.tags} & {"link", "img", "iframe", "a", "form", "base", "object"}
+    assert not {tag for tag, _ in found.tags} & {
+        "link",
+        "img",
+        "iframe",
+        "a",
+        "form",
+        "base",
+        "object",
+    }
     attributes = [(name, value or "") for _, pairs in found.tags for name, value in pairs.items()]
-    assert not [name for name, _ in attributes if name.startswith("on") or name in ("src", "href", "style")]
-    for forbidden in ("http:", "https:", "url(", "@import", "fetch(", "innerHTML", "{{title}}", "\x1b"):
+    assert not [
+        name for name, _ in attributes if name.startswith("on") or name in ("src", "href", "style")
+    ]
+    for forbidden in (
+        "http:",
+        "https:",
+        "url(",
+        "@import",
+        "fetch(",
+        "innerHTML",
+        "{{title}}",
+        "\x1b",
+    ):
         assert forbidden not in text, forbidden
     assert not set("<>&") & set(found.content["script"][0])
     everything = "".join(sum(found.content.values(), []))
@@ -247,11 +293,16 @@ def test_the_page_is_whole_safe_and_needs_nothing():
 
 def test_the_policy_of_the_page_lets_only_its_own_script_and_style_pass():
     found = parsed(hostile_page()[1])
-    (policy,) = [pairs["content"] for tag, pairs in found.tags if tag == "meta" and "http-equiv" in pairs]
+    (policy,) = [
+        pairs["content"] for tag, pairs in found.tags if tag == "meta" and "http-equiv" in pairs
+    ]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     script, style = found.content["script"][-1], "".join(found.content["style"])
     for name, content in (("script-src", script), ("style-src", style)):
-        assert rules[name] == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+        assert (
+            rules[name]
+            == f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+        )
     assert rules["default-src"] == "'none'"
 
 
@@ -260,7 +311,11 @@ def test_the_page_knows_every_loss_token():
     found = parsed(text)
     data = json.loads(found.content["script"][0])
     spans = [pairs for tag, pairs in found.tags if tag == "span" and "data-n" in pairs]
-    assert [int(pairs["data-n"]) for pairs in spans] == list(range(4)) == list(range(len(data["tokens"])))
+    assert (
+        [int(pairs["data-n"]) for pairs in spans]
+        == list(range(4))
+        == list(range(len(data["tokens"])))
+    )
     assert [pairs["tabindex"] for pairs in spans] == ["0", "-1", "-1", "-1"]
     label, probability, rank, entropy, kept, tail, others = data["tokens"][1]
     assert data["texts"][label] == [HOSTILE, 48]
@@ -275,7 +330,11 @@ def test_the_page_knows_every_loss_token():
 
 def test_the_page_does_not_grow_with_long_examples():
     one = row(0, 9000, k=40)
-    data = json.loads(parsed(page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content["script"][0])
+    data = json.loads(
+        parsed(page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content[
+            "script"
+        ][0]
+    )
     assert len(data["tokens"]) == 2000
     assert {len(token[-1]) for token in data["tokens"]} == {2 * PAGE_ALTERNATIVES}
 
@@ -300,7 +359,9 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     path = write(tmp_path, codec="packed", tokenizer=tokenizer_fingerprint(tokenizer))
     html = tmp_path / "p.html"
-    result = inspect(path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4)
+    result = inspect(
+        path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4
+    )
     assert result.returncode == 0, result.stderr
     assert f"tokenizer                  {tokenizer_fingerprint(tokenizer)}" in result.stdout
     assert "chunks                     3 of 3 complete" in result.stdout
@@ -336,15 +397,27 @@ def test_help_comes_without_heavy_imports():
         "try: main()\n"
         "except SystemExit as end: print(end.code, [name for name in ('torch', 'transformers') if name in sys.modules])"
     )
-    result = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+    )
     assert "--num-examples N" in result.stdout
     assert result.stdout.endswith("0 []\n")
 
 
 def test_a_reader_that_stops_early_is_no_error(tmp_path):
     path = write(tmp_path)
-    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "inspect", path, "--html", tmp_path / "p.html"]
-    with subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    line = [
+        sys.executable,
+        "-m",
+        "nemo_kd.cli.logit_cache",
+        "inspect",
+        path,
+        "--html",
+        tmp_path / "p.html",
+    ]
+    with subprocess.Popen(
+        line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         process.stdout.close()
         assert process.wait() == 0
         assert process.stderr.read() == ""
@@ -373,7 +446,8 @@ def test_another_tokenizer_is_refused(tmp_path):
     tokenizer = train_tokenizer(300)
     reader = CacheReader(str(write(tmp_path)))
     with pytest.raises(
-        CacheError, match=r"--tokenizer: mine has the fingerprint sha256:.*, but .* was written with tok;"
+        CacheError,
+        match=r"--tokenizer: mine has the fingerprint sha256:.*, but .* was written with tok;",
     ):
         check_tokenizer(reader, tokenizer, "mine")
 
@@ -388,7 +462,10 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
     result = inspect(path, "--html", tmp_path / "t.html")
     assert result.returncode == 0, result.stderr
     assert "manifest                   none" in result.stdout
-    assert "tokens                     20 up to each last loss token, 12 count in the loss" in result.stdout
+    assert (
+        "tokens                     20 up to each last loss token, 12 count in the loss"
+        in result.stdout
+    )
     assert "teacher's cross-entropy    not stored" in result.stdout
     assert f"bytes per token            {path.stat().st_size / 20:,.1f}," in result.stdout
     parsed((tmp_path / "t.html").read_text())

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from nemo_kd import interruption
+from nemo_kd.run import interruption
 from nemo_kd.config import ConfigError
-from nemo_kd.interruption import SIGNALS, Interruption, Requeue
+from nemo_kd.run.interruption import SIGNALS, Interruption, Requeue
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -51,7 +51,9 @@ def test_a_signal_held_back_before_is_delivered():
 
 @pytest.mark.parametrize("max_time", ["4h", "04:00:00", "1:2:3:4", "2160000", ""])
 def test_a_time_that_is_none_is_refused(max_time):
-    with pytest.raises(ConfigError, match=r"exp_manager\.max_time_per_run: '.*' is not DD:HH:MM:SS, for example"):
+    with pytest.raises(
+        ConfigError, match=r"exp_manager\.max_time_per_run: '.*' is not DD:HH:MM:SS, for example"
+    ):
         Interruption(max_time)
 
 

@@ -10,7 +10,13 @@ import torch
 
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, ParallelConfig, check_layout, check_training_layout, length_multiple
+from nemo_kd.config.model import (
+    GPTArchitecture,
+    ParallelConfig,
+    check_layout,
+    check_training_layout,
+    length_multiple,
+)
 from nemo_kd.config.student import StudentModelConfig
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.data.collate import collate, pack
@@ -29,8 +35,14 @@ def example(index: int, length: int) -> Example:
     ("sizes", "message"),
     [
         ({"context_parallel_size": 0}, r"model.context_parallel_size: 0 must be at least 1"),
-        ({"expert_model_parallel_size": -1}, r"model.expert_model_parallel_size: -1 must be at least 1"),
-        ({"tensor_model_parallel_size": 3}, r"^model.tensor_model_parallel_size: 3 does not divide the 4 ranks \(tr"),
+        (
+            {"expert_model_parallel_size": -1},
+            r"model.expert_model_parallel_size: -1 must be at least 1",
+        ),
+        (
+            {"tensor_model_parallel_size": 3},
+            r"^model.tensor_model_parallel_size: 3 does not divide the 4 ranks \(tr",
+        ),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 3},
             r"^model.tensor_model_parallel_size x model.context_parallel_size: 2 x 3 = 6 does not divide the 4 ranks",
@@ -50,26 +62,46 @@ def test_replicas_are_what_the_sizes_leave():
 
 def test_sizes_that_do_not_cut_the_model_are_refused():
     check_layout(ARCHITECTURE, ParallelConfig(4, 3))
-    with pytest.raises(ConfigError, match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)"):
+    with pytest.raises(
+        ConfigError, match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)"
+    ):
         check_layout(ARCHITECTURE, ParallelConfig(pipeline_model_parallel_size=4))
-    with pytest.raises(ConfigError, match=r"model.tensor_model_parallel_size: 8 .* the model's num_query_groups \(4\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"model.tensor_model_parallel_size: 8 .* the model's num_query_groups \(4\)",
+    ):
         check_layout(ARCHITECTURE, ParallelConfig(tensor_model_parallel_size=8))
 
 
 def test_what_students_cannot_have_is_refused():
-    StudentModelConfig(virtual_pipeline_model_parallel_size=1, pipeline_model_parallel_size=2, sequence_parallel=True)
-    with pytest.raises(ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 2 with .* interleaves nothing"):
+    StudentModelConfig(
+        virtual_pipeline_model_parallel_size=1,
+        pipeline_model_parallel_size=2,
+        sequence_parallel=True,
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"model.virtual_pipeline_model_parallel_size: 2 with .* interleaves nothing",
+    ):
         StudentModelConfig(virtual_pipeline_model_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 0 must be at least 1"):
+    with pytest.raises(
+        ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 0 must be at least 1"
+    ):
         StudentModelConfig(virtual_pipeline_model_parallel_size=0)
-    interleaved = StudentModelConfig(virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=2)
-    with pytest.raises(ConfigError, match=r"2 parts of 2 pipeline stages do not divide the model's num_layers \(6\)"):
+    interleaved = StudentModelConfig(
+        virtual_pipeline_model_parallel_size=2, pipeline_model_parallel_size=2
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"2 parts of 2 pipeline stages do not divide the model's num_layers \(6\)",
+    ):
         check_layout(ARCHITECTURE, interleaved)
     experts = replace(ARCHITECTURE, num_moe_experts=4, moe_router_topk=2)
     check_training_layout(experts, ParallelConfig(2, sequence_parallel=True))
     check_training_layout(ARCHITECTURE, ParallelConfig(2))
     with pytest.raises(
-        ConfigError, match=r"model.sequence_parallel: False with model.tensor_model_parallel_size=2, but"
+        ConfigError,
+        match=r"model.sequence_parallel: False with model.tensor_model_parallel_size=2, but",
     ):
         check_training_layout(experts, ParallelConfig(2))
     with pytest.raises(ConfigError, match=r"model.pipeline_model_parallel_size: 4 does not divide"):
@@ -78,8 +110,14 @@ def test_what_students_cannot_have_is_refused():
 
 def test_recomputation_is_complete_or_refused():
     full = StudentModelConfig(activations_checkpoint_granularity="full")
-    assert (full.activations_checkpoint_method, full.activations_checkpoint_num_layers) == ("uniform", 1)
-    selective = {"activations_checkpoint_granularity": "selective", "activations_checkpoint_method": "block"}
+    assert (full.activations_checkpoint_method, full.activations_checkpoint_num_layers) == (
+        "uniform",
+        1,
+    )
+    selective = {
+        "activations_checkpoint_granularity": "selective",
+        "activations_checkpoint_method": "block",
+    }
     assert StudentModelConfig(**selective).activations_checkpoint_method is None
     for name, value, message in (
         ("granularity", "some", "'some' is not one of full, selective"),
@@ -99,7 +137,9 @@ def test_a_context_parallel_rank_holds_its_columns_of_every_field():
         part = whole.columns(columns)
         assert torch.equal(part.position_ids_BS[1], columns)
         assert torch.equal(part.labels_BS, whole.labels_BS[:, columns])
-        assert part.loss_positions_N.tolist() == [s for s in range(4) if columns[s] < 7] + [*range(8, 16)]
+        assert part.loss_positions_N.tolist() == [s for s in range(4) if columns[s] < 7] + [
+            *range(8, 16)
+        ]
 
 
 def test_the_length_multiple_of_layouts():
@@ -111,7 +151,9 @@ def test_the_length_multiple_of_layouts():
 
 
 def test_sequence_parallelism_alone_is_nothing():
-    assert not transformer_config(ARCHITECTURE, ModelConfig(sequence_parallel=True), torch.float32).sequence_parallel
+    assert not transformer_config(
+        ARCHITECTURE, ModelConfig(sequence_parallel=True), torch.float32
+    ).sequence_parallel
 
 
 def test_packed_examples_lie_end_to_end():
@@ -129,9 +171,17 @@ def test_packed_examples_lie_end_to_end():
 
 
 def test_packing_without_filler_and_without_examples():
-    assert pack([example(3, 4), example(1, 2)], pad_id=7, multiple_of=3).cu_seqlens.tolist() == [0, 4, 6]
+    assert pack([example(3, 4), example(1, 2)], pad_id=7, multiple_of=3).cu_seqlens.tolist() == [
+        0,
+        4,
+        6,
+    ]
     nothing = pack([], pad_id=7, multiple_of=2)
-    assert (nothing.tokens_BS.tolist(), nothing.cu_seqlens.tolist(), nothing.num_examples) == ([[7, 7]], [0, 2], 0)
+    assert (nothing.tokens_BS.tolist(), nothing.cu_seqlens.tolist(), nothing.num_examples) == (
+        [[7, 7]],
+        [0, 2],
+        0,
+    )
     assert nothing.loss_mask_BS.sum() == 0
 
 

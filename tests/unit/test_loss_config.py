@@ -14,7 +14,7 @@ from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.ops import objectives, token_losses
 from nemo_kd.ops.vocab import VocabShard
-from nemo_kd.student_loss import StudentLoss, load_custom_loss
+from nemo_kd.student.loss import StudentLoss, load_custom_loss
 
 
 def test_names_are_those_of_the_operators():
@@ -24,7 +24,8 @@ def test_names_are_those_of_the_operators():
 
 
 @pytest.mark.parametrize(
-    ("alias", "name"), [("fwd_kl", "forward_kl"), ("bwd_kl", "reverse_kl"), ("js_divergence", "jsd"), ("tvd", "tvd")]
+    ("alias", "name"),
+    [("fwd_kl", "forward_kl"), ("bwd_kl", "reverse_kl"), ("js_divergence", "jsd"), ("tvd", "tvd")],
 )
 def test_names_of_other_programs(alias, name):
     assert StudentLoss(LossConfig(kd_loss=alias)).losses.divergence.objective == name
@@ -36,12 +37,18 @@ def test_every_setting_reaches_the_operator():
         sft_loss_weight=1.0, label_smoothing=0.1, z_loss_weight=0.01, compile="on",
     )  # fmt: skip
     losses = StudentLoss(config).losses
-    assert losses.divergence == token_losses.Divergence("jsd", "renormalize", 0.25, 0.25, 16.0, jsd_beta=0.2)
+    assert losses.divergence == token_losses.Divergence(
+        "jsd", "renormalize", 0.25, 0.25, 16.0, jsd_beta=0.2
+    )
     assert (losses.label_smoothing, losses.z_loss_weight, losses.compile) == (0.1, 0.01, True)
-    scaled = StudentLoss(LossConfig(kd_loss="fwd_kl", logits_scale=0.5, target_logits_scale=2.0)).losses.divergence
+    scaled = StudentLoss(
+        LossConfig(kd_loss="fwd_kl", logits_scale=0.5, target_logits_scale=2.0)
+    ).losses.divergence
     assert (scaled.student_scale, scaled.teacher_scale, scaled.factor) == (0.5, 2.0, 1.0)
     skewed = StudentLoss(LossConfig(kd_loss="skewed_reverse_kl", skew_lambda=0.3)).losses.divergence
-    adaptive = StudentLoss(LossConfig(kd_loss="adaptive_kl", adaptive_kl_alpha=0.9)).losses.divergence
+    adaptive = StudentLoss(
+        LossConfig(kd_loss="adaptive_kl", adaptive_kl_alpha=0.9)
+    ).losses.divergence
     assert (skewed.skew_lambda, adaptive.adaptive_kl_alpha) == (0.3, 0.9)
     assert StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence is None
 
@@ -70,40 +77,81 @@ def test_compile_as_yaml_reads_it(value):
             {"temperature": 2.0, "logits_scale": 0.5},
             "give temperature, or logits_scale and target_logits_scale, not both",
         ),
-        ({"multiply_by_squared_temperature": True}, "multiply_by_squared_temperature: give temperature"),
+        (
+            {"multiply_by_squared_temperature": True},
+            "multiply_by_squared_temperature: give temperature",
+        ),
         ({"kd_loss": "jsd", "jsd_beta": 1.0}, "jsd_beta: 1.0 must be between 0 and 1"),
-        ({"kd_loss": "skewed_forward_kl", "skew_lambda": 0.0}, "skew_lambda: 0.0 must be between 0 and 1"),
-        ({"kd_loss": "adaptive_kl", "adaptive_kl_alpha": 1.5}, r"adaptive_kl_alpha: 1.5 must be from \[0, 1\]"),
+        (
+            {"kd_loss": "skewed_forward_kl", "skew_lambda": 0.0},
+            "skew_lambda: 0.0 must be between 0 and 1",
+        ),
+        (
+            {"kd_loss": "adaptive_kl", "adaptive_kl_alpha": 1.5},
+            r"adaptive_kl_alpha: 1.5 must be from \[0, 1\]",
+        ),
         ({"jsd_beta": 0.3}, "jsd_beta: 0.3 has no effect with kd_loss=forward_kl, only with jsd"),
         ({"kd_loss": "k2", "skew_lambda": 0.3}, "skew_lambda: 0.3 has no effect with kd_loss=k2"),
-        ({"label_smoothing": 1.0, "sft_loss_weight": 1.0}, r"label_smoothing: 1.0 must be from \[0, 1\)"),
+        (
+            {"label_smoothing": 1.0, "sft_loss_weight": 1.0},
+            r"label_smoothing: 1.0 must be from \[0, 1\)",
+        ),
         (
             {"label_smoothing": 0.1},
             "label_smoothing: 0.1 belongs to the cross-entropy, which sft_loss_weight=0 leaves out",
         ),
         ({"z_loss_weight": 0.1}, "z_loss_weight: 0.1 belongs to the cross-entropy"),
         ({"kd_loss": "bwd_kl", "support": "truncate"}, "support: truncate makes bwd_kl infinite"),
-        ({"kd_loss": "adaptive_kl", "support": "truncate"}, "support: truncate makes adaptive_kl infinite"),
-        ({"kd_loss": "tvd", "support": "sampled"}, "support: sampled works with forward_kl only, not tvd"),
+        (
+            {"kd_loss": "adaptive_kl", "support": "truncate"},
+            "support: truncate makes adaptive_kl infinite",
+        ),
+        (
+            {"kd_loss": "tvd", "support": "sampled"},
+            "support: sampled works with forward_kl only, not tvd",
+        ),
         ({"support": "sampled", "temperature": 2.0}, "tail samples were drawn at temperature 1"),
-        ({"kd_loss": "k3", "support": "renormalize"}, "support: renormalize has no effect with kd_loss=k3"),
-        ({"kd_loss": "k3", "target_logits_scale": 0.5}, "kd_loss=k3 knows no temperature and no scales"),
-        ({"kd_loss": "custom"}, "custom_loss: missing; kd_loss=custom needs the import path of a function"),
-        ({"custom_loss": "a.b"}, "custom_loss: a.b has no effect with kd_loss=forward_kl, only with custom"),
-        ({"custom_args": {"alpha": 1}}, "custom_args: {'alpha': 1} has no effect with kd_loss=forward_kl"),
+        (
+            {"kd_loss": "k3", "support": "renormalize"},
+            "support: renormalize has no effect with kd_loss=k3",
+        ),
+        (
+            {"kd_loss": "k3", "target_logits_scale": 0.5},
+            "kd_loss=k3 knows no temperature and no scales",
+        ),
+        (
+            {"kd_loss": "custom"},
+            "custom_loss: missing; kd_loss=custom needs the import path of a function",
+        ),
+        (
+            {"custom_loss": "a.b"},
+            "custom_loss: a.b has no effect with kd_loss=forward_kl, only with custom",
+        ),
+        (
+            {"custom_args": {"alpha": 1}},
+            "custom_args: {'alpha': 1} has no effect with kd_loss=forward_kl",
+        ),
         ({"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0}, "give it as custom_args"),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
-    with pytest.raises(ConfigError, match=f"^model.knowledge_distillation[.:].*{message}|{message}"):
+    with pytest.raises(
+        ConfigError, match=f"^model.knowledge_distillation[.:].*{message}|{message}"
+    ):
         LossConfig(**settings)
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("no_such_module_here.loss", "no_such_module_here.loss cannot be imported: No module named"),
-        ("json.no_such_function", "json.no_such_function cannot be imported: module 'json' has no attribute"),
+        (
+            "no_such_module_here.loss",
+            "no_such_module_here.loss cannot be imported: No module named",
+        ),
+        (
+            "json.no_such_function",
+            "json.no_such_function cannot be imported: module 'json' has no attribute",
+        ),
         ("loss", "loss is no function"),
         (".relative.loss", ".relative.loss cannot be imported: "),
         ("math.pi", "math.pi is no function"),
@@ -183,7 +231,9 @@ def test_a_custom_loss_that_does_something_else(name, message):
 
 
 def test_arguments_that_a_custom_loss_does_not_take():
-    with pytest.raises(ConfigError, match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'"):
+    with pytest.raises(
+        ConfigError, match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'"
+    ):
         custom("sums_a_logit", powr=2)
 
 
@@ -203,12 +253,21 @@ def names_by_turns(logits, batch, shard, token_sum, calls=iter("ab")):  # noqa: 
 
 
 def test_a_custom_loss_that_changes_its_metrics():
-    loss = StudentLoss(LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns"))
+    loss = StudentLoss(
+        LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns")
+    )
     rows = torch.zeros(1, 3)
-    batch = Batch(*[torch.tensor([0])] * 3, *[torch.zeros(1, 3, dtype=torch.int64)] * 2, rows, torch.arange(3)[None])
+    batch = Batch(
+        *[torch.tensor([0])] * 3,
+        *[torch.zeros(1, 3, dtype=torch.int64)] * 2,
+        rows,
+        torch.arange(3)[None],
+    )
     arguments = torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7)
     loss.on_logits(*arguments)
-    with pytest.raises(ConfigError, match="returned the metrics b, before a; return the same in every call"):
+    with pytest.raises(
+        ConfigError, match="returned the metrics b, before a; return the same in every call"
+    ):
         loss.on_logits(*arguments)
 
 
@@ -216,7 +275,8 @@ def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
     (tmp_path / "does_not_parse.py").write_text("def loss(:\n")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
-        ConfigError, match="custom_loss: does_not_parse.loss cannot be imported: .*invalid syntax|does_not_parse"
+        ConfigError,
+        match="custom_loss: does_not_parse.loss cannot be imported: .*invalid syntax|does_not_parse",
     ):
         load_custom_loss("does_not_parse.loss")
 
@@ -224,7 +284,8 @@ def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
 def test_k1_is_warned_about(caplog):
     StudentLoss(LossConfig(kd_loss="k1")).check()
     assert (
-        "kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability" in caplog.text
+        "kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability"
+        in caplog.text
     )
     caplog.clear()
     for config in (
@@ -242,7 +303,9 @@ def test_which_temperature_of_a_cache():
     assert LossConfig(target_logits_scale=0.333333).temperature_index(temperatures) == 2
     assert LossConfig(temperature=2.0).temperature_index(temperatures) == 1
     assert LossConfig(temperature=2.5).temperature_index(temperatures) is None
-    assert LossConfig(logits_scale=0.5).temperature_index(temperatures) == 0  # the student's needs no cache
+    assert (
+        LossConfig(logits_scale=0.5).temperature_index(temperatures) == 0
+    )  # the student's needs no cache
 
 
 def test_every_key_is_explained():

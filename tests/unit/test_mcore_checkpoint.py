@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.convert import convert
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.convert import convert
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder, load_values
 from tests.tiny_models import build_hf_model
 
@@ -61,19 +61,28 @@ def test_wrong_paths_are_refused_by_key(tmp_path):
     refused(tmp_path, f"{key}: .* is neither a Hugging Face folder")
     (tmp_path / "run-last").mkdir()
     (tmp_path / "run-last" / ".metadata").touch()
-    refused(tmp_path / "run-last", f"{key}: .*run-last is a training checkpoint; give the .nemo archive")
+    refused(
+        tmp_path / "run-last", f"{key}: .*run-last is a training checkpoint; give the .nemo archive"
+    )
     (tmp_path / "text.nemo").write_text("not a tar file")
     refused(tmp_path / "text.nemo", f"{key}: .* is no readable .nemo archive")
     refused(pack(tmp_path / "other.nemo", {"a.txt": b"x"}), f"{key}: .*other.nemo is neither")
-    archive = pack(tmp_path / "old.nemo", {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"})
+    archive = pack(
+        tmp_path / "old.nemo", {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"}
+    )
     refused(archive, "no Megatron distributed checkpoint .*export it to Hugging Face")
     foreign = {"model_config.yaml": b"hidden_size: 8\n", "model_weights/.metadata": b"x"}
-    refused(pack(tmp_path / "foreign.nemo", foreign), "format_version is None, so another tool wrote it")
+    refused(
+        pack(tmp_path / "foreign.nemo", foreign), "format_version is None, so another tool wrote it"
+    )
     assert not [path for path in tmp_path.iterdir() if ".extracted" in path.name]
 
 
 def test_a_truncated_archive_is_refused(tmp_path):
-    archive = pack(tmp_path / "cut.nemo", {"model_config.yaml": b"a: 1\n", "model_weights/.metadata": b"x" * 50_000})
+    archive = pack(
+        tmp_path / "cut.nemo",
+        {"model_config.yaml": b"a: 1\n", "model_weights/.metadata": b"x" * 50_000},
+    )
     os.truncate(archive, 20_000)
     refused(archive, "is no readable .nemo archive")
 
@@ -90,7 +99,10 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
         ShardedFolder(tmp_path)
     dotted = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x08os.mkdir\x93\x8c\x08attacked\x85R."
     (tmp_path / ".metadata").write_bytes(dotted)
-    with pytest.raises(ConfigError, match=r"refers to torch.distributed.checkpoint.filesystem.os.mkdir|has the opcode"):
+    with pytest.raises(
+        ConfigError,
+        match=r"refers to torch.distributed.checkpoint.filesystem.os.mkdir|has the opcode",
+    ):
         ShardedFolder(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(torch.Size([1])))
     with pytest.raises(ConfigError, match="not the metadata of a distributed checkpoint"):
@@ -99,11 +111,15 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [[Attack()], [{"python": Attack()}]])
-def test_values_of_a_training_checkpoint_that_would_run_code_are_refused(tmp_path, monkeypatch, value):
+def test_values_of_a_training_checkpoint_that_would_run_code_are_refused(
+    tmp_path, monkeypatch, value
+):
     monkeypatch.chdir(tmp_path)
     file = io.BytesIO()
     torch.save(value, file)
-    with pytest.raises(ConfigError, match=r"FILE: cannot be read without running its code .*posix.mkdir"):
+    with pytest.raises(
+        ConfigError, match=r"FILE: cannot be read without running its code .*posix.mkdir"
+    ):
         load_values(file.getvalue(), "FILE")
     assert not (tmp_path / "attacked").exists()
 
@@ -112,12 +128,17 @@ def test_weights_that_are_not_safetensors_are_refused(model):
     (model / "model.safetensors").unlink()
     refused(model, "no weights, and no model.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"x")
-    refused(model, r"only pytorch_model.bin, a pickle, .* save_pretrained, which writes safetensors")
+    refused(
+        model, r"only pytorch_model.bin, a pickle, .* save_pretrained, which writes safetensors"
+    )
     (model / "model.safetensors").write_bytes(b"garbage")
     refused(model, "not a readable safetensors file")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
     (model / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(model, r"model/model-00001-of-00002.safetensors: the file is missing, though .*index.json lists it")
+    refused(
+        model,
+        r"model/model-00001-of-00002.safetensors: the file is missing, though .*index.json lists it",
+    )
     (model / "model.safetensors.index.json").write_text("{")
     refused(model, "index.json: not valid JSON")
     (model / "config.json").write_text("{")
@@ -127,7 +148,10 @@ def test_weights_that_are_not_safetensors_are_refused(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), r"missing: model.layers.1.mlp.up_proj.weight"),
+        (
+            lambda w: w.pop("model.layers.1.mlp.up_proj.weight"),
+            r"missing: model.layers.1.mlp.up_proj.weight",
+        ),
         (lambda w: w.update(extra=torch.ones(1)), "no place for: extra"),
         (
             lambda w: w.update({"lm_head.weight": torch.ones(160, 64)}),
@@ -147,7 +171,9 @@ def test_weights_that_do_not_fit_config_json_are_refused(model, change, message)
 
 
 def test_the_dtype_holds_every_tensor_and_unknown_ones_are_refused(model):
-    weights = {name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()}
+    weights = {
+        name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()
+    }
     save_file(weights, model / "model.safetensors")
     with open_pretrained(str(model)) as opened:
         assert opened.dtype == torch.bfloat16
@@ -182,7 +208,9 @@ def test_conversion_refuses_outputs_before_it_reads_weights(model, tmp_path, mon
 
     def refuse(message: str, output: Path, **options) -> None:
         with pytest.raises(ConfigError, match=message):
-            convert(ConvertCheckpointConfig(input_path=str(model), output_path=str(output), **options))
+            convert(
+                ConvertCheckpointConfig(input_path=str(model), output_path=str(output), **options)
+            )
 
     (tmp_path / "there.nemo").mkdir()
     refuse("output_path: .* exists; give another path or overwrite=True", tmp_path / "there.nemo")
@@ -190,10 +218,18 @@ def test_conversion_refuses_outputs_before_it_reads_weights(model, tmp_path, mon
     refuse("holds the input, which overwrite=True would delete", tmp_path, overwrite=True)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "keep.txt").write_text("precious")
-    refuse("replaces only a .nemo archive by another, or a folder with config.json", tmp_path / "data", overwrite=True)
+    refuse(
+        "replaces only a .nemo archive by another, or a folder with config.json",
+        tmp_path / "data",
+        overwrite=True,
+    )
     assert (tmp_path / "data" / "keep.txt").exists()
     refuse("would be of the same kind as the input; end it in .nemo", tmp_path / "copy")
     with pytest.raises(ConfigError, match=r"input_path: .*none does not exist"):
-        convert(ConvertCheckpointConfig(input_path=str(tmp_path / "none"), output_path=str(tmp_path / "a.nemo")))
+        convert(
+            ConvertCheckpointConfig(
+                input_path=str(tmp_path / "none"), output_path=str(tmp_path / "a.nemo")
+            )
+        )
     with pytest.raises(ConfigError, match="precision: 'int8' is not one of"):
         ConvertCheckpointConfig(input_path="a", output_path="b", precision="int8")

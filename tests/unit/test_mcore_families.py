@@ -47,18 +47,48 @@ QWEN3_MOE = {
     "config",
     [
         {"model_type": "llama"},
-        {"model_type": "llama", "num_key_value_heads": 4, "head_dim": 20, "tie_word_embeddings": True},
+        {
+            "model_type": "llama",
+            "num_key_value_heads": 4,
+            "head_dim": 20,
+            "tie_word_embeddings": True,
+        },
         {"model_type": "mistral"},
         {"model_type": "mistral", "sliding_window": None, "head_dim": None},
         {"model_type": "qwen2"},
-        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 9, "max_window_layers": 3},
+        {
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "max_window_layers": 3,
+        },
         {"model_type": "qwen3", "num_key_value_heads": 4},
-        {"model_type": "qwen3", "use_sliding_window": True, "max_window_layers": 1, "rope_theta": 1000000.0},
+        {
+            "model_type": "qwen3",
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "rope_theta": 1000000.0,
+        },
         {"model_type": "mixtral"},
-        {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 3, "sliding_window": 9},
+        {
+            "model_type": "mixtral",
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "sliding_window": 9,
+        },
         {"model_type": "qwen3_moe"},
-        {"model_type": "qwen3_moe", "num_experts": 6, "num_experts_per_tok": 1, "moe_intermediate_size": 24},
-        {"model_type": "qwen3_moe", "norm_topk_prob": True, "use_sliding_window": True, "sliding_window": 9},
+        {
+            "model_type": "qwen3_moe",
+            "num_experts": 6,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 24,
+        },
+        {
+            "model_type": "qwen3_moe",
+            "norm_topk_prob": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+        },
         LLAMA_31,
     ],
     ids=str,
@@ -67,14 +97,18 @@ def test_fields_are_those_that_transformers_reads(config):
     architecture = architecture_from_hf({**SHAPE, **config})
     theirs = AutoConfig.for_model(**{**SHAPE, **config})
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
-    layer_types = getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    layer_types = (
+        getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+    )
     window = getattr(theirs, "sliding_window", None)
     sliding = [i for i, kind in enumerate(layer_types) if window and kind == "sliding_attention"]
     window_layers = architecture.window_layers or list(range(4))
     assert architecture.num_query_groups == theirs.num_key_value_heads
     assert architecture.kv_channels == head_dim
     assert architecture.rotary_base == theirs.rope_parameters["rope_theta"]
-    assert (architecture.rope_scaling is not None) == (theirs.rope_parameters["rope_type"] == "llama3")
+    assert (architecture.rope_scaling is not None) == (
+        theirs.rope_parameters["rope_type"] == "llama3"
+    )
     assert architecture.share_embeddings_and_output_weights == theirs.tie_word_embeddings
     assert (architecture.window_size, window_layers if architecture.window_size else []) == (
         window if sliding else None,
@@ -84,7 +118,9 @@ def test_fields_are_those_that_transformers_reads(config):
     if config["model_type"] in ("mixtral", "qwen3_moe"):
         assert architecture.num_moe_experts == theirs.num_experts == theirs.num_local_experts
         assert architecture.moe_router_topk == theirs.num_experts_per_tok
-        assert architecture.ffn_hidden_size == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+        assert architecture.ffn_hidden_size == getattr(
+            theirs, "moe_intermediate_size", theirs.intermediate_size
+        )
         assert architecture.moe_normalize_topk == getattr(theirs, "norm_topk_prob", True)
         # transformers 5 writes the number of experts under another name than transformers 4.
         assert architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
@@ -116,23 +152,51 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"mlp_bias": True}, "mlp_bias = True is not supported"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling of type 'linear' is not supported"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling of type 'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_scaling.low_freq_factor is missing"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling of type 'linear' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}},
+            "rope_scaling of type 'yarn' is not supported",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+            "rope_scaling.low_freq_factor is missing",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
         ({"sliding_window": 128}, "sliding_window = 128 is not supported for model_type llama"),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
-        (QWEN3_MOE | {"decoder_sparse_step": 2}, "decoder_sparse_step = 2 is not supported; supported: 1"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\] is not supported; supported: \[\]"),
-        (QWEN3_MOE | {"shared_expert_intermediate_size": 64}, "shared_expert_intermediate_size = 64 is not supported"),
-        (QWEN3_MOE | {"num_experts_per_tok": 5}, "moe_router_topk: 5 experts for a token are not supported .* 4 and"),
+        (
+            QWEN3_MOE | {"decoder_sparse_step": 2},
+            "decoder_sparse_step = 2 is not supported; supported: 1",
+        ),
+        (
+            QWEN3_MOE | {"mlp_only_layers": [0]},
+            r"mlp_only_layers = \[0\] is not supported; supported: \[\]",
+        ),
+        (
+            QWEN3_MOE | {"shared_expert_intermediate_size": 64},
+            "shared_expert_intermediate_size = 64 is not supported",
+        ),
+        (
+            QWEN3_MOE | {"num_experts_per_tok": 5},
+            "moe_router_topk: 5 experts for a token are not supported .* 4 and",
+        ),
         (
             QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True},
             "moe_router_topk: 1 experts for a token .* moe_normalize_topk is True; supported: from 2 to all",
         ),
-        ({"num_key_value_heads": 5}, "num_attention_heads: 32 is not a multiple of num_query_groups 5"),
         (
-            {"model_type": "qwen3", "use_sliding_window": True, "layer_types": ["chunked_attention"] * 4},
+            {"num_key_value_heads": 5},
+            "num_attention_heads: 32 is not a multiple of num_query_groups 5",
+        ),
+        (
+            {
+                "model_type": "qwen3",
+                "use_sliding_window": True,
+                "layer_types": ["chunked_attention"] * 4,
+            },
             "layer_types = .* is not supported for 4 layers of qwen3",
         ),
     ],

@@ -35,15 +35,23 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"trainer.accelerator: gpu, but torch finds no GPU here"):
         init_process_group(1, 1, "gpu")
     gpus(monkeypatch, 2)
-    with pytest.raises(ConfigError, match=r"trainer.devices: 8, but torch finds 2 GPUs .*trainer.devices=2 or fewer"):
+    with pytest.raises(
+        ConfigError,
+        match=r"trainer.devices: 8, but torch finds 2 GPUs .*trainer.devices=2 or fewer",
+    ):
         init_process_group(1, 8, "auto")
-    with pytest.raises(ConfigError, match=r"trainer.accelerator: cpu, but torch finds 2 GPUs.*CUDA_VISIBLE_DEVICES="):
+    with pytest.raises(
+        ConfigError,
+        match=r"trainer.accelerator: cpu, but torch finds 2 GPUs.*CUDA_VISIBLE_DEVICES=",
+    ):
         init_process_group(1, 1, "cpu")
 
 
 def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     gpus(monkeypatch, 0)
-    with pytest.raises(ConfigError, match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\."):
+    with pytest.raises(
+        ConfigError, match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\."
+    ):
         init_process_group(2, 4, "cpu")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("RANK", "0")
@@ -51,7 +59,9 @@ def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
-    with pytest.raises(ConfigError, match=r"1 x 2 = 2 processes are asked for, but torchrun, .* has 3\."):
+    with pytest.raises(
+        ConfigError, match=r"1 x 2 = 2 processes are asked for, but torchrun, .* has 3\."
+    ):
         init_process_group(1, 2, "cpu")
 
 
@@ -65,13 +75,17 @@ def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch):
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused():
     architecture = GPTArchitecture("llama", 100, 2, 64, 96, 8, 2, 8, 512, 1e-5, 1e4)
-    message = r"model.tensor_model_parallel_size: 4 does not divide the model's num_query_groups \(2\)"
+    message = (
+        r"model.tensor_model_parallel_size: 4 does not divide the model's num_query_groups \(2\)"
+    )
     with pytest.raises(ConfigError, match=message):
         transformer_config(architecture, ModelConfig(tensor_model_parallel_size=4), torch.float32)
 
 
 def test_the_window_is_counted_megatrons_way():
-    architecture = GPTArchitecture("mistral", 100, 3, 64, 96, 8, 2, 8, 512, 1e-5, 1e4, window_size=7, window_layers=[1])
+    architecture = GPTArchitecture(
+        "mistral", 100, 3, 64, 96, 8, 2, 8, 512, 1e-5, 1e4, window_size=7, window_layers=[1]
+    )
     config = transformer_config(architecture, ModelConfig(), torch.float32)
     assert config.window_size == (6, 0)
     assert config.window_attn_skip_freq == [0, 1, 0]
@@ -100,11 +114,17 @@ def test_a_taken_port_is_named(monkeypatch):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+        step = {
+            "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "2",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+        }
         for name, value in {**step, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(
-            ConfigError, match=f"MASTER_PORT: {port} is taken on 127.0.0.1, probably by another run; set"
+            ConfigError,
+            match=f"MASTER_PORT: {port} is taken on 127.0.0.1, probably by another run; set",
         ):
             init_process_group(1, 2, "cpu")
 
@@ -113,7 +133,9 @@ def test_a_taken_port_is_named(monkeypatch):
     ("asked", "has_gpu", "used"),
     [("auto", False, "32"), ("auto", True, "bf16"), ("bf16", False, "bf16"), ("32", True, "32")],
 )
-def test_the_precision_follows_the_device_unless_it_is_given(monkeypatch, asked, has_gpu, used, caplog):
+def test_the_precision_follows_the_device_unless_it_is_given(
+    monkeypatch, asked, has_gpu, used, caplog
+):
     caplog.set_level("INFO", logger="nemo_kd")
     monkeypatch.setattr(logging.getLogger("nemo_kd"), "propagate", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
@@ -142,5 +164,7 @@ def test_memory_does_not_grow_with_the_lengths_that_a_cpu_has_seen_in_bf16():
     """Where the CPU has instructions for bf16: 200 MB instead of 10 for 300 more lengths."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LENGTHS_IN_BF16]
-    grown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    grown = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert int(grown) < 70

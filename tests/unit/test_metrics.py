@@ -20,9 +20,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from nemo_kd import metrics
+from nemo_kd.run import metrics
 from nemo_kd.flops import ForwardFlops, peak_flops
-from nemo_kd.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
+from nemo_kd.run.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 500}
@@ -82,9 +82,13 @@ def test_flops_are_what_torch_counts_for_a_dense_model():
 
 
 def test_flops_are_what_torch_counts_with_experts():
-    config = MixtralConfig(**SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager")
+    config = MixtralConfig(
+        **SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"
+    )
     config._experts_implementation = "eager"
-    flops = ForwardFlops.of_gpt(**ARCHITECTURE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=160)
+    flops = ForwardFlops.of_gpt(
+        **ARCHITECTURE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=160
+    )
     ours = flops.example(40, 40) + flops.per_pair * 40 * 39 / 2
     assert counted_flops(MixtralForCausalLM(config), 40) == pytest.approx(ours, rel=2e-4)
 
@@ -121,7 +125,9 @@ def test_metrics_of_one_replica(clock):
     progress = Progress(total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
     for _ in range(4):
         clock.now_s += 5
-        progress.add(tokens=450, padding_tokens=50, loss_tokens=200, examples=3, flops=1e6, data_wait_s=0.5)
+        progress.add(
+            tokens=450, padding_tokens=50, loss_tokens=200, examples=3, flops=1e6, data_wait_s=0.5
+        )
     progress.add(cached_tokens=400, cached_loss_tokens=100, kept_mass_sum=97, bytes=48_000)
     assert len(seen.metrics) == 2  # one an interval
     assert seen.metrics[1] == pytest.approx(
@@ -174,7 +180,9 @@ def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
     members = []
     for rank in range(3):
         store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
-        members.append(Progress(3000, 10, [seen] if rank == 0 else [], SharedCounters(store, rank, size=3)))
+        members.append(
+            Progress(3000, 10, [seen] if rank == 0 else [], SharedCounters(store, rank, size=3))
+        )
     clock.now_s += 10
     members[0].add(tokens=100, data_wait_s=3)
     assert seen.metrics[-1]["progress/tokens"] == 100  # the others have told nothing yet
@@ -285,7 +293,7 @@ def shown_on_a_terminal(num_columns: int, code: str) -> str:
 def test_a_narrow_terminal_shows_the_time_that_is_left():
     code = f"""
 import logging
-from nemo_kd.metrics import ProgressLine
+from nemo_kd.run.metrics import ProgressLine
 logger = logging.getLogger("nemo_kd")
 logger.addHandler(logging.StreamHandler())
 line = ProgressLine("training", 10_000, "steps")
@@ -302,7 +310,7 @@ line.close()
 
 
 def test_a_terminal_gets_one_bar():
-    code = f"from nemo_kd.metrics import ProgressLine; line = ProgressLine('teacher', 10_000); line.show({EXAMPLE}); line.close()"
+    code = f"from nemo_kd.run.metrics import ProgressLine; line = ProgressLine('teacher', 10_000); line.show({EXAMPLE}); line.close()"
     text = shown_on_a_terminal(200, code)
     assert text.count("\n") == 1
     assert "teacher:  12%|" in text
@@ -312,7 +320,7 @@ def test_a_terminal_gets_one_bar():
 
 def test_wandb_offline(tmp_path):
     code = f"""
-from nemo_kd.metrics import WandbSink
+from nemo_kd.run.metrics import WandbSink
 sink = WandbSink({{"project": "kd", "dir": {str(tmp_path)!r}}})
 sink.show({{"perf/tokens_per_s": 123.0}})
 sink.close()

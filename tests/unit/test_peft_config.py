@@ -56,7 +56,10 @@ def test_every_weight_is_trained_unless_lora_is_asked_for():
         ({"adapter_dim": 0}, "adapter_dim: 0 must be at least 1"),
         ({"alpha": 0.0}, "alpha: 0.0 must be above 0"),
         ({"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be from [0, 1)"),
-        ({"column_init_method": "ones"}, "column_init_method: 'ones' is not one of xavier, normal, kaiming, zero"),
+        (
+            {"column_init_method": "ones"},
+            "column_init_method: 'ones' is not one of xavier, normal, kaiming, zero",
+        ),
         ({"column_init_method": "zero"}, "zero for both leaves no gradient"),
     ],
 )
@@ -69,10 +72,20 @@ def test_impossible_adapters(settings, message):
 @pytest.mark.parametrize(
     ("lora", "model", "stages", "message"),
     [
-        ({"layer_selection": [1, 7]}, {}, 1, "layer_selection: [1, 7] must be of the model's layers 1 to 6"),
+        (
+            {"layer_selection": [1, 7]},
+            {},
+            1,
+            "layer_selection: [1, 7] must be of the model's layers 1 to 6",
+        ),
         ({"layer_selection": [0]}, {}, 1, "layer_selection: [0] must be of"),
         ({"layer_selection": []}, {}, 1, "layer_selection: [] must be of"),
-        ({"layer_selection": [1, 2]}, {}, 3, "leaves pipeline stage 2 of 3 (layers 3 to 4) nothing to train"),
+        (
+            {"layer_selection": [1, 2]},
+            {},
+            3,
+            "leaves pipeline stage 2 of 3 (layers 3 to 4) nothing to train",
+        ),
         (
             {"target_modules": ["all"]},
             {"family": "mixtral", "num_moe_experts": 4, "moe_router_topk": 2},
@@ -83,7 +96,11 @@ def test_impossible_adapters(settings, message):
 )
 def test_adapters_that_the_model_has_no_place_for(lora, model, stages, message):
     with pytest.raises(ConfigError) as error:
-        check_lora(adapters(**lora), architecture(**model), ParallelConfig(pipeline_model_parallel_size=stages))
+        check_lora(
+            adapters(**lora),
+            architecture(**model),
+            ParallelConfig(pipeline_model_parallel_size=stages),
+        )
     assert message in str(error.value)
 
 
@@ -92,17 +109,25 @@ def adapters(**lora) -> PeftConfig:
 
 
 def test_a_part_of_an_interleaved_pipeline_without_adapters():
-    parallel = StudentModelConfig(pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3)
+    parallel = StudentModelConfig(
+        pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=3
+    )
     with pytest.raises(ConfigError) as error:
         check_lora(adapters(layer_selection=[1, 2, 3, 4]), architecture(), parallel)
-    assert "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train" in str(error.value)
+    assert "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train" in str(
+        error.value
+    )
     assert "a smaller model.virtual_pipeline_model_parallel_size" in str(error.value)
 
 
 def test_adapters_that_fit():
     mixture = architecture(family="mixtral", num_moe_experts=4, moe_router_topk=2)
     check_lora(adapters(target_modules=["attention"]), mixture, ParallelConfig())
-    check_lora(adapters(layer_selection=[2, 3, 6]), architecture(), ParallelConfig(pipeline_model_parallel_size=3))
+    check_lora(
+        adapters(layer_selection=[2, 3, 6]),
+        architecture(),
+        ParallelConfig(pipeline_model_parallel_size=3),
+    )
 
 
 def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
@@ -114,7 +139,8 @@ def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
 
 def test_a_file_of_adapters_is_not_read():
     with pytest.raises(
-        ConfigError, match=r"model\.peft\.restore_from_path: a\.nemo is not read; give the \.nemo that the run"
+        ConfigError,
+        match=r"model\.peft\.restore_from_path: a\.nemo is not read; give the \.nemo that the run",
     ):
         PeftConfig(restore_from_path="a.nemo")
 
@@ -122,11 +148,23 @@ def test_a_file_of_adapters_is_not_read():
 def test_export(tmp_path):
     with pytest.raises(ConfigError, match=r"export\.lora: 'both' is not one of merged, adapter"):
         ExportConfig(lora="both")
-    with pytest.raises(ConfigError, match=r"export\.lora: adapter, but export\.hf=false writes no folder"):
+    with pytest.raises(
+        ConfigError, match=r"export\.lora: adapter, but export\.hf=false writes no folder"
+    ):
         ExportConfig(lora="adapter")
-    with pytest.raises(ConfigError, match=r"export\.lora: adapter, but model\.peft\.peft_scheme=none trains none"):
-        student_config(tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter")
+    with pytest.raises(
+        ConfigError, match=r"export\.lora: adapter, but model\.peft\.peft_scheme=none trains none"
+    ):
+        student_config(
+            tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter"
+        )
     config = student_config(
-        tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter", model__peft__peft_scheme="lora"
+        tmp_path,
+        tmp_path,
+        tmp_path,
+        tmp_path,
+        export__hf=True,
+        export__lora="adapter",
+        model__peft__peft_scheme="lora",
     )
     assert config.model.peft.lora is not None

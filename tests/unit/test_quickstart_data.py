@@ -42,7 +42,10 @@ def dataset(tmp_path_factory):
     printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     splits = {}
     for split in ("train", "validation"):
-        records = [json.loads(line)["messages"] for line in (folder / f"{split}.jsonl").read_text().splitlines()]
+        records = [
+            json.loads(line)["messages"]
+            for line in (folder / f"{split}.jsonl").read_text().splitlines()
+        ]
         assert all([turn["role"] for turn in record] == ["user", "assistant"] for record in records)
         splits[split] = {record[0]["content"]: record[1]["content"] for record in records}
         assert len(splits[split]) == len(records)
@@ -53,7 +56,9 @@ def test_dataset_is_large_and_the_same_every_time(dataset, tmp_path, monkeypatch
     counts = load_example("docstring_dataset", monkeypatch).write_dataset(tmp_path)
     assert counts["train"] > 2500
     assert counts["validation"] > 200
-    assert dataset.printed == "".join(f"{split}: {count} records\n" for split, count in counts.items())
+    assert dataset.printed == "".join(
+        f"{split}: {count} records\n" for split, count in counts.items()
+    )
     for name in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / name).read_bytes() == (dataset.folder / name).read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["train.jsonl", "validation.jsonl"]
@@ -82,7 +87,9 @@ def test_no_validation_answer_resembles_a_training_answer(dataset):
         assert max(len(own & other) for other in trained) < 0.5 * max(1, len(own)), question
 
 
-def test_models_are_hugging_face_folders_whose_template_trains_the_answer(quickstart, dataset, tmp_path):
+def test_models_are_hugging_face_folders_whose_template_trains_the_answer(
+    quickstart, dataset, tmp_path
+):
     run = quickstart.Quickstart(tmp_path / "run", quickstart.Settings(vocab_size=400))
     run.claim_folder()
     run.data.mkdir()
@@ -93,12 +100,18 @@ def test_models_are_hugging_face_folders_whose_template_trains_the_answer(quicks
         run.build_model(name)
     tokenizer = AutoTokenizer.from_pretrained(run.folder / "student_init")
     assert len(tokenizer) == 400
-    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(run.folder / "teacher_init").get_vocab()
+    assert (
+        tokenizer.get_vocab()
+        == AutoTokenizer.from_pretrained(run.folder / "teacher_init").get_vocab()
+    )
     model = AutoModelForCausalLM.from_pretrained(run.folder / "student_init")
     assert model.config.vocab_size == 400
     assert model.config.eos_token_id == tokenizer.convert_tokens_to_ids("<|im_end|>")
     examples = TokenizedDataset(
-        DataConfig(data=DatasetConfig(file_path=str(run.data / "validation.jsonl"))), tokenizer, 512, 400
+        DataConfig(data=DatasetConfig(file_path=str(run.data / "validation.jsonl"))),
+        tokenizer,
+        512,
+        400,
     )
     (question, answer), *_ = dataset.splits["validation"].items()
     assert describe_example(examples[0], tokenizer) == (
@@ -128,7 +141,9 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
     printed = capsys.readouterr().out
     assert f"output_path={tmp_path}/cache/validation_CHUNK_ID.jsonl" in printed
     assert "cache_validation: done before" in printed
-    with pytest.raises(SystemExit, match="the step student_kd failed with status 1; its message stands above"):
+    with pytest.raises(
+        SystemExit, match="the step student_kd failed with status 1; its message stands above"
+    ):
         run.train("student_kd", "student_init", run.cache_keys(), 1.0, epochs=1, lr=1e-3)
     assert not (tmp_path / "student_kd.done").exists()
 
@@ -136,14 +151,24 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
 def test_a_folder_holds_one_setting(quickstart, tmp_path):
     quickstart.Quickstart(tmp_path / "run", quickstart.Settings()).claim_folder()
     quickstart.Quickstart(tmp_path / "run", quickstart.Settings()).claim_folder()
-    with pytest.raises(SystemExit, match=r"made with seed 1234 \(now 7\), scale 1.0 \(now 0.5\); give another"):
-        quickstart.Quickstart(tmp_path / "run", quickstart.Settings(seed=7, scale=0.5)).claim_folder()
+    with pytest.raises(
+        SystemExit, match=r"made with seed 1234 \(now 7\), scale 1.0 \(now 0.5\); give another"
+    ):
+        quickstart.Quickstart(
+            tmp_path / "run", quickstart.Settings(seed=7, scale=0.5)
+        ).claim_folder()
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(SystemExit, match="holds other files; give an --output-dir that is new or empty"):
+    with pytest.raises(
+        SystemExit, match="holds other files; give an --output-dir that is new or empty"
+    ):
         quickstart.Quickstart(tmp_path, quickstart.Settings()).claim_folder()
 
 
-@pytest.mark.parametrize("folder", ["/plain/folder-1.0", "/it's (a) dir, x=1", "/a\\b/[c]{d}: e", "/größe"])
+@pytest.mark.parametrize(
+    "folder", ["/plain/folder-1.0", "/it's (a) dir, x=1", "/a\\b/[c]{d}: e", "/größe"]
+)
 def test_paths_survive_hydras_grammar(quickstart, folder):
-    (override,) = OverridesParser.create().parse_overrides([f"key={{train: [{quickstart.quoted(Path(folder))}]}}"])
+    (override,) = OverridesParser.create().parse_overrides(
+        [f"key={{train: [{quickstart.quoted(Path(folder))}]}}"]
+    )
     assert override.value() == {"train": [folder]}

@@ -9,10 +9,10 @@ import psutil
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_kd.cli.launch import needs_launch
 from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig, TrainerConfig
-from nemo_kd.ranks import Ranks, find_ranks, listen_on_loopback
+from nemo_kd.run.launch import needs_launch
+from nemo_kd.run.ranks import Ranks, find_ranks, listen_on_loopback
 
 STEP = {
     "SLURM_JOB_ID": "123456",
@@ -24,7 +24,13 @@ STEP = {
     "SLURM_PROCID": "1",
     "SLURM_LOCALID": "1",
 }
-ENROOT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29531"}
+ENROOT = {
+    "RANK": "0",
+    "LOCAL_RANK": "0",
+    "WORLD_SIZE": "1",
+    "MASTER_ADDR": "n1",
+    "MASTER_PORT": "29531",
+}
 
 
 def test_a_step_counts_whatever_the_job_is_called_and_without_tasks_per_node():
@@ -43,7 +49,12 @@ def test_steps_of_one_job_meet_at_different_ports():
 
 @pytest.mark.parametrize(
     ("nodes", "first"),
-    [("n1", "n1"), ("gpu[03-05,9],login", "gpu03"), ("rack[2,4]-node[1-3]", "rack2-node1"), ("a,b", "a")],
+    [
+        ("n1", "n1"),
+        ("gpu[03-05,9],login", "gpu03"),
+        ("rack[2,4]-node[1-3]", "rack2-node1"),
+        ("a,b", "a"),
+    ],
 )
 def test_ranks_on_several_machines_meet_on_the_first(nodes, first):
     ranks = find_ranks({**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": nodes})
@@ -52,20 +63,32 @@ def test_ranks_on_several_machines_meet_on_the_first(nodes, first):
 
 def test_a_batch_script_an_interactive_shell_and_a_containers_variables_start_nothing():
     assert find_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == Ranks()
-    assert find_ranks({key: value for key, value in STEP.items() if not key.startswith("SLURM_STEP")}) == Ranks()
+    assert (
+        find_ranks({key: value for key, value in STEP.items() if not key.startswith("SLURM_STEP")})
+        == Ranks()
+    )
     assert find_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1", **ENROOT}) == Ranks()
     assert find_ranks({**STEP, **ENROOT, "WORLD_SIZE": "2"}).launcher == "srun"
 
 
 def test_torchrun_goes_before_slurm():
     ranks = find_ranks(
-        {**STEP, **ENROOT, "TORCHELASTIC_RUN_ID": "x", "RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1"}
+        {
+            **STEP,
+            **ENROOT,
+            "TORCHELASTIC_RUN_ID": "x",
+            "RANK": "5",
+            "WORLD_SIZE": "6",
+            "LOCAL_RANK": "1",
+        }
     )
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.main_port) == ("torchrun", 5, 6, 29531)
 
 
 def test_launchers_that_do_not_tell_enough_are_named():
-    with pytest.raises(ConfigError, match="OMPI_COMM_WORLD_SIZE: 4 processes were started by an MPI launcher"):
+    with pytest.raises(
+        ConfigError, match="OMPI_COMM_WORLD_SIZE: 4 processes were started by an MPI launcher"
+    ):
         find_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
     with pytest.raises(ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"):
         find_ranks({"WORLD_SIZE": "2"})
@@ -77,7 +100,10 @@ def test_launchers_that_do_not_tell_enough_are_named():
     ("wrong", "message"),
     [
         ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK: .* numbers this process 5, but starts 2"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT: 99999 is not a port"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"},
+            "MASTER_PORT: 99999 is not a port",
+        ),
     ],
 )
 def test_places_that_cannot_be_are_named(wrong, message):
@@ -87,7 +113,11 @@ def test_places_that_cannot_be_are_named(wrong, message):
 
 @pytest.mark.parametrize(
     ("variables", "name"),
-    [({"COUNT": "abc"}, "COUNT"), ({"COUNT": "4"}, "ID"), ({"COUNT": "4", "ID": "1", "STEP": "0"}, "STEP")],
+    [
+        ({"COUNT": "abc"}, "COUNT"),
+        ({"COUNT": "4"}, "ID"),
+        ({"COUNT": "4", "ID": "1", "STEP": "0"}, "STEP"),
+    ],
 )
 def test_variables_of_an_array_that_slurm_would_not_set_are_named(monkeypatch, variables, name):
     for key, value in variables.items():
@@ -104,7 +134,7 @@ def test_variables_of_an_array_that_slurm_would_not_set_are_named(monkeypatch, v
 def test_auto_and_minus_one_are_all_gpus_or_one_process_on_the_cpu(monkeypatch):
     for name in ("TORCHELASTIC_RUN_ID", "SLURM_STEP_ID", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("nemo_kd.cli.launch.NVIDIA_DRIVER", ())
+    monkeypatch.setattr("nemo_kd.run.launch.NVIDIA_DRIVER", ())
     for devices in ("auto", -1, "-1"):
         trainer = TrainerConfig(devices=devices)
         assert not needs_launch(trainer)
@@ -122,8 +152,12 @@ def test_auto_and_minus_one_are_all_gpus_or_one_process_on_the_cpu(monkeypatch):
 def test_the_store_of_one_machine_listens_on_loopback_only():
     store = listen_on_loopback(0, None, timedelta(seconds=20))
     store.set("key", "value")
-    listening = [found for found in psutil.Process().net_connections("inet") if found.status == "LISTEN"]
-    assert {found.laddr.ip for found in listening if found.laddr.port == store.port} == {"127.0.0.1"}
+    listening = [
+        found for found in psutil.Process().net_connections("inet") if found.status == "LISTEN"
+    ]
+    assert {found.laddr.ip for found in listening if found.laddr.port == store.port} == {
+        "127.0.0.1"
+    }
     with pytest.raises(OSError, match="in use"):
         listen_on_loopback(store.port, None, timedelta(seconds=20))
     with socket.create_connection(("127.0.0.1", store.port), timeout=20):

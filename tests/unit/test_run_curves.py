@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from nemo_kd.cli import plot_runs as command
-from nemo_kd.evaluation.run_curves import RunError, plot_runs, read_curves
+from nemo_kd.tools.run_curves import RunError, plot_runs, read_curves
 
 
 def write_run(folder, rows, end=""):
@@ -22,20 +22,36 @@ COUNTS = {"epoch": 0.5, "consumed_samples": 8.0, "train_step": 1.0, "eval_step":
 
 
 def steps(count, loss):
-    rows = [{"step": step, "time": 1.0, "train/loss": loss / step, "lr": 0.1, **COUNTS} for step in range(1, count + 1)]
+    rows = [
+        {"step": step, "time": 1.0, "train/loss": loss / step, "lr": 0.1, **COUNTS}
+        for step in range(1, count + 1)
+    ]
     return [*rows, {"step": count, "time": 2.0, "validation/loss": loss, "perf/tokens_per_s": 5.0}]
 
 
 def test_a_resumed_run_repeats_steps_and_a_killed_one_leaves_half_a_line(tmp_path):
-    rows = [{"step": 1, "train/loss": 3.0}, {"step": 2, "train/loss": 2.0}, {"step": 2, "train/loss": 1.5}]
+    rows = [
+        {"step": 1, "train/loss": 3.0},
+        {"step": 2, "train/loss": 2.0},
+        {"step": 2, "train/loss": 1.5},
+    ]
     run = write_run(tmp_path / "run", rows, '{"step": 3, "tra')
     assert read_curves(run) == {"train/loss": {1: 3.0, 2: 1.5}}
     assert read_curves(run / "metrics" / "metrics.jsonl") == read_curves(run)
 
 
 def test_every_section_is_a_picture_of_all_runs(tmp_path, monkeypatch, capsys):
-    first, second = write_run(tmp_path / "a", steps(3, 4.0)), write_run(tmp_path / "b", steps(500, 9.0))
-    arguments = ["plot_runs", str(first), str(second), "--output-dir", str(tmp_path / "out" / "pictures")]
+    first, second = (
+        write_run(tmp_path / "a", steps(3, 4.0)),
+        write_run(tmp_path / "b", steps(500, 9.0)),
+    )
+    arguments = [
+        "plot_runs",
+        str(first),
+        str(second),
+        "--output-dir",
+        str(tmp_path / "out" / "pictures"),
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     command.main()
     written = sorted((tmp_path / "out" / "pictures").iterdir())
@@ -54,12 +70,17 @@ def test_curves_hold_what_the_runs_measured(tmp_path, monkeypatch):
         "savefig",
         lambda figure, path, **_: drawn.update(
             {
-                axes.get_title(): {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+                axes.get_title(): {
+                    line.get_label(): line.get_xydata().tolist() for line in axes.lines
+                }
                 for axes in figure.axes
             }
         ),
     )
-    first, second = write_run(tmp_path / "x" / "a", steps(2, 4.0)), write_run(tmp_path / "x" / "b", steps(3, 9.0))
+    first, second = (
+        write_run(tmp_path / "x" / "a", steps(2, 4.0)),
+        write_run(tmp_path / "x" / "b", steps(3, 9.0)),
+    )
     plot_runs([first, second], tmp_path)
     assert set(drawn) >= {"train/loss", "lr"}
     assert not {"epoch", "consumed_samples", "train_step", "eval_step"} & set(drawn)
@@ -76,7 +97,10 @@ def test_curves_hold_what_the_runs_measured(tmp_path, monkeypatch):
 
 def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", steps(3, 4.0))
-    with pytest.raises(RunError, match=r"none: no run: there is no .*none; give a run's exp_manager.explicit_log_dir"):
+    with pytest.raises(
+        RunError,
+        match=r"none: no run: there is no .*none; give a run's exp_manager.explicit_log_dir",
+    ):
         read_curves(tmp_path / "none")
     with pytest.raises(RunError, match=r"metrics.jsonl: nothing is in it yet"):
         read_curves(write_run(tmp_path / "empty", []))

@@ -12,9 +12,15 @@ import pytest
 import torch
 
 from nemo_kd.config import UserInputError
-from nemo_kd.trainer import run_folder
-from nemo_kd.trainer.checkpoint_folder import UNFINISHED, publish, seal, unfinished, unfinished_folder
-from nemo_kd.trainer.run_folder import own_run_folder
+from nemo_kd.student import run_folder as run_folder
+from nemo_kd.student.checkpoint_folder import (
+    UNFINISHED,
+    publish,
+    seal,
+    unfinished,
+    unfinished_folder,
+)
+from nemo_kd.student.run_folder import own_run_folder
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +71,10 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, shared):
     with own_run_folder(settings(*first), "kd"):
         message = attempt(*second)
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
-    assert "is training there; two runs in one folder would destroy each other's checkpoints" in message
+    assert (
+        "is training there; two runs in one folder would destroy each other's checkpoints"
+        in message
+    )
     assert "another exp_manager.explicit_log_dir" in message
     assert attempt(*second) == ""
 
@@ -93,11 +102,19 @@ def test_nothing_is_trained_over(tmp_path):
     (log_dir / "metrics" / "metrics.jsonl").write_text("{}\n")
     assert attempt(log_dir) == "", "a run that was killed before its first checkpoint starts over"
     message = attempt(log_dir, resume_if_exists=False)
-    assert f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)" in message
-    assert "another exp_manager.explicit_log_dir, or go on with that run: exp_manager.resume_if_exists=true" in message
+    assert (
+        f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)" in message
+    )
+    assert (
+        "another exp_manager.explicit_log_dir, or go on with that run: exp_manager.resume_if_exists=true"
+        in message
+    )
     parent.mkdir()
     (parent / "kd.nemo").touch()
-    assert f"{parent} holds what another run has left (kd.nemo), but no checkpoint to go on from" in attempt(log_dir)
+    assert (
+        f"{parent} holds what another run has left (kd.nemo), but no checkpoint to go on from"
+        in attempt(log_dir)
+    )
     weights = write_checkpoint(parent / "kd-step=2", resumable=False)
     assert "no checkpoint to go on from" in attempt(log_dir)
     whole = write_checkpoint(parent / "kd-step=3-last")

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from nemo_kd.cli.endings import user_message
-from nemo_kd.trainer.logging import JsonlLogger, _give, quiet_tensorboard_thread
+from nemo_kd.run.endings import user_message
+from nemo_kd.student.logging import JsonlLogger, _give, quiet_tensorboard_thread
 
 
 @contextlib.contextmanager
@@ -28,16 +28,26 @@ def files_of_at_most(num_bytes: int):
 @pytest.mark.parametrize("kind", ["metrics", "tensorboard"])
 def test_a_file_that_cannot_grow_is_named_without_a_traceback(tmp_path, capsys, kind):
     file = tmp_path / "metrics" / "metrics.jsonl"
-    logger = JsonlLogger(file) if kind == "metrics" else TensorBoardLogger(tmp_path, name="", version="")
+    logger = (
+        JsonlLogger(file) if kind == "metrics" else TensorBoardLogger(tmp_path, name="", version="")
+    )
     trainer = SimpleNamespace(loggers=[logger])
-    with files_of_at_most(4096), quiet_tensorboard_thread(), pytest.raises(OSError, match="File too large") as raised:
+    with (
+        files_of_at_most(4096),
+        quiet_tensorboard_thread(),
+        pytest.raises(OSError, match="File too large") as raised,
+    ):
         for step in range(1000):
             _give(trainer, {"train/loss": 1.0, "lr": 0.5}, step)
     message = user_message(raised.value)
     assert message.startswith(f"{file if kind == 'metrics' else tmp_path}")
-    assert "File too large; the file system or a limit (`ulimit -f`) allows no larger file" in message
+    assert (
+        "File too large; the file system or a limit (`ulimit -f`) allows no larger file" in message
+    )
     assert "Traceback" not in capsys.readouterr().err
     if kind == "metrics":
         lines = file.read_text().split("\n")
         assert lines[-1] == ""
-        assert [json.loads(line)["step"] for line in lines[:-1]] == list(range(len(lines) - 1))  # no half line
+        assert [json.loads(line)["step"] for line in lines[:-1]] == list(
+            range(len(lines) - 1)
+        )  # no half line

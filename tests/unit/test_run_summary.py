@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-from nemo_kd.trainer.ending import _written
+from nemo_kd.student.ending import _written
 
 
 def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
@@ -13,11 +13,15 @@ def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
     archive.write_bytes(b"archive")
     folder.mkdir()
     checkpoint = SimpleNamespace(
-        _format_nemo_checkpoint_name=lambda: str(archive), save_best_model=False, dirpath=str(tmp_path)
+        _format_nemo_checkpoint_name=lambda: str(archive),
+        save_best_model=False,
+        dirpath=str(tmp_path),
     )
     os.utime(archive, (100, 100))
     for written_s, paths in ((200, [archive, folder]), (50, [archive])):
         os.utime(folder, (written_s, written_s))
         lines, commands = _written(checkpoint)
-        assert [text.rpartition(",")[0] for name, text in lines if name == "last weights"] == [str(p) for p in paths]
+        assert [text.rpartition(",")[0] for name, text in lines if name == "last weights"] == [
+            str(p) for p in paths
+        ]
         assert bool(commands) == (written_s == 50)

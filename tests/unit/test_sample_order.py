@@ -11,7 +11,14 @@ from omegaconf import OmegaConf
 
 from nemo_kd.config import ConfigError, typed
 from nemo_kd.config.student import StudentDataConfig
-from nemo_kd.data.order import CHUNKS, EvaluationBatches, SampleOrder, TrainingBatches, pass_order, shares
+from nemo_kd.data.order import (
+    CHUNKS,
+    EvaluationBatches,
+    SampleOrder,
+    TrainingBatches,
+    pass_order,
+    shares,
+)
 
 # Three sources: 9 rows in 3 chunks, 40 rows in 4 chunks, 2 rows in one.
 SOURCES = [[4, 4, 1], [10, 10, 10, 10], [2]]
@@ -25,14 +32,18 @@ def test_one_source_has_the_order_of_numpys_permutation():
         expected = np.random.Generator(np.random.PCG64([3, epoch])).permutation(21)
         assert order.epoch(epoch, 16).tolist() == expected[:16].tolist()
         # A list of sources without weights is one after the other.
-        assert SampleOrder([[10, 5], [6]], None, 3, True).epoch(epoch, 21).tolist() == expected.tolist()
+        assert (
+            SampleOrder([[10, 5], [6]], None, 3, True).epoch(epoch, 21).tolist()
+            == expected.tolist()
+        )
     assert SampleOrder([[10, 5], [6]], None, 3, False).epoch(4, 21).tolist() == list(range(21))
 
 
 def test_orders_differ_by_epoch_and_seed():
     for weights, shuffle in ORDERS:
         orders = [
-            SampleOrder(SOURCES, weights, seed, shuffle).epoch(epoch, 51) for seed, epoch in ((1, 0), (1, 1), (2, 0))
+            SampleOrder(SOURCES, weights, seed, shuffle).epoch(epoch, 51)
+            for seed, epoch in ((1, 0), (1, 1), (2, 0))
         ]
         different = {order.tobytes() for order in orders}
         assert len(different) == (3 if shuffle else 1 if weights is None else 2)
@@ -47,7 +58,11 @@ def test_orders_differ_by_epoch_and_seed():
         ([0.3, 0.7], 10, [3, 7]),
         ([3, 7], 10, [3, 7]),
         ([1, 1, 1], 10, [4, 3, 3]),
-        ([0.5, 0.3, 0.2], 7, [4, 2, 1]),  # 3.5, 2.1, 1.4: the largest remainder gets the last sample
+        (
+            [0.5, 0.3, 0.2],
+            7,
+            [4, 2, 1],
+        ),  # 3.5, 2.1, 1.4: the largest remainder gets the last sample
         ([1, 1e-9], 5, [5, 0]),
         ([2.5], 5, [5]),
     ],
@@ -63,7 +78,10 @@ def test_a_blend_draws_every_row_of_a_source_equally_often(shuffle):
     counts: Counter[int] = Counter()
     for epoch in range(15):
         drawn = order.epoch(epoch, 48)
-        per_source = [int(((drawn >= first) & (drawn < last)).sum()) for first, last in ((0, 9), (9, 49), (49, 51))]
+        per_source = [
+            int(((drawn >= first) & (drawn < last)).sum())
+            for first, last in ((0, 9), (9, 49), (49, 51))
+        ]
         assert per_source == [12, 24, 12]
         counts.update(drawn.tolist())
         for rows in (range(9), range(9, 49), range(49, 51)):
@@ -90,7 +108,10 @@ def test_chunks_are_mixed_and_read_one_after_the_other(weights):
         drawn = order.epoch(epoch, 25)
         for part in [chunk_of >= 0] if weights is None else [chunk_of < 3, chunk_of >= 3]:
             rows = [row for row in drawn if part[row]]
-            runs = [(chunk, list(run)) for chunk, run in itertools.groupby(rows, key=lambda row: chunk_of[row])]
+            runs = [
+                (chunk, list(run))
+                for chunk, run in itertools.groupby(rows, key=lambda row: chunk_of[row])
+            ]
             if weights is None:
                 assert len(runs) == 5  # each chunk is read to its end before the next
                 orders_of_chunks.add(tuple(chunk for chunk, _ in runs))
@@ -124,7 +145,9 @@ def test_resuming_late_costs_no_more_than_an_epoch(monkeypatch):
     asked = []
     draw = SampleOrder.epoch
     monkeypatch.setattr(
-        SampleOrder, "epoch", lambda self, epoch, count: asked.append(epoch) or draw(self, epoch, count)
+        SampleOrder,
+        "epoch",
+        lambda self, epoch, count: asked.append(epoch) or draw(self, epoch, count),
     )
     assert len(batches(order, consumed=8 * 1999, max_steps=2000)) == 1
     assert asked == [999]
@@ -172,8 +195,14 @@ def test_paths_with_and_without_weights(train, paths, weights):
         ({"data_prefix": {"train": [float("nan"), "a"]}}, "the weight nan of a must be above 0"),
         ({"data_prefix": {"train": [True, "a"]}}, "True is not a path"),
         ({"data_prefix": {"train": 5}}, "has weights for some paths only|is not a path"),
-        ({"data_prefix": {"validation": [1.0, "a"]}}, "model.data.data_prefix.validation: weights are for train only"),
-        ({"data_prefix": {"test": [1.0, "a"]}}, "model.data.data_prefix.test: weights are for train only"),
+        (
+            {"data_prefix": {"validation": [1.0, "a"]}},
+            "model.data.data_prefix.validation: weights are for train only",
+        ),
+        (
+            {"data_prefix": {"test": [1.0, "a"]}},
+            "model.data.data_prefix.test: weights are for train only",
+        ),
         ({"shuffle": "chunk"}, "model.data.shuffle: 'chunk' is not one of true, false, chunks"),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
         ({"max_tokens_per_batch": 0}, "model.data.max_tokens_per_batch: 0 must be at least 1"),
@@ -186,4 +215,8 @@ def test_wrong_data_settings_are_named(values, message):
 
 
 def test_shuffle_takes_a_truth_value_or_chunks():
-    assert [data_config(shuffle=value).shuffle for value in (True, False, "chunks")] == [True, False, CHUNKS]
+    assert [data_config(shuffle=value).shuffle for value in (True, False, "chunks")] == [
+        True,
+        False,
+        CHUNKS,
+    ]

@@ -10,7 +10,7 @@ from nemo.core.optim import lr_scheduler as nemo
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.optim import OptimConfig, SchedConfig
-from nemo_kd.trainer.learning_rate import check_schedule, learning_rate_factor, lr_scheduler
+from nemo_kd.student.learning_rate import check_schedule, learning_rate_factor, lr_scheduler
 
 LR = 1e-3
 
@@ -87,9 +87,15 @@ def test_the_optimizer_gets_it_step_by_step():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "cosine"}, "model.optim.sched.name: 'cosine' is not one of CosineAnnealing, WarmupAnnealing"),
+        (
+            {"name": "cosine"},
+            "model.optim.sched.name: 'cosine' is not one of CosineAnnealing, WarmupAnnealing",
+        ),
         ({"warmup_steps": 3, "warmup_ratio": 0.1}, "give warmup_steps or warmup_ratio, not both"),
-        ({"constant_steps": 3, "constant_ratio": 0.1}, "give constant_steps or constant_ratio, not both"),
+        (
+            {"constant_steps": 3, "constant_ratio": 0.1},
+            "give constant_steps or constant_ratio, not both",
+        ),
         ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must not be negative"),
         ({"constant_ratio": 1.5}, "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1"),
         ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
@@ -122,18 +128,27 @@ def test_a_long_warmup_is_told(caplog):
         check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 11)
         assert not caplog.text
         check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 5)
-    assert "a warmup of 10 steps in a run of 5: the learning rate ends at 0.455, never reaching lr=1" in caplog.text
+    assert (
+        "a warmup of 10 steps in a run of 5: the learning rate ends at 0.455, never reaching lr=1"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "sgd"}, "model.optim.name: 'sgd' is not one of distributed_fused_adam, adamw, adam"),
+        (
+            {"name": "sgd"},
+            "model.optim.name: 'sgd' is not one of distributed_fused_adam, adamw, adam",
+        ),
         ({"lr": -1.0}, "model.optim.lr: -1.0 must not be negative"),
         ({"lr": float("nan")}, "model.optim.lr: nan must not be negative"),
         ({"weight_decay": -0.1}, "model.optim.weight_decay: -0.1 must not be negative"),
         ({"eps": 0.0}, "model.optim.eps: 0.0 must be above 0"),
-        ({"lr": 1e-5, "sched": SchedConfig(min_lr=1e-4)}, "min_lr: 0.0001 must be from 0 to model.optim.lr"),
+        (
+            {"lr": 1e-5, "sched": SchedConfig(min_lr=1e-4)},
+            "min_lr: 0.0001 must be from 0 to model.optim.lr",
+        ),
     ],
 )
 def test_impossible_optimizers_are_refused(settings, message):

@@ -26,7 +26,9 @@ NAME = "train_CHUNK_ID.jsonl"
 
 def publisher_in(folder: Path, max_waiting: int = 2, **changes) -> SegmentPublisher:
     folder.mkdir(exist_ok=True)
-    return SegmentPublisher(CacheLayout(str(folder / NAME)), manifest(**changes), COMPUTED_WITH, max_waiting)
+    return SegmentPublisher(
+        CacheLayout(str(folder / NAME)), manifest(**changes), COMPUTED_WITH, max_waiting
+    )
 
 
 def rows(segment) -> list[CachedExample]:
@@ -86,9 +88,17 @@ def test_the_cache_is_that_of_one_process(tmp_path, codec):
     writer.assemble_complete()
     writer.close()
     assert content(folder) == content(tmp_path / "straight")
-    assert [(done.first_index, done.examples) for done in publisher.done] == [(0, 2), (2, 2), (4, 2), (6, 2), (8, 2)]
+    assert [(done.first_index, done.examples) for done in publisher.done] == [
+        (0, 2),
+        (2, 2),
+        (4, 2),
+        (6, 2),
+        (8, 2),
+    ]
     total = sum(done.kept_mass_sum for done in publisher.done)
-    assert total == pytest.approx(sum(chunk.kept_mass_sum for chunk in writer.manifest.chunks.values()))
+    assert total == pytest.approx(
+        sum(chunk.kept_mass_sum for chunk in writer.manifest.chunks.values())
+    )
 
 
 @pytest.mark.parametrize("codec", ["json", "packed"])
@@ -102,20 +112,33 @@ def test_compact_rows_and_reasons(tmp_path, codec):
         teacher = replace(full.teacher, tail_token_ids_SM=random.integers(50, size=(7, 2)))
         names = [name for name, value in vars(teacher).items() if isinstance(value, np.ndarray)]
         known_part = {
-            name: vars(teacher)[name][..., known] if name == "tail_mass_TS" else vars(teacher)[name][known]
+            name: vars(teacher)[name][..., known]
+            if name == "tail_mass_TS"
+            else vars(teacher)[name][known]
             for name in names
         }
-        compact.append(CompactRow(full.example, np.flatnonzero(known), replace(teacher, **known_part)))
-        unknown = {"topk_logits_SK": -np.inf, "topk_token_ids_SK": -1, "tail_token_ids_SM": -1, "tail_mass_TS": 1}
+        compact.append(
+            CompactRow(full.example, np.flatnonzero(known), replace(teacher, **known_part))
+        )
+        unknown = {
+            "topk_logits_SK": -np.inf,
+            "topk_token_ids_SK": -1,
+            "tail_token_ids_SM": -1,
+            "tail_mass_TS": 1,
+        }
         for name in names:
             values = vars(teacher)[name].copy()
             values[(..., ~known) if name == "tail_mass_TS" else ~known] = unknown.get(name, 0)
             teacher = replace(teacher, **{name: values})
         whole.append(CachedExample(full.example, teacher))
     for name in (field for field in vars(whole[0].teacher) if field != "temperatures"):
-        assert np.array_equal(vars(compact[0].expanded().teacher)[name], vars(whole[0].teacher)[name]), name
+        assert np.array_equal(
+            vars(compact[0].expanded().teacher)[name], vars(whole[0].teacher)[name]
+        ), name
     (tmp_path / "one").mkdir()
-    one = SegmentWriter(CacheLayout(str(tmp_path / "one" / NAME)), description, (0, range(5)), COMPUTED_WITH)
+    one = SegmentWriter(
+        CacheLayout(str(tmp_path / "one" / NAME)), description, (0, range(5)), COMPUTED_WITH
+    )
     for full in whole:
         one.write(full)
     one.skip("too long")
@@ -127,13 +150,19 @@ def test_compact_rows_and_reasons(tmp_path, codec):
 
 
 def test_an_error_is_raised_here_as_it_was_there(tmp_path):
-    with pytest.raises(CacheError, match="got 1 of 2 records") as error, publisher_in(tmp_path) as publisher:
+    with (
+        pytest.raises(CacheError, match="got 1 of 2 records") as error,
+        publisher_in(tmp_path) as publisher,
+    ):
         publisher.publish((0, range(2)), [row(0)])
         wait_until(lambda: publisher._pending[0].done())
         publisher.publish((0, range(2, 4)), [row(2), row(3)])
         pytest.fail("the error comes with the next segment")
     assert "Traceback" in str(error.value.__cause__)
-    with pytest.raises(AttributeError, match="no attribute 'example'"), publisher_in(tmp_path) as publisher:
+    with (
+        pytest.raises(AttributeError, match="no attribute 'example'"),
+        publisher_in(tmp_path) as publisher,
+    ):
         publisher.publish((0, range(2)), [1, 2])
     publisher = publisher_in(tmp_path)
     publisher.publish((0, range(2)), [row(0)])
@@ -150,7 +179,10 @@ def test_a_full_disk_comes_with_its_remedy(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FileError, match="the disk is full: free some space"), publisher_in(tmp_path) as publisher:
+    with (
+        pytest.raises(FileError, match="the disk is full: free some space"),
+        publisher_in(tmp_path) as publisher,
+    ):
         publisher.publish((0, range(2)), [row(0), row(1)])
     assert not list(tmp_path.glob(".*/*"))
 
@@ -168,7 +200,10 @@ def test_an_error_of_the_block_goes_on_and_whole_segments_are_published(tmp_path
         raise KeyError("of the block")
     assert not publisher._process.is_alive()
     assert [path.name for path in tmp_path.glob(".*/*")] == ["000000000000-000000000001"]
-    assert "a segment was not published: the segment of examples 2 to 3 got 1 of 2 records" in caplog.text
+    assert (
+        "a segment was not published: the segment of examples 2 to 3 got 1 of 2 records"
+        in caplog.text
+    )
 
 
 def test_a_caller_waits_only_when_enough_segments_wait_already(tmp_path, monkeypatch):
@@ -235,7 +270,9 @@ def test_the_computing_process_is_killed(tmp_path, monkeypatch):
         publisher.publish(segments[0], rows(segments[0]))
         publisher._pending[0].result()
         gate.unlink()
-        publisher.publish(segments[1], rows(segments[1]))  # is about to be on disk when this process is killed
+        publisher.publish(
+            segments[1], rows(segments[1])
+        )  # is about to be on disk when this process is killed
         os.write(theirs, str(publisher._process.pid).encode())
         time.sleep(600)
         os._exit(0)
@@ -282,7 +319,9 @@ def test_a_job_that_ends_leaves_neither_its_lock_nor_a_process(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     with SegmentPublisher(layout, description, COMPUTED_WITH) as publisher:
         writer.close()
-        CacheWriter(layout, description, chunks_of(description)).close()  # the process beside does not hold it
+        CacheWriter(
+            layout, description, chunks_of(description)
+        ).close()  # the process beside does not hold it
     publisher.close()  # again
     assert not publisher._process.is_alive()
 
@@ -295,17 +334,23 @@ def test_large_segments_arrive_whole(tmp_path):
     strided = [
         CachedExample(
             one.example,
-            replace(one.teacher, topk_logits_SK=np.repeat(one.teacher.topk_logits_SK, 2, axis=1)[:, ::2]),
+            replace(
+                one.teacher, topk_logits_SK=np.repeat(one.teacher.topk_logits_SK, 2, axis=1)[:, ::2]
+            ),
         )
         for one in large
     ]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    sink = SegmentWriter(CacheLayout(str(tmp_path / "one" / NAME)), description, segment, COMPUTED_WITH)
+    sink = SegmentWriter(
+        CacheLayout(str(tmp_path / "one" / NAME)), description, segment, COMPUTED_WITH
+    )
     for one in large:
         sink.write(one)
     sink.publish()
-    with SegmentPublisher(CacheLayout(str(tmp_path / "two" / NAME)), description, COMPUTED_WITH) as publisher:
+    with SegmentPublisher(
+        CacheLayout(str(tmp_path / "two" / NAME)), description, COMPUTED_WITH
+    ) as publisher:
         publisher.publish(segment, strided)
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert isinstance(strided[0].teacher, TeacherTopK)

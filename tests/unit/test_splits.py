@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_kd.cache.convert import convert
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
@@ -23,22 +22,29 @@ from nemo_kd.config.cache import CacheConfig
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
-from nemo_kd.trainer import splits
-from nemo_kd.trainer.data_module import StudentData
-from nemo_kd.trainer.experiment_record import differences, experiment_record
-from nemo_kd.trainer.splits import load_splits
+from nemo_kd.student import splits as splits
+from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.experiment_record import differences, experiment_record
+from nemo_kd.student.splits import load_splits
+from nemo_kd.tools.recode import convert
 from tests.tiny_cache import row, write
 from tests.tiny_data import aligner_rows, student_config, write_chat_dataset
 from tests.tiny_tokenizer import CHATML, LLAMA3, train_tokenizer
 
 TOKENIZER = train_tokenizer(300)
 LARGEST = max(
-    max(found.example.tokens_S.max(), found.example.labels_S.max(), found.teacher.topk_token_ids_SK.max())
+    max(
+        found.example.tokens_S.max(),
+        found.example.labels_S.max(),
+        found.teacher.topk_token_ids_SK.max(),
+    )
     for found in (row(index, 3 + index % 4) for index in range(10))
 )
 """The largest id in the caches of this file."""
 
-GROUPS = SimpleNamespace(data_rank=0, data_size=1, context_rank=0, context_size=1, device=torch.device("cpu"))
+GROUPS = SimpleNamespace(
+    data_rank=0, data_size=1, context_rank=0, context_size=1, device=torch.device("cpu")
+)
 
 
 def architecture(vocab_size: int = 300) -> GPTArchitecture:
@@ -74,7 +80,13 @@ def problems(train, *args, **overrides) -> list[str]:
 
 
 def formats(*found):
-    return {"path": "d", "fingerprint": "f", "start_from_idx": 0, "end_at_idx": 9, "formats": list(found)}
+    return {
+        "path": "d",
+        "fingerprint": "f",
+        "start_from_idx": 0,
+        "end_at_idx": 9,
+        "formats": list(found),
+    }
 
 
 def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
@@ -85,7 +97,9 @@ def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
     assert lines[0].startswith(f"  train: {path}: vocabulary: ")
     assert f"ids up to {LARGEST}" in lines[0]
     assert f"the student has {LARGEST} ids" in lines[0]
-    assert [line.split(":")[0] for line in lines] == ["  train"] * 2 + ["  validation"] * 2  # tokens, teacher's ids
+    assert [line.split(":")[0] for line in lines] == ["  train"] * 2 + [
+        "  validation"
+    ] * 2  # tokens, teacher's ids
 
 
 def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
@@ -113,14 +127,24 @@ def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
     assert "model.data.drop_ids_outside_vocab=true" in lines[0]
     kept = load(other, 45, drop_ids_outside_vocab=True)["train"]
     whole = load(other)["train"]
-    ids = [set(rows[i].teacher.topk_token_ids_SK.flatten().tolist()) for rows in (kept, whole) for i in range(10)]
+    ids = [
+        set(rows[i].teacher.topk_token_ids_SK.flatten().tolist())
+        for rows in (kept, whole)
+        for i in range(10)
+    ]
     assert set().union(*ids[:10]) == {i for i in set().union(*ids[10:]) if i < 45} | {-1}
     assert kept[3].teacher.tail_mass_TS.sum() > whole[3].teacher.tail_mass_TS.sum()
 
 
 def test_all_mismatches_are_listed_in_one_error(tmp_path):
     good = cache(tmp_path / "good")
-    bad = cache(tmp_path / "bad", tokenizer="sha256:aaa", chat_template="sha256:bbb", top_k=4, tokenizer_size=7)
+    bad = cache(
+        tmp_path / "bad",
+        tokenizer="sha256:aaa",
+        chat_template="sha256:bbb",
+        top_k=4,
+        tokenizer_size=7,
+    )
     lines = problems([str(good), str(bad)], LARGEST, validation=good, top_k=5)
     assert [line.split(": ")[2] for line in lines if str(bad) in line] == [
         "tokenizer",
@@ -131,8 +155,13 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
     ]
     text = "\n".join(lines)
     ours = tokenizer_fingerprint(TOKENIZER)
-    assert f"tokenizer: sha256:aaa (7 tokens) in the cache, {ours} (300 tokens) in the student" in text
-    assert f"chat template: sha256:bbb in the cache, {chat_template_fingerprint(TOKENIZER)} in the student" in text
+    assert (
+        f"tokenizer: sha256:aaa (7 tokens) in the cache, {ours} (300 tokens) in the student" in text
+    )
+    assert (
+        f"chat template: sha256:bbb in the cache, {chat_template_fingerprint(TOKENIZER)} in the student"
+        in text
+    )
     assert "model.data.top_k: 5 exceeds the 4 logits a position" in text
     assert sum(line.startswith("  validation") for line in lines) == 3
     assert len(lines) == 5 + 3 + 3
@@ -160,7 +189,9 @@ def test_the_chat_template_counts_where_the_records_used_it(
         del dataset["formats"]
     path = str(
         cache(
-            tmp_path, dataset=dataset, chat_template=chat_template_fingerprint(train_tokenizer(300, teacher_template))
+            tmp_path,
+            dataset=dataset,
+            chat_template=chat_template_fingerprint(train_tokenizer(300, teacher_template)),
         )
     )
     student = train_tokenizer(300, student_template)
@@ -184,19 +215,28 @@ def student_data(train, steps_per_epoch=1, **overrides):
 
 def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
     """Two teachers over the same records: two caches; the rows say by their place which one they are from."""
-    first, second = cache(tmp_path / "a"), cache(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9)
+    first, second = (
+        cache(tmp_path / "a"),
+        cache(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9),
+    )
     data = student_data([1, f"{first}[:4]", 3, str(second)], steps_per_epoch=1)
     assert data.training.order.source_chunks == [[4], [4, 4, 2]]
     drawn = sum(list(data.training), [])
     assert len(drawn) == 80
     assert sum(position < 4 for position in drawn) == 20
     assert data.splits["train"].num_tokens(3) == data.splits["train"][3].example.num_tokens
-    assert [len(micro_batch.indices_B) for batch in data.train_dataloader() for micro_batch in batch] == [2] * 40
+    assert [
+        len(micro_batch.indices_B) for batch in data.train_dataloader() for micro_batch in batch
+    ] == [2] * 40
     with pytest.raises(
-        ConfigError, match=r"the weight of .*a/train_CHUNK_ID.jsonl\[:4\] gives it none of the 8 samples of an epoch"
+        ConfigError,
+        match=r"the weight of .*a/train_CHUNK_ID.jsonl\[:4\] gives it none of the 8 samples of an epoch",
     ):
         student_data([1, f"{first}[:4]", 99, str(second)], steps_per_epoch=1)
-    with pytest.raises(ConfigError, match=r"no usable example in .*a/train_CHUNK_ID.jsonl\[4:4\], which has a weight"):
+    with pytest.raises(
+        ConfigError,
+        match=r"no usable example in .*a/train_CHUNK_ID.jsonl\[4:4\], which has a weight",
+    ):
         student_data([1, f"{first}[4:4]", 99, str(second)])
 
 
@@ -206,7 +246,9 @@ def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
 
     def record(train, **overrides):
         data = student_data(train, **overrides)
-        return experiment_record(data.config, architecture(), {"name": "s", "weights": "w"}, data.descriptions, 2)
+        return experiment_record(
+            data.config, architecture(), {"name": "s", "weights": "w"}, data.descriptions, 2
+        )
 
     before = record(str(first))
     shutil.copytree(tmp_path / "a", tmp_path / "moved")
@@ -214,8 +256,13 @@ def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
     assert differences(before, moved) == {}
     part = record(f"{first}[:8]")
     told = differences(before, part)["model.data.data_prefix.train"]
-    assert re.search(r"a/train_CHUNK_ID.jsonl \(content .* in the checkpoint, .*a/train_CHUNK_ID.jsonl\[:8\]", told)
-    assert "model.data.data_prefix.validation" in differences(before, record(str(first), validation=f"{first}[:8]"))
+    assert re.search(
+        r"a/train_CHUNK_ID.jsonl \(content .* in the checkpoint, .*a/train_CHUNK_ID.jsonl\[:8\]",
+        told,
+    )
+    assert "model.data.data_prefix.validation" in differences(
+        before, record(str(first), validation=f"{first}[:8]")
+    )
     weighted = [record([weight, str(first), 1, str(second)]) for weight in (1, 3)]
     assert "weights [3, 1]) now" in differences(*weighted)["model.data.data_prefix.train"]
 
@@ -230,7 +277,8 @@ def test_a_run_goes_on_behind_the_samples_of_its_checkpoint(tmp_path):
 
 def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
     first, second = (
-        str(write_chat_dataset(tmp_path / name, count)) for name, count in (("a.jsonl", 12), ("b.jsonl", 9))
+        str(write_chat_dataset(tmp_path / name, count))
+        for name, count in (("a.jsonl", 12), ("b.jsonl", 9))
     )
 
     def sft(train):
@@ -238,10 +286,15 @@ def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
             "m", "t", "v", "l", model__knowledge_distillation__kd_loss_weight=0.0, model__data__data_impl="dataset",
             model__data__data_prefix={"train": train, "validation": [second]},
         )  # fmt: skip
-        return StudentData(settings, load_splits(settings.model, architecture(), TOKENIZER), 2, 10, 0, GROUPS)
+        return StudentData(
+            settings, load_splits(settings.model, architecture(), TOKENIZER), 2, 10, 0, GROUPS
+        )
 
     blend, one, other = sft([1, first, 1, second]), sft([first, second]), sft([second, first])
-    assert blend.training.order.source_chunks == [[11], [8]]  # the sixth record of each has no answer
+    assert blend.training.order.source_chunks == [
+        [11],
+        [8],
+    ]  # the sixth record of each has no answer
     fingerprints = [data.descriptions["train"]["fingerprint"] for data in (blend, one, other)]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert len(list(blend.train_dataloader())) == 10
@@ -257,7 +310,10 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(load([str(source), str(target), str(ours)], validation=str(ours))["train"]) == 30
     for path in (source, target):
-        assert f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's" in caplog.text
+        assert (
+            f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's"
+            in caplog.text
+        )
     assert f"{ours}: nothing tells" not in caplog.text
 
 
@@ -266,7 +322,9 @@ def test_a_source_without_loss_tokens_is_refused(tmp_path):
     load([str(good)])
     empty = aligner_rows(tmp_path / "empty.jsonl", [0, 0, 0])
     for train, validation, key in (([good, empty], good, "train"), ([good], empty, "validation")):
-        message = f"model.data.data_prefix.{key}: {empty}: none of 3 examples has a token in the loss"
+        message = (
+            f"model.data.data_prefix.{key}: {empty}: none of 3 examples has a token in the loss"
+        )
         with pytest.raises(ConfigError, match=re.escape(message)):
             load([str(path) for path in train], validation=str(validation))
 
@@ -276,7 +334,9 @@ def loss_problems(train, **settings) -> list[str]:
     values = {f"model__knowledge_distillation__{key}": value for key, value in settings.items()}
     data = {"model__data__data_prefix": {"train": [str(train)], "validation": [str(train)]}}
     with pytest.raises(CacheError) as error:
-        load_splits(student_config("m", "t", "v", "l", **data, **values).model, architecture(), TOKENIZER)
+        load_splits(
+            student_config("m", "t", "v", "l", **data, **values).model, architecture(), TOKENIZER
+        )
     return [line for line in str(error.value).splitlines() if line.startswith("  train")]
 
 
@@ -289,7 +349,10 @@ def loss_problems(train, **settings) -> list[str]:
             "the cache has it at 1; compute the cache with cache.temperatures=[2], or use support=renormalize",
         ),
         ({"support": "sampled"}, "support: sampled needs tail samples, which the cache lacks"),
-        ({"kd_loss": "k2"}, "kd_loss: k2 needs the teacher's log-probability of the labels, which the cache lacks"),
+        (
+            {"kd_loss": "k2"},
+            "kd_loss: k2 needs the teacher's log-probability of the labels, which the cache lacks",
+        ),
     ],
 )
 def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
@@ -302,20 +365,27 @@ def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
         chunk.write_text("".join(json.dumps(fields) + "\n" for fields in rows))
         Path(f"{chunk}.idx").unlink()
     (tmp_path / "train_manifest.json").unlink()
-    assert any(message in line for line in loss_problems(path, **settings)), loss_problems(path, **settings)
+    assert any(message in line for line in loss_problems(path, **settings)), loss_problems(
+        path, **settings
+    )
 
 
 def test_a_split_needs_equally_many_tail_samples_in_all_caches():
     def reader(source, num_samples):
         found = row(0)
         samples = np.zeros((5, num_samples), dtype=np.int64)
-        return SourceOfOne([replace(found, teacher=replace(found.teacher, tail_token_ids_SM=samples))], source)
+        return SourceOfOne(
+            [replace(found, teacher=replace(found.teacher, tail_token_ids_SM=samples))], source
+        )
 
     sampled, four, two = LossConfig(support="sampled"), reader("a.jsonl", 4), reader("b.jsonl", 2)
     assert splits._differences([four, reader("c.jsonl", 4)], sampled) == []
     assert splits._differences([four, two], LossConfig()) == []
     (line,) = splits._differences([four, two], sampled)
-    assert "sampled needs equally many tail samples in all caches, there are 4 in a.jsonl, 2 in b.jsonl" in line
+    assert (
+        "sampled needs equally many tail samples in all caches, there are 4 in a.jsonl, 2 in b.jsonl"
+        in line
+    )
 
 
 class SourceOfOne(list):
@@ -330,22 +400,35 @@ def test_cross_tokenizer_is_taken_only_where_it_means_nothing(tmp_path):
     fits, foreign = cache(tmp_path / "a"), cache(tmp_path / "b", tokenizer=UNKNOWN)
     key = {"model__knowledge_distillation__cross_tokenizer": True}
     data = {"model__data__data_prefix": {"train": [str(fits)], "validation": [str(fits)]}}
-    assert len(load_splits(student_config("m", "t", "v", "l", **data, **key).model, architecture(), TOKENIZER)["train"])
+    assert len(
+        load_splits(
+            student_config("m", "t", "v", "l", **data, **key).model, architecture(), TOKENIZER
+        )["train"]
+    )
     (line,) = loss_problems(foreign, cross_tokenizer=True)
-    assert "cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer" in line
+    assert (
+        "cross_tokenizer: True, but nothing shows that teacher and student share one tokenizer"
+        in line
+    )
     assert "NeMo-Aligner fed the student the teacher's token ids" in line
 
 
 def test_tail_samples_do_not_go_with_fewer_ids():
     for name, value in (("top_k", 3), ("drop_ids_outside_vocab", True)):
-        overrides = {"model__knowledge_distillation__support": "sampled", f"model__data__{name}": value}
+        overrides = {
+            "model__knowledge_distillation__support": "sampled",
+            f"model__data__{name}": value,
+        }
         with pytest.raises(ConfigError, match=f"model.data.{name}: {value} with support=sampled"):
             student_config("m", "t", "v", "l", **overrides)
 
 
 def test_a_dataset_is_no_cache(tmp_path):
     path = str(write_chat_dataset(tmp_path / "train.jsonl", 3))
-    with pytest.raises(CacheError, match=r"train\.jsonl:1: found the field messages of a dataset, .*data_impl=dataset"):
+    with pytest.raises(
+        CacheError,
+        match=r"train\.jsonl:1: found the field messages of a dataset, .*data_impl=dataset",
+    ):
         load(path)
 
 
@@ -369,5 +452,7 @@ def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monk
         model__knowledge_distillation__sft_loss_weight=1.0,
         model__data__data_impl="dataset",
     )
-    with pytest.raises(ConfigError, match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows"):
+    with pytest.raises(
+        ConfigError, match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows"
+    ):
         load_splits(found.model, architecture(), TOKENIZER)

@@ -28,7 +28,9 @@ def test_logged_messages_are_made_safe():
     assert PrintableFormatter("%(message)s").format(record) == f"example: {SHOWN}"
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("utf-8", "é模"), ("latin-1", "é\\u6a21"), ("ascii", "\\xe9\\u6a21")])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("utf-8", "é模"), ("latin-1", "é\\u6a21"), ("ascii", "\\xe9\\u6a21")]
+)
 def test_any_terminal_shows_any_language(encoding, shown):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     print_text("é模", stream)
@@ -37,7 +39,9 @@ def test_any_terminal_shows_any_language(encoding, shown):
 
 def test_errors_of_commands_are_made_safe(tmp_path):
     line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "verify", f"{HOSTILE[:-1]}.jsonl"]
-    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
+    result = subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
+    )
     assert result.returncode == 2
     assert "\x1b" not in result.stderr
     assert r"\x1b]0;title" in result.stderr

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LoopConfig
-from nemo_kd.trainer.plan import TrainingPlan, plan_training
+from nemo_kd.student.training_plan import TrainingPlan, plan_training
 
 
 @pytest.mark.parametrize(
@@ -16,9 +16,15 @@ from nemo_kd.trainer.plan import TrainingPlan, plan_training
     [
         ({}, TrainingPlan(10, 10, 100, 100)),
         ({"max_epochs": 3, "val_check_interval": 0.5}, TrainingPlan(10, 30, 5, 5)),
-        ({"max_epochs": 3, "val_check_interval": 5, "save_interval": 2}, TrainingPlan(10, 30, 5, 2)),
+        (
+            {"max_epochs": 3, "val_check_interval": 5, "save_interval": 2},
+            TrainingPlan(10, 30, 5, 2),
+        ),
         ({"val_check_interval": 4, "save_interval": 0.3}, TrainingPlan(10, 10, 4, 3)),
-        ({"max_epochs": 2, "limit_train_batches": 7, "val_check_interval": 1.0}, TrainingPlan(7, 14, 7, 7)),
+        (
+            {"max_epochs": 2, "limit_train_batches": 7, "val_check_interval": 1.0},
+            TrainingPlan(7, 14, 7, 7),
+        ),
     ],
 )
 def test_steps(loop, plan):
@@ -38,12 +44,18 @@ def test_steps(loop, plan):
             {"val_check_interval": 5, "save_interval": 11},
             ["save_interval: 11 steps, but the run has 10 steps: a run that is killed begins anew"],
         ),
-        ({"val_check_interval": 5, "limit_val_batches": 0}, ["limit_val_batches: 0, so nothing is validated"]),
+        (
+            {"val_check_interval": 5, "limit_val_batches": 0},
+            ["limit_val_batches: 0, so nothing is validated"],
+        ),
         (
             {"val_check_interval": 5, "max_steps": 11},
             ["max_steps: 11, but the run has 10 steps, which is what max_epo"],
         ),
-        ({"val_check_interval": 5, "log_every_n_steps": 20}, ["log_every_n_steps: 20, but the run has 10 steps: none"]),
+        (
+            {"val_check_interval": 5, "log_every_n_steps": 20},
+            ["log_every_n_steps: 20, but the run has 10 steps: none"],
+        ),
     ],
 )
 def test_settings_that_hardly_do_what_was_meant(caplog, monkeypatch, loop, warnings):
@@ -57,5 +69,7 @@ def test_settings_that_hardly_do_what_was_meant(caplog, monkeypatch, loop, warni
 
 @pytest.mark.parametrize("key", ["val_check_interval", "save_interval"])
 def test_an_interval_has_a_step(key):
-    with pytest.raises(ConfigError, match=r"val_check_interval: .* and save_interval: .* must give at least 1 step"):
+    with pytest.raises(
+        ConfigError, match=r"val_check_interval: .* and save_interval: .* must give at least 1 step"
+    ):
         plan_training(LoopConfig(**{key: 0}), 84, 8)

@@ -14,14 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_kd.watchdog import CollectiveError, Watchdog
+from nemo_kd.run.watchdog import CollectiveError, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(code: str) -> subprocess.Popen[str]:
-    code = "import ctypes, threading, time\nfrom nemo_kd.watchdog import Watchdog\n" + textwrap.dedent(code)
-    return subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    code = (
+        "import ctypes, threading, time\nfrom nemo_kd.run.watchdog import Watchdog\n"
+        + textwrap.dedent(code)
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
 
 
 def test_silence_ends_the_process_with_the_last_step_and_all_stacks():
@@ -109,11 +114,15 @@ def test_a_step_costs_little():
 @pytest.mark.parametrize(
     "error",
     [
-        torch.distributed.DistBackendError("NCCL error in: NCCLUtils.cpp:94, remote process exited"),
+        torch.distributed.DistBackendError(
+            "NCCL error in: NCCLUtils.cpp:94, remote process exited"
+        ),
         RuntimeError(
             "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"
         ),
-        RuntimeError("[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv\nstack\nstack"),
+        RuntimeError(
+            "[../gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1000ms for recv\nstack\nstack"
+        ),
         torch.distributed.DistNetworkError("failed to recv, got 0 bytes"),
     ],
 )
@@ -123,12 +132,16 @@ def test_errors_of_collectives_tell_rank_and_step(error):
     with pytest.raises(CollectiveError) as caught, watchdog.explain_collective_errors():
         raise error
     (line,) = str(caught.value).splitlines()
-    assert line.startswith(f"rank 5 on {os.uname().nodename} lost the other ranks; its last step: batch 7. ")
+    assert line.startswith(
+        f"rank 5 on {os.uname().nodename} lost the other ranks; its last step: batch 7. "
+    )
     assert line.endswith("torch says: " + str(error).splitlines()[0])
     assert caught.value.__cause__ is error
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")]
+)
 def test_other_errors_pass(error):
     with pytest.raises(type(error)) as caught, Watchdog(10, rank=0).explain_collective_errors():
         raise error

@@ -1,0 +1,122 @@
+"""How fast steps are, and what they wait for."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nemo_kd.batch import Batch
+from nemo_kd.flops import ForwardFlops, peak_flops
+from nemo_kd.run.metrics import Counters
+
+GIB = 2**30
+TRAINING_FLOPS = 3
+"""Times those of the forward pass: backward, every product has two. Recomputed activations do not count."""
+
+
+class WatchedLoader:
+    """A data loader that knows how long it was waited for.
+
+    Attributes:
+        waited_s: seconds that `next` took, since the loader was made.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.waited_s = loader, 0.0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = iter(self.loader)
+        while True:
+            started_s = time.perf_counter()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            finally:
+                self.waited_s += time.perf_counter() - started_s
+            yield batch
+
+
+class StepMeter:
+    """Measures one training step at a time; validation and checkpoints in between do not count.
+
+    Args:
+        all_train: whether all weights are trained. The operations of a step with frozen ones are not counted.
+
+    Attributes:
+        counted: of the last step, by the names of Counters; a replica waited `data_wait_s` on average.
+        totals: the same of all steps since this object was made.
+    """
+
+    def __init__(
+        self,
+        flops: ForwardFlops,
+        device: torch.device,
+        context_size: int,
+        precision: str,
+        all_train: bool,
+    ) -> None:
+        self.flops, self.device, self.context_size = flops, device, context_size
+        on_gpu = device.type == "cuda"
+        peak = (
+            peak_flops(torch.cuda.get_device_name(device), precision)
+            if on_gpu and all_train
+            else None
+        )
+        self.peak_flops = None if peak is None else peak * dist.get_world_size()
+        self.counted: dict[str, float] = {}
+        self.totals = Counters()
+        self._started_s = self._wait_s = self._waited_before_s = 0.0
+
+    def start(self, waited_s: float) -> None:
+        """A step begins; `waited_s` is how long all its data until now was waited for."""
+        self._started_s = time.perf_counter()
+        self._wait_s, self._waited_before_s = waited_s - self._waited_before_s, waited_s
+
+    def counts(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """What is summed over the replicas before `metrics`: tokens, positions, FLOPs, seconds of waiting, 1."""
+        lengths = [length for batch in batches for length in batch.lengths_B.tolist()]
+        positions = self.context_size * sum(batch.tokens_BS.numel() for batch in batches)
+        flops = sum(self.flops.example(length, 0) for length in lengths)
+        return torch.tensor(
+            [sum(lengths), positions, flops, self._wait_s, 1.0], dtype=torch.float64
+        )
+
+    def metrics(self, counts: Iterable[float], num_loss_tokens: float) -> dict[str, float]:
+        """Of the step that ends now, given the sums of `counts`; memory is that of this rank."""
+        tokens, positions, flops, wait_s, num_replicas = counts
+        step_time_s, wait_s = time.perf_counter() - self._started_s, wait_s / num_replicas
+        seconds = step_time_s + wait_s
+        metrics = {
+            "perf/step_time_s": step_time_s,
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/loss_tokens_per_s": num_loss_tokens / seconds,
+            "perf/data_wait_percent": 100 * wait_s / seconds,
+            "perf/padding_percent": 100 * (1 - tokens / positions),
+            "perf/peak_memory_gib": self._peak_bytes() / GIB,
+        }
+        total_flops = TRAINING_FLOPS * (flops + num_loss_tokens * self.flops.per_loss_token)
+        if self.peak_flops is not None:
+            metrics["perf/mfu_percent"] = 100 * total_flops / seconds / self.peak_flops
+        self.counted = {
+            "tokens": tokens,
+            "padding_tokens": positions - tokens,
+            "loss_tokens": num_loss_tokens,
+            "flops": total_flops,
+            "data_wait_s": wait_s,
+        }
+        self.totals += Counters(steps=1, **self.counted)
+        return metrics
+
+    def _peak_bytes(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

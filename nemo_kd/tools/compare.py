@@ -1,0 +1,100 @@
+"""How close a student is to its teacher, over whole vocabularies."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+
+from nemo_kd.batch import Example
+from nemo_kd.config import ConfigError
+from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.data.collate import collate
+from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
+from nemo_kd.mcore.model import build_gpt_model, transformer_config
+from nemo_kd.mcore.schedule import forward
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Means over the loss tokens; losses in nats per token.
+
+    Attributes:
+        forward_kl: KL(teacher || student) over the whole vocabulary, without temperature.
+        top1_agreement: share of tokens where both models rank the same token first.
+    """
+
+    num_tokens: int
+    student_ce: float
+    teacher_ce: float
+    forward_kl: float
+    top1_agreement: float
+
+
+@torch.inference_mode()
+def compare_with_teacher(
+    student_path: str, teacher_path: str, examples: Iterable[Example], micro_batch_size: int = 16
+) -> Agreement:
+    """Runs both models in float32, each whole on this process's device, over `examples`.
+
+    Memory: 2 x micro_batch_size x positions x vocabulary logits besides the models. Needs a process group
+    (`init_process_group`); several ranks would all compute the same.
+
+    Raises:
+        ConfigError: the models' vocabularies or tokenizers differ, or the examples have no loss token.
+    """
+    layout = ModelConfig(make_vocab_size_divisible_by=1)
+    groups = initialize_model_parallel(layout, layout.seed)
+    student, student_vocab, student_tokenizer = _load(student_path, layout, groups)
+    teacher, teacher_vocab, teacher_tokenizer = _load(teacher_path, layout, groups)
+    if student_vocab != teacher_vocab:
+        raise ConfigError(
+            f"the student has a vocabulary of {student_vocab} tokens, the teacher one of {teacher_vocab}"
+        )
+    if student_tokenizer != teacher_tokenizer:
+        raise ConfigError(
+            f"{student_path} and {teacher_path} have different tokenizers, so a token id means different texts to them; "
+            "only models of one tokenizer can be compared token by token"
+        )
+    sums = torch.zeros(5, dtype=torch.float64)
+    remaining = iter(examples)
+    while micro_batch := list(islice(remaining, micro_batch_size)):
+        batch = collate(micro_batch, pad_id=0).to(groups.device)
+        mask_BS = batch.loss_mask_BS > 0
+        labels_N = batch.labels_BS[mask_BS]
+        log_q_NV, log_p_NV = (
+            forward(model, batch)[mask_BS][:, :student_vocab].float().log_softmax(dim=-1)
+            for model in (student, teacher)
+        )
+        kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
+        same_N = log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)
+        ce_N = (-log_NV.gather(1, labels_N[:, None])[:, 0] for log_NV in (log_q_NV, log_p_NV))
+        sums += torch.stack(
+            [values_N.double().sum() for values_N in (mask_BS, *ce_N, kl_N, same_N)]
+        ).cpu()
+    if not sums[0]:
+        raise ConfigError(
+            "there is nothing to compare the models on: the examples have no loss token"
+        )
+    return Agreement(int(sums[0]), *(sums[1:] / sums[0]).tolist())
+
+
+def _load(
+    path: str, layout: ModelConfig, groups: ProcessGroups
+) -> tuple[torch.nn.Module, int, str]:
+    """(model, size of its vocabulary, fingerprint of its tokenizer)."""
+    with open_pretrained(path) as source:
+        tokenizer = tokenizer_fingerprint(load_tokenizer(source.tokenizer_folder))
+        config = transformer_config(source.architecture, layout, torch.float32)
+        model = build_gpt_model(
+            source.architecture,
+            config,
+            layout.make_vocab_size_divisible_by,
+            transformer_engine=False,
+        )
+        source.load_weights(model, groups)
+        return model.eval(), source.architecture.vocab_size, tokenizer

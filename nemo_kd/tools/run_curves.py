@@ -1,0 +1,142 @@
+"""Curves of training runs, side by side."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import orjson
+
+from nemo_kd.config import UserInputError
+
+METRICS_FILE = Path("metrics") / "metrics.jsonl"
+SECTIONS = ("validation", "train", "perf", "test")
+"""A picture each, of the metrics named SECTION/...; those without a section belong to train."""
+COUNTERS = ("consumed_samples", "epoch", "train_step", "eval_step")
+"""Metrics that only tell the step in other words; drawn when a pattern asks for them."""
+SMOOTHED_ABOVE = 200
+"""Curves with more points are drawn faintly, with a running mean of a fiftieth of them on top."""
+
+Curves = dict[str, dict[int, float]]
+"""metric -> step -> value."""
+
+
+class RunError(UserInputError):
+    """A path is no run, or its metrics cannot be read."""
+
+
+def read_curves(path: Path) -> Curves:
+    """The metrics of a run, given its folder or its metrics file. Where a resumed run repeats a step, the later line counts.
+
+    Raises:
+        RunError: there is no such file, or a line in it is no JSON object with a step.
+    """
+    file = path / METRICS_FILE if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(
+            f"{path}: no run: there is no {file}; give a run's exp_manager.explicit_log_dir, or a metrics.jsonl"
+        )
+    curves: Curves = {}
+    lines = file.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            metrics = orjson.loads(line)
+            step = int(metrics.pop("step"))
+        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+            if number == len(lines):  # a killed run may have left half a line at the end
+                continue
+            raise RunError(
+                f"{file}:{number}: not an object with a step ({error}); take the line out"
+            ) from error
+        for name, value in metrics.items():
+            if name != "time" and isinstance(value, int | float):
+                curves.setdefault(name, {})[step] = value
+    if not curves:
+        raise RunError(f"{file}: nothing is in it yet")
+    return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
+
+
+def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -> list[Path]:
+    """Writes OUTPUT/validation.png, train.png, perf.png and test.png: every metric that any of the runs has, all runs in one diagram.
+
+    Args:
+        pattern: regular expression that the metrics' names must contain; None draws all but COUNTERS.
+
+    Raises:
+        RunError: as `read_curves`; no metric is left; two runs have the same path.
+    """
+    if len(set(paths)) < len(paths):
+        raise RunError(f"{', '.join(map(str, paths))}: a run is given twice")
+    runs = dict(zip(_labels(paths), map(read_curves, paths), strict=True))
+    sections: dict[str, list[str]] = {}
+    for name in sorted({name for curves in runs.values() for name in curves}):
+        if name not in COUNTERS if pattern is None else re.search(pattern, name):
+            section = name.partition("/")[0] if "/" in name else "train"
+            sections.setdefault(section if section in SECTIONS else "train", []).append(name)
+    if not sections:
+        raise RunError(f"--metrics: no metric of these runs contains {pattern!r}")
+    output.mkdir(parents=True, exist_ok=True)
+    return [
+        _draw(runs, names, output / f"{section}.png") for section, names in sorted(sections.items())
+    ]
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """The parts of the paths in which they differ."""
+    parts = [path.absolute().parts for path in paths]
+    common = [
+        column for column, names in enumerate(zip(*parts, strict=False)) if len(set(names)) == 1
+    ]
+    labels = [
+        "/".join(name for column, name in enumerate(part) if column not in common) for part in parts
+    ]
+    return [label or path.absolute().name for label, path in zip(labels, paths, strict=True)]
+
+
+def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
+    import matplotlib  # not needed for training
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    num_columns = min(3, len(names))
+    num_rows = -(-len(names) // num_columns)
+    figure, grid = pyplot.subplots(
+        num_rows,
+        num_columns,
+        figsize=(5 * num_columns, 3.4 * num_rows),
+        squeeze=False,
+        layout="constrained",
+    )
+    for axes, name in zip(grid.flat, names, strict=False):
+        for number, (label, curves) in enumerate(runs.items()):
+            steps, values = list(curves.get(name, {})), list(curves.get(name, {}).values())
+            colour = f"C{number % 10}"
+            width = len(values) // 50
+            if len(values) > SMOOTHED_ABOVE:
+                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+                values = [
+                    sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1])
+                    for i in range(len(values))
+                ]
+            axes.plot(
+                steps,
+                values,
+                color=colour,
+                label=label,
+                marker="o" if len(values) < 30 else None,
+                markersize=3,
+            )
+        axes.set(title=name, xlabel="step")
+        axes.grid(alpha=0.3)
+    for axes in list(grid.flat)[len(names) :]:
+        axes.set_axis_off()
+    figure.legend(
+        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs))
+    )
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
