@@ -85,8 +85,13 @@ RICH = {
 STAGE_1: dict[str, Case] = {
     "default": Case(1, {}),
     "rich": Case(1, RICH),
-    "rich, all positions": Case(1, RICH | {"cache__positions": "all", "data__max_tokens_per_batch": 300}),
-    "top-p": Case(1, {"top_k": 30, "cache__min_probability": 0.0, "cache__top_p": 0.8, "cache__tail_samples": 2}),
+    "rich, all positions": Case(
+        1, RICH | {"cache__positions": "all", "data__max_tokens_per_batch": 300}
+    ),
+    "top-p": Case(
+        1,
+        {"top_k": 30, "cache__min_probability": 0.0, "cache__top_p": 0.8, "cache__tail_samples": 2},
+    ),
     "json": Case(
         1,
         {
@@ -134,14 +139,22 @@ def loss(kd_loss: str, **settings: Any) -> Settings:
 
 STAGE_2: dict[str, Case] = {
     "forward KL": Case(1, SGD, exports=True),
-    "forward KL, T = 2": Case(1, SGD | loss("fwd_kl", temperature=2.0, multiply_by_squared_temperature=True)),
-    "KD alone, scales": Case(1, SGD | loss("fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5)),
-    "forward KL, renormalize": Case(1, SGD | TOP_3 | loss("fwd_kl", support="renormalize", temperature=3.0)),
+    "forward KL, T = 2": Case(
+        1, SGD | loss("fwd_kl", temperature=2.0, multiply_by_squared_temperature=True)
+    ),
+    "KD alone, scales": Case(
+        1, SGD | loss("fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5)
+    ),
+    "forward KL, renormalize": Case(
+        1, SGD | TOP_3 | loss("fwd_kl", support="renormalize", temperature=3.0)
+    ),
     "forward KL, truncate": Case(1, SGD | loss("forward_kl", support="truncate")),
     "forward KL, sampled": Case(1, SGD | loss("forward_kl", support="sampled")),
     "reverse KL": Case(1, SGD | loss("bwd_kl")),
     "JSD": Case(1, SGD | loss("jsd", jsd_beta=0.3)),
-    "skewed reverse KL": Case(1, SGD | loss("skewed_reverse_kl", skew_lambda=0.2, support="truncate")),
+    "skewed reverse KL": Case(
+        1, SGD | loss("skewed_reverse_kl", skew_lambda=0.2, support="truncate")
+    ),
     "adaptive KL": Case(1, SGD | loss("adaptive_kl", adaptive_kl_alpha=0.4)),
     "TVD": Case(1, SGD | loss("tvd")),
     "k1": Case(1, SGD | loss("k1")),
@@ -156,14 +169,19 @@ STAGE_2: dict[str, Case] = {
             sft_loss_weight=0.0,
         ),
     ),
-    "label smoothing and z-loss": Case(1, SGD | loss("forward_kl", label_smoothing=0.1, z_loss_weight=1e-3)),
+    "label smoothing and z-loss": Case(
+        1, SGD | loss("forward_kl", label_smoothing=0.1, z_loss_weight=1e-3)
+    ),
     "SFT on a dataset": Case(
         1,
         SGD
         | loss("forward_kl", kd_loss_weight=0.0, sft_loss_weight=1.0)
         | {
             "model__data__data_impl": "dataset",
-            "model__data__data_prefix": {"train": ["train.jsonl"], "validation": ["validation.jsonl"]},
+            "model__data__data_prefix": {
+                "train": ["train.jsonl"],
+                "validation": ["validation.jsonl"],
+            },
         },
     ),
     "dynamic, recomputed": Case(1, SGD | DYNAMIC | FULL),
@@ -229,11 +247,15 @@ def signature() -> dict[str, str]:
     found["processor"] = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        fields = dict(line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines())
+        fields = dict(
+            line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
+        )
         of_kernels = ("vendor_id", "cpu family", "model")
         stripped = {key.strip(): value.strip() for key, value in fields.items()}
         # The matrix library chooses its kernels by these.
-        found["processor"] += "".join(f", {key} {stripped.get(key, 'unknown')}" for key in of_kernels)
+        found["processor"] += "".join(
+            f", {key} {stripped.get(key, 'unknown')}" for key in of_kernels
+        )
     return found
 
 
@@ -283,7 +305,9 @@ def write_dataset(path: Path, num_records: int, start: int) -> None:
             for turn in range(1 + number % 2):
                 at = 24 * number + 12 * turn
                 answer = " ".join(words[at : at + 3 + (number * 7) % 9])
-                messages.append({"role": "user", "content": f"Say {number}" + " please" * (number % 3)})
+                messages.append(
+                    {"role": "user", "content": f"Say {number}" + " please" * (number % 3)}
+                )
                 messages.append({"role": "assistant", "content": answer})
             if number == NO_ANSWER:
                 messages = messages[:1]
@@ -306,7 +330,18 @@ def stage_1(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     rows = [row for chunk in chunks for row in independent_reader.read(str(chunk))]
     digest = hashlib.sha256()
     numbers = dict.fromkeys(
-        ("rows", "tokens", "loss_tokens", "kept", "ids", "logprobs", "tails", "label_logprobs", "samples"), 0.0
+        (
+            "rows",
+            "tokens",
+            "loss_tokens",
+            "kept",
+            "ids",
+            "logprobs",
+            "tails",
+            "label_logprobs",
+            "samples",
+        ),
+        0.0,
     )
     for line, positions in rows:
         found = [position for position in positions if position is not None]
@@ -326,7 +361,9 @@ def stage_1(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     return {
         "chunks_sha256": [hashlib.sha256(chunk.read_bytes()).hexdigest() for chunk in chunks],
         "integers_sha256": digest.hexdigest(),
-        "skipped": [manifest["chunks"][str(chunk)].get("skipped", {}) for chunk in range(len(chunks))],
+        "skipped": [
+            manifest["chunks"][str(chunk)].get("skipped", {}) for chunk in range(len(chunks))
+        ],
         "numbers": numbers,
     }
 
@@ -346,7 +383,10 @@ def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     settings["model__data__data_prefix"] = {
         split: [path if isinstance(path, float) else str(world / path) for path in paths]
         for split, paths in prefixes.items()
-    } or {"train": [str(world / "rich_CHUNK_ID.jsonl")], "validation": [str(world / "validation_CHUNK_ID.jsonl")]}
+    } or {
+        "train": [str(world / "rich_CHUNK_ID.jsonl")],
+        "validation": [str(world / "validation_CHUNK_ID.jsonl")],
+    }
     if case.exports:
         settings |= {"exp_manager__checkpoint_callback_params__save_top_k": 0, "export__hf": True}
     unused = Path("/nonexistent")
@@ -363,14 +403,18 @@ def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
             weights |= load_file(part)
         assert weights
         found["weights_sha256"] = {name: tensor_sha256(weights[name]) for name in sorted(weights)}
-        found["weights_norm"] = {name: float(weights[name].double().norm()) for name in sorted(weights)}
+        found["weights_norm"] = {
+            name: float(weights[name].double().norm()) for name in sorted(weights)
+        }
     return found
 
 
 def tensor_sha256(tensor: torch.Tensor) -> str:
     """Return the digest of dtype, shape and bytes."""
     header = f"{tensor.dtype} {list(tensor.shape)} ".encode()
-    return hashlib.sha256(header + tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return hashlib.sha256(
+        header + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
 
 
 def main(parts: list[str]) -> None:
@@ -382,7 +426,9 @@ def main(parts: list[str]) -> None:
     if parts:
         recorded = json.loads(RECORDED.read_text())
         if recorded["signature"] != signature():
-            sys.exit(f"{RECORDED}: recorded on another machine ({recorded['signature']}); record all cases")
+            sys.exit(
+                f"{RECORDED}: recorded on another machine ({recorded['signature']}); record all cases"
+            )
     pools = {size: Ranks(size) for size in (1, 2)}
     try:
         with tempfile.TemporaryDirectory() as temporary:

@@ -51,9 +51,13 @@ def differences(recorded: Any, found: Any, rel: float, where: str = "") -> list[
     if isinstance(recorded, dict) and isinstance(found, dict):
         absent = [f"{where}/{key}: absent" for key in recorded if key not in found]
         shared = [key for key in recorded if key in found]
-        return absent + sum((differences(recorded[key], found[key], rel, f"{where}/{key}") for key in shared), [])
+        return absent + sum(
+            (differences(recorded[key], found[key], rel, f"{where}/{key}") for key in shared), []
+        )
     is_number = isinstance(recorded, int | float) and isinstance(found, int | float)
-    if recorded == found or (is_number and recorded == pytest.approx(found, rel=rel, abs=rel * 1e-3)):
+    if recorded == found or (
+        is_number and recorded == pytest.approx(found, rel=rel, abs=rel * 1e-3)
+    ):
         return []
     return [f"{where}: recorded {recorded!r}, found {found!r}"]
 

@@ -10,8 +10,8 @@ import time
 import pytest
 import torch
 
-from nemo_kd.run import interruption
 from nemo_kd.config import ConfigError
+from nemo_kd.run import interruption
 from nemo_kd.run.interruption import SIGNALS, Interruption, Requeue
 
 

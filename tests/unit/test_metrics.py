@@ -20,8 +20,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from nemo_kd.run import metrics
 from nemo_kd.flops import ForwardFlops, peak_flops
+from nemo_kd.run import metrics
 from nemo_kd.run.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
 
 ROOT = Path(__file__).resolve().parents[2]
