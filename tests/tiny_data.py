@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
-from nemo_kd.config import typed
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.config.typed import typed
 from tests.tiny_tokenizer import docstrings
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, Node, OmegaConf
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config import ConfigError
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from nemo_kd.config import ConfigError, describe
+from nemo_kd.config import ConfigError
 from nemo_kd.config.foreign_keys import find_key
-from nemo_kd.config.typed import key_type, shape_hint
+from nemo_kd.config.typed import describe, key_type, shape_hint
 
 VALUE_OPTIONS = {
     "--config-path": "--config-path",

@@ -21,8 +21,7 @@ from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import CommandLine, read_command_line
 from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.cli.compose import compose, conf_dir, config_folder
-from nemo_kd.config import describe, typed
-from nemo_kd.config.typed import config_error
+from nemo_kd.config.typed import config_error, describe, typed
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal
 from nemo_kd.run.launch import LAUNCHER, follow_launcher, global_rank, launch, needs_launch

@@ -1,5 +1,5 @@
-"""Every configuration dataclass with its checks. No other module reads a raw config."""
+"""Configuration dataclasses with their checks. No other module reads a raw config."""
 
-from nemo_kd.config.typed import ConfigError, UserInputError, describe, typed
+from nemo_kd.config.errors import ConfigError, UserInputError
 
-__all__ = ["ConfigError", "UserInputError", "describe", "typed"]
+__all__ = ["ConfigError", "UserInputError"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.errors import ConfigError
 
 CODECS = ("packed", "json")
 DEFAULT_FLOOR = 5e-4

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.typed import PATH, ConfigError
+from nemo_kd.config.typed import PATH
 
 
 @dataclass

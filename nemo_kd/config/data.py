@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nemo_kd.config.typed import PATH, ConfigError
+from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.typed import PATH
 
 DEFAULT_SEQ_LENGTH = 4096
 """Longest sequence where nobody asks for another and the model can do as much."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.errors import ConfigError
 
 KEY = "exp_manager"
 PARAMS = f"{KEY}.checkpoint_callback_params"

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.errors import ConfigError
 
 KEY = "allow_changed"
 FREE_KEYS = (

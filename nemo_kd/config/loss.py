@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from nemo_kd.config.typed import ConfigError
+from nemo_kd.config.errors import ConfigError
 
 KEY = "model.knowledge_distillation"
 ALIASES = {"fwd_kl": "forward_kl", "bwd_kl": "reverse_kl", "js_divergence": "jsd"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
-from nemo_kd.config.typed import ConfigError
 
 log = logging.getLogger(__name__)
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.peft import ExportConfig, PeftConfig
 from nemo_kd.config.teacher import ModelConfig, PretrainedCheckpoint, TrainerConfig
-from nemo_kd.config.typed import PATH, ConfigError
+from nemo_kd.config.typed import PATH
 
 LOOP = "trainer.knowledge_distillation"
 SPLITS = ("train", "validation", "test")

@@ -9,8 +9,9 @@ from typing import Any
 
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
-from nemo_kd.config.typed import PATH, ConfigError
+from nemo_kd.config.typed import PATH
 
 SPLIT = "SPLIT"
 DEFAULT_MAX_TOKENS_PER_BATCH = 8192

@@ -18,20 +18,13 @@ from omegaconf.errors import (
     OmegaConfBaseException,
 )
 
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.foreign_keys import find_key
 
 T = TypeVar("T")
 
 PATH = {"nemo_kd": "path"}
 """Metadata of a field that holds a path, or paths in a list or mapping: a leading ~ means the home folder."""
-
-
-class UserInputError(ValueError):
-    """Something the user gave cannot work; the message says what, where and what to do."""
-
-
-class ConfigError(UserInputError):
-    """A key of the configuration is unknown, missing or has a value that cannot work."""
 
 
 def typed(cls: type[T], cfg: DictConfig) -> T:

@@ -8,8 +8,9 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig
 
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, RopeScaling
+from nemo_kd.config.typed import typed
 
 FORMAT_VERSION = 1
 SIZES = (

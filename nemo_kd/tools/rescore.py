@@ -17,10 +17,11 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.publisher import CompactRow
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.cache import MAX_TOP_K
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.config.typed import typed
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel, resolve_precision

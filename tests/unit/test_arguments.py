@@ -14,11 +14,12 @@ from omegaconf import OmegaConf
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import check_yaml, compose
-from nemo_kd.config import ConfigError, describe, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.foreign_keys import FOREIGN
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.config.typed import describe, typed
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD_PATHS = (

@@ -17,9 +17,10 @@ from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import conf_dir
 from nemo_kd.cli.run import help_text
-from nemo_kd.config import ConfigError, describe, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig, TrainerConfig
+from nemo_kd.config.typed import describe, typed
 from nemo_kd.run.launch import needs_launch
 
 ROOT = Path(__file__).resolve().parents[2]

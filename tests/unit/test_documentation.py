@@ -12,11 +12,11 @@ import pytest
 
 from nemo_kd.cli import logit_cache, plot_runs
 from nemo_kd.cli.arguments import CHOICES, FLAGS, VALUE_OPTIONS
-from nemo_kd.config import describe
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.experiment import FREE_KEYS, KEY
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.config.typed import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {

@@ -115,7 +115,9 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             ConfigError(
-                WORKER.format(name="ConfigError", said="nemo_kd.config.typed.ConfigError: a:3: bad")
+                WORKER.format(
+                    name="ConfigError", said="nemo_kd.config.errors.ConfigError: a:3: bad"
+                )
             ),
             "a:3: bad",
         ),

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from nemo_kd.config import ConfigError, describe
+from nemo_kd.config import ConfigError
 from nemo_kd.config.experiment import (
     FREE_KEYS,
     allowed_keys,
@@ -21,6 +21,7 @@ from nemo_kd.config.experiment import (
 )
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.typed import describe
 from nemo_kd.student.checkpoint_folder import CheckpointError, seal
 from nemo_kd.student.experiment_record import check_same_experiment, differences, experiment_record
 from tests.tiny_data import student_config

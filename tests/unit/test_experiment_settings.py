@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.run import conf_dir
-from nemo_kd.config import ConfigError, describe
+from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.typed import describe
 from nemo_kd.student.checkpoint_folder import CONTENTS
 from nemo_kd.student.checkpoints import StudentCheckpoints
 from nemo_kd.student.experiment import experiment_settings

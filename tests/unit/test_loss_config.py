@@ -9,9 +9,10 @@ import torch
 from omegaconf import OmegaConf
 
 from nemo_kd.batch import Batch
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
+from nemo_kd.config.typed import typed
 from nemo_kd.ops import objectives, token_losses
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student.loss import StudentLoss, load_custom_loss
@@ -309,7 +310,7 @@ def test_which_temperature_of_a_cache():
 
 
 def test_every_key_is_explained():
-    from nemo_kd.config import describe
+    from nemo_kd.config.typed import describe
 
     text = "\n".join(str(line) for line in describe(LossConfig))
     assert all(field.name in text for field in dataclasses.fields(LossConfig))

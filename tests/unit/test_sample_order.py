@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config import ConfigError
 from nemo_kd.config.student import StudentDataConfig
+from nemo_kd.config.typed import typed
 from nemo_kd.data.order import (
     CHUNKS,
     EvaluationBatches,
