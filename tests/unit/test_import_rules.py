@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "student": {"flops", "ops", "data", "cache", "mcore", "run", "tools"},
     "convert": {"mcore"},
     "tools": {"ops", "data", "cache", "mcore", "run", "teacher"},
+    "api": {"run", "teacher", "student", "convert", "cli"},
     "cli": {"data", "cache", "mcore", "run", "teacher", "student", "convert", "tools"},
 }
 
@@ -59,8 +60,7 @@ def room_of(path: Path) -> str:
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_rooms_import_only_what_they_may(path):
     room = room_of(path)
-    if room == "__init__":
-        assert not any(name.startswith("nemo_kd") for name in imports(path))
+    if room == "__init__":  # imports lazily, by name: tests/unit/test_front_door.py
         return
     used = {name.split(".")[1] for name in imports(path) if name.startswith("nemo_kd.")} - {
         room,

@@ -1,0 +1,75 @@
+"""The three commands as Python functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from nemo_kd.cli.aligner_keys import translate
+from nemo_kd.cli.before_start import check_before_start
+from nemo_kd.config import ConfigError, typed
+from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.run.launch import needs_launch
+
+T = TypeVar("T")
+
+
+def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> None:
+    """Run the teacher over a dataset and write its cache (stage 1).
+
+    Args:
+        config: a typed configuration, or the command's keys and values. Dotted keys are accepted:
+            `{"pretrained_checkpoint.restore_from_path": "teacher/", "output_path": ...}`.
+
+    Raises:
+        UserInputError: the configuration, the model or the dataset cannot work; the message names the key.
+        Requeue: the run was told to stop; the same call continues it.
+    """
+    checked = _checked(ComputeTopkLogitsConfig, config, "compute_topk_logits")
+    from nemo_kd.teacher.loop import compute_topk_logits as run
+
+    run(checked)
+
+
+def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> None:
+    """Train a student from cached teacher logits, or from labels alone (stage 2).
+
+    Args and errors are those of `compute_topk_logits`, with the keys of `train_gpt_knowledge_distillation`.
+    """
+    checked = _checked(TrainStudentConfig, config, "train_gpt_knowledge_distillation")
+    from nemo_kd.student.module import train_student as run
+
+    run(checked)
+
+
+def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> None:
+    """Convert a Hugging Face folder to a `.nemo` archive, or back.
+
+    Args and errors are those of `compute_topk_logits`, with the keys of `convert_checkpoint`.
+    """
+    checked = _checked(ConvertCheckpointConfig, config, "convert_checkpoint")
+    from nemo_kd.convert import convert
+
+    convert(checked)
+
+
+def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str) -> T:
+    if isinstance(config, Mapping):
+        given = OmegaConf.create()
+        for key, value in config.items():
+            OmegaConf.update(given, key, value)
+        translated, _ = translate(given, command)
+        config = typed(config_class, translated)
+    trainer = getattr(config, "trainer", None)
+    if trainer is not None and needs_launch(trainer):
+        raise ConfigError(
+            f"trainer.devices: {trainer.num_devices} devices need as many processes; start the "
+            f"script with `torchrun --nproc-per-node {trainer.num_devices}`, or use the command "
+            f"{command}"
+        )
+    check_before_start(config)
+    return config

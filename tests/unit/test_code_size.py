@@ -1,0 +1,134 @@
+"""The package stays small and easy to read: its figures, with their limits.
+
+Size is counted in tokens, so that nothing is gained by packing lines. `python -m tests.unit.test_code_size` prints
+the figures.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "nemo_kd"
+
+LAYOUT_TOKENS = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENCODING,
+    tokenize.ENDMARKER,
+}
+NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
+Definition = ast.FunctionDef | ast.AsyncFunctionDef
+
+LIMITS = {
+    "code tokens": 159_500,
+    "code tokens per code line": 8.0,
+    "share of assignments packed into tuples": 0.07,
+    "share of docstrings that open with a noun clause": 0.14,
+    "lines over 110 characters": 913,
+    "files over 400 lines": 4,
+    "functions over 60 lines": 5,
+}
+
+
+def figures(package: Path) -> dict[str, float]:
+    """Measure all Python files of a folder."""
+    count: Counter[str] = Counter()
+    for path in sorted(package.rglob("*.py")):
+        text = path.read_text()
+        lines = text.splitlines()
+        tree = ast.parse(text)
+        count["files over 400 lines"] += len(lines) > 400
+        count["lines over 110 characters"] += sum(len(line) > 110 for line in lines)
+        _count_nodes(tree, count)
+        _count_tokens(text, _docstring_lines(tree), count)
+    per_line = count["tokens"] / count["code lines"]
+    packed = count["packed"] / count["assignments"]
+    noun_clauses = count["noun clauses"] / count["docstrings"]
+    return {
+        "code tokens": count["tokens"],
+        "code tokens per code line": round(per_line, 2),
+        "share of assignments packed into tuples": round(packed, 4),
+        "share of docstrings that open with a noun clause": round(noun_clauses, 4),
+        "lines over 110 characters": count["lines over 110 characters"],
+        "files over 400 lines": count["files over 400 lines"],
+        "functions over 60 lines": count["functions over 60 lines"],
+    }
+
+
+def _count_nodes(tree: ast.AST, count: Counter[str]) -> None:
+    for node in ast.walk(tree):
+        if isinstance(node, Definition):
+            length = (node.end_lineno or 0) - node.lineno + 1
+            count["functions over 60 lines"] += length > 60
+        if isinstance(node, ast.Module | ast.ClassDef | Definition):
+            docstring = ast.get_docstring(node)
+            count["docstrings"] += docstring is not None
+            count["noun clauses"] += bool(docstring and NOUN_CLAUSE.match(docstring))
+        if isinstance(node, ast.Assign):
+            count["assignments"] += 1
+            sides = (node.targets[0], node.value)
+            count["packed"] += all(isinstance(side, ast.Tuple) for side in sides)
+
+
+def _docstring_lines(tree: ast.AST) -> set[int]:
+    return {
+        line
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+        for line in range(node.lineno, (node.end_lineno or 0) + 1)
+    }
+
+
+def _count_tokens(text: str, docstring_lines: set[int], count: Counter[str]) -> None:
+    code_lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        is_docstring = token.type == tokenize.STRING and token.start[0] in docstring_lines
+        if token.type in LAYOUT_TOKENS or is_docstring:
+            continue
+        count["tokens"] += 1
+        code_lines.add(token.start[0])
+    count["code lines"] += len(code_lines)
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    return figures(PACKAGE)
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_the_package_keeps_its_limits(measured, name):
+    assert measured[name] <= LIMITS[name]
+
+
+def test_the_figures_are_counted(tmp_path):
+    line = "x = '" + "x" * 110 + "'"
+    body = "\n".join(["def f():", *["    a = 1"] * 60, ""])
+    (tmp_path / "code.py").write_text(
+        f'"""What this is."""\n\n# a comment\na, b = 1, 2\n{line}\n\n\n{body}\n' + "\n" * 350
+    )
+    assert figures(tmp_path) == {
+        "code tokens": 7 + 3 + 5 + 60 * 3,
+        "code tokens per code line": round(195 / 63, 2),
+        "share of assignments packed into tuples": round(1 / 62, 4),
+        "share of docstrings that open with a noun clause": 1.0,
+        "lines over 110 characters": 1,
+        "files over 400 lines": 1,
+        "functions over 60 lines": 1,
+    }
+
+
+if __name__ == "__main__":
+    for name, value in figures(PACKAGE).items():
+        print(f"{name}: {value:,}")
