@@ -9,10 +9,11 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_before_start
-from nemo_kd.config import ConfigError, typed
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.config.typed import typed
 from nemo_kd.run.launch import needs_launch
 
 T = TypeVar("T")
@@ -63,13 +64,15 @@ def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str)
         for key, value in config.items():
             OmegaConf.update(given, key, value)
         translated, _ = translate(given, command)
-        config = typed(config_class, translated)
-    trainer = getattr(config, "trainer", None)
+        checked = typed(config_class, translated)
+    else:
+        checked = config
+    trainer = getattr(checked, "trainer", None)
     if trainer is not None and needs_launch(trainer):
         raise ConfigError(
             f"trainer.devices: {trainer.num_devices} devices need as many processes; start the "
             f"script with `torchrun --nproc-per-node {trainer.num_devices}`, or use the command "
             f"{command}"
         )
-    check_before_start(config)
-    return config
+    check_before_start(checked)
+    return checked
