@@ -9,8 +9,8 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_before_start
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
