@@ -12,7 +12,9 @@ import numpy as np
 
 LEVEL_RANGE_NATS = 10.0
 LEVEL_TAIL_STEP_NATS = 0.5
-_CELLS_PER_NAT, _CELLS = 1024, 64 * 1024
+_CELLS_PER_NAT = 1024
+CELL_NATS = 1 / _CELLS_PER_NAT
+_CELLS = 64 * _CELLS_PER_NAT
 
 
 def huffman(symbols: np.ndarray) -> bytes:
