@@ -1,9 +1,11 @@
-"""The wheel carries the YAML files and the commands; the README's commands are commands."""
+"""The distributions install and run anywhere; the README's commands are commands."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -16,55 +18,84 @@ from tests.unit.test_cli import compose
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_wheel_holds_conf_and_commands(tmp_path):
-    source = tmp_path / "source"
+PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+
+
+def run_clean(line: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a command in a folder, without this checkout on any path."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=folder, env=environment
+    )
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> dict[str, Path]:
+    """A wheel of this commit, and one of its source distribution."""
+    folder = tmp_path_factory.mktemp("built")
+    source = folder / "source"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(source)], check=True)
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "wheel",
-            "--quiet",
-            "--no-deps",
-            "--wheel-dir",
-            str(tmp_path),
-            str(source),
-        ],
-        check=True,
-    )
-    (wheel,) = tmp_path.glob("nemo_kd-*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    wheel = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
+    subprocess.run([*wheel, str(folder), str(source)], check=True)
+    code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=source, capture_output=True)
+    (sdist,) = folder.glob("nemo_kd-*.tar.gz")
+    subprocess.run([*wheel, str(folder / "from_sdist"), str(sdist)], check=True)
+    (from_checkout,) = folder.glob("nemo_kd-*.whl")
+    (from_sdist,) = (folder / "from_sdist").glob("nemo_kd-*.whl")
+    return {"checkout": from_checkout, "sdist": from_sdist}
+
+
+@pytest.fixture(scope="module")
+def installed(built, tmp_path_factory) -> Path:
+    """Programs of a fresh environment with the wheel; its other packages are those of this one."""
+    environment = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    python = environment / "bin" / "python"
+    install = [*PIP, "--python", python, "install", "--no-deps", built["sdist"]]
+    subprocess.run(install, check=True)
+    (site_packages,) = environment.glob("lib/python*/site-packages")
+    paths = [path for path in sys.path if path.endswith("site-packages")]
+    (site_packages / "dependencies.pth").write_text("\n".join(paths))
+    return environment / "bin"
+
+
+def test_wheel_and_source_distribution_hold_the_same(built):
+    names = {origin: set(zipfile.ZipFile(path).namelist()) for origin, path in built.items()}
+    assert names["checkout"] == names["sdist"]
     for name in ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"):
-        assert f"nemo_kd/conf/{name}.yaml" in names
-    target = tmp_path / "site"
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            str(target),
-            str(wheel),
-        ],
-        check=True,
+        assert f"nemo_kd/conf/{name}.yaml" in names["sdist"]
+    assert {"nemo_kd/py.typed", "nemo_kd/tools/inspect_page.html"} <= names["sdist"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "compute_topk_logits --cfg job",
+        "train_gpt_knowledge_distillation --cfg job",
+        "convert_checkpoint --cfg job",
+        "logit_cache inspect CACHE",
+        "plot_runs --help",
+    ],
+)
+def test_commands_run_away_from_the_checkout(installed, line, tmp_path):
+    shutil.copytree(ROOT / "tests" / "golden", tmp_path / "caches")
+    program, *arguments = line.replace("CACHE", "caches/loss_CHUNK_ID.jsonl.zst").split()
+    result = run_clean([installed / program, *arguments], tmp_path)
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_installed_package_reads_a_cache(installed, tmp_path):
+    shutil.copytree(ROOT / "tests" / "golden", tmp_path / "caches")
+    code = (
+        "import nemo_kd; print(nemo_kd.__file__);"
+        "print(len(nemo_kd.CacheReader('caches/loss_CHUNK_ID.jsonl.zst')))"
     )
-    for command in (target / "bin").iterdir():
-        arguments = ["--help"] if command.name in ("logit_cache", "plot_runs") else ["--cfg", "job"]
-        line = [sys.executable, str(command), *arguments]
-        result = subprocess.run(
-            line,
-            capture_output=True,
-            text=True,
-            check=False,
-            cwd=tmp_path,
-            env={"PYTHONPATH": str(target)},
-        )
-        assert result.returncode == 0, result.stderr
-    assert len(list((target / "bin").iterdir())) == 5
+    result = run_clean([installed / "python", "-c", code], tmp_path)
+    assert result.returncode == 0, result.stderr
+    file, num_rows = result.stdout.split()
+    assert Path(file).is_relative_to(installed.parent)
+    assert int(num_rows) > 0
 
 
 def readme_commands() -> list[str]:
