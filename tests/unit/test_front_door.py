@@ -97,7 +97,7 @@ def test_an_unknown_name_is_an_attribute_error():
     ["compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"],
 )
 def test_a_command_names_the_package_that_it_misses(command):
-    result = run_with_light_packages(f"from nemo_kd import cli; cli.{command}()", "--help")
+    result = run_with_light_packages(f"from nemo_kd.cli import entry; entry.{command}()", "--help")
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: {command} needs the package "), result.stderr
     assert result.stderr.endswith("pip install nemo-kd\n")
