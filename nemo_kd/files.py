@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import logging
+import math
 import os
 import shutil
 import socket
@@ -235,29 +236,35 @@ class Lock:
     Args:
         refusal: what a refused process is told behind the holder's name, for example "is writing this cache; wait
             until it ends".
-        wait: until the holder releases it, instead of refusing.
+        wait_s: seconds to wait for the holder before refusing; `math.inf` waits without limit.
 
     Raises:
         FileError: another process holds it, as in "PATH: process 7 on node-1 is writing this cache; wait until it ends".
     """
 
     def __init__(
-        self, path: Path, refusal: str = "is using it; wait until it ends", wait: bool = False
+        self, path: Path, refusal: str = "is using it; wait until it ends", wait_s: float = 0.0
     ) -> None:
         self.path = path
         self.file = open_lock_file(path)
         free = try_lock(self.file, fcntl.LOCK_EX)
-        if free is None and not wait:
+        if free is False and 0 < wait_s < math.inf:
+            log.warning(
+                "%s: locked by %s; waiting up to %g s", path, read_holder(self.file), wait_s
+            )
+        deadline_s = time.monotonic() + wait_s
+        while free is False and time.monotonic() < deadline_s:
+            time.sleep(0.05)
+            free = try_lock(self.file, fcntl.LOCK_EX)
+        if free is None and wait_s < math.inf:
             log.warning(
                 "%s: this file system keeps no locks; make sure that no other job writes there",
                 path,
             )
-        if free is False and not wait:
+        if free is False:
             holder = read_holder(self.file)
             self.file.close()
             raise FileError(f"{path}: {holder} {refusal}")
-        if free is False:
-            fcntl.flock(self.file, fcntl.LOCK_EX)
         write_holder(self.file, this_process())
 
     def release(self) -> None:

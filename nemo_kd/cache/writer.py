@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import itertools
 import logging
+import math
 import shutil
 import threading
 from collections import Counter
@@ -84,7 +85,7 @@ class CacheWriter:
         self._check_before_listing = check_before_listing
         with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
-        with Lock(layout.manifest_lock_path, wait=True):
+        with Lock(layout.manifest_lock_path, wait_s=math.inf):
             self._lock = WriteLock(layout, shard)
             try:
                 self._claim()
@@ -258,7 +259,7 @@ class CacheWriter:
                 path.name in names for path in self._of_this_shard(chunk, paths)
             )
         lock_path = self.layout.chunk_lock_path(chunk)
-        with Lock(lock_path, wait=True):
+        with Lock(lock_path, wait_s=math.inf):
             self._refresh()  # another shard may have been faster
             if chunk in self._missing and self.layout.segment_names(chunk).issuperset(
                 path.name for path in paths
@@ -296,7 +297,7 @@ class CacheWriter:
 
     def _list(self, chunk: int, summary: ChunkSummary) -> None:
         """Add a chunk to those on disk, whatever other shards have added meanwhile."""
-        with Lock(self.layout.manifest_lock_path, wait=True):
+        with Lock(self.layout.manifest_lock_path, wait_s=math.inf):
             self._take_in()
             self._check_same(self._listed.manifest)
             self._listed.add(chunk, summary)
@@ -304,7 +305,7 @@ class CacheWriter:
 
     def _fold(self) -> None:
         """Move the journal into the manifest, and look again at what is missing."""
-        with Lock(self.layout.manifest_lock_path, wait=True):
+        with Lock(self.layout.manifest_lock_path, wait_s=math.inf):
             self._take_in()
             self._check_same(self._listed.manifest)
             self._listed.fold()

@@ -19,11 +19,11 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig, check_experiment
 from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
 from nemo_kd.student.checkpoints import StudentCheckpoints, label_of
-from nemo_kd.student.experiment_record import check_same_experiment
 from nemo_kd.student.lifetime import Lifetime
 from nemo_kd.student.logging import JsonlLogger, RunLog, named_os_errors
 from nemo_kd.student.resumable_state import StepSchedule
 from nemo_kd.student.resume import choose_checkpoint
+from nemo_kd.student.run_folder import check_same_experiment
 from nemo_kd.student.strategy import MegatronStrategy
 from nemo_kd.student.training_plan import TrainingPlan
 from nemo_kd.student.wandb_logger import start_wandb

@@ -54,20 +54,20 @@ from nemo_kd.mcore.optimizer import (
 from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c
 from nemo_kd.run.watchdog import TORCH_TIMEOUT_FACTOR
 from nemo_kd.student.best import take_best
 from nemo_kd.student.data_module import StudentData
 from nemo_kd.student.ending import Ending
 from nemo_kd.student.experiment import build_trainer, experiment_settings
-from nemo_kd.student.experiment_record import agreed_fingerprint, experiment_record
 from nemo_kd.student.learning_rate import check_schedule, lr_scheduler
 from nemo_kd.student.lifetime import Lifetime
 from nemo_kd.student.logging import quiet_tensorboard_thread, source_names
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.non_finite import NonFiniteSteps
 from nemo_kd.student.report import Parameters, first_step_report, startup_report
-from nemo_kd.student.run_folder import own_run_folder
+from nemo_kd.student.run_folder import experiment_record, own_run_folder
 from nemo_kd.student.splits import load_splits
 from nemo_kd.student.stop_flags import Agreement
 from nemo_kd.student.throughput import StepMeter
@@ -400,7 +400,7 @@ def train_student(config: TrainStudentConfig) -> None:
             TORCH_TIMEOUT_FACTOR * timeout_minutes,
         )
         resolve_precision(config.trainer)
-        stack.enter_context(own_run_folder(settings, config.name))
+        stack.enter_context(own_run_folder(settings))
         pretrained = stack.enter_context(
             open_pretrained(config.pretrained_checkpoint.restore_from_path)
         )
@@ -443,7 +443,7 @@ def train_student(config: TrainStudentConfig) -> None:
         record = experiment_record(
             config,
             architecture,
-            agreed_fingerprint(pretrained),
+            on_rank_zero(pretrained.fingerprint),
             data.descriptions,
             plan.steps_per_epoch,
         )

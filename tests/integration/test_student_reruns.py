@@ -90,7 +90,7 @@ def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train
     loss = {"model__knowledge_distillation__kd_loss": "reverse_kl", "model__optim__lr": 2e-3}
     message = ranks(1).run(run_stage_2, student, *world[1:], tmp_path, {**SETTINGS, **loss})[0]
     assert message.startswith(
-        f"CheckpointError: {last_checkpoint(tmp_path)}: it belongs to another experiment:\n"
+        f"CheckpointError: {last_checkpoint(tmp_path)} belongs to another experiment:\n"
     )
     assert (
         "\n  model.knowledge_distillation.kd_loss: forward_kl in the checkpoint, reverse_kl now\n"

@@ -149,7 +149,7 @@ def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(ranks, 
     for key, before, now in (("model.seed", 1234, 5), ("model.global_batch_size", 8, 4)):
         changed = {**overrides, key.replace(".", "__"): now}
         error = ranks(2).run(run, (*world, tmp_path / "run"), changed)[1][0]
-        assert "it belongs to another experiment:\n" in error
+        assert "belongs to another experiment:\n" in error
         assert f"\n  {key}: {before} in the checkpoint, {now} now\n" in error
 
 

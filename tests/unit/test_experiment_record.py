@@ -23,7 +23,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.typed import describe
 from nemo_kd.student.checkpoint_folder import CheckpointError, seal
-from nemo_kd.student.experiment_record import check_same_experiment, differences, experiment_record
+from nemo_kd.student.run_folder import check_same_experiment, differences, experiment_record
 from tests.tiny_data import student_config
 
 LOSS = "model.knowledge_distillation"
@@ -157,16 +157,16 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     with pytest.raises(CheckpointError) as refused:
         check_same_experiment(folder, changed, [])
     assert str(refused.value).splitlines() == [
-        f"{folder}: it belongs to another experiment:",
+        f"{folder} belongs to another experiment:",
         f"  {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now",
         "  model.data.data_prefix.train: a.jsonl (content sha256:1) in the checkpoint, b.jsonl (content sha256:2) now",
-        "Give another folder (exp_manager.explicit_log_dir) to start over, or go on with what is changed: "
+        "Give another folder (exp_manager.explicit_log_dir) to start over, or continue with the change: "
         f"'allow_changed=[{LOSS}.kd_loss,model.data.data_prefix.train]'",
     ]
     with caplog.at_level(logging.WARNING, "nemo_kd"):
         check_same_experiment(folder, changed, ["kd_loss", "data_prefix.train"])
     assert (
-        f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run goes on"
+        f"allow_changed: {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now; the run continues"
         in caplog.text
     )
     for key, value in (
@@ -175,7 +175,8 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
         ("model.peft.peft_scheme", "lora"),
     ):
         with pytest.raises(
-            CheckpointError, match=f"to start over; with another {key} it cannot be used$"
+            CheckpointError,
+            match=f"to start over; the checkpoint cannot be used with another {key}$",
         ):
             check_same_experiment(
                 folder, {**now, key: value}, [] if key.startswith("architecture") else [key]
@@ -189,7 +190,9 @@ def test_adapters_go_on_with_their_own_student_only(tmp_path):
         student: {"name": "a", "weights": "sha256:a"},
     }
     folder = checkpoint(tmp_path / "c", now)
-    with pytest.raises(CheckpointError, match=f"with another {student} it cannot be used$"):
+    with pytest.raises(
+        CheckpointError, match=f"the checkpoint cannot be used with another {student}$"
+    ):
         check_same_experiment(
             folder, {**now, student: {"name": "b", "weights": "sha256:b"}}, [student]
         )

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
 from nemo_kd.config import UserInputError
 from nemo_kd.student import run_folder as run_folder
@@ -24,9 +23,7 @@ from nemo_kd.student.run_folder import own_run_folder
 
 
 @pytest.fixture(autouse=True)
-def one_rank(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda box, src: None)
+def short_waits(monkeypatch):
     monkeypatch.setattr(run_folder, "WAIT_S", 0.3)
     monkeypatch.setattr(run_folder, "WAIT_AFTER_REQUEUE_S", 20.0)
 
@@ -35,7 +32,7 @@ def settings(log_dir: Path | None, dirpath: Path | None = None, **changed):
     return {
         "explicit_log_dir": None if log_dir is None else str(log_dir),
         "exp_dir": None,
-        "name": None,
+        "name": "kd",
         "version": None,
         "resume_if_exists": True,
         "resume_from_checkpoint": None,
@@ -54,7 +51,7 @@ def write_checkpoint(target: Path, resumable: bool = True) -> Path:
 
 def attempt(*args, **changed) -> str:
     try:
-        with own_run_folder(settings(*args, **changed), "kd"):
+        with own_run_folder(settings(*args, **changed)):
             return ""
     except UserInputError as error:
         return str(error)
@@ -68,7 +65,7 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, shared):
         first, second = (tmp_path / "a", tmp_path / "c"), (tmp_path / "b", tmp_path / "c")
     if shared == "default":
         first = second = (None, None)
-    with own_run_folder(settings(*first), "kd"):
+    with own_run_folder(settings(*first)):
         message = attempt(*second)
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
     assert (
@@ -106,17 +103,17 @@ def test_nothing_is_trained_over(tmp_path):
         f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)" in message
     )
     assert (
-        "another exp_manager.explicit_log_dir, or go on with that run: exp_manager.resume_if_exists=true"
+        "another exp_manager.explicit_log_dir, or resume that run: exp_manager.resume_if_exists=true"
         in message
     )
     parent.mkdir()
     (parent / "kd.nemo").touch()
     assert (
-        f"{parent} holds what another run has left (kd.nemo), but no checkpoint to go on from"
+        f"{parent} holds files of another run (kd.nemo), but no checkpoint to resume from"
         in attempt(log_dir)
     )
     weights = write_checkpoint(parent / "kd-step=2", resumable=False)
-    assert "no checkpoint to go on from" in attempt(log_dir)
+    assert "no checkpoint to resume from" in attempt(log_dir)
     whole = write_checkpoint(parent / "kd-step=3-last")
     assert attempt(log_dir) == ""
     assert "holds a run" in attempt(log_dir, resume_if_exists=False)

@@ -24,7 +24,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.student import splits as splits
 from nemo_kd.student.data_module import StudentData
-from nemo_kd.student.experiment_record import differences, experiment_record
+from nemo_kd.student.run_folder import differences, experiment_record
 from nemo_kd.student.splits import load_splits
 from nemo_kd.tools.recode import convert
 from tests.tiny_cache import row, write
