@@ -229,14 +229,16 @@ def error_bound(
         renormalizing adds to all of a position alike, and the error [P] of the tail mass. The sum of the
         first two bounds a log-probability. A log-probability below -58 counts as -58, which is the last level.
     """
-    nats_PK = np.where(np.isfinite(logprobs_PK), -logprobs_PK, 0)
+    tail_P = tail_mass_P.astype(np.float64)
+    shift_P = (1 + tail_P) / 16
+    # Renormalization and the rounding itself may have moved the token from where steps are larger.
+    moved_P = shift_P + 1 / COARSE_STEPS_PER_NAT
+    nats_PK = np.where(np.isfinite(logprobs_PK), moved_P[:, None] - logprobs_PK, 0)
     step_PK = np.exp(np.minimum(nats_PK, LEVEL_RANGE_NATS) / 2) / FINE_STEPS_PER_NAT
     step_PK = np.minimum(step_PK, 1 / COARSE_STEPS_PER_NAT)
     step_PK = np.where(nats_PK > LEVEL_RANGE_NATS, LEVEL_TAIL_STEP_NATS, step_PK)
     error_PK = step_PK / 2 + CELL_NATS
     error_PK[:, 0] += step_PK[:, 0]  # a likeliest token that shares its level moves up by one
-    tail_P = tail_mass_P.astype(np.float64)
-    shift_P = (1 + tail_P) / 16
     with np.errstate(divide="ignore"):
         odds_P = np.log(tail_P) - np.log1p(-tail_P)
     half_step_P = np.where(np.abs(odds_P) < 2.99, 1 / 32, 1 / 16)

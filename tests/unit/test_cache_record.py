@@ -233,7 +233,7 @@ def dense_row(spread: float, num_positions: int = 300, k: int = 40) -> CachedExa
     return CachedExample(Example(0, tokens, tokens, np.ones(num_positions, np.float32)), teacher)
 
 
-@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0, 20.0])
+@pytest.mark.parametrize("spread", [0.3, 2.0, 6.0, 10.0])
 @pytest.mark.parametrize("codec", ["packed", "json"])
 def test_errors_of_round_trips_stay_below_the_codecs_bound(codec, spread):
     original = dense_row(spread)
