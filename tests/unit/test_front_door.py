@@ -20,7 +20,7 @@ import importlib.abc, importlib.metadata, sys
 HEAVY = {
     name
     for name, distributions in importlib.metadata.packages_distributions().items()
-    if not set(distributions) & NEEDED
+    if not {one.lower().replace("_", "-") for one in distributions} & NEEDED
 } - {"nemo_kd", "tests"}
 
 class Refuse(importlib.abc.MetaPathFinder):
@@ -38,11 +38,12 @@ def light_packages() -> set[str]:
     from importlib.metadata import PackageNotFoundError, requires
 
     from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
 
     found: set[str] = set()
     waiting = list(LIGHT)
     while waiting:
-        name = waiting.pop()
+        name = canonicalize_name(waiting.pop())
         if name in found:
             continue
         try:
@@ -102,3 +103,17 @@ def test_a_command_names_the_package_that_it_misses(command):
     assert result.stderr.startswith(f"error: {command} needs the package "), result.stderr
     assert result.stderr.endswith("pip install nemo-kd\n")
     assert "Traceback" not in result.stderr
+
+
+def test_caches_are_read_and_losses_are_there_with_light_packages_only():
+    code = """
+import nemo_kd
+cache = nemo_kd.CacheReader("tests/golden/loss_CHUNK_ID.jsonl.zst")
+print(sum(row.example.num_tokens for row in cache))
+for name in nemo_kd.__all__:
+    if nemo_kd._MODULES.get(name, "nemo_kd.api") != "nemo_kd.api":
+        getattr(nemo_kd, name)
+"""
+    result = run_with_light_packages(code)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 0
