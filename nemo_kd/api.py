@@ -27,7 +27,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> 
             `{"pretrained_checkpoint.restore_from_path": "teacher/", "output_path": ...}`.
 
     Raises:
-        UserInputError: the configuration, the model or the dataset cannot work; the message names the key.
+        UserInputError: the configuration, model or dataset is invalid; the message names the key.
         Requeue: the run was told to stop; the same call continues it.
     """
     checked = _checked(ComputeTopkLogitsConfig, config, "compute_topk_logits")
@@ -39,7 +39,8 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> 
 def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> None:
     """Train a student from cached teacher logits, or from labels alone (stage 2).
 
-    Args and errors are those of `compute_topk_logits`, with the keys of `train_gpt_knowledge_distillation`.
+    Args and errors are those of `compute_topk_logits`; the keys are those of the command
+    `train_gpt_knowledge_distillation`.
     """
     checked = _checked(TrainStudentConfig, config, "train_gpt_knowledge_distillation")
     from nemo_kd.student.module import train_student as run
@@ -50,7 +51,7 @@ def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> None:
 def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> None:
     """Convert a Hugging Face folder to a `.nemo` archive, or back.
 
-    Args and errors are those of `compute_topk_logits`, with the keys of `convert_checkpoint`.
+    Args and errors are those of `compute_topk_logits`; the keys are those of the command.
     """
     checked = _checked(ConvertCheckpointConfig, config, "convert_checkpoint")
     from nemo_kd.convert import convert

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, files that no planted link redirects, and locks between processes."""
+"""Atomic files, files opened without following links, and locks between processes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from nemo_kd.config import UserInputError
 ABANDONED_AFTER_S = 3600.0
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 LONGEST_HOLDER = 1000
-"""Characters that are read of a lock file."""
+"""Characters to read from a lock file."""
 
 log = logging.getLogger(__name__)
 
 
 class FileError(UserInputError):
-    """A file cannot be opened, locked or written; the message names it, the cause and the next step."""
+    """A file that cannot be opened, locked or written; the message says what to do."""
 
 
 REMEDIES = {
@@ -49,7 +49,7 @@ REMEDIES = {
     errno.ENODEV: "the file system cannot do this: give a path on another one",
     errno.ENXIO: "it is no regular file: give a file's path",
 }
-"""What a user can do about an error of a file, by its number; `run the same command again` follows."""
+"""Remedy for each errno; the message goes on with "then run the same command again"."""
 
 
 @contextlib.contextmanager
@@ -57,7 +57,7 @@ def explained(path: str | Path, note: str = "") -> Iterator[None]:
     """Raise an OSError of the block as a FileError: `path` cannot be written, why, and the remedy.
 
     Args:
-        note: added behind the remedy, such as what stays of the work done so far.
+        note: end of the message, for example which work is kept.
     """
     try:
         yield
@@ -66,7 +66,8 @@ def explained(path: str | Path, note: str = "") -> Iterator[None]:
         if remedy is None:
             raise
         raise FileError(
-            f"{path}: cannot be written ({error.strerror}); {remedy}, then run the same command again{note}"
+            f"{path}: cannot be written ({error.strerror}); {remedy}, then run the same command "
+            f"again{note}"
         ) from error
 
 
@@ -74,8 +75,8 @@ def open_without_links(path: str | Path, flags: int) -> int:
     """Return a descriptor of the regular file `path`, opened with `flags` of os.open; never blocks.
 
     Raises:
-        FileError: a symbolic link, pipe, device or folder stands there: whoever may write into the folder could otherwise
-            make this process write to, or wait for, any other file.
+        FileError: the path is a symbolic link, pipe, device or folder. Following one would let
+            anyone who can write to the folder redirect this process to another file.
     """
     try:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -122,21 +123,21 @@ def open_regular(path: str | Path) -> BinaryIO:
 
 
 def read_file(path: str | Path, start: int = 0) -> bytes:
-    """Return the content of a regular file from byte `start`; errors are those of `open_regular`."""
+    """Return the content of a regular file from byte `start`; raise as `open_regular` does."""
     with open_regular(path) as file:
         file.seek(start)
         return file.read()
 
 
 def open_for_append(path: str | Path) -> BinaryIO:
-    """Open a file that lines are added to, creating it if there is none; symbolic links are refused."""
+    """Open or create a file for appending; refuse symbolic links."""
     with explained(path):
         descriptor = open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         return open(path, "ab", opener=lambda *_: descriptor)  # so that the file has its name
 
 
 def write_atomically(path: str | Path, data: bytes | Iterable[bytes], note: str = "") -> None:
-    """Replace the content of `path`; a crash at any instant leaves the old content or the new one."""
+    """Replace the content of `path`; a crash leaves either the old or the new content."""
     with atomic_file(path, note) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
 
@@ -145,14 +146,15 @@ def write_atomically(path: str | Path, data: bytes | Iterable[bytes], note: str 
 def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
     """Yield a file that takes the name `path`, durably, when the block ends without an error.
 
-    Until then the bytes lie in the hidden file `temporary_path(path)`. An error in the block removes it; what a killed
-    process leaves behind, `remove_abandoned` removes. Errors and `note` are those of `explained`.
+    Until then the bytes are in the hidden file `temporary_path(path)`. An error in the block
+    removes it; `remove_abandoned` removes those of killed processes. Errors and `note` are those
+    of `explained`.
     """
     path = Path(path)
     temporary = temporary_path(path)
     with explained(path, note):
         try:
-            # Not the tempfile module: its files are readable by their owner only, and these are shared.
+            # The tempfile module would make a file that only its owner can read.
             temporary.unlink(missing_ok=True)  # of a dead process that had this one's id
             descriptor = open_without_links(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
             with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
@@ -168,24 +170,24 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
 
 
 def temporary_path(path: str | Path) -> Path:
-    """Return the hidden name, with machine and process in it, of a file or folder that is to become `path`."""
+    """Return the hidden name of a file or folder that will become `path`: with host and PID."""
     path = Path(path)
     return path.with_name(f".{path.name}.{owner_name()}.tmp")
 
 
 def owner_name() -> str:
-    """Return machine and process as the names of temporary files and folders have them."""
+    """Return host and PID, as in the names of temporary files."""
     return f"{_machine()}-{os.getpid()}"
 
 
 def remove_abandoned(folder: Path) -> None:
-    """Delete the temporary files and folders that dead processes left in a folder."""
+    """Delete temporary files and folders of dead processes in a folder."""
     for path in abandoned(folder):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Delete a file, or a folder with all it holds; a symbolic link itself, not what it leads to."""
+    """Delete a file, a symbolic link (not its target), or a folder with its content."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -193,10 +195,10 @@ def remove(path: Path) -> None:
 
 
 def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
-    """Return the temporary files and folders that dead processes left in a folder.
+    """Return temporary files and folders of dead processes in a folder.
 
-    A process of this machine is dead when no process has its id. Nothing is known about a process of another machine, so
-    what it writes counts as abandoned once it has not grown for an hour.
+    A process of this machine is dead if its PID is unused. A file of another machine counts as
+    abandoned after an hour without a change.
     """
     found = []
     for path in sorted(folder.glob(f".*{suffix}")):
@@ -213,7 +215,7 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
 
 
 def _last_change(path: Path) -> float:
-    """Return the newest modification time in a file or folder; now, where it vanishes meanwhile."""
+    """Return the newest modification time in a file or folder; now if it vanishes meanwhile."""
     try:
         newest = path.lstat().st_mtime
         for parent, folders, names in os.walk(path):
@@ -229,17 +231,18 @@ def _last_change(path: Path) -> float:
 
 
 class Lock:
-    """The right to do something alone, held until `release`, the end of a with block or that of the process.
+    """An exclusive lock on a file, held until `release` or the end of the process.
 
-    The operating system keeps the lock, so a killed job leaves none behind; the file only names the holder.
+    The operating system keeps the lock (flock), so a killed job leaves none behind. The file's
+    content only names the holder.
 
     Args:
-        refusal: what a refused process is told behind the holder's name, for example "is writing this cache; wait
-            until it ends".
+        refusal: end of the error message, after the holder's name.
         wait_s: seconds to wait for the holder before refusing; `math.inf` waits without limit.
 
     Raises:
-        FileError: another process holds it, as in "PATH: process 7 on node-1 is writing this cache; wait until it ends".
+        FileError: another process holds the lock, for example "PATH: process 7 on node-1 is
+            writing this cache; wait until it ends".
     """
 
     def __init__(
@@ -268,7 +271,7 @@ class Lock:
         write_holder(self.file, this_process())
 
     def release(self) -> None:
-        """Release the lock. The file stays: deleting it could take the lock away from a process that waits for it."""
+        """Release the lock and keep the file, which another process may be waiting for."""
         release_lock(self.file)
 
     def __enter__(self) -> Lock:
@@ -279,14 +282,17 @@ class Lock:
 
 
 def open_lock_file(path: Path) -> TextIO:
-    """Open the file that a lock is about, creating it if there is none; symbolic links are refused."""
+    """Open or create a lock file; refuse symbolic links."""
     with explained(path):
         descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         return open(path, "a+", encoding="utf-8", errors="replace", opener=lambda *_: descriptor)
 
 
 def try_lock(file: TextIO, operation: int) -> bool | None:
-    """Take a file's lock, `LOCK_EX` or `LOCK_SH`, unless others hold it; None where the file system keeps no locks."""
+    """Return True if the lock (`LOCK_EX` or `LOCK_SH`) was acquired, False if it is held.
+
+    Return None on a file system without locks.
+    """
     try:
         fcntl.flock(file, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -299,7 +305,7 @@ def try_lock(file: TextIO, operation: int) -> bool | None:
 
 
 def release_lock(file: TextIO) -> None:
-    """Release a file's lock and close the file; processes forked meanwhile do not keep it."""
+    """Release a file's lock, also in forked processes, and close the file."""
     if not file.closed:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_UN)
@@ -307,20 +313,20 @@ def release_lock(file: TextIO) -> None:
 
 
 def write_holder(file: TextIO, holder: str) -> None:
-    """Replace the content of a lock file with its holder's name."""
+    """Write the holder's name into a lock file."""
     with explained(file.name):
         file.truncate(0)
         os.write(file.fileno(), holder.encode())  # a buffer would be written once more at the close
 
 
 def read_holder(file: TextIO) -> str:
-    """Return the name that the holder of a lock wrote into its file."""
+    """Read the holder's name from a lock file."""
     file.seek(0)
     return file.read(LONGEST_HOLDER).strip() or "another process"
 
 
 def this_process() -> str:
-    """Return process, machine, job and time, for a process that is refused a lock."""
+    """Describe this process for messages: PID, host, Slurm job, start time."""
     environment = os.environ
     job = f", Slurm job {environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else ""
     return f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
@@ -331,7 +337,7 @@ def sync_folder(folder: Path) -> None:
     try:
         sync(folder)
     except OSError as error:
-        # Some network and FUSE file systems cannot sync a folder; their renames are durable by themselves or never.
+        # Some network and FUSE file systems cannot sync a folder.
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
 

@@ -10,13 +10,13 @@ from typing import TextIO
 
 
 def printable(text: str, keep: str = "\t\n") -> str:
-    """Return `text` with control characters and other invisible ones as visible escapes, `\\x1b` for example.
+    """Escape control characters and other invisible ones, for example as `\\x1b`.
 
-    A manifest, a record or a file's name may hold escape sequences that move the cursor, rename the window or
-    write to the clipboard.
+    A manifest, a record or a file name may hold escape sequences that move the cursor, rename
+    the window or write to the clipboard.
 
     Args:
-        keep: characters that stay as they are.
+        keep: characters to leave unescaped.
     """
     if text.isprintable():
         return text
@@ -27,7 +27,7 @@ def printable(text: str, keep: str = "\t\n") -> str:
 
 
 def print_text(text: str, stream: TextIO | None = None) -> None:
-    """Print text in any language to any terminal, by default to stdout, or to a program that stops reading."""
+    """Print text, escaping what the terminal cannot show; ignore a closed pipe."""
     stream = sys.stdout if stream is None else stream
     encoding = stream.encoding or "utf-8"
     try:
@@ -39,7 +39,7 @@ def print_text(text: str, stream: TextIO | None = None) -> None:
 
 
 def print_error(error: object) -> None:
-    """Print the one line that ends a command."""
+    """Print an error as one line on stderr."""
     print_text(f"error: {error}", sys.stderr)
 
 
@@ -59,7 +59,7 @@ def print_table(lines: Sequence[tuple[str, str]]) -> None:
 
 
 class PrintableFormatter(logging.Formatter):
-    """Log messages without what a terminal would obey."""
+    """Formatter of log messages that escapes control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
