@@ -7,15 +7,9 @@ which needs no second tensor-parallel layout.
 
 from __future__ import annotations
 
-import functools
-import importlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch.distributed import ProcessGroup
 
 from nemo_kd.config.model import GPTArchitecture
 
@@ -96,70 +90,3 @@ def expert_fields(architecture: GPTArchitecture) -> dict[str, Any]:
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": False,
     }
-
-
-def install_expert_support() -> None:
-    """Makes Megatron's expert layers run without Transformer Engine and without CUDA; does nothing where they do already."""
-    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # type: ignore[attr-defined] # used unbound where Transformer Engine is missing
-    if torch.cuda.is_available():
-        return
-    dispatcher = importlib.import_module(
-        "megatron.core.transformer.moe.token_dispatcher"
-    ).MoEAlltoAllTokenDispatcher
-    dispatcher.cuda_dtoh_stream = "none: the counts are on the CPU"
-    dispatcher._maybe_dtoh_and_synchronize = _counts_to_numpy
-    mappings: Any = importlib.import_module("megatron.core.tensor_parallel.mappings")
-    for name, uneven in (
-        ("_gather_along_first_dim", _gather_uneven),
-        ("_reduce_scatter_along_first_dim", _reduce_scatter_uneven),
-    ):
-        setattr(mappings, name, _allow_uneven(getattr(mappings, name), uneven))
-
-
-def _counts_to_numpy(
-    self: Any, point: str, tokens_per_expert: torch.Tensor | None = None
-) -> torch.Tensor | None:
-    """What the dispatcher does with CUDA's counts of tokens while it moves them to the CPU."""
-    for name in ("input_splits", "output_splits", "output_splits_tp"):
-        counts = getattr(self, name)
-        if isinstance(counts, torch.Tensor):
-            setattr(self, name, counts.numpy())
-    return tokens_per_expert
-
-
-def _allow_uneven(
-    even: Callable[..., torch.Tensor], uneven: Callable[..., torch.Tensor]
-) -> Callable[..., torch.Tensor]:
-    """Parts of different sizes, which tensor-parallel ranks have with sequence parallelism: NCCL takes them, gloo does not."""
-
-    @functools.wraps(even)
-    def either(
-        part: torch.Tensor,
-        group: ProcessGroup,
-        sizes: list[int] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if sizes is None or len(set(sizes)) == 1:
-            return even(part, group, sizes, *args, **kwargs)
-        return uneven(part, group, sizes)
-
-    return even if getattr(even, "__wrapped__", None) else either
-
-
-def _gather_uneven(part: torch.Tensor, group: ProcessGroup, sizes: list[int]) -> torch.Tensor:
-    padded = part.new_zeros(max(sizes), *part.shape[1:])
-    padded[: len(part)] = part
-    parts = [torch.empty_like(padded) for _ in sizes]
-    torch.distributed.all_gather(parts, padded, group=group)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def _reduce_scatter_uneven(
-    whole: torch.Tensor, group: ProcessGroup, sizes: list[int]
-) -> torch.Tensor:
-    total = whole.clone()
-    torch.distributed.all_reduce(total, group=group)
-    return total.split(sizes)[group.rank()].clone()

@@ -13,7 +13,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import ClusterEnvironment
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -185,54 +184,6 @@ def _meeting_problem(ranks: Ranks, error: Exception) -> str:
     )
 
 
-class _RanksEnvironment(ClusterEnvironment):
-    """The ranks as Lightning asks for them."""
-
-    def __init__(self, ranks: Ranks, devices: int) -> None:
-        super().__init__()
-        self._ranks = ranks
-        self._devices = devices
-
-    @property
-    def creates_processes_externally(self) -> bool:
-        return True
-
-    @property
-    def main_address(self) -> str:
-        return self._ranks.main_address
-
-    @property
-    def main_port(self) -> int:
-        return self._ranks.main_port
-
-    @staticmethod
-    def detect() -> bool:
-        return False
-
-    def world_size(self) -> int:
-        return self._ranks.size
-
-    def set_world_size(self, size: int) -> None:
-        """Nothing: the launcher decides."""
-
-    def global_rank(self) -> int:
-        return self._ranks.rank
-
-    def set_global_rank(self, rank: int) -> None:
-        """Nothing: the launcher decides."""
-
-    def local_rank(self) -> int:
-        return self._ranks.local_rank
-
-    def node_rank(self) -> int:
-        return self._ranks.rank // self._devices
-
-
-def cluster_environment(devices: int) -> ClusterEnvironment:
-    """Return the ranks for Lightning's Trainer, whose own search reads the variables of other steps and jobs too."""
-    return _RanksEnvironment(find_ranks(), devices)
-
-
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:
     """Cuts the ranks into groups and seeds every random generator that Megatron uses; all ranks take part.
 
@@ -300,7 +251,8 @@ def destroy_model_parallel() -> None:
     _replicas.cache_clear()
     _joined.cache_clear()
     gc.collect()  # a model that is in a cycle keeps its groups
-    for group in list(dist.distributed_c10d._world.pg_map):
+    # torch lists its groups nowhere else, and Megatron forgets them without ending them.
+    for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
 

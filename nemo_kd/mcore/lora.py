@@ -118,7 +118,7 @@ def add_adapters(
             _initialize(adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups)
             projection.register_forward_hook(_adding(adapter))
             adapters[target] = adapter
-        setattr(layer, ADAPTERS, torch.nn.ModuleDict(adapters))
+        layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
     first = chunks(model)[0]
     if first.config.recompute_granularity == "full" and first.pre_process:
         # Layers that are computed anew pass a gradient on only where their input wants one, which no frozen weight gives it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,10 +19,11 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, check_layout, padded_vocab_size
+from nemo_kd.config.model import GPTArchitecture, RopeScaling, check_layout, padded_vocab_size
 from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.mcore.attention import SDPACoreAttention
-from nemo_kd.mcore.experts import expert_fields, install_expert_support
+from nemo_kd.mcore.cpu import cuda_methods_on_cpu
+from nemo_kd.mcore.experts import expert_fields
 from nemo_kd.mcore.norm import RMSNorm
 
 
@@ -151,41 +153,44 @@ def build_gpt_model(
         own_norms: norms are modules of their own with Transformer Engine too, not parts of the projections after them.
         chunk: of an interleaved pipeline stage's parts the one to build.
     """
-    if config.num_moe_experts is not None:
-        install_expert_support()
-    model = GPTModel(
-        config,
-        _transformer_engine_block(config, own_norms)
-        if transformer_engine
-        else _torch_block(config),
-        vocab_size=padded_vocab_size(
-            architecture.vocab_size, make_vocab_size_divisible_by, config.tensor_model_parallel_size
-        ),
-        max_sequence_length=architecture.max_position_embeddings,
-        pre_process=parallel_state.is_pipeline_first_stage(
-            ignore_virtual=chunk is None, vp_stage=chunk
-        ),
-        post_process=parallel_state.is_pipeline_last_stage(
-            ignore_virtual=chunk is None, vp_stage=chunk
-        ),
-        parallel_output=True,
-        share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
-        rotary_base=architecture.rotary_base,
-        vp_stage=chunk,
+    block = (
+        _transformer_engine_block(config, own_norms) if transformer_engine else _torch_block(config)
     )
-    scaling = architecture.rope_scaling
-    if scaling is not None:
-        # GPTModel can only ask for the values that Llama 3.1 happens to use.
-        rotary = model.rotary_pos_emb
-        rotary.inv_freq = rotary._apply_scaling(
-            rotary.inv_freq,
-            factor=scaling.factor,
-            low_freq_factor=scaling.low_freq_factor,
-            high_freq_factor=scaling.high_freq_factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
+    position = {"ignore_virtual": chunk is None, "vp_stage": chunk}
+    with cuda_methods_on_cpu():
+        model = GPTModel(
+            config,
+            block,
+            vocab_size=padded_vocab_size(
+                architecture.vocab_size,
+                make_vocab_size_divisible_by,
+                config.tensor_model_parallel_size,
+            ),
+            max_sequence_length=architecture.max_position_embeddings,
+            pre_process=parallel_state.is_pipeline_first_stage(**position),
+            post_process=parallel_state.is_pipeline_last_stage(**position),
+            parallel_output=True,
+            share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
+            position_embedding_type="rope",
+            rotary_base=architecture.rotary_base,
+            vp_stage=chunk,
         )
+    if architecture.rope_scaling is not None:
+        rotary = model.rotary_pos_emb
+        rotary.inv_freq = _scaled_frequencies(rotary.inv_freq, architecture.rope_scaling)
     return model
+
+
+def _scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    """Rescale rotary frequencies as Llama 3.1 does. GPTModel's own option fixes all values but the factor."""
+    original = scaling.original_max_position_embeddings
+    lengths = 2 * math.pi / frequencies
+    low = scaling.low_freq_factor
+    high = scaling.high_freq_factor
+    smooth = (original / lengths - low) / (high - low)
+    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
+    shortened = torch.where(lengths < original / high, frequencies, blended)
+    return torch.where(lengths > original / low, frequencies / scaling.factor, shortened)
 
 
 def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:

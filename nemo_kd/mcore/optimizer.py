@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.optim import OptimConfig
+from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.model import chunks
 
 CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")
@@ -109,24 +111,24 @@ class ModelOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.chunks = list(chunks(model))
         config = self.chunks[0].config
-        self.megatron: MegatronOptimizer = get_megatron_optimizer(
-            OptimizerConfig(
-                optimizer="adam",
-                lr=optim.lr,
-                weight_decay=optim.weight_decay,
-                adam_beta1=optim.betas[0],
-                adam_beta2=optim.betas[1],
-                adam_eps=optim.eps,
-                bf16=config.bf16,
-                params_dtype=config.params_dtype,
-                use_distributed_optimizer=optim.is_sharded,
-                decoupled_weight_decay=optim.name != "adam",
-                clip_grad=gradient_clip_val or 0.0,
-            ),
-            self.chunks,
+        options = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.betas[0],
+            adam_beta2=optim.betas[1],
+            adam_eps=optim.eps,
+            bf16=config.bf16,
+            params_dtype=config.params_dtype,
+            use_distributed_optimizer=optim.is_sharded,
+            decoupled_weight_decay=optim.name != "adam",
+            clip_grad=gradient_clip_val or 0.0,
         )
-        for part in getattr(self.megatron, "chained_optimizers", [self.megatron]):
-            _support_torch_adam(part)
+        with cuda_methods_on_cpu():
+            self.megatron: MegatronOptimizer = get_megatron_optimizer(options, self.chunks)
+        self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        for part in self.parts:
+            _create_adam_state(part.optimizer)
         for group in self.megatron.param_groups:
             # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
@@ -153,19 +155,20 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True) -> Any:
-        """Megatron's step, but one that would carry something that is not finite into the weights changes nothing."""
+        """Update the weights, unless the loss or the gradient is not finite: then change nothing."""
         result = closure() if closure is not None else None
-        megatron = self.megatron
-        parts = getattr(megatron, "chained_optimizers", [megatron])
-        found_inf = megatron.prepare_grads()
-        self.grad_norm = float(megatron.get_grad_norm())
+        found_inf = self.megatron.prepare_grads()
+        self.grad_norm = float(self.megatron.get_grad_norm())
         self.skipped = found_inf or not loss_is_finite or not math.isfinite(self.grad_norm)
-        if not self.skipped:
-            for part in parts:
-                parameters = part.get_parameters()
-                if parameters and part.config.clip_grad > 0:
-                    clip_grad_by_total_norm_fp32(parameters, part.config.clip_grad, self.grad_norm)
-            megatron.step_with_ready_grads()
+        if self.skipped:
+            return result
+        for part in self.parts:
+            parameters = part.get_parameters()
+            max_norm = part.config.clip_grad
+            if parameters and max_norm > 0:
+                with cuda_methods_on_cpu():
+                    clip_grad_by_total_norm_fp32(parameters, max_norm, self.grad_norm)
+        self.megatron.step_with_ready_grads()
         return result
 
     def sharded_state_dict(
@@ -181,7 +184,10 @@ class ModelOptimizer(torch.optim.Optimizer):
         chosen = [
             {name: group[name] for name in CHOSEN if name in group} for group in self.param_groups
         ]
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for part in self.parts:
+                if isinstance(part, DistributedOptimizer):
+                    stack.enter_context(_own_steps(part.optimizer))
             self.megatron.load_state_dict(state)
         for group, values in zip(self.param_groups, chosen, strict=True):
             group.update(values)
@@ -194,40 +200,39 @@ class ModelOptimizer(torch.optim.Optimizer):
         """Nothing: see `state_dict`."""
 
 
-def _support_torch_adam(optimizer: Any) -> None:
-    """Lets Megatron 0.16's distributed optimizer save and load with torch's AdamW (no Transformer Engine, no Apex).
-
-    Three defects of that pairing: saving asserts one common step, which a fresh optimizer lacks; loading asks the
-    checkpoint for a per-parameter `step` it never held; and it shares one `step` tensor between all parameters, which
-    AdamW then counts up once per parameter: training goes on with a wrong bias correction and no error.
-    """
-    inner = optimizer.optimizer
+def _create_adam_state(inner: torch.optim.Optimizer) -> None:
+    """Create the state of torch's Adam before its first step: Megatron's saving asserts that there is one."""
     if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
         return
     for group in inner.param_groups:
         for parameter in group["params"]:
-            state = inner.state[parameter]
-            if not state:
-                state["step"] = torch.tensor(0.0)
-                state["exp_avg"], state["exp_avg_sq"] = (
-                    torch.zeros_like(parameter),
-                    torch.zeros_like(parameter),
-                )
-    if not isinstance(optimizer, DistributedOptimizer):
+            if not inner.state[parameter]:
+                inner.state[parameter] = {
+                    "step": torch.tensor(0.0),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
+
+
+@contextlib.contextmanager
+def _own_steps(inner: torch.optim.Optimizer) -> Iterator[None]:
+    """Let Megatron's distributed optimizer load a checkpoint into torch's Adam (no Transformer Engine, no Apex).
+
+    Megatron looks for a `step` per parameter in the checkpoint, which holds none. It also shares one `step` tensor
+    between all parameters, which Adam then increments once per parameter: a wrong bias correction without an error.
+    """
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        yield
         return
-    set_states, load = optimizer._set_main_param_and_optimizer_states, optimizer.load_state_dict
+    steps: dict[torch.Tensor, torch.Tensor] = {}
 
-    def set_states_with_step(
-        model_param: torch.nn.Parameter, tensors: dict[str, torch.Tensor]
-    ) -> None:
-        group, position = optimizer.model_param_group_index_map[model_param]
-        state = inner.state[inner.param_groups[group]["params"][position]]
-        set_states(model_param, {**tensors, "step": state["step"]})
+    def set_aside(_: torch.optim.Optimizer) -> None:
+        steps.update({key: state.pop("step").clone() for key, state in inner.state.items()})
 
-    def load_with_own_steps(state_dict: dict[str, Any]) -> None:
-        load(state_dict)
-        for state in inner.state.values():
-            state["step"] = state["step"].clone()
-
-    optimizer._set_main_param_and_optimizer_states = set_states_with_step
-    optimizer.load_state_dict = load_with_own_steps
+    hook = inner.register_load_state_dict_post_hook(set_aside)
+    try:
+        yield
+    finally:
+        hook.remove()
+        for key, step in steps.items():
+            inner.state[key] = {"step": step, **inner.state[key]}

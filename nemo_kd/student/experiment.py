@@ -17,14 +17,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import TrainStudentConfig, check_experiment
-from nemo_kd.mcore.groups import ProcessGroups, cluster_environment
+from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.student.checkpoints import StudentCheckpoints, label_of
 from nemo_kd.student.lifetime import Lifetime
 from nemo_kd.student.logging import JsonlLogger, RunLog, named_os_errors
 from nemo_kd.student.resumable_state import StepSchedule
 from nemo_kd.student.resume import choose_checkpoint
 from nemo_kd.student.run_folder import check_same_experiment
-from nemo_kd.student.strategy import MegatronStrategy
+from nemo_kd.student.strategy import LauncherEnvironment, MegatronStrategy
 from nemo_kd.student.training_plan import TrainingPlan
 from nemo_kd.student.wandb_logger import start_wandb
 
@@ -80,7 +80,7 @@ def build_trainer(
         devices=config.trainer.num_devices,
         num_nodes=config.trainer.num_nodes,
         strategy=MegatronStrategy(
-            groups, record, cluster_environment=cluster_environment(config.trainer.num_devices)
+            groups, record, cluster_environment=LauncherEnvironment(config.trainer.num_devices)
         ),
         precision="32-true",  # Megatron casts by itself
         max_epochs=1,  # to Lightning the whole run is one pass over `plan.max_steps` batches

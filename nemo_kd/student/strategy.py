@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import ClusterEnvironment
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,6 +16,7 @@ from nemo_kd.mcore.distributed_checkpoint import load_plain
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.optimizer import ModelOptimizer
 from nemo_kd.mcore.random_state import sharded_random_state
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.student.checkpoint_folder import Contents
 from nemo_kd.student.checkpoints import DistributedCheckpointIO, checkpoint_folder
 from nemo_kd.student.resumable_state import RANDOM_STATE
@@ -28,6 +30,49 @@ class ShardedModule(Protocol):
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+
+class LauncherEnvironment(ClusterEnvironment):
+    """The ranks that the launcher started. Lightning's own search reads variables of other steps and jobs too."""
+
+    def __init__(self, devices: int) -> None:
+        super().__init__()
+        self._ranks = find_ranks()
+        self._devices = devices
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self._ranks.main_address
+
+    @property
+    def main_port(self) -> int:
+        return self._ranks.main_port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self._ranks.size
+
+    def set_world_size(self, size: int) -> None:
+        """Ignore the call: the launcher decides."""
+
+    def global_rank(self) -> int:
+        return self._ranks.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        """Ignore the call: the launcher decides."""
+
+    def local_rank(self) -> int:
+        return self._ranks.local_rank
+
+    def node_rank(self) -> int:
+        return self._ranks.rank // self._devices
 
 
 class MegatronStrategy(DDPStrategy):

@@ -14,7 +14,7 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.teacher import ModelConfig, TrainerConfig
-from nemo_kd.mcore.cpu import install_cpu_support
+from nemo_kd.mcore.cpu import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.groups import init_process_group, resolve_precision
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 
@@ -94,6 +94,7 @@ def test_the_window_is_counted_megatrons_way():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for CUDA only where there is none")
 def test_only_megatron_sees_the_cpu_stand_in():
     real = torch.zeros
+    methods = {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor)}
     install_cpu_support()
     install_cpu_support()
     from megatron.core.optimizer import optimizer as in_megatron
@@ -103,9 +104,13 @@ def test_only_megatron_sees_the_cpu_stand_in():
     assert in_megatron.torch.cuda.current_device() == torch.device("cpu")
     assert in_megatron.torch.Tensor is torch.Tensor
     assert torch.zeros is real
+    with cuda_methods_on_cpu():
+        assert zeros.type() == "torch.cuda.FloatTensor"
+        assert zeros.cuda() is zeros
     assert zeros.type() == "torch.FloatTensor"
     with pytest.raises((RuntimeError, AssertionError)):
         zeros.cuda()
+    assert {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor)} == methods
 
 
 def test_a_taken_port_is_named(monkeypatch):
