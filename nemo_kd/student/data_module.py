@@ -43,7 +43,7 @@ class StudentData(pl.LightningDataModule):
         groups: ProcessGroups,
     ) -> None:
         super().__init__()
-        self._loaders: list[DataLoader[Any]] = []
+        self._loaders: list[WatchedLoader] = []
         self.config, self.splits, self.groups = config, splits, groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
         model = config.model
@@ -92,10 +92,10 @@ class StudentData(pl.LightningDataModule):
         return batch
 
     def train_dataloader(self) -> WatchedLoader:
-        self.watched = WatchedLoader(self._loader("train", self.training))
+        self.watched = self._loader("train", self.training)
         return self.watched
 
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+    def val_dataloader(self) -> WatchedLoader | list[Any]:
         """Return the validation data; an empty list where a run without validations has none."""
         return (
             self._loader("validation", self._once("validation"))
@@ -103,15 +103,15 @@ class StudentData(pl.LightningDataModule):
             else []
         )
 
-    def test_dataloader(self) -> DataLoader[Any]:
+    def test_dataloader(self) -> WatchedLoader:
         return self._loader("test", self._once("test"))
 
     def _once(self, split: str) -> EvaluationBatches:
         return EvaluationBatches(len(self.splits[split]), self.config.model.global_batch_size)
 
-    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> DataLoader[Any]:
+    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> WatchedLoader:
         num_workers = self.config.model.data.num_workers
-        loader = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             MicroBatchRows(self.splits[split], self.batching.share),
             batch_sampler=batches,
             collate_fn=self.collate,
@@ -124,15 +124,13 @@ class StudentData(pl.LightningDataModule):
             pin_memory=self.groups.device.type == "cuda",
             worker_init_fn=follow_the_main_process,
         )
-        self._loaders.append(loader)
-        return loader
+        self._loaders.append(WatchedLoader(loader))
+        return self._loaders[-1]
 
     def close(self) -> None:
-        """Ends the processes that read ahead; at its end this one would wait for them forever, as they take no signals."""
+        """End the processes that read ahead."""
         for loader in self._loaders:
-            iterator: Any = loader._iterator  # there is one where workers persist
-            if iterator is not None:
-                iterator._shutdown_workers()
+            loader.close()
         self._loaders.clear()
 
 

@@ -158,6 +158,6 @@ class MegatronStrategy(DDPStrategy):
 
 
 def _megatron(optimizer: Optimizer) -> ModelOptimizer:
-    inner = optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
     assert isinstance(inner, ModelOptimizer)
     return inner

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader
 
 from nemo_kd.batch import Batch
 from nemo_kd.flops import ForwardFlops, peak_flops
@@ -20,29 +21,36 @@ TRAINING_FLOPS = 3
 
 
 class WatchedLoader:
-    """A data loader that knows how long it was waited for.
+    """A data loader that measures how long the training waits for it, and can be closed.
 
     Attributes:
-        waited_s: seconds that `next` took, since the loader was made.
+        waited_s: seconds spent in `next` since the loader was made.
     """
 
-    def __init__(self, loader: Any) -> None:
-        self.loader, self.waited_s = loader, 0.0
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self.waited_s = 0.0
+        self._batches: Any = None
 
     def __len__(self) -> int:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = iter(self.loader)
+        self._batches = iter(self.loader)
         while True:
             started_s = time.perf_counter()
             try:
-                batch = next(batches)
+                batch = next(self._batches)
             except StopIteration:
                 return
             finally:
                 self.waited_s += time.perf_counter() - started_s
             yield batch
+
+    def close(self) -> None:
+        """End the processes that read ahead; they ignore signals, so Python would wait forever."""
+        if self.loader.num_workers and self._batches is not None:
+            self._batches._shutdown_workers()  # noqa: SLF001 - torch offers no public way
 
 
 class StepMeter:
