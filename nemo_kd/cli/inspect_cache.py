@@ -1,4 +1,4 @@
-"""`logit_cache inspect`: the command line."""
+"""`logit_cache inspect`: describe a cache."""
 
 from __future__ import annotations
 
@@ -10,44 +10,44 @@ from nemo_kd.cli.options import path
 from nemo_kd.config import ConfigError
 from nemo_kd.terminal import print_text
 
-SUMMARY = "tells what a cache holds: counts, how much of the teacher is kept, how certain it is, examples as text or a page"
+SUMMARY = (
+    "describe a cache: counts, how much of the teacher it keeps, how certain the teacher is, "
+    "examples as text or as a page"
+)
 
 
 def add_inspect(subcommands: Any) -> None:
-    """Adds the subcommand; nothing heavy is imported before it runs."""
+    """Add the subcommand. Heavy imports wait until it runs."""
     inspect = subcommands.add_parser("inspect", help=SUMMARY, description=SUMMARY)
-    inspect.add_argument(
+    option = inspect.add_argument
+    option(
         "path",
         type=path,
-        help="file or CHUNK_ID template of a cache; [a:b] behind it selects examples",
+        help="file or CHUNK_ID template of a cache; append [a:b] to select examples",
     )
-    inspect.add_argument(
+    option(
         "--tokenizer",
         type=path,
         metavar="MODEL",
-        help="the teacher's model or tokenizer folder; without it ids are shown",
+        help="folder of the teacher's model or tokenizer; without it, ids are shown",
     )
-    inspect.add_argument(
+    option(
         "--example",
         type=int,
         default=0,
         metavar="N",
-        help="position of the example to show (default 0)",
+        help="position of the example to show, from 0",
     )
-    inspect.add_argument(
-        "--sample",
-        type=int,
-        default=1000,
-        metavar="N",
-        help="examples measured for the statistics (default 1000)",
+    option(
+        "--sample", type=int, default=1000, metavar="N", help="examples to measure (default 1000)"
     )
-    inspect.add_argument(
+    option(
         "--html",
         type=path,
         metavar="FILE",
-        help="writes a page: tokens coloured by the teacher's entropy, with its alternatives",
+        help="write a page: tokens coloured by the teacher's entropy, with its alternatives",
     )
-    inspect.add_argument(
+    option(
         "--num-examples",
         type=int,
         default=20,
@@ -58,44 +58,48 @@ def add_inspect(subcommands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    _check(arguments)
     from nemo_kd.cache.layout import CacheError
     from nemo_kd.cache.reader import CacheReader
-    from nemo_kd.data.token_text import TokenText, tokenizer_of
+    from nemo_kd.data.text import TokenText, example_lines
+    from nemo_kd.data.tokenizer import load_tokenizer_of
     from nemo_kd.files import write_atomically
-    from nemo_kd.tools.cache_statistics import measure
-    from nemo_kd.tools.inspect_cache import as_text, check_tokenizer, example_as_text, report_of
-    from nemo_kd.tools.inspect_page import chosen, page
+    from nemo_kd.tools.inspect_cache import check_tokenizer, describe_cache, format_report, measure
+    from nemo_kd.tools.inspect_page import build_page, choose_rows
 
-    _check(arguments)
-    reader, tokenizer = CacheReader(arguments.path, partial=True), None
+    reader = CacheReader(arguments.path, partial=True)
+    tokenizer = None
     if arguments.tokenizer:
-        tokenizer = tokenizer_of(arguments.tokenizer)
+        tokenizer = load_tokenizer_of(arguments.tokenizer)
         check_tokenizer(reader, tokenizer, arguments.tokenizer)
-    if not 0 <= arguments.example < len(reader):
+    number = arguments.example
+    if not 0 <= number < len(reader):
         raise CacheError(
-            f"--example: {arguments.example} lies outside the {len(reader)} examples of {arguments.path}"
+            f"--example: {number} lies outside the {len(reader)} examples of {arguments.path}"
         )
     text = TokenText(tokenizer)
-    report = report_of(reader, measure(reader, arguments.sample))
-    found = as_text(
-        report, example_as_text(reader[arguments.example], arguments.example, len(reader), text)
+    report = describe_cache(reader, measure(reader, arguments.sample))
+    row = reader[number]
+    headline = (
+        f"example {number} of {len(reader):,} (record {row.example.index}): "
+        f"{row.example.num_tokens:,} positions, {row.example.num_loss_tokens:,} in the loss"
     )
+    print_text("\n".join([format_report(report), "", headline, *example_lines(row, text)]))
     if arguments.html:
-        positions = chosen(len(reader), arguments.example, arguments.num_examples)
+        positions = choose_rows(len(reader), number, arguments.num_examples)
         rows = ((position, reader[position]) for position in positions)
-        content = page(arguments.path, report, rows, text).encode(errors="backslashreplace")
-        write_atomically(os.path.abspath(arguments.html), content)
-        found += f"\n\nwritten: {arguments.html}"
-    print_text(found)
+        content = build_page(arguments.path, report, rows, text)
+        target = os.path.abspath(arguments.html)
+        write_atomically(target, content.encode(errors="backslashreplace"))
+        print_text(f"\nwritten: {arguments.html}")
     return 0
 
 
 def _check(arguments: argparse.Namespace) -> None:
     for name in ("sample", "num_examples"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(
-                f"--{name.replace('_', '-')}: {getattr(arguments, name)} must be at least 1"
-            )
+        value = getattr(arguments, name)
+        if value < 1:
+            raise ConfigError(f"--{name.replace('_', '-')}: {value} must be at least 1")
     if arguments.html:
         folder = os.path.dirname(os.path.abspath(arguments.html))
         if os.path.isdir(arguments.html) or not os.path.isdir(folder):

@@ -132,10 +132,9 @@ def _convert(arguments: argparse.Namespace) -> int:
     )
     tokenizer = None
     if arguments.tokenizer:
-        from nemo_kd.data.token_text import tokenizer_of
-        from nemo_kd.data.tokenizer import tokenizer_fingerprint
+        from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
 
-        loaded = tokenizer_of(arguments.tokenizer)
+        loaded = load_tokenizer_of(arguments.tokenizer)
         tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
     elif not source.manifests:
         print(

@@ -139,15 +139,3 @@ class TokenizedDataset:
                 f"{self.config.KEY}.chat=False, but the record is a conversation (`{kind}`); set {self.config.KEY}.chat=True"
             )
         return kind
-
-
-def describe_example(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The example's text with every trained stretch between « and »."""
-    parts: list[str] = [tokenizer.decode(example.tokens_S[:1])]
-    edges = np.flatnonzero(np.diff(example.loss_mask_S, prepend=0.0)).tolist()
-    for start, end in zip([0, *edges], [*edges, len(example.labels_S)], strict=True):
-        if start == end:
-            continue
-        text = tokenizer.decode(example.labels_S[start:end])
-        parts.append(f"«{text}»" if example.loss_mask_S[start] else text)
-    return "".join(parts)

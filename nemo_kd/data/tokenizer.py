@@ -10,9 +10,11 @@ from typing import Any
 import orjson
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from nemo_kd.config import ConfigError
 from nemo_kd.config.model import MOST_LAYERS
 from nemo_kd.data.records import DataError
 from nemo_kd.model_files import MAX_TOKENIZER_BYTES, check_regular_file, read_json
+from nemo_kd.nemo_archive import ArchiveError, open_tokenizer
 
 MAX_TEMPLATE_BYTES = 1 << 20
 BLOCK_IDS = 1024
@@ -50,6 +52,20 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder}: tokenizer_config.json: chat_template: found {str(templates)[:80]!r}, expected a text"
         )
     return tokenizer
+
+
+def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer in a folder, in a model's folder, or in a .nemo archive.
+
+    Raises:
+        ConfigError: the path holds no tokenizer.
+        DataError: the tokenizer cannot be loaded.
+    """
+    try:
+        with open_tokenizer(Path(path).expanduser()) as folder:
+            return load_tokenizer(folder)
+    except ArchiveError as error:
+        raise ConfigError(f"--tokenizer: {error}") from error
 
 
 def _unusable(folder: str | Path, error: BaseException) -> DataError:

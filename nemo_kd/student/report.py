@@ -11,15 +11,11 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.batch import CachedExample
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.dataset import describe_example
 from nemo_kd.data.rows import Rows
-from nemo_kd.data.token_text import TokenText
-from nemo_kd.tools.inspect_cache import example_as_text
+from nemo_kd.data.text import TokenText, example_lines, trained_text
 
 SAMPLED_ROWS = 64
 SHOWN_POSITIONS = 6
-HEADLINE_ROWS = 3
-"""Lines of `example_as_text` before those of the positions."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +111,10 @@ def _first_example(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     example = first.example if isinstance(first, CachedExample) else first
     lines = [
         f"example {example.index}, trained between « and »:",
-        describe_example(example, tokenizer),
+        trained_text(example, tokenizer),
     ]
     if isinstance(first, CachedExample):
-        table = example_as_text(first, 0, len(rows), TokenText(tokenizer)).split("\n")
-        lines += table[HEADLINE_ROWS - 1 : HEADLINE_ROWS + SHOWN_POSITIONS]
+        lines += example_lines(first, TokenText(tokenizer), SHOWN_POSITIONS)
     return lines
 
 

@@ -28,9 +28,9 @@ from nemo_kd.data.dataset import (
     TOO_SHORT,
     Skipped,
     TokenizedDataset,
-    describe_example,
 )
 from nemo_kd.data.records import DataError
+from nemo_kd.data.text import trained_text
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     describe_tokens,
@@ -253,9 +253,7 @@ def _job(
         chunks[0].start
     ]  # a wrong format or template shows here, before anything is written
     if isinstance(first, Example):
-        text = (
-            f"example {first.index}, trained between « and »:\n{describe_example(first, tokenizer)}"
-        )
+        text = f"example {first.index}, trained between « and »:\n{trained_text(first, tokenizer)}"
     else:
         text = f"example {first.index} is skipped: {first.reason}"
     log.info("%s%s", f"{split}: " if split else "", text)

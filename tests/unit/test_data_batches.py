@@ -19,8 +19,9 @@ from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.collate import collate, pack
-from nemo_kd.data.dataset import Skipped, TokenizedDataset, describe_example
+from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.records import DataError, JsonlRecords
+from nemo_kd.data.text import trained_text
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     load_tokenizer,
@@ -125,7 +126,7 @@ def test_examples_are_shifted_and_carry_their_index(tmp_path):
     assert first.tokens_S.tolist() == ids[:-1]
     assert first.labels_S.tolist() == ids[1:]
     assert (first.index, examples[1].index) == (0, 1)
-    assert describe_example(first, train_tokenizer(512)).endswith(
+    assert trained_text(first, train_tokenizer(512)).endswith(
         "<|im_start|>assistant\n«Yo<|im_end|>»\n"
     )
 
@@ -153,7 +154,7 @@ def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
     record = {"conversations": conversations, "messages": messages, "input": "Hi", "output": "Yo"}
     texts = {
-        name: describe_example(dataset(tmp_path, [record], format=name)[0], train_tokenizer(512))
+        name: trained_text(dataset(tmp_path, [record], format=name)[0], train_tokenizer(512))
         for name in ("auto", "messages", "conversations", "prompt_template")
     }
     assert texts == {

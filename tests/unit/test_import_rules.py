@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"run"},
     "mcore": {"model_files", "nemo_archive", "run"},
     "teacher": {"flops", "ops", "data", "cache", "mcore", "run"},
-    "student": {"flops", "ops", "data", "cache", "mcore", "run", "tools"},
+    "student": {"flops", "ops", "data", "cache", "mcore", "run"},
     "convert": {"mcore"},
     "tools": {"ops", "data", "cache", "mcore", "run", "teacher"},
     "api": {"run", "teacher", "student", "convert", "cli"},

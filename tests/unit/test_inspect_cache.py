@@ -26,11 +26,17 @@ from nemo_kd.cache.record import encode
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.cli.logit_cache import parser
 from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.data.token_text import TokenText, decoded, tokenizer_of
-from nemo_kd.data.tokenizer import tokenizer_fingerprint
-from nemo_kd.tools.cache_statistics import Histogram, histograms, measure, view
-from nemo_kd.tools.inspect_cache import Report, check_tokenizer, example_as_text, report_of, share
-from nemo_kd.tools.inspect_page import PAGE_ALTERNATIVES, chosen, page
+from nemo_kd.data.text import LossPositions, TokenText, decoded, example_lines, share
+from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
+from nemo_kd.tools.inspect_cache import (
+    Histogram,
+    Report,
+    check_tokenizer,
+    describe_cache,
+    histograms,
+    measure,
+)
+from nemo_kd.tools.inspect_page import PAGE_ALTERNATIVES, build_page, choose_rows
 from tests.tiny_cache import chunks_of, manifest, row, write, write_segment
 from tests.tiny_tokenizer import train_sentencepiece_tokenizer, train_tokenizer
 
@@ -64,12 +70,15 @@ def test_figures_against_plain_sums(tmp_path):
     np.testing.assert_allclose(found.kept_mass_N, masses, atol=1e-6)
     np.testing.assert_allclose(found.entropy_N, entropies, atol=1e-5)
     np.testing.assert_allclose(
-        found.rest_nats_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5
+        found.max_entropy_N - found.entropy_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5
     )
     np.testing.assert_allclose(found.label_logprob_N, logprobs, atol=1e-6)
     assert found.label_rank_N.tolist() == ranks
     assert set(found.num_kept_N.tolist()) == {4}
-    counts, sample = dict(report_of(reader, found).counts), dict(report_of(reader, found).sample)
+    counts, sample = (
+        dict(describe_cache(reader, found).counts),
+        dict(describe_cache(reader, found).sample),
+    )
     files = list(tmp_path.glob("train_?.jsonl"))
     assert counts["bytes per token"].startswith(
         f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
@@ -96,22 +105,22 @@ def test_the_entropy_of_the_whole_distribution_lies_between_the_two_bounds(tmp_p
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
     assert (found.entropy_N <= np.array(truths) + 1e-6).all()
-    assert (found.entropy_N + found.rest_nats_N >= np.array(truths) - 1e-6).all()
+    assert (found.max_entropy_N >= np.array(truths) - 1e-6).all()
 
 
 def test_a_sample_is_bounded_and_always_the_same(tmp_path):
     reader = CacheReader(str(write(tmp_path)))
     assert measure(reader, 3).num_rows == 3
     assert np.array_equal(measure(reader, 3).entropy_N, measure(reader, 3).entropy_N)
-    assert chosen(10, 7, 4) == chosen(10, 7, 4)
-    assert chosen(10, 7, 4)[0] == 7
-    assert len(set(chosen(10, 7, 4))) == 4
-    assert sorted(chosen(3, 1, 20)) == [0, 1, 2]
-    assert dict(report_of(reader, measure(reader, 3)).sample)["measured"].startswith(
+    assert choose_rows(10, 7, 4) == choose_rows(10, 7, 4)
+    assert choose_rows(10, 7, 4)[0] == 7
+    assert len(set(choose_rows(10, 7, 4))) == 4
+    assert sorted(choose_rows(3, 1, 20)) == [0, 1, 2]
+    assert dict(describe_cache(reader, measure(reader, 3)).sample)["measured"].startswith(
         "3 of 10 examples"
     )
     part = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl[2:5]"))
-    assert dict(report_of(part, measure(part, 9)).counts)["examples read"] == "3"
+    assert dict(describe_cache(part, measure(part, 9)).counts)["examples read"] == "3"
 
 
 def test_positions_of_which_nothing_is_known_are_left_out():
@@ -119,14 +128,14 @@ def test_positions_of_which_nothing_is_known_are_left_out():
     ids_SK, logits_SK = one.teacher.topk_token_ids_SK.copy(), one.teacher.topk_logits_SK.copy()
     ids_SK[3], logits_SK[3] = -1, -np.inf
     logprobs = one.teacher.label_logprobs_S
-    seen = view(
+    seen = LossPositions.of(
         replace(
             one, teacher=replace(one.teacher, topk_token_ids_SK=ids_SK, topk_logits_SK=logits_SK)
         )
     )
     assert seen.position_P.tolist() == [2, 4]
     np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
-    without = view(replace(one, teacher=replace(one.teacher, label_logprobs_S=None)))
+    without = LossPositions.of(replace(one, teacher=replace(one.teacher, label_logprobs_S=None)))
     assert np.isnan(without.label_logprob_P).tolist() == (without.label_rank_P == 0).tolist()
 
 
@@ -143,7 +152,7 @@ def test_a_cache_still_being_written_is_told_of(tmp_path):
         CacheReader(layout.output_path)
     reader = CacheReader(layout.output_path, partial=True)
     assert [reader[position].example.index for position in range(len(reader))] == [4, 5, 6, 7]
-    counts = dict(report_of(reader, measure(reader, 9)).counts)
+    counts = dict(describe_cache(reader, measure(reader, 9)).counts)
     assert (counts["chunks"], counts["examples"]) == ("1 of 3 complete", "4")
     with pytest.raises(CacheError, match="the chunk is missing"):
         CacheReader(str(tmp_path / "nothing_CHUNK_ID.jsonl"), partial=True)
@@ -169,7 +178,7 @@ def test_pieces_of_characters_are_told_as_bytes_until_they_are_whole():
     assert decoded(b"\xe2\x82", b"\xac!") == ("€!", b"")
     assert decoded(b"\xe2\x82", b"!") == ("!", b"")
     assert decoded(b"\xf0", b"\x9f") == ("⟨9F⟩", b"\xf0\x9f")
-    assert decoded(b"", b"\xff\x80x") == ("⟨FF⟩⟨80⟩x", b"")
+    assert decoded(b"", b"\xff\x80x") == ("⟨FF 80⟩x", b"")
     assert TokenText(None).visible(5) == "#5"
 
 
@@ -247,7 +256,7 @@ def hostile_page() -> tuple[CachedExample, str]:
         [],
         [Histogram(HOSTILE, ["0"], [3])],
     )
-    return one, page(
+    return one, build_page(
         f"folder/{HOSTILE.replace('/', '|')}",
         report,
         [(2, one)],
@@ -322,7 +331,7 @@ def test_the_page_knows_every_loss_token():
     assert (rank, kept) == (1, 4)
     assert probability == pytest.approx(math.exp(one.teacher.label_logprobs_S[5]), rel=6e-3)
     assert tail == pytest.approx(one.teacher.tail_mass_TS[0, 5], rel=6e-3)
-    assert entropy == pytest.approx(view(one).entropy_P[1], abs=6e-3)
+    assert entropy == pytest.approx(LossPositions.of(one).entropy_P[1], abs=6e-3)
     assert data["texts"][others[2]] == ["\\x1b[31m", 49]
     p = np.exp(one.teacher.topk_logits_SK[5] - one.teacher.log_sum_exp_logits_S[5])
     np.testing.assert_allclose(others[1::2], p, rtol=6e-3)
@@ -331,7 +340,7 @@ def test_the_page_knows_every_loss_token():
 def test_the_page_does_not_grow_with_long_examples():
     one = row(0, 9000, k=40)
     data = json.loads(
-        parsed(page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content[
+        parsed(build_page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content[
             "script"
         ][0]
     )
@@ -341,11 +350,11 @@ def test_the_page_does_not_grow_with_long_examples():
 
 def test_an_example_as_text():
     one = row(4, 6)
-    lines = example_as_text(one, 0, 10, TokenText(None)).splitlines()
-    assert lines[0] == "example 0 of 10 (record 4): 6 positions, 3 in the loss"
-    assert lines[1].rstrip().endswith(" ".join(f"#{token}" for token in one.example.tokens_S[:4]))
-    assert len(lines) == 6
-    for line, s in zip(lines[3:], (3, 4, 5), strict=True):
+    lines = example_lines(one, TokenText(None))
+    assert lines[0].rstrip().endswith(" ".join(f"#{token}" for token in one.example.tokens_S[:4]))
+    assert example_lines(one, TokenText(None), 1) == lines[:3]
+    assert len(lines) == 5
+    for line, s in zip(lines[2:], (3, 4, 5), strict=True):
         words = line.split()
         assert words[:2] == [str(s), f"#{one.example.labels_S[s]}"]
         assert words[2] == share(float(np.exp(one.teacher.label_logprobs_S[s])))
@@ -363,8 +372,8 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
         path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4
     )
     assert result.returncode == 0, result.stderr
-    assert f"tokenizer                  {tokenizer_fingerprint(tokenizer)}" in result.stdout
-    assert "chunks                     3 of 3 complete" in result.stdout
+    assert f"tokenizer                    {tokenizer_fingerprint(tokenizer)}" in result.stdout
+    assert "chunks                       3 of 3 complete" in result.stdout
     assert sum(tag == "article" for tag, _ in parsed(html.read_text()).tags) == 4
     refused = inspect(path, "--example", 10)
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -435,11 +444,13 @@ def test_tokenizers_of_archives_and_of_their_folders(tmp_path):
             for member in members:
                 tar.add(folder / member, arcname=f"./{member}")
     for source in (folder / "tokenizer", folder, tmp_path / "m.nemo"):
-        assert tokenizer_fingerprint(tokenizer_of(str(source))) == tokenizer_fingerprint(tokenizer)
+        assert tokenizer_fingerprint(load_tokenizer_of(str(source))) == tokenizer_fingerprint(
+            tokenizer
+        )
     with pytest.raises(ConfigError, match="has no folder tokenizer/"):
-        tokenizer_of(str(tmp_path / "empty.nemo"))
+        load_tokenizer_of(str(tmp_path / "empty.nemo"))
     with pytest.raises(ConfigError, match=r"is no readable .nemo archive"):
-        tokenizer_of(str(folder / "weights"))
+        load_tokenizer_of(str(folder / "weights"))
 
 
 def test_another_tokenizer_is_refused(tmp_path):
@@ -461,7 +472,7 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     result = inspect(path, "--html", tmp_path / "t.html")
     assert result.returncode == 0, result.stderr
-    assert "manifest                   none" in result.stdout
+    assert "manifest                     none" in result.stdout
     assert (
         "tokens                     20 up to each last loss token, 12 count in the loss"
         in result.stdout

@@ -15,7 +15,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kd.config.data import DataConfig, DatasetConfig
-from nemo_kd.data.dataset import TokenizedDataset, describe_example
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.text import trained_text
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -114,7 +115,7 @@ def test_models_are_hugging_face_folders_whose_template_trains_the_answer(
         400,
     )
     (question, answer), *_ = dataset.splits["validation"].items()
-    assert describe_example(examples[0], tokenizer) == (
+    assert trained_text(examples[0], tokenizer) == (
         f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n«{answer}<|im_end|>»\n"
     )
 
