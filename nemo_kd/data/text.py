@@ -102,7 +102,7 @@ def decoded(pending: bytes, raw: bytes) -> tuple[str, bytes]:
 
 def marked(text: str) -> str:
     """Return the text on one line, with marks for blanks and line breaks."""
-    return text.translate(str.maketrans(MARKS))
+    return "".join(MARKS.get(character, character) for character in text)
 
 
 def _byte_level_alphabet() -> dict[str, int]:

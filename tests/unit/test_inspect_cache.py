@@ -474,7 +474,7 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "manifest                     none" in result.stdout
     assert (
-        "tokens                     20 up to each last loss token, 12 count in the loss"
+        "tokens                       20 up to each last loss token, 12 in the loss"
         in result.stdout
     )
     assert "teacher's cross-entropy    not stored" in result.stdout
