@@ -21,7 +21,7 @@ PRECISIONS = {
 """`trainer.precision` -> dtype of weights and activations. With bfloat16 the optimizer keeps float32 weights and gradients."""
 
 AUTO_PRECISION = "auto"
-"""`trainer.precision` that `mcore.groups.resolve_precision` replaces once the device is known."""
+"""`trainer.precision` that `run.process_group.join_ranks` replaces once the device is known."""
 
 MOST_LAYERS = 1 << 12
 

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import gc
-import logging
-import os
-import sys
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,15 +12,8 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-from nemo_kd.config import ConfigError
-from nemo_kd.config.model import AUTO_PRECISION, PARALLEL_SIZES, ParallelConfig
-from nemo_kd.config.teacher import TrainerConfig
+from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
-from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
-
-log = logging.getLogger(__name__)
-
-LOOPBACK_INTERFACE = "lo"
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 """Which neighbours share what: tensor-parallel ranks are adjacent, pipeline stages farthest apart."""
@@ -94,94 +82,6 @@ class ProcessGroups:
     def is_writer(self) -> bool:
         """Whether this rank speaks for its replica."""
         return dist.get_rank() == self.writer_rank
-
-
-def init_process_group(
-    num_nodes: int, devices: int, accelerator: str, timeout_minutes: float = 15.0
-) -> None:
-    """Join this process to the others that the launcher started, and bind it to its GPU if there is one.
-
-    A process that no launcher started is a world of its own. Only checks the number of ranks where a process group
-    exists already. A collective that takes longer than `timeout_minutes` is an error. On one machine the ranks meet on
-    its loopback address, which no other machine reaches; several machines need a network that keeps others out.
-
-    Raises:
-        ConfigError: the devices are not there, the launcher started another number of processes, or their meeting place
-            (MASTER_ADDR, MASTER_PORT) cannot be used.
-    """
-    use_gpu = _check_devices(devices, accelerator)
-    if dist.is_initialized():
-        check_world_size(dist.get_world_size(), num_nodes, devices, "the process group")
-        return
-    ranks = find_ranks()
-    found_by = (
-        f"{ranks.launcher}, which started this process,"
-        if ranks.launcher
-        else "this process, started without a launcher,"
-    )
-    check_world_size(ranks.size, num_nodes, devices, found_by)
-    if ranks.is_one_machine and sys.platform == "linux":
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
-    if use_gpu:
-        torch.cuda.set_device(ranks.local_rank)
-    timeout = timedelta(minutes=timeout_minutes)
-    try:
-        dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
-            rank=ranks.rank,
-            world_size=ranks.size,
-            store=_open_store(ranks, timeout),
-            timeout=timeout,
-        )
-    except (dist.DistNetworkError, dist.DistStoreError, OSError) as error:
-        raise ConfigError(_meeting_problem(ranks, error)) from error
-
-
-def resolve_precision(trainer: TrainerConfig) -> None:
-    """Replace `trainer.precision=auto` by bf16 on a GPU and 32 on a CPU, and log which one and why.
-
-    On a CPU bf16 is slower than fp32 on most machines, and rounds a teacher's targets by 1e-3 nats.
-    """
-    if trainer.precision != AUTO_PRECISION:
-        log.info("precision: %s, as trainer.precision asks", trainer.precision)
-        return
-    on_gpu = torch.cuda.is_available()
-    trainer.precision = "bf16" if on_gpu else "32"
-    log.info(
-        "precision: %s, the default on a %s (trainer.precision)",
-        trainer.precision,
-        "GPU" if on_gpu else "CPU",
-    )
-
-
-def _open_store(ranks: Ranks, timeout: timedelta) -> dist.Store | None:
-    """Return the store in which the ranks meet; None leaves that to torch, which asks the launcher or listens on all
-    addresses of rank 0's machine."""
-    if not ranks.launcher:
-        return dist.HashStore()
-    os.environ["MASTER_ADDR"] = ranks.main_address
-    os.environ["MASTER_PORT"] = str(ranks.main_port)
-    if not ranks.is_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
-        return None
-    if ranks.rank != 0:
-        return dist.TCPStore(
-            LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout
-        )
-    return listen_on_loopback(ranks.main_port, ranks.size, timeout)
-
-
-def _meeting_problem(ranks: Ranks, error: Exception) -> str:
-    said = str(error).strip().splitlines()[0]
-    place = f"{ranks.main_address}:{ranks.main_port}"
-    if "EADDRINUSE" in said or getattr(error, "errno", None) == errno.EADDRINUSE:
-        return (
-            f"MASTER_PORT: {ranks.main_port} is taken on {ranks.main_address}, probably by another run; set MASTER_PORT to a free "
-            "port for all ranks of this one, or leave it unset"
-        )
-    return (
-        f"MASTER_ADDR, MASTER_PORT: rank {ranks.rank} cannot meet the others at {place} ({said}); rank 0 has to run on that "
-        "machine and the others have to reach it"
-    )
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:
@@ -289,28 +189,3 @@ def _joined(
         dist.new_group(sorted(rank for replica in team for rank in replica), backend="gloo")
         for team in teams
     ]
-
-
-def _check_devices(devices: int, accelerator: str) -> bool:
-    """Whether to use GPUs.
-
-    Raises:
-        ConfigError: as `init_process_group`.
-    """
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if accelerator == "cpu" and num_gpus:
-        raise ConfigError(
-            f"trainer.accelerator: cpu, but torch finds {num_gpus} GPUs, which Megatron would use. Hide them: "
-            "CUDA_VISIBLE_DEVICES= before the command"
-        )
-    if accelerator in ("gpu", "cuda") and not num_gpus:
-        raise ConfigError(
-            f"trainer.accelerator: {accelerator}, but torch finds no GPU here (torch.cuda.is_available() is False). "
-            "Use trainer.accelerator=cpu, or a machine with a GPU and a CUDA build of torch"
-        )
-    if num_gpus and devices > num_gpus:
-        raise ConfigError(
-            f"trainer.devices: {devices}, but torch finds {num_gpus} GPUs on this machine. Use "
-            f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of its node (--gpus-per-node)"
-        )
-    return num_gpus > 0

@@ -49,8 +49,7 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     ranks = find_ranks()
     trainer.devices = _num_devices(trainer, ranks)
     if ranks.launcher:
-        found_by = f"{ranks.launcher}, which started this process,"
-        check_world_size(ranks.size, trainer.num_nodes, trainer.num_devices, found_by)
+        check_world_size(ranks.size, trainer.num_nodes, trainer.num_devices, ranks.found_by)
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(

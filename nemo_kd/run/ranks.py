@@ -49,6 +49,13 @@ class Ranks:
         """Return True if all ranks run on this machine."""
         return self.local_size == self.size
 
+    @property
+    def found_by(self) -> str:
+        """Name the process that determined the number of ranks, for messages."""
+        if self.launcher:
+            return f"{self.launcher}, which started this process,"
+        return "this process, started without a launcher,"
+
 
 def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     """Return this process's place among the ranks, read from the variables of its launcher.

@@ -13,9 +13,6 @@ from collections.abc import Iterator
 TICKS = 20
 """How often the time-out is looked at before it is over."""
 
-TORCH_TIMEOUT_FACTOR = 1.5
-"""Torch's own time-out comes so much later than the watchdog's, which can tell more."""
-
 STDERR = 2
 
 COLLECTIVE_ERRORS = re.compile(r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE)

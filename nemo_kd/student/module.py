@@ -30,12 +30,7 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.export import save_model
-from nemo_kd.mcore.groups import (
-    ProcessGroups,
-    init_process_group,
-    initialize_model_parallel,
-    resolve_precision,
-)
+from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.lora import (
     adapter_identity,
     adapter_state,
@@ -56,7 +51,7 @@ from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c
-from nemo_kd.run.watchdog import TORCH_TIMEOUT_FACTOR
+from nemo_kd.run.process_group import join_ranks
 from nemo_kd.student.best import take_best
 from nemo_kd.student.data_module import StudentData
 from nemo_kd.student.ending import Ending
@@ -393,13 +388,7 @@ def train_student(config: TrainStudentConfig) -> None:
         stack.enter_context(quiet_tensorboard_thread())
         pl.seed_everything(config.model.seed)
         timeout_minutes = config.trainer.distributed_timeout_minutes
-        init_process_group(
-            config.trainer.num_nodes,
-            config.trainer.num_devices,
-            config.trainer.accelerator,
-            TORCH_TIMEOUT_FACTOR * timeout_minutes,
-        )
-        resolve_precision(config.trainer)
+        join_ranks(config.trainer)
         stack.enter_context(own_run_folder(settings))
         pretrained = stack.enter_context(
             open_pretrained(config.pretrained_checkpoint.restore_from_path)

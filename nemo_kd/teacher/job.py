@@ -40,14 +40,9 @@ from nemo_kd.data.tokenizer import (
     tokenizer_parts,
 )
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
-from nemo_kd.mcore.groups import (
-    ProcessGroups,
-    init_process_group,
-    initialize_model_parallel,
-    resolve_precision,
-)
+from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.model import use_transformer_engine
-from nemo_kd.run.watchdog import TORCH_TIMEOUT_FACTOR
+from nemo_kd.run.process_group import join_ranks
 from nemo_kd.teacher.model import Teacher, ignored
 
 log = logging.getLogger(__name__)
@@ -115,10 +110,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
     Raises:
         ConfigError, DataError: something the user gave cannot work.
     """
-    trainer = config.trainer
-    minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
-    init_process_group(trainer.num_nodes, trainer.num_devices, trainer.accelerator, minutes)
-    resolve_precision(trainer)
+    join_ranks(config.trainer)
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
         architecture = pretrained.architecture
         check_model(config, architecture)

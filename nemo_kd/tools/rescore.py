@@ -24,9 +24,10 @@ from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.groups import init_process_group, initialize_model_parallel, resolve_precision
+from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.run.watchdog import TORCH_TIMEOUT_FACTOR, Watchdog
+from nemo_kd.run.process_group import join_ranks
+from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
 from nemo_kd.tools.faithfulness import Rounding, at_positions, known_positions
@@ -190,14 +191,8 @@ def rescore(
     Raises:
         CacheError, ConfigError, DataError: before the teacher is loaded: something the user gave cannot work.
     """
-    trainer, timeout_s = config.trainer, 60 * config.trainer.distributed_timeout_minutes
-    init_process_group(
-        trainer.num_nodes,
-        trainer.num_devices,
-        trainer.accelerator,
-        TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes,
-    )
-    resolve_precision(trainer)
+    timeout_s = 60 * config.trainer.distributed_timeout_minutes
+    join_ranks(config.trainer)
     with (
         open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained,
         contextlib.ExitStack() as stack,
@@ -224,7 +219,7 @@ def rescore(
         with watchdog.pause("loading the teacher"):
             teacher = run.load_teacher(watchdog.step)
         # A cache of another precision has rounded weights besides.
-        mixed = bool(sample.precisions - {PRECISIONS[trainer.precision]})
+        mixed = bool(sample.precisions - {PRECISIONS[config.trainer.precision]})
         unit = torch.finfo(getattr(torch, coarsest(sample, config))).eps * (1 + mixed)
         together, alone = score_twice(teacher, sample.examples, unit)
         outcome: tuple[str, bool] | None = None

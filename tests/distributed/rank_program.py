@@ -50,7 +50,7 @@ def meet(interruption: Interruption) -> None:
     """The ranks as both stages start them; they exchange something, then wait."""
     import torch.distributed as dist
 
-    from nemo_kd.mcore.groups import init_process_group
+    from nemo_kd.run.process_group import init_process_group
 
     init_process_group(1, int(os.environ.get("WORLD_SIZE", "1")), "auto")
     dist.barrier()

@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "mcore": {"model_files", "nemo_archive", "run"},
     "teacher": {"flops", "ops", "data", "cache", "mcore", "run"},
     "student": {"flops", "ops", "data", "cache", "mcore", "run"},
-    "convert": {"mcore"},
+    "convert": {"mcore", "run"},
     "tools": {"ops", "data", "cache", "mcore", "run", "teacher"},
     "api": {"run", "teacher", "student", "convert", "cli"},
     "cli": {"data", "cache", "mcore", "run", "teacher", "student", "convert", "tools"},
