@@ -31,7 +31,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> 
         Requeue: the run was told to stop; the same call continues it.
     """
     checked = _checked(ComputeTopkLogitsConfig, config, "compute_topk_logits")
-    from nemo_kd.teacher.loop import compute_topk_logits as run
+    from nemo_kd.teacher import compute_topk_logits as run
 
     run(checked)
 
@@ -43,7 +43,7 @@ def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> None:
     `train_gpt_knowledge_distillation`.
     """
     checked = _checked(TrainStudentConfig, config, "train_gpt_knowledge_distillation")
-    from nemo_kd.student.module import train_student as run
+    from nemo_kd.student import train_student as run
 
     run(checked)
 

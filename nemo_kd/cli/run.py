@@ -153,9 +153,6 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
             print_text(
                 "warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr
             )
-        if trainer is not None:
-            # Wrong devices and ranks show before the seconds in which libraries load.
-            importlib.import_module("nemo_kd.run.process_group").join_ranks(trainer)
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)
 
