@@ -26,7 +26,7 @@ import numpy as np
 
 from benchmarks import synthetic_teacher
 from benchmarks.synthetic_teacher import SyntheticTeacher
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest, codec_settings
@@ -141,12 +141,13 @@ def synthetic_rows(teacher: SyntheticTeacher, seq_length: int) -> list[CachedExa
         labels_S = teacher.labels_N[mine].astype(np.int64)
         tokens_S = np.append(synthetic_teacher.FIRST_TOKEN, labels_S[:-1])
         tail_S = np.clip(1 - np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1), 0, 1)
-        row = TeacherTopK(
-            topk_logits_SK=(logits_SK - logits_SK[:, :1]).astype(np.float32),
-            topk_token_ids_SK=teacher.ids_NK[mine],
-            log_sum_exp_logits_S=(log_sum_exp_S - logits_SK[:, 0]).astype(np.float32),
-            tail_mass_TS=tail_S[None].astype(np.float32),
-            label_logprobs_S=teacher.label_logprobs_N[mine].astype(np.float32),
+        row = TeacherRows(
+            positions_P=np.arange(len(labels_S)),
+            topk_logits_PK=(logits_SK - logits_SK[:, :1]).astype(np.float32),
+            topk_token_ids_PK=teacher.ids_NK[mine],
+            log_sum_exp_logits_P=(log_sum_exp_S - logits_SK[:, 0]).astype(np.float32),
+            tail_mass_PT=tail_S[:, None].astype(np.float32),
+            label_logprobs_P=teacher.label_logprobs_N[mine].astype(np.float32),
         )
         rows.append(
             CachedExample(
@@ -163,21 +164,21 @@ def reduced(
     found, start = [], 0
     for row in rows:
         kept_SK = setting.cache.kept(np.exp(logprobs(row.teacher))) & (
-            row.teacher.topk_token_ids_SK >= 0
+            row.teacher.topk_token_ids_PK >= 0
         )
         kept_SK[:, setting.top_k :] = False
         fields = keep(row.teacher, kept_SK)
         if setting.cache.tail_samples and teacher is not None:
             samples = teacher.tail_ids_NM[start : start + row.example.num_tokens]
-            fields = replace(fields, tail_token_ids_SM=samples)
+            fields = replace(fields, tail_token_ids_PM=samples)
         start += row.example.num_tokens
         found.append(CachedExample(row.example, fields))
     return found
 
 
-def logprobs(teacher: TeacherTopK) -> np.ndarray:
+def logprobs(teacher: TeacherRows) -> np.ndarray:
     """Float64, -inf where nothing is kept."""
-    return teacher.topk_logits_SK.astype(np.float64) - teacher.log_sum_exp_logits_S[:, None]
+    return teacher.topk_logits_PK.astype(np.float64) - teacher.log_sum_exp_logits_P[:, None]
 
 
 def measure(
@@ -198,7 +199,7 @@ def measure(
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
     num_kept = sum(
-        int((row.teacher.topk_token_ids_SK[row.example.loss_mask_S > 0] >= 0).sum())
+        int((row.teacher.topk_token_ids_PK[row.example.loss_mask_S > 0] >= 0).sum())
         for row in inputs
     )
     return Measured(
@@ -207,9 +208,9 @@ def measure(
     )  # fmt: skip
 
 
-def codec_kl(row: CachedExample, decoded: TeacherTopK) -> np.ndarray:
+def codec_kl(row: CachedExample, decoded: TeacherRows) -> np.ndarray:
     """KL(exact || decoded) of every loss position, over its kept tokens and one bucket for the others."""
-    length = len(decoded.topk_token_ids_SK)
+    length = len(decoded.topk_token_ids_PK)
     in_loss_S = row.example.loss_mask_S[:length] > 0
     exact_ids_NK, exact_NK = _by_id(row.teacher, in_loss_S)
     ids_NK, found_NK = _by_id(decoded, in_loss_S)
@@ -218,13 +219,13 @@ def codec_kl(row: CachedExample, decoded: TeacherTopK) -> np.ndarray:
     p_NK = np.exp(exact_NK)
     difference_NK = np.where(ids_NK >= 0, exact_NK, 0) - np.where(ids_NK >= 0, found_NK, 0)
     tail_N = np.maximum(1 - p_NK.sum(axis=1), 1e-15)
-    found_tail_N = np.maximum(decoded.tail_mass_TS[0, in_loss_S].astype(np.float64), 1e-15)
+    found_tail_N = np.maximum(decoded.tail_mass_PT[in_loss_S, 0].astype(np.float64), 1e-15)
     return (p_NK * difference_NK).sum(axis=1) + tail_N * np.log(tail_N / found_tail_N)
 
 
-def _by_id(teacher: TeacherTopK, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _by_id(teacher: TeacherRows, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first."""
-    ids_NK = teacher.topk_token_ids_SK[: len(in_loss_S)][in_loss_S]
+    ids_NK = teacher.topk_token_ids_PK[: len(in_loss_S)][in_loss_S]
     order_NK = np.argsort(ids_NK, axis=1)[
         :, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :
     ]

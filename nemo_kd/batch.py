@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -44,45 +44,71 @@ class Example:
 
 
 SMALLEST_SAMPLED_TAIL = 2.0**-11
-"""Where the teacher's tail mass t is smaller, tail samples are kept with probability t / SMALLEST_SAMPLED_TAIL only and then
-stand for this mass: unbiased, and most certain positions cost nothing."""
+"""Below this tail mass t, tail samples are kept with probability t / SMALLEST_SAMPLED_TAIL and stand for this mass:
+unbiased, and most positions of a certain teacher cost nothing."""
+
+
+ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
 
 
 @dataclass(frozen=True)
-class TeacherTopK:
-    """What the teacher said at each position of one example: its largest logits and the mass it put elsewhere.
+class TeacherRows(Generic[ArrayT]):
+    """Teacher targets: the largest logits of each of P positions, and the probability outside them.
 
-    Logits are shifted so that the largest of a position is 0 and the log-sum-exp is that of the shifted logits over
-    the whole real vocabulary; so `topk_logits - log_sum_exp_logits[:, None]` are log-probabilities in nats. Positions
-    keep different numbers of logits: unused entries stand last, with logit -inf and id -1. A position about which
-    nothing is known (a prompt's, mostly) has no used entry, log-sum-exp 0 and tail mass 1.
+    Numpy arrays for one example, tensors for a batch. Prompts and padding mostly have no targets and no row here.
+    Logits are shifted: the largest of a position is 0, and the log-sum-exp is that of the shifted logits over the
+    whole real vocabulary, so `topk_logits - log_sum_exp_logits` are log-probabilities in nats. A position that keeps
+    fewer than K logits has logit -inf and id -1 in its last entries; a row without any entry is no target.
 
     Attributes:
-        topk_logits_SK: float32, all <= 0, descending.
-        topk_token_ids_SK: integer, distinct within a position.
-        log_sum_exp_logits_S: float32, >= 0.
-        tail_mass_TS: float32, probability outside the kept ids at each of `temperatures` (the tail of softmax(logits / T)).
+        positions_P: int64, ascending: positions of the example, in a batch b * S + s.
+        topk_logits_PK: float32, all <= 0, descending.
+        topk_token_ids_PK: integer, distinct within a position.
+        log_sum_exp_logits_P: float32, >= 0.
+        tail_mass_PT: float32, probability outside the kept ids at each of `temperatures`: the tail of
+            softmax(logits / T).
         temperatures: the first is 1.
-        label_logprobs_S: float32, log-probability of `labels_S` in nats at temperature 1; None where nobody stored it.
-        tail_token_ids_SM: integer, M ids drawn from the teacher's distribution outside the kept ids, -1 where none
-            were kept; None without tail samples. Each stands for `max(tail_mass_TS[0], SMALLEST_SAMPLED_TAIL) / M`.
+        label_logprobs_P: float32, log-probability of the label in nats at temperature 1; None if not stored.
+        tail_token_ids_PM: integer, M ids drawn from the teacher's distribution outside the kept ids, -1 where none
+            were kept; None without tail samples. Each stands for `max(tail_mass_PT[:, 0], SMALLEST_SAMPLED_TAIL) / M`.
     """
 
-    topk_logits_SK: np.ndarray
-    topk_token_ids_SK: np.ndarray
-    log_sum_exp_logits_S: np.ndarray
-    tail_mass_TS: np.ndarray
+    positions_P: ArrayT
+    topk_logits_PK: ArrayT
+    topk_token_ids_PK: ArrayT
+    log_sum_exp_logits_P: ArrayT
+    tail_mass_PT: ArrayT
     temperatures: tuple[float, ...] = (1.0,)
-    label_logprobs_S: np.ndarray | None = None
-    tail_token_ids_SM: np.ndarray | None = None
+    label_logprobs_P: ArrayT | None = None
+    tail_token_ids_PM: ArrayT | None = None
+
+    def __len__(self) -> int:
+        return len(self.positions_P)
+
+    def at(self, places: Any) -> TeacherRows[ArrayT]:
+        """Select rows by a slice, a mask or row numbers."""
+        return self.map(lambda values: values[places])
+
+    def map(self, change: Callable[[ArrayT], ArrayT]) -> TeacherRows[ArrayT]:
+        """Apply `change` to every array."""
+        arrays = {name: value for name, value in vars(self).items() if name != "temperatures"}
+        changed: dict[str, Any] = {
+            name: change(array) for name, array in arrays.items() if array is not None
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
 class CachedExample:
-    """An example with what the teacher said about each of its positions."""
+    """An example with its teacher targets, which cover at least the positions whose label counts in the loss."""
 
     example: Example
-    teacher: TeacherTopK
+    teacher: TeacherRows[np.ndarray]
+
+    def loss_rows(self) -> TeacherRows[np.ndarray]:
+        """Return the targets of the positions whose label counts in the loss."""
+        counts_P = self.example.loss_mask_S[self.teacher.positions_P] > 0
+        return self.teacher if counts_P.all() else self.teacher.at(counts_P)
 
 
 ALWAYS_ON_CPU = ("lengths_B", "cu_seqlens")
@@ -114,7 +140,7 @@ class Batch:
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
         topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
-            the fields of `TeacherTopK`; None without a cache, the last two also where a row lacks them. Padded
+            the fields of `TeacherRows`; None without a cache, the last two also where a row lacks them. Padded
             positions are positions about which nothing is known.
         temperatures: those of `tail_mass_BST`, in its order; what all rows have in common.
         cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU. One entry more than
@@ -166,7 +192,7 @@ class Batch:
         return self._with_each(torch.Tensor.pin_memory)
 
     def without_teacher(self) -> Batch:
-        """The batch without `TeacherTopK`'s fields, most of its bytes."""
+        """The batch without `TeacherRows`'s fields, most of its bytes."""
         return replace(self, **dict.fromkeys(TEACHER_FIELDS))  # type: ignore[arg-type]
 
     def columns(self, columns_s: torch.Tensor) -> Batch:

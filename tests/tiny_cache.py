@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
@@ -46,11 +47,12 @@ def row(
     mask[: length // 2] = 0
     labels = random.integers(vocab_size, size=length)
     label_logprobs = np.take_along_axis(logits, labels[:, None], 1)[:, 0] - log_sum_exp
-    teacher = TeacherTopK(
+    teacher = TeacherRows(
+        np.arange(length),
         np.where(kept, top, -np.inf).astype(np.float32),
         np.where(kept, order, -1),
         log_sum_exp.astype(np.float32),
-        np.array(tails, dtype=np.float32),
+        np.array(tails, dtype=np.float32).T.copy(),
         temperatures,
         label_logprobs.astype(np.float32),
     )
@@ -94,10 +96,25 @@ def write_segment(layout: CacheLayout, description: Manifest, segment: Any) -> N
     sink.publish()
 
 
+def everywhere(row: CachedExample) -> CachedExample:
+    """The row with teacher rows at all positions: without any entry where there is no target."""
+    positions_P, num_tokens = row.teacher.positions_P, row.example.num_tokens
+    filler = {"topk_logits_PK": -np.inf, "topk_token_ids_PK": -1, "tail_mass_PT": 1, "tail_token_ids_PM": -1}  # fmt: skip
+    fields = {}
+    for name, values in vars(row.teacher).items():
+        if isinstance(values, np.ndarray):
+            fields[name] = np.full(
+                (num_tokens, *values.shape[1:]), filler.get(name, 0), values.dtype
+            )
+            fields[name][positions_P] = values
+    fields["positions_P"] = np.arange(num_tokens)
+    return replace(row, teacher=replace(row.teacher, **fields))
+
+
 def same(a: CachedExample, b: CachedExample) -> bool:
     """Whether two rows hold the same numbers in the fields that NeMo-Aligner's format has."""
     return all(
         np.array_equal(getattr(getattr(a, part), name), getattr(getattr(b, part), name))
-        for part, names in (("example", ("tokens_S", "labels_S", "loss_mask_S")), ("teacher", ("topk_logits_SK", "topk_token_ids_SK", "log_sum_exp_logits_S")))
+        for part, names in (("example", ("tokens_S", "labels_S", "loss_mask_S")), ("teacher", ("positions_P", "topk_logits_PK", "topk_token_ids_PK", "log_sum_exp_logits_P")))
         for name in names
     )  # fmt: skip

@@ -98,8 +98,8 @@ class LineFacts:
 
     def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
         """Takes in a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or all) are stored."""
-        stored = row.example.loss_mask_S > 0 if positions == "loss" else slice(None)
-        ids_PK, samples_SM = row.teacher.topk_token_ids_SK[stored], row.teacher.tail_token_ids_SM
+        stored = row.loss_rows() if positions == "loss" else row.teacher
+        ids_PK, samples_PM = stored.topk_token_ids_PK, stored.tail_token_ids_PM
         k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
         self.line_bytes.append(num_bytes)
         self.num_positions.append(row.example.num_tokens)
@@ -107,8 +107,8 @@ class LineFacts:
             self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max())
         )
         self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
-        if samples_SM is not None:
-            self.max_topk_id = max(self.max_topk_id, int(samples_SM[stored].max(initial=-1)))
+        if samples_PM is not None:
+            self.max_topk_id = max(self.max_topk_id, int(samples_PM.max(initial=-1)))
         self.ks = [min([*self.ks, k]), max([*self.ks, k])]
 
     def extend(self, other: LineFacts) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.fields import array, check_finite, floats, ids
 from nemo_kd.cache.layout import CacheError
 
@@ -33,33 +33,35 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
             or a value that is not finite.
     """
     where, teacher = f"example {row.example.index}", row.teacher
-    known_S = teacher.topk_token_ids_SK[:, 0] >= 0
-    if (teacher.topk_token_ids_SK[known_S] < 0).any():
-        fewest = int((teacher.topk_token_ids_SK[known_S] >= 0).sum(axis=1).min())
+    ids_PK = teacher.topk_token_ids_PK
+    known_P = ids_PK[:, 0] >= 0
+    if (ids_PK[known_P] < 0).any():
+        fewest = int((ids_PK[known_P] >= 0).sum(axis=1).min())
         raise CacheError(
             f"{where}: positions keep different numbers of tokens ({fewest} at least), which the json codec cannot hold; "
             "write the cache with cache.min_probability=0 cache.top_p=1, keep no more than that (top_k), or stay with cache.codec=packed"
         )
-    logits_SK, ids_SK = teacher.topk_logits_SK.astype(np.float32), teacher.topk_token_ids_SK.copy()
-    log_sum_exp_S = teacher.log_sum_exp_logits_S.astype(np.float32)
-    # Where nothing is known nothing counts either; any distribution fills the place.
-    k = ids_SK.shape[1]
-    logits_SK[~known_S], ids_SK[~known_S], log_sum_exp_S[~known_S] = (
-        0,
-        np.arange(k),
-        np.log(np.float32(k)),
-    )
+    k = ids_PK.shape[1]
+
+    def everywhere(values_P: np.ndarray, filler: Any, rows_P: Any = slice(None)) -> np.ndarray:
+        """The values of all positions of the example; a position without a target does not count, so any will do."""
+        values_S = np.empty((row.example.num_tokens, *values_P.shape[1:]), dtype=values_P.dtype)
+        values_S[:] = filler
+        values_S[teacher.positions_P[rows_P]] = values_P[rows_P]
+        return values_S
+
+    log_sum_exp_P = teacher.log_sum_exp_logits_P.astype(np.float32)
     fields: dict[str, Any] = {
-        "topk_logits": logits_SK,
-        "topk_token_ids": ids_SK,
-        "log_sum_exp_logits": log_sum_exp_S,
+        "topk_logits": everywhere(teacher.topk_logits_PK.astype(np.float32), 0, known_P),
+        "topk_token_ids": everywhere(ids_PK, np.arange(k), known_P),
+        "log_sum_exp_logits": everywhere(log_sum_exp_P, np.log(np.float32(k)), known_P),
         "temperatures": np.array(teacher.temperatures),
-        "tail_mass": teacher.tail_mass_TS.astype(np.float32),
+        "tail_mass": everywhere(teacher.tail_mass_PT.astype(np.float32), 1).T,
     }
-    if teacher.label_logprobs_S is not None:
-        fields["label_logprobs"] = teacher.label_logprobs_S.astype(np.float32)
-    if teacher.tail_token_ids_SM is not None:
-        fields["tail_token_ids"] = teacher.tail_token_ids_SM
+    if teacher.label_logprobs_P is not None:
+        fields["label_logprobs"] = everywhere(teacher.label_logprobs_P.astype(np.float32), 0)
+    if teacher.tail_token_ids_PM is not None:
+        fields["tail_token_ids"] = everywhere(teacher.tail_token_ids_PM, -1)
     for name in ("topk_logits", "log_sum_exp_logits", "tail_mass", "label_logprobs"):
         if name in fields:
             check_finite(name, fields[name], where)
@@ -114,15 +116,16 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
         tail_mass_TS = np.clip(tail_mass_TS, 0, 1)
     if "label_logprobs" in fields:
         _check_range("label_logprobs", fields["label_logprobs"], -np.inf, PROBABILITY_ERROR, where)
-    teacher = TeacherTopK(
-        topk_logits_SK=logits_SK.astype(np.float32),
-        topk_token_ids_SK=fields["topk_token_ids"],
+    teacher = TeacherRows(
+        positions_P=np.arange(example.num_tokens),
+        topk_logits_PK=logits_SK.astype(np.float32),
+        topk_token_ids_PK=fields["topk_token_ids"],
         # Rounding of the logits can put it a little below its least value, which a certain teacher reaches.
-        log_sum_exp_logits_S=np.maximum(log_sum_exp_S, 0).astype(np.float32),
-        tail_mass_TS=tail_mass_TS.astype(np.float32),
+        log_sum_exp_logits_P=np.maximum(log_sum_exp_S, 0).astype(np.float32),
+        tail_mass_PT=np.ascontiguousarray(tail_mass_TS.T, dtype=np.float32),
         temperatures=temperatures,
-        label_logprobs_S=fields.get("label_logprobs"),
-        tail_token_ids_SM=fields.get("tail_token_ids"),
+        label_logprobs_P=fields.get("label_logprobs"),
+        tail_token_ids_PM=fields.get("tail_token_ids"),
     )
     return CachedExample(example, teacher)
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.entropy_coding import (
     CELL_NATS,
     LEVEL_RANGE_NATS,
@@ -91,41 +91,43 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     Raises:
         ValueError: a stored position keeps no token, or values are out of order or outside what the format holds.
     """
-    example, teacher = row.example, row.teacher
-    stored = (
-        np.flatnonzero(example.loss_mask_S)
-        if positions == "loss"
-        else np.arange(example.num_tokens)
-    )
-    used_SK = teacher.topk_token_ids_SK >= 0
-    counts_P = used_SK.sum(axis=1)[stored]
+    example = row.example
+    teacher = row.loss_rows() if positions == "loss" else row.teacher
+    num_stored = example.num_loss_tokens if positions == "loss" else example.num_tokens
+    used_PK = teacher.topk_token_ids_PK >= 0
+    counts_P = used_PK.sum(axis=1)
     if (
-        (used_SK[:, 1:] > used_SK[:, :-1]).any()
+        len(teacher) != num_stored
+        or (used_PK[:, 1:] > used_PK[:, :-1]).any()
         or counts_P.min(initial=1) < 1
         or counts_P.max(initial=1) > MAX_TOP_K
     ):
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
     _check_size(counts_P)
-    kept = Kept.of(counts_P, used_SK.shape[1])
-    coarse, ids_N, levels_N = _by_id(teacher, stored, kept)
+    kept = Kept.of(counts_P, used_PK.shape[1])
+    coarse, ids_N, levels_N = _by_id(teacher, kept)
     wide = counts_P.max(initial=1) > 256
     flags = _ALL_POSITIONS * (positions == "all") | _WIDE_COUNTS * bool(wide)
     num_classes = ID_CLASSES if len(ids_N) >= SMALLEST_FOR_CLASSES else 1
     streams = [huffman((counts_P - 1).astype("<u2" if wide else np.uint8))]
-    streams += [huffman(_tail_levels(teacher.tail_mass_TS[:, stored])), huffman(levels_N)]
+    streams += [
+        huffman(_tail_levels(np.ascontiguousarray(teacher.tail_mass_PT.T))),
+        huffman(levels_N),
+    ]
     streams += _id_streams(_distances(ids_N, kept), *_coding_order(kept, num_classes))
-    if teacher.label_logprobs_S is not None:
+    if teacher.label_logprobs_P is not None:
         flags |= _LABELS
-        outside_P = np.ones(len(stored), dtype=bool)
-        outside_P[kept.row_N[ids_N == example.labels_S[stored][kept.row_N]]] = False
-        streams += [huffman(_finite_levels(teacher.label_logprobs_S[stored][outside_P], coarse))]
+        labels_P = example.labels_S[teacher.positions_P]
+        outside_P = np.ones(len(teacher), dtype=bool)
+        outside_P[kept.row_N[ids_N == labels_P[kept.row_N]]] = False
+        streams += [huffman(_finite_levels(teacher.label_logprobs_P[outside_P], coarse))]
     num_samples = 0
-    if teacher.tail_token_ids_SM is not None:
-        num_samples = teacher.tail_token_ids_SM.shape[1]
-        streams += _sample_streams(teacher.tail_token_ids_SM[stored])
+    if teacher.tail_token_ids_PM is not None:
+        num_samples = teacher.tail_token_ids_PM.shape[1]
+        streams += _sample_streams(teacher.tail_token_ids_PM)
     header = _HEADER.pack(
         BLOB_VERSION, flags, FINE_STEPS_PER_NAT, coarse, len(teacher.temperatures), num_samples,
-        num_classes, len(streams), len(stored), len(ids_N),
+        num_classes, len(streams), len(teacher), len(ids_N),
     )  # fmt: skip
     temperatures = np.array(teacher.temperatures, dtype="<f4").tobytes()
     lengths = np.array([len(stream) for stream in streams], dtype="<u4").tobytes()
@@ -133,7 +135,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     return blob + zlib.crc32(blob).to_bytes(4, "little")
 
 
-def unpack(blob: bytes, example: Example) -> TeacherTopK:
+def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     """What `pack` stored about `example`, whose probabilities inside and outside the kept ids sum to 1 again.
 
     Raises:
@@ -181,7 +183,6 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
     logits_PK.reshape(-1)[kept.cells_N] = -nats.take(sorted_levels_N) - first_P.take(kept.row_N)
     ids_PK.reshape(-1)[kept.cells_N] = sorted_ids_N
 
-    num_tokens = example.num_tokens
     labels_P = None
     if header.flags & _LABELS:
         labels_P = np.full(len(stored), np.nan, dtype=np.float32)
@@ -194,24 +195,15 @@ def unpack(blob: bytes, example: Example) -> TeacherTopK:
     samples_PM = (
         _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
     )
-    return TeacherTopK(
-        topk_logits_SK=_rows(stored, logits_PK, num_tokens, -np.inf),
-        topk_token_ids_SK=_rows(stored, ids_PK, num_tokens, -1),
-        log_sum_exp_logits_S=_at(
-            stored, -(first_P + shift_P), np.zeros(num_tokens, dtype=np.float32)
-        ),
-        tail_mass_TS=_at(
-            stored, tail_TP, np.ones((len(temperatures), num_tokens), dtype=np.float32)
-        ),
+    return TeacherRows(
+        positions_P=stored,
+        topk_logits_PK=logits_PK,
+        topk_token_ids_PK=ids_PK,
+        log_sum_exp_logits_P=-(first_P + shift_P).astype(np.float32),
+        tail_mass_PT=np.ascontiguousarray(tail_TP.T, dtype=np.float32),
         temperatures=temperatures,
-        label_logprobs_S=None
-        if labels_P is None
-        else _at(stored, labels_P, np.zeros(num_tokens, dtype=np.float32)),
-        tail_token_ids_SM=None
-        if samples_PM is None
-        else _at(
-            stored, samples_PM.T, np.full((header.num_samples, num_tokens), -1, dtype=np.int32)
-        ).T,
+        label_logprobs_P=labels_P,
+        tail_token_ids_PM=samples_PM,
     )
 
 
@@ -304,18 +296,13 @@ def _rounding_kl(coarse: int) -> np.ndarray:
     return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
 
 
-def _by_id(
-    teacher: TeacherTopK, stored: np.ndarray, kept: Kept
-) -> tuple[int, np.ndarray, np.ndarray]:
+def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarray, np.ndarray]:
     """(coarse steps per nat, ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
-    ids_SK, logits_SK = teacher.topk_token_ids_SK, teacher.topk_logits_SK
-    if len(stored) < len(ids_SK):
-        ids_SK, logits_SK = ids_SK[stored], logits_SK[stored]
-    ids_N = ids_SK.reshape(-1).take(kept.cells_N)
-    log_sum_exp_N = teacher.log_sum_exp_logits_S[stored].take(kept.row_N)
-    logprobs_N = logits_SK.reshape(-1).take(kept.cells_N) - log_sum_exp_N
+    ids_N = teacher.topk_token_ids_PK.reshape(-1).take(kept.cells_N)
+    log_sum_exp_N = teacher.log_sum_exp_logits_P.take(kept.row_N)
+    logprobs_N = teacher.topk_logits_PK.reshape(-1).take(kept.cells_N) - log_sum_exp_N
     coarse, levels_N = COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, COARSE_STEPS_PER_NAT)
-    if _rounding_kl(coarse).take(levels_N).sum() > MOST_ROUNDING_KL_NATS * len(stored):
+    if _rounding_kl(coarse).take(levels_N).sum() > MOST_ROUNDING_KL_NATS * len(teacher):
         coarse, levels_N = (
             FLAT_COARSE_STEPS_PER_NAT,
             _finite_levels(logprobs_N, FLAT_COARSE_STEPS_PER_NAT),
@@ -451,18 +438,3 @@ def _exactly(symbols: np.ndarray, count: int) -> np.ndarray:
     if len(symbols) != count:
         raise ValueError(f"a stream holds {len(symbols)} numbers where {count} are called for")
     return symbols
-
-
-def _at(stored: np.ndarray, values: np.ndarray, background: np.ndarray) -> np.ndarray:
-    background[..., stored] = values
-    return background
-
-
-def _rows(
-    stored: np.ndarray, values_PK: np.ndarray, num_tokens: int, background: float
-) -> np.ndarray:
-    if len(stored) == num_tokens:
-        return values_PK
-    values_SK = np.full((num_tokens, values_PK.shape[1]), background, dtype=values_PK.dtype)
-    values_SK[stored] = values_PK
-    return values_SK

@@ -17,13 +17,11 @@ import traceback
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
-
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.writer import Segment, SegmentWriter
@@ -35,44 +33,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class CompactRow:
-    """A `CachedExample` without the positions about which nothing is known, mostly those of a prompt.
-
-    Attributes:
-        positions_P: ascending; the positions of the example that `teacher` is about.
-        teacher: its fields with P in place of S.
-    """
-
-    example: Example
-    positions_P: np.ndarray
-    teacher: TeacherTopK
-
-    def expanded(self) -> CachedExample:
-        """The row with all positions."""
-        teacher, num_tokens = self.teacher, self.example.num_tokens
-
-        def at_all(values_P: np.ndarray, unknown: float) -> np.ndarray:
-            values_S = np.full((num_tokens, *values_P.shape[1:]), unknown, dtype=values_P.dtype)
-            values_S[self.positions_P] = values_P
-            return values_S
-
-        labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
-        return CachedExample(
-            self.example,
-            TeacherTopK(
-                topk_logits_SK=at_all(teacher.topk_logits_SK, -np.inf),
-                topk_token_ids_SK=at_all(teacher.topk_token_ids_SK, -1),
-                log_sum_exp_logits_S=at_all(teacher.log_sum_exp_logits_S, 0),
-                tail_mass_TS=at_all(teacher.tail_mass_TS.T, 1).T,
-                temperatures=teacher.temperatures,
-                label_logprobs_S=None if labels is None else at_all(labels, 0),
-                tail_token_ids_SM=None if samples is None else at_all(samples, -1),
-            ),
-        )
-
-
-Record = CachedExample | CompactRow | str
+Record = CachedExample | str
 """A row, or the reason why a record makes none."""
 
 
@@ -254,6 +215,6 @@ def _publish(sink: SegmentWriter, records: Sequence[Record]) -> ChunkSummary:
         if isinstance(record, str):
             sink.skip(record)
         else:
-            sink.write(record.expanded() if isinstance(record, CompactRow) else record)
+            sink.write(record)
     sink.publish()
     return sink.summary

@@ -347,8 +347,8 @@ def _check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
     for name, ids in (
         ("tokens", example.tokens_S),
         ("labels", example.labels_S),
-        ("topk_token_ids", teacher.topk_token_ids_SK),
-        ("tail_token_ids", teacher.tail_token_ids_SM),
+        ("topk_token_ids", teacher.topk_token_ids_PK),
+        ("tail_token_ids", teacher.tail_token_ids_PM),
     ):
         if ids is not None and ids.size and ids.max() >= vocab_size:
             raise CacheError(

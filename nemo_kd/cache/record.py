@@ -9,7 +9,6 @@ from __future__ import annotations
 import binascii
 import hashlib
 import reprlib
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -104,29 +103,18 @@ def example_hash(example: Example) -> str:
 
 
 def trimmed(row: CachedExample) -> CachedExample:
-    """The row up to its last loss position, at least one position."""
-    example, teacher = row.example, row.teacher
+    """Cut the row after its last loss position; at least one position stays."""
+    example = row.example
     loss_positions = np.flatnonzero(example.loss_mask_S)
     length = int(loss_positions[-1]) + 1 if len(loss_positions) else 1
     if length == example.num_tokens:
         return row
-    labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
+    tokens_S = example.tokens_S[:length]
+    labels_S = example.labels_S[:length]
+    loss_mask_S = example.loss_mask_S[:length]
     return CachedExample(
-        Example(
-            example.index,
-            example.tokens_S[:length],
-            example.labels_S[:length],
-            example.loss_mask_S[:length],
-        ),
-        replace(
-            teacher,
-            topk_logits_SK=teacher.topk_logits_SK[:length],
-            topk_token_ids_SK=teacher.topk_token_ids_SK[:length],
-            log_sum_exp_logits_S=teacher.log_sum_exp_logits_S[:length],
-            tail_mass_TS=teacher.tail_mass_TS[:, :length],
-            label_logprobs_S=None if labels is None else labels[:length],
-            tail_token_ids_SM=None if samples is None else samples[:length],
-        ),
+        Example(example.index, tokens_S, labels_S, loss_mask_S),
+        row.teacher.at(row.teacher.positions_P < length),
     )
 
 

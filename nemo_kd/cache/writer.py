@@ -344,9 +344,9 @@ class SegmentWriter:
             CacheError: its index does not follow the last one's, or it holds more tokens a position than the cache.
         """
         example, teacher, summary = row.example, row.teacher, self.summary
-        if teacher.topk_logits_SK.shape[1] > self.top_k:
+        if teacher.topk_logits_PK.shape[1] > self.top_k:
             raise CacheError(
-                f"example {example.index} has {teacher.topk_logits_SK.shape[1]} logits a position in a cache of top_k={self.top_k}"
+                f"example {example.index} has {teacher.topk_logits_PK.shape[1]} logits a position in a cache of top_k={self.top_k}"
             )
         if not self._last_index < example.index <= self.indices[-1]:
             raise CacheError(
@@ -355,7 +355,7 @@ class SegmentWriter:
         self._last_index = example.index
         raw = self._lines.write(encode(row, self.codec, self.positions))
         row = trimmed(row)  # what a reader gets
-        example, teacher = row.example, row.teacher
+        example, targets = row.example, row.loss_rows()
         self._payload.append(raw)
         self._digest.update(raw)
         self.facts.add(row, len(raw), self.positions)
@@ -363,13 +363,11 @@ class SegmentWriter:
         summary.tokens += example.num_tokens
         summary.loss_tokens += example.num_loss_tokens
         summary.bytes += len(raw)
-        in_loss = example.loss_mask_S > 0
-        ids_PK = teacher.topk_token_ids_SK[in_loss]
+        ids_PK = targets.topk_token_ids_PK
         summary.kept_tokens += int((ids_PK >= 0).sum())
-        summary.kept_mass_sum += float(
-            (1 - teacher.tail_mass_TS[0, in_loss].astype(np.float64)).sum()
-        )
-        summary.label_in_topk += int((ids_PK == example.labels_S[in_loss, None]).any(axis=1).sum())
+        summary.kept_mass_sum += float((1 - targets.tail_mass_PT[:, 0].astype(np.float64)).sum())
+        labels_P = example.labels_S[targets.positions_P]
+        summary.label_in_topk += int((ids_PK == labels_P[:, None]).any(axis=1).sum())
 
     def skip(self, reason: str) -> None:
         """Counts a record that makes no row."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows
 
 Row = Example | CachedExample | None
 Places = Sequence[tuple[int, slice]]
@@ -122,46 +122,48 @@ def _filled(
 
 
 def _add_teacher(
-    batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherTopK]
+    batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherRows[np.ndarray]]
 ) -> None:
     shape = tuple(batch.tokens_BS.shape)
     # A blend of caches has in common what all of them have.
     temperatures = tuple(
         t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers)
     )
-    k = max(teacher.topk_logits_SK.shape[1] for teacher in teachers)
+    k = max(teacher.topk_logits_PK.shape[1] for teacher in teachers)
     logits = np.full((*shape, k), -np.inf, dtype=np.float32)
     ids = np.full((*shape, k), -1, dtype=np.int64)
     log_sum_exp = np.zeros(shape, dtype=np.float32)
     tail_mass = np.ones((*shape, len(temperatures)), dtype=np.float32)
     labels = np.zeros(shape, dtype=np.float32)
-    samples = [teacher.tail_token_ids_SM for teacher in teachers]
+    samples = [teacher.tail_token_ids_PM for teacher in teachers]
     num_samples = {0 if array is None else array.shape[1] for array in samples}
     tail_ids = np.full((*shape, max(num_samples)), -1, dtype=np.int64)
-    for cached, place in zip(rows, places, strict=False):
+    for cached, (row, columns_S) in zip(rows, places, strict=False):
         if isinstance(cached, CachedExample):
             teacher = cached.teacher
-            row_k = teacher.topk_logits_SK.shape[1]
-            logits[place][:, :row_k] = teacher.topk_logits_SK
-            ids[place][:, :row_k] = teacher.topk_token_ids_SK
-            log_sum_exp[place] = teacher.log_sum_exp_logits_S
+            place = row, columns_S.start + teacher.positions_P
+            row_k = teacher.topk_logits_PK.shape[1]
+            logits[(*place, slice(row_k))] = teacher.topk_logits_PK
+            ids[(*place, slice(row_k))] = teacher.topk_token_ids_PK
+            log_sum_exp[place] = teacher.log_sum_exp_logits_P
             columns = [_columns(teacher, temperature)[0] for temperature in temperatures]
-            tail_mass[place] = teacher.tail_mass_TS[columns].T
-            if teacher.label_logprobs_S is not None:
-                labels[place] = teacher.label_logprobs_S
-            if teacher.tail_token_ids_SM is not None:
-                tail_ids[place][:, : teacher.tail_token_ids_SM.shape[1]] = teacher.tail_token_ids_SM
+            tail_mass[place] = teacher.tail_mass_PT[:, columns]
+            if teacher.label_logprobs_P is not None:
+                labels[place] = teacher.label_logprobs_P
+            if teacher.tail_token_ids_PM is not None:
+                m = teacher.tail_token_ids_PM.shape[1]
+                tail_ids[(*place, slice(m))] = teacher.tail_token_ids_PM
     batch.topk_logits_BSK = torch.from_numpy(logits)
     batch.topk_token_ids_BSK = torch.from_numpy(ids)
     batch.log_sum_exp_logits_BS = torch.from_numpy(log_sum_exp)
     batch.tail_mass_BST, batch.temperatures = torch.from_numpy(tail_mass), temperatures
-    if all(teacher.label_logprobs_S is not None for teacher in teachers):
+    if all(teacher.label_logprobs_P is not None for teacher in teachers):
         batch.label_logprobs_BS = torch.from_numpy(labels)
     if len(num_samples) == 1 and num_samples != {0}:
         batch.tail_token_ids_BSM = torch.from_numpy(tail_ids)
 
 
-def _columns(teacher: TeacherTopK, temperature: float) -> list[int]:
+def _columns(teacher: TeacherRows[np.ndarray], temperature: float) -> list[int]:
     """Where the tail mass at a temperature stands, first of all; one format of caches rounds temperatures to float32."""
     return [
         i

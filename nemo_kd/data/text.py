@@ -145,22 +145,22 @@ class LossPositions:
 
     @classmethod
     def of(cls, row: CachedExample) -> LossPositions:
-        teacher = row.teacher
-        in_loss_S = row.example.loss_mask_S > 0
-        position_P = np.flatnonzero(in_loss_S & (teacher.topk_token_ids_SK[:, 0] >= 0))
-        ids_PK = teacher.topk_token_ids_SK[position_P]
-        logits_PK = teacher.topk_logits_SK[position_P].astype(np.float64)
-        logprob_PK = logits_PK - teacher.log_sum_exp_logits_S[position_P, None]
+        teacher = row.loss_rows()
+        teacher = teacher.at(teacher.topk_token_ids_PK[:, 0] >= 0)
+        position_P = teacher.positions_P
+        ids_PK = teacher.topk_token_ids_PK
+        logits_PK = teacher.topk_logits_PK.astype(np.float64)
+        logprob_PK = logits_PK - teacher.log_sum_exp_logits_P[:, None]
         logprob_PK = np.where(ids_PK >= 0, logprob_PK, -np.inf)
-        tail_mass_P = teacher.tail_mass_TS[0, position_P].astype(np.float64)
+        tail_mass_P = teacher.tail_mass_PT[:, 0].astype(np.float64)
         masses_PK = np.column_stack([np.exp(logprob_PK), tail_mass_P])
         nats_PK = -np.log(np.where(masses_PK > 0, masses_PK, 1))
         is_label_PK = ids_PK == row.example.labels_S[position_P, None]
         is_kept_P = is_label_PK.any(axis=1)
         kept_logprob_P = np.where(is_label_PK, logprob_PK, 0).sum(axis=1)
         label_logprob_P = np.where(is_kept_P, kept_logprob_P, np.nan)
-        if teacher.label_logprobs_S is not None:
-            stored_P = teacher.label_logprobs_S[position_P].astype(np.float64)
+        if teacher.label_logprobs_P is not None:
+            stored_P = teacher.label_logprobs_P.astype(np.float64)
             label_logprob_P = np.where(np.isnan(stored_P), label_logprob_P, stored_P)
         return cls(
             position_P=position_P,

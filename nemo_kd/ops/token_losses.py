@@ -27,7 +27,7 @@ BLOCK_ELEMENTS = 1 << 16
 
 @dataclass(frozen=True)
 class TeacherRows:
-    """What the teacher said at N positions; fields as in `nemo_kd.batch.TeacherTopK`.
+    """What the teacher said at N positions; fields as in `nemo_kd.batch.TeacherRows`.
 
     Attributes:
         topk_logits_NK: less any constant of the row; unused entries -inf.

@@ -240,7 +240,7 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
         return found
     teacher, objective = reader[0].teacher, f"kd_loss={loss.kd_loss}"
     if loss.objective in LABEL_ESTIMATORS:
-        if teacher.label_logprobs_S is None:
+        if teacher.label_logprobs_P is None:
             found.append(
                 f"{KEY}.kd_loss: {loss.kd_loss} needs the teacher's log-probability of the labels, which the cache lacks; "
                 "compute it with stage 1 of nemo_kd, or use another kd_loss"
@@ -259,7 +259,7 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
             f"kept ids at that temperature, the cache has it at {', '.join(f'{value:g}' for value in teacher.temperatures)}; compute "
             f"the cache with cache.temperatures=[{1 / loss.scales[1]:g}], or use support=renormalize"
         )
-    if loss.support == "sampled" and teacher.tail_token_ids_SM is None:
+    if loss.support == "sampled" and teacher.tail_token_ids_PM is None:
         found.append(
             f"{KEY}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
         )
@@ -271,7 +271,7 @@ def _differences(readers: Sequence[CacheReader], loss: LossConfig) -> list[str]:
     if not loss.uses_teacher or loss.support != "sampled":
         return []
     samples = {
-        reader.source: reader[0].teacher.tail_token_ids_SM for reader in readers if len(reader)
+        reader.source: reader[0].teacher.tail_token_ids_PM for reader in readers if len(reader)
     }
     counts = {path: ids_SM.shape[1] for path, ids_SM in samples.items() if ids_SM is not None}
     if len(set(counts.values())) <= 1:

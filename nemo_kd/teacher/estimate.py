@@ -137,25 +137,18 @@ def _probe(run: Run, job: Job, teacher: Teacher) -> Probe:
     teacher.rows(examples[:NUM_WARM_UPS])
     started_s = time.perf_counter()
     started = teacher.start(examples)
-    compact = teacher.finish(started)
+    rows = teacher.finish(started)
     seconds = time.perf_counter() - started_s
-    rows = [row.expanded() for row in compact]
-    masks = [row.example.loss_mask_S > 0 for row in rows]
+    targets = [row.loss_rows() for row in rows]
     return Probe(
         records=len(examples),
         seconds=seconds,
         file_bytes=sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows),
         tokens=sum(example.num_tokens for example in examples),
         computed_tokens=started.computed_tokens,
-        loss_tokens=sum(int(mask.sum()) for mask in masks),
-        kept_tokens=sum(
-            int((row.teacher.topk_token_ids_SK[mask] >= 0).sum())
-            for row, mask in zip(rows, masks, strict=True)
-        ),
-        kept_mass=sum(
-            float((1 - row.teacher.tail_mass_TS[0, mask]).sum())
-            for row, mask in zip(rows, masks, strict=True)
-        ),
+        loss_tokens=sum(example.num_loss_tokens for example in examples),
+        kept_tokens=sum(int((part.topk_token_ids_PK >= 0).sum()) for part in targets),
+        kept_mass=sum(float((1 - part.tail_mass_PT[:, 0]).sum()) for part in targets),
     )
 
 

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherTopK, to_device
-from nemo_kd.cache.publisher import CompactRow
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, to_device
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -120,7 +119,7 @@ class Teacher:
 
     def rows(self, examples: Sequence[Example]) -> list[CachedExample]:
         """The examples in order, each with what the teacher says about its positions; on ranks that do not write: []."""
-        return [row.expanded() for row in self.finish(self.start(examples))]
+        return self.finish(self.start(examples))
 
     def start(self, examples: Sequence[Example]) -> Pass:
         """Computes the examples batch by batch; all ranks of a replica call it with the same ones.
@@ -145,13 +144,13 @@ class Teacher:
             self._halve([examples[number] for number in batches[num_done]])
             pending = sorted(number for batch in batches[num_done:] for number in batch)
 
-    def finish(self, started: Pass) -> list[CompactRow]:
+    def finish(self, started: Pass) -> list[CachedExample]:
         """The rows of a pass, in order; on ranks that do not write: [].
 
         Raises:
             TeacherError: the teacher's logits are not finite.
         """
-        rows: dict[int, CompactRow] = {}
+        rows: dict[int, CachedExample] = {}
         for scored in started.batches:
             whole = self._whole(scored)
             if scored is None or whole is None:
@@ -162,8 +161,8 @@ class Teacher:
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
                 mine = {name: values[first:last] for name, values in fields.items()}
                 positions_P = positions_N[first:last] - start
-                rows[number] = CompactRow(
-                    example, positions_P, self._teacher_topk(example, positions_P, mine)
+                rows[number] = CachedExample(
+                    example, self._teacher_rows(example, positions_P, mine)
                 )
         return [rows[number] for number in sorted(rows)]
 
@@ -282,23 +281,24 @@ class Teacher:
         }
         return positions_N[order], fields
 
-    def _teacher_topk(
+    def _teacher_rows(
         self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]
-    ) -> TeacherTopK:
+    ) -> TeacherRows[np.ndarray]:
         finite = np.isfinite(fields["log_sum_exp_N"])
         if not finite.all():
             raise TeacherError(
                 f"example {example.index}: the teacher's logits at position {positions_P[~finite][0]} are not finite; "
                 "try trainer.precision=32, and check the checkpoint"
             )
-        return TeacherTopK(
-            topk_logits_SK=fields["topk_logits_NK"],
-            topk_token_ids_SK=fields["topk_token_ids_NK"],
-            log_sum_exp_logits_S=fields["log_sum_exp_N"],
-            tail_mass_TS=fields["tail_mass_NT"].T,
+        return TeacherRows(
+            positions_P=positions_P,
+            topk_logits_PK=fields["topk_logits_NK"],
+            topk_token_ids_PK=fields["topk_token_ids_NK"],
+            log_sum_exp_logits_P=fields["log_sum_exp_N"],
+            tail_mass_PT=fields["tail_mass_NT"],
             temperatures=self.temperatures,
-            label_logprobs_S=fields["label_logprobs_N"],
-            tail_token_ids_SM=fields.get("tail_token_ids_NM"),
+            label_logprobs_P=fields["label_logprobs_N"],
+            tail_token_ids_PM=fields.get("tail_token_ids_NM"),
         )
 
     def _uniforms(

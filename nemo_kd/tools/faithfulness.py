@@ -1,17 +1,16 @@
 """How far what a cache says of an example lies from what a teacher says, and how much of that rounding explains.
 
 Shape legend: P compared positions of an example, K ids, k the ids that somebody keeps, T temperatures. Everything here is
-float64. A `TeacherTopK` has P in place of S.
+float64.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from nemo_kd.batch import CachedExample, TeacherTopK
+from nemo_kd.batch import CachedExample, TeacherRows
 
 SMALLEST_TAIL = 1e-9
 """Tails below count as this large: float32 holds no better ones close to a certain teacher."""
@@ -45,39 +44,29 @@ class Said(NamedTuple):
     tail_P: np.ndarray
 
 
-def known_positions(row: CachedExample) -> np.ndarray:
-    """The positions about which the row says something."""
-    ids_SK, logits_SK = row.teacher.topk_token_ids_SK, row.teacher.topk_logits_SK
-    # What the json codec writes where nothing is known.
-    filler_S = (ids_SK == np.arange(ids_SK.shape[1])).all(axis=1) & (logits_SK == 0).all(axis=1)
-    return np.flatnonzero((ids_SK[:, 0] >= 0) & ~(filler_S & (row.example.loss_mask_S == 0)))
+def targets_of(row: CachedExample) -> TeacherRows[np.ndarray]:
+    """The row's targets without the filler that the json codec writes at positions without one."""
+    teacher = row.teacher
+    ids_PK = teacher.topk_token_ids_PK
+    filler_P = (ids_PK == np.arange(ids_PK.shape[1])).all(axis=1)
+    filler_P &= (teacher.topk_logits_PK == 0).all(axis=1)
+    filler_P &= row.example.loss_mask_S[teacher.positions_P] == 0
+    return teacher.at((ids_PK[:, 0] >= 0) & ~filler_P)
 
 
-def at_positions(teacher: TeacherTopK, places: np.ndarray) -> TeacherTopK:
-    """What is said at some of the positions."""
-    labels, samples = teacher.label_logprobs_S, teacher.tail_token_ids_SM
-    return replace(
-        teacher,
-        topk_logits_SK=teacher.topk_logits_SK[places],
-        topk_token_ids_SK=teacher.topk_token_ids_SK[places],
-        log_sum_exp_logits_S=teacher.log_sum_exp_logits_S[places],
-        tail_mass_TS=teacher.tail_mass_TS[:, places],
-        label_logprobs_S=None if labels is None else labels[places],
-        tail_token_ids_SM=None if samples is None else samples[places],
-    )
-
-
-def said_about(ids_PK: np.ndarray, teacher: TeacherTopK, temperature: float = 1.0) -> Said:
+def said_about(
+    ids_PK: np.ndarray, teacher: TeacherRows[np.ndarray], temperature: float = 1.0
+) -> Said:
     """What `teacher` says of the ids (-1 stands for none) at one of its temperatures."""
     number = teacher.temperatures.index(temperature)
     ids_Pk, logits_Pk = (
-        teacher.topk_token_ids_SK.astype(np.int64),
-        teacher.topk_logits_SK.astype(np.float64),
+        teacher.topk_token_ids_PK.astype(np.int64),
+        teacher.topk_logits_PK.astype(np.float64),
     )
     tail_P = np.clip(
-        teacher.tail_mass_TS[number].astype(np.float64), SMALLEST_TAIL, 1 - SMALLEST_TAIL
+        teacher.tail_mass_PT[:, number].astype(np.float64), SMALLEST_TAIL, 1 - SMALLEST_TAIL
     )
-    total_P = teacher.log_sum_exp_logits_S.astype(np.float64)
+    total_P = teacher.log_sum_exp_logits_P.astype(np.float64)
     if number:  # the likeliest logit is 0
         total_P = np.log(np.exp(logits_Pk / temperature).sum(axis=1)) - np.log1p(-tail_P)
     kept_Pk, wanted_PK = ids_Pk >= 0, ids_PK >= 0

@@ -109,7 +109,7 @@ def measure(reader: CacheReader, num_rows: int, seed: int = 0) -> Statistics:
         row = reader[position]
         num_tokens += row.example.num_tokens
         num_loss_tokens += row.example.num_loss_tokens
-        has_label_logprobs &= row.teacher.label_logprobs_S is not None
+        has_label_logprobs &= row.teacher.label_logprobs_P is not None
         at = LossPositions.of(row)
         tail_nats_P = at.tail_mass_P * np.log(np.maximum(vocab_size - at.num_kept_P, 1))
         columns.append(

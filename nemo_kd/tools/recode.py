@@ -131,8 +131,8 @@ def _copy(
 def _reduced(row: CachedExample, cache: CacheConfig, manifest: Manifest) -> CachedExample:
     row = trimmed(row)
     largest = max(
-        int(ids.max())
-        for ids in (row.example.tokens_S, row.example.labels_S, row.teacher.topk_token_ids_SK)
+        int(ids.max(initial=-1))
+        for ids in (row.example.tokens_S, row.example.labels_S, row.teacher.topk_token_ids_PK)
     )
     if largest >= manifest.vocab_size:
         raise CacheError(
@@ -140,15 +140,15 @@ def _reduced(row: CachedExample, cache: CacheConfig, manifest: Manifest) -> Cach
             "(vocab_size in the teacher's config.json)"
         )
     teacher = limited(row.teacher, manifest.top_k)
-    used_SK = teacher.topk_token_ids_SK >= 0
-    log_p_SK = (
-        np.where(used_SK, teacher.topk_logits_SK, -np.inf) - teacher.log_sum_exp_logits_S[:, None]
+    used_PK = teacher.topk_token_ids_PK >= 0
+    log_p_PK = (
+        np.where(used_PK, teacher.topk_logits_PK, -np.inf) - teacher.log_sum_exp_logits_P[:, None]
     )
-    teacher = keep(teacher, cache.kept(np.exp(log_p_SK)))
+    teacher = keep(teacher, cache.kept(np.exp(log_p_PK)))
     if (
         "tail_samples" not in manifest.codec
     ):  # also of positions that lost no token: all rows hold the same fields
-        teacher = replace(teacher, tail_token_ids_SM=None)
+        teacher = replace(teacher, tail_token_ids_PM=None)
     return CachedExample(row.example, teacher)
 
 

@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
-from nemo_kd.cache.publisher import CompactRow
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.cache import MAX_TOP_K
@@ -30,7 +29,7 @@ from nemo_kd.run.process_group import join_ranks
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.tools.faithfulness import Rounding, at_positions, known_positions
+from nemo_kd.tools.faithfulness import Rounding, targets_of
 from nemo_kd.tools.rendering import Findings, check_rendering
 from nemo_kd.tools.verdict import (
     FACTOR,
@@ -107,7 +106,7 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     positions = sampled(reader.chunk_sizes(), num_examples, seed)
     reader.will_read(positions)
     rows = {position: reader[position] for position in positions}
-    said = [position for position in positions if len(known_positions(rows[position]))]
+    said = [position for position in positions if len(targets_of(rows[position]))]
     if not said:
         raise CacheError(
             f"{path}: none of its {len(positions)} sampled rows says anything about any position"
@@ -154,7 +153,7 @@ def rescoring_config(
                 f"{key}: only trainer.*, model.*, data.max_tokens_per_batch and data.packing are taken here; the rest follows from the cache"
             )
     everywhere = any(
-        (row.example.loss_mask_S[known_positions(row)] == 0).any() for row in sample.rows
+        (row.example.loss_mask_S[targets_of(row).positions_P] == 0).any() for row in sample.rows
     )
     temperatures = sorted({t for row in sample.rows for t in row.teacher.temperatures})
     base: dict[str, Any] = {
@@ -271,7 +270,7 @@ def check_vocabulary(sample: Sample, architecture: GPTArchitecture, teacher: str
 
 def score_twice(
     teacher: Teacher, examples: Sequence[Example], unit: float
-) -> tuple[list[CompactRow], list[CompactRow]]:
+) -> tuple[list[CachedExample], list[CachedExample]]:
     """Score the examples in batches, in reverse order; and as a control each alone, padded, with errors of `unit`."""
     if teacher.max_examples is not None:
         teacher.max_examples = max(2, teacher.max_examples)
@@ -319,8 +318,8 @@ def _outcome(
     sample: Sample,
     run: Run,
     findings: Findings,
-    together: Sequence[CompactRow],
-    alone: Sequence[CompactRow],
+    together: Sequence[CachedExample],
+    alone: Sequence[CachedExample],
 ) -> tuple[str, bool]:
     compared = [
         _compared(row, where, first, second)
@@ -339,7 +338,7 @@ def _outcome(
     wrong = dict(findings.wrong)
     for number, text in [*verdict.wrong.items(), *_wrong_samples(sample)]:
         wrong[number] = "; ".join(filter(None, [wrong.get(number), text]))
-    if sample.rows[0].teacher.tail_token_ids_SM is not None:
+    if sample.rows[0].teacher.tail_token_ids_PM is not None:
         findings.not_checked.append(
             "which tail samples were drawn; only that they are not among the kept ids"
         )
@@ -350,32 +349,30 @@ def _outcome(
     ), not wrong and not findings.problems
 
 
-def _compared(row: CachedExample, where: str, together: CompactRow, alone: CompactRow) -> Compared:
-    positions_P = known_positions(row)
+def _compared(
+    row: CachedExample, where: str, together: CachedExample, alone: CachedExample
+) -> Compared:
+    cached = targets_of(row)
     first, second = (
-        at_positions(scored.teacher, np.searchsorted(scored.positions_P, positions_P))
+        scored.teacher.at(np.searchsorted(scored.teacher.positions_P, cached.positions_P))
         for scored in (together, alone)
     )
-    return Compared(
-        row.example.index, where, positions_P, at_positions(row.teacher, positions_P), first, second
-    )
+    return Compared(row.example.index, where, cached, first, second)
 
 
 def _wrong_samples(sample: Sample) -> list[tuple[int, str]]:
     """Examples with a tail sample among the kept ids."""
     found = []
     for number, row in enumerate(sample.rows):
-        samples_SM, ids_SK = row.teacher.tail_token_ids_SM, row.teacher.topk_token_ids_SK
-        if samples_SM is not None:
-            inside_S = (
-                (samples_SM[:, :, None] == ids_SK[:, None]) & (samples_SM >= 0)[:, :, None]
+        samples_PM, ids_PK = row.teacher.tail_token_ids_PM, row.teacher.topk_token_ids_PK
+        if samples_PM is not None:
+            inside_P = (
+                (samples_PM[:, :, None] == ids_PK[:, None]) & (samples_PM >= 0)[:, :, None]
             ).any(axis=(1, 2))
-            if inside_S.any():
+            if inside_P.any():
+                position = row.teacher.positions_P[inside_P.argmax()]
                 found.append(
-                    (
-                        number,
-                        f"the tail sample at position {inside_S.argmax()} is one of the kept ids",
-                    )
+                    (number, f"the tail sample at position {position} is one of the kept ids")
                 )
     return found
 
@@ -388,7 +385,7 @@ def _report(
     findings: Findings,
     wrong: dict[int, str],
 ) -> str:
-    num_positions = sum(len(example.positions_P) for example in compared)
+    num_positions = sum(len(example.cached) for example in compared)
     dtype = coarsest(sample, run.config)
     lines = [
         f"{len(compared)} of {len(sample.reader):,} examples with {num_positions:,} positions, scored by {run.pretrained.source}: {run.layout()}",

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemo_kd.batch import TeacherTopK
+from nemo_kd.batch import TeacherRows
 from nemo_kd.tools.faithfulness import (
     LEAST_LABEL_NATS,
     Rounding,
     Said,
     Scale,
-    at_positions,
     divergence,
     fit_scale,
     rounding_divergence,
@@ -51,19 +50,17 @@ class Compared:
 
     Attributes:
         index: of the example; where: file:line of its row.
-        positions_P: of the example, that the three `TeacherTopK` are about.
     """
 
     index: int
     where: str
-    positions_P: np.ndarray
-    cached: TeacherTopK
-    teacher: TeacherTopK
-    alone: TeacherTopK
+    cached: TeacherRows[np.ndarray]
+    teacher: TeacherRows[np.ndarray]
+    alone: TeacherRows[np.ndarray]
 
     def said(self, temperature: float) -> tuple[Said, Said, Said]:
         """What cache, teacher and the teacher alone say of the ids that the cache keeps."""
-        ids_PK = self.cached.topk_token_ids_SK.astype(np.int64)
+        ids_PK = self.cached.topk_token_ids_PK.astype(np.int64)
         cached, teacher, alone = (
             said_about(ids_PK, t, temperature) for t in (self.cached, self.teacher, self.alone)
         )
@@ -122,7 +119,7 @@ def judge(
     statistics: list[Statistic] = []
     for temperature in temperatures:
         statistics += _divergences(examples, rounding, floor_kl(dtype), temperature, factor)
-    if all(example.cached.label_logprobs_S is not None for example in examples):
+    if all(example.cached.label_logprobs_P is not None for example in examples):
         statistics.append(
             _labels(examples, rounding, STORED_LABEL_NATS + 12 * UNIT_ROUNDOFF[dtype], factor)
         )
@@ -205,7 +202,7 @@ def _labels(
     cached, control, allowed = [], [], []
     for example in examples:
         labels_P, by_teacher_P, by_alone_P = (
-            np.maximum(np.asarray(said.label_logprobs_S, dtype=np.float64), LEAST_LABEL_NATS)
+            np.maximum(np.asarray(said.label_logprobs_P, dtype=np.float64), LEAST_LABEL_NATS)
             for said in (example.cached, example.teacher, example.alone)
         )
         cached.append(np.abs(labels_P - by_teacher_P).mean())
@@ -248,7 +245,7 @@ def _explain(
         return f"only in: {', '.join(s.name for s in statistics if s.wrong_E[number])}"
     if typical < CLEARLY_CLOSER * kl_P.mean():
         place = int(kl_P.argmax())
-        return f"at few positions, most at position {example.positions_P[place]} ({kl_P[place]:.2g} nats)"
+        return f"at few positions, most at position {example.cached.positions_P[place]} ({kl_P[place]:.2g} nats)"
     for shift in (1, -1, 2, -2):
         if _shifted(example, shift) < CLEARLY_CLOSER * typical:
             return f"shifted: what stands at a position is what the teacher says {abs(shift)} {'behind' if shift > 0 else 'before'} it"
@@ -273,17 +270,19 @@ def _shifted(example: Compared, shift: int) -> float:
     return _matches(example.cached, example.teacher, shift)
 
 
-def _matches(cached: TeacherTopK, teacher: TeacherTopK, shift: int) -> float:
+def _matches(
+    cached: TeacherRows[np.ndarray], teacher: TeacherRows[np.ndarray], shift: int
+) -> float:
     """The median divergence of some positions, one stored position paired with the one `shift` further on."""
     first = max(0, -shift)
     length = min(
-        len(cached.topk_token_ids_SK) - first,
-        len(teacher.topk_token_ids_SK) - shift - first,
+        len(cached) - first,
+        len(teacher) - shift - first,
         PROBED_POSITIONS,
     )
     if length < 1:
         return float("inf")
     places = np.arange(first, first + length)
-    mine, theirs = at_positions(cached, places), at_positions(teacher, places + shift)
-    ids_PK = mine.topk_token_ids_SK.astype(np.int64)
+    mine, theirs = cached.at(places), teacher.at(places + shift)
+    ids_PK = mine.topk_token_ids_PK.astype(np.int64)
     return float(np.median(divergence(said_about(ids_PK, mine), said_about(ids_PK, theirs))))

@@ -232,47 +232,49 @@ def _check_row(
         if report.first_index < 0:
             report.first_index = example.index
         report.last_index = max(report.last_index, example.index)
-    ids_SK = teacher.topk_token_ids_SK
-    used_SK = ids_SK >= 0
-    in_loss = example.loss_mask_S > 0
-    hits = (ids_SK[in_loss] == example.labels_S[in_loss, None]).any(axis=1).sum()
+    ids_PK = teacher.topk_token_ids_PK
+    used_PK = ids_PK >= 0
+    targets = row.loss_rows()
+    labels_P = example.labels_S[targets.positions_P]
     counts = (
         1,
         example.num_tokens,
         example.num_loss_tokens,
-        int(used_SK[in_loss].sum()),
-        int(hits),
+        int((targets.topk_token_ids_PK >= 0).sum()),
+        int((targets.topk_token_ids_PK == labels_P[:, None]).any(axis=1).sum()),
     )
     for name, count in zip(COUNTS, counts, strict=True):
         report.counts[name] += count
-    report.kept_mass_sum += float((1 - teacher.tail_mass_TS[0, in_loss].astype(np.float64)).sum())
-    known_S = used_SK[:, 0]
-    sorted_SK = np.sort(np.where(used_SK, ids_SK, -1 - np.arange(ids_SK.shape[1])), axis=1)
-    if (sorted_SK[:, 1:] == sorted_SK[:, :-1]).any():
+    report.kept_mass_sum += float((1 - targets.tail_mass_PT[:, 0].astype(np.float64)).sum())
+    known_P = used_PK[:, 0]
+    sorted_PK = np.sort(np.where(used_PK, ids_PK, -1 - np.arange(ids_PK.shape[1])), axis=1)
+    if (sorted_PK[:, 1:] == sorted_PK[:, :-1]).any():
         report.problem(f"{where}: an id is kept twice at one position")
-    log_p_SK = (
-        np.where(used_SK, teacher.topk_logits_SK, -np.inf) - teacher.log_sum_exp_logits_S[:, None]
+    log_p_PK = (
+        np.where(used_PK, teacher.topk_logits_PK, -np.inf) - teacher.log_sum_exp_logits_P[:, None]
     )
-    mass_S = np.exp(log_p_SK, dtype=np.float64).sum(axis=1) + teacher.tail_mass_TS[0]
+    mass_P = np.exp(log_p_PK, dtype=np.float64).sum(axis=1) + teacher.tail_mass_PT[:, 0]
     tolerance = MASS_TOLERANCE[
         "packed" if manifest is not None and manifest.codec["name"] == "packed" else "json"
     ]
-    if (np.abs(mass_S - 1)[known_S] > tolerance).any():
-        worst = mass_S[known_S][np.abs(mass_S - 1)[known_S].argmax()]
+    if (np.abs(mass_P - 1)[known_P] > tolerance).any():
+        worst = mass_P[known_P][np.abs(mass_P - 1)[known_P].argmax()]
         report.problem(f"{where}: kept probabilities and tail sum to {worst:.4g}, expected 1")
-    if teacher.tail_mass_TS.min() < 0 or teacher.tail_mass_TS.max() > 1:
+    if not ((teacher.tail_mass_PT >= 0) & (teacher.tail_mass_PT <= 1)).all():
         report.problem(f"{where}: a tail mass lies outside 0 to 1")
     if manifest is None:
         return
-    samples = teacher.tail_token_ids_SM if teacher.tail_token_ids_SM is not None else ids_SK[:, :1]
-    largest = max(int(ids.max()) for ids in (ids_SK, example.tokens_S, example.labels_S, samples))
+    samples = teacher.tail_token_ids_PM if teacher.tail_token_ids_PM is not None else ids_PK[:, :1]
+    largest = max(
+        int(ids.max(initial=-1)) for ids in (ids_PK, example.tokens_S, example.labels_S, samples)
+    )
     if largest >= manifest.vocab_size:
         report.problem(
             f"{where}: token id {largest} exceeds the vocabulary of {manifest.vocab_size} that the manifest states"
         )
-    if used_SK.sum(axis=1).max() > manifest.top_k:
+    if used_PK.sum(axis=1).max(initial=0) > manifest.top_k:
         report.problem(
-            f"{where}: {used_SK.sum(axis=1).max()} tokens at one position, but the manifest says top_k={manifest.top_k}"
+            f"{where}: {used_PK.sum(axis=1).max(initial=0)} tokens at one position, but the manifest says top_k={manifest.top_k}"
         )
 
 

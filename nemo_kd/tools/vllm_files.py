@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import orjson
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.fields import array as field_array
 from nemo_kd.cache.fields import example_index, ids
 from nemo_kd.cache.layout import CacheError
@@ -84,7 +84,7 @@ class VllmRows:
     def largest_k(self) -> int:
         """The k that vLLM was asked for, as far as the first rows tell."""
         return max(
-            self[position].teacher.topk_token_ids_SK.shape[1]
+            self[position].teacher.topk_token_ids_PK.shape[1]
             for position in range(min(len(self), ROWS_FOR_K))
         )
 
@@ -162,12 +162,13 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
             f"{tokens[1 + mass_S.argmax()]}, expected log-probabilities; run vLLM with --logprobs-mode raw_logprobs"
         )
     largest_S = np.where(ids_SK[:, 0] >= 0, logprobs_SK[:, 0], 0)
-    teacher = TeacherTopK(
-        topk_logits_SK=(logprobs_SK - largest_S[:, None]).astype(np.float32),
-        topk_token_ids_SK=ids_SK,
-        log_sum_exp_logits_S=np.maximum(-largest_S, 0).astype(np.float32),
-        tail_mass_TS=np.clip(1 - mass_S, 0, 1).astype(np.float32)[None],
-        label_logprobs_S=np.maximum(told.own_logprob_S, SMALLEST_LOGPROB).astype(np.float32),
+    teacher = TeacherRows(
+        positions_P=np.arange(len(ids_SK)),
+        topk_logits_PK=(logprobs_SK - largest_S[:, None]).astype(np.float32),
+        topk_token_ids_PK=ids_SK,
+        log_sum_exp_logits_P=np.maximum(-largest_S, 0).astype(np.float32),
+        tail_mass_PT=np.clip(1 - mass_S, 0, 1).astype(np.float32)[:, None],
+        label_logprobs_P=np.maximum(told.own_logprob_S, SMALLEST_LOGPROB).astype(np.float32),
     )
     example = Example(example_index(payload, position, where), tokens[:-1], tokens[1:], mask[1:])
     return CachedExample(example, teacher)

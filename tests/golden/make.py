@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter
@@ -61,20 +61,21 @@ def row(index: int, name: str) -> CachedExample:
         (np.where(kept_SC, w, 0).sum(1) / w.sum(1))
         for w in (np.exp(logits_SC / t) for t in temperatures(cache))
     ]
-    teacher = TeacherTopK(
-        topk_logits_SK=np.where(kept_SC, logits_SC, -np.inf).astype(np.float32),
-        topk_token_ids_SK=np.where(kept_SC, ids_SC, -1),
-        log_sum_exp_logits_S=(logits_SC - np.log(p_SC))[:, 0].astype(np.float32),
-        tail_mass_TS=np.clip(1 - np.array(heads), 0, 1).astype(np.float32),
+    teacher = TeacherRows(
+        positions_P=np.arange(length),
+        topk_logits_PK=np.where(kept_SC, logits_SC, -np.inf).astype(np.float32),
+        topk_token_ids_PK=np.where(kept_SC, ids_SC, -1),
+        log_sum_exp_logits_P=(logits_SC - np.log(p_SC))[:, 0].astype(np.float32),
+        tail_mass_PT=np.clip(1 - np.array(heads), 0, 1).astype(np.float32).T,
         temperatures=temperatures(cache),
-        label_logprobs_S=np.log(p_SC[pick]).astype(np.float32),
-        tail_token_ids_SM=samples_SM if cache.tail_samples else None,
+        label_logprobs_P=np.log(p_SC[pick]).astype(np.float32),
+        tail_token_ids_PM=samples_SM if cache.tail_samples else None,
     )
     k = int(kept_SC.sum(axis=1).max())
     teacher = replace(
         teacher,
-        topk_logits_SK=teacher.topk_logits_SK[:, :k],
-        topk_token_ids_SK=teacher.topk_token_ids_SK[:, :k],
+        topk_logits_PK=teacher.topk_logits_PK[:, :k],
+        topk_token_ids_PK=teacher.topk_token_ids_PK[:, :k],
     )
     tokens_S = random.integers(VOCAB_SIZE, size=length)
     return CachedExample(
@@ -93,16 +94,16 @@ def floats(values: np.ndarray) -> Any:
 def to_json(row: CachedExample) -> dict[str, Any]:
     """The row as lists, used entries only; floats with the fewest digits that give the same float32."""
     example, teacher = row.example, row.teacher
-    counts = (teacher.topk_token_ids_SK >= 0).sum(axis=1).tolist()
-    samples = teacher.tail_token_ids_SM
+    counts = (teacher.topk_token_ids_PK >= 0).sum(axis=1).tolist()
+    samples = teacher.tail_token_ids_PM
     return {
         "index": example.index, "tokens": example.tokens_S.tolist(), "labels": example.labels_S.tolist(),
         "loss_mask": example.loss_mask_S.astype(int).tolist(), "temperatures": list(teacher.temperatures),
-        "topk_logits": [floats(x[:n]) for x, n in zip(teacher.topk_logits_SK, counts, strict=True)],
-        "topk_token_ids": [x[:n].tolist() for x, n in zip(teacher.topk_token_ids_SK, counts, strict=True)],
-        "log_sum_exp_logits": floats(teacher.log_sum_exp_logits_S),
-        "tail_mass": floats(teacher.tail_mass_TS),
-        "label_logprobs": floats(teacher.label_logprobs_S),
+        "topk_logits": [floats(x[:n]) for x, n in zip(teacher.topk_logits_PK, counts, strict=True)],
+        "topk_token_ids": [x[:n].tolist() for x, n in zip(teacher.topk_token_ids_PK, counts, strict=True)],
+        "log_sum_exp_logits": floats(teacher.log_sum_exp_logits_P),
+        "tail_mass": floats(teacher.tail_mass_PT.T),
+        "label_logprobs": floats(teacher.label_logprobs_P),
         "tail_token_ids": None if samples is None else samples.tolist(),
     }  # fmt: skip
 
@@ -111,16 +112,17 @@ def from_json(fields: dict[str, Any]) -> CachedExample:
     """The row that `to_json` wrote."""
     k = max(map(len, fields["topk_logits"]))
     f32, samples = np.float32, fields["tail_token_ids"]
-    teacher = TeacherTopK(
-        topk_logits_SK=np.array(
+    teacher = TeacherRows(
+        positions_P=np.arange(len(fields["tokens"])),
+        topk_logits_PK=np.array(
             [x + [-np.inf] * (k - len(x)) for x in fields["topk_logits"]], dtype=f32
         ),
-        topk_token_ids_SK=np.array([x + [-1] * (k - len(x)) for x in fields["topk_token_ids"]]),
-        log_sum_exp_logits_S=np.array(fields["log_sum_exp_logits"], dtype=f32),
-        tail_mass_TS=np.array(fields["tail_mass"], dtype=f32),
+        topk_token_ids_PK=np.array([x + [-1] * (k - len(x)) for x in fields["topk_token_ids"]]),
+        log_sum_exp_logits_P=np.array(fields["log_sum_exp_logits"], dtype=f32),
+        tail_mass_PT=np.array(fields["tail_mass"], dtype=f32).T,
         temperatures=tuple(fields["temperatures"]),
-        label_logprobs_S=np.array(fields["label_logprobs"], dtype=f32),
-        tail_token_ids_SM=None if samples is None else np.array(samples),
+        label_logprobs_P=np.array(fields["label_logprobs"], dtype=f32),
+        tail_token_ids_PM=None if samples is None else np.array(samples),
     )
     mask_S = np.array(fields["loss_mask"], dtype=f32)
     return CachedExample(
@@ -156,12 +158,13 @@ def write(folder: Path, name: str, rows: list[CachedExample]) -> None:
 
 def tiny_row() -> CachedExample:
     """The worked example of docs/cache_format.md."""
-    teacher = TeacherTopK(
-        topk_logits_SK=np.array([[0, -np.inf], [0, -1.25], [0, -np.inf]], dtype=np.float32),
-        topk_token_ids_SK=np.array([[1, -1], [6, 900], [2, -1]]),
-        log_sum_exp_logits_S=np.array([0, 0.5, 0.01], dtype=np.float32),
-        tail_mass_TS=np.array([[0, 0.22, 0.01]], dtype=np.float32),
-        label_logprobs_S=np.array([0, -4.0, -0.01], dtype=np.float32),
+    teacher = TeacherRows(
+        positions_P=np.arange(3),
+        topk_logits_PK=np.array([[0, -np.inf], [0, -1.25], [0, -np.inf]], dtype=np.float32),
+        topk_token_ids_PK=np.array([[1, -1], [6, 900], [2, -1]]),
+        log_sum_exp_logits_P=np.array([0, 0.5, 0.01], dtype=np.float32),
+        tail_mass_PT=np.array([[0], [0.22], [0.01]], dtype=np.float32),
+        label_logprobs_P=np.array([0, -4.0, -0.01], dtype=np.float32),
     )
     example = Example(
         7, np.array([5, 6, 9]), np.array([6, 9, 2]), np.array([0, 1, 1], dtype=np.float32)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_kd.batch import CachedExample, TeacherTopK
+from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
@@ -23,7 +23,7 @@ from nemo_kd.cache.writer import CacheWriter, SegmentWriter
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.records import DataError
 from nemo_kd.teacher.loop import compute_topk_logits
-from nemo_kd.tools.faithfulness import at_positions, known_positions
+from nemo_kd.tools.faithfulness import targets_of
 from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config, sampled
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import build_hf_model
@@ -130,19 +130,18 @@ def planted(source: Path, folder: Path, change: Change, **manifest_changes: obje
     return folder / source.name
 
 
-def put(row: CachedExample, positions: np.ndarray, said: TeacherTopK) -> CachedExample:
-    """The row with other words of the teacher at some positions."""
+def put(row: CachedExample, positions: np.ndarray, said: TeacherRows) -> CachedExample:
+    """The row with other words of the teacher at some positions of the example."""
+    positions = np.searchsorted(row.teacher.positions_P, positions)
     fields = {}
-    for field in dataclasses.fields(TeacherTopK):
+    for field in dataclasses.fields(TeacherRows):
         mine, theirs = getattr(row.teacher, field.name), getattr(said, field.name)
-        if field.name == "temperatures" or mine is None:
+        if field.name in ("positions_P", "temperatures") or mine is None:
             continue
         value = mine.copy()
-        if field.name == "tail_mass_TS":
-            value[:, positions] = theirs
-        elif field.name in ("topk_logits_SK", "topk_token_ids_SK"):
+        if field.name in ("topk_logits_PK", "topk_token_ids_PK"):
             k = max(mine.shape[1], theirs.shape[1])
-            fill = -np.inf if field.name == "topk_logits_SK" else -1
+            fill = -np.inf if field.name == "topk_logits_PK" else -1
             value = np.pad(mine, ((0, 0), (0, k - mine.shape[1])), constant_values=fill)
             value[positions] = fill
             value[positions, : theirs.shape[1]] = theirs
@@ -159,28 +158,22 @@ def nothing(rows: list[CachedExample]) -> None:
 def swap(rows: list[CachedExample]) -> None:
     """Two rows of one length where there are such, else as much as the shorter one has."""
     a, b = rows[7], rows[8]
-    positions = known_positions(a), known_positions(b)
-    length = min(map(len, positions))
-    said = [
-        at_positions(row.teacher, places[:length])
-        for row, places in zip((a, b), positions, strict=True)
-    ]
-    rows[7], rows[8] = (
-        put(a, positions[0][:length], said[1]),
-        put(b, positions[1][:length], said[0]),
-    )
+    targets = targets_of(a), targets_of(b)
+    length = slice(min(map(len, targets)))
+    rows[7] = put(a, targets[0].positions_P[length], targets[1].at(length))
+    rows[8] = put(b, targets[1].positions_P[length], targets[0].at(length))
 
 
 def shift(rows: list[CachedExample]) -> None:
     """Every position of one row says what belongs to the next one."""
-    positions = known_positions(rows[3])
-    rows[3] = put(rows[3], positions[:-1], at_positions(rows[3].teacher, positions[1:]))
+    targets = targets_of(rows[3])
+    rows[3] = put(rows[3], targets.positions_P[:-1], targets.at(slice(1, None)))
 
 
 def one_position(rows: list[CachedExample]) -> None:
     """One position of one row says what belongs to another."""
-    positions = known_positions(rows[10])
-    rows[10] = put(rows[10], positions[4:5], at_positions(rows[10].teacher, positions[12:13]))
+    targets = targets_of(rows[10])
+    rows[10] = put(rows[10], targets.positions_P[4:5], targets.at(slice(12, 13)))
 
 
 @pytest.mark.parametrize(
@@ -305,10 +298,10 @@ def test_another_teacher_shows(verify, world, tmp_path):
 
 def test_a_tail_at_another_temperature_shows(verify, world, tmp_path):
     def change(rows: list[CachedExample]) -> None:
-        tails = rows[2].teacher.tail_mass_TS.copy()
-        tails[1] = tails[0]
+        tails = rows[2].teacher.tail_mass_PT.copy()
+        tails[:, 1] = tails[:, 0]
         rows[2] = CachedExample(
-            rows[2].example, dataclasses.replace(rows[2].teacher, tail_mass_TS=tails)
+            rows[2].example, dataclasses.replace(rows[2].teacher, tail_mass_PT=tails)
         )
 
     report, is_right = verify(planted(world[2]("packed"), tmp_path / "bad", change))
@@ -319,11 +312,11 @@ def test_a_tail_at_another_temperature_shows(verify, world, tmp_path):
 
 def test_a_tail_sample_among_the_kept_ids_shows(verify, world, tmp_path):
     def change(rows: list[CachedExample]) -> None:
-        samples = rows[2].teacher.tail_token_ids_SM.copy()
+        samples = rows[2].teacher.tail_token_ids_PM.copy()
         places = np.flatnonzero(samples[:, 0] >= 0)
-        samples[places[0]] = rows[2].teacher.topk_token_ids_SK[places[0], 0]
+        samples[places[0]] = rows[2].teacher.topk_token_ids_PK[places[0], 0]
         rows[2] = CachedExample(
-            rows[2].example, dataclasses.replace(rows[2].teacher, tail_token_ids_SM=samples)
+            rows[2].example, dataclasses.replace(rows[2].teacher, tail_token_ids_PM=samples)
         )
 
     report, is_right = verify(planted(world[2]("packed"), tmp_path / "bad", change))
@@ -385,14 +378,14 @@ def test_a_cache_without_a_manifest(verify, world, tmp_path):
         half = {
             name: torch.from_numpy(getattr(teacher, field)).bfloat16().float().tolist()
             for name, field in (
-                ("topk_logits", "topk_logits_SK"),
-                ("log_sum_exp_logits", "log_sum_exp_logits_S"),
+                ("topk_logits", "topk_logits_PK"),
+                ("log_sum_exp_logits", "log_sum_exp_logits_P"),
             )
         }
         lines.append(
             {
                 "tokens": example.tokens_S.tolist(), "labels": example.labels_S.tolist(), "loss_mask": example.loss_mask_S.tolist(),
-                "topk_token_ids": teacher.topk_token_ids_SK.tolist(), **half,
+                "topk_token_ids": teacher.topk_token_ids_PK.tolist(), **half,
             }
         )  # fmt: skip
     path = tmp_path / "aligner.jsonl"

@@ -26,6 +26,7 @@ from nemo_kd.data.records import DataError
 from nemo_kd.files import Lock
 from nemo_kd.teacher.estimate import plan_cache
 from nemo_kd.teacher.loop import compute_topk_logits
+from tests.tiny_cache import everywhere
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -323,29 +324,29 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
         "tail_samples": 3, "seed": 1234,
     }  # fmt: skip
     for position in range(len(ours)):
-        found, exact = ours[position].teacher, full[position].teacher
+        found, exact = (everywhere(rows[position]).teacher for rows in (ours, full))
         in_loss = ours[position].example.loss_mask_S > 0
         assert np.array_equal(ours[position].example.tokens_S, full[position].example.tokens_S)
         assert found.temperatures == exact.temperatures == (1.0, 2.0)
-        p = np.exp(exact.topk_logits_SK - exact.log_sum_exp_logits_S[:, None])
+        p = np.exp(exact.topk_logits_PK - exact.log_sum_exp_logits_P[:, None])
         counts = np.maximum(2, (p >= 0.01).sum(1))
         for s in np.flatnonzero(in_loss):
-            ids = found.topk_token_ids_SK[s]
-            expected = exact.topk_token_ids_SK[s, : counts[s]].tolist()
+            ids = found.topk_token_ids_PK[s]
+            expected = exact.topk_token_ids_PK[s, : counts[s]].tolist()
             assert ids[0] == expected[0]
             assert sorted(ids[ids >= 0].tolist()) == sorted(expected)
-            samples = found.tail_token_ids_SM[s]
+            samples = found.tail_token_ids_PM[s]
             assert not set(samples.tolist()) & set(ids[ids >= 0].tolist()) or (samples == -1).all()
-            logits = exact.topk_logits_SK[s].astype(float)
+            logits = exact.topk_logits_PK[s].astype(float)
             for number, temperature in enumerate((1.0, 2.0)):
                 weights = np.exp(logits / temperature)
                 share = (
-                    weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_TS[number, s])
+                    weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_PT[s, number])
                 )
-                odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_TS[number, s] - 1)
+                odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_PT[s, number] - 1)
                 assert abs(odds[0] + odds[1]) < 0.07
         np.testing.assert_allclose(
-            found.label_logprobs_S[in_loss], exact.label_logprobs_S[in_loss], atol=0.15
+            found.label_logprobs_P[in_loss], exact.label_logprobs_P[in_loss], atol=0.15
         )
 
 
@@ -422,7 +423,7 @@ def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
         )
         reader = CacheReader(str(output))
         drawn.append(
-            np.concatenate([reader[i].teacher.tail_token_ids_SM for i in range(len(reader))])
+            np.concatenate([reader[i].teacher.tail_token_ids_PM for i in range(len(reader))])
         )
     assert (drawn[0] >= 0).any()
     assert (

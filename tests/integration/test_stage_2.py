@@ -26,6 +26,7 @@ from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.checkpoint_folder import CheckpointError
 from nemo_kd.student.module import StudentModule, train_student
 from tests.integration.test_stage_1 import run_stage_1
+from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import build_hf_model, save_hf_model
 
@@ -104,19 +105,19 @@ def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str,
     reader = CacheReader(str(train))
     total, count = torch.zeros((), dtype=torch.float64), 0
     for index in range(num_rows):
-        row = reader[index]
+        row = everywhere(reader[index])
         logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
         mask = torch.tensor(row.example.loss_mask_S).double()
         ce = torch.nn.functional.cross_entropy(
             logits, torch.tensor(row.example.labels_S), reduction="none"
         )
         for s in mask.nonzero()[:, 0].tolist():
-            ids = torch.tensor(row.teacher.topk_token_ids_SK[s]).long()
-            p = torch.softmax(torch.tensor(row.teacher.topk_logits_SK[s])[ids >= 0].double(), -1)
+            ids = torch.tensor(row.teacher.topk_token_ids_PK[s]).long()
+            p = torch.softmax(torch.tensor(row.teacher.topk_logits_PK[s])[ids >= 0].double(), -1)
             if support == "renormalize":
                 q = torch.softmax(logits[s, ids[ids >= 0]], -1)
             else:
-                tail = float(row.teacher.tail_mass_TS[0, s])
+                tail = float(row.teacher.tail_mass_PT[s, 0])
                 p = torch.cat([(1 - tail) * p, torch.tensor([tail], dtype=torch.float64)])
                 q = torch.softmax(logits[s, :300], -1)[ids[ids >= 0]]
                 q = torch.cat([q, 1 - q.sum(0, keepdim=True)])

@@ -21,6 +21,7 @@ from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import gradients, run_stage_2
+from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -60,23 +61,27 @@ def divergence(p: torch.Tensor, q: torch.Tensor, kd_loss: str) -> torch.Tensor:
 
 def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Tensor:
     """The KD term of one position; `logits` are the student's [V] in float64."""
-    teacher, kd_loss, support = row.teacher, settings["kd_loss"], settings.get("support", "tail")
+    teacher, kd_loss, support = (
+        everywhere(row).teacher,
+        settings["kd_loss"],
+        settings.get("support", "tail"),
+    )
     if kd_loss in ("k2", "k3"):
         gap = logits.log_softmax(-1)[int(row.example.labels_S[s])] - float(
-            teacher.label_logprobs_S[s]
+            teacher.label_logprobs_P[s]
         )
         return gap**2 / 2 if kd_loss == "k2" else (-gap).exp() - 1 + gap
     temperature = settings.get("temperature", 1.0)
-    used = teacher.topk_token_ids_SK[s] >= 0
-    ids = torch.tensor(teacher.topk_token_ids_SK[s][used]).long()
-    kept = torch.tensor(teacher.topk_logits_SK[s][used]).double()
+    used = teacher.topk_token_ids_PK[s] >= 0
+    ids = torch.tensor(teacher.topk_token_ids_PK[s][used]).long()
+    kept = torch.tensor(teacher.topk_logits_PK[s][used]).double()
     if support == "renormalize":
         p, q = (kept / temperature).softmax(-1), (logits[ids] / temperature).softmax(-1)
         return temperature**2 * divergence(p, q, kd_loss)
-    tail = float(teacher.tail_mass_TS[teacher.temperatures.index(temperature), s])
+    tail = float(teacher.tail_mass_PT[s, teacher.temperatures.index(temperature)])
     p, q = (1 - tail) * (kept / temperature).softmax(-1), (logits / temperature).softmax(-1)
     if support == "sampled":
-        samples = teacher.tail_token_ids_SM[s]
+        samples = teacher.tail_token_ids_PM[s]
         weight = max(tail, SMALLEST_SAMPLED_TAIL) / len(samples)
         drawn = torch.tensor(samples[samples >= 0]).long()
         entropy = torch.tensor(tail).xlogy(torch.tensor(tail))

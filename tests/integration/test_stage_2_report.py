@@ -21,6 +21,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.ops.comparison import COMPARED
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
+from tests.tiny_cache import everywhere
 from tests.tiny_data import aligner_rows, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -48,18 +49,18 @@ def expected_means(student: Path, *caches: Path) -> dict[str, float]:
     for cache in caches:
         reader = CacheReader(str(cache))
         for index in range(len(reader)):
-            row = reader[index]
+            row = everywhere(reader[index])
             with torch.no_grad():
                 q_SV = torch.softmax(
                     model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(), -1
                 ).numpy()
             for s in np.flatnonzero(row.example.loss_mask_S):
-                used = row.teacher.topk_token_ids_SK[s] >= 0
+                used = row.teacher.topk_token_ids_PK[s] >= 0
                 ids, tail = (
-                    row.teacher.topk_token_ids_SK[s][used],
-                    float(row.teacher.tail_mass_TS[0, s]),
+                    row.teacher.topk_token_ids_PK[s][used],
+                    float(row.teacher.tail_mass_PT[s, 0]),
                 )
-                weights = np.exp(row.teacher.topk_logits_SK[s][used].astype(np.float64))
+                weights = np.exp(row.teacher.topk_logits_PK[s][used].astype(np.float64))
                 p = np.append(weights / weights.sum() * (1 - tail), tail)
                 q = np.append(q_SV[s, ids], 1 - q_SV[s, ids].sum())
                 values = (

@@ -25,6 +25,7 @@ from nemo_kd.student.data_module import StudentData
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.splits import load_splits
 from tests.integration.test_stage_1 import run_stage_1
+from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -254,7 +255,7 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
         optimizer.zero_grad()
         sums = torch.zeros(4)
         for index in order[step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE].tolist():
-            sums = sums + example_sums(model, reader[index])
+            sums = sums + example_sums(model, everywhere(reader[index]))
         (sums[0] / sums[3]).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -275,10 +276,10 @@ def example_sums(model, row) -> torch.Tensor:
         row.example.loss_mask_S.nonzero()[0].tolist(),
     )
     for s in positions:
-        ids = torch.tensor(row.teacher.topk_token_ids_SK[s]).long()
+        ids = torch.tensor(row.teacher.topk_token_ids_PK[s]).long()
         kept = ids >= 0
-        tail = float(row.teacher.tail_mass_TS[0, s])
-        p = (1 - tail) * torch.softmax(torch.tensor(row.teacher.topk_logits_SK[s])[kept], -1)
+        tail = float(row.teacher.tail_mass_PT[s, 0])
+        p = (1 - tail) * torch.softmax(torch.tensor(row.teacher.topk_logits_PK[s])[kept], -1)
         q = torch.softmax(logits[s], -1)[ids[kept]]
         p, q = (
             torch.cat([p, torch.tensor([max(tail, 1e-12)])]),

@@ -64,10 +64,9 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
     for position in range(9):
         expected = row(position)
         assert np.array_equal(found[position].example.tokens_S, expected.example.tokens_S)
-        in_loss = expected.example.loss_mask_S > 0
-        ours, theirs = found[position].teacher, expected.teacher
+        ours, theirs = found[position].loss_rows(), expected.loss_rows()
         p, q = (
-            np.exp(t.topk_logits_SK - t.log_sum_exp_logits_S[:, None])[in_loss].sum(1)
+            np.exp(t.topk_logits_PK - t.log_sum_exp_logits_P[:, None]).sum(1)
             for t in (ours, theirs)
         )
         np.testing.assert_allclose(p, q, atol=0.01)
@@ -160,16 +159,16 @@ def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, wit
     teacher = VllmRows(str(tmp_path / "v.jsonl"))[0].teacher
     for s, p in enumerate(told):
         likeliest = sorted(p, key=lambda token: -p[token])[:5]
-        assert teacher.topk_token_ids_SK[s].tolist() == likeliest
+        assert teacher.topk_token_ids_PK[s].tolist() == likeliest
         np.testing.assert_allclose(
-            np.exp(teacher.topk_logits_SK[s] - teacher.log_sum_exp_logits_S[s]),
+            np.exp(teacher.topk_logits_PK[s] - teacher.log_sum_exp_logits_P[s]),
             [p[token] for token in likeliest],
             rtol=1e-5,
         )
         np.testing.assert_allclose(
-            teacher.tail_mass_TS[0, s], 1 - sum(p[token] for token in likeliest), atol=1e-6
+            teacher.tail_mass_PT[s, 0], 1 - sum(p[token] for token in likeliest), atol=1e-6
         )
-        np.testing.assert_allclose(teacher.label_logprobs_S[s], math.log(p[labels[s]]), rtol=1e-5)
+        np.testing.assert_allclose(teacher.label_logprobs_P[s], math.log(p[labels[s]]), rtol=1e-5)
 
 
 def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
@@ -180,7 +179,7 @@ def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
     (tmp_path / "v.jsonl").write_text(
         json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]}) + "\n"
     )
-    assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_SK.tolist() == [[8]]
+    assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_PK.tolist() == [[8]]
 
 
 LINE = {
@@ -215,11 +214,11 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
     rows = VllmRows(str(tmp_path / "v.jsonl"))
     assert [rows[position].example.index for position in range(len(rows))] == [0, 1]
     teacher = rows[1].teacher
-    assert teacher.topk_token_ids_SK.tolist() == [[9]]
-    assert teacher.log_sum_exp_logits_S.tolist() == [0.5]
-    np.testing.assert_allclose(teacher.tail_mass_TS, [[1 - math.exp(-0.5)]], rtol=1e-6)
-    assert teacher.label_logprobs_S is not None
-    assert teacher.label_logprobs_S.tolist() == [-0.5]
+    assert teacher.topk_token_ids_PK.tolist() == [[9]]
+    assert teacher.log_sum_exp_logits_P.tolist() == [0.5]
+    np.testing.assert_allclose(teacher.tail_mass_PT, [[1 - math.exp(-0.5)]], rtol=1e-6)
+    assert teacher.label_logprobs_P is not None
+    assert teacher.label_logprobs_P.tolist() == [-0.5]
 
 
 @pytest.mark.parametrize(

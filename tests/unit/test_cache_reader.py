@@ -61,9 +61,9 @@ def test_rows_without_their_manifest_are_those_of_plain_json(tmp_path):
         found = row(index, 4)
         lines.append(
             {
-                "log_sum_exp_logits": found.teacher.log_sum_exp_logits_S.tolist(),
-                "topk_token_ids": found.teacher.topk_token_ids_SK.tolist(),
-                "topk_logits": found.teacher.topk_logits_SK.tolist(),
+                "log_sum_exp_logits": found.teacher.log_sum_exp_logits_P.tolist(),
+                "topk_token_ids": found.teacher.topk_token_ids_PK.tolist(),
+                "topk_logits": found.teacher.topk_logits_PK.tolist(),
                 "loss_mask": found.example.loss_mask_S.tolist(),
                 "labels": found.example.labels_S.tolist(),
                 "tokens": found.example.tokens_S.tolist(),
@@ -292,19 +292,19 @@ def test_fewer_teacher_tokens_join_the_tail(tmp_path, codec, name):
     full, fewer = CacheReader(str(path)), CacheReader(str(path), top_k=2)
     for position in range(10):
         ours, theirs = fewer[position].teacher, full[position].teacher
-        assert ours.topk_token_ids_SK.shape[1] <= 2
-        for s in range(len(ours.log_sum_exp_logits_S)):
-            kept = ours.topk_token_ids_SK[s] >= 0
+        assert ours.topk_token_ids_PK.shape[1] <= 2
+        for s in range(len(ours.log_sum_exp_logits_P)):
+            kept = ours.topk_token_ids_PK[s] >= 0
             if kept.any():
                 mass = (
-                    np.exp(ours.topk_logits_SK[s][kept] - ours.log_sum_exp_logits_S[s])
+                    np.exp(ours.topk_logits_PK[s][kept] - ours.log_sum_exp_logits_P[s])
                     .astype(np.float64)
                     .sum()
                 )
-                assert mass + ours.tail_mass_TS[0, s] == pytest.approx(1, abs=2e-3)
+                assert mass + ours.tail_mass_PT[s, 0] == pytest.approx(1, abs=2e-3)
                 assert (
-                    ours.topk_token_ids_SK[s][kept].tolist()
-                    == theirs.topk_token_ids_SK[s, : kept.sum()].tolist()
+                    ours.topk_token_ids_PK[s][kept].tolist()
+                    == theirs.topk_token_ids_PK[s, : kept.sum()].tolist()
                 )
 
 
@@ -315,19 +315,19 @@ def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
     dropped = 0
     for position in range(10):
         ours, original = reader[position].teacher, row(position, 3 + position % 4).teacher
-        for s in range(len(ours.log_sum_exp_logits_S)):
-            ids = original.topk_token_ids_SK[s]
+        for s in range(len(ours.log_sum_exp_logits_P)):
+            ids = original.topk_token_ids_PK[s]
             expected = [int(i) for i in ids if i < 30]
-            assert [int(i) for i in ours.topk_token_ids_SK[s] if i >= 0] == expected
+            assert [int(i) for i in ours.topk_token_ids_PK[s] if i >= 0] == expected
             probabilities = np.exp(
-                original.topk_logits_SK[s].astype(np.float64) - original.log_sum_exp_logits_S[s]
+                original.topk_logits_PK[s].astype(np.float64) - original.log_sum_exp_logits_P[s]
             )
             kept = probabilities[ids < 30].sum()
-            assert ours.tail_mass_TS[0, s] == pytest.approx(1 - kept, abs=1e-5)
+            assert ours.tail_mass_PT[s, 0] == pytest.approx(1 - kept, abs=1e-5)
             if expected:
                 found = np.exp(
-                    ours.topk_logits_SK[s][: len(expected)].astype(np.float64)
-                    - ours.log_sum_exp_logits_S[s]
+                    ours.topk_logits_PK[s][: len(expected)].astype(np.float64)
+                    - ours.log_sum_exp_logits_P[s]
                 )
                 assert found.sum() == pytest.approx(kept, rel=1e-5)
             dropped += len(ids) - len(expected)
@@ -338,14 +338,14 @@ def test_tail_samples_outside_a_smaller_vocabulary_are_nobody(tmp_path):
     """They are drawn from the whole vocabulary, so one may lie outside though every kept token is inside."""
     found = row(0, 4)  # positions 2 and 3 are stored; they keep ids up to 45
     samples = np.array([[-1, -1], [-1, -1], [1, 48], [2, 3]])
-    found = CachedExample(found.example, replace(found.teacher, tail_token_ids_SM=samples))
+    found = CachedExample(found.example, replace(found.teacher, tail_token_ids_PM=samples))
     (tmp_path / "x.jsonl").write_bytes(encode(found, "packed"))
     reader = CacheReader(str(tmp_path / "x.jsonl"))
     assert reader.max_topk_id == 48
-    assert np.sort(reader[0].teacher.tail_token_ids_SM[2:]).tolist() == [[1, 48], [2, 3]]
+    assert np.sort(reader[0].teacher.tail_token_ids_PM).tolist() == [[1, 48], [2, 3]]
     smaller = CacheReader(str(tmp_path / "x.jsonl"), vocab_size=47)[0].teacher
-    assert np.sort(smaller.tail_token_ids_SM[2:]).tolist() == [[-1, 1], [2, 3]]
-    assert (smaller.topk_token_ids_SK == reader[0].teacher.topk_token_ids_SK).all()
+    assert np.sort(smaller.tail_token_ids_PM).tolist() == [[-1, 1], [2, 3]]
+    assert (smaller.topk_token_ids_PK == reader[0].teacher.topk_token_ids_PK).all()
 
 
 def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache import json_codec, packed_codec
 from nemo_kd.cache.entropy_coding import (
     huffman,
@@ -25,17 +25,17 @@ from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import limited
 from nemo_kd.config.cache import CacheConfig
-from tests.tiny_cache import row, same
+from tests.tiny_cache import everywhere, row, same
 
 
-def logprobs(teacher: TeacherTopK) -> np.ndarray:
-    return teacher.topk_logits_SK - teacher.log_sum_exp_logits_S[:, None]
+def logprobs(teacher: TeacherRows) -> np.ndarray:
+    return teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None]
 
 
 def in_order_of(original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray) -> CachedExample:
     """The row with its entries in the order of `ids_SK`: rounding may exchange neighbours, but never the likeliest token."""
     teacher, k = original.teacher, ids_SK.shape[1]
-    logits, ids = teacher.topk_logits_SK[:, :k].copy(), teacher.topk_token_ids_SK[:, :k].copy()
+    logits, ids = teacher.topk_logits_PK[:, :k].copy(), teacher.topk_token_ids_PK[:, :k].copy()
     for s in np.flatnonzero(stored):
         place = {token: number for number, token in enumerate(ids[s].tolist())}
         order = [place[token] for token in ids_SK[s].tolist() if token >= 0]
@@ -43,7 +43,7 @@ def in_order_of(original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray)
         assert sorted(order) == list(range(len(order)))
         assert (np.diff(logits[s, order] - logits[s, 0]) < 0.51).all()
         logits[s, : len(order)], ids[s, : len(order)] = logits[s, order], ids[s, order]
-    return replace(original, teacher=replace(teacher, topk_logits_SK=logits, topk_token_ids_SK=ids))
+    return replace(original, teacher=replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids))
 
 
 def test_plain_json_reads_a_json_line_and_float32_survives():
@@ -60,14 +60,14 @@ def test_plain_json_reads_a_json_line_and_float32_survives():
     } <= set(payload)
     assert payload["index"] == 3
     assert np.array_equal(
-        np.array(payload["topk_logits"], dtype=np.float32), original.teacher.topk_logits_SK
+        np.array(payload["topk_logits"], dtype=np.float32), original.teacher.topk_logits_PK
     )
     decoded = decode(encode(original, "json"), "x:1")
     assert same(decoded, original)
     np.testing.assert_allclose(
-        decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-7
+        decoded.teacher.tail_mass_PT, original.teacher.tail_mass_PT, atol=1e-7
     )
-    assert np.array_equal(decoded.teacher.label_logprobs_S, original.teacher.label_logprobs_S)
+    assert np.array_equal(decoded.teacher.label_logprobs_P, original.teacher.label_logprobs_P)
 
 
 def test_nemo_aligners_padded_lines_with_other_fields_are_read():
@@ -88,9 +88,9 @@ def test_nemo_aligners_padded_lines_with_other_fields_are_read():
     decoded = decode(json.dumps(line).encode(), "x:1")
     assert same(decoded, original)
     np.testing.assert_allclose(
-        decoded.teacher.tail_mass_TS, original.teacher.tail_mass_TS, atol=1e-6
+        decoded.teacher.tail_mass_PT, original.teacher.tail_mass_PT, atol=1e-6
     )
-    assert decoded.teacher.label_logprobs_S is None
+    assert decoded.teacher.label_logprobs_P is None
     del line["index"]
     assert decode(json.dumps(line).encode(), "x:1", index=8).example.index == 8
 
@@ -102,10 +102,10 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
     line["log_sum_exp_logits"] = [value + 7.25 for value in line["log_sum_exp_logits"]]
     decoded = decode(json.dumps(line).encode(), "x:1")
     np.testing.assert_allclose(
-        decoded.teacher.topk_logits_SK, original.teacher.topk_logits_SK, atol=1e-6
+        decoded.teacher.topk_logits_PK, original.teacher.topk_logits_PK, atol=1e-6
     )
     np.testing.assert_allclose(
-        decoded.teacher.log_sum_exp_logits_S, original.teacher.log_sum_exp_logits_S, atol=1e-6
+        decoded.teacher.log_sum_exp_logits_P, original.teacher.log_sum_exp_logits_P, atol=1e-6
     )
 
 
@@ -179,40 +179,46 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
     line = json.loads(encode(original, "packed", cache.positions))
     assert set(line) == {"v", "index", "hash", "tokens", "labels", "loss_mask", "teacher"}
     decoded = decode(json.dumps(line).encode(), "x:1")
+    assert len(decoded.teacher) == (
+        length if cache.positions == "all" else decoded.example.num_loss_tokens
+    )
+    decoded = everywhere(decoded)
     assert np.array_equal(decoded.example.tokens_S, original.example.tokens_S)
     stored = np.ones(length, bool) if cache.positions == "all" else original.example.loss_mask_S > 0
-    k = decoded.teacher.topk_token_ids_SK.shape[1]
-    assert (original.teacher.topk_token_ids_SK[stored, k:] < 0).all()
-    original = in_order_of(original, decoded.teacher.topk_token_ids_SK, stored)
+    k = decoded.teacher.topk_token_ids_PK.shape[1]
+    assert (original.teacher.topk_token_ids_PK[stored, k:] < 0).all()
+    original = in_order_of(original, decoded.teacher.topk_token_ids_PK, stored)
     assert np.array_equal(
-        decoded.teacher.topk_token_ids_SK[stored], original.teacher.topk_token_ids_SK[stored, :k]
+        decoded.teacher.topk_token_ids_PK[stored], original.teacher.topk_token_ids_PK[stored, :k]
     )
-    assert (decoded.teacher.topk_logits_SK[stored, 0] == 0).all()
-    assert (decoded.teacher.topk_token_ids_SK[~stored] == -1).all()
-    assert (decoded.teacher.tail_mass_TS[:, ~stored] == 1).all()
+    assert (decoded.teacher.topk_logits_PK[stored, 0] == 0).all()
+    assert (decoded.teacher.topk_token_ids_PK[~stored] == -1).all()
+    assert (decoded.teacher.tail_mass_PT[~stored] == 1).all()
     assert decoded.teacher.temperatures == (1.0, 0.5, 2.0)
-    used = decoded.teacher.topk_token_ids_SK >= 0
+    used = decoded.teacher.topk_token_ids_PK >= 0
     expected, found = logprobs(original.teacher)[:, :k][used], logprobs(decoded.teacher)[used]
     assert np.abs(found - expected).max() < 0.3
     head = np.where(used, np.exp(logprobs(decoded.teacher)), 0).sum(1)
-    np.testing.assert_allclose((head + decoded.teacher.tail_mass_TS[0])[stored], 1, atol=1e-6)
+    np.testing.assert_allclose((head + decoded.teacher.tail_mass_PT[:, 0])[stored], 1, atol=1e-6)
     odds = [
         np.log(np.clip(t, 1e-9, 1) / np.clip(1 - t, 1e-9, 1))
-        for t in (original.teacher.tail_mass_TS, decoded.teacher.tail_mass_TS)
+        for t in (original.teacher.tail_mass_PT, decoded.teacher.tail_mass_PT)
     ]
     clear = (
-        (original.teacher.tail_mass_TS > 1e-6) & (original.teacher.tail_mass_TS < 1 - 1e-6) & stored
+        (original.teacher.tail_mass_PT > 1e-6)
+        & (original.teacher.tail_mass_PT < 1 - 1e-6)
+        & stored[:, None]
     )
     assert (np.abs(odds[0] - odds[1])[clear] < 1 / 16 + 1e-3).all()
     assert (
-        np.abs(decoded.teacher.label_logprobs_S - original.teacher.label_logprobs_S)[stored]
-        < 0.1 + 0.3 * (original.teacher.label_logprobs_S[stored] < -10)
+        np.abs(decoded.teacher.label_logprobs_P - original.teacher.label_logprobs_P)[stored]
+        < 0.1 + 0.3 * (original.teacher.label_logprobs_P[stored] < -10)
     ).all()
     p = np.where(used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0)[stored]
     difference = np.where(used, logprobs(original.teacher)[:, :k], 0) - np.where(
         used, logprobs(decoded.teacher), 0
     )
-    tail, found_tail = 1 - p.sum(1), decoded.teacher.tail_mass_TS[0, stored]
+    tail, found_tail = 1 - p.sum(1), decoded.teacher.tail_mass_PT[stored, 0]
     kl = (p * difference[stored]).sum(1) + np.where(
         tail > 1e-6, tail * np.log(tail / found_tail), 0
     )
@@ -275,16 +281,18 @@ def test_an_extreme_teacher_survives():
     ids = (np.arange(2 * k).reshape(2, k) * 20_971).astype(np.int64)
     ids[1, -1] = (1 << 24) - 2
     log_sum_exp = np.log(np.exp(logits.astype(np.float64)).sum(1)).astype(np.float32)
-    teacher = TeacherTopK(logits, ids, log_sum_exp, np.zeros((1, 2), dtype=np.float32))
+    teacher = TeacherRows(
+        np.arange(2), logits, ids, log_sum_exp, np.zeros((2, 1), dtype=np.float32)
+    )
     original = CachedExample(
         Example(0, np.array([3, 4]), np.array([4, 5]), np.ones(2, dtype=np.float32)), teacher
     )
     decoded = decode(encode(original, "packed"), "x:1").teacher
-    assert np.array_equal(np.sort(decoded.topk_token_ids_SK), np.sort(ids))
-    assert decoded.topk_token_ids_SK[:, 0].tolist() == ids[:, 0].tolist()
-    assert np.isfinite(decoded.topk_logits_SK).all()
+    assert np.array_equal(np.sort(decoded.topk_token_ids_PK), np.sort(ids))
+    assert decoded.topk_token_ids_PK[:, 0].tolist() == ids[:, 0].tolist()
+    assert np.isfinite(decoded.topk_logits_PK).all()
     np.testing.assert_allclose(np.exp(logprobs(decoded)), np.exp(logprobs(teacher)), atol=1e-3)
-    assert decoded.label_logprobs_S is None
+    assert decoded.label_logprobs_P is None
 
 
 def test_tail_samples_come_back():
@@ -292,14 +300,14 @@ def test_tail_samples_come_back():
     samples = np.sort(np.random.default_rng(0).integers(60, 120_000, size=(9, 4)), axis=1)
     samples[6] = -1
     samples[7] = 99
-    original = replace(original, teacher=replace(original.teacher, tail_token_ids_SM=samples))
-    decoded = decode(encode(original, "packed"), "x:1")
+    original = replace(original, teacher=replace(original.teacher, tail_token_ids_PM=samples))
+    decoded = everywhere(decode(encode(original, "packed"), "x:1"))
     in_loss = original.example.loss_mask_S > 0
-    assert np.array_equal(decoded.teacher.tail_token_ids_SM[in_loss], samples[in_loss])
-    assert (decoded.teacher.tail_token_ids_SM[~in_loss] == -1).all()
+    assert np.array_equal(decoded.teacher.tail_token_ids_PM[in_loss], samples[in_loss])
+    assert (decoded.teacher.tail_token_ids_PM[~in_loss] == -1).all()
     assert np.array_equal(
-        decode(encode(row(1, 9), "json"), "x:1").teacher.topk_token_ids_SK,
-        row(1, 9).teacher.topk_token_ids_SK,
+        decode(encode(row(1, 9), "json"), "x:1").teacher.topk_token_ids_PK,
+        row(1, 9).teacher.topk_token_ids_PK,
     )
 
 
@@ -309,12 +317,13 @@ def test_positions_behind_the_last_loss_position_are_cut():
     for codec in ("packed", "json"):
         decoded = decode(encode(original, codec), "x:1")
         assert decoded.example.num_tokens == 5
-        assert (
-            decoded.teacher.topk_token_ids_SK.shape[0] == decoded.teacher.tail_mass_TS.shape[1] == 5
+        assert decoded.teacher.positions_P.tolist() == (
+            [2, 4] if codec == "packed" else [*range(5)]
         )
+        assert decoded.loss_rows().positions_P.tolist() == [2, 4]
     original.example.loss_mask_S[:] = 0
     assert decode(encode(original, "json"), "x:1").example.num_tokens == 1
-    assert decode(encode(original, "packed"), "x:1").teacher.topk_token_ids_SK.tolist() == [[-1]]
+    assert len(decode(encode(original, "packed"), "x:1").teacher) == 0
 
 
 @pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.zst"])
@@ -388,13 +397,13 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
     original = row(0)
     for change, message in (
         (
-            {"topk_token_ids_SK": original.teacher.topk_token_ids_SK + (1 << 24)},
+            {"topk_token_ids_PK": original.teacher.topk_token_ids_PK + (1 << 24)},
             "exceeds what the format holds",
         ),
-        ({"topk_logits_SK": original.teacher.topk_logits_SK[:, ::-1]}, "do not descend"),
-        ({"topk_logits_SK": original.teacher.topk_logits_SK * np.nan}, "not finite"),
-        ({"topk_token_ids_SK": np.full((5, 4), -1)}, "must keep 1 to"),
-        ({"topk_token_ids_SK": np.full((5, 4), 7)}, "holds an id twice"),
+        ({"topk_logits_PK": original.teacher.topk_logits_PK[:, ::-1]}, "do not descend"),
+        ({"topk_logits_PK": original.teacher.topk_logits_PK * np.nan}, "not finite"),
+        ({"topk_token_ids_PK": np.full((5, 4), -1)}, "must keep 1 to"),
+        ({"topk_token_ids_PK": np.full((5, 4), 7)}, "holds an id twice"),
     ):
         with pytest.raises(CacheError, match=message):
             encode(replace(original, teacher=replace(original.teacher, **change)), "packed")
@@ -407,19 +416,19 @@ def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
         row(3, 6, k=5, temperatures=temperatures),
     )
     reduced = limited(full.teacher, top_k=5)
-    assert np.array_equal(reduced.topk_token_ids_SK, small.teacher.topk_token_ids_SK)
-    np.testing.assert_allclose(reduced.tail_mass_TS, small.teacher.tail_mass_TS, atol=1e-6)
+    assert np.array_equal(reduced.topk_token_ids_PK, small.teacher.topk_token_ids_PK)
+    np.testing.assert_allclose(reduced.tail_mass_PT, small.teacher.tail_mass_PT, atol=1e-6)
     assert limited(full.teacher, top_k=20) is full.teacher
     outside = limited(full.teacher, vocab_size=10)
-    assert outside.topk_token_ids_SK.max() < 10
-    used = outside.topk_token_ids_SK >= 0
+    assert outside.topk_token_ids_PK.max() < 10
+    used = outside.topk_token_ids_PK >= 0
     assert (np.diff(used.astype(int), axis=1) <= 0).all()
     head = np.where(used, np.exp(logprobs(outside)), 0).sum(1)
-    np.testing.assert_allclose(head + outside.tail_mass_TS[0], 1, atol=1e-5)
-    assert (outside.topk_logits_SK[used[:, 0], 0] == 0).all()
+    np.testing.assert_allclose(head + outside.tail_mass_PT[:, 0], 1, atol=1e-5)
+    assert (outside.topk_logits_PK[used[:, 0], 0] == 0).all()
     nothing = limited(full.teacher, vocab_size=0)
-    assert (nothing.topk_token_ids_SK == -1).all()
-    assert (nothing.tail_mass_TS == 1).all()
+    assert (nothing.topk_token_ids_PK == -1).all()
+    assert (nothing.tail_mass_PT == 1).all()
 
 
 def test_settings_that_keep_everything_do_so_although_sums_round_to_one():

@@ -219,14 +219,9 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     plain = CacheReader(str(tmp_path / "json" / "b_CHUNK_ID.jsonl"))
     for position in range(10):
         assert same(plain[position], original[position])
-        in_loss = original[position].example.loss_mask_S > 0
-        ours, theirs = packed[position].teacher, original[position].teacher
-        assert np.array_equal(
-            np.sort(ours.topk_token_ids_SK[in_loss]), np.sort(theirs.topk_token_ids_SK[in_loss])
-        )
-        np.testing.assert_allclose(
-            ours.tail_mass_TS[0, in_loss], theirs.tail_mass_TS[0, in_loss], atol=0.02
-        )
+        ours, theirs = packed[position].loss_rows(), original[position].loss_rows()
+        assert np.array_equal(np.sort(ours.topk_token_ids_PK), np.sort(theirs.topk_token_ids_PK))
+        np.testing.assert_allclose(ours.tail_mass_PT[:, 0], theirs.tail_mass_PT[:, 0], atol=0.02)
     written = Manifest.load(tmp_path / "packed" / "a_manifest.json")
     assert (
         written.teacher["converted_from"]
@@ -238,14 +233,11 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     small = CacheReader(str(tmp_path / "fewer.jsonl"))
     for position in range(10):
         p = np.exp(
-            packed[position].teacher.topk_logits_SK
-            - packed[position].teacher.log_sum_exp_logits_S[:, None]
+            packed[position].teacher.topk_logits_PK
+            - packed[position].teacher.log_sum_exp_logits_P[:, None]
         )
-        in_loss = packed[position].example.loss_mask_S > 0
-        counts = np.clip((p >= 0.2).sum(1), 1, 2)[in_loss]
-        assert (small[position].teacher.topk_token_ids_SK[in_loss] >= 0).sum(
-            1
-        ).tolist() == counts.tolist()
+        counts = np.clip((p >= 0.2).sum(1), 1, 2)
+        assert (small[position].teacher.topk_token_ids_PK >= 0).sum(1).tolist() == counts.tolist()
     one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
     assert list(one.chunks) == ["0"]
     assert one.chunks["0"].examples == 10
@@ -281,7 +273,7 @@ def test_nemo_aligners_files_become_a_packed_cache(tmp_path):
     assert "3 examples, 15 tokens" in result.stdout
     found = CacheReader(str(target))
     assert [found[position].example.index for position in range(3)] == [0, 2, 3]
-    assert found[1].teacher.label_logprobs_S is None
+    assert found[1].teacher.label_logprobs_P is None
     assert Manifest.load(target.parent / "c_manifest.json").chunks["0"].skipped == {
         "not in the source": 1
     }
@@ -328,11 +320,11 @@ def test_vllms_prompt_logprobs_become_a_cache(tmp_path, with_choices):
     example, teacher = found[0].example, found[0].teacher
     assert (example.tokens_S.tolist(), example.labels_S.tolist()) == ([3, 9], [9, 4])
     assert example.loss_mask_S.tolist() == [1, 1]
-    assert teacher.topk_token_ids_SK.tolist() == [[7, 9], [8, 2]]
-    p = np.exp(teacher.topk_logits_SK - teacher.log_sum_exp_logits_S[:, None])
+    assert teacher.topk_token_ids_PK.tolist() == [[7, 9], [8, 2]]
+    p = np.exp(teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None])
     np.testing.assert_allclose(p, [[0.5, 0.2], [0.6, 0.3]], rtol=0.03)
-    np.testing.assert_allclose(teacher.tail_mass_TS[0], [0.3, 0.1], rtol=0.07)
-    np.testing.assert_allclose(teacher.label_logprobs_S, np.log([0.2, 0.01]), atol=0.07)
+    np.testing.assert_allclose(teacher.tail_mass_PT[:, 0], [0.3, 0.1], rtol=0.07)
+    np.testing.assert_allclose(teacher.label_logprobs_P, np.log([0.2, 0.01]), atol=0.07)
 
 
 @pytest.mark.parametrize(

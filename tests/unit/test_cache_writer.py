@@ -277,12 +277,12 @@ def test_statistics_in_the_manifest(tmp_path):
     assert summary.loss_tokens == sum(int(mask.sum()) for mask in in_loss)
     assert summary.kept_tokens == 4 * summary.loss_tokens
     mass = sum(
-        (1 - r.teacher.tail_mass_TS[0, mask].astype(float)).sum()
+        (1 - r.teacher.tail_mass_PT[mask, 0].astype(float)).sum()
         for r, mask in zip(rows, in_loss, strict=True)
     )
     assert summary.kept_mass_sum == pytest.approx(mass, rel=1e-6)
     hits = sum(
-        label in ids for r, mask in zip(rows, in_loss, strict=True) for label, ids in zip(r.example.labels_S[mask], r.teacher.topk_token_ids_SK[mask], strict=True)
+        label in ids for r, mask in zip(rows, in_loss, strict=True) for label, ids in zip(r.example.labels_S[mask], r.teacher.topk_token_ids_PK[mask], strict=True)
     )  # fmt: skip
     assert summary.label_in_topk == hits
     assert summary.bytes == (tmp_path / "train_0.jsonl").stat().st_size

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nemo_kd.batch import CachedExample, Example, TeacherTopK
+from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
@@ -215,10 +215,16 @@ def example(index, length, k=None):
         return part
     logits = -np.arange(k, dtype=np.float32) * np.ones((length, 1), dtype=np.float32)
     ids = np.arange(k) + np.zeros((length, 1), dtype=np.int64)
-    tail = np.full((1, length), 0.1, dtype=np.float32)
+    tail = np.full((length, 1), 0.1, dtype=np.float32)
     return CachedExample(
         part,
-        TeacherTopK(logits, ids.astype(np.int64), np.full(length, 2.0, dtype=np.float32), tail),
+        TeacherRows(
+            np.arange(length),
+            logits,
+            ids.astype(np.int64),
+            np.full(length, 2.0, dtype=np.float32),
+            tail,
+        ),
     )
 
 
@@ -242,11 +248,12 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
 def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
     """A row with different values in every field of the teacher."""
     random = np.random.default_rng(index)
-    teacher = TeacherTopK(
+    teacher = TeacherRows(
+        np.arange(length),
         -np.sort(random.random((length, k)).astype(np.float32), axis=1),
         np.argsort(random.random((length, 99)), axis=1)[:, :k],
         random.random(length).astype(np.float32),
-        random.random((len(temperatures), length)).astype(np.float32),
+        random.random((len(temperatures), length)).astype(np.float32).T,
         temperatures,
         -random.random(length).astype(np.float32) if labels else None,
         None if num_samples is None else random.integers(-1, 99, size=(length, num_samples)),
@@ -257,14 +264,14 @@ def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
 def check_fields(batch, place, row, s):
     """Row None, or a position beyond its end: nothing is known."""
     teacher = row.teacher if row is not None and s < row.example.num_tokens else None
-    k = 0 if teacher is None else teacher.topk_logits_SK.shape[1]
+    k = 0 if teacher is None else teacher.topk_logits_PK.shape[1]
     padding = [-np.inf] * (5 - k), [-1] * (5 - k)
     if teacher is None:
         expected = (padding[0], padding[1], 0, [1, 1], 0, [-1] * 4)
     else:
         expected = (
-            [*teacher.topk_logits_SK[s], *padding[0]], [*teacher.topk_token_ids_SK[s], *padding[1]], teacher.log_sum_exp_logits_S[s],
-            [teacher.tail_mass_TS[0, s], teacher.tail_mass_TS[1, s]], teacher.label_logprobs_S[s], [*teacher.tail_token_ids_SM[s]],
+            [*teacher.topk_logits_PK[s], *padding[0]], [*teacher.topk_token_ids_PK[s], *padding[1]], teacher.log_sum_exp_logits_P[s],
+            [teacher.tail_mass_PT[s, 0], teacher.tail_mass_PT[s, 1]], teacher.label_logprobs_P[s], [*teacher.tail_token_ids_PM[s]],
         )  # fmt: skip
     fields = (
         batch.topk_logits_BSK, batch.topk_token_ids_BSK, batch.log_sum_exp_logits_BS, batch.tail_mass_BST,
@@ -305,18 +312,18 @@ def test_every_field_of_the_teacher_lands_in_its_place():
 def test_a_batch_of_different_caches_has_what_all_of_them_have():
     both = collate([said(0, 3, 2, (1.0, 2.0)), said(1, 3, 2, (1.0, 4.0))], 0)
     assert both.tail_mass_BST.shape == (2, 8, 1)
-    assert both.tail_mass_BST[1, 2, 0] == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_TS[0, 2]
+    assert both.tail_mass_BST[1, 2, 0] == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_PT[2, 0]
     three, two = said(0, 3, 2, (1.0, 2.0, 4.0)), said(1, 3, 2, (1.0, 4.0))
     common = collate([three, two], 0)
     assert common.temperatures == (1.0, 4.0)
     assert common.tail_mass_BST[:, 2].tolist() == [
-        three.teacher.tail_mass_TS[[0, 2], 2].tolist(),
-        two.teacher.tail_mass_TS[:, 2].tolist(),
+        three.teacher.tail_mass_PT[2, [0, 2]].tolist(),
+        two.teacher.tail_mass_PT[2].tolist(),
     ]
     rounded = said(1, 3, 2, (1.0, float(np.float32(1.3))))
     mixed = collate([said(0, 3, 2, (1.0, 1.3)), rounded], 0)
     assert mixed.temperatures == (1.0, 1.3)
-    assert mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_TS[:, 2].tolist()
+    assert mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_PT[2].tolist()
     assert both.label_logprobs_BS is not None
     assert collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):

@@ -22,6 +22,7 @@ from nemo_kd.cache.record import encode
 from nemo_kd.cache.scan import scan_chunk
 from nemo_kd.cache.storage import LocalStorage
 from tests.golden import independent_reader, make
+from tests.tiny_cache import everywhere
 
 GOLDEN = Path(make.__file__).parent
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache_format.md"
@@ -135,29 +136,29 @@ def test_both_readers_agree(name):
     found = read_independently(name)
     assert len(reader) == len(found) == 5
     for number, (line, positions) in enumerate(found):
-        example, teacher = reader[number].example, reader[number].teacher
+        example, teacher = reader[number].example, everywhere(reader[number]).teacher
         assert example.index == line["index"]
         length = example.num_tokens
         assert example.tokens_S.tolist() == line["tokens"][:length]
         assert not any(line["loss_mask"][length:])
         for s, position in enumerate(positions[:length]):
             if position is None:
-                assert (teacher.topk_token_ids_SK[s] == -1).all()
-                assert (teacher.tail_mass_TS[:, s] == 1).all()
+                assert (teacher.topk_token_ids_PK[s] == -1).all()
+                assert (teacher.tail_mass_PT[s] == 1).all()
                 continue
             ids, logprobs, tails, label, samples = position
-            assert teacher.topk_token_ids_SK[s, : len(ids)].tolist() == ids
-            assert (teacher.topk_token_ids_SK[s, len(ids) :] == -1).all()
+            assert teacher.topk_token_ids_PK[s, : len(ids)].tolist() == ids
+            assert (teacher.topk_token_ids_PK[s, len(ids) :] == -1).all()
             ours = (
-                teacher.topk_logits_SK[s, : len(ids)].astype(np.float64)
-                - teacher.log_sum_exp_logits_S[s]
+                teacher.topk_logits_PK[s, : len(ids)].astype(np.float64)
+                - teacher.log_sum_exp_logits_P[s]
             )
             np.testing.assert_allclose(np.exp(ours), np.exp(logprobs), rtol=0, atol=1e-6)
             np.testing.assert_allclose(ours, logprobs, rtol=1e-6, atol=1e-6)
-            np.testing.assert_allclose(teacher.tail_mass_TS[:, s], tails, rtol=1e-6)
-            assert teacher.label_logprobs_S[s] == pytest.approx(label, rel=1e-6, abs=1e-6)
+            np.testing.assert_allclose(teacher.tail_mass_PT[s], tails, rtol=1e-6)
+            assert teacher.label_logprobs_P[s] == pytest.approx(label, rel=1e-6, abs=1e-6)
             if samples:
-                assert teacher.tail_token_ids_SM[s].tolist() == list(samples)
+                assert teacher.tail_token_ids_PM[s].tolist() == list(samples)
 
 
 @pytest.mark.parametrize("name", make.CACHES)

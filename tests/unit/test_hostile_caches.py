@@ -304,9 +304,9 @@ def fuzz(folder: Path) -> None:
                 reader = CacheReader(str(damaged / name))
                 for position in range(len(reader)):
                     row = reader[position]
-                    assert np.isfinite(row.teacher.log_sum_exp_logits_S).all()
-                    assert (row.teacher.tail_mass_TS >= 0).all()
-                    assert (row.teacher.tail_mass_TS <= 1).all()
+                    assert np.isfinite(row.teacher.log_sum_exp_logits_P).all()
+                    assert (row.teacher.tail_mass_PT >= 0).all()
+                    assert (row.teacher.tail_mass_PT <= 1).all()
             except UserInputError:
                 pass
 

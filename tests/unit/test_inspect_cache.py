@@ -57,12 +57,12 @@ def test_figures_against_plain_sums(tmp_path):
     for one in rows:
         for s in np.flatnonzero(one.example.loss_mask_S):
             p = np.exp(
-                one.teacher.topk_logits_SK[s].astype(float) - one.teacher.log_sum_exp_logits_S[s]
+                one.teacher.topk_logits_PK[s].astype(float) - one.teacher.log_sum_exp_logits_P[s]
             )
             masses.append(p.sum())
             entropies.append(-sum(part * math.log(part) for part in [*p, 1 - p.sum()]))
-            logprobs.append(one.teacher.label_logprobs_S[s])
-            ids = one.teacher.topk_token_ids_SK[s].tolist()
+            logprobs.append(one.teacher.label_logprobs_P[s])
+            ids = one.teacher.topk_token_ids_PK[s].tolist()
             label = int(one.example.labels_S[s])
             ranks.append(ids.index(label) + 1 if label in ids else 0)
     assert (found.num_rows, found.num_tokens) == (10, sum(one.example.num_tokens for one in rows))
@@ -125,17 +125,17 @@ def test_a_sample_is_bounded_and_always_the_same(tmp_path):
 
 def test_positions_of_which_nothing_is_known_are_left_out():
     one = row(0)
-    ids_SK, logits_SK = one.teacher.topk_token_ids_SK.copy(), one.teacher.topk_logits_SK.copy()
+    ids_SK, logits_SK = one.teacher.topk_token_ids_PK.copy(), one.teacher.topk_logits_PK.copy()
     ids_SK[3], logits_SK[3] = -1, -np.inf
-    logprobs = one.teacher.label_logprobs_S
+    logprobs = one.teacher.label_logprobs_P
     seen = LossPositions.of(
         replace(
-            one, teacher=replace(one.teacher, topk_token_ids_SK=ids_SK, topk_logits_SK=logits_SK)
+            one, teacher=replace(one.teacher, topk_token_ids_PK=ids_SK, topk_logits_PK=logits_SK)
         )
     )
     assert seen.position_P.tolist() == [2, 4]
     np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
-    without = LossPositions.of(replace(one, teacher=replace(one.teacher, label_logprobs_S=None)))
+    without = LossPositions.of(replace(one, teacher=replace(one.teacher, label_logprobs_P=None)))
     assert np.isnan(without.label_logprob_P).tolist() == (without.label_rank_P == 0).tolist()
 
 
@@ -243,11 +243,11 @@ def parsed(text: str) -> Parser:
 def hostile_page() -> tuple[CachedExample, str]:
     vocabulary = {f"t{number}": number for number in range(48)} | {HOSTILE: 48, "\x1b[31m": 49}
     one = row(3, 8)
-    ids_SK, labels_S = one.teacher.topk_token_ids_SK.copy(), one.example.labels_S.copy()
+    ids_SK, labels_S = one.teacher.topk_token_ids_PK.copy(), one.example.labels_S.copy()
     ids_SK[ids_SK >= 48] = 0
     ids_SK[:, 0], ids_SK[:, 1], labels_S[5] = 48, 49, 48
     one = CachedExample(
-        replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_SK=ids_SK)
+        replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_PK=ids_SK)
     )
     report = Report(
         [(HOSTILE, HOSTILE)],
@@ -329,11 +329,11 @@ def test_the_page_knows_every_loss_token():
     label, probability, rank, entropy, kept, tail, others = data["tokens"][1]
     assert data["texts"][label] == [HOSTILE, 48]
     assert (rank, kept) == (1, 4)
-    assert probability == pytest.approx(math.exp(one.teacher.label_logprobs_S[5]), rel=6e-3)
-    assert tail == pytest.approx(one.teacher.tail_mass_TS[0, 5], rel=6e-3)
+    assert probability == pytest.approx(math.exp(one.teacher.label_logprobs_P[5]), rel=6e-3)
+    assert tail == pytest.approx(one.teacher.tail_mass_PT[5, 0], rel=6e-3)
     assert entropy == pytest.approx(LossPositions.of(one).entropy_P[1], abs=6e-3)
     assert data["texts"][others[2]] == ["\\x1b[31m", 49]
-    p = np.exp(one.teacher.topk_logits_SK[5] - one.teacher.log_sum_exp_logits_S[5])
+    p = np.exp(one.teacher.topk_logits_PK[5] - one.teacher.log_sum_exp_logits_P[5])
     np.testing.assert_allclose(others[1::2], p, rtol=6e-3)
 
 
@@ -357,9 +357,9 @@ def test_an_example_as_text():
     for line, s in zip(lines[2:], (3, 4, 5), strict=True):
         words = line.split()
         assert words[:2] == [str(s), f"#{one.example.labels_S[s]}"]
-        assert words[2] == share(float(np.exp(one.teacher.label_logprobs_S[s])))
+        assert words[2] == share(float(np.exp(one.teacher.label_logprobs_P[s])))
         assert [word for word in words[6:] if word.startswith("#")] == [
-            f"#{token}" for token in one.teacher.topk_token_ids_SK[s]
+            f"#{token}" for token in one.teacher.topk_token_ids_PK[s]
         ]
 
 

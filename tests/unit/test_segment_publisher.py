@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.batch import CachedExample, TeacherTopK
+from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.publisher import CompactRow, SegmentPublisher
+from nemo_kd.cache.publisher import SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter, SegmentWriter, read_segment
 from nemo_kd.files import FileError
-from tests.tiny_cache import COMPUTED_WITH, chunks_of, manifest, row, write
+from tests.tiny_cache import COMPUTED_WITH, chunks_of, everywhere, manifest, row, write
 from tests.unit.test_cache_writer import content, statuses
 
 NAME = "train_CHUNK_ID.jsonl"
@@ -108,33 +108,11 @@ def test_compact_rows_and_reasons(tmp_path, codec):
     whole, compact, description = [], [], manifest(codec, n_examples_per_chunk=None)
     for index in range(4):
         full = row(index, 7, temperatures=(1.0, 2.0))
-        known = full.example.loss_mask_S > 0
-        teacher = replace(full.teacher, tail_token_ids_SM=random.integers(50, size=(7, 2)))
-        names = [name for name, value in vars(teacher).items() if isinstance(value, np.ndarray)]
-        known_part = {
-            name: vars(teacher)[name][..., known]
-            if name == "tail_mass_TS"
-            else vars(teacher)[name][known]
-            for name in names
-        }
-        compact.append(
-            CompactRow(full.example, np.flatnonzero(known), replace(teacher, **known_part))
-        )
-        unknown = {
-            "topk_logits_SK": -np.inf,
-            "topk_token_ids_SK": -1,
-            "tail_token_ids_SM": -1,
-            "tail_mass_TS": 1,
-        }
-        for name in names:
-            values = vars(teacher)[name].copy()
-            values[(..., ~known) if name == "tail_mass_TS" else ~known] = unknown.get(name, 0)
-            teacher = replace(teacher, **{name: values})
-        whole.append(CachedExample(full.example, teacher))
-    for name in (field for field in vars(whole[0].teacher) if field != "temperatures"):
-        assert np.array_equal(
-            vars(compact[0].expanded().teacher)[name], vars(whole[0].teacher)[name]
-        ), name
+        teacher = replace(full.teacher, tail_token_ids_PM=random.integers(50, size=(7, 2)))
+        compact.append(replace(full, teacher=replace(full, teacher=teacher).loss_rows()))
+        whole.append(everywhere(compact[-1]))
+        assert len(compact[-1].teacher) == 4
+        assert len(whole[-1].teacher) == 7
     (tmp_path / "one").mkdir()
     one = SegmentWriter(
         CacheLayout(str(tmp_path / "one" / NAME)), description, (0, range(5)), COMPUTED_WITH
@@ -335,7 +313,7 @@ def test_large_segments_arrive_whole(tmp_path):
         CachedExample(
             one.example,
             replace(
-                one.teacher, topk_logits_SK=np.repeat(one.teacher.topk_logits_SK, 2, axis=1)[:, ::2]
+                one.teacher, topk_logits_PK=np.repeat(one.teacher.topk_logits_PK, 2, axis=1)[:, ::2]
             ),
         )
         for one in large
@@ -353,4 +331,4 @@ def test_large_segments_arrive_whole(tmp_path):
     ) as publisher:
         publisher.publish(segment, strided)
     assert content(tmp_path / "one") == content(tmp_path / "two")
-    assert isinstance(strided[0].teacher, TeacherTopK)
+    assert isinstance(strided[0].teacher, TeacherRows)

@@ -36,7 +36,7 @@ LARGEST = max(
     max(
         found.example.tokens_S.max(),
         found.example.labels_S.max(),
-        found.teacher.topk_token_ids_SK.max(),
+        found.teacher.topk_token_ids_PK.max(),
     )
     for found in (row(index, 3 + index % 4) for index in range(10))
 )
@@ -105,7 +105,7 @@ def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
 def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
     rows = [row(index, 3 + index % 4) for index in range(10)]
     tokens = max(max(found.example.tokens_S.max(), found.example.labels_S.max()) for found in rows)
-    teacher = max(found.teacher.topk_token_ids_SK.max() for found in rows)
+    teacher = max(found.teacher.topk_token_ids_PK.max() for found in rows)
     assert tokens == teacher == 49  # so another cache is needed, whose tokens stay below 40
     path = cache(tmp_path)
     for chunk in range(3):
@@ -128,12 +128,12 @@ def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
     kept = load(other, 45, drop_ids_outside_vocab=True)["train"]
     whole = load(other)["train"]
     ids = [
-        set(rows[i].teacher.topk_token_ids_SK.flatten().tolist())
+        set(rows[i].teacher.topk_token_ids_PK.flatten().tolist())
         for rows in (kept, whole)
         for i in range(10)
     ]
     assert set().union(*ids[:10]) == {i for i in set().union(*ids[10:]) if i < 45} | {-1}
-    assert kept[3].teacher.tail_mass_TS.sum() > whole[3].teacher.tail_mass_TS.sum()
+    assert kept[3].teacher.tail_mass_PT.sum() > whole[3].teacher.tail_mass_PT.sum()
 
 
 def test_all_mismatches_are_listed_in_one_error(tmp_path):
@@ -375,7 +375,7 @@ def test_a_split_needs_equally_many_tail_samples_in_all_caches():
         found = row(0)
         samples = np.zeros((5, num_samples), dtype=np.int64)
         return SourceOfOne(
-            [replace(found, teacher=replace(found.teacher, tail_token_ids_SM=samples))], source
+            [replace(found, teacher=replace(found.teacher, tail_token_ids_PM=samples))], source
         )
 
     sampled, four, two = LossConfig(support="sampled"), reader("a.jsonl", 4), reader("b.jsonl", 2)
