@@ -234,7 +234,7 @@ def dense_row(spread: float, num_positions: int = 300, k: int = 40) -> CachedExa
     log_sum_exp = np.log(np.exp(logits - kept[:, :1]).sum(1))
     kept = kept - kept[:, :1]
     tail = 1 - np.exp(kept - log_sum_exp[:, None]).sum(1)
-    teacher = TeacherTopK(kept, ids, log_sum_exp, tail[None])
+    teacher = TeacherRows(np.arange(len(ids)), kept, ids, log_sum_exp, tail[:, None])
     tokens = random.integers(200, size=num_positions)
     return CachedExample(Example(0, tokens, tokens, np.ones(num_positions, np.float32)), teacher)
 
@@ -244,13 +244,13 @@ def dense_row(spread: float, num_positions: int = 300, k: int = 40) -> CachedExa
 def test_errors_of_round_trips_stay_below_the_codecs_bound(codec, spread):
     original = dense_row(spread)
     decoded = decode(encode(original, codec), "file:1")
-    original = in_order_of(original, decoded.teacher.topk_token_ids_SK, np.arange(300))
+    original = in_order_of(original, decoded.teacher.topk_token_ids_PK, np.arange(300))
     found, exact = (np.maximum(logprobs(one.teacher), -58) for one in (decoded, original))
-    tail = decoded.teacher.tail_mass_TS[0]
+    tail = decoded.teacher.tail_mass_PT[:, 0]
     bound_of = packed_codec.error_bound if codec == "packed" else json_codec.error_bound
     error_PK, shift_P, tail_error_P = bound_of(found, tail)
     assert (np.abs(found - exact) <= error_PK + shift_P[:, None] + 1e-6).all()
-    assert (np.abs(tail - original.teacher.tail_mass_TS[0]) <= tail_error_P + 1e-6).all()
+    assert (np.abs(tail - original.teacher.tail_mass_PT[:, 0]) <= tail_error_P + 1e-6).all()
     # Relative to each other, log-probabilities of a position are off by less than what moves all alike.
     gaps = (found - found[:, 1:2]) - (exact - exact[:, 1:2])
     assert (np.abs(gaps) <= error_PK + error_PK[:, 1:2] + 1e-6).all()
@@ -264,13 +264,13 @@ def test_bfloat16_logits_stay_below_the_json_codecs_bound():
     exact = dense_row(4.0).teacher
     z, lse = (
         torch.from_numpy(values).bfloat16().double().numpy()
-        for values in (exact.topk_logits_SK, exact.log_sum_exp_logits_S)
+        for values in (exact.topk_logits_PK, exact.log_sum_exp_logits_P)
     )
     found = z - lse[:, None]
     error_PK, _, tail_error_P = json_codec.error_bound(found, np.zeros(len(found)), bfloat16=True)
     assert (np.abs(found - logprobs(exact)) <= 1.01 * error_PK).all()
     tail = 1 - np.exp(found).sum(axis=1)
-    assert (np.abs(tail - exact.tail_mass_TS[0]) <= 1.1 * tail_error_P + 1e-9).all()
+    assert (np.abs(tail - exact.tail_mass_PT[:, 0]) <= 1.1 * tail_error_P + 1e-9).all()
 
 
 def test_an_extreme_teacher_survives():
