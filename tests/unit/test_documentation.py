@@ -42,7 +42,11 @@ KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
 def test_keys_in_the_documentation_exist(page):
     known = {each.key for config in CONFIGS.values() for each in describe(config)}
     sections = {"checkpoint_callback_params": "exp_manager.", "lora_tuning": "model.peft."}
-    open_mappings = ("exp_manager.wandb_logger_kwargs.", "exp_manager.summary_writer_kwargs.")
+    open_mappings = (
+        "exp_manager.wandb_logger_kwargs.",
+        "exp_manager.summary_writer_kwargs.",
+        "model.data.data_prefix.",
+    )
     for key in KEY_IN_TEXT.findall(page.read_text(encoding="utf-8")):
         whole = sections.get(key.partition(".")[0], "") + key
         assert whole in known or whole.startswith(open_mappings), f"{page.name}: {key} is not a key"
