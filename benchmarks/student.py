@@ -74,7 +74,7 @@ class Setting:
             **loss,
             model__knowledge_distillation__sft_loss_weight=1.0,
             model__data__data_impl="dataset" if variant == "SFT" else "chunked_jsonl",
-            model__data__seq_length=MAX_LENGTH,
+            model__max_seq_length=MAX_LENGTH,
             model__optim__name="distributed_fused_adam",
             model__micro_batch_size=self.batch_size,
             model__global_batch_size=self.batch_size,
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = write_chats(folder / "chats.jsonl", options.batch_size * options.steps)
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
         with contextlib.redirect_stdout(io.StringIO()):
-            keys = {"cache__min_probability": 0.0, "data__data__max_seq_length": MAX_LENGTH}
+            keys = {"cache__min_probability": 0.0, "model__max_seq_length": MAX_LENGTH}
             compute_topk_logits(teacher_config(teacher, dataset, cache, top_k=TOP_K, **keys))
         for precision in options.precision:
             print_table(

@@ -56,7 +56,7 @@ class Setting:
             trainer__precision=self.precision,
             cache__segment_examples=self.segment_examples,
             data__max_tokens_per_batch=self.max_tokens,
-            data__data__max_seq_length=MAX_LENGTH,
+            model__max_seq_length=MAX_LENGTH,
         )
 
 

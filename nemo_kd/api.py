@@ -64,7 +64,7 @@ def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str)
         given = OmegaConf.create()
         for key, value in config.items():
             OmegaConf.update(given, key, value)
-        translated, _ = translate(given, command)
+        translated, _ = translate(given, command, config_class)
         checked = typed(config_class, translated)
     else:
         checked = config

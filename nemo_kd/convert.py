@@ -10,7 +10,7 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.export import save_hf
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel

@@ -80,7 +80,7 @@ def student_config(
                     "micro_batch_size": 2,
                     "global_batch_size": 8,
                     "knowledge_distillation": {"kd_loss_weight": 1.0, "sft_loss_weight": 0.5},
-                    "optim": {"lr": 1e-3, "sched": {"warmup_steps": 0}},
+                    "optim": {"lr": 1e-3, "sched": {"warmup_steps": 0, "min_lr": 0.0}},
                     "data": {
                         "data_prefix": {"train": [str(train)], "validation": [str(validation)]},
                         "num_workers": 0,

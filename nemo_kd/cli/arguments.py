@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,9 +13,10 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from nemo_kd.cli.aligner_keys import SEQ_LENGTH, key_of
 from nemo_kd.config import ConfigError
 from nemo_kd.config.foreign_keys import find_key
-from nemo_kd.config.typed import describe, key_type, shape_hint
+from nemo_kd.config.typed import SPLITS_HINT, SPLITS_KEY, alternatives, describe, key_type
 
 VALUE_OPTIONS = {
     "--config-path": "--config-path",
@@ -76,7 +76,7 @@ class CommandLine:
         return any(option in ("--multirun", "-m") for option in self.options)
 
 
-def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
+def read_command_line(arguments: list[str], config_class: type, command: str) -> CommandLine:
     """Return the options and overrides in `arguments`.
 
     Every `key=value` may add a key: our own check names unknown ones. Text is taken as typed, whatever characters it
@@ -108,8 +108,8 @@ def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
             line.options.append(argument)
         elif argument == "--dry-run" and "dry_run" in known:
             given.append("dry_run=true")
-        elif name == "--shard" and "shard" in known:
-            given.append(f"shard={value if has_value else next(remaining, '')}")
+        elif name in ("--part", "--shard") and "part" in known:
+            given.append(f"part={value if has_value else next(remaining, '')}")
         elif argument.startswith("-"):
             raise ConfigError(_answer_to_flag(argument, list(remaining), known))
         elif "=" in argument or argument.startswith("~"):
@@ -117,8 +117,33 @@ def read_command_line(arguments: list[str], config_class: type) -> CommandLine:
         else:
             raise ConfigError(_answer_to_word(argument, list(remaining), given, config_class))
     _check_options(line)
+    given = _without_aliases(given, command)
     line.overrides = [_override(argument, config_class, known, line.is_sweep) for argument in given]
     return line
+
+
+def _without_aliases(given: list[str], command: str) -> list[str]:
+    """Return the overrides with keys for their aliases.
+
+    Raises:
+        ConfigError: two names of one key have different values.
+    """
+    values: dict[str, tuple[str, str]] = {}
+    result = []
+    for argument in given:
+        match = _KEY.fullmatch(argument)
+        key = key_of(match["key"], match["value"], command) if match else ""
+        if match is None or key == SEQ_LENGTH:
+            result.append(argument)
+            continue
+        name, value = values.setdefault(key, (match["key"], match["value"]))
+        if name != match["key"] and value != match["value"]:
+            raise ConfigError(
+                f"{match['key']}: {match['value']} is another name of {key}, for which {name}={value} "
+                "is given; give one of them"
+            )
+        result.append(f"{match['sign']}{key}={match['value']}")
+    return result
 
 
 def _check_options(line: CommandLine) -> None:
@@ -185,8 +210,8 @@ def _answer_to_word(
 
 def _example(key: str, value: str) -> str:
     value = value or "VALUE"
-    if key == "model.data.data_prefix":
-        value = f"{{train: [{value}], validation: [FILE]}}"
+    if key == SPLITS_KEY:
+        key = f"{key}.train"
     if re.search(r"[$`\"\\!]", value):  # in double quotes the shell would still replace these
         return shlex.quote(f"{key}={value}")
     return f'"{key}={value}"' if re.search(r"[\s#&|;<>()$*?'\[\]{}]", value) else f"{key}={value}"
@@ -215,7 +240,7 @@ def _value(key: str, value: str, config_class: type, known: list[str]) -> str:
     if value.strip().lower() == "null" or value in ("", "???"):
         return value
     hint, is_path = key_type(config_class, key)
-    kinds = _kinds(hint)
+    kinds = set(alternatives(hint))
     if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and _is_read(key, value):
         return value
     if kinds == {str} or (is_path and hint is Any and value[0] not in "[{"):
@@ -229,18 +254,13 @@ def _value(key: str, value: str, config_class: type, known: list[str]) -> str:
             return _with_quotes(key, value)
         return _quoted(value)
     if is_mapping and not value.startswith("${"):
-        form = (
-            shape_hint(key).replace("FILE", value, 1) or f"; give a mapping: {key}={{NAME: VALUE}}"
-        )
+        form = f"; give a mapping: {key}={{NAME: VALUE}}"
+        if key == SPLITS_KEY:
+            form = SPLITS_HINT.replace("FILE", value, 1)
         raise ConfigError(f"{key}: {value} is not a mapping{form}")
     if is_list and not value.startswith("${"):
         raise ConfigError(f"{key}: {value} is not a list; give {key}=[{value}]")
     return value if _is_read(key, value) else _quoted(value)
-
-
-def _kinds(hint: Any) -> set[Any]:
-    union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
-    return set(typing.get_args(hint) if union else (hint,)) - {type(None)}
 
 
 def _is_read(key: str, value: str) -> bool:

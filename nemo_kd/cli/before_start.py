@@ -9,9 +9,9 @@ from typing import Any
 from nemo_kd.cache.layout import SUFFIXES, CacheLayout, path_of
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
-from nemo_kd.config.exp_manager import check_writable
+from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
 from nemo_kd.config.model import check_batch_sizes
-from nemo_kd.config.student import SPLITS, TrainStudentConfig, check_experiment
+from nemo_kd.config.student import SPLITS, TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.run.interruption import parse_max_time
 
@@ -71,7 +71,33 @@ def _check_student(config: TrainStudentConfig) -> None:
                 _check_file(key, path)
             elif "://" not in path:
                 _check_chunks(key, path_of(path))
-    check_experiment(config)
+    check_run_folders(config.exp_manager)
+
+
+def check_run_folders(settings: ExpManagerConfig) -> None:
+    """Refuse folders of logs and checkpoints that cannot be made or written."""
+    name = "explicit_log_dir" if settings.explicit_log_dir else "exp_dir"
+    check_writable(f"exp_manager.{name}", getattr(settings, name))
+    dirpath = settings.checkpoint_callback_params.dirpath
+    if dirpath and settings.create_checkpoint_callback:
+        check_writable(f"{PARAMS}.dirpath", dirpath)
+
+
+def check_writable(key: str, folder: str | Path | None) -> None:
+    """Refuse a folder that does not exist and cannot be made, or cannot be written; None is the current one."""
+    existing = Path(folder or ".").absolute()
+    # Path.exists fails where os.path.exists returns False: in a folder that may not be searched.
+    while not os.path.exists(existing):
+        existing = existing.parent
+    if not existing.is_dir():
+        raise ConfigError(
+            f"{key}: {folder} cannot be a folder: {existing} is a file; give another one"
+        )
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{key}: {folder or existing} cannot be written: you may not write in {existing}; "
+            "give another one"
+        )
 
 
 def _check_model(key: str, path: str) -> None:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd import __version__
-from nemo_kd.cli.aligner_keys import translate
+from nemo_kd.cli.aligner_keys import ALIASES, translate
 from nemo_kd.cli.arguments import CommandLine, read_command_line
 from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.cli.compose import compose, conf_dir, config_folder
@@ -84,7 +84,7 @@ def run(command: Command) -> None:
     follow_launcher()
     _register_resolvers()
     with errors_end_the_process(at_once=False):
-        line = read_command_line(arguments, command.config_class)
+        line = read_command_line(arguments, command.config_class, command.name)
         cfg = None if line.is_sweep else compose(line, command.name)
     if cfg is not None and not line.is_for_hydra:
         _run_with_config(command, cfg)
@@ -118,17 +118,18 @@ def help_text(command: Command) -> str:
     ]
     lines += ["Keys, given as key=value:"]
     for key in describe(command.config_class):
-        default = "" if key.default == "mandatory" else f", default {key.default}"
-        needed = ", mandatory" if key.default == "mandatory" else ""
-        lines += [f"  {key.key}  ({key.type}{default}{needed})"]
+        default = "mandatory" if key.default == "mandatory" else f"default {key.default}"
+        need = f", {key.need}" if key.need else ""
+        lines += [f"  {key.key}  ({key.type}, {default}{need})"]
         lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+    lines += ["", "Other names of keys:"]
+    lines += [f"  {name}: {key}" for name, key in ALIASES[command.name].items()]
     if any(key.key == "dry_run" for key in describe(command.config_class)):
-        lines += ["", "--dry-run is dry_run=true, --shard i/n is shard=i/n."]
+        lines += ["", "--dry-run is dry_run=true, --part i/n is part=i/n."]
     lines += [
         "",
-        "Text is taken as typed; lists are [a, b], mappings {a: 1, b: 2}, with quotes around the whole argument for the shell.",
-    ]
-    lines += [
+        "Text is taken as typed; lists are [a, b], mappings {a: 1, b: 2}, with quotes around the "
+        "whole argument for the shell.",
         "",
         "Hydra's own options work too: --config-path, --config-name, --cfg job, --multirun.",
     ]
@@ -138,7 +139,7 @@ def help_text(command: Command) -> str:
 def _run_with_config(command: Command, cfg: DictConfig) -> None:
     with errors_end_the_process():
         try:
-            cfg, ignored = translate(cfg, command.name)
+            cfg, ignored = translate(cfg, command.name, command.config_class)
         except OmegaConfBaseException as error:
             raise config_error(error) from error
         config: Any = typed(command.config_class, cfg)

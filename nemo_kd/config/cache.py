@@ -1,90 +1,74 @@
-"""What stage 1 stores of the teacher's distribution, and how."""
+"""Configuration of a cache: which teacher logits stage 1 stores, and how."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, bounded, choice
 
 CODECS = ("packed", "json")
 DEFAULT_FLOOR = 5e-4
 MAX_TOP_K = 65_535
 MAX_TAIL_SAMPLES = 255
+MAX_TEMPERATURES = 15
 MAX_VOCAB_SIZE = 1 << 24
 
 
 @dataclass
-class CacheConfig:
-    """`cache`: a position keeps its `top_k` largest logits at most; of them those that both `min_probability` and `top_p`
-    ask for, and `min_k` in any case."""
+class CacheConfig(Section):
+    """`cache`: tokens kept at a position, at most `top_k`: those that `min_probability` and `top_p` select, at least `min_k`."""
 
-    codec: str = "packed"
+    KEY: ClassVar[str] = "cache"
+
+    codec: str = choice("packed", CODECS)
     """packed (a tenth of the bytes) or json (NeMo-Aligner's fields as plain numbers, top_k logits at every position)."""
-    min_probability: float | None = None
-    """Less likely tokens are not kept; 0 keeps top_k. None: 5e-4 for packed, 0 for json."""
-    top_p: float = 1.0
-    """Only as many of the likeliest tokens are kept as are needed to hold this probability together; 1 keeps all."""
-    min_k: int = 1
-    """Tokens kept at every position whatever their probability."""
-    positions: str = "loss"
-    """packed: loss (positions whose label counts in the loss) or all."""
-    temperatures: list[float] = field(default_factory=list)
-    """Temperatures besides 1 at which the probability outside the kept tokens is stored; needed to train with them."""
-    tail_samples: int = 0
-    """Token ids a position drawn from the teacher's distribution outside the kept ones; they make the cache unbiased."""
-    seed: int = 1234
+    min_probability: float | None = bounded(None, at_least=0, below=1)
+    """Drop tokens below this probability; 0 keeps top_k. None: 5e-4 for packed, 0 for json."""
+    top_p: float = bounded(1.0, above=0, at_most=1)
+    """Keep the likeliest tokens until their probabilities add up to this; 1 keeps all."""
+    min_k: int = bounded(1, at_least=1)
+    """Tokens kept at every position, whatever their probability."""
+    positions: str = choice("loss", ("loss", "all"))
+    """packed: store loss (positions whose label counts in the loss) or all positions."""
+    temperatures: list[float] = bounded([], above=0, below=math.inf)
+    """Temperatures other than 1 at which the probability outside the kept tokens is stored. Training at a temperature needs it here; at most 15."""
+    tail_samples: int = bounded(0, at_least=0, at_most=MAX_TAIL_SAMPLES)
+    """Token ids per position drawn from the teacher's distribution outside the kept tokens. They make the cache unbiased."""
+    seed: int = bounded(1234, at_least=0, at_most=2**64 - 1)
     """Seed of the tail samples."""
-    segment_examples: int = 64
-    """Records computed and published together: what a killed run loses of each data-parallel rank."""
+    segment_examples: int = bounded(64, at_least=1)
+    """Records computed and published together; a killed run loses at most this many per data-parallel rank."""
 
     def __post_init__(self) -> None:
-        if self.codec not in CODECS:
-            raise ConfigError(f"cache.codec: {self.codec!r} is not one of {', '.join(CODECS)}")
-        if not 0 <= self.probability_floor < 1:
-            raise ConfigError(
-                f"cache.min_probability: {self.min_probability} must be at least 0 and below 1"
-            )
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"cache.top_p: {self.top_p} must be above 0 and at most 1")
-        if self.positions not in ("loss", "all"):
-            raise ConfigError(f"cache.positions: {self.positions!r} is not one of loss, all")
-        for name in ("min_k", "segment_examples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"cache.{name}: {getattr(self, name)} must be at least 1")
-        if not 0 <= self.tail_samples <= MAX_TAIL_SAMPLES:
-            raise ConfigError(
-                f"cache.tail_samples: {self.tail_samples} must be from 0 to {MAX_TAIL_SAMPLES}"
-            )
-        if not 0 <= self.seed < 2**64:
-            raise ConfigError(f"cache.seed: {self.seed} must be at least 0 and below 2^64")
-        if not all(0 < temperature < float("inf") for temperature in self.temperatures):
-            raise ConfigError(
-                f"cache.temperatures: {self.temperatures} must all be above 0 and finite"
-            )
-        self.temperatures = sorted(
-            {float(temperature) for temperature in self.temperatures} - {1.0}
-        )
-        if len(self.temperatures) > 15:
-            raise ConfigError(
-                f"cache.temperatures: {len(self.temperatures)} of them, at most 15 are stored"
+        super().__post_init__()
+        self.temperatures = sorted({float(each) for each in self.temperatures} - {1.0})
+        if len(self.temperatures) > MAX_TEMPERATURES:
+            raise self.error(
+                "temperatures",
+                f"{len(self.temperatures)} of them, at most {MAX_TEMPERATURES} are stored",
             )
         if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
-            raise ConfigError(
-                "cache.codec: json stores top_k logits at every position, so cache.min_probability must be 0 and "
-                "cache.top_p 1; use cache.codec=packed to keep fewer where the teacher is certain"
+            raise self.error(
+                "codec",
+                "json stores top_k logits at every position, so cache.min_probability must be 0 "
+                "and cache.top_p 1; use cache.codec=packed to keep fewer if the teacher is certain",
             )
 
     @property
     def probability_floor(self) -> float:
-        """`min_probability`, resolved."""
-        # Not in __post_init__: the resolved default of one codec would then be the given value for the other.
+        """Return `min_probability`, or the default of the codec."""
+        # Not set in __post_init__: the default of one codec would become a given value of the other.
         if self.min_probability is not None:
             return self.min_probability
         return DEFAULT_FLOOR if self.codec == "packed" else 0.0
 
     def kept(self, probabilities_NK: Any) -> Any:
-        """Which of each row's descending probabilities are kept: a prefix, as a mask [N, K] of the same array library."""
+        """Return a mask [N, K] of the kept ones of each row's descending probabilities: a prefix.
+
+        Works with NumPy arrays and torch tensors.
+        """
         kept_NK = probabilities_NK >= self.probability_floor
         if self.top_p < 1:  # a sum of all may round to 1 or more
             kept_NK &= probabilities_NK.cumsum(1) - probabilities_NK < self.top_p

@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, choice, path
 from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.typed import PATH
 
 
 @dataclass
-class ConvertCheckpointConfig:
-    input_path: str = field(default="???", metadata=PATH)
-    """What to convert: a Hugging Face folder, a .nemo archive or an extracted one."""
-    output_path: str = field(default="???", metadata=PATH)
-    """Where to: a path ending in .nemo makes an archive, any other path a Hugging Face folder."""
-    precision: str | None = None
-    """Dtype of the written weights, bf16 or 32; None keeps that of the input."""
-    overwrite: bool = False
-    """Replace output_path where it exists."""
+class ConvertCheckpointConfig(Section):
+    """Keys of `convert_checkpoint`."""
 
-    def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise ConfigError(
-                f"precision: {self.precision!r} is not one of {', '.join(PRECISIONS)}"
-            )
+    input_path: str = path()
+    """Model to convert: a Hugging Face folder, a .nemo archive or an extracted one."""
+    output_path: str = path()
+    """Path of the result: an archive if it ends in .nemo, otherwise a Hugging Face folder."""
+    precision: str | None = choice(None, PRECISIONS)
+    """Dtype of the written weights, bf16 or 32; None: that of the input."""
+    overwrite: bool = False
+    """Replace output_path if it exists."""
 
 
 def check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Refuse an output that exists, unless it is to be overwritten and is such a model.
+    """Refuse an output that exists, unless `overwrite` is set and it is a model of the same kind.
 
     Raises:
         ConfigError: names the key.
@@ -40,13 +36,14 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
     if source.resolve().is_relative_to(output.resolve()):
         raise ConfigError(
-            f"output_path: {output} holds the input, which overwrite=True would delete; give another path"
+            f"output_path: {output} holds the input, which overwrite=True would delete; "
+            "give another path"
         )
     replaceable = (
         output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
     )
     if not replaceable:
         raise ConfigError(
-            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a .nemo archive by another, "
-            "or a folder with config.json"
+            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a "
+            ".nemo archive by another, or a folder with config.json"
         )

@@ -47,9 +47,8 @@ FREE_KEYS = (
     "model.data.packing",
     "model.data.num_workers",
     # What they select is compared by its content.
-    "model.encoder_seq_length",
     "model.data.data_impl",
-    "model.data.seq_length",
+    "model.max_seq_length",
     "model.data.n_chunks",
     "model.data.allow_other_template",
     "model.data.chat",

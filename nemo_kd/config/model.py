@@ -1,12 +1,13 @@
-"""The shape of a model, how it is spread over ranks, and in which precision it runs."""
+"""Shape of a model, its distribution over ranks, and its precision."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import MISSING, dataclass, field
+from typing import Any, ClassVar
 
 from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, bounded, choice
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -18,27 +19,13 @@ PRECISIONS = {
     "bf16-true": "bfloat16",
     "bf16-mixed": "bfloat16",
 }
-"""`trainer.precision` -> dtype of weights and activations. With bfloat16 the optimizer keeps float32 weights and gradients."""
+"""`trainer.precision` -> dtype of weights and activations; with bfloat16 the optimizer keeps float32 copies."""
 
 AUTO_PRECISION = "auto"
 """`trainer.precision` that `run.process_group.join_ranks` replaces once the device is known."""
 
 MOST_LAYERS = 1 << 12
-
-_MOST = {
-    "vocab_size": 1 << 24,
-    "num_layers": MOST_LAYERS,
-    "hidden_size": 1 << 18,
-    "ffn_hidden_size": 1 << 20,
-    "num_attention_heads": 1 << 14,
-    "num_query_groups": 1 << 14,
-    "kv_channels": 1 << 14,
-    "max_position_embeddings": (1 << 31) - 1,
-    "window_size": (1 << 31) - 1,
-    "num_moe_experts": 1 << 14,
-    "moe_router_topk": 1 << 14,
-}
-"""Bounds far above every known model: a damaged file must not ask for any amount of memory."""
+MAX_POSITIONS = (1 << 31) - 1
 
 TENSOR = "tensor_model_parallel_size"
 PARALLEL_SIZES = (
@@ -50,82 +37,68 @@ PARALLEL_SIZES = (
 
 
 @dataclass
-class RopeScaling:
-    """Llama 3.1's rescaling of rotary frequencies (Hugging Face `rope_type: llama3`)."""
+class RopeScaling(Section):
+    """Rescaling of rotary frequencies of Llama 3.1 (Hugging Face `rope_type: llama3`)."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    KEY: ClassVar[str] = "rope_scaling"
+
+    factor: float = bounded(above=0, below=math.inf)
+    low_freq_factor: float = bounded(above=0, below=math.inf)
+    high_freq_factor: float = bounded(above=0, below=math.inf)
+    original_max_position_embeddings: int = bounded(above=0, below=math.inf)
 
 
 @dataclass
-class GPTArchitecture:
-    """Everything that fixes a decoder's weights and forward pass; written to model_config.yaml of a .nemo archive."""
+class GPTArchitecture(Section):
+    """A decoder's weights and forward pass; written to model_config.yaml of a .nemo archive.
 
-    family: str
-    """One of FAMILIES: chooses the Hugging Face layout on export."""
-    vocab_size: int
-    """Real vocabulary: rows of the embedding that stand for a token. Padding for tensor parallelism is not counted."""
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    """Of every expert in a mixture of experts."""
-    num_attention_heads: int
-    num_query_groups: int
+    The upper bounds are far above every known model: a damaged file must not request unlimited memory.
+    """
+
+    family: str = choice(MISSING, FAMILIES)
+    """Hugging Face layout of the weights."""
+    vocab_size: int = bounded(at_least=1, at_most=1 << 24)
+    """Embedding rows that stand for a token, without the padding for tensor parallelism."""
+    num_layers: int = bounded(at_least=1, at_most=MOST_LAYERS)
+    hidden_size: int = bounded(at_least=1, at_most=1 << 18)
+    ffn_hidden_size: int = bounded(at_least=1, at_most=1 << 20)
+    """Feed-forward size; that of every expert in a mixture of experts."""
+    num_attention_heads: int = bounded(at_least=1, at_most=1 << 14)
+    num_query_groups: int = bounded(at_least=1, at_most=1 << 14)
     """Key/value heads."""
-    kv_channels: int
+    kv_channels: int = bounded(at_least=1, at_most=1 << 14)
     """Size of one attention head."""
-    max_position_embeddings: int
-    layernorm_epsilon: float
-    rotary_base: float
+    max_position_embeddings: int = bounded(at_least=1, at_most=MAX_POSITIONS)
+    layernorm_epsilon: float = bounded(above=0, below=math.inf)
+    rotary_base: float = bounded(above=0, below=math.inf)
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
-    window_size: int | None = None
-    """Sliding attention: how many positions a token sees, itself included. None sees all."""
+    window_size: int | None = bounded(None, at_least=1, at_most=MAX_POSITIONS)
+    """Sliding attention: positions that a token attends to, itself included. None: all."""
     window_layers: list[int] = field(default_factory=list)
     """0-based layers that use `window_size`; empty means all of them."""
-    num_moe_experts: int | None = None
+    num_moe_experts: int | None = bounded(None, at_least=1, at_most=1 << 14)
     """Experts of every layer; None: a dense model."""
-    moe_router_topk: int | None = None
-    """Experts that a token goes through."""
+    moe_router_topk: int | None = bounded(None, at_least=1, at_most=1 << 14)
+    """Experts per token."""
     moe_normalize_topk: bool = True
     """The weights of a token's experts sum to 1."""
-    init_method_std: float = 0.02
+    init_method_std: float = bounded(0.02, above=0, below=math.inf)
     hf_config: dict[str, Any] = field(default_factory=dict)
-    """config.json of the Hugging Face model it came from, kept for export."""
+    """config.json of the Hugging Face model, kept for export."""
 
     def __post_init__(self) -> None:
-        if self.family not in FAMILIES:
-            raise ConfigError(
-                f"family: {self.family!r} is not supported; supported: {', '.join(FAMILIES)}"
-            )
-        for name, most in _MOST.items():
-            value = getattr(self, name)
-            if value is not None and not 1 <= value <= most:
-                raise ConfigError(
-                    f"{name}: found {value:,}, expected an integer from 1 to {most:,}"
-                )
-        numbers = {
-            name: getattr(self, name)
-            for name in ("layernorm_epsilon", "rotary_base", "init_method_std")
-        }
-        if self.rope_scaling is not None:
-            numbers |= {
-                f"rope_scaling.{name}": value for name, value in vars(self.rope_scaling).items()
-            }
-        for name, value in numbers.items():
-            if not 0 < value < math.inf:
-                raise ConfigError(f"{name}: found {value}, expected a number above 0")
+        super().__post_init__()
         if not all(0 <= layer < self.num_layers for layer in self.window_layers):
             raise ConfigError(
                 f"window_layers: numbers outside the {self.num_layers} layers, which count from 0"
             )
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
-                f"num_attention_heads: {self.num_attention_heads} is not a multiple of num_query_groups {self.num_query_groups}"
+                f"num_attention_heads: {self.num_attention_heads} is not a multiple of "
+                f"num_query_groups {self.num_query_groups}"
             )
         # One expert with a normalised weight has the weight 1: nothing for a router to learn, and Megatron refuses it.
         fewest = 2 if self.moe_normalize_topk else 1
@@ -134,33 +107,34 @@ class GPTArchitecture:
             and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts
         ):
             raise ConfigError(
-                f"moe_router_topk: {self.moe_router_topk} experts for a token are not supported where a layer has "
-                f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; supported: from {fewest} to all"
+                f"moe_router_topk: {self.moe_router_topk} experts per token are not supported if a layer has "
+                f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; "
+                f"supported: from {fewest} to all"
             )
 
 
 @dataclass
-class ParallelConfig:
-    """How one model is spread over ranks: tensor x pipeline x context sizes make a replica, the rest is data parallelism."""
+class ParallelConfig(Section):
+    """Distribution of one model over ranks.
 
-    tensor_model_parallel_size: int = 1
-    """Ranks that share every layer: heads, feed-forward and vocabulary are cut into as many parts."""
-    pipeline_model_parallel_size: int = 1
-    """Stages that the layers are cut into, equally many each; batches run through them one behind the other."""
-    context_parallel_size: int = 1
-    """Ranks that share every sequence: for long ones, whose activations one rank cannot hold."""
-    expert_model_parallel_size: int = 1
-    """Ranks that the experts of a layer are spread over: neighbours in context and data parallelism, which step together then. Each expert is also cut over the tensor-parallel ranks."""
+    A replica has tensor x pipeline x context ranks; the rest is data parallelism.
+    """
+
+    KEY: ClassVar[str] = "model"
+
+    tensor_model_parallel_size: int = bounded(1, at_least=1)
+    """Ranks that split every layer: heads, feed-forward and vocabulary."""
+    pipeline_model_parallel_size: int = bounded(1, at_least=1)
+    """Pipeline stages; each has the same number of layers."""
+    context_parallel_size: int = bounded(1, at_least=1)
+    """Ranks that split every sequence, for sequences whose activations do not fit on one rank."""
+    expert_model_parallel_size: int = bounded(1, at_least=1)
+    """Ranks that the experts of a layer are distributed over: neighbours in context and data parallelism, which then step together. Each expert is also split over the tensor-parallel ranks."""
     sequence_parallel: bool = False
-    """Cuts the activations between the tensor-parallel regions along the sequence; nothing at tensor-parallel size 1."""
-
-    def __post_init__(self) -> None:
-        for name in PARALLEL_SIZES:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name}: {getattr(self, name)} must be at least 1")
+    """Split the activations between tensor-parallel regions along the sequence. No effect at tensor-parallel size 1."""
 
     def data_parallel_size(self, world_size: int) -> int:
-        """Replicas of the model among `world_size` ranks.
+        """Return the number of replicas on `world_size` ranks.
 
         Raises:
             ConfigError: the ranks do not divide evenly.
@@ -174,25 +148,26 @@ class ParallelConfig:
                 f" = {ranks}" if len(sizes) > 1 else ""
             )
             raise ConfigError(
-                f"{' x '.join(f'model.{name}' for name in sizes)}: {product} does not divide the {world_size} ranks "
-                "(trainer.num_nodes x trainer.devices)"
+                f"{' x '.join(f'model.{name}' for name in sizes)}: {product} does not divide the "
+                f"{world_size} ranks (trainer.num_nodes x trainer.devices)"
             )
         sharing = world_size // ranks * self.context_parallel_size
         if sharing % self.expert_model_parallel_size:
             raise ConfigError(
-                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not divide the {sharing} ranks of "
-                "data and context parallelism, which the experts are spread over; each is cut over the tensor-parallel ranks too"
+                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not divide "
+                f"the {sharing} ranks of data and context parallelism, which the experts are "
+                "distributed over; each expert is also split over the tensor-parallel ranks"
             )
         return world_size // ranks
 
     @property
     def chunks_per_stage(self) -> int:
-        """Parts that the layers of a pipeline stage are cut into; several where stages are interleaved."""
+        """Return the parts of a pipeline stage; more than one if stages are interleaved."""
         return 1
 
     @property
     def replicas_in_lockstep(self) -> int:
-        """Replicas of the model that have to run their forward passes together, as their experts are spread over all of them."""
+        """Return how many replicas must run their forward passes together because they share experts."""
         return (
             math.lcm(self.expert_model_parallel_size, self.context_parallel_size)
             // self.context_parallel_size
@@ -200,7 +175,7 @@ class ParallelConfig:
 
 
 def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
-    """Refuses sizes that cannot cut the model's layers, heads, groups, feed-forward or experts evenly.
+    """Refuse sizes that do not divide the model's layers, heads, groups, feed-forward or experts.
 
     Raises:
         ConfigError: names the size that does not divide.
@@ -213,13 +188,15 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
         for name in names:
             if getattr(architecture, name) % getattr(parallel, key):
                 raise ConfigError(
-                    f"model.{key}: {getattr(parallel, key)} does not divide the model's {name} ({getattr(architecture, name)})"
+                    f"model.{key}: {getattr(parallel, key)} does not divide the model's {name} "
+                    f"({getattr(architecture, name)})"
                 )
     chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     if architecture.num_layers % chunks:
         raise ConfigError(
-            f"model.virtual_pipeline_model_parallel_size: {parallel.chunks_per_stage} parts of {parallel.pipeline_model_parallel_size} "
-            f"pipeline stages do not divide the model's num_layers ({architecture.num_layers})"
+            f"model.virtual_pipeline_model_parallel_size: {parallel.chunks_per_stage} parts of "
+            f"{parallel.pipeline_model_parallel_size} pipeline stages do not divide the model's "
+            f"num_layers ({architecture.num_layers})"
         )
     experts, size = architecture.num_moe_experts, parallel.expert_model_parallel_size
     if size > 1 and (experts is None or experts % size):
@@ -230,7 +207,7 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
 
 
 def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
-    """As `check_layout`, and what Megatron refuses in training only.
+    """Check as `check_layout` does, and what Megatron refuses in training only.
 
     Raises:
         ConfigError: names the size that does not divide, or the key to set.
@@ -243,16 +220,16 @@ def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfi
         and not parallel.sequence_parallel
     ):
         raise ConfigError(
-            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but a mixture of experts is trained on "
-            "tensor-parallel ranks with sequence parallelism only; set it to true"
+            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but tensor-parallel "
+            "training of a mixture of experts needs sequence parallelism; set it to true"
         )
 
 
 def length_multiple(parallel: ParallelConfig) -> int:
-    """What the number of positions of every batch has to be a multiple of in this layout.
+    """Return a number that must divide the positions of every batch in this layout.
 
-    Context parallelism deals two chunks to every rank; sequence parallelism cuts what a rank has among the
-    tensor-parallel ranks.
+    Context parallelism gives two chunks to every rank; sequence parallelism splits those of a rank over
+    the tensor-parallel ranks.
     """
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
@@ -262,9 +239,10 @@ def length_multiple(parallel: ParallelConfig) -> int:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Embedding rows after padding: the next multiple of both `divisible_by` and the tensor-parallel size.
+    """Return the embedding rows after padding to a multiple of `divisible_by` and the tensor-parallel size.
 
-    The same for every tensor-parallel size that divides `divisible_by`, so that optimizer states can be resharded.
+    All tensor-parallel sizes that divide `divisible_by` give the same number, so optimizer states can be
+    resharded.
     Padding rows are zero and never reach a top-k, a log-sum-exp or a softmax: see `ops.vocab.VocabShard`.
     """
     multiple = math.lcm(divisible_by, tensor_model_parallel_size)
@@ -274,16 +252,15 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_
 def check_batch_sizes(
     micro_batch_size: int, global_batch_size: int, data_parallel_size: int
 ) -> None:
-    """Refuses batch sizes that do not split into whole micro-batches on every data-parallel rank.
+    """Refuse batch sizes that do not split into whole micro-batches on every data-parallel rank.
 
     Raises:
         ConfigError: names both keys and the multiple that is needed.
     """
-    if micro_batch_size < 1:
-        raise ConfigError(f"model.micro_batch_size: {micro_batch_size} must be at least 1")
     multiple = micro_batch_size * data_parallel_size
-    if global_batch_size < 1 or global_batch_size % multiple:
+    if global_batch_size % multiple:
         raise ConfigError(
-            f"model.global_batch_size: {global_batch_size} must be a multiple of model.micro_batch_size x data-parallel size "
-            f"= {micro_batch_size} x {data_parallel_size} = {multiple}"
+            f"model.global_batch_size: {global_batch_size} must be a multiple of "
+            "model.micro_batch_size x data-parallel size = "
+            f"{micro_batch_size} x {data_parallel_size} = {multiple}"
         )

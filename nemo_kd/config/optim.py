@@ -1,16 +1,14 @@
-"""Configuration of the optimizer and of the learning rate over a run: `model.optim`."""
+"""Configuration of the optimizer and the learning-rate schedule: `model.optim`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, bounded, choice
 
-KEY = "model.optim"
 DEFAULT_WARMUP_STEPS = 10
 SHARDED = "distributed_fused_adam"
-OPTIMIZERS = (SHARDED, "adamw", "adam")
 SCHEDULES = {
     "CosineAnnealing": "cosine",
     "WarmupAnnealing": "linear",
@@ -24,7 +22,7 @@ SCHEDULES = {
 
 
 class Phases(NamedTuple):
-    """How many steps each part of a schedule takes; `constant` ones come last, at min_lr."""
+    """Steps of each part of a schedule; `constant` ones come last, at min_lr."""
 
     warmup: int
     decay: int
@@ -32,49 +30,46 @@ class Phases(NamedTuple):
 
 
 @dataclass
-class SchedConfig:
-    name: str = "CosineAnnealing"
-    """After a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) down to min_lr, inverse_square_root (NeMo: InverseSquareRootAnnealing), never below min_lr, or constant (NeMo: WarmupPolicy), which knows no min_lr."""
-    warmup_steps: int | None = None
-    """Steps of linear warmup; None, without a warmup_ratio: 10."""
-    warmup_ratio: float | None = None
-    """Instead of warmup_steps: a fraction of all steps."""
-    constant_steps: int | None = None
-    """CosineAnnealing and linear: last steps, at min_lr."""
-    constant_ratio: float | None = None
-    """Instead of constant_steps: a fraction of all steps."""
-    min_lr: float = 0.0
-    """Where the learning rate ends."""
+class SchedConfig(Section):
+    """`model.optim.sched`: the learning rate over a run."""
+
+    KEY: ClassVar[str] = "model.optim.sched"
+
+    name: str = choice("CosineAnnealing", SCHEDULES)
+    """Shape after a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) decay to min_lr; inverse_square_root (NeMo: InverseSquareRootAnnealing) decays, but not below min_lr; constant (NeMo: WarmupPolicy) ignores min_lr."""
+    warmup_steps: int | None = bounded(None, at_least=0)
+    """Steps of linear warmup. None: 10, unless warmup_ratio is given."""
+    warmup_ratio: float | None = bounded(None, at_least=0, at_most=1)
+    """Warmup as a fraction of all steps, instead of warmup_steps."""
+    constant_steps: int | None = bounded(None, at_least=0)
+    """CosineAnnealing and linear: last steps, which run at min_lr."""
+    constant_ratio: float | None = bounded(None, at_least=0, at_most=1)
+    """The same as a fraction of all steps, instead of constant_steps."""
+    min_lr: float = bounded(9e-7, at_least=0)
+    """Learning rate at the end of the decay, at most model.optim.lr."""
 
     def __post_init__(self) -> None:
-        if self.name not in SCHEDULES:
-            raise ConfigError(
-                f"{KEY}.sched.name: {self.name!r} is not one of {', '.join(SCHEDULES)}"
-            )
+        super().__post_init__()
         for phase in ("warmup", "constant"):
-            steps, ratio = getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio")
-            if steps is not None and ratio is not None:
-                raise ConfigError(f"{KEY}.sched: give {phase}_steps or {phase}_ratio, not both")
-            if steps is not None and steps < 0:
-                raise ConfigError(f"{KEY}.sched.{phase}_steps: {steps} must not be negative")
-            if ratio is not None and not 0 <= ratio <= 1:
-                raise ConfigError(f"{KEY}.sched.{phase}_ratio: {ratio} must be from 0 to 1")
+            if None not in (getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio")):
+                raise self.error(f"{phase}_steps", f"give it or {phase}_ratio, not both")
         if (self.constant_steps or self.constant_ratio) and self.shape not in ("cosine", "linear"):
-            raise ConfigError(
-                f"{KEY}.sched.constant_steps and constant_ratio are for CosineAnnealing and linear; leave them out with "
-                f"name={self.name}"
+            raise self.error(
+                "constant_steps and constant_ratio",
+                f"are for CosineAnnealing and linear; leave them out with name={self.name}",
             )
 
     @property
     def shape(self) -> str:
-        """cosine, linear, inverse_square_root or constant."""
+        """Return cosine, linear, inverse_square_root or constant."""
         return SCHEDULES[self.name]
 
     def phases(self, max_steps: int) -> Phases:
-        """The parts of a run of `max_steps`.
+        """Return the parts of a run of `max_steps`.
 
-        A warmup that is longer than the run is allowed, as short trials have it; the rate stays below its maximum then.
-        Constant steps that do not fit after the warmup are left out: otherwise a short run would train at min_lr throughout.
+        A warmup may be longer than the run, as in short trials; the rate then stays below its maximum.
+        Constant steps that do not fit after the warmup are left out: a short run would train at
+        min_lr throughout.
         """
         warmup = _steps(self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps)
         constant = self.asked_constant_steps(max_steps)
@@ -83,7 +78,7 @@ class SchedConfig:
         return Phases(warmup, max(0, max_steps - warmup - constant), constant)
 
     def asked_constant_steps(self, max_steps: int) -> int:
-        """Return the constant steps of the configuration, whether the run has room for them or not."""
+        """Return the constant steps as configured, even if the run has no room for them."""
         return _steps(self.constant_steps, self.constant_ratio, 0, max_steps)
 
 
@@ -94,35 +89,33 @@ def _steps(steps: int | None, ratio: float | None, default: int, max_steps: int)
 
 
 @dataclass
-class OptimConfig:
-    name: str = SHARDED
-    """distributed_fused_adam or adamw: Adam with decoupled weight decay; the former shards its state over data-parallel ranks. adam: weight decay is added to the gradient (L2), as NeMo's adam does. Apex's or Transformer Engine's fused kernel is used where one is installed."""
-    lr: float = 3e-5
+class OptimConfig(Section):
+    """`model.optim`: the optimizer."""
+
+    KEY: ClassVar[str] = "model.optim"
+
+    name: str = choice(SHARDED, (SHARDED, "adamw", "adam"))
+    """Optimizer: distributed_fused_adam or adamw (Adam with decoupled weight decay; the former shards its state over data-parallel ranks), or adam (adds weight decay to the gradient, as NeMo's adam does). Uses the fused kernel of Apex or Transformer Engine if installed."""
+    lr: float = bounded(3e-5, at_least=0)
     """Largest learning rate."""
-    weight_decay: float = 0.01
-    """Weight decay; none on biases and norms."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.98])
-    """Adam's decay rates."""
-    eps: float = 1e-8
+    weight_decay: float = bounded(0.01, at_least=0)
+    """Weight decay; biases and norms have none."""
+    betas: list[float] = bounded([0.9, 0.98], at_least=0, below=1)
+    """Adam's two decay rates."""
+    eps: float = bounded(1e-8, above=0)
     """Adam's denominator offset."""
     sched: SchedConfig = field(default_factory=SchedConfig)
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise ConfigError(f"{KEY}.name: {self.name!r} is not one of {', '.join(OPTIMIZERS)}")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"{KEY}.betas: {self.betas} must be two numbers from [0, 1)")
-        for name in ("lr", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"{KEY}.{name}: {getattr(self, name)} must not be negative")
-        if not self.eps > 0:
-            raise ConfigError(f"{KEY}.eps: {self.eps} must be above 0")
-        if not 0 <= self.sched.min_lr <= self.lr and self.sched.shape != "constant":
-            raise ConfigError(
-                f"{KEY}.sched.min_lr: {self.sched.min_lr} must be from 0 to {KEY}.lr ({self.lr})"
+        super().__post_init__()
+        if len(self.betas) != 2:
+            raise self.error("betas", f"{self.betas} must be two numbers")
+        if self.sched.min_lr > self.lr and self.sched.shape != "constant":
+            raise self.error(
+                "sched.min_lr", f"{self.sched.min_lr} must be at most {self.KEY}.lr ({self.lr})"
             )
 
     @property
     def is_sharded(self) -> bool:
-        """Whether every data-parallel rank holds a part of the optimizer's state only."""
+        """Return True if every data-parallel rank holds a part of the optimizer's state."""
         return self.name == SHARDED

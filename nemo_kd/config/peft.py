@@ -1,11 +1,13 @@
-"""Configuration of low-rank adapters, `model.peft`, and of what a run leaves at its end, `export`."""
+"""Configuration of low-rank adapters, `model.peft`, and of the files that a run exports, `export`."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, bounded, choice
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 
 log = logging.getLogger(__name__)
@@ -17,103 +19,100 @@ INIT_METHODS = ("xavier", "normal", "kaiming", "zero")
 
 
 @dataclass
-class LoraConfig:
-    target_modules: list[str] = field(default_factory=lambda: ["attention_qkv"])
-    """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2; attention and mlp stand for two of them, all for four. Query, key and value share the input side of one adapter, gate and up projection of another."""
-    adapter_dim: int = 32
+class LoraConfig(Section):
+    """`model.peft.lora_tuning`: low-rank adapters."""
+
+    KEY: ClassVar[str] = KEY
+
+    target_modules: list[str] = choice(["attention_qkv"], (*TARGETS, *GROUPS))
+    """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or the groups attention, mlp and all. Query, key and value share the input side of one adapter, gate and up projection that of another."""
+    adapter_dim: int = bounded(32, at_least=1)
     """Rank of the adapters."""
-    alpha: float | None = None
-    """What an adapter adds is scaled by alpha / adapter_dim; None: by 1."""
-    adapter_dropout: float = 0.0
+    alpha: float | None = bounded(None, above=0)
+    """Scale the output of an adapter by alpha / adapter_dim; None: by 1."""
+    adapter_dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout on an adapter's input."""
-    column_init_method: str = "xavier"
-    """How the input side of an adapter begins: xavier, normal (deviation 0.2), kaiming or zero."""
-    row_init_method: str = "zero"
-    """How its output side begins; with zero the first step sees the base model."""
+    column_init_method: str = choice("xavier", INIT_METHODS)
+    """Initialization of an adapter's input side: xavier, normal (standard deviation 0.2), kaiming or zero."""
+    row_init_method: str = choice("zero", INIT_METHODS)
+    """Initialization of its output side; with zero the first step equals the base model."""
     layer_selection: list[int] | None = None
     """Layers that get adapters, counted from 1; None: all."""
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.target_modules if name not in (*TARGETS, *GROUPS)]
-        if unknown or not self.target_modules:
-            raise ConfigError(
-                f"{KEY}.target_modules: {self.target_modules} must be of {', '.join((*TARGETS, *GROUPS))}"
-            )
-        if self.adapter_dim < 1:
-            raise ConfigError(f"{KEY}.adapter_dim: {self.adapter_dim} must be at least 1")
-        if self.alpha is not None and not self.alpha > 0:
-            raise ConfigError(f"{KEY}.alpha: {self.alpha} must be above 0")
-        if not 0 <= self.adapter_dropout < 1:
-            raise ConfigError(f"{KEY}.adapter_dropout: {self.adapter_dropout} must be from [0, 1)")
-        for name in ("column_init_method", "row_init_method"):
-            if getattr(self, name) not in INIT_METHODS:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(INIT_METHODS)}"
-                )
+        super().__post_init__()
+        if not self.target_modules:
+            raise self.error("target_modules", "is empty; give [attention] or [all]")
         if self.column_init_method == self.row_init_method == "zero":
-            raise ConfigError(
-                f"{KEY}.column_init_method and row_init_method: zero for both leaves no gradient; use xavier and zero"
+            raise self.error(
+                "column_init_method and row_init_method",
+                "zero for both leaves no gradient; use xavier and zero",
             )
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The projections that are meant, without groups."""
+        """Return the projections with groups replaced by their members."""
         wanted = {target for name in self.target_modules for target in GROUPS.get(name, (name,))}
         return tuple(target for target in TARGETS if target in wanted)
 
     @property
     def scale(self) -> float:
-        """What the product of both sides of an adapter is multiplied with."""
+        """Return the factor of an adapter's output."""
         return 1.0 if self.alpha is None else self.alpha / self.adapter_dim
 
     def has_layer(self, number: int) -> bool:
-        """Whether a layer (from 1) gets adapters."""
+        """Return True if a layer, counted from 1, gets adapters."""
         return self.layer_selection is None or number in self.layer_selection
 
 
 @dataclass
-class PeftConfig:
-    peft_scheme: str | None = "none"
-    """lora: the model's weights stay as they are, low-rank adapters beside them are trained. none: every weight is trained."""
+class PeftConfig(Section):
+    """`model.peft`: training of all weights or of adapters."""
+
+    KEY: ClassVar[str] = "model.peft"
+
+    peft_scheme: str | None = choice("none", ("none", "lora"))
+    """lora: train low-rank adapters and keep the model's weights. none: train every weight."""
     restore_from_path: str | None = None
-    """Adapters cannot be continued from a file: begin with the merged weights of the run before."""
+    """Not supported: adapters cannot be loaded from a file. Start with the merged weights of the earlier run."""
     lora_tuning: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        if self.peft_scheme not in ("none", None, "lora"):
-            raise ConfigError(
-                f"model.peft.peft_scheme: {self.peft_scheme!r} is not available; use lora or none"
-            )
+        super().__post_init__()
         if self.restore_from_path is not None:
-            raise ConfigError(
-                f"model.peft.restore_from_path: {self.restore_from_path} is not read; give the .nemo that the run before left, whose "
-                "weights have its adapters in them, as pretrained_checkpoint.restore_from_path"
+            raise self.error(
+                "restore_from_path",
+                f"{self.restore_from_path} is not read; give the .nemo of the earlier run, which "
+                "has the adapters in its weights, as pretrained_checkpoint.restore_from_path",
             )
 
     @property
     def lora(self) -> LoraConfig | None:
-        """The adapters; None where every weight is trained."""
+        """Return the adapters; None if every weight is trained."""
         return self.lora_tuning if self.peft_scheme == "lora" else None
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Section):
+    """`export`: Hugging Face folders that a run leaves."""
+
+    KEY: ClassVar[str] = "export"
+
     hf: bool = False
-    """Leaves a Hugging Face folder beside every .nemo archive, under its name with -hf in place of .nemo."""
-    lora: str = "merged"
-    """What a Hugging Face folder of a LoRA run holds: merged, the whole model with the adapters in its weights, or adapter, these alone as the peft library reads them. A .nemo archive is always merged."""
+    """Write a Hugging Face folder beside every .nemo archive, with -hf in place of .nemo."""
+    lora: str = choice("merged", ("merged", "adapter"))
+    """Content of the Hugging Face folder of a LoRA run: merged (the whole model with the adapters in its weights) or adapter (the adapters alone, for the peft library). A .nemo archive is always merged."""
 
     def __post_init__(self) -> None:
-        if self.lora not in ("merged", "adapter"):
-            raise ConfigError(f"export.lora: {self.lora!r} is not one of merged, adapter")
+        super().__post_init__()
         if self.lora == "adapter" and not self.hf:
-            raise ConfigError(
-                "export.lora: adapter, but export.hf=false writes no folder for it; add export.hf=true"
+            raise self.error(
+                "lora", "adapter, but export.hf=false writes no folder for it; add export.hf=true"
             )
 
 
 def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
-    """Refuses adapters that the model has no place for, and says so where settings of adapters have no effect.
+    """Refuse adapters that do not fit the model; warn about adapter settings without effect.
 
     Raises:
         ConfigError: names the key.
@@ -122,7 +121,7 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
     if lora is None:
         if peft.lora_tuning != LoraConfig():
             log.warning(
-                "%s has no effect: every weight is trained; adapters need model.peft.peft_scheme=lora",
+                "%s has no effect: all weights are trained; adapters need model.peft.peft_scheme=lora",
                 KEY,
             )
         return
@@ -134,16 +133,20 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
         )
     stages = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     for stage in range(stages):
-        first, last = stage * layers // stages + 1, (stage + 1) * layers // stages
+        first = stage * layers // stages + 1
+        last = (stage + 1) * layers // stages
         if not any(lora.has_layer(number) for number in range(first, last + 1)):
             interleaved = parallel.chunks_per_stage > 1
+            part = "part" if interleaved else "pipeline stage"
+            of = "of the interleaved pipeline " if interleaved else ""
             raise ConfigError(
-                f"{KEY}.layer_selection: {lora.layer_selection} leaves {'part' if interleaved else 'pipeline stage'} {stage + 1} of "
-                f"{stages} {'of the interleaved pipeline ' if interleaved else ''}(layers {first} to {last}) nothing to train; choose a "
-                f"layer of it too, or a smaller model.{'virtual_' if interleaved else ''}pipeline_model_parallel_size"
+                f"{KEY}.layer_selection: {lora.layer_selection} leaves {part} {stage + 1} of {stages} "
+                f"{of}(layers {first} to {last}) nothing to train; select one of its layers too, or "
+                f"reduce model.{'virtual_' if interleaved else ''}pipeline_model_parallel_size"
             )
     experts = [target for target in lora.targets if target.startswith("mlp")]
     if architecture.num_moe_experts is not None and experts:
         raise ConfigError(
-            f"{KEY}.target_modules: {', '.join(experts)} would be adapters of experts, which are not supported; use attention"
+            f"{KEY}.target_modules: {', '.join(experts)} would be adapters of experts, which are not "
+            "supported; use attention"
         )

@@ -20,7 +20,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, RopeScaling, check_layout, padded_vocab_size
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.experts import expert_fields

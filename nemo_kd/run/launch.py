@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.teacher import TrainerConfig
+from nemo_kd.config.shared import TrainerConfig
 from nemo_kd.run.interruption import REQUEUE, hold_back_warning_signal
 from nemo_kd.run.processes import end_with_parent
 from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import AUTO_PRECISION
-from nemo_kd.config.teacher import TrainerConfig
+from nemo_kd.config.shared import TrainerConfig
 from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
 
 log = logging.getLogger(__name__)

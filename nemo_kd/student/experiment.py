@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.student import TrainStudentConfig, check_experiment
+from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.student.checkpoints import StudentCheckpoints, label_of
 from nemo_kd.student.lifetime import Lifetime
@@ -143,7 +143,6 @@ def experiment_settings(
     Raises:
         ConfigError: a value is impossible here.
     """
-    check_experiment(config)
     key = "exp_manager.checkpoint_callback_params.monitor"
     monitor = config.exp_manager.checkpoint_callback_params.monitor
     known = ["val_loss", *(f"validation/{name}" for name in measured or ())]

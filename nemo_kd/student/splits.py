@@ -54,17 +54,7 @@ def load_splits(
         ConfigError: nothing is left of a split, or of a path that has a weight.
     """
     data = model.data
-    asked = {
-        "model.data.dataset.max_seq_length": None
-        if data.uses_cache
-        else data.dataset.max_seq_length,
-        "model.data.seq_length": data.seq_length,
-        "model.encoder_seq_length": model.encoder_seq_length,
-    }
-    key = next(
-        (key for key, length in asked.items() if length is not None), "model.data.seq_length"
-    )
-    seq_length = sequence_length(key, asked[key], architecture.max_position_embeddings)
+    seq_length = sequence_length(model.max_seq_length, architecture.max_position_embeddings)
     paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
     if data.uses_cache:
         if data.dataset != StudentDatasetConfig():

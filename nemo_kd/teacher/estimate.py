@@ -169,7 +169,7 @@ def _estimates(
     largest_chunk = max(map(len, job.chunks)) / num_records * file_bytes
     segment_bytes = min(job.config.cache.segment_examples, num_records) / num_records * file_bytes
     host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
-    folder, num_shards = CacheLayout(job.config.output_path).folder, job.config.shard_number()[1]
+    folder, num_shards = CacheLayout(job.config.output_path).folder, job.config.part_number()[1]
     return [
         *([("split", job.split)] if job.split else []),
         *(

@@ -116,9 +116,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
         check_model(config, architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         seq_length = sequence_length(
-            "data.data.max_seq_length",
-            config.data.data.max_seq_length or config.model.encoder_seq_length,
-            architecture.max_position_embeddings,
+            config.model.max_seq_length, architecture.max_position_embeddings
         )
         jobs = [
             _job(split, part, pretrained, tokenizer, seq_length)
@@ -214,7 +212,7 @@ def nothing_to_train(job: Job) -> DataError:
             roles.update(str(turn.get(role)) for turn in turns or [] if isinstance(turn, dict))
     data = job.config.data.data
     remedies = {
-        TOO_LONG: f"raise data.data.max_seq_length (now {job.manifest.seq_length})",
+        TOO_LONG: f"raise model.max_seq_length (now {job.manifest.seq_length})",
         TOO_SHORT: f"lower data.data.min_seq_length (now {data.min_seq_length})",
         NO_LOSS_TOKENS: "only an assistant's turns with content are trained: rename the roles, or set data.data.format",
     }
@@ -280,8 +278,4 @@ def formatting(data: DataConfig) -> dict[str, Any]:
     settings = dataclasses.asdict(data.data) | {
         "chat_prompt_tokens": dataclasses.asdict(data.chat_prompt_tokens)
     }
-    return {
-        name: value
-        for name, value in settings.items()
-        if name not in ("file_path", "max_seq_length")
-    }
+    return {name: value for name, value in settings.items() if name != "file_path"}

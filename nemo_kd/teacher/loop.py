@@ -118,7 +118,7 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
                 CacheLayout(job.config.output_path),
                 job.manifest,
                 job.chunks,
-                job.config.shard_number(),
+                job.config.part_number(),
             )
             stack.callback(writer.close)
             missing = writer.missing_segments()

@@ -191,7 +191,7 @@ class Teacher:
         if len(examples) == 1:
             raise TeacherError(
                 f"example {examples[0].index}: its {tokens} tokens do not fit into the GPU's memory, not even alone; lower "
-                "data.data.max_seq_length, or spread the teacher over more ranks (model.tensor_model_parallel_size, "
+                "model.max_seq_length, or spread the teacher over more ranks (model.tensor_model_parallel_size, "
                 "model.pipeline_model_parallel_size, model.context_parallel_size)"
             )
         if self.groups.device.type == "cuda":

@@ -125,7 +125,7 @@ def metrics_file(job: Job) -> MetricsFile:
     Raises:
         CacheError: it cannot be written.
     """
-    layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.shard_number()
+    layout, (shard, num_shards) = CacheLayout(job.config.output_path), job.config.part_number()
     folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
     part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
     path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.log")

@@ -38,7 +38,7 @@ def check_end(job: Job, writer: CacheWriter) -> str:
         CacheError: part of this job's own work is missing, because somebody removed files while it ran.
         DataError: the cache is complete and has no rows.
     """
-    shard, num_shards = job.config.shard_number()
+    shard, num_shards = job.config.part_number()
     incomplete = writer.incomplete()
     if not incomplete:
         if not any(summary.examples for summary in writer.manifest.chunks.values()):

@@ -10,7 +10,7 @@ import torch
 
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.data.collate import collate
 from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import open_pretrained

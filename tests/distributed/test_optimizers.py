@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_kd.config.optim import OptimConfig
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config

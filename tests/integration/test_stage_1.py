@@ -218,8 +218,8 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ),
         ({"cache__temperatures": [0]}, "cache.temperatures: [0.0] must all be above 0"),
         (
-            {"data__data__max_seq_length": 5000},
-            "data.data.max_seq_length: 5000 exceeds the model's max_position_embeddings",
+            {"model__max_seq_length": 5000},
+            "model.max_seq_length: 5000 exceeds the model's max_position_embeddings",
         ),
         ({"pretrained_checkpoint__restore_from_path": "/nowhere"}, "/nowhere does not exist"),
         ({"data__data__file_path": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
@@ -282,7 +282,7 @@ def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(
 
 def test_too_long_examples_are_counted(ranks, world, tmp_path):
     ranks(1).run(
-        run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"data__data__max_seq_length": 40}
+        run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"model__max_seq_length": 40}
     )
     manifest = json.loads((tmp_path / "c.manifest.json").read_text())["chunks"]["0"]
     assert manifest["skipped"]["too long"] > 0

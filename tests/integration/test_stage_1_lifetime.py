@@ -394,7 +394,7 @@ def test_an_array_that_is_no_range_is_refused(monkeypatch):
     ):
         teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"))
     monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
-    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).shard_number() == (
+    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).part_number() == (
         1,
         2,
     )

@@ -387,8 +387,8 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
             "/no/t_0.jsonl: the chunk is missing",
         ),
         (
-            {"model__data__seq_length": 9999},
-            "model.data.seq_length: 9999 exceeds the model's max_position_embeddings (512)",
+            {"model__max_seq_length": 9999},
+            "model.max_seq_length: 9999 exceeds the model's max_position_embeddings (512)",
         ),
     ],
 )

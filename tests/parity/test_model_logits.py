@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.teacher import ModelConfig
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel

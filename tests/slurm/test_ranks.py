@@ -17,7 +17,7 @@ PROGRAM = """
 import os, sys, torch
 from nemo_kd.run.launch import needs_launch, launch
 from nemo_kd.run.endings import errors_end_the_process
-from nemo_kd.config.teacher import TrainerConfig
+from nemo_kd.config.shared import TrainerConfig
 with errors_end_the_process():
     trainer = TrainerConfig(devices=2)
     if needs_launch(trainer):

@@ -186,7 +186,7 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
         assert key["trainer.devices"] == "2"
         line = " ".join(f"{name}={value}" for name, value in key.items())
         config, warnings = compose("compute_topk_logits", line)
-        assert (config.shard, warnings) == (key["shard"], [])
+        assert (config.part, warnings) == (key["shard"], [])
 
 
 def test_an_interrupted_task_runs_again_and_no_other(cluster):

@@ -42,6 +42,12 @@ ODD_PATHS = (
 )
 
 
+COMMANDS = {
+    ComputeTopkLogitsConfig: "compute_topk_logits",
+    TrainStudentConfig: "train_gpt_knowledge_distillation",
+    ConvertCheckpointConfig: "convert_checkpoint",
+}
+
 STAGE_1 = (
     "pretrained_checkpoint.restore_from_path=t",
     "data.data.file_path=d",
@@ -50,7 +56,9 @@ STAGE_1 = (
 
 
 def value_of(key: str, value: str, config_class: type) -> object:
-    (override,) = read_command_line([f"{key}={value}"], config_class).overrides
+    (override,) = read_command_line(
+        [f"{key}={value}"], config_class, COMMANDS[config_class]
+    ).overrides
     return OverridesParser.create().parse_override(override).value()
 
 
@@ -130,7 +138,7 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         (
             TrainStudentConfig,
             "model.data.data_prefix=x.jsonl",
-            "x.jsonl is not a mapping; give each split's paths: model.data.data_prefix='{train: [x.jsonl], validation: [FILE]}'",
+            "x.jsonl is not a mapping; give each split's paths: model.data.data_prefix.train=x.jsonl",
         ),
         (
             TrainStudentConfig,
@@ -156,7 +164,7 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
 )
 def test_other_ways_to_write_a_key_are_answered(config_class, line, answer):
     with pytest.raises(ConfigError) as error:
-        read_command_line(shlex.split(line), config_class)
+        read_command_line(shlex.split(line), config_class, COMMANDS[config_class])
     assert answer in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -165,7 +173,7 @@ def test_a_path_that_exists_is_no_name_of_a_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher").mkdir()
     with pytest.raises(ConfigError, match="input_path=teacher output_path=out"):
-        read_command_line(["teacher", "out"], ConvertCheckpointConfig)
+        read_command_line(["teacher", "out"], ConvertCheckpointConfig, "convert_checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -181,18 +189,14 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
     ("argument", "answer"),
     [
         (
-            "model=llama",
-            "model: llama is no mapping of keys; did you mean pretrained_checkpoint.restore_from_path?",
-        ),
-        (
             "data.data=d.jsonl",
-            "data.data: d.jsonl is no mapping of keys; did you mean data.data.file_path?",
+            "data.data: d.jsonl is not a mapping of keys; did you mean data.data.file_path?",
         ),
         (
             "cache=3",
-            "cache: 3 is no mapping of keys; its keys are cache.codec, cache.min_probability",
+            "cache: 3 is not a mapping of keys; its keys are cache.codec, cache.min_probability",
         ),
-        ("cache.temperatures=[nan]", "cache.temperatures: [nan] must all be above 0 and finite"),
+        ("cache.temperatures=[nan]", "cache.temperatures: [nan] must be above 0 and finite"),
         (
             "trainer.distributed_timeout_minutes=inf",
             "trainer.distributed_timeout_minutes: inf must be above 0 and",
@@ -205,7 +209,7 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
     ],
 )
 def test_values_that_cannot_work_name_their_key(argument, answer):
-    line = read_command_line([*STAGE_1, argument], ComputeTopkLogitsConfig)
+    line = read_command_line([*STAGE_1, argument], ComputeTopkLogitsConfig, "compute_topk_logits")
     with pytest.raises(ConfigError) as error:
         typed(ComputeTopkLogitsConfig, compose(line, "compute_topk_logits"))
     assert answer in str(error.value)
@@ -213,17 +217,23 @@ def test_values_that_cannot_work_name_their_key(argument, answer):
 
 
 def test_keys_may_stand_for_others_that_have_their_default_in_code():
-    line = read_command_line([*STAGE_1, "output_path=${name}.jsonl"], ComputeTopkLogitsConfig)
-    cfg, _ = translate(compose(line, "compute_topk_logits"), "compute_topk_logits")
+    line = read_command_line(
+        [*STAGE_1, "output_path=${name}.jsonl"], ComputeTopkLogitsConfig, "compute_topk_logits"
+    )
+    cfg, _ = translate(
+        compose(line, "compute_topk_logits"), "compute_topk_logits", ComputeTopkLogitsConfig
+    )
     assert typed(ComputeTopkLogitsConfig, cfg).output_path == "compute_topk_logits.jsonl"
 
 
 def test_every_foreign_name_leads_to_a_key_that_exists():
     classes = (ComputeTopkLogitsConfig, TrainStudentConfig, ConvertCheckpointConfig)
     known = {each.key for config_class in classes for each in describe(config_class)}
-    for name, foreign in FOREIGN.items():
-        keys = [key for key in foreign.keys if key in known or key.startswith("exp_manager.")]
-        assert keys, name
+    for name, (keys, _) in FOREIGN.items():
+        assert any(
+            key in known or key.rpartition(".")[0] in known or key.startswith("exp_manager.")
+            for key in keys
+        ), name
 
 
 @pytest.mark.parametrize(
@@ -238,7 +248,7 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
         ("lora_r", "model.peft.lora_tuning.adapter_dim? with model.peft.peft_scheme=lora"),
         ("bf16", "trainer.precision? bf16 or 32"),
         ("kd_loss_weight", "model.knowledge_distillation.kd_loss_weight?"),
-        ("data_prefix", "{train: [FILE], validation: [FILE]}"),
+        ("data_prefix", "model.data.data_prefix.train=FILE"),
     ],
 )
 def test_names_of_other_trainers_are_answered(key, answer):
@@ -307,7 +317,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
 def test_yaml_files_that_cannot_be_read_are_named_with_their_line(tmp_path, text, message):
     (tmp_path / "my.yaml").write_text(text)
     line = read_command_line(
-        ["--config-path", str(tmp_path), "--config-name", "my"], ComputeTopkLogitsConfig
+        ["--config-path", str(tmp_path), "--config-name", "my"],
+        ComputeTopkLogitsConfig,
+        "compute_topk_logits",
     )
     with pytest.raises(ConfigError) as error:
         compose(line, "compute_topk_logits")
@@ -321,13 +333,18 @@ def test_yaml_files_that_are_not_there_and_interpolations_without_a_key(tmp_path
     check_yaml(tmp_path / "my.yaml")
     arguments = ["--config-path", str(tmp_path), "--config-name"]
     with pytest.raises(ConfigError, match=r"there is no your\.yaml in .*; there are: my"):
-        compose(read_command_line([*arguments, "your"], ComputeTopkLogitsConfig), "")
+        compose(
+            read_command_line([*arguments, "your"], ComputeTopkLogitsConfig, "compute_topk_logits"),
+            "",
+        )
     with pytest.raises(
         ConfigError, match="my.yaml is a file; give its folder and its name: --config-path"
     ):
         compose(
             read_command_line(
-                ["--config-path", str(tmp_path / "my.yaml")], ComputeTopkLogitsConfig
+                ["--config-path", str(tmp_path / "my.yaml")],
+                ComputeTopkLogitsConfig,
+                "compute_topk_logits",
             ),
             "",
         )

@@ -17,8 +17,8 @@ from nemo_kd.config.model import (
     check_training_layout,
     length_multiple,
 )
+from nemo_kd.config.shared import ModelConfig
 from nemo_kd.config.student import StudentModelConfig
-from nemo_kd.config.teacher import ModelConfig
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore.model import transformer_config
 from nemo_kd.mcore.schedule import context_positions

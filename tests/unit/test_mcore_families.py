@@ -181,11 +181,11 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
         ),
         (
             QWEN3_MOE | {"num_experts_per_tok": 5},
-            "moe_router_topk: 5 experts for a token are not supported .* 4 and",
+            "moe_router_topk: 5 experts per token are not supported .* 4 and",
         ),
         (
             QWEN3_MOE | {"num_experts_per_tok": 1, "norm_topk_prob": True},
-            "moe_router_topk: 1 experts for a token .* moe_normalize_topk is True; supported: from 2 to all",
+            "moe_router_topk: 1 experts per token .* moe_normalize_topk is True; supported: from 2 to all",
         ),
         (
             {"num_key_value_heads": 5},

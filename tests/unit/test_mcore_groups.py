@@ -13,7 +13,7 @@ import torch
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.teacher import ModelConfig, TrainerConfig
+from nemo_kd.config.shared import ModelConfig, TrainerConfig
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 from nemo_kd.run.process_group import init_process_group, join_ranks

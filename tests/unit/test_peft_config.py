@@ -50,12 +50,12 @@ def test_every_weight_is_trained_unless_lora_is_asked_for():
     [
         (
             {"target_modules": ["q_proj"]},
-            "target_modules: ['q_proj'] must be of attention_qkv, attention_dense, mlp_fc1",
+            "target_modules: 'q_proj' is not one of attention_qkv, attention_dense, mlp_fc1",
         ),
-        ({"target_modules": []}, "target_modules: [] must be of"),
+        ({"target_modules": []}, "target_modules: is empty"),
         ({"adapter_dim": 0}, "adapter_dim: 0 must be at least 1"),
         ({"alpha": 0.0}, "alpha: 0.0 must be above 0"),
-        ({"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be from [0, 1)"),
+        ({"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be at least 0 and below 1"),
         (
             {"column_init_method": "ones"},
             "column_init_method: 'ones' is not one of xavier, normal, kaiming, zero",
@@ -117,7 +117,7 @@ def test_a_part_of_an_interleaved_pipeline_without_adapters():
     assert "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train" in str(
         error.value
     )
-    assert "a smaller model.virtual_pipeline_model_parallel_size" in str(error.value)
+    assert "reduce model.virtual_pipeline_model_parallel_size" in str(error.value)
 
 
 def test_adapters_that_fit():
@@ -134,13 +134,13 @@ def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
     check_lora(PeftConfig(), architecture(), ParallelConfig())
     assert not caplog.text
     check_lora(PeftConfig(lora_tuning=LoraConfig(adapter_dim=8)), architecture(), ParallelConfig())
-    assert "model.peft.lora_tuning has no effect: every weight is trained" in caplog.text
+    assert "model.peft.lora_tuning has no effect: all weights are trained" in caplog.text
 
 
 def test_a_file_of_adapters_is_not_read():
     with pytest.raises(
         ConfigError,
-        match=r"model\.peft\.restore_from_path: a\.nemo is not read; give the \.nemo that the run",
+        match=r"model\.peft\.restore_from_path: a\.nemo is not read; give the \.nemo of the earlier run",
     ):
         PeftConfig(restore_from_path="a.nemo")
 

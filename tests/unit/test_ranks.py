@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.teacher import ComputeTopkLogitsConfig, TrainerConfig
+from nemo_kd.config.shared import TrainerConfig
+from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.run.launch import needs_launch
 from nemo_kd.run.ranks import Ranks, find_ranks, listen_on_loopback

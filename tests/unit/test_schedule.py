@@ -37,6 +37,7 @@ def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
     ],
 )
 def test_every_step_is_nemos(name, settings, max_steps):
+    settings = {"min_lr": 0.0, **settings}
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     reference = getattr(nemo, name)(optimizer, max_steps=max_steps, **settings)
     for step, ours in enumerate(rates(SchedConfig(name=name, **settings), max_steps)):
@@ -91,12 +92,15 @@ def test_the_optimizer_gets_it_step_by_step():
             {"name": "cosine"},
             "model.optim.sched.name: 'cosine' is not one of CosineAnnealing, WarmupAnnealing",
         ),
-        ({"warmup_steps": 3, "warmup_ratio": 0.1}, "give warmup_steps or warmup_ratio, not both"),
+        (
+            {"warmup_steps": 3, "warmup_ratio": 0.1},
+            "warmup_steps: give it or warmup_ratio, not both",
+        ),
         (
             {"constant_steps": 3, "constant_ratio": 0.1},
-            "give constant_steps or constant_ratio, not both",
+            "constant_steps: give it or constant_ratio, not both",
         ),
-        ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must not be negative"),
+        ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must be at least 0"),
         ({"constant_ratio": 1.5}, "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1"),
         ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
     ],
@@ -141,13 +145,13 @@ def test_a_long_warmup_is_told(caplog):
             {"name": "sgd"},
             "model.optim.name: 'sgd' is not one of distributed_fused_adam, adamw, adam",
         ),
-        ({"lr": -1.0}, "model.optim.lr: -1.0 must not be negative"),
-        ({"lr": float("nan")}, "model.optim.lr: nan must not be negative"),
-        ({"weight_decay": -0.1}, "model.optim.weight_decay: -0.1 must not be negative"),
+        ({"lr": -1.0}, "model.optim.lr: -1.0 must be at least 0"),
+        ({"lr": float("nan")}, "model.optim.lr: nan must be at least 0"),
+        ({"weight_decay": -0.1}, "model.optim.weight_decay: -0.1 must be at least 0"),
         ({"eps": 0.0}, "model.optim.eps: 0.0 must be above 0"),
         (
             {"lr": 1e-5, "sched": SchedConfig(min_lr=1e-4)},
-            "min_lr: 0.0001 must be from 0 to model.optim.lr",
+            "min_lr: 0.0001 must be at most model.optim.lr",
         ),
     ],
 )

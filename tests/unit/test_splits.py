@@ -436,7 +436,7 @@ def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
     path = str(cache(tmp_path))
     load(path)
     assert "model.data.dataset" not in caplog.text
-    load(path, dataset__max_seq_length=100)
+    load(path, dataset__min_seq_length=2)
     assert "model.data.dataset has no effect on caches" in caplog.text
 
 
