@@ -12,7 +12,7 @@ import types
 import typing
 from typing import Any, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
     InterpolationKeyError,
     InterpolationResolutionError,
@@ -37,11 +37,12 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
             The message names the full key, the value found and what to do.
     """
     known = [each.key for each in describe(cls)]
-    unknown = [key for key in sorted(_leaf_keys(cfg)) if key_type(cls, key)[0] is None]
+    given = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
+    unknown = [key for key in sorted(_leaf_keys(given)) if key_type(cls, key)[0] is None]
     if unknown:
         names = ", ".join(f"{key}{_suggestion(key, known)}" for key in unknown)
         raise ConfigError(f"unknown configuration keys: {names}; --help lists the known ones")
-    _check_sections(cls, cfg, known)
+    _check_sections(cls, given, known)
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), cfg))
         _expand_paths(cls, merged)
@@ -56,19 +57,17 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         raise config_error(error) from error
 
 
-def _check_sections(cls: type, cfg: DictConfig, known: list[str], prefix: str = "") -> None:
+def _check_sections(cls: type, given: dict[str, Any], known: list[str], prefix: str = "") -> None:
     """Refuse a value in place of a section: OmegaConf's own error does not name the key."""
     for name, hint in typing.get_type_hints(cls).items():
-        node = cfg._get_node(name, validate_access=False)
-        is_section = dataclasses.is_dataclass(hint) and node is not None
-        if not is_section or OmegaConf.is_interpolation(cfg, name):
+        value = given.get(name)
+        is_interpolation = isinstance(value, str) and "${" in value
+        if name not in given or not dataclasses.is_dataclass(hint) or is_interpolation:
             continue
         key = f"{prefix}{name}"
-        if isinstance(node, DictConfig) and not node._is_none():
-            _check_sections(typing.cast(type, hint), node, known, f"{key}.")
+        if isinstance(value, dict):
+            _check_sections(typing.cast(type, hint), value, known, f"{key}.")
             continue
-        is_container = isinstance(node, DictConfig | ListConfig)
-        value = OmegaConf.to_container(node) if is_container else node and node._value()
         keys = [each for each in known if each.startswith(f"{key}.")]
         step = _suggestion(key, known)[2:-1] or f"its keys are {', '.join(keys[:3])} ..."
         raise ConfigError(f"{key}: {value} is not a mapping of keys; {step}")
@@ -124,32 +123,33 @@ def key_type(cls: type, key: str) -> tuple[Any, bool]:
     return None, False
 
 
-def _expand_paths(cls: type, cfg: DictConfig) -> None:
+def _expand_paths(cls: type, cfg: DictConfig, prefix: str = "") -> None:
     """Replace a leading ~ in every path below the dataclass `cls`."""
     hints = typing.get_type_hints(cls)
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=False))
     for field in dataclasses.fields(cls):
-        node = cfg._get_node(field.name)
-        if isinstance(node, DictConfig) and dataclasses.is_dataclass(hints[field.name]):
-            _expand_paths(typing.cast(type, hints[field.name]), node)
-        elif rule_of(field).is_path:
-            _expand_node(cfg, field.name)
+        value = values[field.name]
+        key = f"{prefix}{field.name}"
+        if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
+            _expand_paths(typing.cast(type, hints[field.name]), cfg[field.name], f"{key}.")
+        elif rule_of(field).is_path and _expanded(value, key) != value:
+            cfg[field.name] = _expanded(value, key)
 
 
-def _expand_node(parent: DictConfig | ListConfig, key: Any) -> None:
-    node: Any = parent._get_node(key)
-    value = node._value() if node is not None else None
-    if isinstance(node, DictConfig | ListConfig) and isinstance(value, dict | list):
-        for inner in list(node.keys()) if isinstance(node, DictConfig) else range(len(node)):
-            _expand_node(node, inner)
-    elif isinstance(value, str) and value.startswith("~"):
-        path = os.path.expanduser(value)
-        if path.startswith("~"):
-            name = value.partition("/")[0]
-            raise ConfigError(
-                f"{node._get_full_key(None)}: {value}: there is no user for {name}; "
-                f"a folder of that name is ./{name}"
-            )
-        parent[key] = path
+def _expanded(value: Any, key: str) -> Any:
+    if isinstance(value, dict):
+        return {name: _expanded(inner, f"{key}.{name}") for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_expanded(inner, f"{key}[{number}]") for number, inner in enumerate(value)]
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~"):
+        name = value.partition("/")[0]
+        raise ConfigError(
+            f"{key}: {value}: there is no user for {name}; a folder of that name is ./{name}"
+        )
+    return path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,12 +198,9 @@ def _field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def _leaf_keys(cfg: Any, prefix: str = "") -> list[str]:
-    if not isinstance(cfg, DictConfig) or cfg._is_none() or cfg._is_missing():
-        return [prefix[:-1]] if prefix else []
+def _leaf_keys(given: dict[str, Any], prefix: str = "") -> list[str]:
     keys: list[str] = []
-    for key in cfg:
-        node = cfg._get_node(key)
-        is_section = isinstance(node, DictConfig) and len(node)
-        keys += _leaf_keys(node, f"{prefix}{key!s}.") if is_section else [f"{prefix}{key!s}"]
+    for name, value in given.items():
+        is_section = isinstance(value, dict) and value
+        keys += _leaf_keys(value, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
     return keys

@@ -221,8 +221,9 @@ class _OnLogits(torch.autograd.Function):
             ctx.mark_non_differentiable(losses.compared)
         ctx.save_for_backward(logits_Nv)
         ctx.slopes, ctx.loss, ctx.shard = slopes, loss, shard
-        base = logits_Nv._base if logits_Nv._base is not None else logits_Nv
-        ctx.in_place = logits_Nv.is_contiguous() and not base.is_leaf
+        base = logits_Nv._base  # noqa: SLF001 - torch has no public name for a view's tensor
+        is_parameter = (logits_Nv if base is None else base).is_leaf
+        ctx.in_place = logits_Nv.is_contiguous() and not is_parameter
         return losses.ce_N, losses.kd_N, losses.compared
 
     @staticmethod

@@ -56,3 +56,12 @@ def is_distributed() -> bool:
 
 def rank() -> int:
     return torch.distributed.get_rank() if is_distributed() else 0
+
+
+def shared_store(name: str) -> torch.distributed.Store:
+    """Return a store of all ranks whose keys no earlier run of this process used; all ranks call it."""
+    group = torch.distributed.group.WORLD
+    assert group is not None
+    store = group.get_group_store()
+    number = on_rank_zero(lambda: store.add(name, 1))
+    return torch.distributed.PrefixStore(f"{name}/{number}", store)

@@ -1,13 +1,13 @@
-"""A training checkpoint on disk: a folder that appears when it is whole, and that tells what it should hold.
+"""A training checkpoint on disk, and the choice of the one that a run resumes.
 
-`contents.json` lists every file with its length and checksum. A checkpoint is written into a hidden folder beside its
-place and renamed when all of it is there, so a name without a leading dot stands for a whole checkpoint, unless its
-files were damaged later; then lengths and checksums show it.
+A checkpoint is a folder that appears when it is whole: it is written under a hidden name and then
+renamed. `contents.json` lists every file with its length and checksum, which show later damage.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -17,31 +17,38 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nemo_kd.config import UserInputError
-from nemo_kd.files import abandoned, owner_name, read_file, sync
+from nemo_kd.files import abandoned, owner_name, read_file, remove, sync, write_atomically
 from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
+from nemo_kd.run.collective import on_rank_zero
+
+log = logging.getLogger(__name__)
 
 CONTENTS = "contents.json"
 FORMAT_VERSION = 1
-LAST, PREVIOUS = "-last", "-previous"
-UNFINISHED, DAMAGED = ".unfinished", ".damaged"
+LAST = "-last"
+PREVIOUS = "-previous"
+UNFINISHED = ".unfinished"
+DAMAGED = ".damaged"
 PARTS = (CONTENTS, "common.pt", ".metadata", "metadata.json")
 
 
 class CheckpointError(UserInputError):
-    """A training checkpoint cannot be written, or none of those that are there can be used."""
+    """A training checkpoint cannot be written, or none can be used."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a checkpoint says about itself.
+    """The file `contents.json` of a checkpoint.
 
     Attributes:
         step: completed optimizer steps.
-        resumable: False where it has weights only.
-        layout: the sizes of the process groups that wrote it.
-        files: name -> (bytes, crc32) of all files but `contents.json`.
-        experiment: what determines the result of the run; None where an earlier version wrote the checkpoint.
+        resumable: False if it holds weights only.
+        layout: sizes of the process groups that wrote it.
+        files: name -> (bytes, crc32) of all other files.
+        experiment: the record that is compared on resume; None in the first versions.
     """
 
     step: int
@@ -54,7 +61,7 @@ class Contents:
     def read(folder: Path) -> Contents:
         """
         Raises:
-            CheckpointError: the folder does not tell, or not in a way that is known here.
+            CheckpointError: the file is missing, damaged or of another version.
         """
         path = folder / CONTENTS
         try:
@@ -73,12 +80,20 @@ class Contents:
             raise CheckpointError(f"{CONTENTS} cannot be read ({error})") from error
 
 
+def read_contents(folder: Path) -> Contents | None:
+    """Return the contents of a checkpoint, or None if they are missing or damaged."""
+    try:
+        return Contents.read(folder)
+    except CheckpointError:
+        return None
+
+
 def _check_types(contents: Contents) -> None:
-    """Raise a ValueError where one that somebody wrote by hand would be stumbled over, or lists files of other folders."""
+    """Raise a ValueError for values of a wrong type, and for files of other folders."""
     if type(contents.step) is not int or not isinstance(contents.layout, dict):
-        raise ValueError("step or layout is none")
+        raise ValueError("step or layout has a wrong type")
     if contents.experiment is not None and not isinstance(contents.experiment, dict):
-        raise ValueError("experiment is no mapping")
+        raise ValueError("experiment is not a mapping")
     for name, sums in contents.files.items():
         if (
             Path(name).name != name
@@ -86,12 +101,12 @@ def _check_types(contents: Contents) -> None:
             or not all(type(number) is int for number in sums)
         ):
             raise ValueError(
-                f"files: {name[:80]!r} is no file of this folder with length and checksum"
+                f"files: {name[:80]!r} is not a file of this folder with length and checksum"
             )
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """A new hidden name beside `folder` with machine and process in it; no two runs get the same."""
+    """Return a new hidden name beside `folder`, with machine and process in it."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{owner_name()}{UNFINISHED}")
 
 
@@ -103,59 +118,51 @@ def seal(
     sums: Mapping[str, FileSum],
     experiment: dict[str, Any] | None = None,
 ) -> None:
-    """Adds `contents.json`, with the sums of the files that are not in `sums`; all of it is on the disk then."""
-    files = dict(sums)
+    """Add `contents.json`; sums that are not in `sums` are computed. Everything is synced."""
+    files = {name: list(found) for name, found in sums.items()}
     for path in folder.iterdir():
         if path.name not in files:
             sync(path)
-            files[path.name] = file_sum(path)
-    contents = Contents(
-        step, resumable, layout, {name: list(files[name]) for name in sorted(files)}, experiment
-    )
-    (folder / CONTENTS).write_text(
-        json.dumps({"format_version": FORMAT_VERSION, **asdict(contents)}, indent=1)
-    )
-    sync(folder / CONTENTS)
-    sync(folder)
+            files[path.name] = list(file_sum(path))
+    contents = Contents(step, resumable, layout, dict(sorted(files.items())), experiment)
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(contents)}, indent=1)
+    write_atomically(folder / CONTENTS, text.encode())
 
 
 def publish(written: Path, targets: Sequence[Path]) -> None:
-    """Gives a sealed folder its names, several of them by hard links; what had a name before gives way.
+    """Give a sealed folder its names, several by hard links, and replace what had them.
 
-    The `-last` checkpoint before it becomes `-previous`, and is kept until the next one.
+    The earlier `-last` checkpoint becomes `-previous` and is kept until the next one.
     """
     targets = sorted(set(targets), key=lambda target: not target.name.endswith(LAST))
     for number, target in enumerate(targets):
         folder = written if number == len(targets) - 1 else _twin(written)
         if target.name.endswith(LAST):
             _retire_last(target.parent)
-        elif target.exists():
+        else:
             discard(target)
         folder.rename(target)
         sync(target.parent)
 
 
 def link(folder: Path, target: Path) -> None:
-    """Gives a published checkpoint another name."""
+    """Give a published checkpoint one more name."""
     publish(_twin(folder), [target])
 
 
 def discard(folder: Path) -> None:
-    """Deletes a checkpoint; it stops being one at once."""
+    """Delete a checkpoint if it is there; its name is gone at once."""
+    if not folder.is_dir():
+        return
     hidden = unfinished_folder(folder)
     folder.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def unfinished(parent: Path) -> list[Path]:
-    """What dead processes have left of checkpoints they wrote or deleted; never what a live one is writing."""
-    return [path for path in abandoned(parent, UNFINISHED) if path.is_dir()]
-
-
 def checkpoints(parent: Path) -> list[Path]:
-    """The folders that are named as checkpoints, those first that a run resumes from first.
+    """Return the folders that are named as checkpoints, in the order in which a run tries them.
 
-    The latest `-last`, and then the others by their steps, latest first.
+    First the latest `-last`, then the others, latest step first.
     """
     found = [
         path
@@ -170,7 +177,7 @@ def checkpoints(parent: Path) -> list[Path]:
 
 
 def damage(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """What is wrong with a checkpoint, None if nothing; of the files whose number modulo `num_parts` is `part`."""
+    """Return the damage of a checkpoint, or None; checks every `num_parts`-th file from `part`."""
     try:
         contents = Contents.read(folder)
     except CheckpointError as error:
@@ -181,23 +188,22 @@ def damage(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
     for name in list(contents.files)[part::num_parts]:
         num_bytes, crc32 = contents.files[name]
         try:
-            found = (folder / name).stat().st_size
-            if found != num_bytes:
-                return f"{name} has {found:,} of {num_bytes:,} bytes"
-            if file_sum(folder / name).crc32 != crc32:
-                return f"{name} has another checksum than when it was written"
+            found = file_sum(folder / name)
+        except FileNotFoundError:
+            return f"{name} is missing"
         except OSError as error:
-            return (
-                f"{name} is missing"
-                if isinstance(error, FileNotFoundError)
-                else f"{name}: {error.strerror}"
-            )
+            return f"{name}: {error.strerror}"
+        if found.num_bytes != num_bytes:
+            return f"{name} has {found.num_bytes:,} of {num_bytes:,} bytes"
+        if found.crc32 != crc32:
+            return f"{name} has another checksum than when it was written"
     return None
 
 
 def put_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, so that nothing takes it for one any more."""
-    aside, number = folder.with_name(folder.name + DAMAGED), 1
+    """Rename a damaged checkpoint so that nothing uses it any more; return the new name."""
+    aside = folder.with_name(folder.name + DAMAGED)
+    number = 1
     while aside.exists():
         number += 1
         aside = folder.with_name(f"{folder.name}.{number}{DAMAGED}")
@@ -206,28 +212,26 @@ def put_aside(folder: Path) -> Path:
 
 
 def _step(folder: Path) -> int:
-    try:
-        return Contents.read(folder).step
-    except CheckpointError:
-        match = re.search(r"step=(\d+)", folder.name)
-        return int(match[1]) if match else -1
+    contents = read_contents(folder)
+    if contents is not None:
+        return contents.step
+    match = re.search(r"step=(\d+)", folder.name)
+    return int(match[1]) if match else -1
 
 
 def _retire_last(parent: Path) -> None:
-    """The `-last` checkpoints of a folder become the one `-previous`; at every moment there is one of them."""
-    last = [path for path in checkpoints(parent) if path.name.endswith(LAST)]
-    if not last:
+    """Rename the `-last` checkpoint to `-previous`; at every moment one of the two is there."""
+    found = checkpoints(parent)
+    if not found or not found[0].name.endswith(LAST):
         return
-    for path in checkpoints(parent):
-        if path.name.endswith(PREVIOUS):
+    for path in found[1:]:
+        if path.name.endswith((LAST, PREVIOUS)):
             discard(path)
-    for path in last[1:]:
-        discard(path)
-    last[0].rename(last[0].with_name(last[0].name.removesuffix(LAST) + PREVIOUS))
+    found[0].rename(found[0].with_name(found[0].name.removesuffix(LAST) + PREVIOUS))
 
 
 def _twin(folder: Path) -> Path:
-    """A hidden folder with the same files; they take no room where the file system has hard links."""
+    """Return a hidden folder with the same files, as hard links if possible."""
     twin = unfinished_folder(folder)
     twin.mkdir()
     copy: Callable[[Path, Path], object] = os.link
@@ -239,3 +243,90 @@ def _twin(folder: Path) -> Path:
             copy(path, twin / path.name)
     sync(twin)
     return twin
+
+
+def choose_checkpoint(
+    parent: Path, if_exists: bool, none_is_fine: bool, otherwise: str | None
+) -> Path | None:
+    """Return the checkpoint to resume, or None to start; every rank calls it and reads some files.
+
+    Args:
+        parent: folder of this run's checkpoints.
+        if_exists: resume the latest whole checkpoint in it; damaged ones are renamed.
+        none_is_fine: start if there is none.
+        otherwise: a checkpoint to resume if `parent` gives none.
+
+    Raises:
+        CheckpointError: there is none, or no whole one.
+    """
+    found = _latest_whole(parent) if if_exists else None
+    if found is None and otherwise:
+        found = Path(otherwise)
+        problem = agreed_damage(found)
+        if problem is None and _has_weights_only(found):
+            problem = "it holds weights only, without the optimizer's state"
+        if problem is not None:
+            raise CheckpointError(
+                f"exp_manager.resume_from_checkpoint: {otherwise}: {problem}; give another one"
+            )
+    if found is None and if_exists and not none_is_fine:
+        raise CheckpointError(
+            f"exp_manager.resume_if_exists: no checkpoint in {parent}; to start over where there "
+            "is none set exp_manager.resume_ignore_no_checkpoint=true"
+        )
+    if found is not None:
+        log.info("resuming from %s", found)
+    return found
+
+
+def agreed_damage(folder: Path) -> str | None:
+    """Return the damage that any rank finds in its share of the files; every rank calls it."""
+    rank = torch.distributed.get_rank()
+    found: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(found, damage(folder, rank, len(found)))
+    return next((problem for problem in found if problem is not None), None)
+
+
+def _latest_whole(parent: Path) -> Path | None:
+    """
+    Raises:
+        CheckpointError: there are checkpoints, and all are damaged.
+    """
+    damaged: list[tuple[Path, str]] = []
+    chosen = None
+    for folder in on_rank_zero(lambda: _candidates(parent)):
+        problem = agreed_damage(folder)
+        if problem is None:
+            chosen = folder
+            break
+        damaged.append((folder, problem))
+    if not damaged:
+        return chosen
+    listed = "".join(f"\n  {folder.name}: {problem}" for folder, problem in damaged)
+    if chosen is None:
+        raise CheckpointError(
+            f"exp_manager.resume_if_exists: no checkpoint in {parent} is whole:{listed}\nRestore "
+            "one, or remove all of them to start over"
+        )
+    log.warning("damaged checkpoints in %s:%s\nthe run resumes from %s", parent, listed, chosen)
+
+    def put_all_aside() -> None:
+        for folder, _ in damaged:
+            aside = put_aside(folder)
+            log.warning("%s is now called %s; nothing uses it any more", folder, aside.name)
+
+    on_rank_zero(put_all_aside)
+    return chosen
+
+
+def _candidates(parent: Path) -> list[Path]:
+    """Remove what killed runs did not finish, and return what can be resumed."""
+    for path in abandoned(parent, UNFINISHED):
+        log.warning("removing %s, which a run that was killed did not finish", path)
+        remove(path)
+    return [folder for folder in checkpoints(parent) if not _has_weights_only(folder)]
+
+
+def _has_weights_only(folder: Path) -> bool:
+    contents = read_contents(folder)
+    return contents is not None and not contents.resumable

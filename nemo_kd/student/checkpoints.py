@@ -1,33 +1,34 @@
-"""Training checkpoints: when they are written, and how they reach the disk while training goes on."""
+"""Training checkpoints: written while training goes on, named, ranked, and exported at the end."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import os
+import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
-from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kd.config import ConfigError
+from nemo_kd.config.exp_manager import PARAMS, CheckpointParams
 from nemo_kd.files import remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.student.checkpoint_folder import (
     CONTENTS,
     LAST,
     PREVIOUS,
     CheckpointError,
+    Contents,
+    agreed_damage,
     checkpoints,
     discard,
     link,
@@ -35,358 +36,310 @@ from nemo_kd.student.checkpoint_folder import (
     seal,
     unfinished_folder,
 )
-from nemo_kd.student.lifetime import Lifetime, StopsAllRanks
-from nemo_kd.student.resumable_state import StepSchedule
 
 log = logging.getLogger(__name__)
 
-
-def checkpoint_folder(path: str | Path) -> Path:
-    """The folder of a checkpoint that Lightning calls `path`: NeMo drops the .ckpt of checkpoints that are folders."""
-    return Path(str(path).removesuffix(".ckpt"))
+NOT_RANKED = (LAST, PREVIOUS)
 
 
-def label_of(metric: str) -> str:
-    """How the names of checkpoints call a metric, whose own name may have a slash."""
-    return metric.replace("/", "_")
+class CheckpointWriter:
+    """Writes Megatron distributed checkpoints; every rank calls all methods but `is_writing`.
 
-
-@dataclass
-class _Saved:
-    """A state that was saved.
-
-    Attributes:
-        targets: the names that the checkpoint has, or gets when it is whole.
+    Args:
+        layout: sizes of the process groups.
+        experiment: the record of what determines the run's result.
     """
-
-    step: int
-    resumable: bool
-    targets: list[Path]
-
-    def again(self, step: int, resumable: bool, target: Path) -> bool:
-        """Whether it is of this step, and gets one more name."""
-        if (self.step, self.resumable) != (step, resumable):
-            return False
-        self.targets.append(target)
-        return True
-
-
-@dataclass
-class _Underway:
-    """A checkpoint that is being written.
-
-    Attributes:
-        removals: checkpoints that go when it is whole.
-    """
-
-    write: CheckpointWrite
-    saved: _Saved
-    removals: list[Path] = field(default_factory=list)
-
-
-class DistributedCheckpointIO(CheckpointIO):
-    """Lightning's checkpoints as Megatron distributed checkpoints; every rank takes part in all but `is_writing`."""
 
     def __init__(self, layout: dict[str, int], experiment: dict[str, Any]) -> None:
         self.layout = layout
         self.experiment = experiment
-        self._underway: _Underway | None = None
-        self._latest = _Saved(-1, False, [])  # the last one that became whole
+        self._write: CheckpointWrite | None = None  # the one that is being written
+        self._saved = (-1, False)  # step of the latest one, and whether it is resumable
+        self._names: list[Path] = []  # of the latest one
+        self._removals: list[Path] = []  # once that one is whole
 
     def is_writing(self) -> bool:
-        """Whether this rank's part of a checkpoint is still being written."""
-        return self._underway is not None and self._underway.write.is_running()
+        """Return True while this rank's part of a checkpoint is being written."""
+        return self._write is not None and self._write.is_running()
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Starts to write; `finish` gives the checkpoint its name."""
+    def start(self, checkpoint: dict[str, Any], target: Path) -> None:
+        """Start to write; `finish` gives the checkpoint its name."""
         self.finish()
-        target = checkpoint_folder(path)
         folder: list[Any] = [unfinished_folder(target)]
         torch.distributed.broadcast_object_list(folder, src=0)
-        step, resumable = checkpoint["global_step"], "optimizer_states" in checkpoint
-        with _errors_that_name(target, folder[0]):
-            self._underway = _Underway(
-                CheckpointWrite(checkpoint, folder[0]), _Saved(step, resumable, [target])
-            )
+        with _explained(target, folder[0]):
+            self._write = CheckpointWrite(checkpoint, folder[0])
+        self._saved = (checkpoint["global_step"], "optimizer_states" in checkpoint)
+        self._names = [target]
 
-    def save_again(self, path: str | Path, step: int, resumable: bool) -> bool:
-        """Gives the checkpoint of this step another name; False where there is none of it."""
-        target = checkpoint_folder(path)
-        if self._underway is not None:
-            return self._underway.saved.again(step, resumable, target)
-        whole = self._latest.targets[-1:]
-        if not self._latest.again(step, resumable, target):
+    def add_name(self, target: Path, step: int, resumable: bool) -> bool:
+        """Give the checkpoint of this step one more name; return False if there is none."""
+        if self._saved != (step, resumable):
             return False
-        if whole != [target]:
-            self._on_first_rank(lambda: link(whole[0], target), target)
+        if self._write is None and target not in self._names:
+            whole = self._names[-1]
+            self._on_first_rank(lambda: link(whole, target), target)
+        self._names.append(target)
         return True
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written, if any, and gives it its names.
+        """Wait for the checkpoint that is being written, if any, and give it its names.
 
         Raises:
             CheckpointError: it could not be written.
         """
-        underway, self._underway = self._underway, None
-        if underway is None:
+        if self._write is None:
             return
-        saved, folder = underway.saved, underway.write.folder
-        with _errors_that_name(saved.targets[0], folder):
-            sums = underway.write.finish()
+        folder = self._write.folder
+        with _explained(self._names[0], folder):
+            try:
+                sums = self._write.finish()
+            finally:
+                self._write = None
 
         def name() -> None:
-            seal(folder, saved.step, saved.resumable, self.layout, sums, self.experiment)
-            publish(folder, saved.targets)
-            _discard(underway.removals)
+            step, resumable = self._saved
+            seal(folder, step, resumable, self.layout, sums, self.experiment)
+            publish(folder, self._names)
+            for path in self._removals:
+                discard(path)
 
-        self._on_first_rank(name, saved.targets[0])
-        self._latest = saved
+        self._on_first_rank(name, self._names[0])
+        self._removals = []
 
     @staticmethod
     def _on_first_rank(act: Callable[[], None], target: Path) -> None:
-        """Rank 0 acts, the others wait; all of them raise a CheckpointError where that fails."""
-        with _errors_that_name(target):
+        with _explained(target):
             on_rank_zero(act)
 
-    def load_checkpoint(
-        self,
-        path: str | Path,
-        map_location: Callable[..., Any] | None = None,
-        sharded_state: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        return load_sharded(sharded_state or {}, checkpoint_folder(path))
-
-    def remove_checkpoint(self, path: str | Path) -> None:
-        """Not before the one that is being written, and may take its place, is whole."""
-        if self._underway is not None:
-            self._underway.removals.append(checkpoint_folder(path))
+    def remove(self, folder: Path) -> None:
+        """Delete a checkpoint once the one that is being written, and may replace it, is whole."""
+        if self._write is not None:
+            self._removals.append(folder)
         elif torch.distributed.get_rank() == 0:
-            _discard([checkpoint_folder(path)])
+            discard(folder)
 
 
-class StudentCheckpoints(NeMoModelCheckpoint):
-    """Saves every `save_interval` steps, after the last step, and where the run has to stop.
+class Checkpoints:
+    """Checkpoints of a run: the latest to resume from, and the best by the monitored metric.
 
-    After a validation a checkpoint is ranked by the monitored value, and the best are kept. The latest of all is called
-    `*-last`, from which a run resumes, and the one before it `*-previous`.
+    The latest is named `*-last`, the one before it `*-previous`.
+
+    Args:
+        params: `exp_manager.checkpoint_callback_params`.
+        name: the run's name.
+        leaves_hf: the archive has a Hugging Face folder beside it.
+
+    Attributes:
+        scores: ranked checkpoint -> value of the monitored metric.
     """
-
-    save_last: bool | None
 
     def __init__(
         self,
-        save_interval: int,
-        schedule: StepSchedule,
-        lifetime: Lifetime,
+        params: CheckpointParams,
+        dirpath: Path,
+        name: str,
+        writer: CheckpointWriter,
+        watchdog: Watchdog,
         leaves_hf: bool,
-        **kwargs: Any,
     ) -> None:
-        super().__init__(enable_version_counter=False, **kwargs)
-        self.save_interval, self.schedule, self.lifetime = save_interval, schedule, lifetime
+        self.params = params
+        self.dirpath = dirpath.absolute()
+        self.writer = writer
+        self.watchdog = watchdog
         self.leaves_hf = leaves_hf
-        self._unranked_name = re.sub(
-            rf"(\w+=)?\{{{self.monitor}[^}}]*\}}-?", "", str(self.filename)
+        self.archive = self.dirpath / f"{params.prefix or name}{params.postfix}"
+        self._template = params.filename or (
+            f"{name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
+            "-step={step}-consumed_samples={consumed_samples}"
         )
-        self._first_step = -1
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Lightning's own: NeMo's deletes what it takes for unfinished."""
-        ModelCheckpoint.setup(self, trainer, pl_module, stage)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._first_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._look_after_the_writer(trainer)
-        if self.lifetime.reason is not None or (
-            self._is_due(trainer) and not self.schedule.validation_is_due
-        ):
-            self._save_latest(trainer, self._unranked_name)
-
-    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.state.fn != "fit":
-            return
-        self._look_after_the_writer(trainer)
-        if self.lifetime.reason is not None:
-            self._save_latest(trainer, self._unranked_name)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.state.fn == "fit" and self._is_due(trainer):
-            candidates = self._monitor_candidates(trainer)
-            if self.monitor not in candidates:
-                raise ConfigError(
-                    f"exp_manager.checkpoint_callback_params.monitor: {self.monitor!r} is not measured; known: {', '.join(candidates)}"
-                )
-            is_ranked = bool(torch.as_tensor(candidates[self.monitor]).isfinite())
-            if is_ranked:
-                self._save_topk_checkpoint(trainer, candidates)
-            else:
-                log.warning(
-                    "%s is not finite after step %d; no checkpoint is ranked by it",
-                    self.monitor,
-                    trainer.global_step,
-                )
-            if self.save_last:
-                self._save_latest(trainer, str(self.filename) if is_ranked else self._unranked_name)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Leaves the archive, unless an earlier run of the same command did and nothing was left to train."""
-        nothing_new = self._first_step == trainer.global_step and self._last_global_step_saved == 0
-        if not nothing_new and self._last_global_step_saved != trainer.global_step:  # stopped early
-            self._save_latest(trainer, self._unranked_name)
-        self._finish(trainer)
-        if trainer.strategy.broadcast(nothing_new and self._is_left(trainer)):
-            log.warning(
-                "nothing is left to train: %s is the result of an earlier run of this command, which took all %d steps; to train on "
-                "raise trainer.knowledge_distillation.max_steps or max_epochs, to start over give another "
-                "exp_manager.explicit_log_dir",
-                self._format_nemo_checkpoint_name(),
-                trainer.global_step,
-            )
-            return
-        save_last = self.save_last
-        self.save_last = False  # what NeMo would save here is there already
-        with self.lifetime.watchdog.pause("writing the .nemo archive"):
-            super().on_train_end(trainer, pl_module)
-        self.save_last = save_last
-
-    def _is_left(self, trainer: pl.Trainer) -> bool:
-        """Whether all that a run leaves was written after the checkpoint that this one went on from, in the same folder."""
-        if (
-            checkpoint_folder(trainer.ckpt_path).absolute().parent
-            != Path(str(self.dirpath)).absolute()
-        ):
-            return False
-        archive = Path(self._format_nemo_checkpoint_name())
-        wanted = [archive, archive.with_name(f"{archive.stem}-hf")] if self.leaves_hf else [archive]
-        made_s = (checkpoint_folder(trainer.ckpt_path) / CONTENTS).stat().st_mtime
-        return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Ranks that stop together wait for the checkpoint; one that fails alone would wait for the others forever."""
-        together = isinstance(exception, StopsAllRanks) or torch.distributed.get_world_size() == 1
-        if together and not isinstance(exception, CheckpointError):
-            self._finish(trainer)
-
-    def _is_due(self, trainer: pl.Trainer) -> bool:
-        step = trainer.global_step
-        return step % self.save_interval == 0 or step >= self.schedule.plan.max_steps
-
-    def _look_after_the_writer(self, trainer: pl.Trainer) -> None:
-        if not self.lifetime.agreement.writing:
-            self._finish(trainer)
-
-    def _finish(self, trainer: pl.Trainer) -> None:
-        with self.lifetime.watchdog.pause("waiting for a checkpoint to be written"):
-            trainer.strategy.checkpoint_io.finish()
-
-    def _save_latest(self, trainer: pl.Trainer, name: str) -> None:
-        """Saves under `*-last` all that a run needs to go on."""
-        path = self.format_checkpoint_name(self._monitor_candidates(trainer), name + LAST)
-        self.last_model_path = path  # before it is saved, for it is a part of the state
-        self._save(trainer, path, weights_only=False)
-
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
-        self._save(trainer, filepath, self.save_weights_only)
-
-    def _save(self, trainer: pl.Trainer, path: str, weights_only: bool) -> None:
-        with self.lifetime.watchdog.pause(f"saving the checkpoint {Path(path).name}"):
-            if not trainer.strategy.checkpoint_io.save_again(
-                path, trainer.global_step, not weights_only
-            ):
-                trainer.save_checkpoint(path, weights_only)
-        self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, path
-        if not self.async_save:
-            self._finish(trainer)
-
-    def _remove_checkpoint(
-        self, trainer: pl.Trainer, filepath: str, override_async: bool = False
-    ) -> None:
-        trainer.strategy.remove_checkpoint(filepath)
-
-    def _monitor_candidates(self, trainer: pl.Trainer) -> dict[str, torch.Tensor]:
-        """A resumed run may save before it has logged anything."""
-        consumed = float(trainer.datamodule.training.consumed_samples)
-        return {**super()._monitor_candidates(trainer), "consumed_samples": torch.tensor(consumed)}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over scores of checkpoints in this run's folder alone.
-
-        The state may be of somebody's checkpoint, and a checkpoint that it names is deleted for a better one, or loaded.
-        """
-        own = set(self._saved_checkpoint_paths)
-        found = state_dict.get("best_k_models")
-        ranks = {}
-        for path, score in found.items() if isinstance(found, dict) else ():
-            here = os.path.join(str(self.dirpath), Path(str(path)).name)
-            if checkpoint_folder(here) in own and isinstance(score, int | float | torch.Tensor):
-                ranks[here] = float(score)
-        if not ranks and state_dict.get("dirpath") != self.dirpath:
-            ranks = self.best_k_models  # as the folder's names tell
-        unknown = {
-            "best_model_path": "",
-            "kth_best_model_path": "",
-            "last_model_path": "",
-            "best_model_score": None,
-        }
-        super().load_state_dict({"dirpath": self.dirpath, "best_k_models": ranks, **unknown})
-
-    def nemo_topk_check_previous_run(self) -> None:
-        """Reads the ranks of an earlier run's checkpoints from their names; NeMo's fails at what is not finite."""
-        label = re.escape(label_of(str(self.monitor)))
-        value = re.compile(rf"{label}=(-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)(?![\w.])")
-        found = {
-            str(path): float(match[1])
-            for path in self._saved_checkpoint_paths
-            if (match := value.search(path.name))
-        }
-        best = sorted(found, key=lambda path: found[path], reverse=self.mode == "max")
-        if 0 <= self.save_top_k < len(best):
-            if torch.distributed.get_rank() == 0:
-                _discard(map(Path, best[self.save_top_k :]))
-            del best[self.save_top_k :]
-        self.best_k_models = {path: found[path] for path in best}
-        self.kth_best_model_path = best[-1] if best else ""
-        self.best_model_path = best[0] if best else ""
-        self.best_model_score = found[best[0]] if best else None
+        self._inserts_names = bool(params.filename) and params.auto_insert_metric_name
+        self._saved_step: int | None = None  # by this process
+        self._archived: Path | None = None
+        self.scores: dict[Path, float] = {}
 
     @property
-    def _saved_checkpoint_paths(self) -> Iterable[Path]:
-        """The ranked ones."""
-        return [
-            path
-            for path in checkpoints(Path(str(self.dirpath)))
-            if not path.name.endswith((LAST, PREVIOUS))
-        ]
+    def best(self) -> Path | None:
+        """The checkpoint with the best score."""
+        return min(self.scores, key=self._rank_key, default=None)
+
+    def rank(self, trainer: pl.Trainer) -> None:
+        """Rank and save the weights that were just validated, and save the latest state."""
+        monitor = self.params.monitor
+        measured = trainer.callback_metrics
+        if monitor not in measured:
+            raise ConfigError(
+                f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(measured)}"
+            )
+        score = float(measured[monitor])
+        step = trainer.global_step
+        if math.isfinite(score):
+            self._save_if_good(trainer, score)
+        else:
+            log.warning(
+                "%s is not finite after step %d; no checkpoint is ranked by it", monitor, step
+            )
+        if self.params.save_last or (trainer.should_stop and self._saved_step != step):
+            self.save_latest(trainer, with_score=math.isfinite(score))
+
+    def save_latest(self, trainer: pl.Trainer, with_score: bool = False) -> None:
+        """Save all that a run needs to resume, as `*-last`."""
+        template = self._template
+        if not with_score:
+            template = re.sub(rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?", "", template)
+        self._save(trainer, self._path(trainer, template + LAST), weights_only=False)
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        with self.watchdog.pause("waiting for a checkpoint to be written"):
+            self.writer.finish()
+
+    def write_archives(self, trainer: pl.Trainer, student: Any) -> None:
+        """Leave the student's last and best weights as archives; the student keeps the best.
+
+        NAME.nemo holds the last weights and NAME-best.nemo the best, if those are others; with
+        `save_best_model`, NAME.nemo holds the best. Skipped if `save_nemo_on_train_end` is off, or
+        if an earlier run of the same command left them and no step was trained since. Every rank
+        calls it after the training.
+        """
+        is_left = trainer.strategy.broadcast(self._saved_step is None and self._is_left(trainer))
+        writes = self.params.save_nemo_on_train_end
+        if is_left:
+            log.warning(
+                "nothing is left to train: %s is the result of an earlier run of this command, "
+                "which took all %d steps; to train on raise trainer.knowledge_distillation."
+                "max_steps or max_epochs, to start over give another exp_manager.explicit_log_dir",
+                self.archive,
+                trainer.global_step,
+            )
+        elif writes and not self.params.save_best_model:
+            student.save_to(str(self.archive))
+        step = self._load_best(trainer, student)
+        if self.params.save_best_model:
+            if writes and not is_left:
+                student.save_to(str(self.archive))
+            return
+        best = self.archive.with_name(f"{self.archive.name.removesuffix('.nemo')}-best.nemo")
+        if step == trainer.global_step:
+            if trainer.is_global_zero and writes:
+                best.unlink(missing_ok=True)
+                shutil.rmtree(best.with_name(f"{best.stem}-hf"), ignore_errors=True)
+            log.info("the last weights are the best by %s: %s", self.params.monitor, self.archive)
+        elif step is not None and writes:
+            student.save_to(str(best))
+            log.info("the best weights by %s are of step %d: %s", self.params.monitor, step, best)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_k_models": {str(path): score for path, score in self.scores.items()}}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over the scores of checkpoints in this run's folder, and of no others.
+
+        The state may come from another person's checkpoint, and a checkpoint that it names may be
+        deleted for a better one, or loaded.
+        """
+        found = state.get("best_k_models")
+        own = [path for path in checkpoints(self.dirpath) if not path.name.endswith(NOT_RANKED)]
+        self.scores = {}
+        for path, score in found.items() if isinstance(found, dict) else ():
+            here = self.dirpath / Path(str(path)).name.removesuffix(".ckpt")
+            if here in own and isinstance(score, int | float | torch.Tensor):
+                self.scores[here] = float(score)
+
+    def _save_if_good(self, trainer: pl.Trainer, score: float) -> None:
+        monitor = self.params.monitor
+        path = self._path(trainer, self._template)
+        self.scores[path] = score
+        ranked = sorted(self.scores, key=self._rank_key)
+        dropped = ranked[self.params.save_top_k :] if self.params.save_top_k >= 0 else []
+        if self.params.verbose:
+            outcome = "is not among the best" if path in dropped else f"saved as {path.name}"
+            log.info("step %d: %s=%.5f %s", trainer.global_step, monitor, score, outcome)
+        if path not in dropped:
+            self._save(trainer, path, self.params.save_weights_only)
+        for other in dropped:
+            del self.scores[other]
+            if other != path:
+                self.writer.remove(other)
+
+    def _save(self, trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
+        step = trainer.global_step
+        with self.watchdog.pause(f"saving the checkpoint {path.name}"):
+            if not self.writer.add_name(path, step, not weights_only):
+                trainer.save_checkpoint(path, weights_only)
+                if self.params.always_save_nemo and not weights_only:
+                    self._archive_now(trainer)
+        self._saved_step = step
+        if not self.params.async_save:
+            self.finish()
+
+    def _archive_now(self, trainer: pl.Trainer) -> None:
+        if not self.params.save_best_model or self.best not in (None, self._archived):
+            self._archived = self.best
+            trainer.lightning_module.save_to(str(self.archive))
+
+    def _path(self, trainer: pl.Trainer, template: str) -> Path:
+        values: dict[str, Any] = {
+            name: value.item() for name, value in trainer.callback_metrics.items()
+        }
+        values["step"] = trainer.global_step
+        values["epoch"] = int(values.get("epoch", trainer.current_epoch))
+        values["consumed_samples"] = float(trainer.datamodule.training.consumed_samples)
+
+        def fill(match: re.Match[str]) -> str:
+            name, spec = match.groups(default="")
+            label = f"{name}=" if self._inserts_names else ""
+            return label + format(values.get(name, 0), spec)
+
+        return self.dirpath / re.sub(r"\{([^{}:]+)(?::([^{}]*))?\}", fill, template)
+
+    def _is_left(self, trainer: pl.Trainer) -> bool:
+        """Return True if the archive is newer than the checkpoint that this run resumed."""
+        resumed = Path(str(trainer.ckpt_path))
+        if resumed.absolute().parent != self.dirpath:
+            return False
+        hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
+        wanted = [self.archive, hf_folder] if self.leaves_hf else [self.archive]
+        made_s = (resumed / CONTENTS).stat().st_mtime
+        return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
+
+    def _load_best(self, trainer: pl.Trainer, student: Any) -> int | None:
+        """Load the best weights into the student; return their step, or None if there are none."""
+        folder = trainer.strategy.broadcast(self.best)
+        if folder is None:
+            return None
+        problem = agreed_damage(folder)
+        if problem is not None:
+            log.warning(
+                "%s, the best checkpoint, is damaged: %s; the last weights replace it",
+                folder,
+                problem,
+            )
+            return None
+        step = Contents.read(folder).step
+        if step != trainer.global_step:
+            state = load_sharded({"state_dict": student.sharded_state_dict()}, folder)
+            student.load_sharded_state_dict(state["state_dict"])
+            trainer.datamodule.load_state_dict(state[type(trainer.datamodule).__qualname__])
+        return step
+
+    def _rank_key(self, path: Path) -> float:
+        """Return the score so that less is better."""
+        return -self.scores[path] if self.params.mode == "max" else self.scores[path]
 
 
 @contextlib.contextmanager
-def _errors_that_name(target: Path, written: Path | None = None) -> Iterator[None]:
-    """Raise errors as a CheckpointError; removes what was `written`, which all ranks have left then."""
+def _explained(target: Path, written: Path | None = None) -> Iterator[None]:
+    """Raise errors as a CheckpointError; remove what was `written`, which all ranks have left."""
     try:
         yield
     except (OSError, CheckpointException) as error:
-        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
         before = next((path for path in checkpoints(target.parent) if path != target), None)
         if written is not None and torch.distributed.get_rank() == 0:
             remove(written)
-        kept = (
-            "no checkpoint was written before"
-            if before is None
-            else f"the one before it is whole: {before.name}"
-        )
+        kept = f"the one before it is whole: {before.name}" if before else "there is none before it"
         raise CheckpointError(
-            f"{target}: the checkpoint cannot be written ({reason}); {kept}. Make room, or set "
-            "exp_manager.checkpoint_callback_params.dirpath, and run the same command again"
+            f"{target}: the checkpoint cannot be written ({lines[-1]}); {kept}. Make room, or set "
+            f"{PARAMS}.dirpath, and run the same command again"
         ) from error
-
-
-def _discard(folders: Iterable[Path]) -> None:
-    for folder in folders:
-        if folder.is_dir():
-            discard(folder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 from datetime import timedelta
 from pathlib import Path
@@ -10,11 +9,10 @@ from stat import S_ISREG
 from typing import Any
 
 import lightning.pytorch as pl
-from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
 
 from nemo_kd.run.metrics import Counters
-from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, checkpoints
-from nemo_kd.student.checkpoints import checkpoint_folder
+from nemo_kd.student.checkpoint_folder import checkpoints, read_contents
+from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.logging import JsonlLogger, RunLog, listed
 from nemo_kd.terminal import print_table, size_text
 
@@ -24,11 +22,13 @@ class Ending:
 
     Attributes:
         trainer: None until there is one.
+        checkpoints: None if the run writes none.
     """
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
         self.trainer: pl.Trainer | None = None
+        self.checkpoints: Checkpoints | None = None
         self.max_steps = 0
 
     def where_stopped(self) -> str:
@@ -64,7 +64,6 @@ class Ending:
         assert self.trainer is not None
         callbacks: list[Any] = self.trainer.callbacks
         run_log = next(one for one in callbacks if isinstance(one, RunLog))
-        checkpoint = next((one for one in callbacks if isinstance(one, NeMoModelCheckpoint)), None)
         step = self.trainer.global_step
         lines = [
             ("trained", f"{totals.steps:,.0f} steps, up to step {step:,} of {self.max_steps:,}")
@@ -81,47 +80,38 @@ class Ending:
             ]
         if "val_loss" in run_log.latest:
             lines.append(("last validation", listed(run_log.latest, "validation")))
-        lines += _best(checkpoint, run_log)
+        lines += _best(self.checkpoints, run_log)
         if "test/loss" in run_log.latest:
             lines.append(("test", listed(run_log.latest, "test")))
-        written, next_commands = _written(checkpoint)
+        written, next_commands = _written(self.checkpoints)
         metrics = next(one.path for one in self.trainer.loggers if isinstance(one, JsonlLogger))
         log_dir = metrics.parent.parent
         lines += [*written, ("metrics", str(metrics))]
         return lines, [*next_commands, f"plot_runs {shlex.quote(str(log_dir))}"]
 
 
-def _best(checkpoint: Any, run_log: RunLog) -> list[tuple[str, str]]:
-    """Return the best value over all resumed parts, as far as checkpoints tell; else that of this process."""
-    if (
-        checkpoint is not None
-        and checkpoint.best_model_path
-        and checkpoint.best_model_score is not None
-    ):
-        folder = checkpoint_folder(checkpoint.best_model_path)
-        score = float(checkpoint.best_model_score)
-        with contextlib.suppress(CheckpointError):
-            return [
-                (
-                    f"best {checkpoint.monitor}",
-                    f"{score:.4f} at step {Contents.read(folder).step:,}",
-                )
-            ]
+def _best(kept: Checkpoints | None, run_log: RunLog) -> list[tuple[str, str]]:
+    """Return the best value over all resumed parts, or of this process without checkpoints."""
+    best = kept.best if kept is not None else None
+    contents = read_contents(best) if best is not None else None
+    if kept is not None and best is not None and contents is not None:
+        score = f"{kept.scores[best]:.4f} at step {contents.step:,}"
+        return [(f"best {kept.params.monitor}", score)]
     if run_log.best is not None:
         step, loss = run_log.best
         return [("best val_loss", f"{loss:.4f} at step {step:,}")]
     return []
 
 
-def _written(checkpoint: Any) -> tuple[list[tuple[str, str]], list[str]]:
+def _written(kept: Checkpoints | None) -> tuple[list[tuple[str, str]], list[str]]:
     """Return the paths that there are with their sizes, and the commands that use them."""
-    if checkpoint is None:
+    if kept is None:
         return [], []
     lines: list[tuple[str, str]] = []
     commands: list[str] = []
-    last = Path(checkpoint._format_nemo_checkpoint_name())
+    last = kept.archive
     best = last.with_name(f"{last.stem}-best.nemo")
-    last_name = "best weights" if checkpoint.save_best_model else "last weights"
+    last_name = "best weights" if kept.params.save_best_model else "last weights"
     for name, archive in ((last_name, last), ("best weights", best)):
         if not archive.exists():
             continue
@@ -134,7 +124,7 @@ def _written(checkpoint: Any) -> tuple[list[tuple[str, str]], list[str]]:
             commands = [
                 f"convert_checkpoint input_path={shlex.quote(str(archive))} output_path=student_hf/"
             ]
-    parent = Path(checkpoint.dirpath)
+    parent = kept.dirpath
     folders = checkpoints(parent)
     if folders:
         lines.append(
@@ -155,12 +145,9 @@ def _num_bytes(*paths: Path) -> int:
 
 
 def _latest(parent: Path) -> tuple[Path, int] | None:
-    """Return the checkpoint that the next run goes on from, and its step."""
+    """Return the checkpoint that the next run resumes, and its step."""
     for folder in checkpoints(parent):
-        try:
-            contents = Contents.read(folder)
-        except CheckpointError:
-            continue
-        if contents.resumable:
+        contents = read_contents(folder)
+        if contents is not None and contents.resumable:
             return folder, contents.step
     return None

@@ -1,50 +1,81 @@
-"""When a run has to stop before it is done, and what it does until then."""
+"""Reasons to end a run before its last step, on which all ranks agree."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from torch.distributed import PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store
 
-from nemo_kd.batch import Batch
+from nemo_kd.config import UserInputError
+from nemo_kd.run.collective import shared_store
 from nemo_kd.run.interruption import Interruption, Requeue
 from nemo_kd.run.watchdog import Watchdog
-from nemo_kd.student.stop_flags import Agreement
 
 log = logging.getLogger(__name__)
 
+NON_FINITE_KEY = "trainer.knowledge_distillation.non_finite"
+MAX_SKIPPED_IN_A_ROW = 10
+"""Stop after this many skipped steps in a row."""
+MAX_EXAMPLES_SHOWN = 20
+
 
 class StopsAllRanks(Exception):
-    """What every rank raises at the same place, so that they can still do something together."""
+    """Raised by every rank at the same place, so that they can still communicate."""
 
 
 class Stopped(StopsAllRanks, Requeue):
-    """The run stops early, and its checkpoint is whole."""
+    """The run stops early with a whole checkpoint; the same command continues."""
 
 
 class Ended(StopsAllRanks, SystemExit):
-    """The same, but the same command would begin anew."""
+    """The run stops early, and the same command would start over."""
 
 
-class Lifetime(pl.Callback):
-    """Stops all ranks after the same step, or between the same batches of a validation, and feeds the watchdog.
+class NonFiniteError(StopsAllRanks, UserInputError):
+    """The loss or gradient of a step is not finite, and the run stops because of it."""
+
+
+class StopFlags:
+    """Flags of all ranks that travel in the all-reduce of every step.
 
     Attributes:
-        reason: why the run has to stop; the checkpoint callback saves then, and what would come next is not begun.
+        wants_to_stop, is_writing: this rank's flags; called at every sum.
+        stop, writing: True if any rank had the flag set at the last sum; the same on all ranks.
+    """
+
+    def __init__(self) -> None:
+        self.wants_to_stop: Callable[[], bool] = lambda: False
+        self.is_writing: Callable[[], bool] = lambda: False
+        self.stop = False
+        self.writing = False
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Return the sum of `values` over all ranks; every rank calls it and waits for its GPU."""
+        flags = values.new_tensor([float(self.wants_to_stop()), float(self.is_writing())])
+        total = torch.cat([values.flatten(), flags])
+        torch.distributed.all_reduce(total)
+        self.stop, self.writing = (flag > 0 for flag in total[-2:].tolist())
+        return total[:-2].view_as(values)
+
+
+class Lifetime:
+    """Signals, `max_time_per_run` and hangs of one run.
+
+    Attributes:
+        interruption: None if the run writes no checkpoints; signals end it as they end any process.
+        reason: why all ranks stop now; None to continue.
     """
 
     def __init__(
-        self, interruption: Interruption | None, watchdog: Watchdog, resumes: bool = True
+        self, interruption: Interruption | None, watchdog: Watchdog, resumes: bool
     ) -> None:
-        self.interruption, self.watchdog, self.resumes = interruption, watchdog, resumes
-        self.agreement = Agreement()
+        self.interruption = interruption
+        self.watchdog = watchdog
+        self.resumes = resumes
         self.reason: str | None = None
         self._loading = contextlib.ExitStack()
         self._loading.enter_context(watchdog.pause("loading"))
@@ -52,112 +83,106 @@ class Lifetime(pl.Callback):
     @classmethod
     @contextlib.contextmanager
     def begin(cls, settings: dict[str, Any], timeout_s: float) -> Iterator[Lifetime]:
-        """From here on signals, `max_time_per_run` and hangs are looked after; every rank takes part.
+        """Watch signals, time and hangs until the block ends; every rank calls it.
 
         Args:
-            settings: of exp_manager. Where it writes no checkpoint, signals end the run as they would any other.
+            settings: of `exp_manager`.
         """
         rank = torch.distributed.get_rank()
         with Watchdog(timeout_s, rank) as watchdog, watchdog.explain_collective_errors():
             if not settings["create_checkpoint_callback"]:
-                yield cls(None, watchdog)
+                yield cls(None, watchdog, resumes=True)
                 return
             with Interruption(settings["max_time_per_run"]) as interruption:
-                interruption.share(_own_store(), rank)
-                yield cls(interruption, watchdog, resumes=settings["resume_if_exists"])
+                interruption.share(shared_store("train_student"), rank)
+                yield cls(interruption, watchdog, settings["resume_if_exists"])
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self.agreement = pl_module.agreement
-        self.agreement.is_writing = trainer.strategy.checkpoint_io.is_writing
-        self.agreement.wants_to_stop = lambda: (
-            self.interruption is not None and self.interruption.reason is not None
-        )
+    def wants_to_stop(self) -> bool:
+        return self.interruption is not None and self.interruption.reason is not None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_loading(self) -> None:
+        """Start to expect progress, and take signals back from Lightning's handlers."""
         self._loading.close()
         if self.interruption is not None:
-            # Back from Lightning, which has handlers of its own, and would end this rank alone.
             self.interruption.take_signals()
-            trainer._signal_connector.received_sigterm = False
 
-    on_test_start = on_train_start
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[Batch], batch_idx: int
-    ) -> None:
-        self._leave_if_asked()
-        self.watchdog.step("step %d: examples %s", trainer.global_step + 1, _Examples(batch))
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        self._look_for_reason()
-        self.watchdog.step("after step %d: waiting for data", trainer.global_step)
-
-    def on_validation_batch_start(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        batch: list[Batch],
-        batch_idx: int,
-        *args: Any,
-    ) -> None:
-        self._leave_if_asked()
-        where = "%s after step %d, batch %d: examples %s"
-        self.watchdog.step(
-            where, trainer.state.stage, trainer.global_step, batch_idx, _Examples(batch)
-        )
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        *args: Any,
-    ) -> None:
-        self.agreement.sum(torch.zeros(0, dtype=torch.float64, device=pl_module.groups.device))
-        self._look_for_reason()
-        self.watchdog.step(
-            "after batch %d of the %s: waiting for data", batch_idx, trainer.state.stage
-        )
-
-    on_test_batch_start, on_test_batch_end = on_validation_batch_start, on_validation_batch_end
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._leave_if_asked()
-
-    on_test_end = on_validation_end
-
-    def _look_for_reason(self) -> None:
-        if self.agreement.stop and self.interruption is not None:
+    def read(self, flags: StopFlags) -> None:
+        """Set `reason` if any rank asked to stop."""
+        if flags.stop and self.interruption is not None:
             self.reason = self.interruption.agreed_reason()
 
-    def _leave_if_asked(self) -> None:
+    def raise_if_stopped(self) -> None:
+        """
+        Raises:
+            Stopped, Ended: on every rank, if there is a reason to stop.
+        """
         if self.reason is None:
             return
         if self.resumes:
             raise Stopped(self.reason)
         log.warning(
-            "%s; with exp_manager.resume_if_exists=true the same command goes on from its checkpoint",
+            "%s; with exp_manager.resume_if_exists=true the same command resumes its checkpoint",
             self.reason,
         )
         raise Ended(128 + signal.SIGTERM)
 
 
-def _own_store() -> Store:
-    """Keys that belong to this run, should the process have had another one."""
-    store, number = _get_default_store(), [0]
-    if torch.distributed.get_rank() == 0:
-        number = [store.add("train_student", 1)]
-    torch.distributed.broadcast_object_list(number, src=0)
-    return PrefixStore(f"train_student/{number[0]}", store)
+class NonFiniteSteps:
+    """Counts skipped steps, whose loss or gradient is not finite; the same on all ranks.
+
+    Attributes:
+        skipped: of the whole run, its resumed parts included.
+    """
+
+    def __init__(self, mode: str) -> None:
+        self.mode = mode
+        self.skipped = 0
+        self.in_a_row = 0
+
+    def taken(self) -> None:
+        """Record a step that changed the weights."""
+        self.in_a_row = 0
+
+    def left_out(self, step: int, culprits: list[int], examples: list[int]) -> None:
+        """Record a step that changed nothing.
+
+        Args:
+            culprits: examples whose loss is not finite; empty if only the gradient is not.
+            examples: all examples of the step.
+
+        Raises:
+            NonFiniteError: the run has to stop.
+        """
+        self.skipped += 1
+        self.in_a_row += 1
+        found = (
+            f"the loss of {_list(culprits)}" if culprits else f"the gradient of {_list(examples)}"
+        )
+        message = f"step {step}: {found} is not finite; no weight was changed"
+        if self.mode == "stop":
+            raise NonFiniteError(
+                f"{message}. Look at these examples and at their cached targets (`logit_cache "
+                "inspect`); try a lower model.optim.lr or trainer.precision=32, or skip such "
+                f"steps: {NON_FINITE_KEY}=skip"
+            )
+        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise NonFiniteError(
+                f"{message}. It is the {self.in_a_row}th such step in a row, so the weights are "
+                "probably the cause: resume from an earlier checkpoint with a lower "
+                "model.optim.lr or trainer.precision=32"
+            )
+        log.warning("%s, the step is skipped (%d so far)", message, self.skipped)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.skipped = state["skipped"]
+        self.in_a_row = state["in_a_row"]
 
 
-class _Examples:
-    """The indices in a batch, put together when they are shown."""
-
-    def __init__(self, micro_batches: Sequence[Batch]) -> None:
-        self.micro_batches = micro_batches
-
-    def __str__(self) -> str:
-        return str([batch.indices_B.tolist() for batch in self.micro_batches])
+def _list(indices: list[int]) -> str:
+    shown = ", ".join(map(str, indices[:MAX_EXAMPLES_SHOWN]))
+    more = len(indices) - MAX_EXAMPLES_SHOWN
+    suffix = f" and {more} more" if more > 0 else ""
+    return f"example{'' if len(indices) == 1 else 's'} {shown}{suffix}"

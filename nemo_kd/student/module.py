@@ -52,21 +52,17 @@ from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c
 from nemo_kd.run.process_group import join_ranks
-from nemo_kd.student.best import take_best
 from nemo_kd.student.data_module import StudentData
 from nemo_kd.student.ending import Ending
-from nemo_kd.student.experiment import build_trainer, experiment_settings
-from nemo_kd.student.learning_rate import check_schedule, lr_scheduler
-from nemo_kd.student.lifetime import Lifetime
+from nemo_kd.student.lifetime import Lifetime, NonFiniteSteps, StopFlags
 from nemo_kd.student.logging import quiet_tensorboard_thread, source_names
 from nemo_kd.student.loss import StudentLoss
-from nemo_kd.student.non_finite import NonFiniteSteps
 from nemo_kd.student.report import Parameters, first_step_report, startup_report
 from nemo_kd.student.run_folder import experiment_record, own_run_folder
+from nemo_kd.student.schedule import check_schedule, learning_rate, plan_training
 from nemo_kd.student.splits import load_splits
-from nemo_kd.student.stop_flags import Agreement
 from nemo_kd.student.throughput import StepMeter
-from nemo_kd.student.training_plan import plan_training
+from nemo_kd.student.trainer import build_trainer, experiment_settings
 
 log = logging.getLogger(__name__)
 
@@ -136,17 +132,12 @@ class StudentModule(pl.LightningModule):
             config.trainer.precision,
             self.lora is None,
         )
-        self.agreement = Agreement()
+        self.flags = StopFlags()
         self.non_finite = NonFiniteSteps(config.trainer.knowledge_distillation.non_finite)
 
-    def configure_optimizers(self) -> Any:
-        optim = self.config.model.optim
-        optimizer = ModelOptimizer(
-            self.model, optim, self.config.trainer.knowledge_distillation.gradient_clip_val
-        )
-        return [optimizer], [
-            {"scheduler": lr_scheduler(optimizer, optim, self.max_steps), "interval": "step"}
-        ]
+    def configure_optimizers(self) -> ModelOptimizer:
+        clip = self.config.trainer.knowledge_distillation.gradient_clip_val
+        return ModelOptimizer(self.model, self.config.model.optim, clip)
 
     def token_losses(
         self, hidden_SBH: torch.Tensor, batch: Batch
@@ -162,8 +153,10 @@ class StudentModule(pl.LightningModule):
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
-        optimizer, scheduler = self.optimizers(), self.lr_schedulers()
-        lr = optimizer.param_groups[0]["lr"]
+        optimizer: Any = self.optimizers()
+        lr = learning_rate(self.global_step, self.config.model.optim, self.max_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         optimizer.zero_grad()
         counts = self._counts_over_ranks(batch)
         sums = self._over_ranks(forward_backward(self.model, batch, self.token_losses))
@@ -172,7 +165,6 @@ class StudentModule(pl.LightningModule):
             self.non_finite.left_out(self.global_step, *self._non_finite_examples(batch))
         else:
             self.non_finite.taken()
-        scheduler.step()
         data: StudentData = self.trainer.datamodule
         data.training.consumed_samples += self.config.model.global_batch_size
         self._measure_step(sums, counts, lr, optimizer.optimizer.grad_norm, data)
@@ -312,7 +304,7 @@ class StudentModule(pl.LightningModule):
             sums is not None and self.groups.tensor_rank == 0
         ):  # the others of its tensor-parallel group have the same
             total += sums
-        return self.agreement.sum(total)
+        return self.flags.sum(total)
 
     def _counts_over_ranks(self, batch: list[Batch]) -> list[float]:
         counts = self.meter.counts(batch).to(self.groups.device)
@@ -436,8 +428,10 @@ def train_student(config: TrainStudentConfig) -> None:
             data.descriptions,
             plan.steps_per_epoch,
         )
-        trainer = build_trainer(config, settings, plan, groups, lifetime, record)
-        ending.trainer, ending.max_steps = trainer, plan.max_steps
+        trainer, checkpoints = build_trainer(config, settings, plan, groups, lifetime, record)
+        ending.trainer = trainer
+        ending.checkpoints = checkpoints
+        ending.max_steps = plan.max_steps
         module = StudentModule(config, architecture, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)
         parameters, steps = module.parameter_counts(), plan.described()
@@ -445,9 +439,10 @@ def train_student(config: TrainStudentConfig) -> None:
             startup_report(config, architecture, parameters, world_size, steps, splits, tokenizer)
         )
         trainer.fit(module, datamodule=data)
-        with lifetime.watchdog.pause("writing the best weights"):
-            take_best(trainer, module)
+        if checkpoints is not None:
+            with lifetime.watchdog.pause("writing the .nemo archives"):
+                checkpoints.write_archives(trainer, module)
         if "test" in splits:
-            trainer.ckpt_path = None  # else it would test the weights that the run went on from
+            trainer.ckpt_path = None  # test the weights in memory, not those of the checkpoint
             trainer.test(module, datamodule=data)
         ending.show_summary(module.meter.totals)

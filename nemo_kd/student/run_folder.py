@@ -18,7 +18,12 @@ from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock, explained
 from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, checkpoints
+from nemo_kd.student.checkpoint_folder import (
+    CheckpointError,
+    Contents,
+    checkpoints,
+    read_contents,
+)
 
 log = logging.getLogger(__name__)
 
@@ -119,10 +124,9 @@ def _check_nothing_is_trained_over(
 
 
 def _may_resume(folder: Path) -> bool:
-    try:
-        return Contents.read(folder).resumable
-    except CheckpointError:
-        return True  # damaged: reported where the checkpoint to resume from is chosen
+    """Return True for damaged ones too: these are reported where a checkpoint is chosen."""
+    contents = read_contents(folder)
+    return contents is None or contents.resumable
 
 
 def experiment_record(

@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed import PrefixStore, Store
-from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed import Store
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.batch import Example
@@ -29,7 +28,7 @@ from nemo_kd.cache.writer import CacheWriter, Segment
 from nemo_kd.config import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.run.collective import raise_together
+from nemo_kd.run.collective import raise_together, shared_store
 from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.estimate import plan_cache
@@ -105,13 +104,8 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
         CacheError: on every rank, what rank 0 found against writing.
     """
     writer, missing, problem = None, list[Segment](), ""
-    store, box = _get_default_store(), [0]
-    is_first = torch.distributed.get_rank() == 0
-    if is_first:
-        box = [store.add("compute_topk_logits", 1)]
-    torch.distributed.broadcast_object_list(box, src=0)
-    store = PrefixStore(f"compute_topk_logits/{box[0]}", store)
-    if is_first:
+    store = shared_store("compute_topk_logits")
+    if torch.distributed.get_rank() == 0:
         try:
             metrics_file(job).close()  # whether it can be written shows now
             writer = CacheWriter(

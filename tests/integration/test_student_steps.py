@@ -12,8 +12,8 @@ import torch
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.mcore import checkpoint_write
 from nemo_kd.student.checkpoint_folder import Contents, checkpoints
+from nemo_kd.student.lifetime import MAX_SKIPPED_IN_A_ROW, NonFiniteError, NonFiniteSteps
 from nemo_kd.student.module import StudentModule, train_student
-from nemo_kd.student.non_finite import MOST_IN_A_ROW, NonFiniteError, NonFiniteSteps
 from tests.forked_runs import metrics, training_rows
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -155,17 +155,17 @@ def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(ranks, 
 
 def test_too_many_in_a_row():
     steps = NonFiniteSteps("skip")
-    for step in range(1, MOST_IN_A_ROW):
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
         steps.left_out(step, [3], [3, 4])
     steps.taken()
-    for step in range(1, MOST_IN_A_ROW):
+    for step in range(1, MAX_SKIPPED_IN_A_ROW):
         steps.left_out(step, [3], [3, 4])
-    assert steps.skipped == 2 * MOST_IN_A_ROW - 2
-    with pytest.raises(NonFiniteError, match=f"the {MOST_IN_A_ROW}th such step in a row"):
+    assert steps.skipped == 2 * MAX_SKIPPED_IN_A_ROW - 2
+    with pytest.raises(NonFiniteError, match=f"the {MAX_SKIPPED_IN_A_ROW}th such step in a row"):
         steps.left_out(99, [], list(range(50)))
     again = NonFiniteSteps("skip")
     again.load_state_dict(steps.state_dict())
-    assert (again.skipped, again.in_a_row) == (steps.skipped, MOST_IN_A_ROW)
+    assert (again.skipped, again.in_a_row) == (steps.skipped, MAX_SKIPPED_IN_A_ROW)
 
 
 def test_what_to_do_then_is_one_of_two():

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_run_folders
 from nemo_kd.config import ConfigError
+from nemo_kd.config.exp_manager import CheckpointParams
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.student.checkpoint_folder import CONTENTS
-from nemo_kd.student.checkpoints import StudentCheckpoints
-from nemo_kd.student.experiment import experiment_settings
+from nemo_kd.student.checkpoints import Checkpoints
+from nemo_kd.student.trainer import experiment_settings
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
@@ -129,25 +130,21 @@ def test_a_home_folder_is_found_whoever_looks_for_it():
     assert found["resume_from_checkpoint"] == os.path.expanduser("~/old")
 
 
-def test_ranks_are_read_from_names(tmp_path):
-    """The folder's own name, and values that are no numbers, are no ranks."""
-    folder = tmp_path / "val_loss_runs"
-    names = (
-        "2.5000-step=1",
-        "1.2500-step=2",
-        "nan-step=3",
-        "inf-step=4",
-        "3.0000e-05-step=5",
-        "9.0000-step=6-last",
-    )
-    for name in names:
-        checkpoint = folder / f"kd--val_loss={name}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / CONTENTS).touch()
-    schedule = SimpleNamespace(plan=SimpleNamespace(max_steps=9))
-    checkpoints = StudentCheckpoints(
-        1, schedule, SimpleNamespace(), False, dirpath=str(folder), filename="kd", monitor="val_loss", save_top_k=3, n_resume=True,
-    )  # fmt: skip
-    assert sorted(checkpoints.best_k_models.values()) == [3e-5, 1.25, 2.5]
-    assert checkpoints.best_model_path == str(folder / "kd--val_loss=3.0000e-05-step=5")
-    assert math.isclose(checkpoints.best_model_score, 3e-5)
+def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
+    """Earlier versions named the checkpoints with .ckpt, and in the folder of that time."""
+    folder = tmp_path / "checkpoints"
+    for name in ("kd-step=1", "kd-step=2", "kd-step=3", "kd-step=4-last"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / CONTENTS).touch()
+    found = {
+        "/moved/kd-step=1.ckpt": torch.tensor(2.5),
+        str(folder / "kd-step=2"): 1.25,
+        str(folder / "kd-step=3"): "none",
+        str(folder / "kd-step=4-last"): 0.5,
+        str(tmp_path / "precious"): 0.0,
+    }
+    unused: Any = None
+    checkpoints = Checkpoints(CheckpointParams(), folder, "kd", unused, unused, leaves_hf=False)
+    checkpoints.load_state_dict({"best_k_models": found})
+    assert checkpoints.scores == {folder / "kd-step=1": 2.5, folder / "kd-step=2": 1.25}
+    assert checkpoints.best == folder / "kd-step=2"

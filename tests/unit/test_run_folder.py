@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.config import UserInputError
+from nemo_kd.files import abandoned
 from nemo_kd.student import run_folder as run_folder
 from nemo_kd.student.checkpoint_folder import (
     UNFINISHED,
     publish,
     seal,
-    unfinished,
     unfinished_folder,
 )
 from nemo_kd.student.run_folder import own_run_folder
@@ -131,4 +131,4 @@ def test_only_abandoned_checkpoints_are_unfinished(tmp_path):
     for folder in (mine, dead, alive, elsewhere, old):
         folder.mkdir()
     os.utime(old, (0, 0))
-    assert unfinished(tmp_path) == [dead, old]
+    assert abandoned(tmp_path, UNFINISHED) == [dead, old]

@@ -13,9 +13,7 @@ def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
     archive.write_bytes(b"archive")
     folder.mkdir()
     checkpoint = SimpleNamespace(
-        _format_nemo_checkpoint_name=lambda: str(archive),
-        save_best_model=False,
-        dirpath=str(tmp_path),
+        archive=archive, dirpath=tmp_path, params=SimpleNamespace(save_best_model=False)
     )
     os.utime(archive, (100, 100))
     for written_s, paths in ((200, [archive, folder]), (50, [archive])):

@@ -10,13 +10,14 @@ from nemo.core.optim import lr_scheduler as nemo
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.optim import OptimConfig, SchedConfig
-from nemo_kd.student.learning_rate import check_schedule, learning_rate_factor, lr_scheduler
+from nemo_kd.student.schedule import check_schedule, learning_rate
 
 LR = 1e-3
 
 
 def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
-    return [lr * learning_rate_factor(step, sched, lr, max_steps) for step in range(max_steps)]
+    optim = OptimConfig(lr=lr, sched=sched)
+    return [learning_rate(step, optim, max_steps) for step in range(max_steps)]
 
 
 @pytest.mark.parametrize(
@@ -73,16 +74,6 @@ def test_every_step_is_nemos(name, settings, max_steps):
 )
 def test_table(settings, expected):
     assert rates(SchedConfig(**settings), 10, lr=1.0) == pytest.approx(expected, abs=1e-4)
-
-
-def test_the_optimizer_gets_it_step_by_step():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=7.0)
-    optim = OptimConfig(lr=LR, sched=SchedConfig(warmup_steps=3, min_lr=1e-4))
-    scheduler = lr_scheduler(optimizer, optim, 12)
-    for expected in rates(optim.sched, 12):
-        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
-        optimizer.step()
-        scheduler.step()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LoopConfig
-from nemo_kd.student.training_plan import TrainingPlan, plan_training
+from nemo_kd.student.schedule import TrainingPlan, plan_training
 
 
 @pytest.mark.parametrize(
@@ -42,7 +42,7 @@ def test_steps(loop, plan):
         ),
         (
             {"val_check_interval": 5, "save_interval": 11},
-            ["save_interval: 11 steps, but the run has 10 steps: a run that is killed begins anew"],
+            ["save_interval: 11 steps, but the run has 10 steps: a run that is killed starts over"],
         ),
         (
             {"val_check_interval": 5, "limit_val_batches": 0},

@@ -1,0 +1,156 @@
+"""Schedules of a run: steps, validations and saves, and the learning rate by NeMo's formulas."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.student import LOOP, LoopConfig
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """All in optimizer steps; one step consumes one global batch."""
+
+    steps_per_epoch: int
+    max_steps: int
+    val_check_interval: int
+    save_interval: int
+
+    def described(self) -> dict[str, int]:
+        return {
+            "steps": self.max_steps,
+            "steps an epoch": self.steps_per_epoch,
+            "between validations": self.val_check_interval,
+            "between checkpoints": self.save_interval,
+        }
+
+
+def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) -> TrainingPlan:
+    """Resolve fractions and -1 against the size of the training data.
+
+    Raises:
+        ConfigError: the data is smaller than a global batch, or an interval has no step.
+    """
+    whole_batches = num_samples // global_batch_size
+    if not whole_batches:
+        raise ConfigError(
+            f"model.global_batch_size: {global_batch_size} exceeds the {num_samples} training "
+            "examples; use a smaller one"
+        )
+    limit = _steps("limit_train_batches", loop.limit_train_batches, whole_batches)
+    steps_per_epoch = max(1, min(limit, whole_batches))
+    max_steps = loop.max_epochs * steps_per_epoch
+    if loop.max_steps >= 0:
+        max_steps = min(max_steps, loop.max_steps) if loop.max_epochs > 0 else loop.max_steps
+    if max_steps < 1:
+        raise ConfigError(
+            f"{LOOP}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing "
+            "to train"
+        )
+    val_check_interval = _steps("val_check_interval", loop.val_check_interval, steps_per_epoch)
+    save_interval = val_check_interval
+    if loop.save_interval is not None:
+        save_interval = _steps("save_interval", loop.save_interval, steps_per_epoch)
+    if val_check_interval < 1 or save_interval < 1:
+        raise ConfigError(
+            f"{LOOP}.val_check_interval: {loop.val_check_interval} and save_interval: "
+            f"{loop.save_interval} must give at least 1 step"
+        )
+    plan = TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
+    for warning in _doubts(loop, plan):
+        log.warning("%s.%s", LOOP, warning)
+    return plan
+
+
+def _doubts(loop: LoopConfig, plan: TrainingPlan) -> list[str]:
+    """Return warnings about settings that probably do not do what was meant."""
+    run = f"the run has {plan.max_steps} steps"
+    doubts = []
+    if loop.max_steps > plan.max_steps:
+        doubts.append(
+            f"max_steps: {loop.max_steps}, but {run}, which is what max_epochs={loop.max_epochs} "
+            "gives; raise max_epochs to train longer"
+        )
+    if not loop.limit_val_batches:
+        doubts.append(
+            "limit_val_batches: 0, so nothing is validated, and checkpoints are not ranked"
+        )
+    elif plan.val_check_interval > plan.max_steps:
+        doubts.append(
+            f"val_check_interval: {plan.val_check_interval}, but {run}: it validates once, after "
+            "the last"
+        )
+    if plan.save_interval > plan.max_steps:
+        doubts.append(
+            f"save_interval: {plan.save_interval} steps, but {run}: a run that is killed starts "
+            "over; give a smaller one"
+        )
+    if loop.log_every_n_steps > plan.max_steps:
+        doubts.append(
+            f"log_every_n_steps: {loop.log_every_n_steps}, but {run}: none of them is logged"
+        )
+    return doubts
+
+
+def _steps(key: str, value: int | float, steps_per_epoch: int) -> int:
+    if isinstance(value, int):
+        return value
+    if value <= 0:
+        return 0
+    if value <= 1.0:
+        return max(1, int(value * steps_per_epoch))
+    if not value.is_integer():
+        raise ConfigError(
+            f"{LOOP}.{key}: {value} is neither a whole number of steps nor a fraction up to 1.0"
+        )
+    return int(value)
+
+
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
+    """Return the learning rate of a step (from 0).
+
+    As in NeMo, the warmup starts at 0 if there are constant steps, else at lr / (warmup + 1).
+    Unlike NeMo's, the inverse square root does not fall below min_lr.
+    """
+    sched = optim.sched
+    warmup, decay, constant = sched.phases(max_steps)
+    if warmup and step <= warmup:
+        return optim.lr * (step / warmup if constant else (step + 1) / (warmup + 1))
+    if sched.shape == "constant" or optim.lr == 0:
+        return optim.lr
+    min_factor = sched.min_lr / optim.lr
+    if sched.shape == "inverse_square_root":
+        return optim.lr * max(min_factor, math.sqrt((warmup + 1) / (step + 1)))
+    progress = min(1.0, (step - warmup) / decay) if decay else 1.0
+    left = 1.0 - progress if sched.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return optim.lr * (min_factor + (1.0 - min_factor) * left)
+
+
+def check_schedule(optim: OptimConfig, max_steps: int) -> None:
+    """Warn if the run is too short for its constant steps or its warmup."""
+    warmup, _, constant = optim.sched.phases(max_steps)
+    wanted = optim.sched.asked_constant_steps(max_steps)
+    if constant < wanted:
+        log.warning(
+            "model.optim.sched: %d steps of warmup and %d constant steps at min_lr are more than "
+            "the %d steps of the run; it has no constant steps, the learning rate falls until the "
+            "last step (constant_steps=0 asks for that)",
+            warmup,
+            wanted,
+            max_steps,
+        )
+    if warmup >= max_steps:
+        log.warning(
+            "model.optim.sched: a warmup of %d steps in a run of %d: the learning rate ends at "
+            "%.3g, never reaching lr=%g",
+            warmup,
+            max_steps,
+            learning_rate(max_steps - 1, optim, max_steps),
+            optim.lr,
+        )
