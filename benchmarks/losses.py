@@ -40,9 +40,10 @@ from torch import Tensor
 
 from benchmarks import baseline_losses
 from benchmarks.baseline_losses import Inputs, Method, Setting, random_inputs
+from nemo_kd.batch import TeacherRows
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
-from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
 
 Job = Callable[[], Callable[[], None]]
@@ -104,15 +105,20 @@ def ours(divergence: Divergence | None, compile: bool = False) -> Method:
     return summed
 
 
-def teacher_rows(divergence: Divergence | None, inputs: Inputs) -> TeacherRows | None:
+def teacher_rows(divergence: Divergence | None, inputs: Inputs) -> TeacherRows[Tensor] | None:
     if divergence is None:
         return None
+    temperature = 1 / divergence.teacher_scale
+    tail_mass_N = inputs.tail_mass_of[temperature]
     return TeacherRows(
-        topk_logits_NK=inputs.topk_logits_NK,
-        topk_token_ids_NK=inputs.topk_token_ids_NK,
-        tail_mass_N=inputs.tail_mass_of[1 / divergence.teacher_scale],
-        label_logprobs_N=inputs.label_logprobs_N,
-        tail_token_ids_NM=inputs.tail_token_ids_NM,
+        positions_P=torch.arange(len(tail_mass_N)),
+        topk_logits_PK=inputs.topk_logits_NK,
+        topk_token_ids_PK=inputs.topk_token_ids_NK,
+        log_sum_exp_logits_P=torch.zeros_like(tail_mass_N),
+        tail_mass_PT=tail_mass_N[:, None],
+        temperatures=(temperature,),
+        label_logprobs_P=inputs.label_logprobs_N,
+        tail_token_ids_PM=inputs.tail_token_ids_NM,
     )
 
 

@@ -1,13 +1,16 @@
-"""The containers that travel through nemo_kd. Read this file first.
+"""Containers of examples, teacher targets and batches. Read this file first.
 
-Shape legend: B examples, S positions, K kept teacher logits, T temperatures, M tail samples. Position s of `labels`, `loss_mask` and of every
-teacher field belongs to the logits that `tokens[:s + 1]` produce: labels are already shifted by one.
+Shape legend: B examples, S positions, N positions in the loss, P positions with teacher targets, K kept teacher logits,
+T temperatures, M tail samples. Labels are shifted by one: position s of labels, loss mask and teacher targets belongs to
+the logits that `tokens[:s + 1]` produce.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -111,43 +114,29 @@ class CachedExample:
         return self.teacher if counts_P.all() else self.teacher.at(counts_P)
 
 
-ALWAYS_ON_CPU = ("lengths_B", "cu_seqlens")
-"""Fields of a batch that the device has no use for."""
-
-TEACHER_FIELDS = (
-    "topk_logits_BSK",
-    "topk_token_ids_BSK",
-    "log_sum_exp_logits_BS",
-    "tail_mass_BST",
-    "label_logprobs_BS",
-    "tail_token_ids_BSM",
-)
-"""Fields of a batch that only a loss has use for."""
-
-
 @dataclass
 class Batch:
     """Examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
 
     One example a row, padded on the right, so causal attention needs no mask; or packed: a single row of examples end
-    to end, each with positions and attention of its own. Padded positions and filler rows have loss mask 0.
+    to end, each with its own positions and attention. Padded positions and filler rows have loss mask 0.
+
+    A custom loss also finds the teacher's fields at every position: `topk_logits_BSK` and the other properties whose
+    names end in BS, BSK, BSM and BST. They are built on first use and hold an unused entry where there is no target.
 
     Attributes:
-        indices_B: int64, dataset index of each row, of each example where they are packed; -1 marks a filler row that
-            stands for no example.
+        indices_B: int64, dataset index of each row, or of each packed example; -1 marks a filler row.
         sources_B: int64, `Example.source` of the same; 0 for filler.
         lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
-        topk_logits_BSK, topk_token_ids_BSK, log_sum_exp_logits_BS, tail_mass_BST, label_logprobs_BS, tail_token_ids_BSM:
-            the fields of `TeacherRows`; None without a cache, the last two also where a row lacks them. Padded
-            positions are positions about which nothing is known.
-        temperatures: those of `tail_mass_BST`, in its order; what all rows have in common.
+        teacher: targets of the positions in `loss_positions_N`, in this order; with `every_target` of `collate` of all
+            positions that have any. None without a cache.
         cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU. One entry more than
-            examples, or two more: positions that fill the row up are a sequence of their own at its end, without an
-            index. None: one example a row.
-        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found when the batch is made, on
-            the CPU: a GPU would have to be waited for.
+            examples, or two more: positions that fill the row up are a sequence at its end, without an index. None: one
+            example a row.
+        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found on the CPU when the batch is
+            made: on a GPU this would wait for the device.
     """
 
     indices_B: torch.Tensor
@@ -157,13 +146,7 @@ class Batch:
     labels_BS: torch.Tensor
     loss_mask_BS: torch.Tensor
     position_ids_BS: torch.Tensor
-    topk_logits_BSK: torch.Tensor | None = None
-    topk_token_ids_BSK: torch.Tensor | None = None
-    log_sum_exp_logits_BS: torch.Tensor | None = None
-    tail_mass_BST: torch.Tensor | None = None
-    label_logprobs_BS: torch.Tensor | None = None
-    tail_token_ids_BSM: torch.Tensor | None = None
-    temperatures: tuple[float, ...] = (1.0,)
+    teacher: TeacherRows[torch.Tensor] | None = None
     cu_seqlens: torch.Tensor | None = None
     loss_positions_N: torch.Tensor = field(default=None)  # type: ignore[assignment]
 
@@ -173,51 +156,111 @@ class Batch:
 
     @property
     def num_examples(self) -> int:
-        """Examples in the batch, filler rows not counted."""
+        """Number of examples, without filler rows."""
         return int((self.indices_B >= 0).sum())
 
     def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
-        """The source of the example at each position b * S + s, none of them of a packed row's filler."""
+        """Return the source of the example at each position b * S + s; none may be a packed row's filler."""
         if self.cu_seqlens is None:
             return self.sources_B[positions_N // self.tokens_BS.shape[1]]
         starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
         return self.sources_B[torch.bucketize(positions_N, starts, right=True)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """A copy of the batch on `device`, apart from what is always on the CPU."""
-        return self._with_each(lambda tensor: to_device(tensor, device))
+        """Copy the batch to `device`, except lengths and `cu_seqlens`, which stay on the CPU."""
+        return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Batch:
-        """A copy in memory that a GPU fetches from while the CPU goes on."""
-        return self._with_each(torch.Tensor.pin_memory)
-
-    def without_teacher(self) -> Batch:
-        """The batch without `TeacherRows`'s fields, most of its bytes."""
-        return replace(self, **dict.fromkeys(TEACHER_FIELDS))  # type: ignore[arg-type]
+        """Copy the batch into page-locked memory, from which a GPU fetches while the CPU works on."""
+        return self._map(torch.Tensor.pin_memory)
 
     def columns(self, columns_s: torch.Tensor) -> Batch:
-        """The batch with these positions of every row only: what a context-parallel rank holds of it."""
+        """Select positions of every row, for a context-parallel rank; `columns_s` ascend."""
         assert self.cu_seqlens is None
-        named = {
-            entry.name: getattr(self, entry.name) for entry in fields(self) if "_BS" in entry.name
-        }
-        parts: dict[str, Any] = {
-            name: value[:, columns_s] for name, value in named.items() if value is not None
-        }
-        return replace(self, **parts | {"loss_positions_N": None})
+        teacher = self.teacher
+        if teacher is not None:
+            num_positions = self.tokens_BS.shape[1]
+            place_S = torch.full((num_positions,), -1)
+            place_S[columns_s] = torch.arange(len(columns_s))
+            place_P = place_S[teacher.positions_P % num_positions]
+            moved_P = teacher.positions_P // num_positions * len(columns_s) + place_P
+            teacher = replace(teacher, positions_P=moved_P).at(place_P >= 0)
+        return replace(
+            self,
+            tokens_BS=self.tokens_BS[:, columns_s],
+            labels_BS=self.labels_BS[:, columns_s],
+            loss_mask_BS=self.loss_mask_BS[:, columns_s],
+            position_ids_BS=self.position_ids_BS[:, columns_s],
+            teacher=teacher,
+            loss_positions_N=None,  # type: ignore[arg-type]
+        )
 
-    def _with_each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        tensors: dict[str, Any] = {
-            entry.name: change(value)
-            for entry in fields(self)
-            if entry.name not in ALWAYS_ON_CPU
-            and isinstance(value := getattr(self, entry.name), torch.Tensor)
-        }
-        return replace(self, **tensors)
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures of `tail_mass_BST`."""
+        return (1.0,) if self.teacher is None else self.teacher.temperatures
+
+    @functools.cached_property
+    def topk_logits_BSK(self) -> torch.Tensor | None:
+        return self._everywhere("topk_logits_PK", -math.inf)
+
+    @functools.cached_property
+    def topk_token_ids_BSK(self) -> torch.Tensor | None:
+        return self._everywhere("topk_token_ids_PK", -1)
+
+    @functools.cached_property
+    def log_sum_exp_logits_BS(self) -> torch.Tensor | None:
+        return self._everywhere("log_sum_exp_logits_P", 0)
+
+    @functools.cached_property
+    def tail_mass_BST(self) -> torch.Tensor | None:
+        return self._everywhere("tail_mass_PT", 1)
+
+    @functools.cached_property
+    def label_logprobs_BS(self) -> torch.Tensor | None:
+        return self._everywhere("label_logprobs_P", 0)
+
+    @functools.cached_property
+    def tail_token_ids_BSM(self) -> torch.Tensor | None:
+        return self._everywhere("tail_token_ids_PM", -1)
+
+    def _everywhere(self, name: str, filler: float) -> torch.Tensor | None:
+        values_P: torch.Tensor | None = getattr(self.teacher, name, None)
+        if self.teacher is None or values_P is None:
+            return None
+        if not values_P.is_floating_point():
+            values_P = values_P.long()
+        values_A = values_P.new_full((self.tokens_BS.numel(), *values_P.shape[1:]), filler)
+        values_A[self.teacher.positions_P] = values_P
+        return values_A.unflatten(0, self.tokens_BS.shape)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return Batch(
+            indices_B=change(self.indices_B),
+            sources_B=change(self.sources_B),
+            lengths_B=self.lengths_B,
+            tokens_BS=change(self.tokens_BS),
+            labels_BS=change(self.labels_BS),
+            loss_mask_BS=change(self.loss_mask_BS),
+            position_ids_BS=change(self.position_ids_BS),
+            teacher=None if self.teacher is None else self.teacher.map(change),
+            cu_seqlens=self.cu_seqlens,
+            loss_positions_N=change(self.loss_positions_N),
+        )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The tensor on `device`; the host does not wait until a GPU has done what it was asked before."""
+    """Return the tensor on `device`; the CPU does not wait for work that a GPU has queued."""
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
+    """Return the place of a temperature, None if it is absent; one cache format rounds temperatures to float32."""
+    matches = (
+        place
+        for place, temperature in enumerate(temperatures)
+        if math.isclose(temperature, wanted, rel_tol=1e-4)
+    )
+    return next(matches, None)

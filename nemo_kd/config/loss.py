@@ -1,12 +1,13 @@
-"""What a student minimises: `model.knowledge_distillation`."""
+"""Loss of the student, `model.knowledge_distillation`. This module alone decides which settings go together."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from nemo_kd.batch import TeacherRows, temperature_index
 from nemo_kd.config.errors import ConfigError
 
 KEY = "model.knowledge_distillation"
@@ -21,7 +22,13 @@ DIVERGENCES = (
     "tvd",
 )
 LABEL_ESTIMATORS = ("k1", "k2", "k3", "low_var_kl")
-SUPPORTS = ("renormalize", "tail", "truncate", "sampled")
+SUPPORTS: dict[str, tuple[str, ...]] = {
+    "renormalize": (),
+    "tail": ("tail_mass_PT",),
+    "truncate": ("tail_mass_PT",),
+    "sampled": ("tail_mass_PT", "tail_token_ids_PM"),
+}
+"""Fields of `TeacherRows` that each support needs beside the kept logits."""
 OWN_KEYS = {
     "jsd_beta": ("jsd",),
     "skew_lambda": ("skewed_forward_kl", "skewed_reverse_kl"),
@@ -30,6 +37,60 @@ OWN_KEYS = {
     "custom_args": ("custom",),
 }
 """Keys that only some objectives have."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The KD term at one position.
+
+    Attributes:
+        objective: one of `DIVERGENCES`, or of `LABEL_ESTIMATORS`, which have no support and no scale.
+        support: one of `SUPPORTS`.
+        student_scale, teacher_scale: multiply the logits of the divergence, 1 / temperature.
+        factor: multiplies the value.
+    """
+
+    objective: str = "forward_kl"
+    support: str = "tail"
+    student_scale: float = 1.0
+    teacher_scale: float = 1.0
+    factor: float = 1.0
+    jsd_beta: float = 0.5
+    skew_lambda: float = 0.1
+    adaptive_kl_alpha: float = 0.5
+
+    @property
+    def on_label(self) -> bool:
+        """True if the objective compares probabilities of the label only."""
+        return self.objective in LABEL_ESTIMATORS
+
+    @property
+    def is_sampled(self) -> bool:
+        return not self.on_label and self.support == "sampled"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Optional fields of `TeacherRows` that must be there."""
+        return ("label_logprobs_P",) if self.on_label else SUPPORTS[self.support]
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        """Scales of the student's logits at which the tail is summed; cross-entropy needs 1."""
+        sums_tail = "tail_mass_PT" in self.needs and self.student_scale != 1
+        return (1.0, self.student_scale) if sums_tail else (1.0,)
+
+    def tail_column(self, teacher: TeacherRows[Any]) -> int | None:
+        """Return the column of `tail_mass_PT` at the teacher's temperature; None if there is none."""
+        return temperature_index(teacher.temperatures, 1 / self.teacher_scale)
+
+    def missing(self, teacher: TeacherRows[Any]) -> list[str]:
+        """List the needed fields that `teacher` lacks, with `tail_mass_PT` for one at another temperature."""
+        return [
+            name
+            for name in self.needs
+            if getattr(teacher, name) is None
+            or (name == "tail_mass_PT" and self.tail_column(teacher) is None)
+        ]
 
 
 @dataclass
@@ -49,9 +110,14 @@ class LossConfig:
     sft_loss_weight: float = 0.0
     """Weight of the cross-entropy with the labels."""
     kd_loss: str = "forward_kl"
-    """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher), jsd, skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone k1, k2, k3, low_var_kl; custom."""
+    """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher), jsd,
+    skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone k1, k2, k3, low_var_kl;
+    custom."""
     support: str = "tail"
-    """Where a divergence is taken. tail: the teacher's kept ids and one bucket for all others. renormalize: the kept ids alone, both models renormalised over them (NeMo-Aligner, ROLL); what the student does elsewhere goes unseen. truncate: the kept ids' true probabilities, the teacher's others being 0. sampled: the kept ids and the cache's tail samples, forward_kl only."""
+    """Tokens that the divergence compares. tail: the teacher's kept ids and one bucket for all others. renormalize:
+    the kept ids alone, both models renormalised over them (NeMo-Aligner, ROLL); the student's mass elsewhere has no
+    effect. truncate: the kept ids with their true probabilities, the teacher's others being 0. sampled: the kept ids
+    and the cache's tail samples, forward_kl only."""
     jsd_beta: float = 0.5
     """jsd: the teacher's share of the mixture."""
     skew_lambda: float = 0.1
@@ -59,7 +125,8 @@ class LossConfig:
     adaptive_kl_alpha: float = 0.5
     """adaptive_kl: teacher's probability that makes up the tail, from the least likely token on."""
     custom_loss: str | None = None
-    """kd_loss=custom: import path of a function, package.module.function, also of a file in the current folder (examples/custom_loss.py explains)."""
+    """kd_loss=custom: import path of a function, package.module.function, also of a file in the current folder
+    (examples/custom_loss.py explains)."""
     custom_args: dict[str, Any] = field(default_factory=dict)
     """kd_loss=custom: keyword arguments of the function."""
     label_smoothing: float = 0.0
@@ -69,12 +136,11 @@ class LossConfig:
     compile: str = "auto"
     """torch.compile for the loss: auto (on GPUs), on or off. The first step then takes longer."""
     cross_tokenizer: bool = False
-    """True is taken only where teacher and student share one tokenizer, and then changes nothing."""
+    """Accepts True only if teacher and student share one tokenizer; it then has no effect."""
 
     def __post_init__(self) -> None:
-        self.compile = {"True": "on", "False": "off"}.get(
-            self.compile, self.compile
-        )  # YAML takes on and off for booleans
+        # YAML takes on and off for booleans.
+        self.compile = {"True": "on", "False": "off"}.get(self.compile, self.compile)
         self._check_choices()
         self._check_numbers()
         self._check_combination()
@@ -82,41 +148,51 @@ class LossConfig:
 
     @property
     def objective(self) -> str:
-        """`kd_loss` by its own name."""
+        """`kd_loss` without aliases."""
         return ALIASES.get(self.kd_loss, self.kd_loss)
 
     @property
-    def scales(self) -> tuple[float, float]:
-        """What multiplies the student's and the teacher's logits in the KD term."""
+    def divergence(self) -> Divergence | None:
+        """The KD term; None without one, and for a custom loss."""
+        if not self.kd_loss_weight or self.objective == "custom":
+            return None
+        student_scale, teacher_scale = self._scales
+        squares = self.temperature is not None and self.multiply_by_squared_temperature
+        return Divergence(
+            self.objective,
+            self.support,
+            student_scale,
+            teacher_scale,
+            factor=self.temperature**2 if squares and self.temperature is not None else 1.0,
+            jsd_beta=self.jsd_beta,
+            skew_lambda=self.skew_lambda,
+            adaptive_kl_alpha=self.adaptive_kl_alpha,
+        )
+
+    def missing_targets(self, teacher: TeacherRows[Any]) -> list[str]:
+        """Explain what the KD term needs and the rows of a cache lack."""
+        divergence = self.divergence
+        if divergence is None:
+            return []
+        temperature = 1 / divergence.teacher_scale
+        held = ", ".join(f"{value:g}" for value in teacher.temperatures)
+        advice = {
+            "label_logprobs_P": f"{KEY}.kd_loss: {self.kd_loss} needs the teacher's log-probability of the labels, which "
+            "the cache lacks; compute it with stage 1 of nemo_kd, or use another kd_loss",
+            "tail_mass_PT": f"{KEY}: kd_loss={self.kd_loss} with support={self.support} at temperature {temperature:g} "
+            f"needs the teacher's mass outside the kept ids at that temperature, the cache has it at {held}; compute the "
+            f"cache with cache.temperatures=[{temperature:g}], or use support=renormalize",
+            "tail_token_ids_PM": f"{KEY}.support: sampled needs tail samples, which the cache lacks; compute it with "
+            "cache.tail_samples=4, or use support=tail",
+        }
+        return [advice[name] for name in divergence.missing(teacher)]
+
+    @property
+    def _scales(self) -> tuple[float, float]:
+        """Factors of the student's and the teacher's logits in the KD term."""
         if self.temperature is not None:
             return 1 / self.temperature, 1 / self.temperature
         return self.logits_scale, self.target_logits_scale
-
-    @property
-    def factor(self) -> float:
-        """What multiplies the KD term beside its weight."""
-        return (
-            self.temperature**2
-            if self.temperature is not None and self.multiply_by_squared_temperature
-            else 1.0
-        )
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether a cache's fields are needed as the objective says; a custom loss finds out itself."""
-        return self.kd_loss_weight > 0 and self.objective != "custom"
-
-    def temperature_index(self, temperatures: Sequence[float]) -> int | None:
-        """Which of a cache's temperatures is the teacher's in the KD term; None if none is."""
-        wanted = 1 / self.scales[1]
-        return next(
-            (
-                i
-                for i, value in enumerate(temperatures)
-                if math.isclose(value, wanted, rel_tol=1e-4)
-            ),
-            None,
-        )
 
     def _check_choices(self) -> None:
         objectives = (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES)
@@ -128,38 +204,37 @@ class LossConfig:
                 )
 
     def _check_numbers(self) -> None:
-        for name in ("kd_loss_weight", "sft_loss_weight", "z_loss_weight"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} must be finite and not negative"
-                )
+        zero_or_more = ("must be finite and not negative", lambda x: 0 <= x < math.inf)
+        above_zero = ("must be finite and greater than 0", lambda x: 0 < x < math.inf)
+        share = (
+            "must be between 0 and 1, which are excluded; for the limit use forward_kl or reverse_kl",
+            lambda x: 0 < x < 1,
+        )
+        checks: dict[str, tuple[str, Callable[[float], bool]]] = {
+            "kd_loss_weight": zero_or_more,
+            "sft_loss_weight": zero_or_more,
+            "z_loss_weight": zero_or_more,
+            "target_logits_scale": above_zero,
+            "logits_scale": above_zero,
+            "temperature": above_zero,
+            "jsd_beta": share,
+            "skew_lambda": share,
+            "adaptive_kl_alpha": ("must be from [0, 1]", lambda x: 0 <= x <= 1),
+            "label_smoothing": ("must be from [0, 1)", lambda x: 0 <= x < 1),
+        }
+        for name, (need, fits) in checks.items():
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise ConfigError(f"{KEY}.{name}: {value} {need}")
         if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
             raise ConfigError(
                 f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
             )
-        for name in ("target_logits_scale", "logits_scale", "temperature"):
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} must be finite and greater than 0"
-                )
-        for name, limit in (
-            ("jsd_beta", "forward_kl or reverse_kl"),
-            ("skew_lambda", "forward_kl or reverse_kl"),
-        ):
-            if not 0 < getattr(self, name) < 1:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} must be between 0 and 1, which are excluded; for the limit use {limit}"
-                )
-        if not 0 <= self.adaptive_kl_alpha <= 1:
-            raise ConfigError(
-                f"{KEY}.adaptive_kl_alpha: {self.adaptive_kl_alpha} must be from [0, 1]"
-            )
-        if not 0 <= self.label_smoothing < 1:
-            raise ConfigError(f"{KEY}.label_smoothing: {self.label_smoothing} must be from [0, 1)")
         for name in ("label_smoothing", "z_loss_weight"):
             if getattr(self, name) and not self.sft_loss_weight:
                 raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} belongs to the cross-entropy, which sft_loss_weight=0 leaves out"
+                    f"{KEY}.{name}: {getattr(self, name)} belongs to the cross-entropy, which sft_loss_weight=0 "
+                    "leaves out"
                 )
 
     def _check_combination(self) -> None:
@@ -167,25 +242,23 @@ class LossConfig:
         for name, owners in OWN_KEYS.items():
             if getattr(self, name) != defaults[name] and self.objective not in owners:
                 raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with {', '.join(owners)}"
+                    f"{KEY}.{name}: {getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with "
+                    f"{', '.join(owners)}"
                 )
-        if self.objective == "custom" and not self.custom_loss:
+        is_custom = self.objective == "custom"
+        if is_custom and not self.custom_loss:
             raise ConfigError(
                 f"{KEY}.custom_loss: missing; kd_loss=custom needs the import path of a function"
             )
-        on_kept_ids = self.objective in DIVERGENCES
-        if not on_kept_ids and self.support != "tail":
-            what = (
-                "the function sees all logits"
-                if self.objective == "custom"
-                else "it looks at the label alone"
-            )
+        if self.objective not in DIVERGENCES and self.support != "tail":
+            reason = "the function sees all logits" if is_custom else "it looks at the label alone"
             raise ConfigError(
-                f"{KEY}.support: {self.support} has no effect with kd_loss={self.kd_loss}: {what}"
+                f"{KEY}.support: {self.support} has no effect with kd_loss={self.kd_loss}: {reason}"
             )
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
             raise ConfigError(
-                f"{KEY}.support: truncate makes {self.kd_loss} infinite, for the student has mass where the teacher would have none; use tail"
+                f"{KEY}.support: truncate makes {self.kd_loss} infinite, for the student has mass where the teacher "
+                "would have none; use tail"
             )
         if self.support == "sampled" and self.objective != "forward_kl":
             raise ConfigError(
@@ -194,10 +267,7 @@ class LossConfig:
             )
 
     def _check_scales(self) -> None:
-        scaled = self.scales != (1, 1)
-        if self.temperature is not None and (
-            self.logits_scale != 1 or self.target_logits_scale != 1
-        ):
+        if self.temperature is not None and (self.logits_scale, self.target_logits_scale) != (1, 1):
             raise ConfigError(
                 f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both"
             )
@@ -205,16 +275,19 @@ class LossConfig:
             raise ConfigError(
                 f"{KEY}.multiply_by_squared_temperature: give temperature, which it multiplies by"
             )
-        if scaled and self.objective not in DIVERGENCES:
-            what = (
+        if self._scales == (1, 1):
+            return
+        if self.objective not in DIVERGENCES:
+            is_custom = self.objective == "custom"
+            reason = (
                 "give it as custom_args"
-                if self.objective == "custom"
+                if is_custom
                 else "the cache has the label at temperature 1"
             )
             raise ConfigError(
-                f"{KEY}: kd_loss={self.kd_loss} knows no temperature and no scales; {what}"
+                f"{KEY}: kd_loss={self.kd_loss} knows no temperature and no scales; {reason}"
             )
-        if scaled and self.support == "sampled":
+        if self.support == "sampled":
             raise ConfigError(
                 f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 only"
             )

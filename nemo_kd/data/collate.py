@@ -1,53 +1,51 @@
-"""From examples to padded or packed batches."""
+"""Padded or packed batches of examples."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, temperature_index
 
 Row = Example | CachedExample | None
-Places = Sequence[tuple[int, slice]]
-"""Where each example lies in a batch: its row, and its columns there."""
 
 
-def collate(rows: Sequence[Row], pad_id: int, multiple_of: int = 8) -> Batch:
-    """A batch of `rows`, padded on the right to a common length, itself a multiple of `multiple_of`.
+def collate(
+    rows: Sequence[Row], pad_id: int, multiple_of: int = 8, every_target: bool = False
+) -> Batch:
+    """Pad examples on the right to a common length, which is a multiple of `multiple_of`.
 
-    None is a filler row: index -1, nothing in the loss. Padding has loss mask 0, token and label `pad_id`, and is a
-    position about which the teacher said nothing.
+    Padding has loss mask 0, and `pad_id` as token and label.
 
     Args:
-        rows: all with a teacher, or all without; fillers may stand among them.
+        rows: all with a teacher, or all without; None is a filler row: index -1, nothing in the loss.
+        every_target: keep teacher targets outside the loss, too; only custom losses can use them.
     """
     lengths = [0 if row is None else _example(row).num_tokens for row in rows]
     length = -(-max(1, *lengths) // multiple_of) * multiple_of
-    places = [(row, slice(0, end)) for row, end in enumerate(lengths)]
-    return _filled(rows, places, torch.arange(length).repeat(len(rows), 1), pad_id)
+    starts = range(0, len(rows) * length, length)
+    position_ids_BS = torch.arange(length).repeat(len(rows), 1)
+    return _filled(rows, starts, position_ids_BS, pad_id, every_target)
 
 
-def pack(rows: Sequence[Row], pad_id: int, multiple_of: int = 1) -> Batch:
-    """A batch of one row [1, T]: the examples end to end, T filled up to a multiple of `multiple_of`.
+def pack(
+    rows: Sequence[Row], pad_id: int, multiple_of: int = 1, every_target: bool = False
+) -> Batch:
+    """Put examples end to end in one row [1, S], filled up to a multiple of `multiple_of`; for the rest see `collate`.
 
     Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more sequence at the end; it
-    has no entry in `indices_B`. Without examples the row is nothing but filler.
+    has no entry in `indices_B`. Without examples the row holds nothing but filler.
     """
-    lengths = [_example(row).num_tokens for row in rows if row is not None]
+    examples = [row for row in rows if row is not None]
+    lengths = [_example(row).num_tokens for row in examples]
     filler = -sum(lengths) % multiple_of if lengths else multiple_of
     bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
-    places = [(0, slice(start, end)) for start, end in itertools.pairwise(bounds)]
-    position_ids = torch.cat(
-        [torch.arange(end - start) for start, end in itertools.pairwise(bounds)]
-    )
-    examples = [row for row in rows if row is not None]
-    return _filled(
-        examples, places, position_ids[None], pad_id, torch.tensor(bounds, dtype=torch.int32)
-    )
+    position_ids_S = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
+    cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
+    return _filled(examples, bounds, position_ids_S[None], pad_id, every_target, cu_seqlens)
 
 
 def micro_batches(
@@ -56,21 +54,22 @@ def micro_batches(
     packed: bool,
     multiple_of: int,
     columns: Callable[[int], torch.Tensor] | None = None,
+    every_target: bool = False,
 ) -> list[Batch]:
-    """A batch for each list of rows; for an empty one a batch of filler, which takes part in what ranks do together.
+    """Make a batch of each list of rows; an empty list becomes filler, because ranks step together.
 
     Args:
-        columns: gives the positions to keep of batches of some length: a context-parallel rank's.
+        columns: return the positions to keep of batches of a length: those of a context-parallel rank.
     """
     together = [
-        pack(part, pad_id, multiple_of) if packed else collate(part or [None], pad_id, multiple_of)
+        pack(part, pad_id, multiple_of, every_target)
+        if packed
+        else collate(part or [None], pad_id, multiple_of, every_target)
         for part in rows
     ]
-    return (
-        together
-        if columns is None
-        else [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
-    )
+    if columns is None:
+        return together
+    return [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
 
 
 def _example(row: Example | CachedExample) -> Example:
@@ -79,94 +78,98 @@ def _example(row: Example | CachedExample) -> Example:
 
 def _filled(
     rows: Sequence[Row],
-    places: Places,
+    starts: Sequence[int],
     position_ids_BS: torch.Tensor,
     pad_id: int,
+    every_target: bool,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Batch:
-    """A batch with every row at its place and padding elsewhere."""
-    teachers = [row.teacher for row in rows if isinstance(row, CachedExample)]
-    if teachers and len(teachers) != sum(row is not None for row in rows):
+    """Put every row at its start, counted over all positions of the batch, and padding elsewhere."""
+    num_positions = position_ids_BS.numel()
+    tokens_A = np.full(num_positions, pad_id, dtype=np.int64)
+    labels_A = tokens_A.copy()
+    loss_mask_A = np.zeros(num_positions, dtype=np.float32)
+    indices_B = np.full(len(rows), -1, dtype=np.int64)
+    sources_B = np.zeros_like(indices_B)
+    lengths_B = np.zeros_like(indices_B)
+    targets: list[TeacherRows[np.ndarray]] = []
+    positions: list[np.ndarray] = []
+    for number, (row, start) in enumerate(zip(rows, starts, strict=False)):
+        if row is None:
+            continue
+        example = _example(row)
+        indices_B[number] = example.index
+        sources_B[number] = example.source
+        lengths_B[number] = example.num_tokens
+        place = slice(start, start + example.num_tokens)
+        tokens_A[place] = example.tokens_S
+        labels_A[place] = example.labels_S
+        loss_mask_A[place] = example.loss_mask_S
+        if isinstance(row, CachedExample):
+            in_loss = row.loss_rows()
+            if len(in_loss) < example.num_loss_tokens:
+                raise ValueError(
+                    f"example {example.index}: only {len(in_loss)} of its {example.num_loss_tokens} positions in the "
+                    "loss have teacher targets"
+                )
+            targets.append(row.teacher if every_target else in_loss)
+            positions.append(start + targets[-1].positions_P)
+    if targets and len(targets) != sum(row is not None for row in rows):
         raise ValueError("a batch mixes examples with and without teacher logits")
-    shape = tuple(position_ids_BS.shape)
-    tokens, labels = np.full(shape, pad_id, dtype=np.int64), np.full(shape, pad_id, dtype=np.int64)
-    loss_mask = np.zeros(shape, dtype=np.float32)
-    indices = np.full(len(rows), -1, dtype=np.int64)
-    sources, lengths = np.zeros_like(indices), np.zeros_like(indices)
-    for number, (row, place) in enumerate(zip(rows, places, strict=False)):
-        if row is not None:
-            example = _example(row)
-            indices[number], sources[number], lengths[number] = (
-                example.index,
-                example.source,
-                example.num_tokens,
-            )
-            tokens[place], labels[place], loss_mask[place] = (
-                example.tokens_S,
-                example.labels_S,
-                example.loss_mask_S,
-            )
-    batch = Batch(
-        indices_B=torch.from_numpy(indices),
-        sources_B=torch.from_numpy(sources),
-        lengths_B=torch.from_numpy(lengths),
-        tokens_BS=torch.from_numpy(tokens),
-        labels_BS=torch.from_numpy(labels),
-        loss_mask_BS=torch.from_numpy(loss_mask),
+
+    def batch_of(values_A: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(values_A).view(position_ids_BS.shape)
+
+    return Batch(
+        indices_B=torch.from_numpy(indices_B),
+        sources_B=torch.from_numpy(sources_B),
+        lengths_B=torch.from_numpy(lengths_B),
+        tokens_BS=batch_of(tokens_A),
+        labels_BS=batch_of(labels_A),
+        loss_mask_BS=batch_of(loss_mask_A),
         position_ids_BS=position_ids_BS,
+        teacher=_joined(targets, positions) if targets else None,
         cu_seqlens=cu_seqlens,
     )
-    if teachers:
-        _add_teacher(batch, rows, places, teachers)
-    return batch
 
 
-def _add_teacher(
-    batch: Batch, rows: Sequence[Row], places: Places, teachers: Sequence[TeacherRows[np.ndarray]]
-) -> None:
-    shape = tuple(batch.tokens_BS.shape)
-    # A blend of caches has in common what all of them have.
-    temperatures = tuple(
-        t for t in teachers[0].temperatures if all(_columns(teacher, t) for teacher in teachers)
+def _joined(
+    targets: Sequence[TeacherRows[np.ndarray]], positions: Sequence[np.ndarray]
+) -> TeacherRows[torch.Tensor]:
+    """Join the targets of examples, which may keep different numbers of logits. Of a blend of caches the batch has
+    the fields and temperatures that all of them have."""
+
+    def joined(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))
+
+    def wide(parts: Sequence[np.ndarray], filler: float, dtype: type) -> torch.Tensor:
+        width = max(part.shape[1] for part in parts)
+        values_PK = np.full((sum(map(len, parts)), width), filler, dtype=dtype)
+        end = 0
+        for part in parts:
+            values_PK[end : end + len(part), : part.shape[1]] = part
+            end += len(part)
+        return torch.from_numpy(values_PK)
+
+    def tails(part: TeacherRows[np.ndarray]) -> np.ndarray:
+        columns = [temperature_index(part.temperatures, temperature) for temperature in shared]
+        return part.tail_mass_PT[:, np.array(columns)]
+
+    shared = tuple(
+        temperature
+        for temperature in targets[0].temperatures
+        if all(temperature_index(part.temperatures, temperature) is not None for part in targets)
     )
-    k = max(teacher.topk_logits_PK.shape[1] for teacher in teachers)
-    logits = np.full((*shape, k), -np.inf, dtype=np.float32)
-    ids = np.full((*shape, k), -1, dtype=np.int64)
-    log_sum_exp = np.zeros(shape, dtype=np.float32)
-    tail_mass = np.ones((*shape, len(temperatures)), dtype=np.float32)
-    labels = np.zeros(shape, dtype=np.float32)
-    samples = [teacher.tail_token_ids_PM for teacher in teachers]
-    num_samples = {0 if array is None else array.shape[1] for array in samples}
-    tail_ids = np.full((*shape, max(num_samples)), -1, dtype=np.int64)
-    for cached, (row, columns_S) in zip(rows, places, strict=False):
-        if isinstance(cached, CachedExample):
-            teacher = cached.teacher
-            place = row, columns_S.start + teacher.positions_P
-            row_k = teacher.topk_logits_PK.shape[1]
-            logits[(*place, slice(row_k))] = teacher.topk_logits_PK
-            ids[(*place, slice(row_k))] = teacher.topk_token_ids_PK
-            log_sum_exp[place] = teacher.log_sum_exp_logits_P
-            columns = [_columns(teacher, temperature)[0] for temperature in temperatures]
-            tail_mass[place] = teacher.tail_mass_PT[:, columns]
-            if teacher.label_logprobs_P is not None:
-                labels[place] = teacher.label_logprobs_P
-            if teacher.tail_token_ids_PM is not None:
-                m = teacher.tail_token_ids_PM.shape[1]
-                tail_ids[(*place, slice(m))] = teacher.tail_token_ids_PM
-    batch.topk_logits_BSK = torch.from_numpy(logits)
-    batch.topk_token_ids_BSK = torch.from_numpy(ids)
-    batch.log_sum_exp_logits_BS = torch.from_numpy(log_sum_exp)
-    batch.tail_mass_BST, batch.temperatures = torch.from_numpy(tail_mass), temperatures
-    if all(teacher.label_logprobs_P is not None for teacher in teachers):
-        batch.label_logprobs_BS = torch.from_numpy(labels)
-    if len(num_samples) == 1 and num_samples != {0}:
-        batch.tail_token_ids_BSM = torch.from_numpy(tail_ids)
-
-
-def _columns(teacher: TeacherRows[np.ndarray], temperature: float) -> list[int]:
-    """Where the tail mass at a temperature stands, first of all; one format of caches rounds temperatures to float32."""
-    return [
-        i
-        for i, found in enumerate(teacher.temperatures)
-        if math.isclose(found, temperature, rel_tol=1e-4)
-    ]
+    labels = [part.label_logprobs_P for part in targets if part.label_logprobs_P is not None]
+    samples = [part.tail_token_ids_PM for part in targets if part.tail_token_ids_PM is not None]
+    are_sampled = len(samples) == len(targets) and len({part.shape[1] for part in samples}) == 1
+    return TeacherRows(
+        positions_P=joined(positions, np.int64),
+        topk_logits_PK=wide([part.topk_logits_PK for part in targets], -np.inf, np.float32),
+        topk_token_ids_PK=wide([part.topk_token_ids_PK for part in targets], -1, np.int32),
+        log_sum_exp_logits_P=joined([part.log_sum_exp_logits_P for part in targets], np.float32),
+        tail_mass_PT=joined([tails(part) for part in targets], np.float32),
+        temperatures=shared,
+        label_logprobs_P=joined(labels, np.float32) if len(labels) == len(targets) else None,
+        tail_token_ids_PM=joined(samples, np.int32) if are_sampled else None,
+    )

@@ -29,8 +29,7 @@ from nemo_kd.mcore.groups import ProcessGroups, schedule_groups
 from nemo_kd.mcore.model import chunks
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
-"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report; the last of all is the token
-count). Without a loss token there may be None to report."""
+"""(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums to report or None)."""
 Shape = tuple[int, int, int]
 
 
@@ -174,9 +173,9 @@ def forward_backward(
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(micro_batches)
         # Megatron asks none but the last part of the model for a loss.
-        batch = (
-            batch if getattr(model, "module", model).post_process else batch.without_teacher()
-        ).to(device)
+        if not getattr(model, "module", model).post_process:
+            batch = replace(batch, teacher=None)
+        batch = batch.to(device)
         return hidden_states(model, batch), lambda hidden: _loss(loss_function, hidden, batch)
 
     model.train(not forward_only)
@@ -252,8 +251,12 @@ class _Stages(P2PCommunicator):
 def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
     """The shortest micro-batch, with nothing to learn from it."""
     shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
-    mask_BS, positions_N = torch.zeros_like(shortest.loss_mask_BS), shortest.loss_positions_N[:0]
-    return replace(shortest, loss_mask_BS=mask_BS, loss_positions_N=positions_N)
+    return replace(
+        shortest,
+        loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
+        loss_positions_N=shortest.loss_positions_N[:0],
+        teacher=None,
+    )
 
 
 def _stage_shape(gpt: GPTModel, batch: Batch) -> Shape:
@@ -304,6 +307,5 @@ def _loss(
     loss_function: LossFunction, hidden: torch.Tensor, batch: Batch
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
     loss_sum, sums = loss_function(hidden, batch)
-    if sums is None:
-        return loss_sum, loss_sum.new_zeros((), dtype=torch.int), {"sums": None}
-    return loss_sum, sums.flatten()[-1].round().int(), {"sums": sums.detach().double()}
+    num_tokens = loss_sum.new_full((), batch.loss_positions_N.numel(), dtype=torch.int)
+    return loss_sum, num_tokens, {"sums": None if sums is None else sums.detach().double()}

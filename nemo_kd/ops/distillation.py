@@ -23,24 +23,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_kd.batch import TeacherRows
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.comparison import compare
 from nemo_kd.ops.student_logits import Slope, StudentLogits, TokenIds, read_logits, write_gradient
-from nemo_kd.ops.token_losses import (
-    Divergence,
-    TeacherRows,
-    cross_entropy,
-    divergence_on_support,
-    label_estimator,
-)
+from nemo_kd.ops.token_losses import cross_entropy, divergence_on_support, label_estimator
 from nemo_kd.ops.vocab import VocabShard
 
 
 class TokenLosses(NamedTuple):
-    """Per-position losses in nats, before the mask.
+    """Losses of each position in nats, before the mask.
 
     Attributes:
         kd_N: None without a divergence.
-        compared: `ops.comparison.compare` of student and teacher; None where `unscaled_tail_mass_N` was not given.
+        compared: see `ops.comparison.compare`; None if not asked for.
     """
 
     ce_N: Tensor
@@ -49,20 +45,21 @@ class TokenLosses(NamedTuple):
 
 
 class Slopes(NamedTuple):
-    """What the gradient of an evaluated loss needs beside the logits."""
+    """Inputs of the gradient beside the logits."""
 
     of_losses: list[Slope]
     student: StudentLogits
 
 
 class DistillationLoss:
-    """Per-position cross-entropy and divergence.
+    """Cross-entropy and divergence of each position.
 
     Args:
         divergence: None: cross-entropy alone.
         label_smoothing: share of the label's mass that is spread over the whole real vocabulary.
         z_loss_weight: adds this times the squared log-sum-exp of the logits to the cross-entropy.
-        compile: runs the passes over the vocabulary through torch.compile.
+        compile: run the passes over the vocabulary through torch.compile.
+        compares: also measure how near the student is to the teacher.
     """
 
     def __init__(
@@ -71,23 +68,25 @@ class DistillationLoss:
         label_smoothing: float = 0.0,
         z_loss_weight: float = 0.0,
         compile: bool = False,
+        compares: bool = False,
     ) -> None:
         self.divergence = divergence
-        self.label_smoothing, self.z_loss_weight, self.compile = (
-            label_smoothing,
-            z_loss_weight,
-            compile,
-        )
+        self.label_smoothing = label_smoothing
+        self.z_loss_weight = z_loss_weight
+        self.compile = compile
+        self.compares = compares
         self.scales = divergence.scales if divergence is not None else (1.0,)
+        self._is_sampled = divergence is not None and divergence.is_sampled
+        self._reads_kept_ids = compares or (divergence is not None and not divergence.on_label)
 
     def __call__(
         self,
         logits_Nv: Tensor,
         labels_N: Tensor,
         shard: VocabShard,
-        teacher: TeacherRows | None = None,
+        teacher: TeacherRows[Tensor] | None = None,
     ) -> TokenLosses:
-        """The losses of every position, the same on every rank of the shard's group.
+        """Return the losses of every position, the same on every rank of the shard's group.
 
         Two all-reduces forward ([N], and [N, K + 2] or a little more), none backward. Sums run in float32 (float64 for
         float64 logits). The gradient takes the logits' place in memory, unless they are a leaf of autograd's graph; on
@@ -96,19 +95,24 @@ class DistillationLoss:
         Args:
             logits_Nv: this rank's columns of the student's logits.
             labels_N: ids below the real vocabulary.
-            teacher: rows without any kept id have divergence 0. None: cross-entropy alone.
+            teacher: targets of the same N positions; a row without any kept id has divergence 0. None: cross-entropy
+                alone.
 
         Raises:
-            ValueError: an id is no token or kept twice (looked for on CPU only; a cache never has them), the divergence
-                needs a field that `teacher` lacks, or numbers of rows differ.
+            ValueError: an id is not a token or kept twice (checked on the CPU only; a cache never holds such rows),
+                the divergence needs a field that `teacher` lacks, or numbers of rows differ.
         """
         teacher = self.checked(len(logits_Nv), labels_N, teacher, shard)
         return TokenLosses(*_OnLogits.apply(logits_Nv, labels_N, teacher, shard, self))
 
     def checked(
-        self, num_rows: int, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
-    ) -> TeacherRows | None:
-        """The teacher's rows, None if nothing needs them.
+        self,
+        num_rows: int,
+        labels_N: Tensor,
+        teacher: TeacherRows[Tensor] | None,
+        shard: VocabShard,
+    ) -> TeacherRows[Tensor] | None:
+        """Return the teacher's rows, None if nothing needs them.
 
         Raises:
             ValueError: as `__call__`.
@@ -120,55 +124,65 @@ class DistillationLoss:
         on_cpu = labels_N.device.type == "cpu"
         if on_cpu:
             _check_ids("labels_N", labels_N, 0, shard.vocab_size)
-        if teacher is None or (self.divergence is None and teacher.unscaled_tail_mass_N is None):
+        if teacher is None or (self.divergence is None and not self.compares):
             return None
-        for name, field in vars(teacher).items():
-            if field is not None and len(field) != num_rows:
-                raise ValueError(f"{name}: {len(field)} rows for {num_rows} rows of logits")
-        if self.divergence is not None:
-            for name in self.divergence.needs:
-                if getattr(teacher, name) is None:
-                    raise ValueError(
-                        f"{name}: missing, but {self.divergence.objective} on support {self.divergence.support} needs it"
-                    )
-        if on_cpu and self._keeps_ids(teacher) and teacher.topk_token_ids_NK.numel():
-            # Eight times as fast as torch's sort.
-            ids_NK = np.sort(teacher.topk_token_ids_NK.numpy().astype(np.int32), axis=-1)
-            _check_ids(
-                "topk_token_ids_NK", torch.from_numpy(ids_NK[:, [0, -1]]), -1, shard.vocab_size
+        for name, values in vars(teacher).items():
+            if isinstance(values, Tensor) and len(values) != num_rows:
+                raise ValueError(f"{name}: {len(values)} rows for {num_rows} rows of logits")
+        missing = [] if self.divergence is None else self.divergence.missing(teacher)
+        if self.divergence is not None and missing:
+            temperature = 1 / self.divergence.teacher_scale
+            at = f" at temperature {temperature:g}" if missing[0] == "tail_mass_PT" else ""
+            raise ValueError(
+                f"{missing[0]}: missing{at}, but {self.divergence.objective} on support "
+                f"{self.divergence.support} needs it"
             )
+        if on_cpu and self._reads_kept_ids and teacher.topk_token_ids_PK.numel():
+            # Eight times as fast as torch's sort.
+            ids_NK = np.sort(teacher.topk_token_ids_PK.numpy().astype(np.int32), axis=-1)
+            ends_N2 = torch.from_numpy(ids_NK[:, [0, -1]])
+            _check_ids("topk_token_ids_PK", ends_N2, -1, shard.vocab_size)
             repeated = ids_NK[:, 1:][(ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)]
             if len(repeated):
                 raise ValueError(
-                    f"topk_token_ids_NK: a row holds id {repeated[0]} twice; merge its entries"
+                    f"topk_token_ids_PK: a row holds id {repeated[0]} twice; merge its entries"
                 )
-            if self._is_sampled:
-                _check_ids("tail_token_ids_NM", teacher.tail_token_ids_NM, -1, shard.vocab_size)
+            if self._is_sampled and teacher.tail_token_ids_PM is not None:
+                _check_ids("tail_token_ids_PM", teacher.tail_token_ids_PM, -1, shard.vocab_size)
         return teacher
 
     def evaluate(
-        self, logits_Nv: Tensor, labels_N: Tensor, teacher: TeacherRows | None, shard: VocabShard
+        self,
+        logits_Nv: Tensor,
+        labels_N: Tensor,
+        teacher: TeacherRows[Tensor] | None,
+        shard: VocabShard,
     ) -> tuple[TokenLosses, Slopes]:
-        """Both losses and what `write_gradient` needs, outside autograd; `teacher` is `checked`."""
-        divergence, ids, compared = self.divergence, TokenIds(labels_N), None
-        if teacher is not None and self._keeps_ids(teacher):
-            samples_NM = teacher.tail_token_ids_NM if self._is_sampled else None
-            ids = TokenIds(labels_N, teacher.topk_token_ids_NK, samples_NM)
+        """Return the losses and the inputs of `write_gradient`, outside autograd; `teacher` is `checked`."""
+        ids = TokenIds(labels_N)
+        if teacher is not None and self._reads_kept_ids:
+            samples_NM = teacher.tail_token_ids_PM if self._is_sampled else None
+            ids = TokenIds(labels_N, teacher.topk_token_ids_PK, samples_NM)
         student = read_logits(
             logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile
         )
         ce_N, slope = cross_entropy(
             student, self.label_smoothing, self.z_loss_weight, shard.vocab_size
         )
-        if teacher is not None and teacher.unscaled_tail_mass_N is not None:
+        slopes = [slope]
+        kd_N = None
+        compared = None
+        if teacher is not None and self.compares:
             compared = compare(student, teacher, shard.vocab_size)
-        if divergence is None or teacher is None:
-            return TokenLosses(ce_N, None, compared), Slopes([slope], student)
-        if divergence.on_label:
-            kd_N, kd_slope = label_estimator(student, teacher, divergence)
-        else:
-            kd_N, kd_slope = divergence_on_support(student, teacher, divergence, shard.vocab_size)
-        return TokenLosses(ce_N, kd_N, compared), Slopes([slope, kd_slope], student)
+        if teacher is not None and self.divergence is not None:
+            if self.divergence.on_label:
+                kd_N, slope = label_estimator(student, teacher, self.divergence)
+            else:
+                kd_N, slope = divergence_on_support(
+                    student, teacher, self.divergence, shard.vocab_size
+                )
+            slopes.append(slope)
+        return TokenLosses(ce_N, kd_N, compared), Slopes(slopes, student)
 
     def write_gradient(
         self,
@@ -178,26 +192,13 @@ class DistillationLoss:
         d_losses: Sequence[Tensor],
         shard: VocabShard,
     ) -> None:
-        """Fills `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
+        """Fill `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
         losses = list(zip(d_losses, slopes.of_losses, strict=False))
         write_gradient(logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile)
 
-    def _keeps_ids(self, teacher: TeacherRows) -> bool:
-        """Whether the teacher's kept ids are looked at."""
-        on_support = self.divergence is not None and not self.divergence.on_label
-        return on_support or teacher.unscaled_tail_mass_N is not None
 
-    @property
-    def _is_sampled(self) -> bool:
-        return (
-            self.divergence is not None
-            and not self.divergence.on_label
-            and self.divergence.support == "sampled"
-        )
-
-
-def _check_ids(name: str, ids: Tensor | None, smallest: int, vocab_size: int) -> None:
-    if ids is None or not ids.numel():
+def _check_ids(name: str, ids: Tensor, smallest: int, vocab_size: int) -> None:
+    if not ids.numel():
         return
     for found in (ids.amin(), ids.amax()):
         if not smallest <= found < vocab_size:
@@ -212,7 +213,7 @@ class _OnLogits(torch.autograd.Function):
         ctx: Any,
         logits_Nv: Tensor,
         labels_N: Tensor,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows[Tensor] | None,
         shard: VocabShard,
         loss: DistillationLoss,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -220,7 +221,9 @@ class _OnLogits(torch.autograd.Function):
         if losses.compared is not None:
             ctx.mark_non_differentiable(losses.compared)
         ctx.save_for_backward(logits_Nv)
-        ctx.slopes, ctx.loss, ctx.shard = slopes, loss, shard
+        ctx.slopes = slopes
+        ctx.loss = loss
+        ctx.shard = shard
         base = logits_Nv._base  # noqa: SLF001 - torch has no public name for a view's tensor
         is_parameter = (logits_Nv if base is None else base).is_leaf
         ctx.in_place = logits_Nv.is_contiguous() and not is_parameter

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_kd.batch import TeacherRows
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
-from nemo_kd.ops.token_losses import TeacherRows
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
 BLOCK_ROWS = 512
@@ -27,7 +27,7 @@ def fused_linear_loss(
     weight_vH: Tensor,
     labels_N: Tensor,
     shard: VocabShard,
-    teacher: TeacherRows | None = None,
+    teacher: TeacherRows[Tensor] | None = None,
     ce_weight: float = 1.0,
     kd_weight: float = 1.0,
     block_rows: int = BLOCK_ROWS,
@@ -63,7 +63,7 @@ class _FusedLinear(torch.autograd.Function):
         hidden_NH: Tensor,
         weight_vH: Tensor,
         labels_N: Tensor,
-        teacher: TeacherRows | None,
+        teacher: TeacherRows[Tensor] | None,
         shard: VocabShard,
         loss: DistillationLoss,
         weights: tuple[float, float],
@@ -88,7 +88,7 @@ class _FusedLinear(torch.autograd.Function):
             logits_Nv = torch.mm(
                 hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start]
             )
-            some = None if teacher is None else teacher.rows(rows)
+            some = None if teacher is None else teacher.at(rows)
             losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
             of_blocks.append(losses)
             if d_hidden_NH is not None:

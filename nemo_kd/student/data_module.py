@@ -68,6 +68,7 @@ class StudentData(pl.LightningDataModule):
             packed=model.packed,
             multiple_of=multiple_of,
             columns=columns if groups.context_size > 1 else None,
+            every_target=model.knowledge_distillation.objective == "custom",
         )
         order = _training_order(config, splits["train"], steps_per_epoch * model.global_batch_size)
         self.training = TrainingBatches(order, model.global_batch_size, steps_per_epoch, max_steps)

@@ -56,7 +56,7 @@ from nemo_kd.student.data_module import StudentData
 from nemo_kd.student.ending import Ending
 from nemo_kd.student.lifetime import Lifetime, NonFiniteSteps, StopFlags
 from nemo_kd.student.logging import quiet_tensorboard_thread, source_names
-from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.loss import LOSS_TOKENS, StudentLoss
 from nemo_kd.student.report import Parameters, first_step_report, startup_report
 from nemo_kd.student.run_folder import experiment_record, own_run_folder
 from nemo_kd.student.schedule import check_schedule, learning_rate, plan_training
@@ -146,11 +146,10 @@ class StudentModule(pl.LightningModule):
         gpt = chunks(self.gpt)[-1]
         weight_vH = output_weight(gpt)
         shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
-        positions_N = batch.loss_positions_N
         if self.loss.custom is not None:
-            return self.loss.on_logits(project(gpt, hidden_SBH), batch, positions_N, shard)
-        hidden_NH = hidden_at(hidden_SBH, positions_N, len(batch.tokens_BS), gpt)
-        return self.loss.on_hidden(hidden_NH, weight_vH, batch, positions_N, shard)
+            return self.loss.on_logits(project(gpt, hidden_SBH), batch, shard)
+        hidden_NH = hidden_at(hidden_SBH, batch.loss_positions_N, len(batch.tokens_BS), gpt)
+        return self.loss.on_hidden(hidden_NH, weight_vH, batch, shard)
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
@@ -314,7 +313,7 @@ class StudentModule(pl.LightningModule):
         return counts.tolist()
 
     def _is_finite(self, sums_RM: torch.Tensor) -> bool:
-        return bool(sums_RM[..., self.loss.reported.index("loss")].isfinite().all())
+        return bool(self.loss.column(sums_RM, "loss").isfinite().all())
 
     def _non_finite_examples(self, batch: list[Batch]) -> tuple[list[int], list[int]]:
         """(examples of the micro-batches whose loss is not finite, all examples) of a global batch; on every rank."""
@@ -350,7 +349,7 @@ class StudentModule(pl.LightningModule):
             "train/skipped_steps": float(self.non_finite.skipped),
             "consumed_samples": float(data.training.consumed_samples),
             "epoch": self.global_step / data.training.steps_per_epoch,
-            **self.meter.metrics(counts, float(sums_RM[-1, -1])),
+            **self.meter.metrics(counts, float(self.loss.column(sums_RM, LOSS_TOKENS)[-1])),
         }
         self.log_dict(self.step_metrics, logger=False)  # names of checkpoints may contain them
 

@@ -21,7 +21,7 @@ from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader, is_subset
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
-from nemo_kd.config.loss import KEY, LABEL_ESTIMATORS, LossConfig
+from nemo_kd.config.loss import KEY, LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import (
     SPLITS,
@@ -226,44 +226,28 @@ def _missing_fields(reader: CacheReader, loss: LossConfig, student: _Student) ->
             "sequences of different ones are not aligned: NeMo-Aligner fed the student the teacher's token ids and compared logits by "
             "rank, whatever tokens they belonged to. Use a student with the teacher's tokenizer"
         )
-    if not loss.uses_teacher or not len(reader):
+    divergence = loss.divergence
+    if divergence is None or not len(reader):
         return found
-    teacher, objective = reader[0].teacher, f"kd_loss={loss.kd_loss}"
-    if loss.objective in LABEL_ESTIMATORS:
-        if teacher.label_logprobs_P is None:
-            found.append(
-                f"{KEY}.kd_loss: {loss.kd_loss} needs the teacher's log-probability of the labels, which the cache lacks; "
-                "compute it with stage 1 of nemo_kd, or use another kd_loss"
-            )
-        return found
-    if loss.support != "renormalize" and not reader.manifests and not reader.has_packed_rows():
+    is_rounded = not reader.manifests and not reader.has_packed_rows()
+    if "tail_mass_PT" in divergence.needs and is_rounded:
         log.warning(
             "%s: the mass outside the kept ids comes from log_sum_exp_logits, which NeMo-Aligner rounds to bfloat16 (1%% of all mass); "
             "%s.support=renormalize does not need it",
             reader.path,
             KEY,
         )
-    if loss.support != "renormalize" and loss.temperature_index(teacher.temperatures) is None:
-        found.append(
-            f"{KEY}: {objective} with support={loss.support} at temperature {1 / loss.scales[1]:g} needs the teacher's mass outside the "
-            f"kept ids at that temperature, the cache has it at {', '.join(f'{value:g}' for value in teacher.temperatures)}; compute "
-            f"the cache with cache.temperatures=[{1 / loss.scales[1]:g}], or use support=renormalize"
-        )
-    if loss.support == "sampled" and teacher.tail_token_ids_PM is None:
-        found.append(
-            f"{KEY}.support: sampled needs tail samples, which the cache lacks; compute it with cache.tail_samples=4, or use support=tail"
-        )
-    return found
+    return found + loss.missing_targets(reader[0].teacher)
 
 
 def _differences(readers: Sequence[CacheReader], loss: LossConfig) -> list[str]:
     """What the loss needs alike in all caches of a split, for a batch holds rows of several; the first row speaks for all."""
-    if not loss.uses_teacher or loss.support != "sampled":
+    if loss.divergence is None or not loss.divergence.is_sampled:
         return []
     samples = {
         reader.source: reader[0].teacher.tail_token_ids_PM for reader in readers if len(reader)
     }
-    counts = {path: ids_SM.shape[1] for path, ids_SM in samples.items() if ids_SM is not None}
+    counts = {path: ids_PM.shape[1] for path, ids_PM in samples.items() if ids_PM is not None}
     if len(set(counts.values())) <= 1:
         return []
     held = ", ".join(f"{count} in {path}" for path, count in counts.items())

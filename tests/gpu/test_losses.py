@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nemo_kd.batch import TeacherRows
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
-from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import Definition, Problem, dense_losses, random_problem
+from tests.parity.test_losses import teacher_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,11 +27,9 @@ DEFINITIONS = [
 ]
 
 
-def on_gpu(problem: Problem) -> tuple[TeacherRows, torch.Tensor]:
+def on_gpu(problem: Problem) -> tuple[TeacherRows[torch.Tensor], torch.Tensor]:
     problem = problem.map(lambda tensor: tensor.cuda())
-    return TeacherRows(
-        problem.topk_logits_NK, problem.topk_token_ids_NK, problem.tail_mass_N, problem.label_logprobs_N, problem.tail_token_ids_NM
-    ), problem.labels_N  # fmt: skip
+    return teacher_rows(problem), problem.labels_N
 
 
 @pytest.mark.parametrize("compile", [False, True])
@@ -63,12 +63,7 @@ def test_memory(compile):
     """What the loss takes beside the logits, and the fused form beside its inputs and gradients."""
     num_rows, vocab_size, hidden_size = 4096, 64000, 512
     teacher, labels_N = on_gpu(random_problem(num_rows // 64, vocab_size, 100))
-    teacher = TeacherRows(
-        *(
-            None if field is None else field.repeat(64, *[1] * (field.dim() - 1))
-            for field in vars(teacher).values()
-        )
-    )
+    teacher = teacher.map(lambda values: values.repeat(64, *[1] * (values.dim() - 1)))
     labels_N, shard = labels_N.repeat(64), VocabShard.of(vocab_size, vocab_size)
     loss = DistillationLoss(Divergence(), compile=compile)
     hidden_NH = torch.randn(

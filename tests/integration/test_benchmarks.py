@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks import baseline_losses, losses, results
 from nemo_kd.batch import Batch
-from nemo_kd.ops.token_losses import Divergence
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.vocab import VocabShard
 from tests.tiny_models import save_hf_model
 from tests.unit.test_cli import MINIMAL, compose

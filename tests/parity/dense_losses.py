@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
-from nemo_kd.ops.token_losses import Divergence
+from nemo_kd.config.loss import Divergence
 
 SMALLEST_TAIL = 1e-12  # the teacher's tail bucket never counts for less
 LABEL_OBJECTIVES = ("k1", "k2", "k3", "low_var_kl")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.comparison import COMPARED
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
-from nemo_kd.ops.token_losses import Divergence
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import cut, random_problem
 from tests.parity.test_losses import mixed_rows, teacher_rows
@@ -31,13 +31,12 @@ def loss_and_gradient(divergence, with_comparison):
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     problem = mixed_rows(1.0)
     rows = teacher_rows(problem)
-    rows = replace(rows, unscaled_tail_mass_N=rows.tail_mass_N if with_comparison else None)
     local_Nv, start, num_real = cut(problem.logits_NV, "uneven", rank, group.size(), 1e4)
     leaf_Nv = local_Nv.requires_grad_()
     shard = VocabShard(start, num_real, problem.logits_NV.shape[1], group)
-    losses = DistillationLoss(divergence, label_smoothing=0.1, z_loss_weight=0.01)(
-        leaf_Nv.clone(), problem.labels_N, shard, rows
-    )
+    losses = DistillationLoss(
+        divergence, label_smoothing=0.1, z_loss_weight=0.01, compares=with_comparison
+    )(leaf_Nv.clone(), problem.labels_N, shard, rows)
     total = (losses.ce_N * problem.ce_weight_N).sum()
     if losses.kd_N is not None:
         total = total + (losses.kd_N * problem.kd_weight_N).sum()
@@ -93,8 +92,10 @@ def test_the_students_first_token_is_seen_where_it_is_the_teachers():
     problem = random_problem(6, 40, 5)
     problem.logits_NV[::2].scatter_(1, problem.topk_token_ids_NK[::2, :1], 50.0)
     problem.logits_NV[1::2].scatter_(1, problem.topk_token_ids_NK[1::2, 1:2], 50.0)
-    rows = replace(teacher_rows(problem), unscaled_tail_mass_N=problem.tail_mass_N)
-    losses = DistillationLoss()(problem.logits_NV, problem.labels_N, VocabShard(0, 40, 40), rows)
+    rows = teacher_rows(problem)
+    losses = DistillationLoss(compares=True)(
+        problem.logits_NV, problem.labels_N, VocabShard(0, 40, 40), rows
+    )
     assert losses.kd_N is None
     assert losses.compared[:, 1 + COMPARED.index("top1_agreement")].tolist() == [1, 0] * 3
 
@@ -104,9 +105,9 @@ def test_the_fused_loss_compares_every_block():
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(8, 6, dtype=torch.float64, generator=generator)
     weight_VH = torch.randn(50, 6, dtype=torch.float64, generator=generator)
-    rows = replace(teacher_rows(problem), unscaled_tail_mass_N=problem.tail_mass_N)
+    rows = teacher_rows(problem)
     _, losses = fused_linear_loss(
-        DistillationLoss(Divergence()),
+        DistillationLoss(Divergence(), compares=True),
         hidden_NH,
         weight_VH,
         problem.labels_N,

@@ -8,13 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
-from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import (
     COMBINATIONS,
     DEFAULT,
-    LABEL_OBJECTIVES,
     Definition,
     cut,
     dense_losses,
@@ -351,26 +350,30 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
     sampled, k1, tail = Definition("forward_kl", "sampled"), Definition("k1"), Definition()
     hostile = [
         (
-            {"topk_token_ids_NK": _with(ids, (2, 5), int(ids[2, 0]))},
+            {"topk_token_ids_PK": _with(ids, (2, 5), int(ids[2, 0]))},
             labels,
             tail,
             "topk_token_ids.*twice",
         ),
-        ({"topk_token_ids_NK": _with(ids, (2, 5), 50)}, labels, tail, "topk_token_ids.*outside"),
-        ({"topk_token_ids_NK": _with(ids, (2, 5), -2)}, labels, tail, "topk_token_ids.*outside"),
+        ({"topk_token_ids_PK": _with(ids, (2, 5), 50)}, labels, tail, "topk_token_ids.*outside"),
+        ({"topk_token_ids_PK": _with(ids, (2, 5), -2)}, labels, tail, "topk_token_ids.*outside"),
         ({}, _with(labels, (3,), 50), tail, "labels.*outside"),
         ({}, _with(labels, (3,), -100), tail, "labels.*outside"),
         (
-            {"tail_token_ids_NM": _with(samples, (0, 0), 50)},
+            {"tail_token_ids_PM": _with(samples, (0, 0), 50)},
             labels,
             sampled,
             "tail_token_ids.*outside",
         ),
-        ({"tail_mass_N": None}, labels, tail, "tail_mass"),
-        ({"tail_mass_N": None}, labels, Definition("jsd", "truncate"), "tail_mass"),
-        ({"tail_mass_N": None}, labels, sampled, "tail_mass"),
-        ({"tail_token_ids_NM": None}, labels, sampled, "tail_token_ids"),
-        ({"label_logprobs_N": None}, labels, k1, "label_logprobs"),
+        ({"temperatures": (1.0, 9.0)}, labels, Definition(teacher_scale=0.5), "tail_mass"),
+        (
+            {"temperatures": (1.0, 9.0)},
+            labels,
+            Definition("jsd", "truncate", teacher_scale=2.0),
+            "tail_mass",
+        ),
+        ({"tail_token_ids_PM": None}, labels, sampled, "tail_token_ids"),
+        ({"label_logprobs_P": None}, labels, k1, "label_logprobs"),
     ]
     for fields, wrong_labels, definition, message in hostile:
         for found in ranks(2).run(_refused_on_rank, fields, wrong_labels, definition):
@@ -389,12 +392,12 @@ def test_numbers_of_rows_must_agree():
         teacher_rows(problem),
         loss_of(DEFAULT),
     )
-    tail_of_one = replace(teacher, tail_mass_N=problem.tail_mass_N[:1])
+    tail_of_one = replace(teacher, tail_mass_PT=teacher.tail_mass_PT[:1])
     for logits, labels, rows, message in (
         (logits_NV, labels_N[:1], teacher, r"labels_N: shape \[1\] for 8 rows"),
         (logits_NV[:1], labels_N, teacher, r"labels_N: shape \[8\] for 1 rows"),
-        (logits_NV, labels_N, teacher.rows(slice(0, 1)), "topk_logits_NK: 1 rows for 8 rows"),
-        (logits_NV, labels_N, tail_of_one, "tail_mass_N: 1 rows for 8 rows"),
+        (logits_NV, labels_N, teacher.at(slice(0, 1)), "positions_P: 1 rows for 8 rows"),
+        (logits_NV, labels_N, tail_of_one, "tail_mass_PT: 1 rows for 8 rows"),
     ):
         with pytest.raises(ValueError, match=message.replace("8", str(len(labels_N)))):
             loss(logits, labels, shard, rows)
@@ -402,16 +405,13 @@ def test_numbers_of_rows_must_agree():
 
 def test_fields_that_an_objective_does_not_need_may_be_missing():
     problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
-    bare = TeacherRows(problem.topk_logits_NK, problem.topk_token_ids_NK)
+    whole = teacher_rows(problem)
+    bare = replace(whole, temperatures=(9.0,), label_logprobs_P=None, tail_token_ids_PM=None)
     for one in every_definition([(0.5, 2.0)]):
-        needs_tail = (
-            one.support in ("tail", "truncate", "sampled") and one.objective not in LABEL_OBJECTIVES
-        )
-        teacher = replace(bare, tail_mass_N=problem.tail_mass_N) if needs_tail else bare
-        if one.support == "sampled":
-            teacher = replace(teacher, tail_token_ids_NM=problem.tail_token_ids_NM)
-        if one.objective in LABEL_OBJECTIVES:
-            teacher = replace(teacher, label_logprobs_N=problem.label_logprobs_N)
+        needed = {name: getattr(whole, name) for name in Divergence(**one.of_divergence()).needs}
+        if "tail_mass_PT" in needed:
+            needed["temperatures"] = whole.temperatures
+        teacher = replace(bare, **needed)
         kd_N = loss_of(one)(problem.logits_NV.clone(), problem.labels_N, shard, teacher).kd_N
         torch.testing.assert_close(kd_N, solve_alone(problem, one)[1], rtol=0, atol=0)
 
@@ -425,12 +425,7 @@ def test_half_precision_rounds_the_gradient_once(support):
         torch.bfloat16
     )
     samples_NM = torch.cat([problem.labels_N[:, None]] * 2 + [problem.tail_token_ids_NM], dim=1)
-    teacher = TeacherRows(
-        problem.topk_logits_NK,
-        problem.topk_token_ids_NK,
-        problem.tail_mass_N,
-        tail_token_ids_NM=samples_NM,
-    )
+    teacher = replace(teacher_rows(problem), tail_token_ids_PM=samples_NM)
     shard = VocabShard.of(300, 300)
 
     def gradient(logits_NV: torch.Tensor, compile: bool = False) -> torch.Tensor:

@@ -10,8 +10,9 @@ from itertools import product
 import pytest
 import torch
 
+from nemo_kd.batch import TeacherRows
+from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
-from nemo_kd.ops.token_losses import Divergence, TeacherRows
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import (
     COMBINATIONS,
@@ -47,13 +48,20 @@ class Case:
     )
 
 
-def teacher_rows(problem: Problem) -> TeacherRows:
+TEMPERATURES = (1.0, 2.0, 0.5)
+
+
+def teacher_rows(problem: Problem) -> TeacherRows[torch.Tensor]:
+    """The problem's only tail is taken for that of all temperatures."""
     return TeacherRows(
-        topk_logits_NK=problem.topk_logits_NK,
-        topk_token_ids_NK=problem.topk_token_ids_NK,
-        tail_mass_N=problem.tail_mass_N,
-        label_logprobs_N=problem.label_logprobs_N,
-        tail_token_ids_NM=problem.tail_token_ids_NM,
+        positions_P=torch.arange(len(problem.labels_N)),
+        topk_logits_PK=problem.topk_logits_NK,
+        topk_token_ids_PK=problem.topk_token_ids_NK,
+        log_sum_exp_logits_P=torch.zeros_like(problem.tail_mass_N),
+        tail_mass_PT=problem.tail_mass_N[:, None].repeat(1, len(TEMPERATURES)),
+        temperatures=TEMPERATURES,
+        label_logprobs_P=problem.label_logprobs_N,
+        tail_token_ids_PM=problem.tail_token_ids_NM,
     )
 
 

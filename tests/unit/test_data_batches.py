@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -302,11 +303,29 @@ def test_every_field_of_the_teacher_lands_in_its_place():
     for start, row in ((0, rows[0]), (3, rows[2]), (13, rows[3]), (14, None)):
         for s in range(2 if row is None else row.example.num_tokens):
             check_fields(packed, (0, start + s), row, s)
-    halves = [batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([2, 1]))]
-    for half, columns in zip(halves, (range(3, 11), (2, 1)), strict=True):
+    halves = [batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([1, 2]))]
+    for half, columns in zip(halves, (range(3, 11), (1, 2)), strict=True):
         for place, s in enumerate(columns):
             check_fields(half, (2, place), rows[2], s)
     assert halves[1].loss_positions_N.tolist() == [0, 1, 4, 5]
+    assert halves[1].teacher.positions_P.tolist() == [0, 1, 4, 5]
+
+
+def test_a_batch_holds_targets_of_the_loss_alone_unless_told_otherwise():
+    rows = [said(0, 6, 2), None, said(1, 10, 3)]
+    for row in (rows[0], rows[2]):
+        row.example.loss_mask_S[::2] = 0
+    batch, whole = (collate(rows, 0, every_target=every) for every in (False, True))
+    assert batch.teacher.positions_P.tolist() == batch.loss_positions_N.tolist()
+    assert whole.teacher.positions_P.tolist() == [*range(6), *range(32, 42)]
+    for name in ("topk_logits_BSK", "topk_token_ids_BSK", "tail_mass_BST", "label_logprobs_BS"):
+        ours, theirs = (getattr(one, name).flatten(0, 1) for one in (batch, whole))
+        assert torch.equal(ours[batch.loss_positions_N], theirs[batch.loss_positions_N])
+    assert (batch.topk_token_ids_BSK[0, ::2] == -1).all()
+    assert batch.topk_token_ids_BSK.dtype == torch.int64
+    some = replace(rows[0], teacher=rows[0].teacher.at(slice(0, 3)))
+    with pytest.raises(ValueError, match="example 0: only 1 of its 3 positions in the loss have"):
+        collate([some], 0)
 
 
 def test_a_batch_of_different_caches_has_what_all_of_them_have():

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_kd.batch import Batch
+from nemo_kd.batch import Batch, TeacherRows
 from nemo_kd.config import ConfigError
 from nemo_kd.config import loss as config_loss
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.typed import typed
-from nemo_kd.ops import objectives, token_losses
+from nemo_kd.ops import objectives
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student.loss import StudentLoss, load_custom_loss
 
@@ -21,7 +22,6 @@ from nemo_kd.student.loss import StudentLoss, load_custom_loss
 def test_names_are_those_of_the_operators():
     assert config_loss.DIVERGENCES == objectives.DIVERGENCES
     assert tuple(objectives.LABEL_ESTIMATORS) == config_loss.LABEL_ESTIMATORS
-    assert config_loss.SUPPORTS == token_losses.SUPPORTS
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_every_setting_reaches_the_operator():
         sft_loss_weight=1.0, label_smoothing=0.1, z_loss_weight=0.01, compile="on",
     )  # fmt: skip
     losses = StudentLoss(config).losses
-    assert losses.divergence == token_losses.Divergence(
+    assert losses.divergence == config_loss.Divergence(
         "jsd", "renormalize", 0.25, 0.25, 16.0, jsd_beta=0.2
     )
     assert (losses.label_smoothing, losses.z_loss_weight, losses.compile) == (0.1, 0.01, True)
@@ -204,10 +204,10 @@ def custom(name, **custom_args):
 
 
 def on_three_positions(loss, num_loss_tokens=3):
-    rows, zeros = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.int64)
-    batch = Batch(*[torch.tensor([0])] * 3, zeros, zeros, rows, torch.arange(3)[None])
+    zeros, mask = torch.zeros(1, 3, dtype=torch.int64), torch.arange(3)[None] < num_loss_tokens
+    batch = Batch(*[torch.tensor([0])] * 3, zeros, zeros, mask.float(), torch.arange(3)[None])
     logits = torch.full((1, 3, 7), 2.0, requires_grad=True)
-    total, sums = loss.on_logits(logits, batch, torch.arange(num_loss_tokens), VocabShard.of(7, 7))
+    total, sums = loss.on_logits(logits, batch, VocabShard.of(7, 7))
     total.backward()
     return sums, logits.grad
 
@@ -257,14 +257,13 @@ def test_a_custom_loss_that_changes_its_metrics():
     loss = StudentLoss(
         LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns")
     )
-    rows = torch.zeros(1, 3)
     batch = Batch(
         *[torch.tensor([0])] * 3,
         *[torch.zeros(1, 3, dtype=torch.int64)] * 2,
-        rows,
+        torch.ones(1, 3),
         torch.arange(3)[None],
     )
-    arguments = torch.zeros(1, 3, 7), batch, torch.arange(3), VocabShard.of(7, 7)
+    arguments = torch.zeros(1, 3, 7), batch, VocabShard.of(7, 7)
     loss.on_logits(*arguments)
     with pytest.raises(
         ConfigError, match="returned the metrics b, before a; return the same in every call"
@@ -299,14 +298,18 @@ def test_k1_is_warned_about(caplog):
 
 
 def test_which_temperature_of_a_cache():
-    temperatures = (1.0, 2.0, 3.0)
-    assert LossConfig().temperature_index(temperatures) == 0
-    assert LossConfig(target_logits_scale=0.333333).temperature_index(temperatures) == 2
-    assert LossConfig(temperature=2.0).temperature_index(temperatures) == 1
-    assert LossConfig(temperature=2.5).temperature_index(temperatures) is None
-    assert (
-        LossConfig(logits_scale=0.5).temperature_index(temperatures) == 0
-    )  # the student's needs no cache
+    def missing(**settings) -> list[str]:
+        return LossConfig(**settings).missing_targets(rows)
+
+    tail = np.full((1, 3), 0.1)
+    rows = TeacherRows(*np.zeros((4, 1)), tail, (1.0, 2.0, 3.0))
+    for settings in ({}, {"target_logits_scale": 0.333333}, {"temperature": 2.0}):
+        assert missing(**settings) == []
+    assert "at temperature 2.5 needs the teacher's mass" in missing(temperature=2.5)[0]
+    assert missing(temperature=2.5, support="renormalize") == []
+    assert missing(logits_scale=0.4) == []  # the student's needs no cache
+    assert "needs tail samples" in missing(support="sampled")[0]
+    assert "log-probability of the labels" in missing(kd_loss="k2")[0]
 
 
 def test_every_key_is_explained():
