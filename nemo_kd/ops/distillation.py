@@ -17,18 +17,72 @@ Shape legend: N positions, v this rank's vocabulary columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
-from nemo_kd.batch import TeacherRows
-from nemo_kd.config.loss import Divergence
+from nemo_kd.batch import Batch, TeacherRows
+from nemo_kd.config.loss import Divergence, LossConfig
 from nemo_kd.ops.comparison import compare
 from nemo_kd.ops.student_logits import Slope, StudentLogits, TokenIds, read_logits, write_gradient
 from nemo_kd.ops.token_losses import cross_entropy, divergence_on_support, label_estimator
 from nemo_kd.ops.vocab import VocabShard
+
+
+def distillation_loss(
+    logits_BSv: Tensor,
+    batch: Batch,
+    config: LossConfig | None = None,
+    *,
+    vocab_size: int | None = None,
+    group: ProcessGroup | None = None,
+    reduction: Literal["mean", "sum"] = "mean",
+) -> Tensor:
+    """Return sft_loss_weight * CE + kd_loss_weight * KD over the loss tokens of a batch, differentiable in the logits.
+
+    For a training loop of your own on rows of a cache. In one process, from logits [B, S, V] of any model:
+
+        reader = CacheReader("cache/train_CHUNK_ID.jsonl.zst")
+        batch = collate([reader[0], reader[1]], pad_id=0)
+        loss = distillation_loss(model(batch.tokens_BS).logits, batch, LossConfig(temperature=2.0))
+
+    The batch is padded on the right, so causal attention needs no mask. Sums run in float32, or float64 for float64
+    logits. Memory beyond the logits: a copy of the rows in the loss, which becomes their gradient.
+
+    Args:
+        logits_BSv: the student's logits; with `group` this rank's columns, equally many on every rank.
+        batch: made by `collate` or `pack`, on the logits' device.
+        config: the loss, without a custom function; defaults as in `model.knowledge_distillation`.
+        vocab_size: columns that are tokens; the others are padding. None: all of them.
+        group: ranks among which the vocabulary is split; None for one process.
+        reduction: mean over the loss tokens of this batch, or sum, to divide once by the tokens of several batches.
+
+    Raises:
+        ValueError: the loss is custom, or needs a field that the batch's teacher rows lack.
+    """
+    config = config or LossConfig()
+    if config.objective == "custom":
+        raise ValueError("kd_loss: custom; call the function itself, or choose another kd_loss")
+    num_ranks = 1 if group is None else group.size()
+    num_columns = logits_BSv.shape[-1]
+    positions_N = batch.loss_positions_N
+    losses = DistillationLoss.of(config)(
+        logits_BSv.flatten(0, 1)[positions_N],
+        batch.labels_BS.flatten()[positions_N],
+        VocabShard.of(num_columns, vocab_size or num_columns * num_ranks, group),
+        batch.teacher,
+    )
+    if losses.kd_N is None and config.divergence is not None:
+        raise ValueError(
+            "batch.teacher: None, but kd_loss_weight is above 0; collate rows of a cache"
+        )
+    total = config.sft_loss_weight * losses.ce_N.sum()
+    if losses.kd_N is not None:
+        total = total + config.kd_loss_weight * losses.kd_N.sum()
+    return total / max(len(positions_N), 1) if reduction == "mean" else total
 
 
 class TokenLosses(NamedTuple):
@@ -78,6 +132,14 @@ class DistillationLoss:
         self.scales = divergence.scales if divergence is not None else (1.0,)
         self._is_sampled = divergence is not None and divergence.is_sampled
         self._reads_kept_ids = compares or (divergence is not None and not divergence.on_label)
+
+    @classmethod
+    def of(cls, config: LossConfig, compares: bool = False) -> DistillationLoss:
+        """Build the loss that a configuration describes; without a custom loss's function."""
+        compile = torch.cuda.is_available() if config.compile == "auto" else config.compile == "on"
+        return cls(
+            config.divergence, config.label_smoothing, config.z_loss_weight, compile, compares
+        )
 
     def __call__(
         self,

@@ -60,13 +60,7 @@ class StudentLoss:
         self.num_sources = num_sources if num_sources > 1 and self.custom is None else 0
         self.custom_was_called = False
         self.names_are_known = self.custom is None
-        self.losses = DistillationLoss(
-            config.divergence,
-            config.label_smoothing,
-            config.z_loss_weight,
-            torch.cuda.is_available() if config.compile == "auto" else config.compile == "on",
-            compares,
-        )
+        self.losses = DistillationLoss.of(config, compares)
         self.has_kd = config.divergence is not None or self.custom is not None
         terms = [name for name in REPORTED if name != "kd_loss" or self.has_kd]
         self.own_names = [*terms, *COMPARED] if compares else terms
