@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -254,13 +254,3 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
-
-
-def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
-    """Return the place of a temperature, None if it is absent; one cache format rounds temperatures to float32."""
-    matches = (
-        place
-        for place, temperature in enumerate(temperatures)
-        if math.isclose(temperature, wanted, rel_tol=1e-4)
-    )
-    return next(matches, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nemo_kd.batch import TeacherRows, temperature_index
 from nemo_kd.config.errors import ConfigError
+
+if TYPE_CHECKING:  # these modules import torch, and --help must not
+    from nemo_kd.batch import TeacherRows
 
 KEY = "model.knowledge_distillation"
 ALIASES = {"fwd_kl": "forward_kl", "bwd_kl": "reverse_kl", "js_divergence": "jsd"}
@@ -291,3 +293,13 @@ class LossConfig:
             raise ConfigError(
                 f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 only"
             )
+
+
+def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
+    """Return the place of a temperature, None if it is absent; one cache format rounds temperatures to float32."""
+    matches = (
+        place
+        for place, temperature in enumerate(temperatures)
+        if math.isclose(temperature, wanted, rel_tol=1e-4)
+    )
+    return next(matches, None)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, temperature_index
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows
+from nemo_kd.config.loss import temperature_index
 
 Row = Example | CachedExample | None
 
