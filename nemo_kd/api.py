@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
@@ -15,6 +15,9 @@ from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.run.launch import needs_launch
+
+if TYPE_CHECKING:
+    from nemo_kd.student.report import StudentRun
 
 T = TypeVar("T")
 
@@ -36,16 +39,19 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> 
     run(checked)
 
 
-def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> None:
+def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> StudentRun:
     """Train a student from cached teacher logits, or from labels alone (stage 2).
 
     Args and errors are those of `compute_topk_logits`; the keys are those of the command
     `train_gpt_knowledge_distillation`.
+
+    Returns:
+        The run: `folder`, `step` and `archive`, the path of the .nemo file or None.
     """
     checked = _checked(TrainStudentConfig, config, "train_gpt_knowledge_distillation")
     from nemo_kd.student import train_student as run
 
-    run(checked)
+    return run(checked)
 
 
 def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> None:

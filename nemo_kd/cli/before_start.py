@@ -64,6 +64,8 @@ def _check_student(config: TrainStudentConfig) -> None:
     )
     if data.max_tokens_per_batch is None:
         check_batch_sizes(model.micro_batch_size, model.global_batch_size, data_parallel_size)
+    else:
+        check_batch_sizes(1, model.global_batch_size, 1)
     for split in SPLITS:
         for path in data.paths(split):
             key = f"model.data.data_prefix.{split}"

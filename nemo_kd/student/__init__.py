@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from nemo_kd.config.student import TrainStudentConfig
+    from nemo_kd.student.report import StudentRun
 
 
-def train_student(config: TrainStudentConfig) -> None:
+def train_student(config: TrainStudentConfig) -> StudentRun:
     """Run stage 2; see `nemo_kd.student.module.train_student`.
 
     The ranks join before Megatron and Lightning load, so that wrong devices are reported at once.
@@ -18,4 +19,4 @@ def train_student(config: TrainStudentConfig) -> None:
     join_ranks(config.trainer)
     from nemo_kd.student.module import train_student as train
 
-    train(config)
+    return train(config)

@@ -13,10 +13,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_kd import __version__
 from nemo_kd.config.experiment import allowed_keys, compared_defaults, compared_values
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock, explained
+from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
@@ -24,6 +26,7 @@ from nemo_kd.student.checkpoint_folder import (
     checkpoints,
     read_contents,
 )
+from nemo_kd.student.data import StudentData
 
 log = logging.getLogger(__name__)
 
@@ -165,6 +168,31 @@ def experiment_record(
         if name != "hf_config":
             record[f"{ARCHITECTURE}.{name}"] = value
     return json.loads(json.dumps(record))
+
+
+def provenance(
+    config: TrainStudentConfig,
+    pretrained: PretrainedModel,
+    data: StudentData,
+    adapters: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the origin of the student for its archive: names and hashes, no paths."""
+    origin: dict[str, Any] = {
+        "nemo_kd": __version__,
+        "student": pretrained.fingerprint(),
+        "data": {
+            split: {key: value for key, value in description.items() if key != "paths"}
+            for split, description in data.descriptions.items()
+        },
+        "data_weights": data.training.order.weights,
+        "consumed_samples": data.training.consumed_samples,
+        "knowledge_distillation": dataclasses.asdict(config.model.knowledge_distillation),
+    }
+    if adapters is not None:
+        origin["adapters"] = adapters
+    if pretrained.provenance is not None:
+        origin["student_provenance"] = pretrained.provenance
+    return origin
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:

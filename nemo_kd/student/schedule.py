@@ -22,14 +22,6 @@ class TrainingPlan:
     val_check_interval: int
     save_interval: int
 
-    def described(self) -> dict[str, int]:
-        return {
-            "steps": self.max_steps,
-            "steps an epoch": self.steps_per_epoch,
-            "between validations": self.val_check_interval,
-            "between checkpoints": self.save_interval,
-        }
-
 
 def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) -> TrainingPlan:
     """Resolve fractions and -1 against the size of the training data.

@@ -22,11 +22,10 @@ from nemo_kd.student.checkpoint_folder import choose_checkpoint
 from nemo_kd.student.checkpoints import Checkpoints, CheckpointWriter
 from nemo_kd.student.course import Course
 from nemo_kd.student.lifetime import Lifetime
-from nemo_kd.student.logging import JsonlLogger, RunLog, named_os_errors
+from nemo_kd.student.progress import RunLog, named_os_errors, start_wandb
 from nemo_kd.student.run_folder import check_same_experiment
 from nemo_kd.student.schedule import TrainingPlan
 from nemo_kd.student.strategy import LauncherEnvironment, MegatronStrategy
-from nemo_kd.student.wandb_logger import start_wandb
 
 NOT_NEMOS = {
     "create_checkpoint_callback": False,
@@ -72,6 +71,7 @@ def build_trainer(
         CheckpointError: there is no checkpoint to resume, or it belongs to another experiment.
     """
     loop = config.trainer.knowledge_distillation
+    run_log = RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))
     writer = CheckpointWriter(groups.layout(), record)
     trainer = pl.Trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
@@ -92,7 +92,7 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         enable_progress_bar=False,
-        callbacks=[RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))],
+        callbacks=[run_log],
     )
     log_dir = _set_up_folder(trainer, settings)
     params = settings["checkpoint_callback_params"]
@@ -107,8 +107,8 @@ def build_trainer(
     if resumed is not None:
         check_same_experiment(resumed, record, config.allow_changed)
         trainer.ckpt_path = str(resumed)
-    metrics_file = JsonlLogger(log_dir / "metrics" / "metrics.jsonl")
-    trainer.loggers = [*trainer.loggers, *start_wandb(settings, log_dir), metrics_file]
+    run_log.log_dir = log_dir
+    trainer.loggers = [*trainer.loggers, *start_wandb(settings, log_dir)]
     checkpoints = None
     if settings["create_checkpoint_callback"]:
         checkpoints = Checkpoints(

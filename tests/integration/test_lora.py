@@ -25,9 +25,9 @@ from nemo_kd.mcore.export import save_adapter
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward, forward_backward
-from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.splits import load_splits
+from nemo_kd.student.schedule import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import run_stage_2, training_rows
 from tests.integration.test_student_layouts import (
@@ -148,8 +148,8 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
         splits = load_splits(
             config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
         )
-        data = StudentData(config, splits, NUM_STEPS, NUM_STEPS, 0, groups)
-        module = StudentModule(config, pretrained.architecture, pretrained, groups, NUM_STEPS)
+        data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
+        module = StudentModule(config, pretrained, groups, NUM_STEPS)
         module.provenance = dict
         optimizer = module.configure_optimizers()[0][0]
         if module.lora is not None:

@@ -90,7 +90,7 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
         collate(mine[i : i + micro_batch_size], 0) for i in range(0, len(mine), micro_batch_size)
     ]
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
+        module = StudentModule(config, pretrained, groups, 1)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     torch.distributed.all_reduce(sums, group=groups.data)

@@ -179,7 +179,7 @@ def sequence_parallel_gradients(student, cache):
             if isinstance(values, torch.Tensor) and values.dim() > 1 and values.shape[1] % 2:
                 setattr(batch, name, torch.cat([values, torch.zeros_like(values[:, :1])], dim=1))
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
+        module = StudentModule(config, pretrained, groups, 1)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     return sums, {

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 from pathlib import Path
+from typing import ClassVar
 from unittest import mock
 
 import numpy as np
@@ -18,11 +19,14 @@ from megatron.core.models.gpt import GPTModel
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.config import ConfigError
 from nemo_kd.ops.comparison import COMPARED
+from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.report import StudentRun
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_cache import everywhere
-from tests.tiny_data import aligner_rows, write_chat_dataset
+from tests.tiny_data import aligner_rows, student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
 VOCAB_SIZE = 300
@@ -208,6 +212,9 @@ class LostRun:
     def log(self, metrics):
         raise ConnectionResetError(104, "Connection reset by peer")
 
+    def finish(self, exit_code):
+        raise BrokenPipeError(32, "Broken pipe")
+
 
 def with_wandb(init, *args) -> tuple[str, str]:
     """(error, what was logged) of a run of stage 2 with another wandb.init; this process may have had a run before."""
@@ -251,6 +258,69 @@ def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(rank
         == 1
     )
     assert [row["step"] for row in metrics(tmp_path) if "lr" in row] == [1, 2]
+
+
+class RecordedRun:
+    """A run of Weights & Biases that records what it gets."""
+
+    started: ClassVar[list[RecordedRun]] = []
+
+    def __init__(self, **arguments):
+        self.folder = arguments["dir"]
+        self.steps = []
+        self.exit_code = None
+        self.started.append(self)
+        wandb.run = self
+
+    def define_metric(self, *args, **kwargs):
+        pass
+
+    def log(self, metrics):
+        self.steps.append(metrics["trainer/global_step"])
+
+    def finish(self, exit_code):
+        self.exit_code = exit_code
+        wandb.run = None
+
+
+def calls_in_one_process(student, train, validation, folder, overrides):
+    """(result, what Weights & Biases got) of a call of train_student that fails, and of two that do not."""
+    results = []
+    with mock.patch.object(wandb, "init", RecordedRun), mock.patch.object(wandb, "run", None):
+        with mock.patch.object(StudentModule, "token_losses", side_effect=ConfigError("stop")):
+            results.append(run_stage_2(student, train, validation, folder / "0", overrides))
+        for number in "12":
+            config = student_config(student, train, validation, folder / number, **overrides)
+            results.append(train_student(config))
+    return results, [(run.folder, run.steps, run.exit_code) for run in RecordedRun.started]
+
+
+def test_calls_in_one_process_are_separate_runs(ranks, world, tmp_path):
+    student, first, _, validation = world
+    overrides = {
+        "model__global_batch_size": 2,
+        "model__micro_batch_size": 1,
+        "trainer__knowledge_distillation__max_steps": 1,
+        "exp_manager__create_wandb_logger": True,
+        "exp_manager__wandb_logger_kwargs": {"project": "kd"},
+    }
+    arguments = (student, first, validation, tmp_path, overrides)
+    ((results, started),) = ranks(1).run(calls_in_one_process, *arguments)
+    folders = [tmp_path / number for number in "012"]
+    archives = [
+        folder / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo" for folder in folders
+    ]
+    assert results == [
+        "ConfigError: stop",
+        StudentRun(folders[1], 1, archives[1]),
+        StudentRun(folders[2], 1, archives[2]),
+    ]
+    assert all(archive.exists() for archive in archives[1:])
+    assert started == [
+        (str(folders[0]), [], 1),
+        (str(folders[1]), [1, 1], 0),
+        (str(folders[2]), [1, 1], 0),
+    ]
 
 
 def models_left(*args) -> int:

@@ -21,9 +21,9 @@ from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
-from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.splits import load_splits
+from nemo_kd.student.schedule import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
@@ -159,9 +159,9 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         splits = load_splits(
             config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
         )
-        data = StudentData(config, splits, NUM_STEPS, NUM_STEPS, 0, groups)
+        data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
         with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
-            module = StudentModule(config, pretrained.architecture, pretrained, groups, NUM_STEPS)
+            module = StudentModule(config, pretrained, groups, NUM_STEPS)
         optimizer = module.configure_optimizers()[0][0]
         steps = []
         for batch in data.train_dataloader():
@@ -298,7 +298,7 @@ def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[
     )
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained.architecture, pretrained, groups, 1)
+        module = StudentModule(config, pretrained, groups, 1)
     optimizer = module.configure_optimizers()[0][0]
     inner = optimizer.megatron.chained_optimizers[0].optimizer
     kept = [

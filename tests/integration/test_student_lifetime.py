@@ -253,7 +253,7 @@ def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step,
     assert run.end() == [128 + signal.SIGINT] * 2
     folder = last(tmp_path / "run")
     assert Contents.read(folder).step == saved
-    text = f"interrupted at step {step} of {STEPS}; the same command goes on from the last checkpoint, of step {saved}: {folder}"
+    text = f"interrupted at step {step} of {STEPS}; the same command resumes from the last checkpoint, of step {saved}: {folder}"
     assert run.said().count("interrupted") == run.said().count(text) == 1
     assert "Traceback" not in run.said()
     assert not list((tmp_path / "run" / "checkpoints").glob("*.nemo"))

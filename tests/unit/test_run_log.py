@@ -11,7 +11,7 @@ import pytest
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from nemo_kd.run.endings import user_message
-from nemo_kd.student.logging import JsonlLogger, _give, quiet_tensorboard_thread
+from nemo_kd.student.progress import RunLog, quiet_tensorboard_thread
 
 
 @contextlib.contextmanager
@@ -28,17 +28,19 @@ def files_of_at_most(num_bytes: int):
 @pytest.mark.parametrize("kind", ["metrics", "tensorboard"])
 def test_a_file_that_cannot_grow_is_named_without_a_traceback(tmp_path, capsys, kind):
     file = tmp_path / "metrics" / "metrics.jsonl"
-    logger = (
-        JsonlLogger(file) if kind == "metrics" else TensorBoardLogger(tmp_path, name="", version="")
-    )
-    trainer = SimpleNamespace(loggers=[logger])
+    run_log = RunLog(max_steps=1000, every_n_steps=1, interval_s=1.0)
+    run_log.log_dir = tmp_path
+    on_rank_zero = kind == "metrics"
+    loggers = [] if on_rank_zero else [TensorBoardLogger(tmp_path, name="", version="")]
+    trainer = SimpleNamespace(loggers=loggers, is_global_zero=on_rank_zero)
     with (
         files_of_at_most(4096),
         quiet_tensorboard_thread(),
         pytest.raises(OSError, match="File too large") as raised,
     ):
         for step in range(1000):
-            _give(trainer, {"train/loss": 1.0, "lr": 0.5}, step)
+            trainer.global_step = step
+            run_log._log(trainer, {"train/loss": 1.0, "lr": 0.5})
     message = user_message(raised.value)
     assert message.startswith(f"{file if kind == 'metrics' else tmp_path}")
     assert (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from types import SimpleNamespace
 
-from nemo_kd.student.ending import _written
+from nemo_kd.student.report import _files
 
 
 def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
@@ -18,8 +18,8 @@ def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
     os.utime(archive, (100, 100))
     for written_s, paths in ((200, [archive, folder]), (50, [archive])):
         os.utime(folder, (written_s, written_s))
-        lines, commands = _written(checkpoint)
-        assert [text.rpartition(",")[0] for name, text in lines if name == "last weights"] == [
+        facts = _files(checkpoint)
+        assert [text.rpartition(",")[0] for name, text in facts if name == "last weights"] == [
             str(p) for p in paths
         ]
-        assert bool(commands) == (written_s == 50)
+        assert any(name == "next" for name, _ in facts) == (written_s == 50)

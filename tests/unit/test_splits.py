@@ -22,10 +22,10 @@ from nemo_kd.config.cache import CacheConfig
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
-from nemo_kd.student import splits as splits
-from nemo_kd.student.data_module import StudentData
+from nemo_kd.student.cache_match import _different_samples
+from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.run_folder import differences, experiment_record
-from nemo_kd.student.splits import load_splits
+from nemo_kd.student.schedule import TrainingPlan
 from nemo_kd.tools.recode import convert
 from tests.tiny_cache import row, write
 from tests.tiny_data import aligner_rows, student_config, write_chat_dataset
@@ -210,7 +210,7 @@ def test_the_chat_template_counts_where_the_records_used_it(
 def student_data(train, steps_per_epoch=1, **overrides):
     typed = config(train, **overrides)
     splits = load_splits(typed.model, architecture(), TOKENIZER)
-    return StudentData(typed, splits, steps_per_epoch, 10, 0, GROUPS)
+    return StudentData(typed, splits, TrainingPlan(steps_per_epoch, 10, 1, 1), 0, GROUPS)
 
 
 def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
@@ -287,7 +287,11 @@ def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
             model__data__data_prefix={"train": train, "validation": [second]},
         )  # fmt: skip
         return StudentData(
-            settings, load_splits(settings.model, architecture(), TOKENIZER), 2, 10, 0, GROUPS
+            settings,
+            load_splits(settings.model, architecture(), TOKENIZER),
+            TrainingPlan(2, 10, 1, 1),
+            0,
+            GROUPS,
         )
 
     blend, one, other = sft([1, first, 1, second]), sft([first, second]), sft([second, first])
@@ -311,7 +315,7 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
         assert len(load([str(source), str(target), str(ours)], validation=str(ours))["train"]) == 30
     for path in (source, target):
         assert (
-            f"{path}: nothing tells which tokenizer wrote it; make sure that it is the student's"
+            f"{path}: nothing records which tokenizer wrote it; make sure that it is the student's"
             in caplog.text
         )
     assert f"{ours}: nothing tells" not in caplog.text
@@ -379,9 +383,9 @@ def test_a_split_needs_equally_many_tail_samples_in_all_caches():
         )
 
     sampled, four, two = LossConfig(support="sampled"), reader("a.jsonl", 4), reader("b.jsonl", 2)
-    assert splits._differences([four, reader("c.jsonl", 4)], sampled) == []
-    assert splits._differences([four, two], LossConfig()) == []
-    (line,) = splits._differences([four, two], sampled)
+    assert _different_samples([four, reader("c.jsonl", 4)], sampled) == []
+    assert _different_samples([four, two], LossConfig()) == []
+    (line,) = _different_samples([four, two], sampled)
     assert (
         "sampled needs equally many tail samples in all caches, there are 4 in a.jsonl, 2 in b.jsonl"
         in line
@@ -441,7 +445,9 @@ def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
 
 
 def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
-    monkeypatch.setattr(splits, "TokenizedDataset", lambda *_: pytest.fail("a file was opened"))
+    monkeypatch.setattr(
+        "nemo_kd.student.data.TokenizedDataset", lambda *_: pytest.fail("a file was opened")
+    )
     found = student_config(
         "m",
         "t",
