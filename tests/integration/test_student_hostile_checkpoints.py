@@ -97,6 +97,13 @@ def in_common(folder: Path, attack: Attack) -> None:
     (folder / "common.pt").write_bytes(saved({**common, "epoch": attack}))
 
 
+def without_an_entry(folder: Path, attack: Attack) -> None:
+    """As a checkpoint of another version."""
+    common = torch.load(folder / "common.pt", weights_only=False)
+    del common["schedule"]
+    (folder / "common.pt").write_bytes(saved(common))
+
+
 def in_random_state(folder: Path, attack: Attack) -> None:
     replace_entry(folder, "random_state", saved([attack]))
 
@@ -148,6 +155,7 @@ def as_a_pipe(folder: Path, attack: Attack) -> None:
             ".metadata: not the metadata of a distributed checkpoint (it refers to posix.mkdir",
         ),
         (in_common, "common.pt: cannot be read without running its code"),
+        (without_an_entry, "theirs: it has no schedule, so another version of nemo_kd wrote it"),
         (in_random_state, "random_state/shard_0_1: cannot be read without running its code"),
         (in_weights, "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir"),
         (as_an_object, f"{FINAL_NORM} is not a tensor but has size"),
@@ -192,7 +200,7 @@ def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):
         (place / "thesis.txt").touch()
     common = torch.load(folder / "common.pt", weights_only=False)
     for place in precious:
-        common["ranks"] = {
+        state = {
             "monitor": "val_loss",
             "dirpath": str(dirpath),
             "best_model_score": torch.tensor(1e6),
@@ -203,6 +211,9 @@ def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):
             "last_model_path": str(place),
             "current_score": torch.tensor(1e6),
         }
+        common |= {"ranks": state, "callbacks": {}}
+        if place == precious[0]:  # as earlier versions kept it
+            common["callbacks"] = {"StudentCheckpoints{'monitor': 'val_loss'}": common.pop("ranks")}
         torch.save(common, folder / "common.pt")
         reseal(folder)
         more = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
