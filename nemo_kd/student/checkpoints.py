@@ -16,7 +16,8 @@ import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import PARAMS, CheckpointParams
+from nemo_kd.config.exp_manager import PARAMS
+from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.files import remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
@@ -125,32 +126,27 @@ class Checkpoints:
 
     The latest is named `*-last`, the one before it `*-previous`.
 
-    Args:
-        params: `exp_manager.checkpoint_callback_params`.
-        name: the run's name.
-        leaves_hf: the archive has a Hugging Face folder beside it.
-
     Attributes:
+        params: `exp_manager.checkpoint_callback_params`.
         scores: ranked checkpoint -> value of the monitored metric.
     """
 
     def __init__(
         self,
-        params: CheckpointParams,
+        config: TrainStudentConfig,
         dirpath: Path,
-        name: str,
         writer: CheckpointWriter,
         watchdog: Watchdog,
-        leaves_hf: bool,
     ) -> None:
+        params = config.exp_manager.checkpoint_callback_params
         self.params = params
         self.dirpath = dirpath.absolute()
         self.writer = writer
         self.watchdog = watchdog
-        self.leaves_hf = leaves_hf
-        self.archive = self.dirpath / f"{params.prefix or name}{params.postfix}"
+        self.leaves_hf = config.export.hf
+        self.archive = self.dirpath / f"{params.prefix or config.name}{params.postfix}"
         self._template = params.filename or (
-            f"{name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
+            f"{config.name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
             "-step={step}-consumed_samples={consumed_samples}"
         )
         self._inserts_names = bool(params.filename) and params.auto_insert_metric_name
@@ -267,16 +263,13 @@ class Checkpoints:
         with self.watchdog.pause(f"saving the checkpoint {path.name}"):
             if not self.writer.add_name(path, step, not weights_only):
                 trainer.save_checkpoint(path, weights_only)
-                if self.params.always_save_nemo and not weights_only:
-                    self._archive_now(trainer)
+                best_is_known = self.params.save_best_model and self.best in (None, self._archived)
+                if self.params.always_save_nemo and not weights_only and not best_is_known:
+                    self._archived = self.best
+                    trainer.lightning_module.save_to(str(self.archive))
         self._saved_step = step
         if not self.params.async_save:
             self.finish()
-
-    def _archive_now(self, trainer: pl.Trainer) -> None:
-        if not self.params.save_best_model or self.best not in (None, self._archived):
-            self._archived = self.best
-            trainer.lightning_module.save_to(str(self.archive))
 
     def _path(self, trainer: pl.Trainer, template: str) -> Path:
         values: dict[str, Any] = {

@@ -78,14 +78,13 @@ class Course(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[Batch], batch_idx: int
     ) -> None:
-        trainer.val_check_batch = self.plan.val_check_interval
-        self.lifetime.watchdog.step(
-            "step %d: examples %s", trainer.global_step + 1, _Examples(batch)
-        )
+        step = trainer.global_step + 1
+        self.lifetime.watchdog.step("step %d: examples %s", step, _Examples(batch))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         step = trainer.global_step
         is_last = self._is_last(trainer)
+        trainer.val_check_batch = self.plan.val_check_interval
         if is_last:
             trainer.should_stop = True
         self.validation_is_due = trainer.enable_validation and (

@@ -153,7 +153,7 @@ class MegatronStrategy(DDPStrategy):
         ]
         if missing:
             raise CheckpointError(
-                f"{folder}: it has no {', '.join(missing)}, so another version of nemo_kd wrote it; "
+                f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
                 "resume with that version, or start over in another exp_manager.explicit_log_dir"
             )
         self.lightning_module.check_checkpoint(plain)

@@ -98,12 +98,11 @@ def build_trainer(
     params = settings["checkpoint_callback_params"]
     params["dirpath"] = params["dirpath"] or str(log_dir / "checkpoints")
     dirpath = Path(params["dirpath"])
-    resumed = choose_checkpoint(
-        dirpath,
-        settings["resume_if_exists"],
-        settings["resume_ignore_no_checkpoint"],
-        settings["resume_from_checkpoint"],
-    )
+    resume = [
+        settings[f"resume_{key}"]
+        for key in ("if_exists", "ignore_no_checkpoint", "from_checkpoint")
+    ]
+    resumed = choose_checkpoint(dirpath, *resume)
     if resumed is not None:
         check_same_experiment(resumed, record, config.allow_changed)
         trainer.ckpt_path = str(resumed)
@@ -111,14 +110,7 @@ def build_trainer(
     trainer.loggers = [*trainer.loggers, *start_wandb(settings, log_dir)]
     checkpoints = None
     if settings["create_checkpoint_callback"]:
-        checkpoints = Checkpoints(
-            config.exp_manager.checkpoint_callback_params,
-            dirpath,
-            config.name,
-            writer,
-            lifetime.watchdog,
-            leaves_hf=config.export.hf,
-        )
+        checkpoints = Checkpoints(config, dirpath, writer, lifetime.watchdog)
     trainer.callbacks.append(Course(plan, lifetime, checkpoints))
     return trainer, checkpoints
 

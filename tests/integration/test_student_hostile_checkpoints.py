@@ -155,7 +155,7 @@ def as_a_pipe(folder: Path, attack: Attack) -> None:
             ".metadata: not the metadata of a distributed checkpoint (it refers to posix.mkdir",
         ),
         (in_common, "common.pt: cannot be read without running its code"),
-        (without_an_entry, "theirs: it has no schedule, so another version of nemo_kd wrote it"),
+        (without_an_entry, "theirs: it has no schedule, so another version wrote it"),
         (in_random_state, "random_state/shard_0_1: cannot be read without running its code"),
         (in_weights, "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir"),
         (as_an_object, f"{FINAL_NORM} is not a tensor but has size"),

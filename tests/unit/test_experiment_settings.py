@@ -13,7 +13,6 @@ from omegaconf import OmegaConf
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_run_folders
 from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import CheckpointParams
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.student.checkpoint_folder import CONTENTS
 from nemo_kd.student.checkpoints import Checkpoints
@@ -144,7 +143,8 @@ def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
         str(tmp_path / "precious"): 0.0,
     }
     unused: Any = None
-    checkpoints = Checkpoints(CheckpointParams(), folder, "kd", unused, unused, leaves_hf=False)
+    config = student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"))
+    checkpoints = Checkpoints(config, folder, unused, unused)
     checkpoints.load_state_dict({"best_k_models": found})
     assert checkpoints.scores == {folder / "kd-step=1": 2.5, folder / "kd-step=2": 1.25}
     assert checkpoints.best == folder / "kd-step=2"
