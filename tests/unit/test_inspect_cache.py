@@ -477,8 +477,8 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
         "tokens                       20 up to each last loss token, 12 in the loss"
         in result.stdout
     )
-    assert "teacher's cross-entropy    not stored" in result.stdout
-    assert f"bytes per token            {path.stat().st_size / 20:,.1f}," in result.stdout
+    assert "teacher's cross-entropy      not stored" in result.stdout
+    assert f"bytes per token              {path.stat().st_size / 20:,.1f}," in result.stdout
     parsed((tmp_path / "t.html").read_text())
     with pytest.raises(CacheError, match=r"has \d+ tokens, but .* has the id \d+"):
         check_tokenizer(CacheReader(str(path)), word_tokenizer({"a": 0}), "tiny")
