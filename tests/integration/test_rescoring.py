@@ -23,8 +23,13 @@ from nemo_kd.cache.writer import CacheWriter, SegmentWriter
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.records import DataError
 from nemo_kd.teacher.loop import compute_topk_logits
-from nemo_kd.tools.faithfulness import targets_of
-from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config, sampled
+from nemo_kd.tools.rescore import (
+    open_sample,
+    rescore,
+    rescoring_config,
+    sample_positions,
+    with_targets_only,
+)
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import CHATML, CHATML_DEFAULT_SYSTEM, train_tokenizer
@@ -158,7 +163,7 @@ def nothing(rows: list[CachedExample]) -> None:
 def swap(rows: list[CachedExample]) -> None:
     """Two rows of one length where there are such, else as much as the shorter one has."""
     a, b = rows[7], rows[8]
-    targets = targets_of(a), targets_of(b)
+    targets = with_targets_only(a).teacher, with_targets_only(b).teacher
     length = slice(min(map(len, targets)))
     rows[7] = put(a, targets[0].positions_P[length], targets[1].at(length))
     rows[8] = put(b, targets[1].positions_P[length], targets[0].at(length))
@@ -166,13 +171,13 @@ def swap(rows: list[CachedExample]) -> None:
 
 def shift(rows: list[CachedExample]) -> None:
     """Every position of one row says what belongs to the next one."""
-    targets = targets_of(rows[3])
+    targets = with_targets_only(rows[3]).teacher
     rows[3] = put(rows[3], targets.positions_P[:-1], targets.at(slice(1, None)))
 
 
 def one_position(rows: list[CachedExample]) -> None:
     """One position of one row says what belongs to another."""
-    targets = targets_of(rows[10])
+    targets = with_targets_only(rows[10]).teacher
     rows[10] = put(rows[10], targets.positions_P[4:5], targets.at(slice(12, 13)))
 
 
@@ -205,7 +210,7 @@ def test_an_unharmed_cache_passes(verify, world, kind, world_size, settings):
     print(report)
     assert is_right, report
     assert f"{NUM_RECORDS - 1} of {NUM_RECORDS - 1} examples" in report
-    assert "the cache is what this teacher says" in report
+    assert "the cache matches this teacher" in report
     assert "not checked: the tokens" not in report
 
 
@@ -240,12 +245,12 @@ def test_rounding_of_a_teacher_with_large_logits_passes_and_hides_nothing(
 
 
 FAULTS = {
-    "permutation": (swap, 2, "example 8", "permuted: it is what the teacher says of example"),
+    "permutation": (swap, 2, "example 8", "permuted: it is the teacher's answer for example"),
     "shift": (
         shift,
         1,
         "example 3",
-        "shifted: what stands at a position is what the teacher says 1 behind it",
+        "shifted: each position holds the teacher's answer +1 further on",
     ),
     "one position": (one_position, 1, "example 11", "at few positions, most at position"),
 }
@@ -292,7 +297,7 @@ def test_another_teacher_shows(verify, world, tmp_path):
     )
     assert is_right is False
     assert "6 of 6 examples are wrong" in report
-    assert "like nothing the teacher says" in report
+    assert "unlike all of the sample" in report
     assert "whose files are not those of 'other'" in report
 
 
@@ -406,14 +411,18 @@ def test_a_cache_without_a_manifest(verify, world, tmp_path):
 
 
 def test_the_sample_prefers_the_borders_of_chunks():
-    assert sampled([10, 10, 4], 9, 0) == sampled([10, 10, 4], 9, 0) != sampled([10, 10, 4], 9, 1)
-    assert {0, 9, 10, 19, 20, 23} < set(sampled([10, 10, 4], 9, 0))
-    assert sampled([3, 2], 99, 0) == [0, 1, 2, 3, 4]
-    many = sampled([100] * 50, 30, 0)
+    assert (
+        sample_positions([10, 10, 4], 9, 0)
+        == sample_positions([10, 10, 4], 9, 0)
+        != sample_positions([10, 10, 4], 9, 1)
+    )
+    assert {0, 9, 10, 19, 20, 23} < set(sample_positions([10, 10, 4], 9, 0))
+    assert sample_positions([3, 2], 99, 0) == [0, 1, 2, 3, 4]
+    many = sample_positions([100] * 50, 30, 0)
     assert len(set(many)) == 30
     assert sum(position % 100 in (0, 99) for position in many) >= 20
     assert sum(0 < position % 100 < 99 for position in many) >= 5
-    assert sampled([5], 1, 3) in ([0], [4])
+    assert sample_positions([5], 1, 3) in ([0], [4])
 
 
 def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_path):
@@ -435,7 +444,7 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
             "trainer.devises (did you mean trainer.devices?)",
         ),
         (cache("packed"), 4, ["top_k=4"], "top_k: only trainer.*"),
-        (cache("packed"), 4, ["trainer.devices"], "is no KEY=VALUE"),
+        (cache("packed"), 4, ["trainer.devices"], "is not of the form KEY=VALUE"),
         (cache("packed"), 4, ["trainer.precision=64"], "trainer.precision: '64' is not one of"),
     ):
         with pytest.raises((CacheError, ConfigError, DataError)) as error:
@@ -463,10 +472,7 @@ def test_the_command_line(world, tmp_path):
     done = logit_cache("verify", bad, "--against", teacher, "--num-examples", 99, *keys)
     assert done.returncode == 1, done.stderr
     assert "2 ranks = tensor 2" in done.stdout
-    assert (
-        "verdict: the cache is not what this teacher says: 1 of 23 examples are wrong"
-        in done.stdout
-    )
+    assert "result: the cache does not match: 1 of 23 examples are wrong" in done.stdout
     done = logit_cache("verify", cache("packed"), "--against", tmp_path / "nowhere")
     assert done.returncode == 2
     assert "nowhere does not exist" in done.stderr

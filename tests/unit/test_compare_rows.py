@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
-from nemo_kd.cache.packed_codec import pack, unpack
-from nemo_kd.tools.faithfulness import (
-    LEAST_LABEL_NATS,
-    Rounding,
+from nemo_kd.cache import json_codec
+from nemo_kd.cache.packed_codec import error_bound, pack, unpack
+from nemo_kd.tools.compare_rows import (
+    Distribution,
+    TemperatureFit,
     divergence,
-    fit_scale,
-    rounding_divergence,
-    rounding_of_labels,
-    said_about,
-    targets_of,
+    encoding_divergence,
 )
+from nemo_kd.tools.rescore import with_targets_only
 
 TEMPERATURES = (1.0, 2.0, 0.5)
 
@@ -67,7 +66,9 @@ def test_divergence_is_that_of_the_dense_distributions(temperature):
     q_logits = p_logits + random.normal(size=(40, 60)) * 0.3
     cached, teacher = top_k(p_logits, 12), top_k(q_logits, 60)
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    found = divergence(said_about(ids, cached, temperature), said_about(ids, teacher, temperature))
+    found = divergence(
+        Distribution.of(cached, ids, temperature), Distribution.of(teacher, ids, temperature)
+    )
     np.testing.assert_allclose(
         found, dense_kl(p_logits, q_logits, ids, temperature), rtol=1e-3, atol=1e-6
     )
@@ -78,15 +79,15 @@ def test_ids_that_the_teacher_does_not_keep_count_as_its_least_likely_ones():
     p_logits, q_logits = random.normal(size=(2, 30, 60)) * 2
     cached, teacher = top_k(p_logits, 12), top_k(q_logits, 14)
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    said = said_about(ids, teacher)
+    found = Distribution.of(teacher, ids)
     exact = np.take_along_axis(log_softmax(q_logits), ids, 1)
-    assert (~said.known_PK).any()
-    np.testing.assert_allclose(said.logprobs_PK[said.known_PK], exact[said.known_PK], atol=1e-5)
+    assert (~found.known_PK).any()
+    np.testing.assert_allclose(found.logprobs_PK[found.known_PK], exact[found.known_PK], atol=1e-5)
     smallest = np.take_along_axis(
         log_softmax(q_logits), teacher.topk_token_ids_PK[:, -1:].astype(int), 1
     )
-    assert (said.logprobs_PK <= np.where(said.known_PK, np.inf, smallest + 1e-5)).all()
-    np.testing.assert_allclose(np.exp(said.logprobs_PK).sum(axis=1) + said.tail_P, 1, atol=1e-5)
+    assert (found.logprobs_PK <= np.where(found.known_PK, np.inf, smallest + 1e-5)).all()
+    np.testing.assert_allclose(np.exp(found.logprobs_PK).sum(axis=1) + found.tail_P, 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 5.0, 12.0])
@@ -98,16 +99,13 @@ def test_the_packed_codec_stays_below_its_bound(spread):
     example = Example(0, labels, labels, np.ones(400, dtype=np.float32))
     cached = unpack(pack(CachedExample(example, exact)), example)
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    rounding = Rounding(packed=True, bfloat16=False)
-    at_one = said_about(ids, cached)
+    at_one = Distribution.of(cached, ids)
     for temperature in TEMPERATURES:
-        said = said_about(ids, cached, temperature)
-        kl = divergence(said, said_about(ids, exact, temperature))
-        bound = rounding_divergence(rounding, at_one, said, temperature)
+        found = Distribution.of(cached, ids, temperature)
+        kl = divergence(found, Distribution.of(exact, ids, temperature))
+        bound = encoding_divergence(error_bound, at_one, found, temperature)
         assert (kl <= 1.2 * bound).all()
     assert kl.max() > 0
-    off = np.abs(cached.label_logprobs_P - np.maximum(exact.label_logprobs_P, LEAST_LABEL_NATS))
-    assert (off <= rounding_of_labels(rounding, cached.label_logprobs_P)).all()
 
 
 def test_bfloat16_fields_stay_below_their_bound():
@@ -128,9 +126,10 @@ def test_bfloat16_fields_stay_below_their_bound():
         np.clip(1 - mass, 0, 1)[:, None].astype(np.float32),
     )
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    said = said_about(ids, cached)
-    kl = divergence(said, said_about(ids, exact))
-    assert (kl <= 2 * rounding_divergence(Rounding(packed=False, bfloat16=True), said, said)).all()
+    found = Distribution.of(cached, ids)
+    kl = divergence(found, Distribution.of(exact, ids))
+    bound = functools.partial(json_codec.error_bound, bfloat16=True)
+    assert (kl <= 2 * encoding_divergence(bound, found, found)).all()
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.0, 1.02, 3.0])
@@ -138,11 +137,9 @@ def test_the_scale_that_fits_is_the_inverse_temperature(temperature):
     logits = np.random.default_rng(4).normal(size=(200, 60)) * 3
     cached, teacher = top_k(logits / temperature, 20), top_k(logits, 30)
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    fit = fit_scale(
-        said_about(ids, cached), said_about(ids, teacher), Rounding(packed=False, bfloat16=False)
-    )
+    fit = TemperatureFit.of([(Distribution.of(cached, ids), Distribution.of(teacher, ids))])
     assert 1 / fit.scale == pytest.approx(temperature, rel=1e-5)
-    assert np.median(fit.residuals_P) < 1e-10
+    assert fit.is_proportional
     assert fit.standard_error < 1e-5
 
 
@@ -155,4 +152,4 @@ def test_positions_that_the_json_codec_fills_are_not_known():
         Example(0, np.arange(4), np.arange(4), np.array([0, 0, 0, 1], dtype=np.float32)),
         replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids),
     )
-    assert targets_of(row).positions_P.tolist() == [2, 3]
+    assert with_targets_only(row).teacher.positions_P.tolist() == [2, 3]
