@@ -50,7 +50,6 @@ from nemo_kd.student.loss import LOSS_TOKENS, StudentLoss
 from nemo_kd.student.progress import finish_wandb, quiet_tensorboard_thread
 from nemo_kd.student.report import (
     StudentRun,
-    describe_parameters,
     end_report,
     first_step_report,
     setup_report,
@@ -70,14 +69,11 @@ FILLER = -1
 def train_student(config: TrainStudentConfig) -> StudentRun:
     """Run stage 2: train, validate, keep the best checkpoints and write a .nemo archive.
 
-    Every rank calls this. A process may call it several times.
-
-    Returns:
-        The run's folder, its last step and the path of the archive.
+    Every rank calls this; a process may call it several times, also after an error.
 
     Raises:
-        ConfigError, DataError, CacheError, CheckpointError: the input cannot work; before the first step.
-        NonFiniteError: the loss or gradient of a step is not finite, and such steps are not skipped.
+        ConfigError, DataError, CacheError, CheckpointError: the input is refused; before any step.
+        NonFiniteError: a loss or gradient is not finite, and such steps are not skipped.
         Requeue: the run was told to stop, or its time is over; the same call resumes it.
     """
     model = config.model
@@ -117,8 +113,7 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         trainer, checkpoints = build_trainer(config, settings, plan, groups, lifetime, record)
         module = StudentModule(config, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)
-        parameters = describe_parameters(module.gpt, architecture, groups.device)
-        log.info(setup_report(config, parameters, plan, splits, tokenizer))
+        log.info(setup_report(config, module, plan, splits, tokenizer))
         trainer.fit(module, datamodule=data)
         if checkpoints is not None:
             with lifetime.watchdog.pause("writing the .nemo archives"):

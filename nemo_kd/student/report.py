@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +20,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.rows import Rows
 from nemo_kd.data.text import TokenText, example_lines, trained_text
+from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.metrics import Counters
 from nemo_kd.student.checkpoint_folder import checkpoints, read_contents
@@ -31,6 +32,14 @@ from nemo_kd.terminal import print_table, size_text
 
 SAMPLED_ROWS = 64
 SHOWN_POSITIONS = 6
+
+
+class Student(Protocol):
+    """Part of `StudentModule` that the setup report reads."""
+
+    gpt: torch.nn.Module
+    architecture: GPTArchitecture
+    groups: ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -51,26 +60,18 @@ class StudentRun:
 
 def setup_report(
     config: TrainStudentConfig,
-    parameters: str,
+    student: Student,
     plan: TrainingPlan,
     splits: Mapping[str, Rows],
     tokenizer: PreTrainedTokenizerBase,
 ) -> str:
-    """Describe model, layout, steps and data of a run, and show its first example.
-
-    Args:
-        parameters: from `describe_parameters`.
-    """
-    world_size = torch.distributed.get_world_size()
+    """Describe model, layout, steps and data, and show the first example; every rank calls this."""
     model = config.model
     loss = model.knowledge_distillation
-    sizes = {
-        "tensor": model.tensor_model_parallel_size,
-        "pipeline": model.pipeline_model_parallel_size,
-        "context": model.context_parallel_size,
-        "data": model.data_parallel_size(world_size),
-    }
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items()) + f" = {world_size} ranks"
+    sizes = student.groups.layout()
+    del sizes["replicas in lockstep"]
+    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    layout += f" = {math.prod(sizes.values())} ranks"
     if model.chunks_per_stage > 1:
         layout += f", stages in {model.chunks_per_stage} parts each"
     if model.expert_model_parallel_size > 1:
@@ -79,24 +80,27 @@ def setup_report(
         layout += ", sequence parallel"
     terms = [f"{loss.sft_loss_weight:g} x cross-entropy"]
     if loss.kd_loss_weight:
-        terms.append(f"{loss.kd_loss_weight:g} x {loss.kd_loss} (support={loss.support})")
+        divergence = loss.custom_loss or f"{loss.kd_loss} (support={loss.support})"
+        terms.append(f"{loss.kd_loss_weight:g} x {divergence}")
     rows = splits["train"]
     spread = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int)).tolist()
     examples = [example_of(rows[position]) for position in spread]
     tokens = np.mean([example.num_tokens for example in examples])
     loss_tokens = np.mean([example.num_loss_tokens for example in examples])
     batch = model.global_batch_size
+    schedule = f"{plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; "
+    if config.validates:
+        schedule += f"validation every {plan.val_check_interval:,}, "
     facts = {
-        "student": parameters,
+        "student": _parameters(student),
         "layout": f"{layout}; {config.trainer.precision}, {model.optim.name}",
         "loss": " + ".join(terms),
         "step": f"{batch} examples, about {batch * tokens:,.0f} tokens, "
         f"{batch * loss_tokens:,.0f} of them in the loss",
-        "run": f"{plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; validation every "
-        f"{plan.val_check_interval:,}, checkpoint every {plan.save_interval:,}",
+        "run": f"{schedule}checkpoint every {plan.save_interval:,} steps",
     }
     for split, of_split in splits.items():
-        paths = ", ".join(of_split.description()["paths"])
+        paths = ", ".join(model.data.paths(split))
         facts[split] = f"{len(of_split):,} examples from {paths}"
     lines = [f"{name + ':':<12}{text}" for name, text in facts.items()]
     lines += [
@@ -108,25 +112,21 @@ def setup_report(
     return "\n".join(lines)
 
 
-def describe_parameters(
-    model: torch.nn.Module, architecture: GPTArchitecture, device: torch.device
-) -> str:
-    """Return the number of parameters, in all and per rank; every rank calls this."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    held = sum(size for size, _ in sizes)
-    trained = sum(size for size, is_trained in sizes if is_trained)
-    counts = torch.tensor([held, trained, -held, -trained], device=device)
+def _parameters(student: Student) -> str:
+    parameters = list(student.gpt.parameters())
+    held = sum(one.numel() for one in parameters)
+    trained = sum(one.numel() for one in parameters if one.requires_grad)
+    counts = torch.tensor([held, trained, -held, -trained], device=student.groups.device)
     torch.distributed.all_reduce(counts, torch.distributed.ReduceOp.MAX)
     most_held, most_trained, least_held, least_trained = map(abs, counts.tolist())
-
-    total = sum(map(math.prod, hf_shapes(architecture).values()))
+    total = sum(map(math.prod, hf_shapes(student.architecture).values()))
 
     def span(least: int, most: int) -> str:
         return f"{most:,}" if least == most else f"{least:,} to {most:,}"
 
     return (
-        f"{architecture.family}, {total:,} weights; a rank holds {span(least_held, most_held)} and "
-        f"trains {span(least_trained, most_trained)}"
+        f"{student.architecture.family}, {total:,} weights; a rank holds "
+        f"{span(least_held, most_held)} and trains {span(least_trained, most_trained)}"
     )
 
 
