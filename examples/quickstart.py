@@ -1,10 +1,15 @@
-"""Both stages on real text, on a CPU, in minutes: does a student learn more from a teacher's logits than from labels?
+"""Run both stages on real text on a CPU: does a student learn more from logits than from labels?
 
     python examples/quickstart.py --output-dir quickstart_run
 
-Two data-parallel ranks train a teacher on questions about Python's standard library, two tensor-parallel ranks cache
-its logits, and two equal students see the same examples in the same order: one learns the labels (SFT), one the labels
-and the teacher's cached logits (SFT + KD). Each step prints its command line; a rerun skips the steps that are done.
+1. Train a teacher on questions about Python's standard library (two data-parallel ranks).
+2. Cache its logits (two tensor-parallel ranks).
+3. Train two equal students on the same examples in the same order: one on the labels (SFT), one on
+   the labels and the cached logits (SFT + KD).
+4. Compare both with the teacher.
+
+Each step prints its command line. A rerun skips finished steps. `Quickstart.run` is the place to
+start reading.
 """
 
 from __future__ import annotations
@@ -31,34 +36,27 @@ sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES)]
 from docstring_dataset import write_dataset  # noqa: E402
 
 CHAT_TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SHAPES: dict[str, dict[str, int]] = {
-    "teacher": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-    },
-    "student": {
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    },
+SHAPES = {
+    "teacher": {"hidden_size": 128, "num_hidden_layers": 3},
+    "student": {"hidden_size": 64, "num_hidden_layers": 2},
 }
+NUM_HEADS = 4
 STUDENTS = {"student_sft": "student, SFT alone", "student_kd": "student, SFT + KD"}
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run depends on; a folder holds the steps of one setting only.
+    """Settings of a run; a folder holds the steps of one setting only.
 
     Attributes:
-        scale: factor on `teacher_epochs` and on `student_examples`.
-        student_examples: the first so many training examples, whose teacher logits are cached.
+        scale: factor on `teacher_epochs` and `student_examples`.
+        student_examples: number of training examples, from the first, whose logits are cached.
     """
 
     seed: int = 1234
@@ -76,76 +74,69 @@ class Settings:
 
 
 class Quickstart:
-    """The steps, each with its files below one folder."""
+    """The steps of the quickstart; all their files lie in one folder."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder, self.settings = folder.absolute(), settings
+        self.folder = folder.absolute()
+        self.settings = settings
         self.data = self.folder / "data"
         self.times_s: dict[str, float] = {}
 
     def run(self) -> None:
-        """Everything, from the dataset to the table."""
+        """Run all steps, from the dataset to the table."""
         started_s = time.perf_counter()
         chosen = self.settings
+        teacher_epochs = max(1, round(chosen.teacher_epochs * chosen.scale))
         self.claim_folder()
         self.build_dataset()
         for name in SHAPES:
             self.build_model(name)
-        teacher_epochs = max(1, round(chosen.teacher_epochs * chosen.scale))
-        self.train(
-            "teacher", "teacher_init", self.dataset_keys(), 0.0, teacher_epochs, chosen.teacher_lr
-        )
-        for split in ("train", "validation"):
-            self.cache_logits(split)
-        for name, kd_weight in zip(STUDENTS, (0.0, chosen.kd_loss_weight), strict=True):
+        records = self.dataset_keys()
+        self.train("teacher", "teacher_init", records, 0.0, teacher_epochs, chosen.teacher_lr)
+        self.cache_logits("train")
+        self.cache_logits("validation")
+        for name, kd_weight in {"student_sft": 0.0, "student_kd": chosen.kd_loss_weight}.items():
+            epochs = chosen.student_epochs
             self.train(
-                name,
-                "student_init",
-                self.cache_keys(),
-                kd_weight,
-                chosen.student_epochs,
-                chosen.student_lr,
+                name, "student_init", self.cache_keys(), kd_weight, epochs, chosen.student_lr
             )
         results = self.compare()
         self.plot(results["teacher"]["ce"])
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(
-            f"\nall of it took {time.perf_counter() - started_s:.0f} s; the files are in {self.folder}"
-        )
+        print(f"\n{time.perf_counter() - started_s:.0f} s in all; the files are in {self.folder}")
 
     def claim_folder(self) -> None:
-        """Writes the settings into the folder, or checks that its steps were made with the same."""
+        """Write the settings into the folder, or check that its steps were made with the same."""
         file = self.folder / "settings.json"
-        if file.exists():
-            made_with, now = json.loads(file.read_text()), asdict(self.settings)
-            differing = [key for key in now if made_with.get(key) != now[key]]
-            if differing:
-                changes = ", ".join(
-                    f"{key} {made_with.get(key)} (now {now[key]})" for key in differing
-                )
+        now = asdict(self.settings)
+        if not file.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
                 sys.exit(
-                    f"quickstart: the steps in {self.folder} were made with {changes}; give another --output-dir"
+                    f"quickstart: {self.folder} holds other files; "
+                    "give an --output-dir that is new or empty"
                 )
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if any(self.folder.iterdir()):
+            file.write_text(json.dumps(now, indent=2) + "\n")
+        before = json.loads(file.read_text())
+        changes = [
+            f"{key} {before.get(key)} (now {now[key]})"
+            for key in now
+            if before.get(key) != now[key]
+        ]
+        if changes:
             sys.exit(
-                f"quickstart: {self.folder} holds other files; give an --output-dir that is new or empty"
+                f"quickstart: the steps in {self.folder} were made with {', '.join(changes)}; "
+                "give another --output-dir"
             )
-        file.write_text(json.dumps(asdict(self.settings), indent=2) + "\n")
 
     def build_dataset(self) -> None:
         if not (self.data / "validation.jsonl").exists():
             say("dataset: docstrings of the standard library")
-            print(
-                ", ".join(
-                    f"{split}: {count} examples"
-                    for split, count in write_dataset(self.data).items()
-                )
-            )
+            for split, count in write_dataset(self.data).items():
+                print(f"{split}: {count} examples")
 
     def build_model(self, name: str) -> None:
-        """A tokenizer trained on the dataset and a Qwen3 model with random weights, as a Hugging Face folder."""
+        """Write a Hugging Face folder: a tokenizer trained on the dataset, and random weights."""
         folder = self.folder / f"{name}_init"
         if folder.exists():
             return
@@ -163,8 +154,10 @@ class Quickstart:
         shape = SHAPES[name]
         config = Qwen3Config(
             vocab_size=self.settings.vocab_size,
-            num_key_value_heads=shape["num_attention_heads"] // 2,
-            head_dim=shape["hidden_size"] // shape["num_attention_heads"],
+            intermediate_size=3 * shape["hidden_size"],
+            num_attention_heads=NUM_HEADS,
+            num_key_value_heads=NUM_HEADS // 2,
+            head_dim=shape["hidden_size"] // NUM_HEADS,
             max_position_embeddings=512,
             tie_word_embeddings=True,
             eos_token_id=tokenizer.eos_token_id,
@@ -182,23 +175,25 @@ class Quickstart:
         print(f"{name}: {model.num_parameters():,} parameters, random weights")
 
     def dataset_keys(self) -> list[str]:
-        train, validation = (
-            quoted(self.data / f"{split}.jsonl") for split in ("train", "validation")
-        )
+        """Return keys that make stage 2 read plain records."""
         return [
             "model.data.data_impl=dataset",
-            f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}",
+            f"model.data.data_prefix.train={quoted(self.data / 'train.jsonl')}",
+            f"model.data.data_prefix.validation={quoted(self.data / 'validation.jsonl')}",
         ]
 
     def cache_file(self, split: str) -> str:
         return quoted(self.folder / "cache" / f"{split}_CHUNK_ID.jsonl.zst")
 
     def cache_keys(self) -> list[str]:
-        train, validation = self.cache_file("train"), self.cache_file("validation")
-        return [f"model.data.data_prefix={{train: [{train}], validation: [{validation}]}}"]
+        """Return keys that make stage 2 read the caches."""
+        return [
+            f"model.data.data_prefix.train={self.cache_file('train')}",
+            f"model.data.data_prefix.validation={self.cache_file('validation')}",
+        ]
 
     def cache_logits(self, split: str, *more: str) -> None:
-        """Stage 1 with two tensor-parallel ranks; `more` keys come last."""
+        """Run stage 1 on two tensor-parallel ranks; `more` keys come last."""
         dataset = self.data / f"{split}.jsonl"
         last = []
         if split == "train":
@@ -231,7 +226,7 @@ class Quickstart:
         lr: float,
         *more: str,
     ) -> None:
-        """Stage 2 with two data-parallel ranks; SFT where `kd_weight` is 0. `more` keys come last."""
+        """Run stage 2 on two data-parallel ranks; SFT if `kd_weight` is 0. `more` keys come last."""
         self.command(
             name,
             "train_gpt_knowledge_distillation",
@@ -241,7 +236,8 @@ class Quickstart:
             f"model.knowledge_distillation.sft_loss_weight={self.settings.sft_loss_weight}",
             f"model.knowledge_distillation.kd_loss_weight={kd_weight}",
             "model.knowledge_distillation.kd_loss=forward_kl",
-            # 32 ids hold about half of this teacher's mass, and a student from scratch learns their proportions first.
+            # 32 ids hold about half of this teacher's mass. A student from scratch learns their
+            # proportions first.
             "model.knowledge_distillation.support=renormalize",
             "trainer.precision=32",
             "trainer.devices=2",
@@ -260,11 +256,11 @@ class Quickstart:
         )
 
     def archive(self, name: str) -> Path:
-        """The .nemo archive that a training run leaves."""
+        """Return the .nemo archive of a training run."""
         return self.folder / name / "checkpoints" / f"{name}.nemo"
 
     def command(self, step: str, command: str, *keys: str) -> None:
-        """Runs a command unless it has been done; remembers how long it took."""
+        """Run a command unless it is done; record its duration."""
         done = self.folder / f"{step}.done"
         if done.exists():
             self.times_s[step] = float(done.read_text())
@@ -273,18 +269,17 @@ class Quickstart:
         say(step)
         print(" \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True)
         started_s = time.perf_counter()
-        status = subprocess.run(
-            [sys.executable, str(EXAMPLES / f"{command}.py"), *keys], check=False
-        ).returncode
+        line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
+        status = subprocess.run(line, check=False).returncode
         if status:
             sys.exit(
-                f"quickstart: the step {step} failed with status {status}; its message stands above"
+                f"quickstart: the step {step} failed with status {status}; see its message above"
             )
         self.times_s[step] = round(time.perf_counter() - started_s, 1)
         done.write_text(str(self.times_s[step]))
 
     def compare(self) -> dict[str, Any]:
-        """Both students against the teacher on the validation split, over the whole vocabulary."""
+        """Compare both students with the teacher on the validation split."""
         from nemo_kd.config.data import DataConfig, DatasetConfig
         from nemo_kd.data.dataset import Skipped, TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
@@ -298,48 +293,39 @@ class Quickstart:
         dataset = TokenizedDataset(
             config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size
         )
-        examples = [
-            example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)
-        ]
-        found = {
-            name: compare_with_teacher(
-                str(self.archive(name)), str(self.archive("teacher")), examples
-            )
-            for name in STUDENTS
-        }
-        rows = {
-            name: {
-                "ce": row.student_ce,
-                "kl_to_teacher": row.forward_kl,
-                "top1_agreement": row.top1_agreement,
+        records = (dataset[index] for index in range(len(dataset)))
+        examples = [record for record in records if not isinstance(record, Skipped)]
+        teacher = str(self.archive("teacher"))
+        rows: dict[str, dict[str, float]] = {}
+        for name in STUDENTS:
+            found = compare_with_teacher(str(self.archive(name)), teacher, examples)
+            rows[name] = {
+                "ce": found.student_ce,
+                "kl_to_teacher": found.forward_kl,
+                "top1_agreement": found.top1_agreement,
             }
-            for name, row in found.items()
-        }
-        one = found["student_kd"]
-        rows["teacher"] = {"ce": one.teacher_ce, "kl_to_teacher": 0.0, "top1_agreement": 1.0}
+        rows["teacher"] = {"ce": found.teacher_ce, "kl_to_teacher": 0.0, "top1_agreement": 1.0}
         print(f"{'':<22}{'CE':>8}{'KL to teacher':>16}{'top-1 agreement':>18}{'training':>11}")
         for name, title in {**STUDENTS, "teacher": "teacher"}.items():
             ce, kl, top1 = rows[name].values()
             print(f"{title:<22}{ce:>8.4f}{kl:>16.4f}{top1:>18.2%}{self.times_s[name]:>9.0f} s")
         print(
-            f"(nats per token over {one.num_tokens:,} tokens of {len(examples)} examples that no model was trained on)"
+            f"(nats per token over {found.num_tokens:,} tokens of {len(examples)} examples that no "
+            "model was trained on)"
         )
-        counts = {"validation_examples": len(examples), "validation_tokens": one.num_tokens}
-        machine = {
+        return {
+            **rows,
+            "validation_examples": len(examples),
+            "validation_tokens": found.num_tokens,
+            "times_s": self.times_s,
+            "settings": asdict(self.settings),
             "date": date.today().isoformat(),
             "cpu_cores": os.cpu_count(),
             "platform": platform.platform(),
         }
-        return {
-            **rows,
-            **counts,
-            "times_s": self.times_s,
-            "settings": asdict(self.settings),
-            **machine,
-        }
 
     def plot(self, teacher_ce: float) -> None:
-        """Validation cross-entropy over the steps of both students."""
+        """Plot the validation cross-entropy of both students over their steps."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -367,7 +353,7 @@ class Quickstart:
 
 
 def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer of `vocab_size` ids, trained on the texts of a chat dataset."""
+    """Train a byte-level BPE tokenizer of `vocab_size` ids on the texts of a chat dataset."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -387,11 +373,11 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
 
 
 def quoted(path: Path) -> str:
-    """A path as a value on a command's line, where Hydra's grammar gives some characters a meaning."""
+    """Quote a path for Hydra's grammar, which gives some characters a meaning."""
     text = str(path)
-    return (
-        text if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text) else "'" + text.replace("'", "\\'") + "'"
-    )
+    if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text):
+        return text
+    return "'" + text.replace("'", "\\'") + "'"
 
 
 def say(title: str) -> None:

@@ -1,4 +1,4 @@
-"""Checks that a cache fits the student: tokenizer, vocabulary, and the fields that the loss needs."""
+"""Check that a cache fits the student: tokenizer, vocabulary, fields that the loss needs."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def _size_mismatches(reader: CacheReader, data: StudentDataConfig, vocab_size: i
     found: list[str] = []
     if reader.max_token_id >= vocab_size:
         found.append(
-            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the student "
-            f"has {vocab_size} ids; both must share one tokenizer"
+            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the "
+            f"student has {vocab_size} ids; both must share one tokenizer"
         )
     if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
         chunks = sum(facts.max_topk_id >= vocab_size for facts in reader.chunk_facts)

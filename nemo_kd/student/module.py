@@ -290,7 +290,7 @@ class StudentModule(pl.LightningModule):
         self.evaluation_metrics = {**means, "eval_step": float(self.global_step)}
 
     def _means(self, split: str, sums_RM: torch.Tensor) -> dict[str, float]:
-        """Return means per loss token as metrics, over all sources and of each if there are several."""
+        """Return means per loss token as metrics, over all sources and per source."""
         *of_sources, of_all = self.loss.means(sums_RM)
         named = {f"{split}/{name}": value for name, value in of_all.items()}
         if len(self.sources[split]) > 1:
@@ -317,7 +317,7 @@ class StudentModule(pl.LightningModule):
         return bool(self.loss.column(sums_RM, "loss").isfinite().all())
 
     def _find_non_finite(self, batch: list[Batch]) -> tuple[list[int], list[int]]:
-        """Return the examples of micro-batches without a finite loss, and all of the global batch."""
+        """Return the examples of micro-batches without a finite loss, and all examples."""
         culprits: set[int] = set()
         examples: set[int] = set()
         for part in batch:
@@ -367,7 +367,7 @@ class StudentModule(pl.LightningModule):
         self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def save_to(self, save_path: str) -> None:
-        """Write the student as a .nemo archive, and what `export` asks for; every rank calls this."""
+        """Write the .nemo archive and what `export` asks for; every rank calls this."""
         save_model(
             Path(save_path),
             self.gpt,

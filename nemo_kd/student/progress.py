@@ -183,7 +183,7 @@ def format_metrics(metrics: dict[str, float], section: str) -> str:
 
 @contextlib.contextmanager
 def named_os_errors(path: object) -> Iterator[None]:
-    """Add `path` to errors of the operating system without a file name, as of writing to an open file."""
+    """Add `path` to an OSError without a file name, such as one of writing to an open file."""
     try:
         yield
     except OSError as error:
@@ -194,7 +194,7 @@ def named_os_errors(path: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def quiet_tensorboard_thread() -> Iterator[None]:
-    """Hide the traceback of TensorBoard's writer thread; its error is raised where metrics are logged."""
+    """Hide the traceback of TensorBoard's writer thread; its error is raised on logging."""
     before = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:

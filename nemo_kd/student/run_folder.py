@@ -53,7 +53,7 @@ FIXED = (
     "model.peft.lora_tuning.alpha",
     "model.peft.lora_tuning.layer_selection",
 )
-"""Keys and sections that change the tensors of a checkpoint or their meaning: never allowed to differ."""
+"""Keys and sections that change a checkpoint's tensors or their meaning: they may never differ."""
 
 LOCATION = ("name", "paths")
 """Parts of a value that say where something lies; they are shown, not compared."""
@@ -85,7 +85,7 @@ def _claim(settings: dict[str, Any], stack: contextlib.ExitStack) -> None:
 
 
 def _folders(settings: dict[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the folders of logs and of checkpoints; None for one that NeMo names by date and time."""
+    """Return the folders of logs and checkpoints; None for one that NeMo names by date and time."""
     log_dir = None
     if settings["explicit_log_dir"]:
         log_dir = Path(settings["explicit_log_dir"]).absolute()

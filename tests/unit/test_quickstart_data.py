@@ -143,7 +143,7 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
     assert f"output_path={tmp_path}/cache/validation_CHUNK_ID.jsonl" in printed
     assert "cache_validation: done before" in printed
     with pytest.raises(
-        SystemExit, match="the step student_kd failed with status 1; its message stands above"
+        SystemExit, match="the step student_kd failed with status 1; see its message above"
     ):
         run.train("student_kd", "student_init", run.cache_keys(), 1.0, epochs=1, lr=1e-3)
     assert not (tmp_path / "student_kd.done").exists()
