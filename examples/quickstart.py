@@ -226,7 +226,7 @@ class Quickstart:
         lr: float,
         *more: str,
     ) -> None:
-        """Run stage 2 on two data-parallel ranks; SFT if `kd_weight` is 0. `more` keys come last."""
+        """Run stage 2 on two data-parallel ranks; `more` keys come last."""
         self.command(
             name,
             "train_gpt_knowledge_distillation",
@@ -335,16 +335,12 @@ class Quickstart:
         for name, title in STUDENTS.items():
             lines = (self.folder / name / "metrics" / "metrics.jsonl").read_text().splitlines()
             rows = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
-            curve = {
-                row["step"]: row["validation/sft_loss"] for row in rows
-            }  # a resumed run repeats steps
+            # A resumed run repeats steps; the later row counts.
+            curve = {row["step"]: row["validation/sft_loss"] for row in rows}
             axes.plot(list(curve), list(curve.values()), marker="o", label=title)
         axes.axhline(teacher_ce, color="grey", linestyle="--", label="teacher")
-        axes.set(
-            xlabel="step",
-            ylabel="validation cross-entropy (nats per token)",
-            title="Equal students, equal data",
-        )
+        axes.set_title("Equal students, equal data")
+        axes.set(xlabel="step", ylabel="validation cross-entropy (nats per token)")
         axes.grid(alpha=0.3)
         axes.legend()
         figure.tight_layout()
@@ -366,9 +362,8 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
         show_progress=False,
     )
     records = (json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines())
-    tokenizer.train_from_iterator(
-        (m["content"] for record in records for m in record["messages"]), trainer
-    )
+    texts = (message["content"] for record in records for message in record["messages"])
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -390,12 +385,8 @@ def main() -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_run"))
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    parser.add_argument(
-        "--scale",
-        type=float,
-        default=1.0,
-        help="below 1 the teacher sees fewer epochs and the students fewer examples",
-    )
+    scale_help = "factor on the teacher's epochs and the students' examples, 1 by default"
+    parser.add_argument("--scale", type=float, default=1.0, help=scale_help)
     arguments = parser.parse_args()
     if arguments.scale <= 0:
         parser.error(f"--scale: {arguments.scale} must be above 0")
