@@ -7,6 +7,7 @@ import os
 import resource
 import time
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -30,6 +31,26 @@ NUM_WARM_UPS = 2
 NUM_SAMPLES = 2000
 
 
+class Probe(NamedTuple):
+    """Measurements of the probed examples on a rank that writes, where rows arrive.
+
+    Attributes:
+        seconds: of the teacher; encoding runs beside it.
+        num_bytes: of the encoded lines.
+        computed_tokens: with padding.
+        kept_ids, kept_mass: means over loss tokens.
+    """
+
+    num_records: int
+    seconds: float
+    num_bytes: int
+    tokens: int
+    computed_tokens: int
+    loss_tokens: int
+    kept_ids: float
+    kept_mass: float
+
+
 def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
     """Run the teacher on a few records of each dataset and print disk, time and memory of all.
 
@@ -48,7 +69,9 @@ def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
         for job, sample in zip(run.jobs, samples, strict=True):
             if not sample:
                 raise nothing_to_train(job)
-            _estimate(run, job, teacher, sample, sampling_s / num_sampled, start_up_s)
+            probe = _probe(job, teacher)
+            if run.groups.is_writer and run.groups.data_rank == 0:
+                _print_costs(run, job, probe, sample, sampling_s / num_sampled, start_up_s)
 
 
 def _command_start() -> float:
@@ -66,15 +89,39 @@ def _sample(job: Job, size: int) -> list[Example]:
     return [record for record in records if isinstance(record, Example)]
 
 
-def _estimate(
+def _probe(job: Job, teacher: Teacher) -> Probe:
+    """Run the teacher on a few examples, and encode what it computed."""
+    cache = job.config.cache
+    examples = _sample(job, NUM_PROBES)
+    teacher.rows(examples[:NUM_WARM_UPS])
+    started_s = time.perf_counter()
+    started = teacher.start(examples)
+    rows = teacher.finish(started)
+    seconds = time.perf_counter() - started_s
+    lines = lines_of(job.config.output_path)
+    targets = [row.loss_rows() for row in rows]
+    loss_tokens = max(1, sum(example.num_loss_tokens for example in examples))
+    return Probe(
+        len(examples),
+        seconds,
+        sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows),
+        max(1, sum(example.num_tokens for example in examples)),
+        max(1, started.computed_tokens),
+        loss_tokens,
+        sum(int((target.topk_token_ids_PK >= 0).sum()) for target in targets) / loss_tokens,
+        sum(float((1 - target.tail_mass_PT[:, 0]).sum()) for target in targets) / loss_tokens,
+    )
+
+
+def _print_costs(
     run: Run,
     job: Job,
-    teacher: Teacher,
+    probe: Probe,
     sample: list[Example],
     seconds_per_record: float,
     start_up_s: float,
 ) -> None:
-    """Probe the teacher, and print the costs of one dataset on the first replica's writer.
+    """Print the costs of one dataset.
 
     Args:
         sample: examples among NUM_SAMPLES records.
@@ -82,23 +129,6 @@ def _estimate(
         start_up_s: from the start of the command to the loaded teacher.
     """
     cache = job.config.cache
-    examples = _sample(job, NUM_PROBES)
-    teacher.rows(examples[:NUM_WARM_UPS])
-    started_s = time.perf_counter()
-    started = teacher.start(examples)
-    rows = teacher.finish(started)
-    probe_s = time.perf_counter() - started_s
-    if not (run.groups.is_writer and run.groups.data_rank == 0):
-        return
-    lines = lines_of(job.config.output_path)
-    probe_bytes = sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows)
-    targets = [row.loss_rows() for row in rows]
-    probe_tokens = max(1, sum(example.num_tokens for example in examples))
-    probe_loss_tokens = max(1, sum(example.num_loss_tokens for example in examples))
-    kept_ids = sum(int((rows.topk_token_ids_PK >= 0).sum()) for rows in targets)
-    kept_mass = sum(float((1 - rows.tail_mass_PT[:, 0]).sum()) for rows in targets)
-    kept_mass /= probe_loss_tokens
-
     # Probed records may be shorter than the others: bytes follow loss tokens, time follows tokens.
     num_records = len(job.indices)
     scale = num_records / min(NUM_SAMPLES, num_records)
@@ -106,44 +136,42 @@ def _estimate(
     loss_tokens = scale * sum(example.num_loss_tokens for example in sample)
     # Of an example the cache holds the tokens up to the last one in the loss.
     stored_tokens = scale * sum(int(np.flatnonzero(e.loss_mask_S)[-1]) + 1 for e in sample)
-    file_bytes = probe_bytes / probe_loss_tokens * loss_tokens + BYTES_PER_LINE * num_records
+    file_bytes = probe.num_bytes / probe.loss_tokens * loss_tokens + BYTES_PER_LINE * num_records
     data_size = run.groups.data_size
-    compute_s = probe_s / probe_tokens * tokens / data_size
+    compute_s = probe.seconds / probe.tokens * tokens / data_size
     tokenize_s = seconds_per_record * num_records / torch.distributed.get_world_size()
     seconds = start_up_s + tokenize_s + compute_s
     chunk_bytes = max(map(len, job.chunks)) / num_records * file_bytes
     segment_bytes = min(cache.segment_examples, num_records) / num_records * file_bytes
-    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
-    memory = size_text(host_bytes)
-    if run.groups.device.type == "cuda":
-        memory += f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
     num_shards = job.config.part_number()[1]
     shards = f"{num_shards}; all values below are for all shards together"
     folder = CacheLayout(job.config.output_path).folder
+    disk = f"{size_text(file_bytes)}, and {size_text(chunk_bytes)} more while a chunk is assembled"
+    duration = timedelta(seconds=round(seconds))
     table = [
         ("layout", run.describe_ranks()),
         *([("split", job.split)] if job.split else []),
         *([("shards", shards)] if num_shards > 1 else []),
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
-        ("padding", f"{1 - probe_tokens / max(1, started.computed_tokens):.1%}"),
-        (f"mass of the kept ids (at most {job.config.top_k})", f"{kept_mass:.4f}"),
+        ("padding", f"{1 - probe.tokens / probe.computed_tokens:.1%}"),
+        (f"mass of the kept ids (at most {job.config.top_k})", f"{probe.kept_mass:.4f}"),
         ("bytes per token", f"{file_bytes / max(1.0, stored_tokens):,.1f}"),
-        (
-            "disk",
-            f"{size_text(file_bytes)}, and {size_text(chunk_bytes)} more while a chunk is "
-            f"assembled, in {folder}",
-        ),
-        (
-            "time",
-            f"{timedelta(seconds=round(seconds))} on {data_size} data-parallel ranks "
-            f"({seconds:,.0f} s)",
-        ),
+        ("disk", f"{disk}, in {folder}"),
+        ("time", f"{duration} on {data_size} data-parallel ranks ({seconds:,.0f} s)"),
         ("tokens per second", f"{tokens / max(1e-9, compute_s):,.0f}"),
-        ("memory of a rank", memory),
-        ("probed", f"{len(examples):,} records in {probe_s:.1f} s"),
+        ("memory of a rank", _memory(run, segment_bytes)),
+        ("probed", f"{probe.num_records:,} records in {probe.seconds:.1f} s"),
     ]
     print_table(table)
-    warning = kept_mass_advice(kept_mass, kept_ids / probe_loss_tokens, job.config.top_k, cache)
+    warning = kept_mass_advice(probe.kept_mass, probe.kept_ids, job.config.top_k, cache)
     if warning:
         log.warning("warning: %s", warning)
+
+
+def _memory(run: Run, segment_bytes: float) -> str:
+    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
+    text = size_text(host_bytes)
+    if run.groups.device.type == "cuda":
+        text += f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
+    return text

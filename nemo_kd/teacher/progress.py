@@ -131,8 +131,8 @@ class TeacherProgress:
 def metrics_file(job: Job) -> MetricsFile:
     """Open the metrics of one cache.
 
-    For `train_CHUNK_ID.jsonl` the name is `train_metrics.log`, for a shard `train_metrics_1_of_4.log`;
-    no pattern of chunk files matches it.
+    For `train_CHUNK_ID.jsonl` the name is `train_metrics.log`, for a part
+    `train_metrics_1_of_4.log`; no pattern of chunk files matches it.
 
     Raises:
         CacheError: the file cannot be written.
@@ -197,46 +197,7 @@ def report_cache(
             f"{job.config.output_path}: the cache is complete and has no rows: every record was "
             "skipped"
         )
-    rate = f"{num_computed_tokens:,} tokens in {timedelta(seconds=round(seconds))}"
-    if num_computed_tokens:
-        rate += f", {num_computed_tokens / max(seconds, 1e-9):,.0f} tokens/s"
-    lines = [
-        *([("split", job.split)] if job.split else []),
-        ("cache", job.config.output_path),
-        (
-            "chunks",
-            f"{len(chunks)} of {len(job.chunks)} ({num_complete_before} were complete before)",
-        ),
-        ("examples", f"{total.examples:,}"),
-        ("tokens", f"{total.tokens:,} ({total.loss_tokens:,} in the loss)"),
-        (
-            "size",
-            f"{size_text(total.bytes)}, {total.bytes / max(1, total.tokens):,.1f} bytes per token",
-        ),
-        ("computed now", rate),
-    ]
-    warnings = []
-    if total.loss_tokens:  # else all segments are other shards'
-        kept_mass, label_kept, kept_ids = (
-            value / total.loss_tokens
-            for value in (total.kept_mass_sum, total.label_in_topk, total.kept_tokens)
-        )
-        top_k = writer.manifest.top_k
-        lines += [
-            (f"mass of the kept ids (at most {top_k})", f"{kept_mass:.4f}"),
-            ("label among the kept ids", f"{label_kept:.4f}"),
-            ("kept ids per position", f"{kept_ids:.1f}"),
-        ]
-        warnings.append(kept_mass_advice(kept_mass, kept_ids, top_k, job.config.cache))
-    lines += [(f"skipped: {reason}", f"{n:,}") for reason, n in sorted(total.skipped.items())]
-    if not total.skipped:
-        lines.append(("skipped", "0"))
-    print_table(lines)
-    if waiting_for:
-        warnings.append(f"this cache is not complete: {waiting_for}")
-    for warning in filter(None, warnings):
-        log.warning("warning: %s%s", job.label, warning)
-    return CacheReport(
+    report = CacheReport(
         split=job.split,
         output_path=job.config.output_path,
         manifest_path=writer.layout.manifest_path,
@@ -245,11 +206,55 @@ def report_cache(
         num_tokens=total.tokens,
         num_loss_tokens=total.loss_tokens,
         num_bytes=total.bytes,
-        num_skipped=total.skipped,
+        num_skipped=dict(sorted(total.skipped.items())),
         num_computed_tokens=num_computed_tokens,
         seconds=seconds,
         is_complete=not waiting_for,
     )
+    chunk_counts = (
+        f"{len(chunks)} of {len(job.chunks)} ({num_complete_before} were complete before)"
+    )
+    warnings = []
+    quality = []
+    if total.loss_tokens:  # else all segments are other shards'
+        top_k = writer.manifest.top_k
+        kept_mass = total.kept_mass_sum / total.loss_tokens
+        kept_ids = total.kept_tokens / total.loss_tokens
+        quality = [
+            (f"mass of the kept ids (at most {top_k})", f"{kept_mass:.4f}"),
+            ("label among the kept ids", f"{total.label_in_topk / total.loss_tokens:.4f}"),
+            ("kept ids per position", f"{kept_ids:.1f}"),
+        ]
+        warnings.append(kept_mass_advice(kept_mass, kept_ids, top_k, job.config.cache))
+    if waiting_for:
+        warnings.append(f"this cache is not complete: {waiting_for}")
+    print_table(_summary(report, chunk_counts, quality))
+    for warning in filter(None, warnings):
+        log.warning("warning: %s%s", job.label, warning)
+    return report
+
+
+def _summary(
+    report: CacheReport, chunk_counts: str, quality: list[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """Return the lines of a report, with those about chunks and quality where they belong."""
+    tokens = report.num_computed_tokens
+    rate = f"{tokens:,} tokens in {timedelta(seconds=round(report.seconds))}"
+    if tokens:
+        rate += f", {tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
+    bytes_per_token = report.num_bytes / max(1, report.num_tokens)
+    skipped = [(f"skipped: {reason}", f"{n:,}") for reason, n in report.num_skipped.items()]
+    return [
+        *([("split", report.split)] if report.split else []),
+        ("cache", report.output_path),
+        ("chunks", chunk_counts),
+        ("examples", f"{report.num_examples:,}"),
+        ("tokens", f"{report.num_tokens:,} ({report.num_loss_tokens:,} in the loss)"),
+        ("size", f"{size_text(report.num_bytes)}, {bytes_per_token:,.1f} bytes per token"),
+        ("computed now", rate),
+        *quality,
+        *(skipped or [("skipped", "0")]),
+    ]
 
 
 def _other_shards_work(job: Job, writer: CacheWriter) -> str:
