@@ -25,7 +25,7 @@ from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import ChunkSummary, Manifest
 from nemo_kd.cache.writer import Segment, SegmentWriter
-from nemo_kd.run.interruption import end_with_parent
+from nemo_kd.run.processes import end_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 """What a user or a cluster sends to all processes of a job: the one that computes decides what to do."""

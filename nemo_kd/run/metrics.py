@@ -1,17 +1,16 @@
-"""Metrics of a run: counters, their rates, and the places that show them."""
+"""What a run tells about itself: counters, their names with units, and where they are shown."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import logging
-import operator
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Unit = Literal["tokens", "steps"]
-"""Field of Counters whose total a run knows."""
+"""Field of Counters in which a run knows its total."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -41,9 +40,9 @@ class Counters:
     steps: float = 0
     """Optimizer steps of the whole run, those before a resume included."""
     tokens: float = 0
-    """Tokens that the model computed, without padding."""
+    """Tokens that went through the model."""
     padding_tokens: float = 0
-    """Positions computed for padding."""
+    """Positions computed besides them, for nothing."""
     loss_tokens: float = 0
     """Tokens whose label counts in the loss."""
     examples: float = 0
@@ -52,45 +51,51 @@ class Counters:
     data_wait_s: float = 0
     """Time in which the model waited for data."""
     cached_tokens: float = 0
-    """Tokens on disk; they follow `tokens` with a delay."""
+    """Tokens of what is on disk; it follows `tokens` at a distance."""
     cached_loss_tokens: float = 0
     kept_mass_sum: float = 0
-    """Probability of the kept ids, summed over cached_loss_tokens."""
+    """Probability inside the kept tokens, summed over cached_loss_tokens."""
     bytes: float = 0
-    """Size on disk."""
+    """On disk."""
 
     def __add__(self, other: Counters) -> Counters:
-        return Counters(*map(operator.add, astuple(self), astuple(other)))
+        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
     def __sub__(self, other: Counters) -> Counters:
-        return Counters(*map(operator.sub, astuple(self), astuple(other)))
+        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
 
 
 class SharedCounters:
-    """Counters of all replicas in a store. No replica waits for another.
+    """Every replica's counters, through a store instead of collectives: nobody waits for anybody.
 
-    Args:
-        rank: number of this replica.
-        size: number of replicas.
+    `rank` counts replicas, `size` is their number.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.store = store
-        self.rank = rank
-        self.size = size
+        self.store, self.rank, self.size = store, rank, size
 
     def publish(self, counters: Counters) -> None:
-        self.store.set(f"progress/{self.rank}", orjson.dumps(asdict(counters)).decode())
+        self.store.set(_key(self.rank), orjson.dumps(asdict(counters)).decode())
 
     def total(self) -> Counters:
-        """Return the sum of the counters that the replicas published last."""
-        keys = [f"progress/{rank}" for rank in range(self.size)]
-        published = [orjson.loads(self.store.get(key)) for key in keys if self.store.check([key])]
-        return sum((Counters(**counters) for counters in published), Counters())
+        """The sum over the replicas of what each published last; one that published nothing yet counts as 0."""
+        keys = [_key(rank) for rank in range(self.size)]
+        return sum(
+            (
+                Counters(**orjson.loads(self.store.get(key)))
+                for key in keys
+                if self.store.check([key])
+            ),
+            Counters(),
+        )
+
+
+def _key(rank: int) -> str:
+    return f"progress/{rank}"
 
 
 class Sink(Protocol):
-    """A place that shows metrics."""
+    """Where metrics go."""
 
     def show(self, metrics: dict[str, float]) -> None: ...
 
@@ -98,18 +103,15 @@ class Sink(Protocol):
 
 
 class Progress:
-    """Counts, and reports progress and rates to the sinks every `interval_s`.
+    """Counts, and every `interval_s` tells the sinks how far the run is and how fast.
 
-    With `shared` every replica counts and publishes, and replica 0, which alone has sinks, reports
-    the sum. There is no background thread: a report comes with the first `add` after the interval.
+    With `shared`, every replica counts and publishes, and the one whose rank is 0 shows the whole job; give sinks to
+    that one only. Nothing runs in the background: a report comes with the first `add` after the interval.
 
     Args:
-        total: tokens or steps of all replicas, as `unit` says; 0 if unknown, then without ETA.
-        peak_flops: of all GPUs together; None if unknown, then without utilisation.
-        start: counts from before this run, which the rates leave out.
-
-    Attributes:
-        latest: further metrics for the next report.
+        total: tokens or steps of the whole job, as `unit` says; 0 if unknown, then there is no ETA.
+        peak_flops: of all GPUs of the job together; None if unknown, then there is no utilisation.
+        start: counts that were there before, to which the rates do not apply.
     """
 
     def __init__(
@@ -136,7 +138,7 @@ class Progress:
         self._window = deque([(self._started_s, self.counters)], maxlen=WINDOW_INTERVALS + 1)
 
     def add(self, **counts: float) -> None:
-        """Add to the fields of Counters, and report if the interval is over."""
+        """Adds to the fields of Counters; reports if it is time."""
         self.counters += Counters(**counts)
         now_s = time.monotonic()
         if now_s >= self._next_report_s:
@@ -144,37 +146,33 @@ class Progress:
             self.report()
 
     def report(self) -> None:
-        """Publish the counters, and show the sum in the sinks."""
+        """Publishes and shows the present state, with the `latest` values of what is not counted."""
         if self.shared is not None:
             self.shared.publish(self.counters)
         if self.sinks:
-            self._shown = self._total()
-            metrics = {**self.latest, **self._metrics(self._shown, time.monotonic())}
+            total = self.counters if self.shared is None else self.shared.total()
+            self._shown = total
+            metrics = {**self.latest, **self._metrics(total, time.monotonic())}
             for sink in self.sinks:
                 sink.show(metrics)
 
     def close(self) -> None:
-        """Report once more if something changed, and close the sinks.
-
-        For a last report on all replicas, each calls `report` and waits for the others before.
-        """
-        if self._shown != self._total():
+        """A last report, unless the last one told the same. For one over the whole job, all replicas call `report`, meet
+        at a barrier and then this."""
+        if self._shown is None or self._shown != (
+            self.counters if self.shared is None else self.shared.total()
+        ):
             self.report()
         for sink in self.sinks:
             sink.close()
 
-    def _total(self) -> Counters:
-        return self.counters if self.shared is None else self.shared.total()
-
     def _metrics(self, total: Counters, now_s: float) -> dict[str, float]:
-        """Return rates over the last WINDOW_INTERVALS reports, without those that are unknown."""
+        """Rates over the last WINDOW_INTERVALS reports, the cache over the whole run; nothing that is unknown."""
         before_s, before = self._window[0]
         self._window.append((now_s, total))
-        recent = total - before
-        seconds = max(now_s - before_s, 1e-9)
+        recent, seconds = total - before, max(now_s - before_s, 1e-9)
         num_replicas = 1 if self.shared is None else self.shared.size
-        done = getattr(total, self.unit)
-        recently_done = getattr(recent, self.unit)
+        done, recently_done = getattr(total, self.unit), getattr(recent, self.unit)
         metrics = {
             "progress/tokens": total.tokens,
             "progress/examples": total.examples,
@@ -200,27 +198,11 @@ class Progress:
         return metrics
 
 
-DESCRIPTIONS = {
-    "epoch": "epoch {:.2f}",
-    "train/loss": "loss {:.4f}",
-    "train/kd_loss": "kd_loss {:.4f}",
-    "train/sft_loss": "sft_loss {:.4f}",
-    "lr": "lr {:.2e}",
-    "grad_norm": "grad_norm {:.3g}",
-    "perf/tokens_per_s": "{:,.0f} tokens/s",
-    "perf/mfu_percent": "{:.1f}% MFU",
-    "perf/padding_percent": "{:.1f}% padding",
-    "perf/data_wait_percent": "{:.1f}% data wait",
-    "perf/peak_memory_gib": "{:.1f} GiB",
-    "cache/kept_mass": "kept mass {:.4f}",
-}
-
-
 class ProgressLine:
-    """Progress on stderr: a bar on a terminal, else a line per report.
+    """On stderr: a bar where somebody watches, elsewhere a plain line an interval.
 
-    The bar leaves messages of the package's loggers whole. A narrow terminal cuts its end, so the
-    time left comes first there.
+    The bar leaves messages of the package's loggers whole. What a narrow terminal has no room for is at its end, so the
+    time that is left comes first there.
     """
 
     def __init__(self, name: str, total: int, unit: Unit = "tokens") -> None:
@@ -233,38 +215,46 @@ class ProgressLine:
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
-            counts = f"{{n_fmt}}/{{total_fmt}} {unit} [{{elapsed}}{{postfix}}]"
+            form = (
+                "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
+                + unit
+                + " [{elapsed}{postfix}]"
+            )
             self.bar = tqdm(
                 desc=name,
                 total=total or None,
                 unit_scale=unit == "tokens",
                 dynamic_ncols=True,
-                bar_format="{desc}: {percentage:3.0f}%|{bar:10}| " + counts,
+                bar_format=form,
             )
             self._resources.callback(self.bar.close)
             self._resources.enter_context(logging_redirect_tqdm([logging.getLogger("nemo_kd")]))
 
     def show(self, metrics: dict[str, float]) -> None:
         done = metrics[f"progress/{self.unit}"]
-        rates = [
-            text.format(metrics[name]) for name, text in DESCRIPTIONS.items() if name in metrics
-        ]
-        left = []
-        if "perf/eta_s" in metrics:
-            left = [f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"]
+        described = list(_described(metrics))
+        eta = (
+            [f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"]
+            if "perf/eta_s" in metrics
+            else []
+        )
         if self.bar is not None:
             self.bar.n = int(done)
-            self.bar.set_postfix_str(", ".join([*left, *rates]))  # draws
-        elif self.unit == "steps":
-            self.note(", ".join([f"step {done:,.0f}/{self.total:,}", *rates, *left]))
+            self.bar.set_postfix_str(", ".join([*eta, *described]))  # draws
+            return
+        if self.unit == "steps":
+            parts = [f"step {done:,.0f}/{self.total:,}"]
+        elif "progress/percent" in metrics:
+            parts = [
+                f"{metrics['progress/percent']:.1f}%",
+                f"{done:,.0f} {self.unit} of {self.total:,}",
+            ]
         else:
-            count = f"{done:,.0f} {self.unit}"
-            if "progress/percent" in metrics:
-                count = f"{metrics['progress/percent']:.1f}%, {count} of {self.total:,}"
-            self.note(", ".join([count, *rates, *left]))
+            parts = [f"{done:,.0f} {self.unit}"]
+        self.note(", ".join([*parts, *described, *eta]))
 
     def note(self, text: str) -> None:
-        """Print a separate line, above the bar if there is one."""
+        """Prints a line of its own, above the bar if there is one."""
         line = f"{self.name}: {text}"
         if self.bar is not None:
             self.bar.write(printable(line), file=sys.stderr)
@@ -275,8 +265,26 @@ class ProgressLine:
         self._resources.close()
 
 
+def _described(metrics: dict[str, float]) -> Iterable[str]:
+    texts = {
+        "epoch": "epoch {:.2f}",
+        "train/loss": "loss {:.4f}",
+        "train/kd_loss": "kd_loss {:.4f}",
+        "train/sft_loss": "sft_loss {:.4f}",
+        "lr": "lr {:.2e}",
+        "grad_norm": "grad_norm {:.3g}",
+        "perf/tokens_per_s": "{:,.0f} tokens/s",
+        "perf/mfu_percent": "{:.1f}% MFU",
+        "perf/padding_percent": "{:.1f}% padding",
+        "perf/data_wait_percent": "{:.1f}% data wait",
+        "perf/peak_memory_gib": "{:.1f} GiB",
+        "cache/kept_mass": "kept mass {:.4f}",
+    }
+    yield from (text.format(metrics[name]) for name, text in texts.items() if name in metrics)
+
+
 class MetricsFile:
-    """Appends every report to a file as one JSON line, with `time` in Unix seconds."""
+    """A file to which every report is appended, a JSON object per line, with `time` in unix seconds."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -301,12 +309,12 @@ class MetricsFile:
 
 @contextlib.contextmanager
 def explained_wandb_errors() -> Iterator[None]:
-    """Explain why Weights & Biases does not start.
+    """Raise what keeps Weights & Biases from starting as an error that names the key and the ways out.
 
-    wandb gives up at once without an API key, and after `init_timeout` (90 s) without a network.
+    wandb gives up by itself: at once without a key, after its `init_timeout` (90 s) without a network.
 
     Raises:
-        ConfigError: the package, login or network is missing, or wandb has no such argument.
+        ConfigError: there is no package, no login, no network, or an argument that wandb does not have.
         OSError: its folder cannot be written.
     """
     try:
@@ -326,14 +334,13 @@ def explained_wandb_errors() -> Iterator[None]:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ConfigError(
-            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log "
-            "in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on "
-            "this machine, or leave the key out"
+            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in (wandb login, or "
+            "WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this machine, or leave the key out"
         ) from error
 
 
 class WandbSink:
-    """Weights & Biases; `settings` are arguments of wandb.init."""
+    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine. `settings` are arguments of wandb.init."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         with explained_wandb_errors():

@@ -24,7 +24,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.files import Lock
-from nemo_kd.teacher.estimate import estimate_cost
+from nemo_kd.teacher.estimate import plan_cache
 from nemo_kd.teacher.loop import compute_topk_logits
 from tests.tiny_cache import everywhere
 from tests.tiny_data import teacher_config, write_chat_dataset
@@ -353,7 +353,7 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
 def run_plan(model, dataset, output, overrides) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        estimate_cost(teacher_config(model, dataset, output, **overrides))
+        plan_cache(teacher_config(model, dataset, output, **overrides))
     return printed.getvalue()
 
 
