@@ -368,7 +368,7 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
         ({"model__data__top_k": 9}, "model.data.top_k: 9 exceeds the 8 logits a position"),
         (
             {"exp_manager__checkpoint_callback_params__every_n_train_steps": 2},
-            "every_n_train_steps: 2 has no effect here; use trainer.knowledge_distillation.save_interval",
+            "every_n_train_steps: 2 has no effect; use trainer.knowledge_distillation.save_interval",
         ),
         (
             {
