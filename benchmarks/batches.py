@@ -41,7 +41,8 @@ def write_cache(folder: Path, length: int) -> Path:
     from nemo_kd.batch import CachedExample, Example, TeacherRows
     from nemo_kd.cache.layout import CacheLayout
     from nemo_kd.cache.manifest import Manifest, codec_settings
-    from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+    from nemo_kd.cache.segment import SegmentWriter
+    from nemo_kd.cache.writer import CacheWriter
     from nemo_kd.config.cache import CacheConfig
 
     layout = CacheLayout(str(folder / "half_CHUNK_ID.jsonl"))

@@ -33,7 +33,8 @@ from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import keep
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
 

@@ -210,7 +210,7 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
         from nemo_kd.config.data import DataConfig, DatasetConfig
         from nemo_kd.data.dataset import Skipped, TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
-        from nemo_kd.run.process_group import init_process_group
+        from nemo_kd.run.ranks import init_process_group
         from nemo_kd.tools.compare import compare_with_teacher
 
         init_process_group(1, 1, "auto")

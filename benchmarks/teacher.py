@@ -45,7 +45,7 @@ from benchmarks.teacher_inputs import (
     write_teacher,
 )
 from benchmarks.teacher_variants import VARIANTS, Figures, Setting, serve
-from nemo_kd.cache.writer import segments
+from nemo_kd.cache.segment import segments
 from nemo_kd.data.batches import form_batches
 from nemo_kd.flops import peak_flops
 

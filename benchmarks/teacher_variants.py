@@ -20,7 +20,7 @@ import torch
 
 from benchmarks.teacher_inputs import MAX_LENGTH, VOCAB_SIZE
 from nemo_kd.batch import Batch, Example
-from nemo_kd.cache.writer import segments
+from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches
 from nemo_kd.data.collate import pack

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from nemo_kd.cli.aligner_keys import key_of, translate
+from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.errors import ConfigError
@@ -18,16 +18,22 @@ from nemo_kd.run.launch import needs_launch
 
 if TYPE_CHECKING:
     from nemo_kd.student.report import StudentRun
+    from nemo_kd.teacher.progress import CacheReport
 
 T = TypeVar("T")
 
 
-def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> None:
+def compute_topk_logits(
+    config: ComputeTopkLogitsConfig | Mapping[str, Any],
+) -> list[CacheReport]:
     """Run the teacher over a dataset and write its cache (stage 1).
 
     Args:
         config: a typed configuration, or the command's keys and values. Dotted keys are accepted:
             `{"pretrained_checkpoint.restore_from_path": "teacher/", "output_path": ...}`.
+
+    Returns:
+        One report per dataset with paths and counts; none for `dry_run`.
 
     Raises:
         UserInputError: the configuration, model or dataset is invalid; the message names the key.
@@ -36,7 +42,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig | Mapping[str, Any]) -> 
     checked = _checked(ComputeTopkLogitsConfig, config, "compute_topk_logits")
     from nemo_kd.teacher import compute_topk_logits as run
 
-    run(checked)
+    return run(checked)
 
 
 def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> StudentRun:
@@ -69,7 +75,7 @@ def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str)
     if isinstance(config, Mapping):
         given = OmegaConf.create()
         for key, value in config.items():
-            OmegaConf.update(given, key_of(key, value, command), value)
+            OmegaConf.update(given, key, value)
         translated, _ = translate(given, command, config_class)
         checked = typed(config_class, translated)
     else:

@@ -15,7 +15,7 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
 from nemo_kd.mcore.export import save_hf
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.model import GPTModel, build_gpt_model, transformer_config
-from nemo_kd.run.process_group import init_process_group
+from nemo_kd.run.ranks import init_process_group
 from nemo_kd.terminal import print_text
 
 

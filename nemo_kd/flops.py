@@ -1,4 +1,4 @@
-"""Floating-point operations of a decoder, and those that a GPU can do."""
+"""Floating-point operations of a decoder, and the peak rates of GPUs."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ PEAK_BF16_FLOPS = {
     r"\bA100\b": 312e12,
     r"\bB200\b": 2250e12,
 }
-"""Dense bf16 FLOP/s by the name that torch.cuda.get_device_name gives, first match; from NVIDIA's data sheets."""
+"""Dense bf16 FLOP/s by pattern of a device's name, first match; from NVIDIA's data sheets."""
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """FLOP/s that a GPU can reach in a dense bf16 product; None for unknown GPUs and other precisions."""
+    """Return a GPU's FLOP/s in a dense bf16 product; None if unknown, or for other precisions."""
     if not precision.startswith("bf16"):
         return None
     return next(
@@ -30,62 +30,22 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """Floating-point operations that a decoder's forward pass needs; a multiplication and an addition are two.
+    """Floating-point operations of a decoder's forward pass; a multiply-add counts as two.
 
-    Only matrix products and attention count, attention only between a token and those it sees, the output layer only at
-    positions in the loss, of the experts only those a token goes through. What is computed besides (padding, masked
-    scores, recomputation) lowers the utilisation.
+    Counts matrix products, and attention between a token and those it sees; the output layer at
+    positions in the loss only, and of the experts only those that a token is routed to. Padding,
+    masked scores and recomputation count nothing, so they lower the utilisation.
     """
 
     per_token: float
     per_loss_token: float
     per_pair: float
-    """A token and one that it sees, itself included, in all layers without a window."""
+    """For a token and one that it sees, itself included, in all layers without a window."""
     per_window_pair: float = 0.0
     window_size: int = 0
 
-    @classmethod
-    def of_gpt(
-        cls,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        ffn_hidden_size: int,
-        num_attention_heads: int,
-        num_query_groups: int,
-        kv_channels: int,
-        vocab_size: int,
-        window_size: int | None = None,
-        num_window_layers: int = 0,
-        num_moe_experts: int | None = None,
-        moe_router_topk: int = 0,
-        moe_ffn_hidden_size: int | None = None,
-    ) -> ForwardFlops:
-        """For a decoder with gated feed-forward layers, or `moe_router_topk` such experts a token.
-
-        per token and layer: 2 H (2 heads d + 2 groups d) + 2 * 3 H F; with experts 2 * 3 H F k + 2 H E.
-        per pair and layer: 4 heads d (scores, weighted sum). per loss token: 2 H V.
-        """
-        attention = 2 * hidden_size * (2 * num_attention_heads + 2 * num_query_groups) * kv_channels
-        if num_moe_experts:
-            ffn_size = moe_ffn_hidden_size or ffn_hidden_size
-            feed_forward = (
-                6 * hidden_size * ffn_size * moe_router_topk + 2 * hidden_size * num_moe_experts
-            )
-        else:
-            feed_forward = 6 * hidden_size * ffn_hidden_size
-        pair = 4 * num_attention_heads * kv_channels
-        num_window_layers = num_window_layers if window_size else 0
-        return cls(
-            per_token=num_layers * (attention + feed_forward),
-            per_loss_token=2 * hidden_size * vocab_size,
-            per_pair=(num_layers - num_window_layers) * pair,
-            per_window_pair=num_window_layers * pair,
-            window_size=window_size or 0,
-        )
-
     def example(self, num_tokens: int, num_loss_tokens: int) -> float:
-        """FLOPs of one example."""
+        """Return the FLOPs of one example."""
         within = min(num_tokens, self.window_size)
         pairs = num_tokens * (num_tokens + 1) / 2
         window_pairs = within * (within + 1) / 2 + (num_tokens - within) * within
@@ -97,19 +57,27 @@ class ForwardFlops:
         )
 
 
-def forward_flops(architecture: GPTArchitecture) -> ForwardFlops:
-    """What a forward pass of this model computes."""
-    num_layers, windowed = architecture.num_layers, architecture.window_size is not None
-    return ForwardFlops.of_gpt(
-        num_layers=num_layers,
-        hidden_size=architecture.hidden_size,
-        ffn_hidden_size=architecture.ffn_hidden_size,
-        num_attention_heads=architecture.num_attention_heads,
-        num_query_groups=architecture.num_query_groups,
-        kv_channels=architecture.kv_channels,
-        vocab_size=architecture.vocab_size,
-        window_size=architecture.window_size,
-        num_window_layers=(len(architecture.window_layers) or num_layers) if windowed else 0,
-        num_moe_experts=architecture.num_moe_experts,
-        moe_router_topk=architecture.moe_router_topk or 0,
+def forward_flops(model: GPTArchitecture) -> ForwardFlops:
+    """Return the FLOPs of a decoder with gated feed-forward layers, or of k such experts per token.
+
+    Per token and layer: 2 H (2 heads d + 2 groups d) + 2 * 3 H F; with experts 2 * 3 H F k + 2 H E.
+    Per pair and layer: 4 heads d (scores, weighted sum). Per loss token: 2 H V.
+    """
+    hidden_size = model.hidden_size
+    heads = model.num_attention_heads
+    attention = 4 * hidden_size * (heads + model.num_query_groups) * model.kv_channels
+    feed_forward = 6 * hidden_size * model.ffn_hidden_size
+    if model.num_moe_experts:
+        feed_forward *= model.moe_router_topk or 0
+        feed_forward += 2 * hidden_size * model.num_moe_experts
+    num_window_layers = 0
+    if model.window_size:
+        num_window_layers = len(model.window_layers) or model.num_layers
+    pair = 4 * heads * model.kv_channels
+    return ForwardFlops(
+        per_token=model.num_layers * (attention + feed_forward),
+        per_loss_token=2 * hidden_size * model.vocab_size,
+        per_pair=(model.num_layers - num_window_layers) * pair,
+        per_window_pair=num_window_layers * pair,
+        window_size=model.window_size or 0,
     )

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import hashlib
+import json
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
+from nemo_kd.cache.index import ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
 COMPUTED_WITH = {"micro_batch_size": 1}
@@ -118,3 +124,40 @@ def same(a: CachedExample, b: CachedExample) -> bool:
         for part, names in (("example", ("tokens_S", "labels_S", "loss_mask_S")), ("teacher", ("positions_P", "topk_logits_PK", "topk_token_ids_PK", "log_sum_exp_logits_P")))
         for name in names
     )  # fmt: skip
+
+
+def summaries(path: Path | str) -> dict[int, ChunkSummary]:
+    """The summaries of a cache's complete chunks, by number."""
+    return CacheReader(str(path), partial=True).manifests[0].chunks
+
+
+def edit_index(path: Path, **changes: object) -> None:
+    """Change the summary in the index of a chunk; the index stays well formed."""
+    place = path.with_name(path.name + ".idx")
+    index = ChunkIndex.parse(place.read_bytes())
+    summary = replace(index.summary, **changes)
+    facts = index.facts
+    if "bytes" in changes:
+        facts = facts._replace(bytes=changes["bytes"])
+    place.write_bytes(replace(index, facts=facts, summary=summary).to_bytes())
+
+
+def as_format_2(path: Path, journaled: int = 0) -> None:
+    """Turn a cache into the same one of format 2, whose last `journaled` chunks only the manifest's journal lists."""
+    layout = CacheLayout(str(path))
+    chunks = {str(key): asdict(summary) for key, summary in summaries(path).items()}
+    for key in chunks:
+        place = layout.index_path(int(key))
+        index = ChunkIndex.parse(place.read_bytes())
+        content = b"NKDIDX02" + replace(index, summary=None).to_bytes()[8:-4]
+        place.write_bytes(content + zlib.crc32(content).to_bytes(4, "little"))
+    listed = list(chunks)[: len(chunks) - journaled]
+    payload = json.loads(layout.manifest_path.read_bytes())
+    payload |= {"format_version": 2, "chunks": {key: chunks[key] for key in listed}}
+    content = json.dumps(payload).encode()
+    layout.manifest_path.write_bytes(content)
+    entries = [{"manifest": hashlib.sha256(content).hexdigest()}]
+    entries += [{"chunk": key, "summary": chunks[key]} for key in chunks if key not in listed]
+    if journaled:
+        lines = (json.dumps(entry).encode() for entry in entries)
+        layout.journal_path.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(x), x) for x in lines))

@@ -16,7 +16,8 @@ from nemo_kd.cache.reader import CacheReader
 
 
 class CacheBlend:
-    """Rows of several readers by one position. How often each is drawn is the business of the sample order.
+    """Rows of several readers by one position. How often each is drawn is the business of the
+    sample order.
 
     They may have different teachers and different numbers of tokens a position, but one tokenizer.
 
@@ -35,8 +36,8 @@ class CacheBlend:
             first_path, first = described[0]
             if manifest.tokenizer != first.tokenizer:
                 raise CacheError(
-                    f"{path} and {first_path} were written with different tokenizers ({manifest.tokenizer} and "
-                    f"{first.tokenizer}); read them in separate runs"
+                    f"{path} and {first_path} were written with different tokenizers "
+                    f"({manifest.tokenizer} and {first.tokenizer}); read them in separate runs"
                 )
 
     def __len__(self) -> int:
@@ -48,12 +49,12 @@ class CacheBlend:
         return replace(cached, example=replace(cached.example, source=number)) if number else cached
 
     def num_tokens(self, position: int) -> int:
-        """Positions of a row, which the index tells."""
+        """Return the positions of a row."""
         number, inner = self._locate(position)
         return self.readers[number].num_tokens(inner)
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Has these rows fetched ahead, all at once."""
+        """Fetch these rows ahead, all at once."""
         wanted: dict[int, list[int]] = {}
         for position in positions:
             number, inner = self._locate(position)
@@ -62,7 +63,7 @@ class CacheBlend:
             self.readers[number].will_read(inner_positions)
 
     def source_chunks(self) -> list[list[int]]:
-        """Rows of every chunk, one list a reader, in the order of the positions."""
+        """Return the rows of every chunk, one list per reader, in the order of the positions."""
         return [reader.chunk_sizes() for reader in self.readers]
 
     @property
@@ -70,12 +71,12 @@ class CacheBlend:
         return [manifest for reader in self.readers for manifest in reader.manifests]
 
     def fingerprint(self) -> str:
-        """Identifies the content of all."""
+        """Return a checksum of the content of all."""
         parts = chr(10).join(reader.fingerprint() for reader in self.readers)
         return f"sha256:{hashlib.sha256(parts.encode()).hexdigest()}"
 
     def description(self) -> dict[str, Any]:
-        """Where the rows come from, as plain values: paths, `fingerprint`, and what the manifests say about their origin."""
+        """Describe the origin of the rows as plain values."""
         return {
             "paths": [reader.source for reader in self.readers],
             "fingerprint": self.fingerprint(),
@@ -92,7 +93,7 @@ class CacheBlend:
         }
 
     def _locate(self, position: int) -> tuple[int, int]:
-        """(number of the reader, position in it)."""
+        """Return the number of the reader and the position in it."""
         if not 0 <= position < len(self):
             raise IndexError(f"row {position} of {len(self)}")
         number = bisect_right(self._ends, position)

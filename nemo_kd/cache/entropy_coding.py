@@ -1,4 +1,4 @@
-"""The three ways a packed record turns numbers into bytes: Huffman codes, bit fields, and a table of log-probabilities.
+"""Numbers of a packed record as bytes: Huffman codes, bit fields, and a table of log-probabilities.
 
 All of it is lossless but the table. docs/cache_format.md describes every step for other readers.
 """
@@ -18,16 +18,19 @@ _CELLS = 64 * _CELLS_PER_NAT
 
 
 def huffman(symbols: np.ndarray) -> bytes:
-    """Bytes as a raw deflate stream without matches: Huffman codes of their frequencies, which zlib reads everywhere."""
+    """Encode bytes as a raw deflate stream without matches, so Huffman codes only; zlib reads it
+    everywhere.
+    """
     compressor = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return compressor.compress(symbols.tobytes()) + compressor.flush()
 
 
 def unhuffman(stream: bytes | memoryview, max_length: int) -> np.ndarray:
-    """The uint8 symbols of a deflate stream.
+    """Decode the uint8 symbols of a deflate stream.
 
     Raises:
-        ValueError: the stream is damaged, or longer than `max_length` symbols (so that no file can ask for endless memory).
+        ValueError: the stream is damaged, or longer than `max_length` symbols, which bounds the
+            memory.
     """
     decompressor = zlib.decompressobj(-15)
     try:
@@ -40,16 +43,19 @@ def unhuffman(stream: bytes | memoryview, max_length: int) -> np.ndarray:
 
 
 def bit_lengths(values: np.ndarray) -> np.ndarray:
-    """floor(log2(value)) of integers from 1 to 2^24 - 1, as uint32: bits below the leading one."""
+    """Return floor(log2(value)) of integers from 1 to 2^24 - 1, as uint32: bits below the leading
+    one.
+    """
     return (values.astype(np.float32).view(np.uint32) >> np.uint32(23)) - np.uint32(127)
 
 
 def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
-    """The low `widths[i]` (at most 24) bits of each value one after the other, least significant bit first."""
+    """Join the low `widths[i]` (at most 24) bits of each value, least significant bit first."""
     if not len(values):
         return b""
     ends = np.cumsum(widths, dtype=np.int64)
-    starts, num_bits = ends - widths, int(ends[-1])
+    starts = ends - widths
+    num_bits = int(ends[-1])
     words = starts >> 5
     shifted = values.astype(np.uint64) << (starts & 31).astype(np.uint64)
     num_words = (num_bits >> 5) + 2
@@ -61,7 +67,7 @@ def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
 
 
 def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
-    """The uint32 values of `pack_bits`.
+    """Return the uint32 values of `pack_bits`.
 
     Raises:
         ValueError: `packed` has another length than the widths call for.
@@ -81,11 +87,11 @@ def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def level_nats(fine: int, coarse: int) -> np.ndarray:
-    """-log p of each of the 256 levels (float32, ascending from 0).
+    """Return -log p of each of the 256 levels (float32, ascending from 0).
 
-    The step grows as exp(nats / 2) / fine, in proportion to the inverse root of the probability, so that every token
-    adds equally to the KL divergence; up to 1 / coarse nats, which also bounds the error at other temperatures. Beyond
-    10 nats half a nat is enough.
+    The step grows as exp(nats / 2) / fine, in proportion to the inverse root of the probability, so
+    that every token adds equally to the KL divergence; up to 1 / coarse nats, which also bounds the
+    error at other temperatures. Beyond 10 nats half a nat is enough.
     """
     level = np.arange(256, dtype=np.float64)
     turn = 2 * np.log(fine / coarse)
@@ -107,6 +113,6 @@ def _level_of_cell(fine: int, coarse: int) -> np.ndarray:
 
 
 def levels(logprobs: np.ndarray, fine: int, coarse: int) -> np.ndarray:
-    """The uint8 level next to each log-probability; what lies beyond the last level takes the last."""
+    """Return the nearest uint8 level of each log-probability; beyond the last level, the last."""
     cells = np.minimum(logprobs * np.float32(-_CELLS_PER_NAT), np.float32(_CELLS - 1))
     return _level_of_cell(fine, coarse).take(np.maximum(cells, 0).astype(np.intp))

@@ -1,4 +1,4 @@
-"""Reads fields of a JSON object as arrays, with errors that name file, line, field and what was found."""
+"""Read fields of a JSON object as arrays; errors name file, line, field and the value found."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_kd.cache.layout import CacheError
 
 
 def array(payload: dict[str, Any], field: str, ndim: int, kinds: str, where: str) -> np.ndarray:
-    """The field as an array of `ndim` dimensions whose dtype is of one of numpy's `kinds`.
+    """Return the field as an array of `ndim` dimensions whose dtype is of one of numpy's `kinds`.
 
     Raises:
         CacheError: it is missing, empty, ragged, or of another shape or type.
@@ -46,7 +46,7 @@ def array(payload: dict[str, Any], field: str, ndim: int, kinds: str, where: str
 def ids(
     payload: dict[str, Any], field: str, ndim: int, where: str, smallest: int = 0
 ) -> np.ndarray:
-    """The field as token ids (int64).
+    """Return the field as token ids (int64).
 
     Raises:
         CacheError: as `array`; or an id lies below `smallest` or does not fit 31 bits.
@@ -59,7 +59,7 @@ def ids(
 
 
 def floats(payload: dict[str, Any], field: str, ndim: int, where: str) -> np.ndarray:
-    """The field as finite float32 numbers.
+    """Return the field as finite float32 numbers.
 
     Raises:
         CacheError: as `array`; or a number does not fit float32.
@@ -71,17 +71,18 @@ def floats(payload: dict[str, Any], field: str, ndim: int, where: str) -> np.nda
 
 
 def check_finite(field: str, values: np.ndarray, where: str) -> None:
-    """Refuses NaN and infinity."""
+    """Refuse NaN and infinity."""
     finite = np.isfinite(values)
     if not finite.all():
         position = int(np.argwhere(~finite)[0][0])
         raise CacheError(
-            f"{where}: field {field}: found {values[~finite][0]} at position {position}, expected finite numbers"
+            f"{where}: field {field}: found {values[~finite][0]} at position {position}, expected "
+            "finite numbers"
         )
 
 
 def example_index(payload: dict[str, Any], default: int | None, where: str) -> int:
-    """The field `index`, or the default where there is none."""
+    """Return the field `index`, or the default without one."""
     index = payload.get("index", default)
     if not isinstance(index, int) or isinstance(index, bool) or index < 0:
         raise CacheError(

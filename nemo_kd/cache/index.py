@@ -1,36 +1,126 @@
-"""The offset index beside a chunk: where each line begins, and what the lines hold together.
+"""The index beside a chunk: its summary, and the place of each line.
 
-It says nothing that the data file does not: where it is missing or belongs to another state of that file it is built
-again. docs/cache_format.md specifies the file.
+The presence of an index with a summary makes a chunk complete. Files of other programs get an index
+without a summary, which is only a shortcut. docs/cache_format.md specifies the file.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+import orjson
 
-from nemo_kd.batch import CachedExample
+if TYPE_CHECKING:  # it imports torch
+    from nemo_kd.batch import CachedExample
 
-MAGIC = b"NKDIDX02"
+MAGIC = b"NKDIDX03"
+OLDER_MAGIC = b"NKDIDX02"
+"""Of format 2, which has no summary."""
 _HEADER = struct.Struct("<8s32s8q")
 _CRC_BYTES = 4
 BYTES_PER_LINE = 16
+LARGEST_NUMBER = 1 << 60
+IN_HEADER = ("examples", "bytes", "sha256")
+"""Fields of a summary that the header of an index holds."""
+
+
+@dataclass
+class ChunkSummary:
+    """One complete chunk. Token counts are positions; `bytes` and `sha256` are the data file's."""
+
+    first_index: int
+    last_index: int
+    examples: int = 0
+    tokens: int = 0
+    loss_tokens: int = 0
+    bytes: int = 0
+    sha256: str = ""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Records of the range that are not in the chunk, by reason."""
+    kept_tokens: int = 0
+    """Teacher entries stored for loss tokens."""
+    kept_mass_sum: float = 0.0
+    """Teacher probability inside the kept ids, summed over loss tokens."""
+    label_in_topk: int = 0
+    """Loss tokens whose label is among the kept ids."""
+    computed_with: list[dict[str, Any]] = field(default_factory=list)
+    """Batch size, layout and precision of the runs that computed the rows: what rounding depends
+    on.
+    """
+
+    @classmethod
+    def parse(cls, payload: dict[str, Any]) -> ChunkSummary:
+        """Return the summary in a JSON object; fields of a later version are ignored.
+
+        Raises:
+            ValueError, TypeError, AttributeError: a field is missing or of another type.
+        """
+        names = {one.name for one in dataclasses.fields(cls)}
+        summary = cls(**{name: value for name, value in payload.items() if name in names})
+        counts = {
+            one.name: getattr(summary, one.name)
+            for one in dataclasses.fields(cls)
+            if one.type == "int"
+        }
+        counts |= {f"skipped.{reason}": count for reason, count in summary.skipped.items()}
+        for name, value in counts.items():
+            if type(value) is not int or not 0 <= value < LARGEST_NUMBER:
+                raise ValueError(f"{name}: found {value!r}, expected a number of at least 0")
+        if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
+            raise TypeError("sha256 or computed_with is of another type")
+        if not math.isfinite(float(summary.kept_mass_sum)):
+            raise ValueError("kept_mass_sum is not finite")
+        return summary
+
+    def add(self, other: ChunkSummary) -> None:
+        """Add the counts of a segment that follows."""
+        for one in dataclasses.fields(self):
+            if one.type in ("int", "float") and one.name not in ("first_index", "last_index"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+        for reason, count in other.skipped.items():
+            self.skip(reason, count)
+        self.computed_with += [
+            settings for settings in other.computed_with if settings not in self.computed_with
+        ]
+
+    def add_row(self, row: CachedExample, num_bytes: int) -> None:
+        """Add a row that takes `num_bytes` in the file."""
+        example = row.example
+        targets = row.loss_rows()
+        ids_PK = targets.topk_token_ids_PK
+        labels_P = example.labels_S[targets.positions_P]
+        tail_P = targets.tail_mass_PT[:, 0].astype(np.float64)
+        self.examples += 1
+        self.tokens += example.num_tokens
+        self.loss_tokens += example.num_loss_tokens
+        self.bytes += num_bytes
+        self.kept_tokens += int((ids_PK >= 0).sum())
+        self.kept_mass_sum += float((1 - tail_P).sum())
+        self.label_in_topk += int((ids_PK == labels_P[:, None]).any(axis=1).sum())
+
+    def skip(self, reason: str, count: int = 1) -> None:
+        """Count records that make no row."""
+        self.skipped[reason] = self.skipped.get(reason, 0) + count
 
 
 class ChunkFacts(NamedTuple):
-    """What the header of an index says about a chunk.
+    """Numbers in the header of an index.
 
     Attributes:
         bytes: size of the data file.
-        mtime_ns: its modification time where the index was built from a file without a manifest, else 0.
-        max_token_id: the largest of tokens and labels; max_topk_id: of the teacher's ids,
-            tail samples included.
-        smallest_k, largest_k: over the lines, of the largest number of tokens kept at one position.
-        max_positions: of the longest line.
+        mtime_ns: its modification time in an index without a summary, else 0.
+        max_token_id: largest id among tokens and labels.
+        max_topk_id: largest of the teacher's ids, tail samples included.
+        smallest_k: smallest, over the lines, of the most tokens that a position of the line keeps.
+        largest_k: largest of the same.
+        max_positions: positions of the longest line.
+        num_lines: number of lines.
     """
 
     bytes: int
@@ -45,49 +135,91 @@ class ChunkFacts(NamedTuple):
 
 @dataclass(frozen=True)
 class ChunkIndex:
-    """Attributes: `starts` int64 [n + 1] byte offsets, `num_positions` int64 [n], `sha256` of the data file (32 bytes)."""
+    """Index of a chunk.
+
+    Attributes:
+        sha256: of the data file (32 bytes).
+        starts: int64 [n + 1], offset of each line, and the size of the file.
+        num_positions: int64 [n].
+        summary: None for a file of another program, and in an index of format 2.
+    """
 
     facts: ChunkFacts
     sha256: bytes
     starts: np.ndarray
     num_positions: np.ndarray
+    summary: ChunkSummary | None = None
 
     def __len__(self) -> int:
         return self.facts.num_lines
 
+    @property
+    def checksum(self) -> str:
+        return f"sha256:{self.sha256.hex()}"
+
+    def has_places_of(self, other: ChunkIndex) -> bool:
+        """Return True if both describe the same lines of the same file."""
+        return (
+            self.sha256 == other.sha256
+            and self.facts == other.facts._replace(mtime_ns=self.facts.mtime_ns)
+            and np.array_equal(self.starts, other.starts)
+            and np.array_equal(self.num_positions, other.num_positions)
+        )
+
     def to_bytes(self) -> bytes:
-        """The file's content."""
-        body = np.concatenate([self.starts, self.num_positions]).astype("<i8")
-        content = _HEADER.pack(MAGIC, self.sha256, *self.facts) + body.tobytes()
+        """Encode the index as a file."""
+        places = np.concatenate([self.starts, self.num_positions]).astype("<i8")
+        content = _HEADER.pack(MAGIC, self.sha256, *self.facts) + places.tobytes()
+        if self.summary is not None:
+            fields = dataclasses.asdict(self.summary)
+            content += orjson.dumps(
+                {name: value for name, value in fields.items() if name not in IN_HEADER}
+            )
         return content + zlib.crc32(content).to_bytes(_CRC_BYTES, "little")
 
     @classmethod
-    def of(cls, raw: bytes) -> ChunkIndex | None:
-        """The index in a file's content; None if it is none or damaged."""
+    def parse(cls, raw: bytes) -> ChunkIndex | None:
+        """Return the index in a file's content; None if it is damaged or something else."""
         if len(raw) < _HEADER.size + _CRC_BYTES:
             return None
         magic, sha256, *numbers = _HEADER.unpack_from(raw)
         facts = ChunkFacts(*numbers)
-        if magic != MAGIC or len(raw) != _HEADER.size + 8 * (2 * facts.num_lines + 1) + _CRC_BYTES:
+        num_places = 2 * facts.num_lines + 1
+        end = _HEADER.size + 8 * num_places
+        if magic not in (MAGIC, OLDER_MAGIC) or facts.num_lines < 0:
+            return None
+        if end + _CRC_BYTES > len(raw) or (magic == OLDER_MAGIC and end + _CRC_BYTES < len(raw)):
             return None
         if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
             return None
-        values = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size, count=2 * facts.num_lines + 1)
-        starts = values[: facts.num_lines + 1]
-        num_positions = values[facts.num_lines + 1 :]
-        # A checksum proves no honesty: places outside the file would ask for any amount of memory.
+        places = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size, count=num_places)
+        starts = places[: facts.num_lines + 1]
+        num_positions = places[facts.num_lines + 1 :]
+        # A right checksum does not exclude places outside the file, which would ask for any amount
+        # of memory.
         if starts[0] != 0 or starts[-1] != facts.bytes or (starts[1:] <= starts[:-1]).any():
             return None
         if facts.num_lines and (
             num_positions.min() < 1 or num_positions.max() != facts.max_positions
         ):
             return None
-        return cls(facts, sha256, starts, num_positions)
+        summary = None
+        if end + _CRC_BYTES < len(raw):
+            header = {
+                "examples": facts.num_lines,
+                "bytes": facts.bytes,
+                "sha256": f"sha256:{sha256.hex()}",
+            }
+            try:
+                summary = ChunkSummary.parse(orjson.loads(raw[end:-_CRC_BYTES]) | header)
+            except (ValueError, TypeError, AttributeError):
+                return None
+        return cls(facts, sha256, starts, num_positions, summary)
 
 
 @dataclass
 class LineFacts:
-    """Gathers an index line by line."""
+    """Facts for an index, gathered line by line."""
 
     line_bytes: list[int] = field(default_factory=list)
     num_positions: list[int] = field(default_factory=list)
@@ -97,14 +229,18 @@ class LineFacts:
     """Smallest and largest K of the lines so far; empty before the first."""
 
     def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
-        """Takes in a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or all) are stored."""
+        """Add a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or
+        all) are stored.
+        """
+        example = row.example
         stored = row.loss_rows() if positions == "loss" else row.teacher
-        ids_PK, samples_PM = stored.topk_token_ids_PK, stored.tail_token_ids_PM
+        ids_PK = stored.topk_token_ids_PK
+        samples_PM = stored.tail_token_ids_PM
         k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
         self.line_bytes.append(num_bytes)
-        self.num_positions.append(row.example.num_tokens)
+        self.num_positions.append(example.num_tokens)
         self.max_token_id = max(
-            self.max_token_id, int(row.example.tokens_S.max()), int(row.example.labels_S.max())
+            self.max_token_id, int(example.tokens_S.max()), int(example.labels_S.max())
         )
         self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
         if samples_PM is not None:
@@ -112,20 +248,47 @@ class LineFacts:
         self.ks = [min([*self.ks, k]), max([*self.ks, k])]
 
     def extend(self, other: LineFacts) -> None:
-        """Takes in all lines of another one, behind its own."""
+        """Add the lines of a segment that follows."""
         self.line_bytes += other.line_bytes
         self.num_positions += other.num_positions
         self.max_token_id = max(self.max_token_id, other.max_token_id)
         self.max_topk_id = max(self.max_topk_id, other.max_topk_id)
-        self.ks = [min(self.ks + other.ks), max(self.ks + other.ks)] if self.ks + other.ks else []
+        ks = self.ks + other.ks
+        self.ks = [min(ks), max(ks)] if ks else []
 
-    def index(self, sha256: bytes, mtime_ns: int = 0) -> ChunkIndex:
-        """The index of all lines taken in."""
-        starts = np.concatenate([[0], np.cumsum(self.line_bytes, dtype=np.int64)]).astype(np.int64)
-        num_positions = np.array(self.num_positions, dtype=np.int64)
-        smallest_k, largest_k = self.ks or (0, 0)
-        facts = ChunkFacts(
-            int(starts[-1]), mtime_ns, self.max_token_id, self.max_topk_id, smallest_k, largest_k,
-            int(num_positions.max(initial=0)), len(num_positions),
-        )  # fmt: skip
-        return ChunkIndex(facts, sha256, starts, num_positions)
+
+@dataclass
+class ChunkBuilder:
+    """Gathers summary and index of a chunk, or of a segment of one, row by row."""
+
+    summary: ChunkSummary
+    facts: LineFacts = field(default_factory=LineFacts)
+
+    def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
+        """Add a row; see `LineFacts.add`."""
+        self.summary.add_row(row, num_bytes)
+        self.facts.add(row, num_bytes, positions)
+
+    def extend(self, other: ChunkBuilder) -> None:
+        """Add a segment that follows."""
+        self.summary.add(other.summary)
+        self.facts.extend(other.facts)
+
+    def index(self, sha256: bytes, mtime_ns: int | None = None) -> ChunkIndex:
+        """Return the index of all rows; with `mtime_ns` the shortcut without a summary."""
+        facts = self.facts
+        starts = np.concatenate([[0], np.cumsum(facts.line_bytes, dtype=np.int64)]).astype(np.int64)
+        num_positions = np.array(facts.num_positions, dtype=np.int64)
+        header = ChunkFacts(
+            bytes=int(starts[-1]),
+            mtime_ns=mtime_ns or 0,
+            max_token_id=facts.max_token_id,
+            max_topk_id=facts.max_topk_id,
+            smallest_k=min(facts.ks, default=0),
+            largest_k=max(facts.ks, default=0),
+            max_positions=int(num_positions.max(initial=0)),
+            num_lines=len(num_positions),
+        )
+        self.summary.sha256 = f"sha256:{sha256.hex()}"
+        summary = self.summary if mtime_ns is None else None
+        return ChunkIndex(header, sha256, starts, num_positions, summary)

@@ -1,9 +1,9 @@
-"""What a teacher said, in NeMo-Aligner's fields: plain numbers that any JSON library reads.
+"""Teacher targets in NeMo-Aligner's fields: plain numbers that any JSON library reads.
 
-Shape legend: S positions, K kept teacher logits, T temperatures, M tail samples. NeMo-Aligner's own fields are
-`topk_logits` (S x K), `topk_token_ids` (S x K) and `log_sum_exp_logits` (S); its reader ignores the others:
-`tail_mass` (T x S) with `temperatures` (T), `label_logprobs` (S) and `tail_token_ids` (S x M). Floats are written with
-the fewest digits that give the same float32 back.
+Shape legend: S positions, K kept teacher logits, T temperatures, M tail samples. NeMo-Aligner's own
+fields are `topk_logits` (S x K), `topk_token_ids` (S x K) and `log_sum_exp_logits` (S); its reader
+ignores the others: `tail_mass` (T x S) with `temperatures` (T), `label_logprobs` (S) and
+`tail_token_ids` (S x M). Floats are written with the fewest digits that give the same float32 back.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.fields import array, check_finite, floats, ids
 from nemo_kd.cache.layout import CacheError
 
-# The kept probabilities sum to at most 1. NeMo-Aligner rounds log-sum-exp to bf16, whose step is 1/16 between 8 and
-# 16: an honest sum stays below exp(1/32) plus the error of the logits. A larger one means that the two fields disagree.
 LARGEST_MASS = 1.1
+"""Largest sum of kept probabilities. NeMo-Aligner rounds log-sum-exp to bf16, whose step is 1/16
+between 8 and 16: a right sum stays below exp(1/32) plus the error of the logits."""
 PROBABILITY_ERROR = 1e-3
 SMALLEST_TEMPERATURE = 1e-3
 FLOAT32_ROUNDOFF = 2.0**-24
@@ -26,25 +26,27 @@ BFLOAT16_ROUNDOFF = 2.0**-8
 
 
 def teacher_fields(row: CachedExample) -> dict[str, Any]:
-    """The fields of a row, every position with the same number of logits.
+    """Return the fields of a row; every position has the same number of logits.
 
     Raises:
-        CacheError: a position with an unused entry, which NeMo-Aligner's reader has no word for; lengths that disagree;
-            or a value that is not finite.
+        CacheError: a position with an unused entry, which NeMo-Aligner's reader cannot express;
+            lengths that disagree; or a value that is not finite.
     """
-    where, teacher = f"example {row.example.index}", row.teacher
+    where = f"example {row.example.index}"
+    teacher = row.teacher
     ids_PK = teacher.topk_token_ids_PK
     known_P = ids_PK[:, 0] >= 0
     if (ids_PK[known_P] < 0).any():
         fewest = int((ids_PK[known_P] >= 0).sum(axis=1).min())
         raise CacheError(
-            f"{where}: positions keep different numbers of tokens ({fewest} at least), which the json codec cannot hold; "
-            "write the cache with cache.min_probability=0 cache.top_p=1, keep no more than that (top_k), or stay with cache.codec=packed"
+            f"{where}: positions keep different numbers of tokens ({fewest} at least), which the "
+            "json codec cannot hold; write the cache with cache.min_probability=0 cache.top_p=1, "
+            "keep no more than that (top_k), or stay with cache.codec=packed"
         )
     k = ids_PK.shape[1]
 
     def everywhere(values_P: np.ndarray, filler: Any, rows_P: Any = slice(None)) -> np.ndarray:
-        """The values of all positions of the example; a position without a target does not count, so any will do."""
+        """Fill the positions without a target, which do not count."""
         values_S = np.empty((row.example.num_tokens, *values_P.shape[1:]), dtype=values_P.dtype)
         values_S[:] = filler
         values_S[teacher.positions_P[rows_P]] = values_P[rows_P]
@@ -70,10 +72,10 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
 
 
 def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
-    """The row that the fields describe.
+    """Return the row that the fields describe.
 
-    Logits that are not shifted to a largest of 0 are shifted, with their log-sum-exp. What NeMo-Aligner does not store
-    is None, or follows from the rest.
+    Logits that are not shifted to a largest of 0 are shifted, with their log-sum-exp. What
+    NeMo-Aligner does not store is None, or follows from the rest.
 
     Raises:
         CacheError: a field is missing, malformed or contradicts another one.
@@ -94,33 +96,27 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
         with np.errstate(over="ignore"):
             check_finite(name, fields[name].astype(np.float32), where)
     _check_order(logits_SK, fields["topk_token_ids"], where)
-    log_sum_exp_S, logits_SK = log_sum_exp_S - logits_SK[:, 0], logits_SK - logits_SK[:, :1]
+    log_sum_exp_S = log_sum_exp_S - logits_SK[:, 0]
+    logits_SK = logits_SK - logits_SK[:, :1]
     mass_S = np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1)
     if mass_S.max() > LARGEST_MASS:
         raise CacheError(
-            f"{where}: field log_sum_exp_logits: found {log_sum_exp_S[mass_S.argmax()]:.4g} at position {mass_S.argmax()}, "
-            f"with which the kept probabilities sum to {mass_S.max():.4g}, expected the log-sum-exp of the same logits "
-            "over the whole vocabulary"
+            f"{where}: field log_sum_exp_logits: found {log_sum_exp_S[mass_S.argmax()]:.4g} at "
+            f"position {mass_S.argmax()}, with which the kept probabilities sum to "
+            f"{mass_S.max():.4g}, expected the log-sum-exp of the same logits over the whole "
+            "vocabulary"
         )
-    temperatures, tail_mass_TS = (1.0,), np.clip(1 - mass_S, 0, 1)[None]
+    temperatures: tuple[float, ...] = (1.0,)
+    tail_mass_TS = np.clip(1 - mass_S, 0, 1)[None]
     if "tail_mass" in payload:
-        temperatures = tuple(floats(payload, "temperatures", 1, where).tolist())
-        tail_mass_TS = floats(payload, "tail_mass", 2, where)
-        if tail_mass_TS.shape != (len(temperatures), example.num_tokens) or temperatures[0] != 1:
-            raise CacheError(
-                f"{where}: field tail_mass: found an array of shape {tail_mass_TS.shape} for temperatures {temperatures}, "
-                f"expected one list of {example.num_tokens} numbers for each temperature, the first of which is 1"
-            )
-        _check_range("temperatures", np.array(temperatures), SMALLEST_TEMPERATURE, np.inf, where)
-        _check_range("tail_mass", tail_mass_TS, -PROBABILITY_ERROR, 1 + PROBABILITY_ERROR, where)
-        tail_mass_TS = np.clip(tail_mass_TS, 0, 1)
+        temperatures, tail_mass_TS = _tail_mass(payload, example.num_tokens, where)
     if "label_logprobs" in fields:
         _check_range("label_logprobs", fields["label_logprobs"], -np.inf, PROBABILITY_ERROR, where)
     teacher = TeacherRows(
         positions_P=np.arange(example.num_tokens),
         topk_logits_PK=logits_SK.astype(np.float32),
         topk_token_ids_PK=fields["topk_token_ids"],
-        # Rounding of the logits can put it a little below its least value, which a certain teacher reaches.
+        # Rounding of the logits can put it a little below 0, which a certain teacher reaches.
         log_sum_exp_logits_P=np.maximum(log_sum_exp_S, 0).astype(np.float32),
         tail_mass_PT=np.ascontiguousarray(tail_mass_TS.T, dtype=np.float32),
         temperatures=temperatures,
@@ -138,8 +134,8 @@ def error_bound(
     Args and returns are those of `packed_codec.error_bound`.
 
     Args:
-        bfloat16: for lines of NeMo-Aligner, which rounds logits and log-sum-exp to bfloat16. Their tail mass
-            is what the kept probabilities leave.
+        bfloat16: for lines of NeMo-Aligner, which rounds logits and log-sum-exp to bfloat16. Their
+            tail mass is what the kept probabilities leave.
     """
     p_PK = np.exp(logprobs_PK, dtype=np.float64)
     # The logit and the log-sum-exp are rounded; neither is larger than the log-probability.
@@ -152,16 +148,36 @@ def error_bound(
     return error_PK, np.zeros(len(p_PK)), tail_P
 
 
+def _tail_mass(
+    payload: dict[str, Any], num_positions: int, where: str
+) -> tuple[tuple[float, ...], np.ndarray]:
+    """Return the temperatures and the tail mass [T, S]."""
+    temperatures = tuple(floats(payload, "temperatures", 1, where).tolist())
+    tail_mass_TS = floats(payload, "tail_mass", 2, where)
+    if tail_mass_TS.shape != (len(temperatures), num_positions) or temperatures[0] != 1:
+        raise CacheError(
+            f"{where}: field tail_mass: found an array of shape {tail_mass_TS.shape} for "
+            f"temperatures {temperatures}, expected one list of {num_positions} numbers "
+            "for each temperature, the first of which is 1"
+        )
+    _check_range("temperatures", np.array(temperatures), SMALLEST_TEMPERATURE, np.inf, where)
+    _check_range("tail_mass", tail_mass_TS, -PROBABILITY_ERROR, 1 + PROBABILITY_ERROR, where)
+    return temperatures, np.clip(tail_mass_TS, 0, 1)
+
+
 def _check_lengths(fields: dict[str, Any], num_positions: int, where: str) -> None:
     for name, values in fields.items():
         if name not in ("temperatures", "tail_mass") and len(values) != num_positions:
             raise CacheError(
-                f"{where}: field {name}: found {len(values)} positions, expected {num_positions} as in tokens"
+                f"{where}: field {name}: found {len(values)} positions, expected {num_positions} "
+                "as in tokens"
             )
-    found, expected = fields["topk_token_ids"].shape, fields["topk_logits"].shape
+    found = fields["topk_token_ids"].shape
+    expected = fields["topk_logits"].shape
     if found != expected:
         raise CacheError(
-            f"{where}: field topk_token_ids: found {found[1]} ids a position, expected {expected[1]} as in topk_logits"
+            f"{where}: field topk_token_ids: found {found[1]} ids a position, expected "
+            f"{expected[1]} as in topk_logits"
         )
 
 
@@ -171,7 +187,8 @@ def _check_range(
     wrong = (values < smallest) | (values > largest)
     if wrong.any():
         raise CacheError(
-            f"{where}: field {name}: found {values[wrong][0]:.4g}, expected numbers from {smallest:.4g} to {largest:.4g}"
+            f"{where}: field {name}: found {values[wrong][0]:.4g}, expected numbers from "
+            f"{smallest:.4g} to {largest:.4g}"
         )
 
 
@@ -179,12 +196,14 @@ def _check_order(logits_SK: np.ndarray, ids_SK: np.ndarray, where: str) -> None:
     rises_S = (logits_SK[:, 1:] > logits_SK[:, :-1]).any(axis=1)
     if rises_S.any():
         raise CacheError(
-            f"{where}: field topk_logits: found logits that are not in descending order at position {rises_S.argmax()}, "
-            "expected the largest first (top_k keeps the first ones); sort logits and ids together"
+            f"{where}: field topk_logits: found logits that are not in descending order at "
+            f"position {rises_S.argmax()}, expected the largest first (top_k keeps the first "
+            "ones); sort logits and ids together"
         )
     sorted_ids_SK = np.sort(ids_SK, axis=1)
     repeats_S = (sorted_ids_SK[:, 1:] == sorted_ids_SK[:, :-1]).any(axis=1)
     if repeats_S.any():
         raise CacheError(
-            f"{where}: field topk_token_ids: found an id twice at position {repeats_S.argmax()}, expected distinct ids"
+            f"{where}: field topk_token_ids: found an id twice at position {repeats_S.argmax()}, "
+            "expected distinct ids"
         )

@@ -1,4 +1,4 @@
-"""Where the files of a cache lie: chunks, their offset indexes, the manifest, and what a run keeps meanwhile."""
+"""File names of a cache: chunks, their indexes, the manifest, and what a run keeps meanwhile."""
 
 from __future__ import annotations
 
@@ -11,65 +11,77 @@ from nemo_kd.config import UserInputError
 CHUNK_ID = "CHUNK_ID"
 SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
 SEGMENTS = ".segments"
+INDEX = ".idx"
 SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d{1,18}%?)?:(?P<end>-?\d{1,18}%?)?\]")
-"""A path with a selection of rows behind it."""
+"""Matches a path with a selection of rows behind it."""
 
 
 class CacheError(UserInputError):
-    """A cache file, or a request to one, cannot be used; the message says where, what was found and what to do."""
+    """A cache file, or a request to one, cannot be used; the message says where, what was found and
+    what to do.
+    """
 
 
 class CacheLayout:
     """The file names that follow from one `output_path`.
 
-    A path whose file name holds `CHUNK_ID` is a template: chunk 3 of `train_CHUNK_ID.jsonl` is `train_3.jsonl`. Any
-    other path is one file, which is its own chunk 0. Ids are plain integers without zero padding. The name's end says
+    A path whose file name holds `CHUNK_ID` is a template: chunk 3 of `train_CHUNK_ID.jsonl` is
+        `train_3.jsonl`. Any
+    other path is one file, which is its own chunk 0. Ids are plain integers without zero padding.
+    The name's end says
     how lines are stored: `.jsonl` plain, `.jsonl.zst` one compressed frame each.
     """
 
     def __init__(self, output_path: str) -> None:
         self.output_path = output_path
-        folder, self._name = os.path.split(output_path)
+        folder, name = os.path.split(output_path)
+        self._name = name
         self.folder = Path(folder)
         if CHUNK_ID in folder:
             raise CacheError(
-                f"{output_path}: {CHUNK_ID} stands in the folder; put it in the file name, e.g. folder/train_{CHUNK_ID}.jsonl"
+                f"{output_path}: {CHUNK_ID} stands in the folder; put it in the file name, e.g. "
+                f"folder/train_{CHUNK_ID}.jsonl"
             )
         if self._name in ("", ".", "..") or os.path.isdir(output_path):
             raise CacheError(
-                f"{output_path!r} is no file name; give a file such as folder/train_{CHUNK_ID}.jsonl"
+                f"{output_path!r} is no file name; give a file such as "
+                f"folder/train_{CHUNK_ID}.jsonl"
             )
 
     @property
     def is_template(self) -> bool:
-        """Whether the path stands for any number of chunks."""
         return CHUNK_ID in self._name
 
     def chunk_name(self, chunk_id: int) -> str:
-        """The file name of a chunk."""
         if not self.is_template and chunk_id != 0:
             raise CacheError(
-                f"{self.output_path} names one file, so there is no chunk {chunk_id}; put {CHUNK_ID} into its name for several"
+                f"{self.output_path} names one file, so there is no chunk {chunk_id}; put "
+                f"{CHUNK_ID} into its name for several"
             )
         return self._name.replace(CHUNK_ID, str(chunk_id))
 
     def chunk_path(self, chunk_id: int) -> Path:
-        """The data file of a chunk."""
         return self.folder / self.chunk_name(chunk_id)
 
+    def index_path(self, chunk_id: int) -> Path:
+        return self.folder / index_name(self.chunk_name(chunk_id))
+
     def segments_folder(self, chunk_id: int) -> Path:
-        """Where the segments of a chunk wait until all of them are there."""
+        """Segments of a chunk wait here until all of them are there."""
         return self.folder / f".{self.chunk_name(chunk_id)}{SEGMENTS}"
 
     def segment_names(self, chunk_id: int) -> set[str]:
         """Return the names in the folder of a chunk's segments."""
-        # A network file system asks its server for a listing, where it may remember that a single name was not there.
+        # A network file system asks its server for a listing, where it may remember that a single
+        # name was not there.
         folder = self.segments_folder(chunk_id)
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
     @property
     def manifest_name(self) -> str:
-        """`train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` -> `train_0.manifest.json`."""
+        """`train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` ->
+        `train_0.manifest.json`.
+        """
         stem = self._name
         for suffix in SUFFIXES:
             if stem.endswith(suffix) and stem != suffix:
@@ -80,7 +92,9 @@ class CacheLayout:
         ) + ".json"
 
     def siblings(self) -> list[CacheLayout]:
-        """Return the layouts of other suffixes with the same manifest, as train_CHUNK_ID.jsonl has for .jsonl.zst."""
+        """Return the layouts of other suffixes with the same manifest, as train_CHUNK_ID.jsonl has
+        for .jsonl.zst.
+        """
         suffix = next(
             (suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix),
             "",
@@ -94,7 +108,9 @@ class CacheLayout:
         return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
 
     def templates(self) -> list[tuple[CacheLayout, int]]:
-        """Return the templates that this file may be a chunk of, with its number: any number in the name may be it."""
+        """Return the templates that this file may be a chunk of, with its number: any number in the
+        name may be it.
+        """
         if self.is_template:
             return []
         numbers = re.finditer(r"(?<![0-9])(0|[1-9][0-9]{0,17})(?![0-9])", self._name)
@@ -112,31 +128,32 @@ class CacheLayout:
         return self.folder / self.manifest_name
 
     @property
+    def journal_path(self) -> Path:
+        """Journal of a format 2 manifest."""
+        return self.folder / f"{self.manifest_name}.journal"
+
+    @property
     def lock_path(self) -> Path:
-        """What writing jobs hold locked: one that writes the whole cache alone, its shards together."""
+        """Locked by jobs that write: exclusively by a job alone, shared by the parts."""
         return self.folder / f".{self.manifest_name}.lock"
 
-    def shard_lock_path(self, number: int) -> Path:
-        """What the job that writes a shard holds locked."""
-        return self.folder / f".{self.manifest_name}.shard-{number}.lock"
+    def part_lock_path(self, number: int) -> Path:
+        """Locked by the job that writes a part."""
+        return self.folder / f".{self.manifest_name}.part-{number}.lock"
 
-    def shard_lock_paths(self) -> list[tuple[int, Path]]:
-        """(number, path) of the locks of shards on disk."""
-        pattern = re.compile(re.escape(f".{self.manifest_name}.shard-") + r"(\d{1,18})\.lock")
+    def part_lock_paths(self) -> list[tuple[int, Path]]:
+        """Return (number, path) of the locks of parts on disk."""
+        pattern = re.compile(re.escape(f".{self.manifest_name}.part-") + r"(\d{1,18})\.lock")
         matches = (pattern.fullmatch(name) for name in os.listdir(self.folder))
         return sorted((int(match[1]), self.folder / match[0]) for match in matches if match)
 
     @property
-    def manifest_lock_path(self) -> Path:
-        """What a process holds locked while it reads, changes and saves the manifest."""
-        return self.folder / f".{self.manifest_name}.edit.lock"
-
-    def chunk_lock_path(self, chunk_id: int) -> Path:
-        """What a process holds locked while it puts a chunk together."""
-        return self.folder / f".{self.chunk_name(chunk_id)}.lock"
+    def start_lock_path(self) -> Path:
+        """Locked while a job starts, so that jobs that start together do so one after the other."""
+        return self.folder / f".{self.manifest_name}.start.lock"
 
     def chunk_ids(self, names: list[str]) -> list[int]:
-        """The ids of the chunks among the names of files in the folder, ascending."""
+        """Return the chunks among the names of files in the folder, ascending."""
         if not self.is_template:
             return [0] if self._name in names else []
         before, after = self._name.split(CHUNK_ID, 1)
@@ -147,15 +164,20 @@ class CacheLayout:
         return sorted(int(match[1]) for match in matches if match)
 
     def existing_chunks(self) -> list[int]:
-        """The ids of the data files on disk, ascending."""
+        """Return the chunks whose data files are on disk, ascending."""
         if not self.folder.is_dir():
             return []
         return self.chunk_ids(
             [name for name in os.listdir(self.folder) if os.path.isfile(self.folder / name)]
         )
 
+    def existing_indexes(self) -> list[int]:
+        """Return the chunks that have an index on disk, ascending."""
+        names = os.listdir(self.folder)
+        return self.chunk_ids([name[: -len(INDEX)] for name in names if name.endswith(INDEX)])
+
     def chunks_in_work(self) -> list[int]:
-        """The ids of the chunks that have a folder of segments, ascending."""
+        """Return the chunks that have a folder of segments, ascending."""
         names = [
             name
             for name in os.listdir(self.folder)
@@ -165,8 +187,7 @@ class CacheLayout:
 
 
 def index_name(chunk_name: str) -> str:
-    """The offset index beside a data file."""
-    return f"{chunk_name}.idx"
+    return chunk_name + INDEX
 
 
 def path_of(path: str) -> str:

@@ -1,13 +1,14 @@
-"""How the lines of a chunk lie in its file: plain (`.jsonl`), or one zstd frame each (`.jsonl.zst`).
+"""Lines of a chunk in its file: plain (`.jsonl`), or one zstd frame each (`.jsonl.zst`).
 
-Either way a line is one range of bytes, so one read gives one example; `zstdcat` turns a compressed chunk into plain JSONL.
+Either way a line is one range of bytes, so one read gives one example; `zstdcat` turns a compressed
+chunk into plain JSONL.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import PurePath
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 import zstandard
 
@@ -23,54 +24,44 @@ _PIECE_BYTES = 1 << 10
 _BLOCK_BYTES = 1 << 20
 
 
-class Lines(Protocol):
-    """One of the two ways."""
-
-    def write(self, line: bytes) -> bytes:
-        """The bytes that stand for a JSON line, which ends in a line break."""
-
-    def read(self, raw: bytes, where: str) -> bytes:
-        """The JSON line that `raw` stands for.
-
-        Raises:
-            CacheError: the bytes are damaged or cut off.
-        """
-
-    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
-        """The raw bytes of every line of a file, from where it stands, which is the beginning of line `first`.
-
-        Raises:
-            TornError: the file ends inside a line.
-        """
-
-
 class TornError(CacheError):
-    """A file ends inside a line, as after a crash; what came before it is whole."""
+    """A file ends inside a line, as after a crash; all before that line is whole."""
 
 
-def lines_of(name: str | PurePath) -> Lines:
-    """The way a file of this name holds its lines."""
+def lines_of(name: str | PurePath) -> _Plain | _Zst:
+    """Return the container that a file of this name is."""
     return _Zst() if str(name).endswith(".zst") else _Plain()
 
 
 def most_line_bytes(frame_bytes: int) -> int:
-    """Return the longest line that a frame of so many bytes may hold: a few bytes must not fill the memory."""
+    """Return the longest line that a frame may hold: a few bytes must not fill the memory."""
     return min(MAX_LINE_BYTES, max(SMALL_LINE_BYTES, MOST_INFLATION * frame_bytes))
 
 
 class _Plain:
     def write(self, line: bytes) -> bytes:
+        """Return the bytes that stand for a JSON line, which ends in a line break."""
         return line
 
     def read(self, raw: bytes, where: str) -> bytes:
+        """Return the JSON line that `raw` stands for.
+
+        Raises:
+            CacheError: the bytes are damaged or cut off.
+        """
         return raw
 
     def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
+        """Yield the raw bytes of every line from the file's position on, which begins line `first`.
+
+        Raises:
+            TornError: the file ends inside a line.
+        """
         for number, line in enumerate(file, start=first):
             if not line.endswith(b"\n"):
                 raise TornError(
-                    f"{where}:{number}: the last line has no line break, so it may be cut off; check it, then add the break, or "
-                    "cut it with `logit_cache repair`"
+                    f"{where}:{number}: the last line has no line break, so it may be cut off; "
+                    "check it, then add the break, or cut it with `logit_cache repair`"
                 )
             yield line
 
@@ -101,18 +92,20 @@ class _Zst:
             )
         except zstandard.ZstdError as error:
             raise CacheError(
-                f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; restore the file or "
-                "write it again"
+                f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; "
+                "restore the file or write it again"
             ) from error
         if line.find(b"\n", 0, -1) >= 0:
             raise CacheError(
-                f"{where}: one zstd frame holds several lines, so none can be read alone; decompress the file (zstd -d) and "
-                "compress it line by line with `logit_cache convert`"
+                f"{where}: one zstd frame holds several lines, so none can be read alone; "
+                "decompress the file (zstd -d) and compress it line by line with `logit_cache "
+                "convert`"
             )
         return line
 
     def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
-        pending, number = b"", first
+        pending = b""
+        number = first
         while True:
             if not pending:
                 pending = file.read(_BLOCK_BYTES)
@@ -123,7 +116,7 @@ class _Zst:
             number += 1
 
     def _frame(self, block: bytes, file: BinaryIO, where: str) -> tuple[bytes, bytes]:
-        """(the frame that `block` begins with, what follows it)."""
+        """Return the frame that `block` begins with, and the bytes behind it."""
         parts: list[bytes] = []
         frame = zstandard.ZstdDecompressor().decompressobj()
         num_read = num_inflated = used = 0
@@ -136,14 +129,15 @@ class _Zst:
                     num_inflated += len(frame.decompress(piece))
                     if num_inflated > most_line_bytes(num_read):
                         raise CacheError(
-                            f"{where}: a frame of more than {num_inflated} bytes is no line of a cache"
+                            f"{where}: a frame of more than {num_inflated} bytes is no line of a "
+                            "cache"
                         )
                     if frame.eof:
                         break
             except zstandard.ZstdError as error:
                 raise CacheError(
-                    f"{where}: not a zstd frame ({error}): the bytes are damaged; restore the file, write it again, or see "
-                    "`logit_cache repair`"
+                    f"{where}: not a zstd frame ({error}): the bytes are damaged; restore the "
+                    "file, write it again, or see `logit_cache repair`"
                 ) from error
             parts.append(block)
             if frame.eof:

@@ -1,11 +1,12 @@
-"""What a teacher said about one example, as a blob of bytes: a tenth of the numbers written out.
+"""Teacher targets of one example as a blob of bytes, a tenth of the size of numbers written out.
 
-Shape legend: S positions of the example, P stored positions, N kept entries of all stored positions one after the other,
-T temperatures, M tail samples. docs/cache_format.md specifies the blob for other readers.
+Shape legend: S positions of the example, P stored positions, N kept entries of all stored positions
+one after the other, T temperatures, M tail samples. docs/cache_format.md specifies the blob for
+other readers.
 
-Every position keeps its own number of tokens. They are stored in the order of their ids, so that an id costs no more
-than its distance from the one before; their log-probabilities are rounded to 256 levels, which sort them again. What
-follows a skewed distribution is Huffman coded.
+Every position keeps its own number of tokens. They are stored in the order of their ids, so that an
+id costs no more than its distance from the one before; their log-probabilities are rounded to 256
+levels, which sort them again. What follows a skewed distribution is Huffman coded.
 """
 
 from __future__ import annotations
@@ -36,17 +37,23 @@ from nemo_kd.config.cache import MAX_TOP_K, MAX_VOCAB_SIZE
 
 BLOB_VERSION = 1
 FINE_STEPS_PER_NAT = 64
-COARSE_STEPS_PER_NAT, FLAT_COARSE_STEPS_PER_NAT = 8, 16
+COARSE_STEPS_PER_NAT = 8
+FLAT_COARSE_STEPS_PER_NAT = 16
 MOST_ROUNDING_KL_NATS = 1.5e-4
-"""A record whose rounding would add more to the KL divergence, in the mean of its positions, gets the finer steps: one of
-an uncertain teacher, much of whose probability lies with unlikely tokens."""
-ID_CLASSES, SMALLEST_FOR_CLASSES = 4, 1024
-"""Distances between ids are coded apart in each quarter of a position's ids, since low ids are frequent tokens and lie
-closer; a record of fewer entries would pay more for the codes than it gains."""
+"""A record whose rounding would add more to the KL divergence, in the mean of its positions, gets
+the finer steps: one of an uncertain teacher, much of whose probability lies with unlikely
+tokens."""
+ID_CLASSES = 4
+SMALLEST_FOR_CLASSES = 1024
+"""Distances between ids are coded apart in each quarter of a position's ids, since low ids are
+frequent tokens and lie closer; a record of fewer entries would pay more for the codes than it
+gains."""
 _TAIL_STEPS = np.arange(256) - 136
 TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(np.float32) / 16
 """Of the 256 levels of a tail: -14 to 11.875 in steps of 1/8, of 1/16 between -3 and 3."""
-_ALL_POSITIONS, _LABELS, _WIDE_COUNTS = 1, 2, 4
+_ALL_POSITIONS = 1
+_LABELS = 2
+_WIDE_COUNTS = 4
 _FLAGS = _ALL_POSITIONS | _LABELS | _WIDE_COUNTS
 _HEADER = struct.Struct("<BBBBBBBHII")
 _UNUSED = np.uint32(0xFFFFFFFF)
@@ -56,11 +63,12 @@ MAX_CELLS = 1 << 27
 
 
 class Kept(NamedTuple):
-    """Where the kept entries of all stored positions lie.
+    """Places of the kept entries of all stored positions.
 
     Attributes:
         starts_P: the first entry of each position; row_N: the stored position of each entry.
-        k, cells_N: the place of each entry in an array [P, k] whose unused entries stand last, flattened.
+        k, cells_N: the place of each entry in an array [P, k] whose unused entries stand last,
+            flattened.
     """
 
     counts_P: np.ndarray
@@ -71,7 +79,8 @@ class Kept(NamedTuple):
 
     @classmethod
     def of(cls, counts_P: np.ndarray, k: int) -> Kept:
-        starts_P, rows_P = np.cumsum(counts_P) - counts_P, np.arange(len(counts_P))
+        starts_P = np.cumsum(counts_P) - counts_P
+        rows_P = np.arange(len(counts_P))
         row_N = np.repeat(rows_P, counts_P)
         return cls(
             counts_P,
@@ -83,13 +92,14 @@ class Kept(NamedTuple):
 
 
 def pack(row: CachedExample, positions: str = "loss") -> bytes:
-    """The blob of a row.
+    """Encode a row as a blob.
 
     Args:
         positions: loss stores the positions that count in the loss; all, every position.
 
     Raises:
-        ValueError: a stored position keeps no token, or values are out of order or outside what the format holds.
+        ValueError: a stored position keeps no token, or values are out of order or outside what the
+            format holds.
     """
     example = row.example
     teacher = row.loss_rows() if positions == "loss" else row.teacher
@@ -136,7 +146,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
 
 
 def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
-    """What `pack` stored about `example`, whose probabilities inside and outside the kept ids sum to 1 again.
+    """Decode a blob; the probabilities inside and outside the kept ids sum to 1 again.
 
     Raises:
         ValueError: the blob is damaged, of another version, or of another example.
@@ -149,22 +159,19 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     )
     if len(stored) != header.num_stored:
         raise ValueError(
-            f"the teacher's part has {header.num_stored} positions, the example {len(stored)}"
+            f"the teacher's blob has {header.num_stored} positions, the example {len(stored)}"
         )
     wide = bool(header.flags & _WIDE_COUNTS)
-    counts_P = unhuffman(next(streams), header.num_stored * (1 + wide)).view(
-        "<u2" if wide else np.uint8
-    ) + np.int64(1)
+    counts = _exactly(unhuffman(next(streams), len(stored) * (1 + wide)), len(stored) * (1 + wide))
+    counts_P = counts.view("<u2" if wide else np.uint8) + np.int64(1)
+    num_tails = len(stored) * len(temperatures)
     tail_TP = _tail_mass(
-        unhuffman(next(streams), header.num_stored * len(temperatures)), len(temperatures)
+        _exactly(unhuffman(next(streams), num_tails), num_tails), len(temperatures)
     )
-    if (
-        len(counts_P) != len(stored)
-        or tail_TP.shape[1] != len(stored)
-        or counts_P.sum() != header.num_kept
-    ):
-        raise ValueError("the teacher's part holds fewer numbers than it says")
-    # The levels come first: a stream inflates a thousandfold at most, so their number is not a mere claim.
+    if counts_P.sum() != header.num_kept:
+        raise ValueError("the teacher's blob holds fewer numbers than it says")
+    # The levels come first: a stream inflates a thousandfold at most, so their number is not a mere
+    # claim.
     levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
     _check_size(counts_P)
     kept = Kept.of(counts_P, int(counts_P.max(initial=1)))
@@ -183,15 +190,16 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     logits_PK.reshape(-1)[kept.cells_N] = -nats.take(sorted_levels_N) - first_P.take(kept.row_N)
     ids_PK.reshape(-1)[kept.cells_N] = sorted_ids_N
 
-    labels_P = None
+    label_logprobs_P = None
     if header.flags & _LABELS:
-        labels_P = np.full(len(stored), np.nan, dtype=np.float32)
-        hits = np.flatnonzero(ids_N == example.labels_S[stored].astype(np.int32).take(kept.row_N))
-        labels_P[kept.row_N[hits]] = shift_P[kept.row_N[hits]] - nats[levels_N[hits]]
-        outside_P = np.isnan(labels_P)
-        labels_P[outside_P] = -nats[
-            _exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))
-        ]
+        labels_N = example.labels_S[stored].astype(np.int32).take(kept.row_N)
+        hits = np.flatnonzero(ids_N == labels_N)
+        rows = kept.row_N[hits]
+        label_logprobs_P = np.full(len(stored), np.nan, dtype=np.float32)
+        label_logprobs_P[rows] = shift_P[rows] - nats[levels_N[hits]]
+        outside_P = np.isnan(label_logprobs_P)
+        label_levels = _exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))
+        label_logprobs_P[outside_P] = -nats[label_levels]
     samples_PM = (
         _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
     )
@@ -202,7 +210,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         log_sum_exp_logits_P=-(first_P + shift_P).astype(np.float32),
         tail_mass_PT=np.ascontiguousarray(tail_TP.T, dtype=np.float32),
         temperatures=temperatures,
-        label_logprobs_P=labels_P,
+        label_logprobs_P=label_logprobs_P,
         tail_token_ids_PM=samples_PM,
     )
 
@@ -217,9 +225,10 @@ def error_bound(
         tail_mass_P: decoded, at temperature 1.
 
     Returns:
-        The errors [P, K] of log-probabilities relative to the others of their position, the error [P] that
-        renormalizing adds to all of a position alike, and the error [P] of the tail mass. The sum of the
-        first two bounds a log-probability. A log-probability below -58 counts as -58, which is the last level.
+        The errors [P, K] of log-probabilities relative to the others of their position, the error
+        [P] that renormalizing adds to all of a position alike, and the error [P] of the tail mass.
+        The sum of the first two bounds a log-probability. A log-probability below -58 counts as
+        -58, which is the last level.
     """
     tail_P = tail_mass_P.astype(np.float64)
     shift_P = (1 + tail_P) / 16
@@ -258,12 +267,12 @@ class _Header(NamedTuple):
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     view = memoryview(blob)
     if len(view) < _HEADER.size + 4 or zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
-        raise ValueError("the checksum of the teacher's part is wrong: its bytes are damaged")
+        raise ValueError("the checksum of the teacher's blob is wrong: its bytes are damaged")
     header = _Header(*_HEADER.unpack_from(view))
     if header.version != BLOB_VERSION or header.flags & ~_FLAGS:
         raise ValueError(
-            f"version {header.version} of the teacher's part with flags {header.flags} is not read here, only version "
-            f"{BLOB_VERSION} with flags up to {_FLAGS}"
+            f"version {header.version} of the teacher's blob with flags {header.flags} is not "
+            f"read here, only version {BLOB_VERSION} with flags up to {_FLAGS}"
         )
     first = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : first], dtype="<f4")
@@ -272,7 +281,7 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     )
     counts_fit = header.num_streams == num_streams and header.num_classes > 0
     if not counts_fit or temperatures[:1].tolist() != [1] or not 1 <= header.coarse <= header.fine:
-        raise ValueError(f"the header of the teacher's part contradicts itself: {header}")
+        raise ValueError(f"the header of the teacher's blob contradicts itself: {header}")
     lengths = np.frombuffer(view[first : first + 4 * header.num_streams], dtype="<u4").tolist()
     ends = [first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)]
     if not np.isfinite(temperatures).all() or temperatures.min() <= 0:
@@ -291,22 +300,26 @@ def _finite_levels(logprobs: np.ndarray, coarse: int) -> np.ndarray:
 
 @functools.cache
 def _rounding_kl(coarse: int) -> np.ndarray:
-    """Of a token of each level, its part of the KL divergence that rounding is expected to add: p * step^2 / 24."""
+    """Of a token of each level, its part of the KL divergence that rounding is expected to add: p *
+    step^2 / 24.
+    """
     nats = level_nats(FINE_STEPS_PER_NAT, coarse).astype(np.float64)
     return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
 
 
 def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarray, np.ndarray]:
-    """(coarse steps per nat, ids [N], levels [N]) of the kept entries, every position's in ascending order of its ids."""
+    """Return coarse steps per nat, and ids [N] and levels [N] of the kept entries.
+
+    The entries of every position are in ascending order of their ids.
+    """
     ids_N = teacher.topk_token_ids_PK.reshape(-1).take(kept.cells_N)
     log_sum_exp_N = teacher.log_sum_exp_logits_P.take(kept.row_N)
     logprobs_N = teacher.topk_logits_PK.reshape(-1).take(kept.cells_N) - log_sum_exp_N
-    coarse, levels_N = COARSE_STEPS_PER_NAT, _finite_levels(logprobs_N, COARSE_STEPS_PER_NAT)
+    coarse = COARSE_STEPS_PER_NAT
+    levels_N = _finite_levels(logprobs_N, coarse)
     if _rounding_kl(coarse).take(levels_N).sum() > MOST_ROUNDING_KL_NATS * len(teacher):
-        coarse, levels_N = (
-            FLAT_COARSE_STEPS_PER_NAT,
-            _finite_levels(logprobs_N, FLAT_COARSE_STEPS_PER_NAT),
-        )
+        coarse = FLAT_COARSE_STEPS_PER_NAT
+        levels_N = _finite_levels(logprobs_N, coarse)
     rises_N = levels_N[1:] >= levels_N[:-1]
     rises_N[kept.starts_P[1:] - 1] = True
     if not rises_N.all():
@@ -315,7 +328,8 @@ def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarra
         raise ValueError(
             f"token id {ids_N.max()} exceeds what the format holds ({MAX_VOCAB_SIZE - 2})"
         )
-    # Ids will order what has one level: the likeliest token gets a level of its own, so that it stays the first.
+    # Ids will order what has one level: the likeliest token gets another level, so that it
+    # stays the first.
     seconds = kept.starts_P[kept.counts_P > 1] + 1
     tied = seconds[(levels_N[seconds] == levels_N[seconds - 1]) & (levels_N[seconds] > 0)]
     levels_N[tied - 1] -= 1
@@ -324,7 +338,7 @@ def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarra
 
 
 def _by_level(levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
-    """(levels [N], ids [N]) of the kept entries, every position's likeliest first."""
+    """Return levels [N] and ids [N] of the kept entries, every position's likeliest first."""
     keys_N = _sorted(levels_N.astype(np.uint32) << np.uint32(24) | ids_N.view(np.uint32), kept)
     return (keys_N >> np.uint32(24)).astype(np.uint8), (keys_N & np.uint32(0xFFFFFF)).view(np.int32)
 
@@ -350,7 +364,7 @@ def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
 
 
 def _distances(ids_N: np.ndarray, kept: Kept) -> np.ndarray:
-    """How far each id lies behind the one before it in its position, the first behind -1; at least 1."""
+    """Return the distance of each id from the one before it, of a position's first from -1."""
     distances_N = np.diff(ids_N, prepend=-1)
     distances_N[kept.starts_P] = ids_N[kept.starts_P] + 1
     if distances_N.min(initial=1) < 1:
@@ -369,7 +383,7 @@ def _from_distances(distances_N: np.ndarray, kept: Kept) -> np.ndarray:
 
 
 def _coding_order(kept: Kept, num_classes: int) -> tuple[np.ndarray, list[int]]:
-    """(place of each entry where the entries lie class by class, entries of each class).
+    """Return the place of each entry in the order of the classes, and the sizes of the classes.
 
     The class of the i-th of n entries of a position, from 0, is floor(i * num_classes / n).
     """
@@ -383,7 +397,9 @@ def _coding_order(kept: Kept, num_classes: int) -> tuple[np.ndarray, list[int]]:
 
 
 def _id_streams(values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int]) -> list[bytes]:
-    """floor(log2(value)) of values of at least 1, Huffman coded by class, and the bits below the leading one."""
+    """floor(log2(value)) of values of at least 1, Huffman coded by class, and the bits below the
+    leading one.
+    """
     values_N = values_N.astype(np.uint32)
     widths_N = bit_lengths(values_N)
     symbols_N = np.empty(len(widths_N), dtype=np.uint8)
@@ -403,7 +419,7 @@ def _read_ids(
 
 
 def _sample_streams(samples_PM: np.ndarray) -> list[bytes]:
-    """Which positions have samples, and their ids: each row ascending, as differences."""
+    """Encode which positions have samples, and their ids: each row ascending, as differences."""
     sampled_P = samples_PM[:, 0] >= 0
     ids_QM = np.sort(samples_PM[sampled_P], axis=1)
     values = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
@@ -430,7 +446,8 @@ def _check_size(counts_P: np.ndarray) -> None:
     cells = len(counts_P) * int(counts_P.max(initial=1))
     if cells > MAX_CELLS:
         raise ValueError(
-            f"{len(counts_P)} positions of up to {counts_P.max()} tokens are more than a row may hold ({MAX_CELLS})"
+            f"{len(counts_P)} positions of up to {counts_P.max()} tokens are more than a row may "
+            f"hold ({MAX_CELLS})"
         )
 
 

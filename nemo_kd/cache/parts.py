@@ -1,6 +1,8 @@
-"""Who may write a cache: one job alone, or n jobs beside each other, each of which writes one of its n shards.
+"""Decide who may write a cache: one job alone, or n jobs beside each other, each of which writes
+one of its n parts.
 
-Whoever writes holds the cache's lock, exclusively when alone and shared as a shard, and a shard a lock of its own too.
+A job that writes holds the cache's lock, exclusively when alone and shared as a part, and its
+part's own lock too.
 """
 
 from __future__ import annotations
@@ -24,91 +26,92 @@ log = logging.getLogger(__name__)
 
 WAIT_OR_SHARE = (
     "wait until it ends, stop it, or give another output_path. "
-    "Several jobs write one cache as its shards, each another one of the same number: shard=0/2 and shard=1/2"
+    "Several jobs write one cache as its parts, each another one of the same number: part=0/2 and "
+    "part=1/2"
 )
 IS_WRITTEN = f"is writing this cache; {WAIT_OR_SHARE}"
-"""The refusal of a process that asks for a cache's lock."""
+"""Refuse a process that asks for a cache's lock with these words."""
 
-Shard = tuple[int, int]
+Part = tuple[int, int]
 """(i, n): the i-th of n parts of the work, from 0."""
 
 
 class WriteLock:
-    """The right to write a cache, or one shard of it, until `release` or the end of this very process.
+    """Right to write a cache, or one part of it, until `release` or the end of this very process.
 
-    To be asked for with the manifest's lock in hand, so that jobs that start at once ask one after the other.
+    Acquire while holding the start lock; this serializes jobs that start together.
 
     Attributes:
         is_alone: nobody else was writing the cache when the right was given.
 
     Raises:
-        CacheError: another job does this work or part of it, the message says which; or the file system keeps no locks,
-            which only a job alone can do without.
+        CacheError: another job does this work or some of it, the message says which; or the file
+            system keeps no locks, which only a job alone can do without.
     """
 
-    def __init__(self, layout: CacheLayout, shard: Shard) -> None:
+    def __init__(self, layout: CacheLayout, part: Part) -> None:
         self._layout = layout
-        self._locks = [open_lock_file(layout.lock_path)]
+        lock = open_lock_file(layout.lock_path)
+        self._locks = [lock]
         try:
-            free = try_lock(self._locks[0], fcntl.LOCK_EX)
+            free = try_lock(lock, fcntl.LOCK_EX)
             self.is_alone = free is not False
-            if shard[1] == 1:
-                self._take_whole(free)
+            if part[1] > 1:
+                self._take_part(free, *part)
+            elif free is False:
+                raise self._refusal()
             else:
-                self._take_shard(free, *shard)
+                write_holder(lock, this_process())
         except BaseException:
             self.release()
             raise
-        # Else a child, such as one that reads ahead, kept the lock when this process is killed.
+        if free is None:
+            log.warning(
+                "%s: this file system keeps no locks; make sure that no other job writes this "
+                "cache",
+                layout.lock_path,
+            )
+        # Otherwise a child, for example one that reads ahead, keeps the lock when this process is
+        # killed.
         for file in self._locks:
             os.register_at_fork(after_in_child=file.close)
 
     def release(self) -> None:
-        """Gives the right back."""
+        """Let others write."""
         for file in reversed(self._locks):
             release_lock(file)
 
-    def _take_whole(self, free: bool | None) -> None:
-        if free is False:
-            raise self._refusal()
-        if free is None:
-            log.warning(
-                "%s: this file system keeps no locks; make sure that no other job writes this cache",
-                self._layout.lock_path,
-            )
-        write_holder(self._locks[0], this_process())
-
-    def _take_shard(self, free: bool | None, number: int, count: int) -> None:
-        lock, path, group = self._locks[0], self._layout.lock_path, f"one of {count} shards"
+    def _take_part(self, free: bool | None, number: int, count: int) -> None:
+        lock = self._locks[0]
+        group = f"one of {count} parts"
         if free is None:
             raise CacheError(
-                f"{path}: this file system keeps no locks (flock), without which shards cannot write one cache; mount it "
-                "with locks, or give every job a range of records (start_from_idx, end_at_idx) and an output_path of its "
-                "own and put the caches together with `logit_cache merge`"
+                f"{self._layout.lock_path}: this file system keeps no locks (flock), without "
+                "which jobs cannot share one cache; mount it with locks, or give every job a "
+                "range of records (start_from_idx, end_at_idx) and its own output_path and put "
+                "the caches together with `logit_cache merge`"
             )
         if free:
             write_holder(lock, group)
-            for _, shard_path in self._layout.shard_lock_paths():
-                shard_path.unlink()
+            for _, path in self._layout.part_lock_paths():
+                path.unlink()
         if not try_lock(lock, fcntl.LOCK_SH) or read_holder(lock) != group:
             raise self._refusal()
-        refusal = f"is writing shard {number}/{count} of this cache; {WAIT_OR_SHARE}"
-        self._locks.append(Lock(self._layout.shard_lock_path(number), refusal).file)
+        refusal = f"is writing part {number}/{count} of this cache; {WAIT_OR_SHARE}"
+        self._locks.append(Lock(self._layout.part_lock_path(number), refusal).file)
 
     def _refusal(self) -> CacheError:
-        return CacheError(f"{self._layout.lock_path}: {self._writers()}; {WAIT_OR_SHARE}")
-
-    def _writers(self) -> str:
-        """Who writes the cache, as a sentence."""
+        """Say who writes the cache."""
         holder = read_holder(self._locks[0])
-        if not holder.endswith(" shards"):
-            return f"{holder} is writing this cache"
-        shards = []
-        for number, path in self._layout.shard_lock_paths():
+        if not holder.endswith(" parts"):
+            return CacheError(f"{self._layout.lock_path}: {holder} {IS_WRITTEN}")
+        writers = []
+        for number, path in self._layout.part_lock_paths():
             file = open_lock_file(path)
             if try_lock(file, fcntl.LOCK_SH) is False:
-                shards.append(f"shard {number} by {read_holder(file)}")
+                writers.append(f"part {number} by {read_holder(file)}")
             release_lock(file)
-        return (
-            f"this cache is being written as {holder.removeprefix('one of ')}: {'; '.join(shards)}"
+        return CacheError(
+            f"{self._layout.lock_path}: this cache is being written as "
+            f"{holder.removeprefix('one of ')}: {'; '.join(writers)}; {WAIT_OR_SHARE}"
         )

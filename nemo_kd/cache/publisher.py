@@ -1,6 +1,6 @@
-"""Encodes and publishes segments in a process beside the one that computes them, which so never waits for a disk.
+"""Encode and publish segments in another process, so that the one that computes never waits.
 
-Encoding is work for the CPU in Python, which in a thread would hold up the one that feeds a GPU.
+Encoding is Python work for the CPU. In a thread it would hold up the thread that feeds a GPU.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from nemo_kd.batch import CachedExample
+from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.manifest import ChunkSummary, Manifest
-from nemo_kd.cache.writer import Segment, SegmentWriter
-from nemo_kd.run.processes import end_with_parent
+from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.segment import Segment, SegmentWriter
+from nemo_kd.run.interruption import end_with_parent
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-"""What a user or a cluster sends to all processes of a job: the one that computes decides what to do."""
+"""Sent to all processes of a job by a user or a cluster; only the one that computes reacts."""
 
 log = logging.getLogger(__name__)
 
@@ -38,19 +39,19 @@ Record = CachedExample | str
 
 
 class SegmentPublisher:
-    """Publishes segments in the order in which they come, in one process of its own; to be used in a with block.
+    """Publishes segments in order, in one other process; use it in a with block.
 
-    That process is forked: start it early, while this one is small. It uses numpy and files, no torch. Signals to the
-    whole job do not reach it; it ends with the block, or with this process. Only
-    whole segments appear, whatever happens.
+    The process is forked: start it early, while this one is small. It uses numpy and files, not
+    torch. Signals to the whole job do not reach it. It ends with the block, or with this process.
+    Only whole segments appear.
 
     Attributes:
         done: counts of published segments, in their order, as of the last `publish` or `close`.
         waited_s: seconds for which `publish` made its caller wait.
 
     Args:
-        manifest: what the cache is, for encoding.
-        computed_with: what rounding depends on, for the manifest.
+        manifest: identity of the cache, for encoding.
+        computed_with: settings that rounding depends on, for the summary.
         max_waiting: segments in memory that wait behind the one being published.
     """
 
@@ -63,8 +64,9 @@ class SegmentPublisher:
     ) -> None:
         self.done: list[ChunkSummary] = []
         self.waited_s = 0.0
-        self._has_told = False  # of a failure; those after it mostly have the same cause
-        self._max_waiting, self._is_closed = max_waiting, False
+        self._is_failure_raised = False  # failures after it mostly have the same cause
+        self._max_waiting = max_waiting
+        self._is_closed = False
         self._pending: deque[Future[ChunkSummary]] = deque()
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("fork").Process(
@@ -78,17 +80,17 @@ class SegmentPublisher:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        theirs.close()  # now the process alone has this end, so that its death is the end of the file
+        theirs.close()  # so that the death of the process, which alone has this end, closes it
         self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-courier")
 
     def publish(self, segment: Segment, records: Sequence[Record], **changed: Any) -> None:
-        """Has a segment published: one record for each of its indices, in their order.
+        """Queue a segment: one record for each of its indices, in their order.
 
-        Returns at once unless `max_waiting` segments wait already. The arrays must not be changed from now on. `changed` is
-        what differs from `computed_with` in this segment.
+        Returns at once unless `max_waiting` segments wait already. The arrays must not be changed
+        from now on. `changed` is what differs from `computed_with` in this segment.
 
         Raises:
-            Exception: what went wrong with an earlier segment, as it was raised there.
+            Exception: an earlier segment failed; as raised there.
             CacheError: the process was killed.
         """
         started = time.perf_counter()
@@ -97,7 +99,7 @@ class SegmentPublisher:
         self._pending.append(self._courier.submit(self._deliver, segment, records, changed))
 
     def close(self) -> None:
-        """Waits until everything is on disk, and ends the process.
+        """Wait until everything is on disk, and end the process.
 
         Raises:
             Exception: as `publish`.
@@ -116,13 +118,13 @@ class SegmentPublisher:
             return
         self._end()
         for error in [segment.exception() for segment in self._pending]:
-            if error is not None and not self._has_told:  # the block's own error goes on
+            if error is not None and not self._is_failure_raised:  # the block's error is raised
                 log.error("a segment was not published: %s", error)
 
     def _collect(self, most_pending: int) -> None:
-        """Takes what is done off the list, and waits until it has no more than `most_pending`."""
+        """Take finished segments off the list, and wait until at most `most_pending` are left."""
         while self._pending and (self._pending[0].done() or len(self._pending) > most_pending):
-            self._has_told = self._pending[0].exception() is not None
+            self._is_failure_raised = self._pending[0].exception() is not None
             self.done.append(self._pending[0].result())
             self._pending.popleft()
 
@@ -140,16 +142,17 @@ class SegmentPublisher:
     def _deliver(
         self, segment: Segment, records: Sequence[Record], changed: dict[str, Any]
     ) -> ChunkSummary:
-        """What the courier does with a segment."""
+        """Send a segment to the process, and wait for its answer."""
         try:
             _send(self._connection, (segment, records, changed))
             answer = self._connection.recv()
         except (EOFError, OSError) as error:
             self._process.join()
             raise CacheError(
-                f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published: the process that does this "
-                f"has ended ({_how(self._process.exitcode)}); if nothing else tells why, memory ran out: give the job more, "
-                "then run the same command again; what is published stays and is not computed again"
+                f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published: "
+                f"the process that does this has ended ({_how(self._process.exitcode)}); if "
+                "nothing else says why, memory ran out: give the job more, then run the same "
+                "command again; what is published stays and is not computed again"
             ) from error
         if isinstance(answer, ChunkSummary):
             return answer
@@ -159,7 +162,7 @@ class SegmentPublisher:
         )
 
     def _dismiss(self) -> None:
-        """Tells the process that there is no more, unless it has ended."""
+        """Send the process None, unless it has ended."""
         with contextlib.suppress(OSError):
             _send(self._connection, None)
         self._process.join()
@@ -175,7 +178,7 @@ def _how(exitcode: int | None) -> str:
 
 
 def _send(connection: Connection, message: object) -> None:
-    """Sends an object of arrays without a copy of them, so that the other threads of this process go on meanwhile."""
+    """Send an object of arrays without copying them, which would hold up the other threads."""
     buffers: list[pickle.PickleBuffer] = []
     connection.send_bytes(pickle.dumps(message, protocol=5, buffer_callback=buffers.append))
     connection.send(len(buffers))
@@ -184,8 +187,9 @@ def _send(connection: Connection, message: object) -> None:
 
 
 def _receive(connection: Connection) -> Any:
-    message, num_buffers = connection.recv_bytes(), connection.recv()
-    return pickle.loads(message, buffers=[connection.recv_bytes() for _ in range(num_buffers)])
+    message = connection.recv_bytes()
+    buffers = [connection.recv_bytes() for _ in range(connection.recv())]
+    return pickle.loads(message, buffers=buffers)
 
 
 def _serve(
@@ -195,26 +199,21 @@ def _serve(
     manifest: Manifest,
     computed_with: dict[str, Any],
 ) -> None:
-    """What the process does, until it is sent None."""
+    """Serve segments in the process until None comes."""
     end_with_parent(parent)
-    gc.freeze()  # what the parent left to be collected may own memory of a GPU, which is not this process's to free
+    gc.freeze()  # garbage of the parent may own GPU memory, which this process must not free
     while (task := _receive(connection)) is not None:
         answer: ChunkSummary | tuple[Exception, str]
         try:
             segment, records, changed = task
-            answer = _publish(
-                SegmentWriter(layout, manifest, segment, computed_with | changed), records
-            )
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is raised again where the caller is
+            sink = SegmentWriter(layout, manifest, segment, computed_with | changed)
+            for record in records:
+                if isinstance(record, str):
+                    sink.skip(record)
+                else:
+                    sink.write(record)
+            sink.publish()
+            answer = sink.summary
+        except Exception as error:  # noqa: BLE001 - raised again in the caller
             answer = error, traceback.format_exc()
         connection.send(answer)
-
-
-def _publish(sink: SegmentWriter, records: Sequence[Record]) -> ChunkSummary:
-    for record in records:
-        if isinstance(record, str):
-            sink.skip(record)
-        else:
-            sink.write(record)
-    sink.publish()
-    return sink.summary

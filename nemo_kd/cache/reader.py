@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 
 from nemo_kd.batch import CachedExample
+from nemo_kd.cache import format2
 from nemo_kd.cache.index import ChunkFacts, ChunkIndex
-from nemo_kd.cache.journal import SUFFIX
 from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name
 from nemo_kd.cache.lines import lines_of
-from nemo_kd.cache.manifest import ChunkSummary, Manifest
-from nemo_kd.cache.record import decode, is_packed
+from nemo_kd.cache.manifest import Manifest
+from nemo_kd.cache.record import check_vocabulary, decode, is_packed
 from nemo_kd.cache.reduce import limited
 from nemo_kd.cache.scan import scan_chunk
 from nemo_kd.cache.storage import Storage, open_storage
@@ -26,20 +26,20 @@ from nemo_kd.cache.storage import Storage, open_storage
 log = logging.getLogger(__name__)
 
 INDEX_LINES_IN_MEMORY = 1 << 22
-"""Lines whose places are kept in memory (16 bytes each); the chunks read last stay, at least one."""
+"""Lines whose places are kept in memory (16 bytes each); the chunks read last stay, at least one.
+"""
 INDEXES_AHEAD = 32
 """Indexes that are fetched together when a cache is opened."""
 
 
 def is_subset(path: str) -> bool:
-    """Whether a path selects rows, as `train_CHUNK_ID.jsonl[:10%]` does."""
+    """Return True if a path selects rows, for example `train_CHUNK_ID.jsonl[:10%]`."""
     return SUBSET.fullmatch(path) is not None
 
 
 @dataclass
 class _Chunk:
     name: str
-    summary: ChunkSummary | None
     facts: ChunkFacts
     sha256: bytes
     num_rows: int
@@ -52,10 +52,11 @@ class CacheReader:
     Memory does not grow with the cache: indexes are kept of a few chunks at a time.
 
     Args:
-        path: a file or a template, in a folder or behind a URL; `[a:b]` after it selects rows, by number or percent,
-            negative ones from the end, as in `train_CHUNK_ID.jsonl.zst[:10%]`.
+        path: a file or a template, in a folder or behind a URL; `[a:b]` after it selects rows, by
+            number or percent, negative ones from the end, as in `train_CHUNK_ID.jsonl.zst[:10%]`.
         n_chunks: chunks that the template must have; None reads all there are.
-        top_k: teacher tokens to keep a position, the likeliest; None keeps all. The others join the tail.
+        top_k: teacher tokens to keep a position, the likeliest; None keeps all. The others join the
+            tail.
         seq_length: rows with more positions are left out and counted in `dropped_too_long`.
         vocab_size: teacher tokens with ids from here on join the tail; None keeps all.
         partial: reads the chunks that are complete, where a cache is still being written.
@@ -76,7 +77,9 @@ class CacheReader:
         self.source = path
         subset = SUBSET.fullmatch(path)
         self.path = subset["path"] if subset else path
-        self.top_k, self.seq_length, self.vocab_size = top_k, seq_length, vocab_size
+        self.top_k = top_k
+        self.seq_length = seq_length
+        self.vocab_size = vocab_size
         self.layout = CacheLayout(self.path)
         self.storage: Storage = open_storage(
             self.path.rpartition("/")[0] if "://" in self.path else str(self.layout.folder)
@@ -110,23 +113,24 @@ class CacheReader:
         row = self._row(chunk, line, self.storage.read(chunk.name, start, end))
         if row.example.num_tokens != self._index(chunk_number)[0].num_positions[line]:
             raise CacheError(
-                f"{self._where(chunk, line)}: the line is another one than when its index was made; delete {index_name(chunk.name)}"
+                f"{self._where(chunk, line)}: the line is another one than when its index was "
+                f"made; delete {index_name(chunk.name)}"
             )
         return row
 
     def has_packed_rows(self) -> bool:
-        """Return True if the first row is of the packed codec, which the file tells without a manifest."""
+        """Return True if the first row is of the packed codec; needs no manifest."""
         chunk, _, start, end = self._locate(0)
         name = self._chunks[chunk].name
         return is_packed(self._lines.read(self.storage.read(name, start, end), name))
 
     def num_tokens(self, position: int) -> int:
-        """Positions of a row, which the index tells."""
+        """Return the positions of a row."""
         chunk, line, _, _ = self._locate(position)
         return int(self._index(chunk)[0].num_positions[line])
 
     def will_read(self, positions: Sequence[int]) -> None:
-        """Has these rows fetched ahead, all at once."""
+        """Fetch these rows ahead, all at once."""
         located = [self._locate(position) for position in positions]
         self.storage.will_read(
             [(self._chunks[chunk].name, start, end) for chunk, _, start, end in located]
@@ -138,18 +142,20 @@ class CacheReader:
         return self._where(self._chunks[chunk], line)
 
     def chunk_sizes(self) -> list[int]:
-        """Rows of every chunk, in the order of the positions."""
+        """Return the rows of every chunk, in the order of the positions."""
         ends = np.clip(self._ends, self._first, self._last)
         sizes = np.diff(ends, prepend=self._first)
         return [int(size) for size in sizes if size]
 
     @property
     def chunk_facts(self) -> list[ChunkFacts]:
-        """What the index of every chunk says about it, long rows and rows that are not selected included."""
+        """What the index of every chunk says about it, long rows and rows that are not selected
+        included.
+        """
         return [chunk.facts for chunk in self._chunks]
 
     def fingerprint(self) -> str:
-        """Identifies the content: SHA-256 over the checksums of all chunks and the selected rows."""
+        """Return a checksum of all chunks and the selected rows."""
         parts = [chunk.sha256.hex() for chunk in self._chunks]
         parts += [
             f"{self._first}:{self._last}:{self.seq_length if self.dropped_too_long else None}"
@@ -157,7 +163,7 @@ class CacheReader:
         return f"sha256:{hashlib.sha256(chr(10).join(parts).encode()).hexdigest()}"
 
     def _locate(self, position: int) -> tuple[int, int, int, int]:
-        """(number of the chunk, line in it, first byte, last byte + 1)."""
+        """Return the number of the chunk, the line in it, and the line's bytes as (start, end)."""
         if not 0 <= position < len(self):
             raise IndexError(f"row {position} of {len(self)}")
         row = position + self._first
@@ -172,7 +178,7 @@ class CacheReader:
         where = self._where(chunk, line)
         row = decode(self._lines.read(raw, where), where, index=line)
         if self.manifests:
-            _check_vocabulary(row, self.manifests[0].vocab_size, where)
+            check_vocabulary(row, self.manifests[0].vocab_size, where)
         teacher = limited(row.teacher, self.top_k, self.vocab_size)
         return row if teacher is row.teacher else CachedExample(row.example, teacher)
 
@@ -195,29 +201,25 @@ class CacheReader:
             raise CacheError(
                 f"{self.path}: n_chunks={n_chunks}, but a path without CHUNK_ID is one chunk"
             )
-        wanted = chunk_ids
-        missing = None
         if partial and chunk_ids:
             wanted = [
-                chunk_id
-                for chunk_id in chunk_ids
-                if shared is None or str(chunk_id) in shared.chunks
+                chunk_id for chunk_id in chunk_ids if self._may_be_complete(chunk_id, shared, names)
             ]
             if not wanted:
                 raise CacheError(
                     f"{self.path}: no chunk is complete yet; let compute_topk_logits go on"
                 )
         else:
-            present = set(chunk_ids)
-            missing = next(
-                (chunk_id for chunk_id in range(n_chunks) if chunk_id not in present), None
-            )
             wanted = [chunk_id for chunk_id in chunk_ids if chunk_id < n_chunks]
-        if missing is not None:
-            raise CacheError(
-                f"{self.storage.folder}/{self.layout.chunk_name(missing)}: the chunk is missing ({len(chunk_ids)} of {n_chunks} "
-                f"chunks of {self.path} are there); write it with compute_topk_logits, or correct the path (model.data.data_prefix) or n_chunks"
-            )
+            present = set(wanted)
+            missing = next((i for i in range(n_chunks) if i not in present), None)
+            if missing is not None:
+                raise CacheError(
+                    f"{self.storage.folder}/{self.layout.chunk_name(missing)}: the chunk is "
+                    f"missing ({len(chunk_ids)} of {n_chunks} chunks of {self.path} are there); "
+                    "write it with compute_topk_logits, or correct the path "
+                    "(model.data.data_prefix) or n_chunks"
+                )
         chunks = []
         for number, chunk_id in enumerate(wanted):
             if number % INDEXES_AHEAD == 0:
@@ -226,12 +228,20 @@ class CacheReader:
                     [(index, 0, None) for index in map(index_name, ahead) if index in names]
                 )
             name = self.layout.chunk_name(chunk_id)
-            manifest, key = shared, str(chunk_id)
+            manifest = shared
             if shared is None:
                 own = CacheLayout(str(self.layout.folder / name)).manifest_name
-                manifest, key = self._manifest(own, names), "0"
+                manifest = self._manifest(own, names)
+            key = chunk_id if shared is not None else 0
             chunks.append(self._open_chunk(name, manifest, key))
         return chunks
+
+    def _may_be_complete(self, chunk_id: int, manifest: Manifest | None, names: set[str]) -> bool:
+        if manifest is None:
+            return True
+        if manifest.format_version == format2.VERSION:
+            return chunk_id in manifest.chunks
+        return index_name(self.layout.chunk_name(chunk_id)) in names
 
     def _manifest(self, name: str, names: set[str]) -> Manifest | None:
         if name not in names:
@@ -242,119 +252,128 @@ class CacheReader:
             for field in ("tokenizer", "vocab_size"):
                 if getattr(first, field) != getattr(manifest, field):
                     raise CacheError(
-                        f"{self.path}: its chunks differ in {field}: {getattr(first, field)!r} and {getattr(manifest, field)!r}; "
-                        "read them in separate runs"
+                        f"{self.path}: its chunks differ in {field}: {getattr(first, field)!r} "
+                        f"and {getattr(manifest, field)!r}; read them in separate runs"
                     )
         self.manifests.append(manifest)
         return manifest
 
     def _manifest_of_template(self, names: set[str]) -> Manifest | None:
-        """Return the manifest that lists the file as one of several chunks, as if this chunk were all of the cache."""
+        """Return the manifest of a template that the file is a chunk of, as if this chunk were all
+        of the cache.
+        """
+        name = self.layout.chunk_name(0)
         for layout, number in self.layout.templates():
-            if layout.manifest_name not in names or self.layout.chunk_name(0) not in names:
+            if layout.manifest_name not in names or name not in names:
                 continue
             manifest = self._read_manifest(layout.manifest_name, names)
-            summary = manifest.chunks.get(str(number))
-            if (
-                summary is not None
-                and self.storage.stat(self.layout.chunk_name(0))[0] == summary.bytes
-            ):
+            summary = manifest.summary_of(number, self._read_index(name))
+            if summary is not None and self.storage.stat(name)[0] == summary.bytes:
                 records = {"start_from_idx": summary.first_index, "end_at_idx": summary.last_index}
                 of_chunk = replace(
                     manifest,
-                    chunks={"0": summary},
+                    chunks={0: summary},
                     merged_chunks=1,
                     n_examples_per_chunk=None,
                     dataset=manifest.dataset | records,
                 )
+                of_chunk.format_version = manifest.format_version
                 self.manifests.append(of_chunk)
                 return of_chunk
         return None
 
     def _read_manifest(self, name: str, names: set[str]) -> Manifest:
-        listed = b""
-        if name + SUFFIX in names:
+        journal = b""
+        if name + format2.JOURNAL_SUFFIX in names:
             with contextlib.suppress(FileNotFoundError):  # meanwhile its chunks are in the manifest
-                listed = self.storage.read(name + SUFFIX)
-        return Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}", listed)
+                journal = self.storage.read(name + format2.JOURNAL_SUFFIX)
+        return Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}", journal)
 
-    def _open_chunk(self, name: str, manifest: Manifest | None, key: str) -> _Chunk:
+    def _open_chunk(self, name: str, manifest: Manifest | None, key: int) -> _Chunk:
         where = f"{self.storage.folder}/{name}"
-        summary = manifest.chunks.get(key) if manifest is not None else None
-        if manifest is not None and summary is None:
-            raise CacheError(
-                f"{where}: the manifest does not list this chunk, so it is not complete; run compute_topk_logits again"
-            )
         size, mtime_ns = self.storage.stat(name)
-        if summary is not None and size != summary.bytes:
-            raise CacheError(
-                f"{where}: {size} bytes, but the manifest says {summary.bytes}; the file is damaged: `logit_cache repair` keeps "
-                "its whole lines; or delete it and run compute_topk_logits again"
-            )
-        index = self._load_index(name, summary, size, mtime_ns)
+        index = self._read_index(name)
+        if manifest is None:
+            known = index
+            if index is None or not _describes(index, size, mtime_ns):
+                index = scan_chunk(self.storage, name, mtime_ns)
+                if known is None or known.summary is None:  # else a manifest may need it
+                    self._save_index(name, index)
+        else:
+            summary = manifest.summary_of(key, index)
+            if summary is None:
+                raise CacheError(
+                    f"{where}: the chunk is not complete: {_why(manifest, index_name(name))}; run "
+                    "compute_topk_logits again, or `logit_cache repair`, which makes an index if "
+                    "all records are there"
+                )
+            if size != summary.bytes:
+                raise CacheError(
+                    f"{where}: {size} bytes, but its index says {summary.bytes}; the file is "
+                    "damaged: `logit_cache repair` keeps its whole lines; or delete it and run "
+                    "compute_topk_logits again"
+                )
+            if index is None or index.checksum != summary.sha256:
+                index = scan_chunk(self.storage, name)
+                if index.checksum != summary.sha256:
+                    raise CacheError(
+                        f"{where}: its bytes are not those that the manifest lists; `logit_cache "
+                        "verify` says what is wrong; restore the file, or delete it and run "
+                        "compute_topk_logits again"
+                    )
+                index = replace(index, summary=summary)
+                self._save_index(name, index)
+            manifest.chunks[key] = summary
         fits = index.facts.num_lines
         if self.seq_length is not None and index.facts.max_positions > self.seq_length:
             fits = int((index.num_positions <= self.seq_length).sum())
-        return _Chunk(name, summary, index.facts, index.sha256, fits)
+        return _Chunk(name, index.facts, index.sha256, fits)
 
     def _index(self, number: int) -> tuple[ChunkIndex, np.ndarray | None]:
-        """(index of a chunk, its lines that are not too long or None where all are)."""
+        """Return the index of a chunk, and its lines that are not too long (None: all)."""
         if number not in self._indexes:
             chunk = self._chunks[number]
-            index = self._load_index(
-                chunk.name, chunk.summary, chunk.facts.bytes, chunk.facts.mtime_ns
-            )
+            index = self._read_index(chunk.name)
+            if index is None or index.sha256 != chunk.sha256:
+                index = scan_chunk(self.storage, chunk.name)
             fitting = None
             if chunk.num_rows != chunk.facts.num_lines:
                 fitting = np.flatnonzero(index.num_positions <= (self.seq_length or 0))
-            self._indexes[number] = (index, fitting)
+            self._indexes[number] = (replace(index, summary=None), fitting)
             self._lines_in_memory += len(index)
             while len(self._indexes) > 1 and self._lines_in_memory > INDEX_LINES_IN_MEMORY:
                 self._lines_in_memory -= len(self._indexes.popitem(last=False)[1][0])
         self._indexes.move_to_end(number)
         return self._indexes[number]
 
-    def _load_index(
-        self, name: str, summary: ChunkSummary | None, size: int, mtime_ns: int
-    ) -> ChunkIndex:
-        """The chunk's index, made again where there is none for this state of the file."""
+    def _read_index(self, name: str) -> ChunkIndex | None:
         try:
-            index = ChunkIndex.of(self.storage.read(index_name(name)))
+            return ChunkIndex.parse(self.storage.read(index_name(name)))
         except OSError:
-            index = None
-        if index is not None and index.facts.bytes == size:
-            if summary is None and index.facts.mtime_ns == mtime_ns:
-                return index
-            if summary is not None and summary.sha256 == f"sha256:{index.sha256.hex()}":
-                return index
-        index = scan_chunk(self.storage, name, 0 if summary is not None else mtime_ns)
-        if summary is not None and summary.sha256 != f"sha256:{index.sha256.hex()}":
-            raise CacheError(
-                f"{self.storage.folder}/{name}: its bytes are not those that the manifest tells of; `logit_cache verify` says "
-                "what is wrong; restore the file, or delete it and run compute_topk_logits again"
-            )
+            return None
+
+    def _save_index(self, name: str, index: ChunkIndex) -> None:
         if not self.storage.save(index_name(name), index.to_bytes()):
             log.warning(
-                "%s/%s has no index and none can be saved there; it is made anew each time",
+                "%s/%s has no index and none can be saved there; each run makes it again",
                 self.storage.folder,
                 name,
             )
-        return index
 
 
-def _check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
-    example, teacher = row.example, row.teacher
-    for name, ids in (
-        ("tokens", example.tokens_S),
-        ("labels", example.labels_S),
-        ("topk_token_ids", teacher.topk_token_ids_PK),
-        ("tail_token_ids", teacher.tail_token_ids_PM),
-    ):
-        if ids is not None and ids.size and ids.max() >= vocab_size:
-            raise CacheError(
-                f"{where}: field {name}: found id {ids.max()}, but the manifest states a vocabulary of {vocab_size}; "
-                "restore the file, or delete it and run compute_topk_logits again"
-            )
+def _describes(index: ChunkIndex, size: int, mtime_ns: int) -> bool:
+    """Return True if an index belongs to the file of this size and time; one with a summary needs
+    no time.
+    """
+    return index.facts.bytes == size and (
+        index.summary is not None or index.facts.mtime_ns == mtime_ns
+    )
+
+
+def _why(manifest: Manifest, index: str) -> str:
+    if manifest.format_version == format2.VERSION:
+        return "the manifest does not list it"
+    return f"{index} is missing, damaged or of an older version"
 
 
 def _bound(text: str | None, total: int, default: int) -> int:

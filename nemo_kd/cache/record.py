@@ -1,7 +1,8 @@
 """One example as one line of JSON, in either codec; a line says itself which.
 
-Every line has `index`, `hash`, `tokens`, `labels` and `loss_mask`. The `packed` codec adds `v` and `teacher` (base64 of
-`packed_codec`'s blob), the `json` codec NeMo-Aligner's fields. docs/cache_format.md specifies both.
+Every line has `index`, `hash`, `tokens`, `labels` and `loss_mask`. The `packed` codec adds `v` and
+`teacher` (base64 of `packed_codec`'s blob), the `json` codec NeMo-Aligner's fields.
+docs/cache_format.md specifies both.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from nemo_kd.cache.layout import CacheError
 
 RECORD_VERSION = 1
 DATASET_FIELDS = ("messages", "conversations", "input", "prompt", "text")
-"""What tells a record of a dataset."""
+"""Any of these marks a record of a dataset."""
 
 
 def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
-    """The JSON line of an example, newline included.
+    """Return the JSON line of an example, newline included.
 
     Args:
         codec: packed or json.
-        positions: packed: loss stores what the teacher said where the label counts in the loss, all everywhere.
-            Trailing positions that nothing depends on are cut off with loss.
+        positions: for packed; loss stores the targets of positions whose label counts in the loss
+            and cuts off what follows the last of them, all stores every position.
 
     Raises:
         CacheError: values are not finite, out of order, or outside what the format holds.
@@ -58,10 +59,11 @@ def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
 
 
 def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
-    """The example that a line holds, cut after its last loss position: attention is causal, so nothing depends on the rest.
+    """Return the example of a line, cut after its last loss position.
 
-    Lines of NeMo-Aligner are taken too: fields that are not known are ignored, fields that it does not write may be
-    missing. A line without any loss position keeps its first one.
+    Attention is causal, so nothing depends on the rest. Lines of NeMo-Aligner are read too: unknown
+    fields are ignored, fields that it does not write may be missing. A line without any loss
+    position keeps its first one.
 
     Args:
         line: one JSON object.
@@ -69,20 +71,23 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
         index: the example's index if the line has none.
 
     Raises:
-        CacheError: the line is no JSON object, or a field is missing, malformed, damaged or contradicts another one.
+        CacheError: the line is not a JSON object, or a field is missing, malformed, damaged or
+            contradicts another one.
     """
     payload = _parse(line, where)
     example = _example(payload, index, where)
     if "hash" in payload and payload["hash"] != example_hash(example):
         raise CacheError(
-            f"{where}: field hash: found {reprlib.repr(payload['hash'])}, but tokens, labels and loss_mask give "
-            f"{example_hash(example)!r}; the line was damaged or edited: restore the file or write it again"
+            f"{where}: field hash: found {reprlib.repr(payload['hash'])}, but tokens, labels and "
+            f"loss_mask give {example_hash(example)!r}; the line was damaged or edited: restore "
+            "the file or write it again"
         )
     if "v" not in payload:
         return trimmed(json_codec.row(payload, example, where))
     if payload["v"] != RECORD_VERSION:
         raise CacheError(
-            f"{where}: field v: found {reprlib.repr(payload['v'])}, but this version of nemo_kd reads records of version {RECORD_VERSION}"
+            f"{where}: field v: found {reprlib.repr(payload['v'])}, but this version of nemo_kd "
+            f"reads records of version {RECORD_VERSION}"
         )
     try:
         blob = binascii.a2b_base64(payload["teacher"], strict_mode=True)
@@ -95,7 +100,9 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
 
 
 def example_hash(example: Example) -> str:
-    """16 hexadecimal digits of SHA-256 over tokens, labels (little-endian int32) and loss mask (bytes 0 and 1)."""
+    """16 hexadecimal digits of SHA-256 over tokens, labels (little-endian int32) and loss mask
+    (bytes 0 and 1).
+    """
     digest = hashlib.sha256(example.tokens_S.astype("<i4").tobytes())
     digest.update(example.labels_S.astype("<i4").tobytes())
     digest.update(example.loss_mask_S.astype(np.uint8).tobytes())
@@ -118,13 +125,29 @@ def trimmed(row: CachedExample) -> CachedExample:
     )
 
 
+def check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
+    """Refuse ids that the manifest's vocabulary does not have."""
+    for name, ids_of_row in (
+        ("tokens", row.example.tokens_S),
+        ("labels", row.example.labels_S),
+        ("topk_token_ids", row.teacher.topk_token_ids_PK),
+        ("tail_token_ids", row.teacher.tail_token_ids_PM),
+    ):
+        if ids_of_row is not None and ids_of_row.max(initial=-1) >= vocab_size:
+            raise CacheError(
+                f"{where}: field {name}: found id {ids_of_row.max()}, but the manifest states a "
+                f"vocabulary of {vocab_size}; restore the file, or delete it and run "
+                "compute_topk_logits again"
+            )
+
+
 def is_packed(line: bytes) -> bool:
     """Return True if a valid line is of the packed codec."""
     return "v" in orjson.loads(line)
 
 
 def is_json(line: bytes) -> bool:
-    """Whether a line is valid JSON: a line cut short never is."""
+    """Return True if a line is valid JSON: a line cut short never is."""
     try:
         orjson.loads(line)
     except orjson.JSONDecodeError:
@@ -142,30 +165,35 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
             else ""
         )
         raise CacheError(
-            f"{where}: found {len(line)} bytes that are not valid JSON ({error}), expected one JSON object.{hint} "
-            "Restore the file, write it again, or cut a torn last line with `logit_cache repair`."
+            f"{where}: found {len(line)} bytes that are not valid JSON ({error}), expected one "
+            f"JSON object.{hint} Restore the file, write it again, or cut a torn last line with "
+            "`logit_cache repair`."
         ) from error
     if not isinstance(payload, dict):
         raise CacheError(
-            f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the field tokens"
+            f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the "
+            "field tokens"
         )
     if "tokens" not in payload and (
         field := next((name for name in DATASET_FIELDS if name in payload), None)
     ):
         raise CacheError(
-            f"{where}: found the field {field} of a dataset, where a cache has tokens and what the teacher thinks of them; compute it "
-            "with compute_topk_logits, or train on the dataset's labels alone (model.data.data_impl=dataset, kd_loss_weight=0)"
+            f"{where}: found the field {field} of a dataset, where a cache has tokens and "
+            "teacher targets; compute it with compute_topk_logits, or train on the dataset's "
+            "labels alone (model.data.data_impl=dataset, kd_loss_weight=0)"
         )
     return payload
 
 
 def _example(payload: dict[str, Any], index: int | None, where: str) -> Example:
-    tokens_S, labels_S = ids(payload, "tokens", 1, where), ids(payload, "labels", 1, where)
+    tokens_S = ids(payload, "tokens", 1, where)
+    labels_S = ids(payload, "labels", 1, where)
     loss_mask_S = array(payload, "loss_mask", 1, "ifb", where)
     for name, found in (("labels", labels_S), ("loss_mask", loss_mask_S)):
         if len(found) != len(tokens_S):
             raise CacheError(
-                f"{where}: field {name}: found {len(found)} positions, expected {len(tokens_S)} as in tokens"
+                f"{where}: field {name}: found {len(found)} positions, expected {len(tokens_S)} "
+                "as in tokens"
             )
     wrong = (loss_mask_S != 0) & (loss_mask_S != 1)
     if wrong.any():

@@ -1,4 +1,4 @@
-"""Keeps fewer of a teacher's tokens; what goes joins the tail, at every temperature.
+"""Keep fewer of a teacher's tokens; the others join the tail, at every temperature.
 
 Shape legend: P positions, K kept tokens, T temperatures.
 """
@@ -17,7 +17,8 @@ def limited(
 ) -> TeacherRows[np.ndarray]:
     """At most `top_k` tokens a position, all with ids below `vocab_size`; None does not limit.
 
-    Tail samples with other ids stand for mass that a smaller vocabulary cannot take: they become -1.
+    Tail samples with other ids stand for mass that a smaller vocabulary cannot take: they become
+        -1.
     """
     samples_PM = teacher.tail_token_ids_PM
     if (
@@ -43,9 +44,12 @@ def limited(
 
 
 def keep(teacher: TeacherRows[np.ndarray], kept_PK: np.ndarray) -> TeacherRows[np.ndarray]:
-    """The kept entries, in their order. Tail samples are given up where an entry goes: they were drawn for another tail."""
+    """The kept entries, in their order. Tail samples are given up where an entry goes: they were
+    drawn for another tail.
+    """
     used_PK = teacher.topk_token_ids_PK >= 0
-    dropped_PK, kept_PK = used_PK & ~kept_PK, used_PK & kept_PK
+    dropped_PK = used_PK & ~kept_PK
+    kept_PK = used_PK & kept_PK
     if not dropped_PK.any():
         return teacher
     logits_PK = np.where(used_PK, teacher.topk_logits_PK, -np.inf).astype(np.float64)

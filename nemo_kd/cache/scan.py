@@ -1,28 +1,63 @@
-"""Makes the index of a chunk from the chunk itself."""
+"""Find or make the index of a chunk."""
 
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
-from nemo_kd.cache.index import ChunkIndex, LineFacts
-from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary
+from nemo_kd.cache.layout import CacheError, index_name
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import decode
 from nemo_kd.cache.storage import Storage
+from nemo_kd.files import read_file
 
 
-def scan_chunk(storage: Storage, name: str, mtime_ns: int = 0) -> ChunkIndex:
-    """The index of a chunk, by decoding every line once.
+def read_index(path: Path) -> ChunkIndex | None:
+    """Return the index beside a data file; None if there is none, or a damaged one."""
+    index_path = path.with_name(index_name(path.name))
+    return ChunkIndex.parse(read_file(index_path)) if index_path.exists() else None
+
+
+def complete_chunk(path: Path) -> ChunkIndex | None:
+    """Return the index of a complete chunk, else None.
+
+    It has a summary, and the data file has the size that it states.
+    """
+    if not path.is_file():
+        return None
+    index = read_index(path)
+    if index is None or index.summary is None or index.facts.bytes != path.stat().st_size:
+        return None
+    return index
+
+
+def scan_chunk(storage: Storage, name: str, mtime_ns: int | None = None) -> ChunkIndex:
+    """Return the index of a chunk by decoding every line once.
+
+    Its summary lacks what the lines do not say: the records of the range without a line, and
+        `computed_with`.
+
+    Args:
+        mtime_ns: modification time of the file, for an index without a summary.
 
     Raises:
         CacheError: a line is damaged or cut off, or there is none.
     """
-    facts, digest, lines = LineFacts(), hashlib.sha256(), lines_of(name)
+    where = f"{storage.folder}/{name}"
+    builder = ChunkBuilder(ChunkSummary(0, 0))
+    digest = hashlib.sha256()
+    lines = lines_of(name)
+    indices: list[int] = []
     with storage.open(name) as file:
-        for number, raw in enumerate(lines.split(file, f"{storage.folder}/{name}")):
-            where = f"{storage.folder}/{name}:{number + 1}"
-            facts.add(decode(lines.read(raw, where), where, index=number), len(raw))
+        for number, raw in enumerate(lines.split(file, where)):
+            line = f"{where}:{number + 1}"
+            row = decode(lines.read(raw, line), line, index=number)
+            builder.add(row, len(raw))
+            indices.append(row.example.index)
             digest.update(raw)
-    if not facts.line_bytes:
-        raise CacheError(f"{storage.folder}/{name}: the file is empty")
-    return facts.index(digest.digest(), mtime_ns)
+    if not indices:
+        raise CacheError(f"{where}: the file is empty")
+    builder.summary.first_index = indices[0]
+    builder.summary.last_index = indices[-1]
+    return builder.index(digest.digest(), mtime_ns)

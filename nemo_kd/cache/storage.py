@@ -1,4 +1,4 @@
-"""Reads the files of one folder, on a disk or behind any URL that fsspec knows (s3://, gs://, ...)."""
+"""Read the files of one folder, on a disk or behind a URL of fsspec (s3://, gs://, ...)."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import contextlib
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, BinaryIO, Protocol, cast
-
-import fsspec
+from typing import Any, BinaryIO, cast
 
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.files import open_regular, write_atomically
@@ -19,32 +17,8 @@ Range = tuple[str, int, int | None]
 """(name of a file, first byte, last byte + 1 or None for the end of the file)."""
 
 
-class Storage(Protocol):
-    """Read access to a folder. Copies in forked or pickled processes work independently."""
-
-    folder: str
-
-    def names(self) -> list[str]:
-        """Names of the files in the folder; empty if there is no such folder."""
-
-    def stat(self, name: str) -> tuple[int, int]:
-        """(size in bytes, modification time in ns or 0 where it is unknown)."""
-
-    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes from `start` to before `end`, or to the end of the file."""
-
-    def open(self, name: str) -> BinaryIO:
-        """The whole file, to be read from its beginning."""
-
-    def will_read(self, ranges: Sequence[Range]) -> None:
-        """A hint that `read` is about to ask for these; only the last hint counts."""
-
-    def save(self, name: str, content: bytes) -> bool:
-        """Keeps a file that can be made again; False where nothing can be written."""
-
-
 def open_storage(folder: str) -> Storage:
-    """The storage of a folder or URL.
+    """Return the storage of a folder or URL.
 
     Raises:
         CacheError: the URL's protocol is not known, or its package is not installed.
@@ -52,6 +26,8 @@ def open_storage(folder: str) -> Storage:
     if "://" not in folder:
         return LocalStorage(folder or ".")
     try:
+        import fsspec
+
         fsspec.get_filesystem_class(folder.split("://")[0])
     except (ValueError, ImportError) as error:
         raise CacheError(f"{folder}: {error}") from error
@@ -59,6 +35,8 @@ def open_storage(folder: str) -> Storage:
 
 
 class LocalStorage:
+    """Read access to a folder on a disk; forked or pickled copies work independently."""
+
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._open: OrderedDict[str, int] = OrderedDict()
@@ -73,18 +51,20 @@ class LocalStorage:
                 os.close(descriptor)
 
     def names(self) -> list[str]:
+        """Return the names of the files in the folder; none without such a folder."""
         if not os.path.isdir(self.folder):
             return []
-        return os.listdir(
-            self.folder
-        )  # also what is no file: a manifest or chunk that is a pipe must not be overlooked
+        # With pipes and folders: a manifest or chunk that is one must not be overlooked.
+        return os.listdir(self.folder)
 
     def stat(self, name: str) -> tuple[int, int]:
+        """Return size in bytes and modification time in ns."""
         with open_regular(os.path.join(self.folder, name)) as file:
             found = os.fstat(file.fileno())
         return found.st_size, found.st_mtime_ns
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Return the bytes from `start` to before `end`, or to the end of the file."""
         descriptor = self._descriptor(name)
         wanted = (os.fstat(descriptor).st_size if end is None else end) - start
         content = os.pread(descriptor, wanted, start)
@@ -96,9 +76,11 @@ class LocalStorage:
         return content
 
     def open(self, name: str) -> BinaryIO:
+        """Open the whole file."""
         return open_regular(os.path.join(self.folder, name))
 
     def will_read(self, ranges: Sequence[Range]) -> None:
+        """Have these ranges fetched ahead; only the last call counts."""
         if hasattr(os, "posix_fadvise"):
             for name, start, end in ranges:
                 length = 0 if end is None else end - start  # 0: to the end of the file
@@ -106,6 +88,7 @@ class LocalStorage:
                     os.posix_fadvise(self._descriptor(name), start, length, os.POSIX_FADV_WILLNEED)
 
     def save(self, name: str, content: bytes) -> bool:
+        """Keep a file that can be made again; return False where nothing can be written."""
         if not os.access(self.folder, os.W_OK):
             return False
         write_atomically(os.path.join(self.folder, name), content)
@@ -115,7 +98,8 @@ class LocalStorage:
 
     def _descriptor(self, name: str) -> int:
         if self._process != os.getpid():  # forked: the parent's descriptors are its own
-            self._open, self._process = OrderedDict(), os.getpid()
+            self._open = OrderedDict()
+            self._process = os.getpid()
         if name not in self._open:
             if len(self._open) >= MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
@@ -126,20 +110,17 @@ class LocalStorage:
 
 
 class RemoteStorage:
+    """Read access to a folder behind a URL, with the methods of `LocalStorage`."""
+
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self._process, self._filesystem = -1, None
+        self._process = -1
+        self._filesystem = None
         self._sizes: dict[str, int] = {}
         self._ahead: dict[Range, bytes] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            "folder": self.folder,
-            "_process": -1,
-            "_filesystem": None,
-            "_sizes": {},
-            "_ahead": {},
-        }
+        return vars(RemoteStorage(self.folder))
 
     def names(self) -> list[str]:
         try:
@@ -153,7 +134,7 @@ class RemoteStorage:
         return list(self._sizes)
 
     def stat(self, name: str) -> tuple[int, int]:
-        """The size that `names` saw, where it was called: one request for all files."""
+        """Return the size that `names` saw, one request for all files, and no time."""
         if name not in self._sizes:
             self._sizes[name] = int(self._fs().info(self._path(name))["size"])
         return self._sizes[name], 0
@@ -168,12 +149,12 @@ class RemoteStorage:
         return cast(BinaryIO, self._fs().open(self._path(name), "rb"))
 
     def will_read(self, ranges: Sequence[Range]) -> None:
-        """Fetches them at once: one after the other, each would cost a round trip."""
-        paths, starts, ends = (
-            ([*values] for values in zip(*ranges, strict=True)) if ranges else ([], [], [])
-        )
+        """Fetch them at once: one after the other, each would cost a round trip."""
         contents = self._fs().cat_ranges(
-            [self._path(name) for name in paths], starts, ends, on_error="return"
+            [self._path(name) for name, _, _ in ranges],
+            [start for _, start, _ in ranges],
+            [end for _, _, end in ranges],
+            on_error="return",
         )
         # What failed is left to `read`, which says why.
         self._ahead = {
@@ -190,7 +171,12 @@ class RemoteStorage:
 
     def _fs(self) -> Any:
         if self._process != os.getpid():  # connections and event loops do not survive a fork
+            import fsspec  # not at the top: a cache on a disk needs no such package
+
             protocol = self.folder.split("://")[0]
             self._filesystem = fsspec.filesystem(protocol, skip_instance_cache=True)
             self._process = os.getpid()
         return self._filesystem
+
+
+Storage = LocalStorage | RemoteStorage

@@ -24,7 +24,8 @@ from nemo_kd.cli.compose import compose, conf_dir, config_folder
 from nemo_kd.config.typed import config_error, describe, typed
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal
-from nemo_kd.run.launch import LAUNCHER, follow_launcher, global_rank, launch, needs_launch
+from nemo_kd.run.launch import LAUNCHER, follow_launcher, launch, needs_launch
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.terminal import PrintableFormatter, print_text
 
 HYDRA_SETTINGS = (
@@ -150,7 +151,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         if launching:
             sys.exit(launch(trainer.num_devices, command.subcommand))
         configure_logging()
-        if ignored and global_rank() == 0:
+        if ignored and find_ranks().rank == 0:
             print_text(
                 "warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr
             )
@@ -160,7 +161,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
 
 def configure_logging() -> None:
     """Messages of rank 0, errors of the others; before anything heavy is imported, which would warn then."""
-    level = logging.INFO if global_rank() == 0 else logging.ERROR
+    level = logging.INFO if find_ranks().rank == 0 else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("nemo_kd")

@@ -10,7 +10,8 @@ from nemo_kd.cli.options import path
 from nemo_kd.cli.run import configure_logging
 from nemo_kd.config import ConfigError
 from nemo_kd.run.endings import errors_end_the_process
-from nemo_kd.run.launch import global_rank, launch, needs_launch
+from nemo_kd.run.launch import launch, needs_launch
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.terminal import print_text
 
 
@@ -91,7 +92,7 @@ def _verify_against(arguments: argparse.Namespace) -> int:
         if needs_launch(config.trainer):
             return launch(config.trainer.num_devices)
         report, is_right = rescore(sample, config, arguments.dataset)
-    if global_rank() != 0:  # its status must not end rank 0 before that has told
+    if find_ranks().rank != 0:  # its status must not end rank 0 before that has told
         return 0
     print_text(report)
     return 0 if is_right else 1

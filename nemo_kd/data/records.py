@@ -21,8 +21,8 @@ class DataError(UserInputError):
 class JsonlRecords:
     """The records of a JSONL file, one JSON object a line; blank lines do not count.
 
-    Opening scans the file once for line starts and parses nothing; reading a record touches its own bytes only, from
-    any process.
+    Opening reads the file once, for line starts and its hash, and parses nothing. Reading a record
+    touches its bytes only, from any process.
 
     Raises:
         DataError: the file is missing, unreadable or without records; on access: a line is no JSON object.
@@ -32,7 +32,7 @@ class JsonlRecords:
         self.path = Path(path)
         self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
         self._file: tuple[int, int] | None = None  # (process, descriptor)
-        self._fingerprint = ""
+        digest = hashlib.sha256()
         try:
             if self.path.exists():
                 check_regular_file(self.path, DataError)  # a pipe would be waited for
@@ -40,6 +40,7 @@ class JsonlRecords:
                 self._stamp = _stamp(os.fstat(file.fileno()))
                 offset = 0
                 for number, line in enumerate(file, start=1):
+                    digest.update(line)
                     if line.strip():
                         self._starts.append(offset)
                         self._ends.append(offset + len(line))
@@ -47,6 +48,7 @@ class JsonlRecords:
                     offset += len(line)
         except OSError as error:
             raise DataError(f"{self.path}: {error.strerror}; check {key}") from error
+        self._fingerprint = f"sha256:{digest.hexdigest()}"
         if not self._starts:
             raise DataError(
                 f"{self.path}: the file has no records; a dataset holds one JSON object a line"
@@ -79,16 +81,7 @@ class JsonlRecords:
         return f"{self.path}:{self._lines[index]}"
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of the file's bytes, as they were when it was opened.
-
-        Raises:
-            DataError: the file has changed since.
-        """
-        if not self._fingerprint:
-            fingerprint, stamp = self._hash()
-            if stamp != self._stamp:
-                raise self._changed("its size or time of change is another one")
-            self._fingerprint = fingerprint
+        """Return the SHA-256 of the file's bytes, as they were when it was opened."""
         return self._fingerprint
 
     def check_unchanged(self, read_all: bool = False) -> None:

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from nemo_kd.mcore.optimizer import sharding_metadata
 from nemo_kd.run.collective import on_rank_zero, raise_together
-from nemo_kd.run.processes import end_with_parent
+from nemo_kd.run.interruption import end_with_parent
 
 BLOCK_BYTES = 1 << 24
 

@@ -1,67 +1,101 @@
-"""What ranks do together without one of them waiting for ever for another that failed."""
+"""Actions of all ranks in which a failure on one rank does not leave the others waiting."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-import torch
+import torch.distributed as dist
 
-from nemo_kd.config import UserInputError
+from nemo_kd.config.errors import UserInputError
 
 T = TypeVar("T")
+
+POLL_S = 0.05
+
+
+def gather(function: Callable[[], T]) -> list[T]:
+    """Return what `function` returns on each rank; every rank calls this.
+
+    Raises:
+        OSError, UserInputError: on every rank, the error of the lowest rank that has one.
+    """
+    outcome = _outcome(function)
+    outcomes = [outcome]
+    if is_distributed():
+        outcomes *= dist.get_world_size()
+        dist.all_gather_object(outcomes, outcome)
+    return [_value(found) for found in outcomes]
+
+
+def on_every_rank(function: Callable[[], T]) -> T:
+    """Return what `function` returns here; raise on every rank if it fails on one."""
+    results: list[T] = []
+    gather(lambda: results.append(function()))
+    return results[0]
 
 
 def raise_together(error: OSError | UserInputError | None) -> None:
     """Raise the error of the lowest rank that has one, on every rank; every rank calls this."""
-    errors: list[OSError | UserInputError | None] = [error]
-    if is_distributed():
-        errors *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(errors, error)
-    for found in errors:
-        if found is not None:
-            raise found
+
+    def fail() -> None:
+        if error is not None:
+            raise error
+
+    gather(fail)
 
 
-def on_rank_zero(function: Callable[[], T]) -> T:
-    """Return on every rank what `function` returns on rank 0; its OSError or UserInputError is raised on all."""
-    outcome: list[T | OSError | UserInputError | None] = [None]
+def on_rank_zero(function: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:
+    """Return on every rank what `function` returns on rank 0.
+
+    Args:
+        meanwhile: called again and again on the other ranks until rank 0 is done. Needed where the
+            function may take longer than a collective waits.
+
+    Raises:
+        OSError, UserInputError: on every rank, what the function raised on rank 0.
+    """
+    if not is_distributed():
+        return function()
+    store = None if meanwhile is None else shared_store("on_rank_zero")
+    outcome: list[Any] = [None]
     if rank() == 0:
-        try:
-            outcome[0] = function()
-        except (OSError, UserInputError) as error:
-            outcome[0] = error
-    if is_distributed():
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if isinstance(outcome[0], OSError | UserInputError):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[return-value]
+        outcome = [_outcome(function)]
+        if store is not None:
+            store.set("done", "1")
+    elif store is not None and meanwhile is not None:
+        while not store.check(["done"]):
+            meanwhile()
+            time.sleep(POLL_S)
+    dist.broadcast_object_list(outcome, src=0)
+    return _value(outcome[0])
 
 
-def on_every_rank(function: Callable[[], T]) -> T:
-    """Return what `function` returns here; every rank raises where it fails on one."""
-    result: T | None = None
-    problem: OSError | UserInputError | None = None
-    try:
-        result = function()
-    except (OSError, UserInputError) as error:
-        problem = error
-    raise_together(problem)
-    return result  # type: ignore[return-value]
+def shared_store(name: str) -> dist.Store:
+    """Return a part of the ranks' common store that is new and empty; every rank calls this."""
+    assert dist.group.WORLD is not None
+    store = dist.group.WORLD.get_group_store()
+    number = on_rank_zero(lambda: store.add(name, 1))
+    return dist.PrefixStore(f"{name}/{number}", store)
 
 
 def is_distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
+    return dist.is_available() and dist.is_initialized()
 
 
 def rank() -> int:
-    return torch.distributed.get_rank() if is_distributed() else 0
+    return dist.get_rank() if is_distributed() else 0
 
 
-def shared_store(name: str) -> torch.distributed.Store:
-    """Return a store of all ranks whose keys no earlier run of this process used; all ranks call it."""
-    group = torch.distributed.group.WORLD
-    assert group is not None
-    store = group.get_group_store()
-    number = on_rank_zero(lambda: store.add(name, 1))
-    return torch.distributed.PrefixStore(f"{name}/{number}", store)
+def _outcome(function: Callable[[], T]) -> T | OSError | UserInputError:
+    try:
+        return function()
+    except (OSError, UserInputError) as error:
+        return error
+
+
+def _value(outcome: T | OSError | UserInputError) -> T:
+    if isinstance(outcome, OSError | UserInputError):
+        raise outcome
+    return outcome

@@ -1,10 +1,9 @@
-"""The end of a command: one `error:` line for what its user can change, and an exit status that tells the cases apart."""
+"""Errors at the end of a command: one `error:` line for what its user can change, and a status."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import multiprocessing
 import os
 import re
 import signal
@@ -15,43 +14,50 @@ from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
-import psutil
-
-from nemo_kd.config import UserInputError
+from nemo_kd.config.errors import UserInputError
 from nemo_kd.files import REMEDIES
-from nemo_kd.run.interruption import REQUEUE, SIGNALS, Requeue
+from nemo_kd.run.interruption import REQUEUE, SIGNALS, Requeue, end_children
 from nemo_kd.run.ranks import find_ranks
 from nemo_kd.run.watchdog import CollectiveError
 from nemo_kd.terminal import print_error, print_text, printable
 
 USER_ERROR = 2
-"""Exit status when the user's input, or the machine, cannot work; any other failure is 1."""
+"""Exit status if the user's input, or the machine, cannot work; any other failure is 1."""
 
 DEBUG = "HYDRA_FULL_ERROR"
 """Environment variable that shows the traceback of an error that otherwise is one line."""
 
-CHILD_GRACE_S = 5.0
-"""Time for a killed child process to be gone."""
+_NETWORK = "check the network"
+_NO_ANSWER = "check the address and the network"
 
 NEXT_STEPS = {
     **REMEDIES,
-    errno.EMFILE: "too many files are open: raise the limit (`ulimit -n`), or set fewer data workers",
-    errno.ENFILE: "the machine has too many files open: end other programs, or set fewer data workers",
+    errno.EMFILE: (
+        "too many files are open: raise the limit (`ulimit -n`), or set fewer data workers"
+    ),
+    errno.ENFILE: (
+        "the machine has too many files open: end other programs, or set fewer data workers"
+    ),
     errno.ENOMEM: "the machine is out of memory: end other programs, or make batches smaller",
-    errno.EAGAIN: "the machine allows no more processes: raise the limit (`ulimit -u`), or set fewer data workers",
-    errno.EADDRINUSE: "another program uses this network port: end it, or set MASTER_PORT to a free one",
+    errno.EAGAIN: (
+        "the machine allows no more processes: raise the limit (`ulimit -u`), or set fewer data "
+        "workers"
+    ),
+    errno.EADDRINUSE: (
+        "another program uses this network port: end it, or set MASTER_PORT to a free one"
+    ),
     errno.EADDRNOTAVAIL: "the address is not this machine's: check MASTER_ADDR",
-    errno.ECONNREFUSED: "nobody answers there: check the address and the network",
-    errno.ENETUNREACH: "check the network",
-    errno.EHOSTUNREACH: "check the network",
-    errno.ETIMEDOUT: "nobody answers there in time: check the address and the network",
+    errno.ECONNREFUSED: f"nobody answers there: {_NO_ANSWER}",
+    errno.ENETUNREACH: _NETWORK,
+    errno.EHOSTUNREACH: _NETWORK,
+    errno.ETIMEDOUT: f"nobody answers there in time: {_NO_ANSWER}",
     errno.EPIPE: "the program that reads the output has ended",
 }
 
 _LIBRARY_OS_ERROR = re.compile(
     r"\(os error (\d+)\)|Os \{ code: (\d+)|\[Errno (\d+)\][^:\n]*(?:: '(?P<path>[^'\n]+)')?"
 )
-"""Errors of the operating system in the texts of safetensors, tokenizers, torch's distributed checkpoints."""
+"""Errors of the operating system in texts of safetensors, tokenizers and torch's checkpoints."""
 
 _MEMORY = re.compile(
     r"can't allocate memory|CUDA out of memory|Cannot allocate memory|std::bad_alloc"
@@ -65,13 +71,13 @@ _IN_WORKER = re.compile(r"Caught (\w+) in \w+ .*process \d+")
 
 @contextlib.contextmanager
 def errors_end_the_process(at_once: bool = True) -> Iterator[None]:
-    """End this process, with a message and its status, on errors that a user can do something about.
+    """End this process with a message and a status on errors that a user can fix.
 
-    Child processes end first, whatever the reason: one that is left would keep stdout open, and whoever reads it waiting.
-    Other errors are bugs: they keep their traceback and end with status 1.
+    Child processes end first: one that is left would keep stdout open, and its reader waiting.
+    Other errors are bugs; they keep their traceback and end with status 1.
 
     Args:
-        at_once: leaves other ranks and threads behind, which may be waiting for this one; for whatever has any.
+        at_once: leave other ranks and threads behind, which may be waiting for this one.
     """
 
     def leave(status: int) -> None:
@@ -113,7 +119,7 @@ def errors_end_the_process(at_once: bool = True) -> Iterator[None]:
             end_children()
             raise
         if _rank() != 0:
-            # Rank 0 mostly fails alike; then the launcher ends this process before it repeats the message.
+            # Rank 0 mostly fails too; then the launcher ends this process before it repeats that.
             time.sleep(3)
         print_error(message)
         leave(USER_ERROR)
@@ -121,50 +127,49 @@ def errors_end_the_process(at_once: bool = True) -> Iterator[None]:
 
 
 def user_message(error: BaseException) -> str | None:
-    """Return path or key, cause and next step of an error that is not a bug; None for one that is."""
+    """Return path or key, cause and next step of an error; None for a bug."""
+    text = str(error)
+    is_runtime_error = isinstance(error, RuntimeError)
     if isinstance(error, UserInputError):
-        return _raised_in_worker(error) or str(error)
-    if isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and _MEMORY.search(str(error))
-    ):
+        return _raised_in_worker(error)
+    if isinstance(error, MemoryError) or (is_runtime_error and _MEMORY.search(text)):
+        first = re.split(r"\n|\. (?=GPU|Of the)", _raised_in_worker(error))[0][:200]
         return (
-            f"out of memory{_detail(error)}; make batches smaller (model.micro_batch_size, max_tokens_per_batch), spread the "
-            "model over more devices (model.tensor_model_parallel_size), or end other programs"
+            f"out of memory{f' ({first})' if first else ''}; make batches smaller "
+            "(model.micro_batch_size, max_tokens_per_batch), spread the model over more devices "
+            "(model.tensor_model_parallel_size), or end other programs"
         )
     if isinstance(error, RecursionError):
-        return f"something in the input is nested too deeply to be read; {DEBUG}=1 before the command shows where"
-    if _KILLED_WORKER.search(str(error)):
         return (
-            "a process that reads data ahead was killed, mostly because the machine is out of memory; set fewer of them "
-            "(data.num_workers, in stage 2 model.data.num_workers; 0 reads in the main process), or end other programs"
+            "something in the input is nested too deeply to be read; "
+            f"{DEBUG}=1 before the command shows where"
         )
-    return _os_message(error)
-
-
-def _os_message(error: BaseException) -> str | None:
+    if _KILLED_WORKER.search(text):
+        return (
+            "a process that reads data ahead was killed, mostly because the machine is out of "
+            "memory; set fewer of them (data.num_workers, in stage 2 model.data.num_workers; 0 "
+            "reads in the main process), or end other programs"
+        )
     found = _os_error(error)
-    if found is None:
-        if isinstance(error, RuntimeError) and _FILE_WRITER.search(str(error)):
-            return f"a file cannot be written ({str(error).splitlines()[0]}); most likely the disk is full: free some space"
-        return None
-    number, path = found
-    next_step = NEXT_STEPS.get(number)
-    if next_step is None:
-        return None
-    where = f"{path}: " if path else ""
-    return f"{where}{os.strerror(number)}; {next_step}, then run the same command again"
+    if found is not None and found[0] in NEXT_STEPS:
+        number, path = found
+        cause = f"{path}: {os.strerror(number)}" if path else os.strerror(number)
+        return f"{cause}; {NEXT_STEPS[number]}, then run the same command again"
+    if found is None and is_runtime_error and _FILE_WRITER.search(text):
+        return (
+            f"a file cannot be written ({text.splitlines()[0]}); most likely the disk is full: "
+            "free some space"
+        )
+    return None
 
 
 def _os_error(error: BaseException | None) -> tuple[int, str] | None:
-    """Return (errno, path) of an error of the operating system, also one that a library passes on as its own."""
+    """Return (errno, path) of an error of the operating system, even if a library wraps it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
-            names = [
-                os.fsdecode(name)
-                for name in (error.filename, error.filename2)
-                if isinstance(name, str | bytes)
-            ]
-            return error.errno, " -> ".join(names)
+            names = (error.filename, error.filename2)
+            path = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+            return error.errno, path
         matches = list(_LIBRARY_OS_ERROR.finditer(str(error)))
         if matches:
             last = matches[-1]
@@ -173,19 +178,12 @@ def _os_error(error: BaseException | None) -> tuple[int, str] | None:
     return None
 
 
-def _raised_in_worker(error: BaseException) -> str | None:
-    """Return the message alone, where a DataLoader put the traceback of its worker before it."""
+def _raised_in_worker(error: BaseException) -> str:
+    """Return the message without the traceback that a DataLoader put before it."""
     text = str(error)
-    if not _IN_WORKER.match(text):
-        return None
-    _, found, said = text.rpartition(f"{type(error).__name__}: ")
-    return said.strip() if found else None
-
-
-def _detail(error: BaseException) -> str:
-    text = (_raised_in_worker(error) or str(error)).strip()
-    first = re.split(r"\n|\. (?=GPU|Of the)", text)[0][:200]
-    return f" ({first})" if first else ""
+    if _IN_WORKER.match(text):
+        text = text.rpartition(f"{type(error).__name__}: ")[2]
+    return text.strip()
 
 
 def _print_traceback(
@@ -197,30 +195,12 @@ def _print_traceback(
 def _rank() -> int:
     try:
         return find_ranks().rank
-    except UserInputError:  # it is this that is to be told
+    except UserInputError:  # the error being reported
         return 0
 
 
 def _wait_for_other_ranks() -> None:
-    """The first rank that leaves makes launchers end the others, and one of those may be cleaning up."""
+    """Wait: once a rank leaves, launchers end the others, and one of those may be cleaning up."""
     torch: Any = sys.modules.get("torch")
-    if (
-        torch is not None
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-    ):
+    if torch is not None and torch.distributed.is_initialized():
         torch.distributed.barrier()
-
-
-def end_children() -> None:
-    """Kill the processes of this one that read data or write files; what they write appears whole or not at all."""
-    me = os.getpid()
-    for child in multiprocessing.active_children():
-        # A forked process also lists those of its parent.
-        if (
-            child.pid is not None
-            and psutil.pid_exists(child.pid)
-            and psutil.Process(child.pid).ppid() == me
-        ):
-            child.kill()
-            child.join(CHILD_GRACE_S)

@@ -1,44 +1,61 @@
-"""Why and when a run must stop early: a scheduler's signal, or the end of its time."""
+"""Reasons to stop early, and the processes that end with this one.
+
+A run stops early for a scheduler's signal or at the end of its time. Processes that it started
+ignore signals: the run decides when they end, and they never outlive it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from nemo_kd.config import ConfigError
-from nemo_kd.run.processes import end_with_parent
+from nemo_kd.config.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
 REQUEUE = 75
-"""Exit status (EX_TEMPFAIL) of a run that stopped early with everything saved: the same command continues."""
+"""Exit status (EX_TEMPFAIL) of a run that stopped early with everything saved."""
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+JOB_SIGNALS = (*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+"""Signals that schedulers and terminals send to all processes of a job."""
+
 CHECK_INTERVAL_S = 1.0
+ORPHAN_CHECK_S = 0.5
+CHILD_GRACE_S = 5.0
+"""Time for a killed child process to end."""
+
 KEY = "nemo_kd/interruption"
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class Requeue(Exception):
-    """The run stops early, with everything saved; the message says why. Ends a command with the status REQUEUE."""
+    """The run stopped early with everything saved; the message gives the reason.
+
+    Ends a command with the status REQUEUE.
+    """
 
 
 class Interruption:
-    """From `with` on, SIGTERM and SIGUSR1 end nothing: they become a `reason` to stop, as does the end of `max_time`.
+    """Turns SIGTERM, SIGUSR1 and the end of `max_time` into a `reason` to stop, within `with`.
 
-    `max_time` counts from the start of the process: loading a large teacher takes its part of the job's time as well.
-    Outside the main thread, where Python takes no signals, only the time counts. Handlers are restored at the end,
-    unless that is a Requeue: schedulers send SIGTERM to the ranks that leave last, which may still have to clean up.
+    `max_time` counts from the start of the process, since loading a large teacher takes its part of
+    the job's time. Outside the main thread, where Python receives no signals, only the time counts.
+    Handlers are restored at the end, except after a Requeue: schedulers send SIGTERM to the ranks
+    that leave last, which may still clean up.
 
     Raises:
         ConfigError: `max_time` is not DD:HH:MM:SS.
@@ -53,56 +70,59 @@ class Interruption:
         self._store: Store | None = None
         self._rank = 0
         self._next_check_s = 0.0
-        self._before: dict[signal.Signals, Any] = {}
+        self._handlers_before: dict[signal.Signals, Any] = {}
         self._mask_before: set[int] = set()
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        if _in_main_thread():
+            self._handlers_before = {number: signal.getsignal(number) for number in SIGNALS}
             self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             self.take_signals()
         return self
 
     def take_signals(self) -> None:
-        """Takes them back from whoever set other handlers since; in the main thread only, as `with`."""
-        if self._before:
+        """Install the handlers again after a library has set its own; main thread only."""
+        if self._handlers_before:
             for number in SIGNALS:
                 signal.signal(number, self._on_signal)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def __exit__(self, error_type: object, error: object, traceback: object) -> None:
-        if self._before and not isinstance(error, Requeue):
+        if self._handlers_before and not isinstance(error, Requeue):
             signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
-            for number, handler in self._before.items():
+            for number, handler in self._handlers_before.items():
                 signal.signal(number, handler)
 
     def share(self, store: Store, rank: int) -> None:
-        """From now on a reason of any rank that shares `store` is every rank's, within a second or two."""
-        self._store, self._rank = store, rank
+        """Share reasons with all ranks that have `store`, within a second or two."""
+        self._store = store
+        self._rank = rank
 
     @property
     def reason(self) -> str | None:
-        """Why to stop, or None. Once given it stays.
+        """Return why to stop, or None; a reason stays.
 
-        Cheap enough for every batch; every rank has to ask now and then. Ranks learn of it one after the other: what
-        several do together must follow the answer that one of them got.
+        Cheap enough for every batch, and every rank must ask now and then. Ranks learn of a reason
+        one after the other: for joint steps they must follow the answer of one rank.
 
         Raises:
             torch.distributed.DistError: the store is gone.
         """
-        if self._reason is None:
-            self._reason = self._own_reason()
-            if self._store is not None:
-                if self._reason is not None:
-                    self._store.set(KEY, self._reason)
-                elif time.monotonic() >= self._next_check_s:
-                    self._next_check_s = time.monotonic() + CHECK_INTERVAL_S
-                    if self._store.check([KEY]):
-                        self._reason = self._store.get(KEY).decode()
+        if self._reason is not None:
+            return self._reason
+        self._reason = self._own_reason()
+        if self._store is None:
+            return self._reason
+        if self._reason is not None:
+            self._store.set(KEY, self._reason)
+        elif time.monotonic() >= self._next_check_s:
+            self._next_check_s = time.monotonic() + CHECK_INTERVAL_S
+            if self._store.check([KEY]):
+                self._reason = self._store.get(KEY).decode()
         return self._reason
 
     def agreed_reason(self) -> str:
-        """The reason of the rank that has one, for ranks that were told in another way that there is one."""
+        """Return the reason of the rank that has one; the caller knows that there is one."""
         if self._reason is None:
             assert self._store is not None
             self._reason = self._store.get(KEY).decode()
@@ -116,20 +136,19 @@ class Interruption:
         return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Nothing but this: Python runs it between any two instructions of the main thread, in the middle of a store
-        # operation too.
+        # Python runs this between any two instructions, even within a store operation.
         self._signal = signal.Signals(number)
 
 
 @contextlib.contextmanager
 def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
-    """From here on Ctrl-C ends the block with a KeyboardInterrupt whose text is `where()`.
+    """End the block at Ctrl-C with a KeyboardInterrupt whose text is `where()`.
 
-    Without this a library may turn it into an exit status of its own, as Lightning does, and ranks that stop one after
-    the other into errors of each other's collectives. Does nothing where SIGINT is ignored, or not in the main thread.
+    Otherwise a library may turn Ctrl-C into its own exit status, as Lightning does, and ranks that
+    stop one after the other into errors of each other's collectives. Does nothing where SIGINT is
+    ignored, or outside the main thread.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
         return
     received = False
@@ -145,11 +164,8 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
     except BaseException:
         if not received:
             raise
-        for number in (
-            *SIGNALS,
-            signal.SIGINT,
-        ):  # launchers send the first when another rank has left
-            signal.signal(number, signal.SIG_IGN)
+        _ignore(SIGNALS)  # launchers send SIGTERM once another rank has left
+        _ignore([signal.SIGINT])
         raise KeyboardInterrupt(where()) from None
     finally:
         if not received:
@@ -157,24 +173,11 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
 
 
 def hold_back_warning_signal() -> None:
-    """SIGUSR1, which by default ends a process, waits from now on until an `Interruption` takes it.
+    """Block SIGUSR1, which would end the process, until an `Interruption` takes it.
 
-    The same in processes that this one starts.
+    Processes that this one starts inherit the block.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
-
-
-def follow_the_main_process(worker: int) -> None:
-    """Make a process that reads data, forked by the main one, end with it and not before.
-
-    Schedulers and terminals signal all processes of a job; the main process decides, and a run that stops in order still
-    needs its readers.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        end_with_parent(parent.pid)
-    for number in (*SIGNALS, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def parse_max_time(max_time: str) -> float:
@@ -186,8 +189,61 @@ def parse_max_time(max_time: str) -> float:
     match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", max_time)
     if match is None:
         raise ConfigError(
-            f"exp_manager.max_time_per_run: {max_time!r} is not DD:HH:MM:SS, for example 00:03:50:00; in a YAML file "
-            "it needs quotes"
+            f"exp_manager.max_time_per_run: {max_time!r} is not DD:HH:MM:SS, for example "
+            "00:03:50:00; in a YAML file it needs quotes"
         )
     days, hours, minutes, seconds = map(int, match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def follow_the_main_process(worker: int) -> None:
+    """Make a forked data worker end with the main process and not before.
+
+    Schedulers and terminals signal all processes of a job; a run that stops in order still needs
+    its workers.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        end_with_parent(parent.pid)
+    _ignore(JOB_SIGNALS)
+
+
+def end_with_parent(parent: int) -> None:
+    """Have this process killed when process `parent`, whose main thread started it, ends.
+
+    Otherwise it would keep its parent's memory and stdout, and whoever reads that would wait.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    else:
+        threading.Thread(target=_end_as_orphan, args=(parent,), daemon=True).start()
+    if os.getppid() != parent:  # it ended before the line above
+        os._exit(1)
+
+
+def end_children() -> None:
+    """Kill this process's data readers and file writers; files appear whole or not at all."""
+    for child in multiprocessing.active_children():
+        # A forked process also lists its parent's children.
+        if (
+            child.pid is not None
+            and psutil.pid_exists(child.pid)
+            and psutil.Process(child.pid).ppid() == os.getpid()
+        ):
+            child.kill()
+            child.join(CHILD_GRACE_S)
+
+
+def _end_as_orphan(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(ORPHAN_CHECK_S)
+    os._exit(1)
+
+
+def _ignore(numbers: Iterable[signal.Signals]) -> None:
+    for number in numbers:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()

@@ -1,4 +1,4 @@
-"""Starts a command once per device where neither torchrun nor srun did, and watches over the processes."""
+"""Start a command once per device, if neither torchrun nor srun did, and watch the processes."""
 
 from __future__ import annotations
 
@@ -14,37 +14,36 @@ from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 
-from nemo_kd.config import ConfigError
+from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.shared import TrainerConfig
-from nemo_kd.run.interruption import REQUEUE, hold_back_warning_signal
-from nemo_kd.run.processes import end_with_parent
+from nemo_kd.run.interruption import REQUEUE, end_with_parent, hold_back_warning_signal
 from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
 
 GRACE_S = {signal.SIGTERM: 600.0, signal.SIGINT: 30.0, signal.SIGHUP: 30.0}
-"""Signals that end a run, and the time that ranks then have to finish what they are at."""
+"""Signals that end a run, and the time that ranks then have to finish."""
 
 LEAVING_S = 60.0
-"""Time between the first and the last rank to leave where all leave together."""
+"""Longest time between the first and the last rank to leave, if all leave together."""
 
 AFTER_FAILURE_S = 5.0
-"""Time that the other ranks have once one has failed."""
+"""Time for the other ranks to end once one has failed."""
 
 POLL_S = 0.05
 
 STORE_TIMEOUT = timedelta(minutes=15)
 
 NVIDIA_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/dxg")
-"""One of these exists where there may be a GPU; the last is WSL's."""
+"""One of these exists on a machine that may have a GPU; the last is WSL's."""
 
 LAUNCHER = "NEMO_KD_LAUNCHER_PID"
 
 
 def needs_launch(trainer: TrainerConfig) -> bool:
-    """Return True if this process has to start the others; `trainer.devices` is a number from here on.
+    """Return True if this process has to start the others; make `trainer.devices` a number.
 
     Raises:
-        ConfigError: several machines, on which only srun or torchrun can start processes; or a launcher that started
-            another number of them.
+        ConfigError: several machines, where only srun or torchrun can start processes, or a
+            launcher that started another number of them.
     """
     ranks = find_ranks()
     trainer.devices = _num_devices(trainer, ranks)
@@ -53,38 +52,44 @@ def needs_launch(trainer: TrainerConfig) -> bool:
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(
-            f"trainer.num_nodes: {trainer.num_nodes} machines need a launcher: run the command under srun (see scripts/slurm) or torchrun"
+            f"trainer.num_nodes: {trainer.num_nodes} machines need a launcher: run the command "
+            "under srun (see scripts/slurm) or torchrun"
         )
     return trainer.num_devices > 1
 
 
 def _num_devices(trainer: TrainerConfig, ranks: Ranks) -> int:
-    """Return `trainer.devices`; for auto and -1 the launcher's number of ranks a machine, else that of GPUs, at least 1."""
+    """Return `trainer.devices`; for auto and -1 the launcher's ranks per machine, else the GPUs."""
     if isinstance(trainer.devices, int) and trainer.devices > 0:
         return trainer.devices
     if ranks.launcher:
         return max(1, ranks.size // trainer.num_nodes)
     if trainer.accelerator == "cpu" or not any(Path(path).exists() for path in NVIDIA_DRIVER):
         return 1
-    # In another process: importing torch takes seconds and memory, and this one only starts ranks.
+    # Another process imports torch, which takes seconds and memory; this one only starts ranks.
     code = "import torch; print(torch.cuda.device_count())"
     counted = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False
     )
     if counted.returncode != 0:
         raise ConfigError(
-            f"trainer.devices: {trainer.devices}, but torch cannot count the GPUs ({counted.stderr.strip().splitlines()[-1:]}); "
-            "give their number"
+            f"trainer.devices: {trainer.devices}, but torch cannot count the GPUs "
+            f"({counted.stderr.strip().splitlines()[-1:]}); give their number"
         )
     return max(1, int(counted.stdout))
 
 
 def launch(num_processes: int, subcommand: str = "") -> int:
-    """Runs this very command line, with the subcommand that its keys belong to, in `num_processes` processes; returns
-    the exit status of the first that failed, or 0.
+    """Run this command line in `num_processes` processes.
 
-    Signals are passed on, and the ranks have GRACE_S to finish; a second one that ends a run ends it at once. The ranks
-    meet in a store of this process, which outlives any of them.
+    Signals are passed on, and the ranks have GRACE_S to finish; a second one ends the run at once.
+    The ranks meet in a store of this process, which outlives them.
+
+    Args:
+        subcommand: word to insert before the keys.
+
+    Returns:
+        The exit status of the first process that failed, or 0.
     """
     store = listen_on_loopback(0, None, STORE_TIMEOUT)
     line = [sys.executable, "-u", sys.argv[0], *subcommand.split(), *sys.argv[1:]]
@@ -104,7 +109,7 @@ def launch(num_processes: int, subcommand: str = "") -> int:
 
 
 def _environment(world_size: int, port: int) -> dict[str, str]:
-    """The variables that torchrun would set, for whoever reads them; all but the rank's own number."""
+    """Return the variables that torchrun would set, without the rank's number."""
     return {
         "OMP_NUM_THREADS": "1",
         **os.environ,
@@ -122,26 +127,24 @@ def _environment(world_size: int, port: int) -> dict[str, str]:
 
 
 def follow_launcher() -> None:
-    """Where this process is a rank of `launch`, it ends with the launcher, should that be killed."""
+    """End with the launcher if this process is a rank of `launch`."""
     if LAUNCHER in os.environ:
         end_with_parent(int(os.environ[LAUNCHER]))
 
 
 @contextlib.contextmanager
 def _received_signals() -> Iterator[list[signal.Signals]]:
-    """A list to which signals are appended instead of ending this process."""
+    """Collect signals in a list, so that they do not end this process."""
     received: list[signal.Signals] = []
 
     def append(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
 
-    # What the caller ignores (nohup and SIGHUP, say) stays ignored.
-    numbers = [
-        number
+    before = {
+        number: signal.signal(number, append)
         for number in (*GRACE_S, signal.SIGUSR1)
-        if signal.getsignal(number) != signal.SIG_IGN
-    ]
-    before = {number: signal.signal(number, append) for number in numbers}
+        if signal.getsignal(number) != signal.SIG_IGN  # nohup ignores SIGHUP
+    }
     try:
         yield received
     finally:
@@ -155,13 +158,14 @@ class _Ranks:
     def __init__(
         self, processes: list[subprocess.Popen[bytes]], received: list[signal.Signals]
     ) -> None:
-        self.processes, self.received = processes, received
+        self.processes = processes
+        self.received = received
         self.failure: tuple[int, int] | None = None  # (rank, exit status) of the first to fail
         self.ending: signal.Signals | None = None  # the signal that ends the run
         self.deadline_s = float("inf")
 
     def wait(self) -> int:
-        """Returns the run's exit status once all ranks have ended."""
+        """Return the run's exit status once all ranks have ended."""
         while None in [process.poll() for process in self.processes]:
             while self.received:
                 self._pass_on(self.received.pop(0))
@@ -173,10 +177,10 @@ class _Ranks:
         return self._exit_status()
 
     def _pass_on(self, number: signal.Signals) -> None:
-        if number in GRACE_S and self.ending is not None:
-            self._kill(f"ended at once by a second {number.name}")
-            return
         if number in GRACE_S:
+            if self.ending is not None:
+                self._kill(f"ended at once by a second {number.name}")
+                return
             self.ending = number
             self.deadline_s = min(self.deadline_s, time.monotonic() + GRACE_S[number])
         self._send(number)
@@ -189,14 +193,13 @@ class _Ranks:
         ]
         if self.failure is not None or not failed:
             return
-        # Of several found at a time, the killed one is the cause, one that lost its connection the consequence.
+        # Among several, the killed rank is the cause, one that lost its connection the effect.
         self.failure = min(
             failed, key=lambda failure: (failure[1] > 0, failure[1] == REQUEUE, failure[0])
         )
-        by_signal = self.ending is not None and self.failure[1] == 128 + self.ending
-        if (
-            self.failure[1] == REQUEUE or by_signal
-        ):  # the others leave too, and one of them tells where the run stopped
+        statuses = [REQUEUE] + ([] if self.ending is None else [128 + self.ending])
+        if self.failure[1] in statuses:
+            # The others leave too, and one of them reports where the run stopped.
             self.deadline_s = min(self.deadline_s, time.monotonic() + LEAVING_S)
         else:
             self.deadline_s = min(self.deadline_s, time.monotonic() + AFTER_FAILURE_S)
@@ -225,8 +228,3 @@ class _Ranks:
         hint = " (SIGKILL is what a machine out of memory sends)" if name == "SIGKILL" else ""
         print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True)
         return 1
-
-
-def global_rank() -> int:
-    """Return this process's rank as its launcher numbers it; 0 without one."""
-    return find_ranks().rank

@@ -1,16 +1,17 @@
-"""What a run tells about itself: counters, their names with units, and where they are shown."""
+"""Metrics of a run: counters, their rates, and the places that show them."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import logging
+import operator
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, astuple, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Unit = Literal["tokens", "steps"]
-"""Field of Counters in which a run knows its total."""
+"""Field of Counters whose total a run knows."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -40,9 +41,9 @@ class Counters:
     steps: float = 0
     """Optimizer steps of the whole run, those before a resume included."""
     tokens: float = 0
-    """Tokens that went through the model."""
+    """Tokens that the model computed, without padding."""
     padding_tokens: float = 0
-    """Positions computed besides them, for nothing."""
+    """Positions computed for padding."""
     loss_tokens: float = 0
     """Tokens whose label counts in the loss."""
     examples: float = 0
@@ -51,51 +52,45 @@ class Counters:
     data_wait_s: float = 0
     """Time in which the model waited for data."""
     cached_tokens: float = 0
-    """Tokens of what is on disk; it follows `tokens` at a distance."""
+    """Tokens on disk; they follow `tokens` with a delay."""
     cached_loss_tokens: float = 0
     kept_mass_sum: float = 0
-    """Probability inside the kept tokens, summed over cached_loss_tokens."""
+    """Probability of the kept ids, summed over cached_loss_tokens."""
     bytes: float = 0
-    """On disk."""
+    """Size on disk."""
 
     def __add__(self, other: Counters) -> Counters:
-        return Counters(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+        return Counters(*map(operator.add, astuple(self), astuple(other)))
 
     def __sub__(self, other: Counters) -> Counters:
-        return Counters(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+        return Counters(*map(operator.sub, astuple(self), astuple(other)))
 
 
 class SharedCounters:
-    """Every replica's counters, through a store instead of collectives: nobody waits for anybody.
+    """Counters of all replicas in a store. No replica waits for another.
 
-    `rank` counts replicas, `size` is their number.
+    Args:
+        rank: number of this replica.
+        size: number of replicas.
     """
 
     def __init__(self, store: Store, rank: int, size: int) -> None:
-        self.store, self.rank, self.size = store, rank, size
+        self.store = store
+        self.rank = rank
+        self.size = size
 
     def publish(self, counters: Counters) -> None:
-        self.store.set(_key(self.rank), orjson.dumps(asdict(counters)).decode())
+        self.store.set(f"progress/{self.rank}", orjson.dumps(asdict(counters)).decode())
 
     def total(self) -> Counters:
-        """The sum over the replicas of what each published last; one that published nothing yet counts as 0."""
-        keys = [_key(rank) for rank in range(self.size)]
-        return sum(
-            (
-                Counters(**orjson.loads(self.store.get(key)))
-                for key in keys
-                if self.store.check([key])
-            ),
-            Counters(),
-        )
-
-
-def _key(rank: int) -> str:
-    return f"progress/{rank}"
+        """Return the sum of the counters that the replicas published last."""
+        keys = [f"progress/{rank}" for rank in range(self.size)]
+        published = [orjson.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+        return sum((Counters(**counters) for counters in published), Counters())
 
 
 class Sink(Protocol):
-    """Where metrics go."""
+    """A place that shows metrics."""
 
     def show(self, metrics: dict[str, float]) -> None: ...
 
@@ -103,15 +98,18 @@ class Sink(Protocol):
 
 
 class Progress:
-    """Counts, and every `interval_s` tells the sinks how far the run is and how fast.
+    """Counts, and reports progress and rates to the sinks every `interval_s`.
 
-    With `shared`, every replica counts and publishes, and the one whose rank is 0 shows the whole job; give sinks to
-    that one only. Nothing runs in the background: a report comes with the first `add` after the interval.
+    With `shared` every replica counts and publishes, and replica 0, which alone has sinks, reports
+    the sum. There is no background thread: a report comes with the first `add` after the interval.
 
     Args:
-        total: tokens or steps of the whole job, as `unit` says; 0 if unknown, then there is no ETA.
-        peak_flops: of all GPUs of the job together; None if unknown, then there is no utilisation.
-        start: counts that were there before, to which the rates do not apply.
+        total: tokens or steps of all replicas, as `unit` says; 0 if unknown, then without ETA.
+        peak_flops: of all GPUs together; None if unknown, then without utilisation.
+        start: counts from before this run, which the rates leave out.
+
+    Attributes:
+        latest: further metrics for the next report.
     """
 
     def __init__(
@@ -138,7 +136,7 @@ class Progress:
         self._window = deque([(self._started_s, self.counters)], maxlen=WINDOW_INTERVALS + 1)
 
     def add(self, **counts: float) -> None:
-        """Adds to the fields of Counters; reports if it is time."""
+        """Add to the fields of Counters, and report if the interval is over."""
         self.counters += Counters(**counts)
         now_s = time.monotonic()
         if now_s >= self._next_report_s:
@@ -146,33 +144,37 @@ class Progress:
             self.report()
 
     def report(self) -> None:
-        """Publishes and shows the present state, with the `latest` values of what is not counted."""
+        """Publish the counters, and show the sum in the sinks."""
         if self.shared is not None:
             self.shared.publish(self.counters)
         if self.sinks:
-            total = self.counters if self.shared is None else self.shared.total()
-            self._shown = total
-            metrics = {**self.latest, **self._metrics(total, time.monotonic())}
+            self._shown = self._total()
+            metrics = {**self.latest, **self._metrics(self._shown, time.monotonic())}
             for sink in self.sinks:
                 sink.show(metrics)
 
     def close(self) -> None:
-        """A last report, unless the last one told the same. For one over the whole job, all replicas call `report`, meet
-        at a barrier and then this."""
-        if self._shown is None or self._shown != (
-            self.counters if self.shared is None else self.shared.total()
-        ):
+        """Report once more if something changed, and close the sinks.
+
+        For a last report on all replicas, each calls `report` and waits for the others before.
+        """
+        if self._shown != self._total():
             self.report()
         for sink in self.sinks:
             sink.close()
 
+    def _total(self) -> Counters:
+        return self.counters if self.shared is None else self.shared.total()
+
     def _metrics(self, total: Counters, now_s: float) -> dict[str, float]:
-        """Rates over the last WINDOW_INTERVALS reports, the cache over the whole run; nothing that is unknown."""
+        """Return rates over the last WINDOW_INTERVALS reports, without those that are unknown."""
         before_s, before = self._window[0]
         self._window.append((now_s, total))
-        recent, seconds = total - before, max(now_s - before_s, 1e-9)
+        recent = total - before
+        seconds = max(now_s - before_s, 1e-9)
         num_replicas = 1 if self.shared is None else self.shared.size
-        done, recently_done = getattr(total, self.unit), getattr(recent, self.unit)
+        done = getattr(total, self.unit)
+        recently_done = getattr(recent, self.unit)
         metrics = {
             "progress/tokens": total.tokens,
             "progress/examples": total.examples,
@@ -198,11 +200,27 @@ class Progress:
         return metrics
 
 
-class ProgressLine:
-    """On stderr: a bar where somebody watches, elsewhere a plain line an interval.
+DESCRIPTIONS = {
+    "epoch": "epoch {:.2f}",
+    "train/loss": "loss {:.4f}",
+    "train/kd_loss": "kd_loss {:.4f}",
+    "train/sft_loss": "sft_loss {:.4f}",
+    "lr": "lr {:.2e}",
+    "grad_norm": "grad_norm {:.3g}",
+    "perf/tokens_per_s": "{:,.0f} tokens/s",
+    "perf/mfu_percent": "{:.1f}% MFU",
+    "perf/padding_percent": "{:.1f}% padding",
+    "perf/data_wait_percent": "{:.1f}% data wait",
+    "perf/peak_memory_gib": "{:.1f} GiB",
+    "cache/kept_mass": "kept mass {:.4f}",
+}
 
-    The bar leaves messages of the package's loggers whole. What a narrow terminal has no room for is at its end, so the
-    time that is left comes first there.
+
+class ProgressLine:
+    """Progress on stderr: a bar on a terminal, else a line per report.
+
+    The bar leaves messages of the package's loggers whole. A narrow terminal cuts its end, so the
+    time left comes first there.
     """
 
     def __init__(self, name: str, total: int, unit: Unit = "tokens") -> None:
@@ -215,46 +233,38 @@ class ProgressLine:
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
-            form = (
-                "{desc}: {percentage:3.0f}%|{bar:10}| {n_fmt}/{total_fmt} "
-                + unit
-                + " [{elapsed}{postfix}]"
-            )
+            counts = f"{{n_fmt}}/{{total_fmt}} {unit} [{{elapsed}}{{postfix}}]"
             self.bar = tqdm(
                 desc=name,
                 total=total or None,
                 unit_scale=unit == "tokens",
                 dynamic_ncols=True,
-                bar_format=form,
+                bar_format="{desc}: {percentage:3.0f}%|{bar:10}| " + counts,
             )
             self._resources.callback(self.bar.close)
             self._resources.enter_context(logging_redirect_tqdm([logging.getLogger("nemo_kd")]))
 
     def show(self, metrics: dict[str, float]) -> None:
         done = metrics[f"progress/{self.unit}"]
-        described = list(_described(metrics))
-        eta = (
-            [f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"]
-            if "perf/eta_s" in metrics
-            else []
-        )
+        rates = [
+            text.format(metrics[name]) for name, text in DESCRIPTIONS.items() if name in metrics
+        ]
+        left = []
+        if "perf/eta_s" in metrics:
+            left = [f"{timedelta(seconds=round(metrics['perf/eta_s']))} left"]
         if self.bar is not None:
             self.bar.n = int(done)
-            self.bar.set_postfix_str(", ".join([*eta, *described]))  # draws
-            return
-        if self.unit == "steps":
-            parts = [f"step {done:,.0f}/{self.total:,}"]
-        elif "progress/percent" in metrics:
-            parts = [
-                f"{metrics['progress/percent']:.1f}%",
-                f"{done:,.0f} {self.unit} of {self.total:,}",
-            ]
+            self.bar.set_postfix_str(", ".join([*left, *rates]))  # draws
+        elif self.unit == "steps":
+            self.note(", ".join([f"step {done:,.0f}/{self.total:,}", *rates, *left]))
         else:
-            parts = [f"{done:,.0f} {self.unit}"]
-        self.note(", ".join([*parts, *described, *eta]))
+            count = f"{done:,.0f} {self.unit}"
+            if "progress/percent" in metrics:
+                count = f"{metrics['progress/percent']:.1f}%, {count} of {self.total:,}"
+            self.note(", ".join([count, *rates, *left]))
 
     def note(self, text: str) -> None:
-        """Prints a line of its own, above the bar if there is one."""
+        """Print a separate line, above the bar if there is one."""
         line = f"{self.name}: {text}"
         if self.bar is not None:
             self.bar.write(printable(line), file=sys.stderr)
@@ -265,26 +275,8 @@ class ProgressLine:
         self._resources.close()
 
 
-def _described(metrics: dict[str, float]) -> Iterable[str]:
-    texts = {
-        "epoch": "epoch {:.2f}",
-        "train/loss": "loss {:.4f}",
-        "train/kd_loss": "kd_loss {:.4f}",
-        "train/sft_loss": "sft_loss {:.4f}",
-        "lr": "lr {:.2e}",
-        "grad_norm": "grad_norm {:.3g}",
-        "perf/tokens_per_s": "{:,.0f} tokens/s",
-        "perf/mfu_percent": "{:.1f}% MFU",
-        "perf/padding_percent": "{:.1f}% padding",
-        "perf/data_wait_percent": "{:.1f}% data wait",
-        "perf/peak_memory_gib": "{:.1f} GiB",
-        "cache/kept_mass": "kept mass {:.4f}",
-    }
-    yield from (text.format(metrics[name]) for name, text in texts.items() if name in metrics)
-
-
 class MetricsFile:
-    """A file to which every report is appended, a JSON object per line, with `time` in unix seconds."""
+    """Appends every report to a file as one JSON line, with `time` in Unix seconds."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,12 +301,12 @@ class MetricsFile:
 
 @contextlib.contextmanager
 def explained_wandb_errors() -> Iterator[None]:
-    """Raise what keeps Weights & Biases from starting as an error that names the key and the ways out.
+    """Explain why Weights & Biases does not start.
 
-    wandb gives up by itself: at once without a key, after its `init_timeout` (90 s) without a network.
+    wandb gives up at once without an API key, and after `init_timeout` (90 s) without a network.
 
     Raises:
-        ConfigError: there is no package, no login, no network, or an argument that wandb does not have.
+        ConfigError: the package, login or network is missing, or wandb has no such argument.
         OSError: its folder cannot be written.
     """
     try:
@@ -334,13 +326,14 @@ def explained_wandb_errors() -> Iterator[None]:
             raise
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
         raise ConfigError(
-            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in (wandb login, or "
-            "WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this machine, or leave the key out"
+            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log "
+            "in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on "
+            "this machine, or leave the key out"
         ) from error
 
 
 class WandbSink:
-    """Weights & Biases; WANDB_MODE=offline keeps everything on this machine. `settings` are arguments of wandb.init."""
+    """Weights & Biases; `settings` are arguments of wandb.init."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         with explained_wandb_errors():

@@ -1,4 +1,4 @@
-"""A hang becomes an error: a rank that makes no progress tells what it was doing, and ends."""
+"""Turn a hang into an error: a rank without progress reports its last step and ends."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ import threading
 from collections.abc import Iterator
 
 TICKS = 20
-"""How often the time-out is looked at before it is over."""
+"""Number of checks within one timeout."""
 
 STDERR = 2
 
 COLLECTIVE_ERRORS = re.compile(r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE)
-"""In the texts of the plain RuntimeErrors that torch raises where a collective cannot go on."""
+"""Found in the plain RuntimeErrors that torch raises if a collective cannot go on."""
 
 
 class CollectiveError(RuntimeError):
-    """The ranks lost each other; the message says which rank noticed, at what, and what torch said."""
+    """The ranks lost each other; the message has the rank, its last step and torch's error."""
 
 
 class Watchdog:
-    """Ends this process (exit status 1) when no `step` came for `timeout_s`, from `with` on.
+    """Ends this process (exit status 1) if no `step` comes for `timeout_s`, within `with`.
 
-    What it writes to stderr: rank, machine, the last step, and the stacks of all threads; after twice the time the
-    stacks alone, should something hold Python's lock. The time-out of torch's collectives should be longer, for torch
-    tells less.
+    It writes rank, machine, last step and the stacks of all threads to stderr. If something holds
+    Python's lock, it writes the stacks after twice the time. The timeout of torch's collectives
+    should be longer, because torch's error says less.
     """
 
     def __init__(self, timeout_s: float, rank: int) -> None:
-        self.timeout_s, self.rank = timeout_s, rank
+        self.timeout_s = timeout_s
+        self.rank = rank
         self._last: tuple[str, tuple[object, ...]] = ("start", ())
         self._paused = 0
         self._closed = threading.Event()
@@ -48,7 +49,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def step(self, what: str, *details: object) -> None:
-        """A sign of life; `what % details`, put together only when it is shown, is what happens next.
+        """Report progress; `what % details`, formatted only when shown, describes the next step.
 
         For example step("batch %d of segment %s: examples %s: forward", 12, segment, indices).
         """
@@ -56,7 +57,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
-        """Nothing is expected for a while, in which `what` happens."""
+        """Suspend the timeout during `what`."""
         self.step(what)
         self._paused += 1
         try:
@@ -67,21 +68,26 @@ class Watchdog:
 
     @contextlib.contextmanager
     def explain_collective_errors(self) -> Iterator[None]:
-        """What torch says when another rank is gone becomes a CollectiveError that tells what this rank was doing."""
+        """Raise torch's errors about a lost rank as CollectiveError with this rank's last step."""
         try:
             yield
         except RuntimeError as error:
-            if isinstance(error, CollectiveError) or not _is_collective(error):
+            from torch.distributed import DistError
+
+            text = str(error).strip()
+            is_collective = isinstance(error, DistError) or COLLECTIVE_ERRORS.search(text)
+            if isinstance(error, CollectiveError) or not is_collective:
                 raise
-            said = str(error).strip().splitlines()[0]
             raise CollectiveError(
-                f"{self._where()} lost the other ranks; its last step: {self._last_step()}. Another rank has probably "
-                f"ended, see its own message. torch says: {said}"
+                f"{self._where()} lost the other ranks; its last step: {self._last_step()}. "
+                "Another rank has probably ended, see its own message. torch says: "
+                f"{text.splitlines()[0]}"
             ) from error
 
     def _watch(self) -> None:
         tick_s = self.timeout_s / TICKS
-        ticks, seen = 0, self._last
+        ticks = 0
+        seen = self._last
         # Time is counted in ticks of this thread: a suspended process does not tick.
         while not self._closed.wait(tick_s):
             faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=STDERR)
@@ -92,9 +98,11 @@ class Watchdog:
 
     def _end(self) -> None:
         message = (
-            f"error: {self._where()} made no progress for {self.timeout_s:g} s (trainer.distributed_timeout_minutes)\n"
+            f"error: {self._where()} made no progress for {self.timeout_s:g} s "
+            "(trainer.distributed_timeout_minutes)\n"
             f"last step: {self._last_step()}\n"
-            "The cause may be another rank that died or hangs, or a file system that hangs. What the threads do:\n"
+            "The cause may be another rank that died or hangs, or a file system that hangs. "
+            "Stacks of all threads:\n"
         )
         sys.stderr.flush()
         os.write(STDERR, message.encode())
@@ -107,9 +115,3 @@ class Watchdog:
     def _last_step(self) -> str:
         what, details = self._last
         return what % details if details else what
-
-
-def _is_collective(error: RuntimeError) -> bool:
-    from torch.distributed import DistError
-
-    return isinstance(error, DistError) or COLLECTIVE_ERRORS.search(str(error)) is not None

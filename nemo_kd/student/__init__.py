@@ -14,7 +14,7 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
 
     The ranks join before Megatron and Lightning load, so that wrong devices are reported at once.
     """
-    from nemo_kd.run.process_group import join_ranks
+    from nemo_kd.run.ranks import join_ranks
 
     join_ranks(config.trainer)
     from nemo_kd.student.module import train_student as train

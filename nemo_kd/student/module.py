@@ -43,7 +43,7 @@ from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, p
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c
-from nemo_kd.run.process_group import join_ranks
+from nemo_kd.run.ranks import join_ranks
 from nemo_kd.student.data import StudentData, load_splits, source_names
 from nemo_kd.student.lifetime import Lifetime, NonFiniteSteps, StopFlags
 from nemo_kd.student.loss import LOSS_TOKENS, StudentLoss

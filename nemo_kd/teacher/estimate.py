@@ -1,4 +1,4 @@
-"""What stage 1 is going to cost, from a short probe: `logit_cache plan` and `compute_topk_logits --dry-run`."""
+"""Estimate the cost of stage 1 from a short probe: `logit_cache plan` and `--dry-run`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 import os
 import resource
 import time
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -21,185 +21,157 @@ from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.teacher.summary import advice
+from nemo_kd.teacher.progress import kept_mass_advice
 from nemo_kd.terminal import print_table, size_text
 
 log = logging.getLogger(__name__)
 
-NUM_PROBES, NUM_WARM_UPS = 48, 2
-NUM_MEASURED_RECORDS = 2000
+NUM_PROBES = 48
+NUM_WARM_UPS = 2
+NUM_SAMPLES = 2000
 
 
-@dataclass(frozen=True)
-class Probe:
-    """Sums over the probed records, on the rank of a replica that writes.
+class Probe(NamedTuple):
+    """Measurements of the probed examples on a rank that writes, where rows arrive.
 
     Attributes:
-        seconds: of the teacher; encoding happens beside it.
-        file_bytes: of the lines; loss_tokens: in them.
-        computed_tokens: padding included.
+        seconds: of the teacher; encoding runs beside it.
+        num_bytes: of the encoded lines.
+        computed_tokens: with padding.
+        kept_ids, kept_mass: means over loss tokens.
     """
 
-    records: int
+    num_records: int
     seconds: float
-    file_bytes: int
+    num_bytes: int
     tokens: int
     computed_tokens: int
     loss_tokens: int
-    kept_tokens: int
+    kept_ids: float
     kept_mass: float
 
 
-@dataclass(frozen=True)
-class Records:
-    """Means over a sample of records.
+def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
+    """Run the teacher on a few records of each dataset and print disk, time and memory of all.
 
-    Attributes:
-        tokens: that the teacher reads; stored_tokens: up to the last one in the loss; seconds: of tokenization.
-    """
-
-    tokens: float
-    stored_tokens: float
-    loss_tokens: float
-    seconds: float
-
-
-def plan_cache(config: ComputeTopkLogitsConfig) -> None:
-    """Runs the teacher on some records spread over each dataset and prints what the whole of it takes; writes nothing.
+    Writes nothing.
 
     Raises:
         ConfigError, DataError: something the user gave cannot work.
     """
     with open_run(config) as run:
         started_s = time.perf_counter()
-        samples = [_measure_records(job) for job in run.jobs]
-        measured_s = time.perf_counter() - started_s
+        samples = [_sample(job, NUM_SAMPLES) for job in run.jobs]
+        sampling_s = time.perf_counter() - started_s
         teacher = run.load_teacher()
-        start_up_s = time.time() - _started_at() - measured_s
-        for job, records in zip(run.jobs, samples, strict=True):
-            probe = _probe(run, job, teacher)
+        start_up_s = time.time() - _command_start() - sampling_s
+        num_sampled = sum(min(NUM_SAMPLES, len(job.indices)) for job in run.jobs)
+        for job, sample in zip(run.jobs, samples, strict=True):
+            if not sample:
+                raise nothing_to_train(job)
+            probe = _probe(job, teacher)
             if run.groups.is_writer and run.groups.data_rank == 0:
-                print_table(
-                    [("layout", run.layout()), *_estimates(run, job, probe, records, start_up_s)]
-                )
-                loss_tokens = max(1, probe.loss_tokens)
-                kept_ids = probe.kept_tokens / loss_tokens
-                warning = advice(
-                    probe.kept_mass / loss_tokens, kept_ids, job.config.top_k, job.config.cache
-                )
-                if warning:
-                    log.warning("warning: %s", warning)
+                _print_costs(run, job, probe, sample, sampling_s / num_sampled, start_up_s)
 
 
-def _started_at() -> float:
-    """When the command was started: this process, or the one that launched the ranks."""
+def _command_start() -> float:
+    """Return when the command started: this process, or the one that launched the ranks."""
     process = psutil.Process()
     launcher = process.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
-    return min(
-        process.create_time(), launcher.create_time() if launcher is not None else float("inf")
-    )
-
-
-def _indices(job: Job) -> range:
-    return range(job.chunks[0][0], job.chunks[-1][-1] + 1)
+    return min(one.create_time() for one in (process, launcher) if one is not None)
 
 
 def _sample(job: Job, size: int) -> list[Example]:
-    """Up to `size` of the job's records, spread at random, without those that make no example."""
-    indices = _indices(job)
-    chosen = np.random.default_rng(0).choice(indices, min(size, len(indices)), replace=False)
-    return [
-        record
-        for index in sorted(chosen.tolist())
-        if isinstance(record := job.dataset[index], Example)
-    ]
+    """Return the examples among `size` records of the job, drawn at random."""
+    size = min(size, len(job.indices))
+    chosen = np.random.default_rng(0).choice(job.indices, size, replace=False)
+    records = [job.dataset[index] for index in sorted(chosen.tolist())]
+    return [record for record in records if isinstance(record, Example)]
 
 
-def _measure_records(job: Job) -> Records:
-    num_records = min(NUM_MEASURED_RECORDS, len(_indices(job)))
-    started_s = time.perf_counter()
-    examples = _sample(job, num_records)
-    if not examples:
-        raise nothing_to_train(job)
-    seconds = time.perf_counter() - started_s
-    return Records(
-        tokens=sum(example.num_tokens for example in examples) / num_records,
-        stored_tokens=sum(int(np.flatnonzero(example.loss_mask_S)[-1]) + 1 for example in examples)
-        / num_records,
-        loss_tokens=sum(example.num_loss_tokens for example in examples) / num_records,
-        seconds=seconds / num_records,
-    )
-
-
-def _probe(run: Run, job: Job, teacher: Teacher) -> Probe:
-    lines, cache = lines_of(job.config.output_path), job.config.cache
+def _probe(job: Job, teacher: Teacher) -> Probe:
+    """Run the teacher on a few examples, and encode what it computed."""
+    cache = job.config.cache
     examples = _sample(job, NUM_PROBES)
     teacher.rows(examples[:NUM_WARM_UPS])
     started_s = time.perf_counter()
     started = teacher.start(examples)
     rows = teacher.finish(started)
     seconds = time.perf_counter() - started_s
+    lines = lines_of(job.config.output_path)
     targets = [row.loss_rows() for row in rows]
+    loss_tokens = max(1, sum(example.num_loss_tokens for example in examples))
     return Probe(
-        records=len(examples),
-        seconds=seconds,
-        file_bytes=sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows),
-        tokens=sum(example.num_tokens for example in examples),
-        computed_tokens=started.computed_tokens,
-        loss_tokens=sum(example.num_loss_tokens for example in examples),
-        kept_tokens=sum(int((part.topk_token_ids_PK >= 0).sum()) for part in targets),
-        kept_mass=sum(float((1 - part.tail_mass_PT[:, 0]).sum()) for part in targets),
+        len(examples),
+        seconds,
+        sum(len(lines.write(encode(row, cache.codec, cache.positions))) for row in rows),
+        max(1, sum(example.num_tokens for example in examples)),
+        max(1, started.computed_tokens),
+        loss_tokens,
+        sum(int((target.topk_token_ids_PK >= 0).sum()) for target in targets) / loss_tokens,
+        sum(float((1 - target.tail_mass_PT[:, 0]).sum()) for target in targets) / loss_tokens,
     )
 
 
-def _estimates(
-    run: Run, job: Job, probe: Probe, records: Records, start_up_s: float
-) -> list[tuple[str, str]]:
-    num_records, data_size = len(_indices(job)), run.groups.data_size
-    tokens, loss_tokens = records.tokens * num_records, records.loss_tokens * num_records
-    stored_tokens = records.stored_tokens * num_records
-    # The probe's records may be longer or shorter than the dataset's: bytes follow loss tokens, time follows tokens.
-    file_bytes = (
-        probe.file_bytes / max(1, probe.loss_tokens) * loss_tokens + BYTES_PER_LINE * num_records
-    )
-    compute_s = probe.seconds / max(1, probe.tokens) * tokens / data_size
-    seconds = (
-        start_up_s + records.seconds * num_records / torch.distributed.get_world_size() + compute_s
-    )
-    largest_chunk = max(map(len, job.chunks)) / num_records * file_bytes
-    segment_bytes = min(job.config.cache.segment_examples, num_records) / num_records * file_bytes
-    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
-    folder, num_shards = CacheLayout(job.config.output_path).folder, job.config.part_number()[1]
-    return [
+def _print_costs(
+    run: Run,
+    job: Job,
+    probe: Probe,
+    sample: list[Example],
+    seconds_per_record: float,
+    start_up_s: float,
+) -> None:
+    """Print the costs of one dataset.
+
+    Args:
+        sample: examples among NUM_SAMPLES records.
+        seconds_per_record: of tokenization.
+        start_up_s: from the start of the command to the loaded teacher.
+    """
+    cache = job.config.cache
+    # Probed records may be shorter than the others: bytes follow loss tokens, time follows tokens.
+    num_records = len(job.indices)
+    scale = num_records / min(NUM_SAMPLES, num_records)
+    tokens = scale * sum(example.num_tokens for example in sample)
+    loss_tokens = scale * sum(example.num_loss_tokens for example in sample)
+    # Of an example the cache holds the tokens up to the last one in the loss.
+    stored_tokens = scale * sum(int(np.flatnonzero(e.loss_mask_S)[-1]) + 1 for e in sample)
+    file_bytes = probe.num_bytes / probe.loss_tokens * loss_tokens + BYTES_PER_LINE * num_records
+    data_size = run.groups.data_size
+    compute_s = probe.seconds / probe.tokens * tokens / data_size
+    tokenize_s = seconds_per_record * num_records / torch.distributed.get_world_size()
+    seconds = start_up_s + tokenize_s + compute_s
+    chunk_bytes = max(map(len, job.chunks)) / num_records * file_bytes
+    segment_bytes = min(cache.segment_examples, num_records) / num_records * file_bytes
+    num_shards = job.config.part_number()[1]
+    shards = f"{num_shards}; all values below are for all shards together"
+    folder = CacheLayout(job.config.output_path).folder
+    disk = f"{size_text(file_bytes)}, and {size_text(chunk_bytes)} more while a chunk is assembled"
+    duration = timedelta(seconds=round(seconds))
+    table = [
+        ("layout", run.describe_ranks()),
         *([("split", job.split)] if job.split else []),
-        *(
-            [("shards", f"{num_shards}; what follows is for all of them together")]
-            if num_shards > 1
-            else []
-        ),
+        *([("shards", shards)] if num_shards > 1 else []),
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
-        ("padding", f"{1 - probe.tokens / max(1, probe.computed_tokens):.1%}"),
-        (
-            f"mass of the kept ids (at most {job.config.top_k})",
-            f"{probe.kept_mass / max(1, probe.loss_tokens):.4f}",
-        ),
+        ("padding", f"{1 - probe.tokens / probe.computed_tokens:.1%}"),
+        (f"mass of the kept ids (at most {job.config.top_k})", f"{probe.kept_mass:.4f}"),
         ("bytes per token", f"{file_bytes / max(1.0, stored_tokens):,.1f}"),
-        (
-            "disk",
-            f"{size_text(file_bytes)}, and {size_text(largest_chunk)} more while a chunk is put together, in {folder}",
-        ),
-        (
-            "time",
-            f"{timedelta(seconds=round(seconds))} on {data_size} data-parallel ranks ({seconds:,.0f} s)",
-        ),
+        ("disk", f"{disk}, in {folder}"),
+        ("time", f"{duration} on {data_size} data-parallel ranks ({seconds:,.0f} s)"),
         ("tokens per second", f"{tokens / max(1e-9, compute_s):,.0f}"),
-        ("memory of a rank", size_text(host_bytes) + _device_memory(run)),
-        ("probed", f"{probe.records:,} records in {probe.seconds:.1f} s"),
+        ("memory of a rank", _memory(run, segment_bytes)),
+        ("probed", f"{probe.num_records:,} records in {probe.seconds:.1f} s"),
     ]
+    print_table(table)
+    warning = kept_mass_advice(probe.kept_mass, probe.kept_ids, job.config.top_k, cache)
+    if warning:
+        log.warning("warning: %s", warning)
 
 
-def _device_memory(run: Run) -> str:
-    if run.groups.device.type != "cuda":
-        return ""
-    return f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
+def _memory(run: Run, segment_bytes: float) -> str:
+    host_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 + segment_bytes
+    text = size_text(host_bytes)
+    if run.groups.device.type == "cuda":
+        text += f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
+    return text

@@ -1,9 +1,9 @@
-"""Stage 1: runs a teacher over datasets and caches its top-k logits.
+"""Stage 1: run a teacher over datasets and cache its top-k logits.
 
-The loop is `_work`: each replica of the teacher claims segments, runs of consecutive records, and computes them in
-batches of its own, while processes beside it tokenize what comes next and encode what came before. What is computed
-together depends on the records alone, not on the ranks; and every row carries the index of its example from the file to
-the cache.
+`_compute` is the loop. Each replica of the teacher claims segments, which are runs of consecutive
+records, and computes them in batches; processes beside it tokenize the next records and encode the
+previous ones. Records alone decide what is computed together, never the number of ranks, and every
+row carries the index of its record from the file to the cache.
 """
 
 from __future__ import annotations
@@ -12,32 +12,38 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.distributed import Store
+import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.batch import Example
-from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.publisher import SegmentPublisher
-from nemo_kd.cache.writer import CacheWriter, Segment
-from nemo_kd.config import UserInputError
+from nemo_kd.cache.segment import Segment
+from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.config.errors import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.run.collective import raise_together, shared_store
+from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.run.collective import POLL_S, on_rank_zero, shared_store
 from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
 from nemo_kd.run.watchdog import Watchdog
-from nemo_kd.teacher.estimate import plan_cache
+from nemo_kd.teacher.estimate import estimate_cost
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher, TeacherError
-from nemo_kd.teacher.progress import TeacherProgress, metrics_file
-from nemo_kd.teacher.segment_queue import WorkList, wait_until
-from nemo_kd.teacher.summary import Work, check_end, kept_mass_advice, next_commands, summary_lines
-from nemo_kd.terminal import print_table, print_text
+from nemo_kd.teacher.progress import (
+    CacheReport,
+    TeacherProgress,
+    metrics_file,
+    next_commands,
+    report_cache,
+)
+from nemo_kd.terminal import print_text
 
 log = logging.getLogger(__name__)
 
@@ -52,85 +58,82 @@ class Output:
     """One cache that is being written.
 
     Attributes:
-        missing: this shard's segments that are not there yet.
-        store: keys that belong to this cache and this run of the command.
+        missing: segments that this shard still has to compute.
+        num_complete: chunks that were complete before this run.
+        store: keys of this cache and this run of the command.
         writer: on rank 0 of every shard.
     """
 
     job: Job
     missing: list[Segment]
-    store: Store
-    writer: CacheWriter | None
     num_complete: int
+    store: dist.Store
+    writer: CacheWriter | None
 
 
-def compute_topk_logits(config: ComputeTopkLogitsConfig) -> None:
-    """Runs stage 1: writes every chunk of the asked range that is not complete yet.
+def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
+    """Run stage 1: write every chunk of the requested range that is not complete yet.
+
+    Returns:
+        One report per dataset, on every rank; none for `dry_run`.
 
     Raises:
-        ConfigError, DataError, CacheError: something the user gave cannot work; before the teacher is loaded.
-        Requeue: it was told to stop, or its time is over; the same call continues.
+        ConfigError, DataError, CacheError: something the user gave cannot work; raised before the
+            teacher is loaded.
+        Requeue: a signal or the time limit stopped the run; the same call continues it.
     """
     if config.dry_run:
-        plan_cache(config)
-        return
+        estimate_cost(config)
+        return []
     with open_run(config) as run, contextlib.ExitStack() as stack:
         interruption = stack.enter_context(Interruption(config.exp_manager.max_time_per_run))
         outputs = [_open_output(job, stack) for job in run.jobs]
         totals = [check_records(output.job, output.missing) for output in outputs]
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
-        watchdog = stack.enter_context(Watchdog(timeout_s, torch.distributed.get_rank()))
+        watchdog = stack.enter_context(Watchdog(timeout_s, dist.get_rank()))
         stack.enter_context(watchdog.explain_collective_errors())
         teacher = None
         if any(output.missing for output in outputs):
             with watchdog.pause("loading the teacher"):
                 teacher = run.load_teacher(watchdog.step)
+        reports = []
         for output, num_tokens in zip(outputs, totals, strict=True):
             started_s = time.monotonic()
             if teacher is not None and output.missing:
-                with _one_rank_tells(output.store):
-                    _work(run, output, teacher, num_tokens, interruption, watchdog)
-            work = Work(num_tokens, time.monotonic() - started_s, output.num_complete)
-            _finish(output, work, watchdog)
-        if all(output.writer is not None and not output.writer.missing for output in outputs):
-            print_text("\n".join(next_commands(run.jobs)))
-        torch.distributed.barrier()  # the store may end with the process of rank 0
+                with _first_error_only(output.store):
+                    _compute(run, output, teacher, num_tokens, interruption, watchdog)
+            seconds = time.monotonic() - started_s
+            reports.append(_finish(output, num_tokens, seconds, watchdog))
+        if dist.get_rank() == 0 and all(report.is_complete for report in reports):
+            print_text("\n".join(next_commands(reports)))
+        dist.barrier()  # the store may end with the process of rank 0
+    return reports
 
 
 def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
-    """Takes the cache's lock on rank 0 and tells all ranks what is missing.
+    """Lock the cache on rank 0, and find its missing segments for all ranks.
 
     Raises:
-        CacheError: on every rank, what rank 0 found against writing.
+        CacheError: on every rank; the cache cannot be written.
     """
-    writer, missing, problem = None, list[Segment](), ""
+    writers: list[CacheWriter] = []
+
+    def open_writer() -> tuple[list[Segment], int]:
+        metrics_file(job).close()  # fails here if it cannot be written
+        layout = CacheLayout(job.config.output_path)
+        writer = CacheWriter(layout, job.manifest, job.chunks, job.config.part_number())
+        writers.append(writer)
+        stack.callback(writer.close)
+        missing = writer.missing_segments()
+        return missing, len(job.chunks) - len(writer.missing)
+
+    # Reading the published segments may take longer than a collective waits.
+    missing, num_complete = on_rank_zero(open_writer, meanwhile=lambda: None)
     store = shared_store("compute_topk_logits")
-    if torch.distributed.get_rank() == 0:
-        try:
-            metrics_file(job).close()  # whether it can be written shows now
-            writer = CacheWriter(
-                CacheLayout(job.config.output_path),
-                job.manifest,
-                job.chunks,
-                job.config.part_number(),
-            )
-            stack.callback(writer.close)
-            missing = writer.missing_segments()
-        except UserInputError as error:
-            problem = str(error)
-        store.set("opened", "1")
-    # All segments that are there are read: longer than a collective waits.
-    wait_until(store, "opened", lambda: None)
-    found: list[Any] = [missing, problem]
-    torch.distributed.broadcast_object_list(found, src=0)
-    missing, problem = found
-    if problem:
-        raise CacheError(problem)
-    num_complete = len(job.chunks) - len(writer.missing) if writer is not None else 0
-    return Output(job, missing, store, writer, num_complete)
+    return Output(job, missing, num_complete, store, writers[0] if writers else None)
 
 
-def _work(
+def _compute(
     run: Run,
     output: Output,
     teacher: Teacher,
@@ -138,75 +141,44 @@ def _work(
     interruption: Interruption,
     watchdog: Watchdog,
 ) -> None:
-    """Computes this replica's share of the missing segments.
+    """Compute this replica's share of the missing segments.
 
     Raises:
-        Requeue: on every rank, when all that was begun is published and something is left.
+        Requeue: on every rank, once all started segments are published and some are left.
     """
-    job, layout = output.job, CacheLayout(output.job.config.output_path)
-    interruption.share(output.store, torch.distributed.get_rank())
-    work = WorkList(output.store, output.missing, run.groups, lambda: interruption.reason)
-    before: tuple[Segment, Records, Pass] | None = None
+    job = output.job
+    interruption.share(output.store, dist.get_rank())
+    queue = SegmentQueue(output.store, output.missing, run.groups, lambda: interruption.reason)
+    previous: tuple[Segment, Records, Pass] | None = None
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
         publisher = None
         if run.groups.is_writer:
+            layout = CacheLayout(job.config.output_path)
             publisher = stack.enter_context(
-                SegmentPublisher(layout, job.manifest, computed_with(job.config))
+                SegmentPublisher(layout, job.manifest, _computed_with(job.config))
             )
         assembler = stack.enter_context(_Assembler(output.writer))
-        for segment, records in progress.waiting_for(_read_ahead(job, work)):
-            if not work.goes_on():
+        for segment, records in progress.waiting_for(_read_ahead(job, queue)):
+            if not queue.should_continue():
                 break
             started = teacher.start([record for record in records if isinstance(record, Example)])
-            # On a GPU the results of one segment come to the host while the next one is computed.
-            if before is not None:
-                _publish(teacher, before, publisher, progress)
-                assembler.look(up_to=before[0][0])
-            before = None if segment is None else (segment, records, started)
-        if before is not None:
-            _publish(teacher, before, publisher, progress)
+            # A GPU copies one segment's results to the host while it computes the next.
+            if previous is not None:
+                _publish(teacher, previous, publisher, progress)
+                assembler.start(up_to=previous[0][0])
+            previous = None if segment is None else (segment, records, started)
+        if previous is not None:
+            _publish(teacher, previous, publisher, progress)
         if publisher is not None:
             publisher.close()
             progress.published(publisher)
         progress.report()
-        num_ranks = torch.distributed.get_world_size()
-        reason = work.wait_for_all(num_ranks, lambda: watchdog.step("waiting for other ranks"))
-        with watchdog.pause("putting chunks together"):
-            assembler.finish()
+        reason = queue.wait_for_all(lambda: watchdog.step("waiting for other ranks"))
+        with watchdog.pause("assembling chunks"):
+            assembler.wait()
     if reason is not None:
         raise Requeue(reason)
-
-
-@contextlib.contextmanager
-def _one_rank_tells(store: Store) -> Iterator[None]:
-    """Let the first rank that fails on a file tell why; ranks that fail after it, mostly alike, end without a word."""
-    try:
-        yield
-    except TeacherError:
-        raise
-    except (UserInputError, OSError):
-        if store.add("failed", 1) > 1:
-            time.sleep(SILENT_S)  # until the launcher ends this rank, after the one that tells
-            sys.exit(USER_ERROR)
-        raise
-
-
-def _read_ahead(job: Job, work: WorkList) -> Iterable[tuple[Segment | None, Records]]:
-    """The claimed segments with their records, tokenized by processes beside this one."""
-    num_workers = job.config.data.num_workers
-    return DataLoader(
-        _Segments(job.dataset),
-        batch_size=None,
-        sampler=work.claims(),
-        num_workers=num_workers,
-        prefetch_factor=1 if num_workers else None,
-        multiprocessing_context="fork"
-        if num_workers
-        else None,  # a spawned one imports everything anew
-        collate_fn=_unchanged,
-        worker_init_fn=follow_the_main_process,
-    )
 
 
 def _publish(
@@ -215,22 +187,21 @@ def _publish(
     publisher: SegmentPublisher | None,
     progress: TeacherProgress,
 ) -> None:
-    """Hands a segment's rows over to the process that encodes and writes them."""
+    """Pass a segment's rows to the process that encodes and writes them."""
     segment, records, started = computed
-    rows = teacher.finish(started)
+    rows = iter(teacher.finish(started))
     if publisher is None:
         return
-    remaining = iter(rows)
     rows_and_reasons = [
-        record.reason if isinstance(record, Skipped) else next(remaining) for record in records
+        record.reason if isinstance(record, Skipped) else next(rows) for record in records
     ]
     publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=started.max_tokens)
     progress.computed(started)
     progress.published(publisher)
 
 
-def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
-    """What rounding depends on besides the weights; the manifest records it."""
+def _computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
+    """Return what rounding depends on besides the weights; the manifest records it."""
     model = config.model
     return {
         "max_tokens_per_batch": config.max_tokens_per_batch,
@@ -244,90 +215,169 @@ def computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
     }
 
 
-def _finish(output: Output, work: Work, watchdog: Watchdog) -> None:
-    """Put the last chunks together, check what is on disk, and print the summary; every rank calls it.
+def _finish(output: Output, num_tokens: int, seconds: float, watchdog: Watchdog) -> CacheReport:
+    """Assemble the last chunks, check what is on disk and report it; every rank calls this.
 
     Raises:
         CacheError, DataError: on every rank, what rank 0 found wrong.
     """
-    problem: UserInputError | None = None
-    if output.writer is not None:
-        try:
-            with watchdog.pause("putting chunks together"):
-                if work.num_tokens:
-                    output.job.dataset.records.check_unchanged(read_all=True)
-                output.writer.assemble_complete()
-                waiting_for = check_end(output.job, output.writer)
-            _print_summary(output.job, output.writer, work, waiting_for)
-        except UserInputError as error:
-            problem = error
-        output.store.set("complete", "1")
-    wait_until(
-        output.store, "complete", lambda: watchdog.step("waiting for chunks to be put together")
+
+    def finish() -> CacheReport:
+        job, writer = output.job, output.writer
+        assert writer is not None
+        with watchdog.pause("assembling chunks"):
+            if num_tokens:
+                job.dataset.records.check_unchanged(read_all=True)
+            writer.assemble_complete()
+        return report_cache(job, writer, output.num_complete, num_tokens, seconds)
+
+    return on_rank_zero(finish, lambda: watchdog.step("waiting for rank 0 to assemble chunks"))
+
+
+@contextlib.contextmanager
+def _first_error_only(store: dist.Store) -> Iterator[None]:
+    """Let the first rank that fails on a file report it; others mostly fail for the same reason."""
+    try:
+        yield
+    except TeacherError:
+        raise
+    except (UserInputError, OSError):
+        if store.add("failed", 1) > 1:
+            time.sleep(SILENT_S)  # until the launcher ends this rank
+            sys.exit(USER_ERROR)
+        raise
+
+
+class SegmentQueue:
+    """Segments to compute, claimed one at a time by replicas through a shared counter.
+
+    A slow replica claims fewer segments and delays nobody. Ranks that must step together (one
+    replica, or several under expert parallelism) follow their first rank, which claims one segment
+    per lane. Uses the store only, no collectives.
+
+    Args:
+        store: keys of this queue.
+        stop_reason: called on every rank before each segment, so that each can share its own
+            reason; the first rank's answer decides. None continues.
+    """
+
+    def __init__(
+        self,
+        store: dist.Store,
+        segments: Sequence[Segment],
+        groups: ProcessGroups,
+        stop_reason: Callable[[], str | None],
+    ) -> None:
+        self._store = store
+        self._segments = segments
+        self._groups = groups
+        self._stop_reason = stop_reason
+        self._leader_rank = dist.get_process_group_ranks(groups.lockstep)[0]
+        self._is_leader = self._leader_rank == dist.get_rank()
+        self._num_steps = 0
+
+    def claims(self) -> Iterator[Segment | None]:
+        """Yield this lane's segments; None where only other lanes got one. May run ahead."""
+        turn = 0
+        lanes = self._groups.lockstep_lanes
+        while True:
+            key = f"claim/{self._leader_rank}/{turn}"
+            if self._is_leader:
+                self._store.set(key, str(self._store.add("next", lanes) - lanes))
+            first = int(self._store.get(key))
+            if first >= len(self._segments):
+                return
+            mine = first + self._groups.lane
+            yield self._segments[mine] if mine < len(self._segments) else None
+            turn += 1
+
+    def should_continue(self) -> bool:
+        """Return True if the next claimed segment should be computed.
+
+        All ranks that step together get the same answer.
+        """
+        key = f"go/{self._leader_rank}/{self._num_steps}"
+        self._num_steps += 1
+        reason = self._stop_reason()
+        if self._is_leader:
+            if reason is not None:
+                self._store.set("stopped", reason)
+            self._store.set(key, "stop" if reason is not None else "go")
+        return self._store.get(key) == b"go"
+
+    def wait_for_all(self, meanwhile: Callable[[], None]) -> str | None:
+        """Wait until all ranks are done; return the reason if one of them stopped early.
+
+        The launcher ends the ranks left by one that dies; the watchdog ends one that hangs.
+        """
+        self._store.add("finished", 1)
+        while self._store.add("finished", 0) < dist.get_world_size():
+            meanwhile()
+            time.sleep(POLL_S)
+        return self._store.get("stopped").decode() if self._store.check(["stopped"]) else None
+
+
+def _read_ahead(job: Job, queue: SegmentQueue) -> Iterable[tuple[Segment | None, Records]]:
+    """Return the claimed segments with their records, tokenized by processes beside this one."""
+    num_workers = job.config.data.num_workers
+    return DataLoader(
+        _Segments(job.dataset),
+        batch_size=None,
+        sampler=queue.claims(),
+        num_workers=num_workers,
+        prefetch_factor=1 if num_workers else None,
+        # A spawned process would import everything again.
+        multiprocessing_context="fork" if num_workers else None,
+        collate_fn=lambda item: item,
+        worker_init_fn=follow_the_main_process,
     )
-    raise_together(problem)
 
 
-def _print_summary(job: Job, writer: CacheWriter, work: Work, waiting_for: str) -> None:
-    print_table(summary_lines(job, writer.manifest, work))
-    advice = kept_mass_advice(writer.manifest, job.config.cache)
-    if advice:
-        log.warning("warning: %s%s", f"{job.split}: " if job.split else "", advice)
-    if waiting_for:
-        log.warning("warning: this cache is not complete: %s", waiting_for)
-
-
-class _Segments(Dataset[tuple[Segment | None, list[Example | Skipped]]]):
-    """The records of a segment, for processes that read ahead; None is the segment of a lane that has no more."""
+class _Segments(Dataset[tuple[Segment | None, Records]]):
+    """Records by segment; a lane without a segment gets None and no records."""
 
     def __init__(self, dataset: TokenizedDataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(
-        self, segment: Segment | None
-    ) -> tuple[Segment | None, list[Example | Skipped]]:
+    def __getitem__(self, segment: Segment | None) -> tuple[Segment | None, Records]:
         if segment is None:
             return None, []
         records = [self.dataset[index] for index in segment[1]]
-        self.dataset.records.check_unchanged()  # after they were read: no segment holds what a change has left
+        # After reading, so that no segment holds records of a file that changed.
+        self.dataset.records.check_unchanged()
         return segment, records
 
 
 class _Assembler:
-    """Puts chunks together in a thread of the process that holds the cache's lock, while the teacher goes on."""
+    """Assembles chunks in a thread of the process that holds the cache's lock."""
 
     def __init__(self, writer: CacheWriter | None) -> None:
-        self._writer, self._threads, self._running = (
-            writer,
-            ThreadPoolExecutor(max_workers=1),
-            Future[None](),
-        )
-        self._running.set_result(None)
+        self._writer = writer
+        self._threads = ThreadPoolExecutor(max_workers=1)
+        self._running: Future[None] | None = None
 
-    def look(self, up_to: int) -> None:
-        """Starts to assemble what is complete among the chunks up to this one, unless that is going on.
+    def start(self, up_to: int) -> None:
+        """Assemble the complete chunks up to this one, unless the thread is still at work.
 
         Raises:
-            CacheError: what went wrong the last time.
+            CacheError: from the previous time.
         """
-        if self._writer is not None and self._running.done():
+        if self._writer is None or (self._running is not None and not self._running.done()):
+            return
+        self.wait()
+        self._running = self._threads.submit(self._writer.assemble_complete, up_to)
+
+    def wait(self) -> None:
+        """Wait for the thread.
+
+        Raises:
+            CacheError: a chunk cannot be assembled.
+        """
+        if self._running is not None:
             self._running.result()
-            self._running = self._threads.submit(self._writer.assemble_complete, up_to)
-
-    def finish(self) -> None:
-        """Waits for what is going on.
-
-        Raises:
-            CacheError: as `look`.
-        """
-        self._running.result()
 
     def __enter__(self) -> _Assembler:
         return self
 
     def __exit__(self, *error: object) -> None:
         self._threads.shutdown()
-
-
-def _unchanged(item: Any) -> Any:
-    return item

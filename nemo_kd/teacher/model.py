@@ -1,7 +1,7 @@
-"""The teacher on this rank: from examples to what it says about each of their positions.
+"""The teacher on this rank: from examples to cached rows.
 
-Shape legend: N positions of a batch that are asked about, S positions of one example, K kept logits, T temperatures,
-M tail samples, U = M + 1 random numbers.
+Shape legend: N positions with targets in a batch, S positions and P target positions of one
+example, K kept logits, T temperatures, M tail samples, U = M + 1 random numbers.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ log = logging.getLogger(__name__)
 
 
 class TeacherError(UserInputError):
-    """The teacher cannot say anything about an example; the message tells which and what to do."""
+    """The teacher cannot compute an example; the message names it and the next step."""
 
 
 @dataclass
-class Scored:
-    """One batch on its way to the host.
+class BatchResult:
+    """Targets of one batch on their way to the host.
 
     Attributes:
-        numbers: of the batch's examples among those of the pass.
-        starts: where in the batch each of them begins.
-        positions_N: what is asked about, b * S + s in the batch; with context parallelism this rank's part.
-        fields: what the teacher says there, on the host once `ready` has happened.
+        numbers: the batch's examples, as numbers within the pass.
+        starts: index of the first token of each example in the flat batch, b * S + s.
+        positions_N: indices of the targets in the flat batch; under context parallelism this
+            rank's part.
+        fields: the targets by field, on the host once `ready` has occurred.
     """
 
     numbers: list[int]
@@ -57,28 +58,28 @@ class Scored:
 
 @dataclass
 class Pass:
-    """The examples given to `Teacher.start`, batch by batch; a batch is None on ranks that do not hold its result.
+    """Examples given to `Teacher.start`, with the results of their batches.
 
     Attributes:
-        computed_tokens: padding included.
-        max_tokens: of a batch, as it was at the end.
+        batches: None for a batch whose result is on other ranks.
+        computed_tokens: with padding.
+        max_tokens: limit on a batch at the end of the pass.
     """
 
     examples: Sequence[Example]
-    batches: list[Scored | None] = field(default_factory=list)
+    batches: list[BatchResult | None] = field(default_factory=list)
     computed_tokens: int = 0
     max_tokens: int | None = None
 
 
-def ignored(what: str, *details: object) -> None:
-    """Nobody listens to the teacher's steps."""
+def ignore_step(what: str, *details: object) -> None: ...
 
 
 class Teacher:
-    """The teacher's weights on this rank, and the passes over them.
+    """The teacher's weights on this rank.
 
     Args:
-        step: called before every batch with what comes next, `what % details`.
+        step: called before every batch with its description, `what % details`.
     """
 
     def __init__(
@@ -87,21 +88,17 @@ class Teacher:
         pretrained: PretrainedModel,
         groups: ProcessGroups,
         pad_id: int,
-        step: Callable[..., None] = ignored,
+        step: Callable[..., None] = ignore_step,
     ) -> None:
-        self.top_k, self.cache, self.groups, self.pad_id, self.step = (
-            config.top_k,
-            config.cache,
-            groups,
-            pad_id,
-            step,
-        )
+        self.top_k = config.top_k
+        self.cache = config.cache
+        self.groups = groups
+        self.pad_id = pad_id
+        self.step = step
         self.temperatures = (1.0, *config.cache.temperatures)
         self.everywhere = config.cache.codec == "json" or config.cache.positions == "all"
-        self.max_examples, self.max_tokens = (
-            config.model.micro_batch_size,
-            config.max_tokens_per_batch,
-        )
+        self.max_examples = config.model.micro_batch_size
+        self.max_tokens = config.max_tokens_per_batch
         self.packed = config.data.packing and groups.context_size == 1
         self.multiple_of = length_multiple(config.model)
         self.vocab_size = pretrained.architecture.vocab_size
@@ -118,19 +115,20 @@ class Teacher:
         self.model.eval()
 
     def rows(self, examples: Sequence[Example]) -> list[CachedExample]:
-        """The examples in order, each with what the teacher says about its positions; on ranks that do not write: []."""
+        """Return the examples with their targets, in order; [] on ranks that do not write."""
         return self.finish(self.start(examples))
 
     def start(self, examples: Sequence[Example]) -> Pass:
-        """Computes the examples batch by batch; all ranks of a replica call it with the same ones.
+        """Compute the examples batch by batch; all ranks of a replica call it with the same ones.
 
-        On a GPU it returns before the results are there. Where a batch does not fit into its memory, and the replica is
-        this rank alone, what is left is tried again with half as many tokens a batch; it stays at that.
+        On a GPU it returns before the results arrive. If a batch exceeds the GPU's memory and the
+        replica is a single rank, the limit on a batch is halved from there on.
 
         Raises:
-            TeacherError: an example does not even fit alone, or a batch does not fit and other ranks take part in it.
+            TeacherError: an example alone does not fit, or a batch that other ranks share.
         """
-        result, pending = Pass(examples), list(range(len(examples)))
+        result = Pass(examples)
+        pending = list(range(len(examples)))
         while True:
             lengths = [examples[number].num_tokens for number in pending]
             places = form_batches(
@@ -145,18 +143,18 @@ class Teacher:
             pending = sorted(number for batch in batches[num_done:] for number in batch)
 
     def finish(self, started: Pass) -> list[CachedExample]:
-        """The rows of a pass, in order; on ranks that do not write: [].
+        """Return the rows of a pass, in order; [] on ranks that do not write.
 
         Raises:
             TeacherError: the teacher's logits are not finite.
         """
         rows: dict[int, CachedExample] = {}
-        for scored in started.batches:
-            whole = self._whole(scored)
-            if scored is None or whole is None:
+        for result in started.batches:
+            whole = self._whole(result)
+            if result is None or whole is None:
                 continue
             positions_N, fields = whole
-            for number, start in zip(scored.numbers, scored.starts, strict=True):
+            for number, start in zip(result.numbers, result.starts, strict=True):
                 example = started.examples[number]
                 first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
                 mine = {name: values[first:last] for name, values in fields.items()}
@@ -167,8 +165,9 @@ class Teacher:
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
-        """How many of the batches were computed; the next one does not fit into the GPU's memory."""
-        groups, num_steps = self.groups, len(batches)
+        """Compute batches; return their number if the next one exceeds the GPU's memory."""
+        groups = self.groups
+        num_steps = len(batches)
         if groups.lockstep_lanes > 1:
             box = torch.tensor(num_steps)
             dist.all_reduce(box, op=ReduceOp.MAX, group=groups.lockstep)
@@ -180,8 +179,9 @@ class Teacher:
                 if dist.get_world_size(groups.lockstep) > 1:
                     # The others may be in the middle of a collective that this rank left.
                     raise TeacherError(
-                        f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with a batch of at most "
-                        f"{self.max_tokens} tokens ({error}); give a smaller one, or spread the teacher over more ranks"
+                        f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with "
+                        f"a batch of at most {self.max_tokens} tokens ({error}); give a smaller "
+                        "one, or spread the teacher over more ranks"
                     ) from error
                 return number
         return len(batches)
@@ -190,14 +190,15 @@ class Teacher:
         tokens = sum(example.num_tokens for example in examples)
         if len(examples) == 1:
             raise TeacherError(
-                f"example {examples[0].index}: its {tokens} tokens do not fit into the GPU's memory, not even alone; lower "
-                "model.max_seq_length, or spread the teacher over more ranks (model.tensor_model_parallel_size, "
+                f"example {examples[0].index}: its {tokens} tokens do not fit into the GPU's "
+                "memory, not even alone; lower model.max_seq_length, or spread the teacher "
+                "over more ranks (model.tensor_model_parallel_size, "
                 "model.pipeline_model_parallel_size, model.context_parallel_size)"
             )
         if self.groups.device.type == "cuda":
             torch.cuda.empty_cache()
         self.max_tokens = tokens // 2
-        log.error(  # of whatever rank: rank 0's alone shows warnings
+        log.error(  # a warning would show on rank 0 only
             "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d",
             tokens,
             self.max_tokens,
@@ -211,22 +212,20 @@ class Teacher:
             sum(e.num_tokens for e in examples),
             [e.index for e in examples],
         )
-        batch = self._collated(examples)
+        if self.packed:
+            batch = pack(examples, self.pad_id, self.multiple_of)
+        else:
+            # A lane without examples computes filler: its experts serve the other lanes.
+            batch = collate(examples or [None], self.pad_id, self.multiple_of)
         hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
         result.batches.append(
             None if hidden is None else self._score(examples, numbers, batch, hidden)
         )
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
 
-    def _collated(self, examples: Sequence[Example]) -> Batch:
-        # Without examples it is filler: a lane that has no more still takes part in what its experts compute for others.
-        if self.packed:
-            return pack(examples, self.pad_id, self.multiple_of)
-        return collate(examples or [None], self.pad_id, self.multiple_of)
-
     def _score(
         self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor
-    ) -> Scored:
+    ) -> BatchResult:
         local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
         hidden_NH = hidden_at(
             hidden, to_device(local_N, hidden.device), len(batch.tokens_BS), self.model
@@ -252,18 +251,20 @@ class Teacher:
             ready = torch.cuda.Event()
             ready.record()
         starts = _starts(batch)[: len(examples)]
-        return Scored(numbers, starts, positions_N.numpy(), fields, ready)
+        return BatchResult(numbers, starts, positions_N.numpy(), fields, ready)
 
-    def _whole(self, scored: Scored | None) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-        """Positions and fields of a whole batch, on the writer; with context parallelism every rank has some of them."""
-        mine, groups = None, self.groups
-        if scored is not None and groups.tensor_rank == 0:
-            if scored.ready is not None:
-                scored.ready.synchronize()
-            mine = (
-                scored.positions_N,
-                {name: values.numpy() for name, values in scored.fields.items()},
-            )
+    def _whole(self, result: BatchResult | None) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
+        """Return target positions and fields of a whole batch on the writer, None elsewhere.
+
+        Under context parallelism the writer gathers the parts of all ranks.
+        """
+        groups = self.groups
+        mine = None
+        if result is not None and groups.tensor_rank == 0:
+            if result.ready is not None:
+                result.ready.synchronize()
+            fields = {name: values.numpy() for name, values in result.fields.items()}
+            mine = (result.positions_N, fields)
         if groups.context_size == 1:
             return mine
         gathered: list[Any] | None = (
@@ -287,8 +288,9 @@ class Teacher:
         finite = np.isfinite(fields["log_sum_exp_N"])
         if not finite.all():
             raise TeacherError(
-                f"example {example.index}: the teacher's logits at position {positions_P[~finite][0]} are not finite; "
-                "try trainer.precision=32, and check the checkpoint"
+                f"example {example.index}: the teacher's logits at position "
+                f"{positions_P[~finite][0]} are not finite; try trainer.precision=32, and check "
+                "the checkpoint"
             )
         return TeacherRows(
             positions_P=positions_P,
@@ -304,7 +306,7 @@ class Teacher:
     def _uniforms(
         self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor
     ) -> torch.Tensor:
-        """Random numbers of every position that depend on nothing but the seed, the example and the position."""
+        """Return random numbers that depend on seed, example and position only."""
         uniforms_AU = np.zeros((batch.tokens_BS.numel(), self.cache.tail_samples + 1))
         for example, start in zip(examples, _starts(batch), strict=False):
             length = example.num_tokens
@@ -315,7 +317,7 @@ class Teacher:
 
 
 def _starts(batch: Batch) -> list[int]:
-    """Where in the batch each example begins, b * S + s."""
+    """Return the index of each example's first token in the flat batch, b * S + s."""
     if batch.cu_seqlens is not None:
         return batch.cu_seqlens[:-1].tolist()
     num_rows, length = batch.tokens_BS.shape
@@ -323,7 +325,7 @@ def _starts(batch: Batch) -> list[int]:
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host that is complete when the device has done what was asked of it so far."""
+    """Start a copy to the host, which ends with the work queued on the device so far."""
     if tensor.device.type != "cuda":
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import UNKNOWN, ChunkSummary, Manifest
+from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.text import LossPositions, share
 from nemo_kd.data.tokenizer import tokenizer_fingerprint

@@ -17,7 +17,8 @@ from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import trimmed
 from nemo_kd.cache.reduce import keep, limited
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
 log = logging.getLogger(__name__)

@@ -34,7 +34,7 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.run.process_group import join_ranks
+from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
@@ -361,7 +361,7 @@ def compare(
     num_positions = sum(len(row.teacher) for row in sample.rows)
     lines = [
         f"{len(comparisons)} of {len(sample.reader):,} examples with {num_positions:,} positions, "
-        f"scored by {run.pretrained.source}: {run.layout()}",
+        f"scored by {run.pretrained.source}: {run.describe_ranks()}",
         "",
         *_table(statistics, comparisons),
         f"{'temperature that fits best':<36}  {1 / fit.scale:8.4f} {'':17}  "

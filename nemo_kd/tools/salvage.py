@@ -1,4 +1,4 @@
-"""Walks a chunk line by line, past whatever is damaged."""
+"""Walk a chunk line by line, past whatever is damaged."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class Stretch(NamedTuple):
-    """One line of a chunk, or bytes that are none.
+    """One line of a chunk, or damaged bytes.
 
     Attributes:
         number: of the line, from 1.
@@ -35,18 +35,19 @@ class Stretch(NamedTuple):
 
 
 def stretches(path: Path, starts: Sequence[int] = ()) -> Iterator[Stretch]:
-    """All bytes of a chunk. Behind a damaged frame the walk goes on with the next one that is whole.
+    """Yield all bytes of a chunk; after a damaged frame continue with the next whole one.
 
     A plain line is whole when it ends in a line break; a compressed one, when its frame decodes.
 
     Args:
-        starts: where the lines begin, as far as an index tells; only numbers lines behind damage.
+        starts: offsets of the lines from an index; they only number lines after damage.
 
     Raises:
-        FileError: the chunk is no regular file, or cannot be read.
+        FileError: the chunk is not a regular file, or cannot be read.
     """
     lines = lines_of(path)
-    start, number = 0, 1
+    start = 0
+    number = 1
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         while start < size:
@@ -54,7 +55,8 @@ def stretches(path: Path, starts: Sequence[int] = ()) -> Iterator[Stretch]:
             try:
                 for raw in lines.split(file, str(path), number):
                     yield Stretch(number, start, start + len(raw), raw, None)
-                    start, number = start + len(raw), number + 1
+                    start += len(raw)
+                    number += 1
                 return
             except CacheError as error:
                 damage = error
@@ -74,7 +76,7 @@ def file_sha256(path: Path) -> bytes:
 
 
 def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes]:
-    """The bytes of a file from `start` to before `end`, in pieces."""
+    """Yield the bytes of a file from `start` to before `end`, in pieces."""
     with open_regular(path) as file:
         remaining = (os.fstat(file.fileno()).st_size if end is None else end) - start
         file.seek(start)
@@ -84,7 +86,7 @@ def blocks(path: Path, start: int = 0, end: int | None = None) -> Iterator[bytes
 
 
 def _next_frame(file: BinaryIO, path: Path, start: int) -> int:
-    """Where the first whole frame behind `start` begins; the end of the file if there is none."""
+    """Return where the first whole frame behind `start` begins; the end of the file without one."""
     position = start + 1
     while True:
         file.seek(position)

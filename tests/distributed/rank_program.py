@@ -12,14 +12,14 @@ from nemo_kd.cli.run import Command, run
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.run.interruption import Interruption, Requeue
-from nemo_kd.run.launch import global_rank
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.run.watchdog import Watchdog
 
 FOLDER = Path(os.environ["FOLDER"])
 
 
 def tell(what: str) -> None:
-    (FOLDER / f"{what}.{global_rank()}").write_text(str(os.getpid()))
+    (FOLDER / f"{what}.{find_ranks().rank}").write_text(str(os.getpid()))
 
 
 def finish(interruption: Interruption) -> None:
@@ -27,7 +27,7 @@ def finish(interruption: Interruption) -> None:
     tell("ready")
     while interruption.reason is None:
         time.sleep(0.01)
-    time.sleep(0.3 * (1 + global_rank()))
+    time.sleep(0.3 * (1 + find_ranks().rank))
     tell("saved")
     raise Requeue(interruption.reason)
 
@@ -50,7 +50,7 @@ def meet(interruption: Interruption) -> None:
     """The ranks as both stages start them; they exchange something, then wait."""
     import torch.distributed as dist
 
-    from nemo_kd.run.process_group import init_process_group
+    from nemo_kd.run.ranks import init_process_group
 
     init_process_group(1, int(os.environ.get("WORLD_SIZE", "1")), "auto")
     dist.barrier()
@@ -64,17 +64,17 @@ def lose_the_other(interruption: Interruption) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    with Watchdog(60, global_rank()) as watchdog, watchdog.explain_collective_errors():
+    with Watchdog(60, find_ranks().rank) as watchdog, watchdog.explain_collective_errors():
         dist.barrier()
-        if global_rank() == 1:
+        if find_ranks().rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         watchdog.step("batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650])
         dist.all_reduce(torch.ones(1))
 
 
 def hang(interruption: Interruption) -> None:
-    with Watchdog(1.0, global_rank()) as watchdog:
-        if global_rank() == 1:
+    with Watchdog(1.0, find_ranks().rank) as watchdog:
+        if find_ranks().rank == 1:
             watchdog.step("batch %d: reading examples %s", 3, [7, 8])
             time.sleep(1000)
         while True:
@@ -89,7 +89,7 @@ def ignore(interruption: Interruption) -> None:
 
 
 def dies(interruption: Interruption) -> None:
-    if global_rank() == 1:
+    if find_ranks().rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     ignore(interruption)
 
@@ -99,7 +99,7 @@ def refuses(interruption: Interruption) -> None:
 
 
 def fails(interruption: Interruption) -> None:
-    if global_rank() == 1:
+    if find_ranks().rank == 1:
         sys.exit(3)
     ignore(interruption)
 
@@ -127,7 +127,7 @@ def main(config: ComputeTopkLogitsConfig) -> None:
         with Interruption(os.environ.get("MAX_TIME")) as interruption:
             globals()[mode](interruption)
     finally:
-        if global_rank() == 0 and "CLEAN_UP" in os.environ:
+        if find_ranks().rank == 0 and "CLEAN_UP" in os.environ:
             tell("cleaning")
             time.sleep(float(os.environ["CLEAN_UP"]))
             tell("clean")

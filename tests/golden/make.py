@@ -16,7 +16,8 @@ import numpy as np
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
 FOLDER = Path(__file__).parent

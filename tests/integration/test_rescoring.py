@@ -19,7 +19,8 @@ from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.records import DataError
 from nemo_kd.teacher.loop import compute_topk_logits
@@ -121,7 +122,7 @@ def planted(source: Path, folder: Path, change: Change, **manifest_changes: obje
     with_rows = {row.example.index: row for row in rows}
     chunks = [range(start, min(start + 10, NUM_RECORDS)) for start in range(0, NUM_RECORDS, 10)]
     writer = CacheWriter(layout, manifest, chunks)
-    settings = reader.manifests[0].chunks["0"].computed_with[0]
+    settings = reader.manifests[0].chunks[0].computed_with[0]
     for segment in writer.missing_segments():
         sink = SegmentWriter(layout, manifest, segment, settings)
         for index in segment[1]:

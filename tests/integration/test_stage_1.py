@@ -24,9 +24,9 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.files import Lock
-from nemo_kd.teacher.estimate import plan_cache
+from nemo_kd.teacher.estimate import estimate_cost
 from nemo_kd.teacher.loop import compute_topk_logits
-from tests.tiny_cache import everywhere
+from tests.tiny_cache import everywhere, summaries
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -141,9 +141,9 @@ def test_rows_belong_to_their_example_in_every_layout(
         == [""] * world_size
     )
     check_rows(read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference)
-    manifest = json.loads((tmp_path / "c_manifest.json").read_text())
-    assert [manifest["chunks"][key]["examples"] for key in "012"] == [9, 10, 3]
-    assert manifest["chunks"]["0"]["skipped"] == {"no loss tokens": 1}
+    found = summaries(tmp_path / "c_CHUNK_ID.jsonl")
+    assert [found[chunk].examples for chunk in range(3)] == [9, 10, 3]
+    assert found[0].skipped == {"no loss tokens": 1}
 
 
 @pytest.mark.parametrize(
@@ -284,9 +284,9 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
     ranks(1).run(
         run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"model__max_seq_length": 40}
     )
-    manifest = json.loads((tmp_path / "c.manifest.json").read_text())["chunks"]["0"]
-    assert manifest["skipped"]["too long"] > 0
-    assert manifest["examples"] + sum(manifest["skipped"].values()) == NUM_RECORDS
+    found = summaries(tmp_path / "c.jsonl")[0]
+    assert found.skipped["too long"] > 0
+    assert found.examples + sum(found.skipped.values()) == NUM_RECORDS
     assert all(len(row["tokens"]) <= 40 for row in read_rows([tmp_path / "c.jsonl"]))
 
 
@@ -353,7 +353,7 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
 def run_plan(model, dataset, output, overrides) -> str:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        plan_cache(teacher_config(model, dataset, output, **overrides))
+        estimate_cost(teacher_config(model, dataset, output, **overrides))
     return printed.getvalue()
 
 
@@ -371,12 +371,11 @@ def test_the_plan_foretells_the_disk(ranks, world, tmp_path):
     assert nothing == ""
     assert not output.parent.exists()
     assert ranks(2).run(run_stage_1, model, dataset, output, overrides) == ["", ""]
-    chunks = json.loads((output.parent / "c_manifest.json").read_text())["chunks"].values()
     lines = dict(line.split("  ", 1) for line in told.splitlines())
     planned, unit = lines["disk"].split(",")[0].split()
     written = sum(path.stat().st_size for path in output.parent.glob("c_?.jsonl.zst*"))
     assert float(planned) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.15)
-    tokens = sum(chunk["tokens"] for chunk in chunks)
+    tokens = sum(chunk.tokens for chunk in summaries(output).values())
     assert f"{tokens:,} (" in lines["tokens"]
     assert " on 2 data-parallel ranks" in lines["time"]
 

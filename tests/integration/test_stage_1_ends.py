@@ -16,6 +16,7 @@ import torch
 from nemo_kd.config import UserInputError
 from nemo_kd.teacher import loop
 from nemo_kd.teacher.loop import compute_topk_logits
+from nemo_kd.teacher.progress import CacheReport
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -39,23 +40,23 @@ def run(
     logger = logging.getLogger("nemo_kd")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    original = loop.check_end
+    original = loop.report_cache
 
-    def check_end(*args: Any) -> str:
+    def report_cache(*args: Any) -> CacheReport:
         path = output.parent / remove
         if remove:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         return original(*args)
 
     error = ""
-    loop.check_end = check_end
+    loop.report_cache = report_cache
     try:
         with contextlib.redirect_stdout(printed):
             compute_topk_logits(teacher_config(model, dataset, output, **overrides))
     except UserInputError as raised:
         error = str(raised)
     finally:
-        loop.check_end = original
+        loop.report_cache = original
         logger.removeHandler(handler)
     return error, printed.getvalue(), logged.getvalue()
 

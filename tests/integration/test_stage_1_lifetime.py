@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import UserInputError
 from nemo_kd.run.interruption import REQUEUE
 from nemo_kd.teacher import model as teacher_model
 from nemo_kd.teacher.loop import compute_topk_logits
+from tests.tiny_cache import summaries
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -89,16 +92,19 @@ def second_rank(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 def cache_files(folder: Path) -> dict[str, Any]:
-    """Content by name; the manifest without what depends on the layouts that its chunks were computed in."""
+    """Content by name; indexes without what depends on the layouts that their chunks were computed in."""
     files: dict[str, Any] = {
         p.name: p.read_bytes() for p in folder.iterdir() if CACHE_FILES.fullmatch(p.name)
     }
-    if "c_manifest.json" in files:
-        manifest = json.loads(files["c_manifest.json"])
-        for chunk in manifest["chunks"].values():
-            assert chunk.pop("computed_with")
-            chunk["kept_mass_sum"] = round(chunk["kept_mass_sum"], 4)
-        files["c_manifest.json"] = manifest
+    for name, content in files.items():
+        if name.endswith(".idx"):
+            index = ChunkIndex.parse(content)
+            assert index is not None
+            assert index.summary is not None
+            assert index.summary.computed_with
+            mass = round(index.summary.kept_mass_sum, 4)
+            summary = replace(index.summary, computed_with=[], kept_mass_sum=mass)
+            files[name] = replace(index, summary=summary).to_bytes()
     return files
 
 
@@ -232,8 +238,8 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
             atol=0.05,  # one level of the packed codec, where rounding tips it over
             rtol=0,
         )
-    chunk = json.loads(little.with_name("little.manifest.json").read_text())["chunks"]["0"]
-    assert [settings["max_tokens_per_batch"] for settings in chunk["computed_with"]] != [1600]
+    found = summaries(little)[0].computed_with
+    assert [settings["max_tokens_per_batch"] for settings in found] == [1600]
 
 
 def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tmp_path):
@@ -361,13 +367,11 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     assert ranks(2).run(run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides) == ["", ""]
     lines = [json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()]
     assert len(lines) > 2
-    manifest = json.loads((tmp_path / "c_manifest.json").read_text())["chunks"]["0"]
-    assert lines[-1]["progress/examples"] == manifest["examples"] == NUM_RECORDS - 1
+    found = summaries(tmp_path / "c_CHUNK_ID.jsonl")[0]
+    assert lines[-1]["progress/examples"] == found.examples == NUM_RECORDS - 1
     assert lines[-1]["progress/percent"] == pytest.approx(100)
     assert lines[-1]["perf/padding_percent"] == 0
-    assert lines[-1]["cache/kept_mass"] == pytest.approx(
-        manifest["kept_mass_sum"] / manifest["loss_tokens"]
-    )
+    assert lines[-1]["cache/kept_mass"] == pytest.approx(found.kept_mass_sum / found.loss_tokens)
     assert all(line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines)
 
 

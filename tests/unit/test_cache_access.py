@@ -147,11 +147,16 @@ def test_an_object_store_is_read_by_url_also_in_a_forked_process(tmp_path):
     assert same(blend[8], row(8, 3))
     with multiprocessing.get_context("fork").Pool(1) as pool:
         assert same(pool.apply(in_child, (reader, 6)), row(6, 5))
-    # Without its index a chunk is scanned; nothing is written to the store.
+    # Without manifest and index a chunk is scanned; nothing is written to the store.
     store.rm("memory://bucket/cache/train_1.jsonl.zst.idx")
+    with pytest.raises(CacheError, match="the chunk is not complete"):
+        CacheReader(url)
+    manifest = store.cat_file("memory://bucket/cache/train_manifest.json")
+    store.rm("memory://bucket/cache/train_manifest.json")
     assert same(CacheReader(url)[5], row(5, 4))
     assert not store.exists("memory://bucket/cache/train_1.jsonl.zst.idx")
     store.rm("memory://bucket/cache/train_1.jsonl.zst")
+    store.pipe_file("memory://bucket/cache/train_manifest.json", manifest)
     with pytest.raises(
         CacheError, match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing"
     ):

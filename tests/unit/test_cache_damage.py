@@ -22,7 +22,7 @@ from nemo_kd.files import FileError, Lock
 from nemo_kd.tools.repair import repair
 from nemo_kd.tools.salvage import stretches
 from nemo_kd.tools.verify import verify, verify_chunk
-from tests.tiny_cache import write
+from tests.tiny_cache import as_format_2, edit_index, write
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FILE = {"codec": "packed", "n_examples_per_chunk": None}
@@ -34,7 +34,10 @@ def problems(path: Path) -> list[str]:
 
 def frames(path: Path) -> list[bytes]:
     """The lines of a chunk by its index."""
-    raw, index = path.read_bytes(), ChunkIndex.of(path.with_name(path.name + ".idx").read_bytes())
+    raw, index = (
+        path.read_bytes(),
+        ChunkIndex.parse(path.with_name(path.name + ".idx").read_bytes()),
+    )
     assert index is not None
     return [raw[start:end] for start, end in zip(index.starts[:-1], index.starts[1:], strict=True)]
 
@@ -46,13 +49,12 @@ def forget_index(path: Path) -> None:
 @pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.zst"])
 def test_a_flip_of_any_byte_costs_its_line_only(tmp_path, name):
     path = write(tmp_path, name, **ONE_FILE)
-    forget_index(path)
     manifest, whole = Manifest.load(tmp_path / "t.manifest.json"), path.read_bytes()
     for position in range(0, len(whole), 11):
         raw = bytearray(whole)
         raw[position] ^= 1 << position % 8
         path.write_bytes(raw)
-        report = verify_chunk(path, manifest, manifest.chunks["0"])
+        report = verify_chunk(path, manifest)
         assert report.problems
         # A flipped line break makes one line of two.
         assert report.counts["examples"] >= (8 if whole[position] == 10 else 9), position
@@ -216,7 +218,7 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
         forget_index(file)
     (tmp_path / "train_manifest.json").unlink()
     assert problems(path) == []
-    assert [report.first_index for report in verify(str(path))] == [-1, -1, -1]
+    assert [report.found.first_index for report in verify(str(path))] == [-1, -1, -1]
 
 
 @pytest.mark.parametrize(
@@ -224,18 +226,8 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
     [
         (["vocab_size"], "50", "vocab_size: found '50', expected a number"),
         (["dataset", "end_at_idx"], None, "dataset.end_at_idx: found None"),
-        (["chunks", "1", "bytes"], -1, "chunks.1.bytes: found -1"),
         (["codec", "name"], "pickle", "codec.name: found 'pickle', expected one of packed, json"),
-        (
-            ["chunks", "1", "skipped"],
-            {"too long": 1},
-            "4 examples and 1 skipped records are not the records 4 to 7",
-        ),
-        (["chunks", "1", "last_index"], 8, "chunk 1: covers records 4 to 8, expected 4 to 7"),
-        (["dataset", "end_at_idx"], 7, "chunk 2: is listed, but records 0 to 7 make 2 chunks"),
-        (["chunks", "1", "kept_tokens"], 7, "kept_tokens, but the manifest says 7"),
-        (["chunks", "1", "label_in_topk"], 99, "label_in_topk, but the manifest says 99"),
-        (["chunks", "1", "kept_mass_sum"], 1.0, "but the manifest says 1;"),
+        (["dataset", "end_at_idx"], 7, "is chunk 2, but the cache has 2 chunks"),
     ],
 )
 def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(
@@ -249,6 +241,38 @@ def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(
         target = target[key]
     target[keys[-1]] = value
     manifest_path.write_text(json.dumps(manifest))
+    reports = verify(str(path))
+    assert any(message in problem for report in reports for problem in report.problems)
+    assert sum(report.counts["examples"] for report in reports) == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": -1}, "the chunk is not complete"),
+        (
+            {"skipped": {"too long": 1}},
+            "4 examples and 1 skipped records are not the records 4 to 7",
+        ),
+        ({"last_index": 8}, "covers records 4 to 8, expected 4 to 7"),
+        ({"kept_tokens": 7}, "kept_tokens, but its summary says 7"),
+        ({"label_in_topk": 99}, "label_in_topk, but its summary says 99"),
+        ({"kept_mass_sum": 1.0}, "but its summary says 1;"),
+    ],
+)
+@pytest.mark.parametrize("format_version", [2, 3])
+def test_a_wrong_summary_is_named(tmp_path, changes, message, format_version):
+    path = write(tmp_path)
+    if format_version == 3:
+        edit_index(tmp_path / "train_1.jsonl", **changes)
+    else:
+        as_format_2(path)
+        manifest_path = tmp_path / "train_manifest.json"
+        manifest = json.loads(manifest_path.read_bytes())
+        manifest["chunks"]["1"] |= changes
+        manifest_path.write_text(json.dumps(manifest))
+        if "tokens" in changes:
+            message = "chunks.1: tokens: found -1"
     reports = verify(str(path))
     assert any(message in problem for report in reports for problem in report.problems)
     assert sum(report.counts["examples"] for report in reports) == 10
@@ -275,9 +299,9 @@ def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
         raw = bytearray(whole)
         raw[position] ^= 4
         index.write_bytes(raw)
-        (problem,) = verify_chunk(path, manifest, manifest.chunks["0"]).problems
-        assert str(index) in problem
+        (problem,) = verify_chunk(path, manifest).problems
         assert "`logit_cache repair`" in problem
     index.unlink()
-    assert repair(str(path)) == [f"{path}: index made anew"]
-    assert index.read_bytes() == whole
+    assert repair(str(path)) == [f"{path}: index made again"]  # since all records are there
+    assert ChunkIndex.parse(index.read_bytes()).has_places_of(ChunkIndex.parse(whole))
+    assert problems(path) == []

@@ -16,12 +16,13 @@ import zstandard
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache import reader as reader_module
 from nemo_kd.cache.blend import CacheBlend
+from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
 from nemo_kd.cache.scan import scan_chunk
-from tests.tiny_cache import row, same, write
+from tests.tiny_cache import as_format_2, row, same, write
 
 NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
 
@@ -131,14 +132,34 @@ def test_subsets(tmp_path, subset, expected, sizes):
     assert CacheReader(f"{path}[0:100%]").fingerprint() == CacheReader(str(path)).fingerprint()
 
 
-def test_a_missing_damaged_or_stale_index_is_built_again(tmp_path):
+def test_a_missing_or_damaged_index_makes_a_chunk_incomplete(tmp_path):
     path = write(tmp_path)
     index = tmp_path / "train_0.jsonl.idx"
     written = index.read_bytes()
     for content in (None, b"", written[:-8], b"\0" * len(written)):
         index.unlink() if content is None else index.write_bytes(content)
+        with pytest.raises(CacheError, match="train_0.jsonl: the chunk is not complete: .*idx is"):
+            CacheReader(str(path))
+    index.unlink()
+    assert indices(CacheReader(str(path), partial=True)) == list(range(4, 10))
+    index.write_bytes(written)
+    # Without its manifest a cache is a set of plain files, and their indexes keep their summaries.
+    manifest = (tmp_path / "train_manifest.json").rename(tmp_path / "elsewhere")
+    assert indices(CacheReader(str(path))) == list(range(10))
+    assert index.read_bytes() == written
+    manifest.rename(tmp_path / "train_manifest.json")
+    assert indices(CacheReader(str(path))) == list(range(10))
+
+
+def test_a_missing_damaged_or_stale_index_of_format_2_is_built_again(tmp_path):
+    path = write(tmp_path)
+    as_format_2(path)
+    index = tmp_path / "train_0.jsonl.idx"
+    written = index.read_bytes()
+    for content in (None, b"", written[:-8], b"\0" * len(written)):
+        index.unlink() if content is None else index.write_bytes(content)
         assert indices(CacheReader(str(path))) == list(range(10))
-        assert index.read_bytes() == written
+        assert ChunkIndex.parse(index.read_bytes()).has_places_of(ChunkIndex.parse(written))
     foreign = tmp_path / "foreign_0.jsonl"
     foreign.write_bytes(encode(row(0), "json"))
     assert len(CacheReader(str(tmp_path / "foreign_CHUNK_ID.jsonl"))) == 1
@@ -149,6 +170,7 @@ def test_a_missing_damaged_or_stale_index_is_built_again(tmp_path):
 def test_a_stale_index_is_built_again_once(tmp_path, monkeypatch):
     monkeypatch.setattr(reader_module, "INDEX_LINES_IN_MEMORY", 1)
     path = write(tmp_path)
+    as_format_2(path)
     index = tmp_path / "train_1.jsonl.idx"
     index.write_bytes(b"\0" * index.stat().st_size)
     scanned = []
@@ -164,12 +186,13 @@ def test_a_stale_index_is_built_again_once(tmp_path, monkeypatch):
 
 def test_an_edited_file_is_noticed(tmp_path):
     data, path = tmp_path / "train_0.jsonl", write(tmp_path)
+    as_format_2(path)
     content = data.read_bytes()
     lines = content.splitlines(keepends=True)
     data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))  # same size, other order
     (tmp_path / "train_0.jsonl.idx").unlink()
     with pytest.raises(
-        CacheError, match=r"train_0\.jsonl: its bytes are not those that the manifest tells of"
+        CacheError, match=r"train_0\.jsonl: its bytes are not those that the manifest lists"
     ):
         CacheReader(str(path))
     # Without a manifest there is nothing that the edit contradicts: the index is made anew.
@@ -215,7 +238,7 @@ def test_damage_is_found(tmp_path):
         CacheReader(str(tmp_path / "nothing.jsonl"))
     whole = (tmp_path / "train_2.jsonl").read_bytes()
     (tmp_path / "train_2.jsonl").write_bytes(whole[:-10])
-    with pytest.raises(CacheError, match=r"train_2\.jsonl: .* bytes, but the manifest says"):
+    with pytest.raises(CacheError, match=r"train_2\.jsonl: .* bytes, but its index says"):
         CacheReader(str(path))
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(whole[:-10])
@@ -252,7 +275,6 @@ def copies(folder: Path, num_chunks: int, lines: int) -> str:
             (folder / f"train_{chunk}.jsonl{suffix}").write_bytes(
                 (folder / f"train_0.jsonl{suffix}").read_bytes()
             )
-        manifest.chunks[str(chunk)] = manifest.chunks["0"]
     manifest.dataset = dataset(lines * num_chunks)
     manifest.save(folder / "train_manifest.json")
     return str(folder / "train_CHUNK_ID.jsonl")
@@ -376,8 +398,11 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
         CacheBlend([again.readers[0], CacheReader(str(other))])
 
 
-def test_a_damaged_index_is_made_again(tmp_path):
+def test_a_damaged_index_of_a_file_without_manifest_is_made_again(tmp_path):
     path = write(tmp_path)
+    (tmp_path / "train_manifest.json").unlink()
+    (tmp_path / "train_1.jsonl.idx").unlink()
+    CacheReader(str(path))
     index = tmp_path / "train_1.jsonl.idx"
     whole = index.read_bytes()
     for position in range(0, len(whole), 7):
@@ -419,12 +444,12 @@ def test_a_chunk_given_by_name_finds_the_manifest_of_its_template(tmp_path, name
     assert [reader[i].example.index for i in range(len(reader))] == [4, 5, 6, 7]
     (found,) = reader.manifests
     assert found.codec["name"] == "packed"
-    assert (found.num_chunks, list(found.chunks)) == (1, ["0"])
+    assert (found.num_chunks, list(found.chunks)) == (1, [0])
     assert (found.dataset["start_from_idx"], found.dataset["end_at_idx"]) == (4, 7)
     path.with_name(path.name.replace("_1", "_4", 1)).write_bytes(path.read_bytes())
     assert (
         CacheReader(str(path.with_name(path.name.replace("_1", "_4", 1)))).manifests == []
-    )  # chunk 4 is not listed
+    )  # chunk 4 has no index
 
 
 def test_a_packed_chunk_tells_without_a_manifest_that_it_is_packed(tmp_path):

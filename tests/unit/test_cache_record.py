@@ -350,7 +350,7 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
     blob = bytearray(base64.b64decode(line["teacher"]))
     blob[len(blob) // 2] ^= 1
     for change, message in (
-        ({"teacher": base64.b64encode(blob).decode()}, "checksum of the teacher's part is wrong"),
+        ({"teacher": base64.b64encode(blob).decode()}, "checksum of the teacher's blob is wrong"),
         ({"teacher": "not base64!"}, "field teacher"),
         ({"teacher": None}, "field teacher"),
         ({"v": 2}, "found 2, but this version of nemo_kd reads records of version 1"),
@@ -359,14 +359,14 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
         with pytest.raises(CacheError, match=message):
             decode(json.dumps({**line, **change}).encode(), "x:1")
     other = json.loads(encode(row(1, 9), "packed"))
-    with pytest.raises(CacheError, match="the teacher's part has 5 positions, the example 3"):
+    with pytest.raises(CacheError, match="the teacher's blob has 5 positions, the example 3"):
         decode(json.dumps({**line, "teacher": other["teacher"]}).encode(), "x:1")
 
 
 @pytest.mark.parametrize(
     ("offset", "value", "message"),
     [
-        (0, 2, "version 2 of the teacher's part"),
+        (0, 2, "version 2 of the teacher's blob"),
         (1, 10, "with flags 10 is not read here"),
         (2, 7, "contradicts itself"),
         (3, 0, "contradicts itself"),

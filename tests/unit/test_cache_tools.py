@@ -14,14 +14,24 @@ import pytest
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter
+from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.tools.merge import merge
 from nemo_kd.tools.recode import convert
 from nemo_kd.tools.repair import repair
 from nemo_kd.tools.verify import verify
 from nemo_kd.tools.vllm_files import VllmRows
-from tests.tiny_cache import chunks_of, manifest, row, same, write, write_segment
+from tests.tiny_cache import (
+    chunks_of,
+    edit_index,
+    manifest,
+    row,
+    same,
+    summaries,
+    write,
+    write_segment,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -43,7 +53,7 @@ def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     reports = verify(str(path), num_workers=2)
     assert [problem for report in reports for problem in report.problems] == []
     assert sum(report.counts["examples"] for report in reports) == 10
-    assert [(report.first_index, report.last_index) for report in reports] == [
+    assert [(report.found.first_index, report.found.last_index) for report in reports] == [
         (0, 3),
         (4, 7),
         (8, 9),
@@ -63,7 +73,7 @@ def test_a_flipped_byte_anywhere_is_found_and_does_not_hide_the_rest(
     raw[int(position * len(raw))] ^= 8
     chunk.write_bytes(raw)
     (report, *others) = verify(str(path))
-    assert any("but the manifest says" in problem for problem in report.problems)
+    assert any("but its summary says" in problem for problem in report.problems)
     assert report.counts["examples"] >= 3  # of 4
     assert not any(other.problems for other in others)
 
@@ -75,27 +85,25 @@ def test_every_other_damage_is_named(tmp_path):
     chunk, manifest_path = layout.chunk_path(1), layout.manifest_path
     lines = files[chunk].splitlines(keepends=True)
     edited = json.loads(files[manifest_path])
+    index_path = layout.index_path(1)
 
     def edit(**changes: object) -> bytes:
-        changed = json.loads(json.dumps(edited))
-        changed["chunks"]["1"] |= changes
-        return json.dumps(changed).encode()
+        edit_index(chunk, **changes)
+        return index_path.read_bytes()
 
     wrong_vocabulary = json.dumps({**edited, "vocab_size": 20}).encode()
     cases = [
         ({chunk: None}, "the chunk is missing"),
-        ({chunk: files[chunk][:-20]}, "but the manifest says"),
+        ({chunk: files[chunk][:-20]}, "but its summary says"),
         ({chunk: b"".join([lines[1], lines[0], *lines[2:]])}, "the lines are out of order"),
         ({chunk: b"".join([lines[0], *lines])}, "stands behind example 4"),
         ({chunk: files[layout.chunk_path(0)]}, "examples are there twice"),
-        ({chunk.with_name(chunk.name + ".idx"): None}, "there is no usable index"),
-        ({chunk.with_name(chunk.name + ".idx"): files[layout.chunk_path(0).with_name("train_0.jsonl.idx")]}, "made for"),
-        ({manifest_path: edit(tokens=1)}, "tokens, but the manifest says 1"),
-        ({manifest_path: edit(first_index=6)}, "examples 4 to 7, but the manifest says 6 to 7"),
-        ({manifest_path: edit(sha256="sha256:00")}, "but the manifest says"),
-        ({manifest_path: wrong_vocabulary}, "exceeds the vocabulary of 20"),
+        ({index_path: None}, "the chunk is not complete"),
+        ({index_path: files[layout.chunk_path(0).with_name("train_0.jsonl.idx")]}, "made for"),
+        ({index_path: edit(tokens=1)}, "tokens, but its summary says 1"),
+        ({index_path: edit(first_index=6)}, "examples 4 to 7, but its summary says 6 to 7"),
+        ({manifest_path: wrong_vocabulary}, "states a vocabulary of 20"),
         ({manifest_path: json.dumps({**edited, "top_k": 3}).encode()}, "4 tokens at one position, but the manifest says top_k=3"),
-        ({manifest_path: json.dumps({**edited, "chunks": {}}).encode()}, "does not list this chunk"),
     ]  # fmt: skip
     for changes, message in cases:
         for file, content in {**files, **changes}.items():
@@ -144,11 +152,11 @@ def test_a_chunk_that_lost_whole_lines_is_computed_again(tmp_path):
     whole = chunk.read_bytes()
     chunk.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
     (done,) = repair(str(path))
-    assert "chunk 0 is not what it was when it was written and is no longer listed" in done
+    assert "is not what it was when it was written, so its index was deleted" in done
     write(tmp_path)
     assert chunk.read_bytes() == whole
     (tmp_path / "train_1.jsonl.idx").unlink()
-    assert repair(str(path)) == [f"{tmp_path / 'train_1.jsonl'}: index made anew"]
+    assert repair(str(path)) == [f"{tmp_path / 'train_1.jsonl'}: index made again"]
     assert problems(path) == []
 
 
@@ -179,7 +187,7 @@ def test_a_foreign_file_is_cut_and_indexed(tmp_path):
     path.write_bytes(whole + b'{"index": 10, "tok')
     assert repair(str(path)) == [
         f"{path}: the last line is torn: 18 bytes cut off and kept as t.jsonl.torn",
-        f"{path}: index made anew",
+        f"{path}: index made again",
     ]
     assert path.read_bytes() == whole
     assert repair(str(path)) == []
@@ -193,8 +201,7 @@ def test_damage_in_the_middle_is_left_alone(tmp_path):
     raw = bytearray(path.read_bytes())
     raw[50] = 0
     path.write_bytes(raw)
-    (tmp_path / "t.jsonl.idx").unlink()
-    assert "no longer listed" in repair(str(path))[0]
+    assert "its index was deleted" in repair(str(path))[0]
     (tmp_path / "t.manifest.json").unlink()
     assert repair(str(path))[0].startswith("not repaired: ")
     assert path.read_bytes() == raw
@@ -239,8 +246,8 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
         counts = np.clip((p >= 0.2).sum(1), 1, 2)
         assert (small[position].teacher.topk_token_ids_PK >= 0).sum(1).tolist() == counts.tolist()
     one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
-    assert list(one.chunks) == ["0"]
-    assert one.chunks["0"].examples == 10
+    assert list(one.chunks) == [0]
+    assert one.chunks[0].examples == 10
     with pytest.raises(CacheError, match="has no CHUNK_ID, which several chunks need"):
         convert(original, str(tmp_path / "two.jsonl.zst"), CacheConfig(), n_examples_per_chunk=5)
     with pytest.raises(CacheError, match="was written with other settings"):
@@ -274,9 +281,7 @@ def test_nemo_aligners_files_become_a_packed_cache(tmp_path):
     found = CacheReader(str(target))
     assert [found[position].example.index for position in range(3)] == [0, 2, 3]
     assert found[1].teacher.label_logprobs_P is None
-    assert Manifest.load(target.parent / "c_manifest.json").chunks["0"].skipped == {
-        "not in the source": 1
-    }
+    assert summaries(target)[0].skipped == {"not in the source": 1}
     (tmp_path / "aligner_0.jsonl").write_text("\n".join(reversed(lines)) + "\n")
     assert (
         "sort the lines by index"
@@ -394,7 +399,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     damaged = bytearray(third.read_bytes())
     damaged[40] ^= 1
     third.write_bytes(damaged)
-    with pytest.raises(CacheError, match="but the manifest says"):
+    with pytest.raises(CacheError, match="but its summary says"):
         merge([str(third)], target)
     assert not Path(target.replace("CHUNK_ID", "manifest").replace(".jsonl.zst", ".json")).exists()
 

@@ -16,13 +16,22 @@ from pathlib import Path
 import pytest
 
 from nemo_kd import files
-from nemo_kd.cache import journal
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.writer import CacheWriter, SegmentWriter, read_segment, segment_path
+from nemo_kd.cache.segment import SegmentWriter, read_segment, segment_path
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.files import FileError
-from tests.tiny_cache import COMPUTED_WITH, chunks_of, manifest, row, same, write, write_segment
+from tests.tiny_cache import (
+    COMPUTED_WITH,
+    chunks_of,
+    manifest,
+    row,
+    same,
+    summaries,
+    write,
+    write_segment,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ("open", "fsync", "replace", "mkdir", "rmtree", "unlink")
@@ -56,10 +65,6 @@ def die_after(steps: int) -> None:
         (),
         {**vars(os), **{name: counted(getattr(os, name)) for name in ("fsync", "replace")}},
     )
-    names = ("ftruncate", "fsync", "fdopen")
-    journal.os = type(
-        "os", (), {**vars(os), **{name: counted(getattr(os, name)) for name in names}}
-    )
     files.open = counted(open)  # type: ignore[attr-defined]
     Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
     Path.unlink = counted(Path.unlink)  # type: ignore[method-assign]
@@ -80,9 +85,9 @@ def run_process(
         writer = CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
         planner = writer or CacheWriter.__new__(CacheWriter)
         if writer is None:
-            planner.layout, planner.manifest, planner._missing = layout, description, {0, 1, 2}
+            planner.layout, planner.manifest = layout, description
             planner.chunks = chunks_of(description)
-            planner._shard, planner._first_parts, planner._assembling = (
+            planner._shard, planner._first_segments, planner._assembling = (
                 (0, 1),
                 [0, 2, 4],
                 threading.Lock(),
@@ -179,7 +184,7 @@ def test_another_batch_size_is_recorded_not_refused(tmp_path):
             sink.write(row(index))
         sink.publish()
     writer.assemble_complete()
-    assert Manifest.load(layout.manifest_path).chunks["0"].computed_with == [
+    assert summaries(layout.output_path)[0].computed_with == [
         {"micro_batch_size": 1},
         {"micro_batch_size": 2},
     ]
@@ -270,7 +275,7 @@ def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
 
 def test_statistics_in_the_manifest(tmp_path):
     write(tmp_path)
-    summary = Manifest.load(tmp_path / "train_manifest.json").chunks["0"]
+    summary = summaries(tmp_path / "train_CHUNK_ID.jsonl")[0]
     rows = [row(index, 3 + index % 4) for index in range(4)]
     in_loss = [r.example.loss_mask_S > 0 for r in rows]
     assert summary.tokens == sum(r.example.num_tokens for r in rows)
@@ -400,13 +405,12 @@ def test_what_dead_processes_left_is_removed(tmp_path):
 def test_manifest_of_another_format_is_refused(tmp_path):
     write(tmp_path)
     path = tmp_path / "train_manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 2', '"format_version": 99'))
+    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 99'))
     with pytest.raises(CacheError, match="format_version 99 is not read"):
         Manifest.load(path)
-    fields = json.loads(path.read_text()) | {"format_version": 2, "of a later version": 1}
-    fields["chunks"]["0"]["of a later version"] = 2
+    fields = json.loads(path.read_text()) | {"format_version": 3, "of a later version": 1}
     path.write_text(json.dumps(fields))
-    assert Manifest.load(path).chunks["0"].examples == 4
-    path.write_text(json.dumps({"format_version": 2}))
+    assert Manifest.load(path).top_k == 4
+    path.write_text(json.dumps({"format_version": 3}))
     with pytest.raises(CacheError, match="not a cache manifest"):
         Manifest.load(path)

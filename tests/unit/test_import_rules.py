@@ -96,6 +96,8 @@ def test_every_room_is_listed():
         ("nemo_kd.config.student", ["torch", "megatron"]),
         ("nemo_kd.cache.manifest", ["torch", "megatron", "transformers"]),
         ("nemo_kd.data.dataset", ["megatron", "nemo"]),
+        ("nemo_kd.teacher.loop", ["lightning", "scipy", "torchmetrics", "matplotlib", "nemo"]),
+        ("nemo_kd.teacher, nemo_kd.student", ["torch", "megatron"]),
     ],
 )
 def test_light_modules_stay_light(module, unwanted):

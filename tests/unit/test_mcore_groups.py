@@ -16,7 +16,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.shared import ModelConfig, TrainerConfig
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
-from nemo_kd.run.process_group import init_process_group, join_ranks
+from nemo_kd.run.ranks import init_process_group, join_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +144,7 @@ def test_the_precision_follows_the_device_unless_it_is_given(
     caplog.set_level("INFO", logger="nemo_kd")
     monkeypatch.setattr(logging.getLogger("nemo_kd"), "propagate", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-    monkeypatch.setattr("nemo_kd.run.process_group.init_process_group", lambda *_: None)
+    monkeypatch.setattr("nemo_kd.run.ranks.init_process_group", lambda *_: None)
     trainer = TrainerConfig(precision=asked)
     join_ranks(trainer)
     assert trainer.precision == used

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -14,28 +15,26 @@ import sys
 import termios
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
-from nemo_kd.flops import ForwardFlops, peak_flops
+from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.flops import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics
 from nemo_kd.run.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 500}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
-ARCHITECTURE = {
-    "num_layers": 3,
-    "hidden_size": 64,
-    "ffn_hidden_size": 160,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": 24,
-    "vocab_size": 500,
-}
+
+
+def flops_of(**changes: Any) -> ForwardFlops:
+    architecture = GPTArchitecture("qwen3", 500, 3, 64, 160, 4, 2, 24, 512, 1e-6, 1e4)
+    return forward_flops(dataclasses.replace(architecture, **changes))
 
 
 class Seen:
@@ -73,7 +72,7 @@ def counted_flops(model: torch.nn.Module, num_tokens: int) -> int:
 
 def test_flops_are_what_torch_counts_for_a_dense_model():
     model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, attn_implementation="eager"))
-    flops = ForwardFlops.of_gpt(**ARCHITECTURE)
+    flops = flops_of()
     for num_tokens in (1, 40, 129):
         unseen_pairs = num_tokens * (num_tokens - 1) / 2
         ours = flops.example(num_tokens, num_tokens) + flops.per_pair * unseen_pairs
@@ -86,16 +85,14 @@ def test_flops_are_what_torch_counts_with_experts():
         **SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"
     )
     config._experts_implementation = "eager"
-    flops = ForwardFlops.of_gpt(
-        **ARCHITECTURE, num_moe_experts=4, moe_router_topk=2, moe_ffn_hidden_size=160
-    )
+    flops = flops_of(num_moe_experts=4, moe_router_topk=2)
     ours = flops.example(40, 40) + flops.per_pair * 40 * 39 / 2
     assert counted_flops(MixtralForCausalLM(config), 40) == pytest.approx(ours, rel=2e-4)
 
 
 def test_a_window_counts_the_pairs_that_are_seen():
-    whole = ForwardFlops.of_gpt(**ARCHITECTURE)
-    mixed = ForwardFlops.of_gpt(**ARCHITECTURE, window_size=7, num_window_layers=2)
+    whole = flops_of()
+    mixed = flops_of(window_size=7, window_layers=[0, 2])
     for num_tokens in (3, 7, 8, 50):
         seen = sum(min(position + 1, 7) for position in range(num_tokens))
         pairs = num_tokens * (num_tokens + 1) // 2
