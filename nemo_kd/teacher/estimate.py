@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import resource
 import time
 from datetime import timedelta
@@ -19,6 +18,7 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import encode
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
 from nemo_kd.teacher.progress import kept_mass_advice
@@ -77,7 +77,7 @@ def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
 def _command_start() -> float:
     """Return when the command started: this process, or the one that launched the ranks."""
     process = psutil.Process()
-    launcher = process.parent() if "TORCHELASTIC_RUN_ID" in os.environ else None
+    launcher = process.parent() if find_ranks().launcher == "torchrun" else None
     return min(one.create_time() for one in (process, launcher) if one is not None)
 
 
