@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.cache.manifest import UNKNOWN, Manifest
+from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.loss import KEY, LossConfig
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
@@ -28,22 +28,22 @@ def find_mismatches(
 ) -> list[str]:
     """List everything in which the caches of a split do not fit the student."""
     loss = model.knowledge_distillation
+    ours = tokenizer_fingerprint(tokenizer)
     found: list[str] = []
     for reader in readers:
         texts = [
-            *_tokenizer_mismatches(reader, model.data.allow_other_template, tokenizer),
+            *_tokenizer_mismatches(reader, model.data, tokenizer, ours),
             *_size_mismatches(reader, model.data, vocab_size),
-            *_missing_fields(reader, loss, tokenizer_fingerprint(tokenizer)),
+            *_missing_fields(reader, loss, ours),
         ]
         found += [f"{reader.source}: {text}" for text in dict.fromkeys(texts)]
     return found + _different_samples(readers, loss)
 
 
 def _tokenizer_mismatches(
-    reader: CacheReader, allow_other_template: bool, tokenizer: PreTrainedTokenizerBase
+    reader: CacheReader, data: StudentDataConfig, tokenizer: PreTrainedTokenizerBase, ours: str
 ) -> list[str]:
     found: list[str] = []
-    ours = tokenizer_fingerprint(tokenizer)
     template = chat_template_fingerprint(tokenizer)
     if not reader.manifests or any(manifest.tokenizer == UNKNOWN for manifest in reader.manifests):
         log.warning(
@@ -61,22 +61,18 @@ def _tokenizer_mismatches(
                     f"cache, {ours} ({len(tokenizer)} tokens) in the student{named}; both must "
                     "share one tokenizer"
                 )
-        if _used_template(manifest) not in (None, template) and not allow_other_template:
+        # Only `messages` use the template; without a list of formats all records count as such.
+        if (
+            "messages" in manifest.dataset.get("formats", ["messages"])
+            and manifest.chat_template not in (None, template)
+            and not data.allow_other_template
+        ):
             found.append(
                 f"chat template: {manifest.chat_template} in the cache, {template or 'none'} in "
                 "the student; copy the teacher's chat_template into the student's tokenizer files, "
                 "or set model.data.allow_other_template=true"
             )
     return found
-
-
-def _used_template(manifest: Manifest) -> str | None:
-    """Return the chat template's fingerprint if records were rendered with it.
-
-    Only `messages` are; a manifest without a list of formats is taken at its word.
-    """
-    formats = manifest.dataset.get("formats", ["messages"])
-    return manifest.chat_template if "messages" in formats else None
 
 
 def _size_mismatches(reader: CacheReader, data: StudentDataConfig, vocab_size: int) -> list[str]:
@@ -103,11 +99,11 @@ def _size_mismatches(reader: CacheReader, data: StudentDataConfig, vocab_size: i
     return found
 
 
-def _missing_fields(reader: CacheReader, loss: LossConfig, tokenizer: str) -> list[str]:
+def _missing_fields(reader: CacheReader, loss: LossConfig, ours: str) -> list[str]:
     """List what the loss needs and the cache lacks; the first row stands for all."""
     found: list[str] = []
     theirs = {manifest.tokenizer for manifest in reader.manifests}
-    if loss.cross_tokenizer and theirs != {tokenizer}:
+    if loss.cross_tokenizer and theirs != {ours}:
         found.append(
             f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share one "
             "tokenizer, and token sequences of different ones are not aligned: NeMo-Aligner fed "

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -16,11 +16,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.rows import Rows
 from nemo_kd.data.text import TokenText, example_lines, trained_text
-from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.metrics import Counters
 from nemo_kd.student.checkpoint_folder import checkpoints, read_contents
@@ -30,16 +28,11 @@ from nemo_kd.student.progress import RunLog, format_metrics
 from nemo_kd.student.schedule import TrainingPlan
 from nemo_kd.terminal import print_table, size_text
 
+if TYPE_CHECKING:
+    from nemo_kd.student.module import StudentModule
+
 SAMPLED_ROWS = 64
 SHOWN_POSITIONS = 6
-
-
-class Student(Protocol):
-    """Part of `StudentModule` that the setup report reads."""
-
-    gpt: torch.nn.Module
-    architecture: GPTArchitecture
-    groups: ProcessGroups
 
 
 @dataclass(frozen=True)
@@ -60,7 +53,7 @@ class StudentRun:
 
 def setup_report(
     config: TrainStudentConfig,
-    student: Student,
+    student: StudentModule,
     plan: TrainingPlan,
     splits: Mapping[str, Rows],
     tokenizer: PreTrainedTokenizerBase,
@@ -112,7 +105,7 @@ def setup_report(
     return "\n".join(lines)
 
 
-def _parameters(student: Student) -> str:
+def _parameters(student: StudentModule) -> str:
     parameters = list(student.gpt.parameters())
     held = sum(one.numel() for one in parameters)
     trained = sum(one.numel() for one in parameters if one.requires_grad)
