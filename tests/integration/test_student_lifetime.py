@@ -23,6 +23,7 @@ from nemo_kd.student.checkpoint_folder import (
     damage,
 )
 from nemo_kd.student.module import StudentModule
+from nemo_kd.student.strategy import ENTRIES
 from tests.forked_runs import StudentRun, metrics, training_rows, validation_rows
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -154,6 +155,9 @@ def test_what_a_run_leaves(straight):
         by_step.setdefault(Contents.read(folder).step, []).append(folder.name)
     # Of 10 and 12, which follow a validation, the ranked ones; the one before the last is unranked or the twin of one.
     assert set(by_step) == {10, 12}
+    common = torch.load(last(straight) / "common.pt", weights_only=True)
+    plain = {name for name, entry in ENTRIES.items() if not entry.sharded}
+    assert common.keys() - {"content_metadata", "optimizer_states"} == plain
     summary = dict(
         re.findall(r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE)
     )
