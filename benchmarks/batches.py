@@ -115,12 +115,13 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
     """Send the median share of waiting of a training step, its time, and the largest memory of the process."""
     from nemo_kd.student.module import train_student
     from tests.tiny_data import student_config
-    from tests.tiny_models import save_hf_model
+    from tests.tiny_models import build_hf_model
+    from tests.tiny_tokenizer import train_tokenizer
 
     folder = Path(tempfile.mkdtemp())
-    student = save_hf_model(
-        "llama2", folder / "student", vocab_size=VOCAB_SIZE, max_position_embeddings=8192
-    )
+    student = folder / "student"
+    build_hf_model("llama2", VOCAB_SIZE, max_position_embeddings=8192).save_pretrained(student)
+    train_tokenizer(1024).save_pretrained(student)
     keys = {
         "micro_batch_size": num_examples, "global_batch_size": num_examples, "data__seq_length": 8192,
         "data__packing": False, "data__data_impl": "chunked_jsonl",

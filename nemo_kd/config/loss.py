@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.fields import Section, bounded, choice
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
     from nemo_kd.batch import TeacherRows
@@ -96,55 +97,65 @@ class Divergence:
 
 
 @dataclass
-class LossConfig:
+class LossConfig(Section):
     """`model.knowledge_distillation`: loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
 
-    target_logits_scale: float = 1.0
+    KEY: ClassVar[str] = KEY
+
+    target_logits_scale: float = bounded(1.0, above=0, below=math.inf)
     """Multiplies the teacher's logits in the KD term: 1 / temperature."""
-    logits_scale: float = 1.0
+    logits_scale: float = bounded(1.0, above=0, below=math.inf)
     """Multiplies the student's logits in the KD term only: 1 / temperature."""
-    temperature: float | None = None
+    temperature: float | None = bounded(None, above=0, below=math.inf)
     """Divides both models' logits in the KD term; instead of the two scales."""
     multiply_by_squared_temperature: bool = False
     """Multiplies the KD term by temperature^2, which keeps its gradient's size (Hinton et al. 2015)."""
-    kd_loss_weight: float = 1.0
+    kd_loss_weight: float = bounded(1.0, at_least=0, below=math.inf)
     """Weight of the KD term; 0 trains plain SFT."""
-    sft_loss_weight: float = 0.0
+    sft_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
     """Weight of the cross-entropy with the labels."""
-    kd_loss: str = "forward_kl"
+    kd_loss: str = choice("forward_kl", (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES))
     """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher), jsd,
     skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone k1, k2, k3, low_var_kl;
     custom."""
-    support: str = "tail"
+    support: str = choice("tail", SUPPORTS)
     """Tokens that the divergence compares. tail: the teacher's kept ids and one bucket for all others. renormalize:
     the kept ids alone, both models renormalised over them (NeMo-Aligner, ROLL); the student's mass elsewhere has no
     effect. truncate: the kept ids with their true probabilities, the teacher's others being 0. sampled: the kept ids
     and the cache's tail samples, forward_kl only."""
-    jsd_beta: float = 0.5
-    """jsd: the teacher's share of the mixture."""
-    skew_lambda: float = 0.1
+    jsd_beta: float = bounded(0.5, above=0, below=1)
+    """jsd: the teacher's share of the mixture; at 0 and 1 it vanishes."""
+    skew_lambda: float = bounded(0.1, above=0, below=1)
     """skewed_*: share of the first argument in the mixture that is the second."""
-    adaptive_kl_alpha: float = 0.5
+    adaptive_kl_alpha: float = bounded(0.5, at_least=0, at_most=1)
     """adaptive_kl: teacher's probability that makes up the tail, from the least likely token on."""
     custom_loss: str | None = None
     """kd_loss=custom: import path of a function, package.module.function, also of a file in the current folder
     (examples/custom_loss.py explains)."""
     custom_args: dict[str, Any] = field(default_factory=dict)
     """kd_loss=custom: keyword arguments of the function."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = bounded(0.0, at_least=0, below=1)
     """CE: share of the label's mass that is spread over the vocabulary."""
-    z_loss_weight: float = 0.0
+    z_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
     """CE: weight of the squared log-sum-exp of the logits, which keeps them from drifting."""
-    compile: str = "auto"
+    compile: str = choice("auto", ("auto", "on", "off"))
     """torch.compile for the loss: auto (on GPUs), on or off. The first step then takes longer."""
     cross_tokenizer: bool = False
     """Accepts True only if teacher and student share one tokenizer; it then has no effect."""
 
     def __post_init__(self) -> None:
-        # YAML takes on and off for booleans.
-        self.compile = {"True": "on", "False": "off"}.get(self.compile, self.compile)
-        self._check_choices()
-        self._check_numbers()
+        super().__post_init__()
+        if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
+            raise ConfigError(
+                f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
+            )
+        for name in ("label_smoothing", "z_loss_weight"):
+            value = getattr(self, name)
+            if value and not self.sft_loss_weight:
+                raise self.error(
+                    name,
+                    f"{value} belongs to the cross-entropy, which sft_loss_weight=0 leaves out",
+                )
         self._check_combination()
         self._check_scales()
 
@@ -159,13 +170,13 @@ class LossConfig:
         if not self.kd_loss_weight or self.objective == "custom":
             return None
         student_scale, teacher_scale = self._scales
-        squares = self.temperature is not None and self.multiply_by_squared_temperature
+        squared = self.temperature if self.multiply_by_squared_temperature else None
         return Divergence(
             self.objective,
             self.support,
             student_scale,
             teacher_scale,
-            factor=self.temperature**2 if squares and self.temperature is not None else 1.0,
+            factor=1.0 if squared is None else squared**2,
             jsd_beta=self.jsd_beta,
             skew_lambda=self.skew_lambda,
             adaptive_kl_alpha=self.adaptive_kl_alpha,
@@ -196,76 +207,36 @@ class LossConfig:
             return 1 / self.temperature, 1 / self.temperature
         return self.logits_scale, self.target_logits_scale
 
-    def _check_choices(self) -> None:
-        objectives = (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES)
-        choices = {"kd_loss": objectives, "support": SUPPORTS, "compile": ("auto", "on", "off")}
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)!r} is not one of {', '.join(known)}"
-                )
-
-    def _check_numbers(self) -> None:
-        zero_or_more = ("must be finite and not negative", lambda x: 0 <= x < math.inf)
-        above_zero = ("must be finite and greater than 0", lambda x: 0 < x < math.inf)
-        share = (
-            "must be between 0 and 1, which are excluded; for the limit use forward_kl or reverse_kl",
-            lambda x: 0 < x < 1,
-        )
-        checks: dict[str, tuple[str, Callable[[float], bool]]] = {
-            "kd_loss_weight": zero_or_more,
-            "sft_loss_weight": zero_or_more,
-            "z_loss_weight": zero_or_more,
-            "target_logits_scale": above_zero,
-            "logits_scale": above_zero,
-            "temperature": above_zero,
-            "jsd_beta": share,
-            "skew_lambda": share,
-            "adaptive_kl_alpha": ("must be from [0, 1]", lambda x: 0 <= x <= 1),
-            "label_smoothing": ("must be from [0, 1)", lambda x: 0 <= x < 1),
-        }
-        for name, (need, fits) in checks.items():
-            value = getattr(self, name)
-            if value is not None and not fits(value):
-                raise ConfigError(f"{KEY}.{name}: {value} {need}")
-        if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise ConfigError(
-                f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
-            )
-        for name in ("label_smoothing", "z_loss_weight"):
-            if getattr(self, name) and not self.sft_loss_weight:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} belongs to the cross-entropy, which sft_loss_weight=0 "
-                    "leaves out"
-                )
-
     def _check_combination(self) -> None:
         defaults = {item.name: item.default for item in fields(self)} | {"custom_args": {}}
         for name, owners in OWN_KEYS.items():
             if getattr(self, name) != defaults[name] and self.objective not in owners:
-                raise ConfigError(
-                    f"{KEY}.{name}: {getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with "
-                    f"{', '.join(owners)}"
+                raise self.error(
+                    name,
+                    f"{getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with "
+                    f"{', '.join(owners)}",
                 )
         is_custom = self.objective == "custom"
         if is_custom and not self.custom_loss:
-            raise ConfigError(
-                f"{KEY}.custom_loss: missing; kd_loss=custom needs the import path of a function"
+            raise self.error(
+                "custom_loss", "missing; kd_loss=custom needs the import path of a function"
             )
         if self.objective not in DIVERGENCES and self.support != "tail":
             reason = "the function sees all logits" if is_custom else "it looks at the label alone"
-            raise ConfigError(
-                f"{KEY}.support: {self.support} has no effect with kd_loss={self.kd_loss}: {reason}"
+            raise self.error(
+                "support", f"{self.support} has no effect with kd_loss={self.kd_loss}: {reason}"
             )
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
-            raise ConfigError(
-                f"{KEY}.support: truncate makes {self.kd_loss} infinite, for the student has mass where the teacher "
-                "would have none; use tail"
+            raise self.error(
+                "support",
+                f"truncate makes {self.kd_loss} infinite, for the student has mass where the teacher "
+                "would have none; use tail",
             )
         if self.support == "sampled" and self.objective != "forward_kl":
-            raise ConfigError(
-                f"{KEY}.support: sampled works with forward_kl only, not {self.kd_loss}: the others need the teacher's "
-                "probability of every sample, which a cache does not hold; use tail"
+            raise self.error(
+                "support",
+                f"sampled works with forward_kl only, not {self.kd_loss}: the others need the teacher's "
+                "probability of every sample, which a cache does not hold; use tail",
             )
 
     def _check_scales(self) -> None:
@@ -274,8 +245,8 @@ class LossConfig:
                 f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both"
             )
         if self.multiply_by_squared_temperature and self.temperature is None:
-            raise ConfigError(
-                f"{KEY}.multiply_by_squared_temperature: give temperature, which it multiplies by"
+            raise self.error(
+                "multiply_by_squared_temperature", "give temperature, which it multiplies by"
             )
         if self._scales == (1, 1):
             return

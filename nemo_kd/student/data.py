@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
 import math
 import re
@@ -39,7 +38,7 @@ from nemo_kd.data.batches import MicroBatching
 from nemo_kd.data.collate import micro_batches
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
-from nemo_kd.data.rows import MicroBatchRows, Row, Rows
+from nemo_kd.data.rows import MicroBatchRows, Row, Rows, TokenizedRows
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.schedule import context_positions
 from nemo_kd.run.interruption import follow_the_main_process
@@ -162,40 +161,6 @@ def _open_caches(
                 "%s: %d examples longer than %d tokens are dropped", split, dropped, seq_length
             )
     return {split: CacheBlend(sources) for split, sources in readers.items()}
-
-
-class TokenizedRows:
-    """Examples of plain records, in memory; one list per path."""
-
-    def __init__(self, paths: Sequence[str], examples: Sequence[Sequence[Example]]) -> None:
-        self.paths = list(paths)
-        self.sizes = [len(of_path) for of_path in examples]
-        self.examples = [example for of_path in examples for example in of_path]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, position: int) -> Example:
-        return self.examples[position]
-
-    def num_tokens(self, position: int) -> int:
-        return self.examples[position].num_tokens
-
-    def will_read(self, positions: Sequence[int]) -> None:
-        """Do nothing: all examples are in memory."""
-
-    def source_chunks(self) -> list[list[int]]:
-        """Return each path as one chunk."""
-        return [[size] if size else [] for size in self.sizes]
-
-    def description(self) -> dict[str, Any]:
-        """As `CacheBlend.description`; the fingerprint covers token ids and loss masks."""
-        digest = hashlib.sha256()
-        for example in self.examples:
-            digest.update(example.tokens_S.astype("<i4").tobytes())
-            digest.update(example.labels_S.astype("<i4").tobytes())
-            digest.update(example.loss_mask_S.astype("u1").tobytes())
-        return {"paths": self.paths, "fingerprint": f"sha256:{digest.hexdigest()}", "caches": []}
 
 
 def _tokenize(
