@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from nemo_kd.mcore.families import architecture_from_hf
+from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.weights import hf_shapes
 from tests.tiny_tokenizer import train_tokenizer
 

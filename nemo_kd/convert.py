@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: Hugging Face folder <-> .nemo archive, in one process on the CPU."""
+"""Convert a Hugging Face folder to a .nemo archive or back, in one process on the CPU."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained, save_nemo
-from nemo_kd.mcore.export import save_hf
-from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
-from nemo_kd.mcore.model import GPTModel, build_gpt_model, transformer_config
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.export import save_hf, save_nemo
+from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.run.ranks import init_process_group
 from nemo_kd.terminal import print_text
 
 
 def convert(config: ConvertCheckpointConfig) -> None:
-    """Writes `output_path` from `input_path`; the weights keep their bits unless `precision` asks for another dtype.
+    """Write `output_path` from `input_path`, bit for bit unless `precision` is given.
 
     Needs memory for the weights and one file of up to 5 GB.
 
     Raises:
-        ConfigError: the input cannot be read, the output exists or is of the same kind; before any weight is read.
+        ConfigError: the input cannot be read, or the output exists or is of the same kind; raised
+            before any weight is read.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # conversion is copying: it needs host memory, not a GPU's
-    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # copying needs host memory, not a GPU's
     source_path = Path(config.input_path).expanduser().absolute()
     output = Path(config.output_path).expanduser().absolute()
     to_nemo = output.suffix == ".nemo"
@@ -37,38 +36,18 @@ def convert(config: ConvertCheckpointConfig) -> None:
     with open_pretrained(config.input_path, key="input_path") as source:
         if to_nemo == (source.kind == "nemo"):
             raise ConfigError(
-                f"output_path: {output} would be of the same kind as the input; end it in .nemo for an archive, in "
-                "anything else for a Hugging Face folder"
+                f"output_path: {output} would be of the same kind as the input; end it in .nemo "
+                "for an archive, in anything else for a Hugging Face folder"
             )
         dtype = getattr(torch, PRECISIONS[config.precision]) if config.precision else source.dtype
         output.parent.mkdir(parents=True, exist_ok=True)
-        model, groups = _load(source, dtype)
-        if to_nemo:
-            save_nemo(
-                output,
-                model,
-                source.architecture,
-                source.tokenizer_folder,
-                groups,
-                source.provenance,
-            )
-        else:
-            save_hf(
-                output,
-                model,
-                source.architecture,
-                source.tokenizer_folder,
-                groups,
-                source.provenance,
-            )
+        init_process_group(1, 1, "cpu")
+        layout = ModelConfig(make_vocab_size_divisible_by=1)
+        groups = initialize_model_parallel(layout, layout.seed)
+        architecture = source.architecture
+        options = transformer_config(architecture, layout, dtype, perform_initialization=False)
+        model = build_gpt_model(architecture, options, 1, transformer_engine=False)
+        source.load_weights(model, groups)
+        save = save_nemo if to_nemo else save_hf
+        save(output, model, architecture, source.tokenizer_folder, groups, source.provenance)
     print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")
-
-
-def _load(source: PretrainedModel, dtype: torch.dtype) -> tuple[GPTModel, ProcessGroups]:
-    init_process_group(1, 1, "cpu")
-    layout = ModelConfig(make_vocab_size_divisible_by=1)
-    groups = initialize_model_parallel(layout, layout.seed)
-    config = transformer_config(source.architecture, layout, dtype, perform_initialization=False)
-    model = build_gpt_model(source.architecture, config, 1, transformer_engine=False)
-    source.load_weights(model, groups)
-    return model, groups

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import logging
@@ -169,6 +170,52 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
         sync_folder(path.parent)
 
 
+def new_folder(path: Path) -> Path:
+    """Create an empty folder beside `path`, to which `replace_folder` can give that name.
+
+    Removes leftovers of killed processes there, and restores a folder that one moved aside.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.replaced")
+    if aside.is_dir() and not path.exists():
+        os.rename(aside, path)
+    remove(aside)
+    remove_abandoned(path.parent)
+    folder = temporary_path(path)
+    remove(folder)  # of a dead process that had this one's id
+    folder.mkdir()
+    return folder
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give the folder `new` the name `path`, durably; remove the folder of that name afterwards.
+
+    A kill leaves either the old or the new folder. Where the file system cannot exchange two names
+    at once, the old folder moves aside first, and `new_folder` restores it.
+    """
+    for inner in [*new.rglob("*"), new]:
+        sync_folder(inner)
+    aside = path.with_name(f".{path.name}.replaced")
+    if not path.exists():
+        os.rename(new, path)
+    elif _exchange(new, path):
+        remove(new)
+    else:
+        os.rename(path, aside)
+        os.rename(new, path)
+    sync_folder(path.parent)
+    remove(aside)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchange two names at once; return False where the system or file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    if rename is None:
+        return False
+    # -100 and 2 are Linux's AT_FDCWD and RENAME_EXCHANGE.
+    return rename(-100, os.fsencode(first), -100, os.fsencode(second), 2) == 0
+
+
 def temporary_path(path: str | Path) -> Path:
     """Return the hidden name of a file or folder that will become `path`: with host and PID."""
     path = Path(path)
@@ -217,20 +264,12 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
 def _last_change(path: Path) -> float:
     """Return the newest modification time in a file or folder; now if it vanishes meanwhile."""
     try:
-        newest = path.lstat().st_mtime
-        for parent, folders, names in os.walk(path):
-            newest = max(
-                [
-                    newest,
-                    *(os.lstat(os.path.join(parent, name)).st_mtime for name in folders + names),
-                ]
-            )
-        return newest
+        return max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
     except FileNotFoundError:
         return time.time()
 
 
-class Lock:
+class Lock(contextlib.AbstractContextManager["Lock"]):
     """An exclusive lock on a file, held until `release` or the end of the process.
 
     The operating system keeps the lock (flock), so a killed job leaves none behind. The file's
@@ -273,9 +312,6 @@ class Lock:
     def release(self) -> None:
         """Release the lock and keep the file, which another process may be waiting for."""
         release_lock(self.file)
-
-    def __enter__(self) -> Lock:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -357,9 +393,8 @@ def _machine() -> str:
 
 def _is_alive(pid: int) -> bool:
     try:
-        os.kill(pid, 0)
+        with contextlib.suppress(PermissionError):
+            os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):  # no process has an id of so many digits
         return False
-    except PermissionError:
-        return True
     return True

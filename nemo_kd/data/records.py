@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from nemo_kd.config import UserInputError
-from nemo_kd.model_files import check_regular_file
+from nemo_kd.nemo_archive import check_regular_file
 
 
 class DataError(UserInputError):

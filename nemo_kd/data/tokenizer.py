@@ -13,8 +13,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import MOST_LAYERS
 from nemo_kd.data.records import DataError
-from nemo_kd.model_files import MAX_TOKENIZER_BYTES, check_regular_file, read_json
-from nemo_kd.nemo_archive import ArchiveError, open_tokenizer
+from nemo_kd.nemo_archive import (
+    MAX_TOKENIZER_BYTES,
+    ArchiveError,
+    check_regular_file,
+    open_tokenizer,
+    read_json,
+)
 
 MAX_TEMPLATE_BYTES = 1 << 20
 BLOCK_IDS = 1024

@@ -1,4 +1,4 @@
-"""Writing distributed checkpoints: the files of every rank, at once or while training goes on."""
+"""Write distributed checkpoints: every rank its files, at once or while training continues."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def file_sum(path: Path) -> FileSum:
 
 
 def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write `state` (sharded tensors and plain values) into the new folder `folder`; every rank calls it.
+    """Write sharded tensors and plain values into the new folder `folder`; every rank calls it.
 
     Raises:
         OSError: on every rank, a file could not be written.
@@ -60,12 +60,12 @@ def save_sharded(state: dict[str, Any], folder: Path) -> None:
 
 
 class CheckpointWrite:
-    """A distributed checkpoint on its way into a new folder; every rank makes one.
+    """A distributed checkpoint in progress into a new folder; every rank creates one.
 
-    In the background, the constructor returns as soon as there is a snapshot: tensors of a GPU are copied to host memory,
-    those of the CPU belong to a forked process from then on. That process writes this rank's files, and ends with this
-    one. The copies are pinned memory, which a fork shares: they are kept here until it is done, lest something else gets
-    them. Otherwise the files are written by `finish`, in this process.
+    In the background, the constructor returns after the snapshot. It copies a GPU's tensors to host
+    memory; a forked process keeps those of the CPU. That process writes this rank's files, and
+    ends with this one. The copies are pinned memory, which a fork shares, so they are kept here
+    until it is done. Otherwise `finish` writes the files, in this process.
 
     Raises:
         OSError: on every rank, the folder cannot be made or the plain values cannot be written.
@@ -84,9 +84,9 @@ class CheckpointWrite:
                 async_sharded_save=True,
             )
         except OSError as error:
-            if self._strategy.has_begun:  # then it is on all ranks already
+            if self._strategy.has_begun:  # all ranks have the error already
                 raise
-            raise_together(_naming(error, folder))  # the others have begun, and ask there
+            raise_together(_naming(error, folder))  # the others wait in `async_save`
 
     def is_running(self) -> bool:
         """Return True while this rank's files are being written; no communication."""
@@ -96,7 +96,7 @@ class CheckpointWrite:
         """Wait for the writers of all ranks and complete the folder; every rank takes part.
 
         Returns:
-            The files that the writers wrote; `.metadata`, `metadata.json` and more lie beside them.
+            The writers' files; `.metadata`, `metadata.json` and others lie beside them.
 
         Raises:
             OSError: on every rank, a file could not be written; names the file.
@@ -107,7 +107,7 @@ class CheckpointWrite:
         try:
             for function in complete:
                 function()
-        except OSError as error:  # of rank 0, while the others wait at its barrier
+        except OSError as error:  # on rank 0, while the others wait at a barrier
             problem = _naming(error, self.folder)
             torch.distributed.barrier()
         raise_together(problem)
@@ -115,7 +115,7 @@ class CheckpointWrite:
 
 
 class _Request:
-    """Megatron adds a function to the list that completes the folder."""
+    """A started save; Megatron appends a function to the list that completes the folder."""
 
     def __init__(self, finish: Callable[[], Any]) -> None:
         self.finalize_fns = [finish]
@@ -124,10 +124,11 @@ class _Request:
 class _Strategy(TorchDistSaveShardedStrategy):
     """Writes through torch's public planner and writer instead of Megatron's processes and queues.
 
-    Megatron would start a manager process in every rank, which costs seconds and memory and outlives a killed rank.
+    Megatron would start a manager process in every rank. It costs seconds and memory and outlives a
+    killed rank.
 
     Attributes:
-        has_begun: all ranks have got as far as this strategy.
+        has_begun: all ranks have reached this strategy.
     """
 
     def __init__(self, in_background: bool) -> None:
@@ -143,7 +144,7 @@ class _Strategy(TorchDistSaveShardedStrategy):
         raise_together(None)  # unless rank 0 could not write the plain values
         folder = Path(checkpoint_dir)
         is_first = torch.distributed.get_rank() == 0
-        # Without a GPU's copies ahead: torch would ask for a CUDA stream, which a forked process must not do.
+        # No copies ahead: torch would open a CUDA stream for them, which a forked process must not.
         writer = _Writer(folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
         self._planner.set_up_planner(_by_key(sharded_state_dict), writer.storage_meta(), is_first)
         writer.set_up_storage_writer(is_first)
@@ -153,11 +154,10 @@ class _Strategy(TorchDistSaveShardedStrategy):
             self._start(writer, plan)
 
         def finish() -> dict[str, FileSum]:
-            outcome = (
-                self._outcome()
-                if self.in_background
-                else _write(writer, plan, self._planner, folder, False)
-            )
+            if self.in_background:
+                outcome = self._outcome()
+            else:
+                outcome = _write(writer, plan, self._planner, folder, with_sums=False)
             return _complete(outcome, writer, metadata, folder)
 
         return _Request(finish)
@@ -189,23 +189,20 @@ class _Strategy(TorchDistSaveShardedStrategy):
         self._planner.snapshot.clear()
         status = self._process.exitcode
         if status:
-            outcome = _Outcome(
-                [],
-                {},
-                ChildProcessError(f"the process that writes it ended with the status {status}"),
-            )
+            error = ChildProcessError(f"the process that writes it ended with the status {status}")
+            return _Outcome([], {}, error)
         return outcome
 
 
 class _Planner(MCoreSavePlanner):
-    """Gives out a copy of this rank's values once one was taken."""
+    """Planner that returns the snapshot of this rank's values, once taken."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.snapshot: dict[MetadataIndex, Any] = {}
 
     def take_snapshot(self, plan: SavePlan) -> None:
-        """Copy what lies on a GPU into pinned host memory; a fork keeps what lies on the CPU."""
+        """Copy a GPU's values into pinned host memory; a fork keeps the CPU's."""
         for item in plan.items:
             value = super().resolve_data(item)
             if isinstance(value, torch.Tensor) and value.device.type != "cpu":
@@ -229,7 +226,7 @@ class _Writer(FileSystemWriter):
 
 
 class _Outcome(NamedTuple):
-    """What became of one rank's files."""
+    """Result of writing one rank's files."""
 
     results: list[WriteResult]
     sums: dict[str, FileSum]
@@ -237,7 +234,7 @@ class _Outcome(NamedTuple):
 
 
 def _by_key(state: Any) -> dict[str, Any]:
-    """Return the parts that this rank writes, those of one tensor together, in torch's terms."""
+    """Return the parts that this rank writes, grouped by tensor, as torch's planner takes them."""
     parts: dict[str, list[Any]] = {}
     for part in nested_values(state):
         if is_main_replica(part.replica_id):
@@ -247,7 +244,7 @@ def _by_key(state: Any) -> dict[str, Any]:
 
 
 def _global_plan(planner: _Planner, writer: _Writer) -> tuple[SavePlan, Metadata | None]:
-    """Return this rank's part of the plan and, on rank 0, what all ranks write."""
+    """Return this rank's part of the plan and, on rank 0, the metadata of all ranks."""
     size = torch.distributed.get_world_size()
     is_first = torch.distributed.get_rank() == 0
     local = writer.prepare_local_plan(planner.create_local_plan())
@@ -271,12 +268,11 @@ def _write(
     try:
         results = writer.write_data(plan, planner).value()
         names = sorted({result.storage_data.relative_path for result in results})
-        return _Outcome(
-            results, {name: file_sum(folder / name) for name in names} if with_sums else {}, None
-        )
+        sums = {name: file_sum(folder / name) for name in names} if with_sums else {}
+        return _Outcome(results, sums, None)
     except OSError as error:
         return _Outcome([], {}, _naming(error, folder))
-    except RuntimeError as error:  # of torch.save, whose file could not be written
+    except RuntimeError as error:  # torch.save's, where its file cannot be written
         cause = error.__context__
         if isinstance(cause, OSError):
             return _Outcome([], {}, _naming(cause, folder))
@@ -291,7 +287,7 @@ def _write_and_send(
     folder: Path,
     parent: int,
 ) -> None:
-    """Runs in the forked process: nothing here may touch the GPU, not even to free memory."""
+    """Write in the forked process, which must not touch the GPU, not even to free memory."""
     gc.disable()
     end_with_parent(parent)
     sender.send(_write(writer, plan, planner, folder, with_sums=True))
@@ -300,7 +296,7 @@ def _write_and_send(
 def _complete(
     outcome: _Outcome, writer: _Writer, metadata: Metadata | None, folder: Path
 ) -> dict[str, FileSum]:
-    """Gather what all ranks wrote; rank 0 writes `.metadata`. Returns the sums of all files."""
+    """Gather the results; rank 0 writes `.metadata`. Return the checksums of all files."""
     raise_together(outcome.error)
     parts: list[Any] = [None] * torch.distributed.get_world_size()
     is_first = torch.distributed.get_rank() == 0
@@ -320,7 +316,7 @@ def _complete(
 
 
 def _naming(error: OSError, folder: Path) -> OSError:
-    """Return the error with a file name; the operating system gives none where a file is open already."""
+    """Return the error with a file name, which the system omits for open files."""
     if error.errno is None or error.filename is not None:
         return error
     return OSError(error.errno, error.strerror, str(folder))

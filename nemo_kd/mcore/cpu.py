@@ -1,8 +1,9 @@
 """Run Megatron Core on a machine without CUDA.
 
-Megatron asks for the current CUDA device, allocates with `device="cuda"` and compares `tensor.type()` with the names of
-CUDA types. Its modules see a `torch` here that answers with the CPU. Where they call methods of tensors, the call runs
-inside `cuda_methods_on_cpu`. torch itself and its users outside Megatron stay as they are.
+Megatron asks for the current CUDA device, allocates with `device="cuda"` and compares
+`tensor.type()` with the names of CUDA types. Its modules see a `torch` here that answers with the
+CPU. Where they call methods of tensors, the call runs inside `cuda_methods_on_cpu`. torch itself
+and its users outside Megatron stay as they are.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ _CPU = torch.device("cpu")
 PRIMITIVE_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
 """Environment variables of oneDNN and of torch's wrapper around it, read at their first use."""
 PRIMITIVES_KEPT = 128
-"""In bf16 every new length compiles kernels of 0.7 MB; both caches keep 1,024 by default. A student's step needs some
-tens."""
+"""In bf16 every new length compiles kernels of 0.7 MB; both caches keep 1,024 by default.
+
+A student's step needs some tens.
+"""
 _FACTORIES = (
     "tensor",
     "empty",
@@ -48,7 +51,7 @@ _MODULES_WITH_CUDA = (
 
 
 def install_cpu_support() -> None:
-    """Redirect Megatron's CUDA requests to the CPU. Repeated calls, and calls where CUDA is available, change nothing."""
+    """Redirect Megatron's CUDA requests to the CPU, unless CUDA is available or that is done."""
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
         moe_utils.te_general_gemm = None  # 0.16.1 reads it unbound without Transformer Engine
@@ -75,7 +78,7 @@ def install_cpu_support() -> None:
 
 
 def cuda_methods_on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which `tensor.cuda()` is the tensor and `tensor.type()` names a CUDA type.
+    """Return a context where `tensor.cuda()` is the tensor and `tensor.type()` names a CUDA type.
 
     It covers this thread's calls only, and does nothing where CUDA is available.
     """
@@ -161,9 +164,10 @@ class _CudaOnCpu(types.ModuleType):
 
 
 class _DistributedOnCpu(types.ModuleType):
-    """torch.distributed with collectives over tensors of different sizes, which NCCL takes and gloo does not.
+    """torch.distributed with collectives over tensors of different sizes.
 
-    Tensor-parallel ranks exchange such tensors for experts under sequence parallelism.
+    NCCL takes them, gloo does not. Tensor-parallel ranks exchange such tensors for experts under
+    sequence parallelism.
     """
 
     def __getattr__(self, name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Megatron's distributed checkpoints as they are read: in any layout, and from anywhere.
+"""Read Megatron's distributed checkpoints: in any layout, and from untrusted sources.
 
-Nothing in one runs code: `.metadata` is unpickled by a reader that knows its classes, what is not a tensor by torch with
-`weights_only=True`, and the weights of an archive are read as bytes.
+Reading runs no code. `stored_metadata` unpickles `.metadata` within bounds, torch reads values
+that are not tensors with `weights_only=True`, and the weights of an archive are read as bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import pickle
 import re
 import struct
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,24 +35,40 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.fingerprint import StoredBytes
-from nemo_kd.mcore.hf_folder import BLOCK_BYTES
+from nemo_kd.mcore.hf_folder import BLOCK_BYTES, StoredBytes
 from nemo_kd.mcore.stored_metadata import read_metadata
 from nemo_kd.nemo_archive import Files, FolderFiles
 
 METADATA = ".metadata"
 COMMON = "common.pt"
 CONFIG = "metadata.json"
+FORMAT = ("torch_dist", "torch")
 EXTRA_STATE = "_extra_state"
 OBJECT_NAME = re.compile(r"[^/]+/shard_\d+(\.\d+)*_\d+(\.\d+)*")
-"""How Megatron calls an entry that is not a tensor: key, position and shape."""
+"""Megatron's name of an entry that is not a tensor: key, position and shape."""
+_DAMAGE = (
+    zipfile.BadZipFile,
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    AssertionError,
+    OverflowError,
+    MemoryError,
+)
+"""Errors of torch's and Python's readers on damaged bytes."""
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return what `folder` holds for the sharded parts of `state`, and all its plain values; every rank calls it.
+    """Return the content of `folder` for the sharded parts of `state`, and all its plain values.
 
-    States that layers keep beside their weights (of FP8, pickles that Transformer Engine would load) are not read: the
-    model keeps its own.
+    Every rank calls it. The model keeps its own states of FP8 layers: Transformer Engine would
+    unpickle stored ones.
 
     Raises:
         ConfigError: `.metadata` or a value is damaged, or would run code.
@@ -60,7 +76,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     metadata = _checked(folder)
 
     def load(part: Any) -> Any:
-        """Megatron would unpickle an object; it passes on one that is there already."""
+        """Load objects here: Megatron would unpickle them, but keeps loaded ones."""
         if isinstance(part, ShardedObject):
             return LocalNonpersistentObject(_load_object(part, metadata, folder))
         return part
@@ -72,7 +88,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def load_plain(folder: Path) -> dict[str, Any]:
-    """Return the plain values that `folder` holds, without its sharded tensors.
+    """Return the plain values in `folder`, without its sharded tensors.
 
     Raises:
         ConfigError: they are damaged, or would run code.
@@ -84,7 +100,7 @@ def load_plain(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _explained(folder: Path) -> Iterator[None]:
-    """Raise what torch and Megatron find wrong with a checkpoint as a ConfigError."""
+    """Raise torch's and Megatron's errors about a checkpoint as a ConfigError."""
     try:
         yield
     except (CheckpointException, dist_checkpointing.core.CheckpointingException) as error:
@@ -97,14 +113,14 @@ def _explained(folder: Path) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Return the line that tells what was wrong; of torch's advice to trust the file, nothing."""
+    """Return the line with the cause, without torch's advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]
     return (telling or lines or [type(error).__name__])[0][:200]
 
 
 def _checked(folder: Path) -> Metadata:
-    """Read what torch and Megatron will unpickle, in a way that runs no code; both read it again then."""
+    """Read the files that torch and Megatron will unpickle, without running code."""
     path = folder / METADATA
     with _explained(folder):
         try:
@@ -113,13 +129,11 @@ def _checked(folder: Path) -> Metadata:
             raise ConfigError(
                 f"{folder / CONFIG}: cannot be read ({error}); use another checkpoint"
             ) from error
-    if config is not None and (config.sharded_backend, config.common_backend) != (
-        "torch_dist",
-        "torch",
-    ):
+    if config is not None and (config.sharded_backend, config.common_backend) != FORMAT:
         raise ConfigError(
-            f"{folder / CONFIG}: the format {config.sharded_backend!r} with {config.common_backend!r} is not torch_dist with "
-            "torch, which nemo_kd writes; use another checkpoint"
+            f"{folder / CONFIG}: the format {config.sharded_backend!r} with "
+            f"{config.common_backend!r} is not torch_dist with torch, which nemo_kd writes; "
+            "use another checkpoint"
         )
     try:
         with path.open("rb") as file:
@@ -129,39 +143,27 @@ def _checked(folder: Path) -> Metadata:
     except OSError as error:
         raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
     for name, entry in metadata.state_dict_metadata.items():
-        if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(
-            name
-        ):  # torch would unpickle it
+        # torch would unpickle an entry of another name.
+        if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(name):
             raise ConfigError(f"{path}: {name} is not a tensor; use another checkpoint")
     return metadata
 
 
 def load_values(data: bytes, where: str) -> Any:
-    """Return the values that torch.save wrote; code in them is refused, not run.
+    """Return the values that torch.save wrote, without running code in them.
 
     Raises:
-        ConfigError: they are damaged, compressed (torch.save does not), or not plain values and tensors.
+        ConfigError: they are damaged, compressed (torch.save never compresses), or would run code.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
                 raise zipfile.BadZipFile("it is compressed")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (
-        *(zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, NotImplementedError),
-        *(
-            ValueError,
-            TypeError,
-            AttributeError,
-            LookupError,
-            AssertionError,
-            OverflowError,
-            MemoryError,
-        ),
-    ) as error:
+    except _DAMAGE as error:
         raise ConfigError(
             f"{where}: cannot be read without running its code ({_reason(error)}); "
-            "a checkpoint holds tensors and plain values only: use one that nemo_kd wrote"
+            "a checkpoint holds only tensors and plain values: use one that nemo_kd wrote"
         ) from error
 
 
@@ -187,11 +189,9 @@ def _load_object(part: ShardedObject, metadata: Metadata, folder: Path) -> Any:
 class ShardedFolder:
     """The tensors of a distributed checkpoint from elsewhere, by their names.
 
-    `.metadata` may only hold values, and weights are read as bytes.
-
     Args:
-        files: of the model; or the folder of the checkpoint itself.
-        prefix: of the names of the checkpoint's files, such as `model_weights/`.
+        files: those of the model; or the folder of the checkpoint itself.
+        prefix: start of the names of the checkpoint's files, for example `model_weights/`.
 
     Attributes:
         tensors: name -> shape, dtype and stored chunks.
@@ -204,39 +204,41 @@ class ShardedFolder:
         self.files: Files = FolderFiles(files) if isinstance(files, Path) else files
         self.prefix = prefix
         self.folder = self.files.root / prefix
+        path = self.folder / METADATA
         try:
             with self.files.open(prefix + METADATA) as file:
-                metadata = read_metadata(file, str(self.folder / METADATA))
+                metadata = read_metadata(file, str(path))
         except OSError as error:
-            raise ConfigError(f"{self.folder / METADATA}: cannot be read ({error})") from error
-        entries = metadata.state_dict_metadata.items()
+            raise ConfigError(f"{path}: cannot be read ({error})") from error
         self.tensors = {
-            name: entry for name, entry in entries if isinstance(entry, TensorStorageMetadata)
+            name: entry
+            for name, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
         }
-        for file_name in sorted(
-            {Path(info.relative_path).name for info in metadata.storage_data.values()}
-        ):
-            if prefix + file_name not in self.files.sizes:
+        self._stored: dict[tuple[str, tuple[int, ...]], StoredBytes] = {}
+        for index, info in metadata.storage_data.items():
+            if prefix + info.relative_path not in self.files.sizes:
                 raise ConfigError(
-                    f"{self.folder / file_name}: the file is missing; copy or write the model again"
+                    f"{self.folder / info.relative_path}: the file is missing; "
+                    "copy or write the model again"
                 )
-        self._stored = {
-            (index.fqn, tuple(index.offset or ())): info
-            for index, info in metadata.storage_data.items()
-        }
+            if index.fqn in self.tensors:
+                offsets = tuple(index.offset or ())
+                self._stored[index.fqn, offsets] = StoredBytes(
+                    f"{index.fqn} {offsets}",
+                    prefix + info.relative_path,
+                    info.offset,
+                    info.length,
+                )
 
-    def parts(self) -> Iterator[StoredBytes]:
-        """Yield where every stored part of a tensor lies, for `sample_tensors`."""
-        for (name, offsets), info in self._stored.items():
-            if name in self.tensors:
-                yield StoredBytes(
-                    f"{name} {offsets}", self.prefix + info.relative_path, info.offset, info.length
-                )
+    def parts(self) -> Iterable[StoredBytes]:
+        """Return the place of every stored part of a tensor."""
+        return self._stored.values()
 
     def load(self, state: dict[str, Any]) -> None:
-        """Fill the memory of the sharded tensors in `state`, a few megabytes at a time; no communication.
+        """Fill the sharded tensors in `state`, a few megabytes at a time; no communication.
 
-        What lies outside of the stored tensor (vocabulary padding) keeps its values. `state` is changed.
+        Values outside the stored tensor (vocabulary padding) stay. Changes `state`.
 
         Raises:
             ConfigError: a tensor has another shape, or a file is missing or damaged.
@@ -248,26 +250,22 @@ class ShardedFolder:
             free = 1 if part.allow_shape_mismatch else 0  # padding may differ along the vocabulary
             if shape[free:] != tuple(stored.size)[free:] or len(shape) != len(stored.size):
                 raise ConfigError(
-                    f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, model_config.yaml calls for {shape}"
+                    f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, "
+                    f"model_config.yaml calls for {shape}"
                 )
             target = part.data.detach()[(None,) * part.prepend_axis_num]
             for chunk in stored.chunks:
-                both = list(
-                    zip(part.global_offset, target.shape, chunk.offsets, chunk.sizes, strict=True)
-                )
-                begin = [max(ours, theirs) for ours, _, theirs, _ in both]
-                end = [
-                    min(ours + our_size, theirs + their_size)
-                    for ours, our_size, theirs, their_size in both
-                ]
-                if all(first < last for first, last in zip(begin, end, strict=True)):
-                    span = zip(begin, end, part.global_offset, strict=True)
-                    into = target[
-                        tuple(slice(first - ours, last - ours) for first, last, ours in span)
-                    ]
-                    offsets = [
-                        first - theirs for first, theirs in zip(begin, chunk.offsets, strict=True)
-                    ]
+                target_slices = []
+                offsets = []
+                for ours, our_size, theirs, their_size in zip(
+                    part.global_offset, target.shape, chunk.offsets, chunk.sizes, strict=True
+                ):
+                    first = max(ours, theirs)
+                    last = min(ours + our_size, theirs + their_size)
+                    target_slices.append(slice(first - ours, max(first, last) - ours))
+                    offsets.append(first - theirs)
+                into = target[tuple(target_slices)]
+                if into.numel():
                     self._read(part.key, chunk, stored.properties.dtype, offsets, into)
 
     def _read(
@@ -279,80 +277,46 @@ class ShardedFolder:
         into: torch.Tensor,
     ) -> None:
         """Copy the part of a chunk that starts at `offsets` in it."""
-        info = self._stored.get((name, tuple(chunk.offsets)))
-        if info is None:
+        stored = self._stored.get((name, tuple(chunk.offsets)))
+        if stored is None:
             raise ConfigError(
                 f"{self.folder}: a part of {name} is missing; copy or write the model again"
             )
-        file_name = Path(info.relative_path).name
-        path = self.folder / file_name
         sizes = list(chunk.sizes)
         while len(sizes) > 1 and sizes[0] == 1:  # numbers of layer and expert
-            sizes, offsets, into = sizes[1:], offsets[1:], into[0]
+            sizes = sizes[1:]
+            offsets = offsets[1:]
+            into = into[0]
         row_bytes = math.prod(sizes[1:]) * dtype.itemsize
         block_rows = max(1, BLOCK_BYTES // row_bytes)
-        inner = tuple(
+        inner = [
             slice(first, first + size)
             for first, size in zip(offsets[1:], into.shape[1:], strict=True)
-        )
+        ]
         try:
-            with self.files.open(self.prefix + file_name) as file:
-                start = info.offset + _first_byte(file, info, sizes[0] * row_bytes)
+            with self.files.open(*stored[1:]) as file:
+                start = _first_byte(file, sizes[0] * row_bytes)
                 for row in range(0, len(into), block_rows):
                     target = into[row : row + block_rows]
                     file.seek(start + (offsets[0] + row) * row_bytes)
                     block = bytearray(file.read(len(target) * row_bytes))
                     rows = torch.frombuffer(block, dtype=dtype).view(len(target), *sizes[1:])
                     target.copy_(rows[(slice(None), *inner)])
-        except (
-            OSError,
-            zipfile.BadZipFile,
-            struct.error,
-            RuntimeError,
-            ValueError,
-            OverflowError,
-        ) as error:
+        except _DAMAGE as error:
             raise ConfigError(
-                f"{path}: {name} cannot be read ({error}); copy or write the model again"
+                f"{self.files.root / stored.file}: {name} cannot be read ({error}); "
+                "copy or write the model again"
             ) from error
 
 
-class _FilePart(io.RawIOBase):
-    """A part of a file as if it were a file."""
-
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self.file, self.offset, self.length, self.position = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = (
-            offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
-        )
-        return self.position
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        self.file.seek(self.offset + self.position)
-        data = self.file.read(max(0, min(len(buffer), self.length - self.position)))
-        buffer[: len(data)] = data
-        self.position += len(data)
-        return len(data)
-
-
-def _first_byte(file: BinaryIO, info: Any, num_bytes: int) -> int:
-    """Return where the tensor's bytes begin in the part of a file that torch.save wrote: a zip archive of stored entries."""
-    part = _FilePart(file, info.offset, info.length)
-    with zipfile.ZipFile(part) as archive:
-        entry = next(
-            (entry for entry in archive.infolist() if entry.filename.endswith("/data/0")), None
-        )
+def _first_byte(file: BinaryIO, num_bytes: int) -> int:
+    """Return the offset of the tensor's bytes in torch.save's zip archive of stored entries."""
+    with zipfile.ZipFile(file) as archive:
+        entries = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+        entry = next(entries, None)
     if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes:
         raise zipfile.BadZipFile(f"it is not {num_bytes} bytes as torch.save writes them")
-    part.seek(entry.header_offset)
-    header = part.read(30)
+    file.seek(entry.header_offset)
+    header = file.read(30)
     name_length, extra_length = struct.unpack("<HH", header[26:])
     return entry.header_offset + len(header) + name_length + extra_length

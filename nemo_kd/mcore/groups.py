@@ -1,40 +1,46 @@
-"""Processes: joining them, and cutting them into groups. The only reader of parallel_state but `mcore.model`."""
+"""Divide the ranks into Megatron's process groups, and seed, save and set random generators."""
 
 from __future__ import annotations
 
 import functools
 import gc
+import itertools
+import random
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
-"""Which neighbours share what: tensor-parallel ranks are adjacent, pipeline stages farthest apart."""
+"""Tensor-parallel ranks are adjacent, pipeline stages farthest apart."""
 
 
 @dataclass(frozen=True)
 class ProcessGroups:
-    """Where this process stands. A replica is the tensor x pipeline x context ranks that hold one copy of the model.
+    """Place of this process. A replica is the tensor x pipeline x context ranks of one model copy.
 
     Attributes:
         tensor: ranks that share this rank's layers.
-        pipeline: this rank and those that stand at its place in the other stages, first stage to last.
+        pipeline: this rank and those at its place in the other stages, first stage to last.
         context: ranks with the same weights that share every sequence.
-        data: ranks that hold the same shard in different replicas and share no sequence.
-        replica: all ranks of this rank's replica; gloo, whatever the other groups use: for Python objects and agreement.
+        data: ranks with the same shard in different replicas, which share no sequence.
+        replica: all ranks of this rank's replica; always gloo, for Python objects.
         replica_ranks: their global ranks.
-        lockstep: all ranks that have to run every forward pass together, as one of them may hold experts that another's
-            tokens need: several replicas with expert parallelism across them, else one; gloo.
-        lockstep_lanes: number of replicas, and so of data-parallel ranks, in it.
+        lockstep: all ranks that must run every forward pass together, because one may hold experts
+            that another's tokens need: several replicas with expert parallelism across them, else
+            one; gloo.
+        lockstep_lanes: number of replicas, hence of data-parallel ranks, in `lockstep`.
         lane: number of this rank's replica among them.
-        writer_rank: global rank of the one rank that speaks for the replica: last stage, tensor rank 0, context rank 0.
+        writer_rank: global rank of the replica's writer: last stage, tensor and context rank 0.
         device: this process's GPU, or the CPU.
     """
 
@@ -59,7 +65,7 @@ class ProcessGroups:
     device: torch.device
 
     def layout(self) -> dict[str, int]:
-        """How the ranks are divided; where it is the same, a rank stands at the same place."""
+        """Return the sizes of the groups; with equal sizes a rank has the same place."""
         return {
             "tensor": self.tensor_size,
             "pipeline": self.pipeline_size,
@@ -70,24 +76,25 @@ class ProcessGroups:
 
     @property
     def is_first_stage(self) -> bool:
-        """Whether this rank holds the embedding."""
+        """True if this rank holds the embedding."""
         return self.pipeline_rank == 0
 
     @property
     def is_last_stage(self) -> bool:
-        """Whether this rank holds (its part of) the output layer."""
+        """True if this rank holds its part of the output layer."""
         return self.pipeline_rank == self.pipeline_size - 1
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank speaks for its replica."""
+        """True if this rank writes for its replica."""
         return dist.get_rank() == self.writer_rank
 
 
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:
-    """Cuts the ranks into groups and seeds every random generator that Megatron uses; all ranks take part.
+    """Divide the ranks into groups and seed Megatron's random generators; every rank calls it.
 
-    Groups of the same sizes are kept, others replaced. Needs a process group (`init_process_group`).
+    Groups of the same sizes are kept, others replaced. Needs a process group
+    (`init_process_group`).
 
     Raises:
         ConfigError: the sizes do not divide the number of ranks.
@@ -95,7 +102,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     install_cpu_support()
     data_size = parallel.data_parallel_size(dist.get_world_size())
     sizes = {name: getattr(parallel, name) for name in PARALLEL_SIZES}
-    if parallel_state.model_parallel_is_initialized() and _sizes() != sizes:
+    if parallel_state.model_parallel_is_initialized() and _sizes() != list(sizes.values()):
         destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(**sizes, order=RANK_ORDER)
@@ -105,14 +112,22 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     model_parallel_cuda_manual_seed(seed)
     tensor_size, pipeline_size, context_size, _ = sizes.values()
     data_rank = parallel_state.get_data_parallel_rank()
-    replicas = _replicas(dist.group.WORLD, tensor_size, pipeline_size, context_size, data_size)
-    replica, replica_ranks = replicas[data_rank]
-    lanes = parallel.replicas_in_lockstep
-    teams = (
-        _joined(dist.group.WORLD, tuple(ranks for _, ranks in replicas), lanes)
-        if lanes > 1
-        else None
+    layout = parallel_state.RankGenerator(
+        tensor_size, 1, data_size, pipeline_size, context_size, RANK_ORDER
     )
+    replicas = layout.get_ranks("tp-cp-pp")
+    replica = _gloo_groups(dist.group.WORLD, tuple(map(tuple, replicas)))[data_rank]
+    lockstep = replica
+    lanes = parallel.replicas_in_lockstep
+    if lanes > 1:
+        members = tuple(
+            tuple(sorted(itertools.chain(*replicas[first : first + lanes])))
+            for first in range(0, data_size, lanes)
+        )
+        lockstep = _gloo_groups(dist.group.WORLD, members)[data_rank // lanes]
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
     return ProcessGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
@@ -127,29 +142,26 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         context_size=context_size,
         data_rank=data_rank,
         data_size=data_size,
-        replica_ranks=replica_ranks,
-        lockstep=teams[data_rank // lanes] if teams else replica,
+        replica_ranks=tuple(replicas[data_rank]),
+        lockstep=lockstep,
         lockstep_lanes=lanes,
         lane=data_rank % lanes,
-        writer_rank=replica_ranks[-tensor_size * context_size],
-        device=torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu"),
+        writer_rank=replicas[data_rank][-tensor_size * context_size],
+        device=device,
     )
 
 
 def schedule_groups() -> ProcessGroupCollection:
-    """The groups that Megatron's schedules and `finalize_model_grads` take; needs `initialize_model_parallel`."""
+    """Return the groups of Megatron's schedules; needs `initialize_model_parallel`."""
     return ProcessGroupCollection.use_mpu_process_groups(
         ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
     )
 
 
 def destroy_model_parallel() -> None:
-    """Ends all groups but the one of all ranks; every gloo group that is left would wake a thread a hundred times a second."""
+    """End all groups but the world: a gloo group wakes its thread a hundred times a second."""
     parallel_state.destroy_model_parallel()
-    _replicas.cache_clear()
-    _joined.cache_clear()
+    _gloo_groups.cache_clear()
     gc.collect()  # a model that is in a cycle keeps its groups
     # torch lists its groups nowhere else, and Megatron forgets them without ending them.
     for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001
@@ -157,35 +169,46 @@ def destroy_model_parallel() -> None:
             dist.destroy_process_group(group)
 
 
-def _sizes() -> dict[str, int]:
-    """The sizes of the groups that exist, by `PARALLEL_SIZES`."""
-    found = (
+def _sizes() -> list[int]:
+    """Return the sizes of the existing groups in the order of `PARALLEL_SIZES`."""
+    return [
         parallel_state.get_tensor_model_parallel_world_size(),
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_context_parallel_world_size(),
         parallel_state.get_expert_model_parallel_world_size(),
-    )
-    return dict(zip(PARALLEL_SIZES, found, strict=True))
-
-
-@functools.lru_cache(maxsize=4)
-def _replicas(
-    world: dist.ProcessGroup, tensor: int, pipeline: int, context: int, data: int
-) -> list[tuple[dist.ProcessGroup, tuple[int, ...]]]:
-    """A gloo group and the global ranks, last stage at the end, of every replica; all ranks take part the first time."""
-    ranks = parallel_state.RankGenerator(tensor, 1, data, pipeline, context, RANK_ORDER).get_ranks(
-        "tp-cp-pp"
-    )
-    return [(dist.new_group(replica, backend="gloo"), tuple(replica)) for replica in ranks]
-
-
-@functools.lru_cache(maxsize=4)
-def _joined(
-    world: dist.ProcessGroup, replicas: tuple[tuple[int, ...], ...], lanes: int
-) -> list[dist.ProcessGroup]:
-    """A gloo group of every `lanes` neighbouring replicas; all ranks take part the first time."""
-    teams = [replicas[first : first + lanes] for first in range(0, len(replicas), lanes)]
-    return [
-        dist.new_group(sorted(rank for replica in team for rank in replica), backend="gloo")
-        for team in teams
     ]
+
+
+@functools.lru_cache(maxsize=8)
+def _gloo_groups(
+    world: dist.ProcessGroup, members: tuple[tuple[int, ...], ...]
+) -> list[dist.ProcessGroup]:
+    """Return a gloo group for each tuple of global ranks; the first call is collective."""
+    return [dist.new_group(ranks, backend="gloo") for ranks in members]
+
+
+def sharded_random_state() -> ShardedObject:
+    """Return the state of this rank's random generators; it loads only into as many ranks."""
+    version, words, gauss = random.getstate()
+    numpy_state: Any = np.random.get_state()
+    name, keys, *numbers = numpy_state
+    state: dict[str, Any] = {
+        "python": [version, list(words), gauss],
+        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *numbers],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
+        "megatron": get_cuda_rng_tracker().get_states(),
+    }
+    return ShardedObject("random_state", state, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Set every generator to the content of `sharded_random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, *numbers = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    get_cuda_rng_tracker().set_states(state["megatron"])

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021) on the projections of a frozen model.
 
-A projection W of shape [out, in] is used as W + scale * up @ down. Only `down` [r, in] and `up` [out, r] are trained. One of
-the two is cut over the tensor-parallel ranks as W is, the other is the same on all of them, and what they exchange
-for an adapter has its rank as width: [S, B, r].
+A projection W of shape [out, in] acts as W + scale * up @ down. Only `down` [r, in] and `up` [out,
+r] are trained. One of them is cut over the tensor-parallel ranks as W is, the other is the same on
+all. The ranks exchange [S, B, r] for an adapter.
 
 Shape legend: S positions, B rows, r rank of the adapter.
 """
@@ -32,8 +32,7 @@ from torch.nn import functional
 from nemo_kd.config import ConfigError
 from nemo_kd.config.peft import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.model import chunks
-from nemo_kd.mcore.weights import ADAPTERS
+from nemo_kd.mcore.model import ADAPTERS, chunks, layers
 
 PROJECTIONS = {
     "attention_qkv": "self_attention.linear_qkv",
@@ -42,34 +41,36 @@ PROJECTIONS = {
     "mlp_fc2": "mlp.linear_fc2",
 }
 CUT_BY_OUTPUT = ("attention_qkv", "mlp_fc1")
-"""Their output is cut over the tensor-parallel ranks, that of the others is a sum over them."""
+"""Their output is cut over the tensor-parallel ranks; that of the others is summed over them."""
 
 
 class Adapter(torch.nn.Module):
-    """What one projection's output is changed by: scale * up(down(x)).
+    """Low-rank term of one projection: scale * up(down(x)).
 
     Attributes:
         down: [r, in]; cut by `in` where the projection's input is cut.
         up: [out, r]; cut by `out` where the projection's output is.
-        cut_by_output: which of both it is.
+        cut_by_output: the projection's output is cut, not its input.
     """
 
     def __init__(
         self, weight: Tensor, target: str, lora: LoraConfig, config: TransformerConfig
     ) -> None:
         super().__init__()
-        self.cut_by_output, self.scale, self.dropout = (
-            target in CUT_BY_OUTPUT,
-            lora.scale,
-            lora.adapter_dropout,
-        )
+        self.cut_by_output = target in CUT_BY_OUTPUT
+        self.scale = lora.scale
+        self.dropout = lora.adapter_dropout
         self.sequence_parallel = config.sequence_parallel
         self.down = torch.nn.Parameter(weight.new_empty(lora.adapter_dim, weight.shape[1]))
         self.up = torch.nn.Parameter(weight.new_empty(weight.shape[0], lora.adapter_dim))
-        cut, same = (self.up, self.down) if self.cut_by_output else (self.down, self.up)
-        set_tensor_model_parallel_attributes(cut, True, 0 if self.cut_by_output else 1, 1)
+        if self.cut_by_output:
+            set_tensor_model_parallel_attributes(self.up, True, 0, 1)
+            same: Any = self.down
+        else:
+            set_tensor_model_parallel_attributes(self.down, True, 1, 1)
+            same = self.up
         # Each rank sees a part of the sequence there: Megatron sums the gradients.
-        same.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        same.sequence_parallel = config.sequence_parallel
 
     def forward(self, x: Tensor) -> Tensor:
         low_SBr = functional.linear(self._drop(x), self.down) * self.scale
@@ -88,13 +89,14 @@ class Adapter(torch.nn.Module):
         return functional.linear(add(low_SBr), self.up)
 
     def product(self) -> Tensor:
-        """What this rank's part of the projection's weight is changed by, in float32."""
+        """Return the term that this rank's part of the weight gains, in float32."""
         return self.scale * self.up.detach().float() @ self.down.detach().float()
 
     def _drop(self, x: Tensor) -> Tensor:
         if not self.dropout or not self.training:
             return x
-        # The same random numbers on all tensor-parallel ranks where all have the same input, others where not.
+        # Tensor-parallel ranks drop the same values if they have the same input, else different
+        # ones.
         same_input = self.cut_by_output and not self.sequence_parallel
         with contextlib.nullcontext() if same_input else get_cuda_rng_tracker().fork():
             return functional.dropout(x, self.dropout)
@@ -103,12 +105,12 @@ class Adapter(torch.nn.Module):
 def add_adapters(
     model: torch.nn.Module, lora: LoraConfig, seed: int, groups: ProcessGroups
 ) -> None:
-    """Freezes the model and adds adapters to this rank's layers; they begin the same in every layout.
+    """Freeze the model and add adapters to its layers, with the same values in every layout.
 
-    Comes after the weights are loaded and before the gradient buffers are made, which frozen weights have none of.
+    Call it after loading the weights and before making gradient buffers: frozen weights have none.
     """
     model.requires_grad_(False)
-    for layer in _layers(model):
+    for layer in layers(model):
         if not lora.has_layer(layer.layer_number):
             continue
         adapters = {}
@@ -121,13 +123,14 @@ def add_adapters(
         layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
     first = chunks(model)[0]
     if first.config.recompute_granularity == "full" and first.pre_process:
-        # Layers that are computed anew pass a gradient on only where their input wants one, which no frozen weight gives it.
+        # Recomputed layers pass on a gradient only if their input requires one; frozen weights do
+        # not.
         first.embedding.register_forward_hook(_wanting_gradient)
 
 
 def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, Adapter]]:
-    """(name in a whole model, weight of the projection, adapter) of every adapter on this rank."""
-    for layer in _layers(model):
+    """Yield (name in a whole model, weight of the projection, adapter) of this rank's adapters."""
+    for layer in layers(model):
         for target, adapter in getattr(layer, ADAPTERS, {}).items():
             name = f"decoder.layers.{layer.layer_number - 1}.{PROJECTIONS[target]}"
             yield name, layer.get_submodule(PROJECTIONS[target]).weight, adapter
@@ -135,9 +138,9 @@ def adapters(model: torch.nn.Module) -> Iterator[tuple[str, Tensor, Adapter]]:
 
 @contextlib.contextmanager
 def merged(model: torch.nn.Module) -> Iterator[None]:
-    """Puts the adapters into the weights for as long as it lasts, and the very weights back; not for forward passes.
+    """Merge the adapters into the weights inside the block, then restore the exact weights.
 
-    Needs host memory for the weights that have adapters.
+    Not for forward passes. Needs host memory for the weights that have adapters.
     """
     kept = []
     with torch.no_grad():
@@ -152,7 +155,7 @@ def merged(model: torch.nn.Module) -> Iterator[None]:
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, Any]:
-    """The adapters as Megatron's sharded tensors, for distributed checkpoints that load in any layout."""
+    """Return the adapters as Megatron's sharded tensors, which load in any layout."""
     state: dict[str, Any] = {}
     for name, _, adapter in adapters(model):
         cut = {"up": 0} if adapter.cut_by_output else {"down": 1}
@@ -167,7 +170,7 @@ def adapter_state(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def load_adapter_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
-    """Fills the adapters with what a checkpoint held for `adapter_state`."""
+    """Fill the adapters from a checkpoint's values of `adapter_state`."""
     for name, _, adapter in adapters(model):
         for side, parameter in adapter.named_parameters():
             with torch.no_grad():
@@ -175,7 +178,7 @@ def load_adapter_state(model: torch.nn.Module, state: dict[str, Any]) -> None:
 
 
 def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
-    """What has to agree for a checkpoint of adapters to be loaded; the model under them, of this hash, is not in it."""
+    """Return the settings that a checkpoint of adapters, which lacks the model, needs."""
     return {
         "pretrained_checkpoint": base_weights,
         "target_modules": list(lora.targets),
@@ -186,25 +189,23 @@ def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
 
 
 def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
-    """Compares what a checkpoint says (None: it has no adapters) with what is trained.
+    """Compare the `adapter_identity` of a checkpoint and of this run; None means no adapters.
 
     Raises:
         ConfigError: lists what differs.
     """
-    before, now = before or {}, now or {}
+    before = before or {}
+    now = now or {}
     keys = [key for key in (now or before) if before.get(key) != now.get(key)]
     if keys:
         differences = [
             f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in keys
         ]
         raise ConfigError(
-            f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. Give the settings and the model it was "
-            "trained with to go on, or another exp_manager.explicit_log_dir to begin anew"
+            f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. To resume, give "
+            "the settings and the model it was trained with; to start over, give another "
+            "exp_manager.explicit_log_dir"
         )
-
-
-def _layers(model: torch.nn.Module) -> Iterator[Any]:
-    return (layer for chunk in chunks(model) for layer in chunk.decoder.layers)
 
 
 def _adding(adapter: Adapter) -> Any:
@@ -218,21 +219,20 @@ def _adding(adapter: Adapter) -> Any:
 
 
 def _wanting_gradient(_: torch.nn.Module, __: Any, embedded: Tensor) -> Tensor:
-    return (
-        embedded.requires_grad_()
-        if torch.is_grad_enabled() and not embedded.requires_grad
-        else embedded
-    )
+    if torch.is_grad_enabled() and not embedded.requires_grad:
+        return embedded.requires_grad_()
+    return embedded
 
 
 def _initialize(
     adapter: Adapter, target: str, lora: LoraConfig, key: str, groups: ProcessGroups
 ) -> None:
-    """Draws the whole matrices from a generator of their own and keeps this rank's parts."""
+    """Draw the whole matrices from their own generator and keep this rank's parts."""
     generator = torch.Generator().manual_seed(
         int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") >> 1
     )
-    rank, size = groups.tensor_rank, groups.tensor_size
+    rank = groups.tensor_rank
+    size = groups.tensor_size
     for side, method in (("down", lora.column_init_method), ("up", lora.row_init_method)):
         parameter: Tensor = getattr(adapter, side)
         is_cut = (side == "up") == adapter.cut_by_output
@@ -240,7 +240,7 @@ def _initialize(
         dim = 0 if side == "up" else 1
         shape[dim] *= size if is_cut else 1
         whole = _INIT[method](torch.empty(shape), generator)
-        if is_cut and target == "mlp_fc1":  # [gate; up], of both every rank has its part
+        if is_cut and target == "mlp_fc1":  # [gate; up]: every rank has its part of both
             whole = torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
         elif is_cut:
             whole = whole.chunk(size, dim)[rank]
@@ -256,4 +256,4 @@ _INIT = {
     ),
     "zero": lambda tensor, generator: tensor.zero_(),
 }
-"""As NeMo's adapters begin, kaiming as the peft library's."""
+"""Initializations of NeMo's adapters; kaiming is that of the peft library."""

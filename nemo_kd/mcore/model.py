@@ -1,9 +1,16 @@
-"""Megatron Core's GPTModel built from an architecture."""
+"""Megatron Core's GPTModel: built from an architecture, run, and taken apart.
+
+Everything that depends on the model's class and on the layout of its modules is in this file.
+
+Shape legend: B rows, S positions, N single positions, H hidden size, v this rank's part of the
+vocabulary. Context parallelism cuts S over its ranks, sequence parallelism over the tensor-parallel
+ranks.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,42 +21,47 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
+from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, RopeScaling, check_layout, padded_vocab_size
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.mcore.attention import SDPACoreAttention
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu
-from nemo_kd.mcore.experts import expert_fields
-from nemo_kd.mcore.norm import RMSNorm
+from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
+
+ADAPTERS = "lora"
+"""Name of the module in a layer that holds its adapters."""
 
 
 def use_transformer_engine(choice: str) -> bool:
-    """Whether `model.transformer_engine` (auto, on, off) means Transformer Engine on this machine.
+    """Return True if `model.transformer_engine` (auto, on, off) selects Transformer Engine here.
 
     Raises:
         ConfigError: on, but it or a GPU is missing.
     """
-    available = HAVE_TE and torch.cuda.is_available()
-    if choice == "on" and not available:
-        missing = (
-            "is not installed (pip install 'nemo_kd[gpu]')"
-            if not HAVE_TE
-            else "needs a GPU and torch finds none"
-        )
+    has_gpu = torch.cuda.is_available()
+    if choice == "on" and not (HAVE_TE and has_gpu):
+        missing = "needs a GPU and torch finds none"
+        if not HAVE_TE:
+            missing = "is not installed (pip install 'nemo_kd[gpu]')"
         raise ConfigError(
             f"model.transformer_engine: on, but Transformer Engine {missing}; use auto or off"
         )
-    return available and choice != "off"
+    return HAVE_TE and has_gpu and choice != "off"
 
 
 def transformer_config(
     architecture: GPTArchitecture, model: ModelConfig, dtype: torch.dtype, **training: Any
 ) -> TransformerConfig:
-    """Megatron's configuration of the decoder; `training` sets or overrides its fields.
+    """Return Megatron's configuration of the decoder; `training` sets or overrides its fields.
 
     Raises:
         ConfigError: the parallel sizes do not divide the model.
@@ -79,12 +91,11 @@ def transformer_config(
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
         "expert_model_parallel_size": model.expert_model_parallel_size,
-        **_interleaving(model.chunks_per_stage),
         "sequence_parallel": model.sequence_parallel and model.tensor_model_parallel_size > 1,
-        # Waiting for the GPU after every exchange between stages is for versions of torch that are long gone.
+        # Only old versions of torch needed to wait for the GPU after every exchange between stages.
         "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # Fused kernels that need Apex or change results slightly; Transformer Engine's layers do not use them.
+        # Fused kernels need Apex or change results slightly. Transformer Engine's layers use none.
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         "bias_activation_fusion": False,
@@ -92,9 +103,30 @@ def transformer_config(
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
-    fields |= expert_fields(architecture)
+    if model.chunks_per_stage > 1:
+        fields |= {
+            "virtual_pipeline_model_parallel_size": model.chunks_per_stage,
+            # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
+            # without an error.
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if architecture.num_moe_experts is not None:
+        fields |= {
+            "num_moe_experts": architecture.num_moe_experts,
+            "moe_router_topk": architecture.moe_router_topk,
+            "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+            # A softmax over all experts gives weights that do not sum to 1; over the chosen ones it
+            # normalizes them.
+            "moe_router_pre_softmax": not architecture.moe_normalize_topk,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            # Moves each token only to its experts; ranks may have different numbers of tokens.
+            "moe_token_dispatcher_type": "alltoall",
+            "moe_grouped_gemm": False,
+        }
     if architecture.window_size is not None:
-        # (left, right) of Megatron and Transformer Engine do not count the token itself; `window_size` does.
+        # `window_size` counts the token itself; (left, right) of Megatron does not.
         fields["window_size"] = (architecture.window_size - 1, 0)
         if architecture.window_layers:
             fields["window_attn_skip_freq"] = [
@@ -105,22 +137,6 @@ def transformer_config(
     return TransformerConfig(**{**fields, **training})
 
 
-def _interleaving(chunks_per_stage: int) -> dict[str, Any]:
-    if chunks_per_stage == 1:
-        return {}
-    return {
-        "virtual_pipeline_model_parallel_size": chunks_per_stage,
-        # Megatron 0.16 computes nonsense, and says nothing, where two interleaved stages exchange in batches.
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    }
-
-
-def chunks(model: torch.nn.Module) -> Sequence[Any]:
-    """This rank's parts of a model, in the order of their layers: one, or those of an interleaved pipeline stage."""
-    return model if isinstance(model, torch.nn.ModuleList) else [model]  # type: ignore[return-value]
-
-
 def build_chunks(
     architecture: GPTArchitecture,
     config: TransformerConfig,
@@ -128,9 +144,9 @@ def build_chunks(
     transformer_engine: bool,
     own_norms: bool = False,
 ) -> GPTModel | torch.nn.ModuleList:
-    """As `build_gpt_model`; a list of models where pipeline stages are interleaved."""
+    """Build this rank's model; a list of its chunks where pipeline stages are interleaved."""
+    arguments = (architecture, config, make_vocab_size_divisible_by, transformer_engine, own_norms)
     size = config.virtual_pipeline_model_parallel_size
-    arguments = architecture, config, make_vocab_size_divisible_by, transformer_engine, own_norms
     if size is None:
         return build_gpt_model(*arguments)
     return torch.nn.ModuleList(build_gpt_model(*arguments, number) for number in range(size))
@@ -144,14 +160,16 @@ def build_gpt_model(
     own_norms: bool = False,
     chunk: int | None = None,
 ) -> GPTModel:
-    """This rank's part of the model on its device, randomly initialised; the logits are its vocabulary columns [B, S, v].
+    """Build this rank's part of the model on its device with random weights.
 
-    The vocabulary is padded (`padded_vocab_size`): columns from `architecture.vocab_size` on mean nothing. Needs
-    `initialize_model_parallel`. Transformer Engine's layers were not run against the reference models: only a GPU has them.
+    Its logits are this rank's vocabulary columns [B, S, v]. The vocabulary is padded
+    (`padded_vocab_size`): ignore the columns from `architecture.vocab_size` on. Needs
+    `initialize_model_parallel`.
 
     Args:
-        own_norms: norms are modules of their own with Transformer Engine too, not parts of the projections after them.
-        chunk: of an interleaved pipeline stage's parts the one to build.
+        own_norms: build norms as modules with Transformer Engine too, not as parts of the
+            projections after them.
+        chunk: index of the chunk to build of an interleaved pipeline stage.
     """
     block = (
         _transformer_engine_block(config, own_norms) if transformer_engine else _torch_block(config)
@@ -182,7 +200,7 @@ def build_gpt_model(
 
 
 def _scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Rescale rotary frequencies as Llama 3.1 does. GPTModel's own option fixes all values but the factor."""
+    """Rescale rotary frequencies as Llama 3.1 does; GPTModel's option fixes all but the factor."""
     original = scaling.original_max_position_embeddings
     lengths = 2 * math.pi / frequencies
     low = scaling.low_freq_factor
@@ -200,7 +218,7 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
         normalization="RMSNorm",
     )
     if config.num_moe_experts is not None:
-        # As with Transformer Engine, whose experts have no norm in them: archives of both are the same.
+        # Transformer Engine's experts hold no norm either: archives of both are the same.
         del layer.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = SDPACoreAttention
@@ -221,20 +239,17 @@ def _transformer_engine_block(
     )
     if own_norms:
         parts = layer.submodules
-        parts.input_layernorm, parts.self_attention.submodules.linear_qkv = (
-            TENorm,
-            TEColumnParallelLinear,
-        )
-        # Archives are the same with and without.
-        parts.sharded_state_dict_keys_map = {
-            "input_layernorm.": "self_attention.linear_qkv.layer_norm_"
-        }
+        parts.input_layernorm = TENorm
+        parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
+        # Archives are the same with and without own norms.
+        names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
         if config.num_moe_experts is None:
-            parts.pre_mlp_layernorm, parts.mlp.submodules.linear_fc1 = (
-                TENorm,
-                TEColumnParallelLinear,
-            )
-            parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+            parts.pre_mlp_layernorm = TENorm
+            # A ModuleSpec up to Megatron 0.17, a functools.partial later.
+            mlp = getattr(parts.mlp, "submodules", None) or parts.mlp.keywords["submodules"]
+            mlp.linear_fc1 = TEColumnParallelLinear
+            names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        parts.sharded_state_dict_keys_map = names
     return _block(config, layer, TENorm)
 
 
@@ -244,3 +259,116 @@ def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> Transform
     )
     num_layers = config.num_layers // num_chunks
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+
+
+def chunks(model: torch.nn.Module) -> Sequence[Any]:
+    """Return this rank's parts of a model in layer order: one, or those of an interleaved stage."""
+    parts: Any = model if isinstance(model, torch.nn.ModuleList) else [model]
+    return parts
+
+
+def unwrapped(model: torch.nn.Module) -> GPTModel:
+    """Return the GPTModel inside DistributedDataParallel."""
+    return getattr(model, "module", model)
+
+
+def layers(model: torch.nn.Module) -> Iterator[Any]:
+    """Yield this rank's transformer layers."""
+    return (layer for chunk in chunks(model) for layer in chunk.decoder.layers)
+
+
+def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield this rank's weights, without adapters, under their names in a whole model.
+
+    Layers and experts are numbered over all ranks.
+    """
+    for chunk in chunks(model):
+        for name, parameter in chunk.named_parameters():
+            parts = name.split(".")
+            if ADAPTERS in parts:
+                continue
+            if name.startswith("decoder.layers."):
+                layer = chunk.decoder.layers[int(parts[2])]
+                parts[2] = str(layer.layer_number - 1)
+                if "local_experts" in parts:
+                    place = parts.index("local_experts") + 1
+                    parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
+            yield ".".join(parts), parameter.detach()
+
+
+def sharded_weights(model: torch.nn.Module) -> dict[str, Any]:
+    """Return the weights for a distributed checkpoint, without adapters.
+
+    The states of Transformer Engine's FP8 are left out: they are pickles.
+    """
+    return {
+        f"{number}.{name}": part
+        for number, chunk in enumerate(chunks(model))
+        for name, part in chunk.sharded_state_dict().items()
+        if ADAPTERS not in name.split(".") and not name.endswith("_extra_state")
+    }
+
+
+def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the logits [B, S, v] of this rank's vocabulary columns, padding columns included."""
+    packed = _packed_seq_params(unwrapped(model), batch)
+    return model(batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=packed)
+
+
+def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Return the output layer's input [S, B, H]; S is cut by sequence parallelism."""
+    gpt = unwrapped(model)
+    post_process = gpt.post_process
+    gpt.post_process = False
+    try:
+        return forward(model, batch)
+    finally:
+        gpt.post_process = post_process
+
+
+def output_weight(gpt: GPTModel) -> torch.nn.Parameter:
+    """Return this rank's rows [v, H] of the output projection, or of the tied embedding."""
+    if gpt.share_embeddings_and_output_weights:
+        return gpt.shared_embedding_or_output_weight()
+    return gpt.output_layer.weight
+
+
+def project(gpt: GPTModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
+    """Return the logits [B, S, v] of `hidden_states`."""
+    logits_SBv, _ = gpt.output_layer(hidden_SBH, weight=output_weight(gpt))
+    return logits_SBv.transpose(0, 1).contiguous()
+
+
+def hidden_at(
+    hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel
+) -> torch.Tensor:
+    """Return the hidden states [N, H] at positions b * S + s.
+
+    Gradients are summed over the tensor-parallel ranks. With sequence parallelism every
+    tensor-parallel rank calls it, and gathers the whole of S for the moment.
+    """
+    if gpt.config.sequence_parallel:
+        hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
+    length = len(hidden_SBH)
+    hidden_NH = hidden_SBH.flatten(0, 1)[positions_N % length * batch_size + positions_N // length]
+    if gpt.config.sequence_parallel:
+        return hidden_NH
+    return copy_to_tensor_model_parallel_region(hidden_NH)
+
+
+def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
+    if batch.cu_seqlens is None:
+        return None
+    bounds = batch.cu_seqlens
+    if not isinstance(gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention):
+        # Transformer Engine reads them on the GPU; reading them there would stall our attention.
+        bounds = bounds.to(batch.tokens_BS.device)
+    # The exact length: Megatron would give a longer row's rotary frequencies to these positions.
+    longest = int(batch.cu_seqlens.diff().max())
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=bounds,
+        cu_seqlens_kv=bounds,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )

@@ -23,28 +23,29 @@ from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.model import chunks
 
 CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")
-"""What the configuration says of a group of parameters, whatever a checkpoint does."""
+"""Values of a parameter group that the configuration sets, not the checkpoint."""
 
 
 def sharding_metadata() -> dict[str, Any]:
-    """How a distributed checkpoint lays out the optimizer: so that it loads at any tensor- and data-parallel size.
+    """Return the layout of the optimizer in a checkpoint that loads at any parallel size.
 
-    A new one each time: Megatron writes the process groups of the moment into it.
+    Returns a new dict each time: Megatron writes its process groups into it.
     """
     return {
         "singleton_local_shards": False,
         "chained_optim_avoid_prefix": True,
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": True,  # one rank of all replicas holds the whole state, not each
+        # One rank of all replicas gathers the whole state, not each.
+        "distrib_optim_fully_reshardable_mem_efficient": True,
     }
 
 
 def training_options(chunks_per_stage: int) -> dict[str, Any]:
-    """What a TransformerConfig needs for training here: losses are token sums, divided once by the global token count."""
+    """Return TransformerConfig's fields for training: losses are sums over tokens."""
     return {
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": finalize_model_grads,
-        # Of a stage's outputs, once sent, only the graph is needed; but interleaved ones may still be on their way.
+        # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
         "deallocate_pipeline_outputs": chunks_per_stage == 1,
     }
 
@@ -52,18 +53,18 @@ def training_options(chunks_per_stage: int) -> dict[str, Any]:
 def wrap_for_training(
     model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool
 ) -> DistributedDataParallel | torch.nn.ModuleList:
-    """The model with gradient buffers: float32 ones, reduced over data-parallel ranks once a step; same weights on all.
-    Of the several chunks of an interleaved pipeline stage every one is wrapped.
+    """Wrap every chunk with float32 gradient buffers; broadcast the first replica's weights.
 
-    On GPUs they are reduced during the last backward pass of a step. Weights are not gathered during the next forward
-    pass (`overlap_param_gather`): the output layer's is read without a call of its module, which would wait for it.
+    Data-parallel ranks reduce the buffers once a step; GPUs do so during the last backward pass.
+    Weights are not gathered during the next forward pass (`overlap_param_gather`): the output
+    layer's is read without calling its module, which would wait for it.
     """
     buffers = DistributedDataParallelConfig(
         use_distributed_optimizer=distributed_optimizer,
         grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
         overlap_grad_reduce=overlaps_gradients(),
     )
-    # Of the chunks but the first one Megatron reduces all gradients at a time.
+    # Megatron reduces all gradients of a chunk at a time, but for the first chunk.
     wrapped = [
         DistributedDataParallel(config, buffers, chunk, number > 0)
         for number, chunk in enumerate(chunks(model))
@@ -80,19 +81,18 @@ def wrap_for_training(
 
 
 def release(model: torch.nn.Module) -> None:
-    """Ends its training. Megatron's hooks on autograd's nodes close a circle, through C++, that would keep the weights for ever."""
+    """Free a trained model: Megatron's hooks on autograd's nodes keep its weights."""
     for ddp in chunks(model):
         ddp.grad_accs.clear()
-        ddp.config.grad_scale_func = (
-            None  # the optimizer's, whose shards of float32 weights are views with such nodes
-        )
+        # The optimizer's method; its shards of float32 weights are views with such nodes.
+        ddp.config.grad_scale_func = None
     for parameter in model.parameters():
         if hasattr(parameter, "main_param"):
             del parameter.main_param
 
 
 def overlaps_gradients() -> bool:
-    """Whether gradients are reduced while others are still made."""
+    """Return True if gradients are reduced during the backward pass."""
     return torch.cuda.is_available()
 
 
@@ -103,7 +103,8 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: global L2 norm of the last step's gradient before clipping.
-        skipped: whether the last step changed nothing, as its loss or gradient was not finite; the same on all ranks.
+        skipped: the last step changed nothing, because its loss or gradient was not finite; the
+            same on all ranks.
     """
 
     def __init__(
@@ -130,10 +131,11 @@ class ModelOptimizer(torch.optim.Optimizer):
         for part in self.parts:
             _create_adam_state(part.optimizer)
         for group in self.megatron.param_groups:
-            # 0 for biases and norms; Megatron leaves it to its own scheduler to multiply.
+            # 0 for biases and norms; Megatron's own scheduler would multiply.
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
         config.grad_scale_func = self.megatron.scale_loss
-        self.grad_norm, self.skipped = math.nan, False
+        self.grad_norm = math.nan
+        self.skipped = False
         super().__init__([{"params": []}], {"lr": optim.lr})
 
     @property
@@ -142,20 +144,20 @@ class ModelOptimizer(torch.optim.Optimizer):
 
     @param_groups.setter
     def param_groups(self, _: list[dict[str, Any]]) -> None:
-        """torch's constructor assigns its own groups; Megatron's are the ones in use."""
+        """Ignore the groups of torch's constructor; Megatron's are in use."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """torch's constructor calls this; the groups come from Megatron."""
+        """Ignore the call of torch's constructor; the groups come from Megatron."""
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clears the gradient buffers as well as the parameters' gradients."""
+        """Clear the gradient buffers and the parameters' gradients."""
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.megatron.zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True) -> Any:
-        """Update the weights, unless the loss or the gradient is not finite: then change nothing."""
+        """Update the weights; change nothing if the loss or the gradient is not finite."""
         result = closure() if closure is not None else None
         found_inf = self.megatron.prepare_grads()
         self.grad_norm = float(self.megatron.get_grad_norm())
@@ -174,13 +176,13 @@ class ModelOptimizer(torch.optim.Optimizer):
     def sharded_state_dict(
         self, model_state: dict[str, Any], is_loading: bool = False
     ) -> dict[str, Any]:
-        """The optimizer's part of a distributed checkpoint; every rank takes part."""
+        """Return the optimizer's part of a distributed checkpoint; every rank calls it."""
         return self.megatron.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=sharding_metadata()
         )
 
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from a checkpoint's moments, with the weight decay and decay rates of now."""
+        """Load a checkpoint's moments; keep this run's weight decay and decay rates."""
         chosen = [
             {name: group[name] for name in CHOSEN if name in group} for group in self.param_groups
         ]
@@ -193,15 +195,15 @@ class ModelOptimizer(torch.optim.Optimizer):
             group.update(values)
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the state is saved through `sharded_state_dict`."""
+        """Return nothing: `sharded_state_dict` saves the state."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing: see `state_dict`."""
+        """Ignore the call: see `state_dict`."""
 
 
 def _create_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Create the state of torch's Adam before its first step: Megatron's saving asserts that there is one."""
+    """Create the state of torch's Adam before its first step, as Megatron's saving asserts."""
     if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
         return
     for group in inner.param_groups:
@@ -216,10 +218,11 @@ def _create_adam_state(inner: torch.optim.Optimizer) -> None:
 
 @contextlib.contextmanager
 def _own_steps(inner: torch.optim.Optimizer) -> Iterator[None]:
-    """Let Megatron's distributed optimizer load a checkpoint into torch's Adam (no Transformer Engine, no Apex).
+    """Let Megatron's distributed optimizer load a checkpoint into torch's Adam.
 
-    Megatron looks for a `step` per parameter in the checkpoint, which holds none. It also shares one `step` tensor
-    between all parameters, which Adam then increments once per parameter: a wrong bias correction without an error.
+    Megatron looks for a `step` per parameter in the checkpoint, which holds none. It also shares
+    one `step` tensor between all parameters, which Adam then increments once per parameter: a
+    wrong bias correction without an error.
     """
     if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
         yield

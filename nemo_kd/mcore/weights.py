@@ -1,12 +1,15 @@
 """Weights between Hugging Face's layout and Megatron's.
 
-Megatron fuses q, k and v per query group ([q..., k, v] of group 0, then of group 1 ...) and the two halves of the gated
-feed-forward ([gate; up], on every tensor-parallel rank its own halves), and pads the vocabulary with zero rows. So a
-Hugging Face weight is a view of a Megatron weight, and both directions copy through the same views.
+Megatron fuses q, k and v per query group ([q..., k, v] of group 0, then of group 1 ...) and the two
+halves of the gated feed-forward ([gate; up], on every tensor-parallel rank its halves). It pads the
+vocabulary with zero rows. So a Hugging Face weight is a view of a Megatron weight, and both
+directions copy through the same views.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +18,13 @@ import torch
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.experts import EXPERT_NAMES
+from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import BLOCK_BYTES, SafetensorsFolder
-from nemo_kd.mcore.model import chunks
+from nemo_kd.mcore.hf_folder import BLOCK_BYTES, EXPERT_NAMES, SafetensorsFolder
+from nemo_kd.mcore.model import named_weights
+from nemo_kd.nemo_archive import read_json
+
+log = logging.getLogger(__name__)
 
 _SAME = {
     "input_layernorm.weight": "input_layernorm.weight",
@@ -30,7 +36,10 @@ _SAME = {
     "self_attention.linear_proj.weight": "self_attn.o_proj.weight",
     "mlp.linear_fc2.weight": "mlp.down_proj.weight",
 }
-"""A layer's weights that are one tensor in both layouts; Transformer Engine's layers hold two norms in the linear after them."""
+"""A layer's weights that are one tensor in both layouts.
+
+Transformer Engine's layers hold two norms in the linear layers after them.
+"""
 
 EMBEDDING = "model.embed_tokens.weight"
 OUTPUT = "lm_head.weight"
@@ -41,17 +50,14 @@ _VOCABULARY = {
 }
 
 
-ADAPTERS = "lora"
-"""Name of the module in a layer that holds its adapters."""
-
-
 @dataclass(frozen=True)
 class Piece:
     """The part of a Megatron weight that is a Hugging Face weight, or this rank's part of one.
 
     Attributes:
         view: [groups, rows, ...]: the Hugging Face weight's rows in order, cut into groups.
-        cut_dim: dimension along which the Hugging Face weight is cut over tensor-parallel ranks; None: every rank has all.
+        cut_dim: dimension of the Hugging Face weight that is cut over tensor-parallel ranks. None:
+            every rank has all.
     """
 
     hf_name: str
@@ -59,66 +65,87 @@ class Piece:
     cut_dim: int | None
 
 
+def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
+    """Read config.json and the headers of the weights, and check that they fit.
+
+    Raises:
+        ConfigError: a file is damaged, or the weights are not exactly those that config.json needs.
+    """
+    config = read_json(folder / "config.json")
+    try:
+        architecture = architecture_from_hf(config)
+    except ConfigError as error:  # its text starts with the file's name
+        raise ConfigError(f"{folder / str(error)}") from error
+    stored = SafetensorsFolder(folder)
+    has_both = {EMBEDDING, OUTPUT} <= stored.files.keys()
+    is_tied = architecture.share_embeddings_and_output_weights
+    if is_tied and has_both and not stored.equal(EMBEDDING, OUTPUT):
+        # transformers 5 uses the stored layer too. All its versions do with an export's
+        # config.json.
+        log.warning(
+            "%s: %s differs from the embedding: it is used, although config.json ties both",
+            folder,
+            OUTPUT,
+        )
+        architecture = dataclasses.replace(
+            architecture,
+            share_embeddings_and_output_weights=False,
+            hf_config=architecture.hf_config | {"tie_word_embeddings": False},
+        )
+    check_hf_weights(stored, architecture)
+    return architecture, stored
+
+
 def load_hf_weights(
     model: torch.nn.Module, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups
 ) -> None:
-    """Fills this rank's weights from a Hugging Face folder; vocabulary padding becomes zero. No communication.
+    """Fill this rank's weights from a Hugging Face folder, and zero the vocabulary padding.
 
-    Reads what this rank holds, block by block, into the weights: memory for a few blocks is needed beside them.
+    Reads this rank's parts block by block, which needs memory for a few blocks. No communication.
 
     Raises:
-        ConfigError: the tensors of the folder are not exactly those of the architecture.
+        ConfigError: the folder's tensors are not exactly those of the architecture.
     """
-    stored = open_hf_weights(folder, architecture)
+    stored = SafetensorsFolder(folder)
+    check_hf_weights(stored, architecture)
     with torch.no_grad():
-        for name, weight in _weights(model):
+        for name, weight in named_weights(model):
             for piece in pieces(name, weight, architecture):
                 _fill(piece, stored, groups)
     zero_vocabulary_padding(model, architecture, groups)
 
 
-def open_hf_weights(folder: Path, architecture: GPTArchitecture) -> SafetensorsFolder:
-    """The weights of a Hugging Face folder that holds exactly those of the architecture.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    stored = SafetensorsFolder(folder)
-    check_hf_weights(stored, architecture)
-    return stored
-
-
 def check_hf_weights(stored: SafetensorsFolder, architecture: GPTArchitecture) -> None:
-    """Refuse weights that are not exactly those of an architecture; reads headers, allocates nothing.
+    """Refuse weights that are not exactly those of an architecture; reads headers only.
 
     Raises:
-        ConfigError: lists what is missing, left over or of another shape.
+        ConfigError: lists the weights that are missing, left over or of another shape.
     """
     # Counts first: a config.json can ask for more names than fit into memory.
     num_layers, num_experts = stored.num_layers_and_experts()
-    for key, asked, found in (
+    for key, needed, found in (
         ("num_hidden_layers", architecture.num_layers, num_layers),
         ("num_experts", architecture.num_moe_experts or 0, num_experts),
     ):
-        if asked > found:
+        if needed > found:
             raise ConfigError(
-                f"{stored.folder}: the weights do not fit config.json: {key} is {asked:,} there, the weights have {found:,}"
+                f"{stored.folder}: the weights do not fit config.json: {key} is {needed:,} there, "
+                f"the weights have {found:,}"
             )
-    stored.check(
-        hf_shapes(architecture),
-        {OUTPUT} if architecture.share_embeddings_and_output_weights else set(),
-    )
+    optional = {OUTPUT} if architecture.share_embeddings_and_output_weights else set()
+    stored.check(hf_shapes(architecture), optional)
 
 
 def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
-    """What this rank holds of the Hugging Face model; a tied output layer's copy on the last stage is left out."""
-    for name, weight in _weights(model):
-        if not (architecture.share_embeddings_and_output_weights and name == "output_layer.weight"):
+    """Yield this rank's Hugging Face parts, without the last stage's copy of a tied layer."""
+    is_tied = architecture.share_embeddings_and_output_weights
+    for name, weight in named_weights(model):
+        if not (is_tied and name == "output_layer.weight"):
             yield from pieces(name, weight, architecture)
 
 
 def whole_shape(piece: Piece, architecture: GPTArchitecture, tensor_size: int) -> list[int]:
-    """The shape of the Hugging Face tensor that a piece is of."""
+    """Return the shape of the Hugging Face tensor that a piece belongs to."""
     shape = list(piece.view.flatten(0, 1).shape)
     if piece.cut_dim is not None:
         shape[piece.cut_dim] *= tensor_size
@@ -130,9 +157,9 @@ def whole_shape(piece: Piece, architecture: GPTArchitecture, tensor_size: int) -
 def whole_tensor(
     piece: Piece, architecture: GPTArchitecture, groups: ProcessGroups
 ) -> torch.Tensor:
-    """The Hugging Face tensor that a piece is of, on its device; all ranks of the tensor-parallel group take part.
+    """Gather the Hugging Face tensor of a piece on its device, without vocabulary padding.
 
-    Vocabulary padding is cut off.
+    Every rank of the tensor-parallel group calls it.
     """
     tensor = piece.view.flatten(0, 1).contiguous()
     if piece.cut_dim is not None and groups.tensor_size > 1:
@@ -143,82 +170,57 @@ def whole_tensor(
 
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of the Hugging Face model."""
-    hidden, ffn, width = (
-        architecture.hidden_size,
-        architecture.ffn_hidden_size,
-        architecture.kv_channels,
-    )
-    query, key = architecture.num_attention_heads * width, architecture.num_query_groups * width
+    """Return name and shape of every tensor of the Hugging Face model."""
+    hidden = architecture.hidden_size
+    ffn = architecture.ffn_hidden_size
+    width = architecture.kv_channels
+    query = architecture.num_attention_heads * width
+    key = architecture.num_query_groups * width
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
         "post_attention_layernorm.weight": (hidden,),
-        "self_attn.q_proj.weight": (query, hidden),
-        "self_attn.k_proj.weight": (key, hidden),
-        "self_attn.v_proj.weight": (key, hidden),
         "self_attn.o_proj.weight": (hidden, query),
     }
+    for name, rows in (("q", query), ("k", key), ("v", key)):
+        layer[f"self_attn.{name}_proj.weight"] = (rows, hidden)
+        if architecture.add_qkv_bias:
+            layer[f"self_attn.{name}_proj.bias"] = (rows,)
+        if architecture.qk_layernorm and name != "v":
+            layer[f"self_attn.{name}_norm.weight"] = (width,)
     if architecture.num_moe_experts is None:
-        layer |= {f"mlp.{name}_proj.weight": (ffn, hidden) for name in ("gate", "up")}
+        layer["mlp.gate_proj.weight"] = (ffn, hidden)
+        layer["mlp.up_proj.weight"] = (ffn, hidden)
         layer["mlp.down_proj.weight"] = (hidden, ffn)
     else:
         names = EXPERT_NAMES[architecture.family]
         layer[names.router] = (architecture.num_moe_experts, hidden)
         for expert in range(architecture.num_moe_experts):
-            layer |= {names.weight(expert, part): (ffn, hidden) for part in (names.gate, names.up)}
+            layer[names.weight(expert, names.gate)] = (ffn, hidden)
+            layer[names.weight(expert, names.up)] = (ffn, hidden)
             layer[names.weight(expert, names.down)] = (hidden, ffn)
-    if architecture.add_qkv_bias:
-        layer |= {
-            "self_attn.q_proj.bias": (query,),
-            "self_attn.k_proj.bias": (key,),
-            "self_attn.v_proj.bias": (key,),
-        }
-    if architecture.qk_layernorm:
-        layer |= {"self_attn.q_norm.weight": (width,), "self_attn.k_norm.weight": (width,)}
-    shapes: dict[str, tuple[int, ...]] = {
-        "model.embed_tokens.weight": (architecture.vocab_size, hidden)
-    }
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocab_size, hidden)}
     for number in range(architecture.num_layers):
         shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (hidden,)
     if not architecture.share_embeddings_and_output_weights:
-        shapes["lm_head.weight"] = (architecture.vocab_size, hidden)
+        shapes[OUTPUT] = (architecture.vocab_size, hidden)
     return shapes
 
 
 def zero_vocabulary_padding(
     model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups
 ) -> None:
-    """Clears the rows of embedding and output layer that stand for no token."""
-    for name, weight in _weights(model):
+    """Zero the rows of embedding and output layer that stand for no token."""
+    for name, weight in named_weights(model):
         if name in _VOCABULARY:
             num_real = architecture.vocab_size - groups.tensor_rank * weight.shape[0]
             weight[max(0, num_real) :].zero_()
 
 
-def _weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's weights under the names they have in a whole model: layers and experts counted from the first rank's.
-
-    Without those of adapters, see `mcore.lora`.
-    """
-    named = [(chunk, *pair) for chunk in chunks(model) for pair in chunk.named_parameters()]
-    for chunk, name, parameter in named:
-        parts = name.split(".")
-        if ADAPTERS in parts:
-            continue
-        if name.startswith("decoder.layers."):
-            layer = chunk.decoder.layers[int(parts[2])]
-            parts[2] = str(layer.layer_number - 1)
-            if "local_experts" in parts:
-                place = parts.index("local_experts") + 1
-                parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
-        yield ".".join(parts), parameter.detach()
-
-
 def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> list[Piece]:
-    """The Hugging Face weights that make up the Megatron weight `name`."""
+    """Return the Hugging Face weights that make up the Megatron weight `name`."""
     if name in _VOCABULARY:
-        # Where both are tied, the last of several pipeline stages has an output layer nevertheless.
+        # The last of several pipeline stages has an output layer even where both are tied.
         tied = architecture.share_embeddings_and_output_weights
         hf_name = _VOCABULARY["embedding.word_embeddings.weight" if tied else name]
         return [Piece(hf_name, weight[None], 0)]
@@ -227,9 +229,8 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
     _, _, layer, inner = name.split(".", 3)
     prefix = f"model.layers.{layer}."
     if inner in _SAME:
-        cut_dim = (
-            None if "norm" in inner else 1
-        )  # attention output and down projection are cut by input
+        # Attention output and down projection are cut by input.
+        cut_dim = None if "norm" in inner else 1
         return [Piece(prefix + _SAME[inner], weight[None], cut_dim)]
     if inner.startswith("self_attention.linear_qkv."):
         kind = inner.removeprefix("self_attention.linear_qkv.")
@@ -272,10 +273,8 @@ def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> Non
     for number, part in enumerate(piece.view):
         for start in range(0, num_rows, block_rows):
             first = first_row + number * num_rows + start
-            last = min(
-                first + min(block_rows, num_rows - start), num_stored
-            )  # padding rows are not stored
+            # Padding rows are not stored.
+            last = min(first + min(block_rows, num_rows - start), num_stored)
             if first < last:
-                part[start : start + last - first].copy_(
-                    stored.read(piece.hf_name, slice(first, last), columns)
-                )
+                block = stored.read(piece.hf_name, slice(first, last), columns)
+                part[start : start + last - first].copy_(block)

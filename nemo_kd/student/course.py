@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_kd.batch import Batch
-from nemo_kd.mcore.random_state import set_random_state, sharded_random_state
+from nemo_kd.mcore.groups import set_random_state, sharded_random_state
 from nemo_kd.student.checkpoint_folder import CheckpointError
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.lifetime import Lifetime, StopFlags, StopsAllRanks

@@ -31,7 +31,15 @@ from nemo_kd.mcore.lora import (
     check_same_adapters,
     load_adapter_state,
 )
-from nemo_kd.mcore.model import build_chunks, chunks, transformer_config, use_transformer_engine
+from nemo_kd.mcore.model import (
+    build_chunks,
+    chunks,
+    hidden_at,
+    output_weight,
+    project,
+    transformer_config,
+    use_transformer_engine,
+)
 from nemo_kd.mcore.optimizer import (
     ModelOptimizer,
     release,
@@ -39,7 +47,7 @@ from nemo_kd.mcore.optimizer import (
     training_options,
     wrap_for_training,
 )
-from nemo_kd.mcore.schedule import forward_backward, hidden_at, output_weight, project
+from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c

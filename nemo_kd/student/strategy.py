@@ -14,9 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 
 from nemo_kd.mcore.distributed_checkpoint import load_plain, load_sharded
-from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.groups import ProcessGroups, sharded_random_state
 from nemo_kd.mcore.optimizer import ModelOptimizer
-from nemo_kd.mcore.random_state import sharded_random_state
 from nemo_kd.run.ranks import find_ranks
 from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
 from nemo_kd.student.checkpoints import CheckpointWriter

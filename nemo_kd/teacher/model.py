@@ -24,8 +24,14 @@ from nemo_kd.data.batches import form_batches
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.model import build_gpt_model, transformer_config, use_transformer_engine
-from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, run_batch
+from nemo_kd.mcore.model import (
+    build_gpt_model,
+    hidden_at,
+    output_weight,
+    transformer_config,
+    use_transformer_engine,
+)
+from nemo_kd.mcore.schedule import loss_positions, run_batch
 from nemo_kd.ops.tail_sampling import tail_uniforms
 from nemo_kd.ops.topk import topk_rows
 from nemo_kd.ops.vocab import VocabShard

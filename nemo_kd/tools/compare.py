@@ -15,8 +15,7 @@ from nemo_kd.data.collate import collate
 from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
-from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.mcore.schedule import forward
+from nemo_kd.mcore.model import build_gpt_model, forward, transformer_config
 
 
 @dataclass(frozen=True)

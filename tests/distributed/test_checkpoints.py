@@ -20,7 +20,8 @@ import nemo_kd.mcore.export
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.export import save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from tests.ranks import Ranks

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.convert import convert
-from nemo_kd.mcore.families import architecture_from_hf
+from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.weights import hf_shapes
 
 MODEL = {

@@ -23,8 +23,9 @@ from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
 from nemo_kd.mcore.export import save_adapter
 from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.model import forward
 from nemo_kd.mcore.optimizer import release
-from nemo_kd.mcore.schedule import forward, forward_backward
+from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.schedule import TrainingPlan

@@ -17,7 +17,8 @@ from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore import optimizer as optimizers
-from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.export import save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward

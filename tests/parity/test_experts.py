@@ -16,9 +16,11 @@ from nemo_kd.config.model import check_layout
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
-from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.export import save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
-from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, run_batch
+from nemo_kd.mcore.model import hidden_at, output_weight
+from nemo_kd.mcore.schedule import loss_positions, run_batch
 from tests.parity.test_layouts import (
     BATCHES,
     CP,

@@ -16,11 +16,17 @@ from nemo_kd.config.model import length_multiple
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
-from nemo_kd.mcore import attention, schedule
+from nemo_kd.mcore import layers, schedule
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
-from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.mcore.schedule import hidden_at, loss_positions, output_weight, project, run_batch
+from nemo_kd.mcore.model import (
+    build_gpt_model,
+    hidden_at,
+    output_weight,
+    project,
+    transformer_config,
+)
+from nemo_kd.mcore.schedule import loss_positions, run_batch
 from tests.tiny_models import build_hf_model
 
 TOLERANCE = 1e-4
@@ -134,7 +140,7 @@ def run(
 
 
 def run_all(paths: dict[str, str], layouts: dict[str, Layout]) -> dict[tuple[str, str, bool], Rows]:
-    with mock.patch.object(attention, "QUERY_BLOCK", QUERY_BLOCK):
+    with mock.patch.object(layers, "QUERY_BLOCK", QUERY_BLOCK):
         return {
             (name, model, packed): run(path, layout, packed)
             for name, layout in layouts.items()

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
-from nemo_kd.mcore.checkpoint import open_pretrained, save_nemo
+from nemo_kd.mcore.checkpoint import open_pretrained
+from nemo_kd.mcore.export import save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from tests.tiny_models import MODELS, build_hf_model

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.files import remove_abandoned
-from nemo_kd.mcore import folder_swap
+from nemo_kd import files
 
 
 class Killed(BaseException):
@@ -47,19 +46,18 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, monkeypat
 
         was_killed = False
         with monkeypatch.context() as patch:
-            exchange = folder_swap._exchange if can_exchange else (lambda *_: False)
-            patch.setattr(folder_swap, "_exchange", counted(exchange))
+            exchange = files._exchange if can_exchange else (lambda *_: False)
+            patch.setattr(files, "_exchange", counted(exchange))
             patch.setattr(os, "rename", counted(os.rename))
             for name in ("remove", "sync_folder", "sync"):
-                patch.setattr(folder_swap, name, counted(getattr(folder_swap, name)))
+                patch.setattr(files, name, counted(getattr(files, name)))
             try:
-                folder_swap.replace_folder(new, folder)
+                files.replace_folder(new, folder)
             except Killed:
                 was_killed = True
         if can_exchange:
             assert content(folder) in (["old"] * 2, ["new"] * 2)
-        folder_swap.restore_replaced(folder)
-        remove_abandoned(parent)
+        files.remove(files.new_folder(folder))
         assert content(folder) in (["old"] * 2, ["new"] * 2)
         assert [path.name for path in parent.iterdir()] == ["model"]
         seen.add((was_killed, content(folder)[0]))

@@ -17,8 +17,8 @@ from nemo_kd.data.tokenizer import (
     token_differences,
     tokenizer_parts,
 )
-from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.fingerprint import safetensors_parts, sample_tensors
+from nemo_kd.mcore.checkpoint import open_pretrained, sample_tensors
+from nemo_kd.mcore.hf_folder import safetensors_parts
 from nemo_kd.nemo_archive import FolderFiles
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -30,8 +30,7 @@ def fingerprint(folder) -> dict[str, str]:
 
 
 def sampled(folder, *paths) -> str:
-    files = FolderFiles(folder)
-    return sample_tensors(files, safetensors_parts(files, [path.name for path in paths]))
+    return sample_tensors(FolderFiles(folder), safetensors_parts(paths))
 
 
 def test_every_tensor_is_sampled(tmp_path):

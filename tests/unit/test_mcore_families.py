@@ -7,7 +7,7 @@ from transformers import AutoConfig
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import RopeScaling
-from nemo_kd.mcore.families import architecture_from_hf
+from nemo_kd.mcore.architecture import architecture_from_hf
 
 SHAPE = {
     "vocab_size": 100,
