@@ -13,16 +13,26 @@ if TYPE_CHECKING:
     from nemo_kd.api import compute_topk_logits as compute_topk_logits
     from nemo_kd.api import convert_checkpoint as convert_checkpoint
     from nemo_kd.api import train_student as train_student
+    from nemo_kd.batch import Batch as Batch
     from nemo_kd.cache.reader import CacheReader as CacheReader
     from nemo_kd.cache.writer import CacheWriter as CacheWriter
+    from nemo_kd.config.loss import LossConfig as LossConfig
+    from nemo_kd.data.collate import collate as collate
+    from nemo_kd.ops.distillation import distillation_loss as distillation_loss
+    from nemo_kd.ops.log_probs import log_probs_at as log_probs_at
 
 __version__ = "0.1.0"
 
 _MODULES = {
+    "Batch": "nemo_kd.batch",
     "CacheReader": "nemo_kd.cache.reader",
     "CacheWriter": "nemo_kd.cache.writer",
+    "LossConfig": "nemo_kd.config.loss",
+    "collate": "nemo_kd.data.collate",
     "compute_topk_logits": "nemo_kd.api",
     "convert_checkpoint": "nemo_kd.api",
+    "distillation_loss": "nemo_kd.ops.distillation",
+    "log_probs_at": "nemo_kd.ops.log_probs",
     "train_student": "nemo_kd.api",
 }
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from nemo_kd.cli.aligner_keys import translate
+from nemo_kd.cli.aligner_keys import key_of, translate
 from nemo_kd.cli.before_start import check_before_start
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.errors import ConfigError
@@ -75,7 +75,7 @@ def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str)
     if isinstance(config, Mapping):
         given = OmegaConf.create()
         for key, value in config.items():
-            OmegaConf.update(given, key, value)
+            OmegaConf.update(given, key_of(key, value, command), value)
         translated, _ = translate(given, command, config_class)
         checked = typed(config_class, translated)
     else:

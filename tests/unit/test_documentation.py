@@ -140,3 +140,12 @@ def test_command_lines_name_subcommands_and_options_that_exist():
                 f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
             )
     assert found == {*CONFIGS, "logit_cache", "plot_runs"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_lines_of_prose_have_at_most_120_characters(page):
+    is_code = False
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        is_code ^= line.startswith("```")
+        is_prose = not (is_code or line.startswith(("|", "    ", "```")))
+        assert not is_prose or len(line) <= 120, f"{page.name}:{number}"
