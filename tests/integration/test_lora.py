@@ -152,15 +152,15 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
         data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
         module = StudentModule(config, pretrained, groups, NUM_STEPS)
         module.provenance = dict
-        optimizer = module.configure_optimizers()[0][0]
+        optimizer = module.configure_optimizers()
         if module.lora is not None:
             leave_adapter(module, Path(f"{folder}-start-hf"))
         steps = []
         for batch in data.train_dataloader():
             optimizer.zero_grad()
-            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[
-                -1
-            ].tolist()
+            sums = module._sum_over_ranks(
+                forward_backward(module.model, batch, module.token_losses)
+            )[-1].tolist()
             optimizer.step()
             steps.append([*sums[:3], sums[-1], optimizer.grad_norm])
         before = {name: parameter.clone() for name, parameter in module.gpt.named_parameters()}

@@ -163,13 +163,13 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
         with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
             module = StudentModule(config, pretrained, groups, NUM_STEPS)
-        optimizer = module.configure_optimizers()[0][0]
+        optimizer = module.configure_optimizers()
         steps = []
         for batch in data.train_dataloader():
             optimizer.zero_grad()
-            sums = module._over_ranks(forward_backward(module.model, batch, module.token_losses))[
-                -1
-            ].tolist()
+            sums = module._sum_over_ranks(
+                forward_backward(module.model, batch, module.token_losses)
+            )[-1].tolist()
             optimizer.step()
             steps.append([*sums, optimizer.grad_norm])
         assert len(steps) == NUM_STEPS
@@ -177,7 +177,7 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
         with torch.inference_mode():
             for number, batch in enumerate(data.val_dataloader()):
                 module.validation_step(batch, number)
-        sums = module._over_ranks(module.validation_sums)[-1].tolist()
+        sums = module._sum_over_ranks(module.validation_sums)[-1].tolist()
         save_nemo(
             str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None
         )
@@ -300,7 +300,7 @@ def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
         module = StudentModule(config, pretrained, groups, 1)
-    optimizer = module.configure_optimizers()[0][0]
+    optimizer = module.configure_optimizers()
     inner = optimizer.megatron.chained_optimizers[0].optimizer
     kept = [
         state for states in inner.state.values() for key, state in states.items() if key != "step"
