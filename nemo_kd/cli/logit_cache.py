@@ -1,4 +1,4 @@
-"""Console command for caches that are there, or about to be written."""
+"""Console command for caches."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PATH = "file or CHUNK_ID template of a cache"
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["plan"]:  # takes the keys of stage 1, not options
+    if sys.argv[1:2] == ["plan"]:  # accepts the keys of stage 1, not options
         del sys.argv[1]
         run(PLAN)
         return
     command_line = parser()
-    # argparse takes no positional arguments behind options: KEY=VALUE come as what it does not know.
+    # argparse accepts no positional arguments behind options: KEY=VALUE arrive as unknown.
     arguments, unknown = command_line.parse_known_args()
     if unknown and (
         "settings" not in arguments or any(argument.startswith("-") for argument in unknown)
@@ -37,8 +37,10 @@ def main() -> None:
 
 
 def parser() -> OptionParser:
-    """The command line; every subcommand sets `run`, which returns the exit status."""
-    result = OptionParser(prog="logit_cache", description="Works on caches of teacher logits.")
+    """Return the parser; every subcommand sets `run`, which returns the exit status."""
+    result = OptionParser(
+        prog="logit_cache", description="Inspect, check and change caches of teacher logits."
+    )
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
     add_inspect(subcommands)
@@ -50,10 +52,13 @@ def parser() -> OptionParser:
 
 
 def _add_repair(subcommands: Any) -> None:
-    text = "cuts torn last lines (keeping what is cut), makes missing or stale indexes, removes what dead processes left"
+    text = (
+        "cut torn last lines (keeping what is cut), rebuild missing or stale indexes, remove "
+        "leftovers of dead processes"
+    )
     repair = subcommands.add_parser("repair", help=text, description=text)
     repair.add_argument("path", type=path, help=PATH)
-    repair.add_argument("--dry-run", action="store_true", help="only tell what would be done")
+    repair.add_argument("--dry-run", action="store_true", help="only print what would be done")
     repair.set_defaults(run=_repair)
 
 
@@ -66,52 +71,44 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _add_convert(subcommands: Any) -> None:
-    text = "writes a cache again: other codec or container (by the target's suffix), fewer tokens, or from other programs' files"
+    text = (
+        "write a cache again: in another codec or container (by the target's suffix), with fewer "
+        "tokens, or from other programs' files"
+    )
     convert = subcommands.add_parser("convert", help=text, description=text)
-    convert.add_argument(
-        "source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm"
-    )
-    convert.add_argument(
-        "target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst"
-    )
-    convert.add_argument(
+    option = convert.add_argument
+    option("source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
+    option("target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
+    option(
         "--from",
         dest="format",
         choices=["cache", "vllm"],
         default="cache",
-        help="vllm: prompt_logprobs",
+        help="format of the source; vllm: prompt_logprobs",
     )
-    convert.add_argument("--codec", choices=["packed", "json"], default="packed")
-    convert.add_argument(
-        "--top-k", type=int, help="most tokens kept a position (default: the source's)"
-    )
-    convert.add_argument(
+    option("--codec", choices=["packed", "json"], default="packed")
+    option("--top-k", type=int, help="most tokens to keep per position (default: the source's)")
+    option(
         "--min-probability",
         type=float,
         default=0.0,
-        help="less likely tokens join the tail (default 0)",
+        help="move less likely tokens to the tail (default 0)",
     )
-    convert.add_argument(
+    option(
         "--top-p",
         type=float,
         default=1.0,
-        help="tokens kept until they hold this probability (default 1)",
+        help="keep the likeliest tokens until they hold this probability (default 1)",
     )
-    convert.add_argument(
-        "--min-k", type=int, default=1, help="tokens kept whatever their probability (default 1)"
-    )
-    convert.add_argument(
-        "--vocab-size", type=int, help="the teacher's, where the source has no manifest"
-    )
-    convert.add_argument(
+    option("--min-k", type=int, default=1, help="least tokens to keep per position (default 1)")
+    option("--vocab-size", type=int, help="the teacher's vocabulary, if the source has no manifest")
+    option(
         "--tokenizer",
         type=path,
         metavar="MODEL",
-        help="the teacher's model or tokenizer folder, where the source has no manifest",
+        help="folder of the teacher's model or tokenizer, if the source has no manifest",
     )
-    convert.add_argument(
-        "--examples-per-chunk", type=int, help="records a chunk (default: the source's)"
-    )
+    option("--examples-per-chunk", type=int, help="records per chunk (default: the source's)")
     convert.set_defaults(run=_convert)
 
 
@@ -127,9 +124,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         min_k=arguments.min_k,
     )
-    source = (
-        VllmRows(arguments.source) if arguments.format == "vllm" else CacheReader(arguments.source)
-    )
+    source_class = VllmRows if arguments.format == "vllm" else CacheReader
+    source = source_class(arguments.source)
     tokenizer = None
     if arguments.tokenizer:
         from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
@@ -138,7 +134,7 @@ def _convert(arguments: argparse.Namespace) -> int:
         tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
     elif not source.manifests:
         print(
-            "warning: without --tokenizer, training cannot tell whether student and teacher share one",
+            "warning: without --tokenizer, training cannot check that the student's is the same",
             file=sys.stderr,
         )
     written = convert(
@@ -151,28 +147,24 @@ def _convert(arguments: argparse.Namespace) -> int:
         tokenizer,
     )
     chunks = written.chunks.values()
-    examples, tokens = (
-        sum(chunk.examples for chunk in chunks),
-        sum(chunk.tokens for chunk in chunks),
-    )
-    num_bytes = sum(chunk.bytes for chunk in chunks)
-    print(
-        f"{examples:,} examples, {tokens:,} tokens, {num_bytes / max(1, tokens):,.1f} bytes per token"
-    )
+    num_tokens = sum(chunk.tokens for chunk in chunks)
+    per_token = sum(chunk.bytes for chunk in chunks) / max(1, num_tokens)
+    num_examples = sum(chunk.examples for chunk in chunks)
+    print(f"{num_examples:,} examples, {num_tokens:,} tokens, {per_token:,.1f} bytes per token")
     return 0
 
 
 def _add_merge(subcommands: Any) -> None:
-    text = "makes one cache of several that were written apart, for example by the tasks of an array job"
+    text = (
+        "make one cache of several that were written apart, for example by the tasks of an array "
+        "job"
+    )
     merge = subcommands.add_parser("merge", help=text, description=text)
-    merge.add_argument("sources", type=path, nargs="+", help=PATH)
-    merge.add_argument(
-        "--output", type=path, required=True, help="CHUNK_ID template of the merged cache"
-    )
-    merge.add_argument(
-        "--allow-gaps", action="store_true", help="records may be missing between the sources"
-    )
-    merge.add_argument(
+    option = merge.add_argument
+    option("sources", type=path, nargs="+", help=PATH)
+    option("--output", type=path, required=True, help="CHUNK_ID template of the merged cache")
+    option("--allow-gaps", action="store_true", help="allow missing records between the sources")
+    option(
         "--num-workers",
         type=int,
         default=os.cpu_count() or 1,
@@ -187,9 +179,8 @@ def _merge(arguments: argparse.Namespace) -> int:
     manifest = merge(
         arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers)
     )
-    print(
-        f"{len(manifest.chunks)} chunks, {sum(chunk.examples for chunk in manifest.chunks.values()):,} examples"
-    )
+    num_examples = sum(chunk.examples for chunk in manifest.chunks.values())
+    print(f"{len(manifest.chunks)} chunks, {num_examples:,} examples")
     return 0
 
 

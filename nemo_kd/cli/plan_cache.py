@@ -5,7 +5,8 @@ from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 
 COMMAND = Command(
     name="compute_topk_logits",
-    summary="disk, time and memory that compute_topk_logits is going to take with the same keys, from a short probe",
+    summary="estimate disk, time and memory of compute_topk_logits with the same keys, by a short "
+    "probe",
     config_class=ComputeTopkLogitsConfig,
     function="nemo_kd.teacher.estimate:estimate_cost",
     example="""logit_cache plan \\

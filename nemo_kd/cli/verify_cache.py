@@ -1,4 +1,4 @@
-"""`logit_cache verify`: checks a cache's bytes, or its numbers against the teacher."""
+"""`logit_cache verify`: check a cache's bytes, or its numbers against the teacher."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from nemo_kd.terminal import print_text
 
 
 def add_verify(subcommands: Any, path_help: str) -> None:
-    """Adds the subcommand; what its parser does not know becomes `settings`."""
+    """Add the subcommand; arguments that its parser does not know become `settings`."""
     text = (
-        "reads every byte and checks checksums, hashes, counts, order and indexes, or with --against the numbers of a "
-        "sample; exit status 1 if anything is wrong"
+        "read every byte and check checksums, hashes, counts, order and indexes, or with --against "
+        "the numbers of a sample; exit status 1 if anything is wrong"
     )
     verify = subcommands.add_parser(
         "verify",
         help=text,
         description=text,
         usage="logit_cache verify PATH [--num-workers N]\n"
-        "       logit_cache verify PATH --against TEACHER [--num-examples N] [--seed N] [--dataset FILE] [KEY=VALUE ...]",
-        epilog="KEY=VALUE: trainer.*, model.*, data.max_tokens_per_batch and data.packing of compute_topk_logits, for "
-        "example trainer.devices=2 model.tensor_model_parallel_size=2.",
+        "       logit_cache verify PATH --against TEACHER [--num-examples N] [--seed N] "
+        "[--dataset FILE] [KEY=VALUE ...]",
+        epilog="KEY=VALUE: trainer.*, model.*, data.max_tokens_per_batch and data.packing of "
+        "compute_topk_logits, for example trainer.devices=2 model.tensor_model_parallel_size=2.",
     )
     verify.add_argument("path", type=path, help=path_help)
     verify.add_argument(
@@ -41,17 +42,15 @@ def add_verify(subcommands: Any, path_help: str) -> None:
         "--against",
         type=path,
         metavar="TEACHER",
-        help="scores a sample with this teacher again, twice: the second time as a control",
+        help="score a sample with this teacher twice, the second time as a control",
     )
-    verify.add_argument(
-        "--num-examples", type=int, default=64, help="size of the sample (default 64)"
-    )
-    verify.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
+    verify.add_argument("--num-examples", type=int, default=64, help="rows to sample (default 64)")
+    verify.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
     verify.add_argument(
         "--dataset",
         type=path,
         metavar="FILE",
-        help="the cache's dataset, to render the sample again (default: where it was)",
+        help="dataset of the cache, to render the sample again (default: its recorded path)",
     )
     verify.set_defaults(run=_verify, settings=[])
 
@@ -61,7 +60,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _verify_against(arguments)
     if arguments.settings:
         raise ConfigError(
-            f"{arguments.settings[0]}: keys of compute_topk_logits are taken with --against TEACHER only"
+            f"{arguments.settings[0]}: keys of compute_topk_logits are accepted with --against TEACHER only"
         )
     return _verify_bytes(arguments)
 
@@ -92,23 +91,25 @@ def _verify_against(arguments: argparse.Namespace) -> int:
         if needs_launch(config.trainer):
             return launch(config.trainer.num_devices)
         report, is_right = rescore(sample, config, arguments.dataset)
-    if find_ranks().rank != 0:  # its status must not end rank 0 before that has told
+    if find_ranks().rank != 0:  # another status would end rank 0 before it prints
         return 0
     print_text(report)
     return 0 if is_right else 1
 
 
 def check_verify(arguments: argparse.Namespace) -> None:
-    """Refuse what cannot work before torch is imported, which takes seconds.
+    """Refuse paths that cannot work before the seconds in which torch loads.
 
     Raises:
         ConfigError: names the option.
     """
     if not os.path.exists(arguments.against):
         raise ConfigError(
-            f"--against: {arguments.against} does not exist; give the teacher, a Hugging Face folder or a .nemo archive"
+            f"--against: {arguments.against} does not exist; give the teacher, a Hugging Face folder "
+            "or a .nemo archive"
         )
     if arguments.dataset is not None and not os.path.isfile(arguments.dataset):
         raise ConfigError(
-            f"--dataset: there is no file {arguments.dataset}; give the JSONL file that the cache was made of"
+            f"--dataset: there is no file {arguments.dataset}; give the JSONL file that the cache was "
+            "made from"
         )

@@ -1,11 +1,11 @@
-"""NeMo's `conversations` chat records, and which of their tokens are trained.
+"""NeMo's `conversations` chat records, and their trained tokens.
 
     <system_turn_start>System<end_of_name>{system}<end_of_turn>
     <turn_start>{from}<end_of_name>{value}<end_of_turn>          ... and at last <turn_start>
 
 A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the other turns the
 value and the end of the turn are trained, with the following turn's start marker as the signal that the turn is over;
-the first turn's value is never trained. `type` says what becomes of a turn's `label`:
+the first turn's value is never trained. `type` decides the use of a turn's `label`:
 
     absent          left out
     VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
@@ -32,14 +32,19 @@ _TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
 def render_conversations(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, markers: ChatPromptTokens
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of the whole record, and for each whether it is trained.
+    """Return the token ids of the whole record, and True for the trained ones.
 
     Raises:
         DataError: the record has another shape.
     """
-    turns, masked, kind = record["conversations"], _masked_speakers(record), record.get("type")
+    turns = record["conversations"]
+    masked = _masked_speakers(record)
+    kind = record.get("type")
+    system = record.get("system") or ""
     if kind not in _TYPES:
         raise DataError(f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}")
+    if not isinstance(system, str):
+        raise DataError(f"`system` must be a text, found {str(system)[:80]!r}")
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(
             f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}"
@@ -47,22 +52,23 @@ def render_conversations(
     for number, turn in enumerate(turns):
         _check_turn(turn, number)
     speakers = [turn["from"] for turn in turns]
-    if not masked & set(speakers):
+    if masked.isdisjoint(speakers):
         raise DataError(
-            f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are {', '.join(dict.fromkeys(speakers))!r}; name in `mask` "
-            "those that are not trained"
+            f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are "
+            f"{', '.join(dict.fromkeys(speakers))!r}; name in `mask` those that are not trained"
         )
-    header = f"{markers.system_turn_start}System{markers.end_of_name}{_system(record)}{markers.end_of_turn}"
+    header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
-    answered = False  # whether the turn before was trained: then this turn's start marker says that it is over
+    is_answered = False  # the previous turn was trained: this turn's start marker ends it
     for number, turn in enumerate(turns):
-        pieces += [(markers.turn_start, answered), (f"{turn['from']}{markers.end_of_name}", False)]
-        speaks = turn["from"] not in masked and (number > 0 or kind == "TEXT_TO_VALUE")
-        body = _body(turn, kind, speaks, markers)
+        is_trained = turn["from"] not in masked and (number > 0 or kind == "TEXT_TO_VALUE")
+        body = _body(turn, kind, is_trained, markers)
+        pieces.append((markers.turn_start, is_answered))
+        pieces.append((turn["from"] + markers.end_of_name, False))
         pieces += body
-        answered = any(is_trained for _, is_trained in body)
+        is_answered = any(trained for _, trained in body)
     if speakers[-1] not in masked:
-        pieces.append((markers.turn_start, answered))
+        pieces.append((markers.turn_start, is_answered))
     ids = encode(tokenizer, header)
     trained = [False] * len(ids)
     for text, is_trained in pieces:
@@ -73,24 +79,17 @@ def render_conversations(
 
 
 def _body(
-    turn: dict[str, Any], kind: str | None, speaks: bool, markers: ChatPromptTokens
+    turn: dict[str, Any], kind: str | None, is_trained: bool, markers: ChatPromptTokens
 ) -> list[Piece]:
-    """What follows the speaker's name; `speaks` is whether the turn is one to train."""
-    value, label = turn["value"] + markers.end_of_turn, turn.get("label")
+    """Return the pieces after the speaker's name."""
+    value = turn["value"] + markers.end_of_turn
+    label = turn.get("label")
+    if kind is None or label is None:
+        return [(value, is_trained and kind != "TEXT_TO_VALUE")]
+    label += markers.end_of_name
     if kind == "TEXT_TO_VALUE":
-        if label is None:
-            return [(value, False)]
-        return [(value, False), (markers.label_start, False), (label + markers.end_of_name, speaks)]
-    if kind == "VALUE_TO_TEXT" and label is not None:
-        return [(f"{markers.label_start}{label}{markers.end_of_name}", False), (value, speaks)]
-    return [(value, speaks)]
-
-
-def _system(record: dict[str, Any]) -> str:
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise DataError(f"`system` must be a text, found {str(system)[:80]!r}")
-    return system or ""
+        return [(value, False), (markers.label_start, False), (label, is_trained)]
+    return [(markers.label_start + label, False), (value, is_trained)]
 
 
 def _masked_speakers(record: dict[str, Any]) -> set[str]:

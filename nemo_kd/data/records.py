@@ -19,23 +19,25 @@ class DataError(UserInputError):
 
 
 class JsonlRecords:
-    """The records of a JSONL file, one JSON object a line; blank lines do not count.
+    """The records of a JSONL file, one JSON object per line; blank lines do not count.
 
     Opening reads the file once, for line starts and its hash, and parses nothing. Reading a record
     touches its bytes only, from any process.
 
     Raises:
-        DataError: the file is missing, unreadable or without records; on access: a line is no JSON object.
+        DataError: the file is missing, unreadable or empty; on access: a line is not a JSON object.
     """
 
     def __init__(self, path: str | Path, key: str = "data.data.file_path") -> None:
         self.path = Path(path)
-        self._starts, self._ends, self._lines = array("q"), array("q"), array("q")
+        self._starts = array("q")
+        self._ends = array("q")
+        self._lines = array("q")
         self._file: tuple[int, int] | None = None  # (process, descriptor)
         digest = hashlib.sha256()
         try:
             if self.path.exists():
-                check_regular_file(self.path, DataError)  # a pipe would be waited for
+                check_regular_file(self.path, DataError)  # opening a pipe would block
             with self.path.open("rb") as file:
                 self._stamp = _stamp(os.fstat(file.fileno()))
                 offset = 0
@@ -60,11 +62,8 @@ class JsonlRecords:
     def __getitem__(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.path}: record {index} of {len(self)}")
-        raw = os.pread(
-            self._descriptor(), self._ends[index] - self._starts[index], self._starts[index]
-        )
         try:
-            record = orjson.loads(raw)
+            record = orjson.loads(self.raw(index))
         except orjson.JSONDecodeError as error:
             self.check_unchanged()
             raise DataError(
@@ -72,12 +71,20 @@ class JsonlRecords:
             ) from error
         if not isinstance(record, dict):
             raise DataError(
-                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be one JSON object"
+                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be one "
+                "JSON object"
             )
         return record
 
+    def raw(self, index: int) -> bytes:
+        """Return the line of a record."""
+        if self._file is None or self._file[0] != os.getpid():
+            self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
+        start = self._starts[index]
+        return os.pread(self._file[1], self._ends[index] - start, start)
+
     def where(self, index: int) -> str:
-        """`file:line` of a record, for messages."""
+        """Return `file:line` of a record, for messages."""
         return f"{self.path}:{self._lines[index]}"
 
     def fingerprint(self) -> str:
@@ -87,10 +94,10 @@ class JsonlRecords:
     def check_unchanged(self, read_all: bool = False) -> None:
         """Check that the records read so far are those of `fingerprint`.
 
-        Cheap: the content is read again only if size, time of change or inode differ, or with `read_all`.
+        Read the content again only if size, modification time or inode differ, or with `read_all`.
 
         Raises:
-            DataError: the content is another one, or the file is gone.
+            DataError: the content differs, or the file is gone.
         """
         try:
             if not read_all and _stamp(os.stat(self.path)) == self._stamp:
@@ -99,7 +106,7 @@ class JsonlRecords:
         except OSError as error:
             raise self._changed(error.strerror or "it cannot be read") from error
         if fingerprint != self._fingerprint:
-            raise self._changed("its content is another one")
+            raise self._changed("its content differs")
         self._stamp = stamp  # touched, or replaced by a copy
 
     def _hash(self) -> tuple[str, tuple[int, ...]]:
@@ -112,19 +119,14 @@ class JsonlRecords:
 
     def _changed(self, how: str) -> DataError:
         return DataError(
-            f"{self.path}: the file was changed while it was in use ({how}); restore it and run the same command again, or "
-            "start over with the new file and another output path"
+            f"{self.path}: the file was changed while it was in use ({how}); restore it and run the "
+            "same command again, or start over with the new file and another output path"
         )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_file": None}
 
-    def _descriptor(self) -> int:
-        if self._file is None or self._file[0] != os.getpid():
-            self._file = (os.getpid(), os.open(self.path, os.O_RDONLY))
-        return self._file[1]
-
 
 def _stamp(status: os.stat_result) -> tuple[int, ...]:
-    """Return what a change of a file's content changes too, on all common file systems."""
+    """Return what changes with a file's content, on all common file systems."""
     return status.st_size, status.st_mtime_ns, status.st_ino, status.st_dev

@@ -479,7 +479,7 @@ def test_the_command_line(world, tmp_path):
     assert "nowhere does not exist" in done.stderr
     done = logit_cache("verify", cache("packed"), *keys)
     assert done.returncode == 2
-    assert "are taken with --against TEACHER only" in done.stderr
+    assert "are accepted with --against TEACHER only" in done.stderr
     done = logit_cache("inspect", cache("packed"), "a=b")
     assert done.returncode == 2
     assert "unrecognized arguments: a=b" in done.stderr

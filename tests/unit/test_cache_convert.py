@@ -90,7 +90,7 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
             vocab_size=20,
         )
     source = CacheReader(str(write(tmp_path / "cache")))
-    with pytest.raises(CacheError, match="its manifest tells vocabulary and tokenizer"):
+    with pytest.raises(CacheError, match="its manifest records vocabulary and tokenizer"):
         convert(source, str(tmp_path / "d.jsonl.zst"), ALL, vocab_size=50)
     with pytest.raises(CacheError, match="is the source; give another target"):
         convert(source, source.path, ALL)

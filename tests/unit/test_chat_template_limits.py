@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from nemo_kd.data import template_limits
+from nemo_kd.data import chat
 from nemo_kd.data.chat import render_messages
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.tokenizer import load_tokenizer
@@ -23,9 +23,9 @@ LOOP = "{% for i in range(99999) %}"
 
 @pytest.fixture
 def short(monkeypatch):
-    monkeypatch.setattr(template_limits, "TIME_LIMIT_S", 0.3)
-    monkeypatch.setattr(template_limits, "_TICK_S", 0.05)
-    monkeypatch.setattr(template_limits, "MEMORY_LIMIT_BYTES", 256 << 20)
+    monkeypatch.setattr(chat, "TIME_LIMIT_S", 0.3)
+    monkeypatch.setattr(chat, "_TICK_S", 0.05)
+    monkeypatch.setattr(chat, "MEMORY_LIMIT_BYTES", 256 << 20)
 
 
 @pytest.mark.parametrize(
