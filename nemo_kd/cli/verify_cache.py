@@ -60,7 +60,8 @@ def _verify(arguments: argparse.Namespace) -> int:
         return _verify_against(arguments)
     if arguments.settings:
         raise ConfigError(
-            f"{arguments.settings[0]}: keys of compute_topk_logits are accepted with --against TEACHER only"
+            f"{arguments.settings[0]}: keys of compute_topk_logits are accepted with --against "
+            "TEACHER only"
         )
     return _verify_bytes(arguments)
 
@@ -105,11 +106,11 @@ def check_verify(arguments: argparse.Namespace) -> None:
     """
     if not os.path.exists(arguments.against):
         raise ConfigError(
-            f"--against: {arguments.against} does not exist; give the teacher, a Hugging Face folder "
-            "or a .nemo archive"
+            f"--against: {arguments.against} does not exist; give the teacher, a Hugging Face "
+            "folder or a .nemo archive"
         )
     if arguments.dataset is not None and not os.path.isfile(arguments.dataset):
         raise ConfigError(
-            f"--dataset: there is no file {arguments.dataset}; give the JSONL file that the cache was "
-            "made from"
+            f"--dataset: there is no file {arguments.dataset}; give the JSONL file that the cache "
+            "was made from"
         )

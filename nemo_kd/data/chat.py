@@ -1,12 +1,13 @@
-"""OpenAI `messages` through the tokenizer's chat template, and which of their tokens are trained.
+"""Render OpenAI `messages` with the tokenizer's chat template, and mark their trained tokens.
 
-Trained are the tokens of every assistant turn's content and tool calls, and the token that ends the turn; headers such
-as `<|im_start|>assistant\\n`, line breaks between turns and all other roles are not. A template that marks the
-assistant's text itself, with `{% generation %}`, decides instead.
+Trained are the tokens of every assistant turn's content and tool calls, and the token that ends the
+turn; headers such as `<|im_start|>assistant\\n`, line breaks between turns and all other roles are
+not. A template that marks the assistant's text itself, with `{% generation %}`, decides instead.
 
-Where a turn lies is found by rendering, never by searching text: the conversation is rendered again with that turn's
-content replaced, and what differs between the two renders is the content. So no text that a user typed can pass for a
-turn, and templates that rewrite the history (Qwen3 drops the reasoning of earlier turns) are taken as they are.
+Turns are located by rendering, never by searching text: the conversation is rendered again with
+that turn's content replaced, and what differs between the two renders is the content. So no text
+that a user typed can pass for a turn, and templates that rewrite the history (Qwen3 drops the
+reasoning of earlier turns) are taken as they are.
 """
 
 from __future__ import annotations
@@ -43,14 +44,14 @@ def render_messages(
     tokenizer: PreTrainedTokenizerBase,
     tools: Sequence[Any] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Token ids of the whole conversation, and for each whether it is trained.
+    """Return the token ids of the whole conversation, and True for the trained ones.
 
-    The ids are exactly `tokenizer.apply_chat_template(messages)`. A token that covers the last character of a header
-    and the first of the content counts as content.
+    The ids are exactly `tokenizer.apply_chat_template(messages)`. A token that covers the last
+    character of a header and the first of the content counts as content.
 
     Raises:
-        DataError: no template, messages of another shape, a template that refuses them, leaves out tool calls, or
-            renders an assistant turn so that it cannot be told from the rest.
+        DataError: no template, messages of another shape, or a template that refuses them, omits
+            tool calls, or renders an assistant turn so that it cannot be located.
     """
     _check(messages, tokenizer)
     conversation = _Conversation(list(messages), tokenizer, tools)
@@ -66,7 +67,7 @@ def render_messages(
     )
     if ids != list(expected["input_ids"]):
         raise DataError(
-            "the chat template's text and its token ids disagree; the tokenizer adds tokens of its own"
+            "the chat template's text and its token ids disagree; the tokenizer adds tokens itself"
         )
     if marked:
         return ids, [bool(flag) for flag in expected["assistant_masks"]]
@@ -118,7 +119,8 @@ def _apply_template(
 def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> None:
     if not tokenizer.chat_template:
         raise DataError(
-            "the tokenizer has no chat template, which `messages` need; add chat_template to its folder"
+            "the tokenizer has no chat template, which `messages` need; add chat_template to its "
+            "folder"
         )
     if not isinstance(messages, list) or not messages:
         raise DataError(
@@ -127,11 +129,13 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise DataError(
-                f"message {number} must be an object with a `role` and a `content`, found {str(message)[:80]!r}"
+                f"message {number} must be an object with a `role` and a `content`, found "
+                f"{str(message)[:80]!r}"
             )
         if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
             raise DataError(
-                f"message {number} ({message['role']}): `content` must be a text, found {str(message.get('content'))[:80]!r}"
+                f"message {number} ({message['role']}): `content` must be a text, found "
+                f"{str(message.get('content'))[:80]!r}"
             )
 
 
@@ -155,7 +159,7 @@ class _Conversation:
         self._stand_in = next(word for n in count() if (word := f"Qzx{n}kvJ") not in self.text)
 
     def turn_span(self, turn: int, special_spans: Sequence[Span]) -> Span:
-        """What the model has to write for the assistant message `turn`, the end-of-turn token included."""
+        """Return the span of the assistant message `turn`, with its end-of-turn token."""
         content = self._content_span(turn)
         if content is None:
             span = self._written_span(turn)
@@ -163,16 +167,17 @@ class _Conversation:
             span = (content[0], self._end_of_turn(turn, content[1], special_spans))
         if span is None:
             raise DataError(
-                f"message {turn} (assistant): the chat template changes the text around this turn's content, so its "
-                "tokens cannot be told apart; render the conversation yourself and use input/output records"
+                f"message {turn} (assistant): the chat template changes the text around this "
+                "turn's content, so its tokens cannot be told apart; render the conversation "
+                "yourself and use input/output records"
             )
         for call in self.messages[turn].get("tool_calls") or ():
             function = call.get("function", call) if isinstance(call, dict) else None
             name = function.get("name") if isinstance(function, dict) else None
             if not isinstance(name, str) or name not in self.text[slice(*span)]:
                 raise DataError(
-                    f"message {turn} (assistant): the chat template does not render the tool call {name!r}; use a "
-                    "template with tool calls, or records without them"
+                    f"message {turn} (assistant): the chat template does not render the tool call "
+                    f"{name!r}; use a template with tool calls, or records without them"
                 )
         return span
 
@@ -190,10 +195,10 @@ class _Conversation:
     def _around(
         self, turn: int, stop: int | None = None, add_generation_prompt: bool = False
     ) -> tuple[str, str] | None:
-        """The text before and after the content of message `turn` in the render of `messages[:stop]`.
+        """Return the text before and after the content of `turn`, rendering `messages[:stop]`.
 
-        Everything else that the message holds (tool calls, reasoning) is left out, so it is in neither. None: the
-        template refuses the changed message, or does not show its content once and as it is.
+        The message's other fields (tool calls, reasoning) are left out, so they are in neither.
+        None: the template refuses the changed message, or does not show its content exactly once.
         """
         message = self.messages[turn]
         changed: Message = {key: value for key, value in message.items() if key in ("role", "name")}
@@ -217,10 +222,10 @@ class _Conversation:
         return len(before), len(self.text) - len(after)
 
     def _end_of_turn(self, turn: int, content_end: int, special_spans: Sequence[Span]) -> int:
-        """End of the special token that follows the content, white space of the template's between them included.
+        """Return the end of the special token that follows the content after white space only.
 
-        Where the template ends turns with plain text (a ChatML template on a tokenizer without `<|im_end|>`), the end
-        of that text.
+        If the template ends turns with plain text (a ChatML template on a tokenizer without
+        `<|im_end|>`), return the end of that text.
         """
         following = next((span for span in special_spans if span[0] >= content_end), None)
         if following is not None and not self.text[content_end : following[0]].strip():
@@ -234,10 +239,11 @@ class _Conversation:
         )
 
     def _written_span(self, turn: int) -> Span | None:
-        """The turn from the end of its generation prompt, for templates that write more than the content.
+        """Return the turn from the end of its generation prompt on.
 
-        Such are a think block that is empty without reasoning, and tool calls that cannot be left out. Counted from
-        the end of the previous message's content, because a template may move what stands before it.
+        For templates that write more than the content: a think block that is empty without
+        reasoning, or tool calls that cannot be left out. Positions count from the end of the
+        previous message's content, because a template may move earlier text.
         """
         if turn == 0:
             return None
@@ -258,10 +264,10 @@ class _OutOfTime(BaseException):
 
 
 # transformers renders in Jinja's sandbox, which keeps templates from the machine but lets them run
-# forever. A render in a child process would cost several times the rendering itself; a timer's signal
-# and the kernel's limit of address space cost microseconds. The signal also ends a single
-# `10 ** (10 ** 8)`, since Python's long arithmetic checks for signals. What does not check, making one
-# huge string, is stopped by the memory limit.
+# forever. A render in a child process would cost several times the rendering itself; a timer's
+# signal and the kernel's limit of address space cost microseconds. The signal also ends a single
+# `10 ** (10 ** 8)`, since Python's long arithmetic checks for signals. What does not check, making
+# one huge string, is stopped by the memory limit.
 @contextlib.contextmanager
 def _limited(name: str) -> Iterator[None]:
     """Run a block that renders a template; only the main thread of a process can.

@@ -192,7 +192,7 @@ class PromptTemplate:
     def render(
         self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
     ) -> tuple[list[int], list[bool]]:
-        """Return token ids, and True for the trained ones; cut prompt fields to `max_length` tokens.
+        """Return token ids, and True for the trained ones; cut prompt fields to fit `max_length`.
 
         Raises:
             DataError: a field is missing or not a text, or the tokenizer lacks a special token.

@@ -3,13 +3,15 @@
     <system_turn_start>System<end_of_name>{system}<end_of_turn>
     <turn_start>{from}<end_of_name>{value}<end_of_turn>          ... and at last <turn_start>
 
-A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the other turns the
-value and the end of the turn are trained, with the following turn's start marker as the signal that the turn is over;
-the first turn's value is never trained. `type` decides the use of a turn's `label`:
+A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the
+other turns the value and the end of the turn are trained, with the following turn's start marker as
+the signal that the turn is over; the first turn's value is never trained. `type` decides the use of
+a turn's `label`:
 
     absent          left out
     VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
-    TEXT_TO_VALUE   the same after <end_of_turn>; label and <end_of_name> are trained instead of the value
+    TEXT_TO_VALUE   the same after <end_of_turn>; label and <end_of_name> are trained
+                    instead of the value
 
 Every piece is tokenized on its own, so that trained stretches begin and end with whole tokens.
 """
@@ -109,7 +111,8 @@ def _check_turn(turn: Any, number: int) -> None:
         or not isinstance(turn.get("value"), str)
     ):
         raise DataError(
-            f"turn {number} must be an object with texts `from` and `value`, found {str(turn)[:80]!r}"
+            f"turn {number} must be an object with texts `from` and `value`, found "
+            f"{str(turn)[:80]!r}"
         )
     if not isinstance(turn.get("label"), str | None):
         raise DataError(

@@ -71,8 +71,8 @@ class JsonlRecords:
             ) from error
         if not isinstance(record, dict):
             raise DataError(
-                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be one "
-                "JSON object"
+                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be "
+                "one JSON object"
             )
         return record
 
@@ -119,8 +119,8 @@ class JsonlRecords:
 
     def _changed(self, how: str) -> DataError:
         return DataError(
-            f"{self.path}: the file was changed while it was in use ({how}); restore it and run the "
-            "same command again, or start over with the new file and another output path"
+            f"{self.path}: the file was changed while it was in use ({how}); restore it and run "
+            "the same command again, or start over with the new file and another output path"
         )
 
     def __getstate__(self) -> dict[str, Any]:

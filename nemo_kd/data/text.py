@@ -130,7 +130,7 @@ class LossPositions:
         ids_PK: kept ids, likeliest first; unused entries stand last and are -1.
         probability_PK: probability of the kept ids; 0 in unused entries.
         tail_mass_P: probability outside the kept ids.
-        entropy_P: entropy in nats, with one bucket for the tail: a lower bound of the whole distribution's.
+        entropy_P: entropy in nats, with one bucket for the tail: a lower bound.
         label_rank_P: rank of the label among the kept ids, from 1; 0 if it is not kept.
         label_logprob_P: nats; NaN if it is neither stored nor kept.
     """
@@ -184,7 +184,7 @@ class LossPositions:
 
 
 def text_ids(row: CachedExample) -> list[int]:
-    """Return the row's tokens and the label of its last position: position s predicts token s + 1."""
+    """Return the row's tokens and its last label: position s predicts token s + 1."""
     example = row.example
     ids = np.append(example.tokens_S, example.labels_S[-1])
     in_loss = np.append(0, example.loss_mask_S) > 0

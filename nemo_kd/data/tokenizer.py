@@ -1,4 +1,4 @@
-"""Tokenizers from local folders, and what identifies them."""
+"""Load tokenizers from local folders, fingerprint and compare them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BLOCK_IDS = 1024
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`; nothing is downloaded and no code from the folder runs.
+    """Load the tokenizer in `folder`; download nothing and run no code from the folder.
 
     Raises:
         DataError: the folder holds no tokenizer that transformers can load, or a damaged file.
@@ -48,13 +48,15 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise _unusable(folder, error) from error
     if not tokenizer.is_fast:
         raise DataError(
-            f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with transformers"
+            f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with "
+            "transformers"
         )
     templates = tokenizer.chat_template
     texts = list(templates.values()) if isinstance(templates, dict) else [templates or ""]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(
-            f"{folder}: tokenizer_config.json: chat_template: found {str(templates)[:80]!r}, expected a text"
+            f"{folder}: tokenizer_config.json: chat_template: found {str(templates)[:80]!r}, "
+            "expected a text"
         )
     return tokenizer
 
@@ -76,12 +78,13 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
 def _unusable(folder: str | Path, error: BaseException) -> DataError:
     reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
     return DataError(
-        f"{folder}: no usable tokenizer ({reason}); save one there with tokenizer.save_pretrained(folder)"
+        f"{folder}: no usable tokenizer ({reason}); save one there with "
+        "tokenizer.save_pretrained(folder)"
     )
 
 
 def _check_files(folder: Path) -> None:
-    """Refuse damaged files before transformers reads them: it has no bounds, and its errors name no file.
+    """Refuse damaged files before transformers reads them without bounds or file names in errors.
 
     Raises:
         DataError: names the file.
@@ -109,27 +112,28 @@ def _check_files(folder: Path) -> None:
 
 
 def _check_config(path: Path, content: dict[str, Any]) -> None:
-    """transformers makes lists of as many entries as there are layers from it, to find the tokenizer's class."""
+    """Bound the number of layers: transformers makes lists of that length to find the class."""
     num_layers = content.get("num_hidden_layers")
     if num_layers is not None and (
         type(num_layers) is not int or not 0 < num_layers <= MOST_LAYERS
     ):
         raise DataError(
-            f"{path}: num_hidden_layers: found {str(num_layers)[:80]}, expected an integer from 1 to {MOST_LAYERS:,}"
+            f"{path}: num_hidden_layers: found {str(num_layers)[:80]}, expected an integer from 1 "
+            f"to {MOST_LAYERS:,}"
         )
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of the vocabulary with its ids, added tokens included: equal for tokenizers whose ids mean the same."""
+    """Hash the vocabulary with its ids and added tokens: equal if all ids mean the same."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return f"sha256:{hashlib.sha256(orjson.dumps(vocabulary)).hexdigest()}"
 
 
 def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """Hashes of everything that decides how text becomes ids, the vocabulary apart.
+    """Hash everything besides the vocabulary that decides how text becomes ids.
 
-    Taken from memory, where tokenizer.json and tokenizer_config.json have met: what transformers rewrites when it saves
-    them (names, versions, order, notation) does not count.
+    Hashes of the loaded tokenizer, not of its files: what transformers rewrites when it saves them
+    (names, versions, order, notation) does not count.
     """
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = dict(content["model"])
@@ -157,9 +161,9 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Describe the vocabulary so that another tokenizer can name the first ids that mean something else.
+    """Describe the vocabulary so that another tokenizer can name the first ids that differ.
 
-    Holds the added tokens by id, and a short hash of every 1,024 ids of the vocabulary without them.
+    Holds the added tokens by id, and a short hash per 1,024 ids of the vocabulary without them.
     """
     vocabulary = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     by_block: dict[int, list[tuple[int, str]]] = {}
@@ -177,10 +181,10 @@ def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Name the first ids that mean something else in a cache's tokenizer than in `tokenizer`; empty: none does.
+    """Name the first ids whose tokens differ between a cache's tokenizer and `tokenizer`.
 
-    Two classes of transformers may load the same tokenizer.json with different added tokens: ids that only one of both
-    has are no difference.
+    Two classes of transformers may load the same tokenizer.json with different added tokens: ids
+    that only one of them has do not count.
     """
     ours = describe_tokens(tokenizer)
     found = []
@@ -197,7 +201,8 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
             found.append(f"id {token_id}: {theirs!r} in the cache, {token!r} in the student")
     if described["size"] != ours["size"]:
         found.append(
-            f"the vocabulary without added tokens: {described['size']:,} in the cache, {ours['size']:,} here"
+            f"the vocabulary without added tokens: {described['size']:,} in the cache, "
+            f"{ours['size']:,} here"
         )
     same_size = described["size"] == ours["size"]
     common_ids = min(described["size"], ours["size"])
@@ -214,16 +219,16 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """Hash of the chat template; None without one."""
+    """Hash the chat template; None without one."""
     if not tokenizer.chat_template:
         return None
     return f"sha256:{hashlib.sha256(orjson.dumps(tokenizer.chat_template)).hexdigest()}"
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
-    """A token id of the model to fill positions with that never count: padding, else end of sequence, else 0.
+    """Return the model's id for filler positions: padding, else end of sequence, else 0.
 
-    Some tokenizers have a padding token that their model has no embedding for.
+    Some tokenizers have a padding token without an embedding in their model.
     """
     for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if isinstance(token_id, int) and token_id < vocab_size:
@@ -232,15 +237,16 @@ def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text from its beginning, without special tokens of the tokenizer's own."""
+    """Return the ids of a text, without special tokens that the tokenizer would add."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that continues another one.
+    """Return the ids of a text that continues another one.
 
-    SentencePiece tokenizers (Llama 1 and 2, Mistral) put a space before every text, which does not belong there. Behind
-    a line break they put none before `text`; where the two would share a token, no space is put anyway.
+    SentencePiece tokenizers (Llama 1 and 2, Mistral) put a space before every text, which does not
+    belong here. After a line break they put none before `text`; if the two would share a token,
+    they put none anyway.
     """
     encoding = tokenizer(f"\n{text}", add_special_tokens=False, return_offsets_mapping=True)
     offsets = encoding["offset_mapping"]

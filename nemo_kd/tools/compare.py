@@ -1,4 +1,4 @@
-"""How close a student is to its teacher, over whole vocabularies."""
+"""Compare a student with its teacher over whole vocabularies."""
 
 from __future__ import annotations
 
@@ -38,13 +38,14 @@ class Agreement:
 def compare_with_teacher(
     student_path: str, teacher_path: str, examples: Iterable[Example], micro_batch_size: int = 16
 ) -> Agreement:
-    """Runs both models in float32, each whole on this process's device, over `examples`.
+    """Run both models in float32, each whole on this process's device, over `examples`.
 
-    Memory: 2 x micro_batch_size x positions x vocabulary logits besides the models. Needs a process group
-    (`init_process_group`); several ranks would all compute the same.
+    Memory: 2 x micro_batch_size x positions x vocabulary logits besides the models. Needs a process
+    group; several ranks would all compute the same.
 
     Raises:
-        ConfigError: the models' vocabularies or tokenizers differ, or the examples have no loss token.
+        ConfigError: the models' vocabularies or tokenizers differ, or the examples have no loss
+            token.
     """
     layout = ModelConfig(make_vocab_size_divisible_by=1)
     groups = initialize_model_parallel(layout, layout.seed)
@@ -52,12 +53,13 @@ def compare_with_teacher(
     teacher, teacher_vocab, teacher_tokenizer = _load(teacher_path, layout, groups)
     if student_vocab != teacher_vocab:
         raise ConfigError(
-            f"the student has a vocabulary of {student_vocab} tokens, the teacher one of {teacher_vocab}"
+            f"the student has a vocabulary of {student_vocab} tokens, the teacher one of "
+            f"{teacher_vocab}"
         )
     if student_tokenizer != teacher_tokenizer:
         raise ConfigError(
-            f"{student_path} and {teacher_path} have different tokenizers, so a token id means different texts to them; "
-            "only models of one tokenizer can be compared token by token"
+            f"{student_path} and {teacher_path} have different tokenizers, so a token id means "
+            "different texts to them; only models of one tokenizer can be compared token by token"
         )
     sums = torch.zeros(5, dtype=torch.float64)
     remaining = iter(examples)

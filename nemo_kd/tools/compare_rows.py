@@ -273,6 +273,24 @@ def find_wrong(
     return {number: [_likely_cause(number, examples, statistics)] for number in numbers}
 
 
+def format_statistics(statistics: Sequence[Statistic], examples: Sequence[Comparison]) -> list[str]:
+    """Return the lines of a table of the statistics."""
+    lines = [
+        f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",
+        f"{'':36}  {'mean':>8} {'worst':>8} {'allowed':>8}  {'mean':>10} {'worst':>10}  "
+        "worst example",
+    ]
+    for statistic in statistics:
+        worst = statistic.worst
+        lines.append(
+            f"{statistic.name:<36}  {statistic.cached_E.mean():8.1e} "
+            f"{statistic.cached_E[worst]:8.1e} {statistic.allowed_E[worst]:8.1e}  "
+            f"{statistic.control_E.mean():10.1e} {statistic.control_E.max():10.1e}  "
+            f"{examples[worst].index}"
+        )
+    return lines
+
+
 def fit_temperatures(
     examples: Sequence[Comparison], factor: float
 ) -> tuple[TemperatureFit, TemperatureFit, bool]:

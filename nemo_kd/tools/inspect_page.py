@@ -1,4 +1,4 @@
-"""`logit_cache inspect --html`: one self-contained page, whose policy forbids it to load anything."""
+"""`logit_cache inspect --html`: one self-contained page that may load nothing."""
 
 from __future__ import annotations
 

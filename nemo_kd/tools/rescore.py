@@ -33,7 +33,7 @@ from nemo_kd.config.typed import typed
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
-from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.collective import gather, on_rank_zero
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
@@ -45,11 +45,11 @@ from nemo_kd.tools.compare_rows import (
     UNIT_ROUNDOFF,
     Comparison,
     ErrorBound,
-    Statistic,
     compare_rows,
     find_wrong,
     fit_temperatures,
     floor_kl,
+    format_statistics,
 )
 from nemo_kd.tools.token_check import Checks, check_tokens
 
@@ -111,10 +111,9 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     Raises:
         CacheError: there are none, or they cannot be read.
     """
-    if num_examples < 1:
-        raise ConfigError(f"--num-examples: {num_examples} must be at least 1")
-    if seed < 0:
-        raise ConfigError(f"--seed: {seed} must not be negative")
+    for option, value, least in (("--num-examples", num_examples, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise ConfigError(f"{option}: {value} must be at least {least}")
     reader = CacheReader(path)
     if not len(reader):
         raise CacheError(f"{path}: the cache has no rows to compare with a teacher")
@@ -244,12 +243,11 @@ def rescore(
         is_mixed = bool(sample.precisions - {here})
         unit = torch.finfo(getattr(torch, dtype)).eps * (1 + is_mixed)
         scored, control = score_twice(teacher, sample.examples, unit)
-        outcomes: list[Any] = [None] * torch.distributed.get_world_size()
-        outcome: tuple[str, bool] | None = None
+        has_rows = groups.is_writer and groups.data_rank == 0
         with watchdog.pause("comparing"):
-            if groups.is_writer and groups.data_rank == 0:
-                outcome = compare(sample, run, checks, scored, control, dtype)
-            torch.distributed.all_gather_object(outcomes, outcome)
+            outcomes = gather(
+                lambda: compare(sample, run, checks, scored, control, dtype) if has_rows else None
+            )
     return next(outcome for outcome in outcomes if outcome is not None)
 
 
@@ -363,7 +361,7 @@ def compare(
         f"{len(comparisons)} of {len(sample.reader):,} examples with {num_positions:,} positions, "
         f"scored by {run.pretrained.source}: {run.describe_ranks()}",
         "",
-        *_table(statistics, comparisons),
+        *format_statistics(statistics, comparisons),
         f"{'temperature that fits best':<36}  {1 / fit.scale:8.4f} {'':17}  "
         f"{1 / control_fit.scale:10.4f}",
         "In nats. KL is that of the teacher from the cache, over the kept ids and all others",
@@ -389,23 +387,6 @@ def compare(
         result = "the cache does not match this teacher, for the reasons above"
     lines.append(f"result: {result}")
     return "\n".join(lines), not num_wrong and not checks.problems
-
-
-def _table(statistics: Sequence[Statistic], comparisons: Sequence[Comparison]) -> list[str]:
-    lines = [
-        f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",
-        f"{'':36}  {'mean':>8} {'worst':>8} {'allowed':>8}  {'mean':>10} {'worst':>10}  "
-        "worst example",
-    ]
-    for statistic in statistics:
-        worst = statistic.worst
-        lines.append(
-            f"{statistic.name:<36}  {statistic.cached_E.mean():8.1e} "
-            f"{statistic.cached_E[worst]:8.1e} {statistic.allowed_E[worst]:8.1e}  "
-            f"{statistic.control_E.mean():10.1e} {statistic.control_E.max():10.1e}  "
-            f"{comparisons[worst].index}"
-        )
-    return lines
 
 
 def _wrong_samples(sample: Sample) -> dict[int, list[str]]:

@@ -1,4 +1,4 @@
-"""Curves of training runs, side by side."""
+"""Draw curves of training runs side by side."""
 
 from __future__ import annotations
 
@@ -12,30 +12,33 @@ from nemo_kd.config import UserInputError
 
 METRICS_FILE = Path("metrics") / "metrics.jsonl"
 SECTIONS = ("validation", "train", "perf", "test")
-"""A picture each, of the metrics named SECTION/...; those without a section belong to train."""
+"""One picture per section of metrics named SECTION/...; those without one belong to train."""
 COUNTERS = ("consumed_samples", "epoch", "train_step", "eval_step")
-"""Metrics that only tell the step in other words; drawn when a pattern asks for them."""
+"""Metrics that only count steps; drawn if a pattern asks for them."""
 SMOOTHED_ABOVE = 200
-"""Curves with more points are drawn faintly, with a running mean of a fiftieth of them on top."""
+"""Draw longer curves faintly, under a running mean over a fiftieth of their points."""
 
 Curves = dict[str, dict[int, float]]
 """metric -> step -> value."""
 
 
 class RunError(UserInputError):
-    """A path is no run, or its metrics cannot be read."""
+    """A path is not a run, or its metrics cannot be read."""
 
 
 def read_curves(path: Path) -> Curves:
-    """The metrics of a run, given its folder or its metrics file. Where a resumed run repeats a step, the later line counts.
+    """Read the metrics of a run, given its folder or its metrics file.
+
+    If a resumed run repeats a step, the later line counts.
 
     Raises:
-        RunError: there is no such file, or a line in it is no JSON object with a step.
+        RunError: there is no such file, or a line in it is not a JSON object with a step.
     """
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(
-            f"{path}: no run: there is no {file}; give a run's exp_manager.explicit_log_dir, or a metrics.jsonl"
+            f"{path}: no run: there is no {file}; give a run's exp_manager.explicit_log_dir, or a "
+            "metrics.jsonl"
         )
     curves: Curves = {}
     lines = file.read_bytes().split(b"\n")
@@ -55,15 +58,18 @@ def read_curves(path: Path) -> Curves:
             if name != "time" and isinstance(value, int | float):
                 curves.setdefault(name, {})[step] = value
     if not curves:
-        raise RunError(f"{file}: nothing is in it yet")
+        raise RunError(f"{file}: the file is empty")
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
 def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -> list[Path]:
-    """Writes OUTPUT/validation.png, train.png, perf.png and test.png: every metric that any of the runs has, all runs in one diagram.
+    """Write OUTPUT/validation.png, train.png, perf.png and test.png.
+
+    Every metric that any of the runs has gets one diagram with all runs.
 
     Args:
-        pattern: regular expression that the metrics' names must contain; None draws all but COUNTERS.
+        pattern: regular expression that the metrics' names must contain; None draws all but
+            COUNTERS.
 
     Raises:
         RunError: as `read_curves`; no metric is left; two runs have the same path.
@@ -85,7 +91,7 @@ def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The parts of the paths in which they differ."""
+    """Return the parts of the paths in which they differ."""
     parts = [path.absolute().parts for path in paths]
     common = [
         column for column, names in enumerate(zip(*parts, strict=False)) if len(set(names)) == 1
@@ -113,7 +119,8 @@ def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
     )
     for axes, name in zip(grid.flat, names, strict=False):
         for number, (label, curves) in enumerate(runs.items()):
-            steps, values = list(curves.get(name, {})), list(curves.get(name, {}).values())
+            steps = list(curves.get(name, {}))
+            values = list(curves.get(name, {}).values())
             colour = f"C{number % 10}"
             width = len(values) // 50
             if len(values) > SMOOTHED_ABOVE:

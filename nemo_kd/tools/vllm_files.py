@@ -1,10 +1,10 @@
 """Read vLLM's `prompt_logprobs` as rows of a cache.
 
-One JSON object per line, with `prompt_token_ids` (n ids) and `prompt_logprobs` (n entries). The first
-entry is null; every other one is an object {token id as text: {"logprob": ..., "rank": ...}} for the
-token at its own place. vLLM adds the prompt's token if it is not among the k likeliest. Answers of
-the OpenAI-compatible server (`choices`) and of its batch runner (`response.body`) are read too; both
-hold the ids if asked with `return_token_ids`.
+One JSON object per line, with `prompt_token_ids` (n ids) and `prompt_logprobs` (n entries). The
+first entry is null; every other one is an object {token id as text: {"logprob": ..., "rank": ...}}
+for the token at its own place. vLLM adds the prompt's token if it is not among the k likeliest.
+Answers of the OpenAI-compatible server (`choices`) and of its batch runner (`response.body`) are
+read too; both hold the ids if asked with `return_token_ids`.
 
 Shape legend: S positions, N entries of all positions, likeliest first in each, K kept tokens.
 """
