@@ -210,7 +210,9 @@ def compare_rows(
     statistics = []
     shared = set.intersection(*(set(example.cached.temperatures) for example in examples))
     for temperature in sorted(shared, key=examples[0].cached.temperatures.index):
-        cached, control, rounding = [], [], []
+        cached = []
+        control = []
+        rounding = []
         for example in examples:
             p, q, r = example.at(temperature)
             cached.append(divergence(p, q))

@@ -1,8 +1,7 @@
 """Compare cached rows with their teacher: `logit_cache verify --against`.
 
-The teacher scores a sample of rows twice. The second pass is a control: it scores each example
-alone and padded, with other rounding errors. A row is wrong if it differs from the teacher by much
-more than the control does, and by more than its encoding explains.
+The teacher scores a sample of rows twice, the second time as a control: each example alone and
+padded, with other rounding errors. `compare_rows` decides which rows are wrong.
 
 Shape legend: P compared positions of an example, K kept ids, M tail samples.
 """
@@ -150,8 +149,7 @@ def with_targets_only(row: CachedExample) -> CachedExample:
     is_filler_P = (ids_PK == np.arange(ids_PK.shape[1])).all(axis=1)
     is_filler_P &= (teacher.topk_logits_PK == 0).all(axis=1)
     is_filler_P &= row.example.loss_mask_S[teacher.positions_P] == 0
-    targets = teacher.at((ids_PK[:, 0] >= 0) & ~is_filler_P)
-    return CachedExample(row.example, targets)
+    return CachedExample(row.example, teacher.at((ids_PK[:, 0] >= 0) & ~is_filler_P))
 
 
 def rescoring_config(
@@ -335,8 +333,7 @@ def compare(
             for found in passes
         ]
         comparisons.append(Comparison(row.example.index, where, row.teacher, *by_teacher))
-    has_experts = bool(run.pretrained.architecture.num_moe_experts)
-    factor = FACTOR_OF_EXPERTS if has_experts else FACTOR
+    factor = FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
     statistics = compare_rows(comparisons, sample.error_bound(), dtype, factor)
     wrong = find_wrong(comparisons, statistics)
     right = [one for number, one in enumerate(comparisons) if number not in wrong]
