@@ -95,7 +95,7 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
     with pytest.raises(CacheError, match="is the source; give another target"):
         convert(source, source.path, ALL)
     with pytest.raises(
-        CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which tell"
+        CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which choose"
     ):
         convert(source, str(tmp_path / "e.zst"), ALL)
     with pytest.raises(CacheError, match="--top-k: -1 must be at least 1"):
@@ -263,7 +263,7 @@ def test_vllms_files_without_vocabulary_or_tokenizer(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     for more, message in (
         ([], "give --vocab-size"),
-        (["--vocab-size", "10"], "training cannot tell"),
+        (["--vocab-size", "10"], "training cannot check"),
     ):
         result = subprocess.run(
             [*line, *more],
