@@ -390,7 +390,7 @@ def test_impossible_plans_and_layouts_are_refused():
     ):
         ParallelConfig(tensor_model_parallel_size=3).data_parallel_size(4)
     with pytest.raises(ConfigError, match="exceeds the model's max_position_embeddings"):
-        sequence_length("key", 9, 8)
-    assert (sequence_length("key", None, 8), sequence_length("key", None, 10**6)) == (8, 4096)
+        sequence_length(9, 8)
+    assert (sequence_length(None, 8), sequence_length(None, 10**6)) == (8, 4096)
     assert [padded_vocab_size(157, 128, tp) for tp in (1, 2, 4)] == [256, 256, 256]
     assert padded_vocab_size(10, 4, 3) == 12
