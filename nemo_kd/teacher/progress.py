@@ -287,7 +287,7 @@ def _other_shards_work(job: Job, writer: CacheWriter) -> str:
         f"{len(incomplete)} of {len(job.chunks)} chunks ({names}) wait for other shards: "
         f"{others or 'being assembled'}. Shard {shard}/{num_shards} is done and on disk; the shard "
         "that ends last assembles the chunks. If one of them failed, run it again, or run the same "
-        "command with shard=0/1 once no shard runs"
+        "command with part=0/1 once no shard runs"
     )
 
 

@@ -79,16 +79,16 @@ def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(ranks, world, tmp_p
 
 def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks, world, tmp_path):
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "shard": "0/2"})[0]
+    error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"})[0]
     assert error == ""
     assert "2 of 2 chunks (0, 1) wait for other shards: 1/2 (4 segments)" in logged
     assert "Shard 0/2 is done and on disk" in logged
     assert "mass of the kept ids" not in printed  # no chunk is there to measure it on
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"
-    error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "shard": "0/2"}, removed)[0]
+    error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[0]
     assert "of whose work 2 segments are not there" in error
-    assert ranks(1).run(run, *world, output, {**CHUNKS, "shard": "1/2"})[0][0] == ""
+    assert ranks(1).run(run, *world, output, {**CHUNKS, "part": "1/2"})[0][0] == ""
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
     assert error == ""
     assert f"check: logit_cache verify {output}" in printed
@@ -111,7 +111,7 @@ def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(ranks, world,
     assert not (tmp_path / "c.jsonl").exists()
     whole = {"cache__segment_examples": 4}
     assert (
-        ranks(1).run(run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "shard": "0/2"})[0][0]
+        ranks(1).run(run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "part": "0/2"})[0][0]
         == ""
     )
     assert ranks(1).run(run, world[0], dataset, tmp_path / "e.jsonl", whole)[0][0] == ""

@@ -313,8 +313,8 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
             {"data__data__file_path": ["a.jsonl"]},
             "data.data.file_path: .* is neither a path nor {SPLIT: PATH",
         ),
-        ({"shard": "2/2"}, "shard: '2/2' is not i/n with i from 0 to n - 1"),
-        ({"shard": "1"}, "shard: '1' is not i/n"),
+        ({"part": "2/2"}, "part: '2/2' is not i/n with i from 0 to n - 1"),
+        ({"part": "1"}, "part: '1' is not i/n"),
         (
             {"data__data__file_path": {1: "a.jsonl"}},
             "data.data.file_path: .* is neither a path nor",
@@ -394,7 +394,7 @@ def test_an_array_that_is_no_range_is_refused(monkeypatch):
     for name, value in {"ID": 3, "MIN": 1, "MAX": 3, "COUNT": 2}.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", str(value))
     with pytest.raises(
-        UserInputError, match="shard: the Slurm array has 2 tasks that are no range"
+        UserInputError, match="part: the Slurm array has 2 tasks that are not a range"
     ):
         teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"))
     monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
