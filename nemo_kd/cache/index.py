@@ -192,7 +192,7 @@ class ChunkIndex:
             return None
         if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
             return None
-        places = np.frombuffer(raw, dtype="<i8", offset=_HEADER.size, count=num_places)
+        places = np.frombuffer(raw[_HEADER.size : end], dtype="<i8")
         starts = places[: facts.num_lines + 1]
         num_positions = places[facts.num_lines + 1 :]
         # A right checksum does not exclude places outside the file, which would ask for any amount
