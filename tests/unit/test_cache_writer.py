@@ -138,7 +138,7 @@ def test_several_ranks_killed_again_and_again_the_files_are_the_same(tmp_path):
         ):  # each time another number of ranks, each of which dies at its own instant
             num_ranks = dice.randint(1, 4)
             ranks = [
-                run_process(folder, name, rank, num_ranks, dice.randint(1, 30))
+                run_process(folder, name, rank, num_ranks, dice.randint(1, 18))
                 for rank in range(num_ranks)
             ]
             kills += sum(status == -signal.SIGKILL for status in statuses(ranks))
