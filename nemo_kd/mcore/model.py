@@ -103,28 +103,8 @@ def transformer_config(
         "apply_rope_fusion": False,
         "gradient_accumulation_fusion": False,
     }
-    if model.chunks_per_stage > 1:
-        fields |= {
-            "virtual_pipeline_model_parallel_size": model.chunks_per_stage,
-            # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
-            # without an error.
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    if architecture.num_moe_experts is not None:
-        fields |= {
-            "num_moe_experts": architecture.num_moe_experts,
-            "moe_router_topk": architecture.moe_router_topk,
-            "moe_ffn_hidden_size": architecture.ffn_hidden_size,
-            # A softmax over all experts gives weights that do not sum to 1; over the chosen ones it
-            # normalizes them.
-            "moe_router_pre_softmax": not architecture.moe_normalize_topk,
-            "moe_router_dtype": "fp32",
-            "moe_router_load_balancing_type": "none",
-            # Moves each token only to its experts; ranks may have different numbers of tokens.
-            "moe_token_dispatcher_type": "alltoall",
-            "moe_grouped_gemm": False,
-        }
+    fields |= _interleaving_fields(model.chunks_per_stage)
+    fields |= _expert_fields(architecture)
     if architecture.window_size is not None:
         # `window_size` counts the token itself; (left, right) of Megatron does not.
         fields["window_size"] = (architecture.window_size - 1, 0)
@@ -135,6 +115,36 @@ def transformer_config(
         if model.context_parallel_size > 1:
             fields["cp_comm_type"] = "all_gather"  # Transformer Engine's default refuses windows
     return TransformerConfig(**{**fields, **training})
+
+
+def _interleaving_fields(chunks_per_stage: int) -> dict[str, Any]:
+    if chunks_per_stage == 1:
+        return {}
+    return {
+        "virtual_pipeline_model_parallel_size": chunks_per_stage,
+        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
+        # without an error.
+        "overlap_p2p_comm": True,
+        "batch_p2p_comm": False,
+    }
+
+
+def _expert_fields(architecture: GPTArchitecture) -> dict[str, Any]:
+    if architecture.num_moe_experts is None:
+        return {}
+    return {
+        "num_moe_experts": architecture.num_moe_experts,
+        "moe_router_topk": architecture.moe_router_topk,
+        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+        # A softmax over all experts gives weights that do not sum to 1; over the chosen ones it
+        # normalizes them.
+        "moe_router_pre_softmax": not architecture.moe_normalize_topk,
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": "none",
+        # Moves each token only to its experts; ranks may have different numbers of tokens.
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": False,
+    }
 
 
 def build_chunks(

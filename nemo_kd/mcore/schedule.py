@@ -100,14 +100,11 @@ def forward_backward(
     the same ones, context-parallel ranks with their columns (`Batch.columns`). A batch moves to
     the model's device when its turn comes. Gradients are reduced over data- and context-parallel
     ranks and divided once by the global number of loss tokens, so they depend neither on the size
-    nor on the number of micro-batches.
-
-    Args:
-        model: result of `wrap_for_training`.
+    nor on the number of micro-batches. `model` is the result of `wrap_for_training`.
 
     Returns:
-        Sum of `loss_function`'s reports for this rank's columns (float64). None before the last
-        stage, and without any report.
+        Float64 sum of the reports for this rank's columns; None without any, as before the last
+        stage.
     """
     parts = chunks(model)
     gpt = unwrapped(parts[-1])
