@@ -16,7 +16,7 @@ from nemo_kd.config.model import length_multiple
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
-from nemo_kd.mcore import layers, schedule
+from nemo_kd.mcore import layers, model, schedule
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import (
@@ -240,7 +240,7 @@ def test_archives_load_in_stages(ranks, models, reference, tmp_path):
 
 def without_sequences(path: str) -> Rows:
     """Packed rows whose examples see those before them."""
-    with mock.patch.object(schedule, "_packed_seq_params", return_value=None):
+    with mock.patch.object(model, "_packed_seq_params", return_value=None):
         return run(path, {}, True)
 
 
