@@ -256,7 +256,7 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
         optimizer.zero_grad()
         sums = torch.zeros(4)
         for index in order[step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE].tolist():
-            sums = sums + example_sums(model, everywhere(reader[index]))
+            sums = sums + example_sums(model, reader[index])
         (sums[0] / sums[3]).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -267,6 +267,7 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
 
 def example_sums(model, row) -> torch.Tensor:
     """(loss, KD, CE, loss tokens): KD is forward KL with a tail bucket; half of the cross-entropy counts."""
+    row = everywhere(row)
     logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
     ce = torch.nn.functional.cross_entropy(
         logits, torch.tensor(row.example.labels_S), reduction="none"
