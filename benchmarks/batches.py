@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.batches [--length 1024] [--examples 8] [--cache FOLDER]
 
-Reads rows of a synthetic packed cache (100 kept logits a position, prompts without) and collates them: time, bytes of
-all tensors of a batch, and what the process grows by. Then a small student trains on the same cache: the share of a step
-that waits for data, and the largest memory of the process (VmHWM). Each part runs in a process of its own.
+Reads rows of a synthetic packed cache (100 kept logits a position, prompts without) and collates
+them: time, bytes of all tensors of a batch, and what the process grows by. Then a small student
+trains on the same cache: the share of a step that waits for data, and the largest memory of the
+process (VmHWM). Each part runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ NUM_EXAMPLES = 64
 
 
 def write_cache(folder: Path, length: int) -> Path:
-    """Write rows whose first half is a prompt; the kept logits fall as those of a trained model do."""
+    """Write rows whose first half is a prompt."""
     from nemo_kd.batch import CachedExample, Example, TeacherRows
     from nemo_kd.cache.layout import CacheLayout
     from nemo_kd.cache.manifest import Manifest, codec_settings
@@ -47,11 +48,23 @@ def write_cache(folder: Path, length: int) -> Path:
 
     layout = CacheLayout(str(folder / "half_CHUNK_ID.jsonl"))
     manifest = Manifest(
-        codec=codec_settings(CacheConfig(min_probability=0)), top_k=TOP_K, vocab_size=VOCAB_SIZE,
-        tokenizer_size=VOCAB_SIZE, seq_length=length, teacher={"name": "synthetic"}, tokenizer="", chat_template=None,
-        dataset={"path": "synthetic", "fingerprint": "none", "start_from_idx": 0, "end_at_idx": NUM_EXAMPLES - 1},
-        n_examples_per_chunk=None, segment_examples=NUM_EXAMPLES,
-    )  # fmt: skip
+        codec=codec_settings(CacheConfig(min_probability=0)),
+        top_k=TOP_K,
+        vocab_size=VOCAB_SIZE,
+        tokenizer_size=VOCAB_SIZE,
+        seq_length=length,
+        teacher={"name": "synthetic"},
+        tokenizer="",
+        chat_template=None,
+        dataset={
+            "path": "synthetic",
+            "fingerprint": "none",
+            "start_from_idx": 0,
+            "end_at_idx": NUM_EXAMPLES - 1,
+        },
+        n_examples_per_chunk=None,
+        segment_examples=NUM_EXAMPLES,
+    )
     writer = CacheWriter(layout, manifest, [range(NUM_EXAMPLES)])
     sink = SegmentWriter(layout, manifest, (0, range(NUM_EXAMPLES)), {})
     for index in range(NUM_EXAMPLES):
@@ -88,7 +101,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 
 def read_and_collate(connection: Any, cache: Path, num_examples: int) -> None:
-    """Send milliseconds to read and to collate a batch, its bytes, and the growth of the process while it lives."""
+    """Send the time to read and collate a batch, its bytes and the growth of the process."""
     reader = CacheReader(str(cache))
     collate([reader[0]], 0)
     before = status_bytes("VmRSS")
@@ -112,7 +125,7 @@ def read_and_collate(connection: Any, cache: Path, num_examples: int) -> None:
 
 
 def train(connection: Any, cache: Path, num_examples: int) -> None:
-    """Send the median share of waiting of a training step, its time, and the largest memory of the process."""
+    """Send the median wait and time of a training step, and the largest memory."""
     from nemo_kd.student.module import train_student
     from tests.tiny_data import student_config
     from tests.tiny_models import build_hf_model
@@ -123,19 +136,25 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
     build_hf_model("llama2", VOCAB_SIZE, max_position_embeddings=8192).save_pretrained(student)
     train_tokenizer(1024).save_pretrained(student)
     keys = {
-        "micro_batch_size": num_examples, "global_batch_size": num_examples, "data__seq_length": 8192,
-        "data__packing": False, "data__data_impl": "chunked_jsonl",
-    }  # fmt: skip
+        "micro_batch_size": num_examples,
+        "global_batch_size": num_examples,
+        "data__seq_length": 8192,
+        "data__packing": False,
+        "data__data_impl": "chunked_jsonl",
+    }
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         train_student(
             student_config(
-                student, cache, cache, folder / "run",
+                student,
+                cache,
+                cache,
+                folder / "run",
                 **{f"model__{key}": value for key, value in keys.items()},
                 trainer__knowledge_distillation__max_steps=8,
                 trainer__knowledge_distillation__limit_val_batches=0,
                 exp_manager__create_checkpoint_callback=False,
             )
-        )  # fmt: skip
+        )
     lines = (folder / "run" / "metrics" / "metrics.jsonl").read_text().splitlines()
     steps = [row for row in map(json.loads, lines) if "perf/step_time_s" in row][1:]
     connection.send(
@@ -176,7 +195,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_cache(folder, options.length)
     print(
-        f"{date.today()}, {machine()}, torch {torch.__version__}: {options.examples} examples of {options.length}\n"
+        f"{date.today()}, {machine()}, torch {torch.__version__}: {options.examples} examples of "
+        f"{options.length}\n"
     )
     found = in_a_process(read_and_collate, cache, options.examples)
     found |= in_a_process(train, cache, options.examples)

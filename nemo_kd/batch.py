@@ -1,8 +1,8 @@
 """Containers of examples, teacher targets and batches. Read this file first.
 
-Shape legend: B examples, S positions, N positions in the loss, P positions with teacher targets, K kept teacher logits,
-T temperatures, M tail samples. Labels are shifted by one: position s of labels, loss mask and teacher targets belongs to
-the logits that `tokens[:s + 1]` produce.
+Shape legend: B examples, S positions, N positions in the loss, P positions with teacher targets, K
+kept teacher logits, T temperatures, M tail samples. Labels are shifted by one: position s of
+labels, loss mask and teacher targets belongs to the logits that `tokens[:s + 1]` produce.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Example:
 
     @property
     def num_tokens(self) -> int:
-        """Positions of the example, prompt included."""
+        """Number of positions, prompt included."""
         return len(self.tokens_S)
 
     @property
     def num_loss_tokens(self) -> int:
-        """Positions whose label counts in the loss."""
+        """Number of positions whose label counts in the loss."""
         return int(np.count_nonzero(self.loss_mask_S))
 
 
 SMALLEST_SAMPLED_TAIL = 2.0**-11
-"""Below this tail mass t, tail samples are kept with probability t / SMALLEST_SAMPLED_TAIL and stand for this mass:
-unbiased, and most positions of a certain teacher cost nothing."""
+"""Below this tail mass t, tail samples are kept with probability t / SMALLEST_SAMPLED_TAIL and
+stand for this mass: unbiased, and most positions of a certain teacher cost nothing."""
 
 
 ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
@@ -58,22 +58,25 @@ ArrayT = TypeVar("ArrayT", np.ndarray, torch.Tensor)
 class TeacherRows(Generic[ArrayT]):
     """Teacher targets: the largest logits of each of P positions, and the probability outside them.
 
-    Numpy arrays for one example, tensors for a batch. Prompts and padding mostly have no targets and no row here.
-    Logits are shifted: the largest of a position is 0, and the log-sum-exp is that of the shifted logits over the
-    whole real vocabulary, so `topk_logits - log_sum_exp_logits` are log-probabilities in nats. A position that keeps
-    fewer than K logits has logit -inf and id -1 in its last entries; a row without any entry is no target.
+    Numpy arrays for one example, tensors for a batch. Prompts and padding mostly have no targets
+    and no row here. Logits are shifted: the largest of a position is 0, and the log-sum-exp is that
+    of the shifted logits over the whole real vocabulary, so `topk_logits - log_sum_exp_logits` are
+    log-probabilities in nats. A position that keeps fewer than K logits has logit -inf and id -1 in
+    its last entries; a row without any entry is no target.
 
     Attributes:
         positions_P: int64, ascending: positions of the example, in a batch b * S + s.
         topk_logits_PK: float32, all <= 0, descending.
         topk_token_ids_PK: integer, distinct within a position.
         log_sum_exp_logits_P: float32, >= 0.
-        tail_mass_PT: float32, probability outside the kept ids at each of `temperatures`: the tail of
-            softmax(logits / T).
+        tail_mass_PT: float32, probability outside the kept ids at each of `temperatures`: the tail
+            of softmax(logits / T).
         temperatures: the first is 1.
-        label_logprobs_P: float32, log-probability of the label in nats at temperature 1; None if not stored.
-        tail_token_ids_PM: integer, M ids drawn from the teacher's distribution outside the kept ids, -1 where none
-            were kept; None without tail samples. Each stands for `max(tail_mass_PT[:, 0], SMALLEST_SAMPLED_TAIL) / M`.
+        label_logprobs_P: float32, log-probability of the label in nats at temperature 1; None if
+            not stored.
+        tail_token_ids_PM: integer, M ids drawn from the teacher's distribution outside the kept
+            ids, -1 where none were kept; None without tail samples. Each stands for
+            `max(tail_mass_PT[:, 0], SMALLEST_SAMPLED_TAIL) / M`.
     """
 
     positions_P: ArrayT
@@ -103,7 +106,7 @@ class TeacherRows(Generic[ArrayT]):
 
 @dataclass(frozen=True)
 class CachedExample:
-    """An example with its teacher targets, which cover at least the positions whose label counts in the loss."""
+    """An example with teacher targets, at least of all its positions in the loss."""
 
     example: Example
     teacher: TeacherRows[np.ndarray]
@@ -118,25 +121,28 @@ class CachedExample:
 class Batch:
     """Examples as tensors: one micro-batch, or one data-parallel rank's part of a global batch.
 
-    One example a row, padded on the right, so causal attention needs no mask; or packed: a single row of examples end
-    to end, each with its own positions and attention. Padded positions and filler rows have loss mask 0.
+    One example a row, padded on the right, so causal attention needs no mask; or packed: a single
+    row of examples end to end, each with its own positions and attention. Padded positions and
+    filler rows have loss mask 0.
 
-    A custom loss also finds the teacher's fields at every position: `topk_logits_BSK` and the other properties whose
-    names end in BS, BSK, BSM and BST. They are built on first use and hold an unused entry where there is no target.
+    A custom loss also finds the teacher's fields at every position: `topk_logits_BSK` and the other
+    properties whose names end in BS, BSK, BSM and BST. They are built on first use and hold an
+    unused entry where there is no target.
 
     Attributes:
-        indices_B: int64, dataset index of each row, or of each packed example; -1 marks a filler row.
+        indices_B: int64, dataset index of each row, or of each packed example; -1 marks a filler
+            row.
         sources_B: int64, `Example.source` of the same; 0 for filler.
         lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
-        teacher: targets of the positions in `loss_positions_N`, in this order; with `every_target` of `collate` of all
-            positions that have any. None without a cache.
-        cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU. One entry more than
-            examples, or two more: positions that fill the row up are a sequence at its end, without an index. None: one
-            example a row.
-        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found on the CPU when the batch is
-            made: on a GPU this would wait for the device.
+        teacher: targets of the positions in `loss_positions_N`, in this order; with `every_target`
+            of `collate` of all positions that have any. None without a cache.
+        cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU.
+            One entry more than examples, or two more: positions that fill the row up are a sequence
+            at its end, without an index. None: one example a row.
+        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found on the
+            CPU when the batch is made: on a GPU this would wait for the device.
     """
 
     indices_B: torch.Tensor
@@ -160,7 +166,7 @@ class Batch:
         return int((self.indices_B >= 0).sum())
 
     def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
-        """Return the source of the example at each position b * S + s; none may be a packed row's filler."""
+        """Return the source of the example at each position b * S + s, not of filler."""
         if self.cu_seqlens is None:
             return self.sources_B[positions_N // self.tokens_BS.shape[1]]
         starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
@@ -171,7 +177,7 @@ class Batch:
         return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Batch:
-        """Copy the batch into page-locked memory, from which a GPU fetches while the CPU works on."""
+        """Copy the batch into page-locked memory, which a GPU reads asynchronously."""
         return self._map(torch.Tensor.pin_memory)
 
     def columns(self, columns_s: torch.Tensor) -> Batch:

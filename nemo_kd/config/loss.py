@@ -1,4 +1,4 @@
-"""Loss of the student, `model.knowledge_distillation`. This module alone decides which settings go together."""
+"""Loss of the student. This module alone decides which settings go together."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Divergence:
     """The KD term at one position.
 
     Attributes:
-        objective: one of `DIVERGENCES`, or of `LABEL_ESTIMATORS`, which have no support and no scale.
+        objective: one of `DIVERGENCES`, or of `LABEL_ESTIMATORS`, which have no support and no
+            scale.
         support: one of `SUPPORTS`.
         student_scale, teacher_scale: multiply the logits of the divergence, 1 / temperature.
         factor: multiplies the value.
@@ -83,11 +84,11 @@ class Divergence:
         return (1.0, self.student_scale) if sums_tail else (1.0,)
 
     def tail_column(self, teacher: TeacherRows[Any]) -> int | None:
-        """Return the column of `tail_mass_PT` at the teacher's temperature; None if there is none."""
+        """Return the column of `tail_mass_PT` at the teacher's temperature, if there is one."""
         return temperature_index(teacher.temperatures, 1 / self.teacher_scale)
 
     def missing(self, teacher: TeacherRows[Any]) -> list[str]:
-        """List the needed fields that `teacher` lacks, with `tail_mass_PT` for one at another temperature."""
+        """List the needed fields that `teacher` lacks; a tail at other temperatures is missing."""
         return [
             name
             for name in self.needs
@@ -98,7 +99,7 @@ class Divergence:
 
 @dataclass
 class LossConfig(Section):
-    """`model.knowledge_distillation`: loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
+    """loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
 
     KEY: ClassVar[str] = KEY
 
@@ -109,20 +110,21 @@ class LossConfig(Section):
     temperature: float | None = bounded(None, above=0, below=math.inf)
     """Divides both models' logits in the KD term; instead of the two scales."""
     multiply_by_squared_temperature: bool = False
-    """Multiplies the KD term by temperature^2, which keeps its gradient's size (Hinton et al. 2015)."""
+    """Multiplies the KD term by temperature^2, which keeps its gradient's size (Hinton 2015)."""
     kd_loss_weight: float = bounded(1.0, at_least=0, below=math.inf)
     """Weight of the KD term; 0 trains plain SFT."""
     sft_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
     """Weight of the cross-entropy with the labels."""
     kd_loss: str = choice("forward_kl", (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES))
-    """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher), jsd,
-    skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone k1, k2, k3, low_var_kl;
-    custom."""
+    """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher),
+    jsd, skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone
+    k1, k2, k3, low_var_kl; custom."""
     support: str = choice("tail", SUPPORTS)
-    """Tokens that the divergence compares. tail: the teacher's kept ids and one bucket for all others. renormalize:
-    the kept ids alone, both models renormalised over them (NeMo-Aligner, ROLL); the student's mass elsewhere has no
-    effect. truncate: the kept ids with their true probabilities, the teacher's others being 0. sampled: the kept ids
-    and the cache's tail samples, forward_kl only."""
+    """Tokens that the divergence compares. tail: the teacher's kept ids and one bucket for all
+    others. renormalize: the kept ids alone, both models renormalised over them (NeMo-Aligner,
+    ROLL); the student's mass elsewhere has no effect. truncate: the kept ids with their true
+    probabilities, the teacher's others being 0. sampled: the kept ids and the cache's tail samples,
+    forward_kl only."""
     jsd_beta: float = bounded(0.5, above=0, below=1)
     """jsd: the teacher's share of the mixture; at 0 and 1 it vanishes."""
     skew_lambda: float = bounded(0.1, above=0, below=1)
@@ -130,8 +132,8 @@ class LossConfig(Section):
     adaptive_kl_alpha: float = bounded(0.5, at_least=0, at_most=1)
     """adaptive_kl: teacher's probability that makes up the tail, from the least likely token on."""
     custom_loss: str | None = None
-    """kd_loss=custom: import path of a function, package.module.function, also of a file in the current folder
-    (examples/custom_loss.py explains)."""
+    """kd_loss=custom: import path of a function, package.module.function, also of a file in the
+    current folder (examples/custom_loss.py explains)."""
     custom_args: dict[str, Any] = field(default_factory=dict)
     """kd_loss=custom: keyword arguments of the function."""
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
@@ -190,13 +192,15 @@ class LossConfig(Section):
         temperature = 1 / divergence.teacher_scale
         held = ", ".join(f"{value:g}" for value in teacher.temperatures)
         advice = {
-            "label_logprobs_P": f"{KEY}.kd_loss: {self.kd_loss} needs the teacher's log-probability of the labels, which "
-            "the cache lacks; compute it with stage 1 of nemo_kd, or use another kd_loss",
-            "tail_mass_PT": f"{KEY}: kd_loss={self.kd_loss} with support={self.support} at temperature {temperature:g} "
-            f"needs the teacher's mass outside the kept ids at that temperature, the cache has it at {held}; compute the "
-            f"cache with cache.temperatures=[{temperature:g}], or use support=renormalize",
-            "tail_token_ids_PM": f"{KEY}.support: sampled needs tail samples, which the cache lacks; compute it with "
-            "cache.tail_samples=4, or use support=tail",
+            "label_logprobs_P": f"{KEY}.kd_loss: {self.kd_loss} needs the teacher's "
+            "log-probability of the labels, which the cache lacks; compute it with stage 1 of "
+            "nemo_kd, or use another kd_loss",
+            "tail_mass_PT": f"{KEY}: kd_loss={self.kd_loss} with support={self.support} at "
+            f"temperature {temperature:g} needs the teacher's mass outside the kept ids at that "
+            f"temperature, the cache has it at {held}; compute the cache with "
+            f"cache.temperatures=[{temperature:g}], or use support=renormalize",
+            "tail_token_ids_PM": f"{KEY}.support: sampled needs tail samples, which the cache "
+            "lacks; compute it with cache.tail_samples=4, or use support=tail",
         }
         return [advice[name] for name in divergence.missing(teacher)]
 
@@ -229,14 +233,14 @@ class LossConfig(Section):
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
             raise self.error(
                 "support",
-                f"truncate makes {self.kd_loss} infinite, for the student has mass where the teacher "
-                "would have none; use tail",
+                f"truncate makes {self.kd_loss} infinite, for the student has mass where the "
+                "teacher would have none; use tail",
             )
         if self.support == "sampled" and self.objective != "forward_kl":
             raise self.error(
                 "support",
-                f"sampled works with forward_kl only, not {self.kd_loss}: the others need the teacher's "
-                "probability of every sample, which a cache does not hold; use tail",
+                f"sampled works with forward_kl only, not {self.kd_loss}: the others need the "
+                "teacher's probability of every sample, which a cache does not hold; use tail",
             )
 
     def _check_scales(self) -> None:
@@ -262,12 +266,13 @@ class LossConfig(Section):
             )
         if self.support == "sampled":
             raise ConfigError(
-                f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 only"
+                f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 "
+                "only"
             )
 
 
 def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
-    """Return the place of a temperature, None if it is absent; one cache format rounds temperatures to float32."""
+    """Return the place of a temperature, if present; one cache format rounds to float32."""
     matches = (
         place
         for place, temperature in enumerate(temperatures)

@@ -1,4 +1,4 @@
-"""Which examples are computed together."""
+"""Groups of examples that are computed together."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ def form_batches(
 ) -> list[list[int]]:
     """Positions in `lengths` grouped into batches, every one once, long examples first.
 
-    A batch holds at most `max_examples` examples and `max_tokens` tokens, padding included; an example longer than that
-    is alone. Packed examples lie end to end, so a batch is filled with whatever fits (first-fit decreasing, Johnson
-    1974); padded ones take the room of the longest each, so neighbours in length go together, and under a budget of
-    tokens only such as leave less than `MAX_PADDING` of it empty. The result depends on the lengths alone.
+    A batch holds at most `max_examples` examples and `max_tokens` tokens, padding included; an
+    example longer than that is alone. Packed examples lie end to end, so a batch is filled with
+    whatever fits (first-fit decreasing, Johnson 1974); padded ones take the room of the longest
+    each, so neighbours in length go together, and under a budget of tokens only such as leave less
+    than `MAX_PADDING` of it empty. The result depends on the lengths alone.
     """
     by_length = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     batches: list[list[int]] = []
     sums: list[int] = []  # of every batch's lengths
     for position in by_length:
         for number in range(len(batches)) if packed else range(len(batches))[-1:]:
-            batch, tokens = batches[number], sums[number] + lengths[position]
-            longest, size = lengths[batch[0]], len(batch) + 1
+            batch = batches[number]
+            tokens = sums[number] + lengths[position]
+            longest = lengths[batch[0]]
+            size = len(batch) + 1
             room = tokens if packed else size * -(-longest // multiple_of) * multiple_of
             is_dense = packed or tokens > (1 - MAX_PADDING) * size * longest
             fits = max_tokens is None or (room <= max_tokens and is_dense)
@@ -44,13 +47,15 @@ def form_batches(
 
 @dataclass(frozen=True)
 class MicroBatching:
-    """How a global batch is cut into micro-batches, and which of them this data-parallel rank computes.
+    """Cut of a global batch into micro-batches, and this data-parallel rank's share of them.
 
-    Every rank gets equally many, some of which may be empty: they run one step of the pipeline together.
+    Every rank gets equally many, some of which may be empty: they run one step of the pipeline
+        together.
 
     Attributes:
         micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
-        max_tokens: most tokens of a micro-batch, padding included, but for a longer example, which is alone.
+        max_tokens: most tokens of a micro-batch, padding included, but for a longer example, which
+            is alone.
         packed, multiple_of: as `form_batches`.
     """
 
@@ -85,7 +90,7 @@ class MicroBatching:
 def _whole_rounds(
     batches: list[list[int]], lengths: Sequence[int], num_ranks: int
 ) -> list[list[int]]:
-    """The batches, largest first, made a multiple of `num_ranks` by halving the largest, or empty ones if none can be."""
+    """Halve the largest batches, or add empty ones, up to a multiple of `num_ranks`."""
 
     def tokens(batch: list[int]) -> int:
         return sum(lengths[place] for place in batch)

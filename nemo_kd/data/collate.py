@@ -22,7 +22,8 @@ def collate(
     Padding has loss mask 0, and `pad_id` as token and label.
 
     Args:
-        rows: all with a teacher, or all without; None is a filler row: index -1, nothing in the loss.
+        rows: all with a teacher, or all without; None is a filler row: index -1, nothing in the
+            loss.
         every_target: keep teacher targets outside the loss, too; only custom losses can use them.
     """
     lengths = [0 if row is None else _example(row).num_tokens for row in rows]
@@ -35,10 +36,12 @@ def collate(
 def pack(
     rows: Sequence[Row], pad_id: int, multiple_of: int = 1, every_target: bool = False
 ) -> Batch:
-    """Put examples end to end in one row [1, S], filled up to a multiple of `multiple_of`; for the rest see `collate`.
+    """Put examples end to end in one row [1, S], filled up to a multiple of `multiple_of`; for the
+    rest see `collate`.
 
-    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more sequence at the end; it
-    has no entry in `indices_B`. Without examples the row holds nothing but filler.
+    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more
+    sequence at the end; it has no entry in `indices_B`. Without examples the row holds nothing but
+    filler.
     """
     examples = [row for row in rows if row is not None]
     lengths = [_example(row).num_tokens for row in examples]
@@ -60,7 +63,8 @@ def micro_batches(
     """Make a batch of each list of rows; an empty list becomes filler, because ranks step together.
 
     Args:
-        columns: return the positions to keep of batches of a length: those of a context-parallel rank.
+        columns: return the positions to keep of batches of a length: those of a context-parallel
+            rank.
     """
     together = [
         pack(part, pad_id, multiple_of, every_target)
@@ -85,7 +89,7 @@ def _filled(
     every_target: bool,
     cu_seqlens: torch.Tensor | None = None,
 ) -> Batch:
-    """Put every row at its start, counted over all positions of the batch, and padding elsewhere."""
+    """Put every row at its start among all positions, and padding elsewhere."""
     num_positions = position_ids_BS.numel()
     tokens_A = np.full(num_positions, pad_id, dtype=np.int64)
     labels_A = tokens_A.copy()
@@ -110,8 +114,8 @@ def _filled(
             in_loss = row.loss_rows()
             if len(in_loss) < example.num_loss_tokens:
                 raise ValueError(
-                    f"example {example.index}: only {len(in_loss)} of its {example.num_loss_tokens} positions in the "
-                    "loss have teacher targets"
+                    f"example {example.index}: only {len(in_loss)} of its "
+                    f"{example.num_loss_tokens} positions in the loss have teacher targets"
                 )
             targets.append(row.teacher if every_target else in_loss)
             positions.append(start + targets[-1].positions_P)
@@ -137,8 +141,8 @@ def _filled(
 def _joined(
     targets: Sequence[TeacherRows[np.ndarray]], positions: Sequence[np.ndarray]
 ) -> TeacherRows[torch.Tensor]:
-    """Join the targets of examples, which may keep different numbers of logits. Of a blend of caches the batch has
-    the fields and temperatures that all of them have."""
+    """Join the targets of examples, which may keep different numbers of logits. Of a blend of
+    caches the batch has the fields and temperatures that all of them have."""
 
     def joined(parts: Sequence[np.ndarray], dtype: type) -> torch.Tensor:
         return torch.from_numpy(np.concatenate(parts, dtype=dtype, casting="same_kind"))

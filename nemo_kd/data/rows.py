@@ -27,20 +27,21 @@ class Rows(Protocol):
         """Prepare to read these examples next."""
 
     def source_chunks(self) -> list[list[int]]:
-        """Return the number of rows of every chunk, one list per source, in the order of the positions."""
+        """Return the rows of every chunk, a list per source, in the order of positions."""
 
     def description(self) -> dict[str, Any]:
-        """Return `paths`, `fingerprint` of the content, and `caches`: the origin that their manifests state."""
+        """Return `paths`, `fingerprint` of the content, and the origin of `caches`."""
 
 
 Share = Callable[[Sequence[int], Callable[[int], int]], list[list[int]]]
-"""(positions of a global batch, number of tokens of a position) -> positions of this rank's micro-batches."""
+"""(positions of a global batch, length of a position) -> positions of this rank's batches."""
 
 
 class MicroBatchRows(Dataset[Row]):
     """Rows of this rank's micro-batches, requested by all positions of a global batch.
 
-    Loader workers share out the positions and read the rows: they have the indexes with the lengths of examples.
+    Loader workers share out the positions and read the rows: they have the indexes with the lengths
+        of examples.
     """
 
     def __init__(self, rows: Rows, share: Share) -> None:
@@ -51,7 +52,7 @@ class MicroBatchRows(Dataset[Row]):
         return len(self.rows)
 
     def __getitems__(self, positions: list[int]) -> list[list[Row]]:
-        """Return a list of rows per micro-batch; storage may fetch all of them while the first are decoded."""
+        """Return rows per micro-batch; storage may fetch all while the first are decoded."""
         micro_batches = self.share(positions, self.rows.num_tokens)
         self.rows.will_read([position for batch in micro_batches for position in batch])
         return [[self.rows[position] for position in batch] for batch in micro_batches]

@@ -1,7 +1,8 @@
 """Distance between student and teacher at each position, whatever loss trains the student.
 
-At temperature 1, over the teacher's kept ids and one bucket for all others. So every figure is a cheap lower bound: the
-divergence between buckets is at most the one over the whole vocabulary, and so are both entropies.
+At temperature 1, over the teacher's kept ids and one bucket for all others. So every figure is a
+cheap lower bound: the divergence between buckets is at most the one over the whole vocabulary, and
+so are both entropies.
 
 Shape legend: N positions, E entries (kept ids and the bucket).
 """
@@ -25,12 +26,12 @@ COMPARED = (
     "teacher_entropy",
     "student_entropy",
 )
-"""Probability of the kept ids under the teacher and under the student; 1 where both rank the same token first;
-KL(teacher || student) and entropies in nats."""
+"""Probability of the kept ids under the teacher and under the student; 1 where both rank the same
+token first; KL(teacher || student) and entropies in nats."""
 
 
 def compare(student: StudentLogits, teacher: TeacherRows[Tensor], vocab_size: int) -> Tensor:
-    """Return [N, 1 + len(COMPARED)]: 1 and the values of `COMPARED`; all 0 for a row without kept ids."""
+    """Return [N, 1 + len(COMPARED)]: 1 and `COMPARED`; all 0 for a row without kept ids."""
     assert student.kept_NK is not None
     num_used_N = (teacher.topk_token_ids_PK >= 0).sum(dim=-1)
     known_N = num_used_N > 0

@@ -1,15 +1,19 @@
-"""Cross-entropy and distillation losses of vocabulary-parallel logits, in two passes over the vocabulary.
+"""Cross-entropy and distillation losses of vocabulary-parallel logits, in two passes over the
+vocabulary.
 
-The student q = softmax(a z) and the teacher p = softmax(b t) are compared on the teacher's kept ids S and, depending on
+The student q = softmax(a z) and the teacher p = softmax(b t) are compared on the teacher's kept ids
+S and, depending on
 the support, on what lies outside them:
 
     renormalize  both renormalised over S; blind to student mass outside
     tail         S and one bucket for all other ids
     truncate     S, where p is not renormalised, and p = 0 for all other ids
-    sampled      S, and tail samples that stand for all other ids: forward KL over the whole vocabulary, unbiased
+    sampled      S, and tail samples that stand for all other ids: forward KL over the whole
+        vocabulary, unbiased
 
-a = `student_scale` and b = `teacher_scale` are inverse temperatures and touch nothing else: cross-entropy runs over the
-whole real vocabulary and is never scaled. docs/losses.md has the formulas.
+a = `student_scale` and b = `teacher_scale` are inverse temperatures and touch nothing else:
+cross-entropy runs over the whole real vocabulary and is never scaled. docs/losses.md has the
+formulas.
 
 Shape legend: N positions, v this rank's vocabulary columns.
 """
@@ -41,24 +45,29 @@ def distillation_loss(
     group: ProcessGroup | None = None,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """Return sft_loss_weight * CE + kd_loss_weight * KD over the loss tokens of a batch, differentiable in the logits.
+    """Return sft_loss_weight * CE + kd_loss_weight * KD over the loss tokens of a batch,
+    differentiable in the logits.
 
-    For a training loop of your own on rows of a cache. In one process, from logits [B, S, V] of any model:
+    For a training loop of your own on rows of a cache. In one process, from logits [B, S, V] of any
+    model:
 
         reader = CacheReader("cache/train_CHUNK_ID.jsonl.zst")
         batch = collate([reader[0], reader[1]], pad_id=0)
         loss = distillation_loss(model(batch.tokens_BS).logits, batch, LossConfig(temperature=2.0))
 
-    The batch is padded on the right, so causal attention needs no mask. Sums run in float32, or float64 for float64
-    logits. Memory beyond the logits: a copy of the rows in the loss, which becomes their gradient.
+    The batch is padded on the right, so causal attention needs no mask. Sums run in float32, or
+    float64 for float64 logits. Memory beyond the logits: a copy of the rows in the loss, which
+    becomes their gradient.
 
     Args:
-        logits_BSv: the student's logits; with `group` this rank's columns, equally many on every rank.
+        logits_BSv: the student's logits; with `group` this rank's columns, equally many on every
+            rank.
         batch: made by `collate` or `pack`, on the logits' device.
         config: the loss, without a custom function; defaults as in `model.knowledge_distillation`.
         vocab_size: columns that are tokens; the others are padding. None: all of them.
         group: ranks among which the vocabulary is split; None for one process.
-        reduction: mean over the loss tokens of this batch, or sum, to divide once by the tokens of several batches.
+        reduction: mean over the loss tokens of this batch, or sum, to divide once by the tokens of
+            several batches.
 
     Raises:
         ValueError: the loss is custom, or needs a field that the batch's teacher rows lack.
@@ -150,19 +159,20 @@ class DistillationLoss:
     ) -> TokenLosses:
         """Return the losses of every position, the same on every rank of the shard's group.
 
-        Two all-reduces forward ([N], and [N, K + 2] or a little more), none backward. Sums run in float32 (float64 for
-        float64 logits). The gradient takes the logits' place in memory, unless they are a leaf of autograd's graph; on
-        padding columns it is 0.
+        Two all-reduces forward ([N], and [N, K + 2] or a little more), none backward. Sums run in
+        float32 (float64 for float64 logits). The gradient takes the logits' place in memory, unless
+        they are a leaf of autograd's graph; on padding columns it is 0.
 
         Args:
             logits_Nv: this rank's columns of the student's logits.
             labels_N: ids below the real vocabulary.
-            teacher: targets of the same N positions; a row without any kept id has divergence 0. None: cross-entropy
-                alone.
+            teacher: targets of the same N positions; a row without any kept id has divergence 0.
+                None: cross-entropy alone.
 
         Raises:
-            ValueError: an id is not a token or kept twice (checked on the CPU only; a cache never holds such rows),
-                the divergence needs a field that `teacher` lacks, or numbers of rows differ.
+            ValueError: an id is not a token or kept twice (checked on the CPU only; a cache never
+                holds such rows), the divergence needs a field that `teacher` lacks, or numbers of
+                rows differ.
         """
         teacher = self.checked(len(logits_Nv), labels_N, teacher, shard)
         return TokenLosses(*_OnLogits.apply(logits_Nv, labels_N, teacher, shard, self))
@@ -220,7 +230,8 @@ class DistillationLoss:
         teacher: TeacherRows[Tensor] | None,
         shard: VocabShard,
     ) -> tuple[TokenLosses, Slopes]:
-        """Return the losses and the inputs of `write_gradient`, outside autograd; `teacher` is `checked`."""
+        """Return the losses and inputs of `write_gradient`, outside autograd, for a `checked`
+        teacher."""
         ids = TokenIds(labels_N)
         if teacher is not None and self._reads_kept_ids:
             samples_NM = teacher.tail_token_ids_PM if self._is_sampled else None
@@ -254,7 +265,8 @@ class DistillationLoss:
         d_losses: Sequence[Tensor],
         shard: VocabShard,
     ) -> None:
-        """Fill `out_Nv`, which may be the logits, with the gradient; `d_losses` are derivatives by CE and divergence, [N]."""
+        """Fill `out_Nv`, maybe the logits, with the gradient; `d_losses`: by CE and divergence,
+        [N]."""
         losses = list(zip(d_losses, slopes.of_losses, strict=False))
         write_gradient(logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile)
 

@@ -1,7 +1,9 @@
-"""Output projection, losses and both gradients block by block: logits of all positions never exist at once.
+"""Output projection, losses and both gradients block by block: logits of all positions never exist
+at once.
 
-The gradients are made in the forward pass, while a block's logits are there (Liger-Kernel, Hsu et al. 2024, section 3.2); this
-needs the weights of the losses beforehand and saves a fourth matrix product. The block's logits become its gradient in place.
+The gradients are made in the forward pass, while a block's logits are there (Liger-Kernel, Hsu et
+al. 2024, section 3.2); this needs the weights of the losses beforehand and saves a fourth matrix
+product. The block's logits become its gradient in place.
 
 Shape legend: N positions, H hidden size, v this rank's vocabulary columns.
 """
@@ -32,15 +34,18 @@ def fused_linear_loss(
     kd_weight: float = 1.0,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Tensor, TokenLosses]:
-    """(ce_weight * CE + kd_weight * divergence summed over all positions, what is known of each outside autograd).
+    """(ce_weight * CE + kd_weight * divergence summed over all positions, what is known of each
+    outside autograd).
 
-    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH` is this rank's part, to be
-    summed over the ranks of the shard's group. That of the weight is summed in float32: where the weight has a `main_grad`,
-    as Megatron's have, right there and then, so whoever calls this with gradients on must go backward, once; else it is
+    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH`
+    is this rank's part, to be summed over the ranks of the shard's group. That of the weight is
+    summed in float32: where the weight has a `main_grad`, as Megatron's have, right there and then,
+        so whoever calls this with gradients on must go backward, once; else it is
     returned in the weight's dtype. A frozen weight's is not computed.
 
     Raises:
-        ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is differentiated but a multiple.
+        ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is
+            differentiated but a multiple.
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
     arguments = (
@@ -70,7 +75,8 @@ class _FusedLinear(torch.autograd.Function):
         block_rows: int,
         with_gradients: bool,
     ) -> tuple[Tensor | None, ...]:
-        num_rows, dtype = len(hidden_NH), reduction_dtype(hidden_NH)
+        num_rows = len(hidden_NH)
+        dtype = reduction_dtype(hidden_NH)
         of_blocks: list[TokenLosses] = []
         d_hidden_NH = d_weight_vH = None
         main_grad: Tensor | None = (
@@ -123,8 +129,9 @@ class _FusedLinear(torch.autograd.Function):
             return d_hidden_NH * d_total, d_weight_vH, *unused
         if d_total.device.type == "cpu" and d_total != 1:
             raise ValueError(
-                f"fused_linear_loss: its gradient by the weight is already in main_grad, but its sum enters the loss times "
-                f"{d_total.item():g}; scale ce_weight and kd_weight instead"
+                "fused_linear_loss: its gradient by the weight is already in main_grad, but its "
+                f"sum enters the loss times {d_total.item():g}; scale ce_weight and kd_weight "
+                "instead"
             )
         return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
 
@@ -132,9 +139,9 @@ class _FusedLinear(torch.autograd.Function):
 def _stand_in(weight_vH: Tensor) -> Tensor | None:
     """What autograd gets for the gradient that is in main_grad.
 
-    Where Megatron reduces gradients while others are still made, it starts when autograd has brought one to every
-    weight; it does not add it to main_grad where it is told so. A weight that is the embedding too
-    (`zero_out_wgrad`) gets one from there, which has to be added.
+    Where Megatron reduces gradients while others are still made, it starts when autograd has
+    brought one to every weight; it does not add it to main_grad where it is told so. A weight that
+    is the embedding too (`zero_out_wgrad`) gets one from there, which has to be added.
     """
     if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(
         weight_vH, "zero_out_wgrad", False

@@ -17,9 +17,11 @@ from nemo_kd.ops.vocab import VocabShard
 def log_probs_at(
     logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0
 ) -> Tensor:
-    """log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in nats, the same on every rank.
+    """log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in nats, the
+    same on every rank.
 
-    Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward, none backward.
+    Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward,
+    none backward.
     """
     log_probs_NJ: Tensor = _LogProbsAt.apply(logits_Nv, ids_NJ, shard, scale)
     return log_probs_NJ
@@ -30,14 +32,14 @@ class _LogProbsAt(torch.autograd.Function):
     def forward(
         ctx: Any, logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float
     ) -> Tensor:
-        ids, scales = (
-            TokenIds(torch.full_like(ids_NJ[:, 0], -1), samples_NM=ids_NJ),
-            (1.0, scale)[: 1 + (scale != 1)],
-        )
+        ids = TokenIds(torch.full_like(ids_NJ[:, 0], -1), samples_NM=ids_NJ)
+        scales = (1.0,) if scale == 1 else (1.0, scale)
         student = read_logits(logits_Nv, ids, scales, shard)
         assert student.samples_NM is not None
         ctx.save_for_backward(logits_Nv)
-        ctx.scales, ctx.student, ctx.shard = scales, student, shard
+        ctx.scales = scales
+        ctx.student = student
+        ctx.shard = shard
         return student.samples_NM * scale - student.log_tail_NS[:, -1:]
 
     @staticmethod

@@ -1,13 +1,18 @@
-"""What a student is pulled towards: divergences between two distributions, and estimators on the label alone.
+"""What a student is pulled towards: divergences between two distributions, and estimators on the
+label alone.
 
-A divergence D(p, q) of the teacher p and the student q is computed entry by entry; the entries are kept token ids and, where
-the support has one, a bucket for all others, which stands last. With u_i = dD/dq_i every gradient follows from one identity:
+A divergence D(p, q) of the teacher p and the student q is computed entry by entry; the entries are
+kept token ids and, where
+the support has one, a bucket for all others, which stands last. With u_i = dD/dq_i every gradient
+follows from one identity:
 
-    dD/dz_i = q_i u_i - q_i sum_j q_j u_j            z: the student's logits, the bucket's being its log-sum-exp
+    dD/dz_i = q_i u_i - q_i sum_j q_j u_j            z: the student's logits, the bucket's being its
+    log-sum-exp
 
-so an objective supplies its value and q_i u_i, in a form that stays finite where probabilities underflow. q sums to 1, so
-any constant may be added to u: it is chosen such that u = 0 where q = p, or rounding would outweigh the gradient of a
-student that is close to its teacher. Probabilities come as logarithms; log 0 = -inf, and 0 log 0 = 0.
+so an objective supplies its value and q_i u_i, in a form that stays finite where probabilities
+underflow. q sums to 1, so any constant may be added to u: it is chosen such that u = 0 where q = p,
+or rounding would outweigh the gradient of a student that is close to its teacher. Probabilities
+come as logarithms; log 0 = -inf, and 0 log 0 = 0.
 
 Shape legend: N positions, E entries.
 """
@@ -26,7 +31,7 @@ EPSILON = 1e-30
 
 
 class Terms(NamedTuple):
-    """Of a divergence: its terms, whose sum over the entries is its value, and q_i u_i. Both [N, E]."""
+    """Terms of a divergence, whose sum over the entries is its value, and q_i u_i: both [N, E]."""
 
     value_NE: Tensor
     q_u_NE: Tensor
@@ -40,7 +45,7 @@ class Entries(NamedTuple):
     p_NE: Tensor
     q_NE: Tensor
     has_bucket: bool
-    """Whether the last entry stands for every token that is not kept."""
+    """True if the last entry stands for every token that is not kept."""
 
     @classmethod
     def of(cls, log_p_NE: Tensor, log_q_NE: Tensor, has_bucket: bool) -> Entries:
@@ -70,7 +75,7 @@ def jsd(entries: Entries, beta: float) -> Terms:
 
 
 def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
-    """KL(p || m), m = skew p + (1 - skew) q: forward KL that stays finite where the student has no mass."""
+    """KL(p || m), m = skew p + (1 - skew) q: finite where the student has no mass."""
     p_NE, q_NE = entries.p_NE, entries.q_NE
     log_m_NE = _log_mix(skew, entries.log_p_NE, entries.log_q_NE)
     pull_NE = _weighted(p_NE, (entries.log_q_NE - log_m_NE).exp())
@@ -79,7 +84,7 @@ def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
 
 
 def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
-    """KL(q || m), m = (1 - skew) p + skew q: reverse KL that stays finite where the teacher has no mass."""
+    """KL(q || m), m = (1 - skew) p + skew q: finite where the teacher has no mass."""
     q_NE = entries.q_NE
     log_ratio_NE = entries.log_q_NE - _log_mix(skew, entries.log_q_NE, entries.log_p_NE)
     value_NE = _weighted(q_NE, log_ratio_NE)
@@ -94,10 +99,12 @@ def tvd(entries: Entries) -> Terms:
 
 
 def adaptive_kl(entries: Entries, alpha: float) -> Terms:
-    """w KL(p || q) + (1 - w) KL(q || p), w the share of |p - q| that lies in the teacher's head; w counts as a constant.
+    """w KL(p || q) + (1 - w) KL(q || p), w the share of |p - q| that lies in the teacher's head; w
+    counts as a constant.
 
-    The tail is the least likely entries whose probabilities sum to at most `alpha`, the bucket among them whatever it
-    holds; the head is the rest (Wu et al. 2024, section 4, with ROLL's threshold).
+    The tail is the least likely entries whose probabilities sum to at most `alpha`, the bucket
+    among them whatever it holds; the head is the rest (Wu et al. 2024, section 4, with ROLL's
+    threshold).
     """
     p_NE = entries.p_NE
     gap_NE = (p_NE - entries.q_NE).abs()
@@ -122,7 +129,7 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
 
 
 def k1(log_ratio_N: Tensor) -> tuple[Tensor, Tensor]:
-    """log q(y) - log p(y). Its gradient does not depend on the teacher: it lowers the label's probability."""
+    """log q(y) - log p(y). Its gradient lowers the label's probability, whatever the teacher."""
     return log_ratio_N, torch.ones_like(log_ratio_N)
 
 
@@ -149,7 +156,7 @@ LABEL_ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "k3": k3,
     "low_var_kl": low_var_kl,
 }
-"""By name: log q(y) - log p(y) at every label -> (value, derivative with respect to log q(y)), all [N]."""
+"""By name: log q(y) - log p(y) -> (value, derivative by log q(y)), all [N]."""
 
 DIVERGENCES = (
     "forward_kl",
@@ -168,7 +175,7 @@ def _weighted(weight_NE: Tensor, values_NE: Tensor) -> Tensor:
 
 
 def _mix(weight_N1: Tensor, ones_NE: Tensor, zeros_NE: Tensor) -> Tensor:
-    """weight * ones + (1 - weight) * zeros; a weight of 0 takes no part, for what it weighs may be infinite."""
+    """weight * ones + (1 - weight) * zeros; a term of weight 0 may be infinite."""
     ones_NE = torch.where(weight_N1 > 0, weight_N1 * ones_NE, 0)
     return ones_NE + torch.where(weight_N1 < 1, (1 - weight_N1) * zeros_NE, 0)
 

@@ -1,13 +1,17 @@
-"""What a loss needs to know of a student's logits, and the gradient that comes of it: two passes over the vocabulary.
+"""Inputs of a loss from the student's logits, and their gradient: two passes over the vocabulary.
 
-A loss here is a function of few numbers a row: the logits of some kept ids, of the label and of tail samples, and the
-log-sum-exp of all logits that are not kept. So its gradient is made of the derivatives by those numbers (`Slope`):
+A loss here is a function of few numbers a row: the logits of some kept ids, of the label and of
+tail samples, and the
+log-sum-exp of all logits that are not kept. So its gradient is made of the derivatives by those
+numbers (`Slope`):
 
-    d loss / dz_v = tail * scale * exp(scale * z_v - tail's log-sum-exp)      and at kept ids the kept id's own instead
+    d loss / dz_v = tail * scale * exp(scale * z_v - tail's log-sum-exp)      and at kept ids the
+    kept id's own instead
 
-Kept ids are left out of the sum and overwritten in the gradient: a tail of 1e-8 that is found by subtraction, or a gradient
-that is corrected after it was written, would be rounding error. Exponentials are relative to the tail's largest logit, so
-nothing overflows or loses digits however large the logits.
+Kept ids are left out of the sum and overwritten in the gradient: a tail of 1e-8 that is found by
+subtraction, or a gradient that is corrected after it was written, would be rounding error.
+Exponentials are relative to the tail's largest logit, so nothing overflows or loses digits however
+large the logits.
 
 Shape legend: N positions, v this rank's vocabulary columns, K kept ids, M tail samples, S scales.
 """
@@ -26,7 +30,7 @@ from nemo_kd.ops.vocab_pass import Columns, Exponentials, gradient_pass, sum_pas
 
 
 class TokenIds(NamedTuple):
-    """Ids whose logits a loss needs: kept ones are distinct within a row, samples need not be; -1 is none."""
+    """Ids whose logits a loss needs, -1 for none; kept ids are distinct within a row."""
 
     labels_N: Tensor
     kept_NK: Tensor | None = None
@@ -34,18 +38,19 @@ class TokenIds(NamedTuple):
 
 
 class StudentLogits(NamedTuple):
-    """What a loss needs to know of the logits, the same on all ranks.
+    """Inputs of a loss from the logits, the same on all ranks.
 
     Attributes:
         shift_N: each row's largest logit; all others below are less it.
         label_N, kept_NK, samples_NM: logits at `TokenIds`; kept ones -inf for id -1.
         log_sum_exp_N: of the whole real vocabulary.
-        log_tail_NS: log-sum-exp of scale * logits outside the kept ids, for every scale; -inf where nothing is outside.
+        log_tail_NS: log-sum-exp of scale * logits outside the kept ids, for every scale; -inf where
+            nothing is outside.
         mean_N: of all logits of the real vocabulary; None where nobody asked.
-        tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where there is none), and the
-            sum of exp(scale * (logit - tail_maximum)).
-        local_sum_exp_NS, columns: this rank's part of that sum, and where it holds label, kept ids and samples; these two
-            differ between ranks.
+        tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where
+            there is none), and the sum of exp(scale * (logit - tail_maximum)).
+        local_sum_exp_NS, columns: this rank's part of that sum, and where it holds label, kept ids
+            and samples; these two differ between ranks.
     """
 
     shift_N: Tensor
@@ -62,13 +67,14 @@ class StudentLogits(NamedTuple):
 
 
 class Slope(NamedTuple):
-    """Derivatives of a loss by what it is a function of; None where it is not.
+    """Derivatives of a loss by its inputs; None for those it does not use.
 
     Attributes:
         scale_index: which of the scales the tail's log-sum-exp is at.
         tail_N: by that log-sum-exp.
         kept_NK: by the kept ids' logits.
-        label_N, samples_NM: by the logits of label and samples as such, whether they are also kept or in the tail.
+        label_N, samples_NM: by the logits of label and samples as such, whether they are also kept
+            or in the tail.
         constant: by every logit of the real vocabulary, kept ids' not included.
     """
 
@@ -104,13 +110,11 @@ def read_logits(
     parts = [local_sum_exp_NS, *local.at_columns]
     parts += [] if local.sum_N is None else [local.sum_N[:, None]]
     sums = iter(shard.sum_parts(parts))
-    tail_sum_exp_NS, label_N, shift_N, kept_NK, samples_NM = (
-        next(sums),
-        next(sums)[:, 0],
-        maximum_N,
-        None,
-        None,
-    )
+    tail_sum_exp_NS = next(sums)
+    label_N = next(sums)[:, 0]
+    shift_N = maximum_N
+    kept_NK = None
+    samples_NM = None
     if ids.kept_NK is not None:
         kept_NK = next(sums)
         if columns[1].held_NJ is not None:
@@ -149,12 +153,14 @@ def write_gradient(
     shard: VocabShard,
     compiled: bool = False,
 ) -> None:
-    """The second pass: fills `out_Nv`, which may be the logits themselves; padding columns get 0. No collectives.
+    """The second pass: fills `out_Nv`, which may be the logits themselves; padding columns get 0.
+    No collectives.
 
     Args:
         losses: (derivative [N] of what is minimised by the loss, the loss's own slope) of each.
     """
-    coefficients_NS, constant_N = torch.zeros_like(student.tail_sum_exp_NS), None
+    coefficients_NS = torch.zeros_like(student.tail_sum_exp_NS)
+    constant_N = None
     kept_NK = None
     samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
     label_N = torch.zeros_like(student.label_N)

@@ -1,16 +1,20 @@
-"""Draws token ids from what a teacher's kept ids leave out, so that head and samples together are unbiased.
+"""Draws token ids from what a teacher's kept ids leave out, so that head and samples together are
+unbiased.
 
-With head H, tail mass t = 1 - p(H) and M ids x_1 .. x_M drawn from p restricted to the tail, for any function f of a token
+With head H, tail mass t = 1 - p(H) and M ids x_1 .. x_M drawn from p restricted to the tail, for
+any function f of a token
 
     sum_{i in H} p_i f(i) + (t / M) sum_m f(x_m)        has the expectation        sum_i p_i f(i):
 
-each x_m adds t / M * E[f(x) | x not in H]. The draws are stratified: x_m comes from the m-th of M equal slices of the
-tail's probability. A slice's expectation is the mean of f over the slice and the mean over all slices is that over the
-tail, so nothing changes but the variance, which loses what the slices' means differ by. Where t is below
-`SMALLEST_SAMPLED_TAIL` = c, the samples are kept with probability t / c and then stand for c instead of t: the same
-expectation, and nothing to store at most positions of a certain teacher.
+each x_m adds t / M * E[f(x) | x not in H]. The draws are stratified: x_m comes from the m-th of M
+equal slices of the tail's probability. A slice's expectation is the mean of f over the slice and
+the mean over all slices is that over the tail, so nothing changes but the variance, which loses
+what the slices' means differ by. Where t is below `SMALLEST_SAMPLED_TAIL` = c, the samples are kept
+with probability t / c and then stand for c instead of t: the same expectation, and nothing to store
+at most positions of a certain teacher.
 
-Shape legend: N positions, M samples, R ranks, v this rank's vocabulary columns, G groups of g columns.
+Shape legend: N positions, M samples, R ranks, v this rank's vocabulary columns, G groups of g
+columns.
 """
 
 from __future__ import annotations
@@ -30,9 +34,11 @@ BLOCK_ELEMENTS = 1 << 20
 def tail_uniforms(
     seed: int, example_index: int, num_positions: int, num_samples: int
 ) -> np.ndarray:
-    """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1]; the seed is below 2^64.
+    """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1]; the
+    seed is below 2^64.
 
-    A function of the seed, the example and the position: neither a rerun nor another batch or layout changes them.
+    A function of the seed, the example and the position: neither a rerun nor another batch or
+        layout changes them.
     """
     generator = np.random.Generator(
         np.random.Philox(key=np.array([seed, example_index], dtype=np.uint64))
@@ -51,10 +57,12 @@ def sample_tail(
 ) -> torch.Tensor:
     """Ids [N, M] drawn outside the kept ones, in ascending order, the same on every rank.
 
-    Draws by inverse distribution function over the ids in ascending order: first the rank, then the group of columns,
-    then the column. So the layout does not matter but for rounding at a border of two ids, and of the logits only the
-    groups drawn are read. Rows are -1 where thinning drops them or nothing is left to draw. The vocabulary is never
-    gathered: one all-gather of [N, 1], one all-reduce of [N, M].
+    Draws by inverse distribution function over the ids in ascending order: first the rank, then the
+        group of columns,
+    then the column. So the layout does not matter but for rounding at a border of two ids, and of
+    the logits only the groups drawn are read. Rows are -1 where thinning drops them or nothing is
+    left to draw. The vocabulary is never gathered: one all-gather of [N, 1], one all-reduce of [N,
+    M].
 
     Args:
         logits_Nv: this rank's real columns, -inf at kept ids.
@@ -81,9 +89,9 @@ def sample_tail(
 
 
 def _find(ends: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(the first part that ends beyond each wanted number, the number from the start of that part)."""
-    # The last part that adds anything is the first to reach the end: rounding must not lead past it, nor below a start,
-    # where the first of the part would be found even if it is kept.
+    """Return (first part that ends beyond each wanted number, the number within that part)."""
+    # The last part that adds anything is the first to reach the end: rounding must not lead past
+    # it, nor below a start, where the first of the part would be found even if it is kept.
     last = torch.searchsorted(ends, ends[..., -1:].contiguous())
     found = torch.searchsorted(ends, wanted.contiguous(), right=True).minimum(last)
     starts = torch.nn.functional.pad(ends, (1, 0)).gather(-1, found)
@@ -96,7 +104,7 @@ def _find_column(
     group_NM: torch.Tensor,
     inside_NM: torch.Tensor,
 ) -> torch.Tensor:
-    """The columns [N, M] at which the sums of exp(logit - maximum) over a group pass the wanted numbers."""
+    """Return the columns [N, M] at which sums over a group pass the wanted numbers."""
     last_column = logits_Nv.shape[1] - 1
     columns_NMg = group_NM[..., None] * GROUP_COLUMNS + torch.arange(
         GROUP_COLUMNS, device=logits_Nv.device

@@ -19,7 +19,7 @@ from nemo_kd.ops.student_logits import Slope, StudentLogits
 from nemo_kd.ops.vocab import row_blocks
 
 SMALLEST_TAIL = 1e-12
-"""Lower bound of the teacher's tail: a rounded 0 must not make a student's mass there infinitely wrong."""
+"""Lower bound of the teacher's tail: a rounded 0 would make the loss infinite."""
 BLOCK_ELEMENTS = 1 << 16
 """Rows times entries of one block: temporaries stay small beside the logits."""
 
@@ -27,7 +27,7 @@ BLOCK_ELEMENTS = 1 << 16
 def cross_entropy(
     student: StudentLogits, label_smoothing: float, z_loss_weight: float, vocab_size: int
 ) -> tuple[Tensor, Slope]:
-    """Return cross-entropy with the labels over the real vocabulary, label smoothing and z-loss included."""
+    """Return value and slope of the cross-entropy, with label smoothing and z-loss."""
     log_sum_exp_N = student.log_sum_exp_N
     value_N = log_sum_exp_N - student.label_N
     slope_N = torch.ones_like(log_sum_exp_N)
@@ -56,7 +56,7 @@ def cross_entropy(
 def label_estimator(
     student: StudentLogits, teacher: TeacherRows[Tensor], divergence: Divergence
 ) -> tuple[Tensor, Slope]:
-    """Return the value and slope of k1, k2, k3 or low_var_kl."""
+    """Return value and slope of k1, k2, k3 or low_var_kl."""
     assert teacher.label_logprobs_P is not None
     log_sum_exp_N = student.log_sum_exp_N
     log_ratio_N = student.label_N - log_sum_exp_N - teacher.label_logprobs_P.to(log_sum_exp_N.dtype)
@@ -73,7 +73,7 @@ def label_estimator(
 def divergence_on_support(
     student: StudentLogits, teacher: TeacherRows[Tensor], divergence: Divergence, vocab_size: int
 ) -> tuple[Tensor, Slope]:
-    """Return the value and slope of a divergence over the kept ids and the support's other entries."""
+    """Return value and slope of a divergence over all entries of its support."""
     assert student.kept_NK is not None
     value_N = torch.zeros_like(student.shift_N)
     tail_N = torch.zeros_like(student.shift_N)
@@ -103,8 +103,8 @@ def divergence_on_support(
         scale = divergence.factor * divergence.student_scale
         torch.mul(slope_NE[:, :num_kept], scale, out=kept_NK[rows])
         if entries.has_bucket:
-            # Slopes sum to 0 (with samples, to their weights). If nearly all of the student's mass is in the bucket,
-            # the kept ones' sum gives its slope without cancellation.
+            # Slopes sum to 0 (with samples, to their weights). If nearly all of the student's mass
+            # is in the bucket, the kept ones' sum gives its slope without cancellation.
             rest_N = slope_NE[:, -1]
             if samples_NM is None:
                 others_N = -slope_NE[:, :num_kept].sum(dim=-1)
@@ -125,8 +125,8 @@ def entries_of(
     """Return log-probabilities of both models at some rows; nan for a row that keeps nothing.
 
     Args:
-        teacher, tail_N, all_kept_N: already cut to `rows`, unlike the student. `tail_N` is the teacher's tail at the
-            divergence's temperature; renormalize does not need it.
+        teacher, tail_N, all_kept_N: already cut to `rows`, unlike the student. `tail_N` is the
+            teacher's tail at the divergence's temperature; renormalize does not need it.
         scale_index: of the student's tail.
     """
     assert student.kept_NK is not None
@@ -141,7 +141,8 @@ def entries_of(
     log_tail_q_N1 = student.log_tail_NS[rows, scale_index, None]
     if divergence.support == "tail":
         log_tail_N1 = tail_N1.clamp(min=SMALLEST_TAIL).log()
-        # If the student has no mass there, any mass of the teacher would be infinitely wrong: a rounded 0 stays 0.
+        # If the student has no mass there, any mass of the teacher would be infinitely wrong: a
+        # rounded 0 stays 0.
         nothing_N1 = (tail_N1 <= SMALLEST_TAIL) | all_kept_N[:, None]
         nothing_N1 &= log_tail_q_N1 == float("-inf")
         log_tail_N1.masked_fill_(nothing_N1, float("-inf"))
@@ -172,7 +173,7 @@ def _scaled(logits_NK: Tensor, scale: float) -> Tensor:
 def _sampled(
     student: StudentLogits, teacher: TeacherRows[Tensor], tail_N: Tensor, rows: slice
 ) -> tuple[Tensor, Tensor]:
-    """Return (weight of each tail sample, the tail's part of the forward KL without the tail's own entropy)."""
+    """Return (weight of each tail sample, the tail's part of the forward KL less its entropy)."""
     assert student.samples_NM is not None
     assert teacher.tail_token_ids_PM is not None
     tail_N = tail_N.to(student.samples_NM.dtype).clamp(0, 1)

@@ -1,17 +1,23 @@
-"""What a teacher says about each position, straight from hidden states: the full logits never exist.
+"""What a teacher says about each position, straight from hidden states: the full logits never
+exist.
 
-A block of rows at a time is projected onto this rank's part of the vocabulary and reduced to a few numbers a row:
+A block of rows at a time is projected onto this rank's part of the vocabulary and reduced to a few
+numbers a row:
 
-- The head, the k largest logits. Of groups of columns the k with the largest maxima hold them all; these groups are found
-  in the same way among groups of groups. So the vocabulary is read once, and sorted never.
-- The rest. With -inf in the places of the head, a softmax of some rows, few enough to stay in the processor's cache, gives
-  the rest's weights up to a factor; the weight of the largest logit of the rest tells it.
+- The head, the k largest logits. Of groups of columns the k with the largest maxima hold them all;
+  these groups are found in the same way among groups of groups. So the vocabulary is read once, and
+  sorted never.
+- The rest. With -inf in the places of the head, a softmax of some rows, few enough to stay in the
+  processor's cache, gives the rest's weights up to a factor; the weight of the largest logit of the
+  rest tells it.
 
-Head and rest are added up in float64 and never subtracted, so the tail mass is right to float32 however small it is.
-Ranks exchange heads and sums: an all-gather of numbers and one of ids for each block, and two more for tail samples.
+Head and rest are added up in float64 and never subtracted, so the tail mass is right to float32
+however small it is. Ranks exchange heads and sums: an all-gather of numbers and one of ids for each
+block, and two more for tail samples.
 
-Shape legend: N positions, H hidden size, K kept logits, T temperatures, M tail samples, U = M + 1, R ranks, C candidates of
-all ranks, G groups of columns, v this rank's vocabulary columns, k this rank's candidates.
+Shape legend: N positions, H hidden size, K kept logits, T temperatures, M tail samples, U = M + 1,
+R ranks, C candidates of all ranks, G groups of columns, v this rank's vocabulary columns, k this
+rank's candidates.
 """
 
 from __future__ import annotations
@@ -25,11 +31,11 @@ from nemo_kd.ops.tail_sampling import GROUP_COLUMNS, sample_tail
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
 BLOCK_BYTES = {False: 1 << 27, True: 1 << 28}
-"""Logits that exist at once, on a CPU and on a GPU: each block reads the whole weight, so small ones cost time."""
+"""Bytes of a block of logits, on a CPU and on a GPU. Each block reads the whole weight."""
 TILE_ELEMENTS = {False: 1 << 20, True: 1 << 24}
-"""What a softmax takes at once, on a CPU (where it stays in the cache) and on a GPU (where it must be worth a launch)."""
+"""Elements of one softmax: a CPU's fit into its cache, a GPU's are worth a launch."""
 SEARCHED_ELEMENTS = {False: 1 << 22, True: 1 << 27}
-"""What is searched for its largest at once."""
+"""Elements of one search for the largest."""
 CANDIDATE_BYTES = 64
 """Working memory of a candidate while ranks exchange theirs."""
 FAN_OUT = 8
@@ -37,12 +43,14 @@ FAN_OUT = 8
 
 
 class TopKRows(NamedTuple):
-    """What the teacher says about N positions. float32 (float64 from float64 hidden states) and int32.
+    """Teacher targets of N positions: float32 (float64 from float64 hidden states) and int32.
 
     Attributes:
-        topk_logits_NK: shifted so that the largest is 0, descending, equal ones by id; -inf where not kept.
+        topk_logits_NK: shifted so that the largest is 0, descending, equal ones by id; -inf where
+            not kept.
         topk_token_ids_NK: -1 where not kept.
-        log_sum_exp_N: of the shifted logits over the whole real vocabulary; not finite where any logit is NaN or +inf.
+        log_sum_exp_N: of the shifted logits over the whole real vocabulary; not finite where any
+            logit is NaN or +inf.
         tail_mass_NT: probability outside the kept ids at each temperature.
         label_logprobs_N: in nats at temperature 1; -inf for a label that is no token.
         tail_token_ids_NM: see `tail_sampling`; None without random numbers.
@@ -69,16 +77,19 @@ def topk_rows(
     uniforms_NU: torch.Tensor | None = None,
     block_bytes: int | None = None,
 ) -> TopKRows:
-    """The rows of logits = hidden @ weight.T, the same on every rank of the shard's group.
+    """Return the rows of logits = hidden @ weight.T, the same on every rank of the shard's group.
 
-    Beside the result it takes `block_bytes` for a block of logits and what ranks exchange (at least one row), an eighth of
-    that for maxima, and two float32 tiles: no more for more rows. Products of half precision are float32 logits on a GPU
-    with torch >= 2.8, elsewhere logits of their own precision; sums run in float32 or better. Never waits for the GPU.
+    Beside the result it takes `block_bytes` for a block of logits and what ranks exchange (at least
+    one row), an eighth of that for maxima, and two float32 tiles: no more for more rows. Products
+    of half precision are float32 logits on a GPU with torch >= 2.8, elsewhere logits of their own
+    precision; sums run in float32 or better. Never waits for the GPU.
 
     Args:
-        weight_vH: this rank's rows of the output layer; those past `shard.num_real` are padding and never read.
+        weight_vH: this rank's rows of the output layer; those past `shard.num_real` are padding and
+            never read.
         top_k: at most the real vocabulary.
-        kept: which of each row's descending probabilities [N, K] are kept, as a mask that is a prefix.
+        kept: which of each row's descending probabilities [N, K] are kept, as a mask that is a
+            prefix.
         temperatures: the first is 1.
         uniforms_NU: `tail_uniforms` of the rows; None draws no tail samples.
         block_bytes: None is `BLOCK_BYTES`.
@@ -88,7 +99,8 @@ def topk_rows(
     """
     if top_k > shard.vocab_size:
         raise ValueError(f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens")
-    num_rows, dtype = len(hidden_NH), _logits_dtype(hidden_NH)
+    num_rows = len(hidden_NH)
+    dtype = _logits_dtype(hidden_NH)
     row_bytes = len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
     num_blocks = -(
         -num_rows // max(1, (block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]) // row_bytes)
@@ -119,7 +131,7 @@ def topk_of_logits(
     temperatures: Sequence[float] = (1.0,),
     uniforms_NU: torch.Tensor | None = None,
 ) -> TopKRows:
-    """`topk_rows` of logits that exist: this rank's columns without the padding. The largest are overwritten."""
+    """Return `topk_rows` of logits: this rank's real columns. The largest are overwritten."""
     label_logits_N = logits_Nv.new_full(
         (len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv)
     )
@@ -132,7 +144,8 @@ def topk_of_logits(
     rest_NT, sums_NG = _sum_rest(logits_Nv, head, temperatures)
     found = _gather(head, rest_NT, label_logits_N, shard, top_k, temperatures)
 
-    order_NK, dtype = _ordered(found, top_k), found.logits_NC.dtype
+    order_NK = _ordered(found, top_k)
+    dtype = found.logits_NC.dtype
     log_sum_exp_N = (found.logits_NC.double().exp().sum(dim=-1) + found.rest_NT[:, 0]).log_()
     topk_logits_NK = found.logits_NC.gather(1, order_NK)
     kept_NK = kept((topk_logits_NK - log_sum_exp_N[:, None].to(dtype)).exp_())
@@ -176,7 +189,7 @@ def _project(hidden_NH: torch.Tensor, weight_vH: torch.Tensor, logits_Nv: torch.
 
 
 class _Head(NamedTuple):
-    """A rank's k largest logits, fewer where it has fewer columns, and the largest of the others."""
+    """A rank's k largest logits, fewer if it has fewer columns, and the next one."""
 
     logits_Nk: torch.Tensor
     columns_Nk: torch.Tensor
@@ -186,9 +199,11 @@ class _Head(NamedTuple):
 
 
 def _take_head(logits_Nv: torch.Tensor, top_k: int) -> _Head:
-    """The `top_k` largest logits, with -inf left in their places. Without others the next logit is -inf."""
-    (num_rows, num_columns), dtype = logits_Nv.shape, reduction_dtype(logits_Nv)
-    # In tiles, as fresh memory for the maxima and ids of a whole block costs more on a CPU than the search.
+    """Take out the `top_k` largest logits, leaving -inf. Without others the next one is -inf."""
+    num_rows, num_columns = logits_Nv.shape
+    dtype = reduction_dtype(logits_Nv)
+    # In tiles, as fresh memory for the maxima and ids of a whole block costs more on a CPU than the
+    # search.
     tiles = row_blocks(num_rows, num_columns, SEARCHED_ELEMENTS[logits_Nv.is_cuda]) or [slice(0, 0)]
     found = [_largest(logits_Nv[rows], min(top_k + 1, num_columns)) for rows in tiles]
     values, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
@@ -212,7 +227,7 @@ def _assign(logits_Nv: torch.Tensor, columns_Nk: torch.Tensor, values: torch.Ten
 
 
 def _largest(logits_Nv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, columns) [N, k] of each row's k largest, unordered."""
+    """Return (values, columns) [N, k] of each row's k largest, unordered."""
     num_rows, num_columns = logits_Nv.shape
     if num_columns <= 2 * FAN_OUT * k:
         return logits_Nv.topk(k, dim=-1, sorted=False)
@@ -233,8 +248,10 @@ def _largest(logits_Nv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
 def _sum_rest(
     logits_Nv: torch.Tensor, head: _Head, temperatures: Sequence[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sums of exp((logit - maximum) / temperature) without the head's: all [N, T], groups of columns [N, G] at the first."""
-    (num_rows, num_columns), dtype = logits_Nv.shape, reduction_dtype(logits_Nv)
+    """Sum exp((logit - maximum) / temperature) outside the head: [N, T], and by group [N, G] at
+    1."""
+    num_rows, num_columns = logits_Nv.shape
+    dtype = reduction_dtype(logits_Nv)
     rest_NT = logits_Nv.new_zeros(num_rows, len(temperatures), dtype=dtype)
     sums_NG = logits_Nv.new_zeros(num_rows, max(1, -(-num_columns // GROUP_COLUMNS)), dtype=dtype)
     if num_columns == head.columns_Nk.shape[1]:
@@ -243,10 +260,8 @@ def _sum_rest(
     scratch = logits_Nv.new_empty(2, tiles[0].stop if tiles else 0, num_columns, dtype=dtype)
     for rows in tiles:
         scaled_Nv, weights_Nv = scratch[:, : rows.stop - rows.start]
-        next_column_N1, next_logit_N1 = (
-            head.next_column_N[rows, None],
-            head.next_logit_N[rows, None],
-        )
+        next_column_N1 = head.next_column_N[rows, None]
+        next_logit_N1 = head.next_logit_N[rows, None]
         for number, temperature in enumerate(temperatures):
             tile_Nv = logits_Nv[rows]
             if temperature != 1:
@@ -279,7 +294,7 @@ def _group_sums(weights_Nv: torch.Tensor) -> torch.Tensor:
 
 
 class _Gathered(NamedTuple):
-    """`top_k` candidates of each rank, in rank order, and sums over the ranks; logits are relative to the largest."""
+    """Each rank's `top_k` candidates and the sums over ranks; logits relative to the largest."""
 
     logits_NC: torch.Tensor
     ids_NC: torch.Tensor
@@ -296,7 +311,7 @@ def _gather(
     top_k: int,
     temperatures: Sequence[float],
 ) -> _Gathered:
-    """Two all-gathers. A rank with fewer columns than `top_k` fills up with logits of -inf; sums are float64."""
+    """Exchange candidates in two all-gathers; a rank with too few columns adds -inf."""
     missing = (0, top_k - head.logits_Nk.shape[1])
     logits_Nk = torch.nn.functional.pad(head.logits_Nk, missing, value=float("-inf"))
     # Filled up with an id above all others: real logits of -inf stand before it.
@@ -323,7 +338,7 @@ def _gather(
 
 
 def _ordered(found: _Gathered, top_k: int) -> torch.Tensor:
-    """[N, K] places of the `top_k` largest candidates, equal ones by id: the same in every layout."""
+    """Return places [N, K] of the largest candidates, equal ones by id, whatever the layout."""
     by_id_NC = found.ids_NC.argsort(dim=-1)
     by_logit_NC = found.logits_NC.gather(1, by_id_NC).argsort(dim=-1, descending=True, stable=True)
     return by_id_NC.gather(1, by_logit_NC[:, :top_k])
@@ -336,7 +351,7 @@ def _put_back(
     kept_Nk: torch.Tensor,
     maximum_N: torch.Tensor,
 ) -> None:
-    """Gives the head's logits that are not kept their places again, and the groups' sums their weights."""
+    """Put back the head's logits that are not kept, and add their weights to the groups' sums."""
     logits_Nk = head.logits_Nk.masked_fill(kept_Nk, float("-inf"))
     _assign(logits_Nv, head.columns_Nk, logits_Nk)
     sums_NG *= (head.maximum_N - maximum_N).exp_()[:, None]

@@ -1,4 +1,4 @@
-"""Which columns of a vocabulary-parallel tensor are real, and reductions over the ranks that hold the rest.
+"""Shards of a vocabulary, and reductions over the ranks that hold the others.
 
 Shape legend: N positions, V real vocabulary, v this rank's columns of it, padding included.
 """
@@ -15,8 +15,9 @@ from torch.distributed import ProcessGroup, ReduceOp
 class VocabShard:
     """This rank's part of the vocabulary.
 
-    Embedding rows are padded so that every tensor-parallel rank holds equally many. Ids from `vocab_size` on stand for
-    no token; their columns take no part in any result, and a rank may hold nothing but padding.
+    Embedding rows are padded so that every tensor-parallel rank holds equally many. Ids from
+    `vocab_size` on stand for no token; their columns take no part in any result, and a rank may
+    hold nothing but padding.
 
     Attributes:
         start: token id of this rank's first column.
@@ -32,7 +33,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, num_columns: int, vocab_size: int, group: ProcessGroup | None = None) -> VocabShard:
-        """The shard of a rank whose logits have `num_columns` columns; every rank of `group` has as many."""
+        """Return this rank's shard; every rank of `group` has `num_columns` columns."""
         rank = torch.distributed.get_rank(group) if group is not None else 0
         start = rank * num_columns
         return cls(start, max(0, min(num_columns, vocab_size - start)), vocab_size, group)
@@ -43,30 +44,30 @@ class VocabShard:
 
     @property
     def rank(self) -> int:
-        """This rank's place in the group."""
+        """Place of this rank in the group."""
         return 0 if self.group is None else torch.distributed.get_rank(self.group)
 
     def local(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(column of each id, whether this rank holds it); the column of an id held elsewhere is 0."""
+        """Return (column, True if this rank holds the id) of each id; 0 for one held elsewhere."""
         column = ids - self.start
         held = (column >= 0) & (column < self.num_real)
         return torch.where(held, column, 0), held
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp.RedOpType) -> torch.Tensor:
-        """`tensor` reduced in place over the ranks of the group."""
+        """Reduce `tensor` in place over the ranks of the group, and return it."""
         if self.num_ranks > 1:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
     def sum_parts(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Tensors [N, C_i] summed over the ranks of the group, in one all-reduce."""
+        """Sum tensors [N, C_i] over the ranks of the group, in one all-reduce."""
         if self.num_ranks == 1:
             return parts
         widths = [part.shape[1] for part in parts]
         return list(self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1))
 
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
-        """The [N, C] tensors of all ranks of the group side by side, in rank order."""
+        """Join the [N, C] tensors of all ranks of the group side by side, in rank order."""
         if self.num_ranks == 1:
             return tensor_NC
         parts = [torch.empty_like(tensor_NC) for _ in range(self.num_ranks)]
@@ -75,11 +76,11 @@ class VocabShard:
 
 
 def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """float32 for half precision and float32, float64 for float64: the dtype sums over the vocabulary run in."""
+    """Return the dtype of sums over the vocabulary: float64 for float64, else float32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def row_blocks(num_rows: int, num_columns: int, max_elements: int = 1 << 22) -> list[slice]:
-    """Row ranges that cover `num_rows`, each of at most `max_elements` elements (at least one row)."""
+    """Return row ranges that cover `num_rows`: at most `max_elements` elements, or one row."""
     rows = max(1, max_elements // max(1, num_columns))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]

@@ -1,10 +1,13 @@
-"""Passes over the rows of vocabulary-parallel logits: sums of exponentials, and a gradient in their place.
+"""Passes over the rows of vocabulary-parallel logits: sums of exponentials, and a gradient in their
+place.
 
-They work on blocks of rows in float32 (float64 for float64 logits) that stay in the processor's cache: the logits are read
-once, and read and written once. On CPU a block goes through torch's softmax kernels, which take half the time of exp() on
-its own; compiled, each pass is one loop. Kept ids are set to -inf while a block is summed and put back after.
+They work on blocks of rows in float32 (float64 for float64 logits) that stay in the processor's
+cache: the logits are read once, and read and written once. On CPU a block goes through torch's
+softmax kernels, which take half the time of exp() on its own; compiled, each pass is one loop. Kept
+ids are set to -inf while a block is summed and put back after.
 
-Shape legend: N positions, v this rank's vocabulary columns, J ids of a row, K kept ids, S scales of the logits.
+Shape legend: N positions, v this rank's vocabulary columns, J ids of a row, K kept ids, S scales of
+the logits.
 """
 
 from __future__ import annotations
@@ -18,16 +21,17 @@ from torch import Tensor
 
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
-BLOCK_ELEMENTS, COMPILED_BLOCK_ELEMENTS = 1 << 20, 1 << 22
-GPU_BLOCK_ELEMENTS, GPU_COMPILED_BLOCK_ELEMENTS = 1 << 24, 1 << 28
+BLOCK_ELEMENTS = ((1 << 20, 1 << 22), (1 << 24, 1 << 28))
+"""Elements of a block on a CPU and on a GPU, each plain and compiled."""
 MINUS_INFINITY = float("-inf")
 
 
 class Columns(NamedTuple):
-    """Where ids lie in this rank's columns.
+    """Places of ids in this rank's columns.
 
     Attributes:
-        index_NJ: valid columns; an id that another rank holds, or -1, points where the row's first held id does, or at 0.
+        index_NJ: valid columns; an id that another rank holds, or -1, points where the row's first
+            held id does, or at 0.
         held_NJ: whether this rank holds the id; None if it holds all of them.
         first_N1: place of the row's first held id.
     """
@@ -47,11 +51,11 @@ class Columns(NamedTuple):
         return cls(torch.where(held_NJ, index_NJ, index_NJ.gather(1, first_N1)), held_NJ, first_N1)
 
     def masked(self, values_NJ: Tensor) -> Tensor:
-        """The values of the ids that this rank holds, 0 for others."""
+        """Return the values of the ids that this rank holds, 0 for others."""
         return values_NJ if self.held_NJ is None else torch.where(self.held_NJ, values_NJ, 0)
 
     def held_index(self, rows: slice) -> Tensor:
-        """The columns in some of the rows, -1 where the id is not held."""
+        """Return the columns in some of the rows, -1 where the id is not held."""
         return (
             self.index_NJ[rows]
             if self.held_NJ is None
@@ -59,7 +63,7 @@ class Columns(NamedTuple):
         )
 
     def put(self, block: Tensor, rows: slice, values_NJ: Tensor) -> None:
-        """Writes the values of held ids into a block that holds some of the rows; ids are distinct within a row."""
+        """Write the values of held ids into a block of some rows; ids are distinct within a row."""
         if self.held_NJ is not None and self.first_N1 is not None:
             # Others write what the first held id writes, or what is there.
             held_NJ = self.held_NJ[rows]
@@ -73,7 +77,8 @@ class Sums(NamedTuple):
 
     Attributes:
         maximum_N: the largest logit, -inf where there is none.
-        log_sum_exp_NS: of scale * (logits - maximum), for every scale; means nothing where there is none.
+        log_sum_exp_NS: of scale * (logits - maximum), for every scale; means nothing where there is
+            none.
         at_columns: for each of the columns asked for the logits there, 0 where the id is not held.
         sum_N: of all logits, kept ones too; None where nobody asked.
     """
@@ -108,8 +113,9 @@ def sum_pass(
     with_sum: bool = False,
     compiled: bool = False,
 ) -> Sums:
-    """Maxima and sums of exponentials of every row without `columns[kept]`. The logits are left as they were."""
-    num_rows, dtype = len(logits_Nv), reduction_dtype(logits_Nv)
+    """Return maxima and sums of exponentials of every row without `columns[kept]`."""
+    num_rows = len(logits_Nv)
+    dtype = reduction_dtype(logits_Nv)
     maximum_N = logits_Nv.new_full((num_rows,), MINUS_INFINITY, dtype=dtype)
     log_sum_exp_NS = logits_Nv.new_zeros((num_rows, len(scales)), dtype=dtype)
     at_columns = [logits_Nv.new_zeros(part.index_NJ.shape, dtype=dtype) for part in columns]
@@ -141,16 +147,17 @@ def gradient_pass(
     shard: VocabShard,
     compiled: bool = False,
 ) -> None:
-    """Turns the logits into their gradient; padding columns become 0.
+    """Turn the logits into their gradient; padding columns become 0.
 
     Args:
         kept: columns and the whole gradient there, instead of the exponentials.
-        added: columns, any number of times the same, and what to add to the gradient there, 0 where an id is not held.
+        added: columns, any number of times the same, and what to add to the gradient there, 0 where
+            an id is not held.
     """
     fill = _compiled(_fill_in_one_loop) if compiled else _fill
     softmax_of_nothing = not compiled and bool((exponentials.local_sum_exp_NS == 0).any())
     for rows, block, scratch in _blocks(logits_Nv, shard, compiled, num_scratch=len(scales) - 1):
-        some = Exponentials(*(None if field is None else field[rows] for field in exponentials))  # type: ignore[arg-type]
+        some = Exponentials._make(None if part is None else part[rows] for part in exponentials)
         index_NJ = torch.cat([columns.index_NJ[rows] for columns, _ in added], dim=1)
         added_NJ = torch.cat([values_NJ[rows] for _, values_NJ in added], dim=1)
         logits_NJ = None if block.dtype == added_NJ.dtype else block.gather(1, index_NJ)
@@ -186,16 +193,14 @@ def _blocks(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Row ranges, each with its real columns and, unless compiled, as many floats of scratch.
 
-    The columns are the logits themselves where these will do, else a copy in a buffer that the next block will use.
+    The columns are the logits themselves where these will do, else a copy in a buffer that the next
+    block will use.
     """
     if not shard.num_real or not len(logits_Nv):
         return
-    sizes = (
-        (BLOCK_ELEMENTS, COMPILED_BLOCK_ELEMENTS),
-        (GPU_BLOCK_ELEMENTS, GPU_COMPILED_BLOCK_ELEMENTS),
-    )
-    blocks = row_blocks(len(logits_Nv), shard.num_real, sizes[logits_Nv.is_cuda][compiled])
-    dtype, real_Nv = reduction_dtype(logits_Nv), logits_Nv[:, : shard.num_real]
+    blocks = row_blocks(len(logits_Nv), shard.num_real, BLOCK_ELEMENTS[logits_Nv.is_cuda][compiled])
+    dtype = reduction_dtype(logits_Nv)
+    real_Nv = logits_Nv[:, : shard.num_real]
     copies = not compiled and not (logits_Nv.dtype == dtype and real_Nv.is_contiguous())
     shape = (blocks[0].stop, shard.num_real)
     buffer = logits_Nv.new_empty(shape, dtype=dtype) if copies else None
@@ -209,25 +214,27 @@ def _blocks(
 def _replaced(
     values_NJ: Tensor, index_NJ: Tensor, kept_index_NK: Tensor, kept_NK: Tensor
 ) -> Tensor:
-    """The values, and where a column is also kept the kept value instead."""
+    """Replace the values at columns that are also kept."""
     is_kept_NJK = index_NJ[:, :, None] == kept_index_NK[:, None]
     at_kept_NJ = torch.where(is_kept_NJK, kept_NK[:, None], 0).sum(dim=-1)
     return torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
 
 
 def _scatter(block: Tensor, index_NJ: Tensor, values_NJ: Tensor) -> None:
-    """block.scatter_ of values; half precision as integers, for on CPU torch would make a float32 copy of the block."""
+    """Scatter values; half precision as integers, which avoids torch's float32 copy on a CPU."""
     if block.element_size() == 2:
-        block, values_NJ = block.view(torch.int16), values_NJ.view(torch.int16)
+        block = block.view(torch.int16)
+        values_NJ = values_NJ.view(torch.int16)
     block.scatter_(1, index_NJ, values_NJ)
 
 
 def _row_sums(
     block: Tensor, scales: Sequence[float], scratch: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """(maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once, logsumexp four times."""
+    """Return (maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once."""
     assert scratch is not None
-    maximum_N, log_sum_exp = block.amax(dim=-1), []
+    maximum_N = block.amax(dim=-1)
+    log_sum_exp = []
     for scale in scales:
         scaled = (
             block if scale == 1 else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)

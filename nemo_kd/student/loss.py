@@ -1,7 +1,7 @@
 """Loss of the student on one micro-batch, with sums to report.
 
-Shape legend: B examples, S positions, N positions in the loss, H hidden size, v this rank's vocabulary columns,
-R sources of the data and all of them together, M sums.
+Shape legend: B examples, S positions, N positions in the loss, H hidden size, v this rank's
+vocabulary columns, R sources of the data and all of them together, M sums.
 """
 
 from __future__ import annotations
@@ -30,25 +30,30 @@ log = logging.getLogger(__name__)
 REPORTED = ("loss", "kd_loss", "sft_loss")
 TARGET_TOKENS = "target_tokens"
 LOSS_TOKENS = "loss_tokens"
-"""Names of the sums that count: tokens in the loss with teacher targets, and all tokens in the loss."""
+"""Names of the counts: tokens in the loss with teacher targets, and all in the loss."""
 
 CustomLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-"""(logits_BSv, batch, shard, token_sum, **custom_args) -> (loss summed over loss tokens, sums to report by name)."""
+"""(logits_BSv, batch, shard, token_sum, **custom_args) -> (loss summed over loss tokens, sums to
+report by name)."""
 
 
 class StudentLoss:
     """Weighted sum of cross-entropy and divergence over the loss tokens of a micro-batch.
 
-    Every call also returns sums [R, M] to report: a row per source if there are several, then one for all sources.
-    `column` finds a sum by its name: one of `reported`, `TARGET_TOKENS` or `LOSS_TOKENS`.
+    Every call also returns sums [R, M] to report: a row per source if there are several, then one
+    for all sources. `column` finds a sum by its name: one of `reported`, `TARGET_TOKENS` or
+    `LOSS_TOKENS`.
 
     Args:
-        num_sources: paths that the data comes from. A custom loss reports sums over all of them only.
-        compares: batches hold teacher targets, with which the student is compared whatever the loss.
+        num_sources: paths that the data comes from. A custom loss reports sums over all of them
+            only.
+        compares: batches hold teacher targets, with which the student is compared whatever the
+            loss.
 
     Attributes:
         reported: names of the sums; `kd_loss` is among them if the loss has such a term.
-        custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden states.
+        custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
+            states.
     """
 
     def __init__(self, config: LossConfig, num_sources: int = 1, compares: bool = False) -> None:
@@ -70,8 +75,8 @@ class StudentLoss:
         """Warn of settings that are seldom meant."""
         if self.config.divergence is not None and self.config.objective == "k1":
             log.warning(
-                "%s.kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability; "
-                "k2, k3 or a divergence pull towards the teacher",
+                "%s.kd_loss=k1: its gradient does not depend on the teacher, it only lowers the "
+                "labels' probability; k2, k3 or a divergence pull towards the teacher",
                 KEY,
             )
 
@@ -99,7 +104,8 @@ class StudentLoss:
     def on_hidden(
         self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, shard: VocabShard
     ) -> tuple[Tensor, Tensor]:
-        """Return (loss summed over the loss tokens, sums); logits only ever exist for a block of positions.
+        """Return (loss summed over the loss tokens, sums); logits only ever exist for a block of
+        positions.
 
         Args:
             hidden_NH: at `batch.loss_positions_N`.
@@ -119,7 +125,7 @@ class StudentLoss:
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, shard: VocabShard
     ) -> tuple[Tensor, Tensor | None]:
-        """Return the same for a custom loss. Without loss tokens the function is not called: filler has no teacher."""
+        """Return the same for a custom loss, which is not called without loss tokens."""
         assert self.custom is not None
         positions_N = batch.loss_positions_N
         if not len(positions_N):
@@ -132,8 +138,9 @@ class StudentLoss:
         def token_sum(values_BS: Tensor) -> Tensor:
             if values_BS.shape != batch.labels_BS.shape:
                 raise ConfigError(
-                    f"{KEY}.custom_loss: {self.config.custom_loss} gave token_sum {list(values_BS.shape)} values; it "
-                    f"takes one for each position, {list(batch.labels_BS.shape)}"
+                    f"{KEY}.custom_loss: {self.config.custom_loss} gave token_sum "
+                    f"{list(values_BS.shape)} values; it takes one for each position, "
+                    f"{list(batch.labels_BS.shape)}"
                 )
             return values_BS.flatten()[positions_N].sum()
 
@@ -143,7 +150,8 @@ class StudentLoss:
         )
         if logits_BSv.requires_grad and not kd_sum.requires_grad:
             raise ConfigError(
-                f"{KEY}.custom_loss: {self.config.custom_loss} returned a loss that does not depend on the logits"
+                f"{KEY}.custom_loss: {self.config.custom_loss} returned a loss that does not "
+                "depend on the logits"
             )
         total = self.config.sft_loss_weight * ce_sum + self.config.kd_loss_weight * kd_sum
         reported = [*self.own_names, *sorted(metrics)]
@@ -158,7 +166,7 @@ class StudentLoss:
         return total, torch.stack([value.detach().to(loss_tokens) for value in everything])[None]
 
     def zeros(self, device: torch.device) -> Tensor:
-        """Return sums of nothing, also of a custom loss's metrics once all ranks know their names."""
+        """Return zero sums, with a custom loss's metrics once all ranks know their names."""
         shape = self.num_sources + 1, len(self.reported) + 2
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
@@ -167,7 +175,7 @@ class StudentLoss:
         return sums_RM[:, [*self.reported, TARGET_TOKENS, LOSS_TOKENS].index(name)]
 
     def means(self, sums_RM: Tensor) -> list[dict[str, float]]:
-        """Return the mean of each reported sum over the tokens it covers; a mean over no tokens is absent."""
+        """Return means over the tokens that each sum covers; none over no tokens."""
         counts = {
             name: self.column(sums_RM, TARGET_TOKENS if name in COMPARED else LOSS_TOKENS).tolist()
             for name in self.reported
@@ -201,8 +209,9 @@ class StudentLoss:
     def _different_metrics(self, now: Sequence[str], before: Sequence[str]) -> ConfigError:
         own = len(self.own_names)
         return ConfigError(
-            f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics {', '.join(now[own:])}, before "
-            f"{', '.join(before[own:])}; return the same in every call"
+            f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics "
+            f"{', '.join(now[own:])}, before {', '.join(before[own:])}; return the same in every "
+            "call"
         )
 
     def _teacher(self, batch: Batch) -> TeacherRows[Tensor] | None:
@@ -240,8 +249,8 @@ def _check_arguments(function: CustomLoss, config: LossConfig) -> None:
         inspect.signature(function).bind(None, None, None, None, **config.custom_args)
     except TypeError as error:
         raise ConfigError(
-            f"{KEY}.custom_args: {config.custom_loss} cannot be called as function(logits_BSv, batch, shard, "
-            f"token_sum, **custom_args) with {config.custom_args}: {error}"
+            f"{KEY}.custom_args: {config.custom_loss} cannot be called as function(logits_BSv, "
+            f"batch, shard, token_sum, **custom_args) with {config.custom_args}: {error}"
         ) from error
 
 
@@ -253,8 +262,8 @@ def _checked_result(result: Any, path: str | None) -> tuple[Tensor, dict[str, Te
         or not all(map(_is_scalar, metrics.values()))
     ):
         raise ConfigError(
-            f"{KEY}.custom_loss: {path} returned {result!r:.200}; it must return (loss, metrics): a scalar tensor, summed "
-            "over the loss tokens, and a dict of such tensors"
+            f"{KEY}.custom_loss: {path} returned {result!r:.200}; it must return (loss, metrics): "
+            "a scalar tensor, summed over the loss tokens, and a dict of such tensors"
         )
     for name in metrics:
         if not isinstance(name, str) or name in (*REPORTED, *COMPARED, TARGET_TOKENS, LOSS_TOKENS):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from nemo_kd.run.metrics import Counters
 
 GIB = 2**30
 TRAINING_FLOPS = 3
-"""Times those of the forward pass: backward, every product has two. Recomputed activations do not count."""
+"""Multiple of the forward pass: backward doubles it. Recomputation does not count."""
 
 
 class WatchedLoader:
@@ -53,14 +53,25 @@ class WatchedLoader:
             self._batches._shutdown_workers()  # noqa: SLF001 - torch offers no public way
 
 
+class StepCounts(NamedTuple):
+    """Counts of a step, which are summed over the replicas."""
+
+    tokens: float
+    positions: float
+    flops: float
+    wait_s: float
+    replicas: float
+
+
 class StepMeter:
     """Measures one training step at a time; validation and checkpoints in between do not count.
 
     Args:
-        all_train: whether all weights are trained. The operations of a step with frozen ones are not counted.
+        all_train: all weights are trained; with frozen ones MFU is not measured.
 
     Attributes:
-        counted: of the last step, by the names of Counters; a replica waited `data_wait_s` on average.
+        counted: of the last step, by the names of Counters; a replica waited `data_wait_s` on
+            average.
         totals: the same of all steps since this object was made.
     """
 
@@ -72,7 +83,9 @@ class StepMeter:
         precision: str,
         all_train: bool,
     ) -> None:
-        self.flops, self.device, self.context_size = flops, device, context_size
+        self.flops = flops
+        self.device = device
+        self.context_size = context_size
         on_gpu = device.type == "cuda"
         peak = (
             peak_flops(torch.cuda.get_device_name(device), precision)
@@ -85,23 +98,24 @@ class StepMeter:
         self._started_s = self._wait_s = self._waited_before_s = 0.0
 
     def start(self, waited_s: float) -> None:
-        """A step begins; `waited_s` is how long all its data until now was waited for."""
+        """Begin a step; `waited_s` is the wait for all data until now."""
         self._started_s = time.perf_counter()
-        self._wait_s, self._waited_before_s = waited_s - self._waited_before_s, waited_s
+        self._wait_s = waited_s - self._waited_before_s
+        self._waited_before_s = waited_s
 
     def counts(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """What is summed over the replicas before `metrics`: tokens, positions, FLOPs, seconds of waiting, 1."""
+        """Return this rank's `StepCounts`, to be summed over the replicas before `metrics`."""
         lengths = [length for batch in batches for length in batch.lengths_B.tolist()]
         positions = self.context_size * sum(batch.tokens_BS.numel() for batch in batches)
         flops = sum(self.flops.example(length, 0) for length in lengths)
-        return torch.tensor(
-            [sum(lengths), positions, flops, self._wait_s, 1.0], dtype=torch.float64
-        )
+        counts = StepCounts(sum(lengths), positions, flops, self._wait_s, replicas=1)
+        return torch.tensor(counts, dtype=torch.float64)
 
     def metrics(self, counts: Iterable[float], num_loss_tokens: float) -> dict[str, float]:
-        """Of the step that ends now, given the sums of `counts`; memory is that of this rank."""
-        tokens, positions, flops, wait_s, num_replicas = counts
-        step_time_s, wait_s = time.perf_counter() - self._started_s, wait_s / num_replicas
+        """Return metrics of the step that ends now from summed `counts`; memory is this rank's."""
+        tokens, positions, flops, wait_s, replicas = StepCounts(*counts)
+        step_time_s = time.perf_counter() - self._started_s
+        wait_s /= replicas
         seconds = step_time_s + wait_s
         metrics = {
             "perf/step_time_s": step_time_s,
