@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
@@ -95,13 +95,27 @@ class TeacherRows(Generic[ArrayT]):
         """Select rows by a slice, a mask or row numbers."""
         return self.map(lambda values: values[places])
 
-    def map(self, change: Callable[[ArrayT], ArrayT]) -> TeacherRows[ArrayT]:
-        """Apply `change` to every array."""
-        arrays = {name: value for name, value in vars(self).items() if name != "temperatures"}
-        changed: dict[str, Any] = {
-            name: change(array) for name, array in arrays.items() if array is not None
+    def arrays(self) -> dict[str, ArrayT]:
+        """Return all arrays that are there, by the names of their fields."""
+        fields = vars(self).items()
+        return {
+            name: value for name, value in fields if name != "temperatures" and value is not None
         }
+
+    def map(self, change: Callable[[ArrayT], Any]) -> TeacherRows[Any]:
+        """Apply `change` to every array."""
+        changed: dict[str, Any] = {name: change(array) for name, array in self.arrays().items()}
         return replace(self, **changed)
+
+
+def join_rows(parts: Sequence[TeacherRows[ArrayT]]) -> TeacherRows[ArrayT]:
+    """Put rows that have the same fields one after the other."""
+    is_torch = isinstance(parts[0].positions_P, torch.Tensor)
+    concatenate: Any = torch.cat if is_torch else np.concatenate
+    joined = {
+        name: concatenate([getattr(part, name) for part in parts]) for name in parts[0].arrays()
+    }
+    return replace(parts[0], **joined)
 
 
 @dataclass(frozen=True)

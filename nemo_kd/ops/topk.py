@@ -23,10 +23,12 @@ rank's candidates.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 
+from nemo_kd.batch import TeacherRows, join_rows
 from nemo_kd.ops.tail_sampling import GROUP_COLUMNS, sample_tail
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
@@ -42,28 +44,6 @@ FAN_OUT = 8
 """Columns or groups that share a maximum."""
 
 
-class TopKRows(NamedTuple):
-    """Teacher targets of N positions: float32 (float64 from float64 hidden states) and int32.
-
-    Attributes:
-        topk_logits_NK: shifted so that the largest is 0, descending, equal ones by id; -inf where
-            not kept.
-        topk_token_ids_NK: -1 where not kept.
-        log_sum_exp_N: of the shifted logits over the whole real vocabulary; not finite where any
-            logit is NaN or +inf.
-        tail_mass_NT: probability outside the kept ids at each temperature.
-        label_logprobs_N: in nats at temperature 1; -inf for a label that is no token.
-        tail_token_ids_NM: see `tail_sampling`; None without random numbers.
-    """
-
-    topk_logits_NK: torch.Tensor
-    topk_token_ids_NK: torch.Tensor
-    log_sum_exp_N: torch.Tensor
-    tail_mass_NT: torch.Tensor
-    label_logprobs_N: torch.Tensor
-    tail_token_ids_NM: torch.Tensor | None
-
-
 @torch.no_grad()
 def topk_rows(
     hidden_NH: torch.Tensor,
@@ -76,8 +56,12 @@ def topk_rows(
     temperatures: Sequence[float] = (1.0,),
     uniforms_NU: torch.Tensor | None = None,
     block_bytes: int | None = None,
-) -> TopKRows:
-    """Return the rows of logits = hidden @ weight.T, the same on every rank of the shard's group.
+) -> TeacherRows[torch.Tensor]:
+    """Return the targets of logits = hidden @ weight.T, the same on every rank of the shard's group.
+
+    float32 (float64 from float64 hidden states) and int32. `positions_P` are row numbers. Equal
+    logits stand by id; the log-sum-exp is not finite where any logit is NaN or +inf; the
+    log-probability of a label that is not a token is -inf.
 
     Beside the result it takes `block_bytes` for a block of logits and what ranks exchange (at least
     one row), an eighth of that for maxima, and two float32 tiles: no more for more rows. Products
@@ -116,9 +100,8 @@ def topk_rows(
         parts.append(
             topk_of_logits(logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms)
         )
-    return TopKRows._make(
-        None if field[0] is None else torch.cat(field) for field in zip(*parts, strict=True)
-    )
+    positions_P = torch.arange(num_rows, device=hidden_NH.device)
+    return replace(join_rows(parts), positions_P=positions_P)
 
 
 @torch.no_grad()
@@ -130,7 +113,7 @@ def topk_of_logits(
     kept: Callable[[torch.Tensor], torch.Tensor],
     temperatures: Sequence[float] = (1.0,),
     uniforms_NU: torch.Tensor | None = None,
-) -> TopKRows:
+) -> TeacherRows[torch.Tensor]:
     """Return `topk_rows` of logits: this rank's real columns. The largest are overwritten."""
     label_logits_N = logits_Nv.new_full(
         (len(logits_Nv),), float("-inf"), dtype=reduction_dtype(logits_Nv)
@@ -165,13 +148,15 @@ def topk_of_logits(
         samples_NM = sample_tail(
             logits_Nv, found.maximum_N, sums_NG, tail_mass_NT[:, 0], uniforms_NU, shard
         ).int()
-    return TopKRows(
-        topk_logits_NK.masked_fill_(~kept_NK, float("-inf")),
-        found.ids_NC.gather(1, order_NK).masked_fill_(~kept_NK, -1).int(),
-        log_sum_exp_N.to(dtype),
-        tail_mass_NT.to(dtype),
-        (found.label_logits_N - found.maximum_N - log_sum_exp_N).to(dtype),
-        samples_NM,
+    return TeacherRows(
+        positions_P=torch.arange(len(logits_Nv), device=logits_Nv.device),
+        topk_logits_PK=topk_logits_NK.masked_fill_(~kept_NK, float("-inf")),
+        topk_token_ids_PK=found.ids_NC.gather(1, order_NK).masked_fill_(~kept_NK, -1).int(),
+        log_sum_exp_logits_P=log_sum_exp_N.to(dtype),
+        tail_mass_PT=tail_mass_NT.to(dtype),
+        temperatures=tuple(temperatures),
+        label_logprobs_P=(found.label_logits_N - found.maximum_N - log_sum_exp_N).to(dtype),
+        tail_token_ids_PM=samples_NM,
     )
 
 

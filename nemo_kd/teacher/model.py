@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, to_device
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows, to_device
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -50,15 +50,13 @@ class BatchResult:
     Attributes:
         numbers: the batch's examples, as numbers within the pass.
         starts: index of the first token of each example in the flat batch, b * S + s.
-        positions_N: indices of the targets in the flat batch; under context parallelism this
-            rank's part.
-        fields: the targets by field, on the host once `ready` has occurred.
+        targets: positions are indices in the flat batch; under context parallelism this rank's
+            part. On the host once `ready` has occurred.
     """
 
     numbers: list[int]
     starts: list[int]
-    positions_N: np.ndarray
-    fields: dict[str, torch.Tensor]
+    targets: TeacherRows[torch.Tensor]
     ready: torch.cuda.Event | None
 
 
@@ -159,15 +157,15 @@ class Teacher:
             whole = self._whole(result)
             if result is None or whole is None:
                 continue
-            positions_N, fields = whole
             for number, start in zip(result.numbers, result.starts, strict=True):
                 example = started.examples[number]
-                first, last = np.searchsorted(positions_N, [start, start + example.num_tokens])
-                mine = {name: values[first:last] for name, values in fields.items()}
-                positions_P = positions_N[first:last] - start
-                rows[number] = CachedExample(
-                    example, self._teacher_rows(example, positions_P, mine)
+                first, last = np.searchsorted(
+                    whole.positions_P, [start, start + example.num_tokens]
                 )
+                targets = whole.at(slice(first, last))
+                targets = replace(targets, positions_P=targets.positions_P - start)
+                _check_finite(example, targets)
+                rows[number] = CachedExample(example, targets)
         return [rows[number] for number in sorted(rows)]
 
     def _compute(self, result: Pass, batches: list[list[int]]) -> int:
@@ -249,18 +247,16 @@ class Teacher:
             if self.cache.tail_samples
             else None,
         )
-        fields = {
-            name: _to_host(values) for name, values in found._asdict().items() if values is not None
-        }
+        targets = replace(found.map(_to_host), positions_P=positions_N)
         ready = None
         if hidden.device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
         starts = _starts(batch)[: len(examples)]
-        return BatchResult(numbers, starts, positions_N.numpy(), fields, ready)
+        return BatchResult(numbers, starts, targets, ready)
 
-    def _whole(self, result: BatchResult | None) -> tuple[np.ndarray, dict[str, np.ndarray]] | None:
-        """Return target positions and fields of a whole batch on the writer, None elsewhere.
+    def _whole(self, result: BatchResult | None) -> TeacherRows[np.ndarray] | None:
+        """Return the targets of a whole batch on the writer, None elsewhere.
 
         Under context parallelism the writer gathers the parts of all ranks.
         """
@@ -269,8 +265,7 @@ class Teacher:
         if result is not None and groups.tensor_rank == 0:
             if result.ready is not None:
                 result.ready.synchronize()
-            fields = {name: values.numpy() for name, values in result.fields.items()}
-            mine = (result.positions_N, fields)
+            mine = result.targets.map(torch.Tensor.numpy)
         if groups.context_size == 1:
             return mine
         gathered: list[Any] | None = (
@@ -279,35 +274,8 @@ class Teacher:
         dist.gather_object(mine, gathered, dst=groups.writer_rank, group=groups.replica)
         if gathered is None:
             return None
-        parts = [part for part in gathered if part is not None]
-        positions_N = np.concatenate([positions for positions, _ in parts])
-        order = positions_N.argsort()
-        fields = {
-            name: np.concatenate([fields[name] for _, fields in parts])[order]
-            for name in parts[0][1]
-        }
-        return positions_N[order], fields
-
-    def _teacher_rows(
-        self, example: Example, positions_P: np.ndarray, fields: dict[str, np.ndarray]
-    ) -> TeacherRows[np.ndarray]:
-        finite = np.isfinite(fields["log_sum_exp_N"])
-        if not finite.all():
-            raise TeacherError(
-                f"example {example.index}: the teacher's logits at position "
-                f"{positions_P[~finite][0]} are not finite; try trainer.precision=32, and check "
-                "the checkpoint"
-            )
-        return TeacherRows(
-            positions_P=positions_P,
-            topk_logits_PK=fields["topk_logits_NK"],
-            topk_token_ids_PK=fields["topk_token_ids_NK"],
-            log_sum_exp_logits_P=fields["log_sum_exp_N"],
-            tail_mass_PT=fields["tail_mass_NT"],
-            temperatures=self.temperatures,
-            label_logprobs_P=fields["label_logprobs_N"],
-            tail_token_ids_PM=fields.get("tail_token_ids_NM"),
-        )
+        whole = join_rows([part for part in gathered if part is not None])
+        return whole.at(whole.positions_P.argsort())
 
     def _uniforms(
         self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor
@@ -320,6 +288,16 @@ class Teacher:
                 self.cache.seed, example.index, length, self.cache.tail_samples
             )
         return to_device(torch.from_numpy(uniforms_AU)[positions_N], self.groups.device)
+
+
+def _check_finite(example: Example, targets: TeacherRows[np.ndarray]) -> None:
+    finite_P = np.isfinite(targets.log_sum_exp_logits_P)
+    if not finite_P.all():
+        raise TeacherError(
+            f"example {example.index}: the teacher's logits at position "
+            f"{targets.positions_P[~finite_P][0]} are not finite; try trainer.precision=32, and check "
+            "the checkpoint"
+        )
 
 
 def _starts(batch: Batch) -> list[int]:

@@ -41,26 +41,26 @@ def test_rows_match_dense_float64(dtype):
     logits = hidden.double() @ weight[:20_000].double().T
     # Logits below 32 are rounded by up to 2^-4 in bfloat16; float32 products of 256 terms by less than 2^-16.
     tolerance = 0.13 if dtype == torch.bfloat16 and not WIDENS else 1e-4
-    ids, kept = found.topk_token_ids_NK.cpu().long(), found.topk_token_ids_NK.cpu() >= 0
+    ids, kept = found.topk_token_ids_PK.cpu().long(), found.topk_token_ids_PK.cpu() >= 0
     shifted = logits - logits.amax(-1, keepdim=True)
     expected = shifted.gather(1, ids.clamp(min=0))
     torch.testing.assert_close(
-        found.topk_logits_NK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance
+        found.topk_logits_PK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance
     )
     torch.testing.assert_close(
-        found.log_sum_exp_N.cpu().double(), shifted.logsumexp(-1), rtol=0, atol=tolerance
+        found.log_sum_exp_logits_P.cpu().double(), shifted.logsumexp(-1), rtol=0, atol=tolerance
     )
     label_logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(
-        found.label_logprobs_N.cpu().double(), label_logprobs, rtol=0, atol=2 * tolerance
+        found.label_logprobs_P.cpu().double(), label_logprobs, rtol=0, atol=2 * tolerance
     )
     outside = torch.ones_like(logits).scatter_(1, ids.clamp(min=0), (~kept).double())
     for number, temperature in enumerate((1.0, 2.0)):
         tail = ((logits / temperature).softmax(-1) * outside).sum(-1)
         torch.testing.assert_close(
-            found.tail_mass_NT[:, number].cpu().double(), tail, rtol=2 * tolerance, atol=0
+            found.tail_mass_PT[:, number].cpu().double(), tail, rtol=2 * tolerance, atol=0
         )
-    samples = found.tail_token_ids_NM.cpu().long()
+    samples = found.tail_token_ids_PM.cpu().long()
     assert (samples >= 0).any()
     assert (outside.gather(1, samples.clamp(min=0))[samples >= 0] == 1).all()
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks import topk as benchmark
-from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
+from nemo_kd.batch import SMALLEST_SAMPLED_TAIL, TeacherRows
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.ops.tail_sampling import tail_uniforms
-from nemo_kd.ops.topk import TopKRows, topk_of_logits, topk_rows
+from nemo_kd.ops.topk import topk_of_logits, topk_rows
 from nemo_kd.ops.vocab import VocabShard
 
 WORLD_SIZES = [1, 2, 4]
@@ -32,7 +32,9 @@ def _logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64) * 3
 
 
-def _run(hidden, weight, num_columns, labels, kept=_everything, **settings) -> TopKRows:
+def _run(
+    hidden, weight, num_columns, labels, kept=_everything, **settings
+) -> TeacherRows[torch.Tensor]:
     """`topk_rows` of this rank, whose weight is padded with what would show in any result it reached."""
     world_size, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
     padded = weight.new_full((num_columns * world_size, weight.shape[1]), float("nan"))
@@ -41,7 +43,7 @@ def _run(hidden, weight, num_columns, labels, kept=_everything, **settings) -> T
     return topk_rows(hidden, padded.chunk(world_size)[rank], labels, shard, kept=kept, **settings)
 
 
-def _run_logits(logits, num_columns, dtype, labels=None, **settings) -> TopKRows:
+def _run_logits(logits, num_columns, dtype, labels=None, **settings) -> TeacherRows[torch.Tensor]:
     """`_run` with a weight that hands the logits through as they are."""
     labels = torch.zeros(len(logits), dtype=torch.int64) if labels is None else labels
     return _run(
@@ -49,7 +51,7 @@ def _run_logits(logits, num_columns, dtype, labels=None, **settings) -> TopKRows
     )
 
 
-def _alone(logits: torch.Tensor, **settings) -> TopKRows:
+def _alone(logits: torch.Tensor, **settings) -> TeacherRows[torch.Tensor]:
     shard = VocabShard(0, logits.shape[1], logits.shape[1])
     labels = torch.zeros(len(logits), dtype=torch.int64)
     return topk_of_logits(logits.clone(), labels, shard, **({"kept": _everything} | settings))
@@ -77,14 +79,14 @@ def test_rows_match_dense(ranks, world_size, vocab_size, k, num_columns, block_b
     columns = _columns(vocab_size, world_size, num_columns)
     for found in ranks(world_size).run(partial(_run, **settings), hidden, weight, columns, labels):
         close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
-        assert torch.equal(found.topk_token_ids_NK.long(), ids)
-        close(found.topk_logits_NK, values - values[:, :1])
-        close(found.log_sum_exp_N, (logits - values[:, :1]).logsumexp(-1))
-        close(found.label_logprobs_N, logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        assert torch.equal(found.topk_token_ids_PK.long(), ids)
+        close(found.topk_logits_PK, values - values[:, :1])
+        close(found.log_sum_exp_logits_P, (logits - values[:, :1]).logsumexp(-1))
+        close(found.label_logprobs_P, logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
         for number, temperature in enumerate(TEMPERATURES):
             tail = (logits / temperature).softmax(-1).scatter(1, ids, 0).sum(-1)
-            close(found.tail_mass_NT[:, number], tail)
-        assert found.tail_token_ids_NM is None
+            close(found.tail_mass_PT[:, number], tail)
+        assert found.tail_token_ids_PM is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -103,12 +105,12 @@ def test_a_projection_of_lower_precision_is_as_good_as_its_logits(ranks, world_s
     ):
         shifted = exact - exact.amax(-1, keepdim=True)
         close = partial(torch.testing.assert_close, rtol=0, atol=2 * tolerance, check_dtype=False)
-        assert found.topk_logits_NK.dtype == torch.float32
-        assert found.topk_token_ids_NK.dtype == torch.int32
-        close(found.topk_logits_NK, shifted.gather(1, found.topk_token_ids_NK.long()))
-        close(found.topk_logits_NK, shifted.topk(20).values)
-        close(found.log_sum_exp_N, shifted.logsumexp(-1))
-        close(found.label_logprobs_N, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        assert found.topk_logits_PK.dtype == torch.float32
+        assert found.topk_token_ids_PK.dtype == torch.int32
+        close(found.topk_logits_PK, shifted.gather(1, found.topk_token_ids_PK.long()))
+        close(found.topk_logits_PK, shifted.topk(20).values)
+        close(found.log_sum_exp_logits_P, shifted.logsumexp(-1))
+        close(found.label_logprobs_P, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0])
 
 
 @pytest.mark.parametrize(
@@ -126,11 +128,11 @@ def test_what_is_not_kept_is_tail(ranks, config):
         for found in ranks(world_size).run(
             run, logits, _columns(60, world_size, 25), torch.float64
         ):
-            assert torch.equal(found.topk_token_ids_NK.long(), ids.where(kept_NK, -1))
-            assert torch.equal(found.topk_logits_NK.isfinite(), kept_NK)
+            assert torch.equal(found.topk_token_ids_PK.long(), ids.where(kept_NK, -1))
+            assert torch.equal(found.topk_logits_PK.isfinite(), kept_NK)
             for number, temperature in enumerate(TEMPERATURES):
                 tail = ((logits / temperature).softmax(-1) * expected).sum(-1)
-                torch.testing.assert_close(found.tail_mass_NT[:, number], tail, rtol=1e-12, atol=0)
+                torch.testing.assert_close(found.tail_mass_PT[:, number], tail, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -146,9 +148,9 @@ def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(ranks, worl
         tail = exact.scatter(1, top, 0).sum(-1)
         assert tail.min() < 1e-12
         # Shifted logits near -50 are rounded by up to 2e-6; a log-sum-exp is the float64 logarithm of 1 and the tail.
-        torch.testing.assert_close(found.tail_mass_NT[:, 0].double(), tail, rtol=4e-6, atol=0)
+        torch.testing.assert_close(found.tail_mass_PT[:, 0].double(), tail, rtol=4e-6, atol=0)
         torch.testing.assert_close(
-            found.log_sum_exp_N.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15
+            found.log_sum_exp_logits_P.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15
         )
 
 
@@ -160,8 +162,10 @@ def test_no_row_and_one_row(ranks, num_rows):
         for found in ranks(world_size).run(
             run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32
         ):
-            assert [len(field) for field in found] == [num_rows] * 6
-            assert [field.shape[1] for field in (found[0], found[1], found[3], found[5])] == [
+            assert {len(values) for values in vars(found).values() if torch.is_tensor(values)} == {
+                num_rows
+            }
+            assert [values.shape[1] for values in found.arrays().values() if values.dim() == 2] == [
                 4,
                 4,
                 3,
@@ -182,35 +186,39 @@ def test_the_largest_of_a_large_vocabulary_are_exact(top_k, dtype):
         logits[4, -150:] += 20
         found = _alone(logits, top_k=top_k)
         values = logits.float().topk(top_k).values
-        assert torch.equal(found.topk_logits_NK, values - values[:, :1])
-        ids = found.topk_token_ids_NK.long()
+        assert torch.equal(found.topk_logits_PK, values - values[:, :1])
+        ids = found.topk_token_ids_PK.long()
         assert torch.equal(logits.float().gather(1, ids), values)
         assert all(len(set(row)) == top_k for row in ids.tolist())
         exact = logits.double().softmax(-1)
         torch.testing.assert_close(
-            found.log_sum_exp_N.double(), -exact.amax(-1).log(), rtol=1e-6, atol=1e-7
+            found.log_sum_exp_logits_P.double(), -exact.amax(-1).log(), rtol=1e-6, atol=1e-7
         )
         expected = exact.scatter(1, ids, 0).sum(-1)
-        torch.testing.assert_close(found.tail_mass_NT[:, 0].double(), expected, rtol=4e-6, atol=0)
+        torch.testing.assert_close(found.tail_mass_PT[:, 0].double(), expected, rtol=4e-6, atol=0)
 
 
 def test_topk_orders_ties_alike_in_every_layout(ranks):
     logits = _logits(4, 40).round()  # many equal logits
     reference = ranks(1).run(partial(_run_logits, top_k=40), logits, 40, torch.float32)[0]
-    equal = reference.topk_logits_NK.diff() == 0
+    equal = reference.topk_logits_PK.diff() == 0
     assert equal.any()
-    assert (reference.topk_token_ids_NK.diff()[equal] > 0).all()
+    assert (reference.topk_token_ids_PK.diff()[equal] > 0).all()
     for world_size in (2, 4):
         run = partial(_run_logits, top_k=40)
         for result in ranks(world_size).run(run, logits, _columns(40, world_size), torch.float32):
-            assert torch.equal(result.topk_token_ids_NK, reference.topk_token_ids_NK)
-            assert torch.equal(result.topk_logits_NK, reference.topk_logits_NK)
+            assert torch.equal(result.topk_token_ids_PK, reference.topk_token_ids_PK)
+            assert torch.equal(result.topk_logits_PK, reference.topk_logits_PK)
 
 
 def test_bfloat16_log_sum_exp_runs_in_float32(ranks):
     logits = _logits(8, 500)
     exact = logits.bfloat16().double()
-    ours = ranks(2).run(partial(_run_logits, top_k=4), logits, 256, torch.bfloat16)[0].log_sum_exp_N
+    ours = (
+        ranks(2)
+        .run(partial(_run_logits, top_k=4), logits, 256, torch.bfloat16)[0]
+        .log_sum_exp_logits_P
+    )
     torch.testing.assert_close(
         ours.double(), exact.logsumexp(-1) - exact.amax(-1), rtol=0, atol=1e-6
     )
@@ -233,7 +241,7 @@ def test_broken_hidden_states_show_in_their_row_alone(ranks, value):
         results = ranks(world_size).run(run, broken, weight, 300, labels)
         others = labels != 3
         for expected, found in zip(whole, results, strict=True):
-            assert found.log_sum_exp_N.isfinite().tolist() == others.tolist()
+            assert found.log_sum_exp_logits_P.isfinite().tolist() == others.tolist()
             for ours, theirs in zip(found, expected, strict=True):
                 assert torch.equal(ours[others], theirs[others])
 
@@ -248,7 +256,7 @@ def test_one_nan_among_the_logits_shows(ranks):
         for found in ranks(world_size).run(
             partial(_run, top_k=3), hidden, weight, _columns(30, world_size), labels
         ):
-            assert not found.log_sum_exp_N.isfinite().any()
+            assert not found.log_sum_exp_logits_P.isfinite().any()
 
 
 def test_top_k_above_the_vocabulary_is_refused():
@@ -307,7 +315,7 @@ def test_every_layout_draws_the_same_ids(ranks, vocab_size, num_columns, num_sam
     for world_size in WORLD_SIZES:
         columns = _columns(vocab_size, world_size, num_columns)
         for found in ranks(world_size).run(run, logits, columns, torch.float64):
-            ids, tail = found.tail_token_ids_NM.long(), found.tail_mass_NT[:, 0]
+            ids, tail = found.tail_token_ids_PM.long(), found.tail_mass_PT[:, 0]
             torch.testing.assert_close(tail, p_tail.sum(-1), rtol=0, atol=1e-12)
             drawn = tail >= SMALLEST_SAMPLED_TAIL
             assert drawn.sum() > 20
@@ -345,7 +353,7 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     run = partial(_run_logits, top_k=len(kept), uniforms_NU=uniforms)
     for world_size in WORLD_SIZES:
         for found in ranks(world_size).run(run, logits, num_columns // world_size, torch.float64):
-            ids = found.tail_token_ids_NM.long()
+            ids = found.tail_token_ids_PM.long()
             assert (p_tail.gather(1, ids) > 0).all(), "a kept id was drawn"
             assert (ends.gather(1, ids) > wanted - 1e-14).all()
             assert ((ends - p_tail).gather(1, ids) < wanted + 1e-14).all()
@@ -357,22 +365,22 @@ def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtyp
     uniforms = torch.from_numpy(tail_uniforms(1, 0, 100, 4))
     run = partial(_run_logits, top_k=8, uniforms_NU=uniforms)
     reference = ranks(1).run(run, logits, 1000, dtype)[0]
-    p_tail = logits.double().softmax(-1).scatter(1, reference.topk_token_ids_NK.long(), 0)
+    p_tail = logits.double().softmax(-1).scatter(1, reference.topk_token_ids_PK.long(), 0)
     torch.testing.assert_close(
-        reference.tail_mass_NT[:, 0].double(), p_tail.sum(-1), rtol=1e-6, atol=0
+        reference.tail_mass_PT[:, 0].double(), p_tail.sum(-1), rtol=1e-6, atol=0
     )
     strata = (torch.arange(4) + uniforms[:, :4]) / 4 * p_tail.sum(-1)[:, None]
     expected = torch.searchsorted(p_tail.cumsum(-1), strata, right=True)
-    assert torch.equal(reference.tail_token_ids_NM.long(), expected)
+    assert torch.equal(reference.tail_token_ids_PM.long(), expected)
     for world_size in (2, 4):
         for found in ranks(world_size).run(run, logits, 300 * 4 // world_size, dtype):
-            same = (found.topk_token_ids_NK == reference.topk_token_ids_NK).all(
+            same = (found.topk_token_ids_PK == reference.topk_token_ids_PK).all(
                 -1
             )  # but for ties at the last place
             assert same.sum() > 80
-            assert torch.equal(found.tail_token_ids_NM[same], reference.tail_token_ids_NM[same])
+            assert torch.equal(found.tail_token_ids_PM[same], reference.tail_token_ids_PM[same])
             torch.testing.assert_close(
-                found.tail_mass_NT, reference.tail_mass_NT, rtol=1e-6, atol=0
+                found.tail_mass_PT, reference.tail_mass_PT, rtol=1e-6, atol=0
             )
 
 
@@ -381,8 +389,8 @@ def test_nothing_is_drawn_where_everything_is_kept(ranks):
     run = partial(_run_logits, top_k=8, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, 3, 2)))
     for world_size in WORLD_SIZES:
         for found in ranks(world_size).run(run, logits, 8 // world_size, torch.float64):
-            assert (found.tail_token_ids_NM == -1).all()
-            assert (found.tail_mass_NT == 0).all()
+            assert (found.tail_token_ids_PM == -1).all()
+            assert (found.tail_mass_PT == 0).all()
 
 
 def test_random_numbers_depend_on_seed_example_and_position_alone():
@@ -404,7 +412,7 @@ def test_head_and_samples_are_an_unbiased_estimate(certainty, vocab_size):
     assert (1 - p[kept[0]].sum() < SMALLEST_SAMPLED_TAIL) == (certainty > 0)  # thinned
     uniforms = torch.from_numpy(tail_uniforms(5, 0, num_draws, num_samples))
     found = _alone(logits.expand(num_draws, -1), top_k=4, uniforms_NU=uniforms)
-    ids, tail = found.tail_token_ids_NM, found.tail_mass_NT[:, 0]
+    ids, tail = found.tail_token_ids_PM, found.tail_mass_PT[:, 0]
     weight = torch.where(ids >= 0, tail.clamp(min=SMALLEST_SAMPLED_TAIL)[:, None] / num_samples, 0)
     for seed in range(5):
         f = (
@@ -431,8 +439,8 @@ def test_samples_follow_the_tail():
     expected = expected / expected.sum()
     uniforms = torch.from_numpy(tail_uniforms(0, 0, num_draws, 1))
     found = _alone(logits.expand(num_draws, -1), top_k=6, kept=kept, uniforms_NU=uniforms)
-    assert (found.topk_token_ids_NK >= 0).sum() == 2 * num_draws
-    counts = torch.bincount(found.tail_token_ids_NM[:, 0], minlength=vocab_size).double()
+    assert (found.topk_token_ids_PK >= 0).sum() == 2 * num_draws
+    counts = torch.bincount(found.tail_token_ids_PM[:, 0], minlength=vocab_size).double()
     often = expected * num_draws > 5
     chi_square = ((counts - expected * num_draws)[often] ** 2 / (expected * num_draws)[often]).sum()
     assert chi_square < 60  # 22 degrees of freedom: exceeded once in 25,000 tries
@@ -450,11 +458,11 @@ def test_the_benchmark_compares_methods_that_agree():
     )
     ours = benchmark.method_of(benchmark.TOPK_ROWS, options)[1]()
     logprobs, ids, labels = benchmark.method_of(benchmark.OBVIOUS, options)[1]()
-    assert torch.equal(ours.topk_token_ids_NK.long(), ids)
+    assert torch.equal(ours.topk_token_ids_PK.long(), ids)
     torch.testing.assert_close(
-        ours.topk_logits_NK - ours.log_sum_exp_N[:, None], logprobs, rtol=0, atol=1e-6
+        ours.topk_logits_PK - ours.log_sum_exp_logits_P[:, None], logprobs, rtol=0, atol=1e-6
     )
-    torch.testing.assert_close(ours.label_logprobs_N, labels, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours.label_logprobs_P, labels, rtol=0, atol=1e-6)
     for name in benchmark.METHODS:
         found = benchmark.measure(name, options)
         assert min(found["us"], found["projection_us"]) > 0
