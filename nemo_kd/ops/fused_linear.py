@@ -137,7 +137,7 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _stand_in(weight_vH: Tensor) -> Tensor | None:
-    """What autograd gets for the gradient that is in main_grad.
+    """Return autograd's substitute for a gradient that is already in main_grad.
 
     Where Megatron reduces gradients while others are still made, it starts when autograd has
     brought one to every weight; it does not add it to main_grad where it is told so. A weight that

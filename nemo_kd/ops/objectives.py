@@ -1,4 +1,4 @@
-"""What a student is pulled towards: divergences between two distributions, and estimators on the
+"""Objectives of a student: divergences between two distributions, and estimators on the
 label alone.
 
 A divergence D(p, q) of the teacher p and the student q is computed entry by entry; the entries are

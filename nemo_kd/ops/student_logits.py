@@ -46,7 +46,7 @@ class StudentLogits(NamedTuple):
         log_sum_exp_N: of the whole real vocabulary.
         log_tail_NS: log-sum-exp of scale * logits outside the kept ids, for every scale; -inf where
             nothing is outside.
-        mean_N: of all logits of the real vocabulary; None where nobody asked.
+        mean_N: of all logits of the real vocabulary; None if not asked for.
         tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where
             there is none), and the sum of exp(scale * (logit - tail_maximum)).
         local_sum_exp_NS, columns: this rank's part of that sum, and where it holds label, kept ids

@@ -1,5 +1,4 @@
-"""What a teacher says about each position, straight from hidden states: the full logits never
-exist.
+"""Teacher targets of each position from hidden states; the full logits never exist.
 
 A block of rows at a time is projected onto this rank's part of the vocabulary and reduced to a few
 numbers a row:

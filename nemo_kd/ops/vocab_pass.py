@@ -80,7 +80,7 @@ class Sums(NamedTuple):
         log_sum_exp_NS: of scale * (logits - maximum), for every scale; means nothing where there is
             none.
         at_columns: for each of the columns asked for the logits there, 0 where the id is not held.
-        sum_N: of all logits, kept ones too; None where nobody asked.
+        sum_N: of all logits, with the kept ones; None if not asked for.
     """
 
     maximum_N: Tensor

@@ -1,4 +1,4 @@
-"""How fast steps are, and what they wait for."""
+"""Speed of training steps, and their wait for data."""
 
 from __future__ import annotations
 
