@@ -55,6 +55,8 @@ class Manifest:
     """
     segment_examples: int = 64
     """Records computed together."""
+    config: dict[str, Any] | None = None
+    """Keys of the job that created the cache; None in caches of older versions and other programs."""
     merged_chunks: int | None = None
     """Chunks of a cache that was merged from several."""
     chunks: dict[int, ChunkSummary] = field(default_factory=dict)
@@ -135,6 +137,7 @@ class Manifest:
         """
         payload = self._payload()
         payload.pop("tokenizer_tokens", None)
+        payload.pop("config", None)
         payload["dataset"].pop("path", None)  # the fingerprint says what was read, wherever it lies
         return dict(_flat(payload))
 
@@ -183,6 +186,8 @@ class Manifest:
     def _payload(self) -> dict[str, Any]:
         # Copies of all chunks would take long.
         payload = dataclasses.asdict(dataclasses.replace(self, chunks={}))
+        if self.config is None:  # of another program's files
+            del payload["config"]
         return {name: value for name, value in payload.items() if name not in IN_MEMORY}
 
     def _json(self) -> bytes:

@@ -58,7 +58,13 @@ def compose(line: CommandLine, name: str) -> DictConfig:
         raise ConfigError(
             f"--config-name: {name}: only files ending in .yaml are read; rename it to {name[:-4]}.yaml"
         )
-    path = folder / (name if name.endswith(".yaml") else f"{name}.yaml")
+    file_name = name if name.endswith(".yaml") else f"{name}.yaml"
+    searched = line.settings.get("--config-dir")
+    if searched and not (folder / file_name).is_file():
+        other = Path(searched).expanduser().absolute()
+        if (other / file_name).is_file():
+            folder, searched = other, str(folder)
+    path = folder / file_name
     if not path.is_file():
         there = ", ".join(sorted(found.stem for found in folder.glob("*.yaml"))) or "none"
         here = Path(path.name).is_file() and "--config-path" not in line.settings
@@ -72,11 +78,8 @@ def compose(line: CommandLine, name: str) -> DictConfig:
         )
     check_yaml(path)
     overrides = line.overrides
-    if "--config-dir" in line.settings:
-        overrides = [
-            *overrides,
-            f"hydra.searchpath=[file://{os.path.abspath(line.settings['--config-dir'])}]",
-        ]
+    if searched:
+        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(searched)}]"]
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
             return hydra.compose(name, overrides)

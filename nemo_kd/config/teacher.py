@@ -122,14 +122,18 @@ class ComputeTopkLogitsConfig(Section):
         paths = self.data.data.file_path
         if isinstance(paths, str):
             return {"": self}
-        return {
-            split: replace(
+        splits = {}
+        for split, file_path in paths.items():
+            splits[split] = replace(
                 self,
                 output_path=self.output_path.replace(SPLIT, split),
-                data=replace(self.data, data=replace(self.data.data, file_path=path)),
+                data=replace(self.data, data=replace(self.data.data, file_path=file_path)),
             )
-            for split, path in paths.items()
-        }
+            places = ("output_path", "data.data.file_path")
+            vars(splits[split])["environment"] = {
+                key: text for key, text in self.environment.items() if not key.startswith(places)
+            }
+        return splits
 
     def _check_splits(self) -> None:
         paths = self.data.data.file_path

@@ -52,9 +52,31 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
                 f"mandatory keys have no value: {', '.join(missing)}. "
                 f"Give {missing[0]}=... on the command line."
             )
-        return typing.cast(T, OmegaConf.to_object(merged))
+        config = typing.cast(T, OmegaConf.to_object(merged))
+        vars(config)["environment"] = _from_environment(cfg)
+        return config
     except OmegaConfBaseException as error:
         raise config_error(error) from error
+
+
+def _from_environment(cfg: DictConfig) -> dict[str, Any]:
+    """Return the keys whose values contain those of environment variables, as they were given."""
+    given: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    texts = {key: _at(given, key) for key in _leaf_keys(given)}
+    referring = {key: text for key, text in texts.items() if "${" in str(text)}
+    direct = [key for key, text in referring.items() if "${oc.env:" in str(text)]
+    values = [str(OmegaConf.select(cfg, key)) for key in direct]
+    return {
+        key: text
+        for key, text in referring.items()
+        if key in direct or any(value in str(OmegaConf.select(cfg, key)) for value in values)
+    }
+
+
+def _at(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values[name]
+    return values
 
 
 def _check_sections(cls: type, given: dict[str, Any], known: list[str], prefix: str = "") -> None:

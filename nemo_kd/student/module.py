@@ -52,6 +52,7 @@ from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import explained_ctrl_c
 from nemo_kd.run.ranks import join_ranks
+from nemo_kd.run.resolved_config import resolved_config
 from nemo_kd.student.data import StudentData, load_splits, source_names
 from nemo_kd.student.lifetime import Lifetime, NonFiniteSteps, StopFlags
 from nemo_kd.student.loss import LOSS_TOKENS, StudentLoss
@@ -165,6 +166,8 @@ class StudentModule(pl.LightningModule):
         max_steps: int,
     ) -> None:
         super().__init__()
+        # Lightning sends them to all loggers and puts them into every checkpoint.
+        self.save_hyperparameters(resolved_config(config))
         model = config.model
         self.automatic_optimization = False
         self.config = config

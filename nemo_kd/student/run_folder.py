@@ -20,6 +20,7 @@ from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock, explained
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.resolved_config import resolved_config
 from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
     Contents,
@@ -186,6 +187,7 @@ def provenance(
         },
         "data_weights": data.training.order.weights,
         "consumed_samples": data.training.consumed_samples,
+        "config": resolved_config(config, paths=False),
         "knowledge_distillation": dataclasses.asdict(config.model.knowledge_distillation),
     }
     if adapters is not None:

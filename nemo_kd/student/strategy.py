@@ -56,6 +56,10 @@ ENTRIES = {
     "adapters": Entry(
         "LoRA's settings and base weights; compared on resume", required=False, always=True
     ),
+    "hyper_parameters": Entry(
+        "configuration of the run, without secrets", required=False, always=True
+    ),
+    "hparams_name": Entry("Lightning's name for it", required=False, always=True),
     "global_step": Entry("completed optimizer steps", always=True),
     "epoch": Entry("Lightning's epoch, always 0: its epoch is the whole run", always=True),
     "pytorch-lightning_version": Entry("version that wrote the checkpoint", always=True),

@@ -18,6 +18,8 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import PARAMS
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.resolved_config import resolved_config, save_config
 from nemo_kd.student.checkpoint_folder import choose_checkpoint
 from nemo_kd.student.checkpoints import Checkpoints, CheckpointWriter
 from nemo_kd.student.course import Course
@@ -106,6 +108,7 @@ def build_trainer(
     if resumed is not None:
         check_same_experiment(resumed, record, config.allow_changed)
         trainer.ckpt_path = str(resumed)
+    on_rank_zero(lambda: save_config(log_dir / "config.yaml", resolved_config(config)))
     run_log.log_dir = log_dir
     trainer.loggers = [*trainer.loggers, *start_wandb(settings, log_dir)]
     checkpoints = None

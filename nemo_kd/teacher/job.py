@@ -44,6 +44,7 @@ from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.model import use_transformer_engine
 from nemo_kd.run.collective import gather
 from nemo_kd.run.ranks import join_ranks
+from nemo_kd.run.resolved_config import resolved_config
 from nemo_kd.teacher.model import Teacher, ignore_step
 
 log = logging.getLogger(__name__)
@@ -266,6 +267,7 @@ def _open_job(
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
+        config=resolved_config(config),
     )
     return Job(split, config, dataset, chunks, manifest)
 

@@ -32,6 +32,7 @@ from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import POLL_S, on_rank_zero, shared_store
 from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
+from nemo_kd.run.resolved_config import resolved_config, save_config
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.estimate import estimate_cost
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
@@ -39,6 +40,7 @@ from nemo_kd.teacher.model import Pass, Teacher, TeacherError
 from nemo_kd.teacher.progress import (
     CacheReport,
     TeacherProgress,
+    config_path,
     metrics_file,
     next_commands,
     report_cache,
@@ -124,6 +126,7 @@ def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
         writer = CacheWriter(layout, job.manifest, job.chunks, job.config.part_number())
         writers.append(writer)
         stack.callback(writer.close)
+        save_config(config_path(job), resolved_config(job.config))
         missing = writer.missing_segments()
         return missing, len(job.chunks) - len(writer.missing)
 

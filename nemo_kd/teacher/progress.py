@@ -137,13 +137,22 @@ def metrics_file(job: Job) -> MetricsFile:
     Raises:
         CacheError: the file cannot be written.
     """
-    layout = CacheLayout(job.config.output_path)
-    shard, num_shards = job.config.part_number()
-    folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
-    part = f"_{shard}_of_{num_shards}" if num_shards > 1 else ""
-    path = folder / layout.manifest_name.replace("manifest.json", f"metrics{part}.log")
+    path = _beside_cache(job, "metrics", ".log")
     with explained(path):
         return MetricsFile(path)
+
+
+def config_path(job: Job) -> Path:
+    """Return the path of the job's configuration, beside the metrics."""
+    return _beside_cache(job, "config", ".yaml")
+
+
+def _beside_cache(job: Job, name: str, suffix: str) -> Path:
+    layout = CacheLayout(job.config.output_path)
+    number, count = job.config.part_number()
+    folder = Path(job.config.exp_manager.explicit_log_dir or layout.folder)
+    part = f"_{number}_of_{count}" if count > 1 else ""
+    return folder / layout.manifest_name.replace("manifest.json", f"{name}{part}{suffix}")
 
 
 @dataclass(frozen=True)

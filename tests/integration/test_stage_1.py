@@ -216,7 +216,7 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
             {"cache__codec": "json", "cache__top_p": 0.9},
             "cache.codec: json stores top_k logits at every position",
         ),
-        ({"cache__temperatures": [0]}, "cache.temperatures: [0.0] must all be above 0"),
+        ({"cache__temperatures": [0]}, "cache.temperatures: [0.0] must be above 0"),
         (
             {"model__max_seq_length": 5000},
             "model.max_seq_length: 5000 exceeds the model's max_position_embeddings",

@@ -9,9 +9,11 @@ import pickle
 import re
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import nemo_kd
 from nemo_kd.mcore.checkpoint_write import file_sum
@@ -231,3 +233,24 @@ def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
     assert result.returncode == 0, result.stderr
     assert not re.search(r"Warning|NeMo W|HINT", result.stderr), result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*.nemo"))
+
+
+def test_the_recorded_configuration_runs_again(train, tmp_path):
+    first = train(name="again", model__optim__lr=2e-3)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["optim"]["lr"] == 2e-3
+    command = [
+        *(sys.executable, "-m", "nemo_kd.cli.train_gpt_knowledge_distillation"),
+        *("--config-dir", str(tmp_path), "--config-name", "config"),
+        f"output={tmp_path / 'again'}",
+    ]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    losses = [
+        [row["train/loss"] for row in rows if "train/loss" in row]
+        for rows in (first, metrics(tmp_path / "again"))
+    ]
+    assert losses[0] == losses[1]
+    (archive,) = (tmp_path / "again").rglob("*.nemo")
+    with tarfile.open(archive) as tar:
+        provenance = json.load(tar.extractfile("./provenance.json"))
+    assert provenance["config"]["model"]["optim"]["lr"] == 2e-3
+    assert str(tmp_path) not in json.dumps(provenance["config"])
