@@ -25,7 +25,11 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["nemo_kd", "nemo_kd.*"]), "nemo_kd.conf"],
     package_dir={"nemo_kd": "nemo_kd", "nemo_kd.conf": "conf"},
-    package_data={"nemo_kd": ["py.typed"], "nemo_kd.conf": ["*.yaml"], "nemo_kd.tools": ["*.html"]},
+    package_data={
+        "nemo_kd": ["py.typed"],
+        "nemo_kd.conf": ["*.yaml", "recipes/*.yaml"],
+        "nemo_kd.tools": ["*.html"],
+    },
     install_requires=[
         "torch>=2.6",
         "lightning>=2.4,<2.5",

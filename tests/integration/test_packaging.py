@@ -65,6 +65,8 @@ def test_wheel_and_source_distribution_hold_the_same(built):
     assert names["checkout"] == names["sdist"]
     for name in ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"):
         assert f"nemo_kd/conf/{name}.yaml" in names["sdist"]
+    recipes = [name for name in names["sdist"] if name.startswith("nemo_kd/conf/recipes/")]
+    assert len(recipes) == 4
     assert {"nemo_kd/py.typed", "nemo_kd/tools/inspect_page.html"} <= names["sdist"]
 
 
