@@ -123,7 +123,7 @@ ALIASES: dict[str, dict[str, str]] = {
 }
 """Per command: another name -> the key; the first value given in this order counts."""
 
-_YIELDS = "model.encoder_seq_length"
+YIELDS = "model.encoder_seq_length"
 """Alias that gives way to another value without an error, as NeMo-Aligner's files have both."""
 
 _NULL_MEANS_DEFAULT = (
@@ -169,6 +169,15 @@ def translate(cfg: DictConfig, command: str, config_class: type) -> tuple[DictCo
     return OmegaConf.create(values), warnings
 
 
+def without(cfg: DictConfig, names: list[str]) -> DictConfig:
+    """Return `cfg` without the values of these names; sections of the same name stay."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    for name in names:
+        if not isinstance(_get(values, name), dict):
+            _pop(values, name)
+    return OmegaConf.create(values)
+
+
 def _rename(values: dict[str, Any], alias: str, command: str, config_class: type) -> None:
     value = _pop(values, alias)
     key = key_of(alias, value, command)
@@ -178,7 +187,7 @@ def _rename(values: dict[str, Any], alias: str, command: str, config_class: type
     default = OmegaConf.select(OmegaConf.structured(config_class), key)
     if other in (None, "???", value, default):
         _set(values, key, value)
-    elif alias != _YIELDS:
+    elif alias != YIELDS:
         raise ConfigError(
             f"{alias}: {value} is another name of {key}, which is {other}; give one of them"
         )

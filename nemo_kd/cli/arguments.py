@@ -13,7 +13,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
-from nemo_kd.cli.aligner_keys import SEQ_LENGTH, key_of
+from nemo_kd.cli.aligner_keys import ALIASES, SEQ_LENGTH, YIELDS, key_of
 from nemo_kd.config import ConfigError
 from nemo_kd.config.foreign_keys import find_key
 from nemo_kd.config.typed import SPLITS_HINT, SPLITS_KEY, alternatives, describe, key_type
@@ -59,11 +59,13 @@ class CommandLine:
         options: Hydra's, as Hydra takes them.
         overrides: `key=value` as Hydra takes it, in order.
         settings: values of the options that say where the configuration is.
+        replaced: other names of the overrides' keys; their values in a YAML file no longer count.
     """
 
     options: list[str] = field(default_factory=list)
     overrides: list[str] = field(default_factory=list)
     settings: dict[str, str] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
 
     @property
     def is_for_hydra(self) -> bool:
@@ -117,24 +119,30 @@ def read_command_line(arguments: list[str], config_class: type, command: str) ->
         else:
             raise ConfigError(_answer_to_word(argument, list(remaining), given, config_class))
     _check_options(line)
-    given = _without_aliases(given, command)
+    given, line.replaced = _without_aliases(given, command)
     line.overrides = [_override(argument, config_class, known, line.is_sweep) for argument in given]
     return line
 
 
-def _without_aliases(given: list[str], command: str) -> list[str]:
-    """Return the overrides with keys for their aliases.
+def _without_aliases(given: list[str], command: str) -> tuple[list[str], list[str]]:
+    """Return the overrides with keys for their aliases, and all aliases of these keys.
 
     Raises:
         ConfigError: two names of one key have different values.
     """
+    matches = [_KEY.fullmatch(argument) for argument in given]
+    keys = [key_of(one["key"], one["value"], command) if one else "" for one in matches]
+    names = {
+        one["key"] for one, key in zip(matches, keys, strict=True) if one and key == SEQ_LENGTH
+    }
+    yielding = YIELDS if len(names) > 1 else ""
     values: dict[str, tuple[str, str]] = {}
     result = []
-    for argument in given:
-        match = _KEY.fullmatch(argument)
-        key = key_of(match["key"], match["value"], command) if match else ""
-        if match is None or key == SEQ_LENGTH:
+    for argument, match, key in zip(given, matches, keys, strict=True):
+        if match is None:
             result.append(argument)
+            continue
+        if match["key"] == yielding:
             continue
         name, value = values.setdefault(key, (match["key"], match["value"]))
         if name != match["key"] and value != match["value"]:
@@ -143,7 +151,7 @@ def _without_aliases(given: list[str], command: str) -> list[str]:
                 "is given; give one of them"
             )
         result.append(f"{match['sign']}{key}={match['value']}")
-    return result
+    return result, [alias for alias, key in ALIASES[command].items() if key in values]
 
 
 def _check_options(line: CommandLine) -> None:

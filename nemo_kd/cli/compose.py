@@ -11,6 +11,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_kd.cli.aligner_keys import without
 from nemo_kd.cli.arguments import CommandLine
 from nemo_kd.config import ConfigError
 from nemo_kd.config.typed import config_error
@@ -82,7 +83,7 @@ def compose(line: CommandLine, name: str) -> DictConfig:
         overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(searched)}]"]
     try:
         with hydra.initialize_config_dir(str(folder), version_base="1.3"):
-            return hydra.compose(name, overrides)
+            return without(hydra.compose(name, overrides), line.replaced)
     except yaml.YAMLError as error:
         raise ConfigError(_yaml_problem(path, error)) from error
     except OmegaConfBaseException as error:

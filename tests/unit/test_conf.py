@@ -104,6 +104,21 @@ def test_the_command_line_and_the_dataclass_give_the_same_run():
     assert (config, warnings) == (plain, [])
 
 
+@pytest.mark.parametrize("name", ["max_seq_length", "model.encoder_seq_length"])
+@pytest.mark.parametrize("in_file", ["max_seq_length", "model.max_seq_length"])
+def test_the_command_line_wins_over_every_name_in_a_file(tmp_path, name, in_file):
+    values = OmegaConf.create({"lr": 1e-5, "model": {"data": {"data_prefix": {"train": "t"}}}})
+    OmegaConf.update(values, in_file, 1024)
+    OmegaConf.save(values, tmp_path / "mine.yaml")
+    config, _ = run(
+        "train_gpt_knowledge_distillation",
+        *["--config-path", str(tmp_path), "--config-name", "mine"],
+        *["model=m", "data=d", "validation=v", "lr=1e-3", f"{name}=77"],
+    )
+    assert config.model.data.data_prefix["train"] == "d"
+    assert (config.model.optim.lr, config.model.max_seq_length) == (1e-3, 77)
+
+
 def test_mappings_without_a_default_take_single_keys():
     config, _ = run(
         "train_gpt_knowledge_distillation",
