@@ -148,7 +148,8 @@ def key_of(name: str, value: Any, command: str) -> str:
 
 
 def translate(cfg: DictConfig, command: str, config_class: type) -> tuple[DictConfig, list[str]]:
-    """Return `cfg` with keys for aliases and without ignored keys, and warnings "key=value: reason".
+    """Return `cfg` with keys for aliases and without ignored keys, and warnings "key=value:
+    reason".
 
     Raises:
         ConfigError: an alias and its key, or two aliases, have different values.

@@ -1,4 +1,5 @@
-"""The command line of a command with keys: values as typed, and an answer for what is not `key=value`."""
+"""The command line of a command with keys: values as typed, and an answer for what is not
+`key=value`."""
 
 from __future__ import annotations
 
@@ -288,7 +289,8 @@ def _parse(argument: str) -> Any:
 
 
 def _with_quotes(key: str, value: str) -> str:
-    """Return a list or mapping with quotes around the texts that Hydra's grammar does not read without."""
+    """Return a list or mapping with quotes around the texts that Hydra's grammar does not read
+    without."""
     form = "".join(_quoted_texts(value)) if len(value) <= 10_000 else ""
     if form and _is_read(key, form):
         return form
@@ -316,7 +318,8 @@ def _quoted_texts(value: str) -> Iterator[str]:
 
 
 def _quoted(value: str) -> str:
-    """Return text in single quotes for Hydra's grammar, which takes a backslash before a quote only."""
+    """Return text in single quotes for Hydra's grammar, which takes a backslash before a quote
+    only."""
     inner = re.sub(r"(\\*)'", lambda match: match[1] * 2 + r"\'", value)
     inner = re.sub(r"(\\+)$", lambda match: match[1] * 2, inner)
     return f"'{inner}'"

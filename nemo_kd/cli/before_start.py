@@ -1,4 +1,5 @@
-"""Checks that need neither model nor torch: they fail within a second, in the process that would start the ranks."""
+"""Checks that need neither model nor torch: they fail within a second, in the process that would
+start the ranks."""
 
 from __future__ import annotations
 
@@ -86,7 +87,8 @@ def check_run_folders(settings: ExpManagerConfig) -> None:
 
 
 def check_writable(key: str, folder: str | Path | None) -> None:
-    """Refuse a folder that does not exist and cannot be made, or cannot be written; None is the current one."""
+    """Refuse a folder that does not exist and cannot be made, or cannot be written; None is the
+    current one."""
     existing = Path(folder or ".").absolute()
     # Path.exists fails where os.path.exists returns False: in a folder that may not be searched.
     while not os.path.exists(existing):

@@ -23,13 +23,15 @@ MAX_YAML_DEPTH = 50
 
 
 def conf_dir() -> Path:
-    """Return the folder of the commands' YAML files: installed with the package, or beside it in a checkout."""
+    """Return the folder of the commands' YAML files: installed with the package, or beside it in a
+    checkout."""
     package = Path(__file__).resolve().parent.parent
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
 def config_folder(line: CommandLine) -> Path:
-    """Return the folder of the YAML file: --config-path, from the current folder, or the commands' own.
+    """Return the folder of the YAML file: --config-path, from the current folder, or the commands'
+    own.
 
     Raises:
         ConfigError: there is no such folder.
@@ -48,7 +50,8 @@ def config_folder(line: CommandLine) -> Path:
 
 
 def compose(line: CommandLine, name: str) -> DictConfig:
-    """Return the configuration of a command line; `name` is that of the YAML file where the line gives none.
+    """Return the configuration of a command line; `name` is that of the YAML file where the line
+    gives none.
 
     Raises:
         ConfigError: names the argument, or the file and its line.

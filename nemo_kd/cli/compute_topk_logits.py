@@ -9,10 +9,8 @@ COMMAND = Command(
     config_class=ComputeTopkLogitsConfig,
     function="nemo_kd.teacher:compute_topk_logits",
     example="""compute_topk_logits \\
-    pretrained_checkpoint.restore_from_path=teacher/ \\
-    data.data.file_path=data/train.jsonl \\
-    output_path=cache/train_with_logits_CHUNK_ID.jsonl.zst n_examples_per_chunk=10000 \\
-    model.micro_batch_size=2 \\
+    model=teacher/ data=train.jsonl \\
+    output=cache/train_CHUNK_ID.jsonl.zst n_examples_per_chunk=10000 \\
     trainer.devices=8 model.tensor_model_parallel_size=4""",
 )
 

@@ -46,7 +46,8 @@ IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
         "message": "The `srun` command is available"
     },  # a hint for programs that do not start their ranks themselves
 )
-"""Warnings of libraries that a user can do nothing about, as arguments of warnings.filterwarnings."""
+"""Warnings of libraries that a user can do nothing about, as arguments of
+warnings.filterwarnings."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ class Command:
 def run(command: Command) -> None:
     """Read the command line and run the command.
 
-    Exits with status 2 where the input cannot work, with REQUEUE where the run stopped early and the same command
-    continues it.
+    Exits with status 2 where the input cannot work, with REQUEUE where the run stopped early and
+    the same command continues it.
     """
     arguments = sys.argv[1:]
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -160,7 +161,8 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
 
 
 def configure_logging() -> None:
-    """Messages of rank 0, errors of the others; before anything heavy is imported, which would warn then."""
+    """Messages of rank 0, errors of the others; before anything heavy is imported, which would warn
+    then."""
     level = logging.INFO if find_ranks().rank == 0 else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))

@@ -9,12 +9,10 @@ COMMAND = Command(
     config_class=TrainStudentConfig,
     function="nemo_kd.student:train_student",
     example="""train_gpt_knowledge_distillation \\
-    pretrained_checkpoint.restore_from_path=student/ \\
-    "model.data.data_prefix={train: [cache/train_with_logits_CHUNK_ID.jsonl.zst], validation: [cache/val_with_logits_CHUNK_ID.jsonl.zst]}" \\
-    model.knowledge_distillation.kd_loss=bwd_kl \\
-    model.knowledge_distillation.kd_loss_weight=1.0 model.knowledge_distillation.sft_loss_weight=0.1 \\
-    model.micro_batch_size=1 model.global_batch_size=128 model.optim.lr=1e-5 \\
-    trainer.devices=8 exp_manager.explicit_log_dir=results/kd""",
+    model=student/ output=results/kd \\
+    data=cache/train_CHUNK_ID.jsonl.zst validation=cache/validation_CHUNK_ID.jsonl.zst \\
+    model.knowledge_distillation.sft_loss_weight=0.1 lr=1e-5 \\
+    model.global_batch_size=128 model.data.max_tokens_per_batch=16384 trainer.devices=8""",
 )
 
 

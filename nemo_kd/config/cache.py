@@ -18,12 +18,14 @@ MAX_VOCAB_SIZE = 1 << 24
 
 @dataclass
 class CacheConfig(Section):
-    """`cache`: tokens kept at a position, at most `top_k`: those that `min_probability` and `top_p` select, at least `min_k`."""
+    """`cache`: tokens kept at a position, at most `top_k`: those that `min_probability` and `top_p`
+    select, at least `min_k`."""
 
     KEY: ClassVar[str] = "cache"
 
     codec: str = choice("packed", CODECS)
-    """packed (a tenth of the bytes) or json (NeMo-Aligner's fields as plain numbers, top_k logits at every position)."""
+    """packed (a tenth of the bytes) or json (NeMo-Aligner's fields as plain numbers, top_k logits
+    at every position)."""
     min_probability: float | None = bounded(None, at_least=0, below=1)
     """Drop tokens below this probability; 0 keeps top_k. None: 5e-4 for packed, 0 for json."""
     top_p: float = bounded(1.0, above=0, at_most=1)
@@ -33,13 +35,16 @@ class CacheConfig(Section):
     positions: str = choice("loss", ("loss", "all"))
     """packed: store loss (positions whose label counts in the loss) or all positions."""
     temperatures: list[float] = bounded([], above=0, below=math.inf)
-    """Temperatures other than 1 at which the probability outside the kept tokens is stored. Training at a temperature needs it here; at most 15."""
+    """Temperatures other than 1 at which the probability outside the kept tokens is stored.
+    Training at a temperature needs it here; at most 15."""
     tail_samples: int = bounded(0, at_least=0, at_most=MAX_TAIL_SAMPLES)
-    """Token ids per position drawn from the teacher's distribution outside the kept tokens. They make the cache unbiased."""
+    """Token ids per position drawn from the teacher's distribution outside the kept tokens. They
+    make the cache unbiased."""
     seed: int = bounded(1234, at_least=0, at_most=2**64 - 1)
     """Seed of the tail samples."""
     segment_examples: int = bounded(64, at_least=1)
-    """Records computed and published together; a killed run loses at most this many per data-parallel rank."""
+    """Records computed and published together; a killed run loses at most this many per
+    data-parallel rank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +64,8 @@ class CacheConfig(Section):
     @property
     def probability_floor(self) -> float:
         """Return `min_probability`, or the default of the codec."""
-        # Not set in __post_init__: the default of one codec would become a given value of the other.
+        # Not set in __post_init__: the default of one codec would become a given value of the
+        # other.
         if self.min_probability is not None:
             return self.min_probability
         return DEFAULT_FLOOR if self.codec == "packed" else 0.0

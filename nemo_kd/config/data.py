@@ -36,13 +36,17 @@ class DatasetConfig(Section):
     PATH_KEY: ClassVar[str] = "data.data.file_path"
 
     file_path: Any = path()
-    """JSONL file with one record per line, in a format of `format`. Stage 1 also takes {train: PATH, validation: PATH}."""
+    """JSONL file with one record per line, in a format of `format`. Stage 1 also takes {train:
+    PATH, validation: PATH}."""
     format: str = choice("auto", ("auto", "messages", "conversations", "prompt_template"))
-    """Format of the records: messages (OpenAI chat, rendered by the tokenizer's chat template), conversations (NeMo chat), prompt_template (fields put into prompt_template), or auto (decided by each record's keys)."""
+    """Format of the records: messages (OpenAI chat, rendered by the tokenizer's chat template),
+    conversations (NeMo chat), prompt_template (fields put into prompt_template), or auto (decided
+    by each record's keys)."""
     min_seq_length: int = 1
     """Skip and count shorter examples, in tokens."""
     prompt_template: str = "{input} {output}"
-    """Template that joins fields of a record to one text; the field named by label_key must come last."""
+    """Template that joins fields of a record to one text; the field named by label_key must come
+    last."""
     label_key: str = "output"
     """Field that counts in the loss."""
     add_bos: bool = False
@@ -52,7 +56,8 @@ class DatasetConfig(Section):
     add_sep: bool = False
     """prompt_template: put the tokenizer's separator token between prompt and answer."""
     truncation_field: str = "input"
-    """prompt_template: fields, separated by commas, that are cut to fit model.max_seq_length; empty cuts nothing."""
+    """prompt_template: fields, separated by commas, that are cut to fit model.max_seq_length; empty
+    cuts nothing."""
     truncation_method: str = choice("right", ("left", "right"))
     """prompt_template: cut truncation_field from the right or the left."""
     tools_key: str = "tools"

@@ -1,4 +1,5 @@
-"""Configuration of a run's folder, logs and checkpoints in stage 2: `exp_manager`, with the keys of NeMo's that act."""
+"""Configuration of a run's folder, logs and checkpoints in stage 2: `exp_manager`, with the keys of
+NeMo's that act."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ class CheckpointParams(Section):
     dirpath: str | None = path(None)
     """Folder of the checkpoints; None: checkpoints/ in the log folder."""
     filename: str | None = None
-    """Name of a checkpoint, with {metric} placeholders; None: name, monitored value, step and samples."""
+    """Name of a checkpoint, with {metric} placeholders; None: name, monitored value, step and
+    samples."""
     prefix: str | None = None
     """Start of the name of the .nemo archive; None: name."""
     postfix: str = ".nemo"
@@ -48,9 +50,11 @@ class CheckpointParams(Section):
     verbose: bool = True
     """Log each ranked checkpoint."""
     every_n_train_steps: int | None = None
-    """Not used: trainer.knowledge_distillation.save_interval gives the steps between checkpoints."""
+    """Not used: trainer.knowledge_distillation.save_interval gives the steps between
+    checkpoints."""
     train_time_interval: Any = None
-    """Not used: trainer.knowledge_distillation.save_interval gives the steps between checkpoints."""
+    """Not used: trainer.knowledge_distillation.save_interval gives the steps between
+    checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

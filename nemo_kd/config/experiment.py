@@ -1,4 +1,5 @@
-"""Keys of stage 2 that determine its result: a run goes on from a checkpoint only if they are unchanged."""
+"""Keys of stage 2 that determine its result: a run goes on from a checkpoint only if they are
+unchanged."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from nemo_kd.config.errors import ConfigError
 
 KEY = "allow_changed"
 FREE_KEYS = (
-    # Length of the run, intervals, and the parts of the learning-rate schedule that follow the length.
+    # Length of the run, intervals, and the parts of the learning-rate schedule that follow the
+    # length.
     "trainer.knowledge_distillation.max_epochs",
     "trainer.knowledge_distillation.max_steps",
     "trainer.knowledge_distillation.val_check_interval",
@@ -60,7 +62,8 @@ FREE_KEYS = (
     "export",
     KEY,
 )
-"""Keys and sections that may change when a run goes on. Every other key, a new one too, is compared."""
+"""Keys and sections that may change when a run goes on. Every other key, a new one too, is
+compared."""
 
 
 def compared_values(config: Any) -> dict[str, Any]:
@@ -71,7 +74,8 @@ def compared_values(config: Any) -> dict[str, Any]:
 
 
 def compared_defaults(config_class: type) -> dict[str, Any]:
-    """Return the default of every compared key that has one; a checkpoint that does not know a key was trained with it."""
+    """Return the default of every compared key that has one; a checkpoint that does not know a key
+    was trained with it."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config_class):
         factory = field.default_factory
@@ -87,7 +91,8 @@ def is_free(key: str) -> bool:
 
 
 def allowed_keys(allow_changed: Iterable[str], compared: Iterable[str]) -> set[str]:
-    """Return the compared keys that `allow_changed` names: whole keys, their last parts, or sections.
+    """Return the compared keys that `allow_changed` names: whole keys, their last parts, or
+    sections.
 
     Raises:
         ConfigError: an entry names no key, or the last part of several.

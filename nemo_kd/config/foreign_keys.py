@@ -113,7 +113,8 @@ top_k model.data.top_k
 n_examples_per_chunk
     chunk_size
 """
-"""Keys of any command, with a remark on their values after "|"; below them other trainers' names for these."""
+"""Keys of any command, with a remark on their values after "|"; below them other trainers' names
+for these."""
 
 
 def _foreign_names() -> dict[str, tuple[list[str], str]]:
@@ -133,7 +134,8 @@ FOREIGN = _foreign_names()
 
 
 def find_key(name: str, known: list[str]) -> tuple[str, str]:
-    """Return the key that `name` most likely means and a remark on its value; both empty if none is close.
+    """Return the key that `name` most likely means and a remark on its value; both empty if none is
+    close.
 
     Args:
         name: as typed, with or without sections and leading dashes.

@@ -19,7 +19,8 @@ PRECISIONS = {
     "bf16-true": "bfloat16",
     "bf16-mixed": "bfloat16",
 }
-"""`trainer.precision` -> dtype of weights and activations; with bfloat16 the optimizer keeps float32 copies."""
+"""`trainer.precision` -> dtype of weights and activations; with bfloat16 the optimizer keeps
+float32 copies."""
 
 AUTO_PRECISION = "auto"
 """`trainer.precision` that `run.process_group.join_ranks` replaces once the device is known."""
@@ -52,7 +53,8 @@ class RopeScaling(Section):
 class GPTArchitecture(Section):
     """A decoder's weights and forward pass; written to model_config.yaml of a .nemo archive.
 
-    The upper bounds are far above every known model: a damaged file must not request unlimited memory.
+    The upper bounds are far above every known model: a damaged file must not request unlimited
+    memory.
     """
 
     family: str = choice(MISSING, FAMILIES)
@@ -100,7 +102,8 @@ class GPTArchitecture(Section):
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of "
                 f"num_query_groups {self.num_query_groups}"
             )
-        # One expert with a normalised weight has the weight 1: nothing for a router to learn, and Megatron refuses it.
+        # One expert with a normalised weight has the weight 1: nothing for a router to learn, and
+        # Megatron refuses it.
         fewest = 2 if self.moe_normalize_topk else 1
         if (
             self.num_moe_experts is not None
@@ -129,9 +132,12 @@ class ParallelConfig(Section):
     context_parallel_size: int = bounded(1, at_least=1)
     """Ranks that split every sequence, for sequences whose activations do not fit on one rank."""
     expert_model_parallel_size: int = bounded(1, at_least=1)
-    """Ranks that the experts of a layer are distributed over: neighbours in context and data parallelism, which then step together. Each expert is also split over the tensor-parallel ranks."""
+    """Ranks that the experts of a layer are distributed over: neighbours in context and data
+    parallelism, which then step together. Each expert is also split over the tensor-parallel
+    ranks."""
     sequence_parallel: bool = False
-    """Split the activations between tensor-parallel regions along the sequence. No effect at tensor-parallel size 1."""
+    """Split the activations between tensor-parallel regions along the sequence. No effect at
+    tensor-parallel size 1."""
 
     def data_parallel_size(self, world_size: int) -> int:
         """Return the number of replicas on `world_size` ranks.
@@ -167,7 +173,8 @@ class ParallelConfig(Section):
 
     @property
     def replicas_in_lockstep(self) -> int:
-        """Return how many replicas must run their forward passes together because they share experts."""
+        """Return how many replicas must run their forward passes together because they share
+        experts."""
         return (
             math.lcm(self.expert_model_parallel_size, self.context_parallel_size)
             // self.context_parallel_size
@@ -228,8 +235,8 @@ def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfi
 def length_multiple(parallel: ParallelConfig) -> int:
     """Return a number that must divide the positions of every batch in this layout.
 
-    Context parallelism gives two chunks to every rank; sequence parallelism splits those of a rank over
-    the tensor-parallel ranks.
+    Context parallelism gives two chunks to every rank; sequence parallelism splits those of a rank
+    over the tensor-parallel ranks.
     """
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
@@ -239,11 +246,12 @@ def length_multiple(parallel: ParallelConfig) -> int:
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
-    """Return the embedding rows after padding to a multiple of `divisible_by` and the tensor-parallel size.
+    """Return the embedding rows after padding to a multiple of `divisible_by` and the
+    tensor-parallel size.
 
-    All tensor-parallel sizes that divide `divisible_by` give the same number, so optimizer states can be
-    resharded.
-    Padding rows are zero and never reach a top-k, a log-sum-exp or a softmax: see `ops.vocab.VocabShard`.
+    All tensor-parallel sizes that divide `divisible_by` give the same number, so optimizer states
+    can be resharded. Padding rows are zero and never reach a top-k, a log-sum-exp or a softmax: see
+    `ops.vocab.VocabShard`.
     """
     multiple = math.lcm(divisible_by, tensor_model_parallel_size)
     return -(-vocab_size // multiple) * multiple

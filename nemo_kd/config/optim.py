@@ -36,7 +36,9 @@ class SchedConfig(Section):
     KEY: ClassVar[str] = "model.optim.sched"
 
     name: str = choice("CosineAnnealing", SCHEDULES)
-    """Shape after a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) decay to min_lr; inverse_square_root (NeMo: InverseSquareRootAnnealing) decays, but not below min_lr; constant (NeMo: WarmupPolicy) ignores min_lr."""
+    """Shape after a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) decay to
+    min_lr; inverse_square_root (NeMo: InverseSquareRootAnnealing) decays, but not below min_lr;
+    constant (NeMo: WarmupPolicy) ignores min_lr."""
     warmup_steps: int | None = bounded(None, at_least=0)
     """Steps of linear warmup. None: 10, unless warmup_ratio is given."""
     warmup_ratio: float | None = bounded(None, at_least=0, at_most=1)
@@ -67,9 +69,9 @@ class SchedConfig(Section):
     def phases(self, max_steps: int) -> Phases:
         """Return the parts of a run of `max_steps`.
 
-        A warmup may be longer than the run, as in short trials; the rate then stays below its maximum.
-        Constant steps that do not fit after the warmup are left out: a short run would train at
-        min_lr throughout.
+        A warmup may be longer than the run, as in short trials; the rate then stays below its
+        maximum. Constant steps that do not fit after the warmup are left out: a short run would
+        train at min_lr throughout.
         """
         warmup = _steps(self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps)
         constant = self.asked_constant_steps(max_steps)
@@ -95,7 +97,9 @@ class OptimConfig(Section):
     KEY: ClassVar[str] = "model.optim"
 
     name: str = choice(SHARDED, (SHARDED, "adamw", "adam"))
-    """Optimizer: distributed_fused_adam or adamw (Adam with decoupled weight decay; the former shards its state over data-parallel ranks), or adam (adds weight decay to the gradient, as NeMo's adam does). Uses the fused kernel of Apex or Transformer Engine if installed."""
+    """Optimizer: distributed_fused_adam or adamw (Adam with decoupled weight decay; the former
+    shards its state over data-parallel ranks), or adam (adds weight decay to the gradient, as
+    NeMo's adam does). Uses the fused kernel of Apex or Transformer Engine if installed."""
     lr: float = bounded(3e-5, at_least=0)
     """Largest learning rate."""
     weight_decay: float = bounded(0.01, at_least=0)

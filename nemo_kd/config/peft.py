@@ -1,4 +1,5 @@
-"""Configuration of low-rank adapters, `model.peft`, and of the files that a run exports, `export`."""
+"""Configuration of low-rank adapters, `model.peft`, and of the files that a run exports,
+`export`."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class LoraConfig(Section):
     KEY: ClassVar[str] = KEY
 
     target_modules: list[str] = choice(["attention_qkv"], (*TARGETS, *GROUPS))
-    """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or the groups attention, mlp and all. Query, key and value share the input side of one adapter, gate and up projection that of another."""
+    """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or the
+    groups attention, mlp and all. Query, key and value share the input side of one adapter, gate
+    and up projection that of another."""
     adapter_dim: int = bounded(32, at_least=1)
     """Rank of the adapters."""
     alpha: float | None = bounded(None, above=0)
@@ -33,7 +36,8 @@ class LoraConfig(Section):
     adapter_dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout on an adapter's input."""
     column_init_method: str = choice("xavier", INIT_METHODS)
-    """Initialization of an adapter's input side: xavier, normal (standard deviation 0.2), kaiming or zero."""
+    """Initialization of an adapter's input side: xavier, normal (standard deviation 0.2), kaiming
+    or zero."""
     row_init_method: str = choice("zero", INIT_METHODS)
     """Initialization of its output side; with zero the first step equals the base model."""
     layer_selection: list[int] | None = None
@@ -74,7 +78,8 @@ class PeftConfig(Section):
     peft_scheme: str | None = choice("none", ("none", "lora"))
     """lora: train low-rank adapters and keep the model's weights. none: train every weight."""
     restore_from_path: str | None = None
-    """Not supported: adapters cannot be loaded from a file. Start with the merged weights of the earlier run."""
+    """Not supported: adapters cannot be loaded from a file. Start with the merged weights of the
+    earlier run."""
     lora_tuning: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -101,7 +106,9 @@ class ExportConfig(Section):
     hf: bool = False
     """Write a Hugging Face folder beside every .nemo archive, with -hf in place of .nemo."""
     lora: str = choice("merged", ("merged", "adapter"))
-    """Content of the Hugging Face folder of a LoRA run: merged (the whole model with the adapters in its weights) or adapter (the adapters alone, for the peft library). A .nemo archive is always merged."""
+    """Content of the Hugging Face folder of a LoRA run: merged (the whole model with the adapters
+    in its weights) or adapter (the adapters alone, for the peft library). A .nemo archive is always
+    merged."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

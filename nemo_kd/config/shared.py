@@ -23,7 +23,8 @@ class TrainerConfig(Section):
     num_nodes: int = bounded(1, at_least=1)
     """Number of machines; each starts the command, as srun and torchrun do."""
     devices: int | str = 1
-    """Processes per machine: one per GPU, or CPU processes if there is no GPU. auto or -1 uses all GPUs, or 1 process if there are none."""
+    """Processes per machine: one per GPU, or CPU processes if there is no GPU. auto or -1 uses all
+    GPUs, or 1 process if there are none."""
     accelerator: str = choice("auto", ("auto", "gpu", "cuda", "cpu"))
     """auto (GPU if there is one), gpu or cpu."""
     precision: str = choice(AUTO_PRECISION, (AUTO_PRECISION, *PRECISIONS))
@@ -69,9 +70,11 @@ class ModelConfig(ParallelConfig):
     seed: int = bounded(1234, at_least=0, at_most=MAX_SEED)
     """Seed of all random numbers."""
     max_seq_length: int | None = bounded(None, at_least=2)
-    """Longest example in tokens; longer ones are dropped and counted. None: 4096, or the model's own maximum if that is smaller."""
+    """Longest example in tokens; longer ones are dropped and counted. None: 4096, or the model's
+    own maximum if that is smaller."""
     make_vocab_size_divisible_by: int = bounded(128, at_least=1)
-    """Pad the embedding to a multiple of this and of the tensor-parallel size. Padding does not change results."""
+    """Pad the embedding to a multiple of this and of the tensor-parallel size. Padding does not
+    change results."""
     transformer_engine: str = choice("auto", ("auto", "on", "off"))
     """Use the layers of Transformer Engine: auto (on a GPU, if it is installed), on or off."""
 
@@ -83,7 +86,8 @@ class RunConfig(Section):
     KEY: ClassVar[str] = "exp_manager"
 
     explicit_log_dir: str | None = path(None)
-    """Folder of the metrics file, which gets one JSON line per interval. None: the folder of the cache."""
+    """Folder of the metrics file, which gets one JSON line per interval. None: the folder of the
+    cache."""
     log_interval_s: float = bounded(10.0, above=0)
     """Seconds between two lines of metrics."""
     create_wandb_logger: bool = False
@@ -91,7 +95,8 @@ class RunConfig(Section):
     wandb_logger_kwargs: dict[str, Any] = field(default_factory=dict)
     """project, name and other arguments of wandb.init."""
     max_time_per_run: str | None = None
-    """Stop after this time, DD:HH:MM:SS, with exit status 75. The same command continues the run."""
+    """Stop after this time, DD:HH:MM:SS, with exit status 75. The same command continues the
+    run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,9 +35,11 @@ class LoopConfig(Section):
     max_steps: int = bounded(-1, at_least=-1)
     """Optimizer steps; -1: as many as max_epochs gives."""
     val_check_interval: int | float = 100
-    """Steps between validations, or a fraction of an epoch. Validation also runs after the last step."""
+    """Steps between validations, or a fraction of an epoch. Validation also runs after the last
+    step."""
     save_interval: int | float | None = None
-    """Steps between checkpoints, or a fraction of an epoch. None: at every validation. Checkpoints after a validation are ranked by it; the others only keep the latest state."""
+    """Steps between checkpoints, or a fraction of an epoch. None: at every validation. Checkpoints
+    after a validation are ranked by it; the others only keep the latest state."""
     limit_train_batches: int | float = bounded(1.0, above=0)
     """Training steps per epoch: a number, or a fraction of all."""
     limit_val_batches: int | float = bounded(1.0, at_least=0)
@@ -47,7 +49,8 @@ class LoopConfig(Section):
     log_every_n_steps: int = bounded(1, at_least=1)
     """Steps between logged values."""
     non_finite: str = choice("stop", ("stop", "skip"))
-    """On a step whose loss or gradient is not finite: stop ends the run and names the examples; skip keeps the weights and counts the step in train/skipped_steps, up to 10 in a row."""
+    """On a step whose loss or gradient is not finite: stop ends the run and names the examples;
+    skip keeps the weights and counts the step in train/skipped_steps, up to 10 in a row."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,25 +94,43 @@ class StudentDataConfig(Section):
     KEY: ClassVar[str] = "model.data"
 
     data_impl: str = choice("chunked_jsonl", (*CACHE_IMPLS, "dataset"))
-    """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads plain JSONL records, for SFT without a teacher."""
+    """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads plain JSONL records,
+    for SFT without a teacher."""
     data_prefix: dict[str, Any] = path({})
-    """Paths per split: data_prefix.train=FILE data_prefix.validation=FILE, each a path, paths separated by commas, or a list. CHUNK_ID stands for 0, 1, 2 ...; `[a:b]` or `[:10%]` after the path of a cache selects rows (inside a list, put such a path in quotes). test is optional, and so is validation with trainer.knowledge_distillation.limit_val_batches=0. train may have weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together. Each path gives its share; it repeats rows if it has fewer, and continues in the next epoch if it has more. Without weights every row counts once per epoch."""
+    """Paths per split: data_prefix.train=FILE data_prefix.validation=FILE, each a path, paths
+    separated by commas, or a list. CHUNK_ID stands for 0, 1, 2 ...; `[a:b]` or `[:10%]` after the
+    path of a cache selects rows (inside a list, put such a path in quotes). test is optional, and
+    so is validation with trainer.knowledge_distillation.limit_val_batches=0. train may have
+    weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together. Each path
+    gives its share; it repeats rows if it has fewer, and continues in the next epoch if it has
+    more. Without weights every row counts once per epoch."""
     n_chunks: Any = None
     """Chunks to read: a number, or one per split. None: all."""
     top_k: int | None = bounded(None, at_least=1)
     """Use this many of the largest teacher logits per position; None: all in the cache."""
     shuffle: bool | str = True
-    """True: shuffle the training data every epoch; the same seed gives the same order. chunks: shuffle chunks and the rows inside each, so that reads stay local (spinning disks, object stores). False: keep the order."""
+    """True: shuffle the training data every epoch; the same seed gives the same order. chunks:
+    shuffle chunks and the rows inside each, so that reads stay local (spinning disks, object
+    stores). False: keep the order."""
     drop_ids_outside_vocab: bool = False
-    """Move teacher token ids without a student embedding into the tail; otherwise they are an error."""
+    """Move teacher token ids without a student embedding into the tail; otherwise they are an
+    error."""
     allow_other_template: bool = False
-    """Accept a cache whose conversations were rendered with another chat template than the student's."""
+    """Accept a cache whose conversations were rendered with another chat template than the
+    student's."""
     max_tokens_per_batch: int | None = bounded(None, at_least=1)
-    """Largest number of tokens in a micro-batch on one rank, padding included; a longer example runs alone. The examples of a global batch are then distributed over micro-batches and data-parallel ranks by length, and model.micro_batch_size has no effect. With context parallelism of size C the limit is C times this, split over C ranks. None: model.micro_batch_size examples per micro-batch."""
+    """Largest number of tokens in a micro-batch on one rank, padding included; a longer example
+    runs alone. The examples of a global batch are then distributed over micro-batches and
+    data-parallel ranks by length, and model.micro_batch_size has no effect. With context
+    parallelism of size C the limit is C times this, split over C ranks. None:
+    model.micro_batch_size examples per micro-batch."""
     packing: bool = True
-    """True: join the examples of a micro-batch to one row without padding; each keeps its own positions and attention. False, and always with context parallelism: one example per row, padded to the longest."""
+    """True: join the examples of a micro-batch to one row without padding; each keeps its own
+    positions and attention. False, and always with context parallelism: one example per row, padded
+    to the longest."""
     num_workers: int = bounded(2, at_least=0)
-    """Processes per rank that prepare batches ahead of the training; 0: the training waits for each batch."""
+    """Processes per rank that prepare batches ahead of the training; 0: the training waits for each
+    batch."""
     chat: bool | None = None
     """data_impl=dataset: True requires conversations, False refuses them; None accepts both."""
     chat_prompt_tokens: ChatPromptTokens = field(default_factory=ChatPromptTokens)
@@ -211,15 +232,19 @@ class StudentModelConfig(ModelConfig):
     """`model` of stage 2."""
 
     micro_batch_size: int = bounded(1, at_least=1)
-    """Examples per forward pass of one data-parallel rank, unless model.data.max_tokens_per_batch is given."""
+    """Examples per forward pass of one data-parallel rank, unless model.data.max_tokens_per_batch
+    is given."""
     global_batch_size: int = bounded(64, at_least=1)
     """Examples per optimizer step over all data-parallel ranks."""
     virtual_pipeline_model_parallel_size: int | None = bounded(None, at_least=1)
-    """Parts of every pipeline stage. More than one interleaves the stages: they wait less and exchange more. None: 1."""
+    """Parts of every pipeline stage. More than one interleaves the stages: they wait less and
+    exchange more. None: 1."""
     activations_checkpoint_granularity: str | None = choice(None, ("full", "selective"))
-    """Activations that the backward pass recomputes: full (whole layers) or selective (attention). None: none."""
+    """Activations that the backward pass recomputes: full (whole layers) or selective (attention).
+    None: none."""
     activations_checkpoint_method: str | None = choice(None, ("uniform", "block"))
-    """full: uniform (groups of layers) or block (the first layers of every pipeline stage, or of every part of an interleaved one). None: uniform."""
+    """full: uniform (groups of layers) or block (the first layers of every pipeline stage, or of
+    every part of an interleaved one). None: uniform."""
     activations_checkpoint_num_layers: int | None = bounded(None, at_least=1)
     """full: layers of a group (uniform) or recomputed layers of a stage (block). None: 1."""
     peft: PeftConfig = field(default_factory=PeftConfig)
@@ -239,7 +264,8 @@ class StudentModelConfig(ModelConfig):
             self.activations_checkpoint_method = self.activations_checkpoint_method or "uniform"
             self.activations_checkpoint_num_layers = self.activations_checkpoint_num_layers or 1
         elif self.activations_checkpoint_granularity == "selective":
-            # NeMo-Aligner's files set both beside it; they are for whole layers, and Megatron refuses them.
+            # NeMo-Aligner's files set both beside it; they are for whole layers, and Megatron
+            # refuses them.
             self.activations_checkpoint_method = None
             self.activations_checkpoint_num_layers = None
         for name in ("top_k", "drop_ids_outside_vocab"):
@@ -278,7 +304,9 @@ class TrainStudentConfig(Section):
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     allow_changed: list[str] = field(default_factory=list)
-    """Keys that may differ from those of the checkpoint that the run resumes from, for example [model.optim.lr]; a key's last part or a section also works. By default, keys that determine the result must be the same."""
+    """Keys that may differ from those of the checkpoint that the run resumes from, for example
+    [model.optim.lr]; a key's last part or a section also works. By default, keys that determine the
+    result must be the same."""
     exp_manager: ExpManagerConfig = field(default_factory=ExpManagerConfig)
 
     def __post_init__(self) -> None:

@@ -22,7 +22,8 @@ class TeacherModelConfig(ModelConfig):
     """`model` of stage 1."""
 
     micro_batch_size: int | None = bounded(None, at_least=1)
-    """Largest number of examples per forward pass; None: as many as data.max_tokens_per_batch allows."""
+    """Largest number of examples per forward pass; None: as many as data.max_tokens_per_batch
+    allows."""
 
 
 @dataclass
@@ -32,9 +33,12 @@ class TeacherDataConfig(DataConfig):
     KEY: ClassVar[str] = "data"
 
     max_tokens_per_batch: int | None = bounded(None, at_least=1)
-    """Largest number of tokens per forward pass of one replica of the teacher, padding included; a longer example runs alone. None: 8192, or no limit if model.micro_batch_size is given."""
+    """Largest number of tokens per forward pass of one replica of the teacher, padding included; a
+    longer example runs alone. None: 8192, or no limit if model.micro_batch_size is given."""
     packing: bool = True
-    """True: join the examples of a batch to one row without padding; each keeps its own positions and attention. False, and always with context parallelism: one example per row, padded to the longest."""
+    """True: join the examples of a batch to one row without padding; each keeps its own positions
+    and attention. False, and always with context parallelism: one example per row, padded to the
+    longest."""
     num_workers: int = bounded(1, at_least=0)
     """Processes per rank that read and tokenize ahead; 0: the teacher waits for each batch."""
 
@@ -50,15 +54,20 @@ class ComputeTopkLogitsConfig(Section):
     end_at_idx: int | None = None
     """Last record of the dataset, included; None: the dataset's last."""
     output_path: str = path()
-    """File of the cache, or a template: CHUNK_ID becomes 0, 1, 2 ..., and SPLIT the split's name if data.data.file_path names several."""
+    """File of the cache, or a template: CHUNK_ID becomes 0, 1, 2 ..., and SPLIT the split's name if
+    data.data.file_path names several."""
     n_examples_per_chunk: int | None = bounded(None, at_least=1)
     """Records per chunk; needs CHUNK_ID in output_path. None: one chunk."""
     top_k: int = bounded(128, at_least=1, at_most=MAX_TOP_K)
-    """Largest number of teacher logits kept per position; `cache` keeps fewer if the teacher is certain."""
+    """Largest number of teacher logits kept per position; `cache` keeps fewer if the teacher is
+    certain."""
     part: str | None = None
-    """This job's part of the work, i/n with i from 0 to n - 1, if n jobs write one cache at the same time; shard is another name. None: the task's number in a Slurm array of several tasks, unless a range of records is given; otherwise 0/1, everything."""
+    """This job's part of the work, i/n with i from 0 to n - 1, if n jobs write one cache at the
+    same time; shard is another name. None: the task's number in a Slurm array of several tasks,
+    unless a range of records is given; otherwise 0/1, everything."""
     dry_run: bool = False
-    """Print layout, first example and plan (disk, time, memory, from a short probe) and write nothing; `--dry-run` is the same."""
+    """Print layout, first example and plan (disk, time, memory, from a short probe) and write
+    nothing; `--dry-run` is the same."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
@@ -118,7 +127,8 @@ class ComputeTopkLogitsConfig(Section):
         return (_array_variable("ID") - first) // step, array_size
 
     def splits(self) -> dict[str, ComputeTopkLogitsConfig]:
-        """Return split -> configuration with one dataset and one output path; "" is the only split."""
+        """Return split -> configuration with one dataset and one output path; "" is the only
+        split."""
         paths = self.data.data.file_path
         if isinstance(paths, str):
             return {"": self}
