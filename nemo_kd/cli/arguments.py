@@ -82,8 +82,8 @@ class CommandLine:
 def read_command_line(arguments: list[str], config_class: type, command: str) -> CommandLine:
     """Return the options and overrides in `arguments`.
 
-    Every `key=value` may add a key: our own check names unknown ones. Text is taken as typed, whatever characters it
-    holds; numbers, lists and mappings are read by Hydra's grammar.
+    Every `key=value` may add a key: our own check names unknown ones. Text is taken as typed,
+    whatever characters it holds; numbers, lists and mappings are read by Hydra's grammar.
 
     Raises:
         ConfigError: an argument is neither an option nor `key=value`, or its value cannot be read.
@@ -96,7 +96,8 @@ def read_command_line(arguments: list[str], config_class: type, command: str) ->
         name, has_value, value = argument.partition("=")
         if name.startswith("--experimental"):
             raise ConfigError(
-                "--experimental-rerun: refused, because Hydra unpickles the file, which can run any code"
+                "--experimental-rerun: refused, because Hydra unpickles the file, which can run "
+                "any code"
             )
         if name in VALUE_OPTIONS:
             option = VALUE_OPTIONS[name]
@@ -148,7 +149,8 @@ def _without_aliases(given: list[str], command: str) -> tuple[list[str], list[st
         name, value = values.setdefault(key, (match["key"], match["value"]))
         if name != match["key"] and value != match["value"]:
             raise ConfigError(
-                f"{match['key']}: {match['value']} is another name of {key}, for which {name}={value} "
+                f"{match['key']}: {match['value']} is another name of {key}, for which "
+                f"{name}={value} "
                 "is given; give one of them"
             )
         result.append(f"{match['sign']}{key}={match['value']}")
@@ -165,13 +167,15 @@ def _check_options(line: CommandLine) -> None:
         name, _, value = option.partition("=")
         if value not in CHOICES.get(name, (value,)):
             raise ConfigError(
-                f"{name}: {value} is not one of {', '.join(CHOICES[name])}; write {name}={CHOICES[name][0]}"
+                f"{name}: {value} is not one of {', '.join(CHOICES[name])}; write "
+                f"{name}={CHOICES[name][0]}"
             )
     if "--resolve" in line.options and "--cfg" not in line.settings:
         raise ConfigError("--resolve: goes with --cfg; write --cfg job --resolve")
     if line.is_sweep and "--cfg" in line.settings:
         raise ConfigError(
-            "--multirun: does not go with --cfg, which prints one configuration; leave one of them out"
+            "--multirun: does not go with --cfg, which prints one configuration; leave one of them "
+            "out"
         )
 
 
@@ -186,11 +190,20 @@ def _answer_to_flag(argument: str, following: list[str], known: list[str]) -> st
         value = following[0]
     if name in ("--config", "--config-file", "--yaml", "--cfg-file"):
         folder, _, file = (value or "my.yaml").rpartition("/")
-        return f"{name}: give the folder and the file of a YAML: --config-path {folder or '.'} --config-name {file}"
+        return (
+            f"{name}: give the folder and the file of a YAML: --config-path {folder or '.'} "
+            f"--config-name {file}"
+        )
     key, how = find_key(name, known)
     if not key:
-        return f"{name}: is not an option; keys are given as key=value, without dashes. --help lists them"
-    return f"{name}: keys are given as key=value, without dashes: {_example(key, value)}{f' ({how})' if how else ''}"
+        return (
+            f"{name}: is not an option; keys are given as key=value, without dashes. --help lists "
+            "them"
+        )
+    return (
+        f"{name}: keys are given as key=value, without dashes: "
+        f"{_example(key, value)}{f' ({how})' if how else ''}"
+    )
 
 
 def _answer_to_word(
@@ -202,7 +215,10 @@ def _answer_to_word(
         ("", "") if os.path.exists(argument) else find_key(argument, known)
     )  # a path stands for a value
     if key and following and "=" not in following[0] and not following[0].startswith("-"):
-        return f"{argument} {following[0]}: write {_example(key, following[0])}, with = and without blanks{f' ({how})' if how else ''}"
+        return (
+            f"{argument} {following[0]}: write {_example(key, following[0])}, with = and without "
+            f"blanks{f' ({how})' if how else ''}"
+        )
     if argument in known:
         return f"{argument}: has no value; write {_example(argument, 'VALUE')}"
     words = [
@@ -214,7 +230,10 @@ def _answer_to_word(
     if free:
         form = " ".join(f"{key}={word}" for key, word in zip(free, words, strict=False))
         return f"{argument}: arguments are given as key=value: {form}"
-    return f"{argument}: arguments are given as key=value; --help lists the keys (a value with blanks needs quotes around key=value)"
+    return (
+        f"{argument}: arguments are given as key=value; --help lists the keys (a value with blanks "
+        "needs quotes around key=value)"
+    )
 
 
 def _example(key: str, value: str) -> str:
@@ -232,9 +251,11 @@ def _override(argument: str, config_class: type, known: list[str], is_sweep: boo
         if _OTHER_OVERRIDE.fullmatch(argument) is None:
             name, _, value = argument.partition("=")
             meant, how = find_key(name.strip(), known)
-            form = f"key=value{f', here {_example(meant, value)}' if meant else ''}{f' ({how})' if how else ''}"
+            form = f"key=value{f', here {_example(meant, value)}' if meant else ''}"
+            form += f" ({how})" if how else ""
             raise ConfigError(
-                f"{name}: is not the name of a key; arguments are given as {form}; --help lists the keys"
+                f"{name}: is not the name of a key; arguments are given as {form}; --help lists "
+                "the keys"
             )
         _parse(argument)
         return argument
@@ -299,7 +320,8 @@ def _with_quotes(key: str, value: str) -> str:
         "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
     )
     raise ConfigError(
-        f"{key}: {shown} cannot be read; brackets must match, texts that hold brackets, commas or quotes need quotes, and "
+        f"{key}: {shown} cannot be read; brackets must match, texts that hold brackets, commas or "
+        "quotes need quotes, and "
         f'the shell wants quotes around it all: "{key}={example}"'
     )
 

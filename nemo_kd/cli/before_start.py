@@ -47,7 +47,8 @@ def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
         path = part.output_path
         if not path.endswith(SUFFIXES):
             raise ConfigError(
-                f"output_path: {path} ends in none of {', '.join(SUFFIXES)}, which tell how lines are stored; for example "
+                f"output_path: {path} ends in none of {', '.join(SUFFIXES)}, which tell how lines "
+                "are stored; for example "
                 "cache/train_with_logits_CHUNK_ID.jsonl.zst"
             )
         layout = CacheLayout(path)
@@ -131,7 +132,8 @@ def _check_chunks(key: str, path: str) -> None:
         return
     if not layout.folder.is_dir() and str(layout.folder) != "":
         raise ConfigError(
-            f"{key}: {path}: there is no folder {layout.folder}; give the output_path of compute_topk_logits"
+            f"{key}: {path}: there is no folder {layout.folder}; give the output_path of "
+            "compute_topk_logits"
         )
     near = sorted(
         name
@@ -140,5 +142,6 @@ def _check_chunks(key: str, path: str) -> None:
     )
     there = f"{', '.join(near[:3])}{' ...' if len(near) > 3 else ''}" if near else "none"
     raise ConfigError(
-        f"{key}: {path}: there is no such file, caches in its folder: {there}; give the output_path of compute_topk_logits"
+        f"{key}: {path}: there is no such file, caches in its folder: {there}; give the "
+        "output_path of compute_topk_logits"
     )

@@ -42,7 +42,8 @@ def config_folder(line: CommandLine) -> Path:
     folder = Path(given).expanduser()
     if folder.is_file():
         raise ConfigError(
-            f"--config-path: {given} is a file; give its folder and its name: --config-path {folder.parent} --config-name {folder.name}"
+            f"--config-path: {given} is a file; give its folder and its name: --config-path "
+            f"{folder.parent} --config-name {folder.name}"
         )
     if not folder.is_dir():
         raise ConfigError(f"--config-path: there is no folder {given}")
@@ -60,7 +61,8 @@ def compose(line: CommandLine, name: str) -> DictConfig:
     name = line.settings.get("--config-name", name)
     if name.endswith(".yml"):
         raise ConfigError(
-            f"--config-name: {name}: only files ending in .yaml are read; rename it to {name[:-4]}.yaml"
+            f"--config-name: {name}: only files ending in .yaml are read; rename it to "
+            f"{name[:-4]}.yaml"
         )
     file_name = name if name.endswith(".yaml") else f"{name}.yaml"
     searched = line.settings.get("--config-dir")
@@ -103,7 +105,8 @@ def check_yaml(path: Path) -> None:
     """
     if path.stat().st_size > MAX_YAML_BYTES:
         raise ConfigError(
-            f"{path}: {path.stat().st_size:,} bytes are too many for a configuration (at most {MAX_YAML_BYTES:,})"
+            f"{path}: {path.stat().st_size:,} bytes are too many for a configuration (at most "
+            f"{MAX_YAML_BYTES:,})"
         )
     text = path.read_bytes()
     try:
@@ -123,7 +126,8 @@ def _count_nodes(path: Path, text: bytes) -> None:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ConfigError(
-                    f"{path}:{line}: *{event.anchor} stands for something that is not complete or not there"
+                    f"{path}:{line}: *{event.anchor} stands for something that is not complete or "
+                    "not there"
                 )
             total += sizes[event.anchor]
         elif isinstance(event, yaml.ScalarEvent):
@@ -141,7 +145,8 @@ def _count_nodes(path: Path, text: bytes) -> None:
                 sizes[anchor] = total - before
         if total > MAX_YAML_NODES:
             raise ConfigError(
-                f"{path}:{line}: more than {MAX_YAML_NODES:,} values, with aliases (*{getattr(event, 'anchor', '')}) counted as what they stand for"
+                f"{path}:{line}: more than {MAX_YAML_NODES:,} values, with aliases "
+                f"(*{getattr(event, 'anchor', '')}) counted as what they stand for"
             )
 
 

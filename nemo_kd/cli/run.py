@@ -56,7 +56,8 @@ class Command:
 
     Attributes:
         name: of the command and of its YAML file in conf/.
-        function: "module:function" that takes the typed configuration; imported when all checks have passed.
+        function: "module:function" that takes the typed configuration; imported when all checks
+            have passed.
         example: a command line that works.
         subcommand: word of the command line before the keys.
     """

@@ -110,7 +110,8 @@ class GPTArchitecture(Section):
             and not fewest <= (self.moe_router_topk or 0) <= self.num_moe_experts
         ):
             raise ConfigError(
-                f"moe_router_topk: {self.moe_router_topk} experts per token are not supported if a layer has "
+                f"moe_router_topk: {self.moe_router_topk} experts per token are not supported if a "
+                "layer has "
                 f"{self.num_moe_experts} and moe_normalize_topk is {self.moe_normalize_topk}; "
                 f"supported: from {fewest} to all"
             )
@@ -160,7 +161,8 @@ class ParallelConfig(Section):
         sharing = world_size // ranks * self.context_parallel_size
         if sharing % self.expert_model_parallel_size:
             raise ConfigError(
-                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not divide "
+                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not "
+                "divide "
                 f"the {sharing} ranks of data and context parallelism, which the experts are "
                 "distributed over; each expert is also split over the tensor-parallel ranks"
             )
@@ -209,7 +211,8 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
     if size > 1 and (experts is None or experts % size):
         found = "has none" if experts is None else f"has {experts} a layer"
         raise ConfigError(
-            f"model.expert_model_parallel_size: {size} does not divide the model's experts: it {found}"
+            f"model.expert_model_parallel_size: {size} does not divide the model's experts: it "
+            f"{found}"
         )
 
 
@@ -227,7 +230,8 @@ def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfi
         and not parallel.sequence_parallel
     ):
         raise ConfigError(
-            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but tensor-parallel "
+            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but "
+            "tensor-parallel "
             "training of a mixture of experts needs sequence parallelism; set it to true"
         )
 

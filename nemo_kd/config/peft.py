@@ -128,7 +128,8 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
     if lora is None:
         if peft.lora_tuning != LoraConfig():
             log.warning(
-                "%s has no effect: all weights are trained; adapters need model.peft.peft_scheme=lora",
+                "%s has no effect: all weights are trained; adapters need "
+                "model.peft.peft_scheme=lora",
                 KEY,
             )
         return
@@ -136,7 +137,8 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
     outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]
     if outside or lora.layer_selection == []:
         raise ConfigError(
-            f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to {layers}"
+            f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to "
+            f"{layers}"
         )
     stages = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     for stage in range(stages):
@@ -147,13 +149,16 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
             part = "part" if interleaved else "pipeline stage"
             of = "of the interleaved pipeline " if interleaved else ""
             raise ConfigError(
-                f"{KEY}.layer_selection: {lora.layer_selection} leaves {part} {stage + 1} of {stages} "
-                f"{of}(layers {first} to {last}) nothing to train; select one of its layers too, or "
+                f"{KEY}.layer_selection: {lora.layer_selection} leaves {part} {stage + 1} of "
+                f"{stages} "
+                f"{of}(layers {first} to {last}) nothing to train; select one of its layers too, "
+                "or "
                 f"reduce model.{'virtual_' if interleaved else ''}pipeline_model_parallel_size"
             )
     experts = [target for target in lora.targets if target.startswith("mlp")]
     if architecture.num_moe_experts is not None and experts:
         raise ConfigError(
-            f"{KEY}.target_modules: {', '.join(experts)} would be adapters of experts, which are not "
+            f"{KEY}.target_modules: {', '.join(experts)} would be adapters of experts, which are "
+            "not "
             "supported; use attention"
         )

@@ -33,7 +33,8 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
     """Return the dataclass `cls` filled from `cfg`.
 
     Raises:
-        ConfigError: a key is unknown, mandatory and missing, or of the wrong type; or a check of `cls` failed.
+        ConfigError: a key is unknown, mandatory and missing, or of the wrong type; or a check of
+            `cls` failed.
             The message names the full key, the value found and what to do.
     """
     known = [each.key for each in describe(cls)]
