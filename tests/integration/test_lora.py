@@ -165,8 +165,10 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
             steps.append([*sums[:3], sums[-1], optimizer.grad_norm])
         before = {name: parameter.clone() for name, parameter in module.gpt.named_parameters()}
         config.export.hf = True
+        module.trainer = trainer = mock.Mock()  # Lightning keeps a weak reference
         with mock.patch("nemo_kd.student.module.provenance", return_value={}):
             module.save_to(f"{folder}-merged.nemo")
+        del trainer
         if module.lora is not None:
             leave_adapter(module, Path(f"{folder}-hf"))
         assert all(
