@@ -92,7 +92,7 @@ def second_rank(process: subprocess.Popen[str]) -> psutil.Process:
 
 
 def cache_files(folder: Path) -> dict[str, Any]:
-    """Content by name; indexes without what depends on the layouts that their chunks were computed in."""
+    """Content by name, without what depends on the layout: the manifest's `config`, an index's jobs."""
     files: dict[str, Any] = {
         p.name: p.read_bytes() for p in folder.iterdir() if CACHE_FILES.fullmatch(p.name)
     }
@@ -105,6 +105,9 @@ def cache_files(folder: Path) -> dict[str, Any]:
             mass = round(index.summary.kept_mass_sum, 4)
             summary = replace(index.summary, computed_with=[], kept_mass_sum=mass)
             files[name] = replace(index, summary=summary).to_bytes()
+        elif name.endswith("manifest.json"):
+            files[name] = json.loads(content)
+            assert files[name].pop("config")["top_k"] == 8
     return files
 
 
