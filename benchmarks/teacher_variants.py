@@ -25,7 +25,8 @@ from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches
 from nemo_kd.data.collate import pack
 from nemo_kd.flops import forward_flops
-from nemo_kd.mcore.schedule import forward, hidden_at, hidden_states, loss_positions, output_weight
+from nemo_kd.mcore.model import forward, hidden_at, hidden_states, output_weight
+from nemo_kd.mcore.schedule import loss_positions
 from nemo_kd.ops.topk import BLOCK_BYTES
 from nemo_kd.teacher.job import Run, open_run
 from nemo_kd.teacher.loop import compute_topk_logits
