@@ -89,6 +89,7 @@ def write_cache(folder: Path, length: int) -> Path:
     sink.publish()
     writer.assemble_complete()
     writer.close()
+    layout.manifest_path.unlink()  # it names a tokenizer that the student does not have
     return folder / "half_CHUNK_ID.jsonl"
 
 
@@ -138,7 +139,7 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
     keys = {
         "micro_batch_size": num_examples,
         "global_batch_size": num_examples,
-        "data__seq_length": 8192,
+        "max_seq_length": 8192,
         "data__packing": False,
         "data__data_impl": "chunked_jsonl",
     }
@@ -191,7 +192,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     folder = options.cache or Path(tempfile.mkdtemp())
     cache = folder / "half_CHUNK_ID.jsonl"
-    if not (folder / "half_manifest.json").exists():
+    if not (folder / "half_0.jsonl").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_cache(folder, options.length)
     print(
