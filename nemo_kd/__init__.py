@@ -1,7 +1,7 @@
 """Offline knowledge distillation of language models on Megatron Core.
 
-The names below are the stable Python interface (docs/python.md). They load on first use, so that `import nemo_kd`
-costs nothing, and so that each part needs only its own packages.
+The names below are the stable Python interface (docs/python.md). They load on first use, so
+that `import nemo_kd` is cheap and each part needs only its own packages.
 """
 
 from __future__ import annotations

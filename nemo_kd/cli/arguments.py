@@ -259,7 +259,8 @@ def _override(argument: str, config_class: type, known: list[str], is_sweep: boo
             )
         _parse(argument)
         return argument
-    key, value = match["key"], match["value"]
+    key = match["key"]
+    value = match["value"]
     if not is_sweep:
         value = _value(key, value, config_class, known)
     return f"++{key}={value}"

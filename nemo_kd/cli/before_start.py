@@ -60,7 +60,8 @@ def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
 
 def _check_student(config: TrainStudentConfig) -> None:
     _check_model(MODEL_KEY, config.pretrained_checkpoint.restore_from_path)
-    model, data = config.model, config.model.data
+    model = config.model
+    data = config.model.data
     data_parallel_size = model.data_parallel_size(
         config.trainer.num_nodes * config.trainer.num_devices
     )

@@ -168,7 +168,8 @@ def configure_logging() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("nemo_kd")
-    logger.handlers, logger.propagate = [handler], False
+    logger.handlers = [handler]
+    logger.propagate = False
     logger.setLevel(level)
     for pattern in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", **pattern)

@@ -90,7 +90,8 @@ class Section:
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
-            rule, value = rule_of(each), getattr(self, each.name)
+            rule = rule_of(each)
+            value = getattr(self, each.name)
             if value is None:
                 continue
             if "on" in rule.one_of and str(value).lower() in ("true", "false"):

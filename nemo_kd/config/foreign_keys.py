@@ -69,7 +69,7 @@ model.peft.lora_tuning.alpha | with model.peft.peft_scheme=lora
     lora_alpha
 model.peft.lora_tuning.adapter_dropout | with model.peft.peft_scheme=lora
     lora_dropout
-model.peft.lora_tuning.target_modules | q/k/v_proj: attention_qkv, o_proj: attention_dense, gate/up_proj: mlp_fc1, down_proj: mlp_fc2
+model.peft.lora_tuning.target_modules | attention_qkv, attention_dense, mlp_fc1, mlp_fc2
     lora_target_modules target_modules
 model.peft.peft_scheme | lora or none
     use_lora use_peft

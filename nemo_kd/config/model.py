@@ -207,7 +207,8 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
             f"{parallel.pipeline_model_parallel_size} pipeline stages do not divide the model's "
             f"num_layers ({architecture.num_layers})"
         )
-    experts, size = architecture.num_moe_experts, parallel.expert_model_parallel_size
+    experts = architecture.num_moe_experts
+    size = parallel.expert_model_parallel_size
     if size > 1 and (experts is None or experts % size):
         found = "has none" if experts is None else f"has {experts} a layer"
         raise ConfigError(

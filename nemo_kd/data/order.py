@@ -14,12 +14,12 @@ CHUNKS = "chunks"
 def pass_order(
     chunk_sizes: Sequence[int], entropy: Sequence[int], shuffle: bool | str
 ) -> np.ndarray:
-    """Every position once (int64), in an order that follows from the arguments alone, on every rank and machine.
+    """Return every position once (int64), in an order that only the arguments determine.
 
     Args:
         chunk_sizes: rows of each chunk; a chunk's positions follow those of the chunk before it.
         entropy: non-negative numbers that choose the order.
-        shuffle: True mixes all rows, `CHUNKS` the chunks and the rows inside each chunk, False nothing.
+        shuffle: True shuffles all rows, `CHUNKS` the chunks and the rows inside each, False none.
     """
     num_rows = sum(chunk_sizes)
     if shuffle is False:
@@ -37,7 +37,7 @@ def pass_order(
 
 
 def shares(weights: Sequence[float], num_samples: int) -> list[int]:
-    """`num_samples` divided in proportion to the weights, by largest remainder (of equal ones the first)."""
+    """Divide `num_samples` in proportion to the weights, by largest remainder (ties: the first)."""
     total = math.fsum(weights)
     exact = [weight / total * num_samples for weight in weights]
     result = [math.floor(share) for share in exact]
@@ -49,16 +49,16 @@ def shares(weights: Sequence[float], num_samples: int) -> list[int]:
 
 @dataclass(frozen=True)
 class SampleOrder:
-    """The positions that each epoch draws from one or several sources, which lie one after the other.
+    """Positions that each epoch draws from one or several consecutive sources.
 
-    Without weights an epoch is a pass over the rows of all sources. With weights a source gives its share of every epoch and
-    goes on where the epoch before left off, pass after pass over its own rows, so that each of them is drawn equally
-    often.
+    Without weights an epoch is a pass over the rows of all sources. With weights each source
+    gives its share of every epoch and continues where the previous epoch stopped, pass after
+    pass over its own rows, so that each row is drawn equally often.
 
     Attributes:
         source_chunks: rows of every chunk, one list a source.
         weights: one a source, or None.
-        shuffle: as `pass_order`'s; sources with weights are mixed evenly by False, at random otherwise.
+        shuffle: as in `pass_order`; with weights, False interleaves sources evenly.
     """
 
     source_chunks: Sequence[Sequence[int]]
@@ -72,7 +72,7 @@ class SampleOrder:
         return sum(sum(sizes) for sizes in self.source_chunks)
 
     def epoch(self, epoch: int, num_samples: int) -> np.ndarray:
-        """The positions (int64) of the `num_samples` that this epoch draws; every epoch has to draw as many."""
+        """Return the positions (int64) of an epoch; every epoch must draw as many samples."""
         if self.weights is None:
             chunk_sizes = [size for sizes in self.source_chunks for size in sizes]
             return pass_order(chunk_sizes, (self.seed, epoch), self.shuffle)[:num_samples]
@@ -83,20 +83,21 @@ class SampleOrder:
         else:
             random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
-        order, first = np.empty(num_samples, dtype=np.int64), 0
+        order = np.empty(num_samples, dtype=np.int64)
+        first = 0
         for number, (sizes, count) in enumerate(zip(self.source_chunks, counts, strict=True)):
             order[sources == number] = first + self._drawn(number, epoch * count, count)
             first += sum(sizes)
         return order
 
     def _drawn(self, number: int, start: int, count: int) -> np.ndarray:
-        """What a source gives from its `start`-th sample on, counted over all epochs; positions inside the source."""
+        """Return positions inside a source, from its `start`-th sample on over all epochs."""
         if not count:
             return np.empty(0, dtype=np.int64)
         chunk_sizes = self.source_chunks[number]
         num_rows = sum(chunk_sizes)
         passes = range(start // num_rows, (start + count - 1) // num_rows + 1)
-        # numpy takes [seed, epoch] and [seed, epoch, 0] for the same entropy, so sources count from 1.
+        # numpy treats [seed, epoch] and [seed, epoch, 0] alike, so sources count from 1.
         drawn = [
             pass_order(chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle)
             for number_of_pass in passes
@@ -107,23 +108,26 @@ class SampleOrder:
 class TrainingBatches:
     """Every global batch of a run from `consumed_samples` on, the same on every rank.
 
-    An epoch is `steps_per_epoch` whole global batches; without weights the rest of its order sits that epoch out. Setting
-    `consumed_samples` continues a run where it stopped, on any number of ranks.
+    An epoch is `steps_per_epoch` whole global batches; without weights it drops the rest of its
+    order. Setting `consumed_samples` continues a run where it stopped, on any number of ranks.
     """
 
     def __init__(
         self, order: SampleOrder, global_batch_size: int, steps_per_epoch: int, max_steps: int
     ) -> None:
         assert steps_per_epoch * global_batch_size <= order.num_samples
-        self.order, self.global_batch_size = order, global_batch_size
-        self.steps_per_epoch, self.max_steps = steps_per_epoch, max_steps
+        self.order = order
+        self.global_batch_size = global_batch_size
+        self.steps_per_epoch = steps_per_epoch
+        self.max_steps = max_steps
         self.consumed_samples = 0
 
     def __len__(self) -> int:
         return self.max_steps
 
     def __iter__(self) -> Iterator[list[int]]:
-        ordered_epoch, order = -1, np.empty(0, dtype=np.int64)
+        ordered_epoch = -1
+        order = np.empty(0, dtype=np.int64)
         for step in range(self.consumed_samples // self.global_batch_size, self.max_steps):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != ordered_epoch:
@@ -137,7 +141,8 @@ class EvaluationBatches:
     """Every example once, in order, in global batches of which the last one may be smaller."""
 
     def __init__(self, num_samples: int, global_batch_size: int) -> None:
-        self.num_samples, self.global_batch_size = num_samples, global_batch_size
+        self.num_samples = num_samples
+        self.global_batch_size = global_batch_size
 
     def __len__(self) -> int:
         return -(-self.num_samples // self.global_batch_size)

@@ -54,7 +54,8 @@ class Entries(NamedTuple):
 
 def forward_kl(entries: Entries) -> Terms:
     """KL(teacher || student) = sum p log(p / q): covers all of the teacher's modes."""
-    p_NE, q_NE = entries.p_NE, entries.q_NE
+    p_NE = entries.p_NE
+    q_NE = entries.q_NE
     return Terms(_weighted(p_NE, entries.log_p_NE - entries.log_q_NE), q_NE - p_NE)  # u = 1 - p / q
 
 
@@ -66,7 +67,8 @@ def reverse_kl(entries: Entries) -> Terms:
 
 def jsd(entries: Entries, beta: float) -> Terms:
     """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q."""
-    p_NE, q_NE = entries.p_NE, entries.q_NE
+    p_NE = entries.p_NE
+    q_NE = entries.q_NE
     log_m_NE = _log_mix(beta, entries.log_p_NE, entries.log_q_NE)
     student_NE = _weighted((1 - beta) * q_NE, entries.log_q_NE - log_m_NE)
     return Terms(
@@ -76,7 +78,8 @@ def jsd(entries: Entries, beta: float) -> Terms:
 
 def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
     """KL(p || m), m = skew p + (1 - skew) q: finite where the student has no mass."""
-    p_NE, q_NE = entries.p_NE, entries.q_NE
+    p_NE = entries.p_NE
+    q_NE = entries.q_NE
     log_m_NE = _log_mix(skew, entries.log_p_NE, entries.log_q_NE)
     pull_NE = _weighted(p_NE, (entries.log_q_NE - log_m_NE).exp())
     # u = (1 - skew) (1 - p / m)
@@ -121,7 +124,8 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
     all_N = gap_NE.sum(dim=-1)
     # Equal distributions have no gaps: both divergences are 0 then and any weight will do.
     weight_N1 = torch.where(all_N > 0, head_N / all_N.clamp(min=EPSILON), 0.5)[:, None]
-    forward, reverse = forward_kl(entries), reverse_kl(entries)
+    forward = forward_kl(entries)
+    reverse = reverse_kl(entries)
     return Terms(
         _mix(weight_N1, forward.value_NE, reverse.value_NE),
         _mix(weight_N1, forward.q_u_NE, reverse.q_u_NE),

@@ -71,7 +71,8 @@ def sample_tail(
         tail_mass_N: probability outside the kept ids; decides on thinning.
         uniforms_NU: `tail_uniforms` of the rows; U = M + 1.
     """
-    num_rows, num_samples = len(logits_Nv), uniforms_NU.shape[1] - 1
+    num_rows = len(logits_Nv)
+    num_samples = uniforms_NU.shape[1] - 1
     ends_NG = sums_NG.double().cumsum(dim=-1)
     ends_NR = shard.gather(ends_NG[:, -1:]).cumsum(dim=-1)
     strata_M = torch.arange(num_samples, device=logits_Nv.device, dtype=torch.float64)

@@ -51,7 +51,10 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    header = f"# Configuration of this run with all defaults, by nemo_kd {__version__}; secrets are left out.\n"
+    header = (
+        f"# Configuration of this run with all defaults, by nemo_kd {__version__}; "
+        "secrets are left out.\n"
+    )
     content = (header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -143,15 +143,15 @@ def _print_costs(
     seconds = start_up_s + tokenize_s + compute_s
     chunk_bytes = max(map(len, job.chunks)) / num_records * file_bytes
     segment_bytes = min(cache.segment_examples, num_records) / num_records * file_bytes
-    num_shards = job.config.part_number()[1]
-    shards = f"{num_shards}; all values below are for all shards together"
+    num_parts = job.config.part_number()[1]
+    parts = f"{num_parts}; all values below are for all parts together"
     folder = CacheLayout(job.config.output_path).folder
     disk = f"{size_text(file_bytes)}, and {size_text(chunk_bytes)} more while a chunk is assembled"
     duration = timedelta(seconds=round(seconds))
     table = [
         ("layout", run.describe_ranks()),
         *([("split", job.split)] if job.split else []),
-        *([("shards", shards)] if num_shards > 1 else []),
+        *([("parts", parts)] if num_parts > 1 else []),
         ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
         ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
         ("padding", f"{1 - probe.tokens / probe.computed_tokens:.1%}"),

@@ -180,7 +180,7 @@ def check_records(job: Job, segments: Sequence[Segment]) -> int:
         return num_examples, num_tokens
 
     shares = gather(render_share)
-    # A shard's part may be empty; only the whole range must not be.
+    # A part may be empty; only the whole range must not be.
     if len(indices) == len(job.indices) and not any(num_examples for num_examples, _ in shares):
         raise nothing_to_train(job)
     return sum(num_tokens for _, num_tokens in shares)

@@ -60,10 +60,10 @@ class Output:
     """One cache that is being written.
 
     Attributes:
-        missing: segments that this shard still has to compute.
+        missing: segments that this part still has to compute.
         num_complete: chunks that were complete before this run.
         store: keys of this cache and this run of the command.
-        writer: on rank 0 of every shard.
+        writer: on rank 0 of every part.
     """
 
     job: Job
@@ -226,7 +226,8 @@ def _finish(output: Output, num_tokens: int, seconds: float, watchdog: Watchdog)
     """
 
     def finish() -> CacheReport:
-        job, writer = output.job, output.writer
+        job = output.job
+        writer = output.writer
         assert writer is not None
         with watchdog.pause("assembling chunks"):
             if num_tokens:

@@ -157,7 +157,7 @@ def _beside_cache(job: Job, name: str, suffix: str) -> Path:
 
 @dataclass(frozen=True)
 class CacheReport:
-    """A cache as it is on disk when a run ends, with the chunks of other shards.
+    """A cache as it is on disk when a run ends, with the chunks of other parts.
 
     Attributes:
         split: key of the dataset in `data.data.file_path`, empty for a single dataset.
@@ -166,7 +166,7 @@ class CacheReport:
         num_tokens: positions in the cache; num_loss_tokens: those in the loss.
         num_skipped: records without a row, by reason.
         num_computed_tokens: tokens that this run computed, in `seconds`.
-        is_complete: False while other shards are at work.
+        is_complete: False while other parts are at work.
     """
 
     split: str
@@ -196,7 +196,7 @@ def report_cache(
         CacheError: a part of this job's own work is missing.
         DataError: the cache is complete and has no rows.
     """
-    waiting_for = _other_shards_work(job, writer)
+    waiting_for = _other_parts_work(job, writer)
     chunks = writer.manifest.chunks
     total = ChunkSummary(0, 0)
     for summary in chunks.values():
@@ -225,7 +225,7 @@ def report_cache(
     )
     warnings = []
     quality = []
-    if total.loss_tokens:  # else all segments are other shards'
+    if total.loss_tokens:  # else all segments are other parts'
         top_k = writer.manifest.top_k
         kept_mass = total.kept_mass_sum / total.loss_tokens
         kept_ids = total.kept_tokens / total.loss_tokens
@@ -266,37 +266,37 @@ def _summary(
     ]
 
 
-def _other_shards_work(job: Job, writer: CacheWriter) -> str:
-    """Return what other shards still have to do, empty if the cache is complete.
+def _other_parts_work(job: Job, writer: CacheWriter) -> str:
+    """Return what other parts still have to do, empty if the cache is complete.
 
     Raises:
         CacheError: a part of this job's own work is missing: files were removed while it ran.
     """
     if not writer.incomplete():
         return ""
-    shard, num_shards = job.config.part_number()
-    by_shard = writer.missing_by_part()
-    incomplete = writer.missing  # without chunks that other shards have listed meanwhile
+    part, num_parts = job.config.part_number()
+    by_part = writer.missing_by_part()
+    incomplete = writer.missing  # without chunks that other parts have listed meanwhile
     names = ", ".join(map(str, incomplete[:5])) + (", ..." if len(incomplete) > 5 else "")
-    if num_shards == 1 or by_shard.get(shard):
+    if num_parts == 1 or by_part.get(part):
         raise CacheError(
             f"{writer.layout.folder}: {len(incomplete)} of {len(job.chunks)} chunks are missing at "
-            f"the end of this job ({names}), of whose work {by_shard.get(shard, 0)} segments are "
+            f"the end of this job ({names}), of whose work {by_part.get(part, 0)} segments are "
             "not there: files were removed while it ran; find out what removes them, then run the "
             "same command again: it computes what is missing"
         )
     if not incomplete:
         return ""
     others = ", ".join(
-        f"{other}/{num_shards} ({count} segments)"
-        for other, count in sorted(by_shard.items())
+        f"{other}/{num_parts} ({count} segments)"
+        for other, count in sorted(by_part.items())
         if count
     )
     return (
-        f"{len(incomplete)} of {len(job.chunks)} chunks ({names}) wait for other shards: "
-        f"{others or 'being assembled'}. Shard {shard}/{num_shards} is done and on disk; the shard "
+        f"{len(incomplete)} of {len(job.chunks)} chunks ({names}) wait for other parts: "
+        f"{others or 'being assembled'}. Part {part}/{num_parts} is done and on disk; the part "
         "that ends last assembles the chunks. If one of them failed, run it again, or run the same "
-        "command with part=0/1 once no shard runs"
+        "command with part=0/1 once no part runs"
     )
 
 

@@ -81,8 +81,8 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks
     output = tmp_path / "c_CHUNK_ID.jsonl"
     error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"})[0]
     assert error == ""
-    assert "2 of 2 chunks (0, 1) wait for other shards: 1/2 (4 segments)" in logged
-    assert "Shard 0/2 is done and on disk" in logged
+    assert "2 of 2 chunks (0, 1) wait for other parts: 1/2 (4 segments)" in logged
+    assert "Part 0/2 is done and on disk" in logged
     assert "mass of the kept ids" not in printed  # no chunk is there to measure it on
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"

@@ -30,14 +30,15 @@ NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 LIMITS = {
-    "code tokens": 159_500,
-    "code tokens per code line": 8.0,
-    "share of assignments packed into tuples": 0.07,
-    "share of docstrings that open with a noun clause": 0.14,
-    "lines over 110 characters": 913,
-    "files over 400 lines": 4,
-    "functions over 60 lines": 5,
+    "code tokens": 155_500,
+    "code tokens per code line": 8.1,
+    "share of assignments packed into tuples": 0.02,
+    "share of docstrings that open with a noun clause": 0.01,
+    "lines over 110 characters": 0,
+    "files over 400 lines": 1,
+    "functions over 60 lines": 4,
 }
+"""Lower them with the figures; they are no room to fill."""
 
 
 def figures(package: Path) -> dict[str, float]:
