@@ -234,7 +234,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=64 if on_gpu else 4)
     parser.add_argument("--steps", type=int, default=21 if on_gpu else 6)
     parser.add_argument(
-        "--students", type=Path, help="keeps the random weights there; else they are made anew"
+        "--students",
+        type=Path,
+        help="keep the random weights there; default: make them for each run",
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -237,7 +237,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=int, default=8192 if on_gpu else 4096, help="a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
-        "--teachers", type=Path, help="keeps the random teachers there; else they are made anew"
+        "--teachers",
+        type=Path,
+        help="keep the random teachers there; default: make them for each run",
     )
     options = parser.parse_args(arguments)
     os.environ.setdefault(

@@ -39,7 +39,7 @@ export TOKENIZERS_PARALLELISM=false
 
 REQUEUE=75 # exit status of a command that was interrupted with everything saved
 
-# run COMMAND KEY=VALUE ...: the command once per task of the job, in the container if there is one. Where it was
+# run COMMAND KEY=VALUE ...: the command once per task of the job, in the container if there is one. If it was
 # interrupted, the job goes back into the queue and runs the same command again.
 run() {
     local options=(--ntasks-per-node="${TASKS_PER_NODE}" --kill-on-bad-exit=1) status=0

@@ -247,7 +247,8 @@ def test_tasks_that_are_no_range_are_refused(cluster):
     job = cluster.submit("--array=0,1,5")
     assert {state for state, _ in cluster.wait(job).values()} == {"FAILED"}
     assert (
-        "--array: 3 tasks that are no range; give one, for example --array=0-2" in cluster.output()
+        "--array: 3 tasks that are not a range; give one, for example --array=0-2"
+        in cluster.output()
     )
     assert not (cluster.cache / "log").exists()
 
