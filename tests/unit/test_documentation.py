@@ -91,7 +91,7 @@ def options_of(command: str, subcommand: str) -> set[str]:
     )
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
         keys = {each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))}
-        return HYDRA_OPTIONS | {f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "shard"}}
+        return HYDRA_OPTIONS | {f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "part"}}
     if command == "logit_cache" and not subcommand.startswith("-"):
         (subcommands,) = (
             action.choices for action in parser._actions if isinstance(action.choices, dict)
