@@ -16,10 +16,9 @@ from nemo_kd.cache.reader import CacheReader
 
 
 class CacheBlend:
-    """Rows of several readers by one position. How often each is drawn is the business of the
-    sample order.
+    """Rows of several readers, one reader after the other; the sample order weights them.
 
-    They may have different teachers and different numbers of tokens a position, but one tokenizer.
+    Teachers and the number of tokens per position may differ; the tokenizer is the same.
 
     Raises:
         CacheError: their tokenizers differ.

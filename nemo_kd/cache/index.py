@@ -50,8 +50,8 @@ class ChunkSummary:
     label_in_topk: int = 0
     """Loss tokens whose label is among the kept ids."""
     computed_with: list[dict[str, Any]] = field(default_factory=list)
-    """Batch size, layout and precision of the runs that computed the rows: what rounding depends
-    on.
+    """Settings of the runs that computed the rows, as far as rounding depends on them: batch size,
+    layout, precision.
     """
 
     @classmethod
@@ -195,8 +195,8 @@ class ChunkIndex:
         places = np.frombuffer(raw[_HEADER.size : end], dtype="<i8")
         starts = places[: facts.num_lines + 1]
         num_positions = places[facts.num_lines + 1 :]
-        # A right checksum does not exclude places outside the file, which would ask for any amount
-        # of memory.
+        # A valid checksum does not exclude places outside the file: reading them could take any
+        # amount of memory.
         if starts[0] != 0 or starts[-1] != facts.bytes or (starts[1:] <= starts[:-1]).any():
             return None
         if facts.num_lines and (

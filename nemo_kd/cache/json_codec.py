@@ -176,7 +176,7 @@ def _check_lengths(fields: dict[str, Any], num_positions: int, where: str) -> No
     expected = fields["topk_logits"].shape
     if found != expected:
         raise CacheError(
-            f"{where}: field topk_token_ids: found {found[1]} ids a position, expected "
+            f"{where}: field topk_token_ids: found {found[1]} ids per position, expected "
             f"{expected[1]} as in topk_logits"
         )
 

@@ -17,8 +17,8 @@ SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d{1,18}%?)?:(?P<end>-?\d{1,18}%
 
 
 class CacheError(UserInputError):
-    """A cache file, or a request to one, cannot be used; the message says where, what was found and
-    what to do.
+    """A cache file, or a request to one, cannot be used; the message names the place, the value
+    found and the next step.
     """
 
 
@@ -26,10 +26,9 @@ class CacheLayout:
     """The file names that follow from one `output_path`.
 
     A path whose file name holds `CHUNK_ID` is a template: chunk 3 of `train_CHUNK_ID.jsonl` is
-        `train_3.jsonl`. Any
-    other path is one file, which is its own chunk 0. Ids are plain integers without zero padding.
-    The name's end says
-    how lines are stored: `.jsonl` plain, `.jsonl.zst` one compressed frame each.
+    `train_3.jsonl`. Any other path is one file, which is its own chunk 0. Ids are plain integers
+    without zero padding. The suffix selects the container: `.jsonl` for plain lines, `.jsonl.zst`
+    for one compressed frame per line.
     """
 
     def __init__(self, output_path: str) -> None:
@@ -44,7 +43,7 @@ class CacheLayout:
             )
         if self._name in ("", ".", "..") or os.path.isdir(output_path):
             raise CacheError(
-                f"{output_path!r} is no file name; give a file such as "
+                f"{output_path!r} is not a file name; give a file such as "
                 f"folder/train_{CHUNK_ID}.jsonl"
             )
 
@@ -72,8 +71,8 @@ class CacheLayout:
 
     def segment_names(self, chunk_id: int) -> set[str]:
         """Return the names in the folder of a chunk's segments."""
-        # A network file system asks its server for a listing, where it may remember that a single
-        # name was not there.
+        # A listing is fetched from the server of a network file system; the absence of a single
+        # name may be cached.
         folder = self.segments_folder(chunk_id)
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
@@ -92,8 +91,8 @@ class CacheLayout:
         ) + ".json"
 
     def siblings(self) -> list[CacheLayout]:
-        """Return the layouts of other suffixes with the same manifest, as train_CHUNK_ID.jsonl has
-        for .jsonl.zst.
+        """Return the layouts that have this manifest but another suffix, for example
+        train_CHUNK_ID.jsonl.zst for train_CHUNK_ID.jsonl.
         """
         suffix = next(
             (suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix),
@@ -108,8 +107,8 @@ class CacheLayout:
         return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
 
     def templates(self) -> list[tuple[CacheLayout, int]]:
-        """Return the templates that this file may be a chunk of, with its number: any number in the
-        name may be it.
+        """Return the templates that this file may be a chunk of, with its number there: one for
+        each number in the name.
         """
         if self.is_template:
             return []
@@ -149,7 +148,7 @@ class CacheLayout:
 
     @property
     def start_lock_path(self) -> Path:
-        """Locked while a job starts, so that jobs that start together do so one after the other."""
+        """Locked while a job starts; this serializes jobs that start together."""
         return self.folder / f".{self.manifest_name}.start.lock"
 
     def chunk_ids(self, names: list[str]) -> list[int]:

@@ -25,7 +25,7 @@ _BLOCK_BYTES = 1 << 20
 
 
 class TornError(CacheError):
-    """A file ends inside a line, as after a crash; all before that line is whole."""
+    """A file ends inside a line, as after a crash; the lines before it are whole."""
 
 
 def lines_of(name: str | PurePath) -> _Plain | _Zst:
@@ -86,13 +86,13 @@ class _Zst:
         try:
             size = zstandard.frame_content_size(raw)
             if size > most_line_bytes(len(raw)):
-                raise CacheError(f"{where}: a frame of {size} bytes is no line of a cache")
+                raise CacheError(f"{where}: a frame of {size} bytes is not a line of a cache")
             line = self._decompressor.decompress(
                 raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw))
             )
         except zstandard.ZstdError as error:
             raise CacheError(
-                f"{where}: {len(raw)} bytes are no whole zstd frame ({error}): they are damaged; "
+                f"{where}: {len(raw)} bytes are not a whole zstd frame ({error}): they are damaged; "
                 "restore the file or write it again"
             ) from error
         if line.find(b"\n", 0, -1) >= 0:
@@ -129,7 +129,7 @@ class _Zst:
                     num_inflated += len(frame.decompress(piece))
                     if num_inflated > most_line_bytes(num_read):
                         raise CacheError(
-                            f"{where}: a frame of more than {num_inflated} bytes is no line of a "
+                            f"{where}: a frame of more than {num_inflated} bytes is not a line of a "
                             "cache"
                         )
                     if frame.eof:

@@ -22,9 +22,7 @@ IN_MEMORY = ("chunks", "digest", "format_version")
 """Fields that `save` does not take from the object."""
 OPTIONAL_IDENTITY = ("teacher.tensors", "tokenizer_parts")
 UNKNOWN = "unknown"
-"""Stands in the manifest of a cache made from another program's files for what that program did not
-say.
-"""
+"""Value of what another program did not record, in the manifest of a cache made from its files."""
 
 
 @dataclass
@@ -34,13 +32,11 @@ class Manifest:
     codec: dict[str, Any]
     """`name` and the settings that decide what is stored (config.cache.CacheConfig)."""
     top_k: int
-    """Most teacher entries a position."""
+    """Most teacher entries per position."""
     vocab_size: int
     """Columns of the teacher's logits that stand for tokens; every id in the cache is below."""
     tokenizer_size: int
-    """Tokens that the tokenizer knows; same-family models pad their vocabularies differently beyond
-    it.
-    """
+    """Tokens of the tokenizer; models of one family pad their vocabularies to different sizes."""
     seq_length: int
     teacher: dict[str, Any]
     tokenizer: str
@@ -123,8 +119,8 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it "
-                "away: the chunks are whole without it, only nobody checks then which teacher and "
-                "tokenizer wrote them"
+                "away: the chunks can be read without it, but their teacher and tokenizer are then "
+                "not checked"
             ) from error
 
     def save(self, path: Path) -> None:
@@ -132,13 +128,14 @@ class Manifest:
         write_atomically(path, self._json())
 
     def identity(self) -> dict[str, Any]:
-        """Return all that must agree before a cache is continued, flat: `teacher.weights` and so
-        on.
+        """Return all that must agree before a cache is continued, by flat keys: `teacher.weights`
+        and so on.
         """
         payload = self._payload()
         payload.pop("tokenizer_tokens", None)
         payload.pop("config", None)
-        payload["dataset"].pop("path", None)  # the fingerprint says what was read, wherever it lies
+        # The fingerprint identifies the dataset wherever it lies.
+        payload["dataset"].pop("path", None)
         return dict(_flat(payload))
 
     def differences(self, other: Manifest) -> list[str]:

@@ -40,14 +40,12 @@ FINE_STEPS_PER_NAT = 64
 COARSE_STEPS_PER_NAT = 8
 FLAT_COARSE_STEPS_PER_NAT = 16
 MOST_ROUNDING_KL_NATS = 1.5e-4
-"""A record whose rounding would add more to the KL divergence, in the mean of its positions, gets
-the finer steps: one of an uncertain teacher, much of whose probability lies with unlikely
-tokens."""
+"""Records whose rounding would add more KL divergence per position get the finer steps. This
+happens if the teacher is uncertain, with much probability on unlikely tokens."""
 ID_CLASSES = 4
 SMALLEST_FOR_CLASSES = 1024
-"""Distances between ids are coded apart in each quarter of a position's ids, since low ids are
-frequent tokens and lie closer; a record of fewer entries would pay more for the codes than it
-gains."""
+"""Each quarter of a position's ids has its own code for distances, since low ids are frequent tokens
+and lie closer. In a record with fewer entries the codes would cost more than they save."""
 _TAIL_STEPS = np.arange(256) - 136
 TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(np.float32) / 16
 """Of the 256 levels of a tail: -14 to 11.875 in steps of 1/8, of 1/16 between -3 and 3."""
@@ -169,15 +167,15 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         _exactly(unhuffman(next(streams), num_tails), num_tails), len(temperatures)
     )
     if counts_P.sum() != header.num_kept:
-        raise ValueError("the teacher's blob holds fewer numbers than it says")
-    # The levels come first: a stream inflates a thousandfold at most, so their number is not a mere
-    # claim.
+        raise ValueError("the teacher's blob holds fewer numbers than its header states")
+    # Levels first: a stream inflates a thousandfold at most, so this proves the stated number
+    # before memory is allocated for it.
     levels_N = _exactly(unhuffman(next(streams), header.num_kept), header.num_kept)
     _check_size(counts_P)
     kept = Kept.of(counts_P, int(counts_P.max(initial=1)))
     nats = level_nats(header.fine, header.coarse)
     ids_N = _from_distances(_read_ids(streams, *_coding_order(kept, header.num_classes)), kept)
-    # Rounding has moved the sum over the kept ids: it is brought back to what the tail leaves.
+    # Rounding has moved the sum over the kept ids; scale it back to 1 - tail.
     p_N = np.exp(-nats).take(levels_N)
     head_P = (
         np.add.reduceat(p_N, kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)

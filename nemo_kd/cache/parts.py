@@ -1,5 +1,4 @@
-"""Decide who may write a cache: one job alone, or n jobs beside each other, each of which writes
-one of its n parts.
+"""Decide who may write a cache: one job alone, or n jobs at once, one for each of its n parts.
 
 A job that writes holds the cache's lock, exclusively when alone and shared as a part, and its
 part's own lock too.
@@ -26,27 +25,26 @@ log = logging.getLogger(__name__)
 
 WAIT_OR_SHARE = (
     "wait until it ends, stop it, or give another output_path. "
-    "Several jobs write one cache as its parts, each another one of the same number: part=0/2 and "
-    "part=1/2"
+    "Several jobs share one cache as its parts, for example part=0/2 and part=1/2"
 )
 IS_WRITTEN = f"is writing this cache; {WAIT_OR_SHARE}"
-"""Refuse a process that asks for a cache's lock with these words."""
+"""Refusal of a process that asks for a cache's lock."""
 
 Part = tuple[int, int]
 """(i, n): the i-th of n parts of the work, from 0."""
 
 
 class WriteLock:
-    """Right to write a cache, or one part of it, until `release` or the end of this very process.
+    """Right to write a cache, or one part of it, until `release` or the end of this process.
 
     Acquire while holding the start lock; this serializes jobs that start together.
 
     Attributes:
-        is_alone: nobody else was writing the cache when the right was given.
+        is_alone: no other job was writing the cache when the lock was taken.
 
     Raises:
-        CacheError: another job does this work or some of it, the message says which; or the file
-            system keeps no locks, which only a job alone can do without.
+        CacheError: another job, which the message names, does this work or some of it; or the file
+            system keeps no locks, which parts need.
     """
 
     def __init__(self, layout: CacheLayout, part: Part) -> None:
@@ -101,7 +99,7 @@ class WriteLock:
         self._locks.append(Lock(self._layout.part_lock_path(number), refusal).file)
 
     def _refusal(self) -> CacheError:
-        """Say who writes the cache."""
+        """Return the error that names the jobs that write the cache."""
         holder = read_holder(self._locks[0])
         if not holder.endswith(" parts"):
             return CacheError(f"{self._layout.lock_path}: {holder} {IS_WRITTEN}")

@@ -1,6 +1,6 @@
 """Encode and publish segments in another process, so that the one that computes never waits.
 
-Encoding is Python work for the CPU. In a thread it would hold up the thread that feeds a GPU.
+Encoding is Python work for the CPU. In a thread it would delay the thread that feeds a GPU.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class SegmentPublisher:
             raise CacheError(
                 f"the segment of examples {segment[1][0]} to {segment[1][-1]} was not published: "
                 f"the process that does this has ended ({_how(self._process.exitcode)}); if "
-                "nothing else says why, memory ran out: give the job more, then run the same "
+                "no other message gives a reason, memory ran out: give the job more, then run the same "
                 "command again; what is published stays and is not computed again"
             ) from error
         if isinstance(answer, ChunkSummary):

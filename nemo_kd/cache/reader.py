@@ -55,7 +55,7 @@ class CacheReader:
         path: a file or a template, in a folder or behind a URL; `[a:b]` after it selects rows, by
             number or percent, negative ones from the end, as in `train_CHUNK_ID.jsonl.zst[:10%]`.
         n_chunks: chunks that the template must have; None reads all there are.
-        top_k: teacher tokens to keep a position, the likeliest; None keeps all. The others join the
+        top_k: likeliest teacher tokens to keep per position; None keeps all. The others join the
             tail.
         seq_length: rows with more positions are left out and counted in `dropped_too_long`.
         vocab_size: teacher tokens with ids from here on join the tail; None keeps all.
@@ -113,8 +113,8 @@ class CacheReader:
         row = self._row(chunk, line, self.storage.read(chunk.name, start, end))
         if row.example.num_tokens != self._index(chunk_number)[0].num_positions[line]:
             raise CacheError(
-                f"{self._where(chunk, line)}: the line is another one than when its index was "
-                f"made; delete {index_name(chunk.name)}"
+                f"{self._where(chunk, line)}: the line differs from the one that its index was "
+                f"made for; delete {index_name(chunk.name)}"
             )
         return row
 
@@ -149,9 +149,7 @@ class CacheReader:
 
     @property
     def chunk_facts(self) -> list[ChunkFacts]:
-        """What the index of every chunk says about it, long rows and rows that are not selected
-        included.
-        """
+        """Header of every chunk's index; it counts long rows and rows that are not selected too."""
         return [chunk.facts for chunk in self._chunks]
 
     def fingerprint(self) -> str:
@@ -207,7 +205,7 @@ class CacheReader:
             ]
             if not wanted:
                 raise CacheError(
-                    f"{self.path}: no chunk is complete yet; let compute_topk_logits go on"
+                    f"{self.path}: no chunk is complete yet; wait for compute_topk_logits, or run it again"
                 )
         else:
             wanted = [chunk_id for chunk_id in chunk_ids if chunk_id < n_chunks]
@@ -259,9 +257,7 @@ class CacheReader:
         return manifest
 
     def _manifest_of_template(self, names: set[str]) -> Manifest | None:
-        """Return the manifest of a template that the file is a chunk of, as if this chunk were all
-        of the cache.
-        """
+        """Return the manifest of a template that the file is a chunk of, limited to this chunk."""
         name = self.layout.chunk_name(0)
         for layout, number in self.layout.templates():
             if layout.manifest_name not in names or name not in names:
@@ -285,7 +281,8 @@ class CacheReader:
     def _read_manifest(self, name: str, names: set[str]) -> Manifest:
         journal = b""
         if name + format2.JOURNAL_SUFFIX in names:
-            with contextlib.suppress(FileNotFoundError):  # meanwhile its chunks are in the manifest
+            # If it is gone meanwhile, its chunks are in the manifest.
+            with contextlib.suppress(FileNotFoundError):
                 journal = self.storage.read(name + format2.JOURNAL_SUFFIX)
         return Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}", journal)
 
@@ -318,7 +315,7 @@ class CacheReader:
                 if index.checksum != summary.sha256:
                     raise CacheError(
                         f"{where}: its bytes are not those that the manifest lists; `logit_cache "
-                        "verify` says what is wrong; restore the file, or delete it and run "
+                        "verify` names the damage; restore the file, or delete it and run "
                         "compute_topk_logits again"
                     )
                 index = replace(index, summary=summary)

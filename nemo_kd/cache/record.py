@@ -1,4 +1,4 @@
-"""One example as one line of JSON, in either codec; a line says itself which.
+"""One example as one line of JSON, in either codec; the field `v` marks the packed one.
 
 Every line has `index`, `hash`, `tokens`, `labels` and `loss_mask`. The `packed` codec adds `v` and
 `teacher` (base64 of `packed_codec`'s blob), the `json` codec NeMo-Aligner's fields.

@@ -15,10 +15,9 @@ from nemo_kd.batch import TeacherRows
 def limited(
     teacher: TeacherRows[np.ndarray], top_k: int | None = None, vocab_size: int | None = None
 ) -> TeacherRows[np.ndarray]:
-    """At most `top_k` tokens a position, all with ids below `vocab_size`; None does not limit.
+    """Keep at most `top_k` tokens per position, all with ids below `vocab_size`; None: no limit.
 
-    Tail samples with other ids stand for mass that a smaller vocabulary cannot take: they become
-        -1.
+    Tail samples with other ids become -1: a smaller vocabulary has no place for their mass.
     """
     samples_PM = teacher.tail_token_ids_PM
     if (
@@ -44,8 +43,9 @@ def limited(
 
 
 def keep(teacher: TeacherRows[np.ndarray], kept_PK: np.ndarray) -> TeacherRows[np.ndarray]:
-    """The kept entries, in their order. Tail samples are given up where an entry goes: they were
-    drawn for another tail.
+    """Return the kept entries, in their order.
+
+    Dropping an entry drops the tail samples too: they were drawn from another tail.
     """
     used_PK = teacher.topk_token_ids_PK >= 0
     dropped_PK = used_PK & ~kept_PK

@@ -35,8 +35,8 @@ def complete_chunk(path: Path) -> ChunkIndex | None:
 def scan_chunk(storage: Storage, name: str, mtime_ns: int | None = None) -> ChunkIndex:
     """Return the index of a chunk by decoding every line once.
 
-    Its summary lacks what the lines do not say: the records of the range without a line, and
-        `computed_with`.
+    Its summary lacks what the lines do not hold: the records of the range without a line, and
+    `computed_with`.
 
     Args:
         mtime_ns: modification time of the file, for an index without a summary.

@@ -58,14 +58,14 @@ class SegmentWriter:
         """Append a row.
 
         Raises:
-            CacheError: its index does not follow the last one's, or it holds more tokens a position
-                than the cache.
+            CacheError: its index does not follow the last one's, or it holds more tokens per
+                position than the cache.
         """
         index = row.example.index
         k = row.teacher.topk_logits_PK.shape[1]
         if k > self.top_k:
             raise CacheError(
-                f"example {index} has {k} logits a position in a cache of top_k={self.top_k}"
+                f"example {index} has {k} logits per position in a cache of top_k={self.top_k}"
             )
         if not self._last_index < index <= self.indices[-1]:
             raise CacheError(
@@ -129,9 +129,8 @@ def read_segment(path: Path) -> tuple[ChunkBuilder, bytes]:
         return ChunkBuilder(summary, LineFacts(**fields["facts"])), payload
     except (ValueError, KeyError, TypeError) as error:
         raise CacheError(
-            f"{path}: the segment is damaged ({error}); run the same command again (where several "
-            "jobs write the cache, the one whose segment it is, or all as one): it is computed "
-            "again"
+            f"{path}: the segment is damaged ({error}); run the same command again (for a cache "
+            "in parts, the job of this part, or one without `part`): it is computed again"
         ) from error
 
 

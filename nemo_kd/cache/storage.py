@@ -80,15 +80,15 @@ class LocalStorage:
         return open_regular(os.path.join(self.folder, name))
 
     def will_read(self, ranges: Sequence[Range]) -> None:
-        """Have these ranges fetched ahead; only the last call counts."""
+        """Fetch these ranges ahead; only the last call counts."""
         if hasattr(os, "posix_fadvise"):
             for name, start, end in ranges:
                 length = 0 if end is None else end - start  # 0: to the end of the file
-                with contextlib.suppress(OSError):  # `read` will say what is wrong
+                with contextlib.suppress(OSError):  # `read` reports it
                     os.posix_fadvise(self._descriptor(name), start, length, os.POSIX_FADV_WILLNEED)
 
     def save(self, name: str, content: bytes) -> bool:
-        """Keep a file that can be made again; return False where nothing can be written."""
+        """Save a file that can be made again; return False if nothing can be written."""
         if not os.access(self.folder, os.W_OK):
             return False
         write_atomically(os.path.join(self.folder, name), content)
@@ -156,7 +156,7 @@ class RemoteStorage:
             [end for _, _, end in ranges],
             on_error="return",
         )
-        # What failed is left to `read`, which says why.
+        # `read` fetches again what failed, and reports the reason.
         self._ahead = {
             wanted: content
             for wanted, content in zip(ranges, contents, strict=True)

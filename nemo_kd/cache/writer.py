@@ -1,9 +1,8 @@
-"""Write a cache segment by segment; nothing that is published can be lost or be half there.
+"""Write a cache segment by segment; published files are whole and stay.
 
 A segment is a fixed run of records, computed and published by one process. As soon as all segments
 of a chunk are there, a job that writes the cache concatenates them in the order of their records
-and publishes first the chunk, then its index.
-At any instant the folder holds: complete chunks with their indexes, whole segments, and hidden
+and publishes first the chunk, then its index. At any instant the folder holds: complete chunks with their indexes, whole segments, and hidden
 temporary files that the next run removes. The same command continues from there, with any number of
 processes and of parts, and ends with the same bytes.
 """
@@ -49,10 +48,10 @@ log = logging.getLogger(__name__)
 
 
 class CacheWriter:
-    """Publishes the chunks of a cache, and says which segments are missing.
+    """Publishes the chunks of a cache, and finds the missing segments.
 
-    One process of a job has it and holds the cache's lock. Several jobs may write one cache, each a
-    part of it. Part i of n computes segments i, i + n, i + 2n ... of all segments of the cache.
+    One process of a job has it and holds the cache's lock. Several jobs may write one cache, each
+    one part of it. Part i of n computes segments i, i + n, i + 2n ... of all segments of the cache.
     Whichever job finds a chunk's segments complete publishes the chunk; two that do so at once
     publish the same bytes.
 
@@ -61,14 +60,14 @@ class CacheWriter:
             looked.
 
     Args:
-        manifest: identity of the cache to write. One that is there already is continued if it says
-            the same.
+        manifest: identity of the cache to write. An existing cache is continued if it has the same
+            identity.
         chunks: the record indices of every chunk.
         part: (i, n); (0, 1) is a job alone.
 
     Raises:
         CacheError: another job writes this cache or part; or another teacher, dataset or setting
-            wrote what is there, or nothing says who did.
+            wrote the existing files, or there is no manifest of them.
     """
 
     def __init__(
@@ -110,8 +109,9 @@ class CacheWriter:
         return [chunk for chunk in range(len(self.chunks)) if chunk not in self.manifest.chunks]
 
     def missing_segments(self) -> list[Segment]:
-        """Return what this job has to compute, in the order of the records; damaged segments are
-        removed and are in it.
+        """Return the segments that this job has to compute, in the order of the records.
+
+        Damaged segments are removed and included.
         """
         missing: list[Segment] = []
         for chunk in self.missing:
@@ -177,10 +177,10 @@ class CacheWriter:
         if existing is None and present:
             raise CacheError(
                 f"output_path: {layout.chunk_path(present[0])} exists, but there is no manifest "
-                f"({layout.manifest_path}) that tells what wrote it; write to another "
+                f"({layout.manifest_path}) that names its teacher; write to another "
                 "output_path, or delete the file"
             )
-        # A manifest without any work done is left of a run that got no further: it binds nobody.
+        # A manifest without segments and chunks is left from a run that stopped early; replace it.
         has_segments = any(any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work)
         is_bound = bool(present) or has_segments or not self._lock.is_alone
         if existing is not None and (is_bound or existing.chunks):
@@ -188,11 +188,11 @@ class CacheWriter:
         remove_abandoned(layout.folder)
         if self._lock.is_alone:
             for chunk in set(layout.existing_indexes()).difference(present):
-                layout.index_path(chunk).unlink(
-                    missing_ok=True
-                )  # it must not describe another file
+                # It must not describe another file.
+                layout.index_path(chunk).unlink(missing_ok=True)
         if existing is None or existing.differences(manifest):
-            manifest.save(layout.manifest_path)  # first, so that no segment is of unknown origin
+            # Before the first segment, so that the origin of every segment is known.
+            manifest.save(layout.manifest_path)
         elif existing.format_version != FORMAT_VERSION and not self._lock.is_alone:
             raise CacheError(
                 f"{layout.manifest_path}: an older version of nemo_kd writes this cache; wait "
@@ -209,8 +209,8 @@ class CacheWriter:
                 remove_abandoned(layout.segments_folder(chunk))
 
     def _refuse_sibling(self, existing: Manifest) -> None:
-        """Refuse a manifest whose chunks lie there with another suffix; a dataset of such a name is
-        none of them.
+        """Refuse a manifest whose chunks have another suffix. A dataset with the name of a chunk
+        does not count.
         """
         if self.layout.chunks_in_work() or _has_chunks(self.layout, existing):
             return
@@ -244,9 +244,7 @@ class CacheWriter:
         return chunk in self.manifest.chunks
 
     def _of_this_part(self, chunk: int, whole: list[Any]) -> list[Any]:
-        """Return those of a chunk's segments, or of a list in their order, that this job
-        computes.
-        """
+        """Return this job's items of `whole`, which has one item for each segment of a chunk."""
         return whole[(self._part[0] - self._first_segments[chunk]) % self._part[1] :: self._part[1]]
 
     def _segments(self, chunk: int) -> list[range]:
@@ -259,9 +257,8 @@ class CacheWriter:
         """Publish a chunk if all its segments are there.
 
         Returns:
-            True if it needs no further look: it is complete, or only segments of other parts are
-                missing, and the
-            part that publishes the last of them looks at it then.
+            True if this job is done with it: it is complete, or lacks segments of other parts
+            only. The part that publishes the last segment then assembles it.
         """
         if not self._is_complete(chunk):
             paths = self._segment_paths(chunk)
@@ -272,9 +269,8 @@ class CacheWriter:
             try:
                 self.manifest.chunks[chunk] = self._assembled(chunk, paths)
             except UserInputError:
-                if not self._is_complete(
-                    chunk
-                ):  # else another part was faster and removed the segments
+                # Another part may have been faster and have removed the segments.
+                if not self._is_complete(chunk):
                     raise
         shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
         return True
@@ -299,8 +295,8 @@ class CacheWriter:
 def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
     """Make a cache of format 2 one of format 3; others stay as they are.
 
-    Every whole chunk gets an index with a summary, then the manifest loses its list and its journal
-    goes.
+    Every whole chunk gets an index with a summary. Then the manifest is written without its list,
+    and its journal is removed.
     """
     for chunk, summary in manifest.chunks.items():
         path = layout.chunk_path(chunk)
@@ -326,8 +322,8 @@ def _has_listed_size(path: Path, summary: ChunkSummary) -> bool:
 
 
 def _has_chunks(layout: CacheLayout, manifest: Manifest) -> bool:
-    """Return True if a chunk of the cache lies there: one with an index, or listed by a manifest of
-    format 2.
+    """Return True if a chunk of the cache is on disk: one with an index, or listed by a manifest
+    of format 2.
     """
     for chunk in layout.existing_chunks():
         path = layout.chunk_path(chunk)

@@ -156,8 +156,7 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 def _add_merge(subcommands: Any) -> None:
     text = (
-        "make one cache of several that were written apart, for example by the tasks of an array "
-        "job"
+        "make one cache of several that were written apart, for example from ranges of one dataset"
     )
     merge = subcommands.add_parser("merge", help=text, description=text)
     option = merge.add_argument

@@ -183,7 +183,6 @@ def _array_variable(name: str, default: int | None = None) -> int:
     if not re.fullmatch(r"\d+", value, re.ASCII) or (name in ("COUNT", "STEP") and int(value) < 1):
         raise ConfigError(
             f"SLURM_ARRAY_TASK_{name}: {value!r} is not a value that Slurm sets for the tasks of "
-            "an "
-            "array; unset it, or give the part of this job (part=i/n)"
+            "an array; unset it, or give the part of this job (part=i/n)"
         )
     return int(value)

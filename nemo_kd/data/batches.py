@@ -15,13 +15,12 @@ def form_batches(
     packed: bool,
     multiple_of: int = 1,
 ) -> list[list[int]]:
-    """Positions in `lengths` grouped into batches, every one once, long examples first.
+    """Group the positions in `lengths` into batches, each position once, long examples first.
 
-    A batch holds at most `max_examples` examples and `max_tokens` tokens, padding included; an
-    example longer than that is alone. Packed examples lie end to end, so a batch is filled with
-    whatever fits (first-fit decreasing, Johnson 1974); padded ones take the room of the longest
-    each, so neighbours in length go together, and under a budget of tokens only such as leave less
-    than `MAX_PADDING` of it empty. The result depends on the lengths alone.
+    A batch holds at most `max_examples` examples and `max_tokens` tokens, padding included; a
+    longer example is alone. Packed examples lie end to end; first-fit decreasing (Johnson 1974)
+    fills the batches. Padded examples are joined with neighbours in length. With `max_tokens`, less
+    than `MAX_PADDING` of a padded batch is padding. The result depends on the lengths alone.
     """
     by_length = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
     batches: list[list[int]] = []
@@ -49,13 +48,12 @@ def form_batches(
 class MicroBatching:
     """Cut of a global batch into micro-batches, and this data-parallel rank's share of them.
 
-    Every rank gets equally many, some of which may be empty: they run one step of the pipeline
-        together.
+    Every rank gets the same number, some of them empty: ranks run each step of the pipeline
+    together.
 
     Attributes:
         micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
-        max_tokens: most tokens of a micro-batch, padding included, but for a longer example, which
-            is alone.
+        max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
         packed, multiple_of: as `form_batches`.
     """
 
@@ -67,10 +65,10 @@ class MicroBatching:
     multiple_of: int = 1
 
     def share(self, positions: Sequence[int], num_tokens: Callable[[int], int]) -> list[list[int]]:
-        """This rank's micro-batches of the global batch; from arguments that all ranks have alike.
+        """Return this rank's micro-batches of the global batch; all ranks pass equal arguments.
 
         Args:
-            num_tokens: of the example at a position; not asked without `max_tokens`.
+            num_tokens: of the example at a position; not called without `max_tokens`.
         """
         if self.max_tokens is None:
             per_rank = -(-len(positions) // self.data_size)
@@ -80,7 +78,7 @@ class MicroBatching:
         lengths = [num_tokens(position) for position in positions]
         batches = form_batches(lengths, None, self.max_tokens, self.packed, self.multiple_of)
         batches = _whole_rounds(batches, lengths, self.data_size)
-        # Ranks get neighbours in size: who is done first waits for the others.
+        # Ranks get neighbours in size, because the first to finish waits for the others.
         return [
             [positions[place] for place in batch]
             for batch in batches[self.data_rank :: self.data_size]

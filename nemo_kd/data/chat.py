@@ -107,9 +107,8 @@ def _apply_template(
             return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # a template is a program of somebody else's: 1/0 in it is a ZeroDivisionError
+    # A template is a foreign program and can raise anything: 1/0 in it is a ZeroDivisionError.
+    except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
             f"the chat template{names} cannot render this conversation: {reason[:500]}"
@@ -260,19 +259,19 @@ class _Conversation:
 
 
 class _OutOfTime(BaseException):
-    """Not an Exception: Jinja filters such as `int` would take that for a wrong value."""
+    """Not an Exception, because Jinja filters, for example `int`, swallow those."""
 
 
 # transformers renders in Jinja's sandbox, which keeps templates from the machine but lets them run
 # forever. A render in a child process would cost several times the rendering itself; a timer's
 # signal and the kernel's limit of address space cost microseconds. The signal also ends a single
-# `10 ** (10 ** 8)`, since Python's long arithmetic checks for signals. What does not check, making
-# one huge string, is stopped by the memory limit.
+# `10 ** (10 ** 8)`, since Python's long arithmetic checks for signals. Making one huge string does
+# not check for them; the memory limit stops it.
 @contextlib.contextmanager
 def _limited(name: str) -> Iterator[None]:
     """Run a block that renders a template; only the main thread of a process can.
 
-    The limit is CPU time of this thread, so a suspended or crowded machine ends no render.
+    The limit is CPU time of this thread, so a suspended or crowded machine does not end a render.
 
     Raises:
         DataError: the block took too much time or memory, or recursed without end; names `name`.

@@ -153,7 +153,7 @@ class TokenizedDataset:
 
 
 class PromptTemplate:
-    """A template such as "{input} {output}" whose last field, the answer, is trained.
+    """A template, for example "{input} {output}", whose last field, the answer, is trained.
 
     Prompt and answer are tokenized apart, so the start of the answer does not depend on the prompt.
     Spaces between the two belong to the answer's first token, as tokenizers expect.

@@ -1,4 +1,4 @@
-"""Which examples form which batch, as a pure function of seed, epoch and layout."""
+"""Choose the examples of each batch, as a pure function of seed, epoch and layout."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ Share = Callable[[Sequence[int], Callable[[int], int]], list[list[int]]]
 class MicroBatchRows(Dataset[Row]):
     """Rows of this rank's micro-batches, requested by all positions of a global batch.
 
-    Loader workers share out the positions and read the rows: they have the indexes with the lengths
-        of examples.
+    Loader workers divide the positions and read the rows: they have the indexes with the lengths of
+    examples.
     """
 
     def __init__(self, rows: Rows, share: Share) -> None:

@@ -276,13 +276,13 @@ def _other_parts_work(job: Job, writer: CacheWriter) -> str:
         return ""
     part, num_parts = job.config.part_number()
     by_part = writer.missing_by_part()
-    incomplete = writer.missing  # without chunks that other parts have listed meanwhile
+    incomplete = writer.missing  # without chunks that other parts have published meanwhile
     names = ", ".join(map(str, incomplete[:5])) + (", ..." if len(incomplete) > 5 else "")
     if num_parts == 1 or by_part.get(part):
         raise CacheError(
             f"{writer.layout.folder}: {len(incomplete)} of {len(job.chunks)} chunks are missing at "
-            f"the end of this job ({names}), of whose work {by_part.get(part, 0)} segments are "
-            "not there: files were removed while it ran; find out what removes them, then run the "
+            f"the end of this job ({names}), and {by_part.get(part, 0)} segments of its work are "
+            "not on disk: files were removed while it ran; find out what removes them, then run the "
             "same command again: it computes what is missing"
         )
     if not incomplete:

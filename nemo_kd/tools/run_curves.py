@@ -37,7 +37,7 @@ def read_curves(path: Path) -> Curves:
     file = path / METRICS_FILE if path.is_dir() else path
     if not file.is_file():
         raise RunError(
-            f"{path}: no run: there is no {file}; give a run's exp_manager.explicit_log_dir, or a "
+            f"{path}: not a run: there is no {file}; give a run's exp_manager.explicit_log_dir, or a "
             "metrics.jsonl"
         )
     curves: Curves = {}

@@ -1,4 +1,4 @@
-"""Walk a chunk line by line, past whatever is damaged."""
+"""Walk a chunk line by line, past damage."""
 
 from __future__ import annotations
 

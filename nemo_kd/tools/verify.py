@@ -1,4 +1,4 @@
-"""Check every byte and number of a cache against everything else that is known about it."""
+"""Check every byte of a cache, and its numbers against index and manifest."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class ChunkReport:
         return {name: getattr(self.found, name) for name in COUNTS}
 
     def problem(self, text: str) -> None:
-        """Add a problem; of many only the first ones, and that there are more."""
+        """Add a problem; after the first MOST_PROBLEMS_OF_A_CHUNK, one note that there are more."""
         if len(self.problems) < MOST_PROBLEMS_OF_A_CHUNK:
             self.problems.append(text)
         elif len(self.problems) == MOST_PROBLEMS_OF_A_CHUNK:
@@ -254,7 +254,7 @@ def _check_row(
     k = used_PK.sum(axis=1).max(initial=0)
     if k > manifest.top_k:
         report.problem(
-            f"{where}: {k} tokens at one position, but the manifest says top_k={manifest.top_k}"
+            f"{where}: {k} tokens at one position, but the manifest states top_k={manifest.top_k}"
         )
 
 

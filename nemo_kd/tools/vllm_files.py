@@ -48,7 +48,7 @@ class Entries(NamedTuple):
 
 
 class VllmRows:
-    """Rows of a JSONL file of vLLM's. A line without an index has its place as index.
+    """Rows of a JSONL file that vLLM wrote. The index of a line defaults to its place.
 
     Raises:
         DataError: the file cannot be read or is empty.
@@ -70,12 +70,12 @@ class VllmRows:
 
     @property
     def largest_k(self) -> int:
-        """The k that vLLM was asked for, judging by the first rows."""
+        """The requested k, estimated from the first rows."""
         rows = map(self.__getitem__, range(min(len(self), ROWS_FOR_K)))
         return max(row.teacher.topk_token_ids_PK.shape[1] for row in rows)
 
     def fingerprint(self) -> str:
-        """Return name and size; the content is whatever vLLM wrote."""
+        """Return name and size; the content has no checksum."""
         return f"{Path(self.path).name}:{Path(self.path).stat().st_size}"
 
 

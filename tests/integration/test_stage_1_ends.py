@@ -87,7 +87,7 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"
     error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[0]
-    assert "of whose work 2 segments are not there" in error
+    assert "2 segments of its work are not on disk" in error
     assert ranks(1).run(run, *world, output, {**CHUNKS, "part": "1/2"})[0][0] == ""
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
     assert error == ""

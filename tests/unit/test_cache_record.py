@@ -116,7 +116,7 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
         ({"labels": [1]}, "field labels: found 1 positions, expected 5"),
         ({"topk_logits": [[0.0, -2.0, -1.0, -3.0]] * 5}, "not in descending order"),
         ({"topk_token_ids": [[1, 1, 2, 3]] * 5}, "an id twice at position 0"),
-        ({"topk_token_ids": [[1, 2, 3]] * 5}, "found 3 ids a position, expected 4"),
+        ({"topk_token_ids": [[1, 2, 3]] * 5}, "found 3 ids per position, expected 4"),
         ({"topk_logits": [[0.0], [0.0, -1.0], [0.0], [0.0], [0.0]]}, "lists of different lengths"),
         ({"loss_mask": [0, 1, 2, 1, 1]}, "expected only 0 and 1"),
         ({"loss_mask": [0, 1, 1, 1, 1]}, "field hash: found"),
@@ -376,7 +376,7 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
         (7, 7, "contradicts itself"),
         (19, 0, "contradicts itself"),
         (9, 9, "has 9 positions, the example 3"),
-        (13, 200, "fewer numbers than it says"),
+        (13, 200, "fewer numbers than its header states"),
     ],
 )
 def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(offset, value, message):

@@ -103,7 +103,7 @@ def test_every_other_damage_is_named(tmp_path):
         ({index_path: edit(tokens=1)}, "tokens, but its summary says 1"),
         ({index_path: edit(first_index=6)}, "examples 4 to 7, but its summary says 6 to 7"),
         ({manifest_path: wrong_vocabulary}, "states a vocabulary of 20"),
-        ({manifest_path: json.dumps({**edited, "top_k": 3}).encode()}, "4 tokens at one position, but the manifest says top_k=3"),
+        ({manifest_path: json.dumps({**edited, "top_k": 3}).encode()}, "4 tokens at one position, but the manifest states top_k=3"),
     ]  # fmt: skip
     for changes, message in cases:
         for file, content in {**files, **changes}.items():

@@ -262,7 +262,7 @@ def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
         sink.write(row(6))
     with pytest.raises(CacheError, match="got 1 of 4 records"):
         sink.publish()
-    with pytest.raises(CacheError, match="has 5 logits a position in a cache of top_k=4"):
+    with pytest.raises(CacheError, match="has 5 logits per position in a cache of top_k=4"):
         sink.write(row(4, k=5))
     for index in (4, 5):
         sink.write(row(index))

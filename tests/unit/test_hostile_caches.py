@@ -98,7 +98,7 @@ def test_a_frame_that_inflates_without_bounds_is_no_line(tmp_path):
             file.write(compressor.compress(bytes(8 << 20)))
         file.write(compressor.flush())
     assert path.stat().st_size < 200_000
-    with path.open("rb") as file, pytest.raises(CacheError, match="is no line of a cache"):
+    with path.open("rb") as file, pytest.raises(CacheError, match="is not a line of a cache"):
         list(lines_of(path).split(file, str(path)))
     with pytest.raises(CacheError):
         lines_of(path).read(path.read_bytes(), str(path))

@@ -99,7 +99,7 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     run = write_run(tmp_path / "run", steps(3, 4.0))
     with pytest.raises(
         RunError,
-        match=r"none: no run: there is no .*none; give a run's exp_manager.explicit_log_dir",
+        match=r"none: not a run: there is no .*none; give a run's exp_manager.explicit_log_dir",
     ):
         read_curves(tmp_path / "none")
     with pytest.raises(RunError, match=r"metrics.jsonl: the file is empty"):
