@@ -1,5 +1,5 @@
-"""The command line of a command with keys: values as typed, and an answer for what is not
-`key=value`."""
+"""Read the command line of a command with keys: text as typed, and an error for any argument that
+is not `key=value`."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ CHOICES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
-"""What --cfg and --info print."""
+"""Values of --cfg and --info."""
 
 COMPOSED = ("--config-path", "--config-name", "--config-dir")
-"""Those that only say where the configuration is."""
+"""Options that give the place of the configuration."""
 
 _KEY = re.compile(
     r"(?P<sign>\+{0,2})(?P<key>[A-Za-z_]\w*(\.\w+)*)=(?P<value>.*)", re.DOTALL | re.ASCII
@@ -54,12 +54,12 @@ _PLAIN = re.compile(r"[^,:\[\]{}'\"]+")
 
 @dataclass
 class CommandLine:
-    """What was typed.
+    """Arguments of a command, read.
 
     Attributes:
-        options: Hydra's, as Hydra takes them.
-        overrides: `key=value` as Hydra takes it, in order.
-        settings: values of the options that say where the configuration is.
+        options: Hydra's options in Hydra's form.
+        overrides: `key=value` in Hydra's form, in order.
+        settings: values of the options in `VALUE_OPTIONS`.
         replaced: other names of the overrides' keys; their values in a YAML file no longer count.
     """
 
@@ -70,7 +70,7 @@ class CommandLine:
 
     @property
     def is_for_hydra(self) -> bool:
-        """Return True if Hydra shall do something other than compose one configuration."""
+        """Return True if an option makes Hydra do more than compose one configuration."""
         return any(option.partition("=")[0] not in COMPOSED for option in self.options)
 
     @property

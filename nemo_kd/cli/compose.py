@@ -1,4 +1,4 @@
-"""From a command's YAML, or the user's own, and overrides to one configuration."""
+"""Compose one configuration from a YAML file, the command's or the user's own, and overrides."""
 
 from __future__ import annotations
 

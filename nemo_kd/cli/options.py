@@ -1,4 +1,4 @@
-"""The command lines with options, as argparse reads them and as the other commands answer."""
+"""Command lines with options: argparse, with the error lines of the other commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands share: help, Hydra, the typed configuration, launching, errors."""
+"""Run a command: help, Hydra, the typed configuration, launching, errors."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def _absolute(line: CommandLine) -> list[str]:
 
 
 def help_text(command: Command) -> str:
-    """What --help prints: purpose, an example, every key with type, default and meaning."""
+    """Return the text of --help: purpose, example, every key with type, default and meaning."""
     width = min(shutil.get_terminal_size().columns, 120)
     title = f"logit_cache {command.subcommand}" if command.subcommand else command.name
     lines = [
@@ -148,7 +148,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         config: Any = typed(command.config_class, cfg)
         trainer: Any = getattr(config, "trainer", None)
         launching = trainer is not None and needs_launch(trainer)
-        if LAUNCHER not in os.environ:  # which has looked
+        if LAUNCHER not in os.environ:  # the launcher has checked already
             check_before_start(config)
         if launching:
             sys.exit(launch(trainer.num_devices, command.subcommand))
@@ -162,8 +162,7 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
 
 
 def configure_logging() -> None:
-    """Messages of rank 0, errors of the others; before anything heavy is imported, which would warn
-    then."""
+    """Show messages of rank 0 and errors of the others; call it before heavy imports: they warn."""
     level = logging.INFO if find_ranks().rank == 0 else logging.ERROR
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(message)s"))
@@ -182,7 +181,7 @@ def configure_logging() -> None:
 
 
 def _register_resolvers() -> None:
-    """Those that NeMo-Aligner's YAML files use."""
+    """Register the resolvers that NeMo-Aligner's YAML files use."""
     resolvers: dict[str, Any] = {
         "multiply": lambda x, y: x * y,
         "int_div": lambda x, y: x // y,

@@ -1,5 +1,5 @@
-"""Configuration of a run's folder, logs and checkpoints in stage 2: `exp_manager`, with the keys of
-NeMo's that act."""
+"""Configuration of a run's folder, logs and checkpoints in stage 2: `exp_manager`, with NeMo's
+keys."""
 
 from __future__ import annotations
 

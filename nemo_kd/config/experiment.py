@@ -1,4 +1,4 @@
-"""Keys of stage 2 that determine its result: a run goes on from a checkpoint only if they are
+"""Keys of stage 2 that determine its result: a run resumes from a checkpoint only if they are
 unchanged."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ FREE_KEYS = (
     "model.data.max_tokens_per_batch",
     "model.data.packing",
     "model.data.num_workers",
-    # What they select is compared by its content.
+    # The data that they select is compared by content.
     "model.data.data_impl",
     "model.max_seq_length",
     "model.data.n_chunks",
@@ -56,13 +56,13 @@ FREE_KEYS = (
     "model.data.chat",
     "model.data.chat_prompt_tokens",
     "model.data.dataset",
-    # What is logged and written, and where.
+    # Logs and files.
     "name",
     "exp_manager",
     "export",
     KEY,
 )
-"""Keys and sections that may change when a run goes on. Every other key, a new one too, is
+"""Keys and sections that may change when a run resumes. Every other key, a new one too, is
 compared."""
 
 
@@ -86,7 +86,7 @@ def compared_defaults(config_class: type) -> dict[str, Any]:
 
 
 def is_free(key: str) -> bool:
-    """Return True for a key that may change when a run goes on."""
+    """Return True for a key that may change when a run resumes."""
     return any(_is_within(key, free) for free in FREE_KEYS)
 
 

@@ -86,7 +86,7 @@ class Section:
     KEY: ClassVar[str] = ""
     """Full key of the section in a command's configuration."""
     environment: ClassVar[dict[str, Any]] = {}
-    """Of a whole configuration: key -> text with `${oc.env:NAME}` that gave the value."""
+    """In a whole configuration: key -> text with `${oc.env:NAME}` that gave the value."""
 
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):  # type: ignore[arg-type]

@@ -65,7 +65,7 @@ class Divergence:
 
     @property
     def on_label(self) -> bool:
-        """True if the objective compares probabilities of the label only."""
+        """Return True if the objective compares probabilities of the label only."""
         return self.objective in LABEL_ESTIMATORS
 
     @property
@@ -74,7 +74,7 @@ class Divergence:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Optional fields of `TeacherRows` that must be there."""
+        """List the optional fields of `TeacherRows` that must be there."""
         return ("label_logprobs_P",) if self.on_label else SUPPORTS[self.support]
 
     @property
@@ -163,12 +163,12 @@ class LossConfig(Section):
 
     @property
     def objective(self) -> str:
-        """`kd_loss` without aliases."""
+        """Return `kd_loss` without aliases."""
         return ALIASES.get(self.kd_loss, self.kd_loss)
 
     @property
     def divergence(self) -> Divergence | None:
-        """The KD term; None without one, and for a custom loss."""
+        """Return the KD term; None without one, and for a custom loss."""
         if not self.kd_loss_weight or self.objective == "custom":
             return None
         student_scale, teacher_scale = self._scales

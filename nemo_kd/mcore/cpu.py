@@ -1,9 +1,9 @@
 """Run Megatron Core on a machine without CUDA.
 
-Megatron asks for the current CUDA device, allocates with `device="cuda"` and compares
-`tensor.type()` with the names of CUDA types. Its modules see a `torch` here that answers with the
-CPU. Where they call methods of tensors, the call runs inside `cuda_methods_on_cpu`. torch itself
-and its users outside Megatron stay as they are.
+Megatron reads the current CUDA device, allocates with `device="cuda"` and compares
+`tensor.type()` with the names of CUDA types. Its modules see a `torch` here that uses the CPU
+instead. Where they call methods of tensors, the call runs inside `cuda_methods_on_cpu`. torch
+itself and its users outside Megatron stay as they are.
 """
 
 from __future__ import annotations

@@ -94,7 +94,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> torch.Tensor:
         """Attend from this rank's two chunks of queries to the keys before them.
 
-        `schedule.context_positions` tells the positions of the chunks.
+        `schedule.context_positions` gives the positions of the chunks.
         """
         rank = self.context_group.rank()
         size = self.context_group.size()

@@ -139,7 +139,7 @@ def forward_backward(
         data_iterator=iterators if len(parts) > 1 else iterators[0],
         model=list(parts),
         num_microbatches=len(micro_batches),
-        seq_length=0,  # unused: `_Stages` knows the shapes, interleaved stages receive them
+        seq_length=0,  # unused: `_Stages` has the shapes, interleaved stages receive them
         micro_batch_size=0,
         forward_only=forward_only,
         p2p_communicator=stages,
@@ -152,7 +152,7 @@ def forward_backward(
 class _Stages(P2PCommunicator):
     """Exchange between pipeline stages of micro-batches of different shapes.
 
-    Every stage knows all shapes. Megatron's `variable_seq_lengths` would send each shape before its
+    Every stage has all shapes. Megatron's `variable_seq_lengths` would send each shape before its
     tensor, and wait for the GPU to do so.
     """
 

@@ -34,18 +34,18 @@ def fused_linear_loss(
     kd_weight: float = 1.0,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Tensor, TokenLosses]:
-    """(ce_weight * CE + kd_weight * divergence summed over all positions, what is known of each
-    outside autograd).
+    """Return (ce_weight * CE + kd_weight * divergence summed over all positions, the losses of each
+    position outside autograd).
 
-    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces a block. The gradient of `hidden_NH`
-    is this rank's part, to be summed over the ranks of the shard's group. That of the weight is
-    summed in float32: where the weight has a `main_grad`, as Megatron's have, right there and then,
-        so whoever calls this with gradients on must go backward, once; else it is
-    returned in the weight's dtype. A frozen weight's is not computed.
+    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces per block. The gradient of `hidden_NH`
+    is this rank's part, to be summed over the ranks of the shard's group. The gradient of the
+    weight is summed in float32. If the weight has a `main_grad`, as Megatron's have, it is added
+    there in the forward pass: a caller with gradients enabled must then run backward, once.
+    Otherwise backward returns it in the weight's dtype. A frozen weight has none.
 
     Raises:
-        ValueError: as `DistillationLoss`; backward, with a main_grad: the sum is not what is
-            differentiated but a multiple.
+        ValueError: as `DistillationLoss`; in backward, with a main_grad: the loss contains a
+            multiple of the sum.
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
     arguments = (
@@ -139,9 +139,9 @@ class _FusedLinear(torch.autograd.Function):
 def _stand_in(weight_vH: Tensor) -> Tensor | None:
     """Return autograd's substitute for a gradient that is already in main_grad.
 
-    Where Megatron reduces gradients while others are still made, it starts when autograd has
-    brought one to every weight; it does not add it to main_grad where it is told so. A weight that
-    is the embedding too (`zero_out_wgrad`) gets one from there, which has to be added.
+    Megatron may reduce gradients during the backward pass, once autograd has delivered one to every
+    weight. `grad_added_to_main_grad` keeps it from adding this one. A weight that is the embedding
+    too (`zero_out_wgrad`) also has the embedding's gradient, which has to be added.
     """
     if not hasattr(weight_vH, "grad_added_to_main_grad") or getattr(
         weight_vH, "zero_out_wgrad", False
@@ -152,7 +152,7 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
 
 
 def _add_product(sum_vH: Tensor, gradient_Nv: Tensor, hidden_NH: Tensor) -> None:
-    """sum += gradient.T @ hidden, without a second tensor of the weight's size."""
+    """Add gradient.T @ hidden to the sum, without a second tensor of the weight's size."""
     if sum_vH.dtype == gradient_Nv.dtype:
         sum_vH.addmm_(gradient_Nv.t(), hidden_NH)
         return

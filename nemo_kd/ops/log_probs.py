@@ -1,4 +1,4 @@
-"""Differentiable log-probabilities of vocabulary-parallel logits, to build a loss of one's own on.
+"""Differentiable log-probabilities of vocabulary-parallel logits, for custom losses.
 
 Shape legend: N positions, J ids, v this rank's vocabulary columns.
 """
@@ -17,8 +17,8 @@ from nemo_kd.ops.vocab import VocabShard
 def log_probs_at(
     logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0
 ) -> Tensor:
-    """log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in nats, the
-    same on every rank.
+    """Return log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in
+    nats, the same on every rank.
 
     Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward,
     none backward.

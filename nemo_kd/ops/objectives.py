@@ -2,17 +2,16 @@
 label alone.
 
 A divergence D(p, q) of the teacher p and the student q is computed entry by entry; the entries are
-kept token ids and, where
-the support has one, a bucket for all others, which stands last. With u_i = dD/dq_i every gradient
-follows from one identity:
+kept token ids and, if the support has one, a bucket for all others, which comes last. With
+u_i = dD/dq_i every gradient follows from one identity:
 
-    dD/dz_i = q_i u_i - q_i sum_j q_j u_j            z: the student's logits, the bucket's being its
-    log-sum-exp
+    dD/dz_i = q_i u_i - q_i sum_j q_j u_j
 
-so an objective supplies its value and q_i u_i, in a form that stays finite where probabilities
-underflow. q sums to 1, so any constant may be added to u: it is chosen such that u = 0 where q = p,
-or rounding would outweigh the gradient of a student that is close to its teacher. Probabilities
-come as logarithms; log 0 = -inf, and 0 log 0 = 0.
+where z are the student's logits, and the bucket's is its log-sum-exp. So an objective supplies its
+value and q_i u_i, in a form that stays finite where probabilities underflow. q sums to 1, so any
+constant may be added to u: it is chosen such that u = 0 where q = p, or rounding would outweigh the
+gradient of a student that is close to its teacher. Probabilities come as logarithms; log 0 = -inf,
+and 0 log 0 = 0.
 
 Shape legend: N positions, E entries.
 """

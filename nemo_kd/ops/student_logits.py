@@ -1,12 +1,12 @@
 """Inputs of a loss from the student's logits, and their gradient: two passes over the vocabulary.
 
-A loss here is a function of few numbers a row: the logits of some kept ids, of the label and of
-tail samples, and the
-log-sum-exp of all logits that are not kept. So its gradient is made of the derivatives by those
-numbers (`Slope`):
+A loss here is a function of a few numbers per row: the logits of some kept ids, of the label and of
+tail samples, and the log-sum-exp of all logits that are not kept. So its gradient follows from the
+derivatives by those numbers (`Slope`):
 
-    d loss / dz_v = tail * scale * exp(scale * z_v - tail's log-sum-exp)      and at kept ids the
-    kept id's own instead
+    d loss / dz_v = tail * scale * exp(scale * z_v - tail's log-sum-exp)
+
+and at a kept id from that id's own derivative instead.
 
 Kept ids are left out of the sum and overwritten in the gradient: a tail of 1e-8 that is found by
 subtraction, or a gradient that is corrected after it was written, would be rounding error.
@@ -94,7 +94,7 @@ def read_logits(
     with_mean: bool = False,
     compiled: bool = False,
 ) -> StudentLogits:
-    """The first pass. Two all-reduces: [N], and [N, S + 1 + K + M]. The first of `scales` is 1."""
+    """Run the first pass. Two all-reduces: [N], and [N, S + 1 + K + M]. `scales` begin with 1."""
     columns = [
         Columns.of(ids_NJ, shard)
         for ids_NJ in (ids.labels_N[:, None], *ids[1:])
@@ -153,11 +153,12 @@ def write_gradient(
     shard: VocabShard,
     compiled: bool = False,
 ) -> None:
-    """The second pass: fills `out_Nv`, which may be the logits themselves; padding columns get 0.
+    """Run the second pass: fill `out_Nv`, maybe the logits themselves; padding columns get 0.
+
     No collectives.
 
     Args:
-        losses: (derivative [N] of what is minimised by the loss, the loss's own slope) of each.
+        losses: (derivative [N] of the minimised sum by the loss, slope of the loss) of each.
     """
     coefficients_NS = torch.zeros_like(student.tail_sum_exp_NS)
     constant_N = None

@@ -1,5 +1,4 @@
-"""Draws token ids from what a teacher's kept ids leave out, so that head and samples together are
-unbiased.
+"""Draw token ids outside a teacher's kept ids, so that head and samples together are unbiased.
 
 With head H, tail mass t = 1 - p(H) and M ids x_1 .. x_M drawn from p restricted to the tail, for
 any function f of a token
@@ -34,11 +33,9 @@ BLOCK_ELEMENTS = 1 << 20
 def tail_uniforms(
     seed: int, example_index: int, num_positions: int, num_samples: int
 ) -> np.ndarray:
-    """Random numbers from [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1]; the
-    seed is below 2^64.
+    """Return random numbers in [0, 1) for `sample_tail`, float64 [num_positions, num_samples + 1].
 
-    A function of the seed, the example and the position: neither a rerun nor another batch or
-        layout changes them.
+    They depend on the seed (below 2^64), the example and the position only, not on batch or layout.
     """
     generator = np.random.Generator(
         np.random.Philox(key=np.array([seed, example_index], dtype=np.uint64))
@@ -55,14 +52,13 @@ def sample_tail(
     uniforms_NU: torch.Tensor,
     shard: VocabShard,
 ) -> torch.Tensor:
-    """Ids [N, M] drawn outside the kept ones, in ascending order, the same on every rank.
+    """Draw ids [N, M] outside the kept ones, in ascending order, the same on every rank.
 
-    Draws by inverse distribution function over the ids in ascending order: first the rank, then the
-        group of columns,
-    then the column. So the layout does not matter but for rounding at a border of two ids, and of
-    the logits only the groups drawn are read. Rows are -1 where thinning drops them or nothing is
-    left to draw. The vocabulary is never gathered: one all-gather of [N, 1], one all-reduce of [N,
-    M].
+    Inverts the distribution function over the ids in ascending order: first the rank, then the
+    group of columns, then the column. So the layout does not matter except for rounding at a border
+    of two ids, and only the groups drawn are read from the logits. Rows are -1 where thinning drops
+    them or nothing is left to draw. The vocabulary is never gathered: one all-gather of [N, 1], one
+    all-reduce of [N, M].
 
     Args:
         logits_Nv: this rank's real columns, -inf at kept ids.

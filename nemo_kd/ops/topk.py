@@ -7,8 +7,8 @@ numbers a row:
   these groups are found in the same way among groups of groups. So the vocabulary is read once, and
   sorted never.
 - The rest. With -inf in the places of the head, a softmax of some rows, few enough to stay in the
-  processor's cache, gives the rest's weights up to a factor; the weight of the largest logit of the
-  rest tells it.
+  processor's cache, gives the rest's weights up to a factor. The factor follows from the weight of
+  the rest's largest logit.
 
 Head and rest are added up in float64 and never subtracted, so the tail mass is right to float32
 however small it is. Ranks exchange heads and sums: an all-gather of numbers and one of ids for each

@@ -73,7 +73,7 @@ class Columns(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of this rank's real columns without the kept ones.
+    """Sums over this rank's real columns without the kept ones.
 
     Attributes:
         maximum_N: the largest logit, -inf where there is none.

@@ -122,7 +122,7 @@ class Interruption:
         return self._reason
 
     def agreed_reason(self) -> str:
-        """Return the reason of the rank that has one; the caller knows that there is one."""
+        """Return the reason of the rank that has one; call it only if some rank has one."""
         if self._reason is None:
             assert self._store is not None
             self._reason = self._store.get(KEY).decode()

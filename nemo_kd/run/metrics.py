@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch.distributed import Store
 
 Unit = Literal["tokens", "steps"]
-"""Field of Counters whose total a run knows."""
+"""Field of Counters that measures progress."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 

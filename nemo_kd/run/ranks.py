@@ -45,7 +45,7 @@ class Ranks:
     Attributes:
         launcher: its name in messages; empty without other ranks.
         main_port: port of the store on `main_address`; 0 without a store.
-        local_size: ranks on this machine; 0 if the launcher does not say.
+        local_size: ranks on this machine; 0 if unknown.
     """
 
     launcher: str = ""
@@ -74,10 +74,10 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 
     torchrun comes first: inside a Slurm job it starts the ranks that count. A Slurm job's batch
     script and its interactive shell are steps of one task and start nothing. Containers set RANK
-    and WORLD_SIZE for a single process too (enroot's PyTorch hook), which is no launcher.
+    and WORLD_SIZE for a single process too (enroot's PyTorch hook); that does not count.
 
     Raises:
-        ConfigError: the launcher does not say what a rank needs to know.
+        ConfigError: the launcher leaves out a variable that a rank needs.
     """
     if "TORCHELASTIC_RUN_ID" in environment:
         ranks = _named_ranks("torchrun", environment)
@@ -107,7 +107,7 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 
 
 def check_world_size(world_size: int, num_nodes: int, devices: int, found_by: str) -> None:
-    """Refuse another number of ranks than the configuration asks for.
+    """Refuse a number of ranks that differs from the configuration's.
 
     Raises:
         ConfigError: names both numbers.
@@ -220,8 +220,8 @@ def listen_on_loopback(port: int, num_ranks: int | None, timeout: timedelta) -> 
 def _open_store(ranks: Ranks, timeout: timedelta) -> Store | None:
     """Return the store in which the ranks meet.
 
-    None leaves it to torch, which asks the launcher, or listens on all addresses of rank 0's
-    machine.
+    None leaves it to torch, which uses the launcher's store, or listens on all addresses of rank
+    0's machine.
     """
     from torch.distributed import HashStore, TCPStore
 

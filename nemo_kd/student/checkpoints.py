@@ -1,4 +1,4 @@
-"""Training checkpoints: written while training goes on, named, ranked, and exported at the end."""
+"""Training checkpoints: written during training, named, ranked, and exported at the end."""
 
 from __future__ import annotations
 

@@ -30,9 +30,9 @@ class Course(pl.Callback):
         5. `StudentModule.validation_step` for every validation batch, if a validation is due;
         6. `on_validation_end` here: rank the checkpoint by its metric and save.
 
-    It is the last callback, so that `EarlyStopping` and loggers act first. Lightning is told to
-    train without end; this callback ends the run through `trainer.should_stop`, and Lightning
-    validates once more before it stops.
+    It is the last callback, so that `EarlyStopping` and loggers act first. Lightning has no step
+    limit; this callback ends the run through `trainer.should_stop`, and Lightning validates once
+    more before it stops.
 
     Attributes:
         validation_is_due: the current weights have to be validated, and were not yet.
@@ -58,7 +58,7 @@ class Course(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.lifetime.end_loading()
         # On resume Lightning repeats the validation of a step that is a multiple of its interval;
-        # the checkpoint says whether that validation took place.
+        # the checkpoint records whether that validation took place.
         trainer.val_check_batch = 1 if self.validation_is_due else self.plan.max_steps + 1
         if self._stopped_early and trainer.early_stopping_callback is not None:
             log.warning(

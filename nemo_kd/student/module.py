@@ -378,7 +378,7 @@ class StudentModule(pl.LightningModule):
         self.non_finite.load_state_dict(checkpoint["non_finite"])
 
     def save_to(self, save_path: str) -> None:
-        """Write the .nemo archive and what `export` asks for; every rank calls this."""
+        """Write the .nemo archive and the folders of `export`; every rank calls this."""
         save_model(
             Path(save_path),
             self.gpt,

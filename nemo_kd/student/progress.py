@@ -183,7 +183,7 @@ def format_metrics(metrics: dict[str, float], section: str) -> str:
 
 @contextlib.contextmanager
 def named_os_errors(path: object) -> Iterator[None]:
-    """Add `path` to an OSError without a file name, such as one of writing to an open file."""
+    """Add `path` to an OSError without a file name, for example from a write to an open file."""
     try:
         yield
     except OSError as error:
@@ -264,7 +264,7 @@ def finish_wandb(exit_code: int = 0) -> None:
 
 
 def start_wandb(settings: dict[str, Any], log_dir: Path) -> list[RunWandbLogger]:
-    """Return the logger if `exp_manager` asks for it; rank 0 starts the run, every rank calls this.
+    """Return the logger if `exp_manager` requests it; rank 0 starts the run, every rank calls this.
 
     Raises:
         ConfigError, OSError: on every rank, if it cannot start or its folder cannot be written.

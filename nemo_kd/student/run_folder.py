@@ -57,7 +57,7 @@ FIXED = (
 """Keys and sections that change a checkpoint's tensors or their meaning: they may never differ."""
 
 LOCATION = ("name", "paths")
-"""Parts of a value that say where something lies; they are shown, not compared."""
+"""Parts of a value that name its place; they are shown, not compared."""
 
 
 @contextlib.contextmanager

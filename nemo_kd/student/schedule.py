@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """All in optimizer steps; one step consumes one global batch."""
+    """Length and intervals of a run in optimizer steps; a step consumes one global batch."""
 
     steps_per_epoch: int
     max_steps: int

@@ -27,7 +27,7 @@ class Entry:
 
     Attributes:
         holds: for a reader.
-        sharded: every rank writes its part, and asks for it on resume.
+        sharded: every rank writes its part and reads it on resume.
         required: a run does not resume without it.
         always: also in a checkpoint of weights alone.
     """
