@@ -193,44 +193,37 @@ def measure(
     encode_s = best_s(lambda: [lines.write(encode(row, codec)) for row in inputs], seconds)
     decode_s = best_s(lambda: [decode(lines.read(frame, "line"), "line") for frame in raw], seconds)
     kl_N = np.concatenate(
-        [
-            codec_kl(row, decode(line, "line").teacher)
-            for row, line in zip(inputs, plain, strict=True)
-        ]
+        [codec_kl(row, decode(line, "line")) for row, line in zip(inputs, plain, strict=True)]
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
-    num_kept = sum(
-        int((row.teacher.topk_token_ids_PK[row.example.loss_mask_S > 0] >= 0).sum())
-        for row in inputs
-    )
+    num_kept = sum(int((row.loss_rows().topk_token_ids_PK >= 0).sum()) for row in inputs)
     return Measured(
         setting.name, num_kept / len(kl_N), sum(map(len, plain)) / num_tokens, sum(map(len, raw)) / num_tokens,
         float(kl_N.mean()), float(np.percentile(kl_N, 99)), num_tokens / encode_s, num_tokens / decode_s,
     )  # fmt: skip
 
 
-def codec_kl(row: CachedExample, decoded: TeacherRows) -> np.ndarray:
+def codec_kl(row: CachedExample, decoded: CachedExample) -> np.ndarray:
     """KL(exact || decoded) of every loss position, over its kept tokens and one bucket for the others."""
-    length = len(decoded.topk_token_ids_PK)
-    in_loss_S = row.example.loss_mask_S[:length] > 0
-    exact_ids_NK, exact_NK = _by_id(row.teacher, in_loss_S)
-    ids_NK, found_NK = _by_id(decoded, in_loss_S)
+    found = decoded.loss_rows()
+    exact_ids_NK, exact_NK = _by_id(row.loss_rows())
+    ids_NK, found_NK = _by_id(found)
     if not np.array_equal(ids_NK, exact_ids_NK):
         raise ValueError(f"example {row.example.index}: the kept ids have changed")
     p_NK = np.exp(exact_NK)
     difference_NK = np.where(ids_NK >= 0, exact_NK, 0) - np.where(ids_NK >= 0, found_NK, 0)
     tail_N = np.maximum(1 - p_NK.sum(axis=1), 1e-15)
-    found_tail_N = np.maximum(decoded.tail_mass_PT[in_loss_S, 0].astype(np.float64), 1e-15)
+    found_tail_N = np.maximum(found.tail_mass_PT[:, 0].astype(np.float64), 1e-15)
     return (p_NK * difference_NK).sum(axis=1) + tail_N * np.log(tail_N / found_tail_N)
 
 
-def _by_id(teacher: TeacherRows, in_loss_S: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, log-probabilities) of the loss positions in the order of their ids, unused entries first."""
-    ids_NK = teacher.topk_token_ids_PK[: len(in_loss_S)][in_loss_S]
+def _by_id(teacher: TeacherRows) -> tuple[np.ndarray, np.ndarray]:
+    """Return (ids, log-probabilities) in ascending order of the ids, unused entries first."""
+    ids_NK = teacher.topk_token_ids_PK
     order_NK = np.argsort(ids_NK, axis=1)[
         :, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :
     ]
-    found_NK = logprobs(teacher)[: len(in_loss_S)][in_loss_S]
+    found_NK = logprobs(teacher)
     return np.take_along_axis(ids_NK, order_NK, 1), np.take_along_axis(found_NK, order_NK, 1)
 
 

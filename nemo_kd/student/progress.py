@@ -233,6 +233,12 @@ class RunWandbLogger(WandbLogger):
             self.experiment.define_metric(f"{section}/*", step_metric=axis)
 
     @rank_zero_only
+    def log_hyperparams(self, params: Any) -> None:
+        if not self.is_lost:
+            with self.errors_as_warning():
+                super().log_hyperparams(params)
+
+    @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
         if not self.is_lost:
             with self.errors_as_warning():

@@ -291,13 +291,19 @@ def test_too_long_examples_are_counted(ranks, world, tmp_path):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """The files that make the cache: neither locks nor metrics."""
+    """The files that make the cache, without what the jobs that wrote it were told."""
     paths = [
         path
         for path in sorted(folder.iterdir())
-        if not path.name.endswith((".lock", "metrics.log"))
+        if not path.name.endswith((".lock", "metrics.log", "config.yaml", "manifest.json"))
+        and "_config-" not in path.name
     ]
-    return {path.name: path.read_bytes() for path in paths}
+    found = {path.name: path.read_bytes() for path in paths}
+    for path in folder.glob("*manifest.json"):
+        manifest = json.loads(path.read_text())
+        assert manifest.pop("config")
+        found[path.name] = json.dumps(manifest).encode()
+    return found
 
 
 def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):

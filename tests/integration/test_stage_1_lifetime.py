@@ -263,7 +263,7 @@ def test_an_example_that_does_not_fit_alone_is_named(ranks, world, tmp_path):
         run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", {"end_at_idx": 9}
     )[0]
     assert re.match(
-        r"example \d: its \d+ tokens do not fit into the GPU's memory, not even alone; lower data",
+        r"example \d: its \d+ tokens do not fit into the GPU's memory, not even alone; lower model.max",
         error,
     )
 
@@ -354,7 +354,7 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
     )
     assert status == 0, said
     assert not (tmp_path / "cache").exists()
-    assert re.search(r"layout +2 ranks = data 2, 32, at most 8,192 tokens a batch", said)
+    assert re.search(r"layout +2 ranks = data 2, 32, at most 8,192 tokens per batch", said)
     assert re.search(r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL)
     for name in ("disk", "time", "memory of a rank", "padding"):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), said

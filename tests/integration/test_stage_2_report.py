@@ -206,6 +206,8 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, worl
 class LostRun:
     """A run of Weights & Biases whose service has died."""
 
+    config = mock.MagicMock()
+
     def define_metric(self, *args, **kwargs):
         pass
 
@@ -264,6 +266,7 @@ class RecordedRun:
     """A run of Weights & Biases that records what it gets."""
 
     started: ClassVar[list[RecordedRun]] = []
+    config = mock.MagicMock()
 
     def __init__(self, **arguments):
         self.folder = arguments["dir"]

@@ -233,7 +233,7 @@ def _sampled_rows(
         lambda p_NK: torch.ones_like(p_NK, dtype=torch.bool),
         uniforms_NU=uniforms_NU,
     )
-    samples_NM, tail_N = found.tail_token_ids_NM.long(), found.tail_mass_NT[:, 0]
+    samples_NM, tail_N = found.tail_token_ids_PM.long(), found.tail_mass_PT[:, 0]
     problem = make_problem(teacher_NV, student_V.repeat(num_draws, 1), ids_NK, ids_NK[:, 0])
     torch.testing.assert_close(problem.tail_mass_N, tail_N)
     problem = replace(problem, tail_token_ids_NM=samples_NM)
@@ -361,7 +361,7 @@ def test_renormalize_equals_nemo_aligner(objective, theirs, logits_scale, target
 def test_scales_do_not_touch_cross_entropy():
     problem = random_problem(16, 40, 6, seed=15)
     plain, scaled = (
-        solve_alone(problem, Definition("forward_kl", "tail", *scales))
+        solve_alone(problem, Definition("forward_kl", "renormalize", *scales))
         for scales in ((1, 1), (0.25, 4))
     )
     assert torch.equal(plain[0], scaled[0])

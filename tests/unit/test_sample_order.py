@@ -207,7 +207,7 @@ def test_paths_with_and_without_weights(train, paths, weights):
         ({"shuffle": "chunk"}, "model.data.shuffle: 'chunk' is not one of true, false, chunks"),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
         ({"max_tokens_per_batch": 0}, "model.data.max_tokens_per_batch: 0 must be at least 1"),
-        ({"num_workers": -1}, "model.data.num_workers: -1 must not be negative"),
+        ({"num_workers": -1}, "model.data.num_workers: -1 must be at least 0"),
     ],
 )
 def test_wrong_data_settings_are_named(values, message):
