@@ -2,9 +2,9 @@
 
 A segment is a fixed run of records, computed and published by one process. As soon as all segments
 of a chunk are there, a job that writes the cache concatenates them in the order of their records
-and publishes first the chunk, then its index. At any instant the folder holds: complete chunks with their indexes, whole segments, and hidden
-temporary files that the next run removes. The same command continues from there, with any number of
-processes and of parts, and ends with the same bytes.
+and publishes first the chunk, then its index. At any instant the folder holds complete chunks with
+their indexes, whole segments, and hidden temporary files that the next run removes. The same
+command continues from there, with any number of processes and parts, and ends with the same bytes.
 """
 
 from __future__ import annotations

@@ -427,7 +427,8 @@ def test_a_damaged_manifest_does_not_cost_the_chunks(tmp_path):
     manifest_path = tmp_path / "train_manifest.json"
     manifest_path.write_bytes(manifest_path.read_bytes()[:-30])
     with pytest.raises(
-        CacheError, match="restore it from a copy, or move it away: the chunks are whole without it"
+        CacheError,
+        match="restore it from a copy, or move it away: the chunks can be read without it",
     ):
         CacheReader(str(path))
     manifest_path.unlink()

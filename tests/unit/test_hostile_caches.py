@@ -103,7 +103,7 @@ def test_a_frame_that_inflates_without_bounds_is_no_line(tmp_path):
     with pytest.raises(CacheError):
         lines_of(path).read(path.read_bytes(), str(path))
     claim = zstandard.ZstdCompressor(write_content_size=True).compress(bytes(1 << 30))
-    with pytest.raises(CacheError, match="a frame of 1073741824 bytes is no line"):
+    with pytest.raises(CacheError, match="a frame of 1073741824 bytes is not a line"):
         lines_of(path).read(claim, str(path))
 
 
