@@ -49,7 +49,6 @@ _KEY = re.compile(
 _OTHER_OVERRIDE = re.compile(
     r"~[A-Za-z_]\w*(\.\w+)*(=.*)?|\+{0,2}hydra[\w./@:-]*=.*", re.DOTALL | re.ASCII
 )
-_PLAIN = re.compile(r"[^,:\[\]{}'\"]+")
 
 
 @dataclass

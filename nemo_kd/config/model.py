@@ -23,7 +23,7 @@ PRECISIONS = {
 float32 copies."""
 
 AUTO_PRECISION = "auto"
-"""`trainer.precision` that `run.process_group.join_ranks` replaces once the device is known."""
+"""`trainer.precision` that `run.ranks.join_ranks` replaces once the device is known."""
 
 MOST_LAYERS = 1 << 12
 MAX_POSITIONS = (1 << 31) - 1
