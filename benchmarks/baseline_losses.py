@@ -71,8 +71,12 @@ def random_inputs(setting: Setting, dense: bool = False) -> Inputs:
     blocks = []
     for start in range(0, setting.num_tokens, 64):
         rows = slice(start, min(start + 64, setting.num_tokens))
-        student_BV = torch.randn(logits_NV[rows].shape, generator=generator, device=device) * 3
-        teacher_BV = student_BV + student_BV.flip(-1) / 3  # of unit variance, and made quickly
+        student_BV = (
+            torch.randn(logits_NV[rows].shape, generator=generator, device=device) * 3
+        )
+        teacher_BV = (
+            student_BV + student_BV.flip(-1) / 3
+        )  # of unit variance, and made quickly
         logits_NV[rows] = student_BV
         if dense_NV is not None:
             dense_NV[rows] = teacher_BV
@@ -81,17 +85,30 @@ def random_inputs(setting: Setting, dense: bool = False) -> Inputs:
         torch.cat(parts) for parts in zip(*blocks, strict=True)
     )
     return Inputs(
-        logits_NV, labels, topk, ids, {1.0: tail_1, 2.0: tail_2}, logprobs, samples, dense_NV
+        logits_NV,
+        labels,
+        topk,
+        ids,
+        {1.0: tail_1, 2.0: tail_2},
+        logprobs,
+        samples,
+        dense_NV,
     )
 
 
-def _teacher_rows(teacher_BV: Tensor, top_k: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+def _teacher_rows(
+    teacher_BV: Tensor, top_k: int, generator: torch.Generator
+) -> tuple[Tensor, ...]:
     """What stage 1 keeps of these positions, and a label drawn from the teacher."""
     topk_BK, ids_BK = teacher_BV.topk(top_k)
     logprobs_BV = teacher_BV.log_softmax(-1)
-    labels_B = torch.multinomial(logprobs_BV.exp(), 1, replacement=True, generator=generator)[:, 0]
+    labels_B = torch.multinomial(
+        logprobs_BV.exp(), 1, replacement=True, generator=generator
+    )[:, 0]
     tails = [(teacher_BV / t).softmax(-1).scatter_(1, ids_BK, 0) for t in (1.0, 2.0)]
-    samples_BM = torch.multinomial(tails[0], TAIL_SAMPLES, replacement=True, generator=generator)
+    samples_BM = torch.multinomial(
+        tails[0], TAIL_SAMPLES, replacement=True, generator=generator
+    )
     samples_BM[tails[0].sum(-1) < SMALLEST_SAMPLED_TAIL] = -1
     label_logprobs_B = logprobs_BV.gather(1, labels_B[:, None])[:, 0]
     return (
@@ -120,7 +137,9 @@ def megatron_fused_cross_entropy(logits_NV: Tensor, inputs: Inputs) -> Tensor:
     """Megatron's compiled form. It returns the gradient in bfloat16, so it is for such logits only."""
     _join_a_world_of_one(logits_NV.device.type)
     from megatron.core import parallel_state
-    from megatron.core.fusions.fused_cross_entropy import fused_vocab_parallel_cross_entropy
+    from megatron.core.fusions.fused_cross_entropy import (
+        fused_vocab_parallel_cross_entropy,
+    )
 
     group = parallel_state.get_tensor_model_parallel_group()
     return fused_vocab_parallel_cross_entropy(logits_NV, inputs.labels_N, group).sum()
@@ -141,7 +160,8 @@ def gather_and_kl_div(logits_NV: Tensor, inputs: Inputs) -> Tensor:
     """Forward KL over the kept ids: log_softmax, gather, F.kl_div, and the cross-entropy beside it."""
     log_q_NK = logits_NV.float().log_softmax(-1).gather(1, inputs.topk_token_ids_NK)
     log_p_NK = (
-        inputs.topk_logits_NK.log_softmax(-1) + torch.log1p(-inputs.tail_mass_of[1.0])[:, None]
+        inputs.topk_logits_NK.log_softmax(-1)
+        + torch.log1p(-inputs.tail_mass_of[1.0])[:, None]
     )
     kd = F.kl_div(log_q_NK, log_p_NK, reduction="sum", log_target=True)
     return kd + torch_cross_entropy(logits_NV, inputs)
@@ -151,17 +171,24 @@ def dense_kl_div(logits_NV: Tensor, inputs: Inputs) -> Tensor:
     """Forward KL over the whole vocabulary, from all of the teacher's logits, and the cross-entropy beside it."""
     assert inputs.dense_teacher_NV is not None
     log_p_NV = inputs.dense_teacher_NV.float().log_softmax(-1)
-    kd = F.kl_div(logits_NV.float().log_softmax(-1), log_p_NV, reduction="sum", log_target=True)
+    kd = F.kl_div(
+        logits_NV.float().log_softmax(-1), log_p_NV, reduction="sum", log_target=True
+    )
     return kd + torch_cross_entropy(logits_NV, inputs)
 
 
 def autograd_tail_kl(logits_NV: Tensor, inputs: Inputs) -> Tensor:
     """Forward KL over the kept ids and one bucket for the rest, and the cross-entropy, from one log_softmax."""
     log_q_NV = logits_NV.float().log_softmax(-1)
-    log_q_NK, tail_N = log_q_NV.gather(1, inputs.topk_token_ids_NK), inputs.tail_mass_of[1.0]
+    log_q_NK, tail_N = (
+        log_q_NV.gather(1, inputs.topk_token_ids_NK),
+        inputs.tail_mass_of[1.0],
+    )
     log_p_NK = inputs.topk_logits_NK.log_softmax(-1) + torch.log1p(-tail_N)[:, None]
     log_q_tail_N = torch.log1p(-log_q_NK.exp().sum(-1).clamp(max=1 - 1e-6))
-    kd_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1) + tail_N * (tail_N.log() - log_q_tail_N)
+    kd_N = (log_p_NK.exp() * (log_p_NK - log_q_NK)).sum(-1) + tail_N * (
+        tail_N.log() - log_q_tail_N
+    )
     return kd_N.sum() + F.nll_loss(log_q_NV, inputs.labels_N, reduction="sum")
 
 

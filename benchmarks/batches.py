@@ -71,9 +71,13 @@ def write_cache(folder: Path, length: int) -> Path:
         random = np.random.default_rng(index)
         positions_P = np.arange(length // 2, length)
         num_rows = len(positions_P)
-        logits_PK = -np.sort(random.exponential(4.0, (num_rows, TOP_K)).astype(np.float32), axis=1)
+        logits_PK = -np.sort(
+            random.exponential(4.0, (num_rows, TOP_K)).astype(np.float32), axis=1
+        )
         logits_PK -= logits_PK[:, :1]
-        offsets_PK = random.integers(1, VOCAB_SIZE // TOP_K, (num_rows, TOP_K)).cumsum(axis=1)
+        offsets_PK = random.integers(1, VOCAB_SIZE // TOP_K, (num_rows, TOP_K)).cumsum(
+            axis=1
+        )
         mass_P = np.exp(logits_PK.astype(np.float64)).sum(axis=1)
         teacher = TeacherRows(
             positions_P=positions_P,
@@ -85,7 +89,9 @@ def write_cache(folder: Path, length: int) -> Path:
         )
         tokens_S = random.integers(VOCAB_SIZE, size=length + 1)
         mask_S = (np.arange(length) >= length // 2).astype(np.float32)
-        sink.write(CachedExample(Example(index, tokens_S[:-1], tokens_S[1:], mask_S), teacher))
+        sink.write(
+            CachedExample(Example(index, tokens_S[:-1], tokens_S[1:], mask_S), teacher)
+        )
     sink.publish()
     writer.assemble_complete()
     writer.close()
@@ -114,7 +120,9 @@ def read_and_collate(connection: Any, cache: Path, num_examples: int) -> None:
         batch = collate(rows, 0)
         times.append((read_s - started_s, time.perf_counter() - read_s))
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch))
-    read_ms, collate_ms = (1e3 * statistics.median(part) for part in zip(*times, strict=True))
+    read_ms, collate_ms = (
+        1e3 * statistics.median(part) for part in zip(*times, strict=True)
+    )
     connection.send(
         {
             "milliseconds to read a batch": read_ms,
@@ -134,7 +142,9 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
 
     folder = Path(tempfile.mkdtemp())
     student = folder / "student"
-    build_hf_model("llama2", VOCAB_SIZE, max_position_embeddings=8192).save_pretrained(student)
+    build_hf_model("llama2", VOCAB_SIZE, max_position_embeddings=8192).save_pretrained(
+        student
+    )
     train_tokenizer(1024).save_pretrained(student)
     keys = {
         "micro_batch_size": num_examples,
@@ -143,7 +153,10 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
         "data__packing": False,
         "data__data_impl": "chunked_jsonl",
     }
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         train_student(
             student_config(
                 student,
@@ -160,7 +173,9 @@ def train(connection: Any, cache: Path, num_examples: int) -> None:
     steps = [row for row in map(json.loads, lines) if "perf/step_time_s" in row][1:]
     connection.send(
         {
-            "seconds of a step": statistics.median(row["perf/step_time_s"] for row in steps),
+            "seconds of a step": statistics.median(
+                row["perf/step_time_s"] for row in steps
+            ),
             "data wait of a step, percent": statistics.median(
                 row["perf/data_wait_percent"] for row in steps
             ),
@@ -185,9 +200,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--length", type=int, default=1024, help="positions of an example")
+    parser.add_argument(
+        "--length", type=int, default=1024, help="positions of an example"
+    )
     parser.add_argument("--examples", type=int, default=8, help="examples of a batch")
-    parser.add_argument("--cache", type=Path, help="keep the cache in this folder and use it again")
+    parser.add_argument(
+        "--cache", type=Path, help="keep the cache in this folder and use it again"
+    )
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     folder = options.cache or Path(tempfile.mkdtemp())

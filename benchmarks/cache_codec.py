@@ -80,12 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--data-dir", type=Path, default=Path(tempfile.gettempdir()) / "nemo_kd_benchmarks"
+        "--data-dir",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "nemo_kd_benchmarks",
     )
     parser.add_argument(
-        "--cache", help="rows of this cache are measured too: a path or template, [a:b] selects"
+        "--cache",
+        help="rows of this cache are measured too: a path or template, [a:b] selects",
     )
-    parser.add_argument("--num-positions", type=int, default=synthetic_teacher.NUM_POSITIONS)
+    parser.add_argument(
+        "--num-positions", type=int, default=synthetic_teacher.NUM_POSITIONS
+    )
     parser.add_argument("--vocab-size", type=int, default=synthetic_teacher.VOCAB_SIZE)
     parser.add_argument("--seq-length", type=int, default=synthetic_teacher.SEQ_LENGTH)
     parser.add_argument(
@@ -96,7 +101,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="of the two chunks read from",
     )
     parser.add_argument(
-        "--scanned-examples", type=int, default=100, help="of the json chunk that is scanned"
+        "--scanned-examples",
+        type=int,
+        default=100,
+        help="of the json chunk that is scanned",
     )
     parser.add_argument("--seconds", type=float, default=2.0, help="for each speed")
     options = parser.parse_args(arguments)
@@ -109,8 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.data_dir, options.num_positions, options.vocab_size
     )
     rows = synthetic_rows(teacher, options.seq_length)
-    print(f"Synthetic teacher, {len(teacher.labels_N):,} tokens, {options.vocab_size:,} words:\n")
-    print_codecs([measure(setting, rows, teacher, options.seconds) for setting in SETTINGS])
+    print(
+        f"Synthetic teacher, {len(teacher.labels_N):,} tokens, {options.vocab_size:,} words:\n"
+    )
+    print_codecs(
+        [measure(setting, rows, teacher, options.seconds) for setting in SETTINGS]
+    )
     if options.cache:
         reader = CacheReader(options.cache)
         rows = [reader[position] for position in range(len(reader))]
@@ -152,7 +164,8 @@ def synthetic_rows(teacher: SyntheticTeacher, seq_length: int) -> list[CachedExa
         )
         rows.append(
             CachedExample(
-                Example(index, tokens_S, labels_S, np.ones(len(labels_S), np.float32)), row
+                Example(index, tokens_S, labels_S, np.ones(len(labels_S), np.float32)),
+                row,
             )
         )
     return rows
@@ -179,21 +192,33 @@ def reduced(
 
 def logprobs(teacher: TeacherRows) -> np.ndarray:
     """Float64, -inf where nothing is kept."""
-    return teacher.topk_logits_PK.astype(np.float64) - teacher.log_sum_exp_logits_P[:, None]
+    return (
+        teacher.topk_logits_PK.astype(np.float64) - teacher.log_sum_exp_logits_P[:, None]
+    )
 
 
 def measure(
-    setting: Setting, rows: list[CachedExample], teacher: SyntheticTeacher | None, seconds: float
+    setting: Setting,
+    rows: list[CachedExample],
+    teacher: SyntheticTeacher | None,
+    seconds: float,
 ) -> Measured:
     """One line of the table."""
     inputs, codec = reduced(setting, rows, teacher), setting.cache.codec
     plain = [encode(row, codec) for row in inputs]
     lines = lines_of("chunk.jsonl.zst")
     raw = [lines.write(line) for line in plain]
-    encode_s = best_s(lambda: [lines.write(encode(row, codec)) for row in inputs], seconds)
-    decode_s = best_s(lambda: [decode(lines.read(frame, "line"), "line") for frame in raw], seconds)
+    encode_s = best_s(
+        lambda: [lines.write(encode(row, codec)) for row in inputs], seconds
+    )
+    decode_s = best_s(
+        lambda: [decode(lines.read(frame, "line"), "line") for frame in raw], seconds
+    )
     kl_N = np.concatenate(
-        [codec_kl(row, decode(line, "line")) for row, line in zip(inputs, plain, strict=True)]
+        [
+            codec_kl(row, decode(line, "line"))
+            for row, line in zip(inputs, plain, strict=True)
+        ]
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
     num_kept = sum(int((row.loss_rows().topk_token_ids_PK >= 0).sum()) for row in inputs)
@@ -211,7 +236,9 @@ def codec_kl(row: CachedExample, decoded: CachedExample) -> np.ndarray:
     if not np.array_equal(ids_NK, exact_ids_NK):
         raise ValueError(f"example {row.example.index}: the kept ids have changed")
     p_NK = np.exp(exact_NK)
-    difference_NK = np.where(ids_NK >= 0, exact_NK, 0) - np.where(ids_NK >= 0, found_NK, 0)
+    difference_NK = np.where(ids_NK >= 0, exact_NK, 0) - np.where(
+        ids_NK >= 0, found_NK, 0
+    )
     tail_N = np.maximum(1 - p_NK.sum(axis=1), 1e-15)
     found_tail_N = np.maximum(found.tail_mass_PT[:, 0].astype(np.float64), 1e-15)
     return (p_NK * difference_NK).sum(axis=1) + tail_N * np.log(tail_N / found_tail_N)
@@ -224,7 +251,9 @@ def _by_id(teacher: TeacherRows) -> tuple[np.ndarray, np.ndarray]:
         :, -max(1, int((ids_NK >= 0).sum(axis=1).max(initial=1))) :
     ]
     found_NK = logprobs(teacher)
-    return np.take_along_axis(ids_NK, order_NK, 1), np.take_along_axis(found_NK, order_NK, 1)
+    return np.take_along_axis(ids_NK, order_NK, 1), np.take_along_axis(
+        found_NK, order_NK, 1
+    )
 
 
 def best_s(work: Callable[[], Any], seconds: float) -> float:
@@ -249,19 +278,32 @@ def print_codecs(table: list[Measured]) -> None:
         )
 
 
-def print_access(folder: Path, teacher: SyntheticTeacher, options: argparse.Namespace) -> None:
+def print_access(
+    folder: Path, teacher: SyntheticTeacher, options: argparse.Namespace
+) -> None:
     """Reads examples at random through CacheReader, and as NeMo-Aligner does: line by line from the top of the chunk."""
-    print("| reader | examples a chunk | chunk | ms an example: mean / p99 |\n|---|---|---|---|")
+    print(
+        "| reader | examples a chunk | chunk | ms an example: mean / p99 |\n|---|---|---|---|"
+    )
     rows = synthetic_rows(teacher, options.seq_length)
     for num_examples in options.chunk_examples:
         path = write_cache(
-            folder / f"packed_{num_examples}_CHUNK_ID.jsonl.zst", SETTINGS[0], rows, num_examples
+            folder / f"packed_{num_examples}_CHUNK_ID.jsonl.zst",
+            SETTINGS[0],
+            rows,
+            num_examples,
         )
         reader = CacheReader(str(path))
         _print_times(
-            "`CacheReader`, packed .jsonl.zst", path, num_examples, reader.__getitem__, 200
+            "`CacheReader`, packed .jsonl.zst",
+            path,
+            num_examples,
+            reader.__getitem__,
+            200,
         )
-    path = write_cache(folder / "json_CHUNK_ID.jsonl", SETTINGS[-1], rows, options.scanned_examples)
+    path = write_cache(
+        folder / "json_CHUNK_ID.jsonl", SETTINGS[-1], rows, options.scanned_examples
+    )
 
     def scan(wanted: int) -> Any:
         with open(str(path).replace("CHUNK_ID", "0"), encoding="utf-8") as file:
@@ -271,9 +313,15 @@ def print_access(folder: Path, teacher: SyntheticTeacher, options: argparse.Name
 
     reader = CacheReader(str(path))
     _print_times(
-        "`CacheReader`, json top-100 .jsonl", path, options.scanned_examples, reader.__getitem__, 50
+        "`CacheReader`, json top-100 .jsonl",
+        path,
+        options.scanned_examples,
+        reader.__getitem__,
+        50,
     )
-    _print_times("scan as NeMo-Aligner's, same file", path, options.scanned_examples, scan, 50)
+    _print_times(
+        "scan as NeMo-Aligner's, same file", path, options.scanned_examples, scan, 50
+    )
 
 
 def _print_times(
@@ -281,7 +329,9 @@ def _print_times(
 ) -> None:
     size = Path(str(path).replace("CHUNK_ID", "0")).stat().st_size / 1e6
     times_ms = []
-    for position in np.random.default_rng(0).integers(num_examples, size=count + 5).tolist():
+    for position in (
+        np.random.default_rng(0).integers(num_examples, size=count + 5).tolist()
+    ):
         started = time.process_time()
         read(position)
         times_ms.append(1000 * (time.process_time() - started))
@@ -290,7 +340,9 @@ def _print_times(
     print(f"| {name} | {num_examples:,} | {size:,.1f} MB | {mean:.2f} / {high:.2f} |")
 
 
-def write_cache(path: Path, setting: Setting, rows: list[CachedExample], num_examples: int) -> Path:
+def write_cache(
+    path: Path, setting: Setting, rows: list[CachedExample], num_examples: int
+) -> Path:
     """A cache of one chunk, whose examples repeat the rows."""
     layout, indices = CacheLayout(str(path)), range(num_examples)
     manifest = Manifest(

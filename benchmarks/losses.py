@@ -100,12 +100,18 @@ def ours(divergence: Divergence | None, compile: bool = False) -> Method:
             VocabShard(0, vocab_size, vocab_size),
             teacher_rows(divergence, inputs),
         )
-        return losses.ce_N.sum() if losses.kd_N is None else losses.ce_N.sum() + losses.kd_N.sum()
+        return (
+            losses.ce_N.sum()
+            if losses.kd_N is None
+            else losses.ce_N.sum() + losses.kd_N.sum()
+        )
 
     return summed
 
 
-def teacher_rows(divergence: Divergence | None, inputs: Inputs) -> TeacherRows[Tensor] | None:
+def teacher_rows(
+    divergence: Divergence | None, inputs: Inputs
+) -> TeacherRows[Tensor] | None:
     if divergence is None:
         return None
     temperature = 1 / divergence.teacher_scale
@@ -135,7 +141,9 @@ def methods(dtype: str) -> dict[str, Method]:
         ),
     }
     if dtype == "bfloat16":
-        table["Megatron's fused cross-entropy"] = baseline_losses.megatron_fused_cross_entropy
+        table["Megatron's fused cross-entropy"] = (
+            baseline_losses.megatron_fused_cross_entropy
+        )
     table[OUR_CE] = ours(None)
     for objective, supports in OBJECTIVES.items():
         for support in supports:
@@ -183,7 +191,10 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
     main_grad_VH = torch.zeros_like(weight_VH, dtype=torch.float32).fill_(
         0
     )  # filled, so that its pages exist
-    loss, divergence = ours(Divergence("forward_kl", "tail")), Divergence("forward_kl", "tail")
+    loss, divergence = (
+        ours(Divergence("forward_kl", "tail")),
+        Divergence("forward_kl", "tail"),
+    )
     shard = VocabShard(0, setting.vocab_size, setting.vocab_size)
 
     def job(work: Callable[[Tensor], Tensor], into_main_grad: bool = False) -> Job:
@@ -212,7 +223,9 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
 
     return {
         PROJECTION: job(
-            lambda hidden: baseline_losses.megatron_cross_entropy(hidden @ weight_VH.T, inputs)
+            lambda hidden: baseline_losses.megatron_cross_entropy(
+                hidden @ weight_VH.T, inputs
+            )
         ),
         "projection + our loss of the logits": job(
             lambda hidden: loss(hidden @ weight_VH.T, inputs)
@@ -233,7 +246,10 @@ def seconds(work: Callable[[], None], device: str) -> float:
         started = time.process_time()
         work()
         return time.process_time() - started
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start, end = (
+        torch.cuda.Event(enable_timing=True),
+        torch.cuda.Event(enable_timing=True),
+    )
     start.record()
     work()
     end.record()
@@ -243,7 +259,9 @@ def seconds(work: Callable[[], None], device: str) -> float:
 
 def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[float]:
     """The least time of each job, taken in turns; a first round is not counted."""
-    rounds = [[seconds(job(), device) for job in jobs] for _ in range(repetitions + 1)][1:]
+    rounds = [[seconds(job(), device) for job in jobs] for _ in range(repetitions + 1)][
+        1:
+    ]
     return [min(times) for times in zip(*rounds, strict=True)]
 
 
@@ -313,23 +331,31 @@ def copy_bytes_per_second(setting: Setting) -> float:
     return 2 * setting.logits_bytes / best([lambda: copy], 10, setting.device)[0]
 
 
-def print_fused_table(settings: Sequence[Setting], repetitions: int, only: list[str]) -> None:
+def print_fused_table(
+    settings: Sequence[Setting], repetitions: int, only: list[str]
+) -> None:
     """Times at the first setting only; memory at each, which differ in the number of tokens."""
     jobs = fused_jobs(settings[0])
     (reference,) = best([jobs[PROJECTION]], 1, settings[0].device)
     print(
         f"\n{_sizes(settings[0])}, hidden size {settings[0].hidden_size}. {PROJECTION} takes {reference:.3g} s.\n"
     )
-    print("| method | N | time | peak extra / logits | beyond the gradient of the hidden states |")
+    print(
+        "| method | N | time | peak extra / logits | beyond the gradient of the hidden states |"
+    )
     print("|---|---|---|---|---|")
     for name, job in jobs.items():
         for setting in settings if _wanted(name, only) else ():
             ratio = ""
             if setting is settings[0]:
-                reference, mine = best([jobs[PROJECTION], job], repetitions, setting.device)
+                reference, mine = best(
+                    [jobs[PROJECTION], job], repetitions, setting.device
+                )
                 ratio = f"{mine / reference:.2f}"
             extra = peak_bytes(fused_jobs, setting, name)
-            hidden = setting.num_tokens * setting.hidden_size * setting.torch_dtype.itemsize
+            hidden = (
+                setting.num_tokens * setting.hidden_size * setting.torch_dtype.itemsize
+            )
             print(
                 f"| {name} | {setting.num_tokens:,} | {ratio} | {extra / setting.logits_bytes:.3f} "
                 f"| {(extra - hidden) / 2**20:,.0f} MiB |",
@@ -351,7 +377,12 @@ def _machine(device: str) -> str:
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     return (
         next(
-            (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU"
+            (
+                line.split(":", 1)[1].strip()
+                for line in cpus
+                if line.startswith("model name")
+            ),
+            "CPU",
         )
         + ", one thread"
     )
@@ -389,7 +420,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }  # not for memory's processes
     on_gpu = options.device == "cuda"
     num_tokens = options.num_tokens or (8192 if on_gpu else 2048)
-    words = [f"{name}={value}" for name, value in kept.items()] + ["python -m benchmarks.losses"]
+    words = [f"{name}={value}" for name, value in kept.items()] + [
+        "python -m benchmarks.losses"
+    ]
     command = " ".join(
         [*words, *map(shlex.quote, sys.argv[1:] if arguments is None else arguments)]
     )
@@ -401,13 +434,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         size, dtype = vocab.split(":")
         setting = Setting(
-            num_tokens, int(size), dtype, options.top_k, options.hidden_size, options.device
+            num_tokens,
+            int(size),
+            dtype,
+            options.top_k,
+            options.hidden_size,
+            options.device,
         )
         if "logits" in options.tables:
             print_logits_table(setting, options.repetitions, options.only)
         if "fused" in options.tables:
             larger = replace(setting, num_tokens=2 * num_tokens)
-            print_fused_table((setting, larger), max(2, options.repetitions // 2), options.only)
+            print_fused_table(
+                (setting, larger), max(2, options.repetitions // 2), options.only
+            )
 
 
 if __name__ == "__main__":

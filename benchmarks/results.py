@@ -50,7 +50,11 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "SFT alone": ("kd_loss_weight=0",),
     "forward KL, renormalized top-k": ("kd_loss=forward_kl", "support=renormalize"),
     "forward KL, tail bucket": ("kd_loss=forward_kl", "support=tail"),
-    "forward KL, tail bucket, weight 4": ("kd_loss=forward_kl", "support=tail", "kd_loss_weight=4"),
+    "forward KL, tail bucket, weight 4": (
+        "kd_loss=forward_kl",
+        "support=tail",
+        "kd_loss_weight=4",
+    ),
     "forward KL, head + tail samples": ("kd_loss=forward_kl", "support=sampled"),
     "reverse KL, renormalized top-k": ("kd_loss=reverse_kl", "support=renormalize"),
     "reverse KL, tail bucket": ("kd_loss=reverse_kl", "support=tail"),
@@ -82,12 +86,20 @@ class Experiment(Quickstart):
         for name in ("teacher", "student"):  # the student's for its tokenizer
             self.build_model(name)
         epochs, lr = self.settings.teacher_epochs, self.settings.teacher_lr
-        self.train("teacher", "teacher_init", self.dataset_keys(), 0.0, epochs, lr, *ALONE)
+        self.train(
+            "teacher", "teacher_init", self.dataset_keys(), 0.0, epochs, lr, *ALONE
+        )
         for split in ("train", "validation"):
             self.cache_logits(split, f"cache.tail_samples={TAIL_SAMPLES}")
-        source, target = quoted(self.archive("teacher")), quoted(self.folder / "teacher_hf")
+        source, target = (
+            quoted(self.archive("teacher")),
+            quoted(self.folder / "teacher_hf"),
+        )
         self.command(
-            "teacher_hf", "convert_checkpoint", f"input_path={source}", f"output_path={target}"
+            "teacher_hf",
+            "convert_checkpoint",
+            f"input_path={source}",
+            f"output_path={target}",
         )
 
     def student(self, variant: str, seed: int) -> Path:
@@ -101,7 +113,9 @@ class Experiment(Quickstart):
         name = "".join(character if character.isalnum() else "_" for character in variant)
         keys = [f"{LOSS}{key}" for key in VARIANTS[variant]]
         if "dense" in variant:
-            keys.append(f"{LOSS}custom_args={{teacher: {quoted(self.folder / 'teacher_hf')}}}")
+            keys.append(
+                f"{LOSS}custom_args={{teacher: {quoted(self.folder / 'teacher_hf')}}}"
+            )
         chosen = self.settings
         arguments = (
             self.cache_keys(),
@@ -139,10 +153,16 @@ def write_source_dataset(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for split, chosen in drawn.items():
         turns = (
-            [("user", questions[name]), ("assistant", source)] for name, source in chosen.items()
+            [("user", questions[name]), ("assistant", source)]
+            for name, source in chosen.items()
         )
-        records = [{"messages": [docstring_dataset.turn(*turn) for turn in pair]} for pair in turns]
-        records.sort(key=lambda record: hashlib.sha256(json.dumps(record).encode()).digest())
+        records = [
+            {"messages": [docstring_dataset.turn(*turn) for turn in pair]}
+            for pair in turns
+        ]
+        records.sort(
+            key=lambda record: hashlib.sha256(json.dumps(record).encode()).digest()
+        )
         (folder / f"{split}.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in records)
         )
@@ -191,9 +211,9 @@ def _dense(
         logits = load_teacher(teacher)(
             batch.tokens_BS, position_ids=batch.position_ids_BS, use_cache=False
         ).logits
-    return logits.float().log_softmax(dim=-1), logits_BSv[..., : shard.vocab_size].log_softmax(
-        dim=-1
-    )
+    return logits.float().log_softmax(dim=-1), logits_BSv[
+        ..., : shard.vocab_size
+    ].log_softmax(dim=-1)
 
 
 @functools.cache
@@ -214,13 +234,22 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
         from nemo_kd.tools.compare import compare_with_teacher
 
         init_process_group(1, 1, "auto")
-        config = DataConfig(data=DatasetConfig(file_path=str(experiment.data / "validation.jsonl")))
+        config = DataConfig(
+            data=DatasetConfig(file_path=str(experiment.data / "validation.jsonl"))
+        )
         tokenizer = load_tokenizer(experiment.folder / "student_init")
         dataset = TokenizedDataset(
-            config, tokenizer, max_seq_length=512, vocab_size=experiment.settings.vocab_size
+            config,
+            tokenizer,
+            max_seq_length=512,
+            vocab_size=experiment.settings.vocab_size,
         )
-        examples = [one for i in range(len(dataset)) if not isinstance(one := dataset[i], Skipped)]
-        found = compare_with_teacher(str(archive), str(experiment.archive("teacher")), examples)
+        examples = [
+            one for i in range(len(dataset)) if not isinstance(one := dataset[i], Skipped)
+        ]
+        found = compare_with_teacher(
+            str(archive), str(experiment.archive("teacher")), examples
+        )
         file.write_text(json.dumps(vars(found)))
     return json.loads(file.read_text())
 
@@ -240,22 +269,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("results_run"))
     options = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ["PYTHONPATH"] = str(ROOT)  # the commands import the dense teacher from here
+    os.environ["PYTHONPATH"] = str(
+        ROOT
+    )  # the commands import the dense teacher from here
     for task in options.tasks:
         experiment = Experiment(options.folder / task, task, SETTINGS[task])
         experiment.prepare()
         found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
         for seed in options.seeds:
             for variant in VARIANTS:
-                found[variant].append(measure(experiment, experiment.student(variant, seed)))
+                found[variant].append(
+                    measure(experiment, experiment.student(variant, seed))
+                )
         first = found["SFT alone"][0]
         print(
             f"\n{task}: the teacher has a cross-entropy of {first['teacher_ce']:.4f} over {first['num_tokens']:,.0f} tokens\n"
         )
-        print("| loss | cross-entropy | KL to the teacher | top-1 agreement |\n|---|---|---|---|")
+        print(
+            "| loss | cross-entropy | KL to the teacher | top-1 agreement |\n|---|---|---|---|"
+        )
         for variant, rows in found.items():
             ce, kl = (
-                spread([row[name] for row in rows], 4) for name in ("student_ce", "forward_kl")
+                spread([row[name] for row in rows], 4)
+                for name in ("student_ce", "forward_kl")
             )
             agreement = spread([100 * row["top1_agreement"] for row in rows], 2)
             print(f"| {variant} | {ce} | {kl} | {agreement}% |", flush=True)

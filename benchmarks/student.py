@@ -106,11 +106,17 @@ def train(connection: Any, variant: str, setting: Setting, by_turns: bool) -> No
         original(module, batch, batch_idx)
         if by_turns:
             on_gpu = torch.cuda.is_available()
-            peak_bytes = torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")
+            peak_bytes = (
+                torch.cuda.max_memory_allocated() if on_gpu else status_bytes("VmHWM")
+            )
             tokens = sum(int(part.lengths_B.sum()) for part in batch)
             loss_tokens = sum(int((part.loss_mask_BS > 0).sum()) for part in batch)
             step = Step(
-                time.perf_counter() - started, cpu_seconds() - used, tokens, loss_tokens, peak_bytes
+                time.perf_counter() - started,
+                cpu_seconds() - used,
+                tokens,
+                loss_tokens,
+                peak_bytes,
             )
             connection.send(step)
 
@@ -123,7 +129,9 @@ def train(connection: Any, variant: str, setting: Setting, by_turns: bool) -> No
         train_student(setting.config(variant, log_dir))
     if not by_turns:
         lines = (log_dir / "metrics" / "metrics.jsonl").read_text().splitlines()
-        connection.send([row for row in map(json.loads, lines) if "perf/step_time_s" in row])
+        connection.send(
+            [row for row in map(json.loads, lines) if "perf/step_time_s" in row]
+        )
 
 
 def cpu_seconds() -> float:
@@ -136,7 +144,9 @@ def started(variant: str, setting: Setting, by_turns: bool) -> Iterator[Any]:
     """The connection to a variant's process."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=train, args=(theirs, variant, setting, by_turns), name=variant)
+    process = context.Process(
+        target=train, args=(theirs, variant, setting, by_turns), name=variant
+    )
     process.start()
     theirs.close()
     yield ours
@@ -148,7 +158,8 @@ def by_turns(setting: Setting, variants: Sequence[str]) -> dict[str, list[Step]]
     steps: dict[str, list[Step]] = {variant: [] for variant in variants}
     with contextlib.ExitStack() as stack:
         connections = {
-            name: stack.enter_context(started(name, setting, by_turns=True)) for name in variants
+            name: stack.enter_context(started(name, setting, by_turns=True))
+            for name in variants
         }
         for number in range(setting.steps):
             for name in variants[:: -1 if number % 2 else 1]:
@@ -176,7 +187,9 @@ def print_table(setting: Setting) -> None:
     for variant in VARIANTS:
         with started(variant, setting, by_turns=False) as connection:
             alone[variant] = connection.recv()[1:]
-    print(f"\nprecision {setting.precision}, {setting.steps - 1} steps: median (least, most)\n")
+    print(
+        f"\nprecision {setting.precision}, {setting.steps - 1} steps: median (least, most)\n"
+    )
     columns = [
         "variant",
         "seconds",
@@ -191,16 +204,25 @@ def print_table(setting: Setting) -> None:
     columns += ["MFU alone"] * on_gpu
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for variant, (mine, base) in found.items():
-        assert [step.loss_tokens for step in mine] == [step.loss_tokens for step in base], (
-            "not the same examples"
-        )
+        assert [step.loss_tokens for step in mine] == [
+            step.loss_tokens for step in base
+        ], "not the same examples"
         cells = [
             variant,
             spread([step.seconds for step in mine], 2),
             f"{statistics.median(step.cpu_s for step in mine):.1f}",
             f"{statistics.median(step.tokens / step.seconds for step in mine):,.0f}",
-            spread([one.seconds / other.seconds for one, other in zip(mine, base, strict=True)], 3),
-            spread([one.cpu_s / other.cpu_s for one, other in zip(mine, base, strict=True)], 3),
+            spread(
+                [
+                    one.seconds / other.seconds
+                    for one, other in zip(mine, base, strict=True)
+                ],
+                3,
+            ),
+            spread(
+                [one.cpu_s / other.cpu_s for one, other in zip(mine, base, strict=True)],
+                3,
+            ),
             mib(max(step.peak_bytes for step in mine)),
             f"{statistics.median(row['perf/data_wait_percent'] for row in alone[variant]):.2f}%",
         ]
@@ -210,7 +232,8 @@ def print_table(setting: Setting) -> None:
             )
         print(f"| {' | '.join(cells)} |", flush=True)
     tokens, loss_tokens = (
-        sum(getattr(step, name) for step in found["SFT"][0]) for name in ("tokens", "loss_tokens")
+        sum(getattr(step, name) for step in found["SFT"][0])
+        for name in ("tokens", "loss_tokens")
     )
     print(
         f"\n{tokens:,} tokens, {loss_tokens:,} of them in the loss, {setting.batch_size} examples a step.",
@@ -241,9 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     command = shlex.join(
-        ["python", "-m", "benchmarks.student", *(sys.argv[1:] if arguments is None else arguments)]
+        [
+            "python",
+            "-m",
+            "benchmarks.student",
+            *(sys.argv[1:] if arguments is None else arguments),
+        ]
     )
-    print(f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.", flush=True)
+    print(
+        f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         weights = options.students or folder
@@ -254,11 +285,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
         with contextlib.redirect_stdout(io.StringIO()):
             keys = {"cache__min_probability": 0.0, "model__max_seq_length": MAX_LENGTH}
-            compute_topk_logits(teacher_config(teacher, dataset, cache, top_k=TOP_K, **keys))
+            compute_topk_logits(
+                teacher_config(teacher, dataset, cache, top_k=TOP_K, **keys)
+            )
         for precision in options.precision:
             print_table(
                 Setting(
-                    folder, student, dataset, cache, precision, options.batch_size, options.steps
+                    folder,
+                    student,
+                    dataset,
+                    cache,
+                    precision,
+                    options.batch_size,
+                    options.steps,
                 )
             )
 

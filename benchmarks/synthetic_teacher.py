@@ -57,7 +57,9 @@ def synthetic_teacher(
         np.savez(partial, **teacher._asdict())
         partial.rename(path)
     with np.load(path) as arrays:
-        return SyntheticTeacher(**{name: arrays[name] for name in SyntheticTeacher._fields})
+        return SyntheticTeacher(
+            **{name: arrays[name] for name in SyntheticTeacher._fields}
+        )
 
 
 def _generate(num_positions: int, vocab_size: int) -> SyntheticTeacher:
@@ -67,7 +69,9 @@ def _generate(num_positions: int, vocab_size: int) -> SyntheticTeacher:
         np.log(ranks_V).astype(np.float32),
         np.log1p(ranks_V / _BEND).astype(np.float32),
     )
-    id_of_place_V = np.argsort(np.argsort(ranks_V * np.exp(random.normal(0, 1, vocab_size))))
+    id_of_place_V = np.argsort(
+        np.argsort(ranks_V * np.exp(random.normal(0, 1, vocab_size)))
+    )
     frequency_V = (1 / (ranks_V + 1.7)).astype(np.float32)
     slopes_N = _slopes(0.05 + 5.95 * random.beta(0.8, 2.2, num_positions), vocab_size)
     rows = []
@@ -93,7 +97,9 @@ def _position(
     top_K = np.argpartition(logits_V, -k)[-k:]
     top_K = top_K[np.argsort(-logits_V[top_K])]
     logits64_V = logits_V.astype(np.float64)
-    log_sum_exp = logits64_V[top_K[0]] + math.log(np.exp(logits64_V - logits64_V[top_K[0]]).sum())
+    log_sum_exp = logits64_V[top_K[0]] + math.log(
+        np.exp(logits64_V - logits64_V[top_K[0]]).sum()
+    )
     p_V = np.exp(logits64_V - log_sum_exp)
     label = min(int(np.searchsorted(p_V.cumsum(), random.random())), len(p_V) - 1)
     before_K = np.cumsum(p_V[top_K]) - p_V[top_K]
@@ -108,7 +114,9 @@ def _position(
         tail_V[ids_V] = p_V
         tail_V[ids_V[top_K[:head]]] = 0
         running_V = tail_V.cumsum()
-        wanted_M = (np.arange(TAIL_SAMPLES) + uniforms[:-1]) / TAIL_SAMPLES * running_V[-1]
+        wanted_M = (
+            (np.arange(TAIL_SAMPLES) + uniforms[:-1]) / TAIL_SAMPLES * running_V[-1]
+        )
         tail_ids_M = np.searchsorted(running_V, wanted_M, side="right")
     else:  # the order of the ranks in use is enough
         ranks = np.unique(np.append(top_K, label))

@@ -59,7 +59,9 @@ class Worker:
     def __init__(self, variant: str, setting: Setting) -> None:
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, variant, setting), name=variant)
+        self._process = context.Process(
+            target=serve, args=(theirs, variant, setting), name=variant
+        )
         self._process.start()
         theirs.close()
         self.lengths: list[tuple[int, int]] = self._connection.recv()
@@ -100,7 +102,9 @@ def measure(
                 lengths = worker.lengths
         return lengths, runs
     with contextlib.ExitStack() as stack:
-        workers = {variant: stack.enter_context(Worker(variant, setting)) for variant in VARIANTS}
+        workers = {
+            variant: stack.enter_context(Worker(variant, setting)) for variant in VARIANTS
+        }
         for number in range(rounds):
             for variant in list(workers)[:: -1 if number % 2 else 1]:
                 runs[variant].append(workers[variant].run(not number))
@@ -144,7 +148,8 @@ def print_speed(setting: Setting, rounds: int) -> None:
             *(
                 mib(max(size))
                 for size in zip(
-                    *((r.host_bytes, r.beside_bytes, r.device_bytes) for r in mine), strict=True
+                    *((r.host_bytes, r.beside_bytes, r.device_bytes) for r in mine),
+                    strict=True,
                 )
             ),
         ]
@@ -170,11 +175,17 @@ def print_memory(setting: Setting) -> None:
     )
     for variant in ("stage 1", "obvious"):
         for num_tokens in MEMORY_LENGTHS:
-            dataset = write_one_example(setting.folder / f"{num_tokens}.jsonl", num_tokens)
+            dataset = write_one_example(
+                setting.folder / f"{num_tokens}.jsonl", num_tokens
+            )
             with Worker(variant, replace(setting, dataset=dataset)) as worker:
                 found = worker.run(sample_memory=True)
                 assert worker.lengths[0][0] == num_tokens
-            sizes = (found.before_bytes, found.host_bytes, found.host_bytes - found.before_bytes)
+            sizes = (
+                found.before_bytes,
+                found.host_bytes,
+                found.host_bytes - found.before_bytes,
+            )
             cells = map(mib, (*sizes, found.beside_bytes, found.device_bytes))
             print(f"| {variant} | {num_tokens:,} | {' | '.join(cells)} |", flush=True)
 
@@ -211,7 +222,12 @@ def machine() -> str:
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     name = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "CPU"
+        (
+            line.split(":", 1)[1].strip()
+            for line in lines
+            if line.startswith("model name")
+        ),
+        "CPU",
     )
     return f"{name}, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}"
 
@@ -231,10 +247,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         choices=("32", "bf16"),
         default=["bf16"] if on_gpu else ["32", "bf16"],
     )
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3-8b" if on_gpu else "llama-0.3b")
+    parser.add_argument(
+        "--shape", choices=SHAPES, default="llama-3-8b" if on_gpu else "llama-0.3b"
+    )
     parser.add_argument("--num-records", type=int, default=2048 if on_gpu else 64)
     parser.add_argument("--segment-examples", type=int, default=64 if on_gpu else 16)
-    parser.add_argument("--max-tokens", type=int, default=8192 if on_gpu else 4096, help="a batch")
+    parser.add_argument(
+        "--max-tokens", type=int, default=8192 if on_gpu else 4096, help="a batch"
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument(
         "--teachers",
@@ -246,9 +266,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "PYTHONWARNINGS", "ignore"
     )  # of the processes: Megatron's, on what is not installed
     command = shlex.join(
-        ["python", "-m", "benchmarks.teacher", *(sys.argv[1:] if arguments is None else arguments)]
+        [
+            "python",
+            "-m",
+            "benchmarks.teacher",
+            *(sys.argv[1:] if arguments is None else arguments),
+        ]
     )
-    print(f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.", flush=True)
+    print(
+        f"    {command}\n\n{date.today()}, {machine()}, torch {torch.__version__}.",
+        flush=True,
+    )
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         teachers, dataset = (
@@ -258,7 +286,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for precision in options.precision if "speed" in options.tables else ():
             teacher = write_teacher(teachers / options.shape, options.shape)
             limits = options.max_tokens, options.segment_examples
-            print_speed(Setting(folder, teacher, dataset, precision, *limits), options.rounds)
+            print_speed(
+                Setting(folder, teacher, dataset, precision, *limits), options.rounds
+            )
         if "memory" in options.tables:
             teacher = write_teacher(teachers / "shallow", "shallow")
             print_memory(Setting(folder, teacher, dataset, "32", MAX_LENGTH, 1))

@@ -57,10 +57,14 @@ def write_teacher(folder: Path, shape: str) -> Path:
     tensors = {}
     for name, sizes in hf_shapes(architecture_from_hf(config)).items():
         weight = torch.empty(sizes, dtype=torch.bfloat16, device=device)
-        weight.fill_(1) if len(sizes) == 1 else weight.normal_(0, WEIGHT_STD, generator=generator)
+        weight.fill_(1) if len(sizes) == 1 else weight.normal_(
+            0, WEIGHT_STD, generator=generator
+        )
         tensors[name] = weight.cpu()
     # Hidden states come out of the last norm with a length of its weight times the root of their size.
-    tensors["model.norm.weight"].fill_(LOGIT_STD / (WEIGHT_STD * config["hidden_size"] ** 0.5))
+    tensors["model.norm.weight"].fill_(
+        LOGIT_STD / (WEIGHT_STD * config["hidden_size"] ** 0.5)
+    )
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     train_tokenizer(TOKENIZER_SIZE).save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -71,7 +75,10 @@ def write_chats(path: Path, num_records: int) -> Path:
     """Chats about functions of the standard library: short questions, long ones with the source, and two turns."""
     chats = list(conversations())
     random.Random(0).shuffle(chats)
-    lines = [json.dumps({"messages": chats[number % len(chats)]}) for number in range(num_records)]
+    lines = [
+        json.dumps({"messages": chats[number % len(chats)]})
+        for number in range(num_records)
+    ]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
@@ -112,7 +119,9 @@ def write_one_example(path: Path, num_tokens: int) -> Path:
     for _ in range(2):
         answer = {"role": "assistant", "content": " the" * num_words}
         messages = [{"role": "user", "content": "Go on."}, answer]
-        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))["input_ids"]
+        ids = tokenizer(tokenizer.apply_chat_template(messages, tokenize=False))[
+            "input_ids"
+        ]
         num_words -= len(ids) - 1 - num_tokens
     path.write_text(json.dumps({"messages": messages}) + "\n", encoding="utf-8")
     return path

@@ -90,7 +90,10 @@ class Clock:
     def _now() -> tuple[float, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+        used = [
+            resource.getrusage(who)
+            for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+        ]
         return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
@@ -106,15 +109,23 @@ class Bench:
         """Stage 1's batches, tokenized when they are asked for."""
         teacher, job = self.teacher, self.run.jobs[0]
         for indices in segments(job.chunks[0], self.setting.segment_examples):
-            examples = [one for index in indices if isinstance(one := job.dataset[index], Example)]
+            examples = [
+                one for index in indices if isinstance(one := job.dataset[index], Example)
+            ]
             lengths = [example.num_tokens for example in examples]
             for places in form_batches(
-                lengths, teacher.max_examples, teacher.max_tokens, True, teacher.multiple_of
+                lengths,
+                teacher.max_examples,
+                teacher.max_tokens,
+                True,
+                teacher.multiple_of,
             ):
                 chosen = [examples[place] for place in places]
                 yield (
                     chosen,
-                    pack(chosen, teacher.pad_id, teacher.multiple_of).to(self.run.groups.device),
+                    pack(chosen, teacher.pad_id, teacher.multiple_of).to(
+                        self.run.groups.device
+                    ),
                 )
 
 
@@ -139,10 +150,13 @@ def bare_forward(bench: Bench) -> Work:
 def bare_projection(bench: Bench) -> Work:
     model, groups, batches = bench.teacher.model, bench.run.groups, list(bench.batches())
     positions = [
-        loss_positions(batch.to("cpu"), groups)[0].to(groups.device) for _, batch in batches
+        loss_positions(batch.to("cpu"), groups)[0].to(groups.device)
+        for _, batch in batches
     ]
     weight_VH = output_weight(model)[:VOCAB_SIZE]
-    block = max(1, BLOCK_BYTES[weight_VH.is_cuda] // (VOCAB_SIZE * weight_VH.element_size()))
+    block = max(
+        1, BLOCK_BYTES[weight_VH.is_cuda] // (VOCAB_SIZE * weight_VH.element_size())
+    )
     logits_NV = weight_VH.new_empty(block, VOCAB_SIZE)
 
     @torch.inference_mode()
@@ -176,7 +190,10 @@ def stage_1(bench: Bench) -> Work:
         ):
             compute_topk_logits(bench.setting.config(folder / "cache.jsonl.zst"))
         clock.stop()
-        (metrics,), (manifest,) = folder.glob("*metrics.jsonl"), folder.glob("*manifest.json")
+        (metrics,), (manifest,) = (
+            folder.glob("*metrics.jsonl"),
+            folder.glob("*manifest.json"),
+        )
         (chunk,) = json.loads(manifest.read_text())["chunks"].values()
         told = json.loads(metrics.read_text().splitlines()[-1])
         shutil.rmtree(folder)
@@ -197,7 +214,8 @@ def obvious(bench: Bench) -> Work:
         with path.open("w") as file:
             for examples, batch in bench.batches():
                 file.writelines(
-                    json.dumps(record) + "\n" for record in obvious_records(bench, examples, batch)
+                    json.dumps(record) + "\n"
+                    for record in obvious_records(bench, examples, batch)
                 )
         clock.stop()
         details = {"bytes": path.stat().st_size}
@@ -214,8 +232,12 @@ def obvious_records(
     log_sum_exp_N = logits_NV.logsumexp(dim=-1)
     topk = logits_NV.topk(TOP_K, dim=-1)
     del logits_NV
-    logits, ids, sums = (found_N.tolist() for found_N in (topk.values, topk.indices, log_sum_exp_N))
-    ends = list(itertools.accumulate((example.num_tokens for example in examples), initial=0))
+    logits, ids, sums = (
+        found_N.tolist() for found_N in (topk.values, topk.indices, log_sum_exp_N)
+    )
+    ends = list(
+        itertools.accumulate((example.num_tokens for example in examples), initial=0)
+    )
     for example, (first, last) in zip(examples, itertools.pairwise(ends), strict=True):
         yield {
             "index": example.index,
@@ -243,7 +265,9 @@ def serve(connection: Any, variant: str, setting: Setting) -> None:
         bench = Bench(setting, run, teacher)
         examples = [example for chosen, _ in bench.batches() for example in chosen]
         flops_of = forward_flops(run.pretrained.architecture)
-        flops = sum(flops_of.example(one.num_tokens, one.num_loss_tokens) for one in examples)
+        flops = sum(
+            flops_of.example(one.num_tokens, one.num_loss_tokens) for one in examples
+        )
         teacher.rows(examples[-WARM_UP_EXAMPLES:])
         work = VARIANTS[variant](bench)
         connection.send([(one.num_tokens, one.num_loss_tokens) for one in examples])
@@ -253,7 +277,9 @@ def serve(connection: Any, variant: str, setting: Setting) -> None:
                 torch.cuda.reset_peak_memory_stats()
             before_bytes, clock = status_bytes("VmRSS"), Clock()
             details = work(clock)
-            device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            device_bytes = (
+                torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            )
             host_bytes = status_bytes("VmHWM")
             connection.send(
                 Figures(

@@ -62,26 +62,37 @@ def method_of(name: str, options: argparse.Namespace) -> tuple[int, Callable[[],
     device, dtype = options.device, getattr(torch, options.dtypes[0])
     num_rows = options.num_rows * (4 if name == MORE_ROWS else 1)
     generator = torch.Generator().manual_seed(0)
-    hidden_NH = torch.randn(num_rows, options.hidden_size, generator=generator).to(device, dtype)
+    hidden_NH = torch.randn(num_rows, options.hidden_size, generator=generator).to(
+        device, dtype
+    )
     weight_vH = (
         torch.randn(options.vocab_size, options.hidden_size, generator=generator)
         .mul_(0.1)
         .to(device, dtype)
     )
-    labels_N = torch.randint(0, options.vocab_size, (num_rows,), generator=generator).to(device)
+    labels_N = torch.randint(0, options.vocab_size, (num_rows,), generator=generator).to(
+        device
+    )
     if name == PROJECTION:
         return num_rows, partial(torch.mm, hidden_NH, weight_vH.T)
     if name == OBVIOUS:
         return num_rows, partial(obvious, hidden_NH, weight_vH, labels_N, options.top_k)
     shard = VocabShard(0, options.vocab_size, options.vocab_size)
     work = partial(
-        topk_rows, hidden_NH, weight_vH, labels_N, shard, top_k=options.top_k, kept=lambda p: p >= 0
+        topk_rows,
+        hidden_NH,
+        weight_vH,
+        labels_N,
+        shard,
+        top_k=options.top_k,
+        kept=lambda p: p >= 0,
     )
     if "temperature" in name:
         work = partial(work, temperatures=(1.0, 2.0))
     if "samples" in name:
         work = partial(
-            work, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, num_rows, 4)).to(device)
+            work,
+            uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, num_rows, 4)).to(device),
         )
     return num_rows, work
 
@@ -135,9 +146,9 @@ def measured_elsewhere(
     name: str, dtype: str, options: argparse.Namespace, keeping: bool
 ) -> dict[str, float]:
     """`measure` in a new process."""
-    environment = {key: value for key, value in os.environ.items() if key not in KEEPING} | (
-        KEEPING if keeping else {}
-    )
+    environment = {
+        key: value for key, value in os.environ.items() if key not in KEEPING
+    } | (KEEPING if keeping else {})
     command = [
         sys.executable,
         "-m",
@@ -151,7 +162,9 @@ def measured_elsewhere(
     ]
     for key in ("num_rows", "vocab_size", "hidden_size", "top_k", "repetitions"):
         command += [f"--{key.replace('_', '-')}", str(getattr(options, key))]
-    result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+    )
     found: dict[str, float] = json.loads(result.stdout)
     return found
 
@@ -165,11 +178,17 @@ def print_table(dtype: str, options: argparse.Namespace) -> None:
         "| method | time | / projection | time, memory kept | / projection | peak memory |\n|---|---|---|---|---|---|"
     )
     for name in METHODS:
-        both = [measured_elsewhere(name, dtype, options, keeping) for keeping in (False, True)]
-        times = [
-            f"{found['us']:,.0f} | {found['us'] / found['projection_us']:.3f}" for found in both
+        both = [
+            measured_elsewhere(name, dtype, options, keeping) for keeping in (False, True)
         ]
-        print(f"| {name} | {' | '.join(times)} | {both[0]['bytes'] / 2**20:,.0f} MiB |", flush=True)
+        times = [
+            f"{found['us']:,.0f} | {found['us'] / found['projection_us']:.3f}"
+            for found in both
+        ]
+        print(
+            f"| {name} | {' | '.join(times)} | {both[0]['bytes'] / 2**20:,.0f} MiB |",
+            flush=True,
+        )
 
 
 def _machine(device: str) -> str:
@@ -177,7 +196,8 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name()
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     name = next(
-        (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")), "CPU"
+        (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")),
+        "CPU",
     )
     return f"{name}, {torch.get_num_threads()} threads"
 
@@ -189,7 +209,10 @@ def main() -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
-        "--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"]
+        "--dtypes",
+        nargs="+",
+        choices=("float32", "bfloat16"),
+        default=["float32", "bfloat16"],
     )
     parser.add_argument("--num-rows", type=int, default=2048)
     parser.add_argument("--vocab-size", type=int, default=128_256)

@@ -57,8 +57,12 @@ def hinton(
     # Prompts and padding have no teacher targets.
     nothing_N1 = unused_NK.all(dim=-1, keepdim=True)
     student_NK = log_probs_at(logits_Nv, ids_NK, shard, scale=1 / temperature)
-    teacher_NK = batch.topk_logits_BSK.flatten(0, 1).masked_fill(nothing_N1, 0) / temperature
-    log_q_NK = student_NK.masked_fill(unused_NK & ~nothing_N1, float("-inf")).log_softmax(dim=-1)
+    teacher_NK = (
+        batch.topk_logits_BSK.flatten(0, 1).masked_fill(nothing_N1, 0) / temperature
+    )
+    log_q_NK = student_NK.masked_fill(unused_NK & ~nothing_N1, float("-inf")).log_softmax(
+        dim=-1
+    )
     log_p_NK = teacher_NK.log_softmax(dim=-1)
     terms_NK = log_p_NK.exp() * (log_p_NK - log_q_NK).masked_fill(unused_NK, 0)
     kl = temperature**2 * token_sum(terms_NK.sum(dim=-1).view(batch_size, length))

@@ -44,7 +44,11 @@ def documented_objects() -> Iterator[tuple[str, str]]:
         parts = path.relative_to(library).with_suffix("").parts
         names = [part for part in parts if part != "__init__"]
         # Others may have put files there: system packages, build configurations of this machine.
-        if not names or names[0] not in sys.stdlib_module_names or SKIPPED_PACKAGES & set(parts):
+        if (
+            not names
+            or names[0] not in sys.stdlib_module_names
+            or SKIPPED_PACKAGES & set(parts)
+        ):
             continue
         if any(name.startswith("_") for name in names):
             continue
@@ -79,7 +83,11 @@ def answers() -> dict[str, str]:
             if len(longer) > MAX_CHARACTERS:
                 break
             answer = longer
-        if len(answer) >= MIN_CHARACTERS and name not in found and words(answer) not in seen:
+        if (
+            len(answer) >= MIN_CHARACTERS
+            and name not in found
+            and words(answer) not in seen
+        ):
             seen.add(words(answer))
             found[name] = answer
     return found
@@ -96,7 +104,9 @@ def splits(answers: dict[str, str]) -> dict[str, dict[str, str]]:
         for triple in triples(answer):
             having[triple].append(name)
     for name, answer in list(drawn["validation"].items()):
-        shared = Counter(other for triple in triples(answer) for other in having.get(triple, ()))
+        shared = Counter(
+            other for triple in triples(answer) for other in having.get(triple, ())
+        )
         if max(shared.values(), default=0) >= MAX_OVERLAP * len(triples(answer)):
             del drawn["validation"][name]
     return drawn
@@ -120,7 +130,12 @@ def write_dataset(folder: Path) -> dict[str, int]:
     for split, chosen in splits(answers()).items():
         lines = [
             json.dumps(
-                {"messages": [turn("user", f"What does `{name}` do?"), turn("assistant", answer)]}
+                {
+                    "messages": [
+                        turn("user", f"What does `{name}` do?"),
+                        turn("assistant", answer),
+                    ]
+                }
             )
             + "\n"
             for name, answer in chosen.items()

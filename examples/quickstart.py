@@ -92,18 +92,30 @@ class Quickstart:
         for name in SHAPES:
             self.build_model(name)
         records = self.dataset_keys()
-        self.train("teacher", "teacher_init", records, 0.0, teacher_epochs, chosen.teacher_lr)
+        self.train(
+            "teacher", "teacher_init", records, 0.0, teacher_epochs, chosen.teacher_lr
+        )
         self.cache_logits("train")
         self.cache_logits("validation")
-        for name, kd_weight in {"student_sft": 0.0, "student_kd": chosen.kd_loss_weight}.items():
+        for name, kd_weight in {
+            "student_sft": 0.0,
+            "student_kd": chosen.kd_loss_weight,
+        }.items():
             epochs = chosen.student_epochs
             self.train(
-                name, "student_init", self.cache_keys(), kd_weight, epochs, chosen.student_lr
+                name,
+                "student_init",
+                self.cache_keys(),
+                kd_weight,
+                epochs,
+                chosen.student_lr,
             )
         results = self.compare()
         self.plot(results["teacher"]["ce"])
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
-        print(f"\n{time.perf_counter() - started_s:.0f} s in all; the files are in {self.folder}")
+        print(
+            f"\n{time.perf_counter() - started_s:.0f} s in all; the files are in {self.folder}"
+        )
 
     def claim_folder(self) -> None:
         """Write the settings into the folder, or check that its steps were made with the same."""
@@ -141,12 +153,18 @@ class Quickstart:
         if folder.exists():
             return
         import torch
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
+        from transformers import (
+            AutoModelForCausalLM,
+            PreTrainedTokenizerFast,
+            Qwen3Config,
+        )
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()
         tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=train_tokenizer(self.data / "train.jsonl", self.settings.vocab_size),
+            tokenizer_object=train_tokenizer(
+                self.data / "train.jsonl", self.settings.vocab_size
+            ),
             eos_token="<|im_end|>",
             pad_token="<|endoftext|>",
             chat_template=CHAT_TEMPLATE,
@@ -267,7 +285,9 @@ class Quickstart:
             print(f"{step}: done before")
             return
         say(step)
-        print(" \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True)
+        print(
+            " \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True
+        )
         started_s = time.perf_counter()
         line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
         status = subprocess.run(line, check=False).returncode
@@ -288,7 +308,9 @@ class Quickstart:
 
         say("comparison on the validation split")
         init_process_group(1, 1, "auto")
-        config = DataConfig(data=DatasetConfig(file_path=str(self.data / "validation.jsonl")))
+        config = DataConfig(
+            data=DatasetConfig(file_path=str(self.data / "validation.jsonl"))
+        )
         tokenizer = load_tokenizer(self.folder / "student_init")
         dataset = TokenizedDataset(
             config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size
@@ -304,11 +326,19 @@ class Quickstart:
                 "kl_to_teacher": found.forward_kl,
                 "top1_agreement": found.top1_agreement,
             }
-        rows["teacher"] = {"ce": found.teacher_ce, "kl_to_teacher": 0.0, "top1_agreement": 1.0}
-        print(f"{'':<22}{'CE':>8}{'KL to teacher':>16}{'top-1 agreement':>18}{'training':>11}")
+        rows["teacher"] = {
+            "ce": found.teacher_ce,
+            "kl_to_teacher": 0.0,
+            "top1_agreement": 1.0,
+        }
+        print(
+            f"{'':<22}{'CE':>8}{'KL to teacher':>16}{'top-1 agreement':>18}{'training':>11}"
+        )
         for name, title in {**STUDENTS, "teacher": "teacher"}.items():
             ce, kl, top1 = rows[name].values()
-            print(f"{title:<22}{ce:>8.4f}{kl:>16.4f}{top1:>18.2%}{self.times_s[name]:>9.0f} s")
+            print(
+                f"{title:<22}{ce:>8.4f}{kl:>16.4f}{top1:>18.2%}{self.times_s[name]:>9.0f} s"
+            )
         print(
             f"(nats per token over {found.num_tokens:,} tokens of {len(examples)} examples that no "
             "model was trained on)"
@@ -333,7 +363,11 @@ class Quickstart:
 
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for name, title in STUDENTS.items():
-            lines = (self.folder / name / "metrics" / "metrics.jsonl").read_text().splitlines()
+            lines = (
+                (self.folder / name / "metrics" / "metrics.jsonl")
+                .read_text()
+                .splitlines()
+            )
             rows = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
             # A resumed run repeats steps; the later row counts.
             curve = {row["step"]: row["validation/sft_loss"] for row in rows}
@@ -361,7 +395,9 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    records = (json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines())
+    records = (
+        json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines()
+    )
     texts = (message["content"] for record in records for message in record["messages"])
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -390,9 +426,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.scale <= 0:
         parser.error(f"--scale: {arguments.scale} must be above 0")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # two ranks on a CPU, also where there is one GPU
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # two ranks on a CPU, also where there is one GPU
+    )
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed")
-    Quickstart(arguments.output_dir, Settings(seed=arguments.seed, scale=arguments.scale)).run()
+    Quickstart(
+        arguments.output_dir, Settings(seed=arguments.seed, scale=arguments.scale)
+    ).run()
 
 
 if __name__ == "__main__":

@@ -99,12 +99,16 @@ class TeacherRows(Generic[ArrayT]):
         """Return all arrays that are there, by the names of their fields."""
         fields = vars(self).items()
         return {
-            name: value for name, value in fields if name != "temperatures" and value is not None
+            name: value
+            for name, value in fields
+            if name != "temperatures" and value is not None
         }
 
     def map(self, change: Callable[[ArrayT], Any]) -> TeacherRows[Any]:
         """Apply `change` to every array."""
-        changed: dict[str, Any] = {name: change(array) for name, array in self.arrays().items()}
+        changed: dict[str, Any] = {
+            name: change(array) for name, array in self.arrays().items()
+        }
         return replace(self, **changed)
 
 
@@ -113,7 +117,8 @@ def join_rows(parts: Sequence[TeacherRows[ArrayT]]) -> TeacherRows[ArrayT]:
     is_torch = isinstance(parts[0].positions_P, torch.Tensor)
     concatenate: Any = torch.cat if is_torch else np.concatenate
     joined = {
-        name: concatenate([getattr(part, name) for part in parts]) for name in parts[0].arrays()
+        name: concatenate([getattr(part, name) for part in parts])
+        for name in parts[0].arrays()
     }
     return replace(parts[0], **joined)
 
@@ -250,7 +255,9 @@ class Batch:
             return None
         if not values_P.is_floating_point():
             values_P = values_P.long()
-        values_A = values_P.new_full((self.tokens_BS.numel(), *values_P.shape[1:]), filler)
+        values_A = values_P.new_full(
+            (self.tokens_BS.numel(), *values_P.shape[1:]), filler
+        )
         values_A[self.teacher.positions_P] = values_P
         return values_A.unflatten(0, self.tokens_BS.shape)
 

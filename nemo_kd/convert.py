@@ -39,15 +39,28 @@ def convert(config: ConvertCheckpointConfig) -> None:
                 f"output_path: {output} would be of the same kind as the input; end it in .nemo "
                 "for an archive, in anything else for a Hugging Face folder"
             )
-        dtype = getattr(torch, PRECISIONS[config.precision]) if config.precision else source.dtype
+        dtype = (
+            getattr(torch, PRECISIONS[config.precision])
+            if config.precision
+            else source.dtype
+        )
         output.parent.mkdir(parents=True, exist_ok=True)
         init_process_group(1, 1, "cpu")
         layout = ModelConfig(make_vocab_size_divisible_by=1)
         groups = initialize_model_parallel(layout, layout.seed)
         architecture = source.architecture
-        options = transformer_config(architecture, layout, dtype, perform_initialization=False)
+        options = transformer_config(
+            architecture, layout, dtype, perform_initialization=False
+        )
         model = build_gpt_model(architecture, options, 1, transformer_engine=False)
         source.load_weights(model, groups)
         save = save_nemo if to_nemo else save_hf
-        save(output, model, architecture, source.tokenizer_folder, groups, source.provenance)
+        save(
+            output,
+            model,
+            architecture,
+            source.tokenizer_folder,
+            groups,
+            source.provenance,
+        )
     print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")

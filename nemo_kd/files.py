@@ -80,7 +80,9 @@ def open_without_links(path: str | Path, flags: int) -> int:
             anyone who can write to the folder redirect this process to another file.
     """
     try:
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(
+            path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
+        )
     except OSError as error:
         if error.errno == errno.ELOOP and os.path.islink(path):
             raise FileError(
@@ -99,7 +101,9 @@ def open_without_links(path: str | Path, flags: int) -> int:
 
 
 def _not_regular(path: str | Path) -> FileError:
-    return FileError(f"{path}: is not a regular file but a folder, pipe or device; remove it")
+    return FileError(
+        f"{path}: is not a regular file but a folder, pipe or device; remove it"
+    )
 
 
 def open_regular(path: str | Path) -> BinaryIO:
@@ -134,10 +138,14 @@ def open_for_append(path: str | Path) -> BinaryIO:
     """Open or create a file for appending; refuse symbolic links."""
     with explained(path):
         descriptor = open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        return open(path, "ab", opener=lambda *_: descriptor)  # so that the file has its name
+        return open(
+            path, "ab", opener=lambda *_: descriptor
+        )  # so that the file has its name
 
 
-def write_atomically(path: str | Path, data: bytes | Iterable[bytes], note: str = "") -> None:
+def write_atomically(
+    path: str | Path, data: bytes | Iterable[bytes], note: str = ""
+) -> None:
     """Replace the content of `path`; a crash leaves either the old or the new content."""
     with atomic_file(path, note) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
@@ -157,7 +165,9 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
         try:
             # The tempfile module would make a file that only its owner can read.
             temporary.unlink(missing_ok=True)  # of a dead process that had this one's id
-            descriptor = open_without_links(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+            descriptor = open_without_links(
+                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            )
             with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
                 yield file
                 file.flush()
@@ -285,14 +295,20 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
     """
 
     def __init__(
-        self, path: Path, refusal: str = "is using it; wait until it ends", wait_s: float = 0.0
+        self,
+        path: Path,
+        refusal: str = "is using it; wait until it ends",
+        wait_s: float = 0.0,
     ) -> None:
         self.path = path
         self.file = open_lock_file(path)
         free = try_lock(self.file, fcntl.LOCK_EX)
         if free is False and 0 < wait_s < math.inf:
             log.warning(
-                "%s: locked by %s; waiting up to %g s", path, read_holder(self.file), wait_s
+                "%s: locked by %s; waiting up to %g s",
+                path,
+                read_holder(self.file),
+                wait_s,
             )
         deadline_s = time.monotonic() + wait_s
         while free is False and time.monotonic() < deadline_s:
@@ -321,7 +337,9 @@ def open_lock_file(path: Path) -> TextIO:
     """Open or create a lock file; refuse symbolic links."""
     with explained(path):
         descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        return open(path, "a+", encoding="utf-8", errors="replace", opener=lambda *_: descriptor)
+        return open(
+            path, "a+", encoding="utf-8", errors="replace", opener=lambda *_: descriptor
+        )
 
 
 def try_lock(file: TextIO, operation: int) -> bool | None:
@@ -352,7 +370,9 @@ def write_holder(file: TextIO, holder: str) -> None:
     """Write the holder's name into a lock file."""
     with explained(file.name):
         file.truncate(0)
-        os.write(file.fileno(), holder.encode())  # a buffer would be written once more at the close
+        os.write(
+            file.fileno(), holder.encode()
+        )  # a buffer would be written once more at the close
 
 
 def read_holder(file: TextIO) -> str:
@@ -364,7 +384,11 @@ def read_holder(file: TextIO) -> str:
 def this_process() -> str:
     """Describe this process for messages: PID, host, Slurm job, start time."""
     environment = os.environ
-    job = f", Slurm job {environment['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in environment else ""
+    job = (
+        f", Slurm job {environment['SLURM_JOB_ID']}"
+        if "SLURM_JOB_ID" in environment
+        else ""
+    )
     return f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
 
 

@@ -24,7 +24,8 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     if not precision.startswith("bf16"):
         return None
     return next(
-        (peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)), None
+        (peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)),
+        None,
     )
 
 

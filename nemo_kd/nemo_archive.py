@@ -70,12 +70,16 @@ class FolderFiles:
     def __init__(self, root: Path) -> None:
         self.root = root
         found = (path for path in root.rglob("*") if path.is_file())
-        self.sizes = {path.relative_to(root).as_posix(): path.stat().st_size for path in found}
+        self.sizes = {
+            path.relative_to(root).as_posix(): path.stat().st_size for path in found
+        }
 
     def open(self, name: str, start: int = 0, num_bytes: int | None = None) -> BinaryIO:
         descriptor = os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
         length = os.fstat(descriptor).st_size - start if num_bytes is None else num_bytes
-        return io.BufferedReader(FilePart(descriptor, start, length, owns_descriptor=True))
+        return io.BufferedReader(
+            FilePart(descriptor, start, length, owns_descriptor=True)
+        )
 
 
 class Archive(contextlib.AbstractContextManager["Archive"]):
@@ -123,7 +127,9 @@ class Archive(contextlib.AbstractContextManager["Archive"]):
         """
         for name in self.members:
             if not KNOWN_NAME.fullmatch(name):
-                problem = f"no .nemo archive of nemo_kd holds {name!r}; write the archive again"
+                problem = (
+                    f"no .nemo archive of nemo_kd holds {name!r}; write the archive again"
+                )
                 raise ArchiveError(f"{self.root}: {problem}")
 
     def tokenizer_folder(self) -> Path:
@@ -192,7 +198,11 @@ class FilePart(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origins = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.num_bytes}
+        origins = {
+            io.SEEK_SET: 0,
+            io.SEEK_CUR: self.position,
+            io.SEEK_END: self.num_bytes,
+        }
         position = offset + origins[whence]
         if position < 0:
             raise ValueError(f"negative position {position}")
@@ -258,7 +268,9 @@ def _scan(descriptor: int) -> dict[str, tuple[int, int]]:
             name = _checked_name(extension.get("path", info.name))
             extension = {}
             if info.type not in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE):
-                raise tarfile.ReadError(f"{name!r} is neither a regular file nor a folder")
+                raise tarfile.ReadError(
+                    f"{name!r} is neither a regular file nor a folder"
+                )
             if name in seen:
                 raise tarfile.ReadError(f"it holds {name!r} twice")
             if len(seen) == MAX_MEMBERS:
@@ -276,7 +288,9 @@ def _scan(descriptor: int) -> dict[str, tuple[int, int]]:
     return members
 
 
-def _read_header(descriptor: int, position: int, num_bytes: int) -> tarfile.TarInfo | None:
+def _read_header(
+    descriptor: int, position: int, num_bytes: int
+) -> tarfile.TarInfo | None:
     """Return the header at `position`; None for the mark of the end."""
     block = os.pread(descriptor, BLOCK, position)
     if len(block) < BLOCK:
@@ -290,7 +304,9 @@ def _read_header(descriptor: int, position: int, num_bytes: int) -> tarfile.TarI
         return tarfile.TarInfo.frombuf(block, "utf-8", "strict")
     except tarfile.HeaderError as error:
         plain = "it is not an uncompressed tar file"
-        raise tarfile.ReadError(f"{error} at byte {position:,}" if position else plain) from error
+        raise tarfile.ReadError(
+            f"{error} at byte {position:,}" if position else plain
+        ) from error
 
 
 def _checked_name(name: str) -> str:
@@ -317,8 +333,14 @@ def _pax_records(data: bytes) -> dict[str, str]:
     while position < len(data):
         digits, blank, _ = data[position : position + 8].partition(b" ")
         end = position + _decimal(digits.decode("ascii", "replace"))
-        key, equals, value = data[position + len(digits) + 1 : end].decode("utf-8").partition("=")
-        if not (blank and equals and value.endswith("\n")) or end > len(data) or key in records:
+        key, equals, value = (
+            data[position + len(digits) + 1 : end].decode("utf-8").partition("=")
+        )
+        if (
+            not (blank and equals and value.endswith("\n"))
+            or end > len(data)
+            or key in records
+        ):
             raise tarfile.ReadError("an extended header is damaged")
         if key.startswith("GNU.sparse"):
             raise tarfile.ReadError("it holds a sparse file")
@@ -329,12 +351,16 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 def _decimal(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise tarfile.ReadError(f"an extended header tells {text[:20]!r} where a number belongs")
+        raise tarfile.ReadError(
+            f"an extended header tells {text[:20]!r} where a number belongs"
+        )
     return int(text)
 
 
 def read_json(
-    path: Path, max_bytes: int = MAX_CONFIG_BYTES, error_type: type[UserInputError] = ConfigError
+    path: Path,
+    max_bytes: int = MAX_CONFIG_BYTES,
+    error_type: type[UserInputError] = ConfigError,
 ) -> dict[str, Any]:
     """Return the mapping in a JSON file, in time and memory proportional to its length.
 
@@ -352,7 +378,9 @@ def read_json(
     except OSError as error:
         raise error_type(f"{path}: cannot be read ({error.strerror})") from error
     except RecursionError as error:
-        raise error_type(f"{path}: nested too deeply; copy or download it again") from error
+        raise error_type(
+            f"{path}: nested too deeply; copy or download it again"
+        ) from error
     except ValueError as error:  # a number of more than 4,300 digits too
         raise error_type(
             f"{path}: not valid JSON ({str(error)[:200]}); copy or download it again"
@@ -369,7 +397,9 @@ def read_json(
     return content
 
 
-def check_regular_file(path: Path, error_type: type[UserInputError] = ConfigError) -> None:
+def check_regular_file(
+    path: Path, error_type: type[UserInputError] = ConfigError
+) -> None:
     """Refuse a path that cannot be read as a file, before anything opens it: opening a pipe blocks.
 
     Raises:

@@ -21,7 +21,9 @@ def printable(text: str, keep: str = "\t\n") -> str:
     if text.isprintable():
         return text
     return "".join(
-        character if character.isprintable() or character in keep else repr(character)[1:-1]
+        character
+        if character.isprintable() or character in keep
+        else repr(character)[1:-1]
         for character in text
     )
 
@@ -31,7 +33,9 @@ def print_text(text: str, stream: TextIO | None = None) -> None:
     stream = sys.stdout if stream is None else stream
     encoding = stream.encoding or "utf-8"
     try:
-        stream.write(printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.write(
+            printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n"
+        )
         stream.flush()
     except BrokenPipeError:
         # Python flushes once more at its end.
@@ -47,7 +51,11 @@ def size_text(num_bytes: float) -> str:
     """Format a number of bytes with a decimal unit."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if num_bytes < 1000 or unit == "TB":
-            return f"{num_bytes:,.0f} {unit}" if unit == "bytes" else f"{num_bytes:,.1f} {unit}"
+            return (
+                f"{num_bytes:,.0f} {unit}"
+                if unit == "bytes"
+                else f"{num_bytes:,.1f} {unit}"
+            )
         num_bytes /= 1000
     raise AssertionError
 

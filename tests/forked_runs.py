@@ -34,11 +34,18 @@ class StudentRun:
     """
 
     def __init__(
-        self, log_dir: Path, world_size: int, change: str, *arguments: Any, **overrides: Any
+        self,
+        log_dir: Path,
+        world_size: int,
+        change: str,
+        *arguments: Any,
+        **overrides: Any,
     ) -> None:
         self.log_dir = log_dir
         log_dir.mkdir(parents=True, exist_ok=True)
-        self.messages = log_dir.with_name(f"{log_dir.name}.{time.monotonic_ns()}.messages")
+        self.messages = log_dir.with_name(
+            f"{log_dir.name}.{time.monotonic_ns()}.messages"
+        )
         self._lines_before = len(metrics(log_dir))
         self._store = torch.distributed.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False
@@ -159,7 +166,10 @@ def _rank(
     file = os.open(messages, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
-    sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
+    sys.stdout, sys.stderr = (
+        os.fdopen(1, "w", buffering=1),
+        os.fdopen(2, "w", buffering=1),
+    )
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "GROUP_RANK": "0",
         "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),

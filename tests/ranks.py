@@ -33,7 +33,9 @@ class Ranks:
         self._processes: list[Any] = []
         self._pipes: list[multiprocessing.connection.Connection] = []
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 180) -> list[Any]:
+    def run(
+        self, function: Callable[..., Any], *args: Any, timeout_s: float = 180
+    ) -> list[Any]:
         """The results of `function(*args)` on every rank, in rank order. A hang or an error fails the test."""
         if not self._processes:
             self._start()
@@ -101,7 +103,11 @@ def _serve(
     torch.set_num_threads(1)
     store = torch.distributed.TCPStore("127.0.0.1", port)
     torch.distributed.init_process_group(
-        "gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
     )
     while True:
         try:

@@ -78,7 +78,9 @@ def manifest(codec: str = "json", **changes: Any) -> Manifest:
 
 def chunks_of(manifest: Manifest) -> list[range]:
     """The record indices of every chunk that the manifest calls for."""
-    indices = range(manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"] + 1)
+    indices = range(
+        manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"] + 1
+    )
     size = manifest.n_examples_per_chunk or len(indices)
     return [indices[start : start + size] for start in range(0, len(indices), size)]
 
@@ -157,7 +159,11 @@ def as_format_2(path: Path, journaled: int = 0) -> None:
     content = json.dumps(payload).encode()
     layout.manifest_path.write_bytes(content)
     entries = [{"manifest": hashlib.sha256(content).hexdigest()}]
-    entries += [{"chunk": key, "summary": chunks[key]} for key in chunks if key not in listed]
+    entries += [
+        {"chunk": key, "summary": chunks[key]} for key in chunks if key not in listed
+    ]
     if journaled:
         lines = (json.dumps(entry).encode() for entry in entries)
-        layout.journal_path.write_bytes(b"".join(b"%08x %s\n" % (zlib.crc32(x), x) for x in lines))
+        layout.journal_path.write_bytes(
+            b"".join(b"%08x %s\n" % (zlib.crc32(x), x) for x in lines)
+        )

@@ -21,9 +21,13 @@ def write_chat_dataset(path: Path, num_records: int, start: int = 0) -> Path:
     texts = (docstrings() * 5)[start : start + num_records]
     with path.open("w") as file:
         for number, text in enumerate(texts):
-            messages = [{"role": "user", "content": f"Say {number}" + " please" * (number % 3)}]
+            messages = [
+                {"role": "user", "content": f"Say {number}" + " please" * (number % 3)}
+            ]
             if number != 5:
-                messages.append({"role": "assistant", "content": text[: 20 + (number * 37) % 90]})
+                messages.append(
+                    {"role": "assistant", "content": text[: 20 + (number * 37) % 90]}
+                )
             file.write(json.dumps({"messages": messages}) + "\n")
     return path
 
@@ -75,14 +79,23 @@ def student_config(
         _with(
             {
                 "pretrained_checkpoint": {"restore_from_path": str(model)},
-                "trainer": {"precision": "32", "knowledge_distillation": {"val_check_interval": 4}},
+                "trainer": {
+                    "precision": "32",
+                    "knowledge_distillation": {"val_check_interval": 4},
+                },
                 "model": {
                     "micro_batch_size": 2,
                     "global_batch_size": 8,
-                    "knowledge_distillation": {"kd_loss_weight": 1.0, "sft_loss_weight": 0.5},
+                    "knowledge_distillation": {
+                        "kd_loss_weight": 1.0,
+                        "sft_loss_weight": 0.5,
+                    },
                     "optim": {"lr": 1e-3, "sched": {"warmup_steps": 0, "min_lr": 0.0}},
                     "data": {
-                        "data_prefix": {"train": [str(train)], "validation": [str(validation)]},
+                        "data_prefix": {
+                            "train": [str(train)],
+                            "validation": [str(validation)],
+                        },
                         "num_workers": 0,
                     },
                 },

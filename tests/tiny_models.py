@@ -45,7 +45,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
     },
     "llama_mha": {"model_type": "llama"},
-    "llama3.1": {"model_type": "llama", "head_dim": 64, "rope_parameters": _llama3_rope(8.0)},
+    "llama3.1": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "rope_parameters": _llama3_rope(8.0),
+    },
     "llama3.2_tied": {
         "model_type": "llama",
         "rope_parameters": _llama3_rope(32.0),

@@ -102,11 +102,16 @@ def train_tokenizer(
 
 
 @functools.lru_cache
-def train_sentencepiece_tokenizer(chat_template: str | None = LLAMA2) -> PreTrainedTokenizerFast:
+def train_sentencepiece_tokenizer(
+    chat_template: str | None = LLAMA2,
+) -> PreTrainedTokenizerFast:
     """A tokenizer that puts a space before every text, as those of Llama 2 and Mistral do."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split("\n", "isolated"), pre_tokenizers.Metaspace(prepend_scheme="first")]
+        [
+            pre_tokenizers.Split("\n", "isolated"),
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+        ]
     )
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
     trainer = trainers.BpeTrainer(

@@ -27,9 +27,13 @@ class CacheBlend:
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self.readers = list(readers)
         self._ends = list(accumulate(len(reader) for reader in readers))
-        described = [(reader.path, manifest) for reader in readers for manifest in reader.manifests]
         described = [
-            (path, manifest) for path, manifest in described if manifest.tokenizer != UNKNOWN
+            (reader.path, manifest) for reader in readers for manifest in reader.manifests
+        ]
+        described = [
+            (path, manifest)
+            for path, manifest in described
+            if manifest.tokenizer != UNKNOWN
         ]
         for path, manifest in described[1:]:
             first_path, first = described[0]
@@ -45,7 +49,11 @@ class CacheBlend:
     def __getitem__(self, position: int) -> CachedExample:
         number, inner = self._locate(position)
         cached = self.readers[number][inner]
-        return replace(cached, example=replace(cached.example, source=number)) if number else cached
+        return (
+            replace(cached, example=replace(cached.example, source=number))
+            if number
+            else cached
+        )
 
     def num_tokens(self, position: int) -> int:
         """Return the positions of a row."""

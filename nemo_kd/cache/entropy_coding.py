@@ -75,14 +75,18 @@ def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
     ends = np.cumsum(widths, dtype=np.int64)
     num_bytes = (int(ends[-1]) + 7) >> 3 if len(ends) else 0
     if len(packed) != num_bytes:
-        raise ValueError(f"{len(packed)} bytes of bit fields where {num_bytes} are called for")
+        raise ValueError(
+            f"{len(packed)} bytes of bit fields where {num_bytes} are called for"
+        )
     starts = ends - widths
     padded = np.frombuffer(bytes(packed) + b"\0\0\0\0", dtype=np.uint8)
     words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,)).take(
         starts >> 3
     )
     widths = widths.astype(np.uint32)
-    return (words >> (starts & 7).astype(np.uint32)) & ((np.uint32(1) << widths) - np.uint32(1))
+    return (words >> (starts & 7).astype(np.uint32)) & (
+        (np.uint32(1) << widths) - np.uint32(1)
+    )
 
 
 @functools.cache
@@ -100,9 +104,9 @@ def level_nats(fine: int, coarse: int) -> np.ndarray:
     companded = -2 * np.log(np.maximum(1 - level / (2 * fine), 1e-12))
     uniform = turn + (level - at_turn) / coarse
     tail = LEVEL_RANGE_NATS + (level - at_range) * LEVEL_TAIL_STEP_NATS
-    return np.where(level <= at_turn, companded, np.where(level <= at_range, uniform, tail)).astype(
-        np.float32
-    )
+    return np.where(
+        level <= at_turn, companded, np.where(level <= at_range, uniform, tail)
+    ).astype(np.float32)
 
 
 @functools.cache

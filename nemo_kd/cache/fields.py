@@ -10,7 +10,9 @@ import numpy as np
 from nemo_kd.cache.layout import CacheError
 
 
-def array(payload: dict[str, Any], field: str, ndim: int, kinds: str, where: str) -> np.ndarray:
+def array(
+    payload: dict[str, Any], field: str, ndim: int, kinds: str, where: str
+) -> np.ndarray:
     """Return the field as an array of `ndim` dimensions whose dtype is of one of numpy's `kinds`.
 
     Raises:
@@ -54,7 +56,9 @@ def ids(
     values = array(payload, field, ndim, "i", where)
     if values.min() < smallest or values.max() >= 1 << 31:
         wrong = values.min() if values.min() < smallest else values.max()
-        raise CacheError(f"{where}: field {field}: found {wrong}, expected token ids of at least 0")
+        raise CacheError(
+            f"{where}: field {field}: found {wrong}, expected token ids of at least 0"
+        )
     return values
 
 

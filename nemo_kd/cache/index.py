@@ -68,11 +68,17 @@ class ChunkSummary:
             for one in dataclasses.fields(cls)
             if one.type == "int"
         }
-        counts |= {f"skipped.{reason}": count for reason, count in summary.skipped.items()}
+        counts |= {
+            f"skipped.{reason}": count for reason, count in summary.skipped.items()
+        }
         for name, value in counts.items():
             if type(value) is not int or not 0 <= value < LARGEST_NUMBER:
-                raise ValueError(f"{name}: found {value!r}, expected a number of at least 0")
-        if not isinstance(summary.sha256, str) or not isinstance(summary.computed_with, list):
+                raise ValueError(
+                    f"{name}: found {value!r}, expected a number of at least 0"
+                )
+        if not isinstance(summary.sha256, str) or not isinstance(
+            summary.computed_with, list
+        ):
             raise TypeError("sha256 or computed_with is of another type")
         if not math.isfinite(float(summary.kept_mass_sum)):
             raise ValueError("kept_mass_sum is not finite")
@@ -81,12 +87,19 @@ class ChunkSummary:
     def add(self, other: ChunkSummary) -> None:
         """Add the counts of a segment that follows."""
         for one in dataclasses.fields(self):
-            if one.type in ("int", "float") and one.name not in ("first_index", "last_index"):
-                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+            if one.type in ("int", "float") and one.name not in (
+                "first_index",
+                "last_index",
+            ):
+                setattr(
+                    self, one.name, getattr(self, one.name) + getattr(other, one.name)
+                )
         for reason, count in other.skipped.items():
             self.skip(reason, count)
         self.computed_with += [
-            settings for settings in other.computed_with if settings not in self.computed_with
+            settings
+            for settings in other.computed_with
+            if settings not in self.computed_with
         ]
 
     def add_row(self, row: CachedExample, num_bytes: int) -> None:
@@ -188,16 +201,24 @@ class ChunkIndex:
         end = _HEADER.size + 8 * num_places
         if magic not in (MAGIC, OLDER_MAGIC) or facts.num_lines < 0:
             return None
-        if end + _CRC_BYTES > len(raw) or (magic == OLDER_MAGIC and end + _CRC_BYTES < len(raw)):
+        if end + _CRC_BYTES > len(raw) or (
+            magic == OLDER_MAGIC and end + _CRC_BYTES < len(raw)
+        ):
             return None
-        if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
+        if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(
+            raw[-_CRC_BYTES:], "little"
+        ):
             return None
         places = np.frombuffer(raw[_HEADER.size : end], dtype="<i8")
         starts = places[: facts.num_lines + 1]
         num_positions = places[facts.num_lines + 1 :]
         # A valid checksum does not exclude places outside the file: reading them could take any
         # amount of memory.
-        if starts[0] != 0 or starts[-1] != facts.bytes or (starts[1:] <= starts[:-1]).any():
+        if (
+            starts[0] != 0
+            or starts[-1] != facts.bytes
+            or (starts[1:] <= starts[:-1]).any()
+        ):
             return None
         if facts.num_lines and (
             num_positions.min() < 1 or num_positions.max() != facts.max_positions
@@ -277,7 +298,9 @@ class ChunkBuilder:
     def index(self, sha256: bytes, mtime_ns: int | None = None) -> ChunkIndex:
         """Return the index of all rows; with `mtime_ns` the shortcut without a summary."""
         facts = self.facts
-        starts = np.concatenate([[0], np.cumsum(facts.line_bytes, dtype=np.int64)]).astype(np.int64)
+        starts = np.concatenate(
+            [[0], np.cumsum(facts.line_bytes, dtype=np.int64)]
+        ).astype(np.int64)
         num_positions = np.array(facts.num_positions, dtype=np.int64)
         header = ChunkFacts(
             bytes=int(starts[-1]),

@@ -45,9 +45,13 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
         )
     k = ids_PK.shape[1]
 
-    def everywhere(values_P: np.ndarray, filler: Any, rows_P: Any = slice(None)) -> np.ndarray:
+    def everywhere(
+        values_P: np.ndarray, filler: Any, rows_P: Any = slice(None)
+    ) -> np.ndarray:
         """Fill the positions without a target, which do not count."""
-        values_S = np.empty((row.example.num_tokens, *values_P.shape[1:]), dtype=values_P.dtype)
+        values_S = np.empty(
+            (row.example.num_tokens, *values_P.shape[1:]), dtype=values_P.dtype
+        )
         values_S[:] = filler
         values_S[teacher.positions_P[rows_P]] = values_P[rows_P]
         return values_S
@@ -61,7 +65,9 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
         "tail_mass": everywhere(teacher.tail_mass_PT.astype(np.float32), 1).T,
     }
     if teacher.label_logprobs_P is not None:
-        fields["label_logprobs"] = everywhere(teacher.label_logprobs_P.astype(np.float32), 0)
+        fields["label_logprobs"] = everywhere(
+            teacher.label_logprobs_P.astype(np.float32), 0
+        )
     if teacher.tail_token_ids_PM is not None:
         fields["tail_token_ids"] = everywhere(teacher.tail_token_ids_PM, -1)
     for name in ("topk_logits", "log_sum_exp_logits", "tail_mass", "label_logprobs"):
@@ -81,7 +87,9 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
         CacheError: a field is missing, malformed or contradicts another one.
     """
     logits_SK = array(payload, "topk_logits", 2, "if", where).astype(np.float64)
-    log_sum_exp_S = array(payload, "log_sum_exp_logits", 1, "if", where).astype(np.float64)
+    log_sum_exp_S = array(payload, "log_sum_exp_logits", 1, "if", where).astype(
+        np.float64
+    )
     fields: dict[str, Any] = {
         "topk_logits": logits_SK,
         "topk_token_ids": ids(payload, "topk_token_ids", 2, where),
@@ -111,7 +119,9 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
     if "tail_mass" in payload:
         temperatures, tail_mass_TS = _tail_mass(payload, example.num_tokens, where)
     if "label_logprobs" in fields:
-        _check_range("label_logprobs", fields["label_logprobs"], -np.inf, PROBABILITY_ERROR, where)
+        _check_range(
+            "label_logprobs", fields["label_logprobs"], -np.inf, PROBABILITY_ERROR, where
+        )
     teacher = TeacherRows(
         positions_P=np.arange(example.num_tokens),
         topk_logits_PK=logits_SK.astype(np.float32),
@@ -160,8 +170,12 @@ def _tail_mass(
             f"temperatures {temperatures}, expected one list of {num_positions} numbers "
             "for each temperature, the first of which is 1"
         )
-    _check_range("temperatures", np.array(temperatures), SMALLEST_TEMPERATURE, np.inf, where)
-    _check_range("tail_mass", tail_mass_TS, -PROBABILITY_ERROR, 1 + PROBABILITY_ERROR, where)
+    _check_range(
+        "temperatures", np.array(temperatures), SMALLEST_TEMPERATURE, np.inf, where
+    )
+    _check_range(
+        "tail_mass", tail_mass_TS, -PROBABILITY_ERROR, 1 + PROBABILITY_ERROR, where
+    )
     return temperatures, np.clip(tail_mass_TS, 0, 1)
 
 

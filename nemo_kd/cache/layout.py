@@ -95,7 +95,11 @@ class CacheLayout:
         train_CHUNK_ID.jsonl.zst for train_CHUNK_ID.jsonl.
         """
         suffix = next(
-            (suffix for suffix in SUFFIXES if self._name.endswith(suffix) and self._name != suffix),
+            (
+                suffix
+                for suffix in SUFFIXES
+                if self._name.endswith(suffix) and self._name != suffix
+            ),
             "",
         )
         stem = self.output_path.removesuffix(suffix)
@@ -104,7 +108,11 @@ class CacheLayout:
             for other in SUFFIXES
             if other != suffix and not os.path.isdir(stem + other)
         ]
-        return [one for one in map(CacheLayout, paths) if one.manifest_name == self.manifest_name]
+        return [
+            one
+            for one in map(CacheLayout, paths)
+            if one.manifest_name == self.manifest_name
+        ]
 
     def templates(self) -> list[tuple[CacheLayout, int]]:
         """Return the templates that this file may be a chunk of, with its number there: one for
@@ -142,9 +150,13 @@ class CacheLayout:
 
     def part_lock_paths(self) -> list[tuple[int, Path]]:
         """Return (number, path) of the locks of parts on disk."""
-        pattern = re.compile(re.escape(f".{self.manifest_name}.part-") + r"(\d{1,18})\.lock")
+        pattern = re.compile(
+            re.escape(f".{self.manifest_name}.part-") + r"(\d{1,18})\.lock"
+        )
         matches = (pattern.fullmatch(name) for name in os.listdir(self.folder))
-        return sorted((int(match[1]), self.folder / match[0]) for match in matches if match)
+        return sorted(
+            (int(match[1]), self.folder / match[0]) for match in matches if match
+        )
 
     @property
     def start_lock_path(self) -> Path:
@@ -157,7 +169,9 @@ class CacheLayout:
             return [0] if self._name in names else []
         before, after = self._name.split(CHUNK_ID, 1)
         pattern = re.compile(
-            re.escape(before) + "(0|[1-9][0-9]{0,17})" + re.escape(after).replace(CHUNK_ID, r"\1")
+            re.escape(before)
+            + "(0|[1-9][0-9]{0,17})"
+            + re.escape(after).replace(CHUNK_ID, r"\1")
         )
         matches = (pattern.fullmatch(name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
@@ -167,13 +181,19 @@ class CacheLayout:
         if not self.folder.is_dir():
             return []
         return self.chunk_ids(
-            [name for name in os.listdir(self.folder) if os.path.isfile(self.folder / name)]
+            [
+                name
+                for name in os.listdir(self.folder)
+                if os.path.isfile(self.folder / name)
+            ]
         )
 
     def existing_indexes(self) -> list[int]:
         """Return the chunks that have an index on disk, ascending."""
         names = os.listdir(self.folder)
-        return self.chunk_ids([name[: -len(INDEX)] for name in names if name.endswith(INDEX)])
+        return self.chunk_ids(
+            [name[: -len(INDEX)] for name in names if name.endswith(INDEX)]
+        )
 
     def chunks_in_work(self) -> list[int]:
         """Return the chunks that have a folder of segments, ascending."""

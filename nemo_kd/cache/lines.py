@@ -86,7 +86,9 @@ class _Zst:
         try:
             size = zstandard.frame_content_size(raw)
             if size > most_line_bytes(len(raw)):
-                raise CacheError(f"{where}: a frame of {size} bytes is not a line of a cache")
+                raise CacheError(
+                    f"{where}: a frame of {size} bytes is not a line of a cache"
+                )
             line = self._decompressor.decompress(
                 raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw))
             )

@@ -78,7 +78,9 @@ class Manifest:
             journal = read_file(journal_path) if journal_path.exists() else b""
             return cls.parse(read_file(path), str(path), journal)
         except OSError as error:
-            raise CacheError(f"{path}: the manifest cannot be read ({error.strerror})") from error
+            raise CacheError(
+                f"{path}: the manifest cannot be read ({error.strerror})"
+            ) from error
 
     @classmethod
     def parse(cls, content: bytes, path: str, journal: bytes = b"") -> Manifest:
@@ -145,9 +147,15 @@ class Manifest:
         # Manifests of older versions lack these.
         for optional in OPTIONAL_IDENTITY:
             if not (_has(ours, optional) and _has(theirs, optional)):
-                ours = {key: value for key, value in ours.items() if not key.startswith(optional)}
+                ours = {
+                    key: value
+                    for key, value in ours.items()
+                    if not key.startswith(optional)
+                }
                 theirs = {
-                    key: value for key, value in theirs.items() if not key.startswith(optional)
+                    key: value
+                    for key, value in theirs.items()
+                    if not key.startswith(optional)
                 }
         return [
             f"{key}: {ours.get(key)!r} in the cache, {theirs.get(key)!r} now"
@@ -174,7 +182,11 @@ class Manifest:
         if self.merged_chunks is not None:
             return self.merged_chunks
         num_records = self.dataset["end_at_idx"] - self.dataset["start_from_idx"] + 1
-        return -(-num_records // self.n_examples_per_chunk) if self.n_examples_per_chunk else 1
+        return (
+            -(-num_records // self.n_examples_per_chunk)
+            if self.n_examples_per_chunk
+            else 1
+        )
 
     def hash(self) -> str:
         """Return the SHA-256 of the manifest's file."""
@@ -189,12 +201,18 @@ class Manifest:
 
     def _json(self) -> bytes:
         payload = self._payload() | {"format_version": FORMAT_VERSION}
-        return orjson.dumps(payload, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS) + b"\n"
+        return (
+            orjson.dumps(payload, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
+            + b"\n"
+        )
 
 
 def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     """Return `Manifest.codec`: the settings that decide what a record holds."""
-    settings: dict[str, Any] = {"name": cache.codec, "temperatures": list(cache.temperatures)}
+    settings: dict[str, Any] = {
+        "name": cache.codec,
+        "temperatures": list(cache.temperatures),
+    }
     if cache.codec == "packed":
         settings |= {
             "min_probability": cache.probability_floor,
@@ -218,7 +236,8 @@ def _check_types(manifest: Manifest, path: str) -> None:
             f"{', '.join(CODECS)}"
         )
     numbers: dict[str, Any] = {
-        name: getattr(manifest, name) for name in ("top_k", "vocab_size", "segment_examples")
+        name: getattr(manifest, name)
+        for name in ("top_k", "vocab_size", "segment_examples")
     }
     for name in ("start_from_idx", "end_at_idx"):
         numbers[f"dataset.{name}"] = manifest.dataset[name]
@@ -238,14 +257,18 @@ def _check_depth(payload: Any) -> None:
     level = [payload]
     for _ in range(DEEPEST):
         inner = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [one for values in inner for one in values if isinstance(one, dict | list)]
+        level = [
+            one for values in inner for one in values if isinstance(one, dict | list)
+        ]
         if not level:
             return
     raise ValueError(f"objects or lists are nested more than {DEEPEST} deep")
 
 
 def _has(identity: dict[str, Any], prefix: str) -> bool:
-    return any(key.startswith(prefix) and value is not None for key, value in identity.items())
+    return any(
+        key.startswith(prefix) and value is not None for key, value in identity.items()
+    )
 
 
 def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -110,7 +110,9 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         or counts_P.min(initial=1) < 1
         or counts_P.max(initial=1) > MAX_TOP_K
     ):
-        raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last")
+        raise ValueError(
+            f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last"
+        )
     _check_size(counts_P)
     kept = Kept.of(counts_P, used_PK.shape[1])
     coarse, ids_N, levels_N = _by_id(teacher, kept)
@@ -160,7 +162,9 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
             f"the teacher's blob has {header.num_stored} positions, the example {len(stored)}"
         )
     wide = bool(header.flags & _WIDE_COUNTS)
-    counts = _exactly(unhuffman(next(streams), len(stored) * (1 + wide)), len(stored) * (1 + wide))
+    counts = _exactly(
+        unhuffman(next(streams), len(stored) * (1 + wide)), len(stored) * (1 + wide)
+    )
     counts_P = counts.view("<u2" if wide else np.uint8) + np.int64(1)
     num_tails = len(stored) * len(temperatures)
     tail_TP = _tail_mass(
@@ -174,18 +178,24 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     _check_size(counts_P)
     kept = Kept.of(counts_P, int(counts_P.max(initial=1)))
     nats = level_nats(header.fine, header.coarse)
-    ids_N = _from_distances(_read_ids(streams, *_coding_order(kept, header.num_classes)), kept)
+    ids_N = _from_distances(
+        _read_ids(streams, *_coding_order(kept, header.num_classes)), kept
+    )
     # Rounding has moved the sum over the kept ids; scale it back to 1 - tail.
     p_N = np.exp(-nats).take(levels_N)
     head_P = (
-        np.add.reduceat(p_N, kept.starts_P) if header.num_kept else np.empty(0, dtype=np.float32)
+        np.add.reduceat(p_N, kept.starts_P)
+        if header.num_kept
+        else np.empty(0, dtype=np.float32)
     )
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
     sorted_levels_N, sorted_ids_N = _by_level(levels_N, ids_N, kept)
     first_P = -nats.take(sorted_levels_N[kept.starts_P])
     logits_PK = np.full((len(stored), kept.k), -np.inf, dtype=np.float32)
     ids_PK = np.full((len(stored), kept.k), -1, dtype=np.int32)
-    logits_PK.reshape(-1)[kept.cells_N] = -nats.take(sorted_levels_N) - first_P.take(kept.row_N)
+    logits_PK.reshape(-1)[kept.cells_N] = -nats.take(sorted_levels_N) - first_P.take(
+        kept.row_N
+    )
     ids_PK.reshape(-1)[kept.cells_N] = sorted_ids_N
 
     label_logprobs_P = None
@@ -196,10 +206,14 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         label_logprobs_P = np.full(len(stored), np.nan, dtype=np.float32)
         label_logprobs_P[rows] = shift_P[rows] - nats[levels_N[hits]]
         outside_P = np.isnan(label_logprobs_P)
-        label_levels = _exactly(unhuffman(next(streams), len(stored)), int(outside_P.sum()))
+        label_levels = _exactly(
+            unhuffman(next(streams), len(stored)), int(outside_P.sum())
+        )
         label_logprobs_P[outside_P] = -nats[label_levels]
     samples_PM = (
-        _read_samples(streams, len(stored), header.num_samples) if header.num_samples else None
+        _read_samples(streams, len(stored), header.num_samples)
+        if header.num_samples
+        else None
     )
     return TeacherRows(
         positions_P=stored,
@@ -237,12 +251,18 @@ def error_bound(
     step_PK = np.minimum(step_PK, 1 / COARSE_STEPS_PER_NAT)
     step_PK = np.where(nats_PK > LEVEL_RANGE_NATS, LEVEL_TAIL_STEP_NATS, step_PK)
     error_PK = step_PK / 2 + CELL_NATS
-    error_PK[:, 0] += step_PK[:, 0]  # a likeliest token that shares its level moves up by one
+    error_PK[:, 0] += step_PK[
+        :, 0
+    ]  # a likeliest token that shares its level moves up by one
     with np.errstate(divide="ignore"):
         odds_P = np.log(tail_P) - np.log1p(-tail_P)
     half_step_P = np.where(np.abs(odds_P) < 2.99, 1 / 32, 1 / 16)
-    highest_P = np.where(odds_P + half_step_P > TAIL_LOG_ODDS[-1], np.inf, odds_P + half_step_P)
-    lowest_P = np.where(odds_P - half_step_P < TAIL_LOG_ODDS[0], -np.inf, odds_P - half_step_P)
+    highest_P = np.where(
+        odds_P + half_step_P > TAIL_LOG_ODDS[-1], np.inf, odds_P + half_step_P
+    )
+    lowest_P = np.where(
+        odds_P - half_step_P < TAIL_LOG_ODDS[0], -np.inf, odds_P - half_step_P
+    )
     with np.errstate(over="ignore"):
         highest_P = 1 / (1 + np.exp(-highest_P))
         lowest_P = 1 / (1 + np.exp(-lowest_P))
@@ -264,8 +284,12 @@ class _Header(NamedTuple):
 
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     view = memoryview(blob)
-    if len(view) < _HEADER.size + 4 or zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
-        raise ValueError("the checksum of the teacher's blob is wrong: its bytes are damaged")
+    if len(view) < _HEADER.size + 4 or zlib.crc32(view[:-4]) != int.from_bytes(
+        view[-4:], "little"
+    ):
+        raise ValueError(
+            "the checksum of the teacher's blob is wrong: its bytes are damaged"
+        )
     header = _Header(*_HEADER.unpack_from(view))
     if header.version != BLOB_VERSION or header.flags & ~_FLAGS:
         raise ValueError(
@@ -275,18 +299,33 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     first = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : first], dtype="<f4")
     num_streams = (
-        4 + header.num_classes + bool(header.flags & _LABELS) + 3 * bool(header.num_samples)
+        4
+        + header.num_classes
+        + bool(header.flags & _LABELS)
+        + 3 * bool(header.num_samples)
     )
     counts_fit = header.num_streams == num_streams and header.num_classes > 0
-    if not counts_fit or temperatures[:1].tolist() != [1] or not 1 <= header.coarse <= header.fine:
+    if (
+        not counts_fit
+        or temperatures[:1].tolist() != [1]
+        or not 1 <= header.coarse <= header.fine
+    ):
         raise ValueError(f"the header of the teacher's blob contradicts itself: {header}")
-    lengths = np.frombuffer(view[first : first + 4 * header.num_streams], dtype="<u4").tolist()
-    ends = [first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)]
+    lengths = np.frombuffer(
+        view[first : first + 4 * header.num_streams], dtype="<u4"
+    ).tolist()
+    ends = [
+        first + 4 * header.num_streams + total for total in itertools.accumulate(lengths)
+    ]
     if not np.isfinite(temperatures).all() or temperatures.min() <= 0:
-        raise ValueError(f"temperatures {temperatures.tolist()} are not all finite and above 0")
+        raise ValueError(
+            f"temperatures {temperatures.tolist()} are not all finite and above 0"
+        )
     if not ends or ends[-1] != len(view) - 4:
         raise ValueError("the lengths of the teacher's streams do not add up")
-    streams = [view[end - length : end] for end, length in zip(ends, lengths, strict=True)]
+    streams = [
+        view[end - length : end] for end, length in zip(ends, lengths, strict=True)
+    ]
     return header, tuple(temperatures.tolist()), iter(streams)
 
 
@@ -305,7 +344,9 @@ def _rounding_kl(coarse: int) -> np.ndarray:
     return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
 
 
-def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarray, np.ndarray]:
+def _by_id(
+    teacher: TeacherRows[np.ndarray], kept: Kept
+) -> tuple[int, np.ndarray, np.ndarray]:
     """Return coarse steps per nat, and ids [N] and levels [N] of the kept entries.
 
     The entries of every position are in ascending order of their ids.
@@ -335,10 +376,16 @@ def _by_id(teacher: TeacherRows[np.ndarray], kept: Kept) -> tuple[int, np.ndarra
     return coarse, (keys_N >> np.uint32(8)).astype(np.int64), keys_N.astype(np.uint8)
 
 
-def _by_level(levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept) -> tuple[np.ndarray, np.ndarray]:
+def _by_level(
+    levels_N: np.ndarray, ids_N: np.ndarray, kept: Kept
+) -> tuple[np.ndarray, np.ndarray]:
     """Return levels [N] and ids [N] of the kept entries, every position's likeliest first."""
-    keys_N = _sorted(levels_N.astype(np.uint32) << np.uint32(24) | ids_N.view(np.uint32), kept)
-    return (keys_N >> np.uint32(24)).astype(np.uint8), (keys_N & np.uint32(0xFFFFFF)).view(np.int32)
+    keys_N = _sorted(
+        levels_N.astype(np.uint32) << np.uint32(24) | ids_N.view(np.uint32), kept
+    )
+    return (keys_N >> np.uint32(24)).astype(np.uint8), (
+        keys_N & np.uint32(0xFFFFFF)
+    ).view(np.int32)
 
 
 def _sorted(keys_N: np.ndarray, kept: Kept) -> np.ndarray:
@@ -357,7 +404,9 @@ def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
 
 
 def _tail_mass(tail_levels: np.ndarray, num_temperatures: int) -> np.ndarray:
-    log_odds = TAIL_LOG_ODDS.take(tail_levels).astype(np.float64)  # float64: 1 - mass may be tiny
+    log_odds = TAIL_LOG_ODDS.take(tail_levels).astype(
+        np.float64
+    )  # float64: 1 - mass may be tiny
     return (1 / (1 + np.exp(-log_odds))).reshape(num_temperatures, -1)
 
 
@@ -388,13 +437,17 @@ def _coding_order(kept: Kept, num_classes: int) -> tuple[np.ndarray, list[int]]:
     bounds_PC = -(-kept.counts_P[:, None] * np.arange(num_classes + 1) // num_classes)
     lengths_PC = np.diff(bounds_PC, axis=1)
     by_class_CP = lengths_PC.T
-    starts_CP = (np.cumsum(by_class_CP.ravel()) - by_class_CP.ravel()).reshape(by_class_CP.shape)
+    starts_CP = (np.cumsum(by_class_CP.ravel()) - by_class_CP.ravel()).reshape(
+        by_class_CP.shape
+    )
     moves_PC = starts_CP.T - kept.starts_P[:, None] - bounds_PC[:, :-1]
     order_N = np.repeat(moves_PC.ravel(), lengths_PC.ravel()) + np.arange(len(kept.row_N))
     return order_N, lengths_PC.sum(axis=0).tolist()
 
 
-def _id_streams(values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int]) -> list[bytes]:
+def _id_streams(
+    values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int]
+) -> list[bytes]:
     """floor(log2(value)) of values of at least 1, Huffman coded by class, and the bits below the
     leading one.
     """
@@ -403,7 +456,10 @@ def _id_streams(values_N: np.ndarray, order_N: np.ndarray, class_sizes: list[int
     symbols_N = np.empty(len(widths_N), dtype=np.uint8)
     symbols_N[order_N] = widths_N
     classes = np.split(symbols_N, np.cumsum(class_sizes)[:-1])
-    return [*map(huffman, classes), pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N)]
+    return [
+        *map(huffman, classes),
+        pack_bits(values_N ^ (np.uint32(1) << widths_N), widths_N),
+    ]
 
 
 def _read_ids(
@@ -427,7 +483,9 @@ def _sample_streams(samples_PM: np.ndarray) -> list[bytes]:
     ]
 
 
-def _read_samples(streams: Iterator[memoryview], num_stored: int, num_samples: int) -> np.ndarray:
+def _read_samples(
+    streams: Iterator[memoryview], num_stored: int, num_samples: int
+) -> np.ndarray:
     sampled_P = _exactly(unhuffman(next(streams), num_stored), num_stored) > 0
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
     count = int(sampled_P.sum()) * num_samples
@@ -451,5 +509,7 @@ def _check_size(counts_P: np.ndarray) -> None:
 
 def _exactly(symbols: np.ndarray, count: int) -> np.ndarray:
     if len(symbols) != count:
-        raise ValueError(f"a stream holds {len(symbols)} numbers where {count} are called for")
+        raise ValueError(
+            f"a stream holds {len(symbols)} numbers where {count} are called for"
+        )
     return symbols

@@ -71,7 +71,13 @@ class SegmentPublisher:
         self._connection, theirs = multiprocessing.Pipe()
         self._process = multiprocessing.get_context("fork").Process(
             target=_serve,
-            args=(theirs, os.getpid(), layout, replace(manifest, chunks={}), computed_with),
+            args=(
+                theirs,
+                os.getpid(),
+                layout,
+                replace(manifest, chunks={}),
+                computed_with,
+            ),
             name="segment-publisher",
         )
         # A process keeps the signals blocked that are blocked in the thread that forks it.
@@ -81,9 +87,13 @@ class SegmentPublisher:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         theirs.close()  # so that the death of the process, which alone has this end, closes it
-        self._courier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="segment-courier")
+        self._courier = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="segment-courier"
+        )
 
-    def publish(self, segment: Segment, records: Sequence[Record], **changed: Any) -> None:
+    def publish(
+        self, segment: Segment, records: Sequence[Record], **changed: Any
+    ) -> None:
         """Queue a segment: one record for each of its indices, in their order.
 
         Returns at once unless `max_waiting` segments wait already. The arrays must not be changed
@@ -96,7 +106,9 @@ class SegmentPublisher:
         started = time.perf_counter()
         self._collect(self._max_waiting)
         self.waited_s += time.perf_counter() - started
-        self._pending.append(self._courier.submit(self._deliver, segment, records, changed))
+        self._pending.append(
+            self._courier.submit(self._deliver, segment, records, changed)
+        )
 
     def close(self) -> None:
         """Wait until everything is on disk, and end the process.
@@ -118,12 +130,16 @@ class SegmentPublisher:
             return
         self._end()
         for error in [segment.exception() for segment in self._pending]:
-            if error is not None and not self._is_failure_raised:  # the block's error is raised
+            if (
+                error is not None and not self._is_failure_raised
+            ):  # the block's error is raised
                 log.error("a segment was not published: %s", error)
 
     def _collect(self, most_pending: int) -> None:
         """Take finished segments off the list, and wait until at most `most_pending` are left."""
-        while self._pending and (self._pending[0].done() or len(self._pending) > most_pending):
+        while self._pending and (
+            self._pending[0].done() or len(self._pending) > most_pending
+        ):
             self._is_failure_raised = self._pending[0].exception() is not None
             self.done.append(self._pending[0].result())
             self._pending.popleft()
@@ -135,7 +151,9 @@ class SegmentPublisher:
         try:
             self._courier.submit(self._dismiss)
             self._courier.shutdown()
-        except BaseException:  # a second interruption, while this waits: files stay whole even so
+        except (
+            BaseException
+        ):  # a second interruption, while this waits: files stay whole even so
             self._process.kill()
             raise
 
@@ -180,7 +198,9 @@ def _how(exitcode: int | None) -> str:
 def _send(connection: Connection, message: object) -> None:
     """Send an object of arrays without copying them, which would hold up the other threads."""
     buffers: list[pickle.PickleBuffer] = []
-    connection.send_bytes(pickle.dumps(message, protocol=5, buffer_callback=buffers.append))
+    connection.send_bytes(
+        pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
+    )
     connection.send(len(buffers))
     for buffer in buffers:
         connection.send_bytes(buffer.raw())

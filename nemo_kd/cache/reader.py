@@ -82,10 +82,14 @@ class CacheReader:
         self.vocab_size = vocab_size
         self.layout = CacheLayout(self.path)
         self.storage: Storage = open_storage(
-            self.path.rpartition("/")[0] if "://" in self.path else str(self.layout.folder)
+            self.path.rpartition("/")[0]
+            if "://" in self.path
+            else str(self.layout.folder)
         )
         self._lines = lines_of(self.path)
-        self._indexes: OrderedDict[int, tuple[ChunkIndex, np.ndarray | None]] = OrderedDict()
+        self._indexes: OrderedDict[int, tuple[ChunkIndex, np.ndarray | None]] = (
+            OrderedDict()
+        )
         self._lines_in_memory = 0
         self.manifests: list[Manifest] = []
         self._chunks = self._open_chunks(n_chunks, partial)
@@ -99,7 +103,9 @@ class CacheReader:
         self._ends = np.cumsum([chunk.num_rows for chunk in self._chunks])
         total = int(self._ends[-1])
         self._first = _bound(subset["start"], total, 0) if subset else 0
-        self._last = max(self._first, _bound(subset["end"], total, total)) if subset else total
+        self._last = (
+            max(self._first, _bound(subset["end"], total, total)) if subset else total
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_indexes": OrderedDict(), "_lines_in_memory": 0}
@@ -186,11 +192,13 @@ class CacheReader:
     def _open_chunks(self, n_chunks: int | None, partial: bool) -> list[_Chunk]:
         names = set(self.storage.names())
         chunk_ids = self.layout.chunk_ids(list(names))
-        shared = self._manifest(self.layout.manifest_name, names) or self._manifest_of_template(
-            names
-        )
+        shared = self._manifest(
+            self.layout.manifest_name, names
+        ) or self._manifest_of_template(names)
         if n_chunks is None:
-            n_chunks = shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
+            n_chunks = (
+                shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
+            )
         elif n_chunks < 1:
             raise CacheError(
                 f"{self.path}: n_chunks={n_chunks}, but a cache has at least one chunk"
@@ -201,7 +209,9 @@ class CacheReader:
             )
         if partial and chunk_ids:
             wanted = [
-                chunk_id for chunk_id in chunk_ids if self._may_be_complete(chunk_id, shared, names)
+                chunk_id
+                for chunk_id in chunk_ids
+                if self._may_be_complete(chunk_id, shared, names)
             ]
             if not wanted:
                 raise CacheError(
@@ -221,9 +231,15 @@ class CacheReader:
         chunks = []
         for number, chunk_id in enumerate(wanted):
             if number % INDEXES_AHEAD == 0:
-                ahead = map(self.layout.chunk_name, wanted[number : number + INDEXES_AHEAD])
+                ahead = map(
+                    self.layout.chunk_name, wanted[number : number + INDEXES_AHEAD]
+                )
                 self.storage.will_read(
-                    [(index, 0, None) for index in map(index_name, ahead) if index in names]
+                    [
+                        (index, 0, None)
+                        for index in map(index_name, ahead)
+                        if index in names
+                    ]
                 )
             name = self.layout.chunk_name(chunk_id)
             manifest = shared
@@ -234,7 +250,9 @@ class CacheReader:
             chunks.append(self._open_chunk(name, manifest, key))
         return chunks
 
-    def _may_be_complete(self, chunk_id: int, manifest: Manifest | None, names: set[str]) -> bool:
+    def _may_be_complete(
+        self, chunk_id: int, manifest: Manifest | None, names: set[str]
+    ) -> bool:
         if manifest is None:
             return True
         if manifest.format_version == format2.VERSION:
@@ -265,7 +283,10 @@ class CacheReader:
             manifest = self._read_manifest(layout.manifest_name, names)
             summary = manifest.summary_of(number, self._read_index(name))
             if summary is not None and self.storage.stat(name)[0] == summary.bytes:
-                records = {"start_from_idx": summary.first_index, "end_at_idx": summary.last_index}
+                records = {
+                    "start_from_idx": summary.first_index,
+                    "end_at_idx": summary.last_index,
+                }
                 of_chunk = replace(
                     manifest,
                     chunks={0: summary},
@@ -284,7 +305,9 @@ class CacheReader:
             # If it is gone meanwhile, its chunks are in the manifest.
             with contextlib.suppress(FileNotFoundError):
                 journal = self.storage.read(name + format2.JOURNAL_SUFFIX)
-        return Manifest.parse(self.storage.read(name), f"{self.storage.folder}/{name}", journal)
+        return Manifest.parse(
+            self.storage.read(name), f"{self.storage.folder}/{name}", journal
+        )
 
     def _open_chunk(self, name: str, manifest: Manifest | None, key: int) -> _Chunk:
         where = f"{self.storage.folder}/{name}"
@@ -338,7 +361,9 @@ class CacheReader:
                 fitting = np.flatnonzero(index.num_positions <= (self.seq_length or 0))
             self._indexes[number] = (replace(index, summary=None), fitting)
             self._lines_in_memory += len(index)
-            while len(self._indexes) > 1 and self._lines_in_memory > INDEX_LINES_IN_MEMORY:
+            while (
+                len(self._indexes) > 1 and self._lines_in_memory > INDEX_LINES_IN_MEMORY
+            ):
                 self._lines_in_memory -= len(self._indexes.popitem(last=False)[1][0])
         self._indexes.move_to_end(number)
         return self._indexes[number]

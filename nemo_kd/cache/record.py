@@ -55,7 +55,9 @@ def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
         fields["teacher"] = binascii.b2a_base64(blob, newline=False).decode("ascii")
     else:
         fields |= json_codec.teacher_fields(row)
-    return orjson.dumps(fields, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE)
+    return orjson.dumps(
+        fields, option=orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+    )
 
 
 def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
@@ -201,5 +203,8 @@ def _example(payload: dict[str, Any], index: int | None, where: str) -> Example:
             f"{where}: field loss_mask: found {loss_mask_S[wrong][0]}, expected only 0 and 1"
         )
     return Example(
-        example_index(payload, index, where), tokens_S, labels_S, loss_mask_S.astype(np.float32)
+        example_index(payload, index, where),
+        tokens_S,
+        labels_S,
+        loss_mask_S.astype(np.float32),
     )

@@ -13,7 +13,9 @@ from nemo_kd.batch import TeacherRows
 
 
 def limited(
-    teacher: TeacherRows[np.ndarray], top_k: int | None = None, vocab_size: int | None = None
+    teacher: TeacherRows[np.ndarray],
+    top_k: int | None = None,
+    vocab_size: int | None = None,
 ) -> TeacherRows[np.ndarray]:
     """Keep at most `top_k` tokens per position, all with ids below `vocab_size`; None: no limit.
 
@@ -42,7 +44,9 @@ def limited(
     return keep(teacher, kept_PK)
 
 
-def keep(teacher: TeacherRows[np.ndarray], kept_PK: np.ndarray) -> TeacherRows[np.ndarray]:
+def keep(
+    teacher: TeacherRows[np.ndarray], kept_PK: np.ndarray
+) -> TeacherRows[np.ndarray]:
     """Return the kept entries, in their order.
 
     Dropping an entry drops the tail samples too: they were drawn from another tail.
@@ -65,17 +69,21 @@ def keep(teacher: TeacherRows[np.ndarray], kept_PK: np.ndarray) -> TeacherRows[n
         :, : max(1, int(kept_PK.sum(axis=1).max()))
     ]
     kept_PK = np.take_along_axis(kept_PK, order_PK, axis=1)
-    ids_PK = np.where(kept_PK, np.take_along_axis(teacher.topk_token_ids_PK, order_PK, axis=1), -1)
-    logits_PK = np.where(kept_PK, np.take_along_axis(logits_PK, order_PK, axis=1), -np.inf)
+    ids_PK = np.where(
+        kept_PK, np.take_along_axis(teacher.topk_token_ids_PK, order_PK, axis=1), -1
+    )
+    logits_PK = np.where(
+        kept_PK, np.take_along_axis(logits_PK, order_PK, axis=1), -np.inf
+    )
     known_P = kept_PK[:, 0]
     largest_P = np.where(known_P, logits_PK[:, 0], 0)
     return replace(
         teacher,
         topk_logits_PK=(logits_PK - largest_P[:, None]).astype(np.float32),
         topk_token_ids_PK=ids_PK,
-        log_sum_exp_logits_P=np.where(known_P, teacher.log_sum_exp_logits_P - largest_P, 0).astype(
-            np.float32
-        ),
+        log_sum_exp_logits_P=np.where(
+            known_P, teacher.log_sum_exp_logits_P - largest_P, 0
+        ).astype(np.float32),
         tail_mass_PT=np.where(known_P[:, None], tail_mass_PT, 1).astype(np.float32),
         tail_token_ids_PM=None,
     )

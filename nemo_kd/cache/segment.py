@@ -95,10 +95,14 @@ class SegmentWriter:
                 f"{len(self.indices)} records"
             )
         payload = b"".join(self._payload)
-        header = dataclasses.asdict(self._builder) | {"sha256": hashlib.sha256(payload).hexdigest()}
+        header = dataclasses.asdict(self._builder) | {
+            "sha256": hashlib.sha256(payload).hexdigest()
+        }
         with explained(self.path.parent, PUBLISHED_STAYS):
             self.path.parent.mkdir(exist_ok=True)
-        write_atomically(self.path, [orjson.dumps(header), b"\n", payload], PUBLISHED_STAYS)
+        write_atomically(
+            self.path, [orjson.dumps(header), b"\n", payload], PUBLISHED_STAYS
+        )
 
 
 def segments(indices: range, segment_examples: int) -> list[range]:

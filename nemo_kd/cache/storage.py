@@ -85,7 +85,9 @@ class LocalStorage:
             for name, start, end in ranges:
                 length = 0 if end is None else end - start  # 0: to the end of the file
                 with contextlib.suppress(OSError):  # `read` reports it
-                    os.posix_fadvise(self._descriptor(name), start, length, os.POSIX_FADV_WILLNEED)
+                    os.posix_fadvise(
+                        self._descriptor(name), start, length, os.POSIX_FADV_WILLNEED
+                    )
 
     def save(self, name: str, content: bytes) -> bool:
         """Save a file that can be made again; return False if nothing can be written."""
@@ -129,7 +131,8 @@ class RemoteStorage:
             return []
         files = [entry for entry in found if entry["type"] == "file"]
         self._sizes = {
-            entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"]) for entry in files
+            entry["name"].rstrip("/").rsplit("/", 1)[-1]: int(entry["size"])
+            for entry in files
         }
         return list(self._sizes)
 
@@ -170,7 +173,9 @@ class RemoteStorage:
         return f"{self.folder}/{name}"
 
     def _fs(self) -> Any:
-        if self._process != os.getpid():  # connections and event loops do not survive a fork
+        if (
+            self._process != os.getpid()
+        ):  # connections and event loops do not survive a fork
             import fsspec  # not at the top: a cache on a disk needs no such package
 
             protocol = self.folder.split("://")[0]

@@ -106,7 +106,11 @@ class CacheWriter:
     @property
     def missing(self) -> list[int]:
         """Chunks that were not complete when last looked."""
-        return [chunk for chunk in range(len(self.chunks)) if chunk not in self.manifest.chunks]
+        return [
+            chunk
+            for chunk in range(len(self.chunks))
+            if chunk not in self.manifest.chunks
+        ]
 
     def missing_segments(self) -> list[Segment]:
         """Return the segments that this job has to compute, in the order of the records.
@@ -157,11 +161,15 @@ class CacheWriter:
         """
         with self._assembling, explained(self.layout.folder, PUBLISHED_STAYS):
             if up_to is None:
-                for chunk in sorted(set(self.layout.chunks_in_work()).intersection(self.missing)):
+                for chunk in sorted(
+                    set(self.layout.chunks_in_work()).intersection(self.missing)
+                ):
                     self._assemble_if_whole(chunk)
                 self._look()
                 return
-            for chunk in list(itertools.takewhile(lambda chunk: chunk <= up_to, self._waiting)):
+            for chunk in list(
+                itertools.takewhile(lambda chunk: chunk <= up_to, self._waiting)
+            ):
                 if self._assemble_if_whole(chunk):
                     del self._waiting[chunk]
 
@@ -169,7 +177,9 @@ class CacheWriter:
         """Create the manifest, or adopt the existing one if it describes the same cache."""
         layout = self.layout
         manifest = self.manifest
-        existing = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+        existing = (
+            Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+        )
         if existing is not None:
             self._refuse_sibling(existing)
         present = layout.existing_chunks()
@@ -181,7 +191,9 @@ class CacheWriter:
                 "output_path, or delete the file"
             )
         # A manifest without segments and chunks is left from a run that stopped early; replace it.
-        has_segments = any(any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work)
+        has_segments = any(
+            any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work
+        )
         is_bound = bool(present) or has_segments or not self._lock.is_alone
         if existing is not None and (is_bound or existing.chunks):
             self._check_same(existing)
@@ -245,13 +257,17 @@ class CacheWriter:
 
     def _of_this_part(self, chunk: int, whole: list[Any]) -> list[Any]:
         """Return this job's items of `whole`, which has one item for each segment of a chunk."""
-        return whole[(self._part[0] - self._first_segments[chunk]) % self._part[1] :: self._part[1]]
+        return whole[
+            (self._part[0] - self._first_segments[chunk]) % self._part[1] :: self._part[1]
+        ]
 
     def _segments(self, chunk: int) -> list[range]:
         return segments(self.chunks[chunk], self.manifest.segment_examples)
 
     def _segment_paths(self, chunk: int) -> list[Path]:
-        return [segment_path(self.layout, chunk, indices) for indices in self._segments(chunk)]
+        return [
+            segment_path(self.layout, chunk, indices) for indices in self._segments(chunk)
+        ]
 
     def _assemble_if_whole(self, chunk: int) -> bool:
         """Publish a chunk if all its segments are there.
@@ -264,7 +280,9 @@ class CacheWriter:
             paths = self._segment_paths(chunk)
             names = self.layout.segment_names(chunk)
             if not all(path.name in names for path in paths):
-                return all(path.name in names for path in self._of_this_part(chunk, paths))
+                return all(
+                    path.name in names for path in self._of_this_part(chunk, paths)
+                )
             self._check_same(Manifest.load(self.layout.manifest_path))
             try:
                 self.manifest.chunks[chunk] = self._assembled(chunk, paths)
@@ -310,7 +328,8 @@ def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
                 continue  # a damaged chunk is computed again
         if index.checksum == summary.sha256:
             write_atomically(
-                layout.index_path(chunk), dataclasses.replace(index, summary=summary).to_bytes()
+                layout.index_path(chunk),
+                dataclasses.replace(index, summary=summary).to_bytes(),
             )
     if manifest.format_version != FORMAT_VERSION:
         manifest.save(layout.manifest_path)
@@ -328,6 +347,8 @@ def _has_chunks(layout: CacheLayout, manifest: Manifest) -> bool:
     for chunk in layout.existing_chunks():
         path = layout.chunk_path(chunk)
         listed = manifest.chunks.get(chunk)
-        if complete_chunk(path) is not None or (listed and _has_listed_size(path, listed)):
+        if complete_chunk(path) is not None or (
+            listed and _has_listed_size(path, listed)
+        ):
             return True
     return False

@@ -147,7 +147,9 @@ def key_of(name: str, value: Any, command: str) -> str:
     return ALIASES[command].get(name, name)
 
 
-def translate(cfg: DictConfig, command: str, config_class: type) -> tuple[DictConfig, list[str]]:
+def translate(
+    cfg: DictConfig, command: str, config_class: type
+) -> tuple[DictConfig, list[str]]:
     """Return `cfg` with keys for aliases and without ignored keys, and warnings "key=value:
     reason".
 
@@ -162,7 +164,10 @@ def translate(cfg: DictConfig, command: str, config_class: type) -> tuple[DictCo
         if _get(values, key, "") is None:
             _pop(values, key)
     for alias in ALIASES[command]:
-        if _get(values, alias) is not None and key_of(alias, _get(values, alias), command) != alias:
+        if (
+            _get(values, alias) is not None
+            and key_of(alias, _get(values, alias), command) != alias
+        ):
             _rename(values, alias, command, config_class)
         elif not isinstance(_get(values, alias), dict):
             _pop(values, alias)

@@ -78,7 +78,9 @@ class CommandLine:
         return any(option in ("--multirun", "-m") for option in self.options)
 
 
-def read_command_line(arguments: list[str], config_class: type, command: str) -> CommandLine:
+def read_command_line(
+    arguments: list[str], config_class: type, command: str
+) -> CommandLine:
     """Return the options and overrides in `arguments`.
 
     Every `key=value` may add a key: our own check names unknown ones. Text is taken as typed,
@@ -118,10 +120,14 @@ def read_command_line(arguments: list[str], config_class: type, command: str) ->
         elif "=" in argument or argument.startswith("~"):
             given.append(argument)
         else:
-            raise ConfigError(_answer_to_word(argument, list(remaining), given, config_class))
+            raise ConfigError(
+                _answer_to_word(argument, list(remaining), given, config_class)
+            )
     _check_options(line)
     given, line.replaced = _without_aliases(given, command)
-    line.overrides = [_override(argument, config_class, known, line.is_sweep) for argument in given]
+    line.overrides = [
+        _override(argument, config_class, known, line.is_sweep) for argument in given
+    ]
     return line
 
 
@@ -134,7 +140,9 @@ def _without_aliases(given: list[str], command: str) -> tuple[list[str], list[st
     matches = [_KEY.fullmatch(argument) for argument in given]
     keys = [key_of(one["key"], one["value"], command) if one else "" for one in matches]
     names = {
-        one["key"] for one, key in zip(matches, keys, strict=True) if one and key == SEQ_LENGTH
+        one["key"]
+        for one, key in zip(matches, keys, strict=True)
+        if one and key == SEQ_LENGTH
     }
     yielding = YIELDS if len(names) > 1 else ""
     values: dict[str, tuple[str, str]] = {}
@@ -224,8 +232,12 @@ def _answer_to_word(
         argument,
         *(word for word in following if "=" not in word and not word.startswith("-")),
     ]
-    named = {each.partition("=")[0].lstrip("+") for each in given + following if "=" in each}
-    free = [each.key for each in docs if each.default == "mandatory" and each.key not in named]
+    named = {
+        each.partition("=")[0].lstrip("+") for each in given + following if "=" in each
+    }
+    free = [
+        each.key for each in docs if each.default == "mandatory" and each.key not in named
+    ]
     if free:
         form = " ".join(f"{key}={word}" for key, word in zip(free, words, strict=False))
         return f"{argument}: arguments are given as key=value: {form}"
@@ -239,9 +251,15 @@ def _example(key: str, value: str) -> str:
     value = value or "VALUE"
     if key == SPLITS_KEY:
         key = f"{key}.train"
-    if re.search(r"[$`\"\\!]", value):  # in double quotes the shell would still replace these
+    if re.search(
+        r"[$`\"\\!]", value
+    ):  # in double quotes the shell would still replace these
         return shlex.quote(f"{key}={value}")
-    return f'"{key}={value}"' if re.search(r"[\s#&|;<>()$*?'\[\]{}]", value) else f"{key}={value}"
+    return (
+        f'"{key}={value}"'
+        if re.search(r"[\s#&|;<>()$*?'\[\]{}]", value)
+        else f"{key}={value}"
+    )
 
 
 def _override(argument: str, config_class: type, known: list[str], is_sweep: bool) -> str:
@@ -271,7 +289,12 @@ def _value(key: str, value: str, config_class: type, known: list[str]) -> str:
         return value
     hint, is_path = key_type(config_class, key)
     kinds = set(alternatives(hint))
-    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" and _is_read(key, value):
+    if (
+        len(value) > 1
+        and value[0] == value[-1]
+        and value[0] in "'\""
+        and _is_read(key, value)
+    ):
         return value
     if kinds == {str} or (is_path and hint is Any and value[0] not in "[{"):
         return _quoted(value)
@@ -306,7 +329,9 @@ def _parse(argument: str) -> Any:
         return OverridesParser.create().parse_override(argument)
     except (HydraException, RecursionError) as error:
         key = argument.partition("=")[0]
-        raise ConfigError(f"{key}: cannot be read ({str(error).splitlines()[0][:200]})") from error
+        raise ConfigError(
+            f"{key}: cannot be read ({str(error).splitlines()[0][:200]})"
+        ) from error
 
 
 def _with_quotes(key: str, value: str) -> str:
@@ -317,7 +342,9 @@ def _with_quotes(key: str, value: str) -> str:
         return form
     shown = value if len(value) <= 300 else f"{value[:300]}..."
     example = (
-        "{train: ['FILE'], validation: ['FILE']}" if value.startswith("{") else "['TEXT', 'TEXT']"
+        "{train: ['FILE'], validation: ['FILE']}"
+        if value.startswith("{")
+        else "['TEXT', 'TEXT']"
     )
     raise ConfigError(
         f"{key}: {shown} cannot be read; brackets must match, texts that hold brackets, commas or "
@@ -329,7 +356,8 @@ def _with_quotes(key: str, value: str) -> str:
 def _quoted_texts(value: str) -> Iterator[str]:
     """Yield the parts of a list or mapping, texts that Hydra's grammar does not read in quotes."""
     for text, sign in re.findall(
-        r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|(?:[^,\[\]{}:]|:(?!\s))+)|([,\[\]{}:])", value
+        r"('(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|(?:[^,\[\]{}:]|:(?!\s))+)|([,\[\]{}:])",
+        value,
     ):
         plain = text.strip()
         if not plain or plain[0] in "'\"" or _is_read("key", plain):

@@ -25,7 +25,9 @@ def check_before_start(config: Any) -> None:
     Raises:
         ConfigError, CacheError: names the key.
     """
-    max_time = config.exp_manager.max_time_per_run if hasattr(config, "exp_manager") else None
+    max_time = (
+        config.exp_manager.max_time_per_run if hasattr(config, "exp_manager") else None
+    )
     if max_time is not None:
         parse_max_time(max_time)
     if isinstance(config, ComputeTopkLogitsConfig):
@@ -55,7 +57,9 @@ def _check_teacher(config: ComputeTopkLogitsConfig) -> None:
         if not config.dry_run:
             check_writable("output_path", layout.folder)
     if config.exp_manager.explicit_log_dir is not None and not config.dry_run:
-        check_writable("exp_manager.explicit_log_dir", Path(config.exp_manager.explicit_log_dir))
+        check_writable(
+            "exp_manager.explicit_log_dir", Path(config.exp_manager.explicit_log_dir)
+        )
 
 
 def _check_student(config: TrainStudentConfig) -> None:
@@ -66,7 +70,9 @@ def _check_student(config: TrainStudentConfig) -> None:
         config.trainer.num_nodes * config.trainer.num_devices
     )
     if data.max_tokens_per_batch is None:
-        check_batch_sizes(model.micro_batch_size, model.global_batch_size, data_parallel_size)
+        check_batch_sizes(
+            model.micro_batch_size, model.global_batch_size, data_parallel_size
+        )
     else:
         check_batch_sizes(1, model.global_batch_size, 1)
     for split in SPLITS:

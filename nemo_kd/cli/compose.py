@@ -121,8 +121,12 @@ def _count_nodes(path: Path, text: bytes) -> None:
     total = 0
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
         line = event.start_mark.line + 1
-        if not open_nodes and isinstance(event, yaml.ScalarEvent | yaml.SequenceStartEvent):
-            raise ConfigError(f"{path}:{line}: a configuration is a mapping of keys, KEY: VALUE")
+        if not open_nodes and isinstance(
+            event, yaml.ScalarEvent | yaml.SequenceStartEvent
+        ):
+            raise ConfigError(
+                f"{path}:{line}: a configuration is a mapping of keys, KEY: VALUE"
+            )
         if isinstance(event, yaml.AliasEvent):
             if event.anchor not in sizes:
                 raise ConfigError(
@@ -138,7 +142,9 @@ def _count_nodes(path: Path, text: bytes) -> None:
             open_nodes.append((event.anchor, total))
             total += 1
             if len(open_nodes) > MAX_YAML_DEPTH:
-                raise ConfigError(f"{path}:{line}: nested more than {MAX_YAML_DEPTH} deep")
+                raise ConfigError(
+                    f"{path}:{line}: nested more than {MAX_YAML_DEPTH} deep"
+                )
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, before = open_nodes.pop()
             if anchor:

@@ -39,7 +39,11 @@ def add_inspect(subcommands: Any) -> None:
         help="position of the example to show, from 0",
     )
     option(
-        "--sample", type=int, default=1000, metavar="N", help="examples to measure (default 1000)"
+        "--sample",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="examples to measure (default 1000)",
     )
     option(
         "--html",
@@ -64,7 +68,12 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nemo_kd.data.text import TokenText, example_lines
     from nemo_kd.data.tokenizer import load_tokenizer_of
     from nemo_kd.files import write_atomically
-    from nemo_kd.tools.inspect_cache import check_tokenizer, describe_cache, format_report, measure
+    from nemo_kd.tools.inspect_cache import (
+        check_tokenizer,
+        describe_cache,
+        format_report,
+        measure,
+    )
     from nemo_kd.tools.inspect_page import build_page, choose_rows
 
     reader = CacheReader(arguments.path, partial=True)
@@ -84,7 +93,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         f"example {number} of {len(reader):,} (record {row.example.index}): "
         f"{row.example.num_tokens:,} positions, {row.example.num_loss_tokens:,} in the loss"
     )
-    print_text("\n".join([format_report(report), "", headline, *example_lines(row, text)]))
+    print_text(
+        "\n".join([format_report(report), "", headline, *example_lines(row, text)])
+    )
     if arguments.html:
         positions = choose_rows(len(reader), number, arguments.num_examples)
         rows = ((position, reader[position]) for position in positions)
@@ -103,4 +114,6 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.html:
         folder = os.path.dirname(os.path.abspath(arguments.html))
         if os.path.isdir(arguments.html) or not os.path.isdir(folder):
-            raise ConfigError(f"--html: {arguments.html} must be a file in a folder that exists")
+            raise ConfigError(
+                f"--html: {arguments.html} must be a file in a folder that exists"
+            )

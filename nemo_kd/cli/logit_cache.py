@@ -27,7 +27,8 @@ def main() -> None:
     # argparse accepts no positional arguments behind options: KEY=VALUE arrive as unknown.
     arguments, unknown = command_line.parse_known_args()
     if unknown and (
-        "settings" not in arguments or any(argument.startswith("-") for argument in unknown)
+        "settings" not in arguments
+        or any(argument.startswith("-") for argument in unknown)
     ):
         command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
     with errors_end_the_process(at_once=False):
@@ -39,7 +40,8 @@ def main() -> None:
 def parser() -> OptionParser:
     """Return the parser; every subcommand sets `run`, which returns the exit status."""
     result = OptionParser(
-        prog="logit_cache", description="Inspect, check and change caches of teacher logits."
+        prog="logit_cache",
+        description="Inspect, check and change caches of teacher logits.",
     )
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
@@ -58,7 +60,9 @@ def _add_repair(subcommands: Any) -> None:
     )
     repair = subcommands.add_parser("repair", help=text, description=text)
     repair.add_argument("path", type=path, help=PATH)
-    repair.add_argument("--dry-run", action="store_true", help="only print what would be done")
+    repair.add_argument(
+        "--dry-run", action="store_true", help="only print what would be done"
+    )
     repair.set_defaults(run=_repair)
 
 
@@ -77,8 +81,16 @@ def _add_convert(subcommands: Any) -> None:
     )
     convert = subcommands.add_parser("convert", help=text, description=text)
     option = convert.add_argument
-    option("source", type=path, help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm")
-    option("target", type=path, help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst")
+    option(
+        "source",
+        type=path,
+        help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm",
+    )
+    option(
+        "target",
+        type=path,
+        help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst",
+    )
     option(
         "--from",
         dest="format",
@@ -87,7 +99,11 @@ def _add_convert(subcommands: Any) -> None:
         help="format of the source; vllm: prompt_logprobs",
     )
     option("--codec", choices=["packed", "json"], default="packed")
-    option("--top-k", type=int, help="most tokens to keep per position (default: the source's)")
+    option(
+        "--top-k",
+        type=int,
+        help="most tokens to keep per position (default: the source's)",
+    )
     option(
         "--min-probability",
         type=float,
@@ -100,15 +116,26 @@ def _add_convert(subcommands: Any) -> None:
         default=1.0,
         help="keep the likeliest tokens until they hold this probability (default 1)",
     )
-    option("--min-k", type=int, default=1, help="least tokens to keep per position (default 1)")
-    option("--vocab-size", type=int, help="the teacher's vocabulary, if the source has no manifest")
+    option(
+        "--min-k",
+        type=int,
+        default=1,
+        help="least tokens to keep per position (default 1)",
+    )
+    option(
+        "--vocab-size",
+        type=int,
+        help="the teacher's vocabulary, if the source has no manifest",
+    )
     option(
         "--tokenizer",
         type=path,
         metavar="MODEL",
         help="folder of the teacher's model or tokenizer, if the source has no manifest",
     )
-    option("--examples-per-chunk", type=int, help="records per chunk (default: the source's)")
+    option(
+        "--examples-per-chunk", type=int, help="records per chunk (default: the source's)"
+    )
     convert.set_defaults(run=_convert)
 
 
@@ -150,19 +177,25 @@ def _convert(arguments: argparse.Namespace) -> int:
     num_tokens = sum(chunk.tokens for chunk in chunks)
     per_token = sum(chunk.bytes for chunk in chunks) / max(1, num_tokens)
     num_examples = sum(chunk.examples for chunk in chunks)
-    print(f"{num_examples:,} examples, {num_tokens:,} tokens, {per_token:,.1f} bytes per token")
+    print(
+        f"{num_examples:,} examples, {num_tokens:,} tokens, {per_token:,.1f} bytes per token"
+    )
     return 0
 
 
 def _add_merge(subcommands: Any) -> None:
-    text = (
-        "make one cache of several that were written apart, for example from ranges of one dataset"
-    )
+    text = "make one cache of several that were written apart, for example from ranges of one dataset"
     merge = subcommands.add_parser("merge", help=text, description=text)
     option = merge.add_argument
     option("sources", type=path, nargs="+", help=PATH)
-    option("--output", type=path, required=True, help="CHUNK_ID template of the merged cache")
-    option("--allow-gaps", action="store_true", help="allow missing records between the sources")
+    option(
+        "--output", type=path, required=True, help="CHUNK_ID template of the merged cache"
+    )
+    option(
+        "--allow-gaps",
+        action="store_true",
+        help="allow missing records between the sources",
+    )
     option(
         "--num-workers",
         type=int,
@@ -176,7 +209,10 @@ def _merge(arguments: argparse.Namespace) -> int:
     from nemo_kd.tools.merge import merge
 
     manifest = merge(
-        arguments.sources, arguments.output, arguments.allow_gaps, max(1, arguments.num_workers)
+        arguments.sources,
+        arguments.output,
+        arguments.allow_gaps,
+        max(1, arguments.num_workers),
     )
     num_examples = sum(chunk.examples for chunk in manifest.chunks.values())
     print(f"{len(manifest.chunks)} chunks, {num_examples:,} examples")

@@ -40,10 +40,17 @@ def main() -> None:
 def parser() -> OptionParser:
     result = OptionParser(prog="plot_runs", description=SUMMARY)
     result.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's log folder, or its metrics.jsonl"
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="a run's log folder, or its metrics.jsonl",
     )
     result.add_argument(
-        "--output-dir", type=Path, default=Path("curves"), help="for the pictures (default: curves)"
+        "--output-dir",
+        type=Path,
+        default=Path("curves"),
+        help="for the pictures (default: curves)",
     )
     result.add_argument(
         "--metrics",

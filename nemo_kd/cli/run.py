@@ -100,7 +100,9 @@ def run(command: Command) -> None:
 
 def _absolute(line: CommandLine) -> list[str]:
     """Return the options for Hydra, to which a relative folder is relative to a Python file."""
-    options = [option for option in line.options if not option.startswith("--config-path=")]
+    options = [
+        option for option in line.options if not option.startswith("--config-path=")
+    ]
     return (
         [*options, f"--config-path={config_folder(line)}"]
         if "--config-path" in line.settings
@@ -124,7 +126,9 @@ def help_text(command: Command) -> str:
         default = "mandatory" if key.default == "mandatory" else f"default {key.default}"
         need = f", {key.need}" if key.need else ""
         lines += [f"  {key.key}  ({key.type}, {default}{need})"]
-        lines += textwrap.wrap(key.doc, width, initial_indent="      ", subsequent_indent="      ")
+        lines += textwrap.wrap(
+            key.doc, width, initial_indent="      ", subsequent_indent="      "
+        )
     lines += ["", "Other names of keys:"]
     lines += [f"  {name}: {key}" for name, key in ALIASES[command.name].items()]
     if any(key.key == "dry_run" for key in describe(command.config_class)):
@@ -155,7 +159,8 @@ def _run_with_config(command: Command, cfg: DictConfig) -> None:
         configure_logging()
         if ignored and find_ranks().rank == 0:
             print_text(
-                "warning: these keys do nothing here:\n  " + "\n  ".join(ignored), sys.stderr
+                "warning: these keys do nothing here:\n  " + "\n  ".join(ignored),
+                sys.stderr,
             )
         module, function = command.function.split(":")
         getattr(importlib.import_module(module), function)(config)

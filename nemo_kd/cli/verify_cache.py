@@ -44,8 +44,12 @@ def add_verify(subcommands: Any, path_help: str) -> None:
         metavar="TEACHER",
         help="score a sample with this teacher twice, the second time as a control",
     )
-    verify.add_argument("--num-examples", type=int, default=64, help="rows to sample (default 64)")
-    verify.add_argument("--seed", type=int, default=0, help="seed of the sample (default 0)")
+    verify.add_argument(
+        "--num-examples", type=int, default=64, help="rows to sample (default 64)"
+    )
+    verify.add_argument(
+        "--seed", type=int, default=0, help="seed of the sample (default 0)"
+    )
     verify.add_argument(
         "--dataset",
         type=path,
@@ -73,10 +77,16 @@ def _verify_bytes(arguments: argparse.Namespace) -> int:
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
         print_text(problem)
-    counts = {name: sum(report.counts[name] for report in reports) for name in reports[0].counts}
-    found = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items())
+    counts = {
+        name: sum(report.counts[name] for report in reports) for name in reports[0].counts
+    }
+    found = ", ".join(
+        f"{count:,} {name.replace('_', ' ')}" for name, count in counts.items()
+    )
     num_chunks = sum(report.chunk >= 0 for report in reports)
-    print(f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}")
+    print(
+        f"{num_chunks} chunks, {sum(report.bytes for report in reports):,} bytes, {found}"
+    )
     print(f"{len(problems)} problems" if problems else "no problem found")
     return 1 if problems else 0
 

@@ -33,14 +33,18 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
     if not output.exists():
         return
     if not overwrite:
-        raise ConfigError(f"output_path: {output} exists; give another path or overwrite=True")
+        raise ConfigError(
+            f"output_path: {output} exists; give another path or overwrite=True"
+        )
     if source.resolve().is_relative_to(output.resolve()):
         raise ConfigError(
             f"output_path: {output} holds the input, which overwrite=True would delete; "
             "give another path"
         )
     replaceable = (
-        output.is_file() if output.suffix == ".nemo" else (output / "config.json").is_file()
+        output.is_file()
+        if output.suffix == ".nemo"
+        else (output / "config.json").is_file()
     )
     if not replaceable:
         raise ConfigError(

@@ -135,7 +135,9 @@ class ExpManagerConfig(RunConfig):
     checkpoint_callback_params: CheckpointParams = field(default_factory=CheckpointParams)
     create_early_stopping_callback: bool = False
     """End the run when it no longer improves."""
-    early_stopping_callback_params: EarlyStoppingParams = field(default_factory=EarlyStoppingParams)
+    early_stopping_callback_params: EarlyStoppingParams = field(
+        default_factory=EarlyStoppingParams
+    )
     create_tensorboard_logger: bool = True
     """Write files for TensorBoard."""
     summary_writer_kwargs: dict[str, Any] | None = None
@@ -187,7 +189,8 @@ class ExpManagerConfig(RunConfig):
         super().__post_init__()
         if (self.ema or {}).get("enable"):
             raise self.error(
-                "ema.enable", "True is not supported: no moving average of weights is kept"
+                "ema.enable",
+                "True is not supported: no moving average of weights is kept",
             )
         if self.max_time_per_run is not None and not self.create_checkpoint_callback:
             raise self.error(

@@ -69,7 +69,9 @@ compared."""
 def compared_values(config: Any) -> dict[str, Any]:
     """Return every key of a configuration that is compared, with its value as JSON has it."""
     return {
-        key: json.loads(json.dumps(value)) for key, value in _leaves(config, "") if not is_free(key)
+        key: json.loads(json.dumps(value))
+        for key, value in _leaves(config, "")
+        if not is_free(key)
     }
 
 
@@ -82,7 +84,11 @@ def compared_defaults(config_class: type) -> dict[str, Any]:
         default = factory() if factory is not dataclasses.MISSING else field.default
         if default is not dataclasses.MISSING:
             values |= dict(_leaves_of(default, field.name))
-    return {key: json.loads(json.dumps(value)) for key, value in values.items() if not is_free(key)}
+    return {
+        key: json.loads(json.dumps(value))
+        for key, value in values.items()
+        if not is_free(key)
+    }
 
 
 def is_free(key: str) -> bool:
@@ -113,8 +119,12 @@ def allowed_keys(allow_changed: Iterable[str], compared: Iterable[str]) -> set[s
             and not any(free.endswith(f".{entry}") for free in FREE_KEYS)
         ):
             last_parts = {key.rpartition(".")[2]: key for key in compared}
-            close = difflib.get_close_matches(entry, [*compared, *last_parts], n=1, cutoff=0.6)
-            meant = f"; did you mean {last_parts.get(close[0], close[0])}?" if close else ""
+            close = difflib.get_close_matches(
+                entry, [*compared, *last_parts], n=1, cutoff=0.6
+            )
+            meant = (
+                f"; did you mean {last_parts.get(close[0], close[0])}?" if close else ""
+            )
             raise ConfigError(f"{KEY}: {entry} is not a key that is compared{meant}")
         allowed.update(found)
     return allowed

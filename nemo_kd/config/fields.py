@@ -76,7 +76,9 @@ def rule_of(a_field: dataclasses.Field[Any]) -> Rule:
 
 def _field(default: Any, rule: Rule) -> Any:
     if isinstance(default, list | dict):
-        return field(default_factory=lambda: type(default)(default), metadata={RULE: rule})
+        return field(
+            default_factory=lambda: type(default)(default), metadata={RULE: rule}
+        )
     return field(default=default, metadata={RULE: rule})
 
 
@@ -100,7 +102,9 @@ class Section:
             values = value if isinstance(value, list) else [value]
             for item in values if rule.one_of else ():
                 if item not in rule.one_of:
-                    raise self.error(each.name, f"{item!r} is not one of {', '.join(rule.one_of)}")
+                    raise self.error(
+                        each.name, f"{item!r} is not one of {', '.join(rule.one_of)}"
+                    )
             if rule.need and not all(map(rule.accepts, values)):
                 raise self.error(each.name, f"{value} must be {rule.need}")
 

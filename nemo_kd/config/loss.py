@@ -115,7 +115,9 @@ class LossConfig(Section):
     """Weight of the KD term; 0 trains plain SFT."""
     sft_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
     """Weight of the cross-entropy with the labels."""
-    kd_loss: str = choice("forward_kl", (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES))
+    kd_loss: str = choice(
+        "forward_kl", (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES)
+    )
     """forward_kl (fwd_kl) = KL(teacher || student), reverse_kl (bwd_kl) = KL(student || teacher),
     jsd, skewed_forward_kl, skewed_reverse_kl, adaptive_kl, tvd; on the label's probability alone
     k1, k2, k3, low_var_kl; custom."""
@@ -212,7 +214,9 @@ class LossConfig(Section):
         return self.logits_scale, self.target_logits_scale
 
     def _check_combination(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)} | {"custom_args": {}}
+        defaults = {item.name: item.default for item in fields(self)} | {
+            "custom_args": {}
+        }
         for name, owners in OWN_KEYS.items():
             if getattr(self, name) != defaults[name] and self.objective not in owners:
                 raise self.error(
@@ -223,12 +227,18 @@ class LossConfig(Section):
         is_custom = self.objective == "custom"
         if is_custom and not self.custom_loss:
             raise self.error(
-                "custom_loss", "missing; kd_loss=custom needs the import path of a function"
+                "custom_loss",
+                "missing; kd_loss=custom needs the import path of a function",
             )
         if self.objective not in DIVERGENCES and self.support != "tail":
-            reason = "the function sees all logits" if is_custom else "it looks at the label alone"
+            reason = (
+                "the function sees all logits"
+                if is_custom
+                else "it looks at the label alone"
+            )
             raise self.error(
-                "support", f"{self.support} has no effect with kd_loss={self.kd_loss}: {reason}"
+                "support",
+                f"{self.support} has no effect with kd_loss={self.kd_loss}: {reason}",
             )
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
             raise self.error(
@@ -244,13 +254,17 @@ class LossConfig(Section):
             )
 
     def _check_scales(self) -> None:
-        if self.temperature is not None and (self.logits_scale, self.target_logits_scale) != (1, 1):
+        if self.temperature is not None and (
+            self.logits_scale,
+            self.target_logits_scale,
+        ) != (1, 1):
             raise ConfigError(
                 f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both"
             )
         if self.multiply_by_squared_temperature and self.temperature is None:
             raise self.error(
-                "multiply_by_squared_temperature", "give temperature, which it multiplies by"
+                "multiply_by_squared_temperature",
+                "give temperature, which it multiplies by",
             )
         if self._scales == (1, 1):
             return

@@ -147,7 +147,9 @@ class ParallelConfig(Section):
             ConfigError: the ranks do not divide evenly.
         """
         sizes = {
-            name: getattr(self, name) for name in PARALLEL_SIZES[:3] if getattr(self, name) > 1
+            name: getattr(self, name)
+            for name in PARALLEL_SIZES[:3]
+            if getattr(self, name) > 1
         }
         ranks = math.prod(sizes.values())
         if world_size % ranks:
@@ -217,7 +219,9 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
         )
 
 
-def check_training_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+def check_training_layout(
+    architecture: GPTArchitecture, parallel: ParallelConfig
+) -> None:
     """Check as `check_layout` does, and what Megatron refuses in training only.
 
     Raises:
@@ -246,11 +250,16 @@ def length_multiple(parallel: ParallelConfig) -> int:
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
     return math.lcm(
-        chunks, context * parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        chunks,
+        context * parallel.tensor_model_parallel_size
+        if parallel.sequence_parallel
+        else 1,
     )
 
 
-def padded_vocab_size(vocab_size: int, divisible_by: int, tensor_model_parallel_size: int) -> int:
+def padded_vocab_size(
+    vocab_size: int, divisible_by: int, tensor_model_parallel_size: int
+) -> int:
     """Return the embedding rows after padding to a multiple of `divisible_by` and the
     tensor-parallel size.
 

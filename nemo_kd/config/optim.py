@@ -53,9 +53,15 @@ class SchedConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for phase in ("warmup", "constant"):
-            if None not in (getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio")):
+            if None not in (
+                getattr(self, f"{phase}_steps"),
+                getattr(self, f"{phase}_ratio"),
+            ):
                 raise self.error(f"{phase}_steps", f"give it or {phase}_ratio, not both")
-        if (self.constant_steps or self.constant_ratio) and self.shape not in ("cosine", "linear"):
+        if (self.constant_steps or self.constant_ratio) and self.shape not in (
+            "cosine",
+            "linear",
+        ):
             raise self.error(
                 "constant_steps and constant_ratio",
                 f"are for CosineAnnealing and linear; leave them out with name={self.name}",
@@ -73,7 +79,9 @@ class SchedConfig(Section):
         maximum. Constant steps that do not fit after the warmup are left out: a short run would
         train at min_lr throughout.
         """
-        warmup = _steps(self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps)
+        warmup = _steps(
+            self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps
+        )
         constant = self.asked_constant_steps(max_steps)
         if warmup + constant > max_steps:
             constant = 0
@@ -116,7 +124,8 @@ class OptimConfig(Section):
             raise self.error("betas", f"{self.betas} must be two numbers")
         if self.sched.min_lr > self.lr and self.sched.shape != "constant":
             raise self.error(
-                "sched.min_lr", f"{self.sched.min_lr} must be at most {self.KEY}.lr ({self.lr})"
+                "sched.min_lr",
+                f"{self.sched.min_lr} must be at most {self.KEY}.lr ({self.lr})",
             )
 
     @property

@@ -56,7 +56,9 @@ class LoraConfig(Section):
     @property
     def targets(self) -> tuple[str, ...]:
         """Return the projections with groups replaced by their members."""
-        wanted = {target for name in self.target_modules for target in GROUPS.get(name, (name,))}
+        wanted = {
+            target for name in self.target_modules for target in GROUPS.get(name, (name,))
+        }
         return tuple(target for target in TARGETS if target in wanted)
 
     @property
@@ -114,11 +116,14 @@ class ExportConfig(Section):
         super().__post_init__()
         if self.lora == "adapter" and not self.hf:
             raise self.error(
-                "lora", "adapter, but export.hf=false writes no folder for it; add export.hf=true"
+                "lora",
+                "adapter, but export.hf=false writes no folder for it; add export.hf=true",
             )
 
 
-def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+def check_lora(
+    peft: PeftConfig, architecture: GPTArchitecture, parallel: ParallelConfig
+) -> None:
     """Refuse adapters that do not fit the model; warn about adapter settings without effect.
 
     Raises:
@@ -134,7 +139,9 @@ def check_lora(peft: PeftConfig, architecture: GPTArchitecture, parallel: Parall
             )
         return
     layers = architecture.num_layers
-    outside = [number for number in lora.layer_selection or [] if not 1 <= number <= layers]
+    outside = [
+        number for number in lora.layer_selection or [] if not 1 <= number <= layers
+    ]
     if outside or lora.layer_selection == []:
         raise ConfigError(
             f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to "

@@ -29,7 +29,9 @@ class TrainerConfig(Section):
     """auto (GPU if there is one), gpu or cpu."""
     precision: str = choice(AUTO_PRECISION, (AUTO_PRECISION, *PRECISIONS))
     """Dtype of weights and activations: bf16 or 32. auto uses bf16 on a GPU and 32 on a CPU."""
-    distributed_timeout_minutes: float = bounded(10.0, above=0, at_most=MAX_TIMEOUT_MINUTES)
+    distributed_timeout_minutes: float = bounded(
+        10.0, above=0, at_most=MAX_TIMEOUT_MINUTES
+    )
     """End the run with an error after this many minutes without progress on a rank."""
 
     def __post_init__(self) -> None:
@@ -100,7 +102,9 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.create_wandb_logger and not (self.wandb_logger_kwargs or {}).get("project"):
+        if self.create_wandb_logger and not (self.wandb_logger_kwargs or {}).get(
+            "project"
+        ):
             raise ConfigError(
                 f"{self.KEY}.wandb_logger_kwargs.project: create_wandb_logger=True needs a project"
             )

@@ -54,7 +54,9 @@ class LoopConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit_val_batches > 1 and self.limit_val_batches != int(self.limit_val_batches):
+        if self.limit_val_batches > 1 and self.limit_val_batches != int(
+            self.limit_val_batches
+        ):
             raise self.error(
                 "limit_val_batches",
                 f"{self.limit_val_batches} is neither a whole number of batches nor a fraction up "
@@ -139,7 +141,8 @@ class StudentDataConfig(Section):
     def __post_init__(self) -> None:
         if self.data_impl in ("mmap", "packed_jsonl"):
             raise self.error(
-                "data_impl", f"{self.data_impl!r} is not supported; use chunked_jsonl or dataset"
+                "data_impl",
+                f"{self.data_impl!r} is not supported; use chunked_jsonl or dataset",
             )
         super().__post_init__()
         if self.dataset.file_path:
@@ -150,7 +153,9 @@ class StudentDataConfig(Section):
             )
         self._check_num_chunks()
         if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
-            raise self.error("shuffle", f"{self.shuffle!r} is not one of true, false, chunks")
+            raise self.error(
+                "shuffle", f"{self.shuffle!r} is not one of true, false, chunks"
+            )
         unknown = sorted(set(self.data_prefix) - set(SPLITS))
         if unknown:
             raise self.error(
@@ -165,9 +170,13 @@ class StudentDataConfig(Section):
                 )
 
     def _check_num_chunks(self) -> None:
-        chosen = self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
+        chosen = (
+            self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
+        )
         for split, number in chosen.items():
-            is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 1
+            is_count = (
+                isinstance(number, int) and not isinstance(number, bool) and number >= 1
+            )
             if split not in SPLITS or not (is_count or number is None):
                 raise self.error(
                     "n_chunks",
@@ -207,7 +216,8 @@ class StudentDataConfig(Section):
                 )
             if weight is not None and not 0 < weight < math.inf:
                 raise self.error(
-                    f"data_prefix.{split}", f"the weight {weight} of {a_path} must be above 0"
+                    f"data_prefix.{split}",
+                    f"the weight {weight} of {a_path} must be above 0",
                 )
         return pairs
 
@@ -261,15 +271,21 @@ class StudentModelConfig(ModelConfig):
                 "nothing; leave it out",
             )
         if self.activations_checkpoint_granularity == "full":
-            self.activations_checkpoint_method = self.activations_checkpoint_method or "uniform"
-            self.activations_checkpoint_num_layers = self.activations_checkpoint_num_layers or 1
+            self.activations_checkpoint_method = (
+                self.activations_checkpoint_method or "uniform"
+            )
+            self.activations_checkpoint_num_layers = (
+                self.activations_checkpoint_num_layers or 1
+            )
         elif self.activations_checkpoint_granularity == "selective":
             # NeMo-Aligner's files set both beside it; they are for whole layers, and Megatron
             # refuses them.
             self.activations_checkpoint_method = None
             self.activations_checkpoint_num_layers = None
         for name in ("top_k", "drop_ids_outside_vocab"):
-            if self.knowledge_distillation.support == "sampled" and getattr(self.data, name):
+            if self.knowledge_distillation.support == "sampled" and getattr(
+                self.data, name
+            ):
                 raise self.error(
                     f"data.{name}",
                     f"{getattr(self.data, name)} with support=sampled: the tail samples stand for "
@@ -300,7 +316,9 @@ class TrainStudentConfig(Section):
     name: str = "megatron_gpt_knowledge_distillation"
     """Name of the run."""
     trainer: StudentTrainerConfig = field(default_factory=StudentTrainerConfig)
-    pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
+    pretrained_checkpoint: PretrainedCheckpoint = field(
+        default_factory=PretrainedCheckpoint
+    )
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     allow_changed: list[str] = field(default_factory=list)
@@ -312,7 +330,9 @@ class TrainStudentConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if "/" in self.name:
-            raise self.error("name", f"{self.name!r} names files and must not contain a slash")
+            raise self.error(
+                "name", f"{self.name!r} names files and must not contain a slash"
+            )
         if self.export.lora == "adapter" and self.model.peft.lora is None:
             raise self.error(
                 "export.lora",
@@ -321,7 +341,9 @@ class TrainStudentConfig(Section):
             )
         settings = self.exp_manager
         params = settings.checkpoint_callback_params
-        writes_nemo = settings.create_checkpoint_callback and params.save_nemo_on_train_end
+        writes_nemo = (
+            settings.create_checkpoint_callback and params.save_nemo_on_train_end
+        )
         if self.export.hf and not writes_nemo:
             raise self.error(
                 "export.hf",

@@ -11,7 +11,12 @@ from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, path
-from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, RunConfig, TrainerConfig
+from nemo_kd.config.shared import (
+    ModelConfig,
+    PretrainedCheckpoint,
+    RunConfig,
+    TrainerConfig,
+)
 
 SPLIT = "SPLIT"
 DEFAULT_MAX_TOKENS_PER_BATCH = 8192
@@ -70,7 +75,9 @@ class ComputeTopkLogitsConfig(Section):
     nothing; `--dry-run` is the same."""
     cache: CacheConfig = field(default_factory=CacheConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    pretrained_checkpoint: PretrainedCheckpoint = field(default_factory=PretrainedCheckpoint)
+    pretrained_checkpoint: PretrainedCheckpoint = field(
+        default_factory=PretrainedCheckpoint
+    )
     model: TeacherModelConfig = field(default_factory=TeacherModelConfig)
     data: TeacherDataConfig = field(default_factory=TeacherDataConfig)
     exp_manager: RunConfig = field(default_factory=RunConfig)
@@ -78,10 +85,13 @@ class ComputeTopkLogitsConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cache.min_k > self.top_k:
-            raise self.error("cache.min_k", f"{self.cache.min_k} exceeds top_k ({self.top_k})")
+            raise self.error(
+                "cache.min_k", f"{self.cache.min_k} exceeds top_k ({self.top_k})"
+            )
         if self.end_at_idx is not None and self.end_at_idx < self.start_from_idx:
             raise self.error(
-                "end_at_idx", f"{self.end_at_idx} is before start_from_idx {self.start_from_idx}"
+                "end_at_idx",
+                f"{self.end_at_idx} is before start_from_idx {self.start_from_idx}",
             )
         self._check_splits()
         self.part_number()
@@ -118,7 +128,10 @@ class ComputeTopkLogitsConfig(Section):
         first = _array_variable("MIN", 0)
         step = _array_variable("STEP", 1)
         last = _array_variable("MAX", array_size - 1)
-        if "SLURM_ARRAY_TASK_MAX" in os.environ and last != first + (array_size - 1) * step:
+        if (
+            "SLURM_ARRAY_TASK_MAX" in os.environ
+            and last != first + (array_size - 1) * step
+        ):
             raise self.error(
                 "part",
                 f"the Slurm array has {array_size} tasks that are not a range; give one "
@@ -137,11 +150,15 @@ class ComputeTopkLogitsConfig(Section):
             splits[split] = replace(
                 self,
                 output_path=self.output_path.replace(SPLIT, split),
-                data=replace(self.data, data=replace(self.data.data, file_path=file_path)),
+                data=replace(
+                    self.data, data=replace(self.data.data, file_path=file_path)
+                ),
             )
             places = ("output_path", "data.data.file_path")
             vars(splits[split])["environment"] = {
-                key: text for key, text in self.environment.items() if not key.startswith(places)
+                key: text
+                for key, text in self.environment.items()
+                if not key.startswith(places)
             }
         return splits
 
@@ -179,8 +196,12 @@ def _array_variable(name: str, default: int | None = None) -> int:
     Raises:
         ConfigError: it is not set, or not a number.
     """
-    value = os.environ.get(f"SLURM_ARRAY_TASK_{name}", "" if default is None else str(default))
-    if not re.fullmatch(r"\d+", value, re.ASCII) or (name in ("COUNT", "STEP") and int(value) < 1):
+    value = os.environ.get(
+        f"SLURM_ARRAY_TASK_{name}", "" if default is None else str(default)
+    )
+    if not re.fullmatch(r"\d+", value, re.ASCII) or (
+        name in ("COUNT", "STEP") and int(value) < 1
+    ):
         raise ConfigError(
             f"SLURM_ARRAY_TASK_{name}: {value!r} is not a value that Slurm sets for the tasks of "
             "an array; unset it, or give the part of this job (part=i/n)"

@@ -26,7 +26,9 @@ from nemo_kd.config.foreign_keys import find_key
 T = TypeVar("T")
 
 SPLITS_KEY = "model.data.data_prefix"
-SPLITS_HINT = f"; give each split's paths: {SPLITS_KEY}.train=FILE {SPLITS_KEY}.validation=FILE"
+SPLITS_HINT = (
+    f"; give each split's paths: {SPLITS_KEY}.train=FILE {SPLITS_KEY}.validation=FILE"
+)
 
 
 def typed(cls: type[T], cfg: DictConfig) -> T:
@@ -42,7 +44,9 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
     unknown = [key for key in sorted(_leaf_keys(given)) if key_type(cls, key)[0] is None]
     if unknown:
         names = ", ".join(f"{key}{_suggestion(key, known)}" for key in unknown)
-        raise ConfigError(f"unknown configuration keys: {names}; --help lists the known ones")
+        raise ConfigError(
+            f"unknown configuration keys: {names}; --help lists the known ones"
+        )
     _check_sections(cls, given, known)
     try:
         merged = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), cfg))
@@ -70,7 +74,8 @@ def _from_environment(cfg: DictConfig) -> dict[str, Any]:
     return {
         key: text
         for key, text in referring.items()
-        if key in direct or any(value in str(OmegaConf.select(cfg, key)) for value in values)
+        if key in direct
+        or any(value in str(OmegaConf.select(cfg, key)) for value in values)
     }
 
 
@@ -80,7 +85,9 @@ def _at(values: Any, key: str) -> Any:
     return values
 
 
-def _check_sections(cls: type, given: dict[str, Any], known: list[str], prefix: str = "") -> None:
+def _check_sections(
+    cls: type, given: dict[str, Any], known: list[str], prefix: str = ""
+) -> None:
     """Refuse a value in place of a section: OmegaConf's own error does not name the key."""
     for name, hint in typing.get_type_hints(cls).items():
         value = given.get(name)
@@ -154,7 +161,9 @@ def _expand_paths(cls: type, cfg: DictConfig, prefix: str = "") -> None:
         value = values[field.name]
         key = f"{prefix}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]) and isinstance(value, dict):
-            _expand_paths(typing.cast(type, hints[field.name]), cfg[field.name], f"{key}.")
+            _expand_paths(
+                typing.cast(type, hints[field.name]), cfg[field.name], f"{key}."
+            )
         elif rule_of(field).is_path and _expanded(value, key) != value:
             cfg[field.name] = _expanded(value, key)
 
@@ -163,7 +172,9 @@ def _expanded(value: Any, key: str) -> Any:
     if isinstance(value, dict):
         return {name: _expanded(inner, f"{key}.{name}") for name, inner in value.items()}
     if isinstance(value, list):
-        return [_expanded(inner, f"{key}[{number}]") for number, inner in enumerate(value)]
+        return [
+            _expanded(inner, f"{key}[{number}]") for number, inner in enumerate(value)
+        ]
     if not isinstance(value, str) or not value.startswith("~"):
         return value
     path = os.path.expanduser(value)
@@ -202,9 +213,13 @@ def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
             default = repr(field.default_factory())
         elif field.default not in (dataclasses.MISSING, "???"):
             default = repr(field.default)
-        name = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        name = (
+            hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+        )
         doc = docs.get(field.name, "")
-        result.append(KeyDoc(prefix + field.name, name, default, doc, rule_of(field).need))
+        result.append(
+            KeyDoc(prefix + field.name, name, default, doc, rule_of(field).need)
+        )
     return result
 
 
@@ -225,5 +240,7 @@ def _leaf_keys(given: dict[str, Any], prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, value in given.items():
         is_section = isinstance(value, dict) and value
-        keys += _leaf_keys(value, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+        keys += (
+            _leaf_keys(value, f"{prefix}{name}.") if is_section else [f"{prefix}{name}"]
+        )
     return keys

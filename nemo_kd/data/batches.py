@@ -22,7 +22,9 @@ def form_batches(
     fills the batches. Padded examples are joined with neighbours in length. With `max_tokens`, less
     than `MAX_PADDING` of a padded batch is padding. The result depends on the lengths alone.
     """
-    by_length = sorted(range(len(lengths)), key=lambda position: (-lengths[position], position))
+    by_length = sorted(
+        range(len(lengths)), key=lambda position: (-lengths[position], position)
+    )
     batches: list[list[int]] = []
     sums: list[int] = []  # of every batch's lengths
     for position in by_length:
@@ -64,7 +66,9 @@ class MicroBatching:
     packed: bool = False
     multiple_of: int = 1
 
-    def share(self, positions: Sequence[int], num_tokens: Callable[[int], int]) -> list[list[int]]:
+    def share(
+        self, positions: Sequence[int], num_tokens: Callable[[int], int]
+    ) -> list[list[int]]:
         """Return this rank's micro-batches of the global batch; all ranks pass equal arguments.
 
         Args:
@@ -76,7 +80,9 @@ class MicroBatching:
             starts = range(0, per_rank, self.micro_batch_size)
             return [list(mine[start : start + self.micro_batch_size]) for start in starts]
         lengths = [num_tokens(position) for position in positions]
-        batches = form_batches(lengths, None, self.max_tokens, self.packed, self.multiple_of)
+        batches = form_batches(
+            lengths, None, self.max_tokens, self.packed, self.multiple_of
+        )
         batches = _whole_rounds(batches, lengths, self.data_size)
         # Ranks get neighbours in size, because the first to finish waits for the others.
         return [
@@ -95,7 +101,9 @@ def _whole_rounds(
 
     batches = list(batches)
     while len(batches) % num_ranks:
-        largest = max((batch for batch in batches if len(batch) > 1), key=tokens, default=None)
+        largest = max(
+            (batch for batch in batches if len(batch) > 1), key=tokens, default=None
+        )
         if largest is None:
             batches.append([])
         else:

@@ -55,7 +55,9 @@ def render_messages(
     """
     _check(messages, tokenizer)
     conversation = _Conversation(list(messages), tokenizer, tools)
-    encoding = tokenizer(conversation.text, add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(
+        conversation.text, add_special_tokens=False, return_offsets_mapping=True
+    )
     ids: list[int] = list(encoding["input_ids"])
     marked = bool(_MARKS_ASSISTANT.search(tokenizer.get_chat_template(tools=tools)))
     expected = _apply_template(
@@ -140,7 +142,9 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     special = {
-        token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
     }
     return special | set(tokenizer.all_special_ids)
 
@@ -155,7 +159,9 @@ class _Conversation:
 
     def __post_init__(self) -> None:
         self.text = self._render(self.messages)
-        self._stand_in = next(word for n in count() if (word := f"Qzx{n}kvJ") not in self.text)
+        self._stand_in = next(
+            word for n in count() if (word := f"Qzx{n}kvJ") not in self.text
+        )
 
     def turn_span(self, turn: int, special_spans: Sequence[Span]) -> Span:
         """Return the span of the assistant message `turn`, with its end-of-turn token."""
@@ -180,7 +186,9 @@ class _Conversation:
                 )
         return span
 
-    def _render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+    def _render(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> str:
         rendered = _apply_template(
             self.tokenizer,
             messages,
@@ -200,9 +208,15 @@ class _Conversation:
         None: the template refuses the changed message, or does not show its content exactly once.
         """
         message = self.messages[turn]
-        changed: Message = {key: value for key, value in message.items() if key in ("role", "name")}
+        changed: Message = {
+            key: value for key, value in message.items() if key in ("role", "name")
+        }
         changed["content"] = self._stand_in
-        changed_messages = [*self.messages[:turn], changed, *self.messages[turn + 1 : stop]]
+        changed_messages = [
+            *self.messages[:turn],
+            changed,
+            *self.messages[turn + 1 : stop],
+        ]
         try:
             rendered = self._render(changed_messages, add_generation_prompt)
         except DataError:
@@ -220,7 +234,9 @@ class _Conversation:
             return None
         return len(before), len(self.text) - len(after)
 
-    def _end_of_turn(self, turn: int, content_end: int, special_spans: Sequence[Span]) -> int:
+    def _end_of_turn(
+        self, turn: int, content_end: int, special_spans: Sequence[Span]
+    ) -> int:
         """Return the end of the special token that follows the content after white space only.
 
         If the template ends turns with plain text (a ChatML template on a tokenizer without
@@ -249,7 +265,12 @@ class _Conversation:
         whole = self._around(turn - 1)
         prompt = self._around(turn - 1, stop=turn, add_generation_prompt=True)
         done = self._around(turn - 1, stop=turn + 1)
-        if whole is None or prompt is None or done is None or not self.text.endswith(whole[1]):
+        if (
+            whole is None
+            or prompt is None
+            or done is None
+            or not self.text.endswith(whole[1])
+        ):
             return None
         written = done[1].rstrip()
         if not written.startswith(prompt[1]) or not whole[1].startswith(written):
@@ -301,13 +322,15 @@ def _limited(name: str) -> Iterator[None]:
     except _OutOfTime:
         problem = f"did not end within {TIME_LIMIT_S:g} s; look for an endless loop in it"
     except RecursionError:
-        problem = "recurses without end; use the template that the model was published with"
-    except MemoryError:
         problem = (
-            "needs more than 2 GiB of memory; use the template that the model was published with"
+            "recurses without end; use the template that the model was published with"
         )
+    except MemoryError:
+        problem = "needs more than 2 GiB of memory; use the template that the model was published with"
     finally:
-        is_running = False  # a late tick must not end this block before the limits are back
+        is_running = (
+            False  # a late tick must not end this block before the limits are back
+        )
         signal.setitimer(signal.ITIMER_REAL, *earlier_timer)
         signal.signal(signal.SIGALRM, earlier_handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))

@@ -49,7 +49,9 @@ def pack(
     bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
     position_ids_S = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
     cu_seqlens = torch.tensor(bounds, dtype=torch.int32)
-    return _filled(examples, bounds, position_ids_S[None], pad_id, every_target, cu_seqlens)
+    return _filled(
+        examples, bounds, position_ids_S[None], pad_id, every_target, cu_seqlens
+    )
 
 
 def micro_batches(
@@ -157,24 +159,43 @@ def _joined(
         return torch.from_numpy(values_PK)
 
     def tails(part: TeacherRows[np.ndarray]) -> np.ndarray:
-        columns = [temperature_index(part.temperatures, temperature) for temperature in shared]
+        columns = [
+            temperature_index(part.temperatures, temperature) for temperature in shared
+        ]
         return part.tail_mass_PT[:, np.array(columns)]
 
     shared = tuple(
         temperature
         for temperature in targets[0].temperatures
-        if all(temperature_index(part.temperatures, temperature) is not None for part in targets)
+        if all(
+            temperature_index(part.temperatures, temperature) is not None
+            for part in targets
+        )
     )
-    labels = [part.label_logprobs_P for part in targets if part.label_logprobs_P is not None]
-    samples = [part.tail_token_ids_PM for part in targets if part.tail_token_ids_PM is not None]
-    are_sampled = len(samples) == len(targets) and len({part.shape[1] for part in samples}) == 1
+    labels = [
+        part.label_logprobs_P for part in targets if part.label_logprobs_P is not None
+    ]
+    samples = [
+        part.tail_token_ids_PM for part in targets if part.tail_token_ids_PM is not None
+    ]
+    are_sampled = (
+        len(samples) == len(targets) and len({part.shape[1] for part in samples}) == 1
+    )
     return TeacherRows(
         positions_P=joined(positions, np.int64),
-        topk_logits_PK=wide([part.topk_logits_PK for part in targets], -np.inf, np.float32),
-        topk_token_ids_PK=wide([part.topk_token_ids_PK for part in targets], -1, np.int32),
-        log_sum_exp_logits_P=joined([part.log_sum_exp_logits_P for part in targets], np.float32),
+        topk_logits_PK=wide(
+            [part.topk_logits_PK for part in targets], -np.inf, np.float32
+        ),
+        topk_token_ids_PK=wide(
+            [part.topk_token_ids_PK for part in targets], -1, np.int32
+        ),
+        log_sum_exp_logits_P=joined(
+            [part.log_sum_exp_logits_P for part in targets], np.float32
+        ),
         tail_mass_PT=joined([tails(part) for part in targets], np.float32),
         temperatures=shared,
-        label_logprobs_P=joined(labels, np.float32) if len(labels) == len(targets) else None,
+        label_logprobs_P=joined(labels, np.float32)
+        if len(labels) == len(targets)
+        else None,
         tail_token_ids_PM=joined(samples, np.int32) if are_sampled else None,
     )

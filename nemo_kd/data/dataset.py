@@ -107,10 +107,16 @@ class TokenizedDataset:
     def _render(self, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
         kind = self._format(record)
         if kind == "messages":
-            return render_messages(record["messages"], self.tokenizer, self._tools(record))
+            return render_messages(
+                record["messages"], self.tokenizer, self._tools(record)
+            )
         if kind == "conversations":
-            return render_conversations(record, self.tokenizer, self.config.chat_prompt_tokens)
-        return self.prompt_template.render(record, self.tokenizer, self.max_seq_length + 1)
+            return render_conversations(
+                record, self.tokenizer, self.config.chat_prompt_tokens
+            )
+        return self.prompt_template.render(
+            record, self.tokenizer, self.max_seq_length + 1
+        )
 
     def _tools(self, record: dict[str, Any]) -> list[Any] | None:
         """Return the record's tool definitions, which are a list or its JSON text."""
@@ -119,7 +125,9 @@ class TokenizedDataset:
         try:
             tools = orjson.loads(tools) if isinstance(tools, str) and tools else tools
         except orjson.JSONDecodeError as error:
-            raise DataError(f"`{key}` is a text that is not valid JSON ({error})") from error
+            raise DataError(
+                f"`{key}` is a text that is not valid JSON ({error})"
+            ) from error
         if tools and not isinstance(tools, list):
             raise DataError(
                 f"`{key}` must be a list of tool definitions, found {str(tools)[:80]!r}"
@@ -219,7 +227,9 @@ class PromptTemplate:
             f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, but {found}"
         )
 
-    def _special(self, tokenizer: PreTrainedTokenizerBase, name: str, is_wanted: bool) -> list[int]:
+    def _special(
+        self, tokenizer: PreTrainedTokenizerBase, name: str, is_wanted: bool
+    ) -> list[int]:
         if not is_wanted:
             return []
         token_id = getattr(tokenizer, f"{name}_token_id")
@@ -238,7 +248,9 @@ class PromptTemplate:
         for literal, name in self._parts:
             text += literal
             if name is not None:
-                spans.setdefault(name, []).append((len(text), len(text) + len(values[name])))
+                spans.setdefault(name, []).append(
+                    (len(text), len(text) + len(values[name]))
+                )
                 text += values[name]
         ids = encode(tokenizer, text)
         excess = len(ids) - max(room, 0)

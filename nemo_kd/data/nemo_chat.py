@@ -44,7 +44,9 @@ def render_conversations(
     kind = record.get("type")
     system = record.get("system") or ""
     if kind not in _TYPES:
-        raise DataError(f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}")
+        raise DataError(
+            f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}"
+        )
     if not isinstance(system, str):
         raise DataError(f"`system` must be a text, found {str(system)[:80]!r}")
     if not isinstance(turns, list) or len(turns) < 2:
@@ -63,7 +65,9 @@ def render_conversations(
     pieces: list[Piece] = []
     is_answered = False  # the previous turn was trained: this turn's start marker ends it
     for number, turn in enumerate(turns):
-        is_trained = turn["from"] not in masked and (number > 0 or kind == "TEXT_TO_VALUE")
+        is_trained = turn["from"] not in masked and (
+            number > 0 or kind == "TEXT_TO_VALUE"
+        )
         body = _body(turn, kind, is_trained, markers)
         pieces.append((markers.turn_start, is_answered))
         pieces.append((turn["from"] + markers.end_of_name, False))
@@ -96,7 +100,11 @@ def _body(
 
 def _masked_speakers(record: dict[str, Any]) -> set[str]:
     mask = record.get("mask", "User")
-    speakers = {name.strip() for name in mask.split(",")} - {""} if isinstance(mask, str) else set()
+    speakers = (
+        {name.strip() for name in mask.split(",")} - {""}
+        if isinstance(mask, str)
+        else set()
+    )
     if not speakers:
         raise DataError(
             f'`mask` must name the speakers that are not trained, such as "User"; found {mask!r}'

@@ -41,7 +41,9 @@ def shares(weights: Sequence[float], num_samples: int) -> list[int]:
     total = math.fsum(weights)
     exact = [weight / total * num_samples for weight in weights]
     result = [math.floor(share) for share in exact]
-    by_remainder = sorted(range(len(weights)), key=lambda number: result[number] - exact[number])
+    by_remainder = sorted(
+        range(len(weights)), key=lambda number: result[number] - exact[number]
+    )
     for number in by_remainder[: num_samples - sum(result)]:
         result[number] += 1
     return result
@@ -78,14 +80,20 @@ class SampleOrder:
             return pass_order(chunk_sizes, (self.seed, epoch), self.shuffle)[:num_samples]
         counts = shares(self.weights, num_samples)
         if self.shuffle is False:
-            places = np.concatenate([(np.arange(count) + 0.5) / count for count in counts if count])
-            sources = np.repeat(np.arange(len(counts)), counts)[np.argsort(places, kind="stable")]
+            places = np.concatenate(
+                [(np.arange(count) + 0.5) / count for count in counts if count]
+            )
+            sources = np.repeat(np.arange(len(counts)), counts)[
+                np.argsort(places, kind="stable")
+            ]
         else:
             random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             sources = random.permutation(np.repeat(np.arange(len(counts)), counts))
         order = np.empty(num_samples, dtype=np.int64)
         first = 0
-        for number, (sizes, count) in enumerate(zip(self.source_chunks, counts, strict=True)):
+        for number, (sizes, count) in enumerate(
+            zip(self.source_chunks, counts, strict=True)
+        ):
             order[sources == number] = first + self._drawn(number, epoch * count, count)
             first += sum(sizes)
         return order
@@ -113,7 +121,11 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, order: SampleOrder, global_batch_size: int, steps_per_epoch: int, max_steps: int
+        self,
+        order: SampleOrder,
+        global_batch_size: int,
+        steps_per_epoch: int,
+        max_steps: int,
     ) -> None:
         assert steps_per_epoch * global_batch_size <= order.num_samples
         self.order = order
@@ -128,11 +140,15 @@ class TrainingBatches:
     def __iter__(self) -> Iterator[list[int]]:
         ordered_epoch = -1
         order = np.empty(0, dtype=np.int64)
-        for step in range(self.consumed_samples // self.global_batch_size, self.max_steps):
+        for step in range(
+            self.consumed_samples // self.global_batch_size, self.max_steps
+        ):
             epoch, step_of_epoch = divmod(step, self.steps_per_epoch)
             if epoch != ordered_epoch:
                 ordered_epoch = epoch
-                order = self.order.epoch(epoch, self.steps_per_epoch * self.global_batch_size)
+                order = self.order.epoch(
+                    epoch, self.steps_per_epoch * self.global_batch_size
+                )
             start = step_of_epoch * self.global_batch_size
             yield order[start : start + self.global_batch_size].tolist()
 
@@ -149,4 +165,6 @@ class EvaluationBatches:
 
     def __iter__(self) -> Iterator[list[int]]:
         for start in range(0, self.num_samples, self.global_batch_size):
-            yield list(range(start, min(start + self.global_batch_size, self.num_samples)))
+            yield list(
+                range(start, min(start + self.global_batch_size, self.num_samples))
+            )

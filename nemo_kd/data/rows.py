@@ -61,7 +61,9 @@ class MicroBatchRows(Dataset[Row]):
 class TokenizedRows:
     """Tokenized records in memory, path after path."""
 
-    def __init__(self, paths: Sequence[str], examples: Sequence[Sequence[Example]]) -> None:
+    def __init__(
+        self, paths: Sequence[str], examples: Sequence[Sequence[Example]]
+    ) -> None:
         self.paths = list(paths)
         self.sizes = [len(of_path) for of_path in examples]
         self.examples = [example for of_path in examples for example in of_path]
@@ -92,4 +94,8 @@ class TokenizedRows:
                 (example.loss_mask_S, "u1"),
             ):
                 digest.update(values.astype(dtype).tobytes())
-        return {"paths": self.paths, "fingerprint": f"sha256:{digest.hexdigest()}", "caches": []}
+        return {
+            "paths": self.paths,
+            "fingerprint": f"sha256:{digest.hexdigest()}",
+            "caches": [],
+        }

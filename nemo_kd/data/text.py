@@ -179,8 +179,12 @@ class LossPositions:
 
     def alternatives(self, p: int, most: int) -> list[tuple[int, float]]:
         """Return (id, probability) of the likeliest kept tokens at the p-th position."""
-        pairs = zip(self.ids_PK[p, :most].tolist(), self.probability_PK[p].tolist(), strict=False)
-        return [(token_id, probability) for token_id, probability in pairs if token_id >= 0]
+        pairs = zip(
+            self.ids_PK[p, :most].tolist(), self.probability_PK[p].tolist(), strict=False
+        )
+        return [
+            (token_id, probability) for token_id, probability in pairs if token_id >= 0
+        ]
 
 
 def text_ids(row: CachedExample) -> list[int]:
@@ -198,7 +202,9 @@ def example_lines(
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
     found = LossPositions.of(row)
     token_ids = text_ids(row)
-    first = int(found.position_P[0]) if len(found.position_P) else row.example.num_tokens - 1
+    first = (
+        int(found.position_P[0]) if len(found.position_P) else row.example.num_tokens - 1
+    )
     prompt = marked(text.of(token_ids[: first + 1])).replace(MARKS[" "], " ")
     if len(prompt) > PROMPT_CHARACTERS:
         prompt = f"… {prompt[-PROMPT_CHARACTERS:]}"

@@ -43,7 +43,9 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # what the tokenizers library raises has no other class
         raise _unusable(folder, error) from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of Rust code, which Python cannot name
+        if (
+            type(error).__name__ != "PanicException"
+        ):  # of Rust code, which Python cannot name
             raise
         raise _unusable(folder, error) from error
     if not tokenizer.is_fast:
@@ -180,7 +182,9 @@ def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"size": len(vocabulary), "added": added, "blocks": blocks}
 
 
-def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+def token_differences(
+    described: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
     """Name the first ids whose tokens differ between a cache's tokenizer and `tokenizer`.
 
     Two classes of transformers may load the same tokenizer.json with different added tokens: ids
@@ -198,7 +202,9 @@ def token_differences(described: dict[str, Any], tokenizer: PreTrainedTokenizerB
     for token_id, theirs in described["added"].items():
         token = tokenizer.convert_ids_to_tokens(int(token_id))
         if token is not None and token != theirs:
-            found.append(f"id {token_id}: {theirs!r} in the cache, {token!r} in the student")
+            found.append(
+                f"id {token_id}: {theirs!r} in the cache, {token!r} in the student"
+            )
     if described["size"] != ours["size"]:
         found.append(
             f"the vocabulary without added tokens: {described['size']:,} in the cache, "
@@ -248,9 +254,13 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
     belong here. After a line break they put none before `text`; if the two would share a token,
     they put none anyway.
     """
-    encoding = tokenizer(f"\n{text}", add_special_tokens=False, return_offsets_mapping=True)
+    encoding = tokenizer(
+        f"\n{text}", add_special_tokens=False, return_offsets_mapping=True
+    )
     offsets = encoding["offset_mapping"]
-    first = next((position for position, (_, end) in enumerate(offsets) if end > 1), len(offsets))
+    first = next(
+        (position for position, (_, end) in enumerate(offsets) if end > 1), len(offsets)
+    )
     if first < len(offsets) and offsets[first][0] < 1:
         return encode(tokenizer, text)
     return list(encoding["input_ids"][first:])

@@ -146,14 +146,18 @@ def _number(values: dict[str, Any], key: str, inside: str = "") -> float:
 def _flag(values: dict[str, Any], key: str) -> bool:
     value = values.get(key)
     if value is not None and not isinstance(value, bool):
-        raise ConfigError(f"config.json: {key}: found {_shown(value)}, expected true or false")
+        raise ConfigError(
+            f"config.json: {key}: found {_shown(value)}, expected true or false"
+        )
     return bool(value)
 
 
 def _mapping(values: dict[str, Any], key: str) -> dict[str, Any]:
     value = values.get(key)
     if value is not None and not isinstance(value, dict):
-        raise ConfigError(f"config.json: {key}: found {_shown(value)}, expected an object")
+        raise ConfigError(
+            f"config.json: {key}: found {_shown(value)}, expected an object"
+        )
     return value or {}
 
 
@@ -218,20 +222,26 @@ def _window(hf: dict[str, Any]) -> tuple[int | None, list[int]]:
     if kinds is None:
         layers = list(range(_integer_or_none(hf, "max_window_layers") or 0, num_layers))
     else:
-        if not isinstance(kinds, list) or not all(isinstance(kind, str) for kind in kinds):
+        if not isinstance(kinds, list) or not all(
+            isinstance(kind, str) for kind in kinds
+        ):
             raise ConfigError(
                 f"config.json: layer_types: found {_shown(kinds)}, expected a list of names"
             )
         # The others slide in every layer of transformers' models, whatever layer_types says.
         known = (
-            {"sliding_attention", "full_attention"} if has_full_layers else {"sliding_attention"}
+            {"sliding_attention", "full_attention"}
+            if has_full_layers
+            else {"sliding_attention"}
         )
         if len(kinds) != num_layers or not set(kinds) <= known:
             raise ConfigError(
                 f"config.json: layer_types = {_shown(kinds)} is not supported "
                 f"for {num_layers} layers of {family}"
             )
-        layers = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
+        layers = [
+            layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"
+        ]
     return (window, layers) if layers else (None, [])
 
 
@@ -306,7 +316,9 @@ def _check_mapping(config: dict[Any, Any], schema: type, where: str) -> None:
     known = {field.name for field in dataclasses.fields(schema)}
     for key, value in config.items():
         if key not in known:
-            raise ConfigError(f"{where}: the key {_shown(key)} is unknown; write the archive again")
+            raise ConfigError(
+                f"{where}: the key {_shown(key)} is unknown; write the archive again"
+            )
         if isinstance(value, dict):
             _check_mapping(value, RopeScaling, where)
             continue

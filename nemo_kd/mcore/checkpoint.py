@@ -72,7 +72,9 @@ class PretrainedModel:
         if isinstance(files, Archive):
             files.check_names()
         config_path = files.root / MODEL_CONFIG
-        self.architecture = read_model_config(_read_small(files, MODEL_CONFIG), str(config_path))
+        self.architecture = read_model_config(
+            _read_small(files, MODEL_CONFIG), str(config_path)
+        )
         self._stored = ShardedFolder(files, f"{WEIGHTS}/")
         self._parts = self._stored.parts
         dtypes = {tensor.properties.dtype for tensor in self._stored.tensors.values()}
@@ -103,7 +105,9 @@ class PretrainedModel:
         architecture = dataclasses.asdict(self.architecture) | {"hf_config": None}
         if self.architecture.num_moe_experts is None:
             # A dense model's hash equals that of versions without experts.
-            architecture = {key: value for key, value in architecture.items() if "moe" not in key}
+            architecture = {
+                key: value for key, value in architecture.items() if "moe" not in key
+            }
         digest = hashlib.sha256(json.dumps(architecture, sort_keys=True).encode())
         sizes = self.files.sizes
         for name in sorted(sizes, key=PurePosixPath):

@@ -71,7 +71,9 @@ class CheckpointWrite:
         OSError: on every rank, the folder cannot be made or the plain values cannot be written.
     """
 
-    def __init__(self, state: dict[str, Any], folder: Path, in_background: bool = True) -> None:
+    def __init__(
+        self, state: dict[str, Any], folder: Path, in_background: bool = True
+    ) -> None:
         self.folder = folder
         on_rank_zero(lambda: folder.mkdir(parents=True))
         self._strategy = _Strategy(in_background)
@@ -146,7 +148,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
         is_first = torch.distributed.get_rank() == 0
         # No copies ahead: torch would open a CUDA stream for them, which a forked process must not.
         writer = _Writer(folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0)
-        self._planner.set_up_planner(_by_key(sharded_state_dict), writer.storage_meta(), is_first)
+        self._planner.set_up_planner(
+            _by_key(sharded_state_dict), writer.storage_meta(), is_first
+        )
         writer.set_up_storage_writer(is_first)
         plan, metadata = _global_plan(self._planner, writer)
         if self.in_background:
@@ -189,7 +193,9 @@ class _Strategy(TorchDistSaveShardedStrategy):
         self._planner.snapshot.clear()
         status = self._process.exitcode
         if status:
-            error = ChildProcessError(f"the process that writes it ended with the status {status}")
+            error = ChildProcessError(
+                f"the process that writes it ended with the status {status}"
+            )
             return _Outcome([], {}, error)
         return outcome
 
@@ -276,7 +282,9 @@ def _write(
         cause = error.__context__
         if isinstance(cause, OSError):
             return _Outcome([], {}, _naming(cause, folder))
-        return _Outcome([], {}, OSError(f"{folder}: {str(error).strip().splitlines()[0]}"))
+        return _Outcome(
+            [], {}, OSError(f"{folder}: {str(error).strip().splitlines()[0]}")
+        )
 
 
 def _write_and_send(

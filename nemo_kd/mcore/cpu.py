@@ -54,7 +54,9 @@ def install_cpu_support() -> None:
     """Redirect Megatron's CUDA requests to the CPU, unless CUDA is available or that is done."""
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = None  # 0.16.1 reads it unbound without Transformer Engine
+        moe_utils.te_general_gemm = (
+            None  # 0.16.1 reads it unbound without Transformer Engine
+        )
     if torch.cuda.is_available():
         return
     for variable in PRIMITIVE_CACHES:
@@ -68,13 +70,17 @@ def install_cpu_support() -> None:
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # It sets a generator through CUDA's queue of delayed calls, which no public name redirects.
     random._set_cuda_rng_state = _set_rng_state  # noqa: SLF001
-    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    dispatcher: Any = importlib.import_module(
+        "megatron.core.transformer.moe.token_dispatcher"
+    )
     dispatcher.maybe_move_tensor_to_cpu = _move_to_cpu
     rotary: Any = importlib.import_module(
         "megatron.core.models.common.embeddings.rotary_pos_embedding"
     )
     if not hasattr(rotary.get_pos_emb_on_this_cp_rank, "__wrapped__"):
-        rotary.get_pos_emb_on_this_cp_rank = _redirected(rotary.get_pos_emb_on_this_cp_rank)
+        rotary.get_pos_emb_on_this_cp_rank = _redirected(
+            rotary.get_pos_emb_on_this_cp_rank
+        )
 
 
 def cuda_methods_on_cpu() -> contextlib.AbstractContextManager[Any]:
@@ -173,7 +179,9 @@ class _DistributedOnCpu(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         return getattr(torch.distributed, name)
 
-    def all_gather(self, parts: list[torch.Tensor], part: torch.Tensor, group: Any = None) -> Any:
+    def all_gather(
+        self, parts: list[torch.Tensor], part: torch.Tensor, group: Any = None
+    ) -> Any:
         if len({part.shape for part in parts}) == 1:
             return torch.distributed.all_gather(parts, part, group)
         padded = part.new_zeros(max(len(part) for part in parts), *part.shape[1:])
@@ -222,7 +230,9 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     return wrapped
 
 
-def _set_rng_state(state: torch.Tensor, device: Any = None, graph_safe: bool = False) -> None:
+def _set_rng_state(
+    state: torch.Tensor, device: Any = None, graph_safe: bool = False
+) -> None:
     torch.set_rng_state(state)
 
 

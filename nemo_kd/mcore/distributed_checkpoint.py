@@ -19,7 +19,10 @@ from typing import Any, BinaryIO
 
 import torch
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import dict_list_map_outplace, nested_values
+from megatron.core.dist_checkpointing.dict_utils import (
+    dict_list_map_outplace,
+    nested_values,
+)
 from megatron.core.dist_checkpointing.mapping import (
     LocalNonpersistentObject,
     ShardedObject,
@@ -115,7 +118,9 @@ def _explained(folder: Path) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     """Return the line with the cause, without torch's advice to trust the file."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "WeightsUnpickler" in line or "nsupported" in line]
+    telling = [
+        line for line in lines if "WeightsUnpickler" in line or "nsupported" in line
+    ]
     return (telling or lines or [type(error).__name__])[0][:200]
 
 
@@ -141,7 +146,9 @@ def _checked(folder: Path) -> Metadata:
         if (folder / COMMON).is_file():  # newer versions of Megatron write none
             load_values((folder / COMMON).read_bytes(), str(folder / COMMON))
     except OSError as error:
-        raise ConfigError(f"{error.filename}: cannot be read ({error.strerror})") from error
+        raise ConfigError(
+            f"{error.filename}: cannot be read ({error.strerror})"
+        ) from error
     for name, entry in metadata.state_dict_metadata.items():
         # torch would unpickle an entry of another name.
         if isinstance(entry, BytesStorageMetadata) and not OBJECT_NAME.fullmatch(name):
@@ -157,7 +164,9 @@ def load_values(data: bytes, where: str) -> Any:
     """
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            if any(
+                entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()
+            ):
                 raise zipfile.BadZipFile("it is compressed")
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except _DAMAGE as error:
@@ -172,17 +181,23 @@ def _load_object(part: ShardedObject, metadata: Metadata, folder: Path) -> Any:
         return part.data
     info = metadata.storage_data.get(MetadataIndex(part.unique_key))
     if info is None:
-        raise ConfigError(f"{folder}: {part.unique_key} is missing; use another checkpoint")
+        raise ConfigError(
+            f"{folder}: {part.unique_key} is missing; use another checkpoint"
+        )
     path = folder / Path(info.relative_path).name
     try:
         with path.open("rb") as file:
             file.seek(info.offset)
             data = file.read(min(info.length, path.stat().st_size))
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"{path}: {part.unique_key} cannot be read ({error})") from error
+        raise ConfigError(
+            f"{path}: {part.unique_key} cannot be read ({error})"
+        ) from error
     values = load_values(data, f"{path}: {part.unique_key}")
     if not isinstance(values, list) or len(values) != 1:
-        raise ConfigError(f"{path}: {part.unique_key} is not one value; use another checkpoint")
+        raise ConfigError(
+            f"{path}: {part.unique_key} is not one value; use another checkpoint"
+        )
     return values[0]
 
 
@@ -247,8 +262,12 @@ class ShardedFolder:
         for part in nested_values(state):
             stored = self.tensors[part.key]
             shape = tuple(part.global_shape)
-            free = 1 if part.allow_shape_mismatch else 0  # padding may differ along the vocabulary
-            if shape[free:] != tuple(stored.size)[free:] or len(shape) != len(stored.size):
+            free = (
+                1 if part.allow_shape_mismatch else 0
+            )  # padding may differ along the vocabulary
+            if shape[free:] != tuple(stored.size)[free:] or len(shape) != len(
+                stored.size
+            ):
                 raise ConfigError(
                     f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, "
                     f"model_config.yaml calls for {shape}"
@@ -258,7 +277,11 @@ class ShardedFolder:
                 target_slices = []
                 offsets = []
                 for ours, our_size, theirs, their_size in zip(
-                    part.global_offset, target.shape, chunk.offsets, chunk.sizes, strict=True
+                    part.global_offset,
+                    target.shape,
+                    chunk.offsets,
+                    chunk.sizes,
+                    strict=True,
                 ):
                     first = max(ours, theirs)
                     last = min(ours + our_size, theirs + their_size)
@@ -300,7 +323,9 @@ class ShardedFolder:
                     target = into[row : row + block_rows]
                     file.seek(start + (offsets[0] + row) * row_bytes)
                     block = bytearray(file.read(len(target) * row_bytes))
-                    rows = torch.frombuffer(block, dtype=dtype).view(len(target), *sizes[1:])
+                    rows = torch.frombuffer(block, dtype=dtype).view(
+                        len(target), *sizes[1:]
+                    )
                     target.copy_(rows[(slice(None), *inner)])
         except _DAMAGE as error:
             raise ConfigError(
@@ -312,9 +337,15 @@ class ShardedFolder:
 def _first_byte(file: BinaryIO, num_bytes: int) -> int:
     """Return the offset of the tensor's bytes in torch.save's zip archive of stored entries."""
     with zipfile.ZipFile(file) as archive:
-        entries = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
+        entries = (
+            entry for entry in archive.infolist() if entry.filename.endswith("/data/0")
+        )
         entry = next(entries, None)
-    if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.file_size != num_bytes:
+    if (
+        entry is None
+        or entry.compress_type != zipfile.ZIP_STORED
+        or entry.file_size != num_bytes
+    ):
         raise zipfile.BadZipFile(f"it is not {num_bytes} bytes as torch.save writes them")
     file.seek(entry.header_offset)
     header = file.read(30)

@@ -29,7 +29,13 @@ from nemo_kd.mcore.hf_folder import fused_place
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks, sharded_weights
 from nemo_kd.mcore.weights import Piece, hf_pieces, pieces, whole_shape, whole_tensor
-from nemo_kd.nemo_archive import CHAT_TEMPLATES, MODEL_CONFIG, PROVENANCE, TOKENIZER, WEIGHTS
+from nemo_kd.nemo_archive import (
+    CHAT_TEMPLATES,
+    MODEL_CONFIG,
+    PROVENANCE,
+    TOKENIZER,
+    WEIGHTS,
+)
 from nemo_kd.run.collective import on_rank_zero, raise_together
 
 MAX_SHARD_SIZE = "5GB"
@@ -70,7 +76,14 @@ def save_model(
     if export.hf and export.lora == "adapter" and lora is not None:
         base = str(source.source.absolute())
         save_adapter(
-            hf_folder, model, lora, architecture, base, tokenizer_folder, groups, provenance
+            hf_folder,
+            model,
+            lora,
+            architecture,
+            base,
+            tokenizer_folder,
+            groups,
+            provenance,
         )
 
 
@@ -93,7 +106,9 @@ def save_nemo(
     path = Path(path).absolute()
 
     def pack() -> None:
-        (folder / MODEL_CONFIG).write_text(write_model_config(architecture), encoding="utf-8")
+        (folder / MODEL_CONFIG).write_text(
+            write_model_config(architecture), encoding="utf-8"
+        )
         _copy_tokenizer(tokenizer_folder, folder / TOKENIZER)
         _save_provenance(provenance, folder)
         # NeMo's connector would pack the same, but takes seconds to import and its base class
@@ -131,7 +146,10 @@ def save_hf(
 
 
 def _write_hf(
-    temporary: Path, model: torch.nn.Module, architecture: GPTArchitecture, groups: ProcessGroups
+    temporary: Path,
+    model: torch.nn.Module,
+    architecture: GPTArchitecture,
+    groups: ProcessGroups,
 ) -> None:
     mine = _pieces_to_write(model, architecture, groups)
     files, first_file, num_files = _plan(mine, architecture, groups)
@@ -151,7 +169,9 @@ def _write_hf(
         if groups.tensor_rank == 0 and problem is None:
             try:
                 _save_tensors(tensors, temporary / names[file])
-            except OSError as error:  # raised after the loop, in which the others still gather
+            except (
+                OSError
+            ) as error:  # raised after the loop, in which the others still gather
                 problem = error
             weight_map |= dict.fromkeys(hf_names, names[file])
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
@@ -165,7 +185,11 @@ def _write_hf(
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_maps}
             _write_json(temporary / "model.safetensors.index.json", index)
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-        named = {key: dtype for key in ("dtype", "torch_dtype") if key in architecture.hf_config}
+        named = {
+            key: dtype
+            for key in ("dtype", "torch_dtype")
+            if key in architecture.hf_config
+        }
         _write_json(temporary / "config.json", architecture.hf_config | named)
 
     on_rank_zero(write_configs)
@@ -192,7 +216,9 @@ def save_adapter(
     tensors: dict[str, torch.Tensor] = {}
     if groups.data_rank == groups.context_rank == 0:
         for piece in _adapter_pieces(model, architecture):
-            tensors[piece.hf_name] = whole_tensor(piece, architecture, groups).cpu().contiguous()
+            tensors[piece.hf_name] = (
+                whole_tensor(piece, architecture, groups).cpu().contiguous()
+            )
     parts = _gather(tensors if groups.tensor_rank == 0 else {})
 
     def write_adapter() -> None:
@@ -247,7 +273,9 @@ def _plan(
         split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)
         files = split.filename_to_tensors
     counts: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(counts, len(files) if groups.tensor_rank == 0 else 0)
+    torch.distributed.all_gather_object(
+        counts, len(files) if groups.tensor_rank == 0 else 0
+    )
     return files, sum(counts[: torch.distributed.get_rank()]), sum(counts)
 
 
@@ -262,7 +290,9 @@ def _adapter_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> li
             module = f"base_model.model.{piece.hf_name.removesuffix('.weight')}"
             by_output = adapter.cut_by_output
             found.append(Piece(f"{module}.lora_A.weight", down, None if by_output else 1))
-            found.append(Piece(f"{module}.lora_B.weight", piece.view, 0 if by_output else None))
+            found.append(
+                Piece(f"{module}.lora_B.weight", piece.view, 0 if by_output else None)
+            )
     return found
 
 
@@ -278,7 +308,10 @@ def _shared_folder(path: Path) -> Iterator[Path]:
 
 
 def _publish(
-    temporary: Path, folder: Path, tokenizer_folder: Path, provenance: dict[str, Any] | None
+    temporary: Path,
+    folder: Path,
+    tokenizer_folder: Path,
+    provenance: dict[str, Any] | None,
 ) -> None:
     """Add the tokenizer and provenance, then give the folder its name; all ranks have written."""
 

@@ -15,7 +15,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
+from megatron.core.tensor_parallel import (
+    get_cuda_rng_tracker,
+    model_parallel_cuda_manual_seed,
+)
 
 from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
 from nemo_kd.mcore.cpu import install_cpu_support
@@ -102,12 +105,16 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
     install_cpu_support()
     data_size = parallel.data_parallel_size(dist.get_world_size())
     sizes = {name: getattr(parallel, name) for name in PARALLEL_SIZES}
-    if parallel_state.model_parallel_is_initialized() and _sizes() != list(sizes.values()):
+    if parallel_state.model_parallel_is_initialized() and _sizes() != list(
+        sizes.values()
+    ):
         destroy_model_parallel()
     if not parallel_state.model_parallel_is_initialized():
         parallel_state.initialize_model_parallel(**sizes, order=RANK_ORDER)
     chunks = parallel.chunks_per_stage
-    parallel_state.set_virtual_pipeline_model_parallel_world_size(chunks if chunks > 1 else None)
+    parallel_state.set_virtual_pipeline_model_parallel_world_size(
+        chunks if chunks > 1 else None
+    )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     tensor_size, pipeline_size, context_size, _ = sizes.values()
@@ -199,7 +206,9 @@ def sharded_random_state() -> ShardedObject:
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": get_cuda_rng_tracker().get_states(),
     }
-    return ShardedObject("random_state", state, (dist.get_world_size(),), (dist.get_rank(),))
+    return ShardedObject(
+        "random_state", state, (dist.get_world_size(),), (dist.get_rank(),)
+    )
 
 
 def set_random_state(state: dict[str, Any]) -> None:

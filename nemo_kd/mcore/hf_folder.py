@@ -21,7 +21,12 @@ from nemo_kd.nemo_archive import MAX_TOKENIZER_BYTES, check_regular_file, read_j
 BLOCK_BYTES = 4 << 20
 """Bytes read of mapped files before the mappings are renewed, which frees their pages."""
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _NUMBERED = re.compile(
     r"model\.layers\.(?P<layer>\d{1,9})\.(?:\w+\.experts\.(?P<expert>\d{1,9})\.)?"
 )
@@ -108,12 +113,16 @@ class SafetensorsFolder:
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         if index.exists():
-            self.files = {name: folder / file for name, file in _weight_map(index).items()}
+            self.files = {
+                name: folder / file for name, file in _weight_map(index).items()
+            }
         elif single.exists() or single.is_symlink():
             self.files = dict.fromkeys(_open(single).keys(), single)
         else:
             pickled = sorted(
-                path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern)
+                path.name
+                for pattern in ("*.bin", "*.pt", "*.pth")
+                for path in folder.glob(pattern)
             )
             found = (
                 f"only {pickled[0]}, a pickle, which can run code when it is loaded"
@@ -126,7 +135,9 @@ class SafetensorsFolder:
             )
         for path in sorted(set(self.files.values())):
             if not path.exists() and not path.is_symlink():
-                raise ConfigError(f"{path}: the file is missing, though {index.name} lists it")
+                raise ConfigError(
+                    f"{path}: the file is missing, though {index.name} lists it"
+                )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -138,7 +149,9 @@ class SafetensorsFolder:
                     f"{self.files[name]}: {name} has the dtype {dtype}; "
                     f"supported: {', '.join(_DTYPES)}"
                 )
-        return functools.reduce(torch.promote_types, {_DTYPES[dtype] for dtype in names.values()})
+        return functools.reduce(
+            torch.promote_types, {_DTYPES[dtype] for dtype in names.values()}
+        )
 
     def read(self, name: str, rows: slice, columns: slice | None = None) -> torch.Tensor:
         """Return a part of a weight: a view of the file. Copy and drop it before the next call."""
@@ -150,7 +163,9 @@ class SafetensorsFolder:
         if place.expert is not None:
             first = (place.half or 0) * self.shape(name)[0]
             rows = slice(first + rows.start, first + rows.stop)
-            part = stored[place.expert : place.expert + 1, rows, columns or slice(None)][0]
+            part = stored[place.expert : place.expert + 1, rows, columns or slice(None)][
+                0
+            ]
         else:
             part = stored[rows] if columns is None else stored[rows, columns]
         self._mapped_bytes += len(part) * self.row_bytes(name)

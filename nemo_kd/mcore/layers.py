@@ -49,7 +49,9 @@ class SDPACoreAttention(MegatronModule):
         assert pg_collection is not None
         self.context_group = pg_collection.cp
         self.softmax_scale = softmax_scale
-        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.dropout = (
+            config.attention_dropout if attention_dropout is None else attention_dropout
+        )
         window = config.window_size
         self.num_visible: int | None = None
         if is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):
@@ -70,7 +72,9 @@ class SDPACoreAttention(MegatronModule):
         assert attention_mask is None
         assert attention_bias is None
         if packed_seq_params is not None:
-            return self._packed(query, key, value, packed_seq_params.cu_seqlens_q.tolist())
+            return self._packed(
+                query, key, value, packed_seq_params.cu_seqlens_q.tolist()
+            )
         if self.context_group.size() > 1:
             return self._context_parallel(query, key, value)
         return self._causal(query, key, value)
@@ -82,10 +86,14 @@ class SDPACoreAttention(MegatronModule):
         value_TgD: torch.Tensor,
         bounds: list[int],
     ) -> torch.Tensor:
-        assert self.context_group.size() == 1, "context parallelism does not split packed sequences"
+        assert self.context_group.size() == 1, (
+            "context parallelism does not split packed sequences"
+        )
         sequences = []
         for start, end in itertools.pairwise(bounds):
-            query, key, value = (part[start:end, None] for part in (query_ThD, key_TgD, value_TgD))
+            query, key, value = (
+                part[start:end, None] for part in (query_ThD, key_TgD, value_TgD)
+            )
             sequences.append(self._causal(query, key, value))
         return torch.cat(sequences)[:, 0]
 
@@ -111,7 +119,9 @@ class SDPACoreAttention(MegatronModule):
 
     def _gather(self, tensor_sBgD: torch.Tensor) -> torch.Tensor:
         """Gather the sequence in its order: rank r holds the chunks r and 2 * size - 1 - r."""
-        gathered = gather_from_sequence_parallel_region(tensor_sBgD, group=self.context_group)
+        gathered = gather_from_sequence_parallel_region(
+            tensor_sBgD, group=self.context_group
+        )
         chunks = gathered.chunk(2 * self.context_group.size())
         return torch.cat([*chunks[::2], *reversed(chunks[1::2])])
 
@@ -143,16 +153,26 @@ class SDPACoreAttention(MegatronModule):
             blocks.append(self._attend(block, key[:, :, seen], value[:, :, seen], mask))
         return torch.cat(blocks, dim=2).permute(2, 0, 1, 3).flatten(2)
 
-    def _mask(self, num_queries: int, num_keys: int, device: torch.device) -> torch.Tensor:
+    def _mask(
+        self, num_queries: int, num_keys: int, device: torch.device
+    ) -> torch.Tensor:
         """Return [queries, keys], True where a query sees a key; both end at one position."""
         if self.num_visible is None:
-            return causal_lower_right(num_queries, num_keys)  # kernels need no matrix for this one
+            return causal_lower_right(
+                num_queries, num_keys
+            )  # kernels need no matrix for this one
         offset = num_keys - num_queries
-        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(offset)
+        seen = torch.ones(num_queries, num_keys, dtype=torch.bool, device=device).tril(
+            offset
+        )
         return seen.triu(offset + 1 - self.num_visible)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
     ) -> torch.Tensor:
         """Attend over [B, heads, S, D]; causal without a mask."""
         return torch.nn.functional.scaled_dot_product_attention(

@@ -61,7 +61,9 @@ class Adapter(torch.nn.Module):
         self.scale = lora.scale
         self.dropout = lora.adapter_dropout
         self.sequence_parallel = config.sequence_parallel
-        self.down = torch.nn.Parameter(weight.new_empty(lora.adapter_dim, weight.shape[1]))
+        self.down = torch.nn.Parameter(
+            weight.new_empty(lora.adapter_dim, weight.shape[1])
+        )
         self.up = torch.nn.Parameter(weight.new_empty(weight.shape[0], lora.adapter_dim))
         if self.cut_by_output:
             set_tensor_model_parallel_attributes(self.up, True, 0, 1)
@@ -117,7 +119,9 @@ def add_adapters(
         for target in lora.targets:
             projection = layer.get_submodule(PROJECTIONS[target])
             adapter = Adapter(projection.weight, target, lora, layer.config)
-            _initialize(adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups)
+            _initialize(
+                adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups
+            )
             projection.register_forward_hook(_adding(adapter))
             adapters[target] = adapter
         layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
@@ -188,7 +192,9 @@ def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
     }
 
 
-def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | None) -> None:
+def check_same_adapters(
+    before: dict[str, Any] | None, now: dict[str, Any] | None
+) -> None:
     """Compare the `adapter_identity` of a checkpoint and of this run; None means no adapters.
 
     Raises:
@@ -199,7 +205,8 @@ def check_same_adapters(before: dict[str, Any] | None, now: dict[str, Any] | Non
     keys = [key for key in (now or before) if before.get(key) != now.get(key)]
     if keys:
         differences = [
-            f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now" for key in keys
+            f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now"
+            for key in keys
         ]
         raise ConfigError(
             f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. To resume, give "
@@ -249,8 +256,12 @@ def _initialize(
 
 
 _INIT = {
-    "xavier": lambda tensor, generator: torch.nn.init.xavier_normal_(tensor, generator=generator),
-    "normal": lambda tensor, generator: torch.nn.init.normal_(tensor, std=0.2, generator=generator),
+    "xavier": lambda tensor, generator: torch.nn.init.xavier_normal_(
+        tensor, generator=generator
+    ),
+    "normal": lambda tensor, generator: torch.nn.init.normal_(
+        tensor, std=0.2, generator=generator
+    ),
     "kaiming": lambda tensor, generator: torch.nn.init.kaiming_uniform_(
         tensor, a=5**0.5, generator=generator
     ),

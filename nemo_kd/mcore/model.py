@@ -32,7 +32,12 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, RopeScaling, check_layout, padded_vocab_size
+from nemo_kd.config.model import (
+    GPTArchitecture,
+    RopeScaling,
+    check_layout,
+    padded_vocab_size,
+)
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
@@ -91,7 +96,8 @@ def transformer_config(
         "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
         "context_parallel_size": model.context_parallel_size,
         "expert_model_parallel_size": model.expert_model_parallel_size,
-        "sequence_parallel": model.sequence_parallel and model.tensor_model_parallel_size > 1,
+        "sequence_parallel": model.sequence_parallel
+        and model.tensor_model_parallel_size > 1,
         # Only old versions of torch needed to wait for the GPU after every exchange between stages.
         "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
@@ -110,10 +116,13 @@ def transformer_config(
         fields["window_size"] = (architecture.window_size - 1, 0)
         if architecture.window_layers:
             fields["window_attn_skip_freq"] = [
-                int(layer in architecture.window_layers) for layer in range(architecture.num_layers)
+                int(layer in architecture.window_layers)
+                for layer in range(architecture.num_layers)
             ]
         if model.context_parallel_size > 1:
-            fields["cp_comm_type"] = "all_gather"  # Transformer Engine's default refuses windows
+            fields["cp_comm_type"] = (
+                "all_gather"  # Transformer Engine's default refuses windows
+            )
     return TransformerConfig(**{**fields, **training})
 
 
@@ -155,11 +164,19 @@ def build_chunks(
     own_norms: bool = False,
 ) -> GPTModel | torch.nn.ModuleList:
     """Build this rank's model; a list of its chunks where pipeline stages are interleaved."""
-    arguments = (architecture, config, make_vocab_size_divisible_by, transformer_engine, own_norms)
+    arguments = (
+        architecture,
+        config,
+        make_vocab_size_divisible_by,
+        transformer_engine,
+        own_norms,
+    )
     size = config.virtual_pipeline_model_parallel_size
     if size is None:
         return build_gpt_model(*arguments)
-    return torch.nn.ModuleList(build_gpt_model(*arguments, number) for number in range(size))
+    return torch.nn.ModuleList(
+        build_gpt_model(*arguments, number) for number in range(size)
+    )
 
 
 def build_gpt_model(
@@ -182,7 +199,9 @@ def build_gpt_model(
         chunk: index of the chunk to build of an interleaved pipeline stage.
     """
     block = (
-        _transformer_engine_block(config, own_norms) if transformer_engine else _torch_block(config)
+        _transformer_engine_block(config, own_norms)
+        if transformer_engine
+        else _torch_block(config)
     )
     position = {"ignore_virtual": chunk is None, "vp_stage": chunk}
     with cuda_methods_on_cpu():
@@ -256,14 +275,18 @@ def _transformer_engine_block(
         if config.num_moe_experts is None:
             parts.pre_mlp_layernorm = TENorm
             # A ModuleSpec up to Megatron 0.17, a functools.partial later.
-            mlp = getattr(parts.mlp, "submodules", None) or parts.mlp.keywords["submodules"]
+            mlp = (
+                getattr(parts.mlp, "submodules", None) or parts.mlp.keywords["submodules"]
+            )
             mlp.linear_fc1 = TEColumnParallelLinear
             names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         parts.sharded_state_dict_keys_map = names
     return _block(config, layer, TENorm)
 
 
-def _block(config: TransformerConfig, layer: ModuleSpec, norm: Any) -> TransformerBlockSubmodules:
+def _block(
+    config: TransformerConfig, layer: ModuleSpec, norm: Any
+) -> TransformerBlockSubmodules:
     num_chunks = config.pipeline_model_parallel_size * (
         config.virtual_pipeline_model_parallel_size or 1
     )
@@ -360,7 +383,9 @@ def hidden_at(
     if gpt.config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
     length = len(hidden_SBH)
-    hidden_NH = hidden_SBH.flatten(0, 1)[positions_N % length * batch_size + positions_N // length]
+    hidden_NH = hidden_SBH.flatten(0, 1)[
+        positions_N % length * batch_size + positions_N // length
+    ]
     if gpt.config.sequence_parallel:
         return hidden_NH
     return copy_to_tensor_model_parallel_region(hidden_NH)
@@ -370,7 +395,9 @@ def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
     bounds = batch.cu_seqlens
-    if not isinstance(gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention):
+    if not isinstance(
+        gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention
+    ):
         # Transformer Engine reads them on the GPU; reading them there would stall our attention.
         bounds = bounds.to(batch.tokens_BS.device)
     # The exact length: Megatron would give a longer row's rotary frequencies to these positions.

@@ -13,7 +13,11 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    get_megatron_optimizer,
+)
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
@@ -126,7 +130,9 @@ class ModelOptimizer(torch.optim.Optimizer):
             clip_grad=gradient_clip_val or 0.0,
         )
         with cuda_methods_on_cpu():
-            self.megatron: MegatronOptimizer = get_megatron_optimizer(options, self.chunks)
+            self.megatron: MegatronOptimizer = get_megatron_optimizer(
+                options, self.chunks
+            )
         self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
         for part in self.parts:
             _create_adam_state(part.optimizer)
@@ -156,12 +162,16 @@ class ModelOptimizer(torch.optim.Optimizer):
         self.megatron.zero_grad(set_to_none)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True) -> Any:
+    def step(
+        self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True
+    ) -> Any:
         """Update the weights; change nothing if the loss or the gradient is not finite."""
         result = closure() if closure is not None else None
         found_inf = self.megatron.prepare_grads()
         self.grad_norm = float(self.megatron.get_grad_norm())
-        self.skipped = found_inf or not loss_is_finite or not math.isfinite(self.grad_norm)
+        self.skipped = (
+            found_inf or not loss_is_finite or not math.isfinite(self.grad_norm)
+        )
         if self.skipped:
             return result
         for part in self.parts:
@@ -184,7 +194,8 @@ class ModelOptimizer(torch.optim.Optimizer):
     def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
         """Load a checkpoint's moments; keep this run's weight decay and decay rates."""
         chosen = [
-            {name: group[name] for name in CHOSEN if name in group} for group in self.param_groups
+            {name: group[name] for name in CHOSEN if name in group}
+            for group in self.param_groups
         ]
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for part in self.parts:
@@ -230,7 +241,9 @@ def _own_steps(inner: torch.optim.Optimizer) -> Iterator[None]:
     steps: dict[torch.Tensor, torch.Tensor] = {}
 
     def set_aside(_: torch.optim.Optimizer) -> None:
-        steps.update({key: state.pop("step").clone() for key, state in inner.state.items()})
+        steps.update(
+            {key: state.pop("step").clone() for key, state in inner.state.items()}
+        )
 
     hook = inner.register_load_state_dict_post_hook(set_aside)
     try:

@@ -26,7 +26,9 @@ LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor 
 Shape = tuple[int, int, int]
 
 
-def run_batch(model: MegatronModule, batch: Batch, groups: ProcessGroups) -> torch.Tensor | None:
+def run_batch(
+    model: MegatronModule, batch: Batch, groups: ProcessGroups
+) -> torch.Tensor | None:
     """Run one batch forward through this rank's stage: receive, compute, send.
 
     All ranks of a replica call it with the same whole batches in the same order; context-parallel
@@ -114,10 +116,14 @@ def forward_backward(
         micro_batches: Iterator[Batch], model: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[..., Any]]:
         batch = next(micro_batches)
-        if not unwrapped(model).post_process:  # only the model's last part computes a loss
+        if not unwrapped(
+            model
+        ).post_process:  # only the model's last part computes a loss
             batch = replace(batch, teacher=None)
         batch = batch.to(device)
-        return hidden_states(model, batch), lambda hidden: _loss(loss_function, hidden, batch)
+        return hidden_states(model, batch), lambda hidden: _loss(
+            loss_function, hidden, batch
+        )
 
     model.train(not forward_only)
     groups = schedule_groups()
@@ -182,7 +188,9 @@ class _Stages(P2PCommunicator):
         self, input_tensor_grads: Any, tensor_shapes: Any, is_first_stage: bool
     ) -> Any:
         shapes = [next(self._forward)]
-        return super().send_backward_recv_forward(input_tensor_grads, shapes, is_first_stage)
+        return super().send_backward_recv_forward(
+            input_tensor_grads, shapes, is_first_stage
+        )
 
 
 def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
@@ -225,4 +233,8 @@ def _loss(
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor | None]]:
     loss_sum, sums = loss_function(hidden, batch)
     num_tokens = loss_sum.new_full((), batch.loss_positions_N.numel(), dtype=torch.int)
-    return loss_sum, num_tokens, {"sums": None if sums is None else sums.detach().double()}
+    return (
+        loss_sum,
+        num_tokens,
+        {"sums": None if sums is None else sums.detach().double()},
+    )

@@ -114,10 +114,14 @@ def read_metadata(file: BinaryIO, where: str) -> Metadata:
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        is_dtype = module == "torch" and isinstance(
+            getattr(torch, name, None), torch.dtype
+        )
         if is_dtype or name in _HARMLESS.get(module, ()):
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no checkpoint needs")
+        raise pickle.UnpicklingError(
+            f"it refers to {module}.{name}, which no checkpoint needs"
+        )
 
 
 class _Value:
@@ -186,7 +190,9 @@ def _check_values(metadata: Any) -> None:
             raise TypeError(f"an entry is a {type(entry).__name__}")
         elif vars(entry):
             # A size would make Megatron take it for a tensor, which torch then unpickles.
-            raise TypeError(f"{name} is not a tensor but has {', '.join(map(str, vars(entry)))}")
+            raise TypeError(
+                f"{name} is not a tensor but has {', '.join(map(str, vars(entry)))}"
+            )
     for index, info in metadata.storage_data.items():
         for number in (info.offset, info.length):
             if type(number) is not int or number < 0:
@@ -209,9 +215,13 @@ def _check_tensor(name: str, entry: TensorStorageMetadata) -> None:
         is_chunk = isinstance(chunk, ChunkStorageMetadata)
         if not is_chunk or not len(chunk.sizes) == len(chunk.offsets) == len(entry.size):
             raise ValueError(f"{name} has chunks of another rank than its own")
-        for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
+        for offset, size, whole in zip(
+            chunk.offsets, chunk.sizes, entry.size, strict=True
+        ):
             if size < 0 or not 0 <= offset <= offset + size <= whole:
                 raise ValueError(f"{name} has a chunk outside of it")
         num_stored += chunk.sizes.numel()
     if num_stored != entry.size.numel():
-        raise ValueError(f"{name} has {entry.size.numel():,} values, its chunks {num_stored:,}")
+        raise ValueError(
+            f"{name} has {entry.size.numel():,} values, its chunks {num_stored:,}"
+        )

@@ -97,7 +97,10 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
 
 
 def load_hf_weights(
-    model: torch.nn.Module, folder: Path, architecture: GPTArchitecture, groups: ProcessGroups
+    model: torch.nn.Module,
+    folder: Path,
+    architecture: GPTArchitecture,
+    groups: ProcessGroups,
 ) -> None:
     """Fill this rank's weights from a Hugging Face folder, and zero the vocabulary padding.
 
@@ -144,7 +147,9 @@ def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator
             yield from pieces(name, weight, architecture)
 
 
-def whole_shape(piece: Piece, architecture: GPTArchitecture, tensor_size: int) -> list[int]:
+def whole_shape(
+    piece: Piece, architecture: GPTArchitecture, tensor_size: int
+) -> list[int]:
     """Return the shape of the Hugging Face tensor that a piece belongs to."""
     shape = list(piece.view.flatten(0, 1).shape)
     if piece.cut_dim is not None:
@@ -166,7 +171,11 @@ def whole_tensor(
         parts = [torch.empty_like(tensor) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, tensor, group=groups.tensor)
         tensor = torch.cat(parts, dim=piece.cut_dim)
-    return tensor[: architecture.vocab_size] if piece.hf_name in _VOCABULARY.values() else tensor
+    return (
+        tensor[: architecture.vocab_size]
+        if piece.hf_name in _VOCABULARY.values()
+        else tensor
+    )
 
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
@@ -200,7 +209,9 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
             layer[names.weight(expert, names.down)] = (hidden, ffn)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocab_size, hidden)}
     for number in range(architecture.num_layers):
-        shapes |= {f"model.layers.{number}.{name}": shape for name, shape in layer.items()}
+        shapes |= {
+            f"model.layers.{number}.{name}": shape for name, shape in layer.items()
+        }
     shapes["model.norm.weight"] = (hidden,)
     if not architecture.share_embeddings_and_output_weights:
         shapes[OUTPUT] = (architecture.vocab_size, hidden)
@@ -243,7 +254,9 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
             for q, part in zip("qkv", parts, strict=True)
         ]
     if inner == "mlp.linear_fc1.weight":
-        return _gate_and_up(weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight")
+        return _gate_and_up(
+            weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
+        )
     names = EXPERT_NAMES[architecture.family]
     if inner == "mlp.router.weight":
         return [Piece(prefix + names.router, weight[None], None)]
@@ -252,18 +265,25 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
         return [Piece(prefix + names.weight(expert, names.down), weight[None], 1)]
     assert kind == "linear_fc1.weight", name
     return _gate_and_up(
-        weight, prefix + names.weight(expert, names.gate), prefix + names.weight(expert, names.up)
+        weight,
+        prefix + names.weight(expert, names.gate),
+        prefix + names.weight(expert, names.up),
     )
 
 
 def _gate_and_up(weight: torch.Tensor, gate: str, up: str) -> list[Piece]:
     halves = weight.chunk(2)
-    return [Piece(hf_name, half[None], 0) for hf_name, half in zip((gate, up), halves, strict=True)]
+    return [
+        Piece(hf_name, half[None], 0)
+        for hf_name, half in zip((gate, up), halves, strict=True)
+    ]
 
 
 def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> None:
     num_rows = piece.view.shape[1]
-    first_row = groups.tensor_rank * piece.view.shape[0] * num_rows if piece.cut_dim == 0 else 0
+    first_row = (
+        groups.tensor_rank * piece.view.shape[0] * num_rows if piece.cut_dim == 0 else 0
+    )
     columns = None
     if piece.cut_dim == 1:
         width = piece.view.shape[2]

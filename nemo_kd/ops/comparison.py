@@ -30,7 +30,9 @@ COMPARED = (
 token first; KL(teacher || student) and entropies in nats."""
 
 
-def compare(student: StudentLogits, teacher: TeacherRows[Tensor], vocab_size: int) -> Tensor:
+def compare(
+    student: StudentLogits, teacher: TeacherRows[Tensor], vocab_size: int
+) -> Tensor:
     """Return [N, 1 + len(COMPARED)]: 1 and `COMPARED`; all 0 for a row without kept ids."""
     assert student.kept_NK is not None
     num_used_N = (teacher.topk_token_ids_PK >= 0).sum(dim=-1)
@@ -55,4 +57,6 @@ def compare(student: StudentLogits, teacher: TeacherRows[Tensor], vocab_size: in
         torch.special.entr(entries.q_NE).sum(dim=-1),
     ]
     dtype = entries.q_NE.dtype
-    return torch.stack([torch.where(known_N, column.to(dtype), 0) for column in columns], dim=-1)
+    return torch.stack(
+        [torch.where(known_N, column.to(dtype), 0) for column in columns], dim=-1
+    )

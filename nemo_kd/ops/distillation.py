@@ -31,7 +31,13 @@ from torch.distributed import ProcessGroup
 from nemo_kd.batch import Batch, TeacherRows
 from nemo_kd.config.loss import Divergence, LossConfig
 from nemo_kd.ops.comparison import compare
-from nemo_kd.ops.student_logits import Slope, StudentLogits, TokenIds, read_logits, write_gradient
+from nemo_kd.ops.student_logits import (
+    Slope,
+    StudentLogits,
+    TokenIds,
+    read_logits,
+    write_gradient,
+)
 from nemo_kd.ops.token_losses import cross_entropy, divergence_on_support, label_estimator
 from nemo_kd.ops.vocab import VocabShard
 
@@ -74,7 +80,9 @@ def distillation_loss(
     """
     config = config or LossConfig()
     if config.objective == "custom":
-        raise ValueError("kd_loss: custom; call the function itself, or choose another kd_loss")
+        raise ValueError(
+            "kd_loss: custom; call the function itself, or choose another kd_loss"
+        )
     num_ranks = 1 if group is None else group.size()
     num_columns = logits_BSv.shape[-1]
     positions_N = batch.loss_positions_N
@@ -140,14 +148,24 @@ class DistillationLoss:
         self.compares = compares
         self.scales = divergence.scales if divergence is not None else (1.0,)
         self._is_sampled = divergence is not None and divergence.is_sampled
-        self._reads_kept_ids = compares or (divergence is not None and not divergence.on_label)
+        self._reads_kept_ids = compares or (
+            divergence is not None and not divergence.on_label
+        )
 
     @classmethod
     def of(cls, config: LossConfig, compares: bool = False) -> DistillationLoss:
         """Build the loss that a configuration describes; without a custom loss's function."""
-        compile = torch.cuda.is_available() if config.compile == "auto" else config.compile == "on"
+        compile = (
+            torch.cuda.is_available()
+            if config.compile == "auto"
+            else config.compile == "on"
+        )
         return cls(
-            config.divergence, config.label_smoothing, config.z_loss_weight, compile, compares
+            config.divergence,
+            config.label_smoothing,
+            config.z_loss_weight,
+            compile,
+            compares,
         )
 
     def __call__(
@@ -200,11 +218,15 @@ class DistillationLoss:
             return None
         for name, values in vars(teacher).items():
             if isinstance(values, Tensor) and len(values) != num_rows:
-                raise ValueError(f"{name}: {len(values)} rows for {num_rows} rows of logits")
+                raise ValueError(
+                    f"{name}: {len(values)} rows for {num_rows} rows of logits"
+                )
         missing = [] if self.divergence is None else self.divergence.missing(teacher)
         if self.divergence is not None and missing:
             temperature = 1 / self.divergence.teacher_scale
-            at = f" at temperature {temperature:g}" if missing[0] == "tail_mass_PT" else ""
+            at = (
+                f" at temperature {temperature:g}" if missing[0] == "tail_mass_PT" else ""
+            )
             raise ValueError(
                 f"{missing[0]}: missing{at}, but {self.divergence.objective} on support "
                 f"{self.divergence.support} needs it"
@@ -214,13 +236,17 @@ class DistillationLoss:
             ids_NK = np.sort(teacher.topk_token_ids_PK.numpy().astype(np.int32), axis=-1)
             ends_N2 = torch.from_numpy(ids_NK[:, [0, -1]])
             _check_ids("topk_token_ids_PK", ends_N2, -1, shard.vocab_size)
-            repeated = ids_NK[:, 1:][(ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)]
+            repeated = ids_NK[:, 1:][
+                (ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)
+            ]
             if len(repeated):
                 raise ValueError(
                     f"topk_token_ids_PK: a row holds id {repeated[0]} twice; merge its entries"
                 )
             if self._is_sampled and teacher.tail_token_ids_PM is not None:
-                _check_ids("tail_token_ids_PM", teacher.tail_token_ids_PM, -1, shard.vocab_size)
+                _check_ids(
+                    "tail_token_ids_PM", teacher.tail_token_ids_PM, -1, shard.vocab_size
+                )
         return teacher
 
     def evaluate(
@@ -268,7 +294,9 @@ class DistillationLoss:
         """Fill `out_Nv`, maybe the logits, with the gradient; `d_losses`: by CE and divergence,
         [N]."""
         losses = list(zip(d_losses, slopes.of_losses, strict=False))
-        write_gradient(logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile)
+        write_gradient(
+            logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile
+        )
 
 
 def _check_ids(name: str, ids: Tensor, smallest: int, vocab_size: int) -> None:

@@ -87,7 +87,9 @@ class _FusedLinear(torch.autograd.Function):
             d_hidden_NH = torch.empty_like(hidden_NH)
         if with_gradients and weight_vH.requires_grad:
             d_weight_vH = (
-                torch.zeros_like(weight_vH, dtype=dtype) if main_grad is None else main_grad
+                torch.zeros_like(weight_vH, dtype=dtype)
+                if main_grad is None
+                else main_grad
             )
         buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
         for rows in row_blocks(num_rows, 1, block_rows):
@@ -107,10 +109,13 @@ class _FusedLinear(torch.autograd.Function):
             empty = hidden_NH.new_empty(0, dtype=dtype)
             of_blocks = [TokenLosses(empty, None if teacher is None else empty, None)]
         ce_N, kd_N, compared = (
-            None if parts[0] is None else torch.cat(parts) for parts in zip(*of_blocks, strict=True)
+            None if parts[0] is None else torch.cat(parts)
+            for parts in zip(*of_blocks, strict=True)
         )
         assert ce_N is not None
-        total = weights[0] * ce_N.sum() + (weights[1] * kd_N.sum() if kd_N is not None else 0)
+        total = weights[0] * ce_N.sum() + (
+            weights[1] * kd_N.sum() if kd_N is not None else 0
+        )
         ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
         ctx.weight_dtype = weight_vH.dtype
         ctx.mark_non_differentiable(
@@ -119,12 +124,16 @@ class _FusedLinear(torch.autograd.Function):
         return total, ce_N, kd_N, compared
 
     @staticmethod
-    def backward(ctx: Any, d_total: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: Any, d_total: Tensor, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
         if ctx.weight_with_main_grad is None:
             d_weight_vH = (
-                None if d_weight_vH is None else (d_weight_vH * d_total).to(ctx.weight_dtype)
+                None
+                if d_weight_vH is None
+                else (d_weight_vH * d_total).to(ctx.weight_dtype)
             )
             return d_hidden_NH * d_total, d_weight_vH, *unused
         if d_total.device.type == "cpu" and d_total != 1:

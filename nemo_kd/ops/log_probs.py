@@ -54,6 +54,11 @@ class _LogProbsAt(torch.autograd.Function):
         )
         weight_N = torch.ones_like(ctx.student.label_N)
         write_gradient(
-            logits_Nv, gradient_Nv, ctx.scales, ctx.student, [(weight_N, slope)], ctx.shard
+            logits_Nv,
+            gradient_Nv,
+            ctx.scales,
+            ctx.student,
+            [(weight_N, slope)],
+            ctx.shard,
         )
         return gradient_Nv, None, None, None

@@ -55,7 +55,9 @@ def forward_kl(entries: Entries) -> Terms:
     """KL(teacher || student) = sum p log(p / q): covers all of the teacher's modes."""
     p_NE = entries.p_NE
     q_NE = entries.q_NE
-    return Terms(_weighted(p_NE, entries.log_p_NE - entries.log_q_NE), q_NE - p_NE)  # u = 1 - p / q
+    return Terms(
+        _weighted(p_NE, entries.log_p_NE - entries.log_q_NE), q_NE - p_NE
+    )  # u = 1 - p / q
 
 
 def reverse_kl(entries: Entries) -> Terms:
@@ -82,7 +84,9 @@ def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
     log_m_NE = _log_mix(skew, entries.log_p_NE, entries.log_q_NE)
     pull_NE = _weighted(p_NE, (entries.log_q_NE - log_m_NE).exp())
     # u = (1 - skew) (1 - p / m)
-    return Terms(_weighted(p_NE, entries.log_p_NE - log_m_NE), (1 - skew) * (q_NE - pull_NE))
+    return Terms(
+        _weighted(p_NE, entries.log_p_NE - log_m_NE), (1 - skew) * (q_NE - pull_NE)
+    )
 
 
 def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
@@ -118,7 +122,9 @@ def adaptive_kl(entries: Entries, alpha: float) -> Terms:
     above_NK = (ascending_NK > alpha) & (
         alpha < 1
     )  # a sum of all that rounds to more than 1 is no more than 1
-    in_head_NK = torch.empty_like(order_NK, dtype=torch.bool).scatter_(1, order_NK, above_NK)
+    in_head_NK = torch.empty_like(order_NK, dtype=torch.bool).scatter_(
+        1, order_NK, above_NK
+    )
     head_N = (gap_NE[:, :num_kept] * in_head_NK).sum(dim=-1)
     all_N = gap_NE.sum(dim=-1)
     # Equal distributions have no gaps: both divergences are 0 then and any weight will do.

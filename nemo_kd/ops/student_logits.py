@@ -103,7 +103,9 @@ def read_logits(
     kept = 1 if ids.kept_NK is not None else None
     local = sum_pass(logits_Nv, columns, kept, scales, shard, with_mean, compiled)
     maximum_N = shard.all_reduce(local.maximum_N.clone(), ReduceOp.MAX)
-    below_NS = torch.stack([scale * (local.maximum_N - maximum_N) for scale in scales], dim=-1)
+    below_NS = torch.stack(
+        [scale * (local.maximum_N - maximum_N) for scale in scales], dim=-1
+    )
     # A rank without any logit in the tail (-inf, or nan where no rank has one) adds nothing.
     held_N1 = local.maximum_N[:, None] != float("-inf")
     local_sum_exp_NS = torch.where(held_N1, (local.log_sum_exp_NS + below_NS).exp_(), 0)
@@ -125,7 +127,9 @@ def read_logits(
     if ids.samples_NM is not None:
         samples_NM = next(sums) - shift_N[:, None]
     gap_N = maximum_N - shift_N
-    log_tail_NS = tail_sum_exp_NS.log() + torch.stack([scale * gap_N for scale in scales], dim=-1)
+    log_tail_NS = tail_sum_exp_NS.log() + torch.stack(
+        [scale * gap_N for scale in scales], dim=-1
+    )
     log_sum_exp_N = log_tail_NS[:, 0]
     if kept_NK is not None:
         log_sum_exp_N = torch.logaddexp(log_sum_exp_N, kept_NK.logsumexp(dim=-1))
@@ -163,10 +167,14 @@ def write_gradient(
     coefficients_NS = torch.zeros_like(student.tail_sum_exp_NS)
     constant_N = None
     kept_NK = None
-    samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    samples_NM = (
+        None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    )
     label_N = torch.zeros_like(student.label_N)
     for d_loss_N, slope in losses:
-        coefficients_NS[:, slope.scale_index] += d_loss_N * slope.tail_N * scales[slope.scale_index]
+        coefficients_NS[:, slope.scale_index] += (
+            d_loss_N * slope.tail_N * scales[slope.scale_index]
+        )
         if slope.kept_NK is not None:
             d_kept_NK = slope.kept_NK * d_loss_N[:, None]
             kept_NK = d_kept_NK if kept_NK is None else kept_NK.add_(d_kept_NK)

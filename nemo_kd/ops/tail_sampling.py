@@ -74,12 +74,18 @@ def sample_tail(
     strata_M = torch.arange(num_samples, device=logits_Nv.device, dtype=torch.float64)
     wanted_NM = (strata_M + uniforms_NU[:, :num_samples]) / num_samples * ends_NR[:, -1:]
     owner_NM, wanted_NM = _find(ends_NR, wanted_NM)  # every rank finds the same owner
-    ids_NM = torch.zeros(num_rows, num_samples, dtype=torch.int64, device=logits_Nv.device)
+    ids_NM = torch.zeros(
+        num_rows, num_samples, dtype=torch.int64, device=logits_Nv.device
+    )
     if shard.num_real:
         for rows in row_blocks(num_rows, num_samples * GROUP_COLUMNS, BLOCK_ELEMENTS):
             group_NM, inside_NM = _find(ends_NG[rows], wanted_NM[rows])
-            column_NM = _find_column(logits_Nv[rows], maximum_N[rows], group_NM, inside_NM)
-            ids_NM[rows] = torch.where(owner_NM[rows] == shard.rank, column_NM + shard.start, 0)
+            column_NM = _find_column(
+                logits_Nv[rows], maximum_N[rows], group_NM, inside_NM
+            )
+            ids_NM[rows] = torch.where(
+                owner_NM[rows] == shard.rank, column_NM + shard.start, 0
+            )
     shard.all_reduce(ids_NM, ReduceOp.SUM)
     thinned_N = uniforms_NU[:, -1] * SMALLEST_SAMPLED_TAIL >= tail_mass_N
     return ids_NM.masked_fill_((thinned_N | (ends_NR[:, -1] == 0))[:, None], -1)

@@ -59,7 +59,9 @@ def label_estimator(
     """Return value and slope of k1, k2, k3 or low_var_kl."""
     assert teacher.label_logprobs_P is not None
     log_sum_exp_N = student.log_sum_exp_N
-    log_ratio_N = student.label_N - log_sum_exp_N - teacher.label_logprobs_P.to(log_sum_exp_N.dtype)
+    log_ratio_N = (
+        student.label_N - log_sum_exp_N - teacher.label_logprobs_P.to(log_sum_exp_N.dtype)
+    )
     value_N, slope_N = LABEL_ESTIMATORS[divergence.objective](log_ratio_N)
     slope_N = slope_N * divergence.factor
     tail_N = -slope_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp()
@@ -71,14 +73,19 @@ def label_estimator(
 
 
 def divergence_on_support(
-    student: StudentLogits, teacher: TeacherRows[Tensor], divergence: Divergence, vocab_size: int
+    student: StudentLogits,
+    teacher: TeacherRows[Tensor],
+    divergence: Divergence,
+    vocab_size: int,
 ) -> tuple[Tensor, Slope]:
     """Return value and slope of a divergence over all entries of its support."""
     assert student.kept_NK is not None
     value_N = torch.zeros_like(student.shift_N)
     tail_N = torch.zeros_like(student.shift_N)
     kept_NK = torch.zeros_like(student.kept_NK)
-    samples_NM = None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    samples_NM = (
+        None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
+    )
     num_kept = kept_NK.shape[1]
     column = divergence.tail_column(teacher)
     terms_of = _terms(divergence)
@@ -87,7 +94,9 @@ def divergence_on_support(
         some_tail_N = None if column is None else some.tail_mass_PT[:, column]
         num_used_N = (some.topk_token_ids_PK >= 0).sum(dim=-1)
         known_N = num_used_N > 0
-        entries = entries_of(student, some, some_tail_N, divergence, num_used_N == vocab_size, rows)
+        entries = entries_of(
+            student, some, some_tail_N, divergence, num_used_N == vocab_size, rows
+        )
         terms = terms_of(entries)
         value = terms.value_NE.sum(dim=-1)
         mean_u = terms.q_u_NE.sum(dim=-1)
@@ -96,7 +105,9 @@ def divergence_on_support(
             weights_NM, sampled_N = _sampled(student, some, some_tail_N, rows)
             value = value + sampled_N
             mean_u = mean_u - weights_NM.sum(dim=-1)
-            samples_NM[rows] = torch.where(known_N[:, None], -divergence.factor * weights_NM, 0)
+            samples_NM[rows] = torch.where(
+                known_N[:, None], -divergence.factor * weights_NM, 0
+            )
         slope_NE = terms.q_u_NE.addcmul(entries.q_NE, mean_u[:, None], value=-1)
         slope_NE.masked_fill_(~known_N[:, None], 0)
         value_N[rows] = torch.where(known_N, value * divergence.factor, 0)
@@ -110,7 +121,9 @@ def divergence_on_support(
                 others_N = -slope_NE[:, :num_kept].sum(dim=-1)
                 rest_N = torch.where(entries.q_NE[:, -1] > 0.5, others_N, rest_N)
             tail_N[rows] = rest_N * divergence.factor
-    return value_N, Slope(len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM)
+    return value_N, Slope(
+        len(divergence.scales) - 1, tail_N, kept_NK, samples_NM=samples_NM
+    )
 
 
 def entries_of(

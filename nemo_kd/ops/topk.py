@@ -81,15 +81,21 @@ def topk_rows(
         ValueError: top_k exceeds the vocabulary.
     """
     if top_k > shard.vocab_size:
-        raise ValueError(f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens")
+        raise ValueError(
+            f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens"
+        )
     num_rows = len(hidden_NH)
     dtype = _logits_dtype(hidden_NH)
-    row_bytes = len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
+    row_bytes = (
+        len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
+    )
     num_blocks = -(
         -num_rows // max(1, (block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]) // row_bytes)
     )
     # Of equal size, as a small block is slow; and as many on every rank, whatever its padding.
-    blocks = row_blocks(num_rows, 1, -(-num_rows // num_blocks)) if num_rows else [slice(0, 0)]
+    blocks = (
+        row_blocks(num_rows, 1, -(-num_rows // num_blocks)) if num_rows else [slice(0, 0)]
+    )
     buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)
     parts = []
     for rows in blocks:
@@ -97,7 +103,9 @@ def topk_rows(
         _project(hidden_NH[rows], weight_vH[: shard.num_real], logits_Nv)
         uniforms = None if uniforms_NU is None else uniforms_NU[rows]
         parts.append(
-            topk_of_logits(logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms)
+            topk_of_logits(
+                logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms
+            )
         )
     positions_P = torch.arange(num_rows, device=hidden_NH.device)
     return replace(join_rows(parts), positions_P=positions_P)
@@ -128,10 +136,14 @@ def topk_of_logits(
 
     order_NK = _ordered(found, top_k)
     dtype = found.logits_NC.dtype
-    log_sum_exp_N = (found.logits_NC.double().exp().sum(dim=-1) + found.rest_NT[:, 0]).log_()
+    log_sum_exp_N = (
+        found.logits_NC.double().exp().sum(dim=-1) + found.rest_NT[:, 0]
+    ).log_()
     topk_logits_NK = found.logits_NC.gather(1, order_NK)
     kept_NK = kept((topk_logits_NK - log_sum_exp_N[:, None].to(dtype)).exp_())
-    kept_NC = torch.zeros_like(found.ids_NC, dtype=torch.bool).scatter_(1, order_NK, kept_NK)
+    kept_NC = torch.zeros_like(found.ids_NC, dtype=torch.bool).scatter_(
+        1, order_NK, kept_NK
+    )
     tail_mass_NT = torch.empty_like(found.rest_NT)
     for number, temperature in enumerate(temperatures):
         weights_NC = (found.logits_NC.double() / temperature).exp_()
@@ -150,11 +162,15 @@ def topk_of_logits(
     return TeacherRows(
         positions_P=torch.arange(len(logits_Nv), device=logits_Nv.device),
         topk_logits_PK=topk_logits_NK.masked_fill_(~kept_NK, float("-inf")),
-        topk_token_ids_PK=found.ids_NC.gather(1, order_NK).masked_fill_(~kept_NK, -1).int(),
+        topk_token_ids_PK=found.ids_NC.gather(1, order_NK)
+        .masked_fill_(~kept_NK, -1)
+        .int(),
         log_sum_exp_logits_P=log_sum_exp_N.to(dtype),
         tail_mass_PT=tail_mass_NT.to(dtype),
         temperatures=tuple(temperatures),
-        label_logprobs_P=(found.label_logits_N - found.maximum_N - log_sum_exp_N).to(dtype),
+        label_logprobs_P=(found.label_logits_N - found.maximum_N - log_sum_exp_N).to(
+            dtype
+        ),
         tail_token_ids_PM=samples_NM,
     )
 
@@ -165,7 +181,9 @@ def _logits_dtype(hidden_NH: torch.Tensor) -> torch.dtype:
     return torch.float32 if half and widens else hidden_NH.dtype
 
 
-def _project(hidden_NH: torch.Tensor, weight_vH: torch.Tensor, logits_Nv: torch.Tensor) -> None:
+def _project(
+    hidden_NH: torch.Tensor, weight_vH: torch.Tensor, logits_Nv: torch.Tensor
+) -> None:
     if logits_Nv.dtype == hidden_NH.dtype:
         torch.mm(hidden_NH, weight_vH.T, out=logits_Nv)
     elif logits_Nv.numel():
@@ -188,23 +206,33 @@ def _take_head(logits_Nv: torch.Tensor, top_k: int) -> _Head:
     dtype = reduction_dtype(logits_Nv)
     # In tiles, as fresh memory for the maxima and ids of a whole block costs more on a CPU than the
     # search.
-    tiles = row_blocks(num_rows, num_columns, SEARCHED_ELEMENTS[logits_Nv.is_cuda]) or [slice(0, 0)]
+    tiles = row_blocks(num_rows, num_columns, SEARCHED_ELEMENTS[logits_Nv.is_cuda]) or [
+        slice(0, 0)
+    ]
     found = [_largest(logits_Nv[rows], min(top_k + 1, num_columns)) for rows in tiles]
     values, columns = (torch.cat(parts) for parts in zip(*found, strict=True))
     values, order = values.to(dtype).sort(dim=-1, descending=True)
     columns = columns.gather(1, order)
     nothing_N1 = values.new_full((num_rows, 1), float("-inf"))
     values = torch.cat([values, nothing_N1], dim=1)
-    next_column_N = columns[:, top_k] if num_columns > top_k else columns.new_zeros(num_rows)
+    next_column_N = (
+        columns[:, top_k] if num_columns > top_k else columns.new_zeros(num_rows)
+    )
     next_logit_N = values[:, min(top_k, num_columns)]
     columns_Nk = columns[:, :top_k]
     _assign(logits_Nv, columns_Nk, values.new_full((), float("-inf")))
     return _Head(
-        values[:, : columns_Nk.shape[1]], columns_Nk, next_logit_N, next_column_N, values[:, 0]
+        values[:, : columns_Nk.shape[1]],
+        columns_Nk,
+        next_logit_N,
+        next_column_N,
+        values[:, 0],
     )
 
 
-def _assign(logits_Nv: torch.Tensor, columns_Nk: torch.Tensor, values: torch.Tensor) -> None:
+def _assign(
+    logits_Nv: torch.Tensor, columns_Nk: torch.Tensor, values: torch.Tensor
+) -> None:
     # Not scatter_, which copies all of a bfloat16 tensor on a CPU.
     rows_N1 = torch.arange(len(logits_Nv), device=logits_Nv.device)[:, None]
     logits_Nv.index_put_((rows_N1, columns_Nk), values.to(logits_Nv.dtype))
@@ -223,7 +251,9 @@ def _largest(logits_Nv: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tenso
     steps = torch.arange(0, whole, num_groups, device=logits_Nv.device)
     columns = (groups_Nk[:, None] + steps[:, None]).flatten(1)
     if whole < num_columns:
-        left_over = torch.arange(whole, num_columns, device=logits_Nv.device).expand(num_rows, -1)
+        left_over = torch.arange(whole, num_columns, device=logits_Nv.device).expand(
+            num_rows, -1
+        )
         columns = torch.cat([columns, left_over], dim=1)
     values, order = logits_Nv.gather(1, columns).topk(k, dim=-1, sorted=False)
     return values, columns.gather(1, order)
@@ -237,11 +267,15 @@ def _sum_rest(
     num_rows, num_columns = logits_Nv.shape
     dtype = reduction_dtype(logits_Nv)
     rest_NT = logits_Nv.new_zeros(num_rows, len(temperatures), dtype=dtype)
-    sums_NG = logits_Nv.new_zeros(num_rows, max(1, -(-num_columns // GROUP_COLUMNS)), dtype=dtype)
+    sums_NG = logits_Nv.new_zeros(
+        num_rows, max(1, -(-num_columns // GROUP_COLUMNS)), dtype=dtype
+    )
     if num_columns == head.columns_Nk.shape[1]:
         return rest_NT, sums_NG
     tiles = row_blocks(num_rows, num_columns, TILE_ELEMENTS[logits_Nv.is_cuda])
-    scratch = logits_Nv.new_empty(2, tiles[0].stop if tiles else 0, num_columns, dtype=dtype)
+    scratch = logits_Nv.new_empty(
+        2, tiles[0].stop if tiles else 0, num_columns, dtype=dtype
+    )
     for rows in tiles:
         scaled_Nv, weights_Nv = scratch[:, : rows.stop - rows.start]
         next_column_N1 = head.next_column_N[rows, None]
@@ -273,7 +307,9 @@ def _group_sums(weights_Nv: torch.Tensor) -> torch.Tensor:
         .sum(dim=-1)
     )
     if left_over:
-        sums_NG = torch.cat([sums_NG, weights_Nv[:, -left_over:].sum(dim=-1, keepdim=True)], dim=1)
+        sums_NG = torch.cat(
+            [sums_NG, weights_Nv[:, -left_over:].sum(dim=-1, keepdim=True)], dim=1
+        )
     return sums_NG
 
 
@@ -299,7 +335,9 @@ def _gather(
     missing = (0, top_k - head.logits_Nk.shape[1])
     logits_Nk = torch.nn.functional.pad(head.logits_Nk, missing, value=float("-inf"))
     # Filled up with an id above all others: real logits of -inf stand before it.
-    ids_Nk = torch.nn.functional.pad(head.columns_Nk + shard.start, missing, value=shard.vocab_size)
+    ids_Nk = torch.nn.functional.pad(
+        head.columns_Nk + shard.start, missing, value=shard.vocab_size
+    )
     numbers_NX = torch.cat([logits_Nk, rest_NT, label_logits_N[:, None]], dim=1)
     numbers_NRX = shard.gather(numbers_NX).unflatten(1, (-1, numbers_NX.shape[1]))
     logits_NRk, rest_NRT, label_logits_NR1 = numbers_NRX.split(
@@ -324,7 +362,9 @@ def _gather(
 def _ordered(found: _Gathered, top_k: int) -> torch.Tensor:
     """Return places [N, K] of the largest candidates, equal ones by id, whatever the layout."""
     by_id_NC = found.ids_NC.argsort(dim=-1)
-    by_logit_NC = found.logits_NC.gather(1, by_id_NC).argsort(dim=-1, descending=True, stable=True)
+    by_logit_NC = found.logits_NC.gather(1, by_id_NC).argsort(
+        dim=-1, descending=True, stable=True
+    )
     return by_id_NC.gather(1, by_logit_NC[:, :top_k])
 
 

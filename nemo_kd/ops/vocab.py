@@ -32,7 +32,9 @@ class VocabShard:
     group: ProcessGroup | None = None
 
     @classmethod
-    def of(cls, num_columns: int, vocab_size: int, group: ProcessGroup | None = None) -> VocabShard:
+    def of(
+        cls, num_columns: int, vocab_size: int, group: ProcessGroup | None = None
+    ) -> VocabShard:
         """Return this rank's shard; every rank of `group` has `num_columns` columns."""
         rank = torch.distributed.get_rank(group) if group is not None else 0
         start = rank * num_columns
@@ -64,7 +66,9 @@ class VocabShard:
         if self.num_ranks == 1:
             return parts
         widths = [part.shape[1] for part in parts]
-        return list(self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1))
+        return list(
+            self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1)
+        )
 
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
         """Join the [N, C] tensors of all ranks of the group side by side, in rank order."""
@@ -80,7 +84,11 @@ def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def row_blocks(num_rows: int, num_columns: int, max_elements: int = 1 << 22) -> list[slice]:
+def row_blocks(
+    num_rows: int, num_columns: int, max_elements: int = 1 << 22
+) -> list[slice]:
     """Return row ranges that cover `num_rows`: at most `max_elements` elements, or one row."""
     rows = max(1, max_elements // max(1, num_columns))
-    return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
+    return [
+        slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)
+    ]

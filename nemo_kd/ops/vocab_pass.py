@@ -46,13 +46,21 @@ class Columns(NamedTuple):
         if index_NJ.device.type == "cpu" and held_NJ.all():
             return cls(index_NJ, None, None)
         first_N1 = (
-            held_NJ.byte().argmax(dim=-1, keepdim=True) if held_NJ.shape[1] else held_NJ.long()
+            held_NJ.byte().argmax(dim=-1, keepdim=True)
+            if held_NJ.shape[1]
+            else held_NJ.long()
         )
-        return cls(torch.where(held_NJ, index_NJ, index_NJ.gather(1, first_N1)), held_NJ, first_N1)
+        return cls(
+            torch.where(held_NJ, index_NJ, index_NJ.gather(1, first_N1)),
+            held_NJ,
+            first_N1,
+        )
 
     def masked(self, values_NJ: Tensor) -> Tensor:
         """Return the values of the ids that this rank holds, 0 for others."""
-        return values_NJ if self.held_NJ is None else torch.where(self.held_NJ, values_NJ, 0)
+        return (
+            values_NJ if self.held_NJ is None else torch.where(self.held_NJ, values_NJ, 0)
+        )
 
     def held_index(self, rows: slice) -> Tensor:
         """Return the columns in some of the rows, -1 where the id is not held."""
@@ -67,8 +75,12 @@ class Columns(NamedTuple):
         if self.held_NJ is not None and self.first_N1 is not None:
             # Others write what the first held id writes, or what is there.
             held_NJ = self.held_NJ[rows]
-            values_NJ = torch.where(held_NJ, values_NJ, values_NJ.gather(1, self.first_N1[rows]))
-            values_NJ = torch.where(held_NJ.any(dim=-1, keepdim=True), values_NJ, block[:, :1])
+            values_NJ = torch.where(
+                held_NJ, values_NJ, values_NJ.gather(1, self.first_N1[rows])
+            )
+            values_NJ = torch.where(
+                held_NJ.any(dim=-1, keepdim=True), values_NJ, block[:, :1]
+            )
         _scatter(block, self.index_NJ[rows], values_NJ)
 
 
@@ -118,7 +130,9 @@ def sum_pass(
     dtype = reduction_dtype(logits_Nv)
     maximum_N = logits_Nv.new_full((num_rows,), MINUS_INFINITY, dtype=dtype)
     log_sum_exp_NS = logits_Nv.new_zeros((num_rows, len(scales)), dtype=dtype)
-    at_columns = [logits_Nv.new_zeros(part.index_NJ.shape, dtype=dtype) for part in columns]
+    at_columns = [
+        logits_Nv.new_zeros(part.index_NJ.shape, dtype=dtype) for part in columns
+    ]
     sum_N = logits_Nv.new_zeros(num_rows, dtype=dtype) if with_sum else None
     row_sums = _compiled(_row_sums_in_one_loop) if compiled else _row_sums
     for rows, block, scratch in _blocks(logits_Nv.data, shard, compiled, num_scratch=1):
@@ -127,13 +141,20 @@ def sum_pass(
         for part, values_NJ in zip(columns, at_columns, strict=True):
             values_NJ[rows] = block.gather(1, part.index_NJ[rows])
         if kept is not None:
-            nothing = torch.full_like(at_columns[kept][rows], MINUS_INFINITY, dtype=block.dtype)
+            nothing = torch.full_like(
+                at_columns[kept][rows], MINUS_INFINITY, dtype=block.dtype
+            )
             columns[kept].put(block, rows, nothing)
         maximum_N[rows], log_sum_exp_NS[rows] = row_sums(block, scales, scratch)
         if kept is not None:
-            _scatter(block, columns[kept].index_NJ[rows], at_columns[kept][rows].to(block.dtype))
+            _scatter(
+                block,
+                columns[kept].index_NJ[rows],
+                at_columns[kept][rows].to(block.dtype),
+            )
     at_columns = [
-        part.masked(values_NJ) for part, values_NJ in zip(columns, at_columns, strict=True)
+        part.masked(values_NJ)
+        for part, values_NJ in zip(columns, at_columns, strict=True)
     ]
     return Sums(maximum_N, log_sum_exp_NS, at_columns, sum_N)
 
@@ -156,8 +177,12 @@ def gradient_pass(
     """
     fill = _compiled(_fill_in_one_loop) if compiled else _fill
     softmax_of_nothing = not compiled and bool((exponentials.local_sum_exp_NS == 0).any())
-    for rows, block, scratch in _blocks(logits_Nv, shard, compiled, num_scratch=len(scales) - 1):
-        some = Exponentials._make(None if part is None else part[rows] for part in exponentials)
+    for rows, block, scratch in _blocks(
+        logits_Nv, shard, compiled, num_scratch=len(scales) - 1
+    ):
+        some = Exponentials._make(
+            None if part is None else part[rows] for part in exponentials
+        )
         index_NJ = torch.cat([columns.index_NJ[rows] for columns, _ in added], dim=1)
         added_NJ = torch.cat([values_NJ[rows] for _, values_NJ in added], dim=1)
         logits_NJ = None if block.dtype == added_NJ.dtype else block.gather(1, index_NJ)
@@ -178,7 +203,9 @@ def gradient_pass(
             if some.constant_N is not None:
                 values_NJ += some.constant_N[:, None]
             if kept is not None:
-                values_NJ = _replaced(values_NJ, index_NJ, kept[0].held_index(rows), kept[1][rows])
+                values_NJ = _replaced(
+                    values_NJ, index_NJ, kept[0].held_index(rows), kept[1][rows]
+                )
             # Added in float32: q - 1 must not be rounded to half precision twice.
             same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
             values_NJ += torch.where(same_NJJ, added_NJ[:, None], 0).sum(dim=-1)
@@ -198,16 +225,22 @@ def _blocks(
     """
     if not shard.num_real or not len(logits_Nv):
         return
-    blocks = row_blocks(len(logits_Nv), shard.num_real, BLOCK_ELEMENTS[logits_Nv.is_cuda][compiled])
+    blocks = row_blocks(
+        len(logits_Nv), shard.num_real, BLOCK_ELEMENTS[logits_Nv.is_cuda][compiled]
+    )
     dtype = reduction_dtype(logits_Nv)
     real_Nv = logits_Nv[:, : shard.num_real]
     copies = not compiled and not (logits_Nv.dtype == dtype and real_Nv.is_contiguous())
     shape = (blocks[0].stop, shard.num_real)
     buffer = logits_Nv.new_empty(shape, dtype=dtype) if copies else None
-    scratch = logits_Nv.new_empty(shape, dtype=dtype) if num_scratch and not compiled else None
+    scratch = (
+        logits_Nv.new_empty(shape, dtype=dtype) if num_scratch and not compiled else None
+    )
     for rows in blocks:
         num_rows = rows.stop - rows.start
-        block = real_Nv[rows] if buffer is None else buffer[:num_rows].copy_(real_Nv[rows])
+        block = (
+            real_Nv[rows] if buffer is None else buffer[:num_rows].copy_(real_Nv[rows])
+        )
         yield rows, block, None if scratch is None else scratch[:num_rows]
 
 
@@ -237,7 +270,9 @@ def _row_sums(
     log_sum_exp = []
     for scale in scales:
         scaled = (
-            block if scale == 1 else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)
+            block
+            if scale == 1
+            else torch.sub(block, maximum_N[:, None], out=scratch).mul_(scale)
         )
         torch.log_softmax(scaled, dim=-1, out=scratch)
         log_sum_exp.append(scratch.amax(dim=-1).neg_())
@@ -257,7 +292,10 @@ def _row_sums_in_one_loop(
 
 
 def _fill(
-    block: Tensor, scales: Sequence[float], exponentials: Exponentials, scratch: Tensor | None
+    block: Tensor,
+    scales: Sequence[float],
+    exponentials: Exponentials,
+    scratch: Tensor | None,
 ) -> None:
     coefficients_NS = exponentials.coefficients_NS * exponentials.local_sum_exp_NS
     if scratch is not None:
@@ -278,10 +316,14 @@ def _fill_in_one_loop(
 def _sum_of_exponentials(
     logits: Tensor, scales: Sequence[float], exponentials: Exponentials
 ) -> Tensor:
-    shifted = logits.to(exponentials.reference_N.dtype) - exponentials.reference_N[:, None]
+    shifted = (
+        logits.to(exponentials.reference_N.dtype) - exponentials.reference_N[:, None]
+    )
     values = exponentials.coefficients_NS[:, :1] * shifted.exp()
     if len(scales) > 1:
-        values = values + exponentials.coefficients_NS[:, 1:] * (shifted * scales[1]).exp()
+        values = (
+            values + exponentials.coefficients_NS[:, 1:] * (shifted * scales[1]).exp()
+        )
     return values
 
 

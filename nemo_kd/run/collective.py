@@ -46,7 +46,9 @@ def raise_together(error: OSError | UserInputError | None) -> None:
     gather(fail)
 
 
-def on_rank_zero(function: Callable[[], T], meanwhile: Callable[[], None] | None = None) -> T:
+def on_rank_zero(
+    function: Callable[[], T], meanwhile: Callable[[], None] | None = None
+) -> T:
     """Return on every rank what `function` returns on rank 0.
 
     Args:

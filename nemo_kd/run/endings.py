@@ -95,11 +95,16 @@ def errors_end_the_process(at_once: bool = True) -> Iterator[None]:
             signal.signal(number, signal.SIG_IGN)
         _wait_for_other_ranks()
         if _rank() == 0:
-            print_text(f"{requeue}; the same command continues (exit status {REQUEUE})", sys.stderr)
+            print_text(
+                f"{requeue}; the same command continues (exit status {REQUEUE})",
+                sys.stderr,
+            )
         leave(REQUEUE)
     except SystemExit as leaving:
         end_children()
-        if leaving.code is None:  # Lightning's SIGTERMException, which would pass for success
+        if (
+            leaving.code is None
+        ):  # Lightning's SIGTERMException, which would pass for success
             sys.exit(128 + signal.SIGTERM)
         raise
     except KeyboardInterrupt as interrupt:
@@ -168,7 +173,9 @@ def _os_error(error: BaseException | None) -> tuple[int, str] | None:
     while error is not None:
         if isinstance(error, OSError) and error.errno is not None:
             names = (error.filename, error.filename2)
-            path = " -> ".join(os.fsdecode(name) for name in names if isinstance(name, str | bytes))
+            path = " -> ".join(
+                os.fsdecode(name) for name in names if isinstance(name, str | bytes)
+            )
             return error.errno, path
         matches = list(_LIBRARY_OS_ERROR.finditer(str(error)))
         if matches:

@@ -64,7 +64,9 @@ class Interruption:
     def __init__(self, max_time: str | None = None) -> None:
         self._max_time = max_time
         self._max_time_s = float("inf") if max_time is None else parse_max_time(max_time)
-        self._started_s = time.monotonic() - (time.time() - psutil.Process().create_time())
+        self._started_s = time.monotonic() - (
+            time.time() - psutil.Process().create_time()
+        )
         self._signal: signal.Signals | None = None
         self._reason: str | None = None
         self._store: Store | None = None
@@ -75,7 +77,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if _in_main_thread():
-            self._handlers_before = {number: signal.getsignal(number) for number in SIGNALS}
+            self._handlers_before = {
+                number: signal.getsignal(number) for number in SIGNALS
+            }
             self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             self.take_signals()
         return self
@@ -130,7 +134,9 @@ class Interruption:
 
     def _own_reason(self) -> str | None:
         if self._signal is not None:
-            return f"rank {self._rank} on {os.uname().nodename} received {self._signal.name}"
+            return (
+                f"rank {self._rank} on {os.uname().nodename} received {self._signal.name}"
+            )
         if time.monotonic() - self._started_s >= self._max_time_s:
             return f"max_time_per_run={self._max_time} is over"
         return None
@@ -148,7 +154,10 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
     stop one after the other into errors of each other's collectives. Does nothing where SIGINT is
     ignored, or outside the main thread.
     """
-    if not _in_main_thread() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if (
+        not _in_main_thread()
+        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
+    ):
         yield
         return
     received = False

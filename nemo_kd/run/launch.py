@@ -17,7 +17,13 @@ from types import FrameType
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.shared import TrainerConfig
 from nemo_kd.run.interruption import REQUEUE, end_with_parent, hold_back_warning_signal
-from nemo_kd.run.ranks import LOOPBACK, Ranks, check_world_size, find_ranks, listen_on_loopback
+from nemo_kd.run.ranks import (
+    LOOPBACK,
+    Ranks,
+    check_world_size,
+    find_ranks,
+    listen_on_loopback,
+)
 
 GRACE_S = {signal.SIGTERM: 600.0, signal.SIGINT: 30.0, signal.SIGHUP: 30.0}
 """Signals that end a run, and the time that ranks then have to finish."""
@@ -48,7 +54,9 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     ranks = find_ranks()
     trainer.devices = _num_devices(trainer, ranks)
     if ranks.launcher:
-        check_world_size(ranks.size, trainer.num_nodes, trainer.num_devices, ranks.found_by)
+        check_world_size(
+            ranks.size, trainer.num_nodes, trainer.num_devices, ranks.found_by
+        )
         return False
     if trainer.num_nodes > 1:
         raise ConfigError(
@@ -64,7 +72,9 @@ def _num_devices(trainer: TrainerConfig, ranks: Ranks) -> int:
         return trainer.devices
     if ranks.launcher:
         return max(1, ranks.size // trainer.num_nodes)
-    if trainer.accelerator == "cpu" or not any(Path(path).exists() for path in NVIDIA_DRIVER):
+    if trainer.accelerator == "cpu" or not any(
+        Path(path).exists() for path in NVIDIA_DRIVER
+    ):
         return 1
     # Another process imports torch, which takes seconds and memory; this one only starts ranks.
     code = "import torch; print(torch.cuda.device_count())"
@@ -160,7 +170,9 @@ class _Ranks:
     ) -> None:
         self.processes = processes
         self.received = received
-        self.failure: tuple[int, int] | None = None  # (rank, exit status) of the first to fail
+        self.failure: tuple[int, int] | None = (
+            None  # (rank, exit status) of the first to fail
+        )
         self.ending: signal.Signals | None = None  # the signal that ends the run
         self.deadline_s = float("inf")
 
@@ -195,7 +207,8 @@ class _Ranks:
             return
         # Among several, the killed rank is the cause, one that lost its connection the effect.
         self.failure = min(
-            failed, key=lambda failure: (failure[1] > 0, failure[1] == REQUEUE, failure[0])
+            failed,
+            key=lambda failure: (failure[1] > 0, failure[1] == REQUEUE, failure[0]),
         )
         statuses = [REQUEUE] + ([] if self.ending is None else [128 + self.ending])
         if self.failure[1] in statuses:
@@ -210,9 +223,15 @@ class _Ranks:
             process.send_signal(number)  # does nothing to one that has ended
 
     def _kill(self, why: str) -> None:
-        left = [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+        left = [
+            rank for rank, process in enumerate(self.processes) if process.poll() is None
+        ]
         if left and self.failure is None:
-            print(f"error: ranks {', '.join(map(str, left))}: {why}", file=sys.stderr, flush=True)
+            print(
+                f"error: ranks {', '.join(map(str, left))}: {why}",
+                file=sys.stderr,
+                flush=True,
+            )
             self.failure = (left[0], -signal.SIGKILL)
         self._send(signal.SIGKILL)
 
@@ -225,6 +244,12 @@ class _Ranks:
         if self.ending is not None and -status in (self.ending, signal.SIGKILL):
             return 128 + self.ending
         name = signal.Signals(-status).name
-        hint = " (SIGKILL is what a machine out of memory sends)" if name == "SIGKILL" else ""
-        print(f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True)
+        hint = (
+            " (SIGKILL is what a machine out of memory sends)"
+            if name == "SIGKILL"
+            else ""
+        )
+        print(
+            f"error: rank {rank} was ended by {name}{hint}", file=sys.stderr, flush=True
+        )
         return 1

@@ -85,7 +85,9 @@ class SharedCounters:
     def total(self) -> Counters:
         """Return the sum of the counters that the replicas published last."""
         keys = [f"progress/{rank}" for rank in range(self.size)]
-        published = [orjson.loads(self.store.get(key)) for key in keys if self.store.check([key])]
+        published = [
+            orjson.loads(self.store.get(key)) for key in keys if self.store.check([key])
+        ]
         return sum((Counters(**counters) for counters in published), Counters())
 
 
@@ -133,7 +135,9 @@ class Progress:
         self._shown: Counters | None = None
         self._started_s = time.monotonic()
         self._next_report_s = self._started_s + interval_s
-        self._window = deque([(self._started_s, self.counters)], maxlen=WINDOW_INTERVALS + 1)
+        self._window = deque(
+            [(self._started_s, self.counters)], maxlen=WINDOW_INTERVALS + 1
+        )
 
     def add(self, **counts: float) -> None:
         """Add to the fields of Counters, and report if the interval is over."""
@@ -179,7 +183,8 @@ class Progress:
             "progress/tokens": total.tokens,
             "progress/examples": total.examples,
             "perf/tokens_per_s": recent.tokens / seconds,
-            "perf/tokens_per_s_overall": total.tokens / max(now_s - self._started_s, 1e-9),
+            "perf/tokens_per_s_overall": total.tokens
+            / max(now_s - self._started_s, 1e-9),
             "perf/data_wait_percent": 100 * recent.data_wait_s / seconds / num_replicas,
         }
         if self.unit == "steps":
@@ -187,7 +192,9 @@ class Progress:
         if self.total:
             metrics["progress/percent"] = 100 * done / self.total
             if recently_done:
-                metrics["perf/eta_s"] = max(0.0, self.total - done) * seconds / recently_done
+                metrics["perf/eta_s"] = (
+                    max(0.0, self.total - done) * seconds / recently_done
+                )
         if recent.tokens:
             computed = recent.tokens + recent.padding_tokens
             metrics["perf/padding_percent"] = 100 * recent.padding_tokens / computed
@@ -242,12 +249,16 @@ class ProgressLine:
                 bar_format="{desc}: {percentage:3.0f}%|{bar:10}| " + counts,
             )
             self._resources.callback(self.bar.close)
-            self._resources.enter_context(logging_redirect_tqdm([logging.getLogger("nemo_kd")]))
+            self._resources.enter_context(
+                logging_redirect_tqdm([logging.getLogger("nemo_kd")])
+            )
 
     def show(self, metrics: dict[str, float]) -> None:
         done = metrics[f"progress/{self.unit}"]
         rates = [
-            text.format(metrics[name]) for name, text in DESCRIPTIONS.items() if name in metrics
+            text.format(metrics[name])
+            for name, text in DESCRIPTIONS.items()
+            if name in metrics
         ]
         left = []
         if "perf/eta_s" in metrics:
@@ -324,7 +335,9 @@ def explained_wandb_errors() -> Iterator[None]:
     except (wandb.Error, OSError) as error:
         if isinstance(error, OSError) and error.errno in DISK_ERRORS:
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(
+            "."
+        )
         raise ConfigError(
             f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log "
             "in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on "

@@ -106,7 +106,9 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     return ranks
 
 
-def check_world_size(world_size: int, num_nodes: int, devices: int, found_by: str) -> None:
+def check_world_size(
+    world_size: int, num_nodes: int, devices: int, found_by: str
+) -> None:
     """Refuse a number of ranks that differs from the configuration's.
 
     Raises:
@@ -136,7 +138,9 @@ def join_ranks(trainer: TrainerConfig) -> None:
 
     joined_before = torch.distributed.is_initialized()
     timeout_minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
-    init_process_group(trainer.num_nodes, trainer.num_devices, trainer.accelerator, timeout_minutes)
+    init_process_group(
+        trainer.num_nodes, trainer.num_devices, trainer.accelerator, timeout_minutes
+    )
     if trainer.precision == AUTO_PRECISION:
         # On most CPUs bf16 is slower than fp32, and it rounds a teacher's targets by 1e-3 nats.
         on_gpu = torch.cuda.is_available()
@@ -229,10 +233,14 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> Store | None:
         return HashStore()
     os.environ["MASTER_ADDR"] = ranks.main_address
     os.environ["MASTER_PORT"] = str(ranks.main_port)
-    if not ranks.is_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(True):
+    if not ranks.is_one_machine or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == str(
+        True
+    ):
         return None
     if ranks.rank != 0:
-        return TCPStore(LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout)
+        return TCPStore(
+            LOOPBACK, ranks.main_port, ranks.size, is_master=False, timeout=timeout
+        )
     return listen_on_loopback(ranks.main_port, ranks.size, timeout)
 
 
@@ -331,7 +339,9 @@ def _slurm_ranks(environment: Mapping[str, str]) -> Ranks:
 
 def _first_host(environment: Mapping[str, str]) -> str:
     """Return the first name of Slurm's host list: `a[03-05,9],b` starts with a03."""
-    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", "")
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get(
+        "SLURM_JOB_NODELIST", ""
+    )
     host = re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", nodes).split(",")[0]
     if not host:
         raise ConfigError(

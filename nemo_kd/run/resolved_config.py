@@ -55,22 +55,34 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
         f"# Configuration of this run with all defaults, by nemo_kd {__version__}; "
         "secrets are left out.\n"
     )
-    content = (header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)).encode()
+    content = (
+        header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    ).encode()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             if path.read_bytes() == content:
                 return
-            names = (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1))
+            names = (
+                path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1)
+            )
             path.rename(next(name for name in names if not name.exists()))
     write_atomically(path, content)
 
 
 def _plain(value: Any, paths: bool = True) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = [each for each in dataclasses.fields(value) if paths or not rule_of(each).is_path]
+        fields = [
+            each
+            for each in dataclasses.fields(value)
+            if paths or not rule_of(each).is_path
+        ]
         items = {field.name: getattr(value, field.name) for field in fields}
-        return {name: _plain(each, paths) for name, each in items.items() if not _is_secret(each)}
+        return {
+            name: _plain(each, paths)
+            for name, each in items.items()
+            if not _is_secret(each)
+        }
     if isinstance(value, dict):
         return {
             str(name): _plain(each)

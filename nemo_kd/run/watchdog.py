@@ -15,7 +15,9 @@ TICKS = 20
 
 STDERR = 2
 
-COLLECTIVE_ERRORS = re.compile(r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE)
+COLLECTIVE_ERRORS = re.compile(
+    r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE
+)
 """Found in the plain RuntimeErrors that torch raises if a collective cannot go on."""
 
 

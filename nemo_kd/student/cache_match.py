@@ -41,11 +41,16 @@ def find_mismatches(
 
 
 def _tokenizer_mismatches(
-    reader: CacheReader, data: StudentDataConfig, tokenizer: PreTrainedTokenizerBase, ours: str
+    reader: CacheReader,
+    data: StudentDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ours: str,
 ) -> list[str]:
     found: list[str] = []
     template = chat_template_fingerprint(tokenizer)
-    if not reader.manifests or any(manifest.tokenizer == UNKNOWN for manifest in reader.manifests):
+    if not reader.manifests or any(
+        manifest.tokenizer == UNKNOWN for manifest in reader.manifests
+    ):
         log.warning(
             "%s: nothing records which tokenizer wrote it; make sure that it is the student's",
             reader.path,
@@ -55,7 +60,11 @@ def _tokenizer_mismatches(
             tokens = manifest.tokenizer_tokens
             differences = None if tokens is None else token_differences(tokens, tokenizer)
             if differences != []:
-                named = f"; first differences: {'; '.join(differences)}" if differences else ""
+                named = (
+                    f"; first differences: {'; '.join(differences)}"
+                    if differences
+                    else ""
+                )
                 found.append(
                     f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the "
                     f"cache, {ours} ({len(tokenizer)} tokens) in the student{named}; both must "
@@ -75,7 +84,9 @@ def _tokenizer_mismatches(
     return found
 
 
-def _size_mismatches(reader: CacheReader, data: StudentDataConfig, vocab_size: int) -> list[str]:
+def _size_mismatches(
+    reader: CacheReader, data: StudentDataConfig, vocab_size: int
+) -> list[str]:
     """Compare the ids that the cache holds: vocabularies of one family are padded differently."""
     found: list[str] = []
     if reader.max_token_id >= vocab_size:
@@ -90,7 +101,9 @@ def _size_mismatches(reader: CacheReader, data: StudentDataConfig, vocab_size: i
             f"{len(reader.chunk_facts)} chunks of the cache, the student has {vocab_size} ids; "
             "model.data.drop_ids_outside_vocab=true counts them to the tail"
         )
-    held = min((manifest.top_k for manifest in reader.manifests), default=reader.largest_k)
+    held = min(
+        (manifest.top_k for manifest in reader.manifests), default=reader.largest_k
+    )
     if data.top_k is not None and data.top_k > held:
         found.append(
             f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache "

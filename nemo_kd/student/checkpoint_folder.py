@@ -68,13 +68,22 @@ class Contents:
             fields: dict[str, Any] = json.loads(read_file(path))
             version = fields.pop("format_version")
             if version != FORMAT_VERSION:
-                raise CheckpointError(f"{path}: format version {version} is not {FORMAT_VERSION}")
+                raise CheckpointError(
+                    f"{path}: format version {version} is not {FORMAT_VERSION}"
+                )
             contents = Contents(**fields)
             _check_types(contents)
             return contents
         except FileNotFoundError as error:
             raise CheckpointError(f"{CONTENTS} is missing") from error
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+        ) as error:
             if isinstance(error, CheckpointError):
                 raise
             raise CheckpointError(f"{CONTENTS} cannot be read ({error})") from error
@@ -107,7 +116,9 @@ def _check_types(contents: Contents) -> None:
 
 def unfinished_folder(folder: Path) -> Path:
     """Return a new hidden name beside `folder`, with machine and process in it."""
-    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.{owner_name()}{UNFINISHED}")
+    return folder.with_name(
+        f".{folder.name}.{uuid.uuid4().hex[:8]}.{owner_name()}{UNFINISHED}"
+    )
 
 
 def seal(
@@ -169,10 +180,15 @@ def checkpoints(parent: Path) -> list[Path]:
         for path in parent.glob("[!.]*")
         if path.is_dir()
         and not path.name.endswith(DAMAGED)
-        and (path.name.endswith((LAST, PREVIOUS)) or any((path / name).exists() for name in PARTS))
+        and (
+            path.name.endswith((LAST, PREVIOUS))
+            or any((path / name).exists() for name in PARTS)
+        )
     ]
     return sorted(
-        found, key=lambda path: (path.name.endswith(LAST), _step(path), path.name), reverse=True
+        found,
+        key=lambda path: (path.name.endswith(LAST), _step(path), path.name),
+        reverse=True,
     )
 
 
@@ -308,12 +324,16 @@ def _latest_whole(parent: Path) -> Path | None:
             f"exp_manager.resume_if_exists: no checkpoint in {parent} is whole:{listed}\nRestore "
             "one, or remove all of them to start over"
         )
-    log.warning("damaged checkpoints in %s:%s\nthe run resumes from %s", parent, listed, chosen)
+    log.warning(
+        "damaged checkpoints in %s:%s\nthe run resumes from %s", parent, listed, chosen
+    )
 
     def put_all_aside() -> None:
         for folder, _ in damaged:
             aside = put_aside(folder)
-            log.warning("%s is now called %s; nothing uses it any more", folder, aside.name)
+            log.warning(
+                "%s is now called %s; nothing uses it any more", folder, aside.name
+            )
 
     on_rank_zero(put_all_aside)
     return chosen

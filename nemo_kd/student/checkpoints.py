@@ -173,7 +173,9 @@ class Checkpoints:
             self._save_if_good(trainer, score)
         else:
             log.warning(
-                "%s is not finite after step %d; no checkpoint is ranked by it", monitor, step
+                "%s is not finite after step %d; no checkpoint is ranked by it",
+                monitor,
+                step,
             )
         if self.params.save_last or (trainer.should_stop and self._saved_step != step):
             self.save_latest(trainer, with_score=math.isfinite(score))
@@ -182,7 +184,9 @@ class Checkpoints:
         """Save all that a run needs to resume, as `*-last`."""
         template = self._template
         if not with_score:
-            template = re.sub(rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?", "", template)
+            template = re.sub(
+                rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?", "", template
+            )
         self._save(trainer, self._path(trainer, template + LAST), weights_only=False)
 
     def finish(self) -> None:
@@ -198,7 +202,9 @@ class Checkpoints:
         if an earlier run of the same command left them and no step was trained since. Every rank
         calls it after the training.
         """
-        is_left = trainer.strategy.broadcast(self._saved_step is None and self._is_left(trainer))
+        is_left = trainer.strategy.broadcast(
+            self._saved_step is None and self._is_left(trainer)
+        )
         writes = self.params.save_nemo_on_train_end
         if is_left:
             log.warning(
@@ -215,18 +221,31 @@ class Checkpoints:
             if writes and not is_left:
                 student.save_to(str(self.archive))
             return
-        best = self.archive.with_name(f"{self.archive.name.removesuffix('.nemo')}-best.nemo")
+        best = self.archive.with_name(
+            f"{self.archive.name.removesuffix('.nemo')}-best.nemo"
+        )
         if step == trainer.global_step:
             if trainer.is_global_zero and writes:
                 best.unlink(missing_ok=True)
                 shutil.rmtree(best.with_name(f"{best.stem}-hf"), ignore_errors=True)
-            log.info("the last weights are the best by %s: %s", self.params.monitor, self.archive)
+            log.info(
+                "the last weights are the best by %s: %s",
+                self.params.monitor,
+                self.archive,
+            )
         elif step is not None and writes:
             student.save_to(str(best))
-            log.info("the best weights by %s are of step %d: %s", self.params.monitor, step, best)
+            log.info(
+                "the best weights by %s are of step %d: %s",
+                self.params.monitor,
+                step,
+                best,
+            )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_k_models": {str(path): score for path, score in self.scores.items()}}
+        return {
+            "best_k_models": {str(path): score for path, score in self.scores.items()}
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over the scores of checkpoints in this run's folder, and of no others.
@@ -235,7 +254,11 @@ class Checkpoints:
         deleted for a better one, or loaded.
         """
         found = state.get("best_k_models")
-        own = [path for path in checkpoints(self.dirpath) if not path.name.endswith(NOT_RANKED)]
+        own = [
+            path
+            for path in checkpoints(self.dirpath)
+            if not path.name.endswith(NOT_RANKED)
+        ]
         self.scores = {}
         for path, score in found.items() if isinstance(found, dict) else ():
             here = self.dirpath / Path(str(path)).name.removesuffix(".ckpt")
@@ -249,7 +272,9 @@ class Checkpoints:
         ranked = sorted(self.scores, key=self._rank_key)
         dropped = ranked[self.params.save_top_k :] if self.params.save_top_k >= 0 else []
         if self.params.verbose:
-            outcome = "is not among the best" if path in dropped else f"saved as {path.name}"
+            outcome = (
+                "is not among the best" if path in dropped else f"saved as {path.name}"
+            )
             log.info("step %d: %s=%.5f %s", trainer.global_step, monitor, score, outcome)
         if path not in dropped:
             self._save(trainer, path, self.params.save_weights_only)
@@ -263,8 +288,15 @@ class Checkpoints:
         with self.watchdog.pause(f"saving the checkpoint {path.name}"):
             if not self.writer.add_name(path, step, not weights_only):
                 trainer.save_checkpoint(path, weights_only)
-                best_is_known = self.params.save_best_model and self.best in (None, self._archived)
-                if self.params.always_save_nemo and not weights_only and not best_is_known:
+                best_is_known = self.params.save_best_model and self.best in (
+                    None,
+                    self._archived,
+                )
+                if (
+                    self.params.always_save_nemo
+                    and not weights_only
+                    and not best_is_known
+                ):
                     self._archived = self.best
                     trainer.lightning_module.save_to(str(self.archive))
         self._saved_step = step
@@ -313,7 +345,9 @@ class Checkpoints:
         if step != trainer.global_step:
             state = load_sharded({"state_dict": student.sharded_state_dict()}, folder)
             student.load_sharded_state_dict(state["state_dict"])
-            trainer.datamodule.load_state_dict(state[type(trainer.datamodule).__qualname__])
+            trainer.datamodule.load_state_dict(
+                state[type(trainer.datamodule).__qualname__]
+            )
         return step
 
     def _rank_key(self, path: Path) -> float:
@@ -328,10 +362,16 @@ def _explained(target: Path, written: Path | None = None) -> Iterator[None]:
         yield
     except (OSError, CheckpointException) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        before = next((path for path in checkpoints(target.parent) if path != target), None)
+        before = next(
+            (path for path in checkpoints(target.parent) if path != target), None
+        )
         if written is not None and torch.distributed.get_rank() == 0:
             remove(written)
-        kept = f"the one before it is whole: {before.name}" if before else "there is none before it"
+        kept = (
+            f"the one before it is whole: {before.name}"
+            if before
+            else "there is none before it"
+        )
         raise CheckpointError(
             f"{target}: the checkpoint cannot be written ({lines[-1]}); {kept}. Make room, or set "
             f"{PARAMS}.dirpath, and run the same command again"

@@ -49,7 +49,9 @@ class Course(pl.Callback):
         self._stopped_early = False
         self._random_state: dict[str, Any] | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         self.flags = pl_module.flags
         self.flags.wants_to_stop = self.lifetime.wants_to_stop
         if self.checkpoints is not None:
@@ -76,7 +78,11 @@ class Course(pl.Callback):
         self.lifetime.end_loading()
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: list[Batch], batch_idx: int
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: list[Batch],
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step + 1
         self.lifetime.watchdog.step("step %d: examples %s", step, _Examples(batch))
@@ -94,7 +100,9 @@ class Course(pl.Callback):
         if self.checkpoints is not None:
             if not self.flags.writing:
                 self.checkpoints.finish()
-            if self.lifetime.reason or (self._is_due(trainer) and not self.validation_is_due):
+            if self.lifetime.reason or (
+                self._is_due(trainer) and not self.validation_is_due
+            ):
                 self.checkpoints.save_latest(trainer)
         if self.validation_is_due or not is_last:  # else the run is complete
             self.lifetime.raise_if_stopped()
@@ -125,7 +133,9 @@ class Course(pl.Callback):
         batch_idx: int,
         *args: Any,
     ) -> None:
-        self.flags.sum(torch.zeros(0, dtype=torch.float64, device=pl_module.groups.device))
+        self.flags.sum(
+            torch.zeros(0, dtype=torch.float64, device=pl_module.groups.device)
+        )
         self.lifetime.read(self.flags)
         if self.checkpoints is not None and trainer.state.fn == "fit":
             if not self.flags.writing:
@@ -140,7 +150,9 @@ class Course(pl.Callback):
     on_test_batch_start = on_validation_batch_start
     on_test_batch_end = on_validation_batch_end
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
         self.validation_is_due = False
         if self._is_last(trainer):
             trainer.should_stop = True
@@ -155,12 +167,18 @@ class Course(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Finish the checkpoint if all ranks stop together; a rank that fails alone would hang."""
-        together = isinstance(exception, StopsAllRanks) or torch.distributed.get_world_size() == 1
+        together = (
+            isinstance(exception, StopsAllRanks)
+            or torch.distributed.get_world_size() == 1
+        )
         if self.checkpoints and together and not isinstance(exception, CheckpointError):
             self.checkpoints.finish()
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
     ) -> None:
         checkpoint["schedule"] = {
             "validation_is_due": self.validation_is_due,
@@ -171,7 +189,10 @@ class Course(pl.Callback):
             checkpoint["ranks"] = self.checkpoints.state_dict()
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        checkpoint: dict[str, Any],
     ) -> None:
         self.validation_is_due = checkpoint["schedule"]["validation_is_due"]
         self._stopped_early = checkpoint["schedule"].get("has_stopped", False)

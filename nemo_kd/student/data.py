@@ -58,7 +58,9 @@ PADDED_MULTIPLE = 8
 
 
 def load_splits(
-    model: StudentModelConfig, architecture: GPTArchitecture, tokenizer: PreTrainedTokenizerBase
+    model: StudentModelConfig,
+    architecture: GPTArchitecture,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Rows]:
     """Open train, validation and, if given, test.
 
@@ -67,7 +69,9 @@ def load_splits(
         ConfigError: a split, or a path that has a weight, has no usable example.
     """
     data = model.data
-    seq_length = sequence_length(model.max_seq_length, architecture.max_position_embeddings)
+    seq_length = sequence_length(
+        model.max_seq_length, architecture.max_position_embeddings
+    )
     paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
     splits: Mapping[str, Rows]
     if data.uses_cache:
@@ -80,22 +84,28 @@ def load_splits(
                     "data_impl=dataset does not; give a file with these rows alone"
                 )
         splits = {
-            split: _tokenize(split, paths[split], data, seq_length, architecture, tokenizer)
+            split: _tokenize(
+                split, paths[split], data, seq_length, architecture, tokenizer
+            )
             for split in paths
         }
     for split, rows in splits.items():
-        _check_usable(f"{PREFIX}.{split}", rows, paths[split], data.weights(split) is not None)
+        _check_usable(
+            f"{PREFIX}.{split}", rows, paths[split], data.weights(split) is not None
+        )
     return dict(splits)
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
     """Return a short name of each path for metrics: the file's, numbered if several are alike."""
     stems = [
-        re.sub(r"[_-]?CHUNK_ID", "", Path(path.partition("[")[0]).name.partition(".")[0]) or "data"
+        re.sub(r"[_-]?CHUNK_ID", "", Path(path.partition("[")[0]).name.partition(".")[0])
+        or "data"
         for path in paths
     ]
     return [
-        stem if stems.count(stem) == 1 else f"{stem}_{number}" for number, stem in enumerate(stems)
+        stem if stems.count(stem) == 1 else f"{stem}_{number}"
+        for number, stem in enumerate(stems)
     ]
 
 
@@ -118,8 +128,12 @@ def _check_usable(key: str, rows: Rows, paths: Sequence[str], is_weighted: bool)
             raise ConfigError(
                 f"{key}: no usable example in {path}, which has a weight; take it out"
             )
-        spread = np.linspace(start, start + size - 1, min(size, MAX_ROWS_CHECKED)).astype(int)
-        if size and not any(example_of(rows[at]).num_loss_tokens for at in spread.tolist()):
+        spread = np.linspace(start, start + size - 1, min(size, MAX_ROWS_CHECKED)).astype(
+            int
+        )
+        if size and not any(
+            example_of(rows[at]).num_loss_tokens for at in spread.tolist()
+        ):
             raise ConfigError(
                 f"{key}: {path}: none of {len(spread)} examples has a token in the loss "
                 "(loss_mask is 0 throughout), so there is nothing to train or to measure on; take "
@@ -145,9 +159,12 @@ def _open_caches(
     mismatches: list[str] = []
     readers: dict[str, list[CacheReader]] = {}
     for split, of_split in paths.items():
-        n_chunks = data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
+        n_chunks = (
+            data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
+        )
         readers[split] = [
-            CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size) for path in of_split
+            CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size)
+            for path in of_split
         ]
         found = find_mismatches(readers[split], model, architecture.vocab_size, tokenizer)
         mismatches += [f"  {split}: {text}" for text in found]
@@ -158,7 +175,10 @@ def _open_caches(
         dropped = sum(reader.dropped_too_long for reader in sources)
         if dropped:
             log.warning(
-                "%s: %d examples longer than %d tokens are dropped", split, dropped, seq_length
+                "%s: %d examples longer than %d tokens are dropped",
+                split,
+                dropped,
+                seq_length,
             )
     return {split: CacheBlend(sources) for split, sources in readers.items()}
 
@@ -184,7 +204,9 @@ def _tokenize(
             for position in tqdm(range(len(dataset)), title, leave=False, disable=None)
         ]
         skipped.update(one.reason for one in found if isinstance(one, Skipped))
-        examples.append([replace(one, source=source) for one in found if isinstance(one, Example)])
+        examples.append(
+            [replace(one, source=source) for one in found if isinstance(one, Example)]
+        )
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
     return TokenizedRows(paths, examples)
@@ -231,8 +253,12 @@ class StudentData(pl.LightningDataModule):
             columns=columns if groups.context_size > 1 else None,
             every_target=model.knowledge_distillation.objective == "custom",
         )
-        order = _training_order(config, splits["train"], plan.steps_per_epoch * batch_size)
-        self.training = TrainingBatches(order, batch_size, plan.steps_per_epoch, plan.max_steps)
+        order = _training_order(
+            config, splits["train"], plan.steps_per_epoch * batch_size
+        )
+        self.training = TrainingBatches(
+            order, batch_size, plan.steps_per_epoch, plan.max_steps
+        )
         self._loaders: list[WatchedLoader] = []
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,7 +284,9 @@ class StudentData(pl.LightningDataModule):
         return self.watched
 
     def val_dataloader(self) -> WatchedLoader | list[Any]:
-        return self._evaluation_loader("validation") if "validation" in self.splits else []
+        return (
+            self._evaluation_loader("validation") if "validation" in self.splits else []
+        )
 
     def test_dataloader(self) -> WatchedLoader:
         return self._evaluation_loader("test")
@@ -267,7 +295,9 @@ class StudentData(pl.LightningDataModule):
         batch_size = self.config.model.global_batch_size
         return self._loader(split, EvaluationBatches(len(self.splits[split]), batch_size))
 
-    def _loader(self, split: str, batches: TrainingBatches | EvaluationBatches) -> WatchedLoader:
+    def _loader(
+        self, split: str, batches: TrainingBatches | EvaluationBatches
+    ) -> WatchedLoader:
         num_workers = self.config.model.data.num_workers
         loader: DataLoader[Any] = DataLoader(
             MicroBatchRows(self.splits[split], self.batching.share),
@@ -292,7 +322,9 @@ class StudentData(pl.LightningDataModule):
         self._loaders.clear()
 
 
-def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: int) -> SampleOrder:
+def _training_order(
+    config: TrainStudentConfig, rows: Rows, samples_per_epoch: int
+) -> SampleOrder:
     data = config.model.data
     weights = data.weights("train")
     if weights is not None:
@@ -305,6 +337,9 @@ def _training_order(config: TrainStudentConfig, rows: Rows, samples_per_epoch: i
                     "path out"
                 )
             log.info(
-                "train: %s gives %d of the %d samples of an epoch", path, count, samples_per_epoch
+                "train: %s gives %d of the %d samples of an epoch",
+                path,
+                count,
+                samples_per_epoch,
             )
     return SampleOrder(rows.source_chunks(), weights, config.model.seed, data.shuffle)

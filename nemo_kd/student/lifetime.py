@@ -156,7 +156,9 @@ class NonFiniteSteps:
         self.skipped += 1
         self.in_a_row += 1
         found = (
-            f"the loss of {_list(culprits)}" if culprits else f"the gradient of {_list(examples)}"
+            f"the loss of {_list(culprits)}"
+            if culprits
+            else f"the gradient of {_list(examples)}"
         )
         message = f"step {step}: {found} is not finite; no weight was changed"
         if self.mode == "stop":

@@ -56,7 +56,9 @@ class StudentLoss:
             states.
     """
 
-    def __init__(self, config: LossConfig, num_sources: int = 1, compares: bool = False) -> None:
+    def __init__(
+        self, config: LossConfig, num_sources: int = 1, compares: bool = False
+    ) -> None:
         self.config = config
         self.custom: CustomLoss | None = None
         if config.custom_loss is not None:
@@ -130,7 +132,9 @@ class StudentLoss:
         positions_N = batch.loss_positions_N
         if not len(positions_N):
             return logits_BSv[:0].float().sum(), None
-        rows_Nv = logits_BSv.flatten(0, 1)[positions_N]  # a copy, whose gradient may take its place
+        rows_Nv = logits_BSv.flatten(0, 1)[
+            positions_N
+        ]  # a copy, whose gradient may take its place
         labels_N = batch.labels_BS.flatten()[positions_N]
         losses = self.losses(rows_Nv, labels_N, shard, self._teacher(batch))
         ce_sum = losses.ce_N.sum()
@@ -163,7 +167,9 @@ class StudentLoss:
         sums[:2] = [total, kd_sum]
         sums += [metrics[name] for name in sorted(metrics)]
         everything = [*sums, target_tokens, loss_tokens]
-        return total, torch.stack([value.detach().to(loss_tokens) for value in everything])[None]
+        return total, torch.stack(
+            [value.detach().to(loss_tokens) for value in everything]
+        )[None]
 
     def zeros(self, device: torch.device) -> Tensor:
         """Return zero sums, with a custom loss's metrics once all ranks know their names."""
@@ -177,12 +183,18 @@ class StudentLoss:
     def means(self, sums_RM: Tensor) -> list[dict[str, float]]:
         """Return means over the tokens that each sum covers; none over no tokens."""
         counts = {
-            name: self.column(sums_RM, TARGET_TOKENS if name in COMPARED else LOSS_TOKENS).tolist()
+            name: self.column(
+                sums_RM, TARGET_TOKENS if name in COMPARED else LOSS_TOKENS
+            ).tolist()
             for name in self.reported
         }
         sums = {name: self.column(sums_RM, name).tolist() for name in self.reported}
         return [
-            {name: sums[name][r] / counts[name][r] for name in self.reported if counts[name][r]}
+            {
+                name: sums[name][r] / counts[name][r]
+                for name in self.reported
+                if counts[name][r]
+            }
             for r in range(len(sums_RM))
         ]
 
@@ -190,7 +202,9 @@ class StudentLoss:
         ce_N = losses.ce_N.detach().double()
         zeros_N = torch.zeros_like(ce_N)
         kd_N = zeros_N if losses.kd_N is None else losses.kd_N.detach().double()
-        weighted_N = self.config.sft_loss_weight * ce_N + self.config.kd_loss_weight * kd_N
+        weighted_N = (
+            self.config.sft_loss_weight * ce_N + self.config.kd_loss_weight * kd_N
+        )
         has_target_N = zeros_N
         compared: Sequence[Tensor] = ()
         if losses.compared is not None:
@@ -203,10 +217,14 @@ class StudentLoss:
         sums_RM = values_NM.new_zeros(self.num_sources + 1, values_NM.shape[1])
         sums_RM[-1] = values_NM.sum(dim=0)
         if self.num_sources:
-            sums_RM[:-1].index_add_(0, batch.sources_of(batch.loss_positions_N), values_NM)
+            sums_RM[:-1].index_add_(
+                0, batch.sources_of(batch.loss_positions_N), values_NM
+            )
         return sums_RM
 
-    def _different_metrics(self, now: Sequence[str], before: Sequence[str]) -> ConfigError:
+    def _different_metrics(
+        self, now: Sequence[str], before: Sequence[str]
+    ) -> ConfigError:
         own = len(self.own_names)
         return ConfigError(
             f"{KEY}.custom_loss: {self.config.custom_loss} returned the metrics "
@@ -222,7 +240,9 @@ class StudentLoss:
         teacher = batch.teacher
         assert teacher is not None, "only a cache can be compared with, or diverged from"
         if self.custom is not None:  # its batches hold all targets
-            teacher = teacher.at(torch.searchsorted(teacher.positions_P, batch.loss_positions_N))
+            teacher = teacher.at(
+                torch.searchsorted(teacher.positions_P, batch.loss_positions_N)
+            )
         return teacher
 
 
@@ -236,11 +256,17 @@ def load_custom_loss(path: str) -> CustomLoss:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        function = getattr(importlib.import_module(module_name), name) if module_name else None
+        function = (
+            getattr(importlib.import_module(module_name), name) if module_name else None
+        )
     except (ImportError, AttributeError, SyntaxError, TypeError) as error:
-        raise ConfigError(f"{KEY}.custom_loss: {path} cannot be imported: {error}") from error
+        raise ConfigError(
+            f"{KEY}.custom_loss: {path} cannot be imported: {error}"
+        ) from error
     if not callable(function):
-        raise ConfigError(f"{KEY}.custom_loss: {path} is no function; give package.module.function")
+        raise ConfigError(
+            f"{KEY}.custom_loss: {path} is no function; give package.module.function"
+        )
     return function
 
 
@@ -255,7 +281,9 @@ def _check_arguments(function: CustomLoss, config: LossConfig) -> None:
 
 
 def _checked_result(result: Any, path: str | None) -> tuple[Tensor, dict[str, Tensor]]:
-    loss, metrics = result if isinstance(result, tuple) and len(result) == 2 else (None, None)
+    loss, metrics = (
+        result if isinstance(result, tuple) and len(result) == 2 else (None, None)
+    )
     if (
         not _is_scalar(loss)
         or not isinstance(metrics, dict)
@@ -266,7 +294,12 @@ def _checked_result(result: Any, path: str | None) -> tuple[Tensor, dict[str, Te
             "a scalar tensor, summed over the loss tokens, and a dict of such tensors"
         )
     for name in metrics:
-        if not isinstance(name, str) or name in (*REPORTED, *COMPARED, TARGET_TOKENS, LOSS_TOKENS):
+        if not isinstance(name, str) or name in (
+            *REPORTED,
+            *COMPARED,
+            TARGET_TOKENS,
+            LOSS_TOKENS,
+        ):
             raise ConfigError(
                 f"{KEY}.custom_loss: {path} returned a metric {name!r}; give it another name, a str"
             )

@@ -89,7 +89,9 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
     minutes = config.trainer.distributed_timeout_minutes
     loss = StudentLoss(model.knowledge_distillation, compares=model.data.uses_cache)
     loss.check()
-    settings = experiment_settings(config, loss.own_names if loss.custom is None else None)
+    settings = experiment_settings(
+        config, loss.own_names if loss.custom is None else None
+    )
     trainer: pl.Trainer | None = None
     with (
         explained_ctrl_c(lambda: stop_report(settings, trainer)),
@@ -107,7 +109,9 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         splits = load_splits(model, architecture, tokenizer)
         plan = plan_training(
-            config.trainer.knowledge_distillation, len(splits["train"]), model.global_batch_size
+            config.trainer.knowledge_distillation,
+            len(splits["train"]),
+            model.global_batch_size,
         )
         check_schedule(model.optim, plan.max_steps)
         groups = initialize_model_parallel(model, model.seed)
@@ -119,7 +123,9 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         record = experiment_record(
             config, architecture, fingerprint, data.descriptions, plan.steps_per_epoch
         )
-        trainer, checkpoints = build_trainer(config, settings, plan, groups, lifetime, record)
+        trainer, checkpoints = build_trainer(
+            config, settings, plan, groups, lifetime, record
+        )
         module = StudentModule(config, pretrained, groups, plan.max_steps)
         stack.callback(release, module.model)
         log.info(setup_report(config, module, plan, splits, tokenizer))
@@ -128,7 +134,9 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
             with lifetime.watchdog.pause("writing the .nemo archives"):
                 checkpoints.write_archives(trainer, module)
         if "test" in splits:
-            trainer.ckpt_path = None  # test the weights in memory, not those of the checkpoint
+            trainer.ckpt_path = (
+                None  # test the weights in memory, not those of the checkpoint
+            )
             trainer.test(module, datamodule=data)
         finish_wandb()
         return end_report(trainer, checkpoints, module.meter.totals)
@@ -196,9 +204,13 @@ class StudentModule(pl.LightningModule):
         self.adapters: dict[str, Any] | None = None
         if self.lora is not None:
             add_adapters(self.gpt, self.lora, model.seed, groups)
-            self.adapters = adapter_identity(self.lora, pretrained.fingerprint()["weights"])
+            self.adapters = adapter_identity(
+                self.lora, pretrained.fingerprint()["weights"]
+            )
         self.model = wrap_for_training(
-            self.gpt, self.transformer_config, distributed_optimizer=model.optim.is_sharded
+            self.gpt,
+            self.transformer_config,
+            distributed_optimizer=model.optim.is_sharded,
         )
         self.sources = {split: source_names(model.data.paths(split)) for split in SPLITS}
         self.loss = StudentLoss(
@@ -229,10 +241,14 @@ class StudentModule(pl.LightningModule):
         """Return the loss summed over a micro-batch's loss tokens, and the sums to report."""
         gpt = chunks(self.gpt)[-1]
         weight_vH = output_weight(gpt)
-        shard = VocabShard.of(len(weight_vH), self.architecture.vocab_size, self.groups.tensor)
+        shard = VocabShard.of(
+            len(weight_vH), self.architecture.vocab_size, self.groups.tensor
+        )
         if self.loss.custom is not None:
             return self.loss.on_logits(project(gpt, hidden_SBH), batch, shard)
-        hidden_NH = hidden_at(hidden_SBH, batch.loss_positions_N, len(batch.tokens_BS), gpt)
+        hidden_NH = hidden_at(
+            hidden_SBH, batch.loss_positions_N, len(batch.tokens_BS), gpt
+        )
         return self.loss.on_hidden(hidden_NH, weight_vH, batch, shard)
 
     def on_train_batch_start(self, batch: list[Batch], batch_idx: int) -> None:
@@ -245,7 +261,9 @@ class StudentModule(pl.LightningModule):
             group["lr"] = lr
         optimizer.zero_grad()
         counts = self._count_over_ranks(batch)
-        sums = self._sum_over_ranks(forward_backward(self.model, batch, self.token_losses))
+        sums = self._sum_over_ranks(
+            forward_backward(self.model, batch, self.token_losses)
+        )
         optimizer.step(loss_is_finite=self._is_finite(sums))
         grad_norm = optimizer.optimizer.grad_norm
         if optimizer.optimizer.skipped:
@@ -270,7 +288,9 @@ class StudentModule(pl.LightningModule):
             "epoch": self.global_step / training.steps_per_epoch,
             **self.meter.metrics(counts, float(self.loss.column(sums, LOSS_TOKENS)[-1])),
         }
-        self.log_dict(self.step_metrics, logger=False)  # file names of checkpoints may use them
+        self.log_dict(
+            self.step_metrics, logger=False
+        )  # file names of checkpoints may use them
 
     def on_validation_epoch_start(self) -> None:
         self.validation_sums = None
@@ -285,10 +305,14 @@ class StudentModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self._measure_evaluation("validation")
         if "validation/loss" in self.evaluation_metrics:
-            self.evaluation_metrics["val_loss"] = self.evaluation_metrics["validation/loss"]
+            self.evaluation_metrics["val_loss"] = self.evaluation_metrics[
+                "validation/loss"
+            ]
         # Checkpoints are ranked by these: NaN replaces the value of the validation before.
         names = ["val_loss", *(f"validation/{name}" for name in self.loss.reported)]
-        self.log_dict(dict.fromkeys(names, math.nan) | self.evaluation_metrics, logger=False)
+        self.log_dict(
+            dict.fromkeys(names, math.nan) | self.evaluation_metrics, logger=False
+        )
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
@@ -306,14 +330,18 @@ class StudentModule(pl.LightningModule):
         named = {f"{split}/{name}": value for name, value in of_all.items()}
         if len(self.sources[split]) > 1:
             for source, means in zip(self.sources[split], of_sources, strict=False):
-                named |= {f"{split}/{name}/{source}": value for name, value in means.items()}
+                named |= {
+                    f"{split}/{name}/{source}": value for name, value in means.items()
+                }
         return named
 
     def _sum_over_ranks(self, sums: torch.Tensor | None) -> torch.Tensor:
         """Add up the sums of data- and context-parallel ranks; only last stages have any."""
         self.loss.agree_on_names()
         total = self.loss.zeros(self.groups.device)
-        if sums is not None and self.groups.tensor_rank == 0:  # other tensor ranks have the same
+        if (
+            sums is not None and self.groups.tensor_rank == 0
+        ):  # other tensor ranks have the same
             total += sums
         return self.flags.sum(total)
 
@@ -334,12 +362,16 @@ class StudentModule(pl.LightningModule):
         for part in batch:
             indices = set(part.indices_B.tolist()) - {FILLER}
             examples |= indices
-            sums = forward_backward(self.model, [part], self.token_losses, forward_only=True)
+            sums = forward_backward(
+                self.model, [part], self.token_losses, forward_only=True
+            )
             if sums is not None and not self._is_finite(sums):
                 culprits |= indices
         everything: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everything, (culprits, examples))
-        culprits, examples = (set[int]().union(*parts) for parts in zip(*everything, strict=True))
+        culprits, examples = (
+            set[int]().union(*parts) for parts in zip(*everything, strict=True)
+        )
         return sorted(culprits), sorted(examples)
 
     def sharded_state_dict(self) -> dict[str, Any]:
@@ -384,7 +416,9 @@ class StudentModule(pl.LightningModule):
             self.gpt,
             self.pretrained,
             self.groups,
-            provenance(self.config, self.pretrained, self.trainer.datamodule, self.adapters),
+            provenance(
+                self.config, self.pretrained, self.trainer.datamodule, self.adapters
+            ),
             self.config.export,
             self.lora,
         )

@@ -95,7 +95,9 @@ class RunLog(pl.Callback):
             self._progress.latest = metrics
             self._progress.add(steps=1, **pl_module.meter.counted)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
         self._evaluation_started_s = time.monotonic()
         self._next_line_s = self._evaluation_started_s + self.interval_s
 
@@ -111,15 +113,21 @@ class RunLog(pl.Callback):
         if time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + self.interval_s
             split = _split(trainer)
-            counts = trainer.num_test_batches if split == "test" else trainer.num_val_batches
+            counts = (
+                trainer.num_test_batches if split == "test" else trainer.num_val_batches
+            )
             self._print(trainer, f"batch {batch_idx + 1} of {counts[0]}")
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule
+    ) -> None:
         metrics = pl_module.evaluation_metrics
         self.latest |= metrics
         self._log(trainer, metrics)
         seconds = time.monotonic() - self._evaluation_started_s
-        self._print(trainer, f"{format_metrics(metrics, _split(trainer))}, {seconds:.1f} s")
+        self._print(
+            trainer, f"{format_metrics(metrics, _split(trainer))}, {seconds:.1f} s"
+        )
 
     on_test_start = on_validation_start
     on_test_batch_end = on_validation_batch_end
@@ -138,7 +146,9 @@ class RunLog(pl.Callback):
         if self._line is not None:
             self._line.close()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str
+    ) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -220,13 +230,17 @@ class RunWandbLogger(WandbLogger):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         if self._wandb_init.get("anonymous", "") is None:
-            del self._wandb_init["anonymous"]  # wandb warns about the argument, whatever its value
+            del self._wandb_init[
+                "anonymous"
+            ]  # wandb warns about the argument, whatever its value
 
     def start(self) -> None:
         """Start a run; one that the caller has started is reused."""
         import wandb
 
-        finish_wandb(exit_code=1)  # of a call of train_student that failed in this process
+        finish_wandb(
+            exit_code=1
+        )  # of a call of train_student that failed in this process
         if wandb.run is None:
             RunWandbLogger.current = self
         for section, axis in WANDB_AXES.items():

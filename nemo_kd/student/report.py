@@ -123,7 +123,9 @@ def _parameters(student: StudentModule) -> str:
     )
 
 
-def first_step_report(means: Mapping[str, float], vocab_size: int) -> tuple[str, str | None]:
+def first_step_report(
+    means: Mapping[str, float], vocab_size: int
+) -> tuple[str, str | None]:
     """Return a text about the losses of the initial weights, and a warning if they look wrong."""
     uniform = math.log(vocab_size)
     ce = means["train/sft_loss"]
@@ -148,7 +150,9 @@ def stop_report(settings: Mapping[str, Any], trainer: pl.Trainer | None) -> str:
     if trainer is None:
         return "before the first step of this run"
     at = f"at step {trainer.global_step:,} of {_run_log(trainer).max_steps:,}"
-    for folder in checkpoints(Path(settings["checkpoint_callback_params"]["dirpath"] or ".")):
+    for folder in checkpoints(
+        Path(settings["checkpoint_callback_params"]["dirpath"] or ".")
+    ):
         contents = read_contents(folder)
         if contents is not None and contents.resumable:
             last = f"the last checkpoint, of step {contents.step:,}: {folder}"
@@ -158,7 +162,9 @@ def stop_report(settings: Mapping[str, Any], trainer: pl.Trainer | None) -> str:
     return f"{at}; there is no checkpoint, so the same command starts over"
 
 
-def end_report(trainer: pl.Trainer, kept: Checkpoints | None, totals: Counters) -> StudentRun:
+def end_report(
+    trainer: pl.Trainer, kept: Checkpoints | None, totals: Counters
+) -> StudentRun:
     """Print a summary of the run and the commands that come next, on rank 0.
 
     Args:
@@ -166,7 +172,9 @@ def end_report(trainer: pl.Trainer, kept: Checkpoints | None, totals: Counters) 
         totals: sums over the steps of this process.
     """
     run_log = _run_log(trainer)
-    archive = kept.archive if kept is not None and kept.params.save_nemo_on_train_end else None
+    archive = (
+        kept.archive if kept is not None and kept.params.save_nemo_on_train_end else None
+    )
     run = StudentRun(run_log.log_dir, trainer.global_step, archive)
     if not trainer.is_global_zero:
         return run
@@ -186,7 +194,9 @@ def end_report(trainer: pl.Trainer, kept: Checkpoints | None, totals: Counters) 
     if kept is not None and kept.best is not None:
         contents = read_contents(kept.best)
         step = "" if contents is None else f" at step {contents.step:,}"
-        facts.append((f"best {kept.params.monitor}", f"{kept.scores[kept.best]:.4f}{step}"))
+        facts.append(
+            (f"best {kept.params.monitor}", f"{kept.scores[kept.best]:.4f}{step}")
+        )
     if "test/loss" in latest:
         facts.append(("test", format_metrics(latest, "test")))
     facts += [] if kept is None else _files(kept)
@@ -217,15 +227,24 @@ def _files(kept: Checkpoints) -> list[tuple[str, str]]:
             facts.append((name, f"{folder}, {_size(folder)}"))
         else:
             source = shlex.quote(str(archive))
-            convert = [("next", f"convert_checkpoint input_path={source} output_path=student_hf/")]
+            convert = [
+                (
+                    "next",
+                    f"convert_checkpoint input_path={source} output_path=student_hf/",
+                )
+            ]
     folders = checkpoints(kept.dirpath)
     if folders:
-        facts.append(("checkpoints", f"{len(folders)} in {kept.dirpath}, {_size(*folders)}"))
+        facts.append(
+            ("checkpoints", f"{len(folders)} in {kept.dirpath}, {_size(*folders)}")
+        )
     return facts + convert
 
 
 def _size(*paths: Path) -> str:
     """Return the size of files and folders; hard links to one file count once."""
-    files = [file for path in paths for file in (path, *path.rglob("*")) if file.is_file()]
+    files = [
+        file for path in paths for file in (path, *path.rglob("*")) if file.is_file()
+    ]
     stats = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, files)}
     return size_text(sum(stats.values()))

@@ -94,7 +94,9 @@ def _folders(settings: dict[str, Any]) -> tuple[Path | None, Path | None]:
         parent = Path(settings["exp_dir"] or "nemo_experiments") / settings["name"]
         log_dir = (parent / (settings["version"] or "")).absolute()
     dirpath = settings["checkpoint_callback_params"]["dirpath"]
-    return log_dir, Path(dirpath).absolute() if dirpath else log_dir and log_dir / "checkpoints"
+    return log_dir, Path(
+        dirpath
+    ).absolute() if dirpath else log_dir and log_dir / "checkpoints"
 
 
 def _check_nothing_is_trained_over(
@@ -107,9 +109,14 @@ def _check_nothing_is_trained_over(
     found = checkpoints(checkpoint_dir) if checkpoint_dir is not None else []
     source = settings["resume_from_checkpoint"]
     resumes = settings["resume_if_exists"]
-    if (resumes and any(map(_may_resume, found))) or (source and Path(source).absolute() in found):
+    if (resumes and any(map(_may_resume, found))) or (
+        source and Path(source).absolute() in found
+    ):
         return
-    left = [*found, *(sorted(checkpoint_dir.glob("*.nemo")) if checkpoint_dir is not None else [])]
+    left = [
+        *found,
+        *(sorted(checkpoint_dir.glob("*.nemo")) if checkpoint_dir is not None else []),
+    ]
     if log_dir is not None and not resumes:
         metrics = log_dir / "metrics" / "metrics.jsonl"
         left += [metrics] if metrics.exists() and metrics.stat().st_size else []
@@ -263,7 +270,9 @@ def _compared(value: Any) -> Any:
 def _shown(value: Any) -> str:
     if not isinstance(value, dict):
         return str(value)
-    parts = ", ".join(f"{key} {part}" for key, part in _compared(value).items() if part is not None)
+    parts = ", ".join(
+        f"{key} {part}" for key, part in _compared(value).items() if part is not None
+    )
     places = [value[key] for key in LOCATION if value.get(key)]
     names = [", ".join(place) if isinstance(place, list) else place for place in places]
     return f"{' '.join(names)} ({parts})" if names else parts

@@ -23,7 +23,9 @@ class TrainingPlan:
     save_interval: int
 
 
-def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) -> TrainingPlan:
+def plan_training(
+    loop: LoopConfig, num_samples: int, global_batch_size: int
+) -> TrainingPlan:
     """Resolve fractions and -1 against the size of the training data.
 
     Raises:
@@ -39,13 +41,17 @@ def plan_training(loop: LoopConfig, num_samples: int, global_batch_size: int) ->
     steps_per_epoch = max(1, min(limit, whole_batches))
     max_steps = loop.max_epochs * steps_per_epoch
     if loop.max_steps >= 0:
-        max_steps = min(max_steps, loop.max_steps) if loop.max_epochs > 0 else loop.max_steps
+        max_steps = (
+            min(max_steps, loop.max_steps) if loop.max_epochs > 0 else loop.max_steps
+        )
     if max_steps < 1:
         raise ConfigError(
             f"{LOOP}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing "
             "to train"
         )
-    val_check_interval = _steps("val_check_interval", loop.val_check_interval, steps_per_epoch)
+    val_check_interval = _steps(
+        "val_check_interval", loop.val_check_interval, steps_per_epoch
+    )
     save_interval = val_check_interval
     if loop.save_interval is not None:
         save_interval = _steps("save_interval", loop.save_interval, steps_per_epoch)
@@ -120,7 +126,11 @@ def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
     if sched.shape == "inverse_square_root":
         return optim.lr * max(min_factor, math.sqrt((warmup + 1) / (step + 1)))
     progress = min(1.0, (step - warmup) / decay) if decay else 1.0
-    left = 1.0 - progress if sched.shape == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    left = (
+        1.0 - progress
+        if sched.shape == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
     return optim.lr * (min_factor + (1.0 - min_factor) * left)
 
 

@@ -39,7 +39,9 @@ class Entry:
 
 
 ENTRIES = {
-    "state_dict": Entry("trained weights; with LoRA the adapters only", sharded=True, always=True),
+    "state_dict": Entry(
+        "trained weights; with LoRA the adapters only", sharded=True, always=True
+    ),
     "optimizer_states": Entry("fp32 weights and moments", sharded=True),
     "random_state": Entry(
         "random generators of every rank; loaded into the same layout only",
@@ -54,14 +56,18 @@ ENTRIES = {
     "StudentData": Entry("consumed samples and their batch size", always=True),
     "non_finite": Entry("skipped steps", always=True),
     "adapters": Entry(
-        "LoRA's settings and base weights; compared on resume", required=False, always=True
+        "LoRA's settings and base weights; compared on resume",
+        required=False,
+        always=True,
     ),
     "hyper_parameters": Entry(
         "configuration of the run, without secrets", required=False, always=True
     ),
     "hparams_name": Entry("Lightning's name for it", required=False, always=True),
     "global_step": Entry("completed optimizer steps", always=True),
-    "epoch": Entry("Lightning's epoch, always 0: its epoch is the whole run", always=True),
+    "epoch": Entry(
+        "Lightning's epoch, always 0: its epoch is the whole run", always=True
+    ),
     "pytorch-lightning_version": Entry("version that wrote the checkpoint", always=True),
 }
 """All entries of a training checkpoint.
@@ -103,7 +109,9 @@ class MegatronStrategy(DDPStrategy):
 
     lightning_module: Any
 
-    def __init__(self, groups: ProcessGroups, writer: CheckpointWriter, **kwargs: Any) -> None:
+    def __init__(
+        self, groups: ProcessGroups, writer: CheckpointWriter, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.groups = groups
         self.writer = writer
@@ -135,7 +143,10 @@ class MegatronStrategy(DDPStrategy):
         return _megatron(optimizer).sharded_state_dict(self.lightning_module_state_dict())
 
     def save_checkpoint(
-        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any = None,
     ) -> None:
         resumable = "optimizer_states" in checkpoint
         lacking = [
@@ -178,11 +189,15 @@ class MegatronStrategy(DDPStrategy):
             wanted["random_state"] = sharded_random_state()
         return _with_todays_entries(load_sharded(wanted, folder))
 
-    def load_model_state_dict(self, checkpoint: dict[str, Any], strict: bool = True) -> None:
+    def load_model_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True
+    ) -> None:
         self.lightning_module.load_sharded_state_dict(checkpoint["state_dict"])
 
     def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+        for optimizer, state in zip(
+            self.optimizers, checkpoint["optimizer_states"], strict=True
+        ):
             _megatron(optimizer).load_sharded_state_dict(state)
 
     def teardown(self) -> None:
@@ -198,6 +213,8 @@ def _with_todays_entries(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 
 def _megatron(optimizer: Optimizer) -> ModelOptimizer:
-    inner = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    inner = (
+        optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
+    )
     assert isinstance(inner, ModelOptimizer)
     return inner

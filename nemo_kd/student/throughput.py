@@ -111,7 +111,9 @@ class StepMeter:
         counts = StepCounts(sum(lengths), positions, flops, self._wait_s, replicas=1)
         return torch.tensor(counts, dtype=torch.float64)
 
-    def metrics(self, counts: Iterable[float], num_loss_tokens: float) -> dict[str, float]:
+    def metrics(
+        self, counts: Iterable[float], num_loss_tokens: float
+    ) -> dict[str, float]:
         """Return metrics of the step that ends now from summed `counts`; memory is this rank's."""
         tokens, positions, flops, wait_s, replicas = StepCounts(*counts)
         step_time_s = time.perf_counter() - self._started_s
@@ -125,7 +127,9 @@ class StepMeter:
             "perf/padding_percent": 100 * (1 - tokens / positions),
             "perf/peak_memory_gib": self._peak_bytes() / GIB,
         }
-        total_flops = TRAINING_FLOPS * (flops + num_loss_tokens * self.flops.per_loss_token)
+        total_flops = TRAINING_FLOPS * (
+            flops + num_loss_tokens * self.flops.per_loss_token
+        )
         if self.peak_flops is not None:
             metrics["perf/mfu_percent"] = 100 * total_flops / seconds / self.peak_flops
         self.counted = {

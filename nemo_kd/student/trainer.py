@@ -73,14 +73,18 @@ def build_trainer(
         CheckpointError: there is no checkpoint to resume, or it belongs to another experiment.
     """
     loop = config.trainer.knowledge_distillation
-    run_log = RunLog(plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s"))
+    run_log = RunLog(
+        plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s")
+    )
     writer = CheckpointWriter(groups.layout(), record)
     trainer = pl.Trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
         devices=config.trainer.num_devices,
         num_nodes=config.trainer.num_nodes,
         strategy=MegatronStrategy(
-            groups, writer, cluster_environment=LauncherEnvironment(config.trainer.num_devices)
+            groups,
+            writer,
+            cluster_environment=LauncherEnvironment(config.trainer.num_devices),
         ),
         precision="32-true",  # Megatron casts by itself
         max_epochs=-1,  # `Course` ends the run after `plan.max_steps`
@@ -123,7 +127,9 @@ def _set_up_folder(trainer: pl.Trainer, settings: dict[str, Any]) -> Path:
     # It logs that it finds no checkpoint, in the place where it is made to look.
     nemo_logging.set_verbosity(nemo_logging.ERROR)
     params = {**settings["checkpoint_callback_params"], "dirpath": os.devnull}
-    keys = OmegaConf.create({**settings, **NOT_NEMOS, "checkpoint_callback_params": params})
+    keys = OmegaConf.create(
+        {**settings, **NOT_NEMOS, "checkpoint_callback_params": params}
+    )
     with named_os_errors(settings["explicit_log_dir"] or settings["exp_dir"]):
         try:
             log_dir = exp_manager(trainer, keys)

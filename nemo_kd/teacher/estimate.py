@@ -71,7 +71,9 @@ def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
                 raise nothing_to_train(job)
             probe = _probe(job, teacher)
             if run.groups.is_writer and run.groups.data_rank == 0:
-                _print_costs(run, job, probe, sample, sampling_s / num_sampled, start_up_s)
+                _print_costs(
+                    run, job, probe, sample, sampling_s / num_sampled, start_up_s
+                )
 
 
 def _command_start() -> float:
@@ -108,8 +110,10 @@ def _probe(job: Job, teacher: Teacher) -> Probe:
         max(1, sum(example.num_tokens for example in examples)),
         max(1, started.computed_tokens),
         loss_tokens,
-        sum(int((target.topk_token_ids_PK >= 0).sum()) for target in targets) / loss_tokens,
-        sum(float((1 - target.tail_mass_PT[:, 0]).sum()) for target in targets) / loss_tokens,
+        sum(int((target.topk_token_ids_PK >= 0).sum()) for target in targets)
+        / loss_tokens,
+        sum(float((1 - target.tail_mass_PT[:, 0]).sum()) for target in targets)
+        / loss_tokens,
     )
 
 
@@ -135,8 +139,12 @@ def _print_costs(
     tokens = scale * sum(example.num_tokens for example in sample)
     loss_tokens = scale * sum(example.num_loss_tokens for example in sample)
     # Of an example the cache holds the tokens up to the last one in the loss.
-    stored_tokens = scale * sum(int(np.flatnonzero(e.loss_mask_S)[-1]) + 1 for e in sample)
-    file_bytes = probe.num_bytes / probe.loss_tokens * loss_tokens + BYTES_PER_LINE * num_records
+    stored_tokens = scale * sum(
+        int(np.flatnonzero(e.loss_mask_S)[-1]) + 1 for e in sample
+    )
+    file_bytes = (
+        probe.num_bytes / probe.loss_tokens * loss_tokens + BYTES_PER_LINE * num_records
+    )
     data_size = run.groups.data_size
     compute_s = probe.seconds / probe.tokens * tokens / data_size
     tokenize_s = seconds_per_record * num_records / torch.distributed.get_world_size()

@@ -129,10 +129,17 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
         check_model(config, architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         jobs = [
-            _open_job(split, part, pretrained, tokenizer) for split, part in config.splits().items()
+            _open_job(split, part, pretrained, tokenizer)
+            for split, part in config.splits().items()
         ]
         groups = initialize_model_parallel(config.model, config.model.seed)
-        yield Run(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), jobs)
+        yield Run(
+            config,
+            pretrained,
+            groups,
+            padding_id(tokenizer, architecture.vocab_size),
+            jobs,
+        )
 
 
 def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
@@ -181,7 +188,9 @@ def check_records(job: Job, segments: Sequence[Segment]) -> int:
 
     shares = gather(render_share)
     # A part may be empty; only the whole range must not be.
-    if len(indices) == len(job.indices) and not any(num_examples for num_examples, _ in shares):
+    if len(indices) == len(job.indices) and not any(
+        num_examples for num_examples, _ in shares
+    ):
         raise nothing_to_train(job)
     return sum(num_tokens for _, num_tokens in shares)
 
@@ -232,8 +241,12 @@ def _open_job(
 ) -> Job:
     architecture = pretrained.architecture
     data = config.data.data
-    seq_length = sequence_length(config.model.max_seq_length, architecture.max_position_embeddings)
-    dataset = TokenizedDataset(config.data, tokenizer, seq_length, architecture.vocab_size)
+    seq_length = sequence_length(
+        config.model.max_seq_length, architecture.max_position_embeddings
+    )
+    dataset = TokenizedDataset(
+        config.data, tokenizer, seq_length, architecture.vocab_size
+    )
     chunks = _chunks(config, len(dataset))
     # A wrong format or chat template shows here, before anything is written.
     first = dataset[chunks[0][0]]

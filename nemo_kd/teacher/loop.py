@@ -88,7 +88,9 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
         estimate_cost(config)
         return []
     with open_run(config) as run, contextlib.ExitStack() as stack:
-        interruption = stack.enter_context(Interruption(config.exp_manager.max_time_per_run))
+        interruption = stack.enter_context(
+            Interruption(config.exp_manager.max_time_per_run)
+        )
         outputs = [_open_output(job, stack) for job in run.jobs]
         totals = [check_records(output.job, output.missing) for output in outputs]
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
@@ -151,10 +153,14 @@ def _compute(
     """
     job = output.job
     interruption.share(output.store, dist.get_rank())
-    queue = SegmentQueue(output.store, output.missing, run.groups, lambda: interruption.reason)
+    queue = SegmentQueue(
+        output.store, output.missing, run.groups, lambda: interruption.reason
+    )
     previous: tuple[Segment, Records, Pass] | None = None
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(TeacherProgress(run, job, output.store, total_tokens))
+        progress = stack.enter_context(
+            TeacherProgress(run, job, output.store, total_tokens)
+        )
         publisher = None
         if run.groups.is_writer:
             layout = CacheLayout(job.config.output_path)
@@ -165,7 +171,9 @@ def _compute(
         for segment, records in progress.waiting_for(_read_ahead(job, queue)):
             if not queue.should_continue():
                 break
-            started = teacher.start([record for record in records if isinstance(record, Example)])
+            started = teacher.start(
+                [record for record in records if isinstance(record, Example)]
+            )
             # A GPU copies one segment's results to the host while it computes the next.
             if previous is not None:
                 _publish(teacher, previous, publisher, progress)
@@ -218,7 +226,9 @@ def _computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
     }
 
 
-def _finish(output: Output, num_tokens: int, seconds: float, watchdog: Watchdog) -> CacheReport:
+def _finish(
+    output: Output, num_tokens: int, seconds: float, watchdog: Watchdog
+) -> CacheReport:
     """Assemble the last chunks, check what is on disk and report it; every rank calls this.
 
     Raises:
@@ -235,7 +245,9 @@ def _finish(output: Output, num_tokens: int, seconds: float, watchdog: Watchdog)
             writer.assemble_complete()
         return report_cache(job, writer, output.num_complete, num_tokens, seconds)
 
-    return on_rank_zero(finish, lambda: watchdog.step("waiting for rank 0 to assemble chunks"))
+    return on_rank_zero(
+        finish, lambda: watchdog.step("waiting for rank 0 to assemble chunks")
+    )
 
 
 @contextlib.contextmanager
@@ -318,10 +330,16 @@ class SegmentQueue:
         while self._store.add("finished", 0) < dist.get_world_size():
             meanwhile()
             time.sleep(POLL_S)
-        return self._store.get("stopped").decode() if self._store.check(["stopped"]) else None
+        return (
+            self._store.get("stopped").decode()
+            if self._store.check(["stopped"])
+            else None
+        )
 
 
-def _read_ahead(job: Job, queue: SegmentQueue) -> Iterable[tuple[Segment | None, Records]]:
+def _read_ahead(
+    job: Job, queue: SegmentQueue
+) -> Iterable[tuple[Segment | None, Records]]:
     """Return the claimed segments with their records, tokenized by processes beside this one."""
     num_workers = job.config.data.num_workers
     return DataLoader(
@@ -366,7 +384,9 @@ class _Assembler:
         Raises:
             CacheError: from the previous time.
         """
-        if self._writer is None or (self._running is not None and not self._running.done()):
+        if self._writer is None or (
+            self._running is not None and not self._running.done()
+        ):
             return
         self.wait()
         self._running = self._threads.submit(self._writer.assemble_complete, up_to)

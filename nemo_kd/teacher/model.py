@@ -228,7 +228,11 @@ class Teacher:
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
 
     def _score(
-        self, examples: Sequence[Example], numbers: list[int], batch: Batch, hidden: torch.Tensor
+        self,
+        examples: Sequence[Example],
+        numbers: list[int],
+        batch: Batch,
+        hidden: torch.Tensor,
     ) -> BatchResult:
         local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
         hidden_NH = hidden_at(

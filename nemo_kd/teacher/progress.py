@@ -62,7 +62,9 @@ class TeacherProgress:
             name = f"teacher, {job.split}" if job.split else "teacher"
             sinks += [ProgressLine(name, total_tokens), metrics_file(job)]
             if settings.create_wandb_logger:
-                sinks.append(WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs}))
+                sinks.append(
+                    WandbSink({"name": run.config.name, **settings.wandb_logger_kwargs})
+                )
         peak = None
         if groups.device.type == "cuda":
             peak = peak_flops(torch.cuda.get_device_name(), run.config.trainer.precision)
@@ -96,7 +98,10 @@ class TeacherProgress:
             tokens=tokens,
             loss_tokens=sum(example.num_loss_tokens for example in examples),
             padding_tokens=started.computed_tokens - tokens,
-            flops=sum(self._flops.example(one.num_tokens, one.num_loss_tokens) for one in examples),
+            flops=sum(
+                self._flops.example(one.num_tokens, one.num_loss_tokens)
+                for one in examples
+            ),
         )
 
     def published(self, publisher: SegmentPublisher) -> None:
@@ -210,7 +215,9 @@ def report_cache(
         split=job.split,
         output_path=job.config.output_path,
         manifest_path=writer.layout.manifest_path,
-        chunk_paths=tuple(writer.layout.chunk_path(chunk) for chunk in sorted(map(int, chunks))),
+        chunk_paths=tuple(
+            writer.layout.chunk_path(chunk) for chunk in sorted(map(int, chunks))
+        ),
         num_examples=total.examples,
         num_tokens=total.tokens,
         num_loss_tokens=total.loss_tokens,
@@ -231,7 +238,10 @@ def report_cache(
         kept_ids = total.kept_tokens / total.loss_tokens
         quality = [
             (f"mass of the kept ids (at most {top_k})", f"{kept_mass:.4f}"),
-            ("label among the kept ids", f"{total.label_in_topk / total.loss_tokens:.4f}"),
+            (
+                "label among the kept ids",
+                f"{total.label_in_topk / total.loss_tokens:.4f}",
+            ),
             ("kept ids per position", f"{kept_ids:.1f}"),
         ]
         warnings.append(kept_mass_advice(kept_mass, kept_ids, top_k, job.config.cache))
@@ -252,14 +262,19 @@ def _summary(
     if tokens:
         rate += f", {tokens / max(report.seconds, 1e-9):,.0f} tokens/s"
     bytes_per_token = report.num_bytes / max(1, report.num_tokens)
-    skipped = [(f"skipped: {reason}", f"{n:,}") for reason, n in report.num_skipped.items()]
+    skipped = [
+        (f"skipped: {reason}", f"{n:,}") for reason, n in report.num_skipped.items()
+    ]
     return [
         *([("split", report.split)] if report.split else []),
         ("cache", report.output_path),
         ("chunks", chunk_counts),
         ("examples", f"{report.num_examples:,}"),
         ("tokens", f"{report.num_tokens:,} ({report.num_loss_tokens:,} in the loss)"),
-        ("size", f"{size_text(report.num_bytes)}, {bytes_per_token:,.1f} bytes per token"),
+        (
+            "size",
+            f"{size_text(report.num_bytes)}, {bytes_per_token:,.1f} bytes per token",
+        ),
         ("computed now", rate),
         *quality,
         *(skipped or [("skipped", "0")]),
@@ -276,7 +291,9 @@ def _other_parts_work(job: Job, writer: CacheWriter) -> str:
         return ""
     part, num_parts = job.config.part_number()
     by_part = writer.missing_by_part()
-    incomplete = writer.missing  # without chunks that other parts have published meanwhile
+    incomplete = (
+        writer.missing
+    )  # without chunks that other parts have published meanwhile
     names = ", ".join(map(str, incomplete[:5])) + (", ..." if len(incomplete) > 5 else "")
     if num_parts == 1 or by_part.get(part):
         raise CacheError(
@@ -312,7 +329,9 @@ def next_commands(reports: Sequence[CacheReport]) -> list[str]:
     ]
 
 
-def kept_mass_advice(kept_mass: float, kept_ids: float, top_k: int, cache: CacheConfig) -> str:
+def kept_mass_advice(
+    kept_mass: float, kept_ids: float, top_k: int, cache: CacheConfig
+) -> str:
     """Return advice if a position's `kept_ids` hold little probability, else an empty text."""
     if kept_mass >= POOR_KEPT_MASS:
         return ""

@@ -36,7 +36,10 @@ class Agreement:
 
 @torch.inference_mode()
 def compare_with_teacher(
-    student_path: str, teacher_path: str, examples: Iterable[Example], micro_batch_size: int = 16
+    student_path: str,
+    teacher_path: str,
+    examples: Iterable[Example],
+    micro_batch_size: int = 16,
 ) -> Agreement:
     """Run both models in float32, each whole on this process's device, over `examples`.
 
@@ -73,7 +76,9 @@ def compare_with_teacher(
         )
         kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
         same_N = log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)
-        ce_N = (-log_NV.gather(1, labels_N[:, None])[:, 0] for log_NV in (log_q_NV, log_p_NV))
+        ce_N = (
+            -log_NV.gather(1, labels_N[:, None])[:, 0] for log_NV in (log_q_NV, log_p_NV)
+        )
         sums += torch.stack(
             [values_N.double().sum() for values_N in (mask_BS, *ce_N, kl_N, same_N)]
         ).cpu()

@@ -66,7 +66,9 @@ class Distribution(NamedTuple):
     tail_P: np.ndarray
 
     @classmethod
-    def of(cls, teacher: Targets, ids_PK: np.ndarray, temperature: float = 1.0) -> Distribution:
+    def of(
+        cls, teacher: Targets, ids_PK: np.ndarray, temperature: float = 1.0
+    ) -> Distribution:
         """Read the distribution over `ids_PK` (-1: no id) at one of the teacher's temperatures."""
         number = teacher.temperatures.index(temperature)
         logits_Pk = teacher.topk_logits_PK.astype(np.float64) / temperature
@@ -79,7 +81,9 @@ class Distribution(NamedTuple):
         keys_N = (teacher.topk_token_ids_PK + rows_P).ravel()
         wanted_PK = ids_PK + rows_P
         order_N = keys_N.argsort()
-        place_PK = np.searchsorted(keys_N, wanted_PK, sorter=order_N).clip(max=len(keys_N) - 1)
+        place_PK = np.searchsorted(keys_N, wanted_PK, sorter=order_N).clip(
+            max=len(keys_N) - 1
+        )
         place_PK = order_N[place_PK]
         known_PK = (keys_N[place_PK] == wanted_PK) & (ids_PK >= 0)
         logprobs_PK = np.where(known_PK, kept_Pk.ravel()[place_PK], -np.inf)
@@ -89,7 +93,11 @@ class Distribution(NamedTuple):
         smallest_P = np.where(np.isfinite(kept_Pk), kept_Pk, np.inf).min(axis=1)
         most_P = np.minimum(smallest_P, np.log(tail_P / np.maximum(num_missing_P, 1)))
         logprobs_PK = np.where(missing_PK, most_P[:, None], logprobs_PK)
-        return cls(logprobs_PK, known_PK, _clip(tail_P - num_missing_P * np.exp(most_P) + others_P))
+        return cls(
+            logprobs_PK,
+            known_PK,
+            _clip(tail_P - num_missing_P * np.exp(most_P) + others_P),
+        )
 
 
 def divergence(p: Distribution, q: Distribution) -> np.ndarray:
@@ -121,7 +129,8 @@ def encoding_divergence(
     for sign in (-1, 1):
         other_P = _clip(t_P + sign * tail_errors_P)
         tails.append(
-            t_P * np.log(t_P / other_P) + (1 - t_P) * (np.log1p(-t_P) - np.log1p(-other_P))
+            t_P * np.log(t_P / other_P)
+            + (1 - t_P) * (np.log1p(-t_P) - np.log1p(-other_P))
         )
     return head_P + np.maximum(*tails)
 
@@ -142,7 +151,9 @@ class TemperatureFit(NamedTuple):
         """Fit p = scale * q + constant at every position, weighted by q's probabilities."""
         moments = [np.zeros((3, 0))]
         for p, q in pairs:
-            weights_PK = np.where(q.known_PK & np.isfinite(p.logprobs_PK), np.exp(q.logprobs_PK), 0)
+            weights_PK = np.where(
+                q.known_PK & np.isfinite(p.logprobs_PK), np.exp(q.logprobs_PK), 0
+            )
             # The packed codec may move the likeliest token up by a level.
             weights_PK[:, :-1][:, :1] = 0
             weights_PK /= np.maximum(weights_PK.sum(axis=1, keepdims=True), SMALLEST_TAIL)
@@ -228,10 +239,13 @@ def compare_rows(
             ("worst position", np.max, POSITION_FACTOR * floor),
         ):
             cached_E, control_E, rounding_E = (
-                np.array([reduce(kl_P) for kl_P in kls]) for kls in (cached, control, rounding)
+                np.array([reduce(kl_P) for kl_P in kls])
+                for kls in (cached, control, rounding)
             )
             allowed_E = factor * control_E.max() + rounding_E + allowed
-            statistics.append(Statistic(f"{name}, {kind}", cached_E, control_E, allowed_E))
+            statistics.append(
+                Statistic(f"{name}, {kind}", cached_E, control_E, allowed_E)
+            )
     if all(example.cached.label_logprobs_P is not None for example in examples):
         statistics.append(_compare_labels(examples, bound, dtype, factor**0.5))
     return statistics
@@ -249,7 +263,9 @@ def _compare_labels(
             ]
         )
         p_P, q_P, r_P = np.maximum(labels_3P, SMALLEST_LABEL)
-        encoding_P1, shift_P, _ = bound(p_P[:, None], _clip(example.cached.tail_mass_PT[:, 0]))
+        encoding_P1, shift_P, _ = bound(
+            p_P[:, None], _clip(example.cached.tail_mass_PT[:, 0])
+        )
         parts = (np.abs(p_P - q_P), np.abs(r_P - q_P), encoding_P1[:, 0] + shift_P)
         errors.append([part.mean() for part in parts])
     cached_E, control_E, encoding_E = np.array(errors).T
@@ -275,7 +291,9 @@ def find_wrong(
     return {number: [_likely_cause(number, examples, statistics)] for number in numbers}
 
 
-def format_statistics(statistics: Sequence[Statistic], examples: Sequence[Comparison]) -> list[str]:
+def format_statistics(
+    statistics: Sequence[Statistic], examples: Sequence[Comparison]
+) -> list[str]:
     """Return the lines of a table of the statistics."""
     lines = [
         f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",
@@ -323,7 +341,9 @@ def _likely_cause(
         return f"at few positions, most at position {position} ({kl_P[place]:.2g} nats)"
     for shift in (1, -1, 2, -2):
         if _matches(example.cached, example.scored, shift) < CLEARLY_CLOSER * typical:
-            return f"shifted: each position holds the teacher's answer {shift:+d} further on"
+            return (
+                f"shifted: each position holds the teacher's answer {shift:+d} further on"
+            )
     for other in examples:
         is_other = other is not example
         if is_other and _matches(example.cached, other.scored) < CLEARLY_CLOSER * typical:

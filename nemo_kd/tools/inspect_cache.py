@@ -77,7 +77,9 @@ class Report:
     histograms: list[Histogram]
 
 
-def check_tokenizer(reader: CacheReader, tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def check_tokenizer(
+    reader: CacheReader, tokenizer: PreTrainedTokenizerBase, path: str
+) -> None:
     """Refuse a tokenizer that did not write the cache, or whose vocabulary is too small for it.
 
     Raises:
@@ -146,7 +148,9 @@ def _histogram(title: str, values: np.ndarray, edges: Sequence[float]) -> Histog
     last = len(edges) - 2
     place = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, last)
     counts = np.bincount(place.astype(np.int64), minlength=last + 1).tolist()
-    return Histogram(title, [_range(low, high) for low, high in itertools.pairwise(edges)], counts)
+    return Histogram(
+        title, [_range(low, high) for low, high in itertools.pairwise(edges)], counts
+    )
 
 
 def _range(low: float, high: float) -> str:
@@ -159,7 +163,9 @@ def _range(low: float, high: float) -> str:
 
 def describe_cache(reader: CacheReader, found: Statistics) -> Report:
     """Build the report of a cache: exact counts where a manifest has them, else estimates."""
-    identity = [("manifest", "none: another program wrote the files, or they were moved alone")]
+    identity = [
+        ("manifest", "none: another program wrote the files, or they were moved alone")
+    ]
     if reader.manifests:
         identity = _identity(reader.manifests[0])
     counts = _counts(reader, found)
@@ -191,7 +197,9 @@ def format_report(report: Report) -> str:
         width = BAR_WIDTH / max([*histogram.shares, 1e-9])
         lines = [f"{histogram.title}:"]
         for label, part in zip(histogram.labels, histogram.shares, strict=True):
-            lines.append(f"  {label:>13}  {part:>6.1%}  {'█' * round(width * part)}".rstrip())
+            lines.append(
+                f"  {label:>13}  {part:>6.1%}  {'█' * round(width * part)}".rstrip()
+            )
         parts.append("\n".join(lines))
     return "\n\n".join(parts)
 
@@ -235,7 +243,9 @@ def _identity(manifest: Manifest) -> Facts:
 
 def _counts(reader: CacheReader, found: Statistics) -> Facts:
     files = reader.chunk_facts
-    chunks = [chunk for manifest in reader.manifests for chunk in manifest.chunks.values()]
+    chunks = [
+        chunk for manifest in reader.manifests for chunk in manifest.chunks.values()
+    ]
     total = ChunkSummary(0, 0)
     for chunk in chunks:
         total.add(chunk)
@@ -261,13 +271,18 @@ def _counts(reader: CacheReader, found: Statistics) -> Facts:
         per_token += f", {about}{total.bytes / total.loss_tokens:,.1f} per loss token"
     facts += [
         ("examples", f"{total.examples:,}"),
-        ("tokens", f"{about}{total.tokens:,}{until}, {about}{total.loss_tokens:,} in the loss"),
+        (
+            "tokens",
+            f"{about}{total.tokens:,}{until}, {about}{total.loss_tokens:,} in the loss",
+        ),
         ("bytes", f"{total.bytes:,}"),
         ("bytes per token", per_token),
     ]
     if chunks:
         loss_tokens = max(1, total.loss_tokens)
-        skipped = [f"{count:,} {reason}" for reason, count in sorted(total.skipped.items())]
+        skipped = [
+            f"{count:,} {reason}" for reason, count in sorted(total.skipped.items())
+        ]
         facts += [
             ("records left out", ", ".join(skipped) or "none"),
             ("tokens kept", f"{total.kept_tokens / loss_tokens:.2f} per loss token"),
@@ -289,7 +304,9 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
     if not measured:
         return facts
     median, p99 = np.percentile(found.num_kept_N, (50, 99))
-    entropy = f"mean {found.entropy_N.mean():.3f} nats at least, with one token as the tail"
+    entropy = (
+        f"mean {found.entropy_N.mean():.3f} nats at least, with one token as the tail"
+    )
     if not np.isnan(found.max_entropy_N).any():
         entropy += f"; {found.max_entropy_N.mean():.3f} at most, with a uniform tail"
     first = share((found.label_rank_N == 1).mean())
@@ -301,7 +318,10 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
         cross_entropy = f"{nats:.4f} nats, perplexity {math.exp(nats):,.2f}"
     return [
         *facts,
-        ("tokens kept", f"mean {found.num_kept_N.mean():.2f}, median {median:.0f}, p99 {p99:.0f}"),
+        (
+            "tokens kept",
+            f"mean {found.num_kept_N.mean():.2f}, median {median:.0f}, p99 {p99:.0f}",
+        ),
         ("probability of the kept ids", f"mean {share(found.kept_mass_N.mean())}"),
         ("teacher's entropy", entropy),
         ("label", f"ranked first {first}, kept {kept}"),

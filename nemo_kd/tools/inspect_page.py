@@ -33,7 +33,9 @@ _BAR = 122
 _WIDTH = 268
 
 
-def choose_rows(num_rows: int, example: int, num_examples: int, seed: int = 0) -> list[int]:
+def choose_rows(
+    num_rows: int, example: int, num_examples: int, seed: int = 0
+) -> list[int]:
     """Return the positions to show: `example`, then others drawn at random, ascending."""
     random = np.random.default_rng(seed)
     drawn = random.choice(num_rows, min(num_examples, num_rows), replace=False).tolist()
@@ -94,11 +96,15 @@ class _Examples:
         end = min(example.num_tokens, first_loss + LOSS_SPAN_TOKENS)
         spans = [f"<p>{start:,} tokens before</p>"] if start else []
         token_ids = text_ids(row)[start : end + 1]
-        pieces = zip(range(start - 1, end), token_ids, self._text.along(token_ids), strict=True)
+        pieces = zip(
+            range(start - 1, end), token_ids, self._text.along(token_ids), strict=True
+        )
         for in_loss, run in itertools.groupby(pieces, lambda piece: piece[0] in place_of):
             if in_loss:
                 for s, token_id, (shown, pending) in run:
-                    spans.append(self._span(_escaped(shown), found, place_of[s], token_id, pending))
+                    spans.append(
+                        self._span(_escaped(shown), found, place_of[s], token_id, pending)
+                    )
             else:
                 _, ids, contexts = zip(*run, strict=True)
                 spans.append(_escaped(self._text.of(ids, contexts[0][1])))
@@ -119,7 +125,9 @@ class _Examples:
         escapes = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026"})
         return orjson.dumps(payload).decode().translate(escapes)
 
-    def _span(self, piece: str, found: LossPositions, p: int, label: int, pending: bytes) -> str:
+    def _span(
+        self, piece: str, found: LossPositions, p: int, label: int, pending: bytes
+    ) -> str:
         entropy = float(found.entropy_P[p])
         rank = int(found.label_rank_P[p])
         logprob = float(found.label_logprob_P[p])
@@ -142,9 +150,7 @@ class _Examples:
         missed = "" if rank else " miss"
         # The Tab key stops once per example; the arrow keys go on from there.
         index = 0 if p == 0 else -1
-        return (
-            f'<span class="t e{level}{missed}" data-n="{number}" tabindex="{index}">{piece}</span>'
-        )
+        return f'<span class="t e{level}{missed}" data-n="{number}" tabindex="{index}">{piece}</span>'
 
     def _text_number(self, token_id: int, pending: bytes) -> int:
         key = (self._text.visible(token_id, pending), token_id)
@@ -182,7 +188,9 @@ def _chart(histogram: Histogram, is_coloured: bool) -> str:
     """Draw horizontal bars; `is_coloured` gives them the tokens' colours."""
     scale = _BAR / max([*histogram.shares, 1e-9])
     rows = []
-    for number, (label, part) in enumerate(zip(histogram.labels, histogram.shares, strict=True)):
+    for number, (label, part) in enumerate(
+        zip(histogram.labels, histogram.shares, strict=True)
+    ):
         y = number * _ROW
         kind = f"e{number} edge" if is_coloured else "bar"
         bar = f'x="{_LABEL}" y="{y + 4}" height="{_ROW - 8}" rx="2"'
@@ -201,5 +209,8 @@ def _chart(histogram: Histogram, is_coloured: bool) -> str:
 
 
 def _legend() -> str:
-    steps = [f'<b class="e{level}">{edge:g}</b>' for level, edge in enumerate(ENTROPY_EDGES[:-1])]
+    steps = [
+        f'<b class="e{level}">{edge:g}</b>'
+        for level, edge in enumerate(ENTROPY_EDGES[:-1])
+    ]
     return f'<div class="scale"><span>nats, from</span>{"".join(steps)}</div>'

@@ -25,7 +25,14 @@ from nemo_kd.files import (
 from nemo_kd.tools.salvage import blocks
 from nemo_kd.tools.verify import verify_chunks
 
-NO_LINKS = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS, errno.EACCES)
+NO_LINKS = (
+    errno.EXDEV,
+    errno.EPERM,
+    errno.EMLINK,
+    errno.ENOTSUP,
+    errno.ENOSYS,
+    errno.EACCES,
+)
 """Errors of file systems that cannot give a file a second name there."""
 
 
@@ -60,9 +67,14 @@ def merge(
             "merged_CHUNK_ID.jsonl.zst"
         )
     merged = _merged(chunks, layout, allow_gaps)
-    tasks = [(chunk.path, chunk.manifest, chunk.key, number) for number, chunk in enumerate(chunks)]
+    tasks = [
+        (chunk.path, chunk.manifest, chunk.key, number)
+        for number, chunk in enumerate(chunks)
+    ]
     problems = [
-        problem for report in verify_chunks(tasks, num_workers) for problem in report.problems
+        problem
+        for report in verify_chunks(tasks, num_workers)
+        for problem in report.problems
     ]
     if problems:
         raise CacheError("\n".join(problems))
@@ -125,8 +137,14 @@ def _merged(chunks: list[SourceChunk], layout: CacheLayout, allow_gaps: bool) ->
         "start_from_idx": chunks[0].summary.first_index,
         "end_at_idx": chunks[-1].summary.last_index,
     }
-    origins = list(dict.fromkeys(chunk.manifest.teacher.get("converted_from") for chunk in chunks))
-    teacher = first.teacher if len(origins) == 1 else first.teacher | {"converted_from": origins}
+    origins = list(
+        dict.fromkeys(chunk.manifest.teacher.get("converted_from") for chunk in chunks)
+    )
+    teacher = (
+        first.teacher
+        if len(origins) == 1
+        else first.teacher | {"converted_from": origins}
+    )
     return replace(
         first,
         teacher=teacher,
@@ -142,7 +160,9 @@ def _claim(layout: CacheLayout, merged: Manifest) -> None:
     there = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
     is_unfinished = there is not None and not there.differences(merged)
     numbers = range(merged.num_chunks)
-    if is_unfinished and all(complete_chunk(layout.chunk_path(number)) for number in numbers):
+    if is_unfinished and all(
+        complete_chunk(layout.chunk_path(number)) for number in numbers
+    ):
         is_unfinished = False
     if not is_unfinished and (there is not None or layout.existing_chunks()):
         raise CacheError(f"{layout.output_path}: exists; give another target")
@@ -152,12 +172,16 @@ def _claim(layout: CacheLayout, merged: Manifest) -> None:
 
 
 def _suffix(name: str) -> str:
-    return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "no suffix of a cache")
+    return next(
+        (suffix for suffix in SUFFIXES if name.endswith(suffix)), "no suffix of a cache"
+    )
 
 
 def _chunks_of(source: str) -> list[SourceChunk]:
     layout = CacheLayout(source)
-    shared = Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+    shared = (
+        Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
+    )
     numbers = range(shared.num_chunks) if shared is not None else layout.existing_chunks()
     chunks = []
     for number in numbers:
@@ -167,7 +191,9 @@ def _chunks_of(source: str) -> list[SourceChunk]:
         if manifest is None and own.exists():
             manifest = Manifest.load(own)
         key = number if shared is not None else 0
-        summary = manifest.summary_of(key, read_index(path)) if manifest is not None else None
+        summary = (
+            manifest.summary_of(key, read_index(path)) if manifest is not None else None
+        )
         if manifest is None or summary is None or not path.exists():
             raise CacheError(
                 f"{path}: the chunk is not complete or has no manifest; write it with "

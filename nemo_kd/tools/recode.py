@@ -71,7 +71,10 @@ def convert(
             f"{source.path}: its manifest records vocabulary and tokenizer; leave --vocab-size and "
             "--tokenizer out"
         )
-    for option, value in (("--top-k", top_k), ("--examples-per-chunk", n_examples_per_chunk)):
+    for option, value in (
+        ("--top-k", top_k),
+        ("--examples-per-chunk", n_examples_per_chunk),
+    ):
         if value is not None and value < 1:
             raise CacheError(f"{option}: {value} must be at least 1")
     if not target.endswith(SUFFIXES):
@@ -88,16 +91,24 @@ def convert(
             f"{target}: has no CHUNK_ID, which several chunks need; "
             "for example converted_CHUNK_ID.jsonl.zst"
         )
-    manifest = _manifest(source, cache, top_k, vocab_size, n_examples_per_chunk, tokenizer)
+    manifest = _manifest(
+        source, cache, top_k, vocab_size, n_examples_per_chunk, tokenizer
+    )
     if not layout.is_template:
         manifest.n_examples_per_chunk = None
-    indices = range(manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"] + 1)
+    indices = range(
+        manifest.dataset["start_from_idx"], manifest.dataset["end_at_idx"] + 1
+    )
     size = manifest.n_examples_per_chunk or len(indices)
     chunks = [indices[start : start + size] for start in range(0, len(indices), size)]
     writer = CacheWriter(layout, manifest, chunks)
     try:
-        for segment in tqdm(writer.missing_segments(), unit=" segments", desc="converting"):
-            sink = SegmentWriter(layout, manifest, segment, {"converted_from": source.path})
+        for segment in tqdm(
+            writer.missing_segments(), unit=" segments", desc="converting"
+        ):
+            sink = SegmentWriter(
+                layout, manifest, segment, {"converted_from": source.path}
+            )
             _copy(source, segment[1], sink, cache, manifest)
             sink.publish()
             writer.assemble_complete(up_to=segment[0])
@@ -108,10 +119,16 @@ def convert(
 
 
 def _copy(
-    source: Source, indices: range, sink: SegmentWriter, cache: CacheConfig, manifest: Manifest
+    source: Source,
+    indices: range,
+    sink: SegmentWriter,
+    cache: CacheConfig,
+    manifest: Manifest,
 ) -> None:
     positions = range(len(source))
-    first = bisect_left(positions, indices[0], key=lambda place: source[place].example.index)
+    first = bisect_left(
+        positions, indices[0], key=lambda place: source[place].example.index
+    )
     expected = indices[0]
     for position in positions[first:]:
         row = source[position]
@@ -204,7 +221,8 @@ def _manifest(
         )
     tokenizer = tokenizer or Tokenizer(UNKNOWN, vocab_size)
     return Manifest(
-        codec=codec_settings(cache) | {"temperatures": list(first.teacher.temperatures[1:])},
+        codec=codec_settings(cache)
+        | {"temperatures": list(first.teacher.temperatures[1:])},
         top_k=top_k or source.largest_k,
         vocab_size=vocab_size,
         tokenizer_size=tokenizer.size,
@@ -240,7 +258,9 @@ def _manifest_of(
     if "tail_samples" in known.codec and not drops_tokens:
         codec |= {name: known.codec[name] for name in ("tail_samples", "seed")}
     records = {
-        "start_from_idx": min(manifest.dataset["start_from_idx"] for manifest in manifests),
+        "start_from_idx": min(
+            manifest.dataset["start_from_idx"] for manifest in manifests
+        ),
         "end_at_idx": max(manifest.dataset["end_at_idx"] for manifest in manifests),
     }
     return replace(

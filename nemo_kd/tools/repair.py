@@ -39,7 +39,9 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
     layout = CacheLayout(path)
     chunks = layout.existing_chunks()
     if not chunks:
-        raise CacheError(f"{path}: there is no such file, and no chunk of such a template")
+        raise CacheError(
+            f"{path}: there is no such file, and no chunk of such a template"
+        )
     if not layout.manifest_path.exists():
         for template, number in layout.templates():
             if template.manifest_path.exists():
@@ -49,14 +51,20 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
     layouts = [layout, *(CacheLayout(str(layout.chunk_path(chunk))) for chunk in chunks)]
     with contextlib.ExitStack() as stack:
         for lock_path in sorted(
-            {one.lock_path for one in layouts if one is layout or one.manifest_path.exists()}
+            {
+                one.lock_path
+                for one in layouts
+                if one is layout or one.manifest_path.exists()
+            }
         ):
             if not dry_run:
                 stack.callback(Lock(lock_path, IS_WRITTEN).release)
         for one in layouts:
             if not dry_run and one.manifest_path.exists():
                 upgrade(one, Manifest.load(one.manifest_path))
-        done = [text for chunk in chunks for text in _repair_chunk(layout, chunk, dry_run)]
+        done = [
+            text for chunk in chunks for text in _repair_chunk(layout, chunk, dry_run)
+        ]
         for folder in [layout.folder, *sorted(layout.folder.glob(".*.segments"))]:
             for left in abandoned(folder):
                 done.append(f"{left}: removed, a dead process left it")
@@ -89,7 +97,9 @@ def _repair_chunk(layout: CacheLayout, chunk: int, dry_run: bool) -> list[str]:
     ):
         whole = _whole(path)
     if whole.addition:
-        done.append(f"{path}: the last line had no line break, but is whole; the break was added")
+        done.append(
+            f"{path}: the last line had no line break, but is whole; the break was added"
+        )
     elif whole.end < size:
         torn = _unused(path)
         done.append(
@@ -146,7 +156,9 @@ def _make_index(
             and found.examples == last - first + 1
         )
         if not is_complete:
-            return [f"{path}: not all records are there, so it gets no index; {COMPUTED_AGAIN}"]
+            return [
+                f"{path}: not all records are there, so it gets no index; {COMPUTED_AGAIN}"
+            ]
     if not dry_run:
         write_atomically(path.with_name(index_name(path.name)), index.to_bytes())
     return [f"{path}: index made again"]
@@ -178,7 +190,8 @@ def _sha256(path: Path, whole: _Whole) -> str:
 def _unused(path: Path) -> Path:
     """Return the first free name of `<name>.torn`, `<name>.torn.1` and so on."""
     names = itertools.chain(
-        [f"{path.name}.torn"], (f"{path.name}.torn.{number}" for number in itertools.count(1))
+        [f"{path.name}.torn"],
+        (f"{path.name}.torn.{number}" for number in itertools.count(1)),
     )
     return next(torn for torn in map(path.with_name, names) if not torn.exists())
 

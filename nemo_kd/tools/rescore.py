@@ -52,7 +52,13 @@ from nemo_kd.tools.compare_rows import (
 )
 from nemo_kd.tools.token_check import Checks, check_tokens
 
-KEYS = ("trainer.", "model.", "data.max_tokens_per_batch", "data.packing", "data.num_workers")
+KEYS = (
+    "trainer.",
+    "model.",
+    "data.max_tokens_per_batch",
+    "data.packing",
+    "data.num_workers",
+)
 """Keys of stage 1 that do not follow from the cache."""
 BORDER_SHARE = 2 / 3
 """Largest share of the sample for first and last rows of chunks, where errors show first."""
@@ -79,8 +85,16 @@ class Sample:
     @property
     def precisions(self) -> set[str]:
         """Dtypes in which the cache was computed; empty if it does not record them."""
-        chunks = [chunk for manifest in self.reader.manifests for chunk in manifest.chunks.values()]
-        named = [settings.get("precision") for chunk in chunks for settings in chunk.computed_with]
+        chunks = [
+            chunk
+            for manifest in self.reader.manifests
+            for chunk in manifest.chunks.values()
+        ]
+        named = [
+            settings.get("precision")
+            for chunk in chunks
+            for settings in chunk.computed_with
+        ]
         return {PRECISIONS[str(name)] for name in named if str(name) in PRECISIONS}
 
     def error_bound(self) -> ErrorBound:
@@ -89,7 +103,8 @@ class Sample:
         bounds: list[Callable[..., tuple[np.ndarray, ...]]] = []
         # A cache that was converted to json may have been packed before.
         if not manifests or any(
-            m.codec["name"] == "packed" or "converted_from" in m.teacher for m in manifests
+            m.codec["name"] == "packed" or "converted_from" in m.teacher
+            for m in manifests
         ):
             bounds.append(packed_codec.error_bound)
         is_foreign = any(m.teacher.get("name") == UNKNOWN for m in manifests)
@@ -110,7 +125,10 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     Raises:
         CacheError: there are none, or they cannot be read.
     """
-    for option, value, least in (("--num-examples", num_examples, 1), ("--seed", seed, 0)):
+    for option, value, least in (
+        ("--num-examples", num_examples, 1),
+        ("--seed", seed, 0),
+    ):
         if value < least:
             raise ConfigError(f"{option}: {value} must be at least {least}")
     reader = CacheReader(path)
@@ -121,12 +139,16 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     rows = {position: with_targets_only(reader[position]) for position in positions}
     rows = {position: row for position, row in rows.items() if len(row.teacher)}
     if not rows:
-        raise CacheError(f"{path}: none of {len(positions)} sampled rows has teacher targets")
+        raise CacheError(
+            f"{path}: none of {len(positions)} sampled rows has teacher targets"
+        )
     where = [reader.where(position) for position in rows]
     return Sample(reader, list(rows.values()), where, len(positions) - len(rows))
 
 
-def sample_positions(chunk_sizes: Sequence[int], num_examples: int, seed: int) -> list[int]:
+def sample_positions(
+    chunk_sizes: Sequence[int], num_examples: int, seed: int
+) -> list[int]:
     """Return `num_examples` row numbers in ascending order, or all of them if there are fewer."""
     total = sum(chunk_sizes)
     if num_examples >= total:
@@ -187,7 +209,9 @@ def rescoring_config(
         },
     }
     if sample.precisions:
-        base["trainer"] = {"precision": "bf16" if "bfloat16" in sample.precisions else "32"}
+        base["trainer"] = {
+            "precision": "bf16" if "bfloat16" in sample.precisions else "32"
+        }
     merged = OmegaConf.merge(base, OmegaConf.from_dotlist(given))
     assert isinstance(merged, DictConfig)
     return typed(ComputeTopkLogitsConfig, merged)
@@ -214,7 +238,9 @@ def rescore(
     with open_pretrained(source) as pretrained, contextlib.ExitStack() as stack:
         architecture = pretrained.architecture
         check_teacher(sample, architecture, str(pretrained.source))
-        config = dataclasses.replace(config, top_k=min(config.top_k, architecture.vocab_size))
+        config = dataclasses.replace(
+            config, top_k=min(config.top_k, architecture.vocab_size)
+        )
         check_model(config, architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         groups = initialize_model_parallel(config.model, config.model.seed)
@@ -228,7 +254,9 @@ def rescore(
                 dataset,
             )
         )
-        run = Run(config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), [])
+        run = Run(
+            config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), []
+        )
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
         watchdog = stack.enter_context(Watchdog(timeout_s, torch.distributed.get_rank()))
         stack.enter_context(watchdog.explain_collective_errors())
@@ -244,7 +272,11 @@ def rescore(
         has_rows = groups.is_writer and groups.data_rank == 0
         with watchdog.pause("comparing"):
             outcomes = gather(
-                lambda: compare(sample, run, checks, scored, control, dtype) if has_rows else None
+                lambda: (
+                    compare(sample, run, checks, scored, control, dtype)
+                    if has_rows
+                    else None
+                )
             )
     return next(outcome for outcome in outcomes if outcome is not None)
 
@@ -264,7 +296,9 @@ def check_teacher(sample: Sample, architecture: GPTArchitecture, teacher: str) -
         most = architecture.max_position_embeddings
         problem = f"a row has {longest} positions, {teacher} is made for {most}"
     if largest >= size:
-        problem = f"the id {largest} is outside the vocabulary of {teacher}, {size} tokens"
+        problem = (
+            f"the id {largest} is outside the vocabulary of {teacher}, {size} tokens"
+        )
     for manifest in reader.manifests:
         if manifest.vocab_size != size and manifest.teacher.get("name") != UNKNOWN:
             problem = (
@@ -308,7 +342,9 @@ def _rounding_errors(teacher: Teacher, unit: float) -> Iterator[None]:
 
     decoder: Any = getattr(teacher.model, "module", teacher.model).decoder
     modules = [*decoder.layers, decoder.final_layernorm]
-    hooks = [module.register_forward_hook(disturb) for module in modules if module is not None]
+    hooks = [
+        module.register_forward_hook(disturb) for module in modules if module is not None
+    ]
     try:
         yield
     finally:
@@ -326,7 +362,9 @@ def compare(
 ) -> tuple[str, bool]:
     """Compare the sample with both passes; return the report, and True if nothing is wrong."""
     comparisons = []
-    for row, where, *passes in zip(sample.rows, sample.where, scored, control, strict=True):
+    for row, where, *passes in zip(
+        sample.rows, sample.where, scored, control, strict=True
+    ):
         positions_P = row.teacher.positions_P
         by_teacher = [
             found.teacher.at(np.searchsorted(found.teacher.positions_P, positions_P))
@@ -345,14 +383,22 @@ def compare(
             checks.wrong.setdefault(number, []).extend(texts)
     here = PRECISIONS[run.config.trainer.precision]
     if not sample.precisions:
-        checks.not_checked.append(f"the precision, {here} here: the cache does not record it")
+        checks.not_checked.append(
+            f"the precision, {here} here: the cache does not record it"
+        )
     elif sample.precisions != {here}:
         dtypes = ", ".join(sample.precisions)
-        checks.notes.append(f"the cache was computed in {dtypes}, the teacher here in {here}")
+        checks.notes.append(
+            f"the cache was computed in {dtypes}, the teacher here in {here}"
+        )
     if sample.rows[0].teacher.tail_token_ids_PM is not None:
-        checks.not_checked.append("which tail samples were drawn, beyond that none is a kept id")
+        checks.not_checked.append(
+            "which tail samples were drawn, beyond that none is a kept id"
+        )
     if sample.num_empty:
-        checks.not_checked.append(f"{sample.num_empty} sampled rows without teacher targets")
+        checks.not_checked.append(
+            f"{sample.num_empty} sampled rows without teacher targets"
+        )
     num_positions = sum(len(row.teacher) for row in sample.rows)
     lines = [
         f"{len(comparisons)} of {len(sample.reader):,} examples with {num_positions:,} positions, "
@@ -373,7 +419,9 @@ def compare(
     ]
     for number, texts in sorted(checks.wrong.items())[:MOST_SHOWN]:
         example = comparisons[number]
-        lines.append(f"wrong: example {example.index} ({example.where}): {'; '.join(texts)}")
+        lines.append(
+            f"wrong: example {example.index} ({example.where}): {'; '.join(texts)}"
+        )
     num_wrong = len(checks.wrong)
     if num_wrong > MOST_SHOWN:
         lines.append(f"wrong: and {num_wrong - MOST_SHOWN} more examples")
@@ -396,5 +444,7 @@ def _wrong_samples(sample: Sample) -> dict[int, list[str]]:
             is_wrong_P = (is_kept_PMK.any(axis=2) & (samples_PM >= 0)).any(axis=1)
             if is_wrong_P.any():
                 position = row.teacher.positions_P[is_wrong_P.argmax()]
-                found[number] = [f"the tail sample at position {position} is one of the kept ids"]
+                found[number] = [
+                    f"the tail sample at position {position} is one of the kept ids"
+                ]
     return found

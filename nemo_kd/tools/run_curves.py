@@ -62,7 +62,9 @@ def read_curves(path: Path) -> Curves:
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 
-def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -> list[Path]:
+def plot_runs(
+    paths: Sequence[Path], output: Path, pattern: str | None = None
+) -> list[Path]:
     """Write OUTPUT/validation.png, train.png, perf.png and test.png.
 
     Every metric that any of the runs has gets one diagram with all runs.
@@ -81,12 +83,15 @@ def plot_runs(paths: Sequence[Path], output: Path, pattern: str | None = None) -
     for name in sorted({name for curves in runs.values() for name in curves}):
         if name not in COUNTERS if pattern is None else re.search(pattern, name):
             section = name.partition("/")[0] if "/" in name else "train"
-            sections.setdefault(section if section in SECTIONS else "train", []).append(name)
+            sections.setdefault(section if section in SECTIONS else "train", []).append(
+                name
+            )
     if not sections:
         raise RunError(f"--metrics: no metric of these runs contains {pattern!r}")
     output.mkdir(parents=True, exist_ok=True)
     return [
-        _draw(runs, names, output / f"{section}.png") for section, names in sorted(sections.items())
+        _draw(runs, names, output / f"{section}.png")
+        for section, names in sorted(sections.items())
     ]
 
 
@@ -94,12 +99,17 @@ def _labels(paths: Sequence[Path]) -> list[str]:
     """Return the parts of the paths in which they differ."""
     parts = [path.absolute().parts for path in paths]
     common = [
-        column for column, names in enumerate(zip(*parts, strict=False)) if len(set(names)) == 1
+        column
+        for column, names in enumerate(zip(*parts, strict=False))
+        if len(set(names)) == 1
     ]
     labels = [
-        "/".join(name for column, name in enumerate(part) if column not in common) for part in parts
+        "/".join(name for column, name in enumerate(part) if column not in common)
+        for part in parts
     ]
-    return [label or path.absolute().name for label, path in zip(labels, paths, strict=True)]
+    return [
+        label or path.absolute().name for label, path in zip(labels, paths, strict=True)
+    ]
 
 
 def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
@@ -126,7 +136,8 @@ def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
             if len(values) > SMOOTHED_ABOVE:
                 axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
                 values = [
-                    sum(values[max(0, i - width) : i + 1]) / len(values[max(0, i - width) : i + 1])
+                    sum(values[max(0, i - width) : i + 1])
+                    / len(values[max(0, i - width) : i + 1])
                     for i in range(len(values))
                 ]
             axes.plot(
@@ -142,7 +153,9 @@ def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
     for axes in list(grid.flat)[len(names) :]:
         axes.set_axis_off()
     figure.legend(
-        *grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(runs))
+        *grid[0, 0].get_legend_handles_labels(),
+        loc="outside lower center",
+        ncols=min(4, len(runs)),
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

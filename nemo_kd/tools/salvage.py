@@ -63,7 +63,9 @@ def stretches(path: Path, starts: Sequence[int] = ()) -> Iterator[Stretch]:
             end = _next_frame(file, path, start) if path.suffix == ".zst" else size
             yield Stretch(number, start, end, b"", damage)
             place = bisect_left(starts, end)
-            number = place + 1 if place < len(starts) and starts[place] == end else number + 1
+            number = (
+                place + 1 if place < len(starts) and starts[place] == end else number + 1
+            )
             start = end
 
 

@@ -55,7 +55,9 @@ def check_tokens(
     """
     checks = Checks()
     if not manifests:
-        checks.not_checked.append("teacher, tokenizer and chat template: the cache has no manifest")
+        checks.not_checked.append(
+            "teacher, tokenizer and chat template: the cache has no manifest"
+        )
     for manifest in manifests:
         _compare_fingerprints(manifest, teacher, tokenizer, checks)
     data = _data_config(manifests, dataset, checks)
@@ -73,7 +75,10 @@ def check_tokens(
 
 
 def _compare_fingerprints(
-    manifest: Manifest, teacher: dict[str, str], tokenizer: PreTrainedTokenizerBase, checks: Checks
+    manifest: Manifest,
+    teacher: dict[str, str],
+    tokenizer: PreTrainedTokenizerBase,
+    checks: Checks,
 ) -> None:
     name = manifest.teacher.get("name")
     if name == UNKNOWN:
@@ -86,7 +91,9 @@ def _compare_fingerprints(
     if manifest.tokenizer == UNKNOWN:
         checks.not_checked.append("the tokenizer: the cache does not record it")
     elif manifest.tokenizer != tokenizer_fingerprint(tokenizer):
-        checks.problems.append("the cache was made with another tokenizer than the teacher's")
+        checks.problems.append(
+            "the cache was made with another tokenizer than the teacher's"
+        )
     if "messages" not in manifest.dataset.get("formats", ["messages"]):
         return  # no chat template was used
     if manifest.chat_template is None:
@@ -107,7 +114,11 @@ def _data_config(
     ]
     path = asked
     reason = ""
-    if not origins or origins[0][0] in (None, UNKNOWN) or not isinstance(origins[0][1], dict):
+    if (
+        not origins
+        or origins[0][0] in (None, UNKNOWN)
+        or not isinstance(origins[0][1], dict)
+    ):
         reason = "the cache does not record its dataset and formatting"
     elif any(origin != origins[0] for origin in origins):
         reason = "its chunks were made from several datasets"
@@ -115,12 +126,20 @@ def _data_config(
         path = str(manifests[0].dataset["path"])
         if not Path(path).is_file():
             reason = f"the dataset {path} is not here; give it with --dataset"
-    if not reason and path is not None and JsonlRecords(path).fingerprint() != origins[0][0]:
+    if (
+        not reason
+        and path is not None
+        and JsonlRecords(path).fingerprint() != origins[0][0]
+    ):
         reason = f"{path} has changed since the cache was made; give the old one with --dataset"
         if asked is not None:
-            reason = "its checksum differs from that of the file that the cache was made from"
+            reason = (
+                "its checksum differs from that of the file that the cache was made from"
+            )
     if reason and asked is not None:
-        raise CacheError(f"--dataset: {asked} cannot be compared with the cache: {reason}")
+        raise CacheError(
+            f"--dataset: {asked} cannot be compared with the cache: {reason}"
+        )
     if reason:
         checks.not_checked.append(f"the tokens: {reason}")
         return None

@@ -82,7 +82,9 @@ def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
     layout = CacheLayout(path)
     chunks = layout.existing_chunks()
     if not chunks and not layout.manifest_path.exists():
-        raise CacheError(f"{path}: there is no such file, and no chunk of such a template")
+        raise CacheError(
+            f"{path}: there is no such file, and no chunk of such a template"
+        )
     of_manifests = [ChunkReport(layout.manifest_path)]
     shared = _load_manifest(of_manifests[0])
     has_shared = os.path.lexists(layout.manifest_path)
@@ -100,7 +102,9 @@ def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
     absent = (chunk for chunk in range(expected) if chunk not in present)
     for chunk in itertools.islice(absent, MOST_MISSING_CHUNKS):
         missing = ChunkReport(layout.chunk_path(chunk), chunk)
-        missing.problem(f"{missing.path}: the chunk is missing; run compute_topk_logits again")
+        missing.problem(
+            f"{missing.path}: the chunk is missing; run compute_topk_logits again"
+        )
         reports.append(missing)
     if expected - len(present) > MOST_MISSING_CHUNKS:
         reports[-1].problem(
@@ -180,7 +184,9 @@ def _check_bytes(report: ChunkReport, manifest: Manifest | None, key: int) -> No
             f"{report.bytes}; `logit_cache repair`"
         )
     lines = lines_of(path)
-    for line in stretches(path, index.starts[:-1].tolist() if index is not None and fits else ()):
+    for line in stretches(
+        path, index.starts[:-1].tolist() if index is not None and fits else ()
+    ):
         where = f"{path}:{line.number}"
         if line.error is not None:
             report.problem(str(line.error))
@@ -188,7 +194,9 @@ def _check_bytes(report: ChunkReport, manifest: Manifest | None, key: int) -> No
                 report.problem(f"{where}: bytes {line.start} to {line.end - 1} are lost")
             continue
         try:
-            row = decode(lines.read(line.raw, where), where, index=WITHOUT_INDEX + line.number)
+            row = decode(
+                lines.read(line.raw, where), where, index=WITHOUT_INDEX + line.number
+            )
         except CacheError as error:
             report.problem(str(error))
             continue
@@ -201,7 +209,9 @@ def _check_bytes(report: ChunkReport, manifest: Manifest | None, key: int) -> No
     if report.problems or (manifest is None and index is None):
         return
     if index is None:
-        report.problem(f"{index_path}: there is no usable index; `logit_cache repair` makes one")
+        report.problem(
+            f"{index_path}: there is no usable index; `logit_cache repair` makes one"
+        )
     elif not found.has_places_of(index):
         report.problem(
             f"{index_path}: the index does not describe {path.name}; delete it: `logit_cache "
@@ -244,7 +254,9 @@ def _check_row(
     error_P = np.abs(mass_P - 1) * used_PK[:, 0]
     if error_P.max(initial=0) > MASS_TOLERANCE:
         worst = mass_P[error_P.argmax()]
-        report.problem(f"{where}: kept probabilities and tail sum to {worst:.4g}, expected 1")
+        report.problem(
+            f"{where}: kept probabilities and tail sum to {worst:.4g}, expected 1"
+        )
     if manifest is None:
         return
     try:
@@ -264,7 +276,9 @@ def _check_summary(
     path = report.path
     found = report.found
     if key >= manifest.num_chunks:
-        report.problem(f"{path}: is chunk {key}, but the cache has {manifest.num_chunks} chunks")
+        report.problem(
+            f"{path}: is chunk {key}, but the cache has {manifest.num_chunks} chunks"
+        )
     stated = manifest.summary_of(key, index)
     if stated is None:
         report.problem(
@@ -279,7 +293,10 @@ def _check_summary(
             f"are not the records {stated.first_index} to {stated.last_index}; {AGAIN}"
         )
     first, last = manifest.records_of(key)
-    if manifest.merged_chunks is None and (stated.first_index, stated.last_index) != (first, last):
+    if manifest.merged_chunks is None and (stated.first_index, stated.last_index) != (
+        first,
+        last,
+    ):
         report.problem(
             f"{path}: covers records {stated.first_index} to {stated.last_index}, expected "
             f"{first} to {last}; {AGAIN}"

@@ -160,7 +160,9 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
         topk_token_ids_PK=ids_SK,
         log_sum_exp_logits_P=np.maximum(-largest_S, 0).astype(np.float32),
         tail_mass_PT=np.clip(1 - mass_S, 0, 1).astype(np.float32)[:, None],
-        label_logprobs_P=np.maximum(parsed.own_logprob_S, SMALLEST_LOGPROB).astype(np.float32),
+        label_logprobs_P=np.maximum(parsed.own_logprob_S, SMALLEST_LOGPROB).astype(
+            np.float32
+        ),
     )
     index = example_index(payload, position, where)
     return CachedExample(Example(index, tokens[:-1], tokens[1:], loss_mask[1:]), teacher)
@@ -168,8 +170,13 @@ def _row(payload: dict[str, Any], position: int, where: str) -> CachedExample:
 
 def _parse_entries(entries: list[Any], tokens_S: np.ndarray, where: str) -> Entries:
     try:
-        own = [entry[str(token)] for entry, token in zip(entries, tokens_S.tolist(), strict=True)]
-        ranks = [facts.get("rank") or 0 if isinstance(facts, dict) else 0 for facts in own]
+        own = [
+            entry[str(token)]
+            for entry, token in zip(entries, tokens_S.tolist(), strict=True)
+        ]
+        ranks = [
+            facts.get("rank") or 0 if isinstance(facts, dict) else 0 for facts in own
+        ]
         facts_N = [facts for entry in entries for facts in entry.values()]
         ids_N = np.array([int(key) for entry in entries for key in entry], dtype=np.int64)
         logprobs_N = np.array(list(map(_logprob, facts_N)), dtype=np.float64)
@@ -188,8 +195,12 @@ def _parse_entries(entries: list[Any], tokens_S: np.ndarray, where: str) -> Entr
             "with the token itself among the ids"
         ) from error
     counts_S = np.array([len(entry) for entry in entries])
-    order_N = np.lexsort((ids_N, -logprobs_N, np.repeat(np.arange(len(entries)), counts_S)))
-    return Entries(counts_S, ids_N[order_N], logprobs_N[order_N], own_rank_S, own_logprob_S)
+    order_N = np.lexsort(
+        (ids_N, -logprobs_N, np.repeat(np.arange(len(entries)), counts_S))
+    )
+    return Entries(
+        counts_S, ids_N[order_N], logprobs_N[order_N], own_rank_S, own_logprob_S
+    )
 
 
 def _logprob(facts: Any) -> float:

@@ -37,7 +37,9 @@ def finish_together(interruption: Interruption) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    interruption.share(dist.PrefixStore("run", dist.group.WORLD.get_group_store()), dist.get_rank())
+    interruption.share(
+        dist.PrefixStore("run", dist.group.WORLD.get_group_store()), dist.get_rank()
+    )
     tell("ready")
     while interruption.reason is None:
         time.sleep(0.01)
@@ -64,11 +66,16 @@ def lose_the_other(interruption: Interruption) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    with Watchdog(60, find_ranks().rank) as watchdog, watchdog.explain_collective_errors():
+    with (
+        Watchdog(60, find_ranks().rank) as watchdog,
+        watchdog.explain_collective_errors(),
+    ):
         dist.barrier()
         if find_ranks().rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        watchdog.step("batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650])
+        watchdog.step(
+            "batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650]
+        )
         dist.all_reduce(torch.ones(1))
 
 
@@ -135,4 +142,8 @@ def main(config: ComputeTopkLogitsConfig) -> None:
 
 if __name__ == "__main__":
     sys.modules["rank_program"] = sys.modules["__main__"]
-    run(Command("compute_topk_logits", "", ComputeTopkLogitsConfig, "rank_program:main", ""))
+    run(
+        Command(
+            "compute_topk_logits", "", ComputeTopkLogitsConfig, "rank_program:main", ""
+        )
+    )

@@ -56,12 +56,18 @@ def shards(
     path: str, tensor_model_parallel_size: int, divisible_by: int
 ) -> dict[str, torch.Tensor]:
     model, _, _ = load(path, tensor_model_parallel_size, divisible_by)
-    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return {
+        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+    }
 
 
-def resave(path: str, output: str, tensor_model_parallel_size: int, divisible_by: int) -> None:
+def resave(
+    path: str, output: str, tensor_model_parallel_size: int, divisible_by: int
+) -> None:
     model, source, groups = load(path, tensor_model_parallel_size, divisible_by)
-    with torch.no_grad():  # padding rows may have moved in training; nobody may see them again
+    with (
+        torch.no_grad()
+    ):  # padding rows may have moved in training; nobody may see them again
         embedding = model.get_parameter("embedding.word_embeddings.weight")
         real = max(0, VOCABULARY - groups.tensor_rank * len(embedding))
         embedding[real:] = 7.0
@@ -119,8 +125,12 @@ def _call(function, options):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    folder = save_hf_model("qwen3", tmp_path_factory.mktemp("qwen3") / "hf", vocab_size=VOCABULARY)
-    (folder / "generation_config.json").write_text('{"temperature": 0.6, "do_sample": true}')
+    folder = save_hf_model(
+        "qwen3", tmp_path_factory.mktemp("qwen3") / "hf", vocab_size=VOCABULARY
+    )
+    (folder / "generation_config.json").write_text(
+        '{"temperature": 0.6, "do_sample": true}'
+    )
     return folder
 
 
@@ -139,7 +149,8 @@ def test_an_archive_is_the_same_model_in_every_layout(ranks, source, tmp_path):
             assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     rows = torch.cat([part["embedding.word_embeddings.weight"] for part in loaded])
     assert torch.equal(
-        rows[:VOCABULARY], load_file(source / "model.safetensors")["model.embed_tokens.weight"]
+        rows[:VOCABULARY],
+        load_file(source / "model.safetensors")["model.embed_tokens.weight"],
     )
     assert len(rows) == 544
     assert not rows[VOCABULARY:].any()
@@ -153,7 +164,8 @@ def test_everything_around_the_weights_travels_along(run, source, tmp_path):
     files = {path.name for path in source.iterdir()}
     assert {path.name for path in back.iterdir()} == files
     assert all(
-        (back / name).read_bytes() == (source / name).read_bytes() for name in files - weights
+        (back / name).read_bytes() == (source / name).read_bytes()
+        for name in files - weights
     )
     messages = [{"role": "user", "content": "What does len do?"}]
     before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, back))
@@ -172,7 +184,9 @@ def test_files_have_the_mode_that_the_umask_gives(run, source, tmp_path):
     archive, back = tmp_path / "model.nemo", tmp_path / "back"
     run(convert_with_umask, input_path=private, output_path=archive)
     run(convert_with_umask, input_path=archive, output_path=back)
-    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (archive, *back.iterdir())}
+    modes = {
+        path.name: oct(path.stat().st_mode & 0o777) for path in (archive, *back.iterdir())
+    }
     assert modes == dict.fromkeys(modes, "0o640")
     assert back.stat().st_mode & 0o777 == 0o750
     with tarfile.open(archive) as tar:
@@ -191,7 +205,9 @@ def test_two_processes_that_write_one_archive_leave_a_whole_one(ranks, source, t
                 assert [one.result() for one in packed] == [[None], [None]]
     finally:
         other.stop()
-    expected, loaded = (ranks(1).run(shards, path, 1, 1)[0] for path in (str(source), archive))
+    expected, loaded = (
+        ranks(1).run(shards, path, 1, 1)[0] for path in (str(source), archive)
+    )
     assert all(torch.equal(loaded[name], expected[name]) for name in expected)
     assert os.listdir(tmp_path) == ["model.nemo"]
 
@@ -202,9 +218,14 @@ def test_an_extracted_archive_opens_as_well(run, source, tmp_path):
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     run(input_path=folder, output_path=tmp_path / "back")
-    before, after = (load_file(path / "model.safetensors") for path in (source, tmp_path / "back"))
+    before, after = (
+        load_file(path / "model.safetensors") for path in (source, tmp_path / "back")
+    )
     assert all(torch.equal(before[name], after[name]) for name in before)
-    with open_pretrained(str(archive)) as packed, open_pretrained(str(folder)) as unpacked:
+    with (
+        open_pretrained(str(archive)) as packed,
+        open_pretrained(str(folder)) as unpacked,
+    ):
         assert packed.fingerprint()["weights"] == unpacked.fingerprint()["weights"]
         assert packed.architecture == unpacked.architecture
 
@@ -218,7 +239,9 @@ def test_a_large_model_is_exported_in_several_files(run, source, tmp_path):
     assert len(files) == len(set(index["weight_map"].values())) > 3
     after = {name: tensor for file in files for name, tensor in load_file(file).items()}
     before = load_file(source / "model.safetensors")
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in before.values())
+    assert index["metadata"]["total_size"] == sum(
+        tensor.nbytes for tensor in before.values()
+    )
     largest = max(tensor.nbytes for tensor in before.values())
     assert max(file.stat().st_size for file in files) < max(100_000, largest) + 4096
     assert after.keys() == before.keys() == index["weight_map"].keys()
@@ -257,7 +280,9 @@ def test_an_archive_whose_parts_disagree_is_refused(run, ranks, source, tmp_path
         "model_weights does not fit model_config.yaml: output_layer.weight stands in one of them only"
         in message
     )
-    assert "pretrained_checkpoint" in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
+    assert (
+        "pretrained_checkpoint" in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
+    )
 
 
 def test_damaged_or_other_weights_are_refused(run, ranks, source, tmp_path):
@@ -283,4 +308,6 @@ def test_damaged_or_other_weights_are_refused(run, ranks, source, tmp_path):
     )
     for file in (folder / "model_weights").glob("*.distcp"):
         file.unlink()
-    assert re.search(r"distcp: the file is missing", ranks(1).run(fails, str(folder), 1)[0])
+    assert re.search(
+        r"distcp: the file is missing", ranks(1).run(fails, str(folder), 1)[0]
+    )

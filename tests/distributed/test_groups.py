@@ -24,9 +24,16 @@ def cuts() -> dict[str, tuple]:
     found = {}
     for name, sizes in [*LAYOUTS.items(), *LAYOUTS.items()]:
         groups = initialize_model_parallel(ParallelConfig(*sizes), seed=1)
-        place = (groups.data_rank, groups.pipeline_rank, groups.context_rank, groups.tensor_rank)
+        place = (
+            groups.data_rank,
+            groups.pipeline_rank,
+            groups.context_rank,
+            groups.tensor_rank,
+        )
         speakers: list = [None] * len(groups.replica_ranks)
-        dist.all_gather_object(speakers, (dist.get_rank(), groups.is_writer), group=groups.replica)
+        dist.all_gather_object(
+            speakers, (dist.get_rank(), groups.is_writer), group=groups.replica
+        )
         lines = {
             axis: tuple(dist.get_process_group_ranks(getattr(groups, axis)))
             for axis in ("tensor", "context", "pipeline", "data")
@@ -54,13 +61,21 @@ def test_replicas_and_their_writers(ranks):
                 (other, other == writer_rank) for other in replica_ranks
             ), name
             # Along an axis only that coordinate changes, from 0 upwards.
-            for axis, coordinate in (("data", 0), ("pipeline", 1), ("context", 2), ("tensor", 3)):
+            for axis, coordinate in (
+                ("data", 0),
+                ("pipeline", 1),
+                ("context", 2),
+                ("tensor", 3),
+            ):
                 along = [places[other] for other in lines[axis]]
                 assert rank in lines[axis]
-                assert [other[coordinate] for other in along] == list(range(len(along))), (
+                assert [other[coordinate] for other in along] == list(
+                    range(len(along))
+                ), (
                     name,
                     axis,
                 )
                 assert (
-                    len({other[:coordinate] + other[coordinate + 1 :] for other in along}) == 1
+                    len({other[:coordinate] + other[coordinate + 1 :] for other in along})
+                    == 1
                 ), (name, axis)

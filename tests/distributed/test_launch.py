@@ -103,7 +103,9 @@ def test_ranks_finish_after_a_signal_to_the_launcher(start, number):
     assert run.saved() == {"saved.0", "saved.1"}
     (line,) = stderr.splitlines()
     assert line.startswith("rank 0 on ")
-    assert line.endswith(f" received {number.name}; the same command continues (exit status 75)")
+    assert line.endswith(
+        f" received {number.name}; the same command continues (exit status 75)"
+    )
 
 
 def test_a_single_process_finishes_after_a_signal(start):
@@ -155,7 +157,9 @@ def test_the_end_of_the_time_is_a_reason(start):
     run = start("finish", MAX_TIME="00:00:00:05")
     status, stderr = run.end()
     assert status == REQUEUE
-    assert stderr.startswith("max_time_per_run=00:00:00:05 is over; the same command continues")
+    assert stderr.startswith(
+        "max_time_per_run=00:00:00:05 is over; the same command continues"
+    )
 
 
 def test_before_there_is_anything_to_save_sigterm_ends_the_run(start):
@@ -181,8 +185,13 @@ def test_a_second_signal_ends_at_once(start):
     started_s = time.monotonic()
     run.process.send_signal(signal.SIGTERM)
     status, stderr = run.end()
-    assert time.monotonic() - started_s < 60  # and not the ten minutes that a first one gives
-    assert (status, stderr) == (143, "error: ranks 0, 1: ended at once by a second SIGTERM\n")
+    assert (
+        time.monotonic() - started_s < 60
+    )  # and not the ten minutes that a first one gives
+    assert (status, stderr) == (
+        143,
+        "error: ranks 0, 1: ended at once by a second SIGTERM\n",
+    )
 
 
 @pytest.mark.parametrize("devices", [1, 2])

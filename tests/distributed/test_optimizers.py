@@ -57,7 +57,10 @@ def differences(student: Path, name: str) -> list[float]:
             "params": [copy for copy in copies.values() if copy.dim() > 1],
             "weight_decay": WEIGHT_DECAY,
         },
-        {"params": [copy for copy in copies.values() if copy.dim() == 1], "weight_decay": 0.0},
+        {
+            "params": [copy for copy in copies.values() if copy.dim() == 1],
+            "weight_decay": 0.0,
+        },
     ]
     reference = REFERENCES[name](groups, lr=LR, betas=BETAS, eps=EPS)
     found = []
@@ -71,7 +74,9 @@ def differences(student: Path, name: str) -> list[float]:
         optimizer.step()
         reference.step()
         assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
-        found.append(max(float((copies[n] - p).abs().max()) for n, p in model.named_parameters()))
+        found.append(
+            max(float((copies[n] - p).abs().max()) for n, p in model.named_parameters())
+        )
     return found
 
 
@@ -93,7 +98,11 @@ def kernels(student: Path, installed: bool) -> dict[str, tuple[str, bool | None]
     for name in REFERENCES:
         model, optim = wrapped(student, name)
         with with_kernel(installed):
-            inner = ModelOptimizer(model, optim, None).megatron.chained_optimizers[0].optimizer
+            inner = (
+                ModelOptimizer(model, optim, None)
+                .megatron.chained_optimizers[0]
+                .optimizer
+            )
         found[name] = (type(inner).__name__, getattr(inner, "adam_w_mode", None))
     return found
 

@@ -14,13 +14,19 @@ from tests.unit.test_cache_writer import content
 def publish_share(path: str) -> int:
     rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     layout, description = CacheLayout(path), manifest("packed")
-    writer = CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
+    writer = (
+        CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
+    )
     box = [writer.missing_segments() if writer is not None else None]
     torch.distributed.broadcast_object_list(box, src=0)
     with SegmentPublisher(layout, description, COMPUTED_WITH) as publisher:
         for segment in box[0][rank::size]:
-            publisher.publish(segment, [row(index, 3 + index % 4) for index in segment[1]])
-            torch.randn(300, 300) @ torch.randn(300, 300)  # this process computes meanwhile
+            publisher.publish(
+                segment, [row(index, 3 + index % 4) for index in segment[1]]
+            )
+            torch.randn(300, 300) @ torch.randn(
+                300, 300
+            )  # this process computes meanwhile
     torch.distributed.barrier()
     if writer is not None:
         writer.assemble_complete()

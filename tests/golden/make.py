@@ -26,7 +26,9 @@ CACHES = {
         min_probability=0.01, temperatures=[2.0], tail_samples=2
     ),
     "all_CHUNK_ID.jsonl": CacheConfig(positions="all", min_probability=0.02),
-    "numbers_CHUNK_ID.jsonl": CacheConfig(codec="json", temperatures=[2.0], tail_samples=2),
+    "numbers_CHUNK_ID.jsonl": CacheConfig(
+        codec="json", temperatures=[2.0], tail_samples=2
+    ),
 }
 VOCAB_SIZE, CANDIDATES, JSON_K, SKIPPED = 200_000, 300, 3, 3
 MASKS = {0: [0, 0, 1, 1, 0, 1], 1: [1], 2: [0, 1, 1, 0, 0], 4: [0, 1, 1, 1, 1], 5: [0, 0]}
@@ -41,7 +43,9 @@ def row(index: int, name: str) -> CachedExample:
     spread_S = np.array(
         [0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4] for s in range(length)]
     )
-    logits_SC = -np.sort(-random.normal(size=(length, CANDIDATES)) * spread_S[:, None], axis=1)
+    logits_SC = -np.sort(
+        -random.normal(size=(length, CANDIDATES)) * spread_S[:, None], axis=1
+    )
     logits_SC = np.round(logits_SC - logits_SC[:, :1], 2)
     p_SC = np.exp(logits_SC) / np.exp(logits_SC).sum(axis=1, keepdims=True)
     if cache.codec == "json":
@@ -118,7 +122,9 @@ def from_json(fields: dict[str, Any]) -> CachedExample:
         topk_logits_PK=np.array(
             [x + [-np.inf] * (k - len(x)) for x in fields["topk_logits"]], dtype=f32
         ),
-        topk_token_ids_PK=np.array([x + [-1] * (k - len(x)) for x in fields["topk_token_ids"]]),
+        topk_token_ids_PK=np.array(
+            [x + [-1] * (k - len(x)) for x in fields["topk_token_ids"]]
+        ),
         log_sum_exp_logits_P=np.array(fields["log_sum_exp_logits"], dtype=f32),
         tail_mass_PT=np.array(fields["tail_mass"], dtype=f32).T,
         temperatures=tuple(fields["temperatures"]),
@@ -127,7 +133,12 @@ def from_json(fields: dict[str, Any]) -> CachedExample:
     )
     mask_S = np.array(fields["loss_mask"], dtype=f32)
     return CachedExample(
-        Example(fields["index"], np.array(fields["tokens"]), np.array(fields["labels"]), mask_S),
+        Example(
+            fields["index"],
+            np.array(fields["tokens"]),
+            np.array(fields["labels"]),
+            mask_S,
+        ),
         teacher,
     )
 
@@ -161,7 +172,9 @@ def tiny_row() -> CachedExample:
     """The worked example of docs/cache_format.md."""
     teacher = TeacherRows(
         positions_P=np.arange(3),
-        topk_logits_PK=np.array([[0, -np.inf], [0, -1.25], [0, -np.inf]], dtype=np.float32),
+        topk_logits_PK=np.array(
+            [[0, -np.inf], [0, -1.25], [0, -np.inf]], dtype=np.float32
+        ),
         topk_token_ids_PK=np.array([[1, -1], [6, 900], [2, -1]]),
         log_sum_exp_logits_P=np.array([0, 0.5, 0.01], dtype=np.float32),
         tail_mass_PT=np.array([[0], [0.22], [0.01]], dtype=np.float32),
@@ -179,7 +192,10 @@ def main() -> None:
             path.unlink()
     rows = {name: [row(index, name) for index in MASKS] for name in CACHES}
     (FOLDER / "rows.json").write_text(
-        json.dumps({name: [to_json(row) for row in found] for name, found in rows.items()}) + "\n"
+        json.dumps(
+            {name: [to_json(row) for row in found] for name, found in rows.items()}
+        )
+        + "\n"
     )
     for name, found in rows.items():
         write(FOLDER, name, found)

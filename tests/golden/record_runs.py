@@ -91,7 +91,12 @@ STAGE_1: dict[str, Case] = {
     ),
     "top-p": Case(
         1,
-        {"top_k": 30, "cache__min_probability": 0.0, "cache__top_p": 0.8, "cache__tail_samples": 2},
+        {
+            "top_k": 30,
+            "cache__min_probability": 0.0,
+            "cache__top_p": 0.8,
+            "cache__tail_samples": 2,
+        },
     ),
     "json": Case(
         1,
@@ -111,7 +116,11 @@ STAGE_1: dict[str, Case] = {
 }
 
 KD = "model__knowledge_distillation__"
-ADAMW = {"model__optim__name": "adamw", "model__optim__lr": 1e-3, "model__optim__weight_decay": 0.1}
+ADAMW = {
+    "model__optim__name": "adamw",
+    "model__optim__lr": 1e-3,
+    "model__optim__weight_decay": 0.1,
+}
 SHARDED = ADAMW | {"model__optim__name": "distributed_fused_adam"}
 SGD = {
     "model__optim__name": "adam",
@@ -125,7 +134,11 @@ SGD = {
 clipping, which the other cases have, hide a wrong scale of the loss."""
 LORA = {
     "model__peft__peft_scheme": "lora",
-    "model__peft__lora_tuning": {"target_modules": ["all"], "adapter_dim": 4, "alpha": 12.0},
+    "model__peft__lora_tuning": {
+        "target_modules": ["all"],
+        "adapter_dim": 4,
+        "alpha": 12.0,
+    },
 }
 TOP_3 = {"model__data__top_k": 3}
 PADDED = {"model__data__packing": False}
@@ -144,7 +157,9 @@ STAGE_2: dict[str, Case] = {
         1, SGD | loss("fwd_kl", temperature=2.0, multiply_by_squared_temperature=True)
     ),
     "KD alone, scales": Case(
-        1, SGD | loss("fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5)
+        1,
+        SGD
+        | loss("fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5),
     ),
     "forward KL, renormalize": Case(
         1, SGD | TOP_3 | loss("fwd_kl", support="renormalize", temperature=3.0)
@@ -243,13 +258,17 @@ CACHES = {
 
 def signature() -> dict[str, str]:
     """Return what decides on the last bits of a result: torch, the processor, the compression library."""
-    found = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability()}
+    found = {
+        "torch": torch.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+    }
     found["zlib"] = zlib.ZLIB_RUNTIME_VERSION
     found["processor"] = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         fields = dict(
-            line.split(":", 1) for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
+            line.split(":", 1)
+            for line in cpuinfo.read_text().split("\n\n")[0].splitlines()
         )
         of_kernels = ("vendor_id", "cpu family", "model")
         stripped = {key.strip(): value.strip() for key, value in fields.items()}
@@ -307,7 +326,10 @@ def write_dataset(path: Path, num_records: int, start: int) -> None:
                 at = 24 * number + 12 * turn
                 answer = " ".join(words[at : at + 3 + (number * 7) % 9])
                 messages.append(
-                    {"role": "user", "content": f"Say {number}" + " please" * (number % 3)}
+                    {
+                        "role": "user",
+                        "content": f"Say {number}" + " please" * (number % 3),
+                    }
                 )
                 messages.append({"role": "assistant", "content": answer})
             if number == NO_ANSWER:
@@ -315,9 +337,15 @@ def write_dataset(path: Path, num_records: int, start: int) -> None:
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
-def compute_cache(ranks: RanksOfSize, world: Path, case: Case, split: str, output: Path) -> None:
+def compute_cache(
+    ranks: RanksOfSize, world: Path, case: Case, split: str, output: Path
+) -> None:
     """Run stage 1."""
-    settings = {"trainer__devices": case.world_size, "n_examples_per_chunk": 16, **case.settings}
+    settings = {
+        "trainer__devices": case.world_size,
+        "n_examples_per_chunk": 16,
+        **case.settings,
+    }
     arguments = (world / "teacher", world / f"{split}.jsonl", output, settings)
     refused = ranks(case.world_size).run(run_stage_1, *arguments)
     assert set(refused) == {""}, refused
@@ -360,7 +388,9 @@ def stage_1(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
             numbers["label_logprobs"] += label_logprob or 0.0
             numbers["samples"] += sum(samples)
     return {
-        "chunks_sha256": [hashlib.sha256(chunk.read_bytes()).hexdigest() for chunk in chunks],
+        "chunks_sha256": [
+            hashlib.sha256(chunk.read_bytes()).hexdigest() for chunk in chunks
+        ],
         "integers_sha256": digest.hexdigest(),
         "skipped": [skipped[chunk].skipped for chunk in range(len(chunks))],
         "numbers": numbers,
@@ -387,21 +417,28 @@ def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
         "validation": [str(world / "validation_CHUNK_ID.jsonl")],
     }
     if case.exports:
-        settings |= {"exp_manager__checkpoint_callback_params__save_top_k": 0, "export__hf": True}
+        settings |= {
+            "exp_manager__checkpoint_callback_params__save_top_k": 0,
+            "export__hf": True,
+        }
     unused = Path("/nonexistent")
     arguments = (world / case.model, unused, unused, folder / "run", settings)
     refused = ranks(case.world_size).run(run_stage_2, *arguments)
     assert set(refused) == {""}, refused
     found: dict[str, Any] = {
         "steps": {str(step): row for step, row in training_rows(folder / "run").items()},
-        "validations": {str(step): row for step, row in validation_rows(folder / "run").items()},
+        "validations": {
+            str(step): row for step, row in validation_rows(folder / "run").items()
+        },
     }
     if case.exports:
         weights = {}
         for part in (folder / "run").rglob("*.safetensors"):
             weights |= load_file(part)
         assert weights
-        found["weights_sha256"] = {name: tensor_sha256(weights[name]) for name in sorted(weights)}
+        found["weights_sha256"] = {
+            name: tensor_sha256(weights[name]) for name in sorted(weights)
+        }
         found["weights_norm"] = {
             name: float(weights[name].double().norm()) for name in sorted(weights)
         }
@@ -434,7 +471,10 @@ def main(parts: list[str]) -> None:
             world = Path(temporary) / "world"
             world.mkdir()
             make_world(pools.__getitem__, world)
-            for stage, cases, run in (("stage_1", STAGE_1, stage_1), ("stage_2", STAGE_2, stage_2)):
+            for stage, cases, run in (
+                ("stage_1", STAGE_1, stage_1),
+                ("stage_2", STAGE_2, stage_2),
+            ):
                 for number, name in enumerate(cases):
                     if parts and not any(part in name for part in parts):
                         continue

@@ -33,12 +33,18 @@ def on_gpu(problem: Problem) -> tuple[TeacherRows[torch.Tensor], torch.Tensor]:
 
 
 @pytest.mark.parametrize("compile", [False, True])
-@pytest.mark.parametrize("definition", DEFINITIONS, ids=lambda d: f"{d.objective}-{d.support}")
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize(
+    "definition", DEFINITIONS, ids=lambda d: f"{d.objective}-{d.support}"
+)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
+)
 def test_losses_and_gradients_match_dense_float64(definition, dtype, tolerance, compile):
     problem = random_problem(64, 5000, 20, teacher_scale=definition.teacher_scale)
     problem = problem.map(
-        lambda tensor: tensor if tensor is not problem.logits_NV else tensor.to(dtype).double()
+        lambda tensor: (
+            tensor if tensor is not problem.logits_NV else tensor.to(dtype).double()
+        )
     )
     ce_N, kd_N, gradient_NV = dense_losses(problem, definition)
     teacher, labels_N = on_gpu(problem)

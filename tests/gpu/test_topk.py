@@ -48,7 +48,10 @@ def test_rows_match_dense_float64(dtype):
         found.topk_logits_PK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance
     )
     torch.testing.assert_close(
-        found.log_sum_exp_logits_P.cpu().double(), shifted.logsumexp(-1), rtol=0, atol=tolerance
+        found.log_sum_exp_logits_P.cpu().double(),
+        shifted.logsumexp(-1),
+        rtol=0,
+        atol=tolerance,
     )
     label_logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(
@@ -74,7 +77,12 @@ def test_memory_does_not_grow_with_the_rows():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         topk_rows(
-            hidden, weight, labels, VocabShard(0, 128_256, 128_256), top_k=8, kept=lambda p: p > 0
+            hidden,
+            weight,
+            labels,
+            VocabShard(0, 128_256, 128_256),
+            top_k=8,
+            kept=lambda p: p > 0,
         )
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[0] < 600e6

@@ -32,7 +32,9 @@ def load(path: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     groups = initialize_model_parallel(layout, 1)
     with open_pretrained(path) as source:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, starts again from here
+        Path("/proc/self/clear_refs").write_text(
+            "5"
+        )  # VmHWM, the peak, starts again from here
         before = memory("VmRSS")
         config = transformer_config(
             source.architecture, layout, dtype, perform_initialization=False
@@ -49,7 +51,9 @@ def load(path: str, dtype: torch.dtype, size: int) -> dict[str, int]:
 def main(store: str, size: int, rank: int, loads: list[str]) -> None:
     torch.set_num_threads(1)
     file_store = torch.distributed.FileStore(store, size)
-    torch.distributed.init_process_group("gloo", store=file_store, rank=rank, world_size=size)
+    torch.distributed.init_process_group(
+        "gloo", store=file_store, rank=rank, world_size=size
+    )
     for path, dtype in (argument.split("=") for argument in loads):
         print(json.dumps(load(path, getattr(torch, dtype), size)), flush=True)
 

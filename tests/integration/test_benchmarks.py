@@ -47,7 +47,9 @@ def test_the_loss_benchmark_runs_on_a_tiny_setting():
     ]  # fmt: skip
     rows = _rows(command)
     reference, ours = (
-        [float(value) for value in row[1:]] for row in rows if len(row) == 4 and row[0] != "method"
+        [float(value) for value in row[1:]]
+        for row in rows
+        if len(row) == 4 and row[0] != "method"
     )
     assert reference[2] == pytest.approx(
         3, abs=0.3
@@ -86,14 +88,18 @@ def test_the_settings_whose_results_are_compared_are_taken(variant):
         "support=renormalize",
         *results.VARIANTS[variant],
     )
-    words = [MINIMAL["train_gpt_knowledge_distillation"], *(f"{results.LOSS}{key}" for key in keys)]
+    words = [
+        MINIMAL["train_gpt_knowledge_distillation"],
+        *(f"{results.LOSS}{key}" for key in keys),
+    ]
     compose("train_gpt_knowledge_distillation", " ".join(words))
 
 
 def test_the_dense_teacher_sees_packed_examples_apart(tmp_path):
     folder = save_hf_model("qwen3", tmp_path, 300)
     parts = [
-        torch.randint(300, (length,), generator=torch.manual_seed(length)) for length in (17, 1, 9)
+        torch.randint(300, (length,), generator=torch.manual_seed(length))
+        for length in (17, 1, 9)
     ]
     tokens_BS = torch.cat(parts)[None]
     positions_BS = torch.cat([torch.arange(len(part)) for part in parts])[None]
@@ -121,8 +127,16 @@ def _rows(command: list[str]) -> list[list[str]]:
     """Cells of the table lines that a benchmark prints."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=ROOT, env=environment, timeout=120
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+        env=environment,
+        timeout=120,
     )
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
-    return [[cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines]
+    return [
+        [cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines
+    ]

@@ -52,7 +52,11 @@ def differences(recorded: Any, found: Any, rel: float, where: str = "") -> list[
         absent = [f"{where}/{key}: absent" for key in recorded if key not in found]
         shared = [key for key in recorded if key in found]
         return absent + sum(
-            (differences(recorded[key], found[key], rel, f"{where}/{key}") for key in shared), []
+            (
+                differences(recorded[key], found[key], rel, f"{where}/{key}")
+                for key in shared
+            ),
+            [],
         )
     is_number = isinstance(recorded, int | float) and isinstance(found, int | float)
     if recorded == found or (

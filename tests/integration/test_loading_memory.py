@@ -55,12 +55,16 @@ def checkpoints(ranks, tmp_path_factory) -> dict[str, Path]:
     paths["nemo"] = folder / "model.nemo"
     ranks(1).run(
         convert,
-        ConvertCheckpointConfig(input_path=str(paths["float32"]), output_path=str(paths["nemo"])),
+        ConvertCheckpointConfig(
+            input_path=str(paths["float32"]), output_path=str(paths["nemo"])
+        ),
     )
     return paths
 
 
-def load(loads: list[tuple[Path, str]], size: int, store: Path) -> list[list[dict[str, int]]]:
+def load(
+    loads: list[tuple[Path, str]], size: int, store: Path
+) -> list[list[dict[str, int]]]:
     """Of every rank and load: bytes of the rank's part of the model, and of the most memory that loading took."""
     arguments = [f"{path}={dtype}" for path, dtype in loads]
     # What the process frees goes back to the system at once, so that each load begins from the same memory.

@@ -56,9 +56,15 @@ SCALE = ALPHA / RANK
 Settings = dict[str, Any]
 LORA: Settings = {
     "model__peft__peft_scheme": "lora",
-    "model__peft__lora_tuning": {"target_modules": ["all"], "adapter_dim": RANK, "alpha": ALPHA},
+    "model__peft__lora_tuning": {
+        "target_modules": ["all"],
+        "adapter_dim": RANK,
+        "alpha": ALPHA,
+    },
 }
-ATTENTION = {"model__peft__lora_tuning": {"target_modules": ["attention"], "adapter_dim": RANK}}
+ATTENTION = {
+    "model__peft__lora_tuning": {"target_modules": ["attention"], "adapter_dim": RANK}
+}
 SECOND = {"model__peft__lora_tuning": {"target_modules": ["mlp_fc1", "mlp_fc2"], "adapter_dim": 3, "layer_selection": [2],
           "row_init_method": "normal", "column_init_method": "kaiming"}}  # fmt: skip
 DROPOUT = {
@@ -148,9 +154,13 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
         splits = load_splits(
-            config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
+            config.model,
+            pretrained.architecture,
+            load_tokenizer(pretrained.tokenizer_folder),
         )
-        data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
+        data = StudentData(
+            config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
+        )
         module = StudentModule(config, pretrained, groups, NUM_STEPS)
         optimizer = module.configure_optimizers()
         if module.lora is not None:
@@ -163,7 +173,9 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
             )[-1].tolist()
             optimizer.step()
             steps.append([*sums[:3], sums[-1], optimizer.grad_norm])
-        before = {name: parameter.clone() for name, parameter in module.gpt.named_parameters()}
+        before = {
+            name: parameter.clone() for name, parameter in module.gpt.named_parameters()
+        }
         config.export.hf = True
         module.trainer = trainer = mock.Mock()  # Lightning keeps a weak reference
         with mock.patch("nemo_kd.student.module.provenance", return_value={}):
@@ -184,13 +196,17 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
                     0, : len(row.example.tokens_S), :300
                 ]
     trained = {
-        name: (getattr(parameter, "main_grad", torch.zeros(0)).numel(), parameter.requires_grad)
+        name: (
+            getattr(parameter, "main_grad", torch.zeros(0)).numel(),
+            parameter.requires_grad,
+        )
         for name, parameter in module.gpt.named_parameters()
     }
     replicated = {
         name: float(parameter.detach().sum())
         for name, parameter in module.gpt.named_parameters()
-        if parameter.requires_grad and not getattr(parameter, "tensor_model_parallel", False)
+        if parameter.requires_grad
+        and not getattr(parameter, "tensor_model_parallel", False)
     }
     release(module.model)  # else every layout's groups would stay until the test's end
     return Run(steps, trained, replicated, logits)
@@ -214,7 +230,9 @@ def run_all(students, train, runs, folder: Path) -> dict[str, Run]:
 def straight(ranks, world):
     """The runs on one rank, and where their weights lie."""
     students, train, _, folder = world
-    return ranks(1).run(run_all, students, train, RUNS[1], folder / "runs")[0], folder / "runs"
+    return ranks(1).run(run_all, students, train, RUNS[1], folder / "runs")[
+        0
+    ], folder / "runs"
 
 
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
@@ -230,7 +248,9 @@ def test_only_adapters_have_gradient_buffers(straight):
             weight for weight, (_, requires_grad) in trained.items() if requires_grad
         }, name
         assert all(".lora." in weight for weight in with_buffer), name
-        assert len(with_buffer) == {"experts": 8, "second": 4, "deep": 32}.get(name, 16), name
+        assert len(with_buffer) == {"experts": 8, "second": 4, "deep": 32}.get(
+            name, 16
+        ), name
 
 
 def test_the_first_step_sees_the_base_model(straight):
@@ -249,7 +269,9 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
             run_all, students, train, RUNS[world_size], tmp_path, timeout_s=600
         )
         assert all(
-            other[name].steps == run.steps for other in results for name, run in results[0].items()
+            other[name].steps == run.steps
+            for other in results
+            for name, run in results[0].items()
         )
         for name, run in results[0].items():
             if "TP" in name:
@@ -262,7 +284,11 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
             continue
         steps, expected = torch.tensor(found[name].steps), torch.tensor(runs[like].steps)
         torch.testing.assert_close(
-            steps, expected, rtol=1e-4, atol=0, msg=lambda text, name=name: f"{name}: {text}"
+            steps,
+            expected,
+            rtol=1e-4,
+            atol=0,
+            msg=lambda text, name=name: f"{name}: {text}",
         )
         if like == "full":
             continue
@@ -274,15 +300,25 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
             assert ours.keys() == theirs.keys(), name
             for weight, values in ours.items():
                 moved = LEARNING_RATE * NUM_STEPS if kind == "-hf" else 0.0
-                assert (values - theirs[weight]).abs().max() <= 2e-3 * moved, (name, kind, weight)
-        config = json.loads((found_folder / f"{name}-hf" / "adapter_config.json").read_text())
-        assert config == json.loads((folder / f"{like}-hf" / "adapter_config.json").read_text())
+                assert (values - theirs[weight]).abs().max() <= 2e-3 * moved, (
+                    name,
+                    kind,
+                    weight,
+                )
+        config = json.loads(
+            (found_folder / f"{name}-hf" / "adapter_config.json").read_text()
+        )
+        assert config == json.loads(
+            (folder / f"{like}-hf" / "adapter_config.json").read_text()
+        )
         ours, theirs = (
             load_file_of(found_folder / f"{name}-merged-hf"),
             load_file_of(folder / f"{like}-merged-hf"),
         )
         assert ours.keys() == theirs.keys()
-        assert all((ours[weight] - theirs[weight]).abs().max() < 1e-3 for weight in ours), name
+        assert all(
+            (ours[weight] - theirs[weight]).abs().max() < 1e-3 for weight in ours
+        ), name
 
 
 def load_file_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -330,15 +366,23 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
 
     parameters = [*down.values(), *up.values()]
     optimizer = torch.optim.AdamW(
-        parameters, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS, weight_decay=WEIGHT_DECAY
+        parameters,
+        lr=LEARNING_RATE,
+        betas=(0.9, 0.98),
+        eps=EPS,
+        weight_decay=WEIGHT_DECAY,
     )
     config = student_config(students["dense"], train, train, Path("/nonexistent"))
     reader = CacheReader(str(train))
-    order = np.random.Generator(np.random.PCG64([config.model.seed, 0])).permutation(len(reader))
+    order = np.random.Generator(np.random.PCG64([config.model.seed, 0])).permutation(
+        len(reader)
+    )
     for step, found in enumerate(runs["all"].steps):
         optimizer.zero_grad()
         sums = torch.zeros(4)
-        for index in order[step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE].tolist():
+        for index in order[
+            step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE
+        ].tolist():
             sums = sums + example_sums(adapted, reader[index])
         (sums[0] / sums[3]).backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -346,7 +390,10 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
         assert found == pytest.approx([*sums.tolist(), float(norm)], rel=1e-4)
     trained = adapter(folder / "all-hf")
     for module in modules:
-        for side, expected in (("lora_A", down[input_side(module)]), ("lora_B", up[module])):
+        for side, expected in (
+            ("lora_A", down[input_side(module)]),
+            ("lora_B", up[module]),
+        ):
             values = trained[f"base_model.model.{module}.{side}.weight"]
             assert (values - expected).abs().max() < 2e-3 * LEARNING_RATE * NUM_STEPS, (
                 module,
@@ -355,22 +402,29 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
 
 
 @pytest.mark.parametrize("name", ["all", "second", "experts"])
-def test_merged_weights_are_those_of_the_trained_model(ranks, world, straight, tmp_path, name):
+def test_merged_weights_are_those_of_the_trained_model(
+    ranks, world, straight, tmp_path, name
+):
     students, train, _, _ = world
     runs, folder = straight
     tokens = torch.tensor(CacheReader(str(train))[3].example.tokens_S)[None]
     with torch.no_grad():
-        base = AutoModelForCausalLM.from_pretrained(students[RUNS[1][name][0]])(tokens).logits[0]
-        merged = AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged-hf")(tokens).logits[
-            0
-        ]
+        base = AutoModelForCausalLM.from_pretrained(students[RUNS[1][name][0]])(
+            tokens
+        ).logits[0]
+        merged = AutoModelForCausalLM.from_pretrained(folder / f"{name}-merged-hf")(
+            tokens
+        ).logits[0]
     assert (base - merged).abs().max() > 0.1
     torch.testing.assert_close(merged, runs[name].logits, rtol=0, atol=2e-4)
     archive = ConvertCheckpointConfig(
         input_path=str(folder / f"{name}-merged.nemo"), output_path=str(tmp_path / "hf")
     )
     ranks(1).run(convert, archive)
-    converted, exported = load_file_of(tmp_path / "hf"), load_file_of(folder / f"{name}-merged-hf")
+    converted, exported = (
+        load_file_of(tmp_path / "hf"),
+        load_file_of(folder / f"{name}-merged-hf"),
+    )
     assert converted.keys() == exported.keys()
     assert all(torch.equal(converted[weight], exported[weight]) for weight in exported)
 
@@ -384,9 +438,15 @@ def test_the_peft_library_loads_the_adapter(world, straight, name):
     model = AutoModelForCausalLM.from_pretrained(students[RUNS[1][name][0]])
     adapted = peft.PeftModel.from_pretrained(model, str(folder / f"{name}-hf"))
     with torch.no_grad():
-        torch.testing.assert_close(adapted(tokens).logits[0], runs[name].logits, rtol=0, atol=2e-4)
-    assert adapted.peft_config["default"].base_model_name_or_path == str(students[RUNS[1][name][0]])
-    loaded = {key.replace(".default", "") for key in adapted.state_dict() if ".lora_" in key}
+        torch.testing.assert_close(
+            adapted(tokens).logits[0], runs[name].logits, rtol=0, atol=2e-4
+        )
+    assert adapted.peft_config["default"].base_model_name_or_path == str(
+        students[RUNS[1][name][0]]
+    )
+    loaded = {
+        key.replace(".default", "") for key in adapted.state_dict() if ".lora_" in key
+    }
     assert loaded == adapter(folder / f"{name}-hf").keys()
 
 
@@ -394,20 +454,26 @@ def test_resume(ranks, world, straight, tmp_path):
     students, train, validation, folder = world
     student = students["dense"]
     overrides = {**LORA, "trainer__knowledge_distillation__max_epochs": 2}
-    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides) == [""]
+    assert ranks(1).run(
+        run_stage_2, student, train, validation, tmp_path / "a", overrides
+    ) == [""]
     expected = training_rows(tmp_path / "a")
     assert list(expected) == list(range(1, 9))
     checkpoint = next(
-        path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name
+        path
+        for path in (tmp_path / "a" / "checkpoints").iterdir()
+        if "-step=4-" in path.name
     )
     tensors = ShardedFolder(checkpoint).tensors
     assert tensors
-    assert all(".lora." in name for name in tensors if not name.startswith("optimizer.")), sorted(
-        tensors
-    )[:5]
+    assert all(
+        ".lora." in name for name in tensors if not name.startswith("optimizer.")
+    ), sorted(tensors)[:5]
 
     def resume(name: str, changes: Settings, world_size: int = 1) -> list[str]:
-        shutil.copytree(checkpoint, tmp_path / name / "checkpoints" / f"{checkpoint.name}-last")
+        shutil.copytree(
+            checkpoint, tmp_path / name / "checkpoints" / f"{checkpoint.name}-last"
+        )
         changes = {**overrides, "trainer__devices": world_size, **changes}
         return ranks(world_size).run(
             run_stage_2, student, train, validation, tmp_path / name, changes
@@ -416,7 +482,9 @@ def test_resume(ranks, world, straight, tmp_path):
     smaller = {"model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}}
     refused = resume("other rank", smaller)[0]
     assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in refused
-    allowed = resume("allowed", {**smaller, "allow_changed": ["model.peft.lora_tuning"]})[0]
+    allowed = resume("allowed", {**smaller, "allow_changed": ["model.peft.lora_tuning"]})[
+        0
+    ]
     assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in allowed
     assert "lora_tuning.target_modules" in allowed
     assert "; the checkpoint cannot be used with another " in allowed
@@ -432,13 +500,18 @@ def test_resume(ranks, world, straight, tmp_path):
     )
     student = students["dense"]
     assert resume(
-        "tp", {**TP, **SP, "export__hf": True, "export__lora": "adapter", "name": "run"}, 2
+        "tp",
+        {**TP, **SP, "export__hf": True, "export__lora": "adapter", "name": "run"},
+        2,
     ) == ["", ""]
     left = tmp_path / "tp" / "checkpoints"
     assert adapter(left / "run-hf").keys() == adapter(folder / "runs" / "all-hf").keys()
     provenance = json.loads((left / "run-hf" / "provenance.json").read_text())
     assert provenance["adapters"]["adapter_dim"] == RANK
-    assert provenance["adapters"]["pretrained_checkpoint"] == provenance["student"]["weights"]
+    assert (
+        provenance["adapters"]["pretrained_checkpoint"]
+        == provenance["student"]["weights"]
+    )
     with open_pretrained(str(left / "run.nemo")) as archive:
         assert not any(".lora." in name for name in archive._stored.tensors)
     resumed = training_rows(tmp_path / "tp")

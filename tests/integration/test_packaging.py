@@ -23,7 +23,9 @@ PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 def run_clean(line: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, without this checkout on any path."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {
+        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
+    }
     return subprocess.run(
         line, capture_output=True, text=True, check=False, cwd=folder, env=environment
     )
@@ -38,7 +40,9 @@ def built(tmp_path_factory) -> dict[str, Path]:
     wheel = [*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir"]
     subprocess.run([*wheel, str(folder), str(source)], check=True)
     code = "from setuptools.build_meta import build_sdist; build_sdist('..')"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=source, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, cwd=source, capture_output=True
+    )
     (sdist,) = folder.glob("nemo_kd-*.tar.gz")
     subprocess.run([*wheel, str(folder / "from_sdist"), str(sdist)], check=True)
     (from_checkout,) = folder.glob("nemo_kd-*.whl")
@@ -50,7 +54,9 @@ def built(tmp_path_factory) -> dict[str, Path]:
 def installed(built, tmp_path_factory) -> Path:
     """Programs of a fresh environment with the wheel; its other packages are those of this one."""
     environment = tmp_path_factory.mktemp("installed") / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "venv", "--without-pip", environment], check=True
+    )
     python = environment / "bin" / "python"
     install = [*PIP, "--python", python, "install", "--no-deps", built["sdist"]]
     subprocess.run(install, check=True)
@@ -61,11 +67,19 @@ def installed(built, tmp_path_factory) -> Path:
 
 
 def test_wheel_and_source_distribution_hold_the_same(built):
-    names = {origin: set(zipfile.ZipFile(path).namelist()) for origin, path in built.items()}
+    names = {
+        origin: set(zipfile.ZipFile(path).namelist()) for origin, path in built.items()
+    }
     assert names["checkout"] == names["sdist"]
-    for name in ("compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"):
+    for name in (
+        "compute_topk_logits",
+        "train_gpt_knowledge_distillation",
+        "convert_checkpoint",
+    ):
         assert f"nemo_kd/conf/{name}.yaml" in names["sdist"]
-    recipes = [name for name in names["sdist"] if name.startswith("nemo_kd/conf/recipes/")]
+    recipes = [
+        name for name in names["sdist"] if name.startswith("nemo_kd/conf/recipes/")
+    ]
     assert len(recipes) == 4
     assert {"nemo_kd/py.typed", "nemo_kd/tools/inspect_page.html"} <= names["sdist"]
 
@@ -135,7 +149,11 @@ def test_shell_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)
     shellcheck = Path(sys.executable).with_name("shellcheck")
     result = subprocess.run(
-        [str(shellcheck), "-x", str(script)], capture_output=True, text=True, check=False, cwd=ROOT
+        [str(shellcheck), "-x", str(script)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
     )
     assert result.returncode == 0, result.stdout
     assert not re.search(r"\\[ \t]+#", script.read_text()), (

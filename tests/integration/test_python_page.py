@@ -32,7 +32,11 @@ def test_the_page_on_python_and_the_readme_run(tmp_path):
     assert len(code) == 6
     (tmp_path / "page.py").write_text("\n".join(code))
     result = subprocess.run(
-        [sys.executable, "page.py"], capture_output=True, text=True, check=False, cwd=tmp_path
+        [sys.executable, "page.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr
     assert "16 examples" not in result.stdout  # record 5 has no answer

@@ -70,13 +70,19 @@ def run_stage_1(model: Path, dataset: Path, output: Path, overrides: dict) -> No
 
 
 def run_verify(
-    path: Path, teacher: Path, settings: list[str], dataset: Path | None, num_examples: int
+    path: Path,
+    teacher: Path,
+    settings: list[str],
+    dataset: Path | None,
+    num_examples: int,
 ) -> tuple[str, bool]:
     """Report and result; of what is refused, the message and None."""
     try:
         sample = open_sample(str(path), num_examples)
         return rescore(
-            sample, rescoring_config(sample, str(teacher), settings), dataset and str(dataset)
+            sample,
+            rescoring_config(sample, str(teacher), settings),
+            dataset and str(dataset),
         )
     except UserInputError as error:
         return f"{type(error).__name__}: {error}", None
@@ -92,7 +98,11 @@ def world(ranks, tmp_path_factory):
     def cache(kind: str) -> Path:
         output = folder / kind / "c_CHUNK_ID.jsonl"
         if not output.parent.exists():
-            settings = {"n_examples_per_chunk": 10, "cache__segment_examples": 7, **CACHES[kind]}
+            settings = {
+                "n_examples_per_chunk": 10,
+                "cache__segment_examples": 7,
+                **CACHES[kind],
+            }
             ranks(settings.get("trainer__devices", 1)).run(
                 run_stage_1, teacher, dataset, output, settings
             )
@@ -113,14 +123,18 @@ def verify(ranks, world):
     return of
 
 
-def planted(source: Path, folder: Path, change: Change, **manifest_changes: object) -> Path:
+def planted(
+    source: Path, folder: Path, change: Change, **manifest_changes: object
+) -> Path:
     """A whole and sound cache whose rows are those of `source` after `change`."""
     reader, layout = CacheReader(str(source)), CacheLayout(str(folder / source.name))
     rows = [reader[position] for position in range(len(reader))]
     change(rows)
     manifest = dataclasses.replace(reader.manifests[0], chunks={}, **manifest_changes)
     with_rows = {row.example.index: row for row in rows}
-    chunks = [range(start, min(start + 10, NUM_RECORDS)) for start in range(0, NUM_RECORDS, 10)]
+    chunks = [
+        range(start, min(start + 10, NUM_RECORDS)) for start in range(0, NUM_RECORDS, 10)
+    ]
     writer = CacheWriter(layout, manifest, chunks)
     settings = reader.manifests[0].chunks[0].computed_with[0]
     for segment in writer.missing_segments():
@@ -202,7 +216,11 @@ def one_position(rows: list[CachedExample]) -> None:
         ("packed, bf16", 1, []),
         ("packed, bf16", 1, ["trainer.precision=32"]),
         ("packed, TP 2, bf16", 1, []),
-        ("packed, TP 2, bf16", 2, ["trainer.devices=2", "model.tensor_model_parallel_size=2"]),
+        (
+            "packed, TP 2, bf16",
+            2,
+            ["trainer.devices=2", "model.tensor_model_parallel_size=2"],
+        ),
     ],
     ids=str,
 )
@@ -246,7 +264,12 @@ def test_rounding_of_a_teacher_with_large_logits_passes_and_hides_nothing(
 
 
 FAULTS = {
-    "permutation": (swap, 2, "example 8", "permuted: it is the teacher's answer for example"),
+    "permutation": (
+        swap,
+        2,
+        "example 8",
+        "permuted: it is the teacher's answer for example",
+    ),
     "shift": (
         shift,
         1,
@@ -265,14 +288,22 @@ def test_a_planted_fault_shows(verify, world, tmp_path, kind, fault):
     print(report)
     assert is_right is False
     assert f"{num_wrong} of {NUM_RECORDS - 1} examples are wrong" in report
-    line = next(line for line in report.splitlines() if line.startswith(f"wrong: {example} "))
+    line = next(
+        line for line in report.splitlines() if line.startswith(f"wrong: {example} ")
+    )
     assert text in line
     assert ".jsonl:" in line
 
 
 @pytest.mark.parametrize(
     ("kind", "temperature"),
-    [("json", 0.5), ("json", 1.01), ("packed", 1.03), ("packed", 2.0), ("packed, bf16", 1.1)],
+    [
+        ("json", 0.5),
+        ("json", 1.01),
+        ("packed", 1.03),
+        ("packed", 2.0),
+        ("packed, bf16", 1.1),
+    ],
 )
 def test_another_temperature_shows(verify, ranks, world, tmp_path, kind, temperature):
     """In a cache that is whole otherwise: of a teacher whose logits are divided by the temperature."""
@@ -294,7 +325,9 @@ def test_rows_that_were_decoded_and_encoded_again_pass(verify, world, tmp_path):
 
 def test_another_teacher_shows(verify, world, tmp_path):
     report, is_right = verify(
-        world[2]("packed"), teacher=save_teacher(tmp_path / "other", seed=1), num_examples=6
+        world[2]("packed"),
+        teacher=save_teacher(tmp_path / "other", seed=1),
+        num_examples=6,
     )
     assert is_right is False
     assert "6 of 6 examples are wrong" in report
@@ -322,7 +355,8 @@ def test_a_tail_sample_among_the_kept_ids_shows(verify, world, tmp_path):
         places = np.flatnonzero(samples[:, 0] >= 0)
         samples[places[0]] = rows[2].teacher.topk_token_ids_PK[places[0], 0]
         rows[2] = CachedExample(
-            rows[2].example, dataclasses.replace(rows[2].teacher, tail_token_ids_PM=samples)
+            rows[2].example,
+            dataclasses.replace(rows[2].teacher, tail_token_ids_PM=samples),
         )
 
     report, is_right = verify(planted(world[2]("packed"), tmp_path / "bad", change))
@@ -336,7 +370,10 @@ def test_another_template_shows(verify, ranks, world, tmp_path):
     other = save_teacher(tmp_path / "other", CHATML_DEFAULT_SYSTEM)
     report, is_right = verify(cache("packed"), teacher=other)
     assert is_right is False
-    assert "wrong: the cache was rendered with another chat template than the teacher's" in report
+    assert (
+        "wrong: the cache was rendered with another chat template than the teacher's"
+        in report
+    )
     assert "tokens from position" in report
     ranks(1).run(
         run_stage_1,
@@ -347,7 +384,9 @@ def test_another_template_shows(verify, ranks, world, tmp_path):
     )
     claimed = Manifest.load(cache("packed").parent / "c_manifest.json").chat_template
     manifest = json.loads((tmp_path / "c_manifest.json").read_text())
-    (tmp_path / "c_manifest.json").write_text(json.dumps(manifest | {"chat_template": claimed}))
+    (tmp_path / "c_manifest.json").write_text(
+        json.dumps(manifest | {"chat_template": claimed})
+    )
     report, is_right = verify(tmp_path / "c_CHUNK_ID.jsonl", num_examples=5)
     print(report)
     assert is_right is False
@@ -399,10 +438,17 @@ def test_a_cache_without_a_manifest(verify, world, tmp_path):
     report, is_right = verify(path)
     print(report)
     assert is_right, report
-    assert "not checked: teacher, tokenizer and chat template: the cache has no manifest" in report
+    assert (
+        "not checked: teacher, tokenizer and chat template: the cache has no manifest"
+        in report
+    )
     lines[3]["topk_token_ids"], lines[4]["topk_token_ids"] = (
-        [*lines[4]["topk_token_ids"], *lines[3]["topk_token_ids"]][: len(lines[3]["tokens"])],
-        [*lines[3]["topk_token_ids"], *lines[4]["topk_token_ids"]][: len(lines[4]["tokens"])],
+        [*lines[4]["topk_token_ids"], *lines[3]["topk_token_ids"]][
+            : len(lines[3]["tokens"])
+        ],
+        [*lines[3]["topk_token_ids"], *lines[4]["topk_token_ids"]][
+            : len(lines[4]["tokens"])
+        ],
     )
     path.with_name("aligner.jsonl.idx").unlink()
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -446,7 +492,12 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
         ),
         (cache("packed"), 4, ["top_k=4"], "top_k: only trainer.*"),
         (cache("packed"), 4, ["trainer.devices"], "is not of the form KEY=VALUE"),
-        (cache("packed"), 4, ["trainer.precision=64"], "trainer.precision: '64' is not one of"),
+        (
+            cache("packed"),
+            4,
+            ["trainer.precision=64"],
+            "trainer.precision: '64' is not one of",
+        ),
     ):
         with pytest.raises((CacheError, ConfigError, DataError)) as error:
             rescoring_config(open_sample(str(path), num_examples), str(teacher), settings)
@@ -463,7 +514,13 @@ def logit_cache(*arguments: object) -> subprocess.CompletedProcess:
 def test_the_command_line(world, tmp_path):
     teacher, _, cache = world
     done = logit_cache(
-        "verify", cache("packed"), "--against", teacher, "--num-examples", 4, "trainer.precision=32"
+        "verify",
+        cache("packed"),
+        "--against",
+        teacher,
+        "--num-examples",
+        4,
+        "trainer.precision=32",
     )
     assert done.returncode == 0, done.stderr
     assert "4 of 23 examples" in done.stdout

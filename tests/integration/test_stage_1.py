@@ -61,14 +61,20 @@ def reference_of(
     folder: Path, dataset: Path, dtype: torch.dtype = torch.float64
 ) -> dict[int, tuple[list[int], np.ndarray]]:
     """Per record: ids, and log-probabilities of transformers' model on the unpadded conversation."""
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).to(dtype), train_tokenizer(300)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder).to(dtype),
+        train_tokenizer(300),
+    )
     rows = {}
     for index, line in enumerate(dataset.read_text().splitlines()):
-        ids = tokenizer.apply_chat_template(json.loads(line)["messages"], return_dict=True)[
-            "input_ids"
-        ]
+        ids = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True
+        )["input_ids"]
         with torch.no_grad():
-            rows[index] = (ids, model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1).numpy())
+            rows[index] = (
+                ids,
+                model(torch.tensor([ids[:-1]])).logits[0].log_softmax(-1).numpy(),
+            )
     return rows
 
 
@@ -77,7 +83,9 @@ def read_rows(paths: list[Path]) -> list[dict]:
 
 
 def check_rows(rows: list[dict], reference) -> None:
-    assert [row["index"] for row in rows] == [index for index in range(NUM_RECORDS) if index != 5]
+    assert [row["index"] for row in rows] == [
+        index for index in range(NUM_RECORDS) if index != 5
+    ]
     for row in rows:
         ids, logprobs = reference[row["index"]]
         assert row["tokens"] == ids[:-1]
@@ -137,10 +145,14 @@ def test_rows_belong_to_their_example_in_every_layout(
         **layout,
     }
     assert (
-        ranks(world_size).run(run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides)
+        ranks(world_size).run(
+            run_stage_1, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides
+        )
         == [""] * world_size
     )
-    check_rows(read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference)
+    check_rows(
+        read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]), reference
+    )
     found = summaries(tmp_path / "c_CHUNK_ID.jsonl")
     assert [found[chunk].examples for chunk in range(3)] == [9, 10, 3]
     assert found[0].skipped == {"no loss tokens": 1}
@@ -148,9 +160,15 @@ def test_rows_belong_to_their_example_in_every_layout(
 
 @pytest.mark.parametrize(
     ("world_size", "layout"),
-    [(1, {}), (2, {EP: 2, SEGMENT: 9}), (4, {EP: 2, TP: 2, SP: True, TOKENS: 150, SEGMENT: 5})],
+    [
+        (1, {}),
+        (2, {EP: 2, SEGMENT: 9}),
+        (4, {EP: 2, TP: 2, SP: True, TOKENS: 150, SEGMENT: 5}),
+    ],
 )
-def test_experts_that_are_spread_over_replicas(ranks, world, tmp_path, world_size, layout):
+def test_experts_that_are_spread_over_replicas(
+    ranks, world, tmp_path, world_size, layout
+):
     """Three segments for two lanes: one of them computes filler while the other is at the last one."""
     _, _, dataset = world
     model = save_hf_model("qwen3_moe", tmp_path / "teacher", 300)
@@ -162,7 +180,8 @@ def test_experts_that_are_spread_over_replicas(ranks, world, tmp_path, world_siz
     }
     output = tmp_path / "c_CHUNK_ID.jsonl"
     assert (
-        ranks(world_size).run(run_stage_1, model, dataset, output, overrides) == [""] * world_size
+        ranks(world_size).run(run_stage_1, model, dataset, output, overrides)
+        == [""] * world_size
     )
     check_rows(
         read_rows([tmp_path / f"c_{chunk}.jsonl" for chunk in range(3)]),
@@ -181,7 +200,9 @@ def test_a_range_in_one_file_and_a_rerun_that_skips(ranks, world, tmp_path):
     before = output.stat().st_mtime_ns
     assert ranks(1).run(run_stage_1, model, dataset, output, overrides) == [""]
     assert output.stat().st_mtime_ns == before
-    refused = ranks(1).run(run_stage_1, model, dataset, output, {**overrides, "top_k": 4})[0]
+    refused = ranks(1).run(
+        run_stage_1, model, dataset, output, {**overrides, "top_k": 4}
+    )[0]
     assert "top_k: 8 in the cache, 4 now" in refused
 
 
@@ -221,10 +242,16 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
             {"model__max_seq_length": 5000},
             "model.max_seq_length: 5000 exceeds the model's max_position_embeddings",
         ),
-        ({"pretrained_checkpoint__restore_from_path": "/nowhere"}, "/nowhere does not exist"),
+        (
+            {"pretrained_checkpoint__restore_from_path": "/nowhere"},
+            "/nowhere does not exist",
+        ),
         ({"data__data__file_path": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
         ({"data__chat": False}, "data.chat=False, but the record is a conversation"),
-        ({"trainer__accelerator": "gpu"}, "trainer.accelerator: gpu, but torch finds no GPU"),
+        (
+            {"trainer__accelerator": "gpu"},
+            "trainer.accelerator: gpu, but torch finds no GPU",
+        ),
         ({"trainer__devices": 3}, "trainer.num_nodes x trainer.devices: 1 x 3"),
         (
             {"model__transformer_engine": "on"},
@@ -232,11 +259,15 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ),
     ],
 )
-def test_wrong_input_is_refused_before_the_teacher_runs(ranks, world, tmp_path, overrides, message):
+def test_wrong_input_is_refused_before_the_teacher_runs(
+    ranks, world, tmp_path, overrides, message
+):
     _, model, dataset = world
     if "gpu" in str(overrides) and torch.cuda.is_available():
         overrides, message = {"trainer__devices": 99}, "trainer.devices: 99"
-    refused = ranks(1).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", overrides)[0]
+    refused = ranks(1).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", overrides)[
+        0
+    ]
     assert message in refused
     assert not list(tmp_path.glob("c*"))
 
@@ -272,17 +303,26 @@ def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(
     ranks, world, tmp_path
 ):
     lines = world[2].read_text().splitlines(keepends=True)
-    (tmp_path / "d.jsonl").write_text("".join(lines[:20]) + '{"messages": [{"role": "user"}]}\n')
+    (tmp_path / "d.jsonl").write_text(
+        "".join(lines[:20]) + '{"messages": [{"role": "user"}]}\n'
+    )
     overrides = {"trainer__devices": 2, "n_examples_per_chunk": 4}
     output = tmp_path / "c_CHUNK_ID.jsonl"
     refused = ranks(2).run(run_stage_1, world[1], tmp_path / "d.jsonl", output, overrides)
-    assert all("d.jsonl:21: message 0 (user): `content` must be a text" in text for text in refused)
+    assert all(
+        "d.jsonl:21: message 0 (user): `content` must be a text" in text
+        for text in refused
+    )
     assert not list(tmp_path.glob("c_?.jsonl"))
 
 
 def test_too_long_examples_are_counted(ranks, world, tmp_path):
     ranks(1).run(
-        run_stage_1, world[1], world[2], tmp_path / "c.jsonl", {"model__max_seq_length": 40}
+        run_stage_1,
+        world[1],
+        world[2],
+        tmp_path / "c.jsonl",
+        {"model__max_seq_length": 40},
     )
     found = summaries(tmp_path / "c.jsonl")[0]
     assert found.skipped["too long"] > 0
@@ -295,7 +335,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     paths = [
         path
         for path in sorted(folder.iterdir())
-        if not path.name.endswith((".lock", "metrics.log", "config.yaml", "manifest.json"))
+        if not path.name.endswith(
+            (".lock", "metrics.log", "config.yaml", "manifest.json")
+        )
         and "_config-" not in path.name
     ]
     found = {path.name: path.read_bytes() for path in paths}
@@ -316,7 +358,10 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
         "model__tensor_model_parallel_size": 2,
     }
     packed = {"cache__min_probability": 0.01, "cache__min_k": 2, "cache__tail_samples": 3}
-    for name, overrides in (("json.jsonl", {"cache__codec": "json"}), ("packed.jsonl.zst", packed)):
+    for name, overrides in (
+        ("json.jsonl", {"cache__codec": "json"}),
+        ("packed.jsonl.zst", packed),
+    ):
         assert ranks(2).run(
             run_stage_1, model, dataset, tmp_path / name, {**shared, **overrides}
         ) == ["", ""]
@@ -332,7 +377,9 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
     for position in range(len(ours)):
         found, exact = (everywhere(rows[position]).teacher for rows in (ours, full))
         in_loss = ours[position].example.loss_mask_S > 0
-        assert np.array_equal(ours[position].example.tokens_S, full[position].example.tokens_S)
+        assert np.array_equal(
+            ours[position].example.tokens_S, full[position].example.tokens_S
+        )
         assert found.temperatures == exact.temperatures == (1.0, 2.0)
         p = np.exp(exact.topk_logits_PK - exact.log_sum_exp_logits_P[:, None])
         counts = np.maximum(2, (p >= 0.01).sum(1))
@@ -342,14 +389,22 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
             assert ids[0] == expected[0]
             assert sorted(ids[ids >= 0].tolist()) == sorted(expected)
             samples = found.tail_token_ids_PM[s]
-            assert not set(samples.tolist()) & set(ids[ids >= 0].tolist()) or (samples == -1).all()
+            assert (
+                not set(samples.tolist()) & set(ids[ids >= 0].tolist())
+                or (samples == -1).all()
+            )
             logits = exact.topk_logits_PK[s].astype(float)
             for number, temperature in enumerate((1.0, 2.0)):
                 weights = np.exp(logits / temperature)
                 share = (
-                    weights[: counts[s]].sum() / weights.sum() * (1 - exact.tail_mass_PT[s, number])
+                    weights[: counts[s]].sum()
+                    / weights.sum()
+                    * (1 - exact.tail_mass_PT[s, number])
                 )
-                odds = np.log(share / (1 - share)), -np.log(1 / found.tail_mass_PT[s, number] - 1)
+                odds = (
+                    np.log(share / (1 - share)),
+                    -np.log(1 / found.tail_mass_PT[s, number] - 1),
+                )
                 assert abs(odds[0] + odds[1]) < 0.07
         np.testing.assert_allclose(
             found.label_logprobs_P[in_loss], exact.label_logprobs_P[in_loss], atol=0.15
@@ -380,7 +435,9 @@ def test_the_plan_foretells_the_disk(ranks, world, tmp_path):
     lines = dict(line.split("  ", 1) for line in told.splitlines())
     planned, unit = lines["disk"].split(",")[0].split()
     written = sum(path.stat().st_size for path in output.parent.glob("c_?.jsonl.zst*"))
-    assert float(planned) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(written, rel=0.15)
+    assert float(planned) * {"KB": 1e3, "MB": 1e6}[unit] == pytest.approx(
+        written, rel=0.15
+    )
     tokens = sum(chunk.tokens for chunk in summaries(output).values())
     assert f"{tokens:,} (" in lines["tokens"]
     assert " on 2 data-parallel ranks" in lines["time"]
@@ -405,7 +462,11 @@ def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, t
         )
         written.append(contents(folder))
     assert set(written[0]) == {
-        *(f"c_{chunk}.jsonl.zst{suffix}" for chunk in range(3) for suffix in ("", ".idx")),
+        *(
+            f"c_{chunk}.jsonl.zst{suffix}"
+            for chunk in range(3)
+            for suffix in ("", ".idx")
+        ),
         "c_manifest.json",
     }
     assert (folder / "c_metrics.log").exists()
@@ -424,11 +485,17 @@ def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
             "cache__tail_samples": 4,
         }
         ranks(tp).run(
-            run_stage_1, model, dataset, output, {**overrides, "model__micro_batch_size": tp}
+            run_stage_1,
+            model,
+            dataset,
+            output,
+            {**overrides, "model__micro_batch_size": tp},
         )
         reader = CacheReader(str(output))
         drawn.append(
-            np.concatenate([reader[i].teacher.tail_token_ids_PM for i in range(len(reader))])
+            np.concatenate(
+                [reader[i].teacher.tail_token_ids_PM for i in range(len(reader))]
+            )
         )
     assert (drawn[0] >= 0).any()
     assert (
@@ -436,7 +503,9 @@ def test_another_layout_draws_the_same_tail_samples(ranks, world, tmp_path):
     ).mean() > 0.999  # rounding may move a draw over the border of two ids
 
 
-def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(world, tmp_path):
+def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
+    world, tmp_path
+):
     """The command itself: ranks die at random instants, other numbers of ranks continue."""
     _, model, _ = world
     dataset = write_chat_dataset(
@@ -451,7 +520,9 @@ def test_two_ranks_killed_with_kill_9_and_continued_by_one_write_the_same_bytes(
             "cache.tail_samples=2", "trainer.precision=32", f"trainer.devices={devices}", "trainer.accelerator=cpu",
         ]  # fmt: skip
         # A session of its own: what it leaves behind when its launcher dies can be found and killed as well.
-        return subprocess.Popen(words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            words, cwd=ROOT, start_new_session=True, stderr=subprocess.PIPE
+        )
 
     def num_published(folder: Path) -> int:
         return len(list(folder.glob(".c_*.segments/[0-9]*"))) + 60 * len(
@@ -510,7 +581,8 @@ def test_every_rank_is_told_that_another_job_writes(ranks, world, tmp_path):
         run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}
     )
     assert all(
-        f"process {os.getpid()} on" in text and "is writing this cache" in text for text in refused
+        f"process {os.getpid()} on" in text and "is writing this cache" in text
+        for text in refused
     )
     lock.release()
     assert ranks(2).run(

@@ -65,7 +65,9 @@ CHUNKS = {"n_examples_per_chunk": 12, "cache__segment_examples": 3}
 
 
 @pytest.mark.parametrize("remove", ["c_1.jsonl", "c_0.jsonl"])
-def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(ranks, world, tmp_path, remove):
+def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(
+    ranks, world, tmp_path, remove
+):
     overrides = {**CHUNKS, "trainer__devices": 2}
     for error, printed, _ in ranks(2).run(
         run, *world, tmp_path / "c_CHUNK_ID.jsonl", overrides, remove
@@ -77,9 +79,13 @@ def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(ranks, world, tmp_p
     assert (tmp_path / remove).exists()
 
 
-def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks, world, tmp_path):
+def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(
+    ranks, world, tmp_path
+):
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"})[0]
+    error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"})[
+        0
+    ]
     assert error == ""
     assert "2 of 2 chunks (0, 1) wait for other parts: 1/2 (4 segments)" in logged
     assert "Part 0/2 is done and on disk" in logged
@@ -93,16 +99,23 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(ranks
     assert error == ""
     assert f"check: logit_cache verify {output}" in printed
     assert (
-        f"'model.data.data_prefix={{train: [{output}], validation: [VALIDATION_CACHE]}}'" in printed
+        f"'model.data.data_prefix={{train: [{output}], validation: [VALIDATION_CACHE]}}'"
+        in printed
     )
 
 
-def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(ranks, world, tmp_path):
+def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(
+    ranks, world, tmp_path
+):
     turns = [{"role": "human", "content": "Hi"}, {"role": "gpt", "content": "Yo"}]
     usable = world[1].read_text().splitlines()[0] + "\n"
     dataset = tmp_path / "roles.jsonl"
-    dataset.write_text("".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)) + usable)
-    error, _, _ = ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", {"end_at_idx": 3})[0]
+    dataset.write_text(
+        "".join(json.dumps({"messages": turns}) + "\n" for _ in range(4)) + usable
+    )
+    error, _, _ = ranks(1).run(
+        run, world[0], dataset, tmp_path / "c.jsonl", {"end_at_idx": 3}
+    )[0]
     assert (
         "nothing to train: none of the 4 records 0 to 3 makes an example (4 'no loss tokens')"
         in error
@@ -111,7 +124,9 @@ def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(ranks, world,
     assert not (tmp_path / "c.jsonl").exists()
     whole = {"cache__segment_examples": 4}
     assert (
-        ranks(1).run(run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "part": "0/2"})[0][0]
+        ranks(1).run(
+            run, world[0], dataset, tmp_path / "d.jsonl", {**whole, "part": "0/2"}
+        )[0][0]
         == ""
     )
     assert ranks(1).run(run, world[0], dataset, tmp_path / "e.jsonl", whole)[0][0] == ""
@@ -143,7 +158,8 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
     assert (
-        "train with support=sampled: the 2 tail samples per position stand for the rest" in logged
+        "train with support=sampled: the 2 tail samples per position stand for the rest"
+        in logged
     )
 
 
@@ -178,10 +194,18 @@ def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(
     dataset = tmp_path / "data.jsonl"
     shutil.copy(world[1], dataset)
     overrides = {"cache__segment_examples": 2, "data__num_workers": 0}
-    error = ranks(1).run(run_and_edit, world[0], dataset, tmp_path / "c.jsonl", overrides, edit)[0]
-    assert (f"{dataset}: the file was changed while it was in use" in error) == (edit != "touched")
+    error = ranks(1).run(
+        run_and_edit, world[0], dataset, tmp_path / "c.jsonl", overrides, edit
+    )[0]
+    assert (f"{dataset}: the file was changed while it was in use" in error) == (
+        edit != "touched"
+    )
     assert (tmp_path / "c.jsonl").exists() == (edit == "touched")
     shutil.copy(world[1], dataset)
-    assert ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0] == ""
+    assert (
+        ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0] == ""
+    )
     ranks(1).run(run, *world, tmp_path / "straight.jsonl", overrides)
-    assert (tmp_path / "c.jsonl").read_bytes() == (tmp_path / "straight.jsonl").read_bytes()
+    assert (tmp_path / "c.jsonl").read_bytes() == (
+        tmp_path / "straight.jsonl"
+    ).read_bytes()

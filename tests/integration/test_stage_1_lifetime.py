@@ -53,7 +53,11 @@ def keys(world: tuple[Path, Path], folder: Path, *more: str) -> list[str]:
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
-    words = [sys.executable, str(ROOT / "examples" / "compute_topk_logits.py"), *arguments]
+    words = [
+        sys.executable,
+        str(ROOT / "examples" / "compute_topk_logits.py"),
+        *arguments,
+    ]
     return subprocess.Popen(
         words,
         cwd=ROOT,
@@ -122,14 +126,19 @@ def straight(world, tmp_path_factory) -> dict[str, Any]:
     return files
 
 
-@pytest.mark.parametrize(("number", "tensor_size"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)])
+@pytest.mark.parametrize(
+    ("number", "tensor_size"), [(signal.SIGTERM, 1), (signal.SIGUSR1, 2)]
+)
 def test_a_signal_publishes_what_was_begun_and_asks_for_a_requeue(
     world, straight, tmp_path, number, tensor_size
 ):
     """SIGTERM to the launcher, SIGUSR1 to a rank that is not the first of its replica."""
     process = start(
         keys(
-            world, tmp_path, "trainer.devices=2", f"model.tensor_model_parallel_size={tensor_size}"
+            world,
+            tmp_path,
+            "trainer.devices=2",
+            f"model.tensor_model_parallel_size={tensor_size}",
         )
     )
     wait_for_segments(process, tmp_path, 4)
@@ -175,7 +184,9 @@ def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, t
     assert status == 0, said
 
 
-def test_shards_that_run_at_the_same_time_write_the_cache_of_one_run(world, straight, tmp_path):
+def test_shards_that_run_at_the_same_time_write_the_cache_of_one_run(
+    world, straight, tmp_path
+):
     first = start(keys(world, tmp_path, "--shard", "0/2"))
     second = start(
         keys(world, tmp_path),
@@ -233,7 +244,9 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
             assert 250 < max(sizes) <= 500
     assert ranks(2).run(run, model, dataset, much, overrides) == ["", ""]
     rows = [list(CacheReader(str(path))) for path in (little, much)]
-    assert [row.example.index for row in rows[0]] == [row.example.index for row in rows[1]]
+    assert [row.example.index for row in rows[0]] == [
+        row.example.index for row in rows[1]
+    ]
     for one, other in zip(*rows, strict=True):
         torch.testing.assert_close(
             torch.from_numpy(one.loss_rows().log_sum_exp_logits_P),
@@ -247,9 +260,15 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
 
 def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tmp_path):
     model, dataset = world
-    overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2, "end_at_idx": 9}
+    overrides = {
+        "trainer__devices": 2,
+        "model__tensor_model_parallel_size": 2,
+        "end_at_idx": 9,
+    }
     for rank, (error, _) in enumerate(
-        ranks(2).run(run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", overrides)
+        ranks(2).run(
+            run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", overrides
+        )
     ):
         assert (
             f"data.max_tokens_per_batch: rank {rank} is out of memory with a batch of at most 8192 tokens"
@@ -260,7 +279,12 @@ def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tm
 def test_an_example_that_does_not_fit_alone_is_named(ranks, world, tmp_path):
     model, dataset = world
     error, _ = ranks(1).run(
-        run_with_little_memory, 30, model, dataset, tmp_path / "c.jsonl", {"end_at_idx": 9}
+        run_with_little_memory,
+        30,
+        model,
+        dataset,
+        tmp_path / "c.jsonl",
+        {"end_at_idx": 9},
     )[0]
     assert re.match(
         r"example \d: its \d+ tokens do not fit into the GPU's memory, not even alone; lower model.max",
@@ -322,7 +346,10 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
             {"data__data__file_path": {1: "a.jsonl"}},
             "data.data.file_path: .* is neither a path nor",
         ),
-        ({"data__max_tokens_per_batch": 0}, "data.max_tokens_per_batch: 0 must be at least 1"),
+        (
+            {"data__max_tokens_per_batch": 0},
+            "data.max_tokens_per_batch: 0 must be at least 1",
+        ),
         ({"model__micro_batch_size": 0}, "model.micro_batch_size: 0 must be at least 1"),
         (
             {"trainer__distributed_timeout_minutes": 0},
@@ -332,7 +359,10 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
             {"exp_manager__create_wandb_logger": True},
             "exp_manager.wandb_logger_kwargs.project: .* needs a project",
         ),
-        ({"exp_manager__log_interval_s": 0}, "exp_manager.log_interval_s: 0.0 must be above 0"),
+        (
+            {"exp_manager__log_interval_s": 0},
+            "exp_manager.log_interval_s: 0.0 must be above 0",
+        ),
     ],
 )
 def test_impossible_keys_are_refused(overrides, message):
@@ -354,7 +384,9 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
     )
     assert status == 0, said
     assert not (tmp_path / "cache").exists()
-    assert re.search(r"layout +2 ranks = data 2, 32, at most 8,192 tokens per batch", said)
+    assert re.search(
+        r"layout +2 ranks = data 2, 32, at most 8,192 tokens per batch", said
+    )
     assert re.search(r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL)
     for name in ("disk", "time", "memory of a rank", "padding"):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), said
@@ -367,14 +399,20 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
         "exp_manager__log_interval_s": 0.05,
         "cache__segment_examples": 5,
     }
-    assert ranks(2).run(run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides) == ["", ""]
-    lines = [json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()]
+    assert ranks(2).run(
+        run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides
+    ) == ["", ""]
+    lines = [
+        json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()
+    ]
     assert len(lines) > 2
     found = summaries(tmp_path / "c_CHUNK_ID.jsonl")[0]
     assert lines[-1]["progress/examples"] == found.examples == NUM_RECORDS - 1
     assert lines[-1]["progress/percent"] == pytest.approx(100)
     assert lines[-1]["perf/padding_percent"] == 0
-    assert lines[-1]["cache/kept_mass"] == pytest.approx(found.kept_mass_sum / found.loss_tokens)
+    assert lines[-1]["cache/kept_mass"] == pytest.approx(
+        found.kept_mass_sum / found.loss_tokens
+    )
     assert all(line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines)
 
 
@@ -385,7 +423,9 @@ def test_weights_and_biases_gets_the_metrics_when_asked(world, tmp_path):
         "end_at_idx=9",
     ]
     process = start(
-        keys(world, tmp_path, *keys_of_wandb), WANDB_MODE="offline", WANDB_DIR=str(tmp_path)
+        keys(world, tmp_path, *keys_of_wandb),
+        WANDB_MODE="offline",
+        WANDB_DIR=str(tmp_path),
     )
     status, said = finish(process)
     assert status == 0, said
@@ -401,7 +441,9 @@ def test_an_array_that_is_no_range_is_refused(monkeypatch):
     ):
         teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"))
     monkeypatch.setenv("SLURM_ARRAY_TASK_STEP", "2")
-    assert teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")).part_number() == (
+    assert teacher_config(
+        Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl")
+    ).part_number() == (
         1,
         2,
     )
@@ -428,7 +470,9 @@ def test_putting_a_large_chunk_together_is_no_hang(ranks, world, tmp_path):
         "trainer__distributed_timeout_minutes": 0.3,
         "end_at_idx": 3,
     }
-    assert ranks(2).run(run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides) == [
+    assert ranks(2).run(
+        run_with_a_slow_disk, model, dataset, tmp_path / "c.jsonl", overrides
+    ) == [
         "",
         "",
     ]
@@ -456,7 +500,9 @@ def processes_of(marker: str) -> list[psutil.Process]:
         (signal.SIGKILL, False, 2, -signal.SIGKILL),
     ],
 )
-def test_no_process_outlives_the_command(world, tmp_path, number, to_all, segments, status):
+def test_no_process_outlives_the_command(
+    world, tmp_path, number, to_all, segments, status
+):
     """Neither one that reads ahead nor the one that publishes; they would keep stdout open."""
     marker = str(tmp_path)
     more = ["data.num_workers=2", "cache.segment_examples=1"]

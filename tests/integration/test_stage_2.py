@@ -48,7 +48,10 @@ def world(ranks, tmp_path_factory):
     teacher = save_hf_model("qwen3", folder / "teacher", 300, seed=1)
     student = save_hf_model("llama2", folder / "student", 300, num_hidden_layers=1)
     caches = {}
-    for split, count, start in (("train", NUM_TRAIN, 0), ("validation", NUM_VALIDATION, 60)):
+    for split, count, start in (
+        ("train", NUM_TRAIN, 0),
+        ("validation", NUM_VALIDATION, 60),
+    ):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
         caches[split] = folder / f"{split}_CHUNK_ID.jsonl"
         assert ranks(1).run(
@@ -66,7 +69,14 @@ def metrics(log_dir: Path) -> list[dict]:
 
 def training_rows(log_dir: Path) -> dict[int, dict]:
     """Step -> what does not depend on the clock; a repeated step's last line counts."""
-    keys = ("train/loss", "train/kd_loss", "train/sft_loss", "grad_norm", "lr", "consumed_samples")
+    keys = (
+        "train/loss",
+        "train/kd_loss",
+        "train/sft_loss",
+        "grad_norm",
+        "lr",
+        "consumed_samples",
+    )
     return {
         row["step"]: {key: row[key] for key in keys}
         for row in metrics(log_dir)
@@ -87,7 +97,8 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
     per_rank = num_rows // data_size
     mine = rows[groups.data_rank * per_rank : (groups.data_rank + 1) * per_rank]
     batches = [
-        collate(mine[i : i + micro_batch_size], 0) for i in range(0, len(mine), micro_batch_size)
+        collate(mine[i : i + micro_batch_size], 0)
+        for i in range(0, len(mine), micro_batch_size)
     ]
     with open_pretrained(str(student)) as pretrained:
         module = StudentModule(config, pretrained, groups, 1)
@@ -95,11 +106,14 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
     sums = forward_backward(module.model, batches, module.token_losses)
     torch.distributed.all_reduce(sums, group=groups.data)
     return sums, {
-        name: parameter.main_grad.clone() for name, parameter in module.gpt.named_parameters()
+        name: parameter.main_grad.clone()
+        for name, parameter in module.gpt.named_parameters()
     }
 
 
-def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str, support: str):
+def reference_gradients(
+    student: Path, train: Path, num_rows: int, kd_loss: str, support: str
+):
     """The documented objective on transformers' model in float64, row by row without padding."""
     model = AutoModelForCausalLM.from_pretrained(student).double()
     reader = CacheReader(str(train))
@@ -113,7 +127,9 @@ def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str,
         )
         for s in mask.nonzero()[:, 0].tolist():
             ids = torch.tensor(row.teacher.topk_token_ids_PK[s]).long()
-            p = torch.softmax(torch.tensor(row.teacher.topk_logits_PK[s])[ids >= 0].double(), -1)
+            p = torch.softmax(
+                torch.tensor(row.teacher.topk_logits_PK[s])[ids >= 0].double(), -1
+            )
             if support == "renormalize":
                 q = torch.softmax(logits[s, ids[ids >= 0]], -1)
             else:
@@ -122,7 +138,9 @@ def reference_gradients(student: Path, train: Path, num_rows: int, kd_loss: str,
                 q = torch.softmax(logits[s, :300], -1)[ids[ids >= 0]]
                 q = torch.cat([q, 1 - q.sum(0, keepdim=True)])
             total = total + (
-                (p * (p / q).log()).sum() if kd_loss == "fwd_kl" else (q * (q / p).log()).sum()
+                (p * (p / q).log()).sum()
+                if kd_loss == "fwd_kl"
+                else (q * (q / p).log()).sum()
             )
         total, count = total + 0.5 * (ce * mask).sum(), count + mask.sum()
     (total / count).backward()
@@ -151,7 +169,9 @@ def test_loss_and_gradient_match_transformers_in_float64(ranks, world, kd_loss, 
     }
     for name, theirs in pairs.items():
         reference = expected[theirs]
-        difference = (ours[name][: len(reference)].double() - reference).norm() / reference.norm()
+        difference = (
+            ours[name][: len(reference)].double() - reference
+        ).norm() / reference.norm()
         assert difference < 1e-5, f"{name}: {difference}"
 
 
@@ -170,7 +190,14 @@ def test_gradients_depend_on_no_batching_and_no_layout(ranks, world):
     ]:
         overrides = {"model__global_batch_size": 8 * 3}
         results = ranks(world_size).run(
-            gradients, student, train, tp, world_size // tp, micro_batch_size, 8, overrides
+            gradients,
+            student,
+            train,
+            tp,
+            world_size // tp,
+            micro_batch_size,
+            8,
+            overrides,
         )
         for other_sums, other in results:
             torch.testing.assert_close(other_sums, sums, rtol=1e-6, atol=1e-6)
@@ -187,21 +214,34 @@ def test_gradients_depend_on_no_batching_and_no_layout(ranks, world):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_resume_equals_an_uninterrupted_run_to_the_last_bit(ranks, world, tmp_path, world_size):
+def test_resume_equals_an_uninterrupted_run_to_the_last_bit(
+    ranks, world, tmp_path, world_size
+):
     student, train, validation, _ = world
-    overrides = {"trainer__devices": world_size, "trainer__knowledge_distillation__max_epochs": 2}
+    overrides = {
+        "trainer__devices": world_size,
+        "trainer__knowledge_distillation__max_epochs": 2,
+    }
     assert (
-        ranks(world_size).run(run_stage_2, student, train, validation, tmp_path / "a", overrides)
+        ranks(world_size).run(
+            run_stage_2, student, train, validation, tmp_path / "a", overrides
+        )
         == [""] * world_size
     )
     straight = training_rows(tmp_path / "a")
     assert list(straight) == list(range(1, 9))  # 39 examples: four batches of 8 an epoch
     checkpoint = next(
-        path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name
+        path
+        for path in (tmp_path / "a" / "checkpoints").iterdir()
+        if "-step=4-" in path.name
     )
-    shutil.copytree(checkpoint, tmp_path / "b" / "checkpoints" / f"{checkpoint.name}-last")
+    shutil.copytree(
+        checkpoint, tmp_path / "b" / "checkpoints" / f"{checkpoint.name}-last"
+    )
     assert (
-        ranks(world_size).run(run_stage_2, student, train, validation, tmp_path / "b", overrides)
+        ranks(world_size).run(
+            run_stage_2, student, train, validation, tmp_path / "b", overrides
+        )
         == [""] * world_size
     )
     resumed = training_rows(tmp_path / "b")
@@ -215,35 +255,57 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
     ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides)
     straight = training_rows(tmp_path / "a")
     checkpoint = next(
-        path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name
+        path
+        for path in (tmp_path / "a" / "checkpoints").iterdir()
+        if "-step=4-" in path.name
     )
     for tp in (1, 2):
         log_dir = tmp_path / f"tp{tp}"
         shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
-        layout = {**overrides, "trainer__devices": 2, "model__tensor_model_parallel_size": tp}
-        assert ranks(2).run(run_stage_2, student, train, validation, log_dir, layout) == ["", ""]
+        layout = {
+            **overrides,
+            "trainer__devices": 2,
+            "model__tensor_model_parallel_size": tp,
+        }
+        assert ranks(2).run(run_stage_2, student, train, validation, log_dir, layout) == [
+            "",
+            "",
+        ]
         resumed = training_rows(log_dir)
         assert list(resumed) == [5, 6, 7, 8]
         for step, row in resumed.items():
-            assert row["train/loss"] == pytest.approx(straight[step]["train/loss"], rel=1e-4)
-            assert row["grad_norm"] == pytest.approx(straight[step]["grad_norm"], rel=1e-3)
+            assert row["train/loss"] == pytest.approx(
+                straight[step]["train/loss"], rel=1e-4
+            )
+            assert row["grad_norm"] == pytest.approx(
+                straight[step]["grad_norm"], rel=1e-3
+            )
 
 
 def test_resume_of_interleaved_stages(ranks, world, tmp_path):
     """On the same ranks to the last bit, on a single one within rounding."""
     _, train, validation, _ = world
     student = save_hf_model("qwen3", tmp_path / "student", 300, num_hidden_layers=4)
-    overrides = {"trainer__knowledge_distillation__max_epochs": 2, "model__data__num_workers": 0}
+    overrides = {
+        "trainer__knowledge_distillation__max_epochs": 2,
+        "model__data__num_workers": 0,
+    }
     interleaved = {
         "trainer__devices": 2, "model__pipeline_model_parallel_size": 2, "model__virtual_pipeline_model_parallel_size": 2,
     }  # fmt: skip
     found: dict[str, dict] = {}
-    for name, layout in (("straight", interleaved), ("again", interleaved), ("alone", {})):
+    for name, layout in (
+        ("straight", interleaved),
+        ("again", interleaved),
+        ("alone", {}),
+    ):
         log_dir, count = tmp_path / name, layout.get("trainer__devices", 1)
         for path in (tmp_path / "straight" / "checkpoints").glob("*-step=4-*"):
             shutil.copytree(path, log_dir / "checkpoints" / f"{path.name}-last")
         assert (
-            ranks(count).run(run_stage_2, student, train, validation, log_dir, overrides | layout)
+            ranks(count).run(
+                run_stage_2, student, train, validation, log_dir, overrides | layout
+            )
             == [""] * count
         )
         found[name] = training_rows(log_dir)
@@ -251,8 +313,12 @@ def test_resume_of_interleaved_stages(ranks, world, tmp_path):
     assert list(found["again"]) == list(found["alone"]) == [5, 6, 7, 8]
     assert all(found["straight"][step] == row for step, row in found["again"].items())
     for step, row in found["alone"].items():
-        assert row["train/loss"] == pytest.approx(found["straight"][step]["train/loss"], rel=1e-4)
-        assert row["grad_norm"] == pytest.approx(found["straight"][step]["grad_norm"], rel=1e-3)
+        assert row["train/loss"] == pytest.approx(
+            found["straight"][step]["train/loss"], rel=1e-4
+        )
+        assert row["grad_norm"] == pytest.approx(
+            found["straight"][step]["grad_norm"], rel=1e-3
+        )
 
 
 def test_distributed_optimizer_equals_adamw(ranks, world, tmp_path):
@@ -281,10 +347,13 @@ def test_distributed_optimizer_equals_adamw(ranks, world, tmp_path):
 
 def test_bf16_keeps_learning(ranks, world, tmp_path):
     student, train, validation, _ = world
-    overrides = {"trainer__precision": "bf16", "trainer__knowledge_distillation__max_epochs": 3}
-    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides) == [
-        ""
-    ]
+    overrides = {
+        "trainer__precision": "bf16",
+        "trainer__knowledge_distillation__max_epochs": 3,
+    }
+    assert ranks(1).run(
+        run_stage_2, student, train, validation, tmp_path / "run", overrides
+    ) == [""]
     losses = [row["train/loss"] for row in training_rows(tmp_path / "run").values()]
     assert losses[-1] < losses[0]
 
@@ -312,7 +381,12 @@ def test_sft_from_a_dataset_and_what_a_run_leaves(ranks, world, tmp_path):
         "name": "sft",
     }
     assert ranks(2).run(
-        run_stage_2, student, "t", "v", tmp_path / "run", {**overrides, "trainer__devices": 2}
+        run_stage_2,
+        student,
+        "t",
+        "v",
+        tmp_path / "run",
+        {**overrides, "trainer__devices": 2},
     ) == [
         "",
         "",
@@ -321,11 +395,16 @@ def test_sft_from_a_dataset_and_what_a_run_leaves(ranks, world, tmp_path):
     assert [row["step"] for row in rows] == [1, 2, 3, 3, 3]
     trained = [row for row in rows if "train/loss" in row]
     assert len(trained) == 3
-    assert {"train/loss", "train/sft_loss", "lr", "grad_norm", "perf/step_time_s"} <= trained[
-        0
-    ].keys()
+    assert {
+        "train/loss",
+        "train/sft_loss",
+        "lr",
+        "grad_norm",
+        "perf/step_time_s",
+    } <= trained[0].keys()
     assert all(
-        row["train/loss"] == row["train/sft_loss"] and "train/kd_loss" not in row for row in trained
+        row["train/loss"] == row["train/sft_loss"] and "train/kd_loss" not in row
+        for row in trained
     )
     assert (
         sum("val_loss" in row for row in rows) == 1
@@ -335,7 +414,9 @@ def test_sft_from_a_dataset_and_what_a_run_leaves(ranks, world, tmp_path):
     assert test["test/loss"] == pytest.approx(validation["val_loss"], rel=1e-6)
     assert list((tmp_path / "run").glob("events.out.tfevents*"))
     assert list(tmp_path.rglob("offline-run-*"))
-    with open_pretrained(str(tmp_path / "run" / "checkpoints" / "sft.nemo")) as pretrained:
+    with open_pretrained(
+        str(tmp_path / "run" / "checkpoints" / "sft.nemo")
+    ) as pretrained:
         assert pretrained.architecture.num_layers == 1
 
 
@@ -351,9 +432,13 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
         }
         log_dir = tmp_path / str(world_size)
         assert set(
-            ranks(world_size).run(run_stage_2, student, train, validation, log_dir, overrides)
+            ranks(world_size).run(
+                run_stage_2, student, train, validation, log_dir, overrides
+            )
         ) == {""}
-        losses.append(next(row["val_loss"] for row in metrics(log_dir) if "val_loss" in row))
+        losses.append(
+            next(row["val_loss"] for row in metrics(log_dir) if "val_loss" in row)
+        )
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -365,7 +450,10 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
             "model.global_batch_size: 64 exceeds the 39 training examples",
         ),
         ({"model__data__n_chunks": 7}, "the chunk is missing (3 of 7 chunks"),
-        ({"model__data__top_k": 9}, "model.data.top_k: 9 exceeds the 8 logits a position"),
+        (
+            {"model__data__top_k": 9},
+            "model.data.top_k: 9 exceeds the 8 logits a position",
+        ),
         (
             {"exp_manager__checkpoint_callback_params__every_n_train_steps": 2},
             "every_n_train_steps: 2 has no effect; use trainer.knowledge_distillation.save_interval",
@@ -383,7 +471,12 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
         ),
         ({"exp_manager__nonsense": 1}, "nonsense"),
         (
-            {"model__data__data_prefix": {"train": ["/no/t_CHUNK_ID.jsonl"], "validation": ["v"]}},
+            {
+                "model__data__data_prefix": {
+                    "train": ["/no/t_CHUNK_ID.jsonl"],
+                    "validation": ["v"],
+                }
+            },
             "/no/t_0.jsonl: the chunk is missing",
         ),
         (
@@ -392,11 +485,15 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
         ),
     ],
 )
-def test_wrong_input_is_refused_before_the_first_step(ranks, world, tmp_path, overrides, message):
+def test_wrong_input_is_refused_before_the_first_step(
+    ranks, world, tmp_path, overrides, message
+):
     student, train, validation, _ = world
     assert (
         message
-        in ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides)[0]
+        in ranks(1).run(
+            run_stage_2, student, train, validation, tmp_path / "run", overrides
+        )[0]
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
@@ -406,7 +503,9 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=2)
     second = tmp_path / "second_CHUNK_ID.jsonl.zst"
     overrides = {"n_examples_per_chunk": 10, "top_k": 5}
-    assert ranks(1).run(run_stage_1, teacher, folder / "train.jsonl", second, overrides) == [""]
+    assert ranks(1).run(
+        run_stage_1, teacher, folder / "train.jsonl", second, overrides
+    ) == [""]
     overrides = {
         "trainer__knowledge_distillation__max_epochs": 1,
         "model__data__data_prefix": {
@@ -417,17 +516,23 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
         "model__data__num_workers": 2,
         "name": "blend",
     }
-    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "a", overrides) == [""]
+    assert ranks(1).run(
+        run_stage_2, student, train, validation, tmp_path / "a", overrides
+    ) == [""]
     straight = training_rows(tmp_path / "a")
     assert list(straight) == list(range(1, 8))  # 20 + 39 examples: seven batches of 8
     checkpoint = next(
-        path for path in (tmp_path / "a" / "checkpoints").iterdir() if "-step=4-" in path.name
+        path
+        for path in (tmp_path / "a" / "checkpoints").iterdir()
+        if "-step=4-" in path.name
     )
 
     def resume(log_dir, changes, world_size=1):
         shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
         changes = {**overrides, **changes, "trainer__devices": world_size}
-        return ranks(world_size).run(run_stage_2, student, train, validation, log_dir, changes)
+        return ranks(world_size).run(
+            run_stage_2, student, train, validation, log_dir, changes
+        )
 
     assert resume(tmp_path / "b", {}, 2) == ["", ""]
     resumed = training_rows(tmp_path / "b")
@@ -437,8 +542,13 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
 
     alone = {"train": [str(second)], "validation": [str(validation)]}
     message = resume(tmp_path / "c", {"model__data__data_prefix": alone})[0]
-    assert f"  model.data.data_prefix.train: {train}[:50%], {second} (content sha256:" in message
-    assert f", weights [0.25, 0.75]) in the checkpoint, {second} (content sha256:" in message
+    assert (
+        f"  model.data.data_prefix.train: {train}[:50%], {second} (content sha256:"
+        in message
+    )
+    assert (
+        f", weights [0.25, 0.75]) in the checkpoint, {second} (content sha256:" in message
+    )
     assert not training_rows_or_none(tmp_path / "c")
 
     check_provenance(
@@ -450,7 +560,9 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
 
 
 def training_rows_or_none(log_dir: Path) -> dict[int, dict]:
-    return training_rows(log_dir) if (log_dir / "metrics" / "metrics.jsonl").exists() else {}
+    return (
+        training_rows(log_dir) if (log_dir / "metrics" / "metrics.jsonl").exists() else {}
+    )
 
 
 def check_provenance(
@@ -461,13 +573,18 @@ def check_provenance(
         provenance = json.load(tar.extractfile("./provenance.json"))
     assert provenance["nemo_kd"] == nemo_kd.__version__
     assert provenance["knowledge_distillation"]["sft_loss_weight"] == 0.5
-    assert (provenance["data_weights"], provenance["consumed_samples"]) == ([0.25, 0.75], 56)
+    assert (provenance["data_weights"], provenance["consumed_samples"]) == (
+        [0.25, 0.75],
+        56,
+    )
     assert str(archive.parent.parent) not in json.dumps(provenance)
     described = provenance["data"]["train"]["caches"]
     for found, teacher, cache in zip(described, teachers, caches, strict=True):
         with open_pretrained(str(teacher)) as pretrained:
             assert found["teacher"] == pretrained.fingerprint()
-        manifest = cache.with_name(cache.name.split("CHUNK_ID")[0] + "manifest.json").read_bytes()
+        manifest = cache.with_name(
+            cache.name.split("CHUNK_ID")[0] + "manifest.json"
+        ).read_bytes()
         assert found["manifest"] == f"sha256:{hashlib.sha256(manifest).hexdigest()}"
         assert found["dataset"] == json.loads(manifest)["dataset"]["fingerprint"]
         assert json.loads(manifest)["dataset"]["formats"] == ["messages"]
@@ -489,7 +606,9 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
     smaller = save_hf_model("llama2", tmp_path / "smaller", 290)
     template = tmp_path / "smaller" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    message = ranks(1).run(run_stage_2, smaller, train, validation, tmp_path / "run", {})[0]
+    message = ranks(1).run(run_stage_2, smaller, train, validation, tmp_path / "run", {})[
+        0
+    ]
     assert "(300 tokens) in the cache, sha256:" in message
     assert "(290 tokens) in the student; first differences: " in message
     assert "300 in the cache, 290 here; both must share one tokenizer" in message
@@ -506,7 +625,9 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
     assert "template" not in message
 
 
-def test_a_student_of_the_same_family_may_have_a_larger_vocabulary(ranks, world, tmp_path):
+def test_a_student_of_the_same_family_may_have_a_larger_vocabulary(
+    ranks, world, tmp_path
+):
     """Its embedding has rows that no token stands for."""
     _, train, validation, _ = world
     student = save_hf_model("llama2", tmp_path / "student", 300, num_hidden_layers=1)
@@ -515,7 +636,7 @@ def test_a_student_of_the_same_family_may_have_a_larger_vocabulary(ranks, world,
         "trainer__knowledge_distillation__max_steps": 1,
         "exp_manager__create_checkpoint_callback": False,
     }
-    assert ranks(1).run(run_stage_2, student, train, validation, tmp_path / "run", overrides) == [
-        ""
-    ]
+    assert ranks(1).run(
+        run_stage_2, student, train, validation, tmp_path / "run", overrides
+    ) == [""]
     assert list(training_rows(tmp_path / "run")) == [1]

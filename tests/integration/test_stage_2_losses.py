@@ -33,10 +33,16 @@ def world(ranks, tmp_path_factory):
     """A student whose embeddings are tied, a cache with a second temperature and tail samples."""
     folder = tmp_path_factory.mktemp("stage_2_losses")
     teacher = save_hf_model("qwen3", folder / "teacher", VOCAB_SIZE)
-    student = save_hf_model("qwen2_tied", folder / "student", VOCAB_SIZE, num_hidden_layers=1)
+    student = save_hf_model(
+        "qwen2_tied", folder / "student", VOCAB_SIZE, num_hidden_layers=1
+    )
     dataset = write_chat_dataset(folder / "train.jsonl", 20)
     cache = folder / "train_CHUNK_ID.jsonl"
-    settings = {"cache__temperatures": [2.0], "cache__tail_samples": 3, "n_examples_per_chunk": 16}
+    settings = {
+        "cache__temperatures": [2.0],
+        "cache__tail_samples": 3,
+        "n_examples_per_chunk": 16,
+    }
     assert ranks(1).run(run_stage_1, teacher, dataset, cache, settings) == [""]
     return student, cache
 
@@ -79,7 +85,10 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
         p, q = (kept / temperature).softmax(-1), (logits[ids] / temperature).softmax(-1)
         return temperature**2 * divergence(p, q, kd_loss)
     tail = float(teacher.tail_mass_PT[s, teacher.temperatures.index(temperature)])
-    p, q = (1 - tail) * (kept / temperature).softmax(-1), (logits / temperature).softmax(-1)
+    p, q = (
+        (1 - tail) * (kept / temperature).softmax(-1),
+        (logits / temperature).softmax(-1),
+    )
     if support == "sampled":
         samples = teacher.tail_token_ids_PM[s]
         weight = max(tail, SMALLEST_SAMPLED_TAIL) / len(samples)
@@ -94,10 +103,16 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
     return factor * divergence(p, q, kd_loss)
 
 
-def reference(student: Path, cache: Path, settings: dict) -> tuple[float, dict[str, torch.Tensor]]:
+def reference(
+    student: Path, cache: Path, settings: dict
+) -> tuple[float, dict[str, torch.Tensor]]:
     """0.5 CE + KD over the loss tokens of all rows, on transformers' model in float64: value and gradients."""
     model = AutoModelForCausalLM.from_pretrained(student).double()
-    reader, total, count = CacheReader(str(cache)), torch.zeros((), dtype=torch.float64), 0
+    reader, total, count = (
+        CacheReader(str(cache)),
+        torch.zeros((), dtype=torch.float64),
+        0,
+    )
     for index in range(NUM_ROWS):
         row = reader[index]
         logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
@@ -130,7 +145,11 @@ CASES = [
         "temperature": 1.0,
     },
     {"kd_loss": "tvd"},
-    {"kd_loss": "forward_kl", "temperature": 2.0, "multiply_by_squared_temperature": True},
+    {
+        "kd_loss": "forward_kl",
+        "temperature": 2.0,
+        "multiply_by_squared_temperature": True,
+    },
     {"kd_loss": "reverse_kl", "temperature": 2.0},
     {"kd_loss": "forward_kl", "support": "sampled"},
     {"kd_loss": "k2"},
@@ -145,19 +164,23 @@ def test_every_objective_trains_what_it_says(ranks, world, settings):
     """At TP 1 and 2; the embedding's gradient holds both of its uses."""
     student, cache = world
     loss, expected = reference(student, cache, settings)
-    overrides = {f"model__knowledge_distillation__{key}": value for key, value in settings.items()}
+    overrides = {
+        f"model__knowledge_distillation__{key}": value for key, value in settings.items()
+    }
     for tp in (1, 2):
         check(
-            ranks(tp).run(gradients, student, cache, tp, 1, 3, NUM_ROWS, overrides), loss, expected
+            ranks(tp).run(gradients, student, cache, tp, 1, 3, NUM_ROWS, overrides),
+            loss,
+            expected,
         )
 
 
 def check(results, loss, expected):
     sums = results[0][0][-1]
     assert float(sums[0] / sums[-1]) == pytest.approx(loss, rel=1e-5)
-    embedding = torch.cat([result[1]["embedding.word_embeddings.weight"] for result in results])[
-        :VOCAB_SIZE
-    ]
+    embedding = torch.cat(
+        [result[1]["embedding.word_embeddings.weight"] for result in results]
+    )[:VOCAB_SIZE]
     norm = results[0][1]["decoder.final_layernorm.weight"]
     for ours, theirs in (
         (embedding, expected["model.embed_tokens.weight"]),
@@ -176,14 +199,23 @@ def sequence_parallel_gradients(student, cache):
     batches = [collate([reader[row]], 0) for row in range(NUM_ROWS)]
     for batch in batches:
         for name, values in vars(batch).items():
-            if isinstance(values, torch.Tensor) and values.dim() > 1 and values.shape[1] % 2:
-                setattr(batch, name, torch.cat([values, torch.zeros_like(values[:, :1])], dim=1))
+            if (
+                isinstance(values, torch.Tensor)
+                and values.dim() > 1
+                and values.shape[1] % 2
+            ):
+                setattr(
+                    batch,
+                    name,
+                    torch.cat([values, torch.zeros_like(values[:, :1])], dim=1),
+                )
     with open_pretrained(str(student)) as pretrained:
         module = StudentModule(config, pretrained, groups, 1)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     return sums, {
-        name: parameter.main_grad.clone() for name, parameter in module.gpt.named_parameters()
+        name: parameter.main_grad.clone()
+        for name, parameter in module.gpt.named_parameters()
     }
 
 
@@ -203,7 +235,10 @@ def metrics(log_dir: Path) -> list[dict]:
 CUSTOM_LAYOUTS = {
     "one rank": (1, {}),
     "TP": (2, {"model__tensor_model_parallel_size": 2}),
-    "PP CP": (4, {"model__pipeline_model_parallel_size": 2, "model__context_parallel_size": 2}),
+    "PP CP": (
+        4,
+        {"model__pipeline_model_parallel_size": 2, "model__context_parallel_size": 2},
+    ),
     "interleaved": (
         2,
         {
@@ -212,7 +247,10 @@ CUSTOM_LAYOUTS = {
         },
     ),
     # One of four ranks never has an example in training, and so never learns from a call which metrics there are.
-    "fillers": (4, {"model__global_batch_size": 3, "model__data__max_tokens_per_batch": 1}),
+    "fillers": (
+        4,
+        {"model__global_batch_size": 3, "model__data__max_tokens_per_batch": 1},
+    ),
 }
 
 
@@ -223,7 +261,9 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     world_size, sizes = CUSTOM_LAYOUTS[layout]
     if "model__pipeline_model_parallel_size" in sizes:
         # A layer for each stage and part of it.
-        student = save_hf_model("qwen2_tied", tmp_path / "student", VOCAB_SIZE, num_hidden_layers=4)
+        student = save_hf_model(
+            "qwen2_tied", tmp_path / "student", VOCAB_SIZE, num_hidden_layers=4
+        )
     layout = sizes | {
         "trainer__devices": world_size,
         "trainer__knowledge_distillation__max_steps": 2,
@@ -251,7 +291,9 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     for ours, theirs in zip(*rows, strict=True):
         for split in ("train", "validation"):
             if f"{split}/loss" in theirs:
-                assert ours[f"{split}/loss"] == pytest.approx(theirs[f"{split}/loss"], rel=1e-5)
+                assert ours[f"{split}/loss"] == pytest.approx(
+                    theirs[f"{split}/loss"], rel=1e-5
+                )
                 assert ours[f"{split}/ce_loss"] == pytest.approx(
                     theirs[f"{split}/sft_loss"], rel=1e-5
                 )
@@ -280,7 +322,10 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
     }
     found = []
     for _ in range(2):
-        assert ranks(2).run(run_stage_2, student, cache, cache, tmp_path, overrides) == [""] * 2
+        assert (
+            ranks(2).run(run_stage_2, student, cache, cache, tmp_path, overrides)
+            == [""] * 2
+        )
         found.append(metrics(tmp_path)[-1])
     for name in ("loss", "kd_loss", "sft_loss", "ce_loss", "kl_loss"):
         assert found[0][f"test/{name}"] == found[1][f"test/{name}"] > 0
@@ -291,7 +336,9 @@ def agreed_names(*reported: list[str] | None) -> list[str] | str:
     """What a rank reports in the end; None has not called the loss."""
     args = {"alpha": 0.3, "temperature": 3.0}
     loss = StudentLoss(
-        LossConfig(kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args)
+        LossConfig(
+            kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args
+        )
     )
     mine = reported[torch.distributed.get_rank()]
     loss.agree_on_names()  # nobody knows: nothing changes
@@ -310,4 +357,6 @@ def test_ranks_learn_from_each_other_what_a_custom_loss_reports(ranks):
     assert ranks(2).run(agreed_names, None, names) == [names, names]
     messages = ranks(2).run(agreed_names, names, [*names[:3], "b"])
     assert messages[0] == messages[1]
-    assert "returned the metrics b, before a; return the same in every call" in messages[0]
+    assert (
+        "returned the metrics b, before a; return the same in every call" in messages[0]
+    )

@@ -39,10 +39,16 @@ def world(ranks, tmp_path_factory):
     teacher = save_hf_model("qwen3", folder / "teacher", VOCAB_SIZE, seed=1)
     student = save_hf_model("llama2", folder / "student", VOCAB_SIZE, num_hidden_layers=1)
     caches = []
-    for name, count, start in (("first", 6, 0), ("second", 10, 20), ("validation", 5, 60)):
+    for name, count, start in (
+        ("first", 6, 0),
+        ("second", 10, 20),
+        ("validation", 5, 60),
+    ):
         dataset = write_chat_dataset(folder / f"{name}.jsonl", count, start)
         caches.append(folder / f"{name}_CHUNK_ID.jsonl")
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [""]
+        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [
+            ""
+        ]
     return student, *caches
 
 
@@ -115,7 +121,9 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
         "model__knowledge_distillation__support": "renormalize",
         "trainer__knowledge_distillation__max_steps": 1,
     }
-    (error, said), _ = ranks(2).run(run_and_listen, student, first, validation, tmp_path, overrides)
+    (error, said), _ = ranks(2).run(
+        run_and_listen, student, first, validation, tmp_path, overrides
+    )
     assert error == ""
     rows = metrics(tmp_path)
     trained = next(row for row in rows if "train/loss" in row)
@@ -127,7 +135,9 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
     }
     for form, means in expected.items():
         for name, value in means.items():
-            assert trained[form.format(name)] == pytest.approx(value, rel=2e-5), form.format(name)
+            assert trained[form.format(name)] == pytest.approx(value, rel=2e-5), (
+                form.format(name)
+            )
         assert (form.format("kd_loss") in trained) == (kd_loss_weight > 0)
         loss = (
             kd_loss_weight * trained.get(form.format("kd_loss"), 0.0)
@@ -164,12 +174,17 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
     assert f"KL to the teacher {means['teacher_kl']:.3f}" in said
 
 
-def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, world, tmp_path):
+def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(
+    ranks, world, tmp_path
+):
     student, *_ = world
     first = aligner_rows(tmp_path / "first.jsonl", [1] * 4)
     second = aligner_rows(tmp_path / "second.jsonl", [0] * 4 + [1] * 4)
     overrides = {
-        "model__data__data_prefix": {"train": [str(first), str(second)], "validation": str(second)},
+        "model__data__data_prefix": {
+            "train": [str(first), str(second)],
+            "validation": str(second),
+        },
         "model__data__shuffle": False,
         "model__global_batch_size": 4,
         "trainer__knowledge_distillation__limit_val_batches": 1,  # the half without loss tokens
@@ -189,14 +204,16 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(ranks, worl
         2: [],
         3: ["train/loss", "train/loss/second"],
     }
-    assert not any(name.startswith(("train/kd", "train/sft", "train/t")) for name in steps[2])
+    assert not any(
+        name.startswith(("train/kd", "train/sft", "train/t")) for name in steps[2]
+    )
     (validated,) = (row for row in metrics(tmp_path / "run") if "eval_step" in row)
     assert not any("loss" in name for name in validated)
     assert "val_loss is not finite after step 3" in said
     lines = said.splitlines()
-    assert [line.partition(",")[0] for line in lines if line.startswith("training: step")] == [
-        f"training: step {step}/3" for step in (1, 2, 3)
-    ]
+    assert [
+        line.partition(",")[0] for line in lines if line.startswith("training: step")
+    ] == [f"training: step {step}/3" for step in (1, 2, 3)]
     assert any(
         line.startswith("training: validation after step 3: no token counts in the loss")
         for line in lines
@@ -234,7 +251,9 @@ def lost(**arguments):
     return LostRun()
 
 
-def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(ranks, world, tmp_path):
+def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(
+    ranks, world, tmp_path
+):
     student, first, _, validation = world
     overrides = {
         "model__global_batch_size": 2,
@@ -289,13 +308,24 @@ class RecordedRun:
 def calls_in_one_process(student, train, validation, folder, overrides):
     """(result, what Weights & Biases got) of a call of train_student that fails, and of two that do not."""
     results = []
-    with mock.patch.object(wandb, "init", RecordedRun), mock.patch.object(wandb, "run", None):
-        with mock.patch.object(StudentModule, "token_losses", side_effect=ConfigError("stop")):
-            results.append(run_stage_2(student, train, validation, folder / "0", overrides))
+    with (
+        mock.patch.object(wandb, "init", RecordedRun),
+        mock.patch.object(wandb, "run", None),
+    ):
+        with mock.patch.object(
+            StudentModule, "token_losses", side_effect=ConfigError("stop")
+        ):
+            results.append(
+                run_stage_2(student, train, validation, folder / "0", overrides)
+            )
         for number in "12":
-            config = student_config(student, train, validation, folder / number, **overrides)
+            config = student_config(
+                student, train, validation, folder / number, **overrides
+            )
             results.append(train_student(config))
-    return results, [(run.folder, run.steps, run.exit_code) for run in RecordedRun.started]
+    return results, [
+        (run.folder, run.steps, run.exit_code) for run in RecordedRun.started
+    ]
 
 
 def test_calls_in_one_process_are_separate_runs(ranks, world, tmp_path):
@@ -311,7 +341,8 @@ def test_calls_in_one_process_are_separate_runs(ranks, world, tmp_path):
     ((results, started),) = ranks(1).run(calls_in_one_process, *arguments)
     folders = [tmp_path / number for number in "012"]
     archives = [
-        folder / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo" for folder in folders
+        folder / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
+        for folder in folders
     ]
     assert results == [
         "ConfigError: stop",
@@ -343,7 +374,10 @@ def test_nothing_of_a_model_stays_in_memory(ranks, world, tmp_path, optimizer):
         "model__micro_batch_size": 1,
         "trainer__knowledge_distillation__max_steps": 1,
     }
-    assert ranks(2).run(models_left, student, first, validation, tmp_path, overrides) == [0, 0]
+    assert ranks(2).run(models_left, student, first, validation, tmp_path, overrides) == [
+        0,
+        0,
+    ]
 
 
 def test_speed_of_a_step(ranks, world, tmp_path):
@@ -354,7 +388,9 @@ def test_speed_of_a_step(ranks, world, tmp_path):
         "model__micro_batch_size": 1,
         "trainer__knowledge_distillation__max_steps": 2,
     }
-    assert ranks(1).run(run_stage_2, student, first, validation, tmp_path, overrides) == [""]
+    assert ranks(1).run(run_stage_2, student, first, validation, tmp_path, overrides) == [
+        ""
+    ]
     lengths = [row.example.num_tokens for row in rows]
     for row in (row for row in metrics(tmp_path) if "perf/step_time_s" in row):
         seconds = row["perf/step_time_s"] / (1 - row["perf/data_wait_percent"] / 100)

@@ -78,7 +78,9 @@ def replace_entry(folder: Path, key: str, content: bytes) -> None:
     """Let the entry of .metadata whose name starts with `key` lie in bytes at the end of its file."""
 
     def change(metadata: Metadata) -> None:
-        index = next(index for index in metadata.storage_data if index.fqn.startswith(key))
+        index = next(
+            index for index in metadata.storage_data if index.fqn.startswith(key)
+        )
         info = metadata.storage_data[index]
         path = folder / info.relative_path
         info.offset, info.length = path.stat().st_size, len(content)
@@ -130,7 +132,9 @@ def as_an_object(folder: Path, attack: Attack) -> None:
 
 
 def with_another_backend(folder: Path, attack: Attack) -> None:
-    (folder / "metadata.json").write_text('{"sharded_backend": "zarr", "common_backend": "torch"}')
+    (folder / "metadata.json").write_text(
+        '{"sharded_backend": "zarr", "common_backend": "torch"}'
+    )
 
 
 def elsewhere(folder: Path, attack: Attack) -> None:
@@ -156,15 +160,23 @@ def as_a_pipe(folder: Path, attack: Attack) -> None:
         ),
         (in_common, "common.pt: cannot be read without running its code"),
         (without_an_entry, "theirs: it has no schedule, so another version wrote it"),
-        (in_random_state, "random_state/shard_0_1: cannot be read without running its code"),
-        (in_weights, "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir"),
+        (
+            in_random_state,
+            "random_state/shard_0_1: cannot be read without running its code",
+        ),
+        (
+            in_weights,
+            "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
+        ),
         (as_an_object, f"{FINAL_NORM} is not a tensor but has size"),
         (with_another_backend, "metadata.json: the format 'zarr'"),
         (elsewhere, "lies in '../other.distcp', outside of the folder"),
         (as_a_pipe, "theirs: pipe is not a regular file"),
     ],
 )
-def test_planted_pickles_are_refused_in_one_line(world, trusted, tmp_path, plant, message):
+def test_planted_pickles_are_refused_in_one_line(
+    world, trusted, tmp_path, plant, message
+):
     folder = Path(shutil.copytree(trusted, tmp_path / "theirs"))
     attacked = tmp_path / "attacked"
     plant(folder, Attack(attacked))
@@ -172,7 +184,12 @@ def test_planted_pickles_are_refused_in_one_line(world, trusted, tmp_path, plant
         reseal(folder)
     more = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
     run = StudentRun(
-        tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more
+        tmp_path / "run",
+        1,
+        "",
+        *world,
+        exp_manager__resume_from_checkpoint=str(folder),
+        **more,
     )
     assert run.end() == [2], run.said()
     assert not attacked.exists()
@@ -213,12 +230,19 @@ def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):
         }
         common |= {"ranks": state, "callbacks": {}}
         if place == precious[0]:  # as earlier versions kept it
-            common["callbacks"] = {"StudentCheckpoints{'monitor': 'val_loss'}": common.pop("ranks")}
+            common["callbacks"] = {
+                "StudentCheckpoints{'monitor': 'val_loss'}": common.pop("ranks")
+            }
         torch.save(common, folder / "common.pt")
         reseal(folder)
         more = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 2}
         run = StudentRun(
-            tmp_path / "run", 1, "", *world, exp_manager__resume_from_checkpoint=str(folder), **more
+            tmp_path / "run",
+            1,
+            "",
+            *world,
+            exp_manager__resume_from_checkpoint=str(folder),
+            **more,
         )
         assert run.end() == [0], run.said()
         assert all((kept / "thesis.txt").exists() for kept in precious)

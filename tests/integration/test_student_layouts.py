@@ -142,7 +142,9 @@ def world(ranks, tmp_path_factory):
     return students, caches["train"], caches["validation"], folder
 
 
-def run(student: Path, train: Path, validation: Path, settings: Settings, archive: Path) -> Run:
+def run(
+    student: Path, train: Path, validation: Path, settings: Settings, archive: Path
+) -> Run:
     """What stage 2 does, without Lightning."""
     settings = {
         "model__optim__lr": LEARNING_RATE,
@@ -158,9 +160,13 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
         splits = load_splits(
-            config.model, pretrained.architecture, load_tokenizer(pretrained.tokenizer_folder)
+            config.model,
+            pretrained.architecture,
+            load_tokenizer(pretrained.tokenizer_folder),
         )
-        data = StudentData(config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups)
+        data = StudentData(
+            config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
+        )
         with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
             module = StudentModule(config, pretrained, groups, NUM_STEPS)
         optimizer = module.configure_optimizers()
@@ -179,9 +185,16 @@ def run(student: Path, train: Path, validation: Path, settings: Settings, archiv
                 module.validation_step(batch, number)
         sums = module._sum_over_ranks(module.validation_sums)[-1].tolist()
         save_nemo(
-            str(archive), module.gpt, module.architecture, pretrained.tokenizer_folder, groups, None
+            str(archive),
+            module.gpt,
+            module.architecture,
+            pretrained.tokenizer_folder,
+            groups,
+            None,
         )
-        release(module.model)  # else every layout's groups would stay until the test's end
+        release(
+            module.model
+        )  # else every layout's groups would stay until the test's end
     return Run(steps, sums)
 
 
@@ -189,7 +202,9 @@ def run_all(
     students, train, validation, runs: dict[str, tuple[str, Settings]], folder: Path
 ) -> dict[str, Run]:
     return {
-        name: run(students[student], train, validation, dict(settings), folder / f"{name}.nemo")
+        name: run(
+            students[student], train, validation, dict(settings), folder / f"{name}.nemo"
+        )
         for name, (student, settings) in runs.items()
     }
 
@@ -197,7 +212,9 @@ def run_all(
 def weights(ranks, archive: Path) -> dict[str, torch.Tensor]:
     """Of an archive, by the names of transformers."""
     target = archive.with_suffix("")
-    ranks(1).run(convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target)))
+    ranks(1).run(
+        convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target))
+    )
     return load_file(target / "model.safetensors")
 
 
@@ -206,10 +223,13 @@ def straight(ranks, world):
     """One rank, an example at a time, padded: the runs that all others have to equal, and their weights."""
     students, train, validation, folder = world
     runs = {
-        name: (name, PADDED | ALONE | (FEW if name == "few examples" else {})) for name in STUDENTS
+        name: (name, PADDED | ALONE | (FEW if name == "few examples" else {}))
+        for name in STUDENTS
     }
     (folder / "straight").mkdir()
-    results = ranks(1).run(run_all, students, train, validation, runs, folder / "straight")[0]
+    results = ranks(1).run(
+        run_all, students, train, validation, runs, folder / "straight"
+    )[0]
     return {
         name: (results[name], weights(ranks, folder / "straight" / f"{name}.nemo"))
         for name in STUDENTS
@@ -224,7 +244,9 @@ def test_every_layout_and_kind_of_batch_trains_the_same(
     results = ranks(world_size).run(
         run_all, students, train, validation, RUNS[world_size], tmp_path, timeout_s=600
     )
-    assert all(result == results[0] for result in results), "every rank knows the same sums"
+    assert all(result == results[0] for result in results), (
+        "every rank knows the same sums"
+    )
     for name, found in results[0].items():
         expected, expected_weights = straight[RUNS[world_size][name][0]]
         assert torch.tensor(found.steps).numpy() == pytest.approx(
@@ -235,7 +257,10 @@ def test_every_layout_and_kind_of_batch_trains_the_same(
         assert found_weights.keys() == expected_weights.keys()
         for weight, values in found_weights.items():
             moved = LEARNING_RATE * NUM_STEPS  # what a weight may move by at most
-            assert (values - expected_weights[weight]).abs().max() < 1e-3 * moved, (name, weight)
+            assert (values - expected_weights[weight]).abs().max() < 1e-3 * moved, (
+                name,
+                weight,
+            )
 
 
 def test_the_straight_run_is_that_of_transformers(world, straight):
@@ -250,19 +275,27 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.98), eps=EPS)
     config = student_config(students["dense"], train, train, Path("/nonexistent"))
     reader = CacheReader(str(train))
-    order = np.random.Generator(np.random.PCG64([config.model.seed, 0])).permutation(len(reader))
+    order = np.random.Generator(np.random.PCG64([config.model.seed, 0])).permutation(
+        len(reader)
+    )
     run, trained = straight["dense"]
     for step, found in enumerate(run.steps):
         optimizer.zero_grad()
         sums = torch.zeros(4)
-        for index in order[step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE].tolist():
+        for index in order[
+            step * GLOBAL_BATCH_SIZE : (step + 1) * GLOBAL_BATCH_SIZE
+        ].tolist():
             sums = sums + example_sums(model, reader[index])
         (sums[0] / sums[3]).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        assert [*found[:3], *found[-2:]] == pytest.approx([*sums.tolist(), float(norm)], rel=1e-4)
+        assert [*found[:3], *found[-2:]] == pytest.approx(
+            [*sums.tolist(), float(norm)], rel=1e-4
+        )
     for name, values in model.state_dict().items():
-        assert (trained[name] - values).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, name
+        assert (trained[name] - values).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, (
+            name
+        )
 
 
 def example_sums(model, row) -> torch.Tensor:
@@ -281,7 +314,9 @@ def example_sums(model, row) -> torch.Tensor:
         ids = torch.tensor(row.teacher.topk_token_ids_PK[s]).long()
         kept = ids >= 0
         tail = float(row.teacher.tail_mass_PT[s, 0])
-        p = (1 - tail) * torch.softmax(torch.tensor(row.teacher.topk_logits_PK[s])[kept], -1)
+        p = (1 - tail) * torch.softmax(
+            torch.tensor(row.teacher.topk_logits_PK[s])[kept], -1
+        )
         q = torch.softmax(logits[s], -1)[ids[kept]]
         p, q = (
             torch.cat([p, torch.tensor([max(tail, 1e-12)])]),
@@ -289,11 +324,18 @@ def example_sums(model, row) -> torch.Tensor:
         )
         kd_sum, ce_sum = kd_sum + (p * (p / q).log()).sum(), ce_sum + ce[s]
     return torch.stack(
-        [KD_WEIGHT * kd_sum + 0.5 * ce_sum, kd_sum, ce_sum, torch.tensor(float(len(positions)))]
+        [
+            KD_WEIGHT * kd_sum + 0.5 * ce_sum,
+            kd_sum,
+            ce_sum,
+            torch.tensor(float(len(positions))),
+        ]
     )
 
 
-def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[torch.dtype]]:
+def precisions(
+    student: Path, train: Path, settings: Settings
+) -> dict[str, set[torch.dtype]]:
     """Dtypes of weights, gradients, and of what the optimizer keeps."""
     config = student_config(
         student, train, train, Path("/nonexistent"), trainer__devices=2, **settings
@@ -304,13 +346,18 @@ def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[
     optimizer = module.configure_optimizers()
     inner = optimizer.megatron.chained_optimizers[0].optimizer
     kept = [
-        state for states in inner.state.values() for key, state in states.items() if key != "step"
+        state
+        for states in inner.state.values()
+        for key, state in states.items()
+        if key != "step"
     ]
     return {
         "weights": {parameter.dtype for parameter in module.gpt.parameters()},
         "gradients": {parameter.main_grad.dtype for parameter in module.gpt.parameters()},
         "optimizer": {
-            parameter.dtype for group in inner.param_groups for parameter in group["params"]
+            parameter.dtype
+            for group in inner.param_groups
+            for parameter in group["params"]
         },
         "states": {state.dtype for state in kept},
     }
@@ -318,24 +365,39 @@ def precisions(student: Path, train: Path, settings: Settings) -> dict[str, set[
 
 @pytest.mark.parametrize("optimizer", ["adamw", "distributed_fused_adam"])
 @pytest.mark.parametrize("precision", ["32", "bf16", "bf16-mixed"])
-def test_half_precision_keeps_float32_gradients_and_optimizer(ranks, world, optimizer, precision):
+def test_half_precision_keeps_float32_gradients_and_optimizer(
+    ranks, world, optimizer, precision
+):
     students, train, _, _ = world
     settings = {"trainer__precision": precision, "model__optim__name": optimizer}
     found = ranks(2).run(precisions, students["dense"], train, settings)[0]
     whole = {torch.float32}
     weights = whole if precision == "32" else {torch.bfloat16}
-    assert found == {"weights": weights, "gradients": whole, "optimizer": whole, "states": whole}
+    assert found == {
+        "weights": weights,
+        "gradients": whole,
+        "optimizer": whole,
+        "states": whole,
+    }
 
 
 def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
     """bf16 has 8 bits; losses summed over a few hundred tokens, whose rounding is random, stay within a percent."""
     students, train, validation, _ = world
     expected = straight["tied"][0]
-    for name, settings in {"PP": PP | DYNAMIC | FULL, "TP SP": TP | SP, "CP": CP | ADAMW}.items():
+    for name, settings in {
+        "PP": PP | DYNAMIC | FULL,
+        "TP SP": TP | SP,
+        "CP": CP | ADAMW,
+    }.items():
         bf16 = {"trainer__precision": "bf16", **settings}
         found = ranks(2).run(
             run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo"
         )[0]
-        assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), name
+        assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), (
+            name
+        )
         for ours, theirs in zip(found.steps, expected.steps, strict=True):
-            assert [*ours[:3], ours[-1]] == pytest.approx([*theirs[:3], theirs[-1]], rel=1e-2), name
+            assert [*ours[:3], ours[-1]] == pytest.approx(
+                [*theirs[:3], theirs[-1]], rel=1e-2
+            ), name

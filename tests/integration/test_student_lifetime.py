@@ -81,7 +81,10 @@ def with_slow_validation() -> None:
     original = StudentModule.validation_step
 
     def validation_step(self, batch, batch_idx):
-        (Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "validating").touch()
+        (
+            Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir)
+            / "validating"
+        ).touch()
         time.sleep(1)
         original(self, batch, batch_idx)
 
@@ -92,7 +95,9 @@ def with_slow_archive() -> None:
     original = StudentModule.save_to
 
     def save_to(self, save_path):
-        (Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "writing").touch()
+        (
+            Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "writing"
+        ).touch()
         time.sleep(5)
         original(self, save_path)
 
@@ -107,8 +112,12 @@ def world(tmp_path_factory):
     return student, train, write_chat_dataset(folder / "validation.jsonl", 19, 60)
 
 
-def start(world, log_dir: Path, change: str, world_size: int = 2, **overrides) -> StudentRun:
-    return StudentRun(log_dir, world_size, f"{HERE}:{change}", *world, **{**SETTINGS, **overrides})
+def start(
+    world, log_dir: Path, change: str, world_size: int = 2, **overrides
+) -> StudentRun:
+    return StudentRun(
+        log_dir, world_size, f"{HERE}:{change}", *world, **{**SETTINGS, **overrides}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -159,12 +168,18 @@ def test_what_a_run_leaves(straight):
     plain = {name for name, entry in ENTRIES.items() if not entry.sharded}
     assert common.keys() - {"content_metadata", "optimizer_states"} == plain
     summary = dict(
-        re.findall(r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE)
+        re.findall(
+            r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE
+        )
     )
     rows, validated = training_rows(straight), validation_rows(straight)
     assert summary["trained"] == "12 steps, up to step 12 of 12"
-    assert summary["last step"].startswith(f"loss {rows[STEPS]['train/loss']:.4f}, sft_loss ")
-    assert summary["last validation"].startswith(f"loss {validated[STEPS]['val_loss']:.4f}")
+    assert summary["last step"].startswith(
+        f"loss {rows[STEPS]['train/loss']:.4f}, sft_loss "
+    )
+    assert summary["last validation"].startswith(
+        f"loss {validated[STEPS]['val_loss']:.4f}"
+    )
     step = min(validated, key=lambda step: validated[step]["val_loss"])
     assert summary["best val_loss"] == f"{validated[step]['val_loss']:.4f} at step {step}"
     archive = straight / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
@@ -178,7 +193,9 @@ def test_what_a_run_leaves(straight):
         "last"
     ) == 1
     assert any(name.endswith("-previous") for name in by_step[10])
-    assert all("val_loss=0.0000" not in name for names in by_step.values() for name in names)
+    assert all(
+        "val_loss=0.0000" not in name for names in by_step.values() for name in names
+    )
 
 
 def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path):
@@ -203,7 +220,9 @@ def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path)
     run = start(world, log_dir, "with_slow_steps")
     run.wait_for_step(second)
     run.kill()
-    assert f"removing {unfinished}, which a run that was killed did not finish" in run.said()
+    assert (
+        f"removing {unfinished}, which a run that was killed did not finish" in run.said()
+    )
     assert f"resuming from {before}\n" in run.said()
 
     run = start(world, log_dir, "with_dropout")
@@ -211,7 +230,9 @@ def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path)
     check_equal(log_dir, straight)
 
 
-def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(world, straight, tmp_path):
+def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(
+    world, straight, tmp_path
+):
     log_dir = tmp_path / "run"
     run = start(world, log_dir, "with_slow_steps")
     run.wait_for_step(2)
@@ -229,27 +250,39 @@ def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(world, str
     assert Contents.read(last(log_dir)).step == max(training_rows(log_dir)) == 5
     assert not validation_rows(log_dir)
 
-    run = start(world, log_dir, "with_slow_steps", exp_manager__max_time_per_run="00:00:00:01")
+    run = start(
+        world, log_dir, "with_slow_steps", exp_manager__max_time_per_run="00:00:00:01"
+    )
     assert run.end() == [REQUEUE, REQUEUE], run.said()
     assert "max_time_per_run=00:00:00:01 is over" in run.said()
 
-    run = start(world, log_dir, "with_slow_validation")  # stopped in the validation after the end
+    run = start(
+        world, log_dir, "with_slow_validation"
+    )  # stopped in the validation after the end
     run.wait_for_step(STEPS)
     run.send(1, signal.SIGTERM)
     assert run.end() == [REQUEUE, REQUEUE], run.said()
     assert STEPS not in validation_rows(log_dir)
     run = start(world, log_dir, "with_dropout")
     assert run.end() == [0, 0], run.said()
-    check_equal(log_dir, straight, same_names=False)  # the one before the last is of step 12 too
+    check_equal(
+        log_dir, straight, same_names=False
+    )  # the one before the last is of step 12 too
 
 
 @pytest.mark.parametrize(
     ("change", "sign", "step", "saved"),
-    [("with_slow_validation", "validating", 5, 4), ("with_slow_archive", "writing", STEPS, STEPS)],
+    [
+        ("with_slow_validation", "validating", 5, 4),
+        ("with_slow_archive", "writing", STEPS, STEPS),
+    ],
 )
 def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step, saved):
     run = start(
-        world, tmp_path / "run", change, exp_manager__checkpoint_callback_params__async_save=False
+        world,
+        tmp_path / "run",
+        change,
+        exp_manager__checkpoint_callback_params__async_save=False,
     )
     run.wait_until((tmp_path / "run" / sign).exists)
     for rank in (1, 0):
@@ -281,7 +314,9 @@ def test_a_hanging_rank_is_told_of_with_its_step(world, tmp_path):
     )
 
 
-def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(world, straight, tmp_path):
+def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(
+    world, straight, tmp_path
+):
     """Also where the first one goes on from a checkpoint, when NeMo moves the files of its folder away."""
     log_dir = tmp_path / "run"
     first = start(world, log_dir, "with_slow_steps")
@@ -385,7 +420,8 @@ def test_where_there_is_no_checkpoint(ranks, straight, tmp_path):
     assert ranks(2).run(chosen, tmp_path, False, False, other) == [other, other]
     assert ranks(2).run(chosen, tmp_path, True, False, other) == [other, other]
     assert (
-        "contents.json is missing" in ranks(2).run(chosen, tmp_path, False, False, str(tmp_path))[0]
+        "contents.json is missing"
+        in ranks(2).run(chosen, tmp_path, False, False, str(tmp_path))[0]
     )
     contents = json.loads((Path(other) / "contents.json").read_text())
     assert contents["layout"]["data"] == 2

@@ -40,7 +40,9 @@ def world(ranks, tmp_path_factory):
     for split, count, start in (("train", 40, 0), ("validation", 5, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
         caches.append(folder / f"{split}_CHUNK_ID.jsonl")
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [""]
+        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [
+            ""
+        ]
     return save_hf_model("llama2", folder / "student", 300, num_hidden_layers=1), *caches
 
 
@@ -51,7 +53,9 @@ def train(ranks, world, tmp_path):
     def train(**overrides) -> list[dict]:
         """The lines of metrics that it adds."""
         before = len(metrics(tmp_path)) if (tmp_path / "metrics").exists() else 0
-        assert ranks(1).run(run_stage_2, *world, tmp_path, {**SETTINGS, **overrides}) == [""]
+        assert ranks(1).run(run_stage_2, *world, tmp_path, {**SETTINGS, **overrides}) == [
+            ""
+        ]
         return metrics(tmp_path)[before:]
 
     return train
@@ -81,7 +85,9 @@ def test_learning_rate_and_weight_decay_are_those_of_now(train, optimizer):
     assert fourth == pytest.approx(math.log(300), abs=1e-5)
 
 
-def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train, tmp_path):
+def test_another_experiment_is_refused_or_goes_on_as_allowed(
+    ranks, world, train, tmp_path
+):
     """Finished runs too: the archive of one experiment is never the result of another."""
     train()
     archive = tmp_path / "checkpoints" / "run.nemo"
@@ -89,8 +95,13 @@ def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train
     student = save_hf_model(
         "llama2", tmp_path / "other" / "student", 300, num_hidden_layers=1, seed=9
     )
-    loss = {"model__knowledge_distillation__kd_loss": "reverse_kl", "model__optim__lr": 2e-3}
-    message = ranks(1).run(run_stage_2, student, *world[1:], tmp_path, {**SETTINGS, **loss})[0]
+    loss = {
+        "model__knowledge_distillation__kd_loss": "reverse_kl",
+        "model__optim__lr": 2e-3,
+    }
+    message = ranks(1).run(
+        run_stage_2, student, *world[1:], tmp_path, {**SETTINGS, **loss}
+    )[0]
     assert message.startswith(
         f"CheckpointError: {last_checkpoint(tmp_path)} belongs to another experiment:\n"
     )
@@ -99,7 +110,9 @@ def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train
         in message
     )
     assert "\n  model.optim.lr: 0.001 in the checkpoint, 0.002 now\n" in message
-    assert "\n  pretrained_checkpoint.restore_from_path: student (weights sha256:" in message
+    assert (
+        "\n  pretrained_checkpoint.restore_from_path: student (weights sha256:" in message
+    )
     assert archive.stat().st_mtime_ns == written_ns
     outside = {
         **SETTINGS,
@@ -108,12 +121,22 @@ def test_another_experiment_is_refused_or_goes_on_as_allowed(ranks, world, train
     }
     refused = ranks(1).run(run_stage_2, *world, tmp_path / "elsewhere", outside)[0]
     assert "kd_loss: forward_kl in the checkpoint, reverse_kl now" in refused
-    more = {"allow_changed": ["kd_loss", "lr"], "trainer__knowledge_distillation__max_steps": 3}
-    assert ranks(1).run(run_stage_2, *world, tmp_path / "elsewhere", {**outside, **more}) == [""]
+    more = {
+        "allow_changed": ["kd_loss", "lr"],
+        "trainer__knowledge_distillation__max_steps": 3,
+    }
+    assert ranks(1).run(
+        run_stage_2, *world, tmp_path / "elsewhere", {**outside, **more}
+    ) == [""]
     assert trained(metrics(tmp_path / "elsewhere")) == [3]
     assert trained(train(**loss, **more)) == [3]
-    batch = {"model__global_batch_size": 4, "trainer__knowledge_distillation__max_steps": 5}
-    rows = train(**loss, **batch, allow_changed=["global_batch_size", "limit_train_batches"])
+    batch = {
+        "model__global_batch_size": 4,
+        "trainer__knowledge_distillation__max_steps": 5,
+    }
+    rows = train(
+        **loss, **batch, allow_changed=["global_batch_size", "limit_train_batches"]
+    )
     assert trained(rows) == [4, 5]
 
 
@@ -134,7 +157,9 @@ def test_a_run_that_was_stopped_early_stays_stopped(train, tmp_path):
     written_ns = archive.stat().st_mtime_ns
     assert trained(train(**overrides)) == []
     assert archive.stat().st_mtime_ns == written_ns
-    assert trained(train(**overrides | {"exp_manager__create_early_stopping_callback": False})) == [
+    assert trained(
+        train(**overrides | {"exp_manager__create_early_stopping_callback": False})
+    ) == [
         3,
         4,
     ]
@@ -160,7 +185,9 @@ def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_p
         },
     }  # fmt: skip
     rows = train(**overrides)
-    values = {row["step"]: row["validation/teacher_kl"] for row in rows if "val_loss" in row}
+    values = {
+        row["step"]: row["validation/teacher_kl"] for row in rows if "val_loss" in row
+    }
     best = int(min(values, key=lambda step: values[step]))
     (ranked,) = (
         path
@@ -170,12 +197,17 @@ def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_p
     assert ranked.name.startswith(
         f"run--validation_teacher_kl={values[best]:.4f}-step={best}-consumed_samples="
     )
-    assert trained(train(**overrides, trainer__knowledge_distillation__max_steps=3)) == [3]
+    assert trained(train(**overrides, trainer__knowledge_distillation__max_steps=3)) == [
+        3
+    ]
 
 
 def test_what_is_older_than_its_checkpoint_is_written_again(train, tmp_path):
     train()
-    archive, folder = tmp_path / "checkpoints" / "run.nemo", tmp_path / "checkpoints" / "run-hf"
+    archive, folder = (
+        tmp_path / "checkpoints" / "run.nemo",
+        tmp_path / "checkpoints" / "run-hf",
+    )
     written_ns = archive.stat().st_mtime_ns
     assert not train()
     assert archive.stat().st_mtime_ns == written_ns
@@ -196,17 +228,25 @@ class _Harmful:
 def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_path):
     train()
     checkpoint = last_checkpoint(tmp_path)
-    metadata, contents = checkpoint / ".metadata", json.loads((checkpoint / CONTENTS).read_text())
+    metadata, contents = (
+        checkpoint / ".metadata",
+        json.loads((checkpoint / CONTENTS).read_text()),
+    )
     metadata.unlink()  # other checkpoints share the file
     metadata.write_bytes(pickle.dumps(_Harmful()))
     contents["files"][".metadata"] = list(file_sum(metadata))
     (checkpoint / CONTENTS).unlink()
     (checkpoint / CONTENTS).write_text(json.dumps(contents))
     overrides = {**SETTINGS, "trainer__knowledge_distillation__max_steps": 3}
-    assert "it refers to posix.system" in ranks(1).run(run_stage_2, *world, tmp_path, overrides)[0]
+    assert (
+        "it refers to posix.system"
+        in ranks(1).run(run_stage_2, *world, tmp_path, overrides)[0]
+    )
 
 
-def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, train, tmp_path):
+def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(
+    ranks, world, train, tmp_path
+):
     params = {"save_weights_only": True, "save_top_k": 1, "save_nemo_on_train_end": True}
     train(exp_manager__checkpoint_callback_params=params)
     (ranked,) = (
@@ -216,7 +256,9 @@ def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(ranks, world, tr
     )
     overrides = {**SETTINGS, "exp_manager__resume_from_checkpoint": str(ranked)}
     message = ranks(1).run(run_stage_2, *world, tmp_path / "other", overrides)[0]
-    assert f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message
+    assert (
+        f"exp_manager.resume_from_checkpoint: {ranked}: it holds weights only" in message
+    )
 
 
 def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
@@ -229,7 +271,9 @@ def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
         "trainer.devices=2", "model.global_batch_size=8", "trainer.knowledge_distillation.max_steps=1",
         "model.data.num_workers=2", "model.knowledge_distillation.kd_loss_weight=1.0",
     ]  # fmt: skip
-    result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=240)
+    result = subprocess.run(
+        line, capture_output=True, text=True, check=False, timeout=240
+    )
     assert result.returncode == 0, result.stderr
     assert not re.search(r"Warning|NeMo W|HINT", result.stderr), result.stderr
     assert list((tmp_path / "run" / "checkpoints").glob("*.nemo"))
@@ -237,7 +281,10 @@ def test_the_command_ends_with_processes_that_read_ahead(world, tmp_path):
 
 def test_the_recorded_configuration_runs_again(train, tmp_path):
     first = train(name="again", model__optim__lr=2e-3)
-    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["optim"]["lr"] == 2e-3
+    assert (
+        yaml.safe_load((tmp_path / "config.yaml").read_text())["model"]["optim"]["lr"]
+        == 2e-3
+    )
     command = [
         *(sys.executable, "-m", "nemo_kd.cli.train_gpt_knowledge_distillation"),
         *("--config-dir", str(tmp_path), "--config-name", "config"),

@@ -46,7 +46,9 @@ class Said(logging.Handler):
         self.messages.append(record.getMessage())
 
 
-def run(arguments, overrides, token_losses=None) -> tuple[str, list[str], list[bool], list[float]]:
+def run(
+    arguments, overrides, token_losses=None
+) -> tuple[str, list[str], list[bool], list[float]]:
     """(error, messages, whether each step changed weights or optimizer, learning rates of the steps)."""
     said, changed, rates = Said(), [], []
     logger = logging.getLogger("nemo_kd")
@@ -54,9 +56,14 @@ def run(arguments, overrides, token_losses=None) -> tuple[str, list[str], list[b
 
     def state(module: StudentModule) -> list[torch.Tensor]:
         inner = module.optimizers().optimizer.megatron
-        optimizers = [part.optimizer for part in getattr(inner, "chained_optimizers", [inner])]
+        optimizers = [
+            part.optimizer for part in getattr(inner, "chained_optimizers", [inner])
+        ]
         moments = [
-            one for part in optimizers for states in part.state.values() for one in states.values()
+            one
+            for part in optimizers
+            for states in part.state.values()
+            for one in states.values()
         ]
         return [one.detach().clone() for one in (*module.gpt.parameters(), *moments)]
 
@@ -84,7 +91,9 @@ def run(arguments, overrides, token_losses=None) -> tuple[str, list[str], list[b
 
 
 def infinite_loss(original, module, hidden_SBH, batch):
-    return original(module, hidden_SBH * (torch.inf if 13 in batch.indices_B else 1), batch)
+    return original(
+        module, hidden_SBH * (torch.inf if 13 in batch.indices_B else 1), batch
+    )
 
 
 def infinite_gradient(original, module, hidden_SBH, batch):
@@ -108,7 +117,9 @@ def infinite_gradient(original, module, hidden_SBH, batch):
         ),
     ],
 )
-def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimizer, found):
+def test_a_step_that_is_not_finite(
+    ranks, world, tmp_path, token_losses, optimizer, found
+):
     """On one of two ranks; neither of them changes anything."""
     overrides = {
         **SETTINGS,
@@ -121,7 +132,9 @@ def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimiz
     ):
         assert error == ""
         assert changed == [True, False, True, True, True]
-        assert rates[2] > rates[1]  # the schedule goes on, so that it ends where the run does
+        assert (
+            rates[2] > rates[1]
+        )  # the schedule goes on, so that it ends where the run does
         assert [message for message in messages if "not finite" in message] == [
             f"{found}; no weight was changed, the step is skipped (1 so far)"
         ]
@@ -140,11 +153,16 @@ def test_a_step_that_is_not_finite(ranks, world, tmp_path, token_losses, optimiz
         assert changed == [True]
 
 
-def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(ranks, world, tmp_path):
+def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(
+    ranks, world, tmp_path
+):
     overrides = {**SETTINGS, "trainer__knowledge_distillation__non_finite": "skip"}
     first = {**overrides, "trainer__knowledge_distillation__max_steps": 4}
     ranks(2).run(run, (*world, tmp_path / "run"), first, infinite_loss)
-    assert ranks(2).run(run, (*world, tmp_path / "run"), overrides, infinite_loss)[0][0] == ""
+    assert (
+        ranks(2).run(run, (*world, tmp_path / "run"), overrides, infinite_loss)[0][0]
+        == ""
+    )
     assert training_rows(tmp_path / "run")[5]["train/skipped_steps"] == 1
     for key, before, now in (("model.seed", 1234, 5), ("model.global_batch_size", 8, 4)):
         changed = {**overrides, key.replace(".", "__"): now}
@@ -161,7 +179,9 @@ def test_too_many_in_a_row():
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
         steps.left_out(step, [3], [3, 4])
     assert steps.skipped == 2 * MAX_SKIPPED_IN_A_ROW - 2
-    with pytest.raises(NonFiniteError, match=f"the {MAX_SKIPPED_IN_A_ROW}th such step in a row"):
+    with pytest.raises(
+        NonFiniteError, match=f"the {MAX_SKIPPED_IN_A_ROW}th such step in a row"
+    ):
         steps.left_out(99, [], list(range(50)))
     again = NonFiniteSteps("skip")
     again.load_state_dict(steps.state_dict())
@@ -170,9 +190,12 @@ def test_too_many_in_a_row():
 
 def test_what_to_do_then_is_one_of_two():
     with pytest.raises(
-        ConfigError, match=r"trainer.knowledge_distillation.non_finite: 'ignore' is not one of stop"
+        ConfigError,
+        match=r"trainer.knowledge_distillation.non_finite: 'ignore' is not one of stop",
     ):
-        student_config(*map(Path, "mtvl"), trainer__knowledge_distillation__non_finite="ignore")
+        student_config(
+            *map(Path, "mtvl"), trainer__knowledge_distillation__non_finite="ignore"
+        )
 
 
 def run_with_full_disk(*arguments) -> str:
@@ -197,13 +220,17 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     overrides = {**SETTINGS, "trainer__knowledge_distillation__save_interval": 2}
     arguments = (*world, tmp_path / "run")
     errors = ranks(2).run(run_with_full_disk, arguments, overrides)
-    assert all(error.startswith("CheckpointError: ") and "-step=4-" in error for error in errors)
+    assert all(
+        error.startswith("CheckpointError: ") and "-step=4-" in error for error in errors
+    )
     assert "the checkpoint cannot be written (" in errors[0]
     assert "No such file or directory" in errors[0]
-    assert re.search(r"the one before it is whole: \S+-step=2-\S+-last\. Make room", errors[0])
-    assert [Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")] == [
-        2
-    ]
+    assert re.search(
+        r"the one before it is whole: \S+-step=2-\S+-last\. Make room", errors[0]
+    )
+    assert [
+        Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")
+    ] == [2]
     assert ranks(2).run(run, arguments, overrides)[0][0] == ""
     steps = [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row]
     assert steps[:4] == [1, 2, 3, 4]

@@ -72,7 +72,9 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def same_as_archive(ranks, folder: Path, archive: Path, target: Path) -> bool:
-    ranks(1).run(convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target)))
+    ranks(1).run(
+        convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target))
+    )
     ours, theirs = weights(folder), weights(target)
     return ours.keys() == theirs.keys() and all(
         torch.equal(ours[name], theirs[name]) for name in ours
@@ -93,7 +95,13 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
     }
     test = {"model__data__data_prefix": {split: [str(path)] for split, path in
             (("train", train), ("validation", validation), ("test", validation))}}  # fmt: skip
-    args = (students["tied"], train, validation, tmp_path / "a", {**SETTINGS, **layout, **test})
+    args = (
+        students["tied"],
+        train,
+        validation,
+        tmp_path / "a",
+        {**SETTINGS, **layout, **test},
+    )
     assert ranks(4).run(run_with_small_files, *args) == [""] * 4
     left = tmp_path / "a" / "checkpoints"
     last, best = left / "run-hf", left / "run-best-hf"
@@ -142,8 +150,19 @@ def test_experts_spread_over_ranks_are_exported(ranks, world, tmp_path):
     students, train, validation = world
     layout = {"trainer__devices": 4, "model__tensor_model_parallel_size": 2, "model__expert_model_parallel_size": 2,
               "model__sequence_parallel": True}  # fmt: skip
-    best = {"exp_manager__checkpoint_callback_params": {"save_top_k": 1, "save_best_model": True}}
-    args = (students["experts"], train, validation, tmp_path / "a", {**SETTINGS, **layout, **best})
+    best = {
+        "exp_manager__checkpoint_callback_params": {
+            "save_top_k": 1,
+            "save_best_model": True,
+        }
+    }
+    args = (
+        students["experts"],
+        train,
+        validation,
+        tmp_path / "a",
+        {**SETTINGS, **layout, **best},
+    )
     assert ranks(4).run(run_with_small_files, *args) == [""] * 4
     left = tmp_path / "a" / "checkpoints"
     assert not (left / "run-best.nemo").exists()

@@ -27,7 +27,9 @@ OBJECTIVES = (
 )
 SUPPORTS = ("renormalize", "tail", "truncate")
 INFINITE = (("reverse_kl", "truncate"), ("adaptive_kl", "truncate"))
-COMBINATIONS = tuple((o, s) for o in OBJECTIVES for s in SUPPORTS if (o, s) not in INFINITE)
+COMBINATIONS = tuple(
+    (o, s) for o in OBJECTIVES for s in SUPPORTS if (o, s) not in INFINITE
+)
 NEGATIVE_INFINITY = float("-inf")
 
 
@@ -63,7 +65,8 @@ class Problem:
 
     def map(self, function) -> Problem:
         return replace(
-            self, **{field.name: function(getattr(self, field.name)) for field in fields(self)}
+            self,
+            **{field.name: function(getattr(self, field.name)) for field in fields(self)},
         )
 
     def rows(self, rows) -> Problem:
@@ -74,11 +77,16 @@ class Problem:
         small = ("logits_NV", "topk_logits_NK")
         wide = torch.promote_types(dtype, torch.float32)
         floats = [
-            field.name for field in fields(self) if getattr(self, field.name).is_floating_point()
+            field.name
+            for field in fields(self)
+            if getattr(self, field.name).is_floating_point()
         ]
         return replace(
             self,
-            **{name: getattr(self, name).to(dtype if name in small else wide) for name in floats},
+            **{
+                name: getattr(self, name).to(dtype if name in small else wide)
+                for name in floats
+            },
         )
 
 
@@ -100,14 +108,18 @@ def make_problem(
     outside_NV = torch.ones_like(teacher_NV).scatter_(1, ids_NK, 0.0)
     tail_NV = torch.softmax(teacher_NV * teacher_scale, 1) * outside_NV
     drawable_NV = torch.where(tail_NV.sum(1, keepdim=True) > 0, tail_NV, 1.0)
-    samples_NM = torch.multinomial(drawable_NV, num_samples, replacement=True, generator=generator)
+    samples_NM = torch.multinomial(
+        drawable_NV, num_samples, replacement=True, generator=generator
+    )
     return Problem(
         logits_NV=logits_NV,
         labels_N=labels_N,
         topk_logits_NK=kept_NK - kept_NK[:, :1],
         topk_token_ids_NK=ids_NK,
         tail_mass_N=tail_NV.sum(1).clamp(max=1),  # rounding
-        label_logprobs_N=torch.log_softmax(teacher_NV, 1).gather(1, labels_N[:, None])[:, 0],
+        label_logprobs_N=torch.log_softmax(teacher_NV, 1).gather(1, labels_N[:, None])[
+            :, 0
+        ],
         tail_token_ids_NM=samples_NM.masked_fill(
             tail_NV.sum(1)[:, None] < SMALLEST_SAMPLED_TAIL, -1
         ),
@@ -136,9 +148,16 @@ def random_problem(
     priority_NV[:, wanted] += 1
     labels_N = torch.randint(vocab_size, (num_rows,), generator=generator)
     for row in range(0, num_rows, 2):
-        labels_N[row] = wanted_ids[row // 2 % len(wanted_ids)] if wanted_ids else labels_N[row]
+        labels_N[row] = (
+            wanted_ids[row // 2 % len(wanted_ids)] if wanted_ids else labels_N[row]
+        )
     return make_problem(
-        teacher_NV, logits_NV, priority_NV.topk(k).indices, labels_N, teacher_scale, seed=seed
+        teacher_NV,
+        logits_NV,
+        priority_NV.topk(k).indices,
+        labels_N,
+        teacher_scale,
+        seed=seed,
     )
 
 
@@ -150,7 +169,9 @@ def forget(problem: Problem, row: int, num_used: int) -> Problem:
     tail_N[row] = tail_N[row] + (1 - tail_N[row]) * lost
     logits_NK[row, num_used:] = NEGATIVE_INFINITY
     ids_NK[row, num_used:] = -1
-    return replace(problem, topk_logits_NK=logits_NK, topk_token_ids_NK=ids_NK, tail_mass_N=tail_N)
+    return replace(
+        problem, topk_logits_NK=logits_NK, topk_token_ids_NK=ids_NK, tail_mass_N=tail_N
+    )
 
 
 def dense_losses(
@@ -163,10 +184,15 @@ def dense_losses(
     leaf_NV = problem.logits_NV.clone().requires_grad_()
     num_rows = len(leaf_NV)
     ce_N = torch.stack(
-        [_cross_entropy(leaf_NV[n], problem.labels_N[n], definition) for n in range(num_rows)]
+        [
+            _cross_entropy(leaf_NV[n], problem.labels_N[n], definition)
+            for n in range(num_rows)
+        ]
     )
     kd_N = (
-        torch.stack([_divergence(leaf_NV[n], problem, n, definition) for n in range(num_rows)])
+        torch.stack(
+            [_divergence(leaf_NV[n], problem, n, definition) for n in range(num_rows)]
+        )
         * definition.factor
     )
     ((ce_N * problem.ce_weight_N).sum() + (kd_N * problem.kd_weight_N).sum()).backward()
@@ -174,7 +200,9 @@ def dense_losses(
     return ce_N.detach(), kd_N.detach(), leaf_NV.grad
 
 
-def _cross_entropy(z_V: torch.Tensor, label: torch.Tensor, definition: Definition) -> torch.Tensor:
+def _cross_entropy(
+    z_V: torch.Tensor, label: torch.Tensor, definition: Definition
+) -> torch.Tensor:
     ce = torch.nn.functional.cross_entropy(
         z_V[None], label[None], label_smoothing=definition.label_smoothing
     )
@@ -185,7 +213,10 @@ def _divergence(
     z_V: torch.Tensor, problem: Problem, row: int, definition: Definition
 ) -> torch.Tensor:
     if definition.objective in LABEL_OBJECTIVES:
-        log_ratio = torch.log_softmax(z_V, 0)[problem.labels_N[row]] - problem.label_logprobs_N[row]
+        log_ratio = (
+            torch.log_softmax(z_V, 0)[problem.labels_N[row]]
+            - problem.label_logprobs_N[row]
+        )
         return _label_objective(log_ratio, definition.objective)
     ids = problem.topk_token_ids_NK[row]
     teacher_K, ids = problem.topk_logits_NK[row][ids >= 0], ids[ids >= 0]
@@ -194,7 +225,9 @@ def _divergence(
     log_head_K = torch.log_softmax(teacher_K * definition.teacher_scale, 0)
     if definition.support == "renormalize":
         return _of_entries(
-            log_head_K, torch.log_softmax(z_V[ids] * definition.student_scale, 0), definition
+            log_head_K,
+            torch.log_softmax(z_V[ids] * definition.student_scale, 0),
+            definition,
         )
     tail = problem.tail_mass_N[row]
     log_q_V = torch.log_softmax(z_V * definition.student_scale, 0)
@@ -208,7 +241,11 @@ def _divergence(
             - weight * log_q_V[samples[samples >= 0]].sum()
         )
     outside = torch.ones_like(z_V, dtype=torch.bool).index_fill(0, ids, False)
-    tail = tail.clamp(min=SMALLEST_TAIL) if definition.support == "tail" else torch.zeros_like(tail)
+    tail = (
+        tail.clamp(min=SMALLEST_TAIL)
+        if definition.support == "tail"
+        else torch.zeros_like(tail)
+    )
     if not outside.any():  # the whole vocabulary is kept: there is no bucket
         return _of_entries(log_p_K, log_q_V[ids], definition)
     log_q_tail = torch.logsumexp(log_q_V[outside], 0)
@@ -236,7 +273,11 @@ def _of_entries(
 ) -> torch.Tensor:
     """The divergence of two distributions over the same entries; the first is the tail bucket if there is one."""
     p, q = log_p.exp(), log_q.exp()
-    objective, beta, skew = definition.objective, definition.jsd_beta, definition.skew_lambda
+    objective, beta, skew = (
+        definition.objective,
+        definition.jsd_beta,
+        definition.skew_lambda,
+    )
     if objective == "forward_kl":
         return _kl(log_p, log_q)
     if objective == "reverse_kl":
@@ -268,8 +309,12 @@ def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
     return (log_a[some].exp() * (log_a[some] - log_b[some])).sum()
 
 
-def _mixture(log_p: torch.Tensor, log_q: torch.Tensor, weight_of_p: float) -> torch.Tensor:
-    return torch.logaddexp(log_p + math.log(weight_of_p), log_q + math.log(1 - weight_of_p))
+def _mixture(
+    log_p: torch.Tensor, log_q: torch.Tensor, weight_of_p: float
+) -> torch.Tensor:
+    return torch.logaddexp(
+        log_p + math.log(weight_of_p), log_q + math.log(1 - weight_of_p)
+    )
 
 
 def num_real_of(layout: str, vocab_size: int, world_size: int) -> tuple[list[int], int]:
@@ -281,7 +326,8 @@ def num_real_of(layout: str, vocab_size: int, world_size: int) -> tuple[list[int
     if layout == "even":
         columns = -(-vocab_size // world_size) + 1
         return [
-            max(0, min(columns, vocab_size - rank * columns)) for rank in range(world_size)
+            max(0, min(columns, vocab_size - rank * columns))
+            for rank in range(world_size)
         ], columns
     first = vocab_size // 3
     real = {
@@ -310,4 +356,6 @@ def join(parts: list[torch.Tensor], layout: str, vocab_size: int) -> torch.Tenso
     num_real, _ = num_real_of(layout, vocab_size, len(parts))
     for part, count in zip(parts, num_real, strict=True):
         assert not part[:, count:].any(), "padding columns got a gradient"
-    return torch.cat([part[:, :count] for part, count in zip(parts, num_real, strict=True)], dim=1)
+    return torch.cat(
+        [part[:, :count] for part, count in zip(parts, num_real, strict=True)], dim=1
+    )

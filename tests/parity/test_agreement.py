@@ -20,7 +20,9 @@ from tests.tiny_tokenizer import train_tokenizer
 
 def compare(student, teacher, examples, micro_batch_size=3):
     try:
-        return compare_with_teacher(str(student), str(teacher), iter(examples), micro_batch_size)
+        return compare_with_teacher(
+            str(student), str(teacher), iter(examples), micro_batch_size
+        )
     except ConfigError as error:
         return str(error)
 
@@ -33,12 +35,15 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     )
     dataset = TokenizedDataset(data, train_tokenizer(300), 512, 300)
     examples = [
-        example for i in range(len(dataset)) if not isinstance(example := dataset[i], Skipped)
+        example
+        for i in range(len(dataset))
+        if not isinstance(example := dataset[i], Skipped)
     ]
     ours = ranks(1).run(compare, student, teacher, examples)[0]
 
     models = [
-        AutoModelForCausalLM.from_pretrained(path).double().eval() for path in (student, teacher)
+        AutoModelForCausalLM.from_pretrained(path).double().eval()
+        for path in (student, teacher)
     ]
     sums = torch.zeros(4, dtype=torch.float64)
     for example in examples:
@@ -46,14 +51,18 @@ def test_agreement_matches_transformers(ranks, tmp_path):
         labels = torch.tensor(example.labels_S)[mask]
         with torch.no_grad():
             log_q, log_p = (
-                model(torch.tensor(example.tokens_S)[None]).logits[0][mask].log_softmax(-1)
+                model(torch.tensor(example.tokens_S)[None])
+                .logits[0][mask]
+                .log_softmax(-1)
                 for model in models
             )
         sums += torch.stack(
             [
                 torch.nn.functional.nll_loss(log_q, labels, reduction="sum"),
                 torch.nn.functional.nll_loss(log_p, labels, reduction="sum"),
-                torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum"),
+                torch.nn.functional.kl_div(
+                    log_q, log_p, log_target=True, reduction="sum"
+                ),
                 (log_q.argmax(-1) == log_p.argmax(-1)).sum().double(),
             ]
         )
@@ -89,4 +98,7 @@ def test_what_cannot_be_compared_is_refused(ranks, tmp_path):
     message = ranks(1).run(compare, other, teacher, [])[0]
     assert f"{other} and {teacher} have different tokenizers" in message
 
-    assert "the examples have no loss token" in ranks(1).run(compare, teacher, teacher, [])[0]
+    assert (
+        "the examples have no loss token"
+        in ranks(1).run(compare, teacher, teacher, [])[0]
+    )

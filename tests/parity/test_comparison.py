@@ -84,8 +84,12 @@ def test_comparison_equals_plain_sums_and_changes_no_gradient(ranks, world_size)
     assert 0 < expected[:, 0].sum() < len(expected)
     for results in ranks(world_size).run(compared_rows):
         for name, (compared, gradient, plain) in zip(DIVERGENCES, results, strict=True):
-            np.testing.assert_allclose(compared, expected, rtol=1e-9, atol=1e-9, err_msg=name)
-            np.testing.assert_allclose(gradient, plain, rtol=1e-11, atol=1e-13, err_msg=name)
+            np.testing.assert_allclose(
+                compared, expected, rtol=1e-9, atol=1e-9, err_msg=name
+            )
+            np.testing.assert_allclose(
+                gradient, plain, rtol=1e-11, atol=1e-13, err_msg=name
+            )
 
 
 def test_the_students_first_token_is_seen_where_it_is_the_teachers():

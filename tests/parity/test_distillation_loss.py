@@ -73,7 +73,9 @@ def test_value_and_gradient_match_plain_float64(tmp_path, packed, config):
     (gradient,) = torch.autograd.grad(expected, logits)
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the cache is float32
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-9)
-    total = distillation_loss(logits, batch, config, vocab_size=VOCAB_SIZE, reduction="sum")
+    total = distillation_loss(
+        logits, batch, config, vocab_size=VOCAB_SIZE, reduction="sum"
+    )
     torch.testing.assert_close(total / len(batch.loss_positions_N), loss)
 
 
@@ -83,7 +85,9 @@ def test_a_batch_without_teacher_or_with_a_custom_loss_is_refused(tmp_path):
     logits = torch.zeros(1, 8, VOCAB_SIZE)
     with pytest.raises(ValueError, match="batch.teacher: None"):
         distillation_loss(logits, batch)
-    loss = distillation_loss(logits, batch, LossConfig(kd_loss_weight=0, sft_loss_weight=1))
+    loss = distillation_loss(
+        logits, batch, LossConfig(kd_loss_weight=0, sft_loss_weight=1)
+    )
     assert float(loss) == pytest.approx(torch.tensor(50.0).log().item())
     custom = LossConfig(kd_loss="custom", custom_loss="a.b")
     with pytest.raises(ValueError, match="kd_loss: custom"):
@@ -97,4 +101,6 @@ def test_the_losses_need_torch_and_numpy_only():
         "import sys; import nemo_kd.ops.distillation, nemo_kd.ops.log_probs, nemo_kd.ops.topk, nemo_kd.data.collate; "
         "print(*{name.split('.')[0] for name in sys.modules} & {'omegaconf', 'megatron', 'lightning', 'nemo', 'transformers'})"
     )
-    assert subprocess.check_output([sys.executable, "-c", program], text=True).split() == []
+    assert (
+        subprocess.check_output([sys.executable, "-c", program], text=True).split() == []
+    )

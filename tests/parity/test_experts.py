@@ -73,16 +73,22 @@ def run(path: str, layout: Layout, packed: bool) -> Rows:
         if hidden is None or is_filler:
             continue
         local, whole = loss_positions(batch, groups)
-        logits = hidden_at(hidden, local, len(batch.tokens_BS), model) @ output_weight(model).T
+        logits = (
+            hidden_at(hidden, local, len(batch.tokens_BS), model) @ output_weight(model).T
+        )
         parts = [torch.empty_like(logits) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, logits, group=groups.tensor)
-        for position, row in zip(whole.tolist(), torch.cat(parts, -1)[:, :VOCAB_SIZE], strict=True):
+        for position, row in zip(
+            whole.tolist(), torch.cat(parts, -1)[:, :VOCAB_SIZE], strict=True
+        ):
             index, offset = example_of(batch, position)
             rows.setdefault(index, {})[offset] = row
     return rows if groups.tensor_rank == 0 else {}
 
 
-def run_all(paths: dict[str, str], layouts: dict[str, Layout]) -> dict[tuple[str, str, bool], Rows]:
+def run_all(
+    paths: dict[str, str], layouts: dict[str, Layout]
+) -> dict[tuple[str, str, bool], Rows]:
     return {
         (name, model, packed): run(path, layout, packed)
         for name, layout in layouts.items()
@@ -139,12 +145,16 @@ def reference(models) -> dict[str, dict[int, torch.Tensor]]:
 def test_every_layout_matches_transformers(ranks, models, reference, world_size):
     results = ranks(world_size).run(run_all, models, LAYOUTS[world_size])
     for case in results[0]:
-        difference = largest_difference([result[case] for result in results], reference[case[1]])
+        difference = largest_difference(
+            [result[case] for result in results], reference[case[1]]
+        )
         assert difference < TOLERANCE, (case, difference)
     assert len({case[0] for case in results[0]}) == len(LAYOUTS[world_size])
 
 
-def test_the_comparison_notices_other_weights_of_the_experts(ranks, models, reference, tmp_path):
+def test_the_comparison_notices_other_weights_of_the_experts(
+    ranks, models, reference, tmp_path
+):
     for name, changed in (
         ("qwen3_moe", {"norm_topk_prob": False}),
         ("mixtral", {"num_experts_per_tok": 3}),
@@ -155,7 +165,9 @@ def test_the_comparison_notices_other_weights_of_the_experts(ranks, models, refe
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_archives_written_and_read_with_experts_apart(ranks, models, reference, tmp_path, name):
+def test_archives_written_and_read_with_experts_apart(
+    ranks, models, reference, tmp_path, name
+):
     archive, back = str(tmp_path / "model.nemo"), tmp_path / "back"
     ranks(4).run(resave, models[name], archive, EP | TP)
     for world_size, layout in ((1, {}), (2, EP), (2, TP), (4, EP | PP)):
@@ -175,16 +187,17 @@ def test_fused_experts_are_read_as_well(ranks, models, reference, tmp_path, name
     """The layout of transformers' memory, as torch or safetensors save a state dict of its version 5."""
     shutil.copytree(models[name], tmp_path / "hf")
     fused = {
-        key: tensor.clone() for key, tensor in build_hf_model(name, VOCAB_SIZE).state_dict().items()
+        key: tensor.clone()
+        for key, tensor in build_hf_model(name, VOCAB_SIZE).state_dict().items()
     }
     assert "model.layers.1.mlp.experts.gate_up_proj" in fused
     save_file(fused, tmp_path / "hf" / "model.safetensors")
     for world_size, layout in ((1, {}), (4, EP | TP)):
         results = ranks(world_size).run(run, str(tmp_path / "hf"), layout, False)
         assert largest_difference(results, reference[name]) < TOLERANCE
-    fused["model.layers.1.mlp.experts.down_proj"] = fused["model.layers.1.mlp.experts.down_proj"][
-        1:
-    ].clone()
+    fused["model.layers.1.mlp.experts.down_proj"] = fused[
+        "model.layers.1.mlp.experts.down_proj"
+    ][1:].clone()
     save_file(fused, tmp_path / "hf" / "model.safetensors")
     message = r"layers.1.mlp.experts.down_proj has the shape .* config.json calls for"
     with pytest.raises(ConfigError, match=message), open_pretrained(str(tmp_path / "hf")):
@@ -221,12 +234,12 @@ def test_ranks_that_step_together(ranks):
 def test_layouts_that_do_not_fit_are_refused(models):
     with open_pretrained(models["qwen3_moe"]) as source:
         architecture = source.architecture
-    message = (
-        r"model.expert_model_parallel_size: 3 does not divide the model's experts: it has 8 a layer"
-    )
+    message = r"model.expert_model_parallel_size: 3 does not divide the model's experts: it has 8 a layer"
     with pytest.raises(ConfigError, match=message):
         check_layout(architecture, ModelConfig(expert_model_parallel_size=3))
-    with pytest.raises(ConfigError, match="does not divide the model's experts: it has none"):
+    with pytest.raises(
+        ConfigError, match="does not divide the model's experts: it has none"
+    ):
         check_layout(replace(architecture, num_moe_experts=None), ModelConfig(**EP))
     with pytest.raises(
         ConfigError,

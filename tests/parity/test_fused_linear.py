@@ -11,7 +11,14 @@ import torch
 from nemo_kd.ops import fused_linear
 from nemo_kd.ops.fused_linear import fused_linear_loss
 from nemo_kd.ops.vocab import VocabShard
-from tests.parity.dense_losses import DEFAULT, Definition, Problem, cut, dense_losses, join
+from tests.parity.dense_losses import (
+    DEFAULT,
+    Definition,
+    Problem,
+    cut,
+    dense_losses,
+    join,
+)
 from tests.parity.test_losses import loss_of, mixed_rows, teacher_rows, whole_vocabulary
 
 CE_WEIGHT, KD_WEIGHT = 0.25, 0.75
@@ -54,7 +61,13 @@ def dense_fused(fused: Fused, definition: Definition) -> tuple[torch.Tensor, ...
     """(total, ce_N, kd_N, gradient of hidden, gradient of the weight)."""
     ce_N, kd_N, gradient_NV = dense_losses(fused.problem, definition)
     total = (ce_N * CE_WEIGHT + kd_N * KD_WEIGHT).sum()
-    return total, ce_N, kd_N, gradient_NV @ fused.weight_VH, gradient_NV.T @ fused.hidden_NH
+    return (
+        total,
+        ce_N,
+        kd_N,
+        gradient_NV @ fused.weight_VH,
+        gradient_NV.T @ fused.hidden_NH,
+    )
 
 
 def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
@@ -99,10 +112,16 @@ def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
 )
 def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
     per_rank = ranks(world_size).run(_solve, layout, with_main_grad)
-    cases = [(definition, block_rows) for definition in DEFINITIONS for block_rows in BLOCK_ROWS]
+    cases = [
+        (definition, block_rows)
+        for definition in DEFINITIONS
+        for block_rows in BLOCK_ROWS
+    ]
     for number, (definition, block_rows) in enumerate(cases):
         expected = dense_fused(fused_problem(definition.teacher_scale), definition)
-        found = [[torch.from_numpy(array) for array in results[number]] for results in per_rank]
+        found = [
+            [torch.from_numpy(array) for array in results[number]] for results in per_rank
+        ]
         name = f"{definition}, blocks of {block_rows}"
         close = functools.partial(
             torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=f"{name}: {{}}".format
@@ -151,7 +170,11 @@ def test_fused_equals_the_losses_on_logits(upstream):
     )
     total2 = (2 * on_logits.ce_N + 3 * on_logits.kd_N).sum()
     (total2 * upstream).backward()
-    pairs = ((total, total2), (losses.ce_N, on_logits.ce_N), (losses.kd_N, on_logits.kd_N))
+    pairs = (
+        (total, total2),
+        (losses.ce_N, on_logits.ce_N),
+        (losses.kd_N, on_logits.kd_N),
+    )
     for ours, theirs in (
         *pairs,
         (hidden_NH.grad, hidden2_NH.grad),
@@ -166,12 +189,16 @@ def test_main_grad_accumulates():
     weight_VH = fused.weight_VH.clone().requires_grad_()
     weight_VH.main_grad = torch.full_like(weight_VH, 7.0, dtype=torch.float32)
     for _ in range(3):
-        _, total, _ = _run_alone(fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
+        _, total, _ = _run_alone(
+            fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT
+        )
         total.backward()
     torch.testing.assert_close(
         weight_VH.main_grad.double(), 7 + 3 * expected[4], rtol=1e-6, atol=1e-5
     )
-    assert weight_VH.grad is None or not weight_VH.grad.any(), "the gradient would count twice"
+    assert weight_VH.grad is None or not weight_VH.grad.any(), (
+        "the gradient would count twice"
+    )
 
 
 def test_with_main_grad_another_upstream_gradient_than_1_is_refused():
@@ -201,14 +228,19 @@ def test_tied_weight_gets_the_gradients_of_both_its_uses(with_main_grad):
         teacher_rows(problem),
     )
     total.backward()
-    found = weight_VH.grad.double() + (weight_VH.main_grad.double() if with_main_grad else 0)
+    found = weight_VH.grad.double() + (
+        weight_VH.main_grad.double() if with_main_grad else 0
+    )
 
     tied_VH = fused.weight_VH.clone().requires_grad_()
     hidden_NH = torch.tanh(torch.nn.functional.embedding(tokens_N, tied_VH))
     logits_NV = hidden_NH @ tied_VH.T
     ones = torch.ones(8, dtype=torch.float64)
     _, _, gradient_NV = dense_losses(
-        replace(problem, logits_NV=logits_NV.detach(), ce_weight_N=ones, kd_weight_N=ones), DEFAULT
+        replace(
+            problem, logits_NV=logits_NV.detach(), ce_weight_N=ones, kd_weight_N=ones
+        ),
+        DEFAULT,
     )
     logits_NV.backward(gradient_NV)
     tolerance = 1e-5 if with_main_grad else 1e-11
@@ -231,7 +263,9 @@ def test_no_gradient_of_a_frozen_weight_is_computed(monkeypatch):
     fused = fused_problem()
     weight_VH = fused.weight_VH.clone()
     weight_VH.main_grad = torch.full_like(weight_VH, 7.0)
-    hidden_NH, total, _ = _run_alone(fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT)
+    hidden_NH, total, _ = _run_alone(
+        fused, weight_VH, ce_weight=CE_WEIGHT, kd_weight=KD_WEIGHT
+    )
     total.backward()
     torch.testing.assert_close(
         hidden_NH.grad, dense_fused(fused, DEFAULT)[3], rtol=1e-11, atol=1e-11
@@ -259,7 +293,9 @@ def test_no_rows(with_main_grad):
 
 def test_without_a_teacher():
     fused = fused_problem()
-    hidden_NH, weight_VH = (t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH))
+    hidden_NH, weight_VH = (
+        t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH)
+    )
     problem = fused.problem
     total, losses = fused_linear_loss(
         loss_of(DEFAULT),

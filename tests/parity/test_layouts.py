@@ -40,7 +40,11 @@ MODELS = {
     # Only the last layer has a window: wrong if a pipeline stage counts its layers from 0.
     "qwen3_last_window": (
         "qwen3",
-        {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": NUM_LAYERS - 1},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": NUM_LAYERS - 1,
+        },
     ),
 }
 LENGTHS = ((1, 7, 40, 129), (200,), (33, 2, 64), (5,))
@@ -91,7 +95,9 @@ def load(path: str, layout: Layout, dtype: torch.dtype = torch.float32):
     groups = initialize_model_parallel(config, 1)
     with open_pretrained(path) as source:
         megatron = transformer_config(source.architecture, config, dtype)
-        model = build_gpt_model(source.architecture, megatron, 8, transformer_engine=False).eval()
+        model = build_gpt_model(
+            source.architecture, megatron, 8, transformer_engine=False
+        ).eval()
         source.load_weights(model, groups)
     return model, groups, length_multiple(config)
 
@@ -108,7 +114,11 @@ def example_of(batch: Batch, position: int) -> tuple[int, int]:
 
 @torch.inference_mode()
 def run(
-    path: str, layout: Layout, packed: bool, every: bool = False, dtype: torch.dtype = torch.float32
+    path: str,
+    layout: Layout,
+    packed: bool,
+    every: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> Rows:
     """What this rank's columns of this data-parallel rank's batches give, on the last stage; the vocabulary gathered."""
     model, groups, multiple_of = load(path, layout, dtype)
@@ -122,7 +132,9 @@ def run(
         if hidden is None:
             continue
         mine, whole = loss_positions(batch, groups, every)
-        logits = hidden_at(hidden, mine, len(batch.tokens_BS), model) @ output_weight(model).T
+        logits = (
+            hidden_at(hidden, mine, len(batch.tokens_BS), model) @ output_weight(model).T
+        )
         assert torch.allclose(
             project(model, hidden).flatten(0, 1)[mine],
             logits,
@@ -139,7 +151,9 @@ def run(
     return rows if groups.tensor_rank == 0 else {}
 
 
-def run_all(paths: dict[str, str], layouts: dict[str, Layout]) -> dict[tuple[str, str, bool], Rows]:
+def run_all(
+    paths: dict[str, str], layouts: dict[str, Layout]
+) -> dict[tuple[str, str, bool], Rows]:
     with mock.patch.object(layers, "QUERY_BLOCK", QUERY_BLOCK):
         return {
             (name, model, packed): run(path, layout, packed)
@@ -175,7 +189,10 @@ def largest_difference(
             if position in found:
                 largest = max(
                     largest,
-                    (found[position] - expected[example.index][position]).abs().max().item(),
+                    (found[position] - expected[example.index][position])
+                    .abs()
+                    .max()
+                    .item(),
                 )
     return largest
 
@@ -185,9 +202,9 @@ def models(tmp_path_factory) -> dict[str, str]:
     folders = {}
     for name, (base, changes) in MODELS.items():
         folder: Path = tmp_path_factory.mktemp(name.replace(".", "_")) / "hf"
-        build_hf_model(base, VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **changes).save_pretrained(
-            folder
-        )
+        build_hf_model(
+            base, VOCAB_SIZE, num_hidden_layers=NUM_LAYERS, **changes
+        ).save_pretrained(folder)
         folders[name] = str(folder)
     return folders
 
@@ -211,7 +228,9 @@ def reference(models) -> dict[str, dict[int, torch.Tensor]]:
 def test_every_layout_matches_transformers(ranks, models, reference, world_size):
     results = ranks(world_size).run(run_all, models, LAYOUTS[world_size], timeout_s=600)
     for case in results[0]:
-        difference = largest_difference([result[case] for result in results], reference[case[1]])
+        difference = largest_difference(
+            [result[case] for result in results], reference[case[1]]
+        )
         assert difference < TOLERANCE, (case, difference)
     assert len({case[0] for case in results[0]}) == len(LAYOUTS[world_size])
 
@@ -226,14 +245,18 @@ def test_every_position_of_the_examples(ranks, models, reference):
 def test_half_precision(ranks, models, reference):
     """bf16 has 8 bits: four layers of it stay within a few steps of the float32 logits, which reach about 3."""
     for layout, packed in ((PP, True), (TP | SP, True), (CP, False)):
-        results = ranks(2).run(run, models["llama3.1"], layout, packed, False, torch.bfloat16)
+        results = ranks(2).run(
+            run, models["llama3.1"], layout, packed, False, torch.bfloat16
+        )
         assert 1e-4 < largest_difference(results, reference["llama3.1"]) < 0.15
 
 
 def test_archives_load_in_stages(ranks, models, reference, tmp_path):
     for name in ("qwen2_tied", "qwen3"):
         archive = str(tmp_path / f"{name}.nemo")
-        ranks(1).run(convert, ConvertCheckpointConfig(input_path=models[name], output_path=archive))
+        ranks(1).run(
+            convert, ConvertCheckpointConfig(input_path=models[name], output_path=archive)
+        )
         results = ranks(4).run(run, archive, PP | TP, True)
         assert largest_difference(results, reference[name]) < TOLERANCE
 

@@ -36,7 +36,8 @@ from tests.parity.test_losses import (
 
 
 @pytest.mark.parametrize(
-    ("dtype", "epsilon"), [(torch.float32, 3e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+    ("dtype", "epsilon"),
+    [(torch.float32, 3e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)],
 )
 def test_low_precision_inputs(dtype, epsilon):
     """Values as exact as float32 sums allow; gradients as exact as their own dtype can hold."""
@@ -46,11 +47,15 @@ def test_low_precision_inputs(dtype, epsilon):
         ce, kd, gradient = solve_alone(problem, one)
         assert ce.dtype == kd.dtype == torch.float32
         assert gradient.dtype == dtype
-        torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-6, msg=name_of(one))
-        torch.testing.assert_close(kd.double(), expected_kd, rtol=1e-5, atol=2e-6, msg=name_of(one))
-        error = (gradient.double() - expected).abs().amax(1) / expected.abs().amax(1).clamp(
-            min=1e-9
+        torch.testing.assert_close(
+            ce.double(), expected_ce, rtol=1e-5, atol=1e-6, msg=name_of(one)
         )
+        torch.testing.assert_close(
+            kd.double(), expected_kd, rtol=1e-5, atol=2e-6, msg=name_of(one)
+        )
+        error = (gradient.double() - expected).abs().amax(1) / expected.abs().amax(
+            1
+        ).clamp(min=1e-9)
         assert error.max() < epsilon, f"{name_of(one)}: {error}"
 
 
@@ -64,11 +69,17 @@ def test_extreme_logits_in_float32(make_cases):
             limit.cast(torch.float32), case.definition
         )
         ce, kd, gradient = solve_alone(problem.cast(torch.float32), case.definition)
-        torch.testing.assert_close(ce.double(), expected_ce, rtol=1e-5, atol=1e-5, msg=case.name)
-        torch.testing.assert_close(kd.double(), expected_kd, rtol=1e-5, atol=1e-5, msg=case.name)
+        torch.testing.assert_close(
+            ce.double(), expected_ce, rtol=1e-5, atol=1e-5, msg=case.name
+        )
+        torch.testing.assert_close(
+            kd.double(), expected_kd, rtol=1e-5, atol=1e-5, msg=case.name
+        )
         # The derivatives of a large divergence are differences of terms of its size.
         size_N = expected.abs().amax(1).maximum(expected_kd.abs())
-        assert ((gradient.double() - expected).abs().amax(1) <= 2e-6 * size_N).all(), case.name
+        assert ((gradient.double() - expected).abs().amax(1) <= 2e-6 * size_N).all(), (
+            case.name
+        )
 
 
 @pytest.mark.parametrize(
@@ -77,7 +88,10 @@ def test_extreme_logits_in_float32(make_cases):
 def test_an_impossible_kept_token_makes_forward_kl_infinite_but_not_its_gradient(
     objective, support
 ):
-    problem, definition = mixed_rows(1.0).rows([0, 1, 2]), Definition(objective, support)  # a copy
+    problem, definition = (
+        mixed_rows(1.0).rows([0, 1, 2]),
+        Definition(objective, support),
+    )  # a copy
     rows_N, first_N = torch.arange(3), problem.topk_token_ids_NK[:, 1]
     problem.logits_NV[rows_N, first_N] = -1e6
     problem.ce_weight_N[:] = 0
@@ -95,7 +109,9 @@ def test_gradient_goes_into_the_logits_memory_unless_they_are_a_leaf():
         leaf_NV = problem.logits_NV.clone().requires_grad_()
         logits_NV = leaf_NV if is_leaf else leaf_NV.clone()
         logits_NV.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
-        losses = loss(logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem))
+        losses = loss(
+            logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+        )
         (losses.ce_N.sum() + losses.kd_N.sum()).backward()
         assert (addresses[-1] == logits_NV.data_ptr()) is not is_leaf
         assert torch.equal(leaf_NV.detach(), problem.logits_NV)
@@ -103,7 +119,11 @@ def test_gradient_goes_into_the_logits_memory_unless_they_are_a_leaf():
 
 def _view_of_leaf(logits_NV):
     leaf = logits_NV.clone().view(2, -1, logits_NV.shape[1]).requires_grad_()
-    return leaf, leaf.view(logits_NV.shape), lambda gradient: gradient.view(logits_NV.shape)
+    return (
+        leaf,
+        leaf.view(logits_NV.shape),
+        lambda gradient: gradient.view(logits_NV.shape),
+    )
 
 
 def _transposed(logits_NV):
@@ -116,7 +136,9 @@ def _columns_of_a_wider_tensor(logits_NV):
     return leaf, (leaf * 1)[:, 3:-5], lambda gradient: gradient[:, 3:-5]
 
 
-@pytest.mark.parametrize("layout", [_view_of_leaf, _transposed, _columns_of_a_wider_tensor])
+@pytest.mark.parametrize(
+    "layout", [_view_of_leaf, _transposed, _columns_of_a_wider_tensor]
+)
 def test_other_memory_layouts(layout):
     problem = mixed_rows(1.0)
     leaf, logits_NV, back = layout(problem.logits_NV)
@@ -125,7 +147,8 @@ def test_other_memory_layouts(layout):
         logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
     )
     (
-        (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+        (losses.ce_N * problem.ce_weight_N).sum()
+        + (losses.kd_N * problem.kd_weight_N).sum()
     ).backward()
     assert torch.equal(leaf.detach(), before)
     torch.testing.assert_close(
@@ -147,10 +170,13 @@ def test_an_operation_that_needs_its_output_again_is_refused():
 def test_ids_may_be_int32():
     problem, sampled = mixed_rows(1.0), Definition("forward_kl", "sampled")
     ids = {
-        name: getattr(problem, name).int() for name in ("topk_token_ids_NK", "tail_token_ids_NM")
+        name: getattr(problem, name).int()
+        for name in ("topk_token_ids_NK", "tail_token_ids_NM")
     }
     for ours, theirs in zip(
-        solve_alone(replace(problem, **ids), sampled), solve_alone(problem, sampled), strict=True
+        solve_alone(replace(problem, **ids), sampled),
+        solve_alone(problem, sampled),
+        strict=True,
     ):
         assert torch.equal(ours, theirs)
 
@@ -159,7 +185,10 @@ def test_a_second_backward_through_the_same_graph_is_refused():
     problem = mixed_rows(1.0)
     leaf_NV = problem.logits_NV.clone().requires_grad_()
     losses = DistillationLoss(Divergence())(
-        leaf_NV.clone(), problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+        leaf_NV.clone(),
+        problem.labels_N,
+        whole_vocabulary(problem),
+        teacher_rows(problem),
     )
     total = losses.ce_N.sum() + losses.kd_N.sum()
     total.backward(retain_graph=True)
@@ -179,7 +208,9 @@ def test_only_one_of_the_two_losses_may_be_used():
         losses = DistillationLoss(Divergence())(
             leaf_NV.clone(), one.labels_N, whole_vocabulary(one), teacher_rows(one)
         )
-        chosen_N = losses.ce_N * one.ce_weight_N if ce_weight else losses.kd_N * one.kd_weight_N
+        chosen_N = (
+            losses.ce_N * one.ce_weight_N if ce_weight else losses.kd_N * one.kd_weight_N
+        )
         chosen_N.sum().backward()
         torch.testing.assert_close(
             leaf_NV.grad, dense_losses(one, DEFAULT)[2], rtol=1e-12, atol=1e-12
@@ -234,7 +265,9 @@ COLLECTIVES = (
 )
 
 
-def _count_collectives(make_cases: Callable[[], list[Case]]) -> list[tuple[list[int], list[int]]]:
+def _count_collectives(
+    make_cases: Callable[[], list[Case]],
+) -> list[tuple[list[int], list[int]]]:
     """Elements of every collective call of each case, in forward and in backward."""
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     originals = {name: getattr(torch.distributed, name) for name in COLLECTIVES}
@@ -292,7 +325,9 @@ def test_compiled_equals_eager():
     ):
         problem = mixed_rows(one.teacher_scale)
         for ours, theirs in zip(
-            solve_alone(problem, one, compile=True), solve_alone(problem, one), strict=True
+            solve_alone(problem, one, compile=True),
+            solve_alone(problem, one),
+            strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -300,7 +335,9 @@ def test_compiled_equals_eager():
 def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
     """Of every definition: its name, and whether values and this rank's gradient are nan where one logit is."""
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
-    problem = replace(problem, logits_NV=_with(problem.logits_NV, (2, column), float("nan")))
+    problem = replace(
+        problem, logits_NV=_with(problem.logits_NV, (2, column), float("nan"))
+    )
     local_Nv, start, num_real = cut(
         problem.logits_NV, "even", torch.distributed.get_rank(), group.size(), 0.0
     )
@@ -310,7 +347,9 @@ def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
         losses = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
         ce_N, kd_N = losses.ce_N, losses.kd_N
         (ce_N + kd_N).sum().backward()
-        values_nan = bool(ce_N.isnan()[2] and (kd_N.isnan()[2] or one.support == "renormalize"))
+        values_nan = bool(
+            ce_N.isnan()[2] and (kd_N.isnan()[2] or one.support == "renormalize")
+        )
         found.append((name_of(one), values_nan, bool(logits_Nv.grad[2].isnan().any())))
     return found
 
@@ -331,7 +370,10 @@ def _refused_on_rank(fields: dict, labels_N: torch.Tensor, definition: Definitio
     teacher = replace(teacher_rows(problem), **fields)
     try:
         loss_of(definition)(
-            local_Nv.requires_grad_(), labels_N, VocabShard(start, num_real, 50, group), teacher
+            local_Nv.requires_grad_(),
+            labels_N,
+            VocabShard(start, num_real, 50, group),
+            teacher,
         )
     except ValueError as error:
         return str(error)
@@ -346,8 +388,16 @@ def _with(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.Ten
 
 def test_hostile_input_is_refused_on_every_rank(ranks):
     problem = mixed_rows(1.0)
-    ids, labels, samples = problem.topk_token_ids_NK, problem.labels_N, problem.tail_token_ids_NM
-    sampled, k1, tail = Definition("forward_kl", "sampled"), Definition("k1"), Definition()
+    ids, labels, samples = (
+        problem.topk_token_ids_NK,
+        problem.labels_N,
+        problem.tail_token_ids_NM,
+    )
+    sampled, k1, tail = (
+        Definition("forward_kl", "sampled"),
+        Definition("k1"),
+        Definition(),
+    )
     hostile = [
         (
             {"topk_token_ids_PK": _with(ids, (2, 5), int(ids[2, 0]))},
@@ -355,8 +405,18 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
             tail,
             "topk_token_ids.*twice",
         ),
-        ({"topk_token_ids_PK": _with(ids, (2, 5), 50)}, labels, tail, "topk_token_ids.*outside"),
-        ({"topk_token_ids_PK": _with(ids, (2, 5), -2)}, labels, tail, "topk_token_ids.*outside"),
+        (
+            {"topk_token_ids_PK": _with(ids, (2, 5), 50)},
+            labels,
+            tail,
+            "topk_token_ids.*outside",
+        ),
+        (
+            {"topk_token_ids_PK": _with(ids, (2, 5), -2)},
+            labels,
+            tail,
+            "topk_token_ids.*outside",
+        ),
         ({}, _with(labels, (3,), 50), tail, "labels.*outside"),
         ({}, _with(labels, (3,), -100), tail, "labels.*outside"),
         (
@@ -365,7 +425,12 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
             sampled,
             "tail_token_ids.*outside",
         ),
-        ({"temperatures": (1.0, 9.0)}, labels, Definition(teacher_scale=0.5), "tail_mass"),
+        (
+            {"temperatures": (1.0, 9.0)},
+            labels,
+            Definition(teacher_scale=0.5),
+            "tail_mass",
+        ),
         (
             {"temperatures": (1.0, 9.0)},
             labels,
@@ -406,13 +471,19 @@ def test_numbers_of_rows_must_agree():
 def test_fields_that_an_objective_does_not_need_may_be_missing():
     problem, shard = mixed_rows(1.0), whole_vocabulary(mixed_rows(1.0))
     whole = teacher_rows(problem)
-    bare = replace(whole, temperatures=(9.0,), label_logprobs_P=None, tail_token_ids_PM=None)
+    bare = replace(
+        whole, temperatures=(9.0,), label_logprobs_P=None, tail_token_ids_PM=None
+    )
     for one in every_definition([(0.5, 2.0)]):
-        needed = {name: getattr(whole, name) for name in Divergence(**one.of_divergence()).needs}
+        needed = {
+            name: getattr(whole, name) for name in Divergence(**one.of_divergence()).needs
+        }
         if "tail_mass_PT" in needed:
             needed["temperatures"] = whole.temperatures
         teacher = replace(bare, **needed)
-        kd_N = loss_of(one)(problem.logits_NV.clone(), problem.labels_N, shard, teacher).kd_N
+        kd_N = loss_of(one)(
+            problem.logits_NV.clone(), problem.labels_N, shard, teacher
+        ).kd_N
         torch.testing.assert_close(kd_N, solve_alone(problem, one)[1], rtol=0, atol=0)
 
 
@@ -421,10 +492,12 @@ def test_half_precision_rounds_the_gradient_once(support):
     """Compiled too, at labels that the student is nearly sure of: q - 1 is no difference of rounded numbers."""
     problem = random_problem(60, 300, 7, seed=5)
     confident = torch.linspace(8, 18, 60, dtype=torch.float64)
-    logits_NV = problem.logits_NV.scatter_add(1, problem.labels_N[:, None], confident[:, None]).to(
-        torch.bfloat16
+    logits_NV = problem.logits_NV.scatter_add(
+        1, problem.labels_N[:, None], confident[:, None]
+    ).to(torch.bfloat16)
+    samples_NM = torch.cat(
+        [problem.labels_N[:, None]] * 2 + [problem.tail_token_ids_NM], dim=1
     )
-    samples_NM = torch.cat([problem.labels_N[:, None]] * 2 + [problem.tail_token_ids_NM], dim=1)
     teacher = replace(teacher_rows(problem), tail_token_ids_PM=samples_NM)
     shard = VocabShard.of(300, 300)
 

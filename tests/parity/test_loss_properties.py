@@ -46,7 +46,9 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def losses(logits_NV, problem, definition):
         shard = whole_vocabulary(problem)
-        losses = loss_of(definition)(logits_NV, problem.labels_N, shard, teacher_rows(problem))
+        losses = loss_of(definition)(
+            logits_NV, problem.labels_N, shard, teacher_rows(problem)
+        )
         return losses.ce_N, losses.kd_N
 
     @staticmethod
@@ -71,7 +73,11 @@ GRADCHECKED = [
     ],
 )
 def test_gradcheck(objective, support):
-    scales = (1.0, 1.0) if support == "sampled" or objective in LABEL_OBJECTIVES else (0.5, 2.0)
+    scales = (
+        (1.0, 1.0)
+        if support == "sampled" or objective in LABEL_OBJECTIVES
+        else (0.5, 2.0)
+    )
     definition = Definition(
         objective, support, *scales, factor=2.0, label_smoothing=0.1, z_loss_weight=0.1
     )
@@ -101,7 +107,9 @@ def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(
     ):
         held = logits_NV.masked_fill(~mask, -math.inf).logsumexp(1, keepdim=True)
         logits_NV = torch.where(mask, logits_NV - held + mass.log(), logits_NV)
-    problem = make_problem(teacher_NV, logits_NV, ids_NK, ids_NK[:, 3]).cast(torch.float32)
+    problem = make_problem(teacher_NV, logits_NV, ids_NK, ids_NK[:, 3]).cast(
+        torch.float32
+    )
     ones = torch.ones(8)
     problem = replace(problem, ce_weight_N=ones * 0, kd_weight_N=ones)
     definition = Definition(objective, support)
@@ -129,28 +137,39 @@ def test_divergences_are_not_negative_and_0_at_equality(
     assert (kd_N > 0).all()
     assert kd_N.mean() > 0.01
     teacher_NV = (
-        torch.randn(64, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 3
+        torch.randn(
+            64, 40, generator=torch.Generator().manual_seed(1), dtype=torch.float64
+        )
+        * 3
     )
     teacher_NV = teacher_NV.to(dtype).double()
     for distance in (0.0, 1e-7, 1e-4):
-        student_NV = teacher_NV + distance * torch.sin(torch.arange(40.0, dtype=torch.float64))
+        student_NV = teacher_NV + distance * torch.sin(
+            torch.arange(40.0, dtype=torch.float64)
+        )
         ids_NK = teacher_NV.topk(6).indices
         problem = make_problem(
             teacher_NV, student_NV, ids_NK, ids_NK[:, 0], temperature_scale
         ).cast(dtype)
         kd_N, gradient_NV = _kd_of(problem, definition)
         assert kd_N.min() >= -rounding
-        if objective == "tvd":  # half the sum of |p - q|, whose gradient jumps at equality
+        if (
+            objective == "tvd"
+        ):  # half the sum of |p - q|, whose gradient jumps at equality
             assert kd_N.max() <= distance * temperature_scale + rounding
         else:
             assert kd_N.max() <= (distance * temperature_scale) ** 2 + rounding
-            assert gradient_NV.abs().max() <= 2 * distance * temperature_scale**2 + rounding
+            assert (
+                gradient_NV.abs().max() <= 2 * distance * temperature_scale**2 + rounding
+            )
 
 
 @pytest.mark.parametrize("objective", LABEL_OBJECTIVES)
 def test_label_objectives_are_0_at_equality(objective):
     teacher_NV = random_problem(16, 40, 6).logits_NV
-    problem = make_problem(teacher_NV, teacher_NV + 5, teacher_NV.topk(6).indices, torch.arange(16))
+    problem = make_problem(
+        teacher_NV, teacher_NV + 5, teacher_NV.topk(6).indices, torch.arange(16)
+    )
     kd_N, gradient_NV = _kd_of(problem, Definition(objective))
     assert kd_N.abs().max() < 1e-12
     # k1 pushes the label's probability down even there: it is no divergence.
@@ -207,7 +226,8 @@ def test_adaptive_kl_lies_between_forward_and_reverse(scales):
     reverse = _kd_of(problem, Definition("reverse_kl", "renormalize", *scales))
     for alpha, expected in ((0.0, forward), (1.0, reverse)):
         found = _kd_of(
-            problem, Definition("adaptive_kl", "renormalize", *scales, adaptive_kl_alpha=alpha)
+            problem,
+            Definition("adaptive_kl", "renormalize", *scales, adaptive_kl_alpha=alpha),
         )
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
@@ -217,14 +237,20 @@ def test_adaptive_kl_lies_between_forward_and_reverse(scales):
 
 
 def _sampled_rows(
-    teacher_V: torch.Tensor, student_V: torch.Tensor, k: int, num_draws: int, num_samples: int
+    teacher_V: torch.Tensor,
+    student_V: torch.Tensor,
+    k: int,
+    num_draws: int,
+    num_samples: int,
 ):
     """(value, gradient) of each of `num_draws` independent draws of the teacher's tail at one position."""
     teacher_NV = teacher_V.expand(num_draws, -1)
     ids_NK = teacher_NV.topk(k).indices
     shard = VocabShard(0, len(teacher_V), len(teacher_V))
     generator = torch.Generator().manual_seed(10)
-    uniforms_NU = torch.rand(num_draws, num_samples + 1, generator=generator, dtype=torch.float64)
+    uniforms_NU = torch.rand(
+        num_draws, num_samples + 1, generator=generator, dtype=torch.float64
+    )
     found = topk_of_logits(
         teacher_NV.clone(),
         ids_NK[:, 0],
@@ -234,7 +260,9 @@ def _sampled_rows(
         uniforms_NU=uniforms_NU,
     )
     samples_NM, tail_N = found.tail_token_ids_PM.long(), found.tail_mass_PT[:, 0]
-    problem = make_problem(teacher_NV, student_V.repeat(num_draws, 1), ids_NK, ids_NK[:, 0])
+    problem = make_problem(
+        teacher_NV, student_V.repeat(num_draws, 1), ids_NK, ids_NK[:, 0]
+    )
     torch.testing.assert_close(problem.tail_mass_N, tail_N)
     problem = replace(problem, tail_token_ids_NM=samples_NM)
     return (*_kd_of(problem, Definition("forward_kl", "sampled")), samples_NM)
@@ -285,10 +313,15 @@ def _roll(
     return {
         "forward_kl": forward,
         "reverse_kl": reverse,
-        "skewed_forward_kl": sum(a * (math.log(a) - math.log(0.1 * a + 0.9 * b)) for a, b in pairs),
-        "skewed_reverse_kl": sum(b * (math.log(b) - math.log(0.9 * a + 0.1 * b)) for a, b in pairs),
+        "skewed_forward_kl": sum(
+            a * (math.log(a) - math.log(0.1 * a + 0.9 * b)) for a, b in pairs
+        ),
+        "skewed_reverse_kl": sum(
+            b * (math.log(b) - math.log(0.9 * a + 0.1 * b)) for a, b in pairs
+        ),
         "jsd": sum(
-            a * math.log(2 * a / (a + b)) / 2 + b * math.log(2 * b / (a + b)) / 2 for a, b in pairs
+            a * math.log(2 * a / (a + b)) / 2 + b * math.log(2 * b / (a + b)) / 2
+            for a, b in pairs
         ),
     }[objective]
 
@@ -302,7 +335,11 @@ def test_renormalize_equals_roll(objective, temperature, teacher_temperature):
     for row, kd in enumerate(kd_N.tolist()):
         student_K = problem.logits_NV[row, problem.topk_token_ids_NK[row]]
         expected = _roll(
-            objective, problem.topk_logits_NK[row], student_K, temperature, teacher_temperature
+            objective,
+            problem.topk_logits_NK[row],
+            student_K,
+            temperature,
+            teacher_temperature,
         )
         assert kd == pytest.approx(expected, rel=1e-11, abs=1e-12)
 
@@ -326,7 +363,9 @@ def test_label_objectives_equal_slime():
         onehot_V = torch.zeros(40, dtype=torch.float64)
         onehot_V[label] = 1
         for objective, (value, derivative) in expected.items():
-            kd_N, gradient_NV = _kd_of(problem.rows(slice(row, row + 1)), Definition(objective))
+            kd_N, gradient_NV = _kd_of(
+                problem.rows(slice(row, row + 1)), Definition(objective)
+            )
             assert float(kd_N) == pytest.approx(value, rel=1e-12, abs=1e-12)
             gradient_V = derivative * (onehot_V - log_q_NV[row].exp())
             torch.testing.assert_close(gradient_NV[0], gradient_V, rtol=1e-11, atol=1e-12)
@@ -335,8 +374,12 @@ def test_label_objectives_equal_slime():
 @pytest.mark.parametrize(
     ("objective", "theirs"), [("forward_kl", "fwd_kl"), ("reverse_kl", "bwd_kl")]
 )
-@pytest.mark.parametrize(("logits_scale", "target_logits_scale"), [(1.0, 1.0), (0.5, 2.0)])
-def test_renormalize_equals_nemo_aligner(objective, theirs, logits_scale, target_logits_scale):
+@pytest.mark.parametrize(
+    ("logits_scale", "target_logits_scale"), [(1.0, 1.0), (0.5, 2.0)]
+)
+def test_renormalize_equals_nemo_aligner(
+    objective, theirs, logits_scale, target_logits_scale
+):
     """Values and the gradients that NeMo-Aligner writes by hand, with respect to the scaled logits."""
     problem = random_problem(16, 40, 6, seed=14)
     kd_N, gradient_NV = _kd_of(
@@ -373,7 +416,9 @@ def test_the_gradient_of_tail_is_nearer_to_the_whole_teacher_than_that_of_renorm
     problem = random_problem(64, 200, 20, spread=2.0, seed=16)
     generator = torch.Generator().manual_seed(16)
     teacher_NV = torch.randn(64, 200, generator=generator, dtype=torch.float64) * 2
-    student_NV = teacher_NV + torch.randn(64, 200, generator=generator, dtype=torch.float64) * 0.5
+    student_NV = (
+        teacher_NV + torch.randn(64, 200, generator=generator, dtype=torch.float64) * 0.5
+    )
     ids_NK = teacher_NV.topk(20).indices
     problem = make_problem(teacher_NV, student_NV, ids_NK, ids_NK[:, 0])
     full_NV = torch.softmax(student_NV, 1) - torch.softmax(teacher_NV, 1)

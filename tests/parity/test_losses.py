@@ -32,7 +32,10 @@ WORLD_SIZES = [1, 2, 4]
 SCALES = [(1.0, 1.0), (0.5, 0.5), (0.5, 2.0)]
 # The first and last id of every shard of 50 ids, in each layout.
 BORDERS = (0, 15, 16, 48, 49, 25, 26, 13, 14)
-UNSCALED = [("forward_kl", "sampled"), *((objective, "tail") for objective in LABEL_OBJECTIVES)]
+UNSCALED = [
+    ("forward_kl", "sampled"),
+    *((objective, "tail") for objective in LABEL_OBJECTIVES),
+]
 
 
 @dataclass(frozen=True)
@@ -76,14 +79,20 @@ def whole_vocabulary(problem: Problem) -> VocabShard:
     return VocabShard(0, problem.logits_NV.shape[1], problem.logits_NV.shape[1])
 
 
-def solve_alone(problem: Problem, definition: Definition = DEFAULT, compile: bool = False):
+def solve_alone(
+    problem: Problem, definition: Definition = DEFAULT, compile: bool = False
+):
     """(ce_N, kd_N, gradient) on a single rank."""
     leaf_NV = problem.logits_NV.clone().requires_grad_()
     losses = loss_of(definition, compile)(
-        leaf_NV.clone(), problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+        leaf_NV.clone(),
+        problem.labels_N,
+        whole_vocabulary(problem),
+        teacher_rows(problem),
     )
     (
-        (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+        (losses.ce_N * problem.ce_weight_N).sum()
+        + (losses.kd_N * problem.kd_weight_N).sum()
     ).backward()
     return losses.ce_N.detach(), losses.kd_N.detach(), leaf_NV.grad
 
@@ -106,31 +115,46 @@ def solve(make_cases: Callable[[], list[Case]]) -> list[tuple]:
             teacher_rows(problem),
         )
         (
-            (losses.ce_N * problem.ce_weight_N).sum() + (losses.kd_N * problem.kd_weight_N).sum()
+            (losses.ce_N * problem.ce_weight_N).sum()
+            + (losses.kd_N * problem.kd_weight_N).sum()
         ).backward()
         results.append(
-            tuple(tensor.detach().numpy() for tensor in (losses.ce_N, losses.kd_N, leaf_Nv.grad))
+            tuple(
+                tensor.detach().numpy()
+                for tensor in (losses.ce_N, losses.kd_N, leaf_Nv.grad)
+            )
         )
     return results
 
 
 @functools.cache
-def references(make_cases: Callable[[], list[Case]]) -> list[tuple[Case, tuple[torch.Tensor, ...]]]:
+def references(
+    make_cases: Callable[[], list[Case]],
+) -> list[tuple[Case, tuple[torch.Tensor, ...]]]:
     return [
-        (case, dense_losses(case.limit or case.problem, case.definition)) for case in make_cases()
+        (case, dense_losses(case.limit or case.problem, case.definition))
+        for case in make_cases()
     ]
 
 
-def assert_cases_match(ranks, world_size: int, make_cases: Callable[[], list[Case]]) -> None:
+def assert_cases_match(
+    ranks, world_size: int, make_cases: Callable[[], list[Case]]
+) -> None:
     per_rank = ranks(world_size).run(solve, make_cases)
     faults = []
     for number, (case, expected) in enumerate(references(make_cases)):
-        found = [[torch.from_numpy(array) for array in results[number]] for results in per_rank]
+        found = [
+            [torch.from_numpy(array) for array in results[number]] for results in per_rank
+        ]
         gradient_NV = join(
-            [gradient for _, _, gradient in found], case.layout, case.problem.logits_NV.shape[1]
+            [gradient for _, _, gradient in found],
+            case.layout,
+            case.problem.logits_NV.shape[1],
         )
         values = [
-            (name, rank[i], expected[i]) for rank in found for i, name in enumerate(("ce", "kd"))
+            (name, rank[i], expected[i])
+            for rank in found
+            for i, name in enumerate(("ce", "kd"))
         ]
         for name, ours, theirs in [*values, ("gradient", gradient_NV, expected[2])]:
             try:
@@ -150,7 +174,9 @@ def mixed_rows(teacher_scale: float) -> Problem:
     """Eight rows: plain, label inside and outside the kept ids, masked, 3, 1 and 0 used entries, without a tail."""
     problem = random_problem(8, 50, 10, wanted_ids=BORDERS, teacher_scale=teacher_scale)
     problem.labels_N[1] = problem.topk_token_ids_NK[1, 2]
-    problem.labels_N[2] = min(set(range(1, 50)) - set(problem.topk_token_ids_NK[2].tolist()))
+    problem.labels_N[2] = min(
+        set(range(1, 50)) - set(problem.topk_token_ids_NK[2].tolist())
+    )
     problem.ce_weight_N[3], problem.kd_weight_N[3] = 0, 0
     for row, num_used in ((4, 3), (5, 1), (6, 0)):
         problem = forget(problem, row, num_used)
@@ -171,7 +197,9 @@ def name_of(definition: Definition) -> str:
 
 def objective_cases() -> list[Case]:
     return [
-        Case(name_of(definition), mixed_rows(definition.teacher_scale), definition, layout)
+        Case(
+            name_of(definition), mixed_rows(definition.teacher_scale), definition, layout
+        )
         for layout, definition in product(("uneven", "even"), every_definition())
     ]
 
@@ -189,7 +217,9 @@ def option_cases() -> list[Case]:
     ]
     adaptive = [
         Definition("adaptive_kl", support, 0.5, 0.5, adaptive_kl_alpha=alpha)
-        for support, alpha in product(("renormalize", "tail"), (0.0, 0.05, 0.3, 0.8, 0.95))
+        for support, alpha in product(
+            ("renormalize", "tail"), (0.0, 0.05, 0.3, 0.8, 0.95)
+        )
     ]
     others = [
         Definition("forward_kl", support, 0.5, 0.5, factor=4.0)
@@ -213,14 +243,19 @@ def shape_cases() -> list[Case]:
         "K=V": (3, 13, 13, "uneven"),
         "K=V even": (3, 13, 13, "even"),
     }
-    shapes |= {"N=1": (1, 50, 10, "uneven"), "late": (2, 11, 4, "late"), "V=1": (2, 1, 1, "late")}
+    shapes |= {
+        "N=1": (1, 50, 10, "uneven"),
+        "late": (2, 11, 4, "late"),
+        "V=1": (2, 1, 1, "late"),
+    }
     cases = []
     for (name, (num_rows, vocab_size, k, layout)), one in product(
         shapes.items(), every_definition([(0.5, 2.0)])
     ):
         borders = tuple(
             sorted(
-                {0, vocab_size // 3 - 1, vocab_size // 3, vocab_size - 1} & set(range(vocab_size))
+                {0, vocab_size // 3 - 1, vocab_size // 3, vocab_size - 1}
+                & set(range(vocab_size))
             )
         )
         problem = random_problem(
@@ -237,7 +272,9 @@ def shape_cases() -> list[Case]:
             )
         # Without a tail the bucket adds 1e-12 times a logarithm that a smallest number keeps finite.
         tolerance = 2e-9 if k == vocab_size and one.support == "tail" else 1e-12
-        cases.append(Case(f"{name} {name_of(one)}", problem, one, layout, tolerance=tolerance))
+        cases.append(
+            Case(f"{name} {name_of(one)}", problem, one, layout, tolerance=tolerance)
+        )
     return cases
 
 
@@ -260,8 +297,13 @@ def large_cases() -> list[Case]:
         problem = random_problem(
             8, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=3
         )
-        kept = torch.zeros(8, 50, dtype=torch.bool).scatter_(1, problem.topk_token_ids_NK, True)
-        logits_NV, topk_logits_NK = problem.logits_NV.clone(), problem.topk_logits_NK.clone()
+        kept = torch.zeros(8, 50, dtype=torch.bool).scatter_(
+            1, problem.topk_token_ids_NK, True
+        )
+        logits_NV, topk_logits_NK = (
+            problem.logits_NV.clone(),
+            problem.topk_logits_NK.clone(),
+        )
         logits_NV[0] += 1e4
         logits_NV[1] *= 1e3
         logits_NV[2, problem.topk_token_ids_NK[2, 3]] = -1e4
@@ -284,11 +326,18 @@ def infinite_cases() -> list[Case]:
             6, 50, 10, wanted_ids=BORDERS, teacher_scale=one.teacher_scale, seed=4
         )
         problem.labels_N[:] = problem.topk_token_ids_NK[:, 0]
-        outside = torch.ones(6, 50, dtype=torch.bool).scatter_(1, problem.topk_token_ids_NK, False)
+        outside = torch.ones(6, 50, dtype=torch.bool).scatter_(
+            1, problem.topk_token_ids_NK, False
+        )
         hidden = torch.zeros_like(outside)
         hidden[0] = outside[0] & (torch.arange(50) % 2 == 0)
         hidden[0, problem.tail_token_ids_NM[0]] = False
-        bounded = one.objective in ("jsd", "skewed_forward_kl", "skewed_reverse_kl", "tvd")
+        bounded = one.objective in (
+            "jsd",
+            "skewed_forward_kl",
+            "skewed_reverse_kl",
+            "tvd",
+        )
         if bounded or one.objective == "reverse_kl" or one.support == "renormalize":
             hidden[1] = outside[1]
         if bounded or one.objective == "reverse_kl":
@@ -320,7 +369,14 @@ def infinite_cases() -> list[Case]:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(
     "make_cases",
-    [objective_cases, option_cases, shape_cases, padding_cases, large_cases, infinite_cases],
+    [
+        objective_cases,
+        option_cases,
+        shape_cases,
+        padding_cases,
+        large_cases,
+        infinite_cases,
+    ],
 )
 def test_losses_and_gradients_match_dense_float64(ranks, world_size, make_cases):
     assert_cases_match(ranks, world_size, make_cases)

@@ -38,7 +38,9 @@ def load(path: str, tensor_model_parallel_size: int, divisible_by: int = 8):
         return model, source, groups
 
 
-def whole_logits(path: str, tensor_model_parallel_size: int, ids: torch.Tensor) -> torch.Tensor:
+def whole_logits(
+    path: str, tensor_model_parallel_size: int, ids: torch.Tensor
+) -> torch.Tensor:
     """Logits of the real vocabulary, gathered from the tensor-parallel ranks."""
     model, source, groups = load(path, tensor_model_parallel_size)
     with torch.no_grad():
@@ -52,7 +54,8 @@ def parity(
     paths: dict[str, str], tensor_model_parallel_size: int, ids: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     return {
-        name: whole_logits(path, tensor_model_parallel_size, ids) for name, path in paths.items()
+        name: whole_logits(path, tensor_model_parallel_size, ids)
+        for name, path in paths.items()
     }
 
 
@@ -102,7 +105,10 @@ def test_logits_match_transformers(ranks, models, reference, tensor_model_parall
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("llama3.1", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}),
+        (
+            "llama3.1",
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+        ),
         ("mistral_window", {"sliding_window": 8}),
         ("llama2", {"rms_norm_eps": 1e-2}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),

@@ -40,21 +40,31 @@ def _run(
     padded = weight.new_full((num_columns * world_size, weight.shape[1]), float("nan"))
     padded[: len(weight)] = weight
     shard = VocabShard.of(num_columns, len(weight), torch.distributed.group.WORLD)
-    return topk_rows(hidden, padded.chunk(world_size)[rank], labels, shard, kept=kept, **settings)
+    return topk_rows(
+        hidden, padded.chunk(world_size)[rank], labels, shard, kept=kept, **settings
+    )
 
 
-def _run_logits(logits, num_columns, dtype, labels=None, **settings) -> TeacherRows[torch.Tensor]:
+def _run_logits(
+    logits, num_columns, dtype, labels=None, **settings
+) -> TeacherRows[torch.Tensor]:
     """`_run` with a weight that hands the logits through as they are."""
     labels = torch.zeros(len(logits), dtype=torch.int64) if labels is None else labels
     return _run(
-        logits.to(dtype), torch.eye(logits.shape[1], dtype=dtype), num_columns, labels, **settings
+        logits.to(dtype),
+        torch.eye(logits.shape[1], dtype=dtype),
+        num_columns,
+        labels,
+        **settings,
     )
 
 
 def _alone(logits: torch.Tensor, **settings) -> TeacherRows[torch.Tensor]:
     shard = VocabShard(0, logits.shape[1], logits.shape[1])
     labels = torch.zeros(len(logits), dtype=torch.int64)
-    return topk_of_logits(logits.clone(), labels, shard, **({"kept": _everything} | settings))
+    return topk_of_logits(
+        logits.clone(), labels, shard, **({"kept": _everything} | settings)
+    )
 
 
 def _columns(vocab_size: int, world_size: int, wanted: int = 0) -> int:
@@ -65,7 +75,15 @@ def _columns(vocab_size: int, world_size: int, wanted: int = 0) -> int:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize(
     ("vocab_size", "k", "num_columns"),
-    [(50, 7, 64), (50, 50, 16), (5, 3, 2), (33, 20, 9), (33, 1, 9), (1, 1, 1), (1000, 3, 300)],
+    [
+        (50, 7, 64),
+        (50, 50, 16),
+        (5, 3, 2),
+        (33, 20, 9),
+        (33, 1, 9),
+        (1, 1, 1),
+        (1000, 3, 300),
+    ],
 )
 def test_rows_match_dense(ranks, world_size, vocab_size, k, num_columns, block_bytes):
     """Also with padding on some ranks and nothing else on others, and with blocks of one, a few and all rows."""
@@ -77,12 +95,17 @@ def test_rows_match_dense(ranks, world_size, vocab_size, k, num_columns, block_b
     values, ids = logits.topk(k)
     settings = {"top_k": k, "temperatures": TEMPERATURES, "block_bytes": block_bytes}
     columns = _columns(vocab_size, world_size, num_columns)
-    for found in ranks(world_size).run(partial(_run, **settings), hidden, weight, columns, labels):
+    for found in ranks(world_size).run(
+        partial(_run, **settings), hidden, weight, columns, labels
+    ):
         close = partial(torch.testing.assert_close, rtol=0, atol=1e-12)
         assert torch.equal(found.topk_token_ids_PK.long(), ids)
         close(found.topk_logits_PK, values - values[:, :1])
         close(found.log_sum_exp_logits_P, (logits - values[:, :1]).logsumexp(-1))
-        close(found.label_logprobs_P, logits.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        close(
+            found.label_logprobs_P,
+            logits.log_softmax(-1).gather(1, labels[:, None])[:, 0],
+        )
         for number, temperature in enumerate(TEMPERATURES):
             tail = (logits / temperature).softmax(-1).scatter(1, ids, 0).sum(-1)
             close(found.tail_mass_PT[:, number], tail)
@@ -91,7 +114,9 @@ def test_rows_match_dense(ranks, world_size, vocab_size, k, num_columns, block_b
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_a_projection_of_lower_precision_is_as_good_as_its_logits(ranks, world_size, dtype):
+def test_a_projection_of_lower_precision_is_as_good_as_its_logits(
+    ranks, world_size, dtype
+):
     generator = torch.Generator().manual_seed(2)
     hidden = torch.randn(50, 64, generator=generator).div(2).to(dtype)
     weight = torch.randn(3000, 64, generator=generator).to(dtype)
@@ -104,17 +129,22 @@ def test_a_projection_of_lower_precision_is_as_good_as_its_logits(ranks, world_s
         run, hidden, weight, _columns(3000, world_size, 900), labels
     ):
         shifted = exact - exact.amax(-1, keepdim=True)
-        close = partial(torch.testing.assert_close, rtol=0, atol=2 * tolerance, check_dtype=False)
+        close = partial(
+            torch.testing.assert_close, rtol=0, atol=2 * tolerance, check_dtype=False
+        )
         assert found.topk_logits_PK.dtype == torch.float32
         assert found.topk_token_ids_PK.dtype == torch.int32
         close(found.topk_logits_PK, shifted.gather(1, found.topk_token_ids_PK.long()))
         close(found.topk_logits_PK, shifted.topk(20).values)
         close(found.log_sum_exp_logits_P, shifted.logsumexp(-1))
-        close(found.label_logprobs_P, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0])
+        close(
+            found.label_logprobs_P, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+        )
 
 
 @pytest.mark.parametrize(
-    "config", [{"min_probability": 0.05}, {"min_probability": 0.0, "top_p": 0.8, "min_k": 2}]
+    "config",
+    [{"min_probability": 0.05}, {"min_probability": 0.0, "top_p": 0.8, "min_k": 2}],
 )
 def test_what_is_not_kept_is_tail(ranks, config):
     kept, logits = CacheConfig(**config).kept, _logits(30, 60)
@@ -132,7 +162,9 @@ def test_what_is_not_kept_is_tail(ranks, config):
             assert torch.equal(found.topk_logits_PK.isfinite(), kept_NK)
             for number, temperature in enumerate(TEMPERATURES):
                 tail = ((logits / temperature).softmax(-1) * expected).sum(-1)
-                torch.testing.assert_close(found.tail_mass_PT[:, number], tail, rtol=1e-12, atol=0)
+                torch.testing.assert_close(
+                    found.tail_mass_PT[:, number], tail, rtol=1e-12, atol=0
+                )
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
@@ -148,7 +180,9 @@ def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(ranks, worl
         tail = exact.scatter(1, top, 0).sum(-1)
         assert tail.min() < 1e-12
         # Shifted logits near -50 are rounded by up to 2e-6; a log-sum-exp is the float64 logarithm of 1 and the tail.
-        torch.testing.assert_close(found.tail_mass_PT[:, 0].double(), tail, rtol=4e-6, atol=0)
+        torch.testing.assert_close(
+            found.tail_mass_PT[:, 0].double(), tail, rtol=4e-6, atol=0
+        )
         torch.testing.assert_close(
             found.log_sum_exp_logits_P.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15
         )
@@ -162,10 +196,12 @@ def test_no_row_and_one_row(ranks, num_rows):
         for found in ranks(world_size).run(
             run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32
         ):
-            assert {len(values) for values in vars(found).values() if torch.is_tensor(values)} == {
-                num_rows
-            }
-            assert [values.shape[1] for values in found.arrays().values() if values.dim() == 2] == [
+            assert {
+                len(values) for values in vars(found).values() if torch.is_tensor(values)
+            } == {num_rows}
+            assert [
+                values.shape[1] for values in found.arrays().values() if values.dim() == 2
+            ] == [
                 4,
                 4,
                 3,
@@ -192,10 +228,15 @@ def test_the_largest_of_a_large_vocabulary_are_exact(top_k, dtype):
         assert all(len(set(row)) == top_k for row in ids.tolist())
         exact = logits.double().softmax(-1)
         torch.testing.assert_close(
-            found.log_sum_exp_logits_P.double(), -exact.amax(-1).log(), rtol=1e-6, atol=1e-7
+            found.log_sum_exp_logits_P.double(),
+            -exact.amax(-1).log(),
+            rtol=1e-6,
+            atol=1e-7,
         )
         expected = exact.scatter(1, ids, 0).sum(-1)
-        torch.testing.assert_close(found.tail_mass_PT[:, 0].double(), expected, rtol=4e-6, atol=0)
+        torch.testing.assert_close(
+            found.tail_mass_PT[:, 0].double(), expected, rtol=4e-6, atol=0
+        )
 
 
 def test_topk_orders_ties_alike_in_every_layout(ranks):
@@ -206,7 +247,9 @@ def test_topk_orders_ties_alike_in_every_layout(ranks):
     assert (reference.topk_token_ids_PK.diff()[equal] > 0).all()
     for world_size in (2, 4):
         run = partial(_run_logits, top_k=40)
-        for result in ranks(world_size).run(run, logits, _columns(40, world_size), torch.float32):
+        for result in ranks(world_size).run(
+            run, logits, _columns(40, world_size), torch.float32
+        ):
             assert torch.equal(result.topk_token_ids_PK, reference.topk_token_ids_PK)
             assert torch.equal(result.topk_logits_PK, reference.topk_logits_PK)
 
@@ -313,7 +356,9 @@ def test_every_layout_draws_the_same_ids(ranks, vocab_size, num_columns, num_sam
     top, top_ids = p.topk(3)
     p_tail = p.scatter(1, top_ids, top * ~kept(top))
     uniforms = torch.from_numpy(tail_uniforms(7, 3, 40, num_samples))
-    run = partial(_run_logits, top_k=3, kept=kept, uniforms_NU=uniforms, block_bytes=10_000)
+    run = partial(
+        _run_logits, top_k=3, kept=kept, uniforms_NU=uniforms, block_bytes=10_000
+    )
     for world_size in WORLD_SIZES:
         columns = _columns(vocab_size, world_size, num_columns)
         for found in ranks(world_size).run(run, logits, columns, torch.float64):
@@ -344,7 +389,8 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     p_tail = logits.index_fill(1, kept, float("-inf")).softmax(-1)
     borders = (p_tail.cumsum(-1)[:, :-1] / p_tail.sum(-1, keepdim=True)).flatten()
     numbers = torch.stack(
-        [borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))], dim=1
+        [borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))],
+        dim=1,
     )
     uniforms = torch.stack([numbers.flatten(), torch.zeros(numbers.numel())], dim=1)
     logits, p_tail = (
@@ -354,7 +400,9 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     wanted = uniforms[:, :1] * ends[:, -1:]
     run = partial(_run_logits, top_k=len(kept), uniforms_NU=uniforms)
     for world_size in WORLD_SIZES:
-        for found in ranks(world_size).run(run, logits, num_columns // world_size, torch.float64):
+        for found in ranks(world_size).run(
+            run, logits, num_columns // world_size, torch.float64
+        ):
             ids = found.tail_token_ids_PM.long()
             assert (p_tail.gather(1, ids) > 0).all(), "a kept id was drawn"
             assert (ends.gather(1, ids) > wanted - 1e-14).all()
@@ -380,7 +428,9 @@ def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtyp
                 -1
             )  # but for ties at the last place
             assert same.sum() > 80
-            assert torch.equal(found.tail_token_ids_PM[same], reference.tail_token_ids_PM[same])
+            assert torch.equal(
+                found.tail_token_ids_PM[same], reference.tail_token_ids_PM[same]
+            )
             torch.testing.assert_close(
                 found.tail_mass_PT, reference.tail_mass_PT, rtol=1e-6, atol=0
             )
@@ -388,7 +438,9 @@ def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtyp
 
 def test_nothing_is_drawn_where_everything_is_kept(ranks):
     logits = _logits(3, 8)
-    run = partial(_run_logits, top_k=8, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, 3, 2)))
+    run = partial(
+        _run_logits, top_k=8, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, 3, 2))
+    )
     for world_size in WORLD_SIZES:
         for found in ranks(world_size).run(run, logits, 8 // world_size, torch.float64):
             assert (found.tail_token_ids_PM == -1).all()
@@ -415,11 +467,15 @@ def test_head_and_samples_are_an_unbiased_estimate(certainty, vocab_size):
     uniforms = torch.from_numpy(tail_uniforms(5, 0, num_draws, num_samples))
     found = _alone(logits.expand(num_draws, -1), top_k=4, uniforms_NU=uniforms)
     ids, tail = found.tail_token_ids_PM, found.tail_mass_PT[:, 0]
-    weight = torch.where(ids >= 0, tail.clamp(min=SMALLEST_SAMPLED_TAIL)[:, None] / num_samples, 0)
+    weight = torch.where(
+        ids >= 0, tail.clamp(min=SMALLEST_SAMPLED_TAIL)[:, None] / num_samples, 0
+    )
     for seed in range(5):
         f = (
             torch.randn(
-                vocab_size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+                vocab_size,
+                generator=torch.Generator().manual_seed(seed),
+                dtype=torch.float64,
             )
             + 2
         )
@@ -428,7 +484,9 @@ def test_head_and_samples_are_an_unbiased_estimate(certainty, vocab_size):
         standard_error = estimates.std() / num_draws**0.5
         exact = (p * f).sum()
         assert abs(estimates.mean() - exact) < 5 * standard_error
-        assert abs(head - exact) > 5 * standard_error, "the test would not notice a missing tail"
+        assert abs(head - exact) > 5 * standard_error, (
+            "the test would not notice a missing tail"
+        )
 
 
 def test_samples_follow_the_tail():
@@ -444,7 +502,9 @@ def test_samples_follow_the_tail():
     assert (found.topk_token_ids_PK >= 0).sum() == 2 * num_draws
     counts = torch.bincount(found.tail_token_ids_PM[:, 0], minlength=vocab_size).double()
     often = expected * num_draws > 5
-    chi_square = ((counts - expected * num_draws)[often] ** 2 / (expected * num_draws)[often]).sum()
+    chi_square = (
+        (counts - expected * num_draws)[often] ** 2 / (expected * num_draws)[often]
+    ).sum()
     assert chi_square < 60  # 22 degrees of freedom: exceeded once in 25,000 tries
 
 
@@ -462,7 +522,10 @@ def test_the_benchmark_compares_methods_that_agree():
     logprobs, ids, labels = benchmark.method_of(benchmark.OBVIOUS, options)[1]()
     assert torch.equal(ours.topk_token_ids_PK.long(), ids)
     torch.testing.assert_close(
-        ours.topk_logits_PK - ours.log_sum_exp_logits_P[:, None], logprobs, rtol=0, atol=1e-6
+        ours.topk_logits_PK - ours.log_sum_exp_logits_P[:, None],
+        logprobs,
+        rtol=0,
+        atol=1e-6,
     )
     torch.testing.assert_close(ours.label_logprobs_P, labels, rtol=0, atol=1e-6)
     for name in benchmark.METHODS:

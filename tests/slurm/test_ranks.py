@@ -56,7 +56,12 @@ def in_job(folder: Path, script: str, job: str = "kd") -> str:
         if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
     }
     result = subprocess.run(
-        line, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, env=environment
+        line,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TIMEOUT_S,
+        env=environment,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
@@ -73,7 +78,8 @@ def test_a_step_of_salloc_without_tasks_per_node(tmp_path, job):
 def test_two_steps_of_a_job_at_a_time(tmp_path):
     script = "srun -n2 --overlap RUN & srun -n2 --overlap RUN & wait -n && wait -n"
     assert (
-        sorted(in_job(tmp_path, script).splitlines()) == ["rank 0 of 2"] * 2 + ["rank 1 of 2"] * 2
+        sorted(in_job(tmp_path, script).splitlines())
+        == ["rank 0 of 2"] * 2 + ["rank 1 of 2"] * 2
     )
 
 

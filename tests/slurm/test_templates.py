@@ -93,13 +93,21 @@ class Cluster:
             "--gpus-per-node=0",
             *options,
         )
-        line = ["sbatch", "--parsable", *options, str(TEMPLATES / f"{template}.sbatch"), *keys]
+        line = [
+            "sbatch",
+            "--parsable",
+            *options,
+            str(TEMPLATES / f"{template}.sbatch"),
+            *keys,
+        ]
         self.jobs.append(_output(line, cwd=self.folder, env=variables).strip())
         return self.jobs[-1]
 
     def submit_all(self, **env: str) -> dict[str, str]:
         """{train, validation, student: its number}."""
-        said = _output([str(TEMPLATES / "submit_all.sh")], cwd=self.folder, env=self.env | env)
+        said = _output(
+            [str(TEMPLATES / "submit_all.sh")], cwd=self.folder, env=self.env | env
+        )
         names = {part.split()[0]: part.split()[-1] for part in said.strip().split(", ")}
         self.jobs += names.values()
         return names
@@ -107,7 +115,9 @@ class Cluster:
     def tasks(self, job: str) -> dict[str, dict[str, str]]:
         """{number of the array task, or an empty text: what Slurm knows about it}."""
         lines = _output(["scontrol", "show", "job", "--oneliner", job]).splitlines()
-        tasks = [dict(item.partition("=")[::2] for item in line.split()) for line in lines]
+        tasks = [
+            dict(item.partition("=")[::2] for item in line.split()) for line in lines
+        ]
         return {task.get("ArrayTaskId", ""): task for task in tasks}
 
     def wait(self, job: str) -> dict[str, tuple[str, int]]:
@@ -128,7 +138,8 @@ class Cluster:
                     started.add(run)
                     _output(["scontrol", "update", f"JobId={number}", "StartTime=now+2"])
             states = {
-                number: (task["JobState"], int(task["Restarts"])) for number, task in tasks.items()
+                number: (task["JobState"], int(task["Restarts"]))
+                for number, task in tasks.items()
             }
             if not {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING"} & {
                 state for state, _ in states.values()
@@ -148,16 +159,25 @@ class Cluster:
 
     def log(self) -> list[tuple[str, str, str, dict[str, str]]]:
         """(command, array task, restarts, its keys) of every run, in order."""
-        lines = [line.split("|") for line in (self.cache / "log").read_text().splitlines()]
-        keys = [dict(word.partition("=")[::2] for word in line[3].split()) for line in lines]
-        return [(line[0], line[1], line[2], key) for line, key in zip(lines, keys, strict=True)]
+        lines = [
+            line.split("|") for line in (self.cache / "log").read_text().splitlines()
+        ]
+        keys = [
+            dict(word.partition("=")[::2] for word in line[3].split()) for line in lines
+        ]
+        return [
+            (line[0], line[1], line[2], key)
+            for line, key in zip(lines, keys, strict=True)
+        ]
 
     def output(self) -> str:
         return "".join(path.read_text() for path in sorted(self.folder.glob("*.out")))
 
 
 def _output(line: list[str], **kwargs: object) -> str:
-    result = subprocess.run(line, capture_output=True, text=True, check=False, timeout=60, **kwargs)
+    result = subprocess.run(
+        line, capture_output=True, text=True, check=False, timeout=60, **kwargs
+    )
     assert result.returncode == 0, (line, result.stderr)
     return result.stdout
 
@@ -180,7 +200,9 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
         "7": "2/3",
     }
     for key in keys.values():
-        assert key["output_path"] == f"{cluster.cache}/train_with_logits_CHUNK_ID.jsonl.zst"
+        assert (
+            key["output_path"] == f"{cluster.cache}/train_with_logits_CHUNK_ID.jsonl.zst"
+        )
         assert key["n_examples_per_chunk"] == "10000"
         assert key["data.max_tokens_per_batch"] == "16384"
         assert key["trainer.devices"] == "2"
@@ -193,7 +215,11 @@ def test_an_interrupted_task_runs_again_and_no_other(cluster):
     job = cluster.submit(
         "--array=0-2", STATUS_1="3", STATUS_2="75"
     )  # the last task has the array's own number
-    assert cluster.wait(job) == {"0": ("COMPLETED", 0), "1": ("FAILED", 0), "2": ("COMPLETED", 1)}
+    assert cluster.wait(job) == {
+        "0": ("COMPLETED", 0),
+        "1": ("FAILED", 0),
+        "2": ("COMPLETED", 1),
+    }
     runs = [(task, restarts, keys["shard"]) for _, task, restarts, keys in cluster.log()]
     assert sorted(runs) == [
         ("0", "0", "0/3"),
@@ -222,7 +248,9 @@ def test_a_job_that_never_gets_done_is_not_requeued_for_ever(cluster):
 def test_ranks_save_and_the_job_goes_on_when_slurm_warns(cluster):
     """Slurm's signal, two nodes, the real way from the signal to the status; only the teacher is missing."""
     cluster.command("compute_topk_logits", RANK)
-    job = cluster.submit("--nodes=2", "--array=4", TASKS_PER_NODE="1", MODE="finish_together")
+    job = cluster.submit(
+        "--nodes=2", "--array=4", TASKS_PER_NODE="1", MODE="finish_together"
+    )
     cluster.until_exists("ready.0", "ready.1")
     _output(
         ["scancel", "--signal=USR1", f"{job}_4"]
@@ -230,7 +258,10 @@ def test_ranks_save_and_the_job_goes_on_when_slurm_warns(cluster):
     assert cluster.wait(job) == {"4": ("COMPLETED", 1)}
     assert (cluster.cache / "saved.0").exists()
     assert (cluster.cache / "saved.1").exists()
-    assert "received SIGUSR1; the same command continues (exit status 75)" in cluster.output()
+    assert (
+        "received SIGUSR1; the same command continues (exit status 75)"
+        in cluster.output()
+    )
 
 
 def test_a_cancelled_job_stays_away(cluster):
@@ -271,7 +302,9 @@ def test_a_student_goes_on_after_the_signal_as_if_nothing_had_been(cluster, rank
         cache = cluster.cache / f"{split}_with_logits_CHUNK_ID.jsonl.zst"
         assert ranks(1).run(run_stage_1, teacher, dataset, cache, {"top_k": 4}) == [""]
     command = Path(sys.executable).with_name("train_gpt_knowledge_distillation")
-    cluster.command(command.name, f'#!/usr/bin/env bash\nOMP_NUM_THREADS=1 exec "{command}" "$@"\n')
+    cluster.command(
+        command.name, f'#!/usr/bin/env bash\nOMP_NUM_THREADS=1 exec "{command}" "$@"\n'
+    )
     keys = [
         f"trainer.knowledge_distillation.{key}"
         for key in ("max_epochs=40", "val_check_interval=100")
@@ -305,4 +338,8 @@ def _steps(results: Path) -> list[tuple[int, float]]:
     """(step, loss) of every step of training, in the order of the file."""
     if not (results / "metrics" / "metrics.jsonl").exists():
         return []
-    return [(row["step"], row["train/loss"]) for row in metrics(results) if "train/loss" in row]
+    return [
+        (row["step"], row["train/loss"])
+        for row in metrics(results)
+        if "train/loss" in row
+    ]

@@ -67,11 +67,20 @@ def temporary(tmp_path, monkeypatch) -> Path:
             member("tokenizer/a", tarfile.SYMTYPE, "/etc/passwd"),
             "neither a regular file nor a folder",
         ),
-        (member("tokenizer", tarfile.SYMTYPE, "."), "neither a regular file nor a folder"),
-        (member("tokenizer/a", tarfile.LNKTYPE, TOKENIZER), "neither a regular file nor a folder"),
+        (
+            member("tokenizer", tarfile.SYMTYPE, "."),
+            "neither a regular file nor a folder",
+        ),
+        (
+            member("tokenizer/a", tarfile.LNKTYPE, TOKENIZER),
+            "neither a regular file nor a folder",
+        ),
         (member("tokenizer/a", tarfile.FIFOTYPE), "neither a regular file nor a folder"),
         (member("tokenizer/a", tarfile.CHRTYPE), "neither a regular file nor a folder"),
-        (member("tokenizer/a", tarfile.GNUTYPE_SPARSE), "neither a regular file nor a folder"),
+        (
+            member("tokenizer/a", tarfile.GNUTYPE_SPARSE),
+            "neither a regular file nor a folder",
+        ),
         (member("tokenizer/a", **{"GNU.sparse.realsize": "1000000000000"}), "sparse"),
         (member("tokenizer/a", **{"GNU.sparse.map": "0,1"}), "sparse"),
         (member("tokenizer/a", size=3, **{"path": "../outside"}), "leads out of it"),
@@ -131,9 +140,12 @@ def test_a_tokenizer_of_a_wrong_size_is_refused_without_writing_it(tmp_path, tem
     assert not list(temporary.iterdir())
 
 
-def test_the_tokenizer_is_unpacked_for_this_process_alone_and_removed(tmp_path, temporary):
+def test_the_tokenizer_is_unpacked_for_this_process_alone_and_removed(
+    tmp_path, temporary
+):
     archive = pack(
-        tmp_path / "a.nemo", member("tokenizer/additional_chat_templates/rag.jinja", size=1)
+        tmp_path / "a.nemo",
+        member("tokenizer/additional_chat_templates/rag.jinja", size=1),
     )
     with open_tokenizer(archive) as folder:
         assert (folder / "tokenizer.json").read_text() == "{}"
@@ -152,7 +164,9 @@ def test_what_a_killed_process_unpacked_the_next_one_removes(tmp_path, temporary
         "import os, sys, tempfile; from pathlib import Path; from nemo_kd.nemo_archive import Archive;"
         "tempfile.tempdir = sys.argv[2]; Archive(Path(sys.argv[1])).tokenizer_folder(); os._exit(9)"
     )
-    subprocess.run([sys.executable, "-c", code, str(archive), str(temporary)], check=False)
+    subprocess.run(
+        [sys.executable, "-c", code, str(archive), str(temporary)], check=False
+    )
     (left,) = temporary.glob("*/.*")
     with open_tokenizer(archive):
         assert not left.exists()
@@ -161,7 +175,9 @@ def test_what_a_killed_process_unpacked_the_next_one_removes(tmp_path, temporary
 def test_an_archive_that_is_replaced_is_read_on(tmp_path):
     archive = pack(tmp_path / "a.nemo", member("model_weights/a", size=5))
     with Archive(archive) as opened:
-        os.replace(pack(tmp_path / "b.nemo", member("model_weights/other", size=7)), archive)
+        os.replace(
+            pack(tmp_path / "b.nemo", member("model_weights/other", size=7)), archive
+        )
         with opened.open("model_weights/a") as file:
             assert file.read() == b"xxxxx"
 
@@ -189,7 +205,9 @@ BASE = write_model_config(SMALL)
         (BASE + "a: &a [1]\nb: [*a, *a]\n", "an alias"),
         (BASE + "hf_config: " + "[" * 100_000, "nested more than 32 deep"),
         (
-            BASE + "hf_config:\n" + "".join(" " * depth + "a:\n" for depth in range(1, 900)),
+            BASE
+            + "hf_config:\n"
+            + "".join(" " * depth + "a:\n" for depth in range(1, 900)),
             "nested more than 32 deep",
         ),
         (
@@ -232,7 +250,13 @@ def test_more_layers_than_are_stored_are_refused():
     assert read_model_config(BASE.encode(), "FILE") == SMALL
     check_size(SMALL, 10_000_000, "FILE")
     with pytest.raises(ConfigError, match=r"FILE: num_layers: 1000000000 must be from"):
-        read_model_config(BASE.replace("num_layers: 2", "num_layers: 1000000000").encode(), "FILE")
-    many = read_model_config(BASE.replace("num_layers: 2", "num_layers: 4000").encode(), "FILE")
-    with pytest.raises(ConfigError, match=r"FILE: calls for at least .* but 10,000,000 are stored"):
+        read_model_config(
+            BASE.replace("num_layers: 2", "num_layers: 1000000000").encode(), "FILE"
+        )
+    many = read_model_config(
+        BASE.replace("num_layers: 2", "num_layers: 4000").encode(), "FILE"
+    )
+    with pytest.raises(
+        ConfigError, match=r"FILE: calls for at least .* but 10,000,000 are stored"
+    ):
         check_size(many, 10_000_000, "FILE")

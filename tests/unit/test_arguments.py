@@ -65,14 +65,21 @@ def value_of(key: str, value: str, config_class: type) -> object:
 @pytest.mark.parametrize("path", ODD_PATHS)
 def test_text_is_taken_as_typed(path):
     assert value_of("output_path", path, ConvertCheckpointConfig) == path
-    assert value_of("pretrained_checkpoint.restore_from_path", path, TrainStudentConfig) == path
+    assert (
+        value_of("pretrained_checkpoint.restore_from_path", path, TrainStudentConfig)
+        == path
+    )
     if path[0] not in "{[":
         assert value_of("data.data.file_path", path, ComputeTopkLogitsConfig) == path
 
 
-@pytest.mark.parametrize("path", [path for path in ODD_PATHS if path not in ("-5", "1e3", "true")])
+@pytest.mark.parametrize(
+    "path", [path for path in ODD_PATHS if path not in ("-5", "1e3", "true")]
+)
 def test_keys_of_any_type_take_what_the_grammar_cannot_read(path):
-    assert value_of("exp_manager.wandb_logger_kwargs.name", path, ComputeTopkLogitsConfig) in (
+    assert value_of(
+        "exp_manager.wandb_logger_kwargs.name", path, ComputeTopkLogitsConfig
+    ) in (
         path,
         {"x": ""},
     )
@@ -84,7 +91,9 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     assert value_of("cache.temperatures", "[1.0, 2]", ComputeTopkLogitsConfig) == [1.0, 2]
     assert value_of("output_path", "'a=b'", ConvertCheckpointConfig) == "a=b"
     assert value_of(
-        "model.data.data_prefix", "{train: [0.3, a], validation: ['b=1']}", TrainStudentConfig
+        "model.data.data_prefix",
+        "{train: [0.3, a], validation: ['b=1']}",
+        TrainStudentConfig,
     ) == {
         "train": [0.3, "a"],
         "validation": ["b=1"],
@@ -99,13 +108,21 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     ("config_class", "line", "answer"),
     [
         (ComputeTopkLogitsConfig, "top_k 5", "top_k 5: write top_k=5, with ="),
-        (TrainStudentConfig, "learning_rate 1e-4", "learning_rate 1e-4: write model.optim.lr=1e-4"),
+        (
+            TrainStudentConfig,
+            "learning_rate 1e-4",
+            "learning_rate 1e-4: write model.optim.lr=1e-4",
+        ),
         (
             TrainStudentConfig,
             "--lr 1e-4",
             "--lr: keys are given as key=value, without dashes: model.optim.lr=1e-4",
         ),
-        (TrainStudentConfig, "--num-train-epochs=3", "trainer.knowledge_distillation.max_epochs=3"),
+        (
+            TrainStudentConfig,
+            "--num-train-epochs=3",
+            "trainer.knowledge_distillation.max_epochs=3",
+        ),
         (TrainStudentConfig, "--model.optim.lr 3", "without dashes: model.optim.lr=3"),
         (
             TrainStudentConfig,
@@ -147,8 +164,16 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         ),
         (ComputeTopkLogitsConfig, "top-k=5", "given as key=value, here top_k=5;"),
         (ComputeTopkLogitsConfig, "'top_k =5'", "given as key=value, here top_k=5;"),
-        (ComputeTopkLogitsConfig, "cache..codec=json", "cache..codec: is not the name of a key"),
-        (ComputeTopkLogitsConfig, "cache/codec=json", "cache/codec: is not the name of a key"),
+        (
+            ComputeTopkLogitsConfig,
+            "cache..codec=json",
+            "cache..codec: is not the name of a key",
+        ),
+        (
+            ComputeTopkLogitsConfig,
+            "cache/codec=json",
+            "cache/codec: is not the name of a key",
+        ),
         (ComputeTopkLogitsConfig, "--output '$HOME/a`b'", "'output_path=$HOME/a`b'"),
         (
             TrainStudentConfig,
@@ -159,7 +184,11 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         (TrainStudentConfig, "--config-name", "--config-name: needs a value"),
         (TrainStudentConfig, "--cfg foo", "--cfg: foo is not one of job, hydra, all"),
         (TrainStudentConfig, "--resolve", "--resolve: goes with --cfg"),
-        (TrainStudentConfig, "--multirun --cfg job", "--multirun: does not go with --cfg"),
+        (
+            TrainStudentConfig,
+            "--multirun --cfg job",
+            "--multirun: does not go with --cfg",
+        ),
     ],
 )
 def test_other_ways_to_write_a_key_are_answered(config_class, line, answer):
@@ -173,7 +202,9 @@ def test_a_path_that_exists_is_no_name_of_a_key(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "teacher").mkdir()
     with pytest.raises(ConfigError, match="input_path=teacher output_path=out"):
-        read_command_line(["teacher", "out"], ConvertCheckpointConfig, "convert_checkpoint")
+        read_command_line(
+            ["teacher", "out"], ConvertCheckpointConfig, "convert_checkpoint"
+        )
 
 
 @pytest.mark.parametrize(
@@ -196,12 +227,18 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
             "cache=3",
             "cache: 3 is not a mapping of keys; its keys are cache.codec, cache.min_probability",
         ),
-        ("cache.temperatures=[nan]", "cache.temperatures: [nan] must be above 0 and finite"),
+        (
+            "cache.temperatures=[nan]",
+            "cache.temperatures: [nan] must be above 0 and finite",
+        ),
         (
             "trainer.distributed_timeout_minutes=inf",
             "trainer.distributed_timeout_minutes: inf must be above 0 and",
         ),
-        ("exp_manager.log_interval_s=nan", "exp_manager.log_interval_s: nan must be above 0"),
+        (
+            "exp_manager.log_interval_s=nan",
+            "exp_manager.log_interval_s: nan must be above 0",
+        ),
         (
             "model.seed=99999999999999999999",
             "model.seed: 99999999999999999999 must be from 0 to 4294967295",
@@ -209,7 +246,9 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
     ],
 )
 def test_values_that_cannot_work_name_their_key(argument, answer):
-    line = read_command_line([*STAGE_1, argument], ComputeTopkLogitsConfig, "compute_topk_logits")
+    line = read_command_line(
+        [*STAGE_1, argument], ComputeTopkLogitsConfig, "compute_topk_logits"
+    )
     with pytest.raises(ConfigError) as error:
         typed(ComputeTopkLogitsConfig, compose(line, "compute_topk_logits"))
     assert answer in str(error.value)
@@ -218,10 +257,14 @@ def test_values_that_cannot_work_name_their_key(argument, answer):
 
 def test_keys_may_stand_for_others_that_have_their_default_in_code():
     line = read_command_line(
-        [*STAGE_1, "output_path=${name}.jsonl"], ComputeTopkLogitsConfig, "compute_topk_logits"
+        [*STAGE_1, "output_path=${name}.jsonl"],
+        ComputeTopkLogitsConfig,
+        "compute_topk_logits",
     )
     cfg, _ = translate(
-        compose(line, "compute_topk_logits"), "compute_topk_logits", ComputeTopkLogitsConfig
+        compose(line, "compute_topk_logits"),
+        "compute_topk_logits",
+        ComputeTopkLogitsConfig,
     )
     assert typed(ComputeTopkLogitsConfig, cfg).output_path == "compute_topk_logits.jsonl"
 
@@ -231,7 +274,9 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
     known = {each.key for config_class in classes for each in describe(config_class)}
     for name, (keys, _) in FOREIGN.items():
         assert any(
-            key in known or key.rpartition(".")[0] in known or key.startswith("exp_manager.")
+            key in known
+            or key.rpartition(".")[0] in known
+            or key.startswith("exp_manager.")
             for key in keys
         ), name
 
@@ -245,7 +290,10 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
             "model.global_batch_size? micro_batch_size x data-parallel ranks x accumulation",
         ),
         ("per_device_train_batch_size", "model.micro_batch_size?"),
-        ("lora_r", "model.peft.lora_tuning.adapter_dim? with model.peft.peft_scheme=lora"),
+        (
+            "lora_r",
+            "model.peft.lora_tuning.adapter_dim? with model.peft.peft_scheme=lora",
+        ),
         ("bf16", "trainer.precision? bf16 or 32"),
         ("kd_loss_weight", "model.knowledge_distillation.kd_loss_weight?"),
         ("data_prefix", "model.data.data_prefix.train=FILE"),
@@ -263,7 +311,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
         "pretrained_checkpoint": {"restore_from_path": "~/t"},
         "output_path": "~/c/t_SPLIT.jsonl",
     }
-    teacher |= {"data": {"data": {"file_path": {"train": "~/d.jsonl", "validation": "v"}}}}
+    teacher |= {
+        "data": {"data": {"file_path": {"train": "~/d.jsonl", "validation": "v"}}}
+    }
     found = typed(
         ComputeTopkLogitsConfig,
         OmegaConf.create({**teacher, "exp_manager": {"explicit_log_dir": "~/log"}}),
@@ -282,7 +332,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     assert found.model.data.paths("validation") == ["/home/me/v[:10%]"]
     assert (
         typed(
-            ConvertCheckpointConfig, OmegaConf.create({"input_path": "~/a", "output_path": "b~"})
+            ConvertCheckpointConfig,
+            OmegaConf.create({"input_path": "~/a", "output_path": "b~"}),
         ).input_path
         == "/home/me/a"
     )
@@ -305,7 +356,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
         ("a: &a [*a]\n", ":1: *a stands for something that is not complete"),
         (
             "\n".join(
-                f"{n}: &n{n} [{', '.join([f'*n{n - 1}' if n else 'x'] * 10)}]" for n in range(9)
+                f"{n}: &n{n} [{', '.join([f'*n{n - 1}' if n else 'x'] * 10)}]"
+                for n in range(9)
             ),
             "more than 100,000 values",
         ),
@@ -314,7 +366,9 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     ],
     ids=["duplicate", "torn", "list", "deep", "circle", "bomb", "large", "control"],
 )
-def test_yaml_files_that_cannot_be_read_are_named_with_their_line(tmp_path, text, message):
+def test_yaml_files_that_cannot_be_read_are_named_with_their_line(
+    tmp_path, text, message
+):
     (tmp_path / "my.yaml").write_text(text)
     line = read_command_line(
         ["--config-path", str(tmp_path), "--config-name", "my"],
@@ -329,16 +383,21 @@ def test_yaml_files_that_cannot_be_read_are_named_with_their_line(tmp_path, text
 
 
 def test_yaml_files_that_are_not_there_and_interpolations_without_a_key(tmp_path):
-    (tmp_path / "my.yaml").write_text("output_path: ${HOME}/x\ntop_k: ${oc.env:NO_SUCH_VARIABLE}\n")
+    (tmp_path / "my.yaml").write_text(
+        "output_path: ${HOME}/x\ntop_k: ${oc.env:NO_SUCH_VARIABLE}\n"
+    )
     check_yaml(tmp_path / "my.yaml")
     arguments = ["--config-path", str(tmp_path), "--config-name"]
     with pytest.raises(ConfigError, match=r"there is no your\.yaml in .*; there are: my"):
         compose(
-            read_command_line([*arguments, "your"], ComputeTopkLogitsConfig, "compute_topk_logits"),
+            read_command_line(
+                [*arguments, "your"], ComputeTopkLogitsConfig, "compute_topk_logits"
+            ),
             "",
         )
     with pytest.raises(
-        ConfigError, match="my.yaml is a file; give its folder and its name: --config-path"
+        ConfigError,
+        match="my.yaml is a file; give its folder and its name: --config-path",
     ):
         compose(
             read_command_line(
@@ -349,7 +408,9 @@ def test_yaml_files_that_are_not_there_and_interpolations_without_a_key(tmp_path
             "",
         )
     line = [sys.executable, "-m", "nemo_kd.cli.compute_topk_logits", *arguments, "my"]
-    result = subprocess.run(line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+    result = subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
+    )
     expected = "error: output_path: ${HOME} stands for a key of that name, and there is none; an environment variable is ${oc.env:HOME}\n"
     assert (result.returncode, result.stderr) == (2, expected)
 
@@ -365,4 +426,6 @@ def test_versions_and_wrong_options():
         assert of(module, "--version").stdout.startswith("nemo_kd ")
     result = of("logit_cache", "inspekt", "x")
     assert result.returncode == 2
-    assert result.stderr.startswith("error: argument SUBCOMMAND: invalid choice: 'inspekt'")
+    assert result.stderr.startswith(
+        "error: argument SUBCOMMAND: invalid choice: 'inspekt'"
+    )

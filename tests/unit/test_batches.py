@@ -10,7 +10,11 @@ from tests.tiny_tokenizer import docstrings
 
 
 def padded(batch: list[int], lengths: list[int], multiple_of: int) -> int:
-    return len(batch) * -(-max(lengths[member] for member in batch) // multiple_of) * multiple_of
+    return (
+        len(batch)
+        * -(-max(lengths[member] for member in batch) // multiple_of)
+        * multiple_of
+    )
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -23,7 +27,11 @@ def test_every_example_once_and_within_the_limits(packed, max_examples, max_toke
     batches = form_batches(lengths, max_examples, max_tokens, packed, multiple_of=8)
     assert sorted(member for batch in batches for member in batch) == list(range(97))
     for batch in batches:
-        tokens = sum(lengths[member] for member in batch) if packed else padded(batch, lengths, 8)
+        tokens = (
+            sum(lengths[member] for member in batch)
+            if packed
+            else padded(batch, lengths, 8)
+        )
         assert len(batch) == 1 or max_tokens is None or tokens <= max_tokens
         assert max_examples is None or len(batch) <= max_examples
     if max_examples is None and max_tokens is None:
@@ -69,9 +77,9 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
         for rank in range(num_ranks)
     ]
     assert len({len(share) for share in shares}) == 1
-    assert sorted(position for share in shares for batch in share for position in batch) == sorted(
-        positions
-    )
+    assert sorted(
+        position for share in shares for batch in share for position in batch
+    ) == sorted(positions)
     for batch in (batch for share in shares for batch in share if batch):
         chosen = [lengths[position] for position in batch]
         if max_tokens is None:
@@ -81,7 +89,8 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
         assert len(batch) == 1 or tokens <= max_tokens
     if max_tokens is not None:
         loads = [
-            sum(lengths[position] for batch in share for position in batch) for share in shares
+            sum(lengths[position] for batch in share for position in batch)
+            for share in shares
         ]
         assert max(loads) - min(loads) <= max(max_tokens, *lengths)
         empty = sum(not batch for share in shares for batch in share)
@@ -92,13 +101,20 @@ def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
     lengths = [60, 30, 30, 20, 20, 20]
     assert form_batches(lengths, None, 60, True) == [[0], [1, 2], [3, 4, 5]]
     first, second = (
-        MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__) for rank in (0, 1)
+        MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__)
+        for rank in (0, 1)
     )
     assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
-    alone = [MicroBatching(rank, 2, 1, 60, True).share([0], lengths.__getitem__) for rank in (0, 1)]
+    alone = [
+        MicroBatching(rank, 2, 1, 60, True).share([0], lengths.__getitem__)
+        for rank in (0, 1)
+    ]
     assert alone == [[[0]], [[]]]
 
 
 def test_lengths_are_not_asked_for_without_a_budget():
     batching = MicroBatching(1, 2, 2, None, True)
-    assert batching.share([5, 6, 7, 8, 9], lambda position: pytest.fail("asked")) == [[8, 9], []]
+    assert batching.share([5, 6, 7, 8, 9], lambda position: pytest.fail("asked")) == [
+        [8, 9],
+        [],
+    ]

@@ -78,7 +78,9 @@ def student(
     config = StudentModelConfig(
         tensor_model_parallel_size=tensor,
         global_batch_size=batch,
-        data=StudentDataConfig(data_prefix={"train": train, "validation": "train_0.jsonl[:1]"}),
+        data=StudentDataConfig(
+            data_prefix={"train": train, "validation": "train_0.jsonl[:1]"}
+        ),
     )
     for name, value in weights.items():
         setattr(config.knowledge_distillation, name, value)
@@ -123,14 +125,23 @@ def test_what_can_work_passes(here):
             lambda: teacher(output="c/t.jsonl.gz"),
             "output_path: c/t.jsonl.gz ends in none of .jsonl.zst, .jsonl, .json",
         ),
-        (lambda: teacher(output="file/t.jsonl"), "output_path: file cannot be a folder: "),
+        (
+            lambda: teacher(output="file/t.jsonl"),
+            "output_path: file cannot be a folder: ",
+        ),
         (lambda: teacher(output="CHUNK_ID/t.jsonl"), "CHUNK_ID stands in the folder"),
-        (lambda: teacher(log="file"), "exp_manager.explicit_log_dir: file cannot be a folder: "),
+        (
+            lambda: teacher(log="file"),
+            "exp_manager.explicit_log_dir: file cannot be a folder: ",
+        ),
         (
             lambda: teacher(devices=2, tensor=3),
             "model.tensor_model_parallel_size: 3 does not divide the 2 ranks",
         ),
-        (lambda: teacher(max_time="1h"), "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS"),
+        (
+            lambda: teacher(max_time="1h"),
+            "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS",
+        ),
         (
             lambda: student(model="none"),
             "pretrained_checkpoint.restore_from_path: none does not exist",
@@ -151,7 +162,10 @@ def test_what_can_work_passes(here):
             lambda: student(log="file/log"),
             "exp_manager.explicit_log_dir: file/log cannot be a folder: ",
         ),
-        (lambda: student(devices=2, batch=3), "model.global_batch_size: 3 must be a multiple of"),
+        (
+            lambda: student(devices=2, batch=3),
+            "model.global_batch_size: 3 must be a multiple of",
+        ),
         (lambda: student(devices=3, tensor=2), "does not divide the 3 ranks"),
         (lambda: ConvertCheckpointConfig("none", "b"), "input_path: none does not exist"),
         (
@@ -174,7 +188,8 @@ def test_what_cannot_work_names_its_key(here, config, message):
 def test_folders_without_permission_are_named(here):
     (here / "closed").mkdir(mode=0o500)
     with pytest.raises(
-        ConfigError, match="output_path: closed/a cannot be written: you may not write in .*/closed"
+        ConfigError,
+        match="output_path: closed/a cannot be written: you may not write in .*/closed",
     ):
         check_before_start(teacher(output="closed/a/t.jsonl"))
 
@@ -205,7 +220,11 @@ def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys)
     started_s = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
     )
     assert result.returncode == 2, result.stderr
     assert json.loads(result.stdout) == []

@@ -32,7 +32,10 @@ def test_forked_readers_read_the_same_rows(tmp_path, name):
     reader[0]  # a descriptor that the children must not share
     with multiprocessing.get_context("fork").Pool(3) as pool:
         rows = pool.map(reader.__getitem__, [index % 10 for index in range(60)])
-    assert all(same(found, row(index % 10, 3 + index % 10 % 4)) for index, found in enumerate(rows))
+    assert all(
+        same(found, row(index % 10, 3 + index % 10 % 4))
+        for index, found in enumerate(rows)
+    )
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
@@ -76,19 +79,27 @@ def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
         os,
         "posix_fadvise",
-        lambda fd, start, size, how: calls.append((how, size)) or advise(fd, start, size, how),
+        lambda fd, start, size, how: (
+            calls.append((how, size)) or advise(fd, start, size, how)
+        ),
     )
     rows.__getitems__([0, 9])
     monkeypatch.setattr(
-        os, "pread", lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start)
+        os,
+        "pread",
+        lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start),
     )
     calls.clear()
-    assert [[row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])] == [
+    assert [
+        [row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])
+    ] == [
         [5, 3],
         [9],
     ]
     announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
-    assert announced == [size for how, size in calls if how == "read" and size in announced]
+    assert announced == [
+        size for how, size in calls if how == "read" and size in announced
+    ]
     assert [how for how, _ in calls][-3:] == ["read"] * 3
 
 
@@ -158,7 +169,8 @@ def test_an_object_store_is_read_by_url_also_in_a_forked_process(tmp_path):
     store.rm("memory://bucket/cache/train_1.jsonl.zst")
     store.pipe_file("memory://bucket/cache/train_manifest.json", manifest)
     with pytest.raises(
-        CacheError, match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing"
+        CacheError,
+        match=r"memory://bucket/cache/train_1\.jsonl\.zst: the chunk is missing",
     ):
         CacheReader(url)
     with pytest.raises(CacheError, match="nothing://x/a"):

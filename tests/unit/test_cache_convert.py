@@ -60,7 +60,9 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
         tokenizer=Tokenizer("sha256:1", 48),
     )
     found = CacheReader(str(target))
-    assert [found[position].example.index for position in range(len(found))] == list(range(9))
+    assert [found[position].example.index for position in range(len(found))] == list(
+        range(9)
+    )
     for position in range(9):
         expected = row(position)
         assert np.array_equal(found[position].example.tokens_S, expected.example.tokens_S)
@@ -81,7 +83,8 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
 def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(tmp_path):
     (tmp_path / "a.jsonl").write_text(aligner_lines(range(3)))
     with pytest.raises(
-        CacheError, match=r"token id \d+ exceeds the vocabulary of 20; correct --vocab-size"
+        CacheError,
+        match=r"token id \d+ exceeds the vocabulary of 20; correct --vocab-size",
     ):
         convert(
             CacheReader(str(tmp_path / "a.jsonl")),
@@ -103,7 +106,10 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
 
 
 def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
-    source, target = CacheReader(str(write(tmp_path / "source"))), tmp_path / "t_CHUNK_ID.jsonl.zst"
+    source, target = (
+        CacheReader(str(write(tmp_path / "source"))),
+        tmp_path / "t_CHUNK_ID.jsonl.zst",
+    )
     convert(source, str(tmp_path / "straight" / target.name), ALL)
     read = CacheReader.__getitem__
 
@@ -123,7 +129,9 @@ def test_a_stopped_conversion_goes_on(tmp_path, monkeypatch):
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
-def entries(k: int, label: int, probabilities: dict[int, float]) -> dict[str, dict[str, float]]:
+def entries(
+    k: int, label: int, probabilities: dict[int, float]
+) -> dict[str, dict[str, float]]:
     """One entry of `prompt_logprobs` as vLLM makes it: the label first, then the k likeliest, each id once."""
     ranked = sorted(probabilities, key=lambda token: -probabilities[token])
     told = dict.fromkeys([label, *ranked[:k]])
@@ -140,7 +148,8 @@ def entries(k: int, label: int, probabilities: dict[int, float]) -> dict[str, di
 def distributions(length: int, vocab_size: int = 30) -> list[dict[int, float]]:
     random = np.random.default_rng(0)
     return [
-        dict(enumerate(random.dirichlet(np.full(vocab_size, 0.3)) + 1e-9)) for _ in range(length)
+        dict(enumerate(random.dirichlet(np.full(vocab_size, 0.3)) + 1e-9))
+        for _ in range(length)
     ]
 
 
@@ -166,9 +175,13 @@ def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, wit
             rtol=1e-5,
         )
         np.testing.assert_allclose(
-            teacher.tail_mass_PT[s, 0], 1 - sum(p[token] for token in likeliest), atol=1e-6
+            teacher.tail_mass_PT[s, 0],
+            1 - sum(p[token] for token in likeliest),
+            atol=1e-6,
         )
-        np.testing.assert_allclose(teacher.label_logprobs_P[s], math.log(p[labels[s]]), rtol=1e-5)
+        np.testing.assert_allclose(
+            teacher.label_logprobs_P[s], math.log(p[labels[s]]), rtol=1e-5
+        )
 
 
 def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
@@ -179,7 +192,9 @@ def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
     (tmp_path / "v.jsonl").write_text(
         json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]}) + "\n"
     )
-    assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_PK.tolist() == [[8]]
+    assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_PK.tolist() == [
+        [8]
+    ]
 
 
 LINE = {
@@ -198,12 +213,23 @@ LINE = {
         json.dumps(LINE).replace("-9999.0", "-Infinity"),
         json.dumps(LINE).replace("-9999.0", "null"),
         json.dumps({**LINE, "prompt_logprobs": [None, {"9": -0.5, "4": -9999.0}]}),
-        json.dumps({"object": "text_completion", "choices": [{"index": 0, "text": "", **LINE}]}),
-        json.dumps({"object": "chat.completion", "choices": [{"index": 0, "message": {}}], **LINE}),
+        json.dumps(
+            {"object": "text_completion", "choices": [{"index": 0, "text": "", **LINE}]}
+        ),
+        json.dumps(
+            {
+                "object": "chat.completion",
+                "choices": [{"index": 0, "message": {}}],
+                **LINE,
+            }
+        ),
         json.dumps(
             {
                 "custom_id": "1",
-                "response": {"status_code": 200, "body": {"choices": [{"index": 0, **LINE}]}},
+                "response": {
+                    "status_code": 200,
+                    "body": {"choices": [{"index": 0, **LINE}]},
+                },
             }
         ),
     ],
@@ -225,9 +251,14 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
     ("text", "message"),
     [
         (json.dumps(LINE).replace("-9999.0", "NaN"), "expected an object"),
-        (json.dumps(LINE).replace("-9999.0", "3.5"), "probabilities that sum to .* raw_logprobs"),
         (
-            json.dumps({"custom_id": "1", "response": {"status_code": 500, "body": None}}),
+            json.dumps(LINE).replace("-9999.0", "3.5"),
+            "probabilities that sum to .* raw_logprobs",
+        ),
+        (
+            json.dumps(
+                {"custom_id": "1", "response": {"status_code": 500, "body": None}}
+            ),
             "prompt_logprobs: found nothing",
         ),
         (
@@ -289,7 +320,14 @@ def parts(folder: Path) -> list[str]:
             "end_at_idx": first + 9,
         }
         names.append(
-            str(write(folder / str(number), "p_CHUNK_ID.jsonl", codec="packed", dataset=dataset))
+            str(
+                write(
+                    folder / str(number),
+                    "p_CHUNK_ID.jsonl",
+                    codec="packed",
+                    dataset=dataset,
+                )
+            )
         )
     return names
 
@@ -305,7 +343,10 @@ def test_merging_links_or_copies(tmp_path, links, monkeypatch):
         monkeypatch.setattr(os, "link", refuse)
     target = tmp_path / "all" / "m_CHUNK_ID.jsonl"
     assert len(merge(names[::-1], str(target)).chunks) == 6
-    assert os.path.samefile(tmp_path / "0" / "p_0.jsonl", tmp_path / "all" / "m_0.jsonl") is links
+    assert (
+        os.path.samefile(tmp_path / "0" / "p_0.jsonl", tmp_path / "all" / "m_0.jsonl")
+        is links
+    )
     merged = CacheReader(str(target))
     assert [merged[position].example.index for position in range(20)] == list(range(20))
     assert problems(target) == []
@@ -336,7 +377,8 @@ def test_a_stopped_merge_goes_on_and_is_no_cache_until_then(tmp_path, monkeypatc
 def test_containers_are_not_mixed(tmp_path):
     names = parts(tmp_path)
     with pytest.raises(
-        CacheError, match=r"ends in .jsonl, the target in .jsonl.zst; merging changes no file"
+        CacheError,
+        match=r"ends in .jsonl, the target in .jsonl.zst; merging changes no file",
     ):
         merge(names, str(tmp_path / "m_CHUNK_ID.jsonl.zst"))
     shutil.rmtree(tmp_path / "1")
@@ -350,7 +392,10 @@ def test_converted_parts_are_merged_and_merged_ones_converted(tmp_path):
         names.append(str(tmp_path / f"c{number}" / "c_CHUNK_ID.jsonl.zst"))
         convert(CacheReader(name), names[-1], ALL)
     merged = merge(names, str(tmp_path / "m_CHUNK_ID.jsonl.zst"))
-    hashes = [Manifest.load(tmp_path / str(number) / "p_manifest.json").hash() for number in (0, 1)]
+    hashes = [
+        Manifest.load(tmp_path / str(number) / "p_manifest.json").hash()
+        for number in (0, 1)
+    ]
     assert merged.teacher["converted_from"] == hashes
     target = tmp_path / "again" / "a_CHUNK_ID.jsonl.zst"
     again = convert(

@@ -39,7 +39,10 @@ def frames(path: Path) -> list[bytes]:
         ChunkIndex.parse(path.with_name(path.name + ".idx").read_bytes()),
     )
     assert index is not None
-    return [raw[start:end] for start, end in zip(index.starts[:-1], index.starts[1:], strict=True)]
+    return [
+        raw[start:end]
+        for start, end in zip(index.starts[:-1], index.starts[1:], strict=True)
+    ]
 
 
 def forget_index(path: Path) -> None:
@@ -74,7 +77,9 @@ def test_lines_behind_damage_keep_their_numbers(tmp_path, with_index):
     (tmp_path / "t.manifest.json").unlink()
     if with_index:
         starts = [sum(map(len, lines[:number])) for number in range(10)]
-        found = [line.number for line in stretches(path, starts) if line.error is not None]
+        found = [
+            line.number for line in stretches(path, starts) if line.error is not None
+        ]
     else:
         forget_index(path)
         named = [problem.split(":")[1] for problem in problems(path)]
@@ -91,11 +96,22 @@ def test_neighbouring_damaged_frames_are_numbered_by_the_index(tmp_path):
     for number in (3, 4):
         lines[number] = bytes(len(lines[number]))
     path.write_bytes(b"".join(lines))
-    assert [line.number for line in stretches(path, starts)] == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+    assert [line.number for line in stretches(path, starts)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]
     report = verify(str(path))[0]
     assert report.counts["examples"] == 8
     assert any(
-        f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem for problem in report.problems
+        f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem
+        for problem in report.problems
     )
 
 
@@ -103,7 +119,10 @@ def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
     """A damaged frame can announce more bytes than the file has."""
     path, zst = tmp_path / "t.jsonl.zst", zstandard.ZstdCompressor(write_checksum=True)
     digits = random.Random(0).randbytes(50_000).hex()
-    lines = [zst.compress(f'{{"text": "{text}"}}\n'.encode()) for text in ("a", digits, "b", "c")]
+    lines = [
+        zst.compress(f'{{"text": "{text}"}}\n'.encode())
+        for text in ("a", digits, "b", "c")
+    ]
     swallowed = 0
     for position in range(len(lines[0]), len(lines[0]) + 30):
         for bit in range(8):
@@ -115,7 +134,9 @@ def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
                     list(lines_of(path).split(file, "t"))
             except TornError:
                 swallowed += 1
-                assert all(text.startswith("not repaired: ") for text in repair(str(path)))
+                assert all(
+                    text.startswith("not repaired: ") for text in repair(str(path))
+                )
                 assert path.read_bytes() == raw
             except CacheError:
                 pass
@@ -142,7 +163,9 @@ def test_a_file_cut_anywhere_loses_its_last_line_only(tmp_path, name):
 
 @pytest.mark.parametrize("what", ["garbage", "a line again"])
 @pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst"])
-def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(tmp_path, name, what):
+def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(
+    tmp_path, name, what
+):
     path = write(tmp_path, name, codec="packed")
     chunk = CacheLayout(str(path)).chunk_path(1)
     whole, manifest = chunk.read_bytes(), (tmp_path / "train_manifest.json").read_bytes()
@@ -158,7 +181,9 @@ def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(tm
     assert problems(path) == []
     chunk.write_bytes(whole + b"more")
     assert "kept as" in repair(str(path))[0]
-    assert chunk.with_name(f"{chunk.name}.torn").read_bytes() == addition  # nothing is written over
+    assert (
+        chunk.with_name(f"{chunk.name}.torn").read_bytes() == addition
+    )  # nothing is written over
     assert chunk.with_name(f"{chunk.name}.torn.1").read_bytes() == b"more"
 
 
@@ -201,7 +226,9 @@ def test_a_cache_that_is_being_written_is_not_repaired(tmp_path):
     write(tmp_path, "t_0.jsonl", n_examples_per_chunk=None)
     for writing, path in (("t_0.jsonl", "t_0.jsonl"), ("t_0.jsonl", "t_CHUNK_ID.jsonl")):
         lock = Lock(CacheLayout(str(tmp_path / writing)).lock_path)
-        with pytest.raises(FileError, match=f"process {os.getpid()} on .* is writing this cache"):
+        with pytest.raises(
+            FileError, match=f"process {os.getpid()} on .* is writing this cache"
+        ):
             repair(str(tmp_path / path))
         lock.release()
         assert repair(str(tmp_path / path)) == []
@@ -226,7 +253,11 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
     [
         (["vocab_size"], "50", "vocab_size: found '50', expected a number"),
         (["dataset", "end_at_idx"], None, "dataset.end_at_idx: found None"),
-        (["codec", "name"], "pickle", "codec.name: found 'pickle', expected one of packed, json"),
+        (
+            ["codec", "name"],
+            "pickle",
+            "codec.name: found 'pickle', expected one of packed, json",
+        ),
         (["dataset", "end_at_idx"], 7, "is chunk 2, but the cache has 2 chunks"),
     ],
 )
@@ -284,14 +315,19 @@ def test_a_damaged_manifest_is_damage(tmp_path):
     manifest_path.write_bytes(manifest_path.read_bytes()[:-40])
     line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "verify", str(path)]
     result = subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 problems"), result.stderr
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 problems"), (
+        result.stderr
+    )
     assert "not a cache manifest" in result.stdout
     assert "3 chunks" in result.stdout
 
 
 def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
     path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
-    manifest, index = Manifest.load(tmp_path / "t.manifest.json"), path.with_name("t.jsonl.zst.idx")
+    manifest, index = (
+        Manifest.load(tmp_path / "t.manifest.json"),
+        path.with_name("t.jsonl.zst.idx"),
+    )
     whole = index.read_bytes()
     for position in range(len(whole)):
         if 48 <= position < 56:  # the time, which means nothing beside a manifest
@@ -302,6 +338,8 @@ def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
         (problem,) = verify_chunk(path, manifest).problems
         assert "`logit_cache repair`" in problem
     index.unlink()
-    assert repair(str(path)) == [f"{path}: index made again"]  # since all records are there
+    assert repair(str(path)) == [
+        f"{path}: index made again"
+    ]  # since all records are there
     assert ChunkIndex.parse(index.read_bytes()).has_places_of(ChunkIndex.parse(whole))
     assert problems(path) == []

@@ -17,14 +17,23 @@ from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.tools.merge import merge
 from nemo_kd.tools.repair import repair
 from nemo_kd.tools.verify import verify
-from tests.tiny_cache import as_format_2, chunks_of, manifest, summaries, write, write_segment
+from tests.tiny_cache import (
+    as_format_2,
+    chunks_of,
+    manifest,
+    summaries,
+    write,
+    write_segment,
+)
 from tests.unit.test_cache_writer import content, die_after, statuses
 
 NAME = "train_CHUNK_ID.jsonl"
 
 
 def open_writer(folder: Path, part=(0, 1)) -> CacheWriter:
-    return CacheWriter(CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest()), part)
+    return CacheWriter(
+        CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest()), part
+    )
 
 
 def problems(path: Path) -> list[str]:
@@ -76,7 +85,9 @@ def test_segments_of_a_killed_job_of_an_older_version_are_used(tmp_path):
     writer.close()
     path = tmp_path / "train_manifest.json"
     path.write_bytes(
-        path.read_bytes().replace(b'"format_version": 3', b'"format_version": 2, "chunks": {}')
+        path.read_bytes().replace(
+            b'"format_version": 3', b'"format_version": 2, "chunks": {}'
+        )
     )
     writer = open_writer(tmp_path)
     assert len(writer.missing_segments()) == 2
@@ -110,7 +121,9 @@ def test_a_killed_upgrade_loses_nothing(tmp_path):
     assert steps > 5
 
 
-def test_a_journal_is_read_up_to_a_torn_line_and_ignored_beside_another_manifest(tmp_path):
+def test_a_journal_is_read_up_to_a_torn_line_and_ignored_beside_another_manifest(
+    tmp_path,
+):
     path = write(tmp_path, NAME)
     as_format_2(path, 2)
     journal = CacheLayout(str(path)).journal_path
@@ -150,7 +163,9 @@ def test_a_cache_that_an_older_version_writes_is_left_alone(tmp_path):
     first = open_writer(tmp_path, (0, 2))
     as_old = tmp_path / "train_manifest.json"
     as_old.write_bytes(
-        as_old.read_bytes().replace(b'"format_version": 3', b'"format_version": 2, "chunks": {}')
+        as_old.read_bytes().replace(
+            b'"format_version": 3', b'"format_version": 2, "chunks": {}'
+        )
     )
     with pytest.raises(CacheError, match="an older version of nemo_kd writes this cache"):
         open_writer(tmp_path, (1, 2))

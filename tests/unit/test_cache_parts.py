@@ -38,7 +38,9 @@ def many_segments() -> dict:
 
 def open_writer(folder: Path, part=(0, 1), **changes) -> CacheWriter:
     description = manifest(**{"codec": "packed", **changes})
-    return CacheWriter(CacheLayout(str(folder / NAME)), description, chunks_of(description), part)
+    return CacheWriter(
+        CacheLayout(str(folder / NAME)), description, chunks_of(description), part
+    )
 
 
 def compute(writer: CacheWriter, log: Path | None = None) -> None:
@@ -64,7 +66,11 @@ def slow_load(path: Path) -> Manifest:
 
 
 def run_part(
-    folder: Path, part, steps: int | None = None, delay_s: float = 0, log: Path | None = None
+    folder: Path,
+    part,
+    steps: int | None = None,
+    delay_s: float = 0,
+    log: Path | None = None,
 ) -> int:
     """A job that writes a part, in a process that kills itself after so many steps. Returns its id."""
     process = os.fork()
@@ -95,7 +101,9 @@ def test_parts_killed_again_and_again_the_files_are_the_same(tmp_path):
         for _ in range(3):  # each time in another number of parts
             count = dice.choice([1, 2, 3])
             parts = [
-                run_part(folder, (number, count), dice.randint(1, 150), dice.random() / 20)
+                run_part(
+                    folder, (number, count), dice.randint(1, 150), dice.random() / 20
+                )
                 for number in range(count)
             ]
             found = statuses(parts)
@@ -117,7 +125,8 @@ def test_no_segment_is_computed_twice(tmp_path):
         folder, log = tmp_path / f"attempt_{attempt}", tmp_path / f"log_{attempt}"
         folder.mkdir()
         first = [
-            run_part(folder, (number, count), 60 + 30 * number, 0, log) for number in range(count)
+            run_part(folder, (number, count), 60 + 30 * number, 0, log)
+            for number in range(count)
         ]
         statuses(first)  # all of them were killed somewhere
         parts = [
@@ -143,17 +152,26 @@ def test_jobs_that_put_the_same_chunks_together_at_once_publish_the_same_bytes(
     for segment in writer.missing_segments():
         write_segment(writer.layout, writer.manifest, segment)
     writer.close()
-    assert statuses([run_part(folder, (number, 4), None, 0, log) for number in range(4)]) == [0] * 4
+    assert (
+        statuses([run_part(folder, (number, 4), None, 0, log) for number in range(4)])
+        == [0] * 4
+    )
     times = Counter(log.read_text().splitlines())
     assert times.keys() == {f"chunk {chunk}" for chunk in range(10)}
     assert content(folder) == content(tmp_path / "straight")
     assert len(CacheReader(str(folder / NAME))) == 40
-    assert not [path for path in folder.iterdir() if path.name.endswith((".segments", ".zst.lock"))]
+    assert not [
+        path
+        for path in folder.iterdir()
+        if path.name.endswith((".segments", ".zst.lock"))
+    ]
 
 
 def test_a_chunk_listed_by_another_part_meanwhile_is_not_missing(tmp_path, monkeypatch):
     """Its segments are removed between a look at the manifest and a look at them."""
-    first, second = (open_writer(tmp_path, (number, 2), **many_segments()) for number in range(2))
+    first, second = (
+        open_writer(tmp_path, (number, 2), **many_segments()) for number in range(2)
+    )
     for writer in (first, second):
         for segment in writer.missing_segments():
             write_segment(writer.layout, writer.manifest, segment)
@@ -192,7 +210,9 @@ def test_parts_share_out_all_segments(tmp_path):
     assert writers[0].missing == []
 
 
-def test_segments_that_another_part_removes_meanwhile_are_not_missing(tmp_path, monkeypatch):
+def test_segments_that_another_part_removes_meanwhile_are_not_missing(
+    tmp_path, monkeypatch
+):
     one, other = open_writer(tmp_path, (0, 2)), open_writer(tmp_path, (1, 2))
     for writer in (one, other):
         for segment in writer.missing_segments():
@@ -200,7 +220,9 @@ def test_segments_that_another_part_removes_meanwhile_are_not_missing(tmp_path, 
     read, looks = segment_module.read_segment, []
 
     def read_late(path):
-        if not looks:  # `one` begins to look for its segments, and `other` puts all chunks together
+        if (
+            not looks
+        ):  # `one` begins to look for its segments, and `other` puts all chunks together
             looks.append(path)
             monkeypatch.setattr(segment_module, "read_segment", read)
             other.assemble_complete()
@@ -305,13 +327,16 @@ def test_a_lock_given_back_is_not_kept_by_a_process_that_was_forked_meanwhile(tm
         os.kill(child, signal.SIGKILL)
 
 
-def test_without_locks_parts_are_refused_and_a_job_alone_is_warned(tmp_path, monkeypatch, caplog):
+def test_without_locks_parts_are_refused_and_a_job_alone_is_warned(
+    tmp_path, monkeypatch, caplog
+):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr(fcntl, "flock", no_locks)
     with pytest.raises(
-        CacheError, match="this file system keeps no locks .flock., without which jobs cannot"
+        CacheError,
+        match="this file system keeps no locks .flock., without which jobs cannot",
     ):
         open_writer(tmp_path, (0, 2))
     writer = open_writer(tmp_path)

@@ -45,7 +45,10 @@ def test_rows_come_back_by_index_from_uneven_chunks(tmp_path, name):
         assert reader[index].example.index == index
     assert same(pickle.loads(pickle.dumps(reader))[7], row(7, 6))
     assert reader.max_token_id == max(
-        max(row(i, 3 + i % 4).example.tokens_S.max(), row(i, 3 + i % 4).example.labels_S.max())
+        max(
+            row(i, 3 + i % 4).example.tokens_S.max(),
+            row(i, 3 + i % 4).example.labels_S.max(),
+        )
         for i in range(10)
     )
     assert [m.vocab_size for m in reader.manifests] == [50]
@@ -105,7 +108,9 @@ def test_long_rows_are_left_out_and_counted(tmp_path):
     assert indices(reader) == [0, 1, 2, 4, 5, 6, 8, 9]
     assert indices(CacheReader(f"{path}[2:5]", seq_length=5)) == [2, 4, 5]
     whole = CacheReader(str(path)).fingerprint()
-    assert CacheReader(str(path), seq_length=9).fingerprint() == whole  # nothing is left out
+    assert (
+        CacheReader(str(path), seq_length=9).fingerprint() == whole
+    )  # nothing is left out
     assert reader.fingerprint() != whole
 
 
@@ -129,7 +134,10 @@ def test_subsets(tmp_path, subset, expected, sizes):
     assert (indices(reader), reader.chunk_sizes()) == (expected, sizes)
     assert reader.path == str(path)
     assert reader.fingerprint() != CacheReader(str(path)).fingerprint()
-    assert CacheReader(f"{path}[0:100%]").fingerprint() == CacheReader(str(path)).fingerprint()
+    assert (
+        CacheReader(f"{path}[0:100%]").fingerprint()
+        == CacheReader(str(path)).fingerprint()
+    )
 
 
 def test_a_missing_or_damaged_index_makes_a_chunk_incomplete(tmp_path):
@@ -138,7 +146,9 @@ def test_a_missing_or_damaged_index_makes_a_chunk_incomplete(tmp_path):
     written = index.read_bytes()
     for content in (None, b"", written[:-8], b"\0" * len(written)):
         index.unlink() if content is None else index.write_bytes(content)
-        with pytest.raises(CacheError, match="train_0.jsonl: the chunk is not complete: .*idx is"):
+        with pytest.raises(
+            CacheError, match="train_0.jsonl: the chunk is not complete: .*idx is"
+        ):
             CacheReader(str(path))
     index.unlink()
     assert indices(CacheReader(str(path), partial=True)) == list(range(4, 10))
@@ -159,7 +169,9 @@ def test_a_missing_damaged_or_stale_index_of_format_2_is_built_again(tmp_path):
     for content in (None, b"", written[:-8], b"\0" * len(written)):
         index.unlink() if content is None else index.write_bytes(content)
         assert indices(CacheReader(str(path))) == list(range(10))
-        assert ChunkIndex.parse(index.read_bytes()).has_places_of(ChunkIndex.parse(written))
+        assert ChunkIndex.parse(index.read_bytes()).has_places_of(
+            ChunkIndex.parse(written)
+        )
     foreign = tmp_path / "foreign_0.jsonl"
     foreign.write_bytes(encode(row(0), "json"))
     assert len(CacheReader(str(tmp_path / "foreign_CHUNK_ID.jsonl"))) == 1
@@ -177,10 +189,18 @@ def test_a_stale_index_is_built_again_once(tmp_path, monkeypatch):
     monkeypatch.setattr(
         reader_module,
         "scan_chunk",
-        lambda storage, name, *args: scanned.append(name) or scan_chunk(storage, name, *args),
+        lambda storage, name, *args: (
+            scanned.append(name) or scan_chunk(storage, name, *args)
+        ),
     )
     reader = CacheReader(str(path))
-    assert [reader[position].example.index for position in (5, 0, 6, 9, 4)] == [5, 0, 6, 9, 4]
+    assert [reader[position].example.index for position in (5, 0, 6, 9, 4)] == [
+        5,
+        0,
+        6,
+        9,
+        4,
+    ]
     assert scanned == ["train_1.jsonl"]
 
 
@@ -192,7 +212,8 @@ def test_an_edited_file_is_noticed(tmp_path):
     data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))  # same size, other order
     (tmp_path / "train_0.jsonl.idx").unlink()
     with pytest.raises(
-        CacheError, match=r"train_0\.jsonl: its bytes are not those that the manifest lists"
+        CacheError,
+        match=r"train_0\.jsonl: its bytes are not those that the manifest lists",
     ):
         CacheReader(str(path))
     # Without a manifest there is nothing that the edit contradicts: the index is made anew.
@@ -232,7 +253,9 @@ def test_damage_is_found(tmp_path):
         CacheReader(str(tmp_path / "train_0.jsonl"), n_chunks=2)
     with pytest.raises(CacheError, match=r"train_3\.jsonl: the chunk is missing"):
         CacheReader(str(path), n_chunks=4)
-    with pytest.raises(CacheError, match="n_chunks=0, but a cache has at least one chunk"):
+    with pytest.raises(
+        CacheError, match="n_chunks=0, but a cache has at least one chunk"
+    ):
         CacheReader(str(path), n_chunks=0)
     with pytest.raises(CacheError, match="is missing"):
         CacheReader(str(tmp_path / "nothing.jsonl"))
@@ -242,7 +265,9 @@ def test_damage_is_found(tmp_path):
         CacheReader(str(path))
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(whole[:-10])
-    with pytest.raises(CacheError, match=r"torn\.jsonl:2: the last line has no line break"):
+    with pytest.raises(
+        CacheError, match=r"torn\.jsonl:2: the last line has no line break"
+    ):
         CacheReader(str(torn))
     torn.write_bytes(b"")
     with pytest.raises(CacheError, match=r"torn\.jsonl: the file is empty"):
@@ -268,7 +293,9 @@ def test_a_flipped_bit_of_a_compressed_row_is_found_when_it_is_read(tmp_path):
 
 def copies(folder: Path, num_chunks: int, lines: int) -> str:
     """A cache of many equal chunks that costs no codec time: one chunk and its index, copied."""
-    write(folder, dataset=dataset(lines), n_examples_per_chunk=lines, segment_examples=lines)
+    write(
+        folder, dataset=dataset(lines), n_examples_per_chunk=lines, segment_examples=lines
+    )
     manifest = Manifest.load(folder / "train_manifest.json")
     for chunk in range(1, num_chunks):
         for suffix in ("", ".idx"):
@@ -297,7 +324,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         assert kept <= 900
         assert after - held[lines] < 16 * 900 + 60_000
     assert held[300] < 40 * 8_000
-    assert held[300] - held[10] < 40 * 500  # 290 more rows a chunk would take 4,640 bytes each
+    assert (
+        held[300] - held[10] < 40 * 500
+    )  # 290 more rows a chunk would take 4,640 bytes each
 
 
 def test_the_index_of_a_chunk_beyond_the_bound_is_still_used(tmp_path, monkeypatch):
@@ -342,7 +371,8 @@ def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
             expected = [int(i) for i in ids if i < 30]
             assert [int(i) for i in ours.topk_token_ids_PK[s] if i >= 0] == expected
             probabilities = np.exp(
-                original.topk_logits_PK[s].astype(np.float64) - original.log_sum_exp_logits_P[s]
+                original.topk_logits_PK[s].astype(np.float64)
+                - original.log_sum_exp_logits_P[s]
             )
             kept = probabilities[ids < 30].sum()
             assert ours.tail_mass_PT[s, 0] == pytest.approx(1 - kept, abs=1e-5)
@@ -360,7 +390,9 @@ def test_tail_samples_outside_a_smaller_vocabulary_are_nobody(tmp_path):
     """They are drawn from the whole vocabulary, so one may lie outside though every kept token is inside."""
     found = row(0, 4)  # positions 2 and 3 are stored; they keep ids up to 45
     samples = np.array([[-1, -1], [-1, -1], [1, 48], [2, 3]])
-    found = CachedExample(found.example, replace(found.teacher, tail_token_ids_PM=samples))
+    found = CachedExample(
+        found.example, replace(found.teacher, tail_token_ids_PM=samples)
+    )
     (tmp_path / "x.jsonl").write_bytes(encode(found, "packed"))
     reader = CacheReader(str(tmp_path / "x.jsonl"))
     assert reader.max_topk_id == 48
@@ -388,7 +420,9 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
     assert json.loads(json.dumps(description)) == description
     # Content decides, not the place; order counts.
     moved = (tmp_path / "a").rename(tmp_path / "moved")
-    again = CacheBlend([CacheReader(f"{moved / first.name}[8:]"), CacheReader(str(second))])
+    again = CacheBlend(
+        [CacheReader(f"{moved / first.name}[8:]"), CacheReader(str(second))]
+    )
     assert again.fingerprint() == blend.fingerprint()
     assert CacheBlend(again.readers[::-1]).fingerprint() != blend.fingerprint()
     other = write(tmp_path / "c", tokenizer="another")
@@ -418,7 +452,9 @@ def test_a_damaged_index_of_a_file_without_manifest_is_made_again(tmp_path):
 def test_a_file_compressed_as_one_frame_says_what_to_do(tmp_path):
     path = write(tmp_path, "t.jsonl", n_examples_per_chunk=None)
     (tmp_path / "u.jsonl.zst").write_bytes(zstandard.compress(path.read_bytes()))
-    with pytest.raises(CacheError, match=r"u\.jsonl\.zst:1: one zstd frame holds several lines"):
+    with pytest.raises(
+        CacheError, match=r"u\.jsonl\.zst:1: one zstd frame holds several lines"
+    ):
         CacheReader(str(tmp_path / "u.jsonl.zst"))
 
 

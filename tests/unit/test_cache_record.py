@@ -32,10 +32,15 @@ def logprobs(teacher: TeacherRows) -> np.ndarray:
     return teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None]
 
 
-def in_order_of(original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray) -> CachedExample:
+def in_order_of(
+    original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray
+) -> CachedExample:
     """The row with its entries in the order of `ids_SK`: rounding may exchange neighbours, but never the likeliest token."""
     teacher, k = original.teacher, ids_SK.shape[1]
-    logits, ids = teacher.topk_logits_PK[:, :k].copy(), teacher.topk_token_ids_PK[:, :k].copy()
+    logits, ids = (
+        teacher.topk_logits_PK[:, :k].copy(),
+        teacher.topk_token_ids_PK[:, :k].copy(),
+    )
     for s in np.flatnonzero(stored):
         place = {token: number for number, token in enumerate(ids[s].tolist())}
         order = [place[token] for token in ids_SK[s].tolist() if token >= 0]
@@ -43,7 +48,9 @@ def in_order_of(original: CachedExample, ids_SK: np.ndarray, stored: np.ndarray)
         assert sorted(order) == list(range(len(order)))
         assert (np.diff(logits[s, order] - logits[s, 0]) < 0.51).all()
         logits[s, : len(order)], ids[s, : len(order)] = logits[s, order], ids[s, order]
-    return replace(original, teacher=replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids))
+    return replace(
+        original, teacher=replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids)
+    )
 
 
 def test_plain_json_reads_a_json_line_and_float32_survives():
@@ -60,14 +67,17 @@ def test_plain_json_reads_a_json_line_and_float32_survives():
     } <= set(payload)
     assert payload["index"] == 3
     assert np.array_equal(
-        np.array(payload["topk_logits"], dtype=np.float32), original.teacher.topk_logits_PK
+        np.array(payload["topk_logits"], dtype=np.float32),
+        original.teacher.topk_logits_PK,
     )
     decoded = decode(encode(original, "json"), "x:1")
     assert same(decoded, original)
     np.testing.assert_allclose(
         decoded.teacher.tail_mass_PT, original.teacher.tail_mass_PT, atol=1e-7
     )
-    assert np.array_equal(decoded.teacher.label_logprobs_P, original.teacher.label_logprobs_P)
+    assert np.array_equal(
+        decoded.teacher.label_logprobs_P, original.teacher.label_logprobs_P
+    )
 
 
 def test_nemo_aligners_padded_lines_with_other_fields_are_read():
@@ -84,7 +94,12 @@ def test_nemo_aligners_padded_lines_with_other_fields_are_read():
         line[name] += [filler] * padding
     line["topk_logits"] += [[0.0, -1.0, -2.0, -3.0]] * padding
     line["topk_token_ids"] += [[1, 2, 3, 4]] * padding
-    line |= {"contexts": [1, 2], "context_lengths": 2, "answers": [3], "metadata": {"id": 1}}
+    line |= {
+        "contexts": [1, 2],
+        "context_lengths": 2,
+        "answers": [3],
+        "metadata": {"id": 1},
+    }
     decoded = decode(json.dumps(line).encode(), "x:1")
     assert same(decoded, original)
     np.testing.assert_allclose(
@@ -98,14 +113,18 @@ def test_nemo_aligners_padded_lines_with_other_fields_are_read():
 def test_logits_that_are_not_shifted_give_the_same_probabilities():
     original = row(0)
     line = json.loads(encode(original, "json"))
-    line["topk_logits"] = [[value + 7.25 for value in position] for position in line["topk_logits"]]
+    line["topk_logits"] = [
+        [value + 7.25 for value in position] for position in line["topk_logits"]
+    ]
     line["log_sum_exp_logits"] = [value + 7.25 for value in line["log_sum_exp_logits"]]
     decoded = decode(json.dumps(line).encode(), "x:1")
     np.testing.assert_allclose(
         decoded.teacher.topk_logits_PK, original.teacher.topk_logits_PK, atol=1e-6
     )
     np.testing.assert_allclose(
-        decoded.teacher.log_sum_exp_logits_P, original.teacher.log_sum_exp_logits_P, atol=1e-6
+        decoded.teacher.log_sum_exp_logits_P,
+        original.teacher.log_sum_exp_logits_P,
+        atol=1e-6,
     )
 
 
@@ -117,7 +136,10 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
         ({"topk_logits": [[0.0, -2.0, -1.0, -3.0]] * 5}, "not in descending order"),
         ({"topk_token_ids": [[1, 1, 2, 3]] * 5}, "an id twice at position 0"),
         ({"topk_token_ids": [[1, 2, 3]] * 5}, "found 3 ids per position, expected 4"),
-        ({"topk_logits": [[0.0], [0.0, -1.0], [0.0], [0.0], [0.0]]}, "lists of different lengths"),
+        (
+            {"topk_logits": [[0.0], [0.0, -1.0], [0.0], [0.0], [0.0]]},
+            "lists of different lengths",
+        ),
         ({"loss_mask": [0, 1, 2, 1, 1]}, "expected only 0 and 1"),
         ({"loss_mask": [0, 1, 1, 1, 1]}, "field hash: found"),
         ({"log_sum_exp_logits": [-5.0] * 5}, "the kept probabilities sum to"),
@@ -135,12 +157,15 @@ def test_contradictions_in_a_json_line_are_named(change, message):
     assert str(error.value).startswith("file.jsonl:7: ")
 
 
-@pytest.mark.parametrize("values", [[1], [1, 1], list(range(1, 300)), [(1 << 24) - 1, 1, 1 << 23]])
+@pytest.mark.parametrize(
+    "values", [[1], [1, 1], list(range(1, 300)), [(1 << 24) - 1, 1, 1 << 23]]
+)
 def test_bit_fields_and_huffman_streams_come_back(values):
     values = np.array(values, dtype=np.uint32)
     widths = np.floor(np.log2(values)).astype(np.uint32)
     assert np.array_equal(
-        unpack_bits(pack_bits(values ^ (1 << widths), widths), widths) + (1 << widths), values
+        unpack_bits(pack_bits(values ^ (1 << widths), widths), widths) + (1 << widths),
+        values,
     )
     symbols = values.astype(np.uint8)
     assert np.array_equal(unhuffman(huffman(symbols), len(symbols)), symbols)
@@ -155,7 +180,9 @@ def test_levels_are_the_nearest_ones_and_the_error_follows_the_design():
     error = np.abs(nats[levels(-x.astype(np.float32), 64, 8)] - x)
     step = np.where(x < 9.5, np.minimum(np.exp(x / 2) / 64, 1 / 8), 1 / 2)
     assert (error <= 0.55 * step + 1e-3).all()
-    assert nats[levels(np.array([-1e9, 0.0, 1e-7], dtype=np.float32), 64, 8)].tolist() == [
+    assert nats[
+        levels(np.array([-1e9, 0.0, 1e-7], dtype=np.float32), 64, 8)
+    ].tolist() == [
         nats[-1],
         0,
         0,
@@ -184,22 +211,32 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
     )
     decoded = everywhere(decoded)
     assert np.array_equal(decoded.example.tokens_S, original.example.tokens_S)
-    stored = np.ones(length, bool) if cache.positions == "all" else original.example.loss_mask_S > 0
+    stored = (
+        np.ones(length, bool)
+        if cache.positions == "all"
+        else original.example.loss_mask_S > 0
+    )
     k = decoded.teacher.topk_token_ids_PK.shape[1]
     assert (original.teacher.topk_token_ids_PK[stored, k:] < 0).all()
     original = in_order_of(original, decoded.teacher.topk_token_ids_PK, stored)
     assert np.array_equal(
-        decoded.teacher.topk_token_ids_PK[stored], original.teacher.topk_token_ids_PK[stored, :k]
+        decoded.teacher.topk_token_ids_PK[stored],
+        original.teacher.topk_token_ids_PK[stored, :k],
     )
     assert (decoded.teacher.topk_logits_PK[stored, 0] == 0).all()
     assert (decoded.teacher.topk_token_ids_PK[~stored] == -1).all()
     assert (decoded.teacher.tail_mass_PT[~stored] == 1).all()
     assert decoded.teacher.temperatures == (1.0, 0.5, 2.0)
     used = decoded.teacher.topk_token_ids_PK >= 0
-    expected, found = logprobs(original.teacher)[:, :k][used], logprobs(decoded.teacher)[used]
+    expected, found = (
+        logprobs(original.teacher)[:, :k][used],
+        logprobs(decoded.teacher)[used],
+    )
     assert np.abs(found - expected).max() < 0.3
     head = np.where(used, np.exp(logprobs(decoded.teacher)), 0).sum(1)
-    np.testing.assert_allclose((head + decoded.teacher.tail_mass_PT[:, 0])[stored], 1, atol=1e-6)
+    np.testing.assert_allclose(
+        (head + decoded.teacher.tail_mass_PT[:, 0])[stored], 1, atol=1e-6
+    )
     odds = [
         np.log(np.clip(t, 1e-9, 1) / np.clip(1 - t, 1e-9, 1))
         for t in (original.teacher.tail_mass_PT, decoded.teacher.tail_mass_PT)
@@ -211,10 +248,14 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
     )
     assert (np.abs(odds[0] - odds[1])[clear] < 1 / 16 + 1e-3).all()
     assert (
-        np.abs(decoded.teacher.label_logprobs_P - original.teacher.label_logprobs_P)[stored]
+        np.abs(decoded.teacher.label_logprobs_P - original.teacher.label_logprobs_P)[
+            stored
+        ]
         < 0.1 + 0.3 * (original.teacher.label_logprobs_P[stored] < -10)
     ).all()
-    p = np.where(used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0)[stored]
+    p = np.where(used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0)[
+        stored
+    ]
     difference = np.where(used, logprobs(original.teacher)[:, :k], 0) - np.where(
         used, logprobs(decoded.teacher), 0
     )
@@ -236,7 +277,9 @@ def dense_row(spread: float, num_positions: int = 300, k: int = 40) -> CachedExa
     tail = 1 - np.exp(kept - log_sum_exp[:, None]).sum(1)
     teacher = TeacherRows(np.arange(len(ids)), kept, ids, log_sum_exp, tail[:, None])
     tokens = random.integers(200, size=num_positions)
-    return CachedExample(Example(0, tokens, tokens, np.ones(num_positions, np.float32)), teacher)
+    return CachedExample(
+        Example(0, tokens, tokens, np.ones(num_positions, np.float32)), teacher
+    )
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.0, 6.0, 10.0])
@@ -250,7 +293,9 @@ def test_errors_of_round_trips_stay_below_the_codecs_bound(codec, spread):
     bound_of = packed_codec.error_bound if codec == "packed" else json_codec.error_bound
     error_PK, shift_P, tail_error_P = bound_of(found, tail)
     assert (np.abs(found - exact) <= error_PK + shift_P[:, None] + 1e-6).all()
-    assert (np.abs(tail - original.teacher.tail_mass_PT[:, 0]) <= tail_error_P + 1e-6).all()
+    assert (
+        np.abs(tail - original.teacher.tail_mass_PT[:, 0]) <= tail_error_P + 1e-6
+    ).all()
     # Relative to each other, log-probabilities of a position are off by less than what moves all alike.
     gaps = (found - found[:, 1:2]) - (exact - exact[:, 1:2])
     assert (np.abs(gaps) <= error_PK + error_PK[:, 1:2] + 1e-6).all()
@@ -267,7 +312,9 @@ def test_bfloat16_logits_stay_below_the_json_codecs_bound():
         for values in (exact.topk_logits_PK, exact.log_sum_exp_logits_P)
     )
     found = z - lse[:, None]
-    error_PK, _, tail_error_P = json_codec.error_bound(found, np.zeros(len(found)), bfloat16=True)
+    error_PK, _, tail_error_P = json_codec.error_bound(
+        found, np.zeros(len(found)), bfloat16=True
+    )
     assert (np.abs(found - logprobs(exact)) <= 1.01 * error_PK).all()
     tail = 1 - np.exp(found).sum(axis=1)
     assert (np.abs(tail - exact.tail_mass_PT[:, 0]) <= 1.1 * tail_error_P + 1e-9).all()
@@ -276,7 +323,11 @@ def test_bfloat16_logits_stay_below_the_json_codecs_bound():
 def test_an_extreme_teacher_survives():
     """A certain teacher, logits of -10,000, k of the whole vocabulary, ids up to 2^24 - 2 and several hundred of them."""
     k = 400
-    logits = np.concatenate([[0.0], np.full(k - 1, -1e4)])[None].repeat(2, 0).astype(np.float32)
+    logits = (
+        np.concatenate([[0.0], np.full(k - 1, -1e4)])[None]
+        .repeat(2, 0)
+        .astype(np.float32)
+    )
     logits[1] = -np.arange(k, dtype=np.float32) / 100
     ids = (np.arange(2 * k).reshape(2, k) * 20_971).astype(np.int64)
     ids[1, -1] = (1 << 24) - 2
@@ -285,13 +336,16 @@ def test_an_extreme_teacher_survives():
         np.arange(2), logits, ids, log_sum_exp, np.zeros((2, 1), dtype=np.float32)
     )
     original = CachedExample(
-        Example(0, np.array([3, 4]), np.array([4, 5]), np.ones(2, dtype=np.float32)), teacher
+        Example(0, np.array([3, 4]), np.array([4, 5]), np.ones(2, dtype=np.float32)),
+        teacher,
     )
     decoded = decode(encode(original, "packed"), "x:1").teacher
     assert np.array_equal(np.sort(decoded.topk_token_ids_PK), np.sort(ids))
     assert decoded.topk_token_ids_PK[:, 0].tolist() == ids[:, 0].tolist()
     assert np.isfinite(decoded.topk_logits_PK).all()
-    np.testing.assert_allclose(np.exp(logprobs(decoded)), np.exp(logprobs(teacher)), atol=1e-3)
+    np.testing.assert_allclose(
+        np.exp(logprobs(decoded)), np.exp(logprobs(teacher)), atol=1e-3
+    )
     assert decoded.label_logprobs_P is None
 
 
@@ -300,7 +354,9 @@ def test_tail_samples_come_back():
     samples = np.sort(np.random.default_rng(0).integers(60, 120_000, size=(9, 4)), axis=1)
     samples[6] = -1
     samples[7] = 99
-    original = replace(original, teacher=replace(original.teacher, tail_token_ids_PM=samples))
+    original = replace(
+        original, teacher=replace(original.teacher, tail_token_ids_PM=samples)
+    )
     decoded = everywhere(decode(encode(original, "packed"), "x:1"))
     in_loss = original.example.loss_mask_S > 0
     assert np.array_equal(decoded.teacher.tail_token_ids_PM[in_loss], samples[in_loss])
@@ -330,7 +386,10 @@ def test_positions_behind_the_last_loss_position_are_cut():
 def test_any_flipped_byte_is_noticed(name):
     """Every byte of a record that means something: a flip changes nothing that is read, or is refused."""
     original, lines = row(4, 12, cache=CacheConfig()), lines_of(name)
-    raw, whole = lines.write(encode(original, "packed")), decode(encode(original, "packed"), "x:1")
+    raw, whole = (
+        lines.write(encode(original, "packed")),
+        decode(encode(original, "packed"), "x:1"),
+    )
     unnoticed = 0
     for position in range(len(raw) - (name == "c.jsonl")):
         damaged = bytearray(raw)
@@ -350,7 +409,10 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
     blob = bytearray(base64.b64decode(line["teacher"]))
     blob[len(blob) // 2] ^= 1
     for change, message in (
-        ({"teacher": base64.b64encode(blob).decode()}, "checksum of the teacher's blob is wrong"),
+        (
+            {"teacher": base64.b64encode(blob).decode()},
+            "checksum of the teacher's blob is wrong",
+        ),
         ({"teacher": "not base64!"}, "field teacher"),
         ({"teacher": None}, "field teacher"),
         ({"v": 2}, "found 2, but this version of nemo_kd reads records of version 1"),
@@ -359,7 +421,9 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
         with pytest.raises(CacheError, match=message):
             decode(json.dumps({**line, **change}).encode(), "x:1")
     other = json.loads(encode(row(1, 9), "packed"))
-    with pytest.raises(CacheError, match="the teacher's blob has 5 positions, the example 3"):
+    with pytest.raises(
+        CacheError, match="the teacher's blob has 5 positions, the example 3"
+    ):
         decode(json.dumps({**line, "teacher": other["teacher"]}).encode(), "x:1")
 
 
@@ -379,11 +443,15 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
         (13, 200, "fewer numbers than its header states"),
     ],
 )
-def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(offset, value, message):
+def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(
+    offset, value, message
+):
     line = json.loads(encode(row(0), "packed"))
     blob = bytearray(base64.b64decode(line["teacher"]))[:-4]
     blob[offset] = value
-    line["teacher"] = base64.b64encode(blob + zlib.crc32(blob).to_bytes(4, "little")).decode()
+    line["teacher"] = base64.b64encode(
+        blob + zlib.crc32(blob).to_bytes(4, "little")
+    ).decode()
     with pytest.raises(CacheError, match=message):
         decode(json.dumps(line).encode(), "x:1")
 
@@ -406,7 +474,9 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
         ({"topk_token_ids_PK": np.full((5, 4), 7)}, "holds an id twice"),
     ):
         with pytest.raises(CacheError, match=message):
-            encode(replace(original, teacher=replace(original.teacher, **change)), "packed")
+            encode(
+                replace(original, teacher=replace(original.teacher, **change)), "packed"
+            )
 
 
 def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
@@ -417,7 +487,9 @@ def test_fewer_tokens_leave_their_mass_to_the_tail_at_every_temperature():
     )
     reduced = limited(full.teacher, top_k=5)
     assert np.array_equal(reduced.topk_token_ids_PK, small.teacher.topk_token_ids_PK)
-    np.testing.assert_allclose(reduced.tail_mass_PT, small.teacher.tail_mass_PT, atol=1e-6)
+    np.testing.assert_allclose(
+        reduced.tail_mass_PT, small.teacher.tail_mass_PT, atol=1e-6
+    )
     assert limited(full.teacher, top_k=20) is full.teacher
     outside = limited(full.teacher, vocab_size=10)
     assert outside.topk_token_ids_PK.max() < 10

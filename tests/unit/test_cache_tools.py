@@ -53,7 +53,9 @@ def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     reports = verify(str(path), num_workers=2)
     assert [problem for report in reports for problem in report.problems] == []
     assert sum(report.counts["examples"] for report in reports) == 10
-    assert [(report.found.first_index, report.found.last_index) for report in reports] == [
+    assert [
+        (report.found.first_index, report.found.last_index) for report in reports
+    ] == [
         (0, 3),
         (4, 7),
         (8, 9),
@@ -62,7 +64,8 @@ def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
 
 @pytest.mark.parametrize("position", [0.05, 0.3, 0.5, 0.7, 0.95])
 @pytest.mark.parametrize(
-    ("name", "codec"), [("t_CHUNK_ID.jsonl", "packed"), ("t_CHUNK_ID.jsonl.zst", "packed")]
+    ("name", "codec"),
+    [("t_CHUNK_ID.jsonl", "packed"), ("t_CHUNK_ID.jsonl.zst", "packed")],
 )
 def test_a_flipped_byte_anywhere_is_found_and_does_not_hide_the_rest(
     tmp_path, name, codec, position
@@ -139,8 +142,14 @@ def test_a_torn_tail_is_cut_kept_and_computed_again(tmp_path, name):
     done = "\n".join(repair(str(path)))
     assert "the last line is torn" in done
     assert "compute_topk_logits with the same keys computes it again" in done
-    assert whole[:-7] == chunk.read_bytes() + chunk.with_name(chunk.name + ".torn").read_bytes()
-    assert same(CacheReader(str(chunk))[0], CacheReader(str(layout.chunk_path(0)))[0]) is False
+    assert (
+        whole[:-7]
+        == chunk.read_bytes() + chunk.with_name(chunk.name + ".torn").read_bytes()
+    )
+    assert (
+        same(CacheReader(str(chunk))[0], CacheReader(str(layout.chunk_path(0)))[0])
+        is False
+    )
     write(tmp_path, name, codec="packed")
     assert chunk.read_bytes() == whole
     assert problems(path) == []
@@ -161,7 +170,10 @@ def test_a_chunk_that_lost_whole_lines_is_computed_again(tmp_path):
 
 
 def test_a_chunk_without_any_row_is_whole(tmp_path):
-    layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl.zst")), manifest("packed")
+    layout, description = (
+        CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl.zst")),
+        manifest("packed"),
+    )
     writer = CacheWriter(layout, description, chunks_of(description))
     for segment in writer.missing_segments():
         if segment[0] == 1:
@@ -174,7 +186,14 @@ def test_a_chunk_without_any_row_is_whole(tmp_path):
     writer.assemble_complete()
     writer.close()
     reader = CacheReader(layout.output_path)
-    assert [reader[position].example.index for position in range(len(reader))] == [0, 1, 2, 3, 8, 9]
+    assert [reader[position].example.index for position in range(len(reader))] == [
+        0,
+        1,
+        2,
+        3,
+        8,
+        9,
+    ]
     assert problems(tmp_path / "c_CHUNK_ID.jsonl.zst") == []
     assert repair(layout.output_path) == []
 
@@ -227,15 +246,21 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     for position in range(10):
         assert same(plain[position], original[position])
         ours, theirs = packed[position].loss_rows(), original[position].loss_rows()
-        assert np.array_equal(np.sort(ours.topk_token_ids_PK), np.sort(theirs.topk_token_ids_PK))
-        np.testing.assert_allclose(ours.tail_mass_PT[:, 0], theirs.tail_mass_PT[:, 0], atol=0.02)
+        assert np.array_equal(
+            np.sort(ours.topk_token_ids_PK), np.sort(theirs.topk_token_ids_PK)
+        )
+        np.testing.assert_allclose(
+            ours.tail_mass_PT[:, 0], theirs.tail_mass_PT[:, 0], atol=0.02
+        )
     written = Manifest.load(tmp_path / "packed" / "a_manifest.json")
     assert (
         written.teacher["converted_from"]
         == Manifest.load(tmp_path / "source" / "train_manifest.json").hash()
     )
     assert written.codec["name"] == "packed"
-    fewer = convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(min_probability=0.2), 2)
+    fewer = convert(
+        packed, str(tmp_path / "fewer.jsonl"), CacheConfig(min_probability=0.2), 2
+    )
     assert fewer.top_k == 2
     small = CacheReader(str(tmp_path / "fewer.jsonl"))
     for position in range(10):
@@ -244,12 +269,19 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
             - packed[position].teacher.log_sum_exp_logits_P[:, None]
         )
         counts = np.clip((p >= 0.2).sum(1), 1, 2)
-        assert (small[position].teacher.topk_token_ids_PK >= 0).sum(1).tolist() == counts.tolist()
+        assert (small[position].teacher.topk_token_ids_PK >= 0).sum(
+            1
+        ).tolist() == counts.tolist()
     one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
     assert list(one.chunks) == [0]
     assert one.chunks[0].examples == 10
     with pytest.raises(CacheError, match="has no CHUNK_ID, which several chunks need"):
-        convert(original, str(tmp_path / "two.jsonl.zst"), CacheConfig(), n_examples_per_chunk=5)
+        convert(
+            original,
+            str(tmp_path / "two.jsonl.zst"),
+            CacheConfig(),
+            n_examples_per_chunk=5,
+        )
     with pytest.raises(CacheError, match="was written with other settings"):
         convert(packed, str(tmp_path / "fewer.jsonl"), CacheConfig(), 3)
 
@@ -271,9 +303,14 @@ def test_nemo_aligners_files_become_a_packed_cache(tmp_path):
             line[name].append(filler)
         line["topk_logits"].append([0.0, -1.0, -2.0, -3.0])
         line["topk_token_ids"].append([0, 1, 2, 3])
-        lines.append(json.dumps(line | {"contexts": [1], "context_lengths": 1, "metadata": {}}))
+        lines.append(
+            json.dumps(line | {"contexts": [1], "context_lengths": 1, "metadata": {}})
+        )
     (tmp_path / "aligner_0.jsonl").write_text("\n".join(lines) + "\n")
-    source, target = tmp_path / "aligner_CHUNK_ID.jsonl", tmp_path / "new" / "c_CHUNK_ID.jsonl.zst"
+    source, target = (
+        tmp_path / "aligner_CHUNK_ID.jsonl",
+        tmp_path / "new" / "c_CHUNK_ID.jsonl.zst",
+    )
     assert "give --vocab-size" in command("convert", source, target).stderr
     result = command("convert", source, target, "--vocab-size", 50)
     assert result.returncode == 0, result.stderr
@@ -350,8 +387,15 @@ def test_vllm_lines_that_contradict_themselves_are_named(tmp_path, change, messa
 
 def part(folder: Path, number: int, first: int, last: int, **changes: object) -> Path:
     """What a task of an array job leaves: one chunk with a manifest of its own."""
-    dataset = {"path": "d", "fingerprint": "f", "start_from_idx": first, "end_at_idx": last}
-    description = manifest("packed", dataset=dataset, n_examples_per_chunk=None, **changes)
+    dataset = {
+        "path": "d",
+        "fingerprint": "f",
+        "start_from_idx": first,
+        "end_at_idx": last,
+    }
+    description = manifest(
+        "packed", dataset=dataset, n_examples_per_chunk=None, **changes
+    )
     layout = CacheLayout(str(folder / f"part_{number}.jsonl.zst"))
     writer = CacheWriter(layout, description, chunks_of(description))
     for segment in writer.missing_segments():
@@ -386,7 +430,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         merge([str(first), str(third)], target)
     assert (
         merge(
-            [str(first), str(third)], str(tmp_path / "gap_CHUNK_ID.jsonl.zst"), allow_gaps=True
+            [str(first), str(third)],
+            str(tmp_path / "gap_CHUNK_ID.jsonl.zst"),
+            allow_gaps=True,
         ).num_chunks
         == 2
     )
@@ -401,7 +447,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     third.write_bytes(damaged)
     with pytest.raises(CacheError, match="but its summary says"):
         merge([str(third)], target)
-    assert not Path(target.replace("CHUNK_ID", "manifest").replace(".jsonl.zst", ".json")).exists()
+    assert not Path(
+        target.replace("CHUNK_ID", "manifest").replace(".jsonl.zst", ".json")
+    ).exists()
 
 
 def test_exit_statuses(tmp_path):

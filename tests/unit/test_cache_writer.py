@@ -63,7 +63,10 @@ def die_after(steps: int) -> None:
     files.os = type(
         "os",
         (),
-        {**vars(os), **{name: counted(getattr(os, name)) for name in ("fsync", "replace")}},
+        {
+            **vars(os),
+            **{name: counted(getattr(os, name)) for name in ("fsync", "replace")},
+        },
     )
     files.open = counted(open)  # type: ignore[attr-defined]
     Path.mkdir = counted(Path.mkdir)  # type: ignore[method-assign]
@@ -82,7 +85,11 @@ def run_process(
         if die_after_steps is not None:
             die_after(die_after_steps)
         layout, description = CacheLayout(str(folder / name)), manifest("packed")
-        writer = CacheWriter(layout, description, chunks_of(description)) if rank == 0 else None
+        writer = (
+            CacheWriter(layout, description, chunks_of(description))
+            if rank == 0
+            else None
+        )
         planner = writer or CacheWriter.__new__(CacheWriter)
         if writer is None:
             planner.layout, planner.manifest = layout, description
@@ -117,7 +124,9 @@ def test_killed_at_every_step_and_continued_the_files_are_the_same(tmp_path, nam
         if statuses([run_process(folder, name, 0, 1, steps)]) == [0]:
             break
         kills += 1
-        for path in folder.glob("train_?.jsonl*"):  # whatever is there under its own name is whole
+        for path in folder.glob(
+            "train_?.jsonl*"
+        ):  # whatever is there under its own name is whole
             assert path.suffix == ".idx" or path.read_bytes() == expected[path.name]
         assert statuses([run_process(folder, name, 0, 1, None)]) == [0]
         assert content(folder) == expected
@@ -179,7 +188,9 @@ def test_another_batch_size_is_recorded_not_refused(tmp_path):
     layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
     writer = CacheWriter(layout, description, chunks_of(description))
     for number, segment in enumerate(writer.missing_segments()):
-        sink = SegmentWriter(layout, description, segment, {"micro_batch_size": 1 + number % 2})
+        sink = SegmentWriter(
+            layout, description, segment, {"micro_batch_size": 1 + number % 2}
+        )
         for index in segment[1]:
             sink.write(row(index))
         sink.publish()
@@ -211,7 +222,9 @@ def test_segments_of_other_settings_are_not_thrown_away(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     writer.close()
     other = manifest(top_k=8)
-    CacheWriter(layout, other, chunks_of(other)).close()  # nothing was computed: nothing to protect
+    CacheWriter(
+        layout, other, chunks_of(other)
+    ).close()  # nothing was computed: nothing to protect
     writer = CacheWriter(layout, description, chunks_of(description))
     write_segment(layout, description, writer.missing_segments()[0])
     writer.close()
@@ -223,7 +236,9 @@ def test_files_of_unknown_origin_are_not_overwritten(tmp_path):
     (tmp_path / "c_0.jsonl").write_text("precious")
     with pytest.raises(CacheError, match="there is no manifest"):
         CacheWriter(
-            CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest(), chunks_of(manifest())
+            CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")),
+            manifest(),
+            chunks_of(manifest()),
         )
     assert (tmp_path / "c_0.jsonl").read_text() == "precious"
 
@@ -237,7 +252,11 @@ from tests.tiny_cache import *
 CacheWriter(CacheLayout({layout.output_path!r}), manifest(), chunks_of(manifest()))
 """
     second = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert f"process {os.getpid()} on " in second.stderr
     assert "is writing this cache; wait until it ends" in second.stderr
@@ -245,7 +264,10 @@ CacheWriter(CacheLayout({layout.output_path!r}), manifest(), chunks_of(manifest(
     one = manifest(n_examples_per_chunk=None)
     CacheWriter(CacheLayout(str(tmp_path / "c_7.jsonl")), one, chunks_of(one)).close()
     first.close()
-    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode
+        == 0
+    )
 
 
 def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
@@ -262,7 +284,9 @@ def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
         sink.write(row(6))
     with pytest.raises(CacheError, match="got 1 of 4 records"):
         sink.publish()
-    with pytest.raises(CacheError, match="has 5 logits per position in a cache of top_k=4"):
+    with pytest.raises(
+        CacheError, match="has 5 logits per position in a cache of top_k=4"
+    ):
         sink.write(row(4, k=5))
     for index in (4, 5):
         sink.write(row(index))
@@ -338,7 +362,11 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600))
 write_segment(layout, description, writer.missing_segments()[0])
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], check=False, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert "FileError" in result.stderr
     assert "cannot be written (File too large)" in result.stderr
@@ -346,7 +374,10 @@ write_segment(layout, description, writer.missing_segments()[0])
 
 
 def test_a_vanished_folder_is_explained(tmp_path):
-    layout, description = CacheLayout(str(tmp_path / "sub" / "c_CHUNK_ID.jsonl")), manifest()
+    layout, description = (
+        CacheLayout(str(tmp_path / "sub" / "c_CHUNK_ID.jsonl")),
+        manifest(),
+    )
     writer = CacheWriter(layout, description, chunks_of(description))
     segment = writer.missing_segments()[0]
     shutil.rmtree(tmp_path / "sub")
@@ -405,7 +436,9 @@ def test_what_dead_processes_left_is_removed(tmp_path):
 def test_manifest_of_another_format_is_refused(tmp_path):
     write(tmp_path)
     path = tmp_path / "train_manifest.json"
-    path.write_text(path.read_text().replace('"format_version": 3', '"format_version": 99'))
+    path.write_text(
+        path.read_text().replace('"format_version": 3', '"format_version": 99')
+    )
     with pytest.raises(CacheError, match="format_version 99 is not read"):
         Manifest.load(path)
     fields = json.loads(path.read_text()) | {"format_version": 3, "of a later version": 1}

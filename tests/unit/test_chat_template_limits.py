@@ -42,7 +42,10 @@ def short(monkeypatch):
             "memory",
         ),
         ("{{ 1 / 0 }}", "cannot render this conversation: division by zero"),
-        ("{{ range(10 ** 9) | length }}", "cannot render this conversation: Range too big"),
+        (
+            "{{ range(10 ** 9) | length }}",
+            "cannot render this conversation: Range too big",
+        ),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recurses without end"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "recurses|cannot render"),
         ("{% if 1 %}" * 300 + "{% endif %}" * 300, "cannot render|recurses"),
@@ -57,7 +60,10 @@ def test_templates_that_do_not_end_well(short, template, message):
     with pytest.raises(DataError, match=f"the chat template.*({message})"):
         render_messages(MESSAGES, tokenizer)
     assert time.perf_counter() - started_s < 30
-    assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
+    assert (
+        resource.getrlimit(resource.RLIMIT_AS),
+        signal.getsignal(signal.SIGALRM),
+    ) == before
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
 
 
@@ -82,7 +88,8 @@ def folder(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "null", "{", "[" * 10**5, '{"a": ' * 500 + "1" + "}" * 500, "{}"]
+    "content",
+    ["", "[]", "null", "{", "[" * 10**5, '{"a": ' * 500 + "1" + "}" * 500, "{}"],
 )
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
 def test_damaged_tokenizer_files_are_named(folder, name, content):
@@ -120,7 +127,8 @@ def test_tokenizer_config_of_wrong_types(folder, change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"model": []}, {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["a"]]}}]
+    "change",
+    [{"model": []}, {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": [["a"]]}}],
 )
 def test_tokenizer_json_of_wrong_types(folder, change):
     path = folder / "tokenizer.json"
@@ -133,7 +141,9 @@ def test_a_configuration_of_a_billion_layers_is_refused(folder):
     (folder / "config.json").write_text(
         json.dumps({"model_type": "qwen2", "num_hidden_layers": 10**9})
     )
-    with pytest.raises(DataError, match="config.json: num_hidden_layers: found 1000000000"):
+    with pytest.raises(
+        DataError, match="config.json: num_hidden_layers: found 1000000000"
+    ):
         load_tokenizer(folder)
 
 

@@ -28,7 +28,13 @@ def write(parent: Path, step: int, *names: str, content: bytes = b"weights") -> 
     folder.mkdir(parents=True)
     (folder / "__0_0.distcp").write_bytes(content)
     (folder / "common.pt").write_bytes(b"rest")
-    seal(folder, step, True, {"data": 1}, {"__0_0.distcp": file_sum(folder / "__0_0.distcp")})
+    seal(
+        folder,
+        step,
+        True,
+        {"data": 1},
+        {"__0_0.distcp": file_sum(folder / "__0_0.distcp")},
+    )
     publish(folder, [parent / name for name in names])
 
 
@@ -46,9 +52,17 @@ def test_the_latest_and_the_one_before_are_kept(tmp_path, monkeypatch, link):
     write(tmp_path, 2, "a-step=2-last")
     assert names(tmp_path) == ["a-step=2-last"]
     write(tmp_path, 4, "a-loss=1-step=4", "a-loss=1-step=4-last")
-    assert names(tmp_path) == ["a-loss=1-step=4-last", "a-loss=1-step=4", "a-step=2-previous"]
+    assert names(tmp_path) == [
+        "a-loss=1-step=4-last",
+        "a-loss=1-step=4",
+        "a-step=2-previous",
+    ]
     write(tmp_path, 6, "a-step=6-last")
-    assert names(tmp_path) == ["a-step=6-last", "a-loss=1-step=4-previous", "a-loss=1-step=4"]
+    assert names(tmp_path) == [
+        "a-step=6-last",
+        "a-loss=1-step=4-previous",
+        "a-loss=1-step=4",
+    ]
     assert all(damage(path) is None for path in checkpoints(tmp_path))
     assert not list(tmp_path.glob(".*"))
     discard(tmp_path / "a-loss=1-step=4")
@@ -59,13 +73,17 @@ def test_a_name_without_a_step_is_used_again(tmp_path):
     for step in (2, 4, 6):
         write(tmp_path, step, "run-last", content=bytes([step]))
     assert names(tmp_path) == ["run-last", "run-previous"]
-    assert [(path / "__0_0.distcp").read_bytes()[0] for path in checkpoints(tmp_path)] == [6, 4]
+    assert [
+        (path / "__0_0.distcp").read_bytes()[0] for path in checkpoints(tmp_path)
+    ] == [6, 4]
 
 
 def test_a_checkpoint_of_a_name_is_replaced(tmp_path):
     write(tmp_path, 2, "best", content=b"old")
     write(tmp_path, 3, "best", content=b"new")
-    assert [(path / "__0_0.distcp").read_bytes() for path in checkpoints(tmp_path)] == [b"new"]
+    assert [(path / "__0_0.distcp").read_bytes() for path in checkpoints(tmp_path)] == [
+        b"new"
+    ]
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):
@@ -120,9 +138,13 @@ def test_killed_between_any_two_changes_a_whole_checkpoint_is_left(tmp_path, mon
 
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(
-                Path, "rename", lambda path, target: (dies(path), os.rename(path, target))[1]
+                Path,
+                "rename",
+                lambda path, target: (dies(path), os.rename(path, target))[1],
             )
-            patch.setattr(checkpoint_folder.shutil, "rmtree", lambda path, **kwargs: dies(path))
+            patch.setattr(
+                checkpoint_folder.shutil, "rmtree", lambda path, **kwargs: dies(path)
+            )
             write(parent, 6, "a-loss=1-step=6", "a-loss=1-step=6-last")
         first = checkpoints(parent)[0]
         assert damage(first) is None

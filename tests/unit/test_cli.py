@@ -12,7 +12,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_kd.cli import compute_topk_logits, convert_checkpoint, train_gpt_knowledge_distillation
+from nemo_kd.cli import (
+    compute_topk_logits,
+    convert_checkpoint,
+    train_gpt_knowledge_distillation,
+)
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.arguments import read_command_line
 from nemo_kd.cli.compose import conf_dir
@@ -27,7 +31,11 @@ from nemo_kd.run.launch import needs_launch
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = [
     module.COMMAND
-    for module in (compute_topk_logits, train_gpt_knowledge_distillation, convert_checkpoint)
+    for module in (
+        compute_topk_logits,
+        train_gpt_knowledge_distillation,
+        convert_checkpoint,
+    )
 ]
 MINIMAL = {
     "compute_topk_logits": "pretrained_checkpoint.restore_from_path=t data.data.file_path=d.jsonl output_path=o.jsonl",
@@ -142,16 +150,24 @@ def compose(command: str, line: str, base: str | None = None):
         "compute_topk_logits": ComputeTopkLogitsConfig,
         "train_gpt_knowledge_distillation": TrainStudentConfig,
     }
-    overrides = read_command_line(shlex.split(line), config_class[command], command).overrides
+    overrides = read_command_line(
+        shlex.split(line), config_class[command], command
+    ).overrides
     for override in OverridesParser.create().parse_overrides(overrides):
-        OmegaConf.update(cfg, override.key_or_group, override.value(), merge=False, force_add=True)
+        OmegaConf.update(
+            cfg, override.key_or_group, override.value(), merge=False, force_add=True
+        )
     cfg, warnings = translate(cfg, command, config_class[command])
     return typed(config_class[command], cfg), warnings
 
 
-def command(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def command(
+    name: str, *arguments: str, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, str(ROOT / "examples" / f"{name}.py"), *arguments]
-    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd, timeout=120)
+    return subprocess.run(
+        line, capture_output=True, text=True, check=False, cwd=cwd, timeout=120
+    )
 
 
 @pytest.mark.parametrize("spec", COMMANDS, ids=lambda spec: spec.name)
@@ -169,7 +185,9 @@ def test_help_explains_every_key_within_two_seconds(spec, tmp_path):
 
 @pytest.mark.parametrize("spec", COMMANDS, ids=lambda spec: spec.name)
 def test_shipped_yaml_composes_from_any_folder_and_leaves_nothing_behind(spec, tmp_path):
-    result = command(spec.name, "--cfg", "job", *shlex.split(MINIMAL[spec.name]), cwd=tmp_path)
+    result = command(
+        spec.name, "--cfg", "job", *shlex.split(MINIMAL[spec.name]), cwd=tmp_path
+    )
     assert result.returncode == 0, result.stderr
     assert yaml.safe_load(result.stdout)
     assert not list(tmp_path.iterdir())
@@ -195,7 +213,11 @@ def test_own_yaml_is_found_relative_to_the_current_folder(tmp_path):
 
 def test_nemo_aligners_guide_runs_unchanged():
     teacher, warnings = compose("compute_topk_logits", GUIDE_STAGE_1)
-    assert (teacher.top_k, teacher.end_at_idx, teacher.model.micro_batch_size) == (4, 56439, 2)
+    assert (teacher.top_k, teacher.end_at_idx, teacher.model.micro_batch_size) == (
+        4,
+        56439,
+        2,
+    )
     assert [line.split("=")[0] for line in warnings] == [
         "model.global_batch_size",
         "data.sample",
@@ -204,7 +226,8 @@ def test_nemo_aligners_guide_runs_unchanged():
     older, warnings = compose("compute_topk_logits", OLDER_GUIDE_STAGE_1)
     assert older.model.micro_batch_size == 2
     assert (
-        "batch_size=16: data.max_tokens_per_batch and model.micro_batch_size set the" in warnings[0]
+        "batch_size=16: data.max_tokens_per_batch and model.micro_batch_size set the"
+        in warnings[0]
     )
     student, warnings = compose("train_gpt_knowledge_distillation", GUIDE_STAGE_2)
     assert student.model.knowledge_distillation.sft_loss_weight == 0.4
@@ -256,7 +279,8 @@ def test_keys_for_apexs_distributed_optimizer_are_answered():
 def test_a_warmup_by_ratio_needs_no_other_key():
     student, _ = compose(
         "train_gpt_knowledge_distillation",
-        MINIMAL["train_gpt_knowledge_distillation"] + " model.optim.sched.warmup_ratio=0.1",
+        MINIMAL["train_gpt_knowledge_distillation"]
+        + " model.optim.sched.warmup_ratio=0.1",
     )
     assert student.model.optim.sched.phases(200).warmup == 20
 
@@ -269,13 +293,12 @@ def test_ignored_keys_tell_why():
 
 
 def test_aliases_must_not_contradict():
-    expected = (
-        r"model\.micro_batch_size: 4 is another name of model\.micro_batch_size, for which .*size=8"
-    )
+    expected = r"model\.micro_batch_size: 4 is another name of model\.micro_batch_size, for which .*size=8"
     with pytest.raises(ConfigError, match=expected):
         compose(
             "compute_topk_logits",
-            MINIMAL["compute_topk_logits"] + " forward_micro_batch_size=8 model.micro_batch_size=4",
+            MINIMAL["compute_topk_logits"]
+            + " forward_micro_batch_size=8 model.micro_batch_size=4",
         )
 
 
@@ -296,7 +319,11 @@ def test_aliases_must_not_contradict():
             "start_from_idx=5 end_at_idx=4",
             "end_at_idx: 4 is before start_from_idx 5",
         ),
-        ("compute_topk_logits", "trainer.precision=fp8", "trainer.precision: 'fp8' is not one of"),
+        (
+            "compute_topk_logits",
+            "trainer.precision=fp8",
+            "trainer.precision: 'fp8' is not one of",
+        ),
         (
             "compute_topk_logits",
             "model.pipeline_model_parallel_size=0",
@@ -386,7 +413,11 @@ def test_aliases_must_not_contradict():
             "model.data.dataset.format=foo",
             "model.data.dataset.format: 'foo' is not",
         ),
-        ("compute_topk_logits", "data.data.format=foo", "data.data.format: 'foo' is not one of"),
+        (
+            "compute_topk_logits",
+            "data.data.format=foo",
+            "data.data.format: 'foo' is not one of",
+        ),
     ],
 )
 def test_wrong_values_are_named(name, override, message):
@@ -411,7 +442,10 @@ def test_the_command_ends_with_the_message_and_status_2(tmp_path):
 def test_hydras_rerun_which_unpickles_is_refused(tmp_path):
     (tmp_path / "config.pickle").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     result = command(
-        "compute_topk_logits", "--experimental-rerun", str(tmp_path / "config.pickle"), cwd=tmp_path
+        "compute_topk_logits",
+        "--experimental-rerun",
+        str(tmp_path / "config.pickle"),
+        cwd=tmp_path,
     )
     assert result.returncode == 2
     assert "--experimental-rerun: refused" in result.stderr
@@ -431,7 +465,9 @@ def test_launching(monkeypatch):
         monkeypatch.delenv(variable, raising=False)
     assert not needs_launch(TrainerConfig(devices=1))
     assert needs_launch(TrainerConfig(devices=2))
-    with pytest.raises(ConfigError, match=r"trainer\.num_nodes: 2 machines need a launcher"):
+    with pytest.raises(
+        ConfigError, match=r"trainer\.num_nodes: 2 machines need a launcher"
+    ):
         needs_launch(TrainerConfig(num_nodes=2))
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
@@ -440,5 +476,7 @@ def test_launching(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     assert not needs_launch(TrainerConfig(num_nodes=2, devices=2))
-    with pytest.raises(ConfigError, match=r"1 x 2 = 2 processes are asked for, but srun, .* has 4"):
+    with pytest.raises(
+        ConfigError, match=r"1 x 2 = 2 processes are asked for, but srun, .* has 4"
+    ):
         needs_launch(TrainerConfig(devices=2))

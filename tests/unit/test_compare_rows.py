@@ -67,7 +67,8 @@ def test_divergence_is_that_of_the_dense_distributions(temperature):
     cached, teacher = top_k(p_logits, 12), top_k(q_logits, 60)
     ids = cached.topk_token_ids_PK.astype(np.int64)
     found = divergence(
-        Distribution.of(cached, ids, temperature), Distribution.of(teacher, ids, temperature)
+        Distribution.of(cached, ids, temperature),
+        Distribution.of(teacher, ids, temperature),
     )
     np.testing.assert_allclose(
         found, dense_kl(p_logits, q_logits, ids, temperature), rtol=1e-3, atol=1e-6
@@ -82,12 +83,16 @@ def test_ids_that_the_teacher_does_not_keep_count_as_its_least_likely_ones():
     found = Distribution.of(teacher, ids)
     exact = np.take_along_axis(log_softmax(q_logits), ids, 1)
     assert (~found.known_PK).any()
-    np.testing.assert_allclose(found.logprobs_PK[found.known_PK], exact[found.known_PK], atol=1e-5)
+    np.testing.assert_allclose(
+        found.logprobs_PK[found.known_PK], exact[found.known_PK], atol=1e-5
+    )
     smallest = np.take_along_axis(
         log_softmax(q_logits), teacher.topk_token_ids_PK[:, -1:].astype(int), 1
     )
     assert (found.logprobs_PK <= np.where(found.known_PK, np.inf, smallest + 1e-5)).all()
-    np.testing.assert_allclose(np.exp(found.logprobs_PK).sum(axis=1) + found.tail_P, 1, atol=1e-5)
+    np.testing.assert_allclose(
+        np.exp(found.logprobs_PK).sum(axis=1) + found.tail_P, 1, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("spread", [0.5, 2.0, 5.0, 12.0])
@@ -137,7 +142,9 @@ def test_the_scale_that_fits_is_the_inverse_temperature(temperature):
     logits = np.random.default_rng(4).normal(size=(200, 60)) * 3
     cached, teacher = top_k(logits / temperature, 20), top_k(logits, 30)
     ids = cached.topk_token_ids_PK.astype(np.int64)
-    fit = TemperatureFit.of([(Distribution.of(cached, ids), Distribution.of(teacher, ids))])
+    fit = TemperatureFit.of(
+        [(Distribution.of(cached, ids), Distribution.of(teacher, ids))]
+    )
     assert 1 / fit.scale == pytest.approx(temperature, rel=1e-5)
     assert fit.is_proportional
     assert fit.standard_error < 1e-5

@@ -41,7 +41,11 @@ HEADER = """\
 
 
 def conf_text(command: str) -> str:
-    names = [f"#     {name}: {key}" for name, key in ALIASES[command].items() if "." not in name]
+    names = [
+        f"#     {name}: {key}"
+        for name, key in ALIASES[command].items()
+        if "." not in name
+    ]
     header = HEADER.format(command=command) + "\n".join(names) + "\n"
     return header + "\n".join(_section(COMMANDS[command], 0)) + "\n"
 
@@ -53,7 +57,11 @@ def _section(cls: type, depth: int) -> list[str]:
     lines = []
     for field in dataclasses.fields(cls):
         if dataclasses.is_dataclass(hints[field.name]):
-            lines += ["", f"{indent}{field.name}:", *_section(hints[field.name], depth + 1)]
+            lines += [
+                "",
+                f"{indent}{field.name}:",
+                *_section(hints[field.name], depth + 1),
+            ]
             continue
         default = (
             field.default_factory()
@@ -64,9 +72,14 @@ def _section(cls: type, depth: int) -> list[str]:
         doc = docs[field.name] + (f" Must be {need}." if need else "")
         for word, plain in {"None": "null", "True": "true", "False": "false"}.items():
             doc = re.sub(rf"\b{word}\b", plain, doc)
-        value = yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+        value = (
+            yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+        )
         comment = f"{indent}# "
-        lines += ["", *textwrap.wrap(doc, 100, initial_indent=comment, subsequent_indent=comment)]
+        lines += [
+            "",
+            *textwrap.wrap(doc, 100, initial_indent=comment, subsequent_indent=comment),
+        ]
         lines.append(f"{indent}{field.name}: {value}")
     return lines
 
@@ -107,7 +120,9 @@ def test_the_command_line_and_the_dataclass_give_the_same_run():
 @pytest.mark.parametrize("name", ["max_seq_length", "model.encoder_seq_length"])
 @pytest.mark.parametrize("in_file", ["max_seq_length", "model.max_seq_length"])
 def test_the_command_line_wins_over_every_name_in_a_file(tmp_path, name, in_file):
-    values = OmegaConf.create({"lr": 1e-5, "model": {"data": {"data_prefix": {"train": "t"}}}})
+    values = OmegaConf.create(
+        {"lr": 1e-5, "model": {"data": {"data_prefix": {"train": "t"}}}}
+    )
     OmegaConf.update(values, in_file, 1024)
     OmegaConf.save(values, tmp_path / "mine.yaml")
     config, _ = run(

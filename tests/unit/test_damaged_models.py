@@ -51,7 +51,8 @@ def change(path: Path, **values: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["[]", "null", "3", "{", DEEP, f'{{"a": {DEEP}}}', f'{{"a": {LONG}}}', "\xff"]
+    "content",
+    ["[]", "null", "3", "{", DEEP, f'{{"a": {DEEP}}}', f'{{"a": {LONG}}}', "\xff"],
 )
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
 def test_json_files_that_are_no_mappings_are_named(model, name, content):
@@ -64,11 +65,21 @@ def test_json_files_that_are_no_mappings_are_named(model, name, content):
     [
         *(
             (key, 10**9)
-            for key in ("num_hidden_layers", "hidden_size", "vocab_size", "intermediate_size")
+            for key in (
+                "num_hidden_layers",
+                "hidden_size",
+                "vocab_size",
+                "intermediate_size",
+            )
         ),
         *(
             (key, 2)
-            for key in ("hidden_size", "vocab_size", "intermediate_size", "num_key_value_heads")
+            for key in (
+                "hidden_size",
+                "vocab_size",
+                "intermediate_size",
+                "num_key_value_heads",
+            )
         ),
         *(
             ("num_hidden_layers", value)
@@ -99,7 +110,14 @@ def test_wrong_values_of_config_json_are_named(model, key, value):
     assert "config.json" in message
     assert any(
         name in message
-        for name in (key, "shape", "num_layers", "kv_channels", "ffn_hidden_size", "rope_scaling")
+        for name in (
+            key,
+            "shape",
+            "num_layers",
+            "kv_channels",
+            "ffn_hidden_size",
+            "rope_scaling",
+        )
     )
 
 
@@ -113,7 +131,12 @@ def test_sliding_windows_are_checked(model, value):
     "kinds", ["sliding", 3, [[]], {"a": 1}, [None, None], ["sliding_attention"] * 100_000]
 )
 def test_layer_types_are_checked(model, kinds):
-    change(model / "config.json", use_sliding_window=True, sliding_window=4, layer_types=kinds)
+    change(
+        model / "config.json",
+        use_sliding_window=True,
+        sliding_window=4,
+        layer_types=kinds,
+    )
     assert "config.json: layer_types" in error_of(model)
 
 
@@ -161,17 +184,27 @@ def header(content: object, length: int | None = None, data: bytes = b"") -> byt
         header(b"[]"),
         header(DEEP.encode()),
         header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),
-        header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, data=b"0" * 16),
+        header(
+            {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, data=b"0" * 16
+        ),
         header(
             {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}},
             data=b"0" * 16,
         ),
         header(
-            {name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} for name in "ab"},
+            {
+                name: {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}
+                for name in "ab"
+            },
             data=b"0" * 16,
         ),
-        header({"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}}, data=b"0" * 16),
-        header({"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}, data=b"0" * 16),
+        header(
+            {"a": {"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}},
+            data=b"0" * 16,
+        ),
+        header(
+            {"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}, data=b"0" * 16
+        ),
     ],
 )
 def test_headers_that_lie_are_refused(model, content):
@@ -234,7 +267,11 @@ def test_a_stored_output_layer_is_used_as_transformers_uses_it(tmp_path, name):
     change(tmp_path / "config.json", tie_word_embeddings=True)
     weights = load_file(tmp_path / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
-    for head, is_tied in ((embedding.clone(), True), (embedding + 1, False), (None, True)):
+    for head, is_tied in (
+        (embedding.clone(), True),
+        (embedding + 1, False),
+        (None, True),
+    ):
         save_file(
             weights | {"lm_head.weight": head}
             if head is not None
@@ -252,7 +289,9 @@ def test_a_stored_output_layer_is_used_as_transformers_uses_it(tmp_path, name):
 
 def test_a_stored_output_layer_of_another_shape_is_refused(model):
     weights = load_file(model / "model.safetensors")
-    save_file({**weights, "lm_head.weight": torch.ones(3, 64)}, model / "model.safetensors")
+    save_file(
+        {**weights, "lm_head.weight": torch.ones(3, 64)}, model / "model.safetensors"
+    )
     assert "lm_head.weight has the shape (3, 64)" in error_of(model)
 
 

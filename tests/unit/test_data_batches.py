@@ -37,7 +37,8 @@ def test_records_are_read_by_index_whatever_the_order(tmp_path):
     path = tmp_path / "d.jsonl"
     rows = [{"n": 0, "text": "ü\u2028 x"}, {"n": 1}, {"n": 2, "deep": {"a": [1]}}]
     path.write_text(
-        "\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8"
+        "\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
+        encoding="utf-8",
     )
     records = JsonlRecords(path)
     assert [records[i] for i in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
@@ -50,11 +51,15 @@ def test_records_are_read_by_index_whatever_the_order(tmp_path):
 
 def test_forked_readers_share_no_file_position(tmp_path):
     path = tmp_path / "d.jsonl"
-    path.write_text("".join(json.dumps({"n": n, "pad": "x" * (n % 97)}) + "\n" for n in range(400)))
+    path.write_text(
+        "".join(json.dumps({"n": n, "pad": "x" * (n % 97)}) + "\n" for n in range(400))
+    )
     records = JsonlRecords(path)
     assert records[7]["n"] == 7  # the file is open before the fork
     with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.map(functools.partial(number_of, records), range(400)) == list(range(400))
+        assert pool.map(functools.partial(number_of, records), range(400)) == list(
+            range(400)
+        )
 
 
 def number_of(records, index):
@@ -79,7 +84,8 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
     assert tokenizer_fingerprint(loaded) != tokenizer_fingerprint(train_tokenizer(600))
     assert chat_template_fingerprint(loaded) == chat_template_fingerprint(tokenizer)
     with pytest.raises(
-        DataError, match="missing: no such folder; a tokenizer is read from the folder of its model"
+        DataError,
+        match="missing: no such folder; a tokenizer is read from the folder of its model",
     ):
         load_tokenizer(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
@@ -120,10 +126,17 @@ def dataset(tmp_path, records, max_seq_length=512, vocab_size=512, **config):
 
 
 def test_examples_are_shifted_and_carry_their_index(tmp_path):
-    chat = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
+    chat = {
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yo"},
+        ]
+    }
     examples = dataset(tmp_path, [chat, {"input": "a", "output": "b"}])
     first = examples[0]
-    ids = train_tokenizer(512).apply_chat_template(chat["messages"], return_dict=True)["input_ids"]
+    ids = train_tokenizer(512).apply_chat_template(chat["messages"], return_dict=True)[
+        "input_ids"
+    ]
     assert first.tokens_S.tolist() == ids[:-1]
     assert first.labels_S.tolist() == ids[1:]
     assert (first.index, examples[1].index) == (0, 1)
@@ -141,7 +154,10 @@ def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
     }
     silent = {"messages": [{"role": "user", "content": "Hi"}]}
     examples = dataset(
-        tmp_path, [long, silent, {"input": "a", "output": "b"}], max_seq_length=50, min_seq_length=4
+        tmp_path,
+        [long, silent, {"input": "a", "output": "b"}],
+        max_seq_length=50,
+        min_seq_length=4,
     )
     assert [examples[i] for i in range(3)] == [
         Skipped(0, "too long"),
@@ -151,11 +167,21 @@ def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
 
 
 def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
-    conversations = [{"from": "User", "value": "Hi"}, {"from": "Assistant", "value": "Yo"}]
+    conversations = [
+        {"from": "User", "value": "Hi"},
+        {"from": "Assistant", "value": "Yo"},
+    ]
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
-    record = {"conversations": conversations, "messages": messages, "input": "Hi", "output": "Yo"}
+    record = {
+        "conversations": conversations,
+        "messages": messages,
+        "input": "Hi",
+        "output": "Yo",
+    }
     texts = {
-        name: trained_text(dataset(tmp_path, [record], format=name)[0], train_tokenizer(512))
+        name: trained_text(
+            dataset(tmp_path, [record], format=name)[0], train_tokenizer(512)
+        )
         for name in ("auto", "messages", "conversations", "prompt_template")
     }
     assert texts == {
@@ -168,11 +194,16 @@ def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
 
 def test_the_longest_example_has_max_seq_length_positions(tmp_path):
     record = {
-        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "Yo"},
+        ]
     }
     length = dataset(tmp_path, [record])[0].num_tokens
     assert isinstance(dataset(tmp_path, [record], max_seq_length=length)[0], Example)
-    assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == Skipped(0, "too long")
+    assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == Skipped(
+        0, "too long"
+    )
     prompt = {"input": "word " * 100, "output": "end"}
     assert dataset(tmp_path, [prompt], max_seq_length=20)[0].num_tokens == 20
     assert dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[
@@ -210,7 +241,10 @@ def test_tokens_that_the_model_does_not_have_are_refused(tmp_path):
 
 def example(index, length, k=None):
     part = Example(
-        index, np.arange(length) + 1, np.arange(length) + 2, np.ones(length, dtype=np.float32)
+        index,
+        np.arange(length) + 1,
+        np.arange(length) + 2,
+        np.ones(length, dtype=np.float32),
     )
     if k is None:
         return part
@@ -242,7 +276,9 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert batch.tail_mass_BST[0, :, 0].tolist() == pytest.approx([0.1] * 3 + [1] * 13)
     assert batch.position_ids_BS[2].tolist() == list(range(16))
     assert collate([example(0, 8)], 0).topk_logits_BSK is None
-    with pytest.raises(ValueError, match="mixes examples with and without teacher logits"):
+    with pytest.raises(
+        ValueError, match="mixes examples with and without teacher logits"
+    ):
         collate([example(0, 3), example(1, 3, k=2)], 0)
 
 
@@ -257,7 +293,9 @@ def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
         random.random((len(temperatures), length)).astype(np.float32).T,
         temperatures,
         -random.random(length).astype(np.float32) if labels else None,
-        None if num_samples is None else random.integers(-1, 99, size=(length, num_samples)),
+        None
+        if num_samples is None
+        else random.integers(-1, 99, size=(length, num_samples)),
     )
     return CachedExample(example(index, length), teacher)
 
@@ -303,7 +341,9 @@ def test_every_field_of_the_teacher_lands_in_its_place():
     for start, row in ((0, rows[0]), (3, rows[2]), (13, rows[3]), (14, None)):
         for s in range(2 if row is None else row.example.num_tokens):
             check_fields(packed, (0, start + s), row, s)
-    halves = [batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([1, 2]))]
+    halves = [
+        batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([1, 2]))
+    ]
     for half, columns in zip(halves, (range(3, 11), (1, 2)), strict=True):
         for place, s in enumerate(columns):
             check_fields(half, (2, place), rows[2], s)
@@ -318,20 +358,30 @@ def test_a_batch_holds_targets_of_the_loss_alone_unless_told_otherwise():
     batch, whole = (collate(rows, 0, every_target=every) for every in (False, True))
     assert batch.teacher.positions_P.tolist() == batch.loss_positions_N.tolist()
     assert whole.teacher.positions_P.tolist() == [*range(6), *range(32, 42)]
-    for name in ("topk_logits_BSK", "topk_token_ids_BSK", "tail_mass_BST", "label_logprobs_BS"):
+    for name in (
+        "topk_logits_BSK",
+        "topk_token_ids_BSK",
+        "tail_mass_BST",
+        "label_logprobs_BS",
+    ):
         ours, theirs = (getattr(one, name).flatten(0, 1) for one in (batch, whole))
         assert torch.equal(ours[batch.loss_positions_N], theirs[batch.loss_positions_N])
     assert (batch.topk_token_ids_BSK[0, ::2] == -1).all()
     assert batch.topk_token_ids_BSK.dtype == torch.int64
     some = replace(rows[0], teacher=rows[0].teacher.at(slice(0, 3)))
-    with pytest.raises(ValueError, match="example 0: only 1 of its 3 positions in the loss have"):
+    with pytest.raises(
+        ValueError, match="example 0: only 1 of its 3 positions in the loss have"
+    ):
         collate([some], 0)
 
 
 def test_a_batch_of_different_caches_has_what_all_of_them_have():
     both = collate([said(0, 3, 2, (1.0, 2.0)), said(1, 3, 2, (1.0, 4.0))], 0)
     assert both.tail_mass_BST.shape == (2, 8, 1)
-    assert both.tail_mass_BST[1, 2, 0] == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_PT[2, 0]
+    assert (
+        both.tail_mass_BST[1, 2, 0]
+        == said(1, 3, 2, (1.0, 4.0)).teacher.tail_mass_PT[2, 0]
+    )
     three, two = said(0, 3, 2, (1.0, 2.0, 4.0)), said(1, 3, 2, (1.0, 4.0))
     common = collate([three, two], 0)
     assert common.temperatures == (1.0, 4.0)
@@ -344,7 +394,9 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     assert mixed.temperatures == (1.0, 1.3)
     assert mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_PT[2].tolist()
     assert both.label_logprobs_BS is not None
-    assert collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
+    assert (
+        collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
+    )
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):
         assert (
             collate(
@@ -353,7 +405,11 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
             is None
         )
     fillers = collate([None, None], 0)
-    assert (fillers.num_examples, fillers.topk_logits_BSK, fillers.loss_mask_BS.sum()) == (
+    assert (
+        fillers.num_examples,
+        fillers.topk_logits_BSK,
+        fillers.loss_mask_BS.sum(),
+    ) == (
         0,
         None,
         0,
@@ -364,7 +420,10 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     ("loop", "expected"),
     [
         (LoopConfig(max_epochs=2, val_check_interval=4), TrainingPlan(6, 12, 4, 4)),
-        (LoopConfig(max_steps=5, val_check_interval=1000), TrainingPlan(6, 5, 1000, 1000)),
+        (
+            LoopConfig(max_steps=5, val_check_interval=1000),
+            TrainingPlan(6, 5, 1000, 1000),
+        ),
         (LoopConfig(val_check_interval=0.5, save_interval=1.0), TrainingPlan(6, 6, 3, 6)),
         (LoopConfig(val_check_interval=4, save_interval=3), TrainingPlan(6, 6, 4, 3)),
         (

@@ -24,7 +24,11 @@ CONFIGS = {
     "train_gpt_knowledge_distillation": TrainStudentConfig,
     "convert_checkpoint": ConvertCheckpointConfig,
 }
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted(
     (ROOT / "examples").glob("*.py")
 )
@@ -41,7 +45,10 @@ KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
 @pytest.mark.parametrize("page", PAGES + COMMAND_FILES, ids=lambda page: page.name)
 def test_keys_in_the_documentation_exist(page):
     known = {each.key for config in CONFIGS.values() for each in describe(config)}
-    sections = {"checkpoint_callback_params": "exp_manager.", "lora_tuning": "model.peft."}
+    sections = {
+        "checkpoint_callback_params": "exp_manager.",
+        "lora_tuning": "model.peft.",
+    }
     open_mappings = (
         "exp_manager.wandb_logger_kwargs.",
         "exp_manager.summary_writer_kwargs.",
@@ -49,20 +56,25 @@ def test_keys_in_the_documentation_exist(page):
     )
     for key in KEY_IN_TEXT.findall(page.read_text(encoding="utf-8")):
         whole = sections.get(key.partition(".")[0], "") + key
-        assert whole in known or whole.startswith(open_mappings), f"{page.name}: {key} is not a key"
+        assert whole in known or whole.startswith(open_mappings), (
+            f"{page.name}: {key} is not a key"
+        )
 
 
 def test_the_page_on_stage_2_lists_what_may_change_when_a_run_goes_on():
     text = (ROOT / "docs" / "stage_2.md").read_text(encoding="utf-8")
     (table,) = re.findall(r"These may change freely.*?\n\n(\|.*?)\n\n", text, re.DOTALL)
     patterns = [
-        re.escape(name).replace(r"\*", r"\w*") for name in re.findall(r"`([\w.*]+)`", table)
+        re.escape(name).replace(r"\*", r"\w*")
+        for name in re.findall(r"`([\w.*]+)`", table)
     ]
     for key in FREE_KEYS:
         name = key.rpartition(".")[2]
         is_size = name.endswith("_parallel_size") and "parallel sizes" in table
         assert (
-            key == KEY or is_size or any(re.fullmatch(rf"(.*\.)?{one}", key) for one in patterns)
+            key == KEY
+            or is_size
+            or any(re.fullmatch(rf"(.*\.)?{one}", key) for one in patterns)
         ), f"{key} is missing"
 
 
@@ -75,7 +87,9 @@ def test_links_between_pages_lead_somewhere():
             file = (page.parent / path).resolve() if path else page
             assert file.exists(), f"{page.name}: {target}"
             if anchor:
-                headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                headings = re.findall(
+                    r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE
+                )
                 anchors = {
                     re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
                     for heading in headings
@@ -90,13 +104,21 @@ def options_of(command: str, subcommand: str) -> set[str]:
         plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
     )
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
-        keys = {each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))}
-        return HYDRA_OPTIONS | {f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "part"}}
+        keys = {
+            each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))
+        }
+        return HYDRA_OPTIONS | {
+            f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "part"}
+        }
     if command == "logit_cache" and not subcommand.startswith("-"):
         (subcommands,) = (
-            action.choices for action in parser._actions if isinstance(action.choices, dict)
+            action.choices
+            for action in parser._actions
+            if isinstance(action.choices, dict)
         )
-        assert subcommand in subcommands, f"logit_cache {subcommand}: there is no such subcommand"
+        assert subcommand in subcommands, (
+            f"logit_cache {subcommand}: there is no such subcommand"
+        )
         parser = subcommands[subcommand]
     return {option for action in parser._actions for option in action.option_strings}
 
@@ -119,7 +141,9 @@ def texts_of(file: Path) -> list[str]:
     return texts + [
         node.value
         for node in nodes
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and id(node) not in parts
     ]
 
 

@@ -71,11 +71,15 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             "Address already in use; another program uses this network port",
         ),
         (OSError(errno.EXDEV, "x", "/a", None, "/b"), None),
-        (OSError(errno.ENOTEMPTY, "x", "/a", None, "/b"), "/a -> /b: Directory not empty"),
+        (
+            OSError(errno.ENOTEMPTY, "x", "/a", None, "/b"),
+            "/a -> /b: Directory not empty",
+        ),
         (
             OSError(
                 WORKER.format(
-                    name="OSError", said="OSError: [Errno 28] No space left on device: '/c'"
+                    name="OSError",
+                    said="OSError: [Errno 28] No space left on device: '/c'",
                 )
             ),
             "/c: No space",
@@ -87,11 +91,15 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             "No space left on",
         ),
         (
-            RuntimeError('IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'),
+            RuntimeError(
+                'IoError(Os { code: 28, kind: StorageFull, message: "No space left" })'
+            ),
             "No space left on",
         ),
         (
-            RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+            RuntimeError(
+                "PytorchStreamWriter failed writing file data/0: file write failed"
+            ),
             "a file cannot be written (",
         ),
         (
@@ -167,4 +175,6 @@ def test_no_child_keeps_stdout_open(end, status):
     result = failing(
         f"{code}multiprocessing.get_context('fork').Process(target=sleep).start()\n{end}"
     )
-    assert (result.returncode, time.monotonic() - started_s < 30) == (status, True), result.stderr
+    assert (result.returncode, time.monotonic() - started_s < 30) == (status, True), (
+        result.stderr
+    )

@@ -23,14 +23,20 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.typed import describe
 from nemo_kd.student.checkpoint_folder import CheckpointError, seal
-from nemo_kd.student.run_folder import check_same_experiment, differences, experiment_record
+from nemo_kd.student.run_folder import (
+    check_same_experiment,
+    differences,
+    experiment_record,
+)
 from tests.tiny_data import student_config
 
 LOSS = "model.knowledge_distillation"
 
 
 def config(**overrides) -> TrainStudentConfig:
-    return student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides)
+    return student_config(
+        Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides
+    )
 
 
 def test_every_key_is_compared_unless_it_is_listed_as_free():
@@ -125,7 +131,9 @@ def test_keys_that_may_change(entries, found):
 )  # fmt: skip
 def test_entries_that_name_no_key(entry, message):
     compared = [
-        key for key in compared_values(config()) if entry != "name" or key.startswith("model.optim")
+        key
+        for key in compared_values(config())
+        if entry != "name" or key.startswith("model.optim")
     ]
     with pytest.raises(ConfigError, match=message):
         allowed_keys([entry], compared)
@@ -141,7 +149,10 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     data = {"paths": ["a.jsonl"], "content": "sha256:1", "weights": None}
     now = {
         **compared_values(config()),
-        "pretrained_checkpoint.restore_from_path": {"name": "student", "weights": "sha256:a"},
+        "pretrained_checkpoint.restore_from_path": {
+            "name": "student",
+            "weights": "sha256:a",
+        },
         "model.data.data_prefix.train": data,
         "architecture.num_layers": 2,
     }
@@ -152,7 +163,11 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     changed = {
         **now,
         f"{LOSS}.kd_loss": "reverse_kl",
-        "model.data.data_prefix.train": {**data, "paths": ["b.jsonl"], "content": "sha256:2"},
+        "model.data.data_prefix.train": {
+            **data,
+            "paths": ["b.jsonl"],
+            "content": "sha256:2",
+        },
     }
     with pytest.raises(CheckpointError) as refused:
         check_same_experiment(folder, changed, [])
@@ -179,7 +194,9 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
             match=f"to start over; the checkpoint cannot be used with another {key}$",
         ):
             check_same_experiment(
-                folder, {**now, key: value}, [] if key.startswith("architecture") else [key]
+                folder,
+                {**now, key: value},
+                [] if key.startswith("architecture") else [key],
             )
 
 
@@ -200,5 +217,7 @@ def test_adapters_go_on_with_their_own_student_only(tmp_path):
 
 def test_a_checkpoint_of_an_earlier_version_is_told(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, "nemo_kd"):
-        check_same_experiment(checkpoint(tmp_path / "c", None), compared_values(config()), [])
+        check_same_experiment(
+            checkpoint(tmp_path / "c", None), compared_values(config()), []
+        )
     assert "nothing was compared" in caplog.text

@@ -25,7 +25,9 @@ MEASURED = ("loss", "teacher_kl")
 
 
 def settings(**overrides):
-    config = student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides)
+    config = student_config(
+        Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides
+    )
     check_run_folders(config.exp_manager)
     return experiment_settings(config, MEASURED)
 
@@ -67,7 +69,10 @@ def test_only_folders_that_are_written_have_to_be_writable(tmp_path, monkeypatch
             match=rf"{key.split('__')[-1]}: .* you may not write in {tmp_path / 'current'}",
         ):
             settings(
-                **{"exp_manager__explicit_log_dir": results, key: str(tmp_path / "current" / "run")}
+                **{
+                    "exp_manager__explicit_log_dir": results,
+                    key: str(tmp_path / "current" / "run"),
+                }
             )
     settings(
         **{
@@ -76,7 +81,9 @@ def test_only_folders_that_are_written_have_to_be_writable(tmp_path, monkeypatch
             f"{PARAMS}dirpath": str(tmp_path / "current" / "run"),
         }
     )
-    with pytest.raises(ConfigError, match="exp_manager.exp_dir: .*current cannot be written"):
+    with pytest.raises(
+        ConfigError, match="exp_manager.exp_dir: .*current cannot be written"
+    ):
         settings(exp_manager__explicit_log_dir=None)
 
 
@@ -106,24 +113,33 @@ def test_what_nothing_here_asks_is_told():
 
 
 def test_a_moving_average_is_refused():
-    with pytest.raises(ConfigError, match="exp_manager.ema.enable: True is not supported"):
+    with pytest.raises(
+        ConfigError, match="exp_manager.ema.enable: True is not supported"
+    ):
         settings(exp_manager__ema={"enable": True})
     assert settings(exp_manager__ema={"enable": False})
 
 
 @pytest.mark.parametrize(
-    "key", ["create_early_stopping_callback", "checkpoint_callback_params__save_best_model"]
+    "key",
+    ["create_early_stopping_callback", "checkpoint_callback_params__save_best_model"],
 )
 def test_what_needs_validations_is_refused_without_them(key):
-    with pytest.raises(ConfigError, match=key.replace("__", ".") + ": True needs validation"):
+    with pytest.raises(
+        ConfigError, match=key.replace("__", ".") + ": True needs validation"
+    ):
         settings(
-            **{f"exp_manager__{key}": True, "trainer__knowledge_distillation__limit_val_batches": 0}
+            **{
+                f"exp_manager__{key}": True,
+                "trainer__knowledge_distillation__limit_val_batches": 0,
+            }
         )
 
 
 def test_a_home_folder_is_found_whoever_looks_for_it():
     found = settings(
-        exp_manager__explicit_log_dir="~/runs", exp_manager__resume_from_checkpoint="~/old"
+        exp_manager__explicit_log_dir="~/runs",
+        exp_manager__resume_from_checkpoint="~/old",
     )
     assert found["explicit_log_dir"] == os.path.expanduser("~/runs")
     assert found["resume_from_checkpoint"] == os.path.expanduser("~/old")

@@ -81,7 +81,9 @@ def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are
     kept.mkdir()
     (kept / "file").write_text("precious")
     machine = files._machine()
-    dead, linked = (tmp_path / f".{name}.{machine}-{2**22 + 1}.tmp" for name in ("dead", "linked"))
+    dead, linked = (
+        tmp_path / f".{name}.{machine}-{2**22 + 1}.tmp" for name in ("dead", "linked")
+    )
     dead.mkdir()
     (dead / "inner").write_text("")
     linked.symlink_to(kept)
@@ -100,7 +102,9 @@ def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are
 def test_a_lock_tells_a_refused_process_what_the_caller_chose(tmp_path):
     with (
         Lock(tmp_path / "lock"),
-        pytest.raises(FileError, match=rf"lock: process {os.getpid()} on .* trains here; wait"),
+        pytest.raises(
+            FileError, match=rf"lock: process {os.getpid()} on .* trains here; wait"
+        ),
     ):
         Lock(tmp_path / "lock", "trains here; wait")
     (tmp_path / "lock").write_bytes(b"\xff" * 10_000_000)

@@ -22,13 +22,18 @@ def content(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("can_exchange", [True, False])
-def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder(tmp_path, monkeypatch, can_exchange):
+def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder(
+    tmp_path, monkeypatch, can_exchange
+):
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     seen = set()
     for survived in range(20):
         parent = tmp_path / str(survived)
-        folder, new = parent / "model", parent / f".model.{socket.gethostname()}-{child.pid}.tmp"
+        folder, new = (
+            parent / "model",
+            parent / f".model.{socket.gethostname()}-{child.pid}.tmp",
+        )
         for path, text in ((folder, "old"), (new, "new")):
             path.mkdir(parents=True)
             for name in ("a", "b"):

@@ -51,11 +51,15 @@ def light_packages() -> set[str]:
         except PackageNotFoundError:
             continue
         found.add(name)
-        waiting += [one.name for one in required if one.marker is None or one.marker.evaluate()]
+        waiting += [
+            one.name for one in required if one.marker is None or one.marker.evaluate()
+        ]
     return found
 
 
-def run_with_light_packages(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_with_light_packages(
+    code: str, *arguments: str
+) -> subprocess.CompletedProcess[str]:
     code = ONLY_LIGHT.replace("NEEDED", repr(light_packages())) + code
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -89,7 +93,9 @@ def test_every_name_is_there_and_documented(name):
 
 
 def test_an_unknown_name_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="module 'nemo_kd' has no attribute 'CacheRaeder'"):
+    with pytest.raises(
+        AttributeError, match="module 'nemo_kd' has no attribute 'CacheRaeder'"
+    ):
         nemo_kd.CacheRaeder  # noqa: B018
 
 
@@ -98,7 +104,9 @@ def test_an_unknown_name_is_an_attribute_error():
     ["compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"],
 )
 def test_a_command_names_the_package_that_it_misses(command):
-    result = run_with_light_packages(f"from nemo_kd.cli import entry; entry.{command}()", "--help")
+    result = run_with_light_packages(
+        f"from nemo_kd.cli import entry; entry.{command}()", "--help"
+    )
     assert result.returncode == 2, result.stderr
     assert result.stderr.startswith(f"error: {command} needs the package "), result.stderr
     assert result.stderr.endswith("pip install nemo-kd\n")

@@ -28,7 +28,9 @@ from tests.tiny_cache import everywhere
 GOLDEN = Path(make.__file__).parent
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "cache_format.md"
 ROWS = json.loads((GOLDEN / "rows.json").read_text())
-ZLIB_NG = "ng" in zlib.ZLIB_RUNTIME_VERSION  # which compresses to other bytes; they inflate alike
+ZLIB_NG = (
+    "ng" in zlib.ZLIB_RUNTIME_VERSION
+)  # which compresses to other bytes; they inflate alike
 
 
 def lines(name):
@@ -37,7 +39,11 @@ def lines(name):
     for chunk in "01":
         raw = (GOLDEN / name.replace("CHUNK_ID", chunk)).read_bytes()
         if name.endswith(".zst"):
-            raw = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True).read()
+            raw = (
+                zstandard.ZstdDecompressor()
+                .stream_reader(raw, read_across_frames=True)
+                .read()
+            )
         found += raw
     return found.splitlines(keepends=True)
 
@@ -75,7 +81,9 @@ def test_the_independent_reader_is_small_and_independent():
         if isinstance(node, ast.Import)
         for alias in node.names
     }
-    assert not any(isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(source)))
+    assert not any(
+        isinstance(node, ast.ImportFrom) for node in ast.walk(ast.parse(source))
+    )
     assert imported <= {*sys.stdlib_module_names, "zstandard"}
 
 
@@ -83,7 +91,9 @@ def test_the_independent_reader_is_small_and_independent():
 def test_another_reader_finds_what_the_teacher_said(name):
     """Ids exactly, probabilities within the error that the document states, all of it before any rounding."""
     cache, found = make.CACHES[name], read_independently(name)
-    assert [line["index"] for line, _ in found] == [fields["index"] for fields in ROWS[name]]
+    assert [line["index"] for line, _ in found] == [
+        fields["index"] for fields in ROWS[name]
+    ]
     num_compared = 0
     for (line, positions), row in zip(found, ROWS[name], strict=True):
         length, mask = len(line["tokens"]), row["loss_mask"]
@@ -127,7 +137,9 @@ def compare(cache, row, s, position):
     )
     assert sum(np.exp(logprobs)) + tails[0] == pytest.approx(1, abs=1e-9)
     p = np.exp(-nats)
-    kl = (p * (-nats - logprobs)).sum() + expected_tails[0] * np.log(expected_tails[0] / tails[0])
+    kl = (p * (-nats - logprobs)).sum() + expected_tails[0] * np.log(
+        expected_tails[0] / tails[0]
+    )
     assert -1e-6 < kl < 1e-3
 
 
@@ -177,7 +189,9 @@ def test_todays_writer_writes_the_golden_lines(name):
 
 @pytest.mark.parametrize("name", make.CACHES)
 def test_index_and_manifest_say_what_the_document_says(name):
-    manifest = json.loads((GOLDEN / f"{name.split('CHUNK_ID')[0]}manifest.json").read_bytes())
+    manifest = json.loads(
+        (GOLDEN / f"{name.split('CHUNK_ID')[0]}manifest.json").read_bytes()
+    )
     assert manifest["format_version"] == 2
     for chunk, summary in manifest["chunks"].items():
         path = GOLDEN / name.replace("CHUNK_ID", chunk)
@@ -213,11 +227,17 @@ def test_index_and_manifest_say_what_the_document_says(name):
         assert (offsets[0], offsets[-1]) == (0, len(raw))
         for (line, _), start, end in zip(found, offsets[:-1], offsets[1:], strict=True):
             part = raw[start:end]
-            assert json.loads(zstandard.decompress(part) if name.endswith(".zst") else part) == line
+            assert (
+                json.loads(zstandard.decompress(part) if name.endswith(".zst") else part)
+                == line
+            )
         scanned = scan_chunk(LocalStorage(str(GOLDEN)), path.name)
         assert scanned.has_places_of(ChunkIndex.parse(index))
         masks = [line["loss_mask"] for line, _ in found]
-        assert (summary["bytes"], summary["sha256"]) == (len(raw), f"sha256:{digest.hex()}")
+        assert (summary["bytes"], summary["sha256"]) == (
+            len(raw),
+            f"sha256:{digest.hex()}",
+        )
         assert (summary["examples"], summary["loss_tokens"]) == (n, sum(map(sum, masks)))
         indices = [line["index"] for line, _ in found]
         assert summary["first_index"] <= indices[0] < indices[-1] <= summary["last_index"]
@@ -247,5 +267,9 @@ def test_the_documents_worked_example_is_what_is_written():
     for number, ids, logprobs, tail, label in said:
         found = positions[int(number)]
         assert [int(token) for token in ids.split(", ")] == found[0]
-        np.testing.assert_allclose([float(x) for x in logprobs.split(", ")], found[1], atol=5e-5)
-        np.testing.assert_allclose([float(tail), float(label)], [found[2][0], found[3]], atol=5e-5)
+        np.testing.assert_allclose(
+            [float(x) for x in logprobs.split(", ")], found[1], atol=5e-5
+        )
+        np.testing.assert_allclose(
+            [float(tail), float(label)], [found[2][0], found[3]], atol=5e-5
+        )

@@ -54,7 +54,9 @@ def write(folder: Path, name: str = "c_CHUNK_ID.jsonl.zst") -> str:
 def packed_line(num_positions: int, num_kept: int, counts: bytes) -> bytes:
     """A short line whose header and counts ask for `num_kept` entries."""
     example = Example(
-        0, *(np.ones(num_positions, dtype=np.int64) for _ in range(2)), np.ones(num_positions)
+        0,
+        *(np.ones(num_positions, dtype=np.int64) for _ in range(2)),
+        np.ones(num_positions),
     )
     streams = [
         counts,
@@ -64,7 +66,8 @@ def packed_line(num_positions: int, num_kept: int, counts: bytes) -> bytes:
     streams += [huffman(np.zeros(5, np.uint8)), b""]
     blob = _HEADER.pack(1, 4, 64, 8, 1, 0, 1, len(streams), num_positions, num_kept)
     blob += (
-        np.array([1], "<f4").tobytes() + np.array([len(one) for one in streams], "<u4").tobytes()
+        np.array([1], "<f4").tobytes()
+        + np.array([len(one) for one in streams], "<u4").tobytes()
     )
     blob += b"".join(streams)
     blob += zlib.crc32(blob).to_bytes(4, "little")
@@ -77,7 +80,9 @@ def packed_line(num_positions: int, num_kept: int, counts: bytes) -> bytes:
         "labels": ones,
         "loss_mask": ones,
     }
-    return orjson.dumps(fields | {"teacher": binascii.b2a_base64(blob, newline=False).decode()})
+    return orjson.dumps(
+        fields | {"teacher": binascii.b2a_base64(blob, newline=False).decode()}
+    )
 
 
 def test_a_short_line_cannot_ask_for_the_memory(tmp_path):
@@ -98,7 +103,10 @@ def test_a_frame_that_inflates_without_bounds_is_no_line(tmp_path):
             file.write(compressor.compress(bytes(8 << 20)))
         file.write(compressor.flush())
     assert path.stat().st_size < 200_000
-    with path.open("rb") as file, pytest.raises(CacheError, match="is not a line of a cache"):
+    with (
+        path.open("rb") as file,
+        pytest.raises(CacheError, match="is not a line of a cache"),
+    ):
         list(lines_of(path).split(file, str(path)))
     with pytest.raises(CacheError):
         lines_of(path).read(path.read_bytes(), str(path))
@@ -144,7 +152,10 @@ def test_values_of_the_json_codec_out_of_range_are_refused(field, value, message
 @pytest.mark.parametrize(
     "change",
     [
-        {"dataset": {"start_from_idx": 0, "end_at_idx": 10**9}, "n_examples_per_chunk": 1},
+        {
+            "dataset": {"start_from_idx": 0, "end_at_idx": 10**9},
+            "n_examples_per_chunk": 1,
+        },
         {"merged_chunks": 10**9},
         {"merged_chunks": 2**63},
         {"top_k": "8"},
@@ -159,7 +170,9 @@ def test_values_of_the_json_codec_out_of_range_are_refused(field, value, message
 def test_a_manifest_of_absurd_values_is_one_error_at_once(tmp_path, change):
     path = write(tmp_path)
     manifest_path = CacheLayout(path).manifest_path
-    manifest_path.write_bytes(orjson.dumps(orjson.loads(manifest_path.read_bytes()) | change))
+    manifest_path.write_bytes(
+        orjson.dumps(orjson.loads(manifest_path.read_bytes()) | change)
+    )
     with pytest.raises(UserInputError):
         CacheReader(path)
     assert any(report.problems for report in verify(path))
@@ -180,7 +193,9 @@ def test_an_index_with_places_outside_the_file_is_not_used(tmp_path):
     starts = index.starts.copy()
     starts[1] = 1 << 60
     index_path.write_bytes(
-        ChunkIndex(index.facts, index.sha256, starts, index.num_positions, index.summary).to_bytes()
+        ChunkIndex(
+            index.facts, index.sha256, starts, index.num_positions, index.summary
+        ).to_bytes()
     )
     with pytest.raises(CacheError, match="the chunk is not complete"):
         CacheReader(path)
@@ -216,7 +231,9 @@ def soon():
     signal.signal(signal.SIGALRM, before)
 
 
-@pytest.mark.parametrize("name", ["c_0.jsonl.zst.idx", "c_manifest.json", "c_0.jsonl.zst"])
+@pytest.mark.parametrize(
+    "name", ["c_0.jsonl.zst.idx", "c_manifest.json", "c_0.jsonl.zst"]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, kind, soon):
     path = write(tmp_path)
@@ -233,7 +250,9 @@ def test_what_is_not_a_file_is_one_error_and_never_waited_for(tmp_path, name, ki
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_chunk_or_segment_that_becomes_something_else_is_one_error(tmp_path, kind, soon):
+def test_a_chunk_or_segment_that_becomes_something_else_is_one_error(
+    tmp_path, kind, soon
+):
     layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
     writer = CacheWriter(layout, description, chunks_of(description))
     todo = writer.missing_segments()
@@ -277,7 +296,9 @@ def fuzz(folder: Path) -> None:
         whole, damaged = folder / f"whole{len(name)}", folder / "damaged"
         whole.mkdir()
         write(whole, name)
-        files = sorted(path.name for path in whole.iterdir() if not path.name.startswith("."))
+        files = sorted(
+            path.name for path in whole.iterdir() if not path.name.startswith(".")
+        )
         for case in range(CASES):
             shutil.rmtree(damaged, ignore_errors=True)
             shutil.copytree(whole, damaged)
@@ -294,7 +315,9 @@ def fuzz(folder: Path) -> None:
                     [b"9" * 5000, b"-1", b"1e308", b"\xff" * 8, b"[" * 2000, b"null"]
                 )
             else:
-                content[place : place + 8] = (1 << generator.randrange(62)).to_bytes(8, "little")
+                content[place : place + 8] = (1 << generator.randrange(62)).to_bytes(
+                    8, "little"
+                )
             path.write_bytes(content)
             if case % 2:  # no manifest and no index protect the lines
                 for other in files:

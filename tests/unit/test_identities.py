@@ -44,7 +44,9 @@ def test_every_tensor_is_sampled(tmp_path):
             torch.zeros_like(tensor) - 1,
             tensor.flip(0) if tensor.unique().numel() > 1 else tensor + 1,
         ):
-            save_file({**weights, name: changed.contiguous()}, path, metadata={"format": "pt"})
+            save_file(
+                {**weights, name: changed.contiguous()}, path, metadata={"format": "pt"}
+            )
             assert sampled(tmp_path, path) != before, name
     names = sorted(weights)
     halves = [tmp_path / f"model-{number}.safetensors" for number in range(2)]
@@ -78,7 +80,9 @@ def changed_tokenizer(tmp_path, change):
         ("model", lambda content: content["model"].update(ignore_merges=True)),
         (
             "normalizer",
-            lambda content: content.update(normalizer=json.loads(normalizers.NFC().__getstate__())),
+            lambda content: content.update(
+                normalizer=json.loads(normalizers.NFC().__getstate__())
+            ),
         ),
         (
             "pre_tokenizer",
@@ -108,7 +112,11 @@ def test_saving_again_changes_no_part(tmp_path):
     path = tmp_path / "second" / "tokenizer_config.json"
     path.write_text(
         json.dumps(
-            {**json.loads(path.read_text()), "name_or_path": "x", "transformers_version": "4.0"}
+            {
+                **json.loads(path.read_text()),
+                "name_or_path": "x",
+                "transformers_version": "4.0",
+            }
         )
     )
     assert tokenizer_parts(load_tokenizer(tmp_path / "second")) == tokenizer_parts(first)
@@ -117,7 +125,9 @@ def test_saving_again_changes_no_part(tmp_path):
 def test_a_tokenizer_config_counts(tmp_path):
     first = load_saved(tmp_path)
     path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"}))
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "eos_token": "<|endoftext|>"})
+    )
     after = tokenizer_parts(load_tokenizer(tmp_path))
     assert after["special_tokens"] != tokenizer_parts(first)["special_tokens"]
 
@@ -125,8 +135,9 @@ def test_a_tokenizer_config_counts(tmp_path):
 def test_the_first_different_tokens_are_named(tmp_path):
     described = json.loads(json.dumps(describe_tokens(load_saved(tmp_path))))
     assert token_differences(described, load_tokenizer(tmp_path)) == []
-    assert "the vocabulary without added tokens: 300 in the cache, 512 here" in token_differences(
-        described, train_tokenizer(512)
+    assert (
+        "the vocabulary without added tokens: 300 in the cache, 512 here"
+        in token_differences(described, train_tokenizer(512))
     )
     described["added"]["1"] = "<|pad|>"
     assert token_differences(described, load_tokenizer(tmp_path)) == [

@@ -47,7 +47,9 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
             names |= {
-                f"{node.module}.{alias.name}" for alias in node.names if node.module == "nemo_kd"
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if node.module == "nemo_kd"
             }
     return names
 
@@ -61,7 +63,9 @@ def test_rooms_import_only_what_they_may(path):
     room = room_of(path)
     if room == "__init__":  # imports lazily, by name: tests/unit/test_front_door.py
         return
-    used = {name.split(".")[1] for name in imports(path) if name.startswith("nemo_kd.")} - {
+    used = {
+        name.split(".")[1] for name in imports(path) if name.startswith("nemo_kd.")
+    } - {
         room,
         "__version__",
     }
@@ -82,7 +86,10 @@ def test_every_room_is_listed():
 @pytest.mark.parametrize(
     ("module", "unwanted"),
     [
-        ("nemo_kd.cli.compute_topk_logits", ["torch", "megatron", "nemo", "transformers"]),
+        (
+            "nemo_kd.cli.compute_topk_logits",
+            ["torch", "megatron", "nemo", "transformers"],
+        ),
         (
             "nemo_kd.cli.train_gpt_knowledge_distillation",
             ["torch", "megatron", "nemo", "transformers"],
@@ -95,13 +102,20 @@ def test_every_room_is_listed():
         ("nemo_kd.config.student", ["torch", "megatron"]),
         ("nemo_kd.cache.manifest", ["torch", "megatron", "transformers"]),
         ("nemo_kd.data.dataset", ["megatron", "nemo"]),
-        ("nemo_kd.teacher.loop", ["lightning", "scipy", "torchmetrics", "matplotlib", "nemo"]),
+        (
+            "nemo_kd.teacher.loop",
+            ["lightning", "scipy", "torchmetrics", "matplotlib", "nemo"],
+        ),
         ("nemo_kd.teacher, nemo_kd.student", ["torch", "megatron"]),
     ],
 )
 def test_light_modules_stay_light(module, unwanted):
     code = f"import sys, {module}; print([name for name in {unwanted!r} if name in sys.modules])"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=PACKAGE.parent
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=PACKAGE.parent,
     )
     assert result.stdout.strip() == "[]"

@@ -57,7 +57,8 @@ def test_figures_against_plain_sums(tmp_path):
     for one in rows:
         for s in np.flatnonzero(one.example.loss_mask_S):
             p = np.exp(
-                one.teacher.topk_logits_PK[s].astype(float) - one.teacher.log_sum_exp_logits_P[s]
+                one.teacher.topk_logits_PK[s].astype(float)
+                - one.teacher.log_sum_exp_logits_P[s]
             )
             masses.append(p.sum())
             entropies.append(-sum(part * math.log(part) for part in [*p, 1 - p.sum()]))
@@ -65,12 +66,17 @@ def test_figures_against_plain_sums(tmp_path):
             ids = one.teacher.topk_token_ids_PK[s].tolist()
             label = int(one.example.labels_S[s])
             ranks.append(ids.index(label) + 1 if label in ids else 0)
-    assert (found.num_rows, found.num_tokens) == (10, sum(one.example.num_tokens for one in rows))
+    assert (found.num_rows, found.num_tokens) == (
+        10,
+        sum(one.example.num_tokens for one in rows),
+    )
     assert found.num_loss_tokens == len(masses) == len(found.entropy_N)
     np.testing.assert_allclose(found.kept_mass_N, masses, atol=1e-6)
     np.testing.assert_allclose(found.entropy_N, entropies, atol=1e-5)
     np.testing.assert_allclose(
-        found.max_entropy_N - found.entropy_N, (1 - np.array(masses)) * math.log(50 - 4), atol=1e-5
+        found.max_entropy_N - found.entropy_N,
+        (1 - np.array(masses)) * math.log(50 - 4),
+        atol=1e-5,
     )
     np.testing.assert_allclose(found.label_logprob_N, logprobs, atol=1e-6)
     assert found.label_rank_N.tolist() == ranks
@@ -84,11 +90,17 @@ def test_figures_against_plain_sums(tmp_path):
         f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
     )
     assert counts["probability of the kept ids"] == f"{100 * np.mean(masses):.1f}%"
-    assert counts["label among the kept ids"] == f"{100 * np.mean(np.array(ranks) > 0):.1f}%"
-    assert sample["teacher's entropy"].startswith(f"mean {np.mean(entropies):.3f} nats at least")
+    assert (
+        counts["label among the kept ids"] == f"{100 * np.mean(np.array(ranks) > 0):.1f}%"
+    )
+    assert sample["teacher's entropy"].startswith(
+        f"mean {np.mean(entropies):.3f} nats at least"
+    )
     assert sample["teacher's cross-entropy"].startswith(f"{-np.mean(logprobs):.4f} nats")
     shown = {histogram.title: histogram for histogram in histograms(found)}
-    assert shown["tokens kept"].counts[2] == sum(shown["tokens kept"].counts) == len(masses)
+    assert (
+        shown["tokens kept"].counts[2] == sum(shown["tokens kept"].counts) == len(masses)
+    )
     assert shown["tokens kept"].labels[2] == "3 to 4"
     assert shown["rank of the label"].counts[-1] == ranks.count(0)
     assert shown["rank of the label"].counts[0] == ranks.count(1)
@@ -125,18 +137,28 @@ def test_a_sample_is_bounded_and_always_the_same(tmp_path):
 
 def test_positions_of_which_nothing_is_known_are_left_out():
     one = row(0)
-    ids_SK, logits_SK = one.teacher.topk_token_ids_PK.copy(), one.teacher.topk_logits_PK.copy()
+    ids_SK, logits_SK = (
+        one.teacher.topk_token_ids_PK.copy(),
+        one.teacher.topk_logits_PK.copy(),
+    )
     ids_SK[3], logits_SK[3] = -1, -np.inf
     logprobs = one.teacher.label_logprobs_P
     seen = LossPositions.of(
         replace(
-            one, teacher=replace(one.teacher, topk_token_ids_PK=ids_SK, topk_logits_PK=logits_SK)
+            one,
+            teacher=replace(
+                one.teacher, topk_token_ids_PK=ids_SK, topk_logits_PK=logits_SK
+            ),
         )
     )
     assert seen.position_P.tolist() == [2, 4]
     np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
-    without = LossPositions.of(replace(one, teacher=replace(one.teacher, label_logprobs_P=None)))
-    assert np.isnan(without.label_logprob_P).tolist() == (without.label_rank_P == 0).tolist()
+    without = LossPositions.of(
+        replace(one, teacher=replace(one.teacher, label_logprobs_P=None))
+    )
+    assert (
+        np.isnan(without.label_logprob_P).tolist() == (without.label_rank_P == 0).tolist()
+    )
 
 
 def test_a_cache_still_being_written_is_told_of(tmp_path):
@@ -151,7 +173,12 @@ def test_a_cache_still_being_written_is_told_of(tmp_path):
     with pytest.raises(CacheError, match="the chunk is missing"):
         CacheReader(layout.output_path)
     reader = CacheReader(layout.output_path, partial=True)
-    assert [reader[position].example.index for position in range(len(reader))] == [4, 5, 6, 7]
+    assert [reader[position].example.index for position in range(len(reader))] == [
+        4,
+        5,
+        6,
+        7,
+    ]
     counts = dict(describe_cache(reader, measure(reader, 9)).counts)
     assert (counts["chunks"], counts["examples"]) == ("1 of 3 complete", "4")
     with pytest.raises(CacheError, match="the chunk is missing"):
@@ -173,7 +200,9 @@ def test_pieces_of_characters_are_told_as_bytes_until_they_are_whole():
     for token in range(300):
         visible = tokens.visible(token)
         assert visible.isprintable(), visible
-        assert not set(" \n\N{REPLACEMENT CHARACTER}") & set(re.sub("⟨[0-9A-F ]+⟩", "", visible))
+        assert not set(" \n\N{REPLACEMENT CHARACTER}") & set(
+            re.sub("⟨[0-9A-F ]+⟩", "", visible)
+        )
     assert decoded(b"", b"a\xe2\x82") == ("a⟨E2 82⟩", b"\xe2\x82")
     assert decoded(b"\xe2\x82", b"\xac!") == ("€!", b"")
     assert decoded(b"\xe2\x82", b"!") == ("!", b"")
@@ -241,13 +270,17 @@ def parsed(text: str) -> Parser:
 
 
 def hostile_page() -> tuple[CachedExample, str]:
-    vocabulary = {f"t{number}": number for number in range(48)} | {HOSTILE: 48, "\x1b[31m": 49}
+    vocabulary = {f"t{number}": number for number in range(48)} | {
+        HOSTILE: 48,
+        "\x1b[31m": 49,
+    }
     one = row(3, 8)
     ids_SK, labels_S = one.teacher.topk_token_ids_PK.copy(), one.example.labels_S.copy()
     ids_SK[ids_SK >= 48] = 0
     ids_SK[:, 0], ids_SK[:, 1], labels_S[5] = 48, 49, 48
     one = CachedExample(
-        replace(one.example, labels_S=labels_S), replace(one.teacher, topk_token_ids_PK=ids_SK)
+        replace(one.example, labels_S=labels_S),
+        replace(one.teacher, topk_token_ids_PK=ids_SK),
     )
     report = Report(
         [(HOSTILE, HOSTILE)],
@@ -280,9 +313,13 @@ def test_the_page_is_whole_safe_and_needs_nothing():
         "base",
         "object",
     }
-    attributes = [(name, value or "") for _, pairs in found.tags for name, value in pairs.items()]
+    attributes = [
+        (name, value or "") for _, pairs in found.tags for name, value in pairs.items()
+    ]
     assert not [
-        name for name, _ in attributes if name.startswith("on") or name in ("src", "href", "style")
+        name
+        for name, _ in attributes
+        if name.startswith("on") or name in ("src", "href", "style")
     ]
     for forbidden in (
         "http:",
@@ -303,7 +340,9 @@ def test_the_page_is_whole_safe_and_needs_nothing():
 def test_the_policy_of_the_page_lets_only_its_own_script_and_style_pass():
     found = parsed(hostile_page()[1])
     (policy,) = [
-        pairs["content"] for tag, pairs in found.tags if tag == "meta" and "http-equiv" in pairs
+        pairs["content"]
+        for tag, pairs in found.tags
+        if tag == "meta" and "http-equiv" in pairs
     ]
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
     script, style = found.content["script"][-1], "".join(found.content["style"])
@@ -329,7 +368,9 @@ def test_the_page_knows_every_loss_token():
     label, probability, rank, entropy, kept, tail, others = data["tokens"][1]
     assert data["texts"][label] == [HOSTILE, 48]
     assert (rank, kept) == (1, 4)
-    assert probability == pytest.approx(math.exp(one.teacher.label_logprobs_P[5]), rel=6e-3)
+    assert probability == pytest.approx(
+        math.exp(one.teacher.label_logprobs_P[5]), rel=6e-3
+    )
     assert tail == pytest.approx(one.teacher.tail_mass_PT[5, 0], rel=6e-3)
     assert entropy == pytest.approx(LossPositions.of(one).entropy_P[1], abs=6e-3)
     assert data["texts"][others[2]] == ["\\x1b[31m", 49]
@@ -340,9 +381,9 @@ def test_the_page_knows_every_loss_token():
 def test_the_page_does_not_grow_with_long_examples():
     one = row(0, 9000, k=40)
     data = json.loads(
-        parsed(build_page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))).content[
-            "script"
-        ][0]
+        parsed(
+            build_page("c", Report([], [], [], [], []), [(0, one)], TokenText(None))
+        ).content["script"][0]
     )
     assert len(data["tokens"]) == 2000
     assert {len(token[-1]) for token in data["tokens"]} == {2 * PAGE_ALTERNATIVES}
@@ -351,7 +392,11 @@ def test_the_page_does_not_grow_with_long_examples():
 def test_an_example_as_text():
     one = row(4, 6)
     lines = example_lines(one, TokenText(None))
-    assert lines[0].rstrip().endswith(" ".join(f"#{token}" for token in one.example.tokens_S[:4]))
+    assert (
+        lines[0]
+        .rstrip()
+        .endswith(" ".join(f"#{token}" for token in one.example.tokens_S[:4]))
+    )
     assert example_lines(one, TokenText(None), 1) == lines[:3]
     assert len(lines) == 5
     for line, s in zip(lines[2:], (3, 4, 5), strict=True):
@@ -372,7 +417,10 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
         path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4
     )
     assert result.returncode == 0, result.stderr
-    assert f"tokenizer                    {tokenizer_fingerprint(tokenizer)}" in result.stdout
+    assert (
+        f"tokenizer                    {tokenizer_fingerprint(tokenizer)}"
+        in result.stdout
+    )
     assert "chunks                       3 of 3 complete" in result.stdout
     assert sum(tag == "article" for tag, _ in parsed(html.read_text()).tags) == 4
     refused = inspect(path, "--example", 10)
@@ -439,14 +487,17 @@ def test_tokenizers_of_archives_and_of_their_folders(tmp_path):
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "model_config.yaml").write_text("")
     (folder / "weights").write_bytes(bytes(100))
-    for name, members in (("m.nemo", ("tokenizer", "weights")), ("empty.nemo", ("weights",))):
+    for name, members in (
+        ("m.nemo", ("tokenizer", "weights")),
+        ("empty.nemo", ("weights",)),
+    ):
         with tarfile.open(tmp_path / name, "w") as tar:
             for member in members:
                 tar.add(folder / member, arcname=f"./{member}")
     for source in (folder / "tokenizer", folder, tmp_path / "m.nemo"):
-        assert tokenizer_fingerprint(load_tokenizer_of(str(source))) == tokenizer_fingerprint(
-            tokenizer
-        )
+        assert tokenizer_fingerprint(
+            load_tokenizer_of(str(source))
+        ) == tokenizer_fingerprint(tokenizer)
     with pytest.raises(ConfigError, match="has no folder tokenizer/"):
         load_tokenizer_of(str(tmp_path / "empty.nemo"))
     with pytest.raises(ConfigError, match=r"is no readable .nemo archive"):
@@ -478,7 +529,9 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
         in result.stdout
     )
     assert "teacher's cross-entropy      not stored" in result.stdout
-    assert f"bytes per token              {path.stat().st_size / 20:,.1f}," in result.stdout
+    assert (
+        f"bytes per token              {path.stat().st_size / 20:,.1f}," in result.stdout
+    )
     parsed((tmp_path / "t.html").read_text())
     with pytest.raises(CacheError, match=r"has \d+ tokens, but .* has the id \d+"):
         check_tokenizer(CacheReader(str(path)), word_tokenizer({"a": 0}), "tiny")

@@ -52,14 +52,17 @@ def test_a_signal_held_back_before_is_delivered():
 @pytest.mark.parametrize("max_time", ["4h", "04:00:00", "1:2:3:4", "2160000", ""])
 def test_a_time_that_is_none_is_refused(max_time):
     with pytest.raises(
-        ConfigError, match=r"exp_manager\.max_time_per_run: '.*' is not DD:HH:MM:SS, for example"
+        ConfigError,
+        match=r"exp_manager\.max_time_per_run: '.*' is not DD:HH:MM:SS, for example",
     ):
         Interruption(max_time)
 
 
 def test_time_counts_from_the_start_of_the_process(monkeypatch):
     started_s = time.time() - 86_400 - 3_600 - 60 - 0.5
-    monkeypatch.setattr(interruption.psutil.Process, "create_time", lambda process: started_s)
+    monkeypatch.setattr(
+        interruption.psutil.Process, "create_time", lambda process: started_s
+    )
     assert Interruption("01:01:01:00").reason == "max_time_per_run=01:01:01:00 is over"
     with Interruption("01:01:01:02") as stop:
         assert stop.reason is None

@@ -34,7 +34,10 @@ def example(index: int, length: int) -> Example:
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"context_parallel_size": 0}, r"model.context_parallel_size: 0 must be at least 1"),
+        (
+            {"context_parallel_size": 0},
+            r"model.context_parallel_size: 0 must be at least 1",
+        ),
         (
             {"expert_model_parallel_size": -1},
             r"model.expert_model_parallel_size: -1 must be at least 1",
@@ -63,7 +66,8 @@ def test_replicas_are_what_the_sizes_leave():
 def test_sizes_that_do_not_cut_the_model_are_refused():
     check_layout(ARCHITECTURE, ParallelConfig(4, 3))
     with pytest.raises(
-        ConfigError, match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)"
+        ConfigError,
+        match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)",
     ):
         check_layout(ARCHITECTURE, ParallelConfig(pipeline_model_parallel_size=4))
     with pytest.raises(
@@ -85,7 +89,8 @@ def test_what_students_cannot_have_is_refused():
     ):
         StudentModelConfig(virtual_pipeline_model_parallel_size=2)
     with pytest.raises(
-        ConfigError, match=r"model.virtual_pipeline_model_parallel_size: 0 must be at least 1"
+        ConfigError,
+        match=r"model.virtual_pipeline_model_parallel_size: 0 must be at least 1",
     ):
         StudentModelConfig(virtual_pipeline_model_parallel_size=0)
     interleaved = StudentModelConfig(
@@ -104,13 +109,18 @@ def test_what_students_cannot_have_is_refused():
         match=r"model.sequence_parallel: False with model.tensor_model_parallel_size=2, but",
     ):
         check_training_layout(experts, ParallelConfig(2))
-    with pytest.raises(ConfigError, match=r"model.pipeline_model_parallel_size: 4 does not divide"):
+    with pytest.raises(
+        ConfigError, match=r"model.pipeline_model_parallel_size: 4 does not divide"
+    ):
         check_training_layout(experts, ParallelConfig(pipeline_model_parallel_size=4))
 
 
 def test_recomputation_is_complete_or_refused():
     full = StudentModelConfig(activations_checkpoint_granularity="full")
-    assert (full.activations_checkpoint_method, full.activations_checkpoint_num_layers) == (
+    assert (
+        full.activations_checkpoint_method,
+        full.activations_checkpoint_num_layers,
+    ) == (
         "uniform",
         1,
     )
@@ -124,7 +134,9 @@ def test_recomputation_is_complete_or_refused():
         ("method", "some", "'some' is not one of uniform, block"),
         ("num_layers", 0, "0 must be at least 1"),
     ):
-        with pytest.raises(ConfigError, match=f"model.activations_checkpoint_{name}: {message}"):
+        with pytest.raises(
+            ConfigError, match=f"model.activations_checkpoint_{name}: {message}"
+        ):
             StudentModelConfig(**{f"activations_checkpoint_{name}": value})
 
 
@@ -137,17 +149,27 @@ def test_a_context_parallel_rank_holds_its_columns_of_every_field():
         part = whole.columns(columns)
         assert torch.equal(part.position_ids_BS[1], columns)
         assert torch.equal(part.labels_BS, whole.labels_BS[:, columns])
-        assert part.loss_positions_N.tolist() == [s for s in range(4) if columns[s] < 7] + [
-            *range(8, 16)
-        ]
+        assert part.loss_positions_N.tolist() == [
+            s for s in range(4) if columns[s] < 7
+        ] + [*range(8, 16)]
 
 
 def test_the_length_multiple_of_layouts():
     assert length_multiple(ParallelConfig(4, 2)) == 1
     assert length_multiple(ParallelConfig(4, sequence_parallel=True)) == 4
     assert length_multiple(ParallelConfig(context_parallel_size=3)) == 6
-    assert length_multiple(ParallelConfig(4, context_parallel_size=2, sequence_parallel=True)) == 8
-    assert length_multiple(ParallelConfig(3, context_parallel_size=2, sequence_parallel=True)) == 12
+    assert (
+        length_multiple(
+            ParallelConfig(4, context_parallel_size=2, sequence_parallel=True)
+        )
+        == 8
+    )
+    assert (
+        length_multiple(
+            ParallelConfig(3, context_parallel_size=2, sequence_parallel=True)
+        )
+        == 12
+    )
 
 
 def test_sequence_parallelism_alone_is_nothing():
@@ -161,8 +183,12 @@ def test_packed_examples_lie_end_to_end():
     assert batch.indices_B.tolist() == [3, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 11, 12]
     assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.tokens_BS.tolist() == [[300, 301, 302, 303, 100, 101, 200, 201, 202, 203, 204, 7]]
-    assert batch.labels_BS.tolist() == [[301, 302, 303, 304, 101, 102, 201, 202, 203, 204, 205, 7]]
+    assert batch.tokens_BS.tolist() == [
+        [300, 301, 302, 303, 100, 101, 200, 201, 202, 203, 204, 7]
+    ]
+    assert batch.labels_BS.tolist() == [
+        [301, 302, 303, 304, 101, 102, 201, 202, 203, 204, 205, 7]
+    ]
     assert batch.loss_mask_BS.tolist() == [[1.0] * 11 + [0.0]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0]]
     assert batch.num_examples == 3
@@ -171,13 +197,19 @@ def test_packed_examples_lie_end_to_end():
 
 
 def test_packing_without_filler_and_without_examples():
-    assert pack([example(3, 4), example(1, 2)], pad_id=7, multiple_of=3).cu_seqlens.tolist() == [
+    assert pack(
+        [example(3, 4), example(1, 2)], pad_id=7, multiple_of=3
+    ).cu_seqlens.tolist() == [
         0,
         4,
         6,
     ]
     nothing = pack([], pad_id=7, multiple_of=2)
-    assert (nothing.tokens_BS.tolist(), nothing.cu_seqlens.tolist(), nothing.num_examples) == (
+    assert (
+        nothing.tokens_BS.tolist(),
+        nothing.cu_seqlens.tolist(),
+        nothing.num_examples,
+    ) == (
         [[7, 7]],
         [0, 2],
         0,

@@ -26,7 +26,12 @@ def test_names_are_those_of_the_operators():
 
 @pytest.mark.parametrize(
     ("alias", "name"),
-    [("fwd_kl", "forward_kl"), ("bwd_kl", "reverse_kl"), ("js_divergence", "jsd"), ("tvd", "tvd")],
+    [
+        ("fwd_kl", "forward_kl"),
+        ("bwd_kl", "reverse_kl"),
+        ("js_divergence", "jsd"),
+        ("tvd", "tvd"),
+    ],
 )
 def test_names_of_other_programs(alias, name):
     assert StudentLoss(LossConfig(kd_loss=alias)).losses.divergence.objective == name
@@ -41,17 +46,26 @@ def test_every_setting_reaches_the_operator():
     assert losses.divergence == config_loss.Divergence(
         "jsd", "renormalize", 0.25, 0.25, 16.0, jsd_beta=0.2
     )
-    assert (losses.label_smoothing, losses.z_loss_weight, losses.compile) == (0.1, 0.01, True)
+    assert (losses.label_smoothing, losses.z_loss_weight, losses.compile) == (
+        0.1,
+        0.01,
+        True,
+    )
     scaled = StudentLoss(
         LossConfig(kd_loss="fwd_kl", logits_scale=0.5, target_logits_scale=2.0)
     ).losses.divergence
     assert (scaled.student_scale, scaled.teacher_scale, scaled.factor) == (0.5, 2.0, 1.0)
-    skewed = StudentLoss(LossConfig(kd_loss="skewed_reverse_kl", skew_lambda=0.3)).losses.divergence
+    skewed = StudentLoss(
+        LossConfig(kd_loss="skewed_reverse_kl", skew_lambda=0.3)
+    ).losses.divergence
     adaptive = StudentLoss(
         LossConfig(kd_loss="adaptive_kl", adaptive_kl_alpha=0.9)
     ).losses.divergence
     assert (skewed.skew_lambda, adaptive.adaptive_kl_alpha) == (0.3, 0.9)
-    assert StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence is None
+    assert (
+        StudentLoss(LossConfig(kd_loss_weight=0, sft_loss_weight=1)).losses.divergence
+        is None
+    )
 
 
 @pytest.mark.parametrize("value", ["on", "off", "auto"])
@@ -65,7 +79,10 @@ def test_compile_as_yaml_reads_it(value):
     ("settings", "message"),
     [
         ({"kd_loss": "fkl"}, "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd"),
-        ({"support": "top"}, "support: 'top' is not one of renormalize, tail, truncate, sampled"),
+        (
+            {"support": "top"},
+            "support: 'top' is not one of renormalize, tail, truncate, sampled",
+        ),
         ({"compile": "yes"}, "compile: 'yes' is not one of auto, on, off"),
         ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must be at least 0"),
         ({"kd_loss_weight": float("inf")}, "kd_loss_weight: inf must be at least 0"),
@@ -82,7 +99,10 @@ def test_compile_as_yaml_reads_it(value):
             {"multiply_by_squared_temperature": True},
             "multiply_by_squared_temperature: give temperature",
         ),
-        ({"kd_loss": "jsd", "jsd_beta": 1.0}, "jsd_beta: 1.0 must be above 0 and below 1"),
+        (
+            {"kd_loss": "jsd", "jsd_beta": 1.0},
+            "jsd_beta: 1.0 must be above 0 and below 1",
+        ),
         (
             {"kd_loss": "skewed_forward_kl", "skew_lambda": 0.0},
             "skew_lambda: 0.0 must be above 0 and below 1",
@@ -91,8 +111,14 @@ def test_compile_as_yaml_reads_it(value):
             {"kd_loss": "adaptive_kl", "adaptive_kl_alpha": 1.5},
             r"adaptive_kl_alpha: 1.5 must be from 0 to 1",
         ),
-        ({"jsd_beta": 0.3}, "jsd_beta: 0.3 has no effect with kd_loss=forward_kl, only with jsd"),
-        ({"kd_loss": "k2", "skew_lambda": 0.3}, "skew_lambda: 0.3 has no effect with kd_loss=k2"),
+        (
+            {"jsd_beta": 0.3},
+            "jsd_beta: 0.3 has no effect with kd_loss=forward_kl, only with jsd",
+        ),
+        (
+            {"kd_loss": "k2", "skew_lambda": 0.3},
+            "skew_lambda: 0.3 has no effect with kd_loss=k2",
+        ),
         (
             {"label_smoothing": 1.0, "sft_loss_weight": 1.0},
             r"label_smoothing: 1.0 must be at least 0 and below 1",
@@ -102,7 +128,10 @@ def test_compile_as_yaml_reads_it(value):
             "label_smoothing: 0.1 belongs to the cross-entropy, which sft_loss_weight=0 leaves out",
         ),
         ({"z_loss_weight": 0.1}, "z_loss_weight: 0.1 belongs to the cross-entropy"),
-        ({"kd_loss": "bwd_kl", "support": "truncate"}, "support: truncate makes bwd_kl infinite"),
+        (
+            {"kd_loss": "bwd_kl", "support": "truncate"},
+            "support: truncate makes bwd_kl infinite",
+        ),
         (
             {"kd_loss": "adaptive_kl", "support": "truncate"},
             "support: truncate makes adaptive_kl infinite",
@@ -111,7 +140,10 @@ def test_compile_as_yaml_reads_it(value):
             {"kd_loss": "tvd", "support": "sampled"},
             "support: sampled works with forward_kl only, not tvd",
         ),
-        ({"support": "sampled", "temperature": 2.0}, "tail samples were drawn at temperature 1"),
+        (
+            {"support": "sampled", "temperature": 2.0},
+            "tail samples were drawn at temperature 1",
+        ),
         (
             {"kd_loss": "k3", "support": "renormalize"},
             "support: renormalize has no effect with kd_loss=k3",
@@ -132,7 +164,10 @@ def test_compile_as_yaml_reads_it(value):
             {"custom_args": {"alpha": 1}},
             "custom_args: {'alpha': 1} has no effect with kd_loss=forward_kl",
         ),
-        ({"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0}, "give it as custom_args"),
+        (
+            {"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0},
+            "give it as custom_args",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
@@ -195,17 +230,26 @@ def sums_a_tensor_of_another_shape(logits, batch, shard, token_sum):
 
 
 def sums_a_logit(logits, batch, shard, token_sum, power=1):
-    return token_sum(logits[..., 0] ** power), {"powers": token_sum(logits[..., 0] ** power)}
+    return token_sum(logits[..., 0] ** power), {
+        "powers": token_sum(logits[..., 0] ** power)
+    }
 
 
 def custom(name, **custom_args):
     path = f"tests.unit.test_loss_config.{name}"
-    return StudentLoss(LossConfig(kd_loss="custom", custom_loss=path, custom_args=custom_args))
+    return StudentLoss(
+        LossConfig(kd_loss="custom", custom_loss=path, custom_args=custom_args)
+    )
 
 
 def on_three_positions(loss, num_loss_tokens=3):
-    zeros, mask = torch.zeros(1, 3, dtype=torch.int64), torch.arange(3)[None] < num_loss_tokens
-    batch = Batch(*[torch.tensor([0])] * 3, zeros, zeros, mask.float(), torch.arange(3)[None])
+    zeros, mask = (
+        torch.zeros(1, 3, dtype=torch.int64),
+        torch.arange(3)[None] < num_loss_tokens,
+    )
+    batch = Batch(
+        *[torch.tensor([0])] * 3, zeros, zeros, mask.float(), torch.arange(3)[None]
+    )
     logits = torch.full((1, 3, 7), 2.0, requires_grad=True)
     total, sums = loss.on_logits(logits, batch, VocabShard.of(7, 7))
     total.backward()
@@ -233,7 +277,8 @@ def test_a_custom_loss_that_does_something_else(name, message):
 
 def test_arguments_that_a_custom_loss_does_not_take():
     with pytest.raises(
-        ConfigError, match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'"
+        ConfigError,
+        match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'",
     ):
         custom("sums_a_logit", powr=2)
 
@@ -255,7 +300,9 @@ def names_by_turns(logits, batch, shard, token_sum, calls=iter("ab")):  # noqa: 
 
 def test_a_custom_loss_that_changes_its_metrics():
     loss = StudentLoss(
-        LossConfig(kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns")
+        LossConfig(
+            kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns"
+        )
     )
     batch = Batch(
         *[torch.tensor([0])] * 3,
@@ -266,7 +313,8 @@ def test_a_custom_loss_that_changes_its_metrics():
     arguments = torch.zeros(1, 3, 7), batch, VocabShard.of(7, 7)
     loss.on_logits(*arguments)
     with pytest.raises(
-        ConfigError, match="returned the metrics b, before a; return the same in every call"
+        ConfigError,
+        match="returned the metrics b, before a; return the same in every call",
     ):
         loss.on_logits(*arguments)
 

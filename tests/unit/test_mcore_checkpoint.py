@@ -51,7 +51,11 @@ def pack(path: Path, files: dict[str, bytes]) -> Path:
 
 def test_a_folder_says_what_it_is_without_loading(model):
     with open_pretrained(str(model)) as opened:
-        assert (opened.kind, opened.dtype, opened.tokenizer_folder) == ("hf", torch.float32, model)
+        assert (opened.kind, opened.dtype, opened.tokenizer_folder) == (
+            "hf",
+            torch.float32,
+            model,
+        )
         assert opened.architecture.num_query_groups == 4
 
 
@@ -62,18 +66,23 @@ def test_wrong_paths_are_refused_by_key(tmp_path):
     (tmp_path / "run-last").mkdir()
     (tmp_path / "run-last" / ".metadata").touch()
     refused(
-        tmp_path / "run-last", f"{key}: .*run-last is a training checkpoint; give the .nemo archive"
+        tmp_path / "run-last",
+        f"{key}: .*run-last is a training checkpoint; give the .nemo archive",
     )
     (tmp_path / "text.nemo").write_text("not a tar file")
     refused(tmp_path / "text.nemo", f"{key}: .* is no readable .nemo archive")
-    refused(pack(tmp_path / "other.nemo", {"a.txt": b"x"}), f"{key}: .*other.nemo is neither")
+    refused(
+        pack(tmp_path / "other.nemo", {"a.txt": b"x"}), f"{key}: .*other.nemo is neither"
+    )
     archive = pack(
-        tmp_path / "old.nemo", {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"}
+        tmp_path / "old.nemo",
+        {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"},
     )
     refused(archive, "no Megatron distributed checkpoint .*export it to Hugging Face")
     foreign = {"model_config.yaml": b"hidden_size: 8\n", "model_weights/.metadata": b"x"}
     refused(
-        pack(tmp_path / "foreign.nemo", foreign), "format_version is None, so another tool wrote it"
+        pack(tmp_path / "foreign.nemo", foreign),
+        "format_version is None, so another tool wrote it",
     )
     assert not [path for path in tmp_path.iterdir() if ".extracted" in path.name]
 
@@ -95,7 +104,9 @@ class Attack:
 def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(Attack()))
-    with pytest.raises(ConfigError, match=r"refers to posix.mkdir, which no checkpoint needs"):
+    with pytest.raises(
+        ConfigError, match=r"refers to posix.mkdir, which no checkpoint needs"
+    ):
         ShardedFolder(tmp_path)
     dotted = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x08os.mkdir\x93\x8c\x08attacked\x85R."
     (tmp_path / ".metadata").write_bytes(dotted)
@@ -129,7 +140,8 @@ def test_weights_that_are_not_safetensors_are_refused(model):
     refused(model, "no weights, and no model.safetensors")
     (model / "pytorch_model.bin").write_bytes(b"x")
     refused(
-        model, r"only pytorch_model.bin, a pickle, .* save_pretrained, which writes safetensors"
+        model,
+        r"only pytorch_model.bin, a pickle, .* save_pretrained, which writes safetensors",
     )
     (model / "model.safetensors").write_bytes(b"garbage")
     refused(model, "not a readable safetensors file")
@@ -158,7 +170,9 @@ def test_weights_that_are_not_safetensors_are_refused(model):
             r"lm_head.weight has the shape \(160, 64\), config.json calls for \(157, 64\)",
         ),
         (
-            lambda w: w.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(16, 64)}),
+            lambda w: w.update(
+                {"model.layers.0.self_attn.k_proj.weight": torch.ones(16, 64)}
+            ),
             r"k_proj.weight has the shape \(16, 64\), config.json calls for \(32, 64\)",
         ),
     ],
@@ -172,7 +186,8 @@ def test_weights_that_do_not_fit_config_json_are_refused(model, change, message)
 
 def test_the_dtype_holds_every_tensor_and_unknown_ones_are_refused(model):
     weights = {
-        name: tensor.bfloat16() for name, tensor in load_file(model / "model.safetensors").items()
+        name: tensor.bfloat16()
+        for name, tensor in load_file(model / "model.safetensors").items()
     }
     save_file(weights, model / "model.safetensors")
     with open_pretrained(str(model)) as opened:
@@ -183,7 +198,9 @@ def test_the_dtype_holds_every_tensor_and_unknown_ones_are_refused(model):
         assert opened.dtype == torch.float32
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(weights, model / "model.safetensors")
-    refused(model, r"model.norm.weight has the dtype F8_E4M3; supported: F64, F32, F16, BF16")
+    refused(
+        model, r"model.norm.weight has the dtype F8_E4M3; supported: F64, F32, F16, BF16"
+    )
 
 
 def test_the_fingerprint_tells_models_apart(model):
@@ -204,16 +221,23 @@ def test_the_fingerprint_tells_models_apart(model):
 
 
 def test_conversion_refuses_outputs_before_it_reads_weights(model, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # conversion sets it: undone with the test
+    monkeypatch.setenv(
+        "CUDA_VISIBLE_DEVICES", ""
+    )  # conversion sets it: undone with the test
 
     def refuse(message: str, output: Path, **options) -> None:
         with pytest.raises(ConfigError, match=message):
             convert(
-                ConvertCheckpointConfig(input_path=str(model), output_path=str(output), **options)
+                ConvertCheckpointConfig(
+                    input_path=str(model), output_path=str(output), **options
+                )
             )
 
     (tmp_path / "there.nemo").mkdir()
-    refuse("output_path: .* exists; give another path or overwrite=True", tmp_path / "there.nemo")
+    refuse(
+        "output_path: .* exists; give another path or overwrite=True",
+        tmp_path / "there.nemo",
+    )
     refuse("exists and is not such a model", tmp_path / "there.nemo", overwrite=True)
     refuse("holds the input, which overwrite=True would delete", tmp_path, overwrite=True)
     (tmp_path / "data").mkdir()

@@ -96,12 +96,18 @@ QWEN3_MOE = {
 def test_fields_are_those_that_transformers_reads(config):
     architecture = architecture_from_hf({**SHAPE, **config})
     theirs = AutoConfig.for_model(**{**SHAPE, **config})
-    head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+    head_dim = (
+        getattr(theirs, "head_dim", None)
+        or theirs.hidden_size // theirs.num_attention_heads
+    )
     layer_types = (
-        getattr(theirs, "layer_types", None) or ["sliding_attention"] * theirs.num_hidden_layers
+        getattr(theirs, "layer_types", None)
+        or ["sliding_attention"] * theirs.num_hidden_layers
     )
     window = getattr(theirs, "sliding_window", None)
-    sliding = [i for i, kind in enumerate(layer_types) if window and kind == "sliding_attention"]
+    sliding = [
+        i for i, kind in enumerate(layer_types) if window and kind == "sliding_attention"
+    ]
     window_layers = architecture.window_layers or list(range(4))
     assert architecture.num_query_groups == theirs.num_key_value_heads
     assert architecture.kv_channels == head_dim
@@ -110,26 +116,35 @@ def test_fields_are_those_that_transformers_reads(config):
         theirs.rope_parameters["rope_type"] == "llama3"
     )
     assert architecture.share_embeddings_and_output_weights == theirs.tie_word_embeddings
-    assert (architecture.window_size, window_layers if architecture.window_size else []) == (
+    assert (
+        architecture.window_size,
+        window_layers if architecture.window_size else [],
+    ) == (
         window if sliding else None,
         sliding,
     )
 
     if config["model_type"] in ("mixtral", "qwen3_moe"):
-        assert architecture.num_moe_experts == theirs.num_experts == theirs.num_local_experts
+        assert (
+            architecture.num_moe_experts == theirs.num_experts == theirs.num_local_experts
+        )
         assert architecture.moe_router_topk == theirs.num_experts_per_tok
         assert architecture.ffn_hidden_size == getattr(
             theirs, "moe_intermediate_size", theirs.intermediate_size
         )
         assert architecture.moe_normalize_topk == getattr(theirs, "norm_topk_prob", True)
         # transformers 5 writes the number of experts under another name than transformers 4.
-        assert architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
+        assert (
+            architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
+        )
     else:
         assert architecture.num_moe_experts is None
 
 
 def test_transformers_4_and_5_write_the_same_rope_differently():
-    version_5 = {key: value for key, value in LLAMA_31.items() if not key.startswith("rope")}
+    version_5 = {
+        key: value for key, value in LLAMA_31.items() if not key.startswith("rope")
+    }
     version_5["rope_parameters"] = {**LLAMA_31["rope_scaling"], "rope_theta": 500000.0}
     older = {**LLAMA_31, "rope_scaling": {**LLAMA_31["rope_scaling"], "type": "llama3"}}
     del older["rope_scaling"]["rope_type"]
@@ -148,7 +163,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
             r"model_type 'gpt2' is not supported; supported: llama, mistral, mixtral, qwen2, qwen3, qwen3_moe",
         ),
         ({"model_type": None}, "model_type None is not supported"),
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported; supported: 'silu'"),
+        (
+            {"hidden_act": "gelu"},
+            "hidden_act = 'gelu' is not supported; supported: 'silu'",
+        ),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"attention_bias": True}, "attention_bias = True is not supported"),
         ({"mlp_bias": True}, "mlp_bias = True is not supported"),
@@ -165,7 +183,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
             "rope_scaling.low_freq_factor is missing",
         ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
-        ({"sliding_window": 128}, "sliding_window = 128 is not supported for model_type llama"),
+        (
+            {"sliding_window": 128},
+            "sliding_window = 128 is not supported for model_type llama",
+        ),
         ({"rms_norm_eps": None}, "rms_norm_eps is missing"),
         (
             QWEN3_MOE | {"decoder_sparse_step": 2},

@@ -21,7 +21,13 @@ from nemo_kd.run.ranks import init_process_group, join_ranks
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "LOCAL_RANK", "RANK", "WORLD_SIZE"):
+    for name in (
+        "TORCHELASTIC_RUN_ID",
+        "SLURM_NTASKS",
+        "LOCAL_RANK",
+        "RANK",
+        "WORLD_SIZE",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -32,7 +38,9 @@ def gpus(monkeypatch, count: int) -> None:
 
 def test_devices_that_are_not_there_are_refused(monkeypatch):
     gpus(monkeypatch, 0)
-    with pytest.raises(ConfigError, match=r"trainer.accelerator: gpu, but torch finds no GPU here"):
+    with pytest.raises(
+        ConfigError, match=r"trainer.accelerator: gpu, but torch finds no GPU here"
+    ):
         init_process_group(1, 1, "gpu")
     gpus(monkeypatch, 2)
     with pytest.raises(
@@ -50,7 +58,8 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     gpus(monkeypatch, 0)
     with pytest.raises(
-        ConfigError, match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\."
+        ConfigError,
+        match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\.",
     ):
         init_process_group(2, 4, "cpu")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
@@ -69,29 +78,45 @@ def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch):
     gpus(monkeypatch, 0)
     assert not use_transformer_engine("auto")
     assert not use_transformer_engine("off")
-    with pytest.raises(ConfigError, match=r"model.transformer_engine: on, but Transformer Engine"):
+    with pytest.raises(
+        ConfigError, match=r"model.transformer_engine: on, but Transformer Engine"
+    ):
         use_transformer_engine("on")
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused():
     architecture = GPTArchitecture("llama", 100, 2, 64, 96, 8, 2, 8, 512, 1e-5, 1e4)
-    message = (
-        r"model.tensor_model_parallel_size: 4 does not divide the model's num_query_groups \(2\)"
-    )
+    message = r"model.tensor_model_parallel_size: 4 does not divide the model's num_query_groups \(2\)"
     with pytest.raises(ConfigError, match=message):
-        transformer_config(architecture, ModelConfig(tensor_model_parallel_size=4), torch.float32)
+        transformer_config(
+            architecture, ModelConfig(tensor_model_parallel_size=4), torch.float32
+        )
 
 
 def test_the_window_is_counted_megatrons_way():
     architecture = GPTArchitecture(
-        "mistral", 100, 3, 64, 96, 8, 2, 8, 512, 1e-5, 1e4, window_size=7, window_layers=[1]
+        "mistral",
+        100,
+        3,
+        64,
+        96,
+        8,
+        2,
+        8,
+        512,
+        1e-5,
+        1e4,
+        window_size=7,
+        window_layers=[1],
     )
     config = transformer_config(architecture, ModelConfig(), torch.float32)
     assert config.window_size == (6, 0)
     assert config.window_attn_skip_freq == [0, 1, 0]
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for CUDA only where there is none")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="stands in for CUDA only where there is none"
+)
 def test_only_megatron_sees_the_cpu_stand_in():
     real = torch.zeros
     methods = {name: getattr(torch.Tensor, name) for name in dir(torch.Tensor)}
@@ -125,7 +150,11 @@ def test_a_taken_port_is_named(monkeypatch):
             "SLURM_PROCID": "0",
             "SLURM_LOCALID": "0",
         }
-        for name, value in {**step, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        for name, value in {
+            **step,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }.items():
             monkeypatch.setenv(name, value)
         with pytest.raises(
             ConfigError,
@@ -136,7 +165,12 @@ def test_a_taken_port_is_named(monkeypatch):
 
 @pytest.mark.parametrize(
     ("asked", "has_gpu", "used"),
-    [("auto", False, "32"), ("auto", True, "bf16"), ("bf16", False, "bf16"), ("32", True, "32")],
+    [
+        ("auto", False, "32"),
+        ("auto", True, "bf16"),
+        ("bf16", False, "bf16"),
+        ("32", True, "32"),
+    ],
 )
 def test_the_precision_follows_the_device_unless_it_is_given(
     monkeypatch, asked, has_gpu, used, caplog

@@ -25,10 +25,21 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.flops import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics
-from nemo_kd.run.metrics import Counters, MetricsFile, Progress, ProgressLine, SharedCounters
+from nemo_kd.run.metrics import (
+    Counters,
+    MetricsFile,
+    Progress,
+    ProgressLine,
+    SharedCounters,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "vocab_size": 500}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "vocab_size": 500,
+}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 
 
@@ -82,7 +93,11 @@ def test_flops_are_what_torch_counts_for_a_dense_model():
 
 def test_flops_are_what_torch_counts_with_experts():
     config = MixtralConfig(
-        **SIZES, **HEADS, num_local_experts=4, num_experts_per_tok=2, attn_implementation="eager"
+        **SIZES,
+        **HEADS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        attn_implementation="eager",
     )
     config._experts_implementation = "eager"
     flops = flops_of(num_moe_experts=4, moe_router_topk=2)
@@ -123,9 +138,16 @@ def test_metrics_of_one_replica(clock):
     for _ in range(4):
         clock.now_s += 5
         progress.add(
-            tokens=450, padding_tokens=50, loss_tokens=200, examples=3, flops=1e6, data_wait_s=0.5
+            tokens=450,
+            padding_tokens=50,
+            loss_tokens=200,
+            examples=3,
+            flops=1e6,
+            data_wait_s=0.5,
         )
-    progress.add(cached_tokens=400, cached_loss_tokens=100, kept_mass_sum=97, bytes=48_000)
+    progress.add(
+        cached_tokens=400, cached_loss_tokens=100, kept_mass_sum=97, bytes=48_000
+    )
     assert len(seen.metrics) == 2  # one an interval
     assert seen.metrics[1] == pytest.approx(
         {
@@ -172,13 +194,17 @@ def test_nothing_known_is_nothing_shown(clock):
 
 
 def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
-    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    server = torch.distributed.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     seen = Seen()
     members = []
     for rank in range(3):
         store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
         members.append(
-            Progress(3000, 10, [seen] if rank == 0 else [], SharedCounters(store, rank, size=3))
+            Progress(
+                3000, 10, [seen] if rank == 0 else [], SharedCounters(store, rank, size=3)
+            )
         )
     clock.now_s += 10
     members[0].add(tokens=100, data_wait_s=3)
@@ -299,10 +325,15 @@ logger.warning("a message")
 line.note("validation")
 line.close()
 """
-    lines = [part.strip() for part in re.split(r"[\r\n]|\x1b\[A", shown_on_a_terminal(80, code))]
+    lines = [
+        part.strip()
+        for part in re.split(r"[\r\n]|\x1b\[A", shown_on_a_terminal(80, code))
+    ]
     bars = [line for line in lines if "1:02:05 left, epoch 0.75" in line]
     assert bars
-    assert all("15%|" in line and "1500/10000 steps" in line and len(line) < 80 for line in bars)
+    assert all(
+        "15%|" in line and "1500/10000 steps" in line and len(line) < 80 for line in bars
+    )
     assert {"a message", "training: validation"} <= set(lines)
 
 
@@ -330,10 +361,14 @@ sink.close()
 
 def test_counters_add_and_subtract():
     assert Counters(tokens=3, bytes=5) + Counters(tokens=1) == Counters(tokens=4, bytes=5)
-    assert Counters(tokens=3) - Counters(tokens=1, flops=2) == Counters(tokens=2, flops=-2)
+    assert Counters(tokens=3) - Counters(tokens=1, flops=2) == Counters(
+        tokens=2, flops=-2
+    )
 
 
-def test_a_full_disk_names_the_metrics_file_and_leaves_no_half_line(tmp_path, monkeypatch):
+def test_a_full_disk_names_the_metrics_file_and_leaves_no_half_line(
+    tmp_path, monkeypatch
+):
     file = MetricsFile(tmp_path / "metrics.jsonl")
     file.show({"progress/tokens": 1})
     write = os.write
@@ -349,7 +384,10 @@ def test_a_full_disk_names_the_metrics_file_and_leaves_no_half_line(tmp_path, mo
     monkeypatch.undo()
     file.show({"progress/tokens": 3})
     file.close()
-    assert [json.loads(line)["progress/tokens"] for line in file_lines(tmp_path)] == [1, 3]
+    assert [json.loads(line)["progress/tokens"] for line in file_lines(tmp_path)] == [
+        1,
+        3,
+    ]
 
 
 def file_lines(folder):

@@ -114,8 +114,9 @@ def test_a_part_of_an_interleaved_pipeline_without_adapters():
     )
     with pytest.raises(ConfigError) as error:
         check_lora(adapters(layer_selection=[1, 2, 3, 4]), architecture(), parallel)
-    assert "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train" in str(
-        error.value
+    assert (
+        "leaves part 5 of 6 of the interleaved pipeline (layers 5 to 5) nothing to train"
+        in str(error.value)
     )
     assert "reduce model.virtual_pipeline_model_parallel_size" in str(error.value)
 
@@ -133,7 +134,11 @@ def test_adapters_that_fit():
 def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
     check_lora(PeftConfig(), architecture(), ParallelConfig())
     assert not caplog.text
-    check_lora(PeftConfig(lora_tuning=LoraConfig(adapter_dim=8)), architecture(), ParallelConfig())
+    check_lora(
+        PeftConfig(lora_tuning=LoraConfig(adapter_dim=8)),
+        architecture(),
+        ParallelConfig(),
+    )
     assert "model.peft.lora_tuning has no effect: all weights are trained" in caplog.text
 
 
@@ -146,17 +151,25 @@ def test_a_file_of_adapters_is_not_read():
 
 
 def test_export(tmp_path):
-    with pytest.raises(ConfigError, match=r"export\.lora: 'both' is not one of merged, adapter"):
+    with pytest.raises(
+        ConfigError, match=r"export\.lora: 'both' is not one of merged, adapter"
+    ):
         ExportConfig(lora="both")
     with pytest.raises(
         ConfigError, match=r"export\.lora: adapter, but export\.hf=false writes no folder"
     ):
         ExportConfig(lora="adapter")
     with pytest.raises(
-        ConfigError, match=r"export\.lora: adapter, but model\.peft\.peft_scheme=none trains none"
+        ConfigError,
+        match=r"export\.lora: adapter, but model\.peft\.peft_scheme=none trains none",
     ):
         student_config(
-            tmp_path, tmp_path, tmp_path, tmp_path, export__hf=True, export__lora="adapter"
+            tmp_path,
+            tmp_path,
+            tmp_path,
+            tmp_path,
+            export__hf=True,
+            export__lora="adapter",
         )
     config = student_config(
         tmp_path,

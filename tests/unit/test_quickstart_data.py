@@ -39,7 +39,12 @@ def quickstart(monkeypatch):
 def dataset(tmp_path_factory):
     """The folder that the script writes, its splits as {question: answer}, and what it printed."""
     folder = tmp_path_factory.mktemp("dataset")
-    script = [sys.executable, str(EXAMPLES / "docstring_dataset.py"), "--output-dir", str(folder)]
+    script = [
+        sys.executable,
+        str(EXAMPLES / "docstring_dataset.py"),
+        "--output-dir",
+        str(folder),
+    ]
     printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
     splits = {}
     for split in ("train", "validation"):
@@ -47,7 +52,10 @@ def dataset(tmp_path_factory):
             json.loads(line)["messages"]
             for line in (folder / f"{split}.jsonl").read_text().splitlines()
         ]
-        assert all([turn["role"] for turn in record] == ["user", "assistant"] for record in records)
+        assert all(
+            [turn["role"] for turn in record] == ["user", "assistant"]
+            for record in records
+        )
         splits[split] = {record[0]["content"]: record[1]["content"] for record in records}
         assert len(splits[split]) == len(records)
     return SimpleNamespace(folder=folder, splits=splits, printed=printed)
@@ -62,14 +70,21 @@ def test_dataset_is_large_and_the_same_every_time(dataset, tmp_path, monkeypatch
     )
     for name in ("train.jsonl", "validation.jsonl"):
         assert (tmp_path / name).read_bytes() == (dataset.folder / name).read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.jsonl", "validation.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "train.jsonl",
+        "validation.jsonl",
+    ]
 
 
 def test_answers_are_docstrings_of_public_objects(dataset):
     answers = {**dataset.splits["train"], **dataset.splits["validation"]}
     assert all(40 <= len(answer) <= 400 for answer in answers.values())
-    names = [re.fullmatch(r"What does `([\w.]+)` do\?", question)[1] for question in answers]
-    assert not [name for name in names if any(part.startswith("_") for part in name.split("."))]
+    names = [
+        re.fullmatch(r"What does `([\w.]+)` do\?", question)[1] for question in answers
+    ]
+    assert not [
+        name for name in names if any(part.startswith("_") for part in name.split("."))
+    ]
     import textwrap
 
     answer = answers["What does `textwrap.dedent` do?"]
@@ -85,7 +100,9 @@ def test_no_validation_answer_resembles_a_training_answer(dataset):
     trained = [triples(answer) for answer in dataset.splits["train"].values()]
     for question, answer in dataset.splits["validation"].items():
         own = triples(answer)
-        assert max(len(own & other) for other in trained) < 0.5 * max(1, len(own)), question
+        assert max(len(own & other) for other in trained) < 0.5 * max(1, len(own)), (
+            question
+        )
 
 
 def test_models_are_hugging_face_folders_whose_template_trains_the_answer(
@@ -143,7 +160,8 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
     assert f"output_path={tmp_path}/cache/validation_CHUNK_ID.jsonl" in printed
     assert "cache_validation: done before" in printed
     with pytest.raises(
-        SystemExit, match="the step student_kd failed with status 1; see its message above"
+        SystemExit,
+        match="the step student_kd failed with status 1; see its message above",
     ):
         run.train("student_kd", "student_init", run.cache_keys(), 1.0, epochs=1, lr=1e-3)
     assert not (tmp_path / "student_kd.done").exists()
@@ -153,7 +171,8 @@ def test_a_folder_holds_one_setting(quickstart, tmp_path):
     quickstart.Quickstart(tmp_path / "run", quickstart.Settings()).claim_folder()
     quickstart.Quickstart(tmp_path / "run", quickstart.Settings()).claim_folder()
     with pytest.raises(
-        SystemExit, match=r"made with seed 1234 \(now 7\), scale 1.0 \(now 0.5\); give another"
+        SystemExit,
+        match=r"made with seed 1234 \(now 7\), scale 1.0 \(now 0.5\); give another",
     ):
         quickstart.Quickstart(
             tmp_path / "run", quickstart.Settings(seed=7, scale=0.5)

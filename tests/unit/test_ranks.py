@@ -43,7 +43,9 @@ def test_a_step_counts_whatever_the_job_is_called_and_without_tasks_per_node():
 
 
 def test_steps_of_one_job_meet_at_different_ports():
-    ports = {find_ranks({**STEP, "SLURM_STEP_ID": str(step)}).main_port for step in range(20)}
+    ports = {
+        find_ranks({**STEP, "SLURM_STEP_ID": str(step)}).main_port for step in range(20)
+    }
     assert len(ports) == 20
     assert all(1024 < port < 32768 for port in ports)
     assert find_ranks({**STEP, "MASTER_PORT": "29500"}).main_port == 29500
@@ -59,14 +61,22 @@ def test_steps_of_one_job_meet_at_different_ports():
     ],
 )
 def test_ranks_on_several_machines_meet_on_the_first(nodes, first):
-    ranks = find_ranks({**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": nodes})
+    ranks = find_ranks(
+        {**STEP, "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": nodes}
+    )
     assert (ranks.main_address, ranks.is_one_machine) == (first, False)
 
 
 def test_a_batch_script_an_interactive_shell_and_a_containers_variables_start_nothing():
     assert find_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) == Ranks()
     assert (
-        find_ranks({key: value for key, value in STEP.items() if not key.startswith("SLURM_STEP")})
+        find_ranks(
+            {
+                key: value
+                for key, value in STEP.items()
+                if not key.startswith("SLURM_STEP")
+            }
+        )
         == Ranks()
     )
     assert find_ranks({**STEP, "SLURM_STEP_NUM_TASKS": "1", **ENROOT}) == Ranks()
@@ -84,15 +94,23 @@ def test_torchrun_goes_before_slurm():
             "LOCAL_RANK": "1",
         }
     )
-    assert (ranks.launcher, ranks.rank, ranks.size, ranks.main_port) == ("torchrun", 5, 6, 29531)
+    assert (ranks.launcher, ranks.rank, ranks.size, ranks.main_port) == (
+        "torchrun",
+        5,
+        6,
+        29531,
+    )
 
 
 def test_launchers_that_do_not_tell_enough_are_named():
     with pytest.raises(
-        ConfigError, match="OMPI_COMM_WORLD_SIZE: 4 processes were started by an MPI launcher"
+        ConfigError,
+        match="OMPI_COMM_WORLD_SIZE: 4 processes were started by an MPI launcher",
     ):
         find_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
-    with pytest.raises(ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"):
+    with pytest.raises(
+        ConfigError, match="RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: not set"
+    ):
         find_ranks({"WORLD_SIZE": "2"})
     with pytest.raises(ConfigError, match="WORLD_SIZE: 'two' is not a number"):
         find_ranks({"WORLD_SIZE": "two"})
@@ -101,7 +119,10 @@ def test_launchers_that_do_not_tell_enough_are_named():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"RANK": "5", "WORLD_SIZE": "2"}, "RANK: .* numbers this process 5, but starts 2"),
+        (
+            {"RANK": "5", "WORLD_SIZE": "2"},
+            "RANK: .* numbers this process 5, but starts 2",
+        ),
         (
             {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"},
             "MASTER_PORT: 99999 is not a port",
@@ -121,7 +142,9 @@ def test_places_that_cannot_be_are_named(wrong, message):
         ({"COUNT": "4", "ID": "1", "STEP": "0"}, "STEP"),
     ],
 )
-def test_variables_of_an_array_that_slurm_would_not_set_are_named(monkeypatch, variables, name):
+def test_variables_of_an_array_that_slurm_would_not_set_are_named(
+    monkeypatch, variables, name
+):
     for key, value in variables.items():
         monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
     paths = {
@@ -147,7 +170,9 @@ def test_auto_and_minus_one_are_all_gpus_or_one_process_on_the_cpu(monkeypatch):
     assert not needs_launch(trainer)
     assert trainer.num_devices == 2
     for wrong in ("many", 0, -2):
-        with pytest.raises(ConfigError, match=r"trainer\.devices: .* must be at least 1, or auto"):
+        with pytest.raises(
+            ConfigError, match=r"trainer\.devices: .* must be at least 1, or auto"
+        ):
             TrainerConfig(devices=wrong)
 
 
@@ -155,7 +180,9 @@ def test_the_store_of_one_machine_listens_on_loopback_only():
     store = listen_on_loopback(0, None, timedelta(seconds=20))
     store.set("key", "value")
     listening = [
-        found for found in psutil.Process().net_connections("inet") if found.status == "LISTEN"
+        found
+        for found in psutil.Process().net_connections("inet")
+        if found.status == "LISTEN"
     ]
     assert {found.laddr.ip for found in listening if found.laddr.port == store.port} == {
         "127.0.0.1"

@@ -27,7 +27,9 @@ def shown_command(recipe: str) -> list[str]:
 def recipe_config(recipe: str):
     command, *arguments = shown_command(recipe)
     assert command == command_of(recipe)
-    arguments = [str(conf_dir() / "recipes") if a == "conf/recipes" else a for a in arguments]
+    arguments = [
+        str(conf_dir() / "recipes") if a == "conf/recipes" else a for a in arguments
+    ]
     config, warnings = run(command, *arguments)
     assert warnings == []
     return config

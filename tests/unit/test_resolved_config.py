@@ -61,7 +61,15 @@ def test_values_that_look_like_secrets_are_left_out(secret, tmp_path):
 
 
 def test_names_that_look_like_secrets_are_left_out():
-    names = ("api_key", "apiKey", "key", "hf_token", "password", "client_secret", "authorization")
+    names = (
+        "api_key",
+        "apiKey",
+        "key",
+        "hf_token",
+        "password",
+        "client_secret",
+        "authorization",
+    )
     kwargs = {name: "abc" for name in names}
     config = student(exp_manager={"wandb_logger_kwargs": {**kwargs, "name": "run"}})
     found = resolved_config(config)
@@ -78,7 +86,10 @@ def test_values_of_environment_variables_stay_references(monkeypatch):
             "explicit_log_dir": "${oc.env:MY_PLACE}/x",
             "exp_dir": "${exp_manager.explicit_log_dir}",
             "version": "a-short-but-secret-b",
-            "wandb_logger_kwargs": {"entity": "${oc.env:WANDB_API_KEY}", "group": "${name}"},
+            "wandb_logger_kwargs": {
+                "entity": "${oc.env:WANDB_API_KEY}",
+                "group": "${name}",
+            },
         },
     )
     found = resolved_config(config)

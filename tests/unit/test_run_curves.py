@@ -26,7 +26,10 @@ def steps(count, loss):
         {"step": step, "time": 1.0, "train/loss": loss / step, "lr": 0.1, **COUNTS}
         for step in range(1, count + 1)
     ]
-    return [*rows, {"step": count, "time": 2.0, "validation/loss": loss, "perf/tokens_per_s": 5.0}]
+    return [
+        *rows,
+        {"step": count, "time": 2.0, "validation/loss": loss, "perf/tokens_per_s": 5.0},
+    ]
 
 
 def test_a_resumed_run_repeats_steps_and_a_killed_one_leaves_half_a_line(tmp_path):

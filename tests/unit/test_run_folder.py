@@ -36,7 +36,9 @@ def settings(log_dir: Path | None, dirpath: Path | None = None, **changed):
         "version": None,
         "resume_if_exists": True,
         "resume_from_checkpoint": None,
-        "checkpoint_callback_params": {"dirpath": None if dirpath is None else str(dirpath)},
+        "checkpoint_callback_params": {
+            "dirpath": None if dirpath is None else str(dirpath)
+        },
         **changed,
     }
 
@@ -97,10 +99,13 @@ def test_nothing_is_trained_over(tmp_path):
     log_dir, parent = tmp_path / "run", tmp_path / "run" / "checkpoints"
     (log_dir / "metrics").mkdir(parents=True)
     (log_dir / "metrics" / "metrics.jsonl").write_text("{}\n")
-    assert attempt(log_dir) == "", "a run that was killed before its first checkpoint starts over"
+    assert attempt(log_dir) == "", (
+        "a run that was killed before its first checkpoint starts over"
+    )
     message = attempt(log_dir, resume_if_exists=False)
     assert (
-        f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)" in message
+        f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)"
+        in message
     )
     assert (
         "another exp_manager.explicit_log_dir, or resume that run: exp_manager.resume_if_exists=true"
@@ -117,7 +122,9 @@ def test_nothing_is_trained_over(tmp_path):
     whole = write_checkpoint(parent / "kd-step=3-last")
     assert attempt(log_dir) == ""
     assert "holds a run" in attempt(log_dir, resume_if_exists=False)
-    assert attempt(log_dir, resume_if_exists=False, resume_from_checkpoint=str(whole)) == ""
+    assert (
+        attempt(log_dir, resume_if_exists=False, resume_from_checkpoint=str(whole)) == ""
+    )
     assert weights.exists()
 
 

@@ -44,7 +44,8 @@ def test_a_file_that_cannot_grow_is_named_without_a_traceback(tmp_path, capsys, 
     message = user_message(raised.value)
     assert message.startswith(f"{file if kind == 'metrics' else tmp_path}")
     assert (
-        "File too large; the file system or a limit (`ulimit -f`) allows no larger file" in message
+        "File too large; the file system or a limit (`ulimit -f`) allows no larger file"
+        in message
     )
     assert "Traceback" not in capsys.readouterr().err
     if kind == "metrics":

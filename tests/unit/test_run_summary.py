@@ -19,7 +19,7 @@ def test_a_hugging_face_folder_of_an_earlier_part_is_not_listed(tmp_path):
     for written_s, paths in ((200, [archive, folder]), (50, [archive])):
         os.utime(folder, (written_s, written_s))
         facts = _files(checkpoint)
-        assert [text.rpartition(",")[0] for name, text in facts if name == "last weights"] == [
-            str(p) for p in paths
-        ]
+        assert [
+            text.rpartition(",")[0] for name, text in facts if name == "last weights"
+        ] == [str(p) for p in paths]
         assert any(name == "next" for name, _ in facts) == (written_s == 50)

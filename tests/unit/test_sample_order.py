@@ -37,7 +37,9 @@ def test_one_source_has_the_order_of_numpys_permutation():
             SampleOrder([[10, 5], [6]], None, 3, True).epoch(epoch, 21).tolist()
             == expected.tolist()
         )
-    assert SampleOrder([[10, 5], [6]], None, 3, False).epoch(4, 21).tolist() == list(range(21))
+    assert SampleOrder([[10, 5], [6]], None, 3, False).epoch(4, 21).tolist() == list(
+        range(21)
+    )
 
 
 def test_orders_differ_by_epoch_and_seed():
@@ -188,12 +190,21 @@ def test_paths_with_and_without_weights(train, paths, weights):
             {"data_prefix": {"train": [0.3, "a", "b"]}},
             "model.data.data_prefix.train: .* has weights for some paths only",
         ),
-        ({"data_prefix": {"train": ["a", 0.3, "b", 0.7]}}, "has weights for some paths only"),
+        (
+            {"data_prefix": {"train": ["a", 0.3, "b", 0.7]}},
+            "has weights for some paths only",
+        ),
         ({"data_prefix": {"train": [0.3, "a", 0.7]}}, "has weights for some paths only"),
         ({"data_prefix": {"train": [0.3, 0.7]}}, "0.7 is not a path"),
-        ({"data_prefix": {"train": [0, "a", 1, "b"]}}, "the weight 0 of a must be above 0"),
+        (
+            {"data_prefix": {"train": [0, "a", 1, "b"]}},
+            "the weight 0 of a must be above 0",
+        ),
         ({"data_prefix": {"train": [-1.0, "a"]}}, "the weight -1.0 of a must be above 0"),
-        ({"data_prefix": {"train": [float("nan"), "a"]}}, "the weight nan of a must be above 0"),
+        (
+            {"data_prefix": {"train": [float("nan"), "a"]}},
+            "the weight nan of a must be above 0",
+        ),
         ({"data_prefix": {"train": [True, "a"]}}, "True is not a path"),
         ({"data_prefix": {"train": 5}}, "has weights for some paths only|is not a path"),
         (
@@ -204,9 +215,15 @@ def test_paths_with_and_without_weights(train, paths, weights):
             {"data_prefix": {"test": [1.0, "a"]}},
             "model.data.data_prefix.test: weights are for train only",
         ),
-        ({"shuffle": "chunk"}, "model.data.shuffle: 'chunk' is not one of true, false, chunks"),
+        (
+            {"shuffle": "chunk"},
+            "model.data.shuffle: 'chunk' is not one of true, false, chunks",
+        ),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
-        ({"max_tokens_per_batch": 0}, "model.data.max_tokens_per_batch: 0 must be at least 1"),
+        (
+            {"max_tokens_per_batch": 0},
+            "model.data.max_tokens_per_batch: 0 must be at least 1",
+        ),
         ({"num_workers": -1}, "model.data.num_workers: -1 must be at least 0"),
     ],
 )

@@ -26,7 +26,11 @@ def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
         ("CosineAnnealing", {"warmup_steps": 0, "constant_steps": 0}, 20),
         ("CosineAnnealing", {"warmup_steps": 5, "min_lr": 1e-4}, 30),
         ("CosineAnnealing", {"warmup_steps": 3, "constant_steps": 7, "min_lr": 9e-5}, 40),
-        ("CosineAnnealing", {"warmup_ratio": 0.13, "constant_ratio": 0.26, "min_lr": 9e-5}, 50),
+        (
+            "CosineAnnealing",
+            {"warmup_ratio": 0.13, "constant_ratio": 0.26, "min_lr": 9e-5},
+            50,
+        ),
         ("CosineAnnealing", {"warmup_steps": 10}, 10),
         ("CosineAnnealing", {"warmup_steps": 4, "constant_steps": 6}, 10),
         ("WarmupAnnealing", {"warmup_steps": 6, "min_lr": 2e-4}, 30),
@@ -42,7 +46,9 @@ def test_every_step_is_nemos(name, settings, max_steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=LR)
     reference = getattr(nemo, name)(optimizer, max_steps=max_steps, **settings)
     for step, ours in enumerate(rates(SchedConfig(name=name, **settings), max_steps)):
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12), step
+        assert ours == pytest.approx(
+            optimizer.param_groups[0]["lr"], rel=1e-6, abs=1e-12
+        ), step
         optimizer.step()
         reference.step()
 
@@ -59,7 +65,12 @@ def test_every_step_is_nemos(name, settings, max_steps):
             [0.0, 0.5, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2, 0.2],
         ),
         (
-            {"name": "CosineAnnealing", "warmup_ratio": 0.2, "constant_ratio": 0.4, "min_lr": 0.2},
+            {
+                "name": "CosineAnnealing",
+                "warmup_ratio": 0.2,
+                "constant_ratio": 0.4,
+                "min_lr": 0.2,
+            },
             [0.0, 0.5, 1.0, 0.8828, 0.6, 0.3172, 0.2, 0.2, 0.2, 0.2],
         ),
         (
@@ -92,7 +103,10 @@ def test_table(settings, expected):
             "constant_steps: give it or constant_ratio, not both",
         ),
         ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must be at least 0"),
-        ({"constant_ratio": 1.5}, "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1"),
+        (
+            {"constant_ratio": 1.5},
+            "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1",
+        ),
         ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
     ],
 )

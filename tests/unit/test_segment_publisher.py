@@ -38,14 +38,18 @@ def rows(segment) -> list[CachedExample]:
 
 def all_segments(folder: Path) -> list:
     """What is missing of a cache that is claimed here and let go of again."""
-    writer = CacheWriter(CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest()))
+    writer = CacheWriter(
+        CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest())
+    )
     segments = writer.missing_segments()
     writer.close()
     return segments
 
 
 def assemble(folder: Path) -> None:
-    writer = CacheWriter(CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest()))
+    writer = CacheWriter(
+        CacheLayout(str(folder / NAME)), manifest(), chunks_of(manifest())
+    )
     writer.assemble_complete()
     writer.close()
 
@@ -60,7 +64,9 @@ def wait_until(condition, seconds: float = 60) -> None:
 def has_ended(process: int) -> bool:
     """Whether a process is gone, or only waits to be noticed by its parent."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        return (
+            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        )
     except (FileNotFoundError, ProcessLookupError):
         return True
 
@@ -109,20 +115,27 @@ def test_compact_rows_and_reasons(tmp_path, codec):
     whole, compact, description = [], [], manifest(codec, n_examples_per_chunk=None)
     for index in range(4):
         full = row(index, 7, temperatures=(1.0, 2.0))
-        teacher = replace(full.teacher, tail_token_ids_PM=random.integers(50, size=(7, 2)))
+        teacher = replace(
+            full.teacher, tail_token_ids_PM=random.integers(50, size=(7, 2))
+        )
         compact.append(replace(full, teacher=replace(full, teacher=teacher).loss_rows()))
         whole.append(everywhere(compact[-1]))
         assert len(compact[-1].teacher) == 4
         assert len(whole[-1].teacher) == 7
     (tmp_path / "one").mkdir()
     one = SegmentWriter(
-        CacheLayout(str(tmp_path / "one" / NAME)), description, (0, range(5)), COMPUTED_WITH
+        CacheLayout(str(tmp_path / "one" / NAME)),
+        description,
+        (0, range(5)),
+        COMPUTED_WITH,
     )
     for full in whole:
         one.write(full)
     one.skip("too long")
     one.publish()
-    with publisher_in(tmp_path / "two", codec=codec, n_examples_per_chunk=None) as publisher:
+    with publisher_in(
+        tmp_path / "two", codec=codec, n_examples_per_chunk=None
+    ) as publisher:
         publisher.publish((0, range(5)), [*compact, "too long"])
     assert content(tmp_path / "one") == content(tmp_path / "two")
     assert publisher.done[0].skipped == {"too long": 1}
@@ -173,7 +186,10 @@ def test_what_cannot_be_sent_is_an_error_too(tmp_path):
 
 
 def test_an_error_of_the_block_goes_on_and_whole_segments_are_published(tmp_path, caplog):
-    with pytest.raises(KeyError, match="of the block"), publisher_in(tmp_path) as publisher:
+    with (
+        pytest.raises(KeyError, match="of the block"),
+        publisher_in(tmp_path) as publisher,
+    ):
         publisher.publish((0, range(2)), [row(0), row(1)])
         publisher.publish((0, range(2, 4)), [row(2)])
         raise KeyError("of the block")
@@ -192,7 +208,9 @@ def test_a_caller_waits_only_when_enough_segments_wait_already(tmp_path, monkeyp
         for segment in segments[:2]:  # one is being published, one waits
             publisher.publish(segment, rows(segment))
         assert publisher.waited_s < 1
-        third = threading.Thread(target=publisher.publish, args=(segments[2], rows(segments[2])))
+        third = threading.Thread(
+            target=publisher.publish, args=(segments[2], rows(segments[2]))
+        )
         third.start()
         third.join(0.3)
         waits, done = third.is_alive(), list(publisher.done)
@@ -209,7 +227,10 @@ def test_the_process_beside_is_killed(tmp_path, monkeypatch):
     segments, gate = all_segments(tmp_path), tmp_path / "gate"
     shut(monkeypatch, gate)
     text = "examples 0 to 1 was not published.*killed by signal 9.*give the job more"
-    with pytest.raises(CacheError, match=text), publisher_in(tmp_path, max_waiting=1) as publisher:
+    with (
+        pytest.raises(CacheError, match=text),
+        publisher_in(tmp_path, max_waiting=1) as publisher,
+    ):
         for segment in segments[:2]:
             publisher.publish(segment, rows(segment))
         os.kill(publisher._process.pid, signal.SIGKILL)
@@ -267,7 +288,9 @@ def test_the_computing_process_is_killed(tmp_path, monkeypatch):
         gate.touch()
     monkeypatch.undo()
     assert len(half()) == 1
-    assert [path.name for path in folder.glob(".*.segments/0*")] == ["000000000000-000000000001"]
+    assert [path.name for path in folder.glob(".*.segments/0*")] == [
+        "000000000000-000000000001"
+    ]
     complete(folder, gate)
 
 
@@ -286,7 +309,9 @@ def test_signals_to_the_whole_job_do_not_reach_the_process_beside(tmp_path):
                     os.kill(publisher._process.pid, number)
                 for segment in segments:
                     publisher.publish(segment, rows(segment))
-            os._exit(0 if caught == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] else 2)
+            os._exit(
+                0 if caught == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1] else 2
+            )
         finally:
             os._exit(1)
     assert statuses([job]) == [0]
@@ -307,14 +332,17 @@ def test_a_job_that_ends_leaves_neither_its_lock_nor_a_process(tmp_path):
 
 def test_large_segments_arrive_whole(tmp_path):
     """Larger than any buffer of the operating system, and arrays that do not lie in one piece."""
-    description = manifest("packed", top_k=128, vocab_size=1000, n_examples_per_chunk=None)
+    description = manifest(
+        "packed", top_k=128, vocab_size=1000, n_examples_per_chunk=None
+    )
     segment = (0, range(4))
     large = [row(index, 800, 128, 1000) for index in segment[1]]
     strided = [
         CachedExample(
             one.example,
             replace(
-                one.teacher, topk_logits_PK=np.repeat(one.teacher.topk_logits_PK, 2, axis=1)[:, ::2]
+                one.teacher,
+                topk_logits_PK=np.repeat(one.teacher.topk_logits_PK, 2, axis=1)[:, ::2],
             ),
         )
         for one in large

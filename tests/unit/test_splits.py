@@ -65,12 +65,16 @@ def config(train, validation=None, **overrides):
     if validation is None:
         validation = train if isinstance(train, str) else train[-1]
     data = {"data_prefix": {"train": train, "validation": [str(validation)]}}
-    values = {f"model__data__{key}": value for key, value in {**data, **overrides}.items()}
+    values = {
+        f"model__data__{key}": value for key, value in {**data, **overrides}.items()
+    }
     return student_config("m", "t", "v", "l", **values)
 
 
 def load(train, vocab_size=300, tokenizer=TOKENIZER, **overrides):
-    return load_splits(config(train, **overrides).model, architecture(vocab_size), tokenizer)
+    return load_splits(
+        config(train, **overrides).model, architecture(vocab_size), tokenizer
+    )
 
 
 def problems(train, *args, **overrides) -> list[str]:
@@ -104,9 +108,13 @@ def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
 
 def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
     rows = [row(index, 3 + index % 4) for index in range(10)]
-    tokens = max(max(found.example.tokens_S.max(), found.example.labels_S.max()) for found in rows)
+    tokens = max(
+        max(found.example.tokens_S.max(), found.example.labels_S.max()) for found in rows
+    )
     teacher = max(found.teacher.topk_token_ids_PK.max() for found in rows)
-    assert tokens == teacher == 49  # so another cache is needed, whose tokens stay below 40
+    assert (
+        tokens == teacher == 49
+    )  # so another cache is needed, whose tokens stay below 40
     path = cache(tmp_path)
     for chunk in range(3):
         lines = []
@@ -156,7 +164,8 @@ def test_all_mismatches_are_listed_in_one_error(tmp_path):
     text = "\n".join(lines)
     ours = tokenizer_fingerprint(TOKENIZER)
     assert (
-        f"tokenizer: sha256:aaa (7 tokens) in the cache, {ours} (300 tokens) in the student" in text
+        f"tokenizer: sha256:aaa (7 tokens) in the cache, {ours} (300 tokens) in the student"
+        in text
     )
     assert (
         f"chat template: sha256:bbb in the cache, {chat_template_fingerprint(TOKENIZER)} in the student"
@@ -191,7 +200,9 @@ def test_the_chat_template_counts_where_the_records_used_it(
         cache(
             tmp_path,
             dataset=dataset,
-            chat_template=chat_template_fingerprint(train_tokenizer(300, teacher_template)),
+            chat_template=chat_template_fingerprint(
+                train_tokenizer(300, teacher_template)
+            ),
         )
     )
     student = train_tokenizer(300, student_template)
@@ -224,9 +235,13 @@ def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
     drawn = sum(list(data.training), [])
     assert len(drawn) == 80
     assert sum(position < 4 for position in drawn) == 20
-    assert data.splits["train"].num_tokens(3) == data.splits["train"][3].example.num_tokens
+    assert (
+        data.splits["train"].num_tokens(3) == data.splits["train"][3].example.num_tokens
+    )
     assert [
-        len(micro_batch.indices_B) for batch in data.train_dataloader() for micro_batch in batch
+        len(micro_batch.indices_B)
+        for batch in data.train_dataloader()
+        for micro_batch in batch
     ] == [2] * 40
     with pytest.raises(
         ConfigError,
@@ -247,7 +262,11 @@ def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
     def record(train, **overrides):
         data = student_data(train, **overrides)
         return experiment_record(
-            data.config, architecture(), {"name": "s", "weights": "w"}, data.descriptions, 2
+            data.config,
+            architecture(),
+            {"name": "s", "weights": "w"},
+            data.descriptions,
+            2,
         )
 
     before = record(str(first))
@@ -294,12 +313,18 @@ def test_plain_records_have_sources_and_a_fingerprint_too(tmp_path):
             GROUPS,
         )
 
-    blend, one, other = sft([1, first, 1, second]), sft([first, second]), sft([second, first])
+    blend, one, other = (
+        sft([1, first, 1, second]),
+        sft([first, second]),
+        sft([second, first]),
+    )
     assert blend.training.order.source_chunks == [
         [11],
         [8],
     ]  # the sixth record of each has no answer
-    fingerprints = [data.descriptions["train"]["fingerprint"] for data in (blend, one, other)]
+    fingerprints = [
+        data.descriptions["train"]["fingerprint"] for data in (blend, one, other)
+    ]
     assert fingerprints[0] == fingerprints[1] != fingerprints[2]
     assert len(list(blend.train_dataloader())) == 10
 
@@ -309,10 +334,20 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
     for file in (tmp_path / "source").glob("*manifest.json"):
         file.unlink()
     target = tmp_path / "converted_CHUNK_ID.jsonl.zst"
-    convert(CacheReader(str(source)), str(target), CacheConfig(min_probability=0), vocab_size=384)
+    convert(
+        CacheReader(str(source)),
+        str(target),
+        CacheConfig(min_probability=0),
+        vocab_size=384,
+    )
     ours = cache(tmp_path / "ours")
     with caplog.at_level(logging.WARNING):
-        assert len(load([str(source), str(target), str(ours)], validation=str(ours))["train"]) == 30
+        assert (
+            len(
+                load([str(source), str(target), str(ours)], validation=str(ours))["train"]
+            )
+            == 30
+        )
     for path in (source, target):
         assert (
             f"{path}: nothing records which tokenizer wrote it; make sure that it is the student's"
@@ -325,21 +360,28 @@ def test_a_source_without_loss_tokens_is_refused(tmp_path):
     good = aligner_rows(tmp_path / "good.jsonl", [0, 0, 1])
     load([str(good)])
     empty = aligner_rows(tmp_path / "empty.jsonl", [0, 0, 0])
-    for train, validation, key in (([good, empty], good, "train"), ([good], empty, "validation")):
-        message = (
-            f"model.data.data_prefix.{key}: {empty}: none of 3 examples has a token in the loss"
-        )
+    for train, validation, key in (
+        ([good, empty], good, "train"),
+        ([good], empty, "validation"),
+    ):
+        message = f"model.data.data_prefix.{key}: {empty}: none of 3 examples has a token in the loss"
         with pytest.raises(ConfigError, match=re.escape(message)):
             load([str(path) for path in train], validation=str(validation))
 
 
 def loss_problems(train, **settings) -> list[str]:
     """What is wrong with a cache for a loss, of the training data."""
-    values = {f"model__knowledge_distillation__{key}": value for key, value in settings.items()}
-    data = {"model__data__data_prefix": {"train": [str(train)], "validation": [str(train)]}}
+    values = {
+        f"model__knowledge_distillation__{key}": value for key, value in settings.items()
+    }
+    data = {
+        "model__data__data_prefix": {"train": [str(train)], "validation": [str(train)]}
+    }
     with pytest.raises(CacheError) as error:
         load_splits(
-            student_config("m", "t", "v", "l", **data, **values).model, architecture(), TOKENIZER
+            student_config("m", "t", "v", "l", **data, **values).model,
+            architecture(),
+            TOKENIZER,
         )
     return [line for line in str(error.value).splitlines() if line.startswith("  train")]
 
@@ -352,7 +394,10 @@ def loss_problems(train, **settings) -> list[str]:
             "kd_loss=forward_kl with support=tail at temperature 2 needs the teacher's mass outside the kept ids at that temperature, "
             "the cache has it at 1; compute the cache with cache.temperatures=[2], or use support=renormalize",
         ),
-        ({"support": "sampled"}, "support: sampled needs tail samples, which the cache lacks"),
+        (
+            {"support": "sampled"},
+            "support: sampled needs tail samples, which the cache lacks",
+        ),
         (
             {"kd_loss": "k2"},
             "kd_loss: k2 needs the teacher's log-probability of the labels, which the cache lacks",
@@ -369,8 +414,8 @@ def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
         chunk.write_text("".join(json.dumps(fields) + "\n" for fields in rows))
         Path(f"{chunk}.idx").unlink()
     (tmp_path / "train_manifest.json").unlink()
-    assert any(message in line for line in loss_problems(path, **settings)), loss_problems(
-        path, **settings
+    assert any(message in line for line in loss_problems(path, **settings)), (
+        loss_problems(path, **settings)
     )
 
 
@@ -379,10 +424,15 @@ def test_a_split_needs_equally_many_tail_samples_in_all_caches():
         found = row(0)
         samples = np.zeros((5, num_samples), dtype=np.int64)
         return SourceOfOne(
-            [replace(found, teacher=replace(found.teacher, tail_token_ids_PM=samples))], source
+            [replace(found, teacher=replace(found.teacher, tail_token_ids_PM=samples))],
+            source,
         )
 
-    sampled, four, two = LossConfig(support="sampled"), reader("a.jsonl", 4), reader("b.jsonl", 2)
+    sampled, four, two = (
+        LossConfig(support="sampled"),
+        reader("a.jsonl", 4),
+        reader("b.jsonl", 2),
+    )
     assert _different_samples([four, reader("c.jsonl", 4)], sampled) == []
     assert _different_samples([four, two], LossConfig()) == []
     (line,) = _different_samples([four, two], sampled)
@@ -406,7 +456,9 @@ def test_cross_tokenizer_is_taken_only_where_it_means_nothing(tmp_path):
     data = {"model__data__data_prefix": {"train": [str(fits)], "validation": [str(fits)]}}
     assert len(
         load_splits(
-            student_config("m", "t", "v", "l", **data, **key).model, architecture(), TOKENIZER
+            student_config("m", "t", "v", "l", **data, **key).model,
+            architecture(),
+            TOKENIZER,
         )["train"]
     )
     (line,) = loss_problems(foreign, cross_tokenizer=True)
@@ -423,7 +475,9 @@ def test_tail_samples_do_not_go_with_fewer_ids():
             "model__knowledge_distillation__support": "sampled",
             f"model__data__{name}": value,
         }
-        with pytest.raises(ConfigError, match=f"model.data.{name}: {value} with support=sampled"):
+        with pytest.raises(
+            ConfigError, match=f"model.data.{name}: {value} with support=sampled"
+        ):
             student_config("m", "t", "v", "l", **overrides)
 
 
@@ -446,19 +500,24 @@ def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
 
 def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
     monkeypatch.setattr(
-        "nemo_kd.student.data.TokenizedDataset", lambda *_: pytest.fail("a file was opened")
+        "nemo_kd.student.data.TokenizedDataset",
+        lambda *_: pytest.fail("a file was opened"),
     )
     found = student_config(
         "m",
         "t",
         "v",
         "l",
-        model__data__data_prefix={"train": ["a.jsonl", "b.jsonl[:10%]"], "validation": ["c.jsonl"]},
+        model__data__data_prefix={
+            "train": ["a.jsonl", "b.jsonl[:10%]"],
+            "validation": ["c.jsonl"],
+        },
         model__knowledge_distillation__kd_loss_weight=0.0,
         model__knowledge_distillation__sft_loss_weight=1.0,
         model__data__data_impl="dataset",
     )
     with pytest.raises(
-        ConfigError, match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows"
+        ConfigError,
+        match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows",
     ):
         load_splits(found.model, architecture(), TOKENIZER)

@@ -24,12 +24,15 @@ def test_escape_sequences_become_visible_and_text_in_any_language_stays():
 
 
 def test_logged_messages_are_made_safe():
-    record = logging.LogRecord("nemo_kd", logging.INFO, "", 0, "example: %s", (HOSTILE,), None)
+    record = logging.LogRecord(
+        "nemo_kd", logging.INFO, "", 0, "example: %s", (HOSTILE,), None
+    )
     assert PrintableFormatter("%(message)s").format(record) == f"example: {SHOWN}"
 
 
 @pytest.mark.parametrize(
-    ("encoding", "shown"), [("utf-8", "é模"), ("latin-1", "é\\u6a21"), ("ascii", "\\xe9\\u6a21")]
+    ("encoding", "shown"),
+    [("utf-8", "é模"), ("latin-1", "é\\u6a21"), ("ascii", "\\xe9\\u6a21")],
 )
 def test_any_terminal_shows_any_language(encoding, shown):
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
@@ -38,7 +41,13 @@ def test_any_terminal_shows_any_language(encoding, shown):
 
 
 def test_errors_of_commands_are_made_safe(tmp_path):
-    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "verify", f"{HOSTILE[:-1]}.jsonl"]
+    line = [
+        sys.executable,
+        "-m",
+        "nemo_kd.cli.logit_cache",
+        "verify",
+        f"{HOSTILE[:-1]}.jsonl",
+    ]
     result = subprocess.run(
         line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120
     )

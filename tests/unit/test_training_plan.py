@@ -38,11 +38,15 @@ def test_steps(loop, plan):
         ({"val_check_interval": 5, "save_interval": 10}, []),
         (
             {"val_check_interval": 50, "save_interval": 5},
-            ["val_check_interval: 50, but the run has 10 steps: it validates once, after the last"],
+            [
+                "val_check_interval: 50, but the run has 10 steps: it validates once, after the last"
+            ],
         ),
         (
             {"val_check_interval": 5, "save_interval": 11},
-            ["save_interval: 11 steps, but the run has 10 steps: a run that is killed starts over"],
+            [
+                "save_interval: 11 steps, but the run has 10 steps: a run that is killed starts over"
+            ],
         ),
         (
             {"val_check_interval": 5, "limit_val_batches": 0},
@@ -70,6 +74,7 @@ def test_settings_that_hardly_do_what_was_meant(caplog, monkeypatch, loop, warni
 @pytest.mark.parametrize("key", ["val_check_interval", "save_interval"])
 def test_an_interval_has_a_step(key):
     with pytest.raises(
-        ConfigError, match=r"val_check_interval: .* and save_interval: .* must give at least 1 step"
+        ConfigError,
+        match=r"val_check_interval: .* and save_interval: .* must give at least 1 step",
     ):
         plan_training(LoopConfig(**{key: 0}), 84, 8)

@@ -42,7 +42,9 @@ def test_silence_ends_the_process_with_the_last_step_and_all_stacks():
     lines = stderr.splitlines()
     where = f"error: rank 3 on {os.uname().nodename} made no progress for 0.5 s (trainer.distributed_timeout_minutes)"
     assert lines[0] == where
-    assert lines[1] == "last step: batch 12 of segment 640-703: examples [641, 650]: forward"
+    assert (
+        lines[1] == "last step: batch 12 of segment 640-703: examples [641, 650]: forward"
+    )
     assert "in reads_forever" in stderr
     assert "<module>" in stderr
 
@@ -140,10 +142,14 @@ def test_errors_of_collectives_tell_rank_and_step(error):
 
 
 @pytest.mark.parametrize(
-    "error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")]
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("gloo")],
 )
 def test_other_errors_pass(error):
-    with pytest.raises(type(error)) as caught, Watchdog(10, rank=0).explain_collective_errors():
+    with (
+        pytest.raises(type(error)) as caught,
+        Watchdog(10, rank=0).explain_collective_errors(),
+    ):
         raise error
     assert caught.value is error
 
@@ -151,6 +157,9 @@ def test_other_errors_pass(error):
 def test_a_real_time_out_of_a_store():
     store = torch.distributed.HashStore()
     store.set_timeout(timedelta(milliseconds=50))
-    with pytest.raises(CollectiveError) as caught, Watchdog(10, rank=0).explain_collective_errors():
+    with (
+        pytest.raises(CollectiveError) as caught,
+        Watchdog(10, rank=0).explain_collective_errors(),
+    ):
         store.get("nobody sets this")
     assert "lost the other ranks; its last step: start. " in str(caught.value)
