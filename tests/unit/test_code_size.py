@@ -30,7 +30,7 @@ NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 LIMITS = {
-    "code tokens": 155_500,
+    "code tokens": 155_100,
     "code tokens per code line": 7.5,
     "share of assignments packed into tuples": 0.02,
     "share of docstrings that open with a noun clause": 0.01,
@@ -126,7 +126,7 @@ def test_the_figures_are_counted(tmp_path):
         "share of assignments packed into tuples": round(1 / 62, 4),
         "share of docstrings that open with a noun clause": 1.0,
         "lines over 110 characters": 1,
-        "files over 400 lines": 8,
+        "files over 400 lines": 1,
         "functions over 60 lines": 1,
     }
 
