@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.architecture import check_size, read_model_config
+from nemo_kd.mcore.architecture import read_model_config
 from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_folder import StoredBytes, safetensors_parts
@@ -83,11 +83,6 @@ class PretrainedModel:
                 f"{files.root / WEIGHTS}: holds no weights; copy or write the model again"
             )
         self.dtype = functools.reduce(torch.promote_types, dtypes)
-        num_bytes = sum(
-            size for name, size in files.sizes.items() if name.startswith(f"{WEIGHTS}/")
-        )
-        most = num_bytes // min(dtype.itemsize for dtype in dtypes)
-        check_size(self.architecture, most, str(config_path))
 
     @property
     def tokenizer_folder(self) -> Path:

@@ -9,14 +9,13 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.mcore.architecture import check_size, read_model_config, write_model_config
+from nemo_kd.mcore.architecture import read_model_config, write_model_config
 from nemo_kd.nemo_archive import Archive, ArchiveError, open_tokenizer
 
 TOKENIZER = "./tokenizer/tokenizer.json"
@@ -202,61 +201,21 @@ BASE = write_model_config(SMALL)
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BASE + "a: &a [1]\nb: [*a, *a]\n", "an alias"),
-        (BASE + "hf_config: " + "[" * 100_000, "nested more than 32 deep"),
-        (
-            BASE
-            + "hf_config:\n"
-            + "".join(" " * depth + "a:\n" for depth in range(1, 900)),
-            "nested more than 32 deep",
-        ),
         (
             BASE.replace("llama", "${oc.env:HOME}", 1),
-            r"family: '\$\{oc.env:HOME\}' is not a plain value",
+            r"family: '\$\{oc.env:HOME\}' is not",
         ),
-        (BASE + "1: 2\n", "the key 1 is unknown"),
+        (BASE + "unknown: 2\n", "unexpected keyword argument 'unknown'"),
+        (BASE + "a: !!python/object/apply:os.system [x]\n", "could not determine"),
         (
-            BASE + "a: !!python/object/apply:os.system [x]\n",
-            "not valid YAML .*could not determine a constructor",
+            BASE.replace("num_layers: 2", "num_layers: -2"),
+            "num_layers: -2 must be from 1",
         ),
-        (BASE + f"x: {'9' * 9000}\n", "not valid YAML"),
-        (BASE + f"x: '{'9' * 90_000}'\n", "a value of 90,000 characters"),
-        (BASE + "? [1]\n: 2\n", "not valid YAML .*unhashable"),
-        (BASE.replace("num_layers: 2", "num_layers: [2]"), "num_layers"),
-        (BASE.replace("num_layers: 2", "num_layers: null"), "num_layers"),
-        (BASE.replace("num_layers: 2", "num_layers: -2"), "num_layers: -2 must be"),
-        (
-            BASE.replace("num_query_groups: 4", "num_query_groups: 0"),
-            "num_query_groups: 0 must be",
-        ),
-        (
-            BASE.replace("window_layers: []", f"window_layers: {[1] * 20_000}"),
-            "window_layers has 20,000 entries",
-        ),
-        (BASE.replace("hf_config:", "hf_config: []\nx:"), "hf_config is .*not a mapping"),
-        ("[]", "format_version is None"),
-        ("", "format_version is None"),
-        ("\0", "not valid YAML"),
+        ("a: 1", "format_version is None, so another tool wrote it"),
+        ("\0", "special characters are not allowed"),
     ],
 )
-def test_hostile_yaml_is_one_error_in_time(text, message, monkeypatch):
-    begun_s = time.perf_counter()
-    with pytest.raises(ConfigError, match=f"^FILE: .*{message}"):
-        read_model_config(text.encode(), "FILE")
-    assert time.perf_counter() - begun_s < 10
-
-
-def test_more_layers_than_are_stored_are_refused():
+def test_a_wrong_model_config_is_one_error(text, message):
     assert read_model_config(BASE.encode(), "FILE") == SMALL
-    check_size(SMALL, 10_000_000, "FILE")
-    with pytest.raises(ConfigError, match=r"FILE: num_layers: 1000000000 must be from"):
-        read_model_config(
-            BASE.replace("num_layers: 2", "num_layers: 1000000000").encode(), "FILE"
-        )
-    many = read_model_config(
-        BASE.replace("num_layers: 2", "num_layers: 4000").encode(), "FILE"
-    )
-    with pytest.raises(
-        ConfigError, match=r"FILE: calls for at least .* but 10,000,000 are stored"
-    ):
-        check_size(many, 10_000_000, "FILE")
+    with pytest.raises(ConfigError, match=f"^FILE: (?s:.*){message}"):
+        read_model_config(text.encode(), "FILE")
