@@ -14,10 +14,11 @@ import importlib
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.overrides import TorchFunctionMode
 
 _CPU = torch.device("cpu")
@@ -29,16 +30,7 @@ PRIMITIVES_KEPT = 128
 A student's step needs some tens.
 """
 _FACTORIES = (
-    "tensor",
-    "empty",
-    "zeros",
-    "ones",
-    "full",
-    "arange",
-    "empty_like",
-    "zeros_like",
-    "ones_like",
-    "full_like",
+    "tensor empty zeros ones full arange empty_like zeros_like ones_like full_like"
 )
 _MODULES_WITH_CUDA = (
     "distributed",
@@ -50,20 +42,20 @@ _MODULES_WITH_CUDA = (
 """They import every module that allocates. A module imported later would keep the real torch."""
 
 
+@functools.cache
 def install_cpu_support() -> None:
-    """Redirect Megatron's CUDA requests to the CPU, unless CUDA is available or that is done."""
+    """Redirect Megatron's CUDA requests to the CPU, unless CUDA is available."""
     moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
     if not hasattr(moe_utils, "te_general_gemm"):
-        moe_utils.te_general_gemm = (
-            None  # 0.16.1 reads it unbound without Transformer Engine
-        )
+        # 0.16.1 reads it unbound without Transformer Engine.
+        moe_utils.te_general_gemm = None
     if torch.cuda.is_available():
         return
     for variable in PRIMITIVE_CACHES:
         os.environ.setdefault(variable, str(PRIMITIVES_KEPT))
     for name in _MODULES_WITH_CUDA:
         importlib.import_module(f"megatron.core.{name}")
-    torch_on_cpu = _TorchOnCpu("torch")
+    torch_on_cpu = _torch_on_cpu()
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
             module.torch = torch_on_cpu  # type: ignore[attr-defined]
@@ -77,18 +69,19 @@ def install_cpu_support() -> None:
     rotary: Any = importlib.import_module(
         "megatron.core.models.common.embeddings.rotary_pos_embedding"
     )
-    if not hasattr(rotary.get_pos_emb_on_this_cp_rank, "__wrapped__"):
-        rotary.get_pos_emb_on_this_cp_rank = _redirected(
-            rotary.get_pos_emb_on_this_cp_rank
-        )
+    rotary.get_pos_emb_on_this_cp_rank = cuda_methods_on_cpu()(
+        rotary.get_pos_emb_on_this_cp_rank
+    )
 
 
-def cuda_methods_on_cpu() -> contextlib.AbstractContextManager[Any]:
-    """Return a context where `tensor.cuda()` is the tensor and `tensor.type()` names a CUDA type.
+@contextlib.contextmanager
+def cuda_methods_on_cpu() -> Iterator[None]:
+    """Let `tensor.cuda()` return the tensor and `tensor.type()` name a CUDA type.
 
     It covers this thread's calls only, and does nothing where CUDA is available.
     """
-    return contextlib.nullcontext() if torch.cuda.is_available() else _CudaMethodsOnCpu()
+    with contextlib.nullcontext() if torch.cuda.is_available() else _CudaMethodsOnCpu():
+        yield
 
 
 class _CudaMethodsOnCpu(TorchFunctionMode):
@@ -103,128 +96,74 @@ class _CudaMethodsOnCpu(TorchFunctionMode):
         return result
 
 
-def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _CudaMethodsOnCpu():
-            return function(*args, **kwargs)
+class _Redirected(types.ModuleType):
+    """A module of which some names are replaced."""
 
-    return wrapped
+    def __init__(self, module: types.ModuleType, **names: Any) -> None:
+        super().__init__(module.__name__)
+        vars(self).update(names, module=module)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.module, name)
+
+
+def _torch_on_cpu() -> _Redirected:
+    """Return torch with one device, the CPU."""
+    cuda: Any = _Redirected(
+        torch.cuda,
+        # Megatron sorts tensors by isinstance checks against these.
+        FloatTensor=torch.FloatTensor,
+        HalfTensor=torch.HalfTensor,
+        BFloat16Tensor=torch.BFloat16Tensor,
+        Stream=_Stream,
+        current_stream=_Stream,
+        stream=lambda _: contextlib.nullcontext(),
+        synchronize=lambda: None,
+        current_device=lambda: _CPU,
+        manual_seed=torch.manual_seed,
+        get_rng_state=lambda **_: torch.get_rng_state(),
+    )
+    cuda.random = cuda
+    distributed = _Redirected(
+        torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter
+    )
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES.split()}
+    return _Redirected(torch, cuda=cuda, distributed=distributed, **factories)
 
 
 class _Stream:
     """A CUDA stream or event where every operation is complete when it returns."""
 
-    def record_event(self) -> _Stream:
-        return self
-
-    def wait_stream(self, stream: Any) -> None: ...
-
-    def wait_event(self, event: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-class _CudaOnCpu(types.ModuleType):
-    """torch.cuda with one device, the CPU. Other names are torch.cuda's."""
-
-    # Megatron sorts tensors by isinstance checks against these.
-    FloatTensor = torch.FloatTensor
-    HalfTensor = torch.HalfTensor
-    BFloat16Tensor = torch.BFloat16Tensor
-    Stream = _Stream
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(torch.cuda, name)
-
-    @property
-    def random(self) -> _CudaOnCpu:
-        return self
-
-    def current_device(self) -> torch.device:
-        return _CPU
-
-    def current_stream(self) -> _Stream:
-        return _Stream()
-
-    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
-        return contextlib.nullcontext()
-
-    def synchronize(self, device: Any = None) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        return torch.get_rng_state()
-
-    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
-        torch.set_rng_state(state)
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return 0
-
-    max_memory_allocated = memory_allocated
+        return lambda *_: self
 
 
-class _DistributedOnCpu(types.ModuleType):
-    """torch.distributed with collectives over tensors of different sizes.
+def _all_gather(
+    parts: list[torch.Tensor], part: torch.Tensor, group: dist.ProcessGroup
+) -> None:
+    """Gather tensors of different sizes, which NCCL takes and gloo does not.
 
-    NCCL takes them, gloo does not. Tensor-parallel ranks exchange such tensors for experts under
-    sequence parallelism.
+    Tensor-parallel ranks exchange such tensors for experts under sequence parallelism.
     """
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch.distributed, name)
-
-    def all_gather(
-        self, parts: list[torch.Tensor], part: torch.Tensor, group: Any = None
-    ) -> Any:
-        if len({part.shape for part in parts}) == 1:
-            return torch.distributed.all_gather(parts, part, group)
-        padded = part.new_zeros(max(len(part) for part in parts), *part.shape[1:])
-        padded[: len(part)] = part
-        received = [torch.empty_like(padded) for _ in parts]
-        torch.distributed.all_gather(received, padded, group)
-        for target, source in zip(parts, received, strict=True):
-            target.copy_(source[: len(target)])
-        return None
-
-    def reduce_scatter(
-        self, output: torch.Tensor, parts: list[torch.Tensor], group: Any = None
-    ) -> Any:
-        if len({part.shape for part in parts}) == 1:
-            return torch.distributed.reduce_scatter(output, parts, group=group)
-        total = torch.cat(parts)
-        torch.distributed.all_reduce(total, group=group)
-        sizes = [len(part) for part in parts]
-        output.copy_(total.split(sizes)[torch.distributed.get_rank(group)])
-        return None
+    parts[group.rank()].copy_(part)
+    for rank, received in enumerate(parts):
+        dist.broadcast(received, group=group, group_src=rank)
 
 
-class _TorchOnCpu(types.ModuleType):
-    """torch whose tensor factories replace a GPU by the CPU. Other names are torch's."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__(name)
-        self.cuda = _CudaOnCpu("torch.cuda")
-        self.distributed = _DistributedOnCpu("torch.distributed")
-        for factory in _FACTORIES:
-            setattr(self, factory, _on_cpu(getattr(torch, factory)))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+def _reduce_scatter(
+    output: torch.Tensor, parts: list[torch.Tensor], group: dist.ProcessGroup
+) -> None:
+    total = torch.cat(parts)
+    dist.all_reduce(total, group=group)
+    output.copy_(total.split([len(part) for part in parts])[group.rank()])
 
 
 def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     @functools.wraps(factory)
     def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if torch.device(kwargs.get("device") or _CPU).type == "cuda":
+        kwargs.pop("pin_memory", None)
+        if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = _CPU
-        if kwargs.get("pin_memory"):
-            kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
 
     return wrapped

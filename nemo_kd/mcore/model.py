@@ -33,6 +33,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import (
+    PARALLEL_SIZES,
     GPTArchitecture,
     RopeScaling,
     check_layout,
@@ -52,15 +53,28 @@ def use_transformer_engine(choice: str) -> bool:
     Raises:
         ConfigError: on, but it or a GPU is missing.
     """
-    has_gpu = torch.cuda.is_available()
-    if choice == "on" and not (HAVE_TE and has_gpu):
-        missing = "needs a GPU and torch finds none"
-        if not HAVE_TE:
-            missing = "is not installed (pip install 'nemo_kd[gpu]')"
+    can_use = HAVE_TE and torch.cuda.is_available()
+    if choice == "on" and not can_use:
         raise ConfigError(
-            f"model.transformer_engine: on, but Transformer Engine {missing}; use auto or off"
+            "model.transformer_engine: on, but Transformer Engine (pip install 'nemo_kd[gpu]') or "
+            "a GPU is missing; use auto or off"
         )
-    return HAVE_TE and has_gpu and choice != "off"
+    return can_use and choice != "off"
+
+
+_SAME = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "layernorm_epsilon",
+    "qk_layernorm",
+    "add_qkv_bias",
+    "init_method_std",
+)
+"""Fields of an architecture that have the same name in TransformerConfig."""
 
 
 def transformer_config(
@@ -72,45 +86,45 @@ def transformer_config(
         ConfigError: the parallel sizes do not divide the model.
     """
     check_layout(architecture, model)
-    fields: dict[str, Any] = {
-        "num_layers": architecture.num_layers,
-        "hidden_size": architecture.hidden_size,
-        "ffn_hidden_size": architecture.ffn_hidden_size,
-        "num_attention_heads": architecture.num_attention_heads,
-        "num_query_groups": architecture.num_query_groups,
-        "kv_channels": architecture.kv_channels,
+    fields: dict[str, Any] = {name: getattr(architecture, name) for name in _SAME}
+    fields |= {name: getattr(model, name) for name in PARALLEL_SIZES}
+    fields |= {
+        "sequence_parallel": model.sequence_parallel
+        and model.tensor_model_parallel_size > 1,
         "normalization": "RMSNorm",
-        "layernorm_epsilon": architecture.layernorm_epsilon,
-        "qk_layernorm": architecture.qk_layernorm,
         "gated_linear_unit": True,
         "activation_func": torch.nn.functional.silu,
         "add_bias_linear": False,
-        "add_qkv_bias": architecture.add_qkv_bias,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
-        "init_method_std": architecture.init_method_std,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
-        "tensor_model_parallel_size": model.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": model.pipeline_model_parallel_size,
-        "context_parallel_size": model.context_parallel_size,
-        "expert_model_parallel_size": model.expert_model_parallel_size,
-        "sequence_parallel": model.sequence_parallel
-        and model.tensor_model_parallel_size > 1,
         # Only old versions of torch needed to wait for the GPU after every exchange between stages.
         "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
-        # Fused kernels need Apex or change results slightly. Transformer Engine's layers use none.
-        "persist_layer_norm": False,
-        "masked_softmax_fusion": False,
-        "bias_activation_fusion": False,
-        "bias_dropout_fusion": False,
-        "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
     }
-    fields |= _interleaving_fields(model.chunks_per_stage)
-    fields |= _expert_fields(architecture)
+    if model.chunks_per_stage > 1:
+        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
+        # without an error.
+        fields |= {
+            "virtual_pipeline_model_parallel_size": model.chunks_per_stage,
+            "overlap_p2p_comm": True,
+            "batch_p2p_comm": False,
+        }
+    if architecture.num_moe_experts is not None:
+        fields |= {
+            "num_moe_experts": architecture.num_moe_experts,
+            "moe_router_topk": architecture.moe_router_topk,
+            "moe_ffn_hidden_size": architecture.ffn_hidden_size,
+            # A softmax over all experts gives weights that do not sum to 1; over the chosen ones
+            # it normalizes them.
+            "moe_router_pre_softmax": not architecture.moe_normalize_topk,
+            "moe_router_dtype": "fp32",
+            "moe_router_load_balancing_type": "none",
+            # Moves each token only to its experts; ranks may have different numbers of tokens.
+            "moe_token_dispatcher_type": "alltoall",
+        }
     if architecture.window_size is not None:
         # `window_size` counts the token itself; (left, right) of Megatron does not.
         fields["window_size"] = (architecture.window_size - 1, 0)
@@ -120,63 +134,9 @@ def transformer_config(
                 for layer in range(architecture.num_layers)
             ]
         if model.context_parallel_size > 1:
-            fields["cp_comm_type"] = (
-                "all_gather"  # Transformer Engine's default refuses windows
-            )
+            # Transformer Engine's default refuses windows.
+            fields["cp_comm_type"] = "all_gather"
     return TransformerConfig(**{**fields, **training})
-
-
-def _interleaving_fields(chunks_per_stage: int) -> dict[str, Any]:
-    if chunks_per_stage == 1:
-        return {}
-    return {
-        "virtual_pipeline_model_parallel_size": chunks_per_stage,
-        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
-        # without an error.
-        "overlap_p2p_comm": True,
-        "batch_p2p_comm": False,
-    }
-
-
-def _expert_fields(architecture: GPTArchitecture) -> dict[str, Any]:
-    if architecture.num_moe_experts is None:
-        return {}
-    return {
-        "num_moe_experts": architecture.num_moe_experts,
-        "moe_router_topk": architecture.moe_router_topk,
-        "moe_ffn_hidden_size": architecture.ffn_hidden_size,
-        # A softmax over all experts gives weights that do not sum to 1; over the chosen ones it
-        # normalizes them.
-        "moe_router_pre_softmax": not architecture.moe_normalize_topk,
-        "moe_router_dtype": "fp32",
-        "moe_router_load_balancing_type": "none",
-        # Moves each token only to its experts; ranks may have different numbers of tokens.
-        "moe_token_dispatcher_type": "alltoall",
-        "moe_grouped_gemm": False,
-    }
-
-
-def build_chunks(
-    architecture: GPTArchitecture,
-    config: TransformerConfig,
-    make_vocab_size_divisible_by: int,
-    transformer_engine: bool,
-    own_norms: bool = False,
-) -> GPTModel | torch.nn.ModuleList:
-    """Build this rank's model; a list of its chunks where pipeline stages are interleaved."""
-    arguments = (
-        architecture,
-        config,
-        make_vocab_size_divisible_by,
-        transformer_engine,
-        own_norms,
-    )
-    size = config.virtual_pipeline_model_parallel_size
-    if size is None:
-        return build_gpt_model(*arguments)
-    return torch.nn.ModuleList(
-        build_gpt_model(*arguments, number) for number in range(size)
-    )
 
 
 def build_gpt_model(
@@ -185,8 +145,7 @@ def build_gpt_model(
     make_vocab_size_divisible_by: int,
     transformer_engine: bool,
     own_norms: bool = False,
-    chunk: int | None = None,
-) -> GPTModel:
+) -> Any:
     """Build this rank's part of the model on its device with random weights.
 
     Its logits are this rank's vocabulary columns [B, S, v]. The vocabulary is padded
@@ -196,36 +155,47 @@ def build_gpt_model(
     Args:
         own_norms: build norms as modules with Transformer Engine too, not as parts of the
             projections after them.
-        chunk: index of the chunk to build of an interleaved pipeline stage.
+
+    Returns:
+        A GPTModel; a ModuleList of this rank's chunks where pipeline stages are interleaved.
     """
     block = (
         _transformer_engine_block(config, own_norms)
         if transformer_engine
         else _torch_block(config)
     )
-    position = {"ignore_virtual": chunk is None, "vp_stage": chunk}
-    with cuda_methods_on_cpu():
+    vocab_size = padded_vocab_size(
+        architecture.vocab_size,
+        make_vocab_size_divisible_by,
+        config.tensor_model_parallel_size,
+    )
+
+    def build(chunk: int | None) -> GPTModel:
+        position = {"ignore_virtual": chunk is None, "vp_stage": chunk}
         model = GPTModel(
             config,
             block,
-            vocab_size=padded_vocab_size(
-                architecture.vocab_size,
-                make_vocab_size_divisible_by,
-                config.tensor_model_parallel_size,
-            ),
+            vocab_size=vocab_size,
             max_sequence_length=architecture.max_position_embeddings,
             pre_process=parallel_state.is_pipeline_first_stage(**position),
             post_process=parallel_state.is_pipeline_last_stage(**position),
-            parallel_output=True,
             share_embeddings_and_output_weights=architecture.share_embeddings_and_output_weights,
             position_embedding_type="rope",
             rotary_base=architecture.rotary_base,
             vp_stage=chunk,
         )
-    if architecture.rope_scaling is not None:
-        rotary = model.rotary_pos_emb
-        rotary.inv_freq = _scaled_frequencies(rotary.inv_freq, architecture.rope_scaling)
-    return model
+        if architecture.rope_scaling is not None:
+            rotary = model.rotary_pos_emb
+            rotary.inv_freq = _scaled_frequencies(
+                rotary.inv_freq, architecture.rope_scaling
+            )
+        return model
+
+    num_chunks = config.virtual_pipeline_model_parallel_size
+    with cuda_methods_on_cpu():
+        if num_chunks is None:
+            return build(None)
+        return torch.nn.ModuleList(map(build, range(num_chunks)))
 
 
 def _scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
@@ -344,7 +314,7 @@ def sharded_weights(model: torch.nn.Module) -> dict[str, Any]:
 
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [B, S, v] of this rank's vocabulary columns, padding columns included."""
-    packed = _packed_seq_params(unwrapped(model), batch)
+    packed = _packed_seq_params(batch)
     return model(batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=packed)
 
 
@@ -391,15 +361,10 @@ def hidden_at(
     return copy_to_tensor_model_parallel_region(hidden_NH)
 
 
-def _packed_seq_params(gpt: GPTModel, batch: Batch) -> PackedSeqParams | None:
+def _packed_seq_params(batch: Batch) -> PackedSeqParams | None:
     if batch.cu_seqlens is None:
         return None
-    bounds = batch.cu_seqlens
-    if not isinstance(
-        gpt.decoder.layers[0].self_attention.core_attention, SDPACoreAttention
-    ):
-        # Transformer Engine reads them on the GPU; reading them there would stall our attention.
-        bounds = bounds.to(batch.tokens_BS.device)
+    bounds = batch.cu_seqlens.to(batch.tokens_BS.device)
     # The exact length: Megatron would give a longer row's rotary frequencies to these positions.
     longest = int(batch.cu_seqlens.diff().max())
     return PackedSeqParams(

@@ -32,7 +32,7 @@ from nemo_kd.mcore.lora import (
     load_adapter_state,
 )
 from nemo_kd.mcore.model import (
-    build_chunks,
+    build_gpt_model,
     chunks,
     hidden_at,
     output_weight,
@@ -193,7 +193,7 @@ class StudentModule(pl.LightningModule):
             **training_options(model.chunks_per_stage),
         )
         self.lora = model.peft.lora
-        self.gpt = build_chunks(
+        self.gpt = build_gpt_model(
             self.architecture,
             self.transformer_config,
             model.make_vocab_size_divisible_by,

@@ -16,7 +16,7 @@ from nemo_kd.config.model import length_multiple
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.collate import collate, pack
-from nemo_kd.mcore import layers, model, schedule
+from nemo_kd.mcore import model, schedule
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import (
@@ -49,7 +49,6 @@ MODELS = {
 }
 LENGTHS = ((1, 7, 40, 129), (200,), (33, 2, 64), (5,))
 """Examples of each batch: shapes change from batch to batch, one is beyond the original length of Llama 3's rope."""
-QUERY_BLOCK = 48  # several blocks even at these lengths
 
 Layout = dict[str, int | bool]
 TP, PP, CP = (
@@ -154,14 +153,13 @@ def run(
 def run_all(
     paths: dict[str, str], layouts: dict[str, Layout]
 ) -> dict[tuple[str, str, bool], Rows]:
-    with mock.patch.object(layers, "QUERY_BLOCK", QUERY_BLOCK):
-        return {
-            (name, model, packed): run(path, layout, packed)
-            for name, layout in layouts.items()
-            for model, path in paths.items()
-            for packed in (False, True)
-            if not (packed and "context_parallel_size" in layout)
-        }
+    return {
+        (name, model, packed): run(path, layout, packed)
+        for name, layout in layouts.items()
+        for model, path in paths.items()
+        for packed in (False, True)
+        if not (packed and "context_parallel_size" in layout)
+    }
 
 
 def merged(results: list[Rows]) -> Rows:
