@@ -12,16 +12,10 @@ reasoning of earlier turns) are taken as they are.
 
 from __future__ import annotations
 
-import contextlib
 import re
-import resource
-import signal
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -31,11 +25,6 @@ from nemo_kd.data.records import DataError
 Message = dict[str, Any]
 Span = tuple[int, int]
 
-TIME_LIMIT_S = 10.0
-"""CPU time of one render; a conversation takes milliseconds."""
-MEMORY_LIMIT_BYTES = 2 << 30
-"""Address space that one render may add; the text of a conversation needs a few megabytes."""
-_TICK_S = 0.5
 _MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -93,27 +82,18 @@ def _apply_template(
     tools: Sequence[Any] | None,
     **options: Any,
 ) -> Any:
-    """Call `tokenizer.apply_chat_template` within limits of time and memory.
+    """Call `tokenizer.apply_chat_template`.
 
     Raises:
-        DataError: the template fails, refuses the conversation or exceeds a limit.
+        DataError: the template fails or refuses the conversation.
     """
-    templates = tokenizer.chat_template
-    names = (
-        f" (one of the tokenizer's {', '.join(sorted(templates))})"
-        if isinstance(templates, dict)
-        else ""
-    )
     try:
-        with _limited(f"the chat template{names}"):
-            return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
-    except DataError:
-        raise
+        return tokenizer.apply_chat_template(list(messages), tools=tools, **options)
     # A template is a foreign program and can raise anything: 1/0 in it is a ZeroDivisionError.
     except Exception as error:
         reason = str(error) or type(error).__name__
         raise DataError(
-            f"the chat template{names} cannot render this conversation: {reason[:500]}"
+            f"the chat template cannot render this conversation: {reason[:500]}"
         ) from error
 
 
@@ -277,62 +257,3 @@ class _Conversation:
             return None
         start = len(self.text) - len(whole[1])
         return start + len(prompt[1]), start + len(written)
-
-
-class _OutOfTime(BaseException):
-    """Not an Exception, because Jinja filters, for example `int`, swallow those."""
-
-
-# transformers renders in Jinja's sandbox, which keeps templates from the machine but lets them run
-# forever. A render in a child process would cost several times the rendering itself; a timer's
-# signal and the kernel's limit of address space cost microseconds. The signal also ends a single
-# `10 ** (10 ** 8)`, since Python's long arithmetic checks for signals. Making one huge string does
-# not check for them; the memory limit stops it.
-@contextlib.contextmanager
-def _limited(name: str) -> Iterator[None]:
-    """Run a block that renders a template; only the main thread of a process can.
-
-    The limit is CPU time of this thread, so a suspended or crowded machine does not end a render.
-
-    Raises:
-        DataError: the block took too much time or memory, or recursed without end; names `name`.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        raise RuntimeError(
-            "chat templates are rendered in a process's main thread, where a signal can end them"
-        )
-    started_s = time.thread_time()
-    is_running = True
-
-    def check(*_: Any) -> None:
-        if is_running and time.thread_time() - started_s > TIME_LIMIT_S:
-            raise _OutOfTime
-
-    earlier_handler = signal.signal(signal.SIGALRM, check)
-    earlier_timer = signal.setitimer(signal.ITIMER_REAL, _TICK_S, _TICK_S)
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    num_pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    limit = num_pages * resource.getpagesize() + MEMORY_LIMIT_BYTES
-    if soft != resource.RLIM_INFINITY:
-        limit = min(soft, limit)
-    problem = ""
-    try:
-        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-        yield
-    except _OutOfTime:
-        problem = f"did not end within {TIME_LIMIT_S:g} s; look for an endless loop in it"
-    except RecursionError:
-        problem = (
-            "recurses without end; use the template that the model was published with"
-        )
-    except MemoryError:
-        problem = "needs more than 2 GiB of memory; use the template that the model was published with"
-    finally:
-        is_running = (
-            False  # a late tick must not end this block before the limits are back
-        )
-        signal.setitimer(signal.ITIMER_REAL, *earlier_timer)
-        signal.signal(signal.SIGALRM, earlier_handler)
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-    if problem:
-        raise DataError(f"{name} {problem}")

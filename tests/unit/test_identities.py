@@ -147,7 +147,7 @@ def test_the_first_different_tokens_are_named(tmp_path):
     assert token_differences(described, load_tokenizer(tmp_path)) == []
     described["blocks"][0] = "0" * len(described["blocks"][0])
     assert token_differences(described, load_tokenizer(tmp_path)) == [
-        "a token among the ids 0 to 299"
+        "a token among the ids 0 to 1023"
     ]
 
 
