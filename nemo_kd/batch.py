@@ -199,12 +199,15 @@ class Batch:
         """Copy the batch into page-locked memory, which a GPU reads asynchronously."""
         return self._map(torch.Tensor.pin_memory)
 
-    def columns(self, columns_s: torch.Tensor) -> Batch:
-        """Select positions of every row, for a context-parallel rank; `columns_s` ascend."""
+    def context_part(self, rank: int, size: int) -> Batch:
+        """Return the columns of a context-parallel rank."""
+        if size == 1:
+            return self
         assert self.cu_seqlens is None
+        num_positions = self.tokens_BS.shape[1]
+        columns_s = context_positions(num_positions, rank, size)
         teacher = self.teacher
         if teacher is not None:
-            num_positions = self.tokens_BS.shape[1]
             place_S = torch.full((num_positions,), -1)
             place_S[columns_s] = torch.arange(len(columns_s))
             place_P = place_S[teacher.positions_P % num_positions]
@@ -281,3 +284,15 @@ def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     if torch.device(device).type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def context_positions(num_positions: int, rank: int, size: int) -> torch.Tensor:
+    """Return the columns of a batch that a context-parallel rank holds, ascending, int64.
+
+    Of 2 * size chunks, rank r holds r, which sees few positions, and 2 * size - 1 - r, which sees
+    many: all ranks have the same work. Megatron and Transformer Engine expect this order.
+    """
+    if size == 1:
+        return torch.arange(num_positions)
+    parts = torch.arange(num_positions).chunk(2 * size)
+    return torch.cat([parts[rank], parts[2 * size - 1 - rank]])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -59,14 +59,13 @@ def micro_batches(
     pad_id: int,
     packed: bool,
     multiple_of: int,
-    columns: Callable[[int], torch.Tensor] | None = None,
+    context_rank: int = 0,
+    context_size: int = 1,
     every_target: bool = False,
 ) -> list[Batch]:
     """Make a batch of each list of rows; an empty list becomes filler, because ranks step together.
 
-    Args:
-        columns: return the positions to keep of batches of a length: those of a context-parallel
-            rank.
+    A context-parallel rank keeps its columns.
     """
     together = [
         pack(part, pad_id, multiple_of, every_target)
@@ -74,9 +73,7 @@ def micro_batches(
         else collate(part or [None], pad_id, multiple_of, every_target)
         for part in rows
     ]
-    if columns is None:
-        return together
-    return [batch.columns(columns(batch.tokens_BS.shape[1])) for batch in together]
+    return [batch.context_part(context_rank, context_size) for batch in together]
 
 
 def _example(row: Example | CachedExample) -> Example:

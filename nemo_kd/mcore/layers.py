@@ -72,7 +72,7 @@ class SDPACoreAttention(MegatronModule):
     ) -> Tensor:
         """Attend from this rank's two chunks of queries to the keys before them.
 
-        `schedule.context_positions` gives the positions of the chunks.
+        `batch.context_positions` gives the positions of the chunks.
         """
         rank = self.context_group.rank()
         early, late = query_sBhD.chunk(2)

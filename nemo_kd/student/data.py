@@ -40,7 +40,6 @@ from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
 from nemo_kd.data.rows import MicroBatchRows, Row, Rows, TokenizedRows
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.schedule import context_positions
 from nemo_kd.run.interruption import follow_the_main_process
 from nemo_kd.student.cache_match import find_mismatches
 from nemo_kd.student.schedule import TrainingPlan
@@ -242,15 +241,13 @@ class StudentData(pl.LightningDataModule):
             model.packed,
             multiple_of,
         )
-        columns = functools.partial(
-            context_positions, rank=groups.context_rank, size=groups.context_size
-        )
         self.collate = functools.partial(
             micro_batches,
             pad_id=pad_id,
             packed=model.packed,
             multiple_of=multiple_of,
-            columns=columns if groups.context_size > 1 else None,
+            context_rank=groups.context_rank,
+            context_size=groups.context_size,
             every_target=model.knowledge_distillation.objective == "custom",
         )
         order = _training_order(

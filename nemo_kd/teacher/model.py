@@ -221,7 +221,7 @@ class Teacher:
         else:
             # A lane without examples computes filler: its experts serve the other lanes.
             batch = collate(examples or [None], self.pad_id, self.multiple_of)
-        hidden = run_batch(self.model, batch.to(self.groups.device), self.groups)
+        hidden = run_batch(self.model, batch, self.groups)
         result.batches.append(
             None if hidden is None else self._score(examples, numbers, batch, hidden)
         )

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from nemo_kd.batch import CachedExample, Example, TeacherRows
+from nemo_kd.batch import CachedExample, Example, TeacherRows, context_positions
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
@@ -92,7 +92,7 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
     with pytest.raises(DataError, match="empty: no usable tokenizer"):
         load_tokenizer(tmp_path / "empty")
     (tmp_path / "good" / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=r"good/tokenizer.json: not valid JSON"):
+    with pytest.raises(DataError, match="good: no usable tokenizer"):
         load_tokenizer(tmp_path / "good")
 
 
@@ -341,14 +341,11 @@ def test_every_field_of_the_teacher_lands_in_its_place():
     for start, row in ((0, rows[0]), (3, rows[2]), (13, rows[3]), (14, None)):
         for s in range(2 if row is None else row.example.num_tokens):
             check_fields(packed, (0, start + s), row, s)
-    halves = [
-        batch.columns(columns) for columns in (torch.arange(3, 11), torch.tensor([1, 2]))
-    ]
-    for half, columns in zip(halves, (range(3, 11), (1, 2)), strict=True):
-        for place, s in enumerate(columns):
+    for rank in (0, 1):
+        half = batch.context_part(rank, 2)
+        for place, s in enumerate(context_positions(16, rank, 2).tolist()):
             check_fields(half, (2, place), rows[2], s)
-    assert halves[1].loss_positions_N.tolist() == [0, 1, 4, 5]
-    assert halves[1].teacher.positions_P.tolist() == [0, 1, 4, 5]
+        assert half.teacher.positions_P.tolist() == half.loss_positions_N.tolist()
 
 
 def test_a_batch_holds_targets_of_the_loss_alone_unless_told_otherwise():

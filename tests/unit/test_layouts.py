@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nemo_kd.batch import Example
+from nemo_kd.batch import Example, context_positions
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import (
     GPTArchitecture,
@@ -21,7 +21,6 @@ from nemo_kd.config.shared import ModelConfig
 from nemo_kd.config.student import StudentModelConfig
 from nemo_kd.data.collate import collate, pack
 from nemo_kd.mcore.model import transformer_config
-from nemo_kd.mcore.schedule import context_positions
 
 ARCHITECTURE = GPTArchitecture("llama", 100, 6, 64, 96, 8, 4, 8, 512, 1e-5, 1e4)
 
@@ -146,7 +145,7 @@ def test_a_context_parallel_rank_holds_its_columns_of_every_field():
     assert whole.loss_positions_N.tolist() == [*range(7), *range(16, 32)]
     for rank in range(2):
         columns = context_positions(16, rank, 2)
-        part = whole.columns(columns)
+        part = whole.context_part(rank, 2)
         assert torch.equal(part.position_ids_BS[1], columns)
         assert torch.equal(part.labels_BS, whole.labels_BS[:, columns])
         assert part.loss_positions_N.tolist() == [
