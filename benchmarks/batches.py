@@ -30,7 +30,7 @@ import torch
 from benchmarks.teacher import machine
 from benchmarks.teacher_variants import status_bytes
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.data.collate import collate
+from nemo_kd.data.batches import collate
 
 VOCAB_SIZE = 32_000
 TOP_K = 100

@@ -22,8 +22,7 @@ from benchmarks.teacher_inputs import MAX_LENGTH, VOCAB_SIZE
 from nemo_kd.batch import Batch, Example
 from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.batches import form_batches
-from nemo_kd.data.collate import pack
+from nemo_kd.data.batches import form_batches, pack
 from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.model import forward, hidden_at, hidden_states, output_weight
 from nemo_kd.mcore.schedule import loss_positions

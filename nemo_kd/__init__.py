@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from nemo_kd.cache.reader import CacheReader as CacheReader
     from nemo_kd.cache.writer import CacheWriter as CacheWriter
     from nemo_kd.config.loss import LossConfig as LossConfig
-    from nemo_kd.data.collate import collate as collate
+    from nemo_kd.data.batches import collate as collate
     from nemo_kd.ops.distillation import distillation_loss as distillation_loss
     from nemo_kd.ops.log_probs import log_probs_at as log_probs_at
 
@@ -28,7 +28,7 @@ _MODULES = {
     "CacheReader": "nemo_kd.cache.reader",
     "CacheWriter": "nemo_kd.cache.writer",
     "LossConfig": "nemo_kd.config.loss",
-    "collate": "nemo_kd.data.collate",
+    "collate": "nemo_kd.data.batches",
     "compute_topk_logits": "nemo_kd.api",
     "convert_checkpoint": "nemo_kd.api",
     "distillation_loss": "nemo_kd.ops.distillation",

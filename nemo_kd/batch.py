@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -97,18 +97,13 @@ class TeacherRows(Generic[ArrayT]):
 
     def arrays(self) -> dict[str, ArrayT]:
         """Return all arrays that are there, by the names of their fields."""
-        fields = vars(self).items()
         return {
-            name: value
-            for name, value in fields
-            if name != "temperatures" and value is not None
+            name: value for name, value in vars(self).items() if hasattr(value, "dtype")
         }
 
     def map(self, change: Callable[[ArrayT], Any]) -> TeacherRows[Any]:
         """Apply `change` to every array."""
-        changed: dict[str, Any] = {
-            name: change(array) for name, array in self.arrays().items()
-        }
+        changed: Any = {name: change(array) for name, array in self.arrays().items()}
         return replace(self, **changed)
 
 
@@ -134,6 +129,24 @@ class CachedExample:
         """Return the targets of the positions whose label counts in the loss."""
         counts_P = self.example.loss_mask_S[self.teacher.positions_P] > 0
         return self.teacher if counts_P.all() else self.teacher.at(counts_P)
+
+
+def _everywhere(
+    name: str, filler: float
+) -> functools.cached_property[torch.Tensor | None]:
+    """Define a field of the teacher at every position of a batch."""
+
+    def values(batch: Batch) -> torch.Tensor | None:
+        values_P: torch.Tensor | None = getattr(batch.teacher, name, None)
+        if batch.teacher is None or values_P is None:
+            return None
+        dtype = None if values_P.is_floating_point() else torch.int64
+        shape = (batch.tokens_BS.numel(), *values_P.shape[1:])
+        values_A = values_P.new_full(shape, filler, dtype=dtype)
+        values_A[batch.teacher.positions_P] = values_P.to(values_A.dtype)
+        return values_A.unflatten(0, batch.tokens_BS.shape)
+
+    return functools.cached_property(values)
 
 
 @dataclass
@@ -175,14 +188,16 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     loss_positions_N: torch.Tensor = field(default=None)  # type: ignore[assignment]
 
+    topk_logits_BSK = _everywhere("topk_logits_PK", -math.inf)
+    topk_token_ids_BSK = _everywhere("topk_token_ids_PK", -1)
+    log_sum_exp_logits_BS = _everywhere("log_sum_exp_logits_P", 0)
+    tail_mass_BST = _everywhere("tail_mass_PT", 1)
+    label_logprobs_BS = _everywhere("label_logprobs_P", 0)
+    tail_token_ids_BSM = _everywhere("tail_token_ids_PM", -1)
+
     def __post_init__(self) -> None:
         if self.loss_positions_N is None:
             self.loss_positions_N = self.loss_mask_BS.flatten().nonzero()[:, 0]
-
-    @property
-    def num_examples(self) -> int:
-        """Number of examples, without filler rows."""
-        return int((self.indices_B >= 0).sum())
 
     def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
         """Return the source of the example at each position b * S + s, not of filler."""
@@ -198,6 +213,16 @@ class Batch:
     def pin_memory(self) -> Batch:
         """Copy the batch into page-locked memory, which a GPU reads asynchronously."""
         return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        moved: dict[str, Any] = {}
+        for name in (one.name for one in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, TeacherRows):
+                moved[name] = value.map(change)
+            elif value is not None and name not in ("lengths_B", "cu_seqlens"):
+                moved[name] = change(value)
+        return replace(self, **moved)
 
     def context_part(self, rank: int, size: int) -> Batch:
         """Return the columns of a context-parallel rank."""
@@ -221,61 +246,6 @@ class Batch:
             position_ids_BS=self.position_ids_BS[:, columns_s],
             teacher=teacher,
             loss_positions_N=None,  # type: ignore[arg-type]
-        )
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """The temperatures of `tail_mass_BST`."""
-        return (1.0,) if self.teacher is None else self.teacher.temperatures
-
-    @functools.cached_property
-    def topk_logits_BSK(self) -> torch.Tensor | None:
-        return self._everywhere("topk_logits_PK", -math.inf)
-
-    @functools.cached_property
-    def topk_token_ids_BSK(self) -> torch.Tensor | None:
-        return self._everywhere("topk_token_ids_PK", -1)
-
-    @functools.cached_property
-    def log_sum_exp_logits_BS(self) -> torch.Tensor | None:
-        return self._everywhere("log_sum_exp_logits_P", 0)
-
-    @functools.cached_property
-    def tail_mass_BST(self) -> torch.Tensor | None:
-        return self._everywhere("tail_mass_PT", 1)
-
-    @functools.cached_property
-    def label_logprobs_BS(self) -> torch.Tensor | None:
-        return self._everywhere("label_logprobs_P", 0)
-
-    @functools.cached_property
-    def tail_token_ids_BSM(self) -> torch.Tensor | None:
-        return self._everywhere("tail_token_ids_PM", -1)
-
-    def _everywhere(self, name: str, filler: float) -> torch.Tensor | None:
-        values_P: torch.Tensor | None = getattr(self.teacher, name, None)
-        if self.teacher is None or values_P is None:
-            return None
-        if not values_P.is_floating_point():
-            values_P = values_P.long()
-        values_A = values_P.new_full(
-            (self.tokens_BS.numel(), *values_P.shape[1:]), filler
-        )
-        values_A[self.teacher.positions_P] = values_P
-        return values_A.unflatten(0, self.tokens_BS.shape)
-
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return Batch(
-            indices_B=change(self.indices_B),
-            sources_B=change(self.sources_B),
-            lengths_B=self.lengths_B,
-            tokens_BS=change(self.tokens_BS),
-            labels_BS=change(self.labels_BS),
-            loss_mask_BS=change(self.loss_mask_BS),
-            position_ids_BS=change(self.position_ids_BS),
-            teacher=None if self.teacher is None else self.teacher.map(change),
-            cu_seqlens=self.cu_seqlens,
-            loss_positions_N=change(self.loss_positions_N),
         )
 
 

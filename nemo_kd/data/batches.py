@@ -1,11 +1,95 @@
-"""Groups of examples that are computed together."""
+"""Micro-batches: which examples are computed together, and their tensors.
+
+Shape legend: as in `nemo_kd.batch`; A all positions of a batch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows
+from nemo_kd.config.loss import temperature_index
 
 MAX_PADDING = 0.05
+
+Row = Example | CachedExample
+
+
+class Rows(Protocol):
+    """Random access to the examples of one or several sources, one source after the other."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, position: int, /) -> Row: ...
+
+    def num_tokens(self, position: int, /) -> int:
+        """Return the length of an example without reading it."""
+
+    def will_read(self, positions: Sequence[int], /) -> None:
+        """Prepare to read these examples next."""
+
+    def source_chunks(self) -> list[list[int]]:
+        """Return the rows of every chunk, a list per source, in the order of positions."""
+
+    def description(self) -> dict[str, Any]:
+        """Return `paths`, `fingerprint` of the content, and the origin of `caches`."""
+
+
+@dataclass
+class MicroBatchRows(Dataset[Row]):
+    """Rows of this rank's micro-batches, requested by all positions of a global batch.
+
+    Every data-parallel rank gets the same number of micro-batches, some of them empty: ranks run
+    each step of the pipeline together. Loader workers divide the positions and read the rows.
+
+    Attributes:
+        micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
+        max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
+        packed, multiple_of: as `form_batches`.
+    """
+
+    rows: Rows
+    data_rank: int
+    data_size: int
+    micro_batch_size: int
+    max_tokens: int | None = None
+    packed: bool = False
+    multiple_of: int = 1
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, positions: list[int]) -> list[list[Row]]:
+        """Return rows per micro-batch; storage may fetch all while the first are decoded."""
+        micro_batches = self.share(positions)
+        self.rows.will_read([position for batch in micro_batches for position in batch])
+        return [[self.rows[position] for position in batch] for batch in micro_batches]
+
+    def share(self, positions: Sequence[int]) -> list[list[int]]:
+        """Return the positions of this rank's micro-batches."""
+        if self.max_tokens is None:
+            per_rank = -(-len(positions) // self.data_size)
+            mine = positions[self.data_rank * per_rank : (self.data_rank + 1) * per_rank]
+            starts = range(0, per_rank, self.micro_batch_size)
+            return [list(mine[start : start + self.micro_batch_size]) for start in starts]
+        lengths = [self.rows.num_tokens(position) for position in positions]
+        batches = form_batches(
+            lengths, None, self.max_tokens, self.packed, self.multiple_of
+        )
+        batches = _whole_rounds(batches, lengths, self.data_size)
+        # Ranks get neighbours in size, because the first to finish waits for the others.
+        return [
+            [positions[place] for place in batch]
+            for batch in batches[self.data_rank :: self.data_size]
+        ]
 
 
 def form_batches(
@@ -46,51 +130,6 @@ def form_batches(
     return batches
 
 
-@dataclass(frozen=True)
-class MicroBatching:
-    """Cut of a global batch into micro-batches, and this data-parallel rank's share of them.
-
-    Every rank gets the same number, some of them empty: ranks run each step of the pipeline
-    together.
-
-    Attributes:
-        micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
-        max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
-        packed, multiple_of: as `form_batches`.
-    """
-
-    data_rank: int
-    data_size: int
-    micro_batch_size: int
-    max_tokens: int | None = None
-    packed: bool = False
-    multiple_of: int = 1
-
-    def share(
-        self, positions: Sequence[int], num_tokens: Callable[[int], int]
-    ) -> list[list[int]]:
-        """Return this rank's micro-batches of the global batch; all ranks pass equal arguments.
-
-        Args:
-            num_tokens: of the example at a position; not called without `max_tokens`.
-        """
-        if self.max_tokens is None:
-            per_rank = -(-len(positions) // self.data_size)
-            mine = positions[self.data_rank * per_rank : (self.data_rank + 1) * per_rank]
-            starts = range(0, per_rank, self.micro_batch_size)
-            return [list(mine[start : start + self.micro_batch_size]) for start in starts]
-        lengths = [num_tokens(position) for position in positions]
-        batches = form_batches(
-            lengths, None, self.max_tokens, self.packed, self.multiple_of
-        )
-        batches = _whole_rounds(batches, lengths, self.data_size)
-        # Ranks get neighbours in size, because the first to finish waits for the others.
-        return [
-            [positions[place] for place in batch]
-            for batch in batches[self.data_rank :: self.data_size]
-        ]
-
-
 def _whole_rounds(
     batches: list[list[int]], lengths: Sequence[int], num_ranks: int
 ) -> list[list[int]]:
@@ -110,3 +149,196 @@ def _whole_rounds(
             batches.remove(largest)
             batches += [largest[::2], largest[1::2]]
     return sorted(batches, key=tokens, reverse=True)
+
+
+def micro_batches(
+    rows: Sequence[Sequence[Row]],
+    pad_id: int,
+    packed: bool,
+    multiple_of: int,
+    context_rank: int = 0,
+    context_size: int = 1,
+    every_target: bool = False,
+) -> list[Batch]:
+    """Make a batch of each list of rows; an empty list becomes filler, because ranks step together.
+
+    A context-parallel rank keeps its columns.
+    """
+    together = [
+        pack(part, pad_id, multiple_of, every_target)
+        if packed
+        else collate(part or [None], pad_id, multiple_of, every_target)
+        for part in rows
+    ]
+    return [batch.context_part(context_rank, context_size) for batch in together]
+
+
+def collate(
+    rows: Sequence[Row | None],
+    pad_id: int,
+    multiple_of: int = 8,
+    every_target: bool = False,
+) -> Batch:
+    """Pad examples on the right to a common length, which is a multiple of `multiple_of`.
+
+    Padding has loss mask 0, and `pad_id` as token and label.
+
+    Args:
+        rows: all with a teacher, or all without; None is a filler row: index -1, nothing in the
+            loss.
+        every_target: keep teacher targets outside the loss, too; only custom losses can use them.
+    """
+    longest = max(0 if row is None else example_of(row).num_tokens for row in rows)
+    length = -(-max(1, longest) // multiple_of) * multiple_of
+    starts = range(0, len(rows) * length, length)
+    position_ids_BS = torch.arange(length).repeat(len(rows), 1)
+    return _filled(rows, starts, position_ids_BS, pad_id, every_target)
+
+
+def pack(
+    rows: Sequence[Row | None],
+    pad_id: int,
+    multiple_of: int = 1,
+    every_target: bool = False,
+) -> Batch:
+    """Put examples end to end in one row [1, S], filled up to a multiple of `multiple_of`; for the
+    rest see `collate`.
+
+    Positions start at 0 in every example. The filler, tokens and labels `pad_id`, is one more
+    sequence at the end; it has no entry in `indices_B`. Without examples the row holds nothing but
+    filler.
+    """
+    examples = [row for row in rows if row is not None]
+    lengths = [example_of(row).num_tokens for row in examples]
+    filler = -sum(lengths) % multiple_of if lengths else multiple_of
+    bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
+    position_ids_S = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
+    batch = _filled(examples, bounds, position_ids_S[None], pad_id, every_target)
+    return replace(batch, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+
+
+def example_of(row: Row) -> Example:
+    return row.example if isinstance(row, CachedExample) else row
+
+
+def _filled(
+    rows: Sequence[Row | None],
+    starts: Sequence[int],
+    position_ids_BS: torch.Tensor,
+    pad_id: int,
+    every_target: bool,
+) -> Batch:
+    """Put every row at its start among all positions, and padding elsewhere."""
+    shape = position_ids_BS.shape
+    tokens_A = torch.full((shape.numel(),), pad_id)
+    labels_A = tokens_A.clone()
+    loss_mask_A = torch.zeros(shape.numel())
+    indices_B = torch.full((len(rows),), -1)
+    sources_B = torch.zeros_like(indices_B)
+    lengths_B = torch.zeros_like(indices_B)
+    targets: list[TeacherRows[np.ndarray]] = []
+    for number, (row, start) in enumerate(zip(rows, starts, strict=False)):
+        if row is None:
+            continue
+        example = example_of(row)
+        indices_B[number] = example.index
+        sources_B[number] = example.source
+        lengths_B[number] = example.num_tokens
+        place = slice(start, start + example.num_tokens)
+        tokens_A[place] = torch.from_numpy(example.tokens_S)
+        labels_A[place] = torch.from_numpy(example.labels_S)
+        loss_mask_A[place] = torch.from_numpy(example.loss_mask_S)
+        if isinstance(row, CachedExample):
+            in_loss = row.loss_rows()
+            if len(in_loss) < example.num_loss_tokens:
+                raise ValueError(
+                    f"example {example.index}: only {len(in_loss)} of its "
+                    f"{example.num_loss_tokens} positions in the loss have teacher targets"
+                )
+            kept = row.teacher if every_target else in_loss
+            targets.append(replace(kept, positions_P=start + kept.positions_P))
+    return Batch(
+        indices_B=indices_B,
+        sources_B=sources_B,
+        lengths_B=lengths_B,
+        tokens_BS=tokens_A.view(shape),
+        labels_BS=labels_A.view(shape),
+        loss_mask_BS=loss_mask_A.view(shape),
+        position_ids_BS=position_ids_BS,
+        teacher=_joined(targets) if targets else None,
+    )
+
+
+def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Tensor]:
+    """Join the targets of examples, which may keep different numbers of logits. Of a blend of
+    caches the batch has the fields and temperatures that all of them have."""
+    shared = [
+        temperature
+        for temperature in targets[0].temperatures
+        if all(
+            temperature_index(part.temperatures, temperature) is not None
+            for part in targets
+        )
+    ]
+    width = max(part.topk_logits_PK.shape[1] for part in targets)
+    common = set.intersection(*(set(part.arrays()) for part in targets))
+    if len({np.shape(part.tail_token_ids_PM)[1:] for part in targets}) > 1:
+        common.discard("tail_token_ids_PM")  # each sample stands for another mass
+
+    def uniform(part: TeacherRows[np.ndarray]) -> TeacherRows[np.ndarray]:
+        columns = [temperature_index(part.temperatures, value) for value in shared]
+        missing = ((0, 0), (0, width - part.topk_logits_PK.shape[1]))
+        changed: dict[str, Any] = dict.fromkeys(part.arrays().keys() - common)
+        changed["topk_logits_PK"] = np.pad(
+            part.topk_logits_PK, missing, constant_values=-np.inf
+        )
+        changed["topk_token_ids_PK"] = np.pad(
+            part.topk_token_ids_PK, missing, constant_values=-1
+        )
+        changed["tail_mass_PT"] = part.tail_mass_PT[:, np.array(columns)]
+        return replace(part, temperatures=tuple(shared), **changed)
+
+    return join_rows([uniform(part) for part in targets]).map(torch.from_numpy)
+
+
+class TokenizedRows:
+    """Tokenized records in memory, path after path."""
+
+    def __init__(
+        self, paths: Sequence[str], examples: Sequence[Sequence[Example]]
+    ) -> None:
+        self.paths = list(paths)
+        self.sizes = [len(of_path) for of_path in examples]
+        self.examples = [example for of_path in examples for example in of_path]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, position: int) -> Example:
+        return self.examples[position]
+
+    def num_tokens(self, position: int) -> int:
+        return self.examples[position].num_tokens
+
+    def will_read(self, positions: Sequence[int]) -> None:
+        """Do nothing: all examples are in memory."""
+
+    def source_chunks(self) -> list[list[int]]:
+        """Return each path as one chunk."""
+        return [[size] if size else [] for size in self.sizes]
+
+    def description(self) -> dict[str, Any]:
+        """Return paths and the fingerprint of token ids, labels and loss masks."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            for values, dtype in (
+                (example.tokens_S, "<i4"),
+                (example.labels_S, "<i4"),
+                (example.loss_mask_S, "u1"),
+            ):
+                digest.update(values.astype(dtype).tobytes())
+        return {
+            "paths": self.paths,
+            "fingerprint": f"sha256:{digest.hexdigest()}",
+            "caches": [],
+        }

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import Batch, CachedExample, Example
+from nemo_kd.batch import Batch, Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader, is_subset
@@ -34,11 +34,15 @@ from nemo_kd.config.student import (
     StudentRecordsConfig,
     TrainStudentConfig,
 )
-from nemo_kd.data.batches import MicroBatching
-from nemo_kd.data.collate import micro_batches
+from nemo_kd.data.batches import (
+    MicroBatchRows,
+    Rows,
+    TokenizedRows,
+    example_of,
+    micro_batches,
+)
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
-from nemo_kd.data.rows import MicroBatchRows, Row, Rows, TokenizedRows
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import follow_the_main_process
 from nemo_kd.student.cache_match import find_mismatches
@@ -106,10 +110,6 @@ def source_names(paths: Sequence[str]) -> list[str]:
         stem if stems.count(stem) == 1 else f"{stem}_{number}"
         for number, stem in enumerate(stems)
     ]
-
-
-def example_of(row: Row) -> Example:
-    return row.example if isinstance(row, CachedExample) else row
 
 
 def _check_usable(key: str, rows: Rows, paths: Sequence[str], is_weighted: bool) -> None:
@@ -233,13 +233,14 @@ class StudentData(pl.LightningDataModule):
         self.groups = groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
         max_tokens = model.data.max_tokens_per_batch
-        self.batching = MicroBatching(
-            groups.data_rank,
-            groups.data_size,
-            model.micro_batch_size,
-            max_tokens and max_tokens * groups.context_size,
-            model.packed,
-            multiple_of,
+        self.micro_batch_rows = functools.partial(
+            MicroBatchRows,
+            data_rank=groups.data_rank,
+            data_size=groups.data_size,
+            micro_batch_size=model.micro_batch_size,
+            max_tokens=max_tokens and max_tokens * groups.context_size,
+            packed=model.packed,
+            multiple_of=multiple_of,
         )
         self.collate = functools.partial(
             micro_batches,
@@ -297,7 +298,7 @@ class StudentData(pl.LightningDataModule):
     ) -> WatchedLoader:
         num_workers = self.config.model.data.num_workers
         loader: DataLoader[Any] = DataLoader(
-            MicroBatchRows(self.splits[split], self.batching.share),
+            self.micro_batch_rows(self.splits[split]),
             batch_sampler=batches,
             collate_fn=self.collate,
             num_workers=num_workers,

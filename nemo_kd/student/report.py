@@ -17,13 +17,12 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.rows import Rows
+from nemo_kd.data.batches import Rows, example_of
 from nemo_kd.data.text import TokenText, example_lines, trained_text
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.metrics import Counters
 from nemo_kd.student.checkpoint_folder import checkpoints, read_contents
 from nemo_kd.student.checkpoints import Checkpoints
-from nemo_kd.student.data import example_of
 from nemo_kd.student.progress import RunLog, format_metrics
 from nemo_kd.student.schedule import TrainingPlan
 from nemo_kd.terminal import print_table, size_text

@@ -20,8 +20,7 @@ from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows,
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.batches import form_batches
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, form_batches, pack
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import (

@@ -11,7 +11,7 @@ import torch
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.data.collate import collate
+from nemo_kd.data.batches import collate
 from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.convert import convert
-from nemo_kd.data.collate import collate
+from nemo_kd.data.batches import collate
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder

@@ -13,7 +13,7 @@ from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.loss import LossConfig
-from nemo_kd.data.collate import collate
+from nemo_kd.data.batches import collate
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward

@@ -10,7 +10,7 @@ import torch
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.loss import LossConfig
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, pack
 from nemo_kd.ops.distillation import distillation_loss
 from tests.tiny_cache import write
 
@@ -98,7 +98,7 @@ def test_a_batch_without_teacher_or_with_a_custom_loss_is_refused(tmp_path):
 
 def test_the_losses_need_torch_and_numpy_only():
     program = (
-        "import sys; import nemo_kd.ops.distillation, nemo_kd.ops.log_probs, nemo_kd.ops.topk, nemo_kd.data.collate; "
+        "import sys; import nemo_kd.ops.distillation, nemo_kd.ops.log_probs, nemo_kd.ops.topk, nemo_kd.data.batches; "
         "print(*{name.split('.')[0] for name in sys.modules} & {'omegaconf', 'megatron', 'lightning', 'nemo', 'transformers'})"
     )
     assert (

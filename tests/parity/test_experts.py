@@ -15,7 +15,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import check_layout
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.export import save_nemo
 from nemo_kd.mcore.groups import initialize_model_parallel

@@ -16,7 +16,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.model import length_multiple
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore import model, schedule
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel

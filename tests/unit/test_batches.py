@@ -5,8 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nemo_kd.data.batches import MicroBatching, form_batches
+from nemo_kd.data.batches import MicroBatchRows, form_batches
 from tests.tiny_tokenizer import docstrings
+
+
+class Lengths(list):
+    def num_tokens(self, position: int) -> int:
+        return self[position]
 
 
 def padded(batch: list[int], lengths: list[int], multiple_of: int) -> int:
@@ -71,8 +76,8 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
     lengths = np.random.default_rng(count).integers(1, 260, 97).tolist()
     positions = np.random.default_rng(2).permutation(97)[:count].tolist()
     shares = [
-        MicroBatching(rank, num_ranks, 3, max_tokens, packed, 8).share(
-            positions, lengths.__getitem__
+        MicroBatchRows(Lengths(lengths), rank, num_ranks, 3, max_tokens, packed, 8).share(
+            positions
         )
         for rank in range(num_ranks)
     ]
@@ -101,20 +106,17 @@ def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
     lengths = [60, 30, 30, 20, 20, 20]
     assert form_batches(lengths, None, 60, True) == [[0], [1, 2], [3, 4, 5]]
     first, second = (
-        MicroBatching(rank, 2, 1, 60, True).share(range(6), lengths.__getitem__)
+        MicroBatchRows(Lengths(lengths), rank, 2, 1, 60, True).share(range(6))
         for rank in (0, 1)
     )
     assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
     alone = [
-        MicroBatching(rank, 2, 1, 60, True).share([0], lengths.__getitem__)
+        MicroBatchRows(Lengths(lengths), rank, 2, 1, 60, True).share([0])
         for rank in (0, 1)
     ]
     assert alone == [[[0]], [[]]]
 
 
 def test_lengths_are_not_asked_for_without_a_budget():
-    batching = MicroBatching(1, 2, 2, None, True)
-    assert batching.share([5, 6, 7, 8, 9], lambda position: pytest.fail("asked")) == [
-        [8, 9],
-        [],
-    ]
+    rows = MicroBatchRows(None, 1, 2, 2, None, True)
+    assert rows.share([5, 6, 7, 8, 9]) == [[8, 9], []]

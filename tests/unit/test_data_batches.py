@@ -19,7 +19,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, pack
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.text import trained_text
@@ -267,7 +267,6 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     batch = collate([example(4, 3, k=2), None, example(7, 9, k=2)], pad_id=0)
     assert batch.tokens_BS.shape == (3, 16)
     assert batch.indices_B.tolist() == [4, -1, 7]
-    assert batch.num_examples == 2
     assert batch.tokens_BS[0].tolist() == [1, 2, 3] + [0] * 13
     assert batch.loss_mask_BS.sum(1).tolist() == [3, 0, 9]
     assert batch.topk_logits_BSK.shape == (3, 16, 2)
@@ -276,10 +275,6 @@ def test_collate_pads_on_the_right_and_masks_the_padding():
     assert batch.tail_mass_BST[0, :, 0].tolist() == pytest.approx([0.1] * 3 + [1] * 13)
     assert batch.position_ids_BS[2].tolist() == list(range(16))
     assert collate([example(0, 8)], 0).topk_logits_BSK is None
-    with pytest.raises(
-        ValueError, match="mixes examples with and without teacher logits"
-    ):
-        collate([example(0, 3), example(1, 3, k=2)], 0)
 
 
 def said(index, length, k, temperatures=(1.0,), labels=True, num_samples=None):
@@ -381,7 +376,7 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     )
     three, two = said(0, 3, 2, (1.0, 2.0, 4.0)), said(1, 3, 2, (1.0, 4.0))
     common = collate([three, two], 0)
-    assert common.temperatures == (1.0, 4.0)
+    assert common.teacher.temperatures == (1.0, 4.0)
     assert common.tail_mass_BST[:, 2].tolist() == [
         three.teacher.tail_mass_PT[2, [0, 2]].tolist(),
         two.teacher.tail_mass_PT[2].tolist(),
@@ -403,11 +398,11 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
         )
     fillers = collate([None, None], 0)
     assert (
-        fillers.num_examples,
+        int(fillers.indices_B.max()),
         fillers.topk_logits_BSK,
         fillers.loss_mask_BS.sum(),
     ) == (
-        0,
+        -1,
         None,
         0,
     )

@@ -19,7 +19,7 @@ from nemo_kd.config.model import (
 )
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.config.student import StudentModelConfig
-from nemo_kd.data.collate import collate, pack
+from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore.model import transformer_config
 
 ARCHITECTURE = GPTArchitecture("llama", 100, 6, 64, 96, 8, 4, 8, 512, 1e-5, 1e4)
@@ -190,7 +190,6 @@ def test_packed_examples_lie_end_to_end():
     ]
     assert batch.loss_mask_BS.tolist() == [[1.0] * 11 + [0.0]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0]]
-    assert batch.num_examples == 3
     moved = batch.to("meta")
     assert (moved.tokens_BS.device.type, moved.cu_seqlens.device.type) == ("meta", "cpu")
 
@@ -204,15 +203,8 @@ def test_packing_without_filler_and_without_examples():
         6,
     ]
     nothing = pack([], pad_id=7, multiple_of=2)
-    assert (
-        nothing.tokens_BS.tolist(),
-        nothing.cu_seqlens.tolist(),
-        nothing.num_examples,
-    ) == (
-        [[7, 7]],
-        [0, 2],
-        0,
-    )
+    assert nothing.tokens_BS.tolist() == [[7, 7]]
+    assert nothing.cu_seqlens.tolist() == [0, 2]
     assert nothing.loss_mask_BS.sum() == 0
 
 
