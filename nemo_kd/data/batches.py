@@ -282,7 +282,12 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
     ]
     width = max(part.topk_logits_PK.shape[1] for part in targets)
     common = set.intersection(*(set(part.arrays()) for part in targets))
-    if len({np.shape(part.tail_token_ids_PM)[1:] for part in targets}) > 1:
+    num_samples = {
+        part.tail_token_ids_PM.shape[1]
+        for part in targets
+        if part.tail_token_ids_PM is not None
+    }
+    if len(num_samples) > 1:
         common.discard("tail_token_ids_PM")  # each sample stands for another mass
 
     def uniform(part: TeacherRows[np.ndarray]) -> TeacherRows[np.ndarray]:

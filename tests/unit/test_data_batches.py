@@ -383,7 +383,7 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     ]
     rounded = said(1, 3, 2, (1.0, float(np.float32(1.3))))
     mixed = collate([said(0, 3, 2, (1.0, 1.3)), rounded], 0)
-    assert mixed.temperatures == (1.0, 1.3)
+    assert mixed.teacher.temperatures == (1.0, 1.3)
     assert mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_PT[2].tolist()
     assert both.label_logprobs_BS is not None
     assert (
