@@ -135,7 +135,7 @@ def read_and_collate(connection: Any, cache: Path, num_examples: int) -> None:
 
 def train(connection: Any, cache: Path, num_examples: int) -> None:
     """Send the median wait and time of a training step, and the largest memory."""
-    from nemo_kd.student.module import train_student
+    from nemo_kd.student.job import train_student
     from tests.tiny_data import student_config
     from tests.tiny_models import build_hf_model
     from tests.tiny_tokenizer import train_tokenizer

@@ -36,7 +36,8 @@ import torch
 from benchmarks.teacher import machine, mib, spread
 from benchmarks.teacher_inputs import MAX_LENGTH, SHAPES, write_chats, write_teacher
 from benchmarks.teacher_variants import status_bytes
-from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.job import train_student
+from nemo_kd.student.module import StudentModule
 from nemo_kd.teacher.loop import compute_topk_logits
 from tests.tiny_data import student_config, teacher_config
 

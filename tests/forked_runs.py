@@ -178,7 +178,7 @@ def _rank(
     torch.set_num_threads(1)
     from nemo_kd.cli.run import configure_logging
     from nemo_kd.run.endings import errors_end_the_process
-    from nemo_kd.student.module import train_student
+    from nemo_kd.student.job import train_student
 
     configure_logging()
     with errors_end_the_process():

@@ -21,7 +21,7 @@ import torch
 CONTEXT = multiprocessing.get_context("forkserver")
 """Forks processes from one that has imported what takes seconds to import."""
 CONTEXT.set_forkserver_preload(
-    ["tests.forked_runs", "nemo_kd.student.module", "nemo_kd.teacher.job", "transformers"]
+    ["tests.forked_runs", "nemo_kd.student.job", "nemo_kd.teacher.job", "transformers"]
 )
 
 

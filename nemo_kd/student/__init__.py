@@ -10,13 +10,13 @@ if TYPE_CHECKING:
 
 
 def train_student(config: TrainStudentConfig) -> StudentRun:
-    """Run stage 2; see `nemo_kd.student.module.train_student`.
+    """Run stage 2; see `nemo_kd.student.job.train_student`.
 
     The ranks join before Megatron and Lightning load, so that wrong devices are reported at once.
     """
     from nemo_kd.run.ranks import join_ranks
 
     join_ranks(config.trainer)
-    from nemo_kd.student.module import train_student as train
+    from nemo_kd.student.job import train_student as train
 
     return train(config)

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config.loss import KEY, LossConfig
+from nemo_kd.config.loss import KEY
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
@@ -30,14 +30,37 @@ def find_mismatches(
     loss = model.knowledge_distillation
     ours = tokenizer_fingerprint(tokenizer)
     found: list[str] = []
+    samples: set[int] = set()
     for reader in readers:
-        texts = [
-            *_tokenizer_mismatches(reader, model.data, tokenizer, ours),
-            *_size_mismatches(reader, model.data, vocab_size),
-            *_missing_fields(reader, loss, ours),
-        ]
+        texts = _tokenizer_mismatches(reader, model.data, tokenizer, ours)
+        texts += _size_mismatches(reader, model.data, vocab_size)
+        if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {ours}:
+            texts.append(
+                f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share "
+                "one tokenizer, and token sequences of different ones cannot be aligned; use a "
+                "student with the teacher's tokenizer"
+            )
+        if loss.divergence is not None and len(reader):
+            teacher = reader[0].teacher  # stands for all rows
+            texts += loss.missing_targets(teacher)
+            is_rounded = not reader.manifests and not reader.has_packed_rows()
+            if "tail_mass_PT" in loss.divergence.needs and is_rounded:
+                log.warning(
+                    "%s: the mass outside the kept ids comes from log_sum_exp_logits, which "
+                    "NeMo-Aligner rounds to bfloat16 (1%% of all mass); %s.support=renormalize "
+                    "does not need it",
+                    reader.path,
+                    KEY,
+                )
+            if loss.divergence.is_sampled and teacher.tail_token_ids_PM is not None:
+                samples.add(teacher.tail_token_ids_PM.shape[1])
         found += [f"{reader.source}: {text}" for text in dict.fromkeys(texts)]
-    return found + _different_samples(readers, loss)
+    if len(samples) > 1:  # a batch holds rows of several caches
+        found.append(
+            f"{KEY}.support: sampled needs equally many tail samples in all caches, there are "
+            f"{sorted(samples)}; compute them with the same cache.tail_samples, or use support=tail"
+        )
+    return found
 
 
 def _tokenizer_mismatches(
@@ -48,28 +71,24 @@ def _tokenizer_mismatches(
 ) -> list[str]:
     found: list[str] = []
     template = chat_template_fingerprint(tokenizer)
-    if not reader.manifests or any(
-        manifest.tokenizer == UNKNOWN for manifest in reader.manifests
-    ):
+    named = [one for one in reader.manifests if one.tokenizer != UNKNOWN]
+    if not named:
         log.warning(
             "%s: nothing records which tokenizer wrote it; make sure that it is the student's",
             reader.path,
         )
+    for manifest in named:
+        tokens = manifest.tokenizer_tokens
+        differences = ["the tokens are not recorded"]
+        if tokens is not None:
+            differences = token_differences(tokens, tokenizer)
+        if manifest.tokenizer != ours and differences:
+            found.append(
+                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, "
+                f"{ours} ({len(tokenizer)} tokens) in the student ({'; '.join(differences)}); both "
+                "must share one tokenizer"
+            )
     for manifest in reader.manifests:
-        if manifest.tokenizer not in (ours, UNKNOWN):
-            tokens = manifest.tokenizer_tokens
-            differences = None if tokens is None else token_differences(tokens, tokenizer)
-            if differences != []:
-                named = (
-                    f"; first differences: {'; '.join(differences)}"
-                    if differences
-                    else ""
-                )
-                found.append(
-                    f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the "
-                    f"cache, {ours} ({len(tokenizer)} tokens) in the student{named}; both must "
-                    "share one tokenizer"
-                )
         # Only `messages` use the template; without a list of formats all records count as such.
         if (
             "messages" in manifest.dataset.get("formats", ["messages"])
@@ -95,61 +114,15 @@ def _size_mismatches(
             f"student has {vocab_size} ids; both must share one tokenizer"
         )
     if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
-        chunks = sum(facts.max_topk_id >= vocab_size for facts in reader.chunk_facts)
         found.append(
-            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in {chunks} of "
-            f"{len(reader.chunk_facts)} chunks of the cache, the student has {vocab_size} ids; "
-            "model.data.drop_ids_outside_vocab=true counts them to the tail"
+            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in the cache, "
+            f"the student has {vocab_size} ids; model.data.drop_ids_outside_vocab=true counts them "
+            "to the tail"
         )
-    held = min(
-        (manifest.top_k for manifest in reader.manifests), default=reader.largest_k
-    )
-    if data.top_k is not None and data.top_k > held:
+    held = [manifest.top_k for manifest in reader.manifests] or [reader.largest_k]
+    if data.top_k is not None and data.top_k > min(held):
         found.append(
-            f"model.data.top_k: {data.top_k} exceeds the {held} logits a position that the cache "
-            "holds at most"
+            f"model.data.top_k: {data.top_k} exceeds the {min(held)} logits a position that the "
+            "cache holds at most"
         )
     return found
-
-
-def _missing_fields(reader: CacheReader, loss: LossConfig, ours: str) -> list[str]:
-    """List what the loss needs and the cache lacks; the first row stands for all."""
-    found: list[str] = []
-    theirs = {manifest.tokenizer for manifest in reader.manifests}
-    if loss.cross_tokenizer and theirs != {ours}:
-        found.append(
-            f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share one "
-            "tokenizer, and token sequences of different ones are not aligned: NeMo-Aligner fed "
-            "the student the teacher's token ids and compared logits by rank, whatever tokens they "
-            "belonged to. Use a student with the teacher's tokenizer"
-        )
-    divergence = loss.divergence
-    if divergence is None or not len(reader):
-        return found
-    is_rounded = not reader.manifests and not reader.has_packed_rows()
-    if "tail_mass_PT" in divergence.needs and is_rounded:
-        log.warning(
-            "%s: the mass outside the kept ids comes from log_sum_exp_logits, which NeMo-Aligner "
-            "rounds to bfloat16 (1%% of all mass); %s.support=renormalize does not need it",
-            reader.path,
-            KEY,
-        )
-    return found + loss.missing_targets(reader[0].teacher)
-
-
-def _different_samples(readers: Sequence[CacheReader], loss: LossConfig) -> list[str]:
-    """Refuse different numbers of tail samples, as a batch holds rows of several caches."""
-    if loss.divergence is None or not loss.divergence.is_sampled:
-        return []
-    counts = {
-        reader.source: ids_PM.shape[1]
-        for reader in readers
-        if len(reader) and (ids_PM := reader[0].teacher.tail_token_ids_PM) is not None
-    }
-    if len(set(counts.values())) <= 1:
-        return []
-    held = ", ".join(f"{count} in {path}" for path, count in counts.items())
-    return [
-        f"{KEY}.support: sampled needs equally many tail samples in all caches, there are {held}; "
-        "compute them with the same cache.tail_samples, or use support=tail"
-    ]

@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch
 from nemo_kd.config import UserInputError
 from nemo_kd.files import abandoned, owner_name, read_file, remove, sync, write_atomically
 from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
-from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.collective import gather, on_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +31,6 @@ LAST = "-last"
 PREVIOUS = "-previous"
 UNFINISHED = ".unfinished"
 DAMAGED = ".damaged"
-PARTS = (CONTENTS, "common.pt", ".metadata", "metadata.json")
 
 
 class CheckpointError(UserInputError):
@@ -56,6 +54,7 @@ class Contents:
     layout: dict[str, int]
     files: dict[str, Sequence[int]]
     experiment: dict[str, Any] | None = None
+    format_version: int = FORMAT_VERSION
 
     @staticmethod
     def read(folder: Path) -> Contents:
@@ -63,30 +62,17 @@ class Contents:
         Raises:
             CheckpointError: the file is missing, damaged or of another version.
         """
-        path = folder / CONTENTS
         try:
-            fields: dict[str, Any] = json.loads(read_file(path))
-            version = fields.pop("format_version")
-            if version != FORMAT_VERSION:
-                raise CheckpointError(
-                    f"{path}: format version {version} is not {FORMAT_VERSION}"
-                )
-            contents = Contents(**fields)
-            _check_types(contents)
-            return contents
+            contents = Contents(**json.loads(read_file(folder / CONTENTS)))
         except FileNotFoundError as error:
             raise CheckpointError(f"{CONTENTS} is missing") from error
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-        ) as error:
-            if isinstance(error, CheckpointError):
-                raise
+        except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{CONTENTS} cannot be read ({error})") from error
+        if contents.format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"{CONTENTS}: format version {contents.format_version} is not {FORMAT_VERSION}"
+            )
+        return contents
 
 
 def read_contents(folder: Path) -> Contents | None:
@@ -95,23 +81,6 @@ def read_contents(folder: Path) -> Contents | None:
         return Contents.read(folder)
     except CheckpointError:
         return None
-
-
-def _check_types(contents: Contents) -> None:
-    """Raise a ValueError for values of a wrong type, and for files of other folders."""
-    if type(contents.step) is not int or not isinstance(contents.layout, dict):
-        raise ValueError("step or layout has a wrong type")
-    if contents.experiment is not None and not isinstance(contents.experiment, dict):
-        raise ValueError("experiment is not a mapping")
-    for name, sums in contents.files.items():
-        if (
-            Path(name).name != name
-            or len(sums) != 2
-            or not all(type(number) is int for number in sums)
-        ):
-            raise ValueError(
-                f"files: {name[:80]!r} is not a file of this folder with length and checksum"
-            )
 
 
 def unfinished_folder(folder: Path) -> Path:
@@ -136,8 +105,7 @@ def seal(
             sync(path)
             files[path.name] = list(file_sum(path))
     contents = Contents(step, resumable, layout, dict(sorted(files.items())), experiment)
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(contents)}, indent=1)
-    write_atomically(folder / CONTENTS, text.encode())
+    write_atomically(folder / CONTENTS, json.dumps(asdict(contents), indent=1).encode())
 
 
 def publish(written: Path, targets: Sequence[Path]) -> None:
@@ -154,11 +122,6 @@ def publish(written: Path, targets: Sequence[Path]) -> None:
             discard(target)
         folder.rename(target)
         sync(target.parent)
-
-
-def link(folder: Path, target: Path) -> None:
-    """Give a published checkpoint one more name."""
-    publish(_twin(folder), [target])
 
 
 def discard(folder: Path) -> None:
@@ -180,10 +143,7 @@ def checkpoints(parent: Path) -> list[Path]:
         for path in parent.glob("[!.]*")
         if path.is_dir()
         and not path.name.endswith(DAMAGED)
-        and (
-            path.name.endswith((LAST, PREVIOUS))
-            or any((path / name).exists() for name in PARTS)
-        )
+        and (path.name.endswith((LAST, PREVIOUS)) or (path / CONTENTS).exists())
     ]
     return sorted(
         found,
@@ -192,47 +152,43 @@ def checkpoints(parent: Path) -> list[Path]:
     )
 
 
+def resumable(parent: Path) -> list[Path]:
+    """Return the `checkpoints` that hold more than weights; damaged ones are among them."""
+    found = [(folder, read_contents(folder)) for folder in checkpoints(parent)]
+    return [
+        folder for folder, contents in found if contents is None or contents.resumable
+    ]
+
+
 def damage(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
     """Return the damage of a checkpoint, or None; checks every `num_parts`-th file from `part`."""
     try:
         contents = Contents.read(folder)
     except CheckpointError as error:
         return str(error)
-    for path in folder.iterdir():
-        if not path.is_file():  # reading a pipe would never end
-            return f"{path.name} is not a regular file"
     for name in list(contents.files)[part::num_parts]:
         num_bytes, crc32 = contents.files[name]
         try:
             found = file_sum(folder / name)
-        except FileNotFoundError:
-            return f"{name} is missing"
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found.num_bytes != num_bytes:
-            return f"{name} has {found.num_bytes:,} of {num_bytes:,} bytes"
-        if found.crc32 != crc32:
-            return f"{name} has another checksum than when it was written"
+        if found != (num_bytes, crc32):
+            return f"{name} is not as it was written: {found.num_bytes:,} of {num_bytes:,} bytes"
     return None
 
 
 def put_aside(folder: Path) -> Path:
     """Rename a damaged checkpoint so that nothing uses it any more; return the new name."""
     aside = folder.with_name(folder.name + DAMAGED)
-    number = 1
     while aside.exists():
-        number += 1
-        aside = folder.with_name(f"{folder.name}.{number}{DAMAGED}")
+        aside = aside.with_name(aside.name + DAMAGED)
     folder.rename(aside)
     return aside
 
 
 def _step(folder: Path) -> int:
     contents = read_contents(folder)
-    if contents is not None:
-        return contents.step
-    match = re.search(r"step=(\d+)", folder.name)
-    return int(match[1]) if match else -1
+    return -1 if contents is None else contents.step
 
 
 def _retire_last(parent: Path) -> None:
@@ -249,14 +205,14 @@ def _retire_last(parent: Path) -> None:
 def _twin(folder: Path) -> Path:
     """Return a hidden folder with the same files, as hard links if possible."""
     twin = unfinished_folder(folder)
-    twin.mkdir()
-    copy: Callable[[Path, Path], object] = os.link
-    for path in folder.iterdir():
+
+    def link_or_copy(source: str, target: str) -> None:
         try:
-            copy(path, twin / path.name)
+            os.link(source, target)
         except OSError:
-            copy = shutil.copy2
-            copy(path, twin / path.name)
+            shutil.copy2(source, target)
+
+    shutil.copytree(folder, twin, copy_function=link_or_copy)
     sync(twin)
     return twin
 
@@ -279,7 +235,7 @@ def choose_checkpoint(
     if found is None and otherwise:
         found = Path(otherwise)
         problem = agreed_damage(found)
-        if problem is None and _has_weights_only(found):
+        if problem is None and not Contents.read(found).resumable:
             problem = "it holds weights only, without the optimizer's state"
         if problem is not None:
             raise CheckpointError(
@@ -297,9 +253,9 @@ def choose_checkpoint(
 
 def agreed_damage(folder: Path) -> str | None:
     """Return the damage that any rank finds in its share of the files; every rank calls it."""
-    rank = torch.distributed.get_rank()
-    found: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(found, damage(folder, rank, len(found)))
+    part = torch.distributed.get_rank()
+    num_parts = torch.distributed.get_world_size()
+    found = gather(lambda: damage(folder, part, num_parts))
     return next((problem for problem in found if problem is not None), None)
 
 
@@ -324,16 +280,11 @@ def _latest_whole(parent: Path) -> Path | None:
             f"exp_manager.resume_if_exists: no checkpoint in {parent} is whole:{listed}\nRestore "
             "one, or remove all of them to start over"
         )
-    log.warning(
-        "damaged checkpoints in %s:%s\nthe run resumes from %s", parent, listed, chosen
-    )
 
     def put_all_aside() -> None:
-        for folder, _ in damaged:
-            aside = put_aside(folder)
-            log.warning(
-                "%s is now called %s; nothing uses it any more", folder, aside.name
-            )
+        for folder, problem in damaged:
+            name = put_aside(folder).name
+            log.warning("%s is damaged (%s) and now called %s", folder, problem, name)
 
     on_rank_zero(put_all_aside)
     return chosen
@@ -344,9 +295,4 @@ def _candidates(parent: Path) -> list[Path]:
     for path in abandoned(parent, UNFINISHED):
         log.warning("removing %s, which a run that was killed did not finish", path)
         remove(path)
-    return [folder for folder in checkpoints(parent) if not _has_weights_only(folder)]
-
-
-def _has_weights_only(folder: Path) -> bool:
-    contents = read_contents(folder)
-    return contents is not None and not contents.resumable
+    return resumable(parent)

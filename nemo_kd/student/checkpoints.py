@@ -7,18 +7,14 @@ import logging
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch.distributed.checkpoint import CheckpointException
 
-from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import PARAMS
-from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.files import remove
+from nemo_kd.config.exp_manager import PARAMS, CheckpointParams
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.run.collective import on_rank_zero
@@ -32,7 +28,6 @@ from nemo_kd.student.checkpoint_folder import (
     agreed_damage,
     checkpoints,
     discard,
-    link,
     publish,
     seal,
     unfinished_folder,
@@ -40,48 +35,108 @@ from nemo_kd.student.checkpoint_folder import (
 
 log = logging.getLogger(__name__)
 
-NOT_RANKED = (LAST, PREVIOUS)
 
+class Checkpoints:
+    """Checkpoints of a run: the latest to resume from, and the best by the monitored metric.
 
-class CheckpointWriter:
-    """Writes Megatron distributed checkpoints; every rank calls all methods but `is_writing`.
+    The latest is named `*-last`, the one before it `*-previous`. Every rank calls all methods but
+    `is_writing`.
 
     Args:
+        name: of the run.
         layout: sizes of the process groups.
         experiment: the record of what determines the run's result.
+
+    Attributes:
+        scores: ranked checkpoint -> value of the monitored metric.
     """
 
-    def __init__(self, layout: dict[str, int], experiment: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        params: CheckpointParams,
+        name: str,
+        dirpath: Path,
+        layout: dict[str, int],
+        experiment: dict[str, Any],
+        watchdog: Watchdog,
+    ) -> None:
+        self.params = params
+        self.dirpath = dirpath.absolute()
         self.layout = layout
         self.experiment = experiment
+        self.watchdog = watchdog
+        self.archive = self.dirpath / f"{params.prefix or name}{params.postfix}"
+        stem = self.archive.name.removesuffix(".nemo")
+        self.best_archive = self.archive.with_name(f"{stem}-best.nemo")
+        self._template = params.filename or (
+            f"{name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
+            "-step={step}-consumed_samples={consumed_samples}"
+        )
+        self.scores: dict[Path, float] = {}
+        self._has_saved = False  # in this process
         self._write: CheckpointWrite | None = None  # the one that is being written
-        self._saved = (-1, False)  # step of the latest one, and whether it is resumable
-        self._names: list[Path] = []  # of the latest one
-        self._removals: list[Path] = []  # once that one is whole
+        self._written: tuple[int, bool] = (
+            0,
+            False,
+        )  # its step, and whether it is resumable
+        self._names: list[Path] = []  # and its names
+        self._removals: list[Path] = []  # once it is whole
+
+    @property
+    def best(self) -> Path | None:
+        """The checkpoint with the best score."""
+        return min(self.scores, key=self._rank_key, default=None)
 
     def is_writing(self) -> bool:
         """Return True while this rank's part of a checkpoint is being written."""
         return self._write is not None and self._write.is_running()
 
-    def start(self, checkpoint: dict[str, Any], target: Path) -> None:
-        """Start to write; `finish` gives the checkpoint its name."""
+    def rank(self, trainer: pl.Trainer) -> None:
+        """Save the weights that were just validated if they are good, and the latest state."""
         self.finish()
-        folder: list[Any] = [unfinished_folder(target)]
-        torch.distributed.broadcast_object_list(folder, src=0)
-        with _explained(target, folder[0]):
-            self._write = CheckpointWrite(checkpoint, folder[0])
-        self._saved = (checkpoint["global_step"], "optimizer_states" in checkpoint)
-        self._names = [target]
+        monitor = self.params.monitor
+        score = float(trainer.callback_metrics.get(monitor, math.nan))
+        names: list[Path] = []
+        if math.isfinite(score):
+            path = self._path(trainer, self._template)
+            self.scores[path] = score
+            ranked = sorted(self.scores, key=self._rank_key)
+            keep = self.params.save_top_k
+            for other in ranked[keep:] if keep >= 0 else []:
+                del self.scores[other]
+                if other != path:
+                    self._removals.append(other)
+            if path in self.scores:
+                names.append(path)
+            if self.params.verbose:
+                outcome = f"saved as {path.name}" if names else "is not among the best"
+                log.info(
+                    "step %d: %s=%.5f %s", trainer.global_step, monitor, score, outcome
+                )
+        else:
+            log.warning(
+                "%s is not finite after step %d; no checkpoint is ranked by it",
+                monitor,
+                trainer.global_step,
+            )
+        if names and self.params.save_weights_only:
+            self._save(trainer, names, weights_only=True)
+            names = []
+        if self.params.save_last or (trainer.should_stop and not names):
+            names.append(self._latest(trainer, has_score=math.isfinite(score)))
+        if names:
+            self._save(trainer, names)
 
-    def add_name(self, target: Path, step: int, resumable: bool) -> bool:
-        """Give the checkpoint of this step one more name; return False if there is none."""
-        if self._saved != (step, resumable):
-            return False
-        if self._write is None and target not in self._names:
-            whole = self._names[-1]
-            self._on_first_rank(lambda: link(whole, target), target)
-        self._names.append(target)
-        return True
+    def save_latest(self, trainer: pl.Trainer) -> None:
+        """Save all that a run needs to resume, as `*-last`."""
+        self._save(trainer, [self._latest(trainer, has_score=False)])
+
+    def write(self, checkpoint: dict[str, Any]) -> None:
+        """Start to write what Lightning has collected; `finish` gives the checkpoint its names."""
+        folder = on_rank_zero(lambda: unfinished_folder(self._names[0]))
+        with self._explained():
+            self._write = CheckpointWrite(checkpoint, folder)
+        self._written = (checkpoint["global_step"], "optimizer_states" in checkpoint)
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and give it its names.
@@ -89,110 +144,21 @@ class CheckpointWriter:
         Raises:
             CheckpointError: it could not be written.
         """
-        if self._write is None:
+        write, self._write = self._write, None
+        if write is None:
             return
-        folder = self._write.folder
-        with _explained(self._names[0], folder):
-            try:
-                sums = self._write.finish()
-            finally:
-                self._write = None
 
-        def name() -> None:
-            step, resumable = self._saved
-            seal(folder, step, resumable, self.layout, sums, self.experiment)
-            publish(folder, self._names)
+        def complete() -> None:
+            seal(write.folder, *self._written, self.layout, sums, self.experiment)
+            publish(write.folder, self._names)
             for path in self._removals:
                 discard(path)
 
-        self._on_first_rank(name, self._names[0])
+        pause = self.watchdog.pause("waiting for a checkpoint to be written")
+        with pause, self._explained():
+            sums = write.finish()
+            on_rank_zero(complete)
         self._removals = []
-
-    @staticmethod
-    def _on_first_rank(act: Callable[[], None], target: Path) -> None:
-        with _explained(target):
-            on_rank_zero(act)
-
-    def remove(self, folder: Path) -> None:
-        """Delete a checkpoint once the one that is being written, and may replace it, is whole."""
-        if self._write is not None:
-            self._removals.append(folder)
-        elif torch.distributed.get_rank() == 0:
-            discard(folder)
-
-
-class Checkpoints:
-    """Checkpoints of a run: the latest to resume from, and the best by the monitored metric.
-
-    The latest is named `*-last`, the one before it `*-previous`.
-
-    Attributes:
-        params: `exp_manager.checkpoint_callback_params`.
-        scores: ranked checkpoint -> value of the monitored metric.
-    """
-
-    def __init__(
-        self,
-        config: TrainStudentConfig,
-        dirpath: Path,
-        writer: CheckpointWriter,
-        watchdog: Watchdog,
-    ) -> None:
-        params = config.exp_manager.checkpoint_callback_params
-        self.params = params
-        self.dirpath = dirpath.absolute()
-        self.writer = writer
-        self.watchdog = watchdog
-        self.leaves_hf = config.export.hf
-        self.archive = self.dirpath / f"{params.prefix or config.name}{params.postfix}"
-        self._template = params.filename or (
-            f"{config.name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
-            "-step={step}-consumed_samples={consumed_samples}"
-        )
-        self._inserts_names = bool(params.filename) and params.auto_insert_metric_name
-        self._saved_step: int | None = None  # by this process
-        self._archived: Path | None = None
-        self.scores: dict[Path, float] = {}
-
-    @property
-    def best(self) -> Path | None:
-        """The checkpoint with the best score."""
-        return min(self.scores, key=self._rank_key, default=None)
-
-    def rank(self, trainer: pl.Trainer) -> None:
-        """Rank and save the weights that were just validated, and save the latest state."""
-        monitor = self.params.monitor
-        measured = trainer.callback_metrics
-        if monitor not in measured:
-            raise ConfigError(
-                f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(measured)}"
-            )
-        score = float(measured[monitor])
-        step = trainer.global_step
-        if math.isfinite(score):
-            self._save_if_good(trainer, score)
-        else:
-            log.warning(
-                "%s is not finite after step %d; no checkpoint is ranked by it",
-                monitor,
-                step,
-            )
-        if self.params.save_last or (trainer.should_stop and self._saved_step != step):
-            self.save_latest(trainer, with_score=math.isfinite(score))
-
-    def save_latest(self, trainer: pl.Trainer, with_score: bool = False) -> None:
-        """Save all that a run needs to resume, as `*-last`."""
-        template = self._template
-        if not with_score:
-            template = re.sub(
-                rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?", "", template
-            )
-        self._save(trainer, self._path(trainer, template + LAST), weights_only=False)
-
-    def finish(self) -> None:
-        """Wait for the checkpoint that is being written, if any."""
-        with self.watchdog.pause("waiting for a checkpoint to be written"):
-            self.writer.finish()
 
     def write_archives(self, trainer: pl.Trainer, student: Any) -> None:
         """Leave the student's last and best weights as archives; the student keeps the best.
@@ -202,10 +168,9 @@ class Checkpoints:
         if an earlier run of the same command left them and no step was trained since. Every rank
         calls it after the training.
         """
-        is_left = trainer.strategy.broadcast(
-            self._saved_step is None and self._is_left(trainer)
-        )
+        best_only = self.params.save_best_model
         writes = self.params.save_nemo_on_train_end
+        is_left = on_rank_zero(lambda: self._is_left(trainer, student.config.export.hf))
         if is_left:
             log.warning(
                 "nothing is left to train: %s is the result of an earlier run of this command, "
@@ -214,33 +179,21 @@ class Checkpoints:
                 self.archive,
                 trainer.global_step,
             )
-        elif writes and not self.params.save_best_model:
+        elif writes and not best_only:
             student.save_to(str(self.archive))
         step = self._load_best(trainer, student)
-        if self.params.save_best_model:
+        if step is not None:
+            log.info("the best weights by %s are of step %d", self.params.monitor, step)
+        if best_only:
             if writes and not is_left:
                 student.save_to(str(self.archive))
-            return
-        best = self.archive.with_name(
-            f"{self.archive.name.removesuffix('.nemo')}-best.nemo"
-        )
-        if step == trainer.global_step:
-            if trainer.is_global_zero and writes:
-                best.unlink(missing_ok=True)
-                shutil.rmtree(best.with_name(f"{best.stem}-hf"), ignore_errors=True)
-            log.info(
-                "the last weights are the best by %s: %s",
-                self.params.monitor,
-                self.archive,
-            )
-        elif step is not None and writes:
-            student.save_to(str(best))
-            log.info(
-                "the best weights by %s are of step %d: %s",
-                self.params.monitor,
-                step,
-                best,
-            )
+        elif writes and step not in (None, trainer.global_step):
+            student.save_to(str(self.best_archive))
+        elif writes and step is not None and trainer.is_global_zero:
+            # An earlier part of the run may have left them.
+            self.best_archive.unlink(missing_ok=True)
+            hf_folder = self.best_archive.with_name(f"{self.best_archive.stem}-hf")
+            shutil.rmtree(hf_folder, ignore_errors=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -253,55 +206,36 @@ class Checkpoints:
         The state may come from another person's checkpoint, and a checkpoint that it names may be
         deleted for a better one, or loaded.
         """
-        found = state.get("best_k_models")
         own = [
             path
             for path in checkpoints(self.dirpath)
-            if not path.name.endswith(NOT_RANKED)
+            if not path.name.endswith((LAST, PREVIOUS))
         ]
-        self.scores = {}
-        for path, score in found.items() if isinstance(found, dict) else ():
-            here = self.dirpath / Path(str(path)).name.removesuffix(".ckpt")
-            if here in own and isinstance(score, int | float | torch.Tensor):
-                self.scores[here] = float(score)
+        for name, score in state.get("best_k_models", {}).items():
+            path = self.dirpath / Path(name).name.removesuffix(".ckpt")
+            if path in own:
+                self.scores[path] = float(score)
 
-    def _save_if_good(self, trainer: pl.Trainer, score: float) -> None:
-        monitor = self.params.monitor
-        path = self._path(trainer, self._template)
-        self.scores[path] = score
-        ranked = sorted(self.scores, key=self._rank_key)
-        dropped = ranked[self.params.save_top_k :] if self.params.save_top_k >= 0 else []
-        if self.params.verbose:
-            outcome = (
-                "is not among the best" if path in dropped else f"saved as {path.name}"
-            )
-            log.info("step %d: %s=%.5f %s", trainer.global_step, monitor, score, outcome)
-        if path not in dropped:
-            self._save(trainer, path, self.params.save_weights_only)
-        for other in dropped:
-            del self.scores[other]
-            if other != path:
-                self.writer.remove(other)
-
-    def _save(self, trainer: pl.Trainer, path: Path, weights_only: bool) -> None:
-        step = trainer.global_step
-        with self.watchdog.pause(f"saving the checkpoint {path.name}"):
-            if not self.writer.add_name(path, step, not weights_only):
-                trainer.save_checkpoint(path, weights_only)
-                best_is_known = self.params.save_best_model and self.best in (
-                    None,
-                    self._archived,
-                )
-                if (
-                    self.params.always_save_nemo
-                    and not weights_only
-                    and not best_is_known
-                ):
-                    self._archived = self.best
-                    trainer.lightning_module.save_to(str(self.archive))
-        self._saved_step = step
+    def _save(
+        self, trainer: pl.Trainer, names: list[Path], weights_only: bool = False
+    ) -> None:
+        self.finish()
+        self._names = names
+        with self.watchdog.pause(f"saving the checkpoint {names[0].name}"):
+            trainer.save_checkpoint(names[0], weights_only)  # calls `write`
+            is_wanted = not self.params.save_best_model or self.best in names
+            if self.params.always_save_nemo and not weights_only and is_wanted:
+                trainer.lightning_module.save_to(str(self.archive))
+        self._has_saved = True
         if not self.params.async_save:
             self.finish()
+
+    def _latest(self, trainer: pl.Trainer, has_score: bool) -> Path:
+        template = self._template
+        if not has_score:
+            pattern = rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?"
+            template = re.sub(pattern, "", template)
+        return self._path(trainer, template + LAST)
 
     def _path(self, trainer: pl.Trainer, template: str) -> Path:
         values: dict[str, Any] = {
@@ -310,27 +244,29 @@ class Checkpoints:
         values["step"] = trainer.global_step
         values["epoch"] = int(values.get("epoch", trainer.current_epoch))
         values["consumed_samples"] = float(trainer.datamodule.training.consumed_samples)
+        inserts_names = self.params.filename and self.params.auto_insert_metric_name
 
         def fill(match: re.Match[str]) -> str:
             name, spec = match.groups(default="")
-            label = f"{name}=" if self._inserts_names else ""
+            label = f"{name}=" if inserts_names else ""
             return label + format(values.get(name, 0), spec)
 
         return self.dirpath / re.sub(r"\{([^{}:]+)(?::([^{}]*))?\}", fill, template)
 
-    def _is_left(self, trainer: pl.Trainer) -> bool:
-        """Return True if the archive is newer than the checkpoint that this run resumed."""
+    def _is_left(self, trainer: pl.Trainer, wants_hf: bool) -> bool:
+        """Return True if nothing was trained and the archive is newer than the checkpoint that
+        this run resumed."""
         resumed = Path(str(trainer.ckpt_path))
-        if resumed.absolute().parent != self.dirpath:
+        if self._has_saved or resumed.absolute().parent != self.dirpath:
             return False
         hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
-        wanted = [self.archive, hf_folder] if self.leaves_hf else [self.archive]
+        wanted = [self.archive, hf_folder] if wants_hf else [self.archive]
         made_s = (resumed / CONTENTS).stat().st_mtime
         return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 
     def _load_best(self, trainer: pl.Trainer, student: Any) -> int | None:
         """Load the best weights into the student; return their step, or None if there are none."""
-        folder = trainer.strategy.broadcast(self.best)
+        folder = on_rank_zero(lambda: self.best)
         if folder is None:
             return None
         problem = agreed_damage(folder)
@@ -345,34 +281,25 @@ class Checkpoints:
         if step != trainer.global_step:
             state = load_sharded({"state_dict": student.sharded_state_dict()}, folder)
             student.load_sharded_state_dict(state["state_dict"])
-            trainer.datamodule.load_state_dict(
-                state[type(trainer.datamodule).__qualname__]
-            )
+            student.data.load_state_dict(state["StudentData"])
         return step
 
     def _rank_key(self, path: Path) -> float:
         """Return the score so that less is better."""
         return -self.scores[path] if self.params.mode == "max" else self.scores[path]
 
-
-@contextlib.contextmanager
-def _explained(target: Path, written: Path | None = None) -> Iterator[None]:
-    """Raise errors as a CheckpointError; remove what was `written`, which all ranks have left."""
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        before = next(
-            (path for path in checkpoints(target.parent) if path != target), None
-        )
-        if written is not None and torch.distributed.get_rank() == 0:
-            remove(written)
-        kept = (
-            f"the one before it is whole: {before.name}"
-            if before
-            else "there is none before it"
-        )
-        raise CheckpointError(
-            f"{target}: the checkpoint cannot be written ({lines[-1]}); {kept}. Make room, or set "
-            f"{PARAMS}.dirpath, and run the same command again"
-        ) from error
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise errors of writing as a CheckpointError, on every rank."""
+        try:
+            yield
+        except (OSError, CheckpointException) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            before = next(iter(checkpoints(self.dirpath)), None)
+            kept = "there is none before it"
+            if before is not None:
+                kept = f"the one before it is whole: {before.name}"
+            raise CheckpointError(
+                f"{self._names[0]}: the checkpoint cannot be written ({lines[-1]}); {kept}. Make "
+                f"room, or set {PARAMS}.dirpath, and run the same command again"
+            ) from error

@@ -7,13 +7,12 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -32,7 +31,6 @@ from nemo_kd.config.student import (
     StudentDatasetConfig,
     StudentModelConfig,
     StudentRecordsConfig,
-    TrainStudentConfig,
 )
 from nemo_kd.data.batches import (
     MicroBatchRows,
@@ -42,12 +40,11 @@ from nemo_kd.data.batches import (
     micro_batches,
 )
 from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches, shares
+from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import follow_the_main_process
 from nemo_kd.student.cache_match import find_mismatches
 from nemo_kd.student.schedule import TrainingPlan
-from nemo_kd.student.throughput import WatchedLoader
 
 log = logging.getLogger(__name__)
 
@@ -75,28 +72,34 @@ def load_splits(
     seq_length = sequence_length(
         model.max_seq_length, architecture.max_position_embeddings
     )
-    paths = {split: data.paths(split) for split in SPLITS if data.paths(split)}
-    splits: Mapping[str, Rows]
-    if data.uses_cache:
-        splits = _open_caches(paths, model, seq_length, architecture, tokenizer)
-    else:
-        for split, of_split in paths.items():
-            for path in filter(is_subset, of_split):
-                raise ConfigError(
-                    f"{PREFIX}.{split}: {path} selects rows, which caches take and "
-                    "data_impl=dataset does not; give a file with these rows alone"
-                )
-        splits = {
-            split: _tokenize(
-                split, paths[split], data, seq_length, architecture, tokenizer
-            )
-            for split in paths
-        }
-    for split, rows in splits.items():
-        _check_usable(
-            f"{PREFIX}.{split}", rows, paths[split], data.weights(split) is not None
+    if data.uses_cache and data.dataset != StudentDatasetConfig():
+        log.warning(
+            "model.data.dataset has no effect on caches, which hold tokens; it is for "
+            "data_impl=dataset"
         )
-    return dict(splits)
+    splits: dict[str, Rows] = {}
+    readers: dict[str, list[CacheReader]] = {}
+    mismatches: list[str] = []
+    for split in filter(data.paths, SPLITS):
+        if data.uses_cache:
+            readers[split] = _open_caches(split, data, seq_length, architecture)
+            mismatches += [
+                f"\n  {split}: {text}"
+                for text in find_mismatches(
+                    readers[split], model, architecture.vocab_size, tokenizer
+                )
+            ]
+        else:
+            splits[split] = _tokenize(split, data, seq_length, architecture, tokenizer)
+    if mismatches:
+        raise CacheError(
+            f"{PREFIX}: cache and student do not match:{''.join(mismatches)}"
+        )
+    splits |= {split: CacheBlend(sources) for split, sources in readers.items()}
+    for split, rows in splits.items():
+        is_weighted = data.weights(split) is not None
+        _check_usable(f"{PREFIX}.{split}", rows, data.paths(split), is_weighted)
+    return splits
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
@@ -123,73 +126,52 @@ def _check_usable(key: str, rows: Rows, paths: Sequence[str], is_weighted: bool)
     start = 0
     for path, sizes in zip(paths, rows.source_chunks(), strict=True):
         size = sum(sizes)
-        if is_weighted and not size:
+        checked = range(start, start + size, -(-size // MAX_ROWS_CHECKED) or 1)
+        start += size
+        if not size and not is_weighted:
+            continue
+        if not any(example_of(rows[position]).num_loss_tokens for position in checked):
             raise ConfigError(
-                f"{key}: no usable example in {path}, which has a weight; take it out"
-            )
-        spread = np.linspace(start, start + size - 1, min(size, MAX_ROWS_CHECKED)).astype(
-            int
-        )
-        if size and not any(
-            example_of(rows[at]).num_loss_tokens for at in spread.tolist()
-        ):
-            raise ConfigError(
-                f"{key}: {path}: none of {len(spread)} examples has a token in the loss "
+                f"{key}: {path}: none of {len(checked)} examples has a token in the loss "
                 "(loss_mask is 0 throughout), so there is nothing to train or to measure on; take "
                 "it out, or mark what is to be trained"
             )
-        start += size
 
 
 def _open_caches(
-    paths: dict[str, list[str]],
-    model: StudentModelConfig,
-    seq_length: int,
-    architecture: GPTArchitecture,
-    tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, CacheBlend]:
-    data = model.data
-    if data.dataset != StudentDatasetConfig():
-        log.warning(
-            "model.data.dataset has no effect on caches, which hold tokens; it is for "
-            "data_impl=dataset"
-        )
+    split: str, data: StudentDataConfig, seq_length: int, architecture: GPTArchitecture
+) -> list[CacheReader]:
     vocab_size = architecture.vocab_size if data.drop_ids_outside_vocab else None
-    mismatches: list[str] = []
-    readers: dict[str, list[CacheReader]] = {}
-    for split, of_split in paths.items():
-        n_chunks = (
-            data.n_chunks.get(split) if isinstance(data.n_chunks, dict) else data.n_chunks
+    chunks = data.n_chunks
+    n_chunks = chunks.get(split) if isinstance(chunks, dict) else chunks
+    readers = [
+        CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size)
+        for path in data.paths(split)
+    ]
+    dropped = sum(reader.dropped_too_long for reader in readers)
+    if dropped:
+        log.warning(
+            "%s: %d examples longer than %d tokens are dropped",
+            split,
+            dropped,
+            seq_length,
         )
-        readers[split] = [
-            CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size)
-            for path in of_split
-        ]
-        found = find_mismatches(readers[split], model, architecture.vocab_size, tokenizer)
-        mismatches += [f"  {split}: {text}" for text in found]
-    if mismatches:
-        lines = "\n".join(mismatches)
-        raise CacheError(f"{PREFIX}: cache and student do not match:\n{lines}")
-    for split, sources in readers.items():
-        dropped = sum(reader.dropped_too_long for reader in sources)
-        if dropped:
-            log.warning(
-                "%s: %d examples longer than %d tokens are dropped",
-                split,
-                dropped,
-                seq_length,
-            )
-    return {split: CacheBlend(sources) for split, sources in readers.items()}
+    return readers
 
 
 def _tokenize(
     split: str,
-    paths: list[str],
     data: StudentDataConfig,
     seq_length: int,
     architecture: GPTArchitecture,
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
+    paths = data.paths(split)
+    for path in filter(is_subset, paths):
+        raise ConfigError(
+            f"{PREFIX}.{split}: {path} selects rows, which caches take and data_impl=dataset does "
+            "not; give a file with these rows alone"
+        )
     examples: list[list[Example]] = []
     skipped: Counter[str] = Counter()
     for source, path in enumerate(paths):
@@ -212,52 +194,38 @@ def _tokenize(
 
 
 class StudentData(pl.LightningDataModule):
-    """Data loaders over the splits; a batch is the list of this rank's micro-batches of a step."""
+    """Data loaders over the splits; a batch is the list of this rank's micro-batches of a step.
+
+    Attributes:
+        descriptions: of every split, with paths and fingerprint.
+        training: the order of the training data, and the place in it.
+    """
 
     def __init__(
         self,
-        config: TrainStudentConfig,
+        model: StudentModelConfig,
         splits: dict[str, Rows],
         plan: TrainingPlan,
         pad_id: int,
         groups: ProcessGroups,
     ) -> None:
         super().__init__()
-        model = config.model
-        batch_size = model.global_batch_size
-        multiple_of = length_multiple(model)
-        if not model.packed:
-            multiple_of = math.lcm(multiple_of, PADDED_MULTIPLE)
-        self.config = config
+        self.model = model
         self.splits = splits
+        self.plan = plan
+        self.pad_id = pad_id
         self.groups = groups
         self.descriptions = {split: rows.description() for split, rows in splits.items()}
-        max_tokens = model.data.max_tokens_per_batch
-        self.micro_batch_rows = functools.partial(
-            MicroBatchRows,
-            data_rank=groups.data_rank,
-            data_size=groups.data_size,
-            micro_batch_size=model.micro_batch_size,
-            max_tokens=max_tokens and max_tokens * groups.context_size,
-            packed=model.packed,
-            multiple_of=multiple_of,
-        )
-        self.collate = functools.partial(
-            micro_batches,
-            pad_id=pad_id,
-            packed=model.packed,
-            multiple_of=multiple_of,
-            context_rank=groups.context_rank,
-            context_size=groups.context_size,
-            every_target=model.knowledge_distillation.objective == "custom",
-        )
-        order = _training_order(
-            config, splits["train"], plan.steps_per_epoch * batch_size
+        order = SampleOrder(
+            splits["train"].source_chunks(),
+            model.data.weights("train"),
+            model.seed,
+            model.data.shuffle,
         )
         self.training = TrainingBatches(
-            order, batch_size, plan.steps_per_epoch, plan.max_steps
+            order, model.global_batch_size, plan.steps_per_epoch, plan.max_steps
         )
-        self._loaders: list[WatchedLoader] = []
+        self._loaders: list[DataLoader[Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -277,67 +245,61 @@ class StudentData(pl.LightningDataModule):
         """Return the batch as it is: `forward_backward` moves micro-batches one by one."""
         return batch
 
-    def train_dataloader(self) -> WatchedLoader:
-        self.watched = self._loader("train", self.training)
-        return self.watched
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader("train")
 
-    def val_dataloader(self) -> WatchedLoader | list[Any]:
-        return (
-            self._evaluation_loader("validation") if "validation" in self.splits else []
-        )
+    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
+        return self.loader("validation") if "validation" in self.splits else []
 
-    def test_dataloader(self) -> WatchedLoader:
-        return self._evaluation_loader("test")
-
-    def _evaluation_loader(self, split: str) -> WatchedLoader:
-        batch_size = self.config.model.global_batch_size
-        return self._loader(split, EvaluationBatches(len(self.splits[split]), batch_size))
-
-    def _loader(
-        self, split: str, batches: TrainingBatches | EvaluationBatches
-    ) -> WatchedLoader:
-        num_workers = self.config.model.data.num_workers
+    def loader(self, split: str) -> DataLoader[Any]:
+        """Return the split's batches: training data from the next step on, all of the others."""
+        model = self.model
+        groups = self.groups
+        rows = self.splits[split]
+        batches: Any = self.training
+        if split != "train":
+            batches = EvaluationBatches(len(rows), model.global_batch_size)
+        multiple_of = length_multiple(model)
+        if not model.packed:
+            multiple_of = math.lcm(multiple_of, PADDED_MULTIPLE)
+        max_tokens = model.data.max_tokens_per_batch
+        num_workers = model.data.num_workers
         loader: DataLoader[Any] = DataLoader(
-            self.micro_batch_rows(self.splits[split]),
+            MicroBatchRows(
+                rows,
+                data_rank=groups.data_rank,
+                data_size=groups.data_size,
+                micro_batch_size=model.micro_batch_size,
+                max_tokens=max_tokens and max_tokens * groups.context_size,
+                packed=model.packed,
+                multiple_of=multiple_of,
+            ),
             batch_sampler=batches,
-            collate_fn=self.collate,
+            collate_fn=functools.partial(
+                micro_batches,
+                pad_id=self.pad_id,
+                packed=model.packed,
+                multiple_of=multiple_of,
+                context_rank=groups.context_rank,
+                context_size=groups.context_size,
+                every_target=model.knowledge_distillation.objective == "custom",
+            ),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             # A spawned worker would import everything again.
             multiprocessing_context="fork" if num_workers else None,
             # The seeds of workers must not be drawn from the generator of dropout.
             generator=torch.Generator(),
-            pin_memory=self.groups.device.type == "cuda",
+            pin_memory=groups.device.type == "cuda",
             worker_init_fn=follow_the_main_process,
         )
-        self._loaders.append(WatchedLoader(loader))
-        return self._loaders[-1]
+        self._loaders.append(loader)
+        return loader
 
     def close(self) -> None:
-        """End the processes that read ahead."""
+        """End the processes that read ahead; they ignore signals, so Python would wait forever."""
         for loader in self._loaders:
-            loader.close()
+            workers: Any = loader._iterator  # noqa: SLF001 - torch has no public way
+            if workers is not None:
+                workers._shutdown_workers()  # noqa: SLF001 - nor for this
         self._loaders.clear()
-
-
-def _training_order(
-    config: TrainStudentConfig, rows: Rows, samples_per_epoch: int
-) -> SampleOrder:
-    data = config.model.data
-    weights = data.weights("train")
-    if weights is not None:
-        counts = shares(weights, samples_per_epoch)
-        for path, count in zip(data.paths("train"), counts, strict=True):
-            if count == 0:
-                raise ConfigError(
-                    f"{PREFIX}.train: the weight of {path} gives it none of the "
-                    f"{samples_per_epoch} samples of an epoch; give it a greater one, or take the "
-                    "path out"
-                )
-            log.info(
-                "train: %s gives %d of the %d samples of an epoch",
-                path,
-                count,
-                samples_per_epoch,
-            )
-    return SampleOrder(rows.source_chunks(), weights, config.model.seed, data.shuffle)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd import __version__
+from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.experiment import allowed_keys, compared_defaults, compared_values
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
@@ -25,7 +26,7 @@ from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
     Contents,
     checkpoints,
-    read_contents,
+    resumable,
 )
 from nemo_kd.student.data import StudentData
 
@@ -54,90 +55,75 @@ FIXED = (
     "model.peft.lora_tuning.alpha",
     "model.peft.lora_tuning.layer_selection",
 )
-"""Keys and sections that change a checkpoint's tensors or their meaning: they may never differ."""
+"""Starts of keys that change a checkpoint's tensors or their meaning: they may never differ."""
 
 LOCATION = ("name", "paths")
 """Parts of a value that name its place; they are shown, not compared."""
 
 
 @contextlib.contextmanager
-def own_run_folder(settings: dict[str, Any]) -> Iterator[None]:
+def own_run_folder(manager: ExpManagerConfig, name: str) -> Iterator[None]:
     """Lock the run's folders before anything in them is read or changed; every rank calls this.
+
+    Args:
+        name: of the run.
 
     Raises:
         UserInputError: on every rank, if another process holds a folder, or if the run would start
             over in the folder of an earlier run.
     """
     with contextlib.ExitStack() as stack:
-        on_rank_zero(lambda: _claim(settings, stack))
+        on_rank_zero(lambda: _claim(manager, name, stack))
         yield
 
 
-def _claim(settings: dict[str, Any], stack: contextlib.ExitStack) -> None:
-    log_dir, checkpoint_dir = _folders(settings)
-    inside = log_dir and log_dir / "checkpoints"
-    wait_s = WAIT_AFTER_REQUEUE_S if "SLURM_RESTART_COUNT" in os.environ else WAIT_S
-    for folder in dict.fromkeys((log_dir, checkpoint_dir)):
-        if folder is not None and folder != inside:
-            with explained(folder):
-                (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(Lock(folder / LOCK, REFUSAL, wait_s))
-    _check_nothing_is_trained_over(settings, log_dir, checkpoint_dir)
-
-
-def _folders(settings: dict[str, Any]) -> tuple[Path | None, Path | None]:
-    """Return the folders of logs and checkpoints; None for one that NeMo names by date and time."""
+def _claim(manager: ExpManagerConfig, run_name: str, stack: contextlib.ExitStack) -> None:
+    # NeMo names a folder by date and time where none is known here.
     log_dir = None
-    if settings["explicit_log_dir"]:
-        log_dir = Path(settings["explicit_log_dir"]).absolute()
-    elif settings["resume_if_exists"] or settings["version"]:
-        parent = Path(settings["exp_dir"] or "nemo_experiments") / settings["name"]
-        log_dir = (parent / (settings["version"] or "")).absolute()
-    dirpath = settings["checkpoint_callback_params"]["dirpath"]
-    return log_dir, Path(
-        dirpath
-    ).absolute() if dirpath else log_dir and log_dir / "checkpoints"
+    if manager.explicit_log_dir:
+        log_dir = Path(manager.explicit_log_dir).absolute()
+    elif manager.resume_if_exists or manager.version:
+        parent = Path(manager.exp_dir or "nemo_experiments") / (manager.name or run_name)
+        log_dir = (parent / (manager.version or "")).absolute()
+    checkpoint_dir = log_dir and log_dir / "checkpoints"
+    folders = [log_dir]
+    if manager.checkpoint_callback_params.dirpath:
+        checkpoint_dir = Path(manager.checkpoint_callback_params.dirpath).absolute()
+        folders.append(checkpoint_dir)
+    wait_s = WAIT_AFTER_REQUEUE_S if "SLURM_RESTART_COUNT" in os.environ else WAIT_S
+    for folder in filter(None, dict.fromkeys(folders)):
+        with explained(folder):
+            (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+        stack.enter_context(Lock(folder / LOCK, REFUSAL, wait_s))
+    _check_nothing_is_trained_over(manager, log_dir, checkpoint_dir)
 
 
 def _check_nothing_is_trained_over(
-    settings: dict[str, Any], log_dir: Path | None, checkpoint_dir: Path | None
+    manager: ExpManagerConfig, log_dir: Path | None, checkpoint_dir: Path | None
 ) -> None:
     """
     Raises:
         CheckpointError: the run would start over beside the files of an earlier run.
     """
-    found = checkpoints(checkpoint_dir) if checkpoint_dir is not None else []
-    source = settings["resume_from_checkpoint"]
-    resumes = settings["resume_if_exists"]
-    if (resumes and any(map(_may_resume, found))) or (
-        source and Path(source).absolute() in found
-    ):
-        return
-    left = [
-        *found,
-        *(sorted(checkpoint_dir.glob("*.nemo")) if checkpoint_dir is not None else []),
-    ]
-    if log_dir is not None and not resumes:
+    left: list[Path] = []
+    if checkpoint_dir is not None:
+        left = checkpoints(checkpoint_dir)
+        source = manager.resume_from_checkpoint
+        if (manager.resume_if_exists and resumable(checkpoint_dir)) or (
+            source and Path(source).absolute() in left
+        ):
+            return
+        left += sorted(checkpoint_dir.glob("*.nemo"))
+    if log_dir is not None and not manager.resume_if_exists:
         metrics = log_dir / "metrics" / "metrics.jsonl"
         left += [metrics] if metrics.exists() and metrics.stat().st_size else []
-    if left and resumes:
-        raise CheckpointError(
-            f"exp_manager.resume_if_exists: {checkpoint_dir} holds files of another run "
-            f"({left[0].name}), but no checkpoint to resume from, so this run would start over and "
-            "replace them. Give another exp_manager.explicit_log_dir, or move the files away"
-        )
     if left:
         raise CheckpointError(
-            f"exp_manager.resume_if_exists: False, but {log_dir or checkpoint_dir} holds a run "
-            f"({left[0].name}), which this one would overwrite. Give another "
-            "exp_manager.explicit_log_dir, or resume that run: exp_manager.resume_if_exists=true"
+            f"exp_manager.resume_if_exists: {manager.resume_if_exists}, and {left[0]} belongs to a "
+            "run that this one would not resume but overwrite. Give another "
+            "exp_manager.explicit_log_dir, move the files away, or resume that run from its "
+            "checkpoint: exp_manager.resume_if_exists=true"
         )
-
-
-def _may_resume(folder: Path) -> bool:
-    """Return True for damaged ones too: these are reported where a checkpoint is chosen."""
-    contents = read_contents(folder)
-    return contents is None or contents.resumable
 
 
 def experiment_record(
@@ -160,9 +146,12 @@ def experiment_record(
     record["trainer.precision"] = PRECISIONS[config.trainer.precision]
     record["model.knowledge_distillation.kd_loss"] = loss.objective
     if loss.custom_loss is not None:
+        module = importlib.import_module(loss.custom_loss.rpartition(".")[0])
+        source = getattr(module, "__file__", None)
+        digest = source and hashlib.sha256(Path(source).read_bytes()).hexdigest()
         record["model.knowledge_distillation.custom_loss"] = {
             "function": loss.custom_loss,
-            "source": _source_hash(loss.custom_loss),
+            "source": digest and f"sha256:{digest}",
         }
     record[f"{LOOP}.limit_train_batches"] = f"{steps_per_epoch} steps an epoch"
     for split, description in descriptions.items():
@@ -206,15 +195,14 @@ def provenance(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return key -> "VALUE in the checkpoint, VALUE now" of every difference."""
-    defaults = compared_defaults(TrainStudentConfig)
+    # A checkpoint that does not know a key was trained with its default.
+    before = {**compared_defaults(TrainStudentConfig), **before}
     found = {}
     for key, value in now.items():
-        if key not in before and key not in defaults:
-            continue
-        earlier = before.get(key, defaults.get(key))
+        earlier = before.get(key, value)
         # limit_val_batches=1 is one batch, 1.0 is all of them.
         if type(earlier) is not type(value) or _compared(earlier) != _compared(value):
-            found[key] = f"{_shown(earlier)} in the checkpoint, {_shown(value)} now"
+            found[key] = f"{earlier} in the checkpoint, {value} now"
     return found
 
 
@@ -227,9 +215,13 @@ def check_same_experiment(
         CheckpointError: lists every difference that is not allowed.
         ConfigError: an entry of `allow_changed` is not a key.
     """
+    # The checkpoint of a LoRA run holds the adapters only.
+    has_adapters = now.get("model.peft.peft_scheme") not in (None, "none")
+    always = (*FIXED, STUDENT) if has_adapters else FIXED
+    fixed = [key for key in now if key.startswith(always)]
     allowed = allowed_keys(
         allow_changed, [key for key in now if not key.startswith(f"{ARCHITECTURE}.")]
-    )
+    ).difference(fixed)
     before = Contents.read(checkpoint).experiment
     if before is None:
         log.warning(
@@ -239,46 +231,24 @@ def check_same_experiment(
         )
         return
     found = differences(before, now)
-    fixed = [key for key in found if _is_fixed(key, now)]
-    refused = [key for key in found if key in fixed or key not in allowed]
+    refused = [key for key in found if key not in allowed]
     if not refused:
         for key, text in found.items():
             log.warning("allow_changed: %s: %s; the run continues with it", key, text)
         return
     lines = "".join(f"\n  {key}: {found[key]}" for key in refused)
-    ways = "Give another folder (exp_manager.explicit_log_dir) to start over"
-    if fixed:
-        ways += f"; the checkpoint cannot be used with another {', '.join(fixed)}"
-    else:
-        keys = ",".join(dict.fromkeys([*allow_changed, *refused]))
-        ways += f", or continue with the change: 'allow_changed=[{keys}]'"
-    raise CheckpointError(f"{checkpoint} belongs to another experiment:{lines}\n{ways}")
-
-
-def _is_fixed(key: str, now: Mapping[str, Any]) -> bool:
-    if key == STUDENT:  # the checkpoint of a LoRA run holds the adapters only
-        return now.get("model.peft.peft_scheme") not in (None, "none")
-    return any(key == section or key.startswith(f"{section}.") for section in FIXED)
+    keys = ",".join(dict.fromkeys([*allow_changed, *refused]))
+    way = f"or continue with the change: 'allow_changed=[{keys}]'"
+    never = [key for key in refused if key in fixed]
+    if never:
+        way = f"as the checkpoint cannot be used with another {', '.join(never)}"
+    raise CheckpointError(
+        f"{checkpoint} belongs to another experiment:{lines}\nGive another folder "
+        f"(exp_manager.explicit_log_dir) to start over, {way}"
+    )
 
 
 def _compared(value: Any) -> Any:
     if not isinstance(value, dict):
         return value
     return {key: part for key, part in value.items() if key not in LOCATION}
-
-
-def _shown(value: Any) -> str:
-    if not isinstance(value, dict):
-        return str(value)
-    parts = ", ".join(
-        f"{key} {part}" for key, part in _compared(value).items() if part is not None
-    )
-    places = [value[key] for key in LOCATION if value.get(key)]
-    names = [", ".join(place) if isinstance(place, list) else place for place in places]
-    return f"{' '.join(names)} ({parts})" if names else parts
-
-
-def _source_hash(function: str) -> str | None:
-    """Return the hash of a function's source file; None if it has none."""
-    path = getattr(importlib.import_module(function.rpartition(".")[0]), "__file__", None)
-    return path and f"sha256:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"

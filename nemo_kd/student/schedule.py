@@ -61,39 +61,33 @@ def plan_training(
             f"{loop.save_interval} must give at least 1 step"
         )
     plan = TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
-    for warning in _doubts(loop, plan):
-        log.warning("%s.%s", LOOP, warning)
-    return plan
-
-
-def _doubts(loop: LoopConfig, plan: TrainingPlan) -> list[str]:
-    """Return warnings about settings that probably do not do what was meant."""
-    run = f"the run has {plan.max_steps} steps"
-    doubts = []
-    if loop.max_steps > plan.max_steps:
-        doubts.append(
-            f"max_steps: {loop.max_steps}, but {run}, which is what max_epochs={loop.max_epochs} "
-            "gives; raise max_epochs to train longer"
-        )
+    num_steps = plan.max_steps
+    validates_every = val_check_interval if loop.limit_val_batches else 0
     if not loop.limit_val_batches:
-        doubts.append(
-            "limit_val_batches: 0, so nothing is validated, and checkpoints are not ranked"
+        log.warning(
+            "%s.limit_val_batches: 0, so nothing is validated, and checkpoints are not ranked",
+            LOOP,
         )
-    elif plan.val_check_interval > plan.max_steps:
-        doubts.append(
-            f"val_check_interval: {plan.val_check_interval}, but {run}: it validates once, after "
-            "the last"
-        )
-    if plan.save_interval > plan.max_steps:
-        doubts.append(
-            f"save_interval: {plan.save_interval} steps, but {run}: a run that is killed starts "
-            "over; give a smaller one"
-        )
-    if loop.log_every_n_steps > plan.max_steps:
-        doubts.append(
-            f"log_every_n_steps: {loop.log_every_n_steps}, but {run}: none of them is logged"
-        )
-    return doubts
+    for key, steps, effect in (
+        (
+            "max_steps",
+            loop.max_steps,
+            "max_epochs gives no more; raise it to train longer",
+        ),
+        ("val_check_interval", validates_every, "it validates once, after the last"),
+        ("save_interval", save_interval, "a run that is killed starts over"),
+        ("log_every_n_steps", loop.log_every_n_steps, "none of them is logged"),
+    ):
+        if steps > num_steps:
+            log.warning(
+                "%s.%s: %d, but the run has %d steps: %s",
+                LOOP,
+                key,
+                steps,
+                num_steps,
+                effect,
+            )
+    return plan
 
 
 def _steps(key: str, value: int | float, steps_per_epoch: int) -> int:

@@ -1,33 +1,30 @@
-"""The Lightning Trainer of a run, with the folder and the loggers of NeMo's experiment manager."""
+"""Lightning's Trainer on Megatron Core, with NeMo's loggers and callbacks, and what its checkpoints
+hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import PARAMS
-from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.student.checkpoint_folder import choose_checkpoint
-from nemo_kd.student.checkpoints import Checkpoints, CheckpointWriter
-from nemo_kd.student.course import Course
-from nemo_kd.student.lifetime import Lifetime
-from nemo_kd.student.progress import RunLog, named_os_errors, start_wandb
-from nemo_kd.student.run_folder import check_same_experiment
-from nemo_kd.student.schedule import TrainingPlan
-from nemo_kd.student.strategy import LauncherEnvironment, MegatronStrategy
+from nemo_kd.config.exp_manager import ExpManagerConfig
+from nemo_kd.config.student import StudentTrainerConfig
+from nemo_kd.mcore.distributed_checkpoint import load_plain, load_sharded
+from nemo_kd.mcore.groups import ProcessGroups, sharded_random_state
+from nemo_kd.mcore.lora import check_same_adapters
+from nemo_kd.run.ranks import find_ranks
+from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
+from nemo_kd.student.data import StudentData
 
 NOT_NEMOS = {
     "create_checkpoint_callback": False,
@@ -42,53 +39,62 @@ NOT_NEMOS = {
 NeMo's `exp_manager` does not check checkpoints for damage, does not stop all ranks at one step, and
 fails if Weights & Biases is out of reach."""
 
-NEMO_DEFAULTS = (
-    "mlflow_logger_kwargs",
-    "clearml_logger_kwargs",
-    "dllogger_logger_kwargs",
-    "step_timing_kwargs",
-    "ipl_epoch_stopper_callback_params",
-    "straggler_detection_params",
-    "fault_tolerance",
-    "ema",
+ENTRIES = {
+    "loops": "Lightning's counters of steps and batches",
+    "callbacks": "early stopping: best value and patience used",
+    "lr_schedulers": "nothing: the learning rate follows from the step",
+    "schedule": "whether a validation is due, whether the run was stopped early",
+    "ranks": "scores of the checkpoints that are kept",
+    "StudentData": "consumed samples and their batch size",
+    "non_finite": "skipped steps",
+    "adapters": "LoRA's settings and base weights; compared on resume",
+    "hyper_parameters": "configuration of the run, without secrets",
+    "hparams_name": "Lightning's name for it",
+    "global_step": "completed optimizer steps",
+    "epoch": "Lightning's epoch, always 0: its epoch is the whole run",
+    "pytorch-lightning_version": "version that wrote the checkpoint",
+}
+"""Entries of a training checkpoint that are not sharded.
+
+Sharded are `state_dict` (trained weights; with LoRA the adapters only), `optimizer_states` (fp32
+weights and moments) and `random_state` (generators of every rank; for the same layout only). A
+checkpoint of weights alone lacks the optimizer, `random_state`, `callbacks`, `lr_schedulers`,
+`schedule` and `ranks`. `contents.json` beside them lists the files, the layout of the ranks, and
+the experiment record that is compared on resume (`run_folder.check_same_experiment`)."""
+
+SINCE_THE_FIRST_VERSION = (
+    "loops",
+    "callbacks",
+    "lr_schedulers",
+    "schedule",
+    "non_finite",
 )
-"""Keys whose default None stands for NeMo's own."""
 
 
 def build_trainer(
-    config: TrainStudentConfig,
-    settings: dict[str, Any],
-    plan: TrainingPlan,
-    groups: ProcessGroups,
-    lifetime: Lifetime,
-    record: dict[str, Any],
-) -> tuple[pl.Trainer, Checkpoints | None]:
-    """Return a Trainer that runs `plan` from the latest whole checkpoint on, and its checkpoints.
+    config: StudentTrainerConfig,
+    manager: ExpManagerConfig,
+    name: str,
+    data: StudentData,
+) -> tuple[pl.Trainer, Path]:
+    """Return a Trainer with NeMo's loggers and callbacks, and the folder of the run.
 
     Args:
-        settings: of `experiment_settings`.
-        record: of `experiment_record`.
+        name: of the run.
 
     Raises:
-        CheckpointError: there is no checkpoint to resume, or it belongs to another experiment.
+        ConfigError: NeMo refuses a key of `exp_manager`.
     """
-    loop = config.trainer.knowledge_distillation
-    run_log = RunLog(
-        plan.max_steps, loop.log_every_n_steps, settings.pop("log_interval_s")
-    )
-    writer = CheckpointWriter(groups.layout(), record)
+    loop = config.knowledge_distillation
+    groups = data.groups
     trainer = pl.Trainer(
         accelerator="gpu" if groups.device.type == "cuda" else "cpu",
-        devices=config.trainer.num_devices,
-        num_nodes=config.trainer.num_nodes,
-        strategy=MegatronStrategy(
-            groups,
-            writer,
-            cluster_environment=LauncherEnvironment(config.trainer.num_devices),
-        ),
+        devices=config.num_devices,
+        num_nodes=config.num_nodes,
+        strategy=MegatronStrategy(groups, config.num_devices),
         precision="32-true",  # Megatron casts by itself
-        max_epochs=-1,  # `Course` ends the run after `plan.max_steps`
-        val_check_interval=plan.val_check_interval,
+        max_epochs=-1,  # `StudentModule` ends the run after `plan.max_steps`
+        val_check_interval=data.plan.val_check_interval,
         check_val_every_n_epoch=None,  # counts steps over the whole run
         limit_val_batches=loop.limit_val_batches,
         log_every_n_steps=loop.log_every_n_steps,
@@ -98,71 +104,120 @@ def build_trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         enable_progress_bar=False,
-        callbacks=[run_log],
     )
-    log_dir = _set_up_folder(trainer, settings)
-    params = settings["checkpoint_callback_params"]
-    params["dirpath"] = params["dirpath"] or str(log_dir / "checkpoints")
-    dirpath = Path(params["dirpath"])
-    resume = [
-        settings[f"resume_{key}"]
-        for key in ("if_exists", "ignore_no_checkpoint", "from_checkpoint")
-    ]
-    resumed = choose_checkpoint(dirpath, *resume)
-    if resumed is not None:
-        check_same_experiment(resumed, record, config.allow_changed)
-        trainer.ckpt_path = str(resumed)
-    on_rank_zero(lambda: save_config(log_dir / "config.yaml", resolved_config(config)))
-    run_log.log_dir = log_dir
-    trainer.loggers = [*trainer.loggers, *start_wandb(settings, log_dir)]
-    checkpoints = None
-    if settings["create_checkpoint_callback"]:
-        checkpoints = Checkpoints(config, dirpath, writer, lifetime.watchdog)
-    trainer.callbacks.append(Course(plan, lifetime, checkpoints))
-    return trainer, checkpoints
-
-
-def _set_up_folder(trainer: pl.Trainer, settings: dict[str, Any]) -> Path:
-    """Let NeMo make the run's folder, its loggers and callbacks; return the folder."""
-    # It logs that it finds no checkpoint, in the place where it is made to look.
+    # NeMo logs that it finds no checkpoint, in the place where it is made to look.
     nemo_logging.set_verbosity(nemo_logging.ERROR)
-    params = {**settings["checkpoint_callback_params"], "dirpath": os.devnull}
-    keys = OmegaConf.create(
-        {**settings, **NOT_NEMOS, "checkpoint_callback_params": params}
-    )
-    with named_os_errors(settings["explicit_log_dir"] or settings["exp_dir"]):
-        try:
-            log_dir = exp_manager(trainer, keys)
-        except OmegaConfBaseException as error:
-            raise ConfigError(
-                f"exp_manager.{error.full_key}: {str(error.args[0]).splitlines()[0]}"
-            ) from error
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(manager).items()
+        if value is not None and key != "log_interval_s"
+    }
+    settings.setdefault("name", name)
+    settings["checkpoint_callback_params"]["dirpath"] = os.devnull
+    try:
+        log_dir = exp_manager(trainer, OmegaConf.create(settings | NOT_NEMOS))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            f"exp_manager.{error.full_key}: {str(error.args[0]).splitlines()[0]}"
+        ) from error
     nemo_logging.set_verbosity(nemo_logging.WARNING)
     assert log_dir is not None
-    return Path(log_dir)
+    return trainer, Path(log_dir)
 
 
-def experiment_settings(
-    config: TrainStudentConfig, measured: Sequence[str] | None = None
-) -> dict[str, Any]:
-    """Return all keys of `exp_manager`, with defaults.
+class LauncherEnvironment(LightningEnvironment):
+    """The ranks that the launcher started; Lightning's own search reads other jobs' variables."""
 
-    Args:
-        measured: metrics under validation/... by which checkpoints can be ranked; None: unknown.
+    def __init__(self, devices: int) -> None:
+        super().__init__()
+        self._ranks = find_ranks()
+        self._devices = devices
 
-    Raises:
-        ConfigError: a value cannot work.
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def local_rank(self) -> int:
+        return self._ranks.local_rank
+
+    def node_rank(self) -> int:
+        return self._ranks.rank // self._devices
+
+
+class MegatronStrategy(DDPStrategy):
+    """Ranks form Megatron's groups, and Megatron's buffers average the gradients.
+
+    The process group and Megatron's groups exist before the Trainer. All ranks write checkpoints.
     """
-    monitor = config.exp_manager.checkpoint_callback_params.monitor
-    known = ["val_loss", *(f"validation/{name}" for name in measured or ())]
-    if monitor not in known and measured is not None:
-        raise ConfigError(
-            f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(known)}"
-        )
-    settings = dataclasses.asdict(config.exp_manager)
-    settings["name"] = settings["name"] or config.name
-    return {
-        key: value
-        for key, value in settings.items()
-        if value is not None or key not in NEMO_DEFAULTS
-    }
+
+    lightning_module: Any
+
+    def __init__(self, groups: ProcessGroups, num_devices: int) -> None:
+        super().__init__(cluster_environment=LauncherEnvironment(num_devices))
+        self.groups = groups
+
+    def configure_ddp(self) -> None:
+        """Wrap nothing: the module holds Megatron's DistributedDataParallel."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        return self.lightning_module.sharded_state_dict()
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return optimizer.sharded_state_dict(self.lightning_module_state_dict())
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any = None,
+    ) -> None:
+        self.lightning_module.checkpoints.write(checkpoint)
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        """
+        Raises:
+            CheckpointError: an entry is missing.
+            ConfigError: the checkpoint holds other adapters, or is damaged.
+        """
+        folder = Path(checkpoint_path)
+        plain = load_plain(folder)
+        missing = [name for name in SINCE_THE_FIRST_VERSION if name not in plain]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
+                "resume with that version, or start over in another exp_manager.explicit_log_dir"
+            )
+        check_same_adapters(plain.get("adapters"), self.lightning_module.adapters)
+        optimizer: Any = self.optimizers[0]
+        wanted: dict[str, Any] = {
+            "state_dict": self.lightning_module_state_dict(),
+            "optimizer_states": [
+                optimizer.sharded_state_dict(
+                    self.lightning_module_state_dict(), is_loading=True
+                )
+            ],
+        }
+        if Contents.read(folder).layout == self.groups.layout():
+            wanted["random_state"] = sharded_random_state()
+        found = load_sharded(wanted, folder)
+        # Earlier versions kept the ranks as a callback's state.
+        for key in list(found["callbacks"]):
+            if key.startswith("StudentCheckpoints"):
+                found["ranks"] = found["callbacks"].pop(key)
+        return found
+
+    def load_model_state_dict(
+        self, checkpoint: dict[str, Any], strict: bool = True
+    ) -> None:
+        self.lightning_module.load_sharded_state_dict(checkpoint["state_dict"])
+
+    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        optimizer: Any = self.optimizers[0]
+        optimizer.load_sharded_state_dict(checkpoint["optimizer_states"][0])
+
+    def teardown(self) -> None:
+        """Leave the weights on the device: Megatron's buffers hold them."""

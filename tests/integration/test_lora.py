@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -28,6 +27,7 @@ from nemo_kd.mcore.model import forward
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.data import StudentData, load_splits
+from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.schedule import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
@@ -159,9 +159,14 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
             load_tokenizer(pretrained.tokenizer_folder),
         )
         data = StudentData(
-            config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
+            config.model, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
         )
-        module = StudentModule(config, pretrained, groups, NUM_STEPS)
+        module = StudentModule(
+            config,
+            pretrained,
+            data,
+            StudentLoss(config.model.knowledge_distillation, config.model.data),
+        )
         optimizer = module.configure_optimizers()
         if module.lora is not None:
             leave_adapter(module, Path(f"{folder}-start-hf"))
@@ -177,10 +182,7 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
             name: parameter.clone() for name, parameter in module.gpt.named_parameters()
         }
         config.export.hf = True
-        module.trainer = trainer = mock.Mock()  # Lightning keeps a weak reference
-        with mock.patch("nemo_kd.student.module.provenance", return_value={}):
-            module.save_to(f"{folder}-merged.nemo")
-        del trainer
+        module.save_to(f"{folder}-merged.nemo")
         if module.lora is not None:
             leave_adapter(module, Path(f"{folder}-hf"))
         assert all(

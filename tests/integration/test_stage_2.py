@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.checkpoint_folder import CheckpointError
-from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.job import train_student
+from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.schedule import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
 from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
@@ -84,6 +88,13 @@ def training_rows(log_dir: Path) -> dict[int, dict]:
     }
 
 
+def bare_module(config, pretrained, groups) -> StudentModule:
+    """A student without data."""
+    data = SimpleNamespace(groups=groups, plan=TrainingPlan(1, 1, 1, 1))
+    loss = StudentLoss(config.model.knowledge_distillation, config.model.data)
+    return StudentModule(config, pretrained, data, loss)
+
+
 def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrides):
     """Full gradients by Hugging Face name order: (sums, {name: this rank's gradient})."""
     devices = torch.distributed.get_world_size()
@@ -101,7 +112,7 @@ def gradients(student, train, tp, data_size, micro_batch_size, num_rows, overrid
         for i in range(0, len(mine), micro_batch_size)
     ]
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained, groups, 1)
+        module = bare_module(config, pretrained, groups)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     torch.distributed.all_reduce(sums, group=groups.data)

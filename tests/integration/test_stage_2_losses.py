@@ -11,16 +11,12 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError
-from nemo_kd.config.loss import LossConfig
 from nemo_kd.data.batches import collate
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward
-from nemo_kd.student.loss import StudentLoss
-from nemo_kd.student.module import StudentModule
 from tests.integration.test_stage_1 import run_stage_1
-from tests.integration.test_stage_2 import gradients, run_stage_2
+from tests.integration.test_stage_2 import bare_module, gradients, run_stage_2
 from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -210,7 +206,7 @@ def sequence_parallel_gradients(student, cache):
                     torch.cat([values, torch.zeros_like(values[:, :1])], dim=1),
                 )
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained, groups, 1)
+        module = bare_module(config, pretrained, groups)
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     return sums, {
@@ -330,33 +326,3 @@ def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tm
     for name in ("loss", "kd_loss", "sft_loss", "ce_loss", "kl_loss"):
         assert found[0][f"test/{name}"] == found[1][f"test/{name}"] > 0
     assert sum("test/kl_loss" in row for row in metrics(tmp_path)) == 2
-
-
-def agreed_names(*reported: list[str] | None) -> list[str] | str:
-    """What a rank reports in the end; None has not called the loss."""
-    args = {"alpha": 0.3, "temperature": 3.0}
-    loss = StudentLoss(
-        LossConfig(
-            kd_loss="custom", custom_loss="examples.custom_loss.hinton", custom_args=args
-        )
-    )
-    mine = reported[torch.distributed.get_rank()]
-    loss.agree_on_names()  # nobody knows: nothing changes
-    assert loss.reported == ["loss", "kd_loss", "sft_loss"]
-    if mine is not None:
-        loss.reported, loss.custom_was_called = mine, True
-    try:
-        loss.agree_on_names()
-    except ConfigError as error:
-        return str(error)
-    return loss.reported
-
-
-def test_ranks_learn_from_each_other_what_a_custom_loss_reports(ranks):
-    names = ["loss", "kd_loss", "sft_loss", "a"]
-    assert ranks(2).run(agreed_names, None, names) == [names, names]
-    messages = ranks(2).run(agreed_names, names, [*names[:3], "b"])
-    assert messages[0] == messages[1]
-    assert (
-        "returned the metrics b, before a; return the same in every call" in messages[0]
-    )

@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.ops.comparison import COMPARED
-from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.job import train_student
+from nemo_kd.student.module import StudentModule
 from nemo_kd.student.report import StudentRun
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2

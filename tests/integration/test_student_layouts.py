@@ -23,9 +23,11 @@ from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.data import StudentData, load_splits
+from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.schedule import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
+from tests.integration.test_stage_2 import bare_module
 from tests.tiny_cache import everywhere
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -165,10 +167,15 @@ def run(
             load_tokenizer(pretrained.tokenizer_folder),
         )
         data = StudentData(
-            config, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
+            config.model, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
         )
         with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
-            module = StudentModule(config, pretrained, groups, NUM_STEPS)
+            module = StudentModule(
+                config,
+                pretrained,
+                data,
+                StudentLoss(config.model.knowledge_distillation, config.model.data),
+            )
         optimizer = module.configure_optimizers()
         steps = []
         for batch in data.train_dataloader():
@@ -342,7 +349,7 @@ def precisions(
     )
     groups = initialize_model_parallel(config.model, 1)
     with open_pretrained(str(student)) as pretrained:
-        module = StudentModule(config, pretrained, groups, 1)
+        module = bare_module(config, pretrained, groups)
     optimizer = module.configure_optimizers()
     inner = optimizer.megatron.chained_optimizers[0].optimizer
     kept = [

@@ -23,7 +23,7 @@ from nemo_kd.student.checkpoint_folder import (
     damage,
 )
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.strategy import ENTRIES
+from nemo_kd.student.trainer import ENTRIES
 from tests.forked_runs import StudentRun, metrics, training_rows, validation_rows
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -81,10 +81,7 @@ def with_slow_validation() -> None:
     original = StudentModule.validation_step
 
     def validation_step(self, batch, batch_idx):
-        (
-            Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir)
-            / "validating"
-        ).touch()
+        (Path(self.config.exp_manager.explicit_log_dir) / "validating").touch()
         time.sleep(1)
         original(self, batch, batch_idx)
 
@@ -95,9 +92,7 @@ def with_slow_archive() -> None:
     original = StudentModule.save_to
 
     def save_to(self, save_path):
-        (
-            Path(self.trainer.datamodule.config.exp_manager.explicit_log_dir) / "writing"
-        ).touch()
+        (Path(self.config.exp_manager.explicit_log_dir) / "writing").touch()
         time.sleep(5)
         original(self, save_path)
 
@@ -165,15 +160,14 @@ def test_what_a_run_leaves(straight):
     # Of 10 and 12, which follow a validation, the ranked ones; the one before the last is unranked or the twin of one.
     assert set(by_step) == {10, 12}
     common = torch.load(last(straight) / "common.pt", weights_only=True)
-    plain = {name for name, entry in ENTRIES.items() if not entry.sharded}
-    assert common.keys() - {"content_metadata", "optimizer_states"} == plain
+    assert common.keys() - {"content_metadata", "optimizer_states"} == ENTRIES.keys()
     summary = dict(
         re.findall(
             r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE
         )
     )
     rows, validated = training_rows(straight), validation_rows(straight)
-    assert summary["trained"] == "12 steps, up to step 12 of 12"
+    assert summary["trained"] == "12 of 12 steps"
     assert summary["last step"].startswith(
         f"loss {rows[STEPS]['train/loss']:.4f}, sft_loss "
     )
@@ -183,7 +177,7 @@ def test_what_a_run_leaves(straight):
     step = min(validated, key=lambda step: validated[step]["val_loss"])
     assert summary["best val_loss"] == f"{validated[step]['val_loss']:.4f} at step {step}"
     archive = straight / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
-    assert summary["last weights"].startswith(f"{archive}, ")
+    assert summary["weights"].startswith(f"{archive}, ")
     assert summary["metrics"] == str(straight / "metrics" / "metrics.jsonl")
     assert (
         f"next             convert_checkpoint input_path={archive}"
@@ -378,10 +372,14 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "problem"),
     [
-        ("__1_0.distcp", cut, r"__1_0.distcp has [\d,]+ of [\d,]+ bytes"),
-        ("__0_0.distcp", flip, "__0_0.distcp has another checksum"),
-        ("common.pt", Path.unlink, "common.pt is missing"),
-        (".metadata", cut, r".metadata has [\d,]+ of"),
+        (
+            "__1_0.distcp",
+            cut,
+            r"__1_0.distcp is not as it was written: [\d,]+ of [\d,]+ bytes",
+        ),
+        ("__0_0.distcp", flip, "__0_0.distcp is not as it was written"),
+        ("common.pt", Path.unlink, "common.pt: No such file"),
+        (".metadata", cut, ".metadata is not as it was written"),
         ("contents.json", cut, "contents.json cannot be read"),
         ("contents.json", Path.unlink, "contents.json is missing"),
     ],
@@ -409,7 +407,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_used(
     assert message.startswith(
         f"error: exp_manager.resume_if_exists: no checkpoint in {parent} is whole:\n"
     )
-    assert "-previous: __0_0.distcp has " in message
+    assert "-previous: __0_0.distcp is not as it was written" in message
     assert "remove all of them to start over" in message
 
 

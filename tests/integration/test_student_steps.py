@@ -12,8 +12,9 @@ import torch
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.mcore import checkpoint_write
 from nemo_kd.student.checkpoint_folder import Contents, checkpoints
-from nemo_kd.student.lifetime import MAX_SKIPPED_IN_A_ROW, NonFiniteError, NonFiniteSteps
-from nemo_kd.student.module import StudentModule, train_student
+from nemo_kd.student.job import train_student
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.steps import MAX_SKIPPED_IN_A_ROW, NonFiniteError, NonFiniteSteps
 from tests.forked_runs import metrics, training_rows
 from tests.tiny_data import student_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -175,7 +176,7 @@ def test_too_many_in_a_row():
     steps = NonFiniteSteps("skip")
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
         steps.left_out(step, [3], [3, 4])
-    steps.taken()
+    steps.in_a_row = 0
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
         steps.left_out(step, [3], [3, 4])
     assert steps.skipped == 2 * MAX_SKIPPED_IN_A_ROW - 2

@@ -95,7 +95,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     assert names(tmp_path) == ["a-step=2-last"]
     assert put_aside(tmp_path / "a-step=2-last").name == "a-step=2-last.damaged"
     write(tmp_path, 2, "a-step=2-last")
-    assert put_aside(tmp_path / "a-step=2-last").name == "a-step=2-last.2.damaged"
+    assert put_aside(tmp_path / "a-step=2-last").name == "a-step=2-last.damaged.damaged"
     assert names(tmp_path) == []
 
 
@@ -111,7 +111,10 @@ def test_contents_are_plain_json(tmp_path):
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('{"format_version": 2}', "format version 2 is not 1"),
+        (
+            '{"format_version": 2, "step": 2, "resumable": true, "layout": {}, "files": {}}',
+            "format version 2 is not 1",
+        ),
         ("[]", "contents.json cannot be read"),
         ('{"format_version": 1, "step": 2}', "contents.json cannot be read"),
         ('{"format_version": 1, "st', "contents.json cannot be read"),

@@ -105,7 +105,7 @@ def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
     assert differences(before, record()) == {}
     source.write_text("def loss():\n    return 2\n")
     (text,) = differences(before, record()).values()
-    assert text.startswith("function loss_that_is_edited.loss, source sha256:")
+    assert text.startswith("{'function': 'loss_that_is_edited.loss', 'source': 'sha256:")
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     assert str(refused.value).splitlines() == [
         f"{folder} belongs to another experiment:",
         f"  {LOSS}.kd_loss: forward_kl in the checkpoint, reverse_kl now",
-        "  model.data.data_prefix.train: a.jsonl (content sha256:1) in the checkpoint, b.jsonl (content sha256:2) now",
+        f"  model.data.data_prefix.train: {data} in the checkpoint, {changed['model.data.data_prefix.train']} now",
         "Give another folder (exp_manager.explicit_log_dir) to start over, or continue with the change: "
         f"'allow_changed=[{LOSS}.kd_loss,model.data.data_prefix.train]'",
     ]
@@ -191,7 +191,7 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     ):
         with pytest.raises(
             CheckpointError,
-            match=f"to start over; the checkpoint cannot be used with another {key}$",
+            match=f"to start over, as the checkpoint cannot be used with another {key}$",
         ):
             check_same_experiment(
                 folder,

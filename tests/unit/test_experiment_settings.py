@@ -13,15 +13,16 @@ from omegaconf import OmegaConf
 from nemo_kd.cli.aligner_keys import translate
 from nemo_kd.cli.before_start import check_run_folders
 from nemo_kd.config import ConfigError
+from nemo_kd.config.exp_manager import CheckpointParams
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.student.checkpoint_folder import CONTENTS
 from nemo_kd.student.checkpoints import Checkpoints
-from nemo_kd.student.trainer import experiment_settings
+from nemo_kd.student.job import check_monitor
+from nemo_kd.student.loss import StudentLoss
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
 COMMAND = "train_gpt_knowledge_distillation"
-MEASURED = ("loss", "teacher_kl")
 
 
 def settings(**overrides):
@@ -29,7 +30,9 @@ def settings(**overrides):
         Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides
     )
     check_run_folders(config.exp_manager)
-    return experiment_settings(config, MEASURED)
+    loss = StudentLoss(config.model.knowledge_distillation, config.model.data)
+    check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
+    return config.exp_manager
 
 
 @pytest.mark.parametrize(
@@ -141,8 +144,8 @@ def test_a_home_folder_is_found_whoever_looks_for_it():
         exp_manager__explicit_log_dir="~/runs",
         exp_manager__resume_from_checkpoint="~/old",
     )
-    assert found["explicit_log_dir"] == os.path.expanduser("~/runs")
-    assert found["resume_from_checkpoint"] == os.path.expanduser("~/old")
+    assert found.explicit_log_dir == os.path.expanduser("~/runs")
+    assert found.resume_from_checkpoint == os.path.expanduser("~/old")
 
 
 def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
@@ -154,13 +157,11 @@ def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
     found = {
         "/moved/kd-step=1.ckpt": torch.tensor(2.5),
         str(folder / "kd-step=2"): 1.25,
-        str(folder / "kd-step=3"): "none",
         str(folder / "kd-step=4-last"): 0.5,
         str(tmp_path / "precious"): 0.0,
     }
     unused: Any = None
-    config = student_config(Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"))
-    checkpoints = Checkpoints(config, folder, unused, unused)
+    checkpoints = Checkpoints(CheckpointParams(), "kd", folder, {}, {}, unused)
     checkpoints.load_state_dict({"best_k_models": found})
     assert checkpoints.scores == {folder / "kd-step=1": 2.5, folder / "kd-step=2": 1.25}
     assert checkpoints.best == folder / "kd-step=2"

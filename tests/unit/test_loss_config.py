@@ -188,9 +188,9 @@ def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
             "json.no_such_function",
             "json.no_such_function cannot be imported: module 'json' has no attribute",
         ),
-        ("loss", "loss is no function"),
+        ("loss", "loss cannot be imported: "),
         (".relative.loss", ".relative.loss cannot be imported: "),
-        ("math.pi", "math.pi is no function"),
+        ("math.pi", "math.pi cannot be imported: it is not a function"),
     ],
 )
 def test_custom_losses_that_cannot_be_imported(path, message):
@@ -215,10 +215,6 @@ def not_summed(logits, batch, shard, token_sum):
 
 def number_as_metric(logits, batch, shard, token_sum):
     return logits.sum(), {"mean": 1.5}
-
-
-def name_in_use(logits, batch, shard, token_sum):
-    return logits.sum(), {"loss": logits.sum()}
 
 
 def detached(logits, batch, shard, token_sum):
@@ -262,8 +258,7 @@ def on_three_positions(loss, num_loss_tokens=3):
         ("no_metrics", r"returned .*; it must return \(loss, metrics\)"),
         ("not_summed", r"returned .*; it must return \(loss, metrics\)"),
         ("number_as_metric", r"returned .*; it must return \(loss, metrics\)"),
-        ("name_in_use", "returned a metric 'loss'; give it another name"),
-        ("detached", "returned a loss that does not depend on the logits"),
+        ("detached", r"returned .*a scalar tensor that depends on the logits"),
         (
             "sums_a_tensor_of_another_shape",
             r"gave token_sum \[1, 3, 7\] values; it takes one for each position, \[1, 3\]",
@@ -287,36 +282,12 @@ def test_a_custom_loss_is_not_called_where_nothing_counts():
     """Micro-batches of filler rows alone have no teacher."""
     loss = custom("sums_a_logit", power=3)
     sums, gradient = on_three_positions(loss, num_loss_tokens=2)
-    assert sums[-1, [1, 3, -1]].tolist() == [16, 16, 2]
+    assert sums[-1, [1, -1]].tolist() == [16, 2]
+    assert loss.custom_sums == {"powers": 16}
     assert gradient[0, :, 0].tolist() == [12, 12, 0]
     sums, gradient = on_three_positions(loss, num_loss_tokens=0)
     assert sums is None
     assert not gradient.any()
-
-
-def names_by_turns(logits, batch, shard, token_sum, calls=iter("ab")):  # noqa: B008
-    return logits.sum(), {next(calls): logits.sum()}
-
-
-def test_a_custom_loss_that_changes_its_metrics():
-    loss = StudentLoss(
-        LossConfig(
-            kd_loss="custom", custom_loss="tests.unit.test_loss_config.names_by_turns"
-        )
-    )
-    batch = Batch(
-        *[torch.tensor([0])] * 3,
-        *[torch.zeros(1, 3, dtype=torch.int64)] * 2,
-        torch.ones(1, 3),
-        torch.arange(3)[None],
-    )
-    arguments = torch.zeros(1, 3, 7), batch, VocabShard.of(7, 7)
-    loss.on_logits(*arguments)
-    with pytest.raises(
-        ConfigError,
-        match="returned the metrics b, before a; return the same in every call",
-    ):
-        loss.on_logits(*arguments)
 
 
 def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
@@ -330,7 +301,7 @@ def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
 
 
 def test_k1_is_warned_about(caplog):
-    StudentLoss(LossConfig(kd_loss="k1")).check()
+    StudentLoss(LossConfig(kd_loss="k1"))
     assert (
         "kd_loss=k1: its gradient does not depend on the teacher, it only lowers the labels' probability"
         in caplog.text
@@ -341,7 +312,7 @@ def test_k1_is_warned_about(caplog):
         LossConfig(kd_loss="k1", kd_loss_weight=0, sft_loss_weight=1),
         LossConfig(),
     ):
-        StudentLoss(config).check()
+        StudentLoss(config)
     assert not caplog.records
 
 

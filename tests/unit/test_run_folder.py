@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.config import UserInputError
+from nemo_kd.config.exp_manager import CheckpointParams, ExpManagerConfig
 from nemo_kd.files import abandoned
 from nemo_kd.student import run_folder as run_folder
 from nemo_kd.student.checkpoint_folder import (
@@ -29,18 +30,11 @@ def short_waits(monkeypatch):
 
 
 def settings(log_dir: Path | None, dirpath: Path | None = None, **changed):
-    return {
-        "explicit_log_dir": None if log_dir is None else str(log_dir),
-        "exp_dir": None,
-        "name": "kd",
-        "version": None,
-        "resume_if_exists": True,
-        "resume_from_checkpoint": None,
-        "checkpoint_callback_params": {
-            "dirpath": None if dirpath is None else str(dirpath)
-        },
-        **changed,
-    }
+    params = CheckpointParams(dirpath=None if dirpath is None else str(dirpath))
+    folder = None if log_dir is None else str(log_dir)
+    return ExpManagerConfig(
+        explicit_log_dir=folder, checkpoint_callback_params=params, **changed
+    )
 
 
 def write_checkpoint(target: Path, resumable: bool = True) -> Path:
@@ -53,7 +47,7 @@ def write_checkpoint(target: Path, resumable: bool = True) -> Path:
 
 def attempt(*args, **changed) -> str:
     try:
-        with own_run_folder(settings(*args, **changed)):
+        with own_run_folder(settings(*args, **changed), "kd"):
             return ""
     except UserInputError as error:
         return str(error)
@@ -67,7 +61,7 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, shared):
         first, second = (tmp_path / "a", tmp_path / "c"), (tmp_path / "b", tmp_path / "c")
     if shared == "default":
         first = second = (None, None)
-    with own_run_folder(settings(*first)):
+    with own_run_folder(settings(*first), "kd"):
         message = attempt(*second)
     assert f"process {os.getpid()} on {socket.gethostname()}" in message
     assert (
@@ -103,25 +97,17 @@ def test_nothing_is_trained_over(tmp_path):
         "a run that was killed before its first checkpoint starts over"
     )
     message = attempt(log_dir, resume_if_exists=False)
-    assert (
-        f"exp_manager.resume_if_exists: False, but {log_dir} holds a run (metrics.jsonl)"
-        in message
-    )
-    assert (
-        "another exp_manager.explicit_log_dir, or resume that run: exp_manager.resume_if_exists=true"
-        in message
-    )
+    assert "exp_manager.resume_if_exists: False" in message
+    assert "metrics.jsonl belongs to a run that this one would not resume" in message
+    assert "explicit_log_dir, move the files away, or resume that run" in message
     parent.mkdir()
     (parent / "kd.nemo").touch()
-    assert (
-        f"{parent} holds files of another run (kd.nemo), but no checkpoint to resume from"
-        in attempt(log_dir)
-    )
+    assert f"{parent / 'kd.nemo'} belongs to a run" in attempt(log_dir)
     weights = write_checkpoint(parent / "kd-step=2", resumable=False)
-    assert "no checkpoint to resume from" in attempt(log_dir)
+    assert "not resume but overwrite" in attempt(log_dir)
     whole = write_checkpoint(parent / "kd-step=3-last")
     assert attempt(log_dir) == ""
-    assert "holds a run" in attempt(log_dir, resume_if_exists=False)
+    assert "belongs to a run" in attempt(log_dir, resume_if_exists=False)
     assert (
         attempt(log_dir, resume_if_exists=False, resume_from_checkpoint=str(whole)) == ""
     )

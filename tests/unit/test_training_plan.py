@@ -45,7 +45,7 @@ def test_steps(loop, plan):
         (
             {"val_check_interval": 5, "save_interval": 11},
             [
-                "save_interval: 11 steps, but the run has 10 steps: a run that is killed starts over"
+                "save_interval: 11, but the run has 10 steps: a run that is killed starts over"
             ],
         ),
         (
@@ -54,7 +54,7 @@ def test_steps(loop, plan):
         ),
         (
             {"val_check_interval": 5, "max_steps": 11},
-            ["max_steps: 11, but the run has 10 steps, which is what max_epo"],
+            ["max_steps: 11, but the run has 10 steps: max_epochs gives no more"],
         ),
         (
             {"val_check_interval": 5, "log_every_n_steps": 20},

@@ -1,0 +1,191 @@
+"""Stage 2: train a student from a cache of teacher logits, or on labels alone.
+
+loss = sft_loss_weight * CE + kd_loss_weight * KD, both summed over loss tokens and divided once by
+the number of loss tokens in the global batch. `train_student` is the run, `StudentModule` a step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.config import ConfigError
+from nemo_kd.config.exp_manager import PARAMS
+from nemo_kd.config.model import check_training_layout
+from nemo_kd.config.peft import check_lora
+from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.tokenizer import load_tokenizer, padding_id
+from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
+from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.optimizer import release
+from nemo_kd.run.collective import on_rank_zero, shared_store
+from nemo_kd.run.interruption import Interruption, explained_ctrl_c
+from nemo_kd.run.ranks import join_ranks
+from nemo_kd.run.resolved_config import resolved_config, save_config
+from nemo_kd.run.watchdog import Watchdog
+from nemo_kd.student.checkpoint_folder import CheckpointError, choose_checkpoint
+from nemo_kd.student.checkpoints import Checkpoints
+from nemo_kd.student.data import StudentData, load_splits
+from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.progress import RunLog, start_wandb
+from nemo_kd.student.report import StudentRun, end_report, setup_report, stop_report
+from nemo_kd.student.run_folder import (
+    check_same_experiment,
+    experiment_record,
+    own_run_folder,
+)
+from nemo_kd.student.schedule import check_schedule, plan_training
+from nemo_kd.student.steps import StopsAllRanks
+from nemo_kd.student.trainer import build_trainer
+
+log = logging.getLogger(__name__)
+
+
+def train_student(config: TrainStudentConfig) -> StudentRun:
+    """Run stage 2: train, validate, keep the best checkpoints and write a .nemo archive.
+
+    Every rank calls this; a process may call it several times, also after an error.
+
+    Raises:
+        ConfigError, DataError, CacheError, CheckpointError: the input is refused; before any step.
+        NonFiniteError: a loss or gradient is not finite, and such steps are not skipped.
+        Requeue: the run was told to stop, or its time is over; the same call resumes it.
+    """
+    model = config.model
+    loss = StudentLoss(model.knowledge_distillation, model.data)
+    check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
+    student: StudentModule | None = None
+    with explained_ctrl_c(lambda: stop_report(student)), contextlib.ExitStack() as stack:
+        pl.seed_everything(model.seed)
+        join_ranks(config.trainer)
+        stack.enter_context(own_run_folder(config.exp_manager, config.name))
+        pretrained = stack.enter_context(
+            open_pretrained(config.pretrained_checkpoint.restore_from_path)
+        )
+        data, tokenizer = _open_data(config, pretrained)
+        stack.callback(data.close)
+        minutes = config.trainer.distributed_timeout_minutes
+        watchdog = Watchdog(60 * minutes, torch.distributed.get_rank())
+        stack.enter_context(watchdog)
+        stack.enter_context(watchdog.explain_collective_errors())
+        with watchdog.pause("loading"):
+            trainer, student = _load(config, pretrained, data, loss, watchdog, stack)
+            log.info(setup_report(student, tokenizer))
+        _fit(trainer, student)
+        if student.checkpoints is not None:
+            with watchdog.pause("writing the .nemo archives"):
+                student.checkpoints.write_archives(trainer, student)
+        if "test" in data.splits:
+            student.test()
+        return end_report(student)
+
+
+def check_monitor(monitor: str, loss: StudentLoss) -> None:
+    """
+    Raises:
+        ConfigError: checkpoints cannot be ranked by this metric.
+    """
+    known = ["val_loss", *(f"validation/{name}" for name in loss.reported)]
+    if monitor not in known and loss.custom is None:
+        raise ConfigError(
+            f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(known)}"
+        )
+
+
+def _open_data(
+    config: TrainStudentConfig, pretrained: PretrainedModel
+) -> tuple[StudentData, PreTrainedTokenizerBase]:
+    """Check the model's layout and open its data."""
+    model = config.model
+    architecture = pretrained.architecture
+    if config.export.lora == "adapter" and pretrained.kind != "hf":
+        log.warning(
+            "export.lora=adapter: peft loads adapters onto Hugging Face models, and %s is not one; "
+            "convert it (convert_checkpoint) and put its folder into the adapter's "
+            "base_model_name_or_path",
+            config.pretrained_checkpoint.restore_from_path,
+        )
+    check_training_layout(architecture, model)
+    check_lora(model.peft, architecture, model)
+    tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+    splits = load_splits(model, architecture, tokenizer)
+    loop = config.trainer.knowledge_distillation
+    plan = plan_training(loop, len(splits["train"]), model.global_batch_size)
+    check_schedule(model.optim, plan.max_steps)
+    groups = initialize_model_parallel(model, model.seed)
+    pad_id = padding_id(tokenizer, architecture.vocab_size)
+    return StudentData(model, splits, plan, pad_id, groups), tokenizer
+
+
+def _load(
+    config: TrainStudentConfig,
+    pretrained: PretrainedModel,
+    data: StudentData,
+    loss: StudentLoss,
+    watchdog: Watchdog,
+    stack: contextlib.ExitStack,
+) -> tuple[pl.Trainer, StudentModule]:
+    """Set up the run's folder, choose the checkpoint to resume, and load the student.
+
+    Raises:
+        CheckpointError: there is no checkpoint to resume, or it belongs to another experiment.
+    """
+    manager = config.exp_manager
+    interruption = None
+    if manager.create_checkpoint_callback:
+        interruption = stack.enter_context(Interruption(manager.max_time_per_run))
+        interruption.share(shared_store("train_student"), watchdog.rank)
+    record = experiment_record(
+        config,
+        pretrained.architecture,
+        on_rank_zero(pretrained.fingerprint),
+        data.descriptions,
+        data.plan.steps_per_epoch,
+    )
+    trainer, log_dir = build_trainer(config.trainer, manager, config.name, data)
+    params = manager.checkpoint_callback_params
+    dirpath = Path(params.dirpath or log_dir / "checkpoints")
+    resumed = choose_checkpoint(
+        dirpath,
+        manager.resume_if_exists,
+        manager.resume_ignore_no_checkpoint,
+        manager.resume_from_checkpoint,
+    )
+    if resumed is not None:
+        check_same_experiment(resumed, record, config.allow_changed)
+        trainer.ckpt_path = str(resumed)
+    resolved = resolved_config(config)
+    on_rank_zero(lambda: save_config(log_dir / "config.yaml", resolved))
+    run_log = RunLog(log_dir, data.plan.max_steps, manager.log_interval_s, trainer)
+    stack.callback(run_log.close)
+    if manager.create_wandb_logger:
+        start_wandb(run_log, manager.wandb_logger_kwargs, resolved, stack)
+    student = StudentModule(config, pretrained, data, loss)
+    stack.callback(release, student.model)
+    student.watchdog = watchdog
+    student.run_log = run_log
+    student.interruption = interruption
+    if manager.create_checkpoint_callback:
+        student.checkpoints = Checkpoints(
+            params, config.name, dirpath, data.groups.layout(), record, watchdog
+        )
+    return trainer, student
+
+
+def _fit(trainer: pl.Trainer, student: StudentModule) -> None:
+    """Train; if all ranks stop together, finish the checkpoint that is being written."""
+    try:
+        trainer.fit(student, datamodule=student.data)
+    except BaseException as error:
+        # A rank that fails alone would wait for the others.
+        together = isinstance(error, StopsAllRanks) or trainer.world_size == 1
+        is_written = not isinstance(error, CheckpointError)
+        if student.checkpoints is not None and together and is_written:
+            student.checkpoints.finish()
+        raise
