@@ -21,8 +21,6 @@ LARGEST_MASS = 1.1
 between 8 and 16: a right sum stays below exp(1/32) plus the error of the logits."""
 PROBABILITY_ERROR = 1e-3
 SMALLEST_TEMPERATURE = 1e-3
-FLOAT32_ROUNDOFF = 2.0**-24
-BFLOAT16_ROUNDOFF = 2.0**-8
 
 
 def teacher_fields(row: CachedExample) -> dict[str, Any]:
@@ -134,28 +132,6 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
         tail_token_ids_PM=fields.get("tail_token_ids"),
     )
     return CachedExample(example, teacher)
-
-
-def error_bound(
-    logprobs_PK: np.ndarray, tail_mass_P: np.ndarray, bfloat16: bool = False
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the largest absolute errors of decoded log-probabilities and tail masses.
-
-    Args and returns are those of `packed_codec.error_bound`.
-
-    Args:
-        bfloat16: for lines of NeMo-Aligner, which rounds logits and log-sum-exp to bfloat16. Their
-            tail mass is what the kept probabilities leave.
-    """
-    p_PK = np.exp(logprobs_PK, dtype=np.float64)
-    # The logit and the log-sum-exp are rounded; neither is larger than the log-probability.
-    error_PK = (
-        2
-        * (BFLOAT16_ROUNDOFF if bfloat16 else FLOAT32_ROUNDOFF)
-        * np.where(p_PK > 0, -logprobs_PK, 0)
-    )
-    tail_P = (p_PK * error_PK).sum(axis=1) if bfloat16 else FLOAT32_ROUNDOFF * tail_mass_P
-    return error_PK, np.zeros(len(p_PK)), tail_P
 
 
 def _tail_mass(

@@ -22,9 +22,6 @@ import numpy as np
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.entropy_coding import (
-    CELL_NATS,
-    LEVEL_RANGE_NATS,
-    LEVEL_TAIL_STEP_NATS,
     bit_lengths,
     huffman,
     level_nats,
@@ -225,48 +222,6 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         label_logprobs_P=label_logprobs_P,
         tail_token_ids_PM=samples_PM,
     )
-
-
-def error_bound(
-    logprobs_PK: np.ndarray, tail_mass_P: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the largest absolute errors of decoded log-probabilities (nats) and tail masses.
-
-    Args:
-        logprobs_PK: decoded, the likeliest first; -inf where an entry is unused.
-        tail_mass_P: decoded, at temperature 1.
-
-    Returns:
-        The errors [P, K] of log-probabilities relative to the others of their position, the error
-        [P] that renormalizing adds to all of a position alike, and the error [P] of the tail mass.
-        The sum of the first two bounds a log-probability. A log-probability below -58 counts as
-        -58, which is the last level.
-    """
-    tail_P = tail_mass_P.astype(np.float64)
-    shift_P = (1 + tail_P) / 16
-    # Renormalization and the rounding itself may have moved the token from where steps are larger.
-    moved_P = shift_P + 1 / COARSE_STEPS_PER_NAT
-    nats_PK = np.where(np.isfinite(logprobs_PK), moved_P[:, None] - logprobs_PK, 0)
-    step_PK = np.exp(np.minimum(nats_PK, LEVEL_RANGE_NATS) / 2) / FINE_STEPS_PER_NAT
-    step_PK = np.minimum(step_PK, 1 / COARSE_STEPS_PER_NAT)
-    step_PK = np.where(nats_PK > LEVEL_RANGE_NATS, LEVEL_TAIL_STEP_NATS, step_PK)
-    error_PK = step_PK / 2 + CELL_NATS
-    error_PK[:, 0] += step_PK[
-        :, 0
-    ]  # a likeliest token that shares its level moves up by one
-    with np.errstate(divide="ignore"):
-        odds_P = np.log(tail_P) - np.log1p(-tail_P)
-    half_step_P = np.where(np.abs(odds_P) < 2.99, 1 / 32, 1 / 16)
-    highest_P = np.where(
-        odds_P + half_step_P > TAIL_LOG_ODDS[-1], np.inf, odds_P + half_step_P
-    )
-    lowest_P = np.where(
-        odds_P - half_step_P < TAIL_LOG_ODDS[0], -np.inf, odds_P - half_step_P
-    )
-    with np.errstate(over="ignore"):
-        highest_P = 1 / (1 + np.exp(-highest_P))
-        lowest_P = 1 / (1 + np.exp(-lowest_P))
-    return error_PK, shift_P, np.maximum(highest_P - tail_P, tail_P - lowest_P)
 
 
 class _Header(NamedTuple):

@@ -1,32 +1,30 @@
 """Compare cached rows with their teacher: `logit_cache verify --against`.
 
 The teacher scores a sample of rows twice, the second time as a control: each example alone and
-padded, with other rounding errors. `compare_rows` decides which rows are wrong.
+padded, with other rounding errors, and stored as the cache is. A row is wrong if it differs from
+the teacher by much more than the control does.
 
-Shape legend: P compared positions of an example, K kept ids, M tail samples.
+Shape legend: P compared positions of an example, K kept ids, E examples.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.batch import CachedExample, Example
-from nemo_kd.cache import json_codec, packed_codec
+from nemo_kd.batch import CachedExample, Example, TeacherRows
+from nemo_kd.cache import packed_codec
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.reduce import keep
 from nemo_kd.config import ConfigError
 from nemo_kd.config.cache import MAX_TOP_K
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture
+from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
@@ -37,28 +35,11 @@ from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.tools.compare_rows import (
-    FACTOR,
-    FACTOR_OF_EXPERTS,
-    ROUNDING_FACTOR,
-    UNIT_ROUNDOFF,
-    Comparison,
-    ErrorBound,
-    compare_rows,
-    find_wrong,
-    fit_temperatures,
-    floor_kl,
-    format_statistics,
-)
-from nemo_kd.tools.token_check import Checks, check_tokens
+from nemo_kd.tools.cache_origin import check_origin, is_foreign
 
-KEYS = (
-    "trainer.",
-    "model.",
-    "data.max_tokens_per_batch",
-    "data.packing",
-    "data.num_workers",
-)
+Targets = TeacherRows[np.ndarray]
+
+KEYS = ("trainer.", "model.", "data.max_tokens_per_batch", "data.packing")
 """Keys of stage 1 that do not follow from the cache."""
 BORDER_SHARE = 2 / 3
 """Largest share of the sample for first and last rows of chunks, where errors show first."""
@@ -66,57 +47,37 @@ SPARE_IDS = 16
 """Ids that the teacher keeps beyond the cache's, since rounding exchanges the last ones."""
 CONTROL_MULTIPLE = 16
 """The control pads every example to a multiple of this."""
-MOST_SHOWN = 20
+FACTOR = 4.0
+"""Allowed multiple of the control's worst divergence: that of twice the error of a logit."""
+FACTOR_OF_EXPERTS = 10.0
+"""The same for a mixture of experts, where rounding may change an expert's choice."""
+KINDS: dict[str, tuple[Callable[[np.ndarray], Any], int]] = {
+    "mean of an example": (np.mean, 1),
+    "median of an example": (np.median, 1),
+    "worst position": (np.max, 20),
+}
+"""Figures of an example, and how many floors each may reach. The median ignores the few positions
+that one expert's changed choice changes by much."""
+SMALLEST_KL = 1e-7
+"""KL of float32 fields close to a certain teacher."""
+SMALLEST_LABEL_NATS = 2e-3
+SMALLEST_LABEL = -58.0
+SMALLEST_TAIL = 1e-6
+"""Smaller label log-probabilities and tails count as these: float32 holds tails within 1e-7."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sample:
-    """Rows of a cache with teacher targets; `where` holds the file:line of each."""
+    """Rows of a cache with teacher targets.
+
+    Attributes:
+        rows: by their file:line.
+        dtypes: in which the cache was computed; empty if it does not record them.
+    """
 
     reader: CacheReader
-    rows: list[CachedExample]
-    where: list[str]
-    num_empty: int
-
-    @property
-    def examples(self) -> list[Example]:
-        return [row.example for row in self.rows]
-
-    @property
-    def precisions(self) -> set[str]:
-        """Dtypes in which the cache was computed; empty if it does not record them."""
-        chunks = [
-            chunk
-            for manifest in self.reader.manifests
-            for chunk in manifest.chunks.values()
-        ]
-        named = [
-            settings.get("precision")
-            for chunk in chunks
-            for settings in chunk.computed_with
-        ]
-        return {PRECISIONS[str(name)] for name in named if str(name) in PRECISIONS}
-
-    def error_bound(self) -> ErrorBound:
-        """Return the sum of the error bounds of all encodings that the rows went through."""
-        manifests = self.reader.manifests
-        bounds: list[Callable[..., tuple[np.ndarray, ...]]] = []
-        # A cache that was converted to json may have been packed before.
-        if not manifests or any(
-            m.codec["name"] == "packed" or "converted_from" in m.teacher
-            for m in manifests
-        ):
-            bounds.append(packed_codec.error_bound)
-        is_foreign = any(m.teacher.get("name") == UNKNOWN for m in manifests)
-        if is_foreign or (not manifests and not self.reader.has_packed_rows()):
-            bounds.append(functools.partial(json_codec.error_bound, bfloat16=True))
-        bounds = bounds or [json_codec.error_bound]
-
-        def total(logprobs_PK: np.ndarray, tail_P: np.ndarray) -> list[np.ndarray]:
-            errors = [bound(logprobs_PK, tail_P) for bound in bounds]
-            return [np.sum(parts, axis=0) for parts in zip(*errors, strict=True)]
-
-        return total
+    rows: dict[str, CachedExample]
+    dtypes: set[str]
 
 
 def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
@@ -125,43 +86,38 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     Raises:
         CacheError: there are none, or they cannot be read.
     """
-    for option, value, least in (
-        ("--num-examples", num_examples, 1),
-        ("--seed", seed, 0),
-    ):
-        if value < least:
-            raise ConfigError(f"{option}: {value} must be at least {least}")
+    if num_examples < 1:
+        raise ConfigError(f"--num-examples: {num_examples} must be at least 1")
     reader = CacheReader(path)
-    if not len(reader):
-        raise CacheError(f"{path}: the cache has no rows to compare with a teacher")
     positions = sample_positions(reader.chunk_sizes(), num_examples, seed)
     reader.will_read(positions)
-    rows = {position: with_targets_only(reader[position]) for position in positions}
-    rows = {position: row for position, row in rows.items() if len(row.teacher)}
+    rows = {reader.where(place): with_targets_only(reader[place]) for place in positions}
+    rows = {where: row for where, row in rows.items() if len(row.teacher)}
     if not rows:
         raise CacheError(
             f"{path}: none of {len(positions)} sampled rows has teacher targets"
         )
-    where = [reader.where(position) for position in rows]
-    return Sample(reader, list(rows.values()), where, len(positions) - len(rows))
+    dtypes = {
+        PRECISIONS[str(settings["precision"])]
+        for manifest in reader.manifests
+        for chunk in manifest.chunks.values()
+        for settings in chunk.computed_with
+        if "precision" in settings
+    }
+    return Sample(reader, rows, dtypes)
 
 
 def sample_positions(
     chunk_sizes: Sequence[int], num_examples: int, seed: int
 ) -> list[int]:
     """Return `num_examples` row numbers in ascending order, or all of them if there are fewer."""
-    total = sum(chunk_sizes)
-    if num_examples >= total:
-        return list(range(total))
     random = np.random.default_rng(seed)
-    ends = np.cumsum(chunk_sizes)
-    chosen = np.unique(np.concatenate([ends - chunk_sizes, ends - 1]))
-    most = max(1, round(BORDER_SHARE * num_examples))
-    if len(chosen) > most:
-        chosen = random.choice(chosen, most, replace=False)
-    others = np.setdiff1d(np.arange(total), chosen)
-    others = random.choice(others, num_examples - len(chosen), replace=False)
-    return sorted([*chosen.tolist(), *others.tolist()])
+    total = sum(chunk_sizes)
+    ends = np.cumsum(chunk_sizes, dtype=int)
+    borders = random.permutation(np.union1d(ends - chunk_sizes, ends - 1))
+    borders = borders[: max(1, round(BORDER_SHARE * num_examples))]
+    others = random.permutation(np.setdiff1d(np.arange(total), borders))
+    return sorted([*borders.tolist(), *others.tolist()][:num_examples])
 
 
 def with_targets_only(row: CachedExample) -> CachedExample:
@@ -185,18 +141,16 @@ def rescoring_config(
     Raises:
         ConfigError: a key is unknown, its value cannot work, or it follows from the cache.
     """
-    given = [setting.lstrip("+") for setting in settings]
-    for setting in given:
-        key, equals, _ = setting.partition("=")
-        if not equals:
-            raise ConfigError(f"{setting!r} is not of the form KEY=VALUE")
-        if not key.startswith(KEYS):
+    for setting in settings:
+        if not setting.startswith(KEYS) or "=" not in setting:
             raise ConfigError(
-                f"{key}: only trainer.*, model.*, data.max_tokens_per_batch and data.packing are "
-                "accepted here; the rest follows from the cache"
+                f"{setting}: only KEY=VALUE of trainer.*, model.*, data.max_tokens_per_batch and "
+                "data.packing are accepted here; the rest follows from the cache"
             )
-    has_prompts = any(len(row.loss_rows()) < len(row.teacher) for row in sample.rows)
-    temperatures = {t for row in sample.rows for t in row.teacher.temperatures}
+    has_prompts = any(
+        len(row.loss_rows()) < len(row.teacher) for row in sample.rows.values()
+    )
+    temperatures = {t for row in sample.rows.values() for t in row.teacher.temperatures}
     base: dict[str, Any] = {
         "pretrained_checkpoint": {"restore_from_path": teacher},
         "output_path": sample.reader.path,
@@ -208,11 +162,10 @@ def rescoring_config(
             "temperatures": sorted(temperatures - {1}),
         },
     }
-    if sample.precisions:
-        base["trainer"] = {
-            "precision": "bf16" if "bfloat16" in sample.precisions else "32"
-        }
-    merged = OmegaConf.merge(base, OmegaConf.from_dotlist(given))
+    if sample.dtypes:
+        precision = "bf16" if "bfloat16" in sample.dtypes else "32"
+        base["trainer"] = {"precision": precision}
+    merged = OmegaConf.merge(base, OmegaConf.from_dotlist(list(settings)))
     assert isinstance(merged, DictConfig)
     return typed(ComputeTopkLogitsConfig, merged)
 
@@ -221,8 +174,6 @@ def rescore(
     sample: Sample, config: ComputeTopkLogitsConfig, dataset: str | None = None
 ) -> tuple[str, bool]:
     """Score the sample twice and compare; every rank calls this.
-
-    Every replica of the teacher computes the whole sample: data parallelism saves no time here.
 
     Args:
         dataset: path of the dataset, to render its records again; None: the manifest's path.
@@ -234,103 +185,59 @@ def rescore(
         CacheError, ConfigError, DataError: the input cannot work; before the teacher is loaded.
     """
     join_ranks(config.trainer)
-    source = config.pretrained_checkpoint.restore_from_path
-    with open_pretrained(source) as pretrained, contextlib.ExitStack() as stack:
-        architecture = pretrained.architecture
-        check_teacher(sample, architecture, str(pretrained.source))
-        config = dataclasses.replace(
-            config, top_k=min(config.top_k, architecture.vocab_size)
-        )
-        check_model(config, architecture)
+    timeout_s = 60 * config.trainer.distributed_timeout_minutes
+    watchdog = Watchdog(timeout_s, torch.distributed.get_rank())
+    with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
+        vocab_size = pretrained.architecture.vocab_size
+        config = dataclasses.replace(config, top_k=min(config.top_k, vocab_size))
+        check_model(config, pretrained.architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         groups = initialize_model_parallel(config.model, config.model.seed)
-        checks = on_rank_zero(
-            lambda: check_tokens(
-                sample.reader.manifests,
-                sample.examples,
-                pretrained.fingerprint(),
-                tokenizer,
-                architecture.vocab_size,
-                dataset,
+        run = Run(config, pretrained, groups, padding_id(tokenizer, vocab_size), [])
+        notes = on_rank_zero(
+            lambda: check_origin(
+                sample.reader, sample.rows, pretrained, tokenizer, dataset
             )
         )
-        run = Run(
-            config, pretrained, groups, padding_id(tokenizer, architecture.vocab_size), []
-        )
-        timeout_s = 60 * config.trainer.distributed_timeout_minutes
-        watchdog = stack.enter_context(Watchdog(timeout_s, torch.distributed.get_rank()))
-        stack.enter_context(watchdog.explain_collective_errors())
-        with watchdog.pause("loading the teacher"):
-            teacher = run.load_teacher(watchdog.step)
-        here = PRECISIONS[config.trainer.precision]
-        dtypes = (sample.precisions or {"bfloat16"}) | {here}
-        dtype = "bfloat16" if "bfloat16" in dtypes else "float32"
-        # A cache of another precision has other rounded weights too.
-        is_mixed = bool(sample.precisions - {here})
-        unit = torch.finfo(getattr(torch, dtype)).eps * (1 + is_mixed)
-        scored, control = score_twice(teacher, sample.examples, unit)
-        has_rows = groups.is_writer and groups.data_rank == 0
-        with watchdog.pause("comparing"):
-            outcomes = gather(
-                lambda: (
-                    compare(sample, run, checks, scored, control, dtype)
-                    if has_rows
-                    else None
+        with watchdog, watchdog.explain_collective_errors():
+            with watchdog.pause("loading the teacher"):
+                teacher = run.load_teacher(watchdog.step)
+            # A cache of another precision has other rounded weights too.
+            dtypes = sample.dtypes or {"bfloat16"}
+            dtypes = dtypes | {PRECISIONS[config.trainer.precision]}
+            unit = torch.finfo(getattr(torch, min(dtypes))).eps * len(dtypes)
+            scored, control = score_twice(teacher, sample, unit)
+            has_rows = groups.is_writer and groups.data_rank == 0
+            with watchdog.pause("comparing"):
+                reports = gather(
+                    lambda: (
+                        compare(sample, run, scored, control, unit) if has_rows else []
+                    )
                 )
-            )
-    return next(outcome for outcome in outcomes if outcome is not None)
-
-
-def check_teacher(sample: Sample, architecture: GPTArchitecture, teacher: str) -> None:
-    """Refuse a teacher that cannot have written the cache.
-
-    Raises:
-        CacheError: its vocabulary has another size, or the rows have more positions than it has.
-    """
-    reader = sample.reader
-    size = architecture.vocab_size
-    longest = max(example.num_tokens for example in sample.examples)
-    largest = max(reader.max_token_id, reader.max_topk_id)
-    problem = ""
-    if longest > architecture.max_position_embeddings:
-        most = architecture.max_position_embeddings
-        problem = f"a row has {longest} positions, {teacher} is made for {most}"
-    if largest >= size:
-        problem = (
-            f"the id {largest} is outside the vocabulary of {teacher}, {size} tokens"
-        )
-    for manifest in reader.manifests:
-        if manifest.vocab_size != size and manifest.teacher.get("name") != UNKNOWN:
-            problem = (
-                f"its teacher has a vocabulary of {manifest.vocab_size} tokens, "
-                f"{teacher} one of {size}"
-            )
-    if problem:
-        raise CacheError(f"{reader.path}: {problem}: another teacher wrote the cache")
+    lines = [*(line for report in reports for line in report), *notes]
+    num_wrong = sum(line.startswith("wrong: ") for line in lines)
+    result = "the cache matches this teacher; what differs is rounding"
+    if num_wrong:
+        result = f"the cache does not match this teacher: {num_wrong} faults"
+    return "\n".join([*lines, f"result: {result}"]), not num_wrong
 
 
 def score_twice(
-    teacher: Teacher, examples: Sequence[Example], unit: float
+    teacher: Teacher, sample: Sample, unit: float
 ) -> tuple[list[CachedExample], list[CachedExample]]:
-    """Score the examples in batches, in reverse order; then as a control, with errors of `unit`."""
+    """Score the examples in batches, in reverse order; then as a control, with rounding errors.
+
+    Other batches alone do not show rounding: many kernels sum in one order for every batch, but in
+    another one on another layout or machine. So the numbers that leave a layer are multiplied by
+    random factors within `unit` of 1, on all ranks that hold the same numbers alike.
+    """
+    examples = [row.example for row in sample.rows.values()]
     if teacher.max_examples is not None:
         teacher.max_examples = max(2, teacher.max_examples)
-    scored = teacher.finish(teacher.start(examples[::-1]))[::-1]
+    scored = teacher.rows(examples[::-1])[::-1]
     teacher.packed = False
     teacher.max_examples = 1
     teacher.multiple_of *= CONTROL_MULTIPLE
-    with _rounding_errors(teacher, unit):
-        return scored, teacher.finish(teacher.start(examples))
-
-
-@contextlib.contextmanager
-def _rounding_errors(teacher: Teacher, unit: float) -> Iterator[None]:
-    """Multiply the numbers that leave a layer by random factors within `unit` of 1.
-
-    Other batches alone do not show rounding: many kernels sum in one order for every batch, but in
-    another one on another layout or machine. A unit in the last place stands for the several
-    roundings, half a unit each, of a layer. Ranks that hold the same numbers change them alike.
-    """
     device = teacher.groups.device
     random = torch.Generator(device).manual_seed(0)
 
@@ -341,110 +248,152 @@ def _rounding_errors(teacher: Teacher, unit: float) -> Iterator[None]:
         return (hidden, *rest) if isinstance(output, tuple) else hidden
 
     decoder: Any = getattr(teacher.model, "module", teacher.model).decoder
-    modules = [*decoder.layers, decoder.final_layernorm]
-    hooks = [
-        module.register_forward_hook(disturb) for module in modules if module is not None
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    for module in (*decoder.layers, decoder.final_layernorm):
+        if module is not None:
+            module.register_forward_hook(disturb)
+    return scored, teacher.rows(examples)
 
 
 def compare(
     sample: Sample,
     run: Run,
-    checks: Checks,
     scored: Sequence[CachedExample],
     control: Sequence[CachedExample],
-    dtype: str,
-) -> tuple[str, bool]:
-    """Compare the sample with both passes; return the report, and True if nothing is wrong."""
-    comparisons = []
-    for row, where, *passes in zip(
-        sample.rows, sample.where, scored, control, strict=True
-    ):
+    unit: float,
+) -> list[str]:
+    """Return the lines of the report on the numbers; those of wrong rows begin with `wrong:`."""
+    factor = FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
+    # Always allowed, since a short control may happen to be exact: logits off by three roundings.
+    floor = SMALLEST_KL + (1.5 * unit) ** 2 / 2
+    lines = [
+        f"{len(scored)} of {len(sample.reader):,} examples, scored by "
+        f"{run.pretrained.source}: {run.describe_ranks()}",
+        f"note: the cache was computed in {', '.join(sample.dtypes) or 'unknown'}",
+        "",
+        f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",
+        f"{'in nats':36}  {'mean':>8} {'worst':>8} {'allowed':>8}  {'mean':>10} {'worst':>10}  "
+        "worst example",
+    ]
+    wrong: dict[int, list[str]] = {}
+    for (name, num_floors), values in measure(sample, scored, control).items():
+        cached_E, control_E = np.array(values).T
+        if num_floors:
+            allowed = factor * control_E.max() + num_floors * floor
+        else:
+            allowed = factor**0.5 * control_E.max() + SMALLEST_LABEL_NATS + 6 * unit
+        worst = int(cached_E.argmax())
+        lines.append(
+            f"{name:<36}  {cached_E.mean():8.1e} {cached_E[worst]:8.1e} {allowed:8.1e}  "
+            f"{control_E.mean():10.1e} {control_E.max():10.1e}  "
+            f"{scored[worst].example.index}"
+        )
+        for number in np.flatnonzero(~(cached_E <= allowed)).tolist():
+            wrong.setdefault(number, []).append(f"{name} {cached_E[number]:.1e}")
+    for number, (where, row) in enumerate(sample.rows.items()):
+        if number in wrong:
+            text = ", ".join(wrong[number])
+            lines.append(f"wrong: example {row.example.index} ({where}): {text}")
+    return lines
+
+
+def measure(
+    sample: Sample, scored: Sequence[CachedExample], control: Sequence[CachedExample]
+) -> dict[tuple[str, int], list[Any]]:
+    """Return by name and allowed floors the values of cache and control, a pair per example."""
+    figures: dict[tuple[str, int], list[Any]] = {}
+    temperatures = set.intersection(
+        *(set(row.teacher.temperatures) for row in sample.rows.values())
+    )
+    has_labels = all(
+        row.teacher.label_logprobs_P is not None for row in sample.rows.values()
+    )
+    for row, *passes in zip(sample.rows.values(), scored, control, strict=True):
         positions_P = row.teacher.positions_P
-        by_teacher = [
+        by_teacher, by_control = (
             found.teacher.at(np.searchsorted(found.teacher.positions_P, positions_P))
             for found in passes
-        ]
-        comparisons.append(Comparison(row.example.index, where, row.teacher, *by_teacher))
-    factor = FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
-    statistics = compare_rows(comparisons, sample.error_bound(), dtype, factor)
-    wrong = find_wrong(comparisons, statistics)
-    right = [one for number, one in enumerate(comparisons) if number not in wrong]
-    fit, control_fit, is_off = fit_temperatures(right or comparisons, factor)
-    if right and is_off:
-        checks.problems.append(f"the rows are those of temperature {1 / fit.scale:.4f}")
-    for problems in (wrong, _wrong_samples(sample)):
-        for number, texts in problems.items():
-            checks.wrong.setdefault(number, []).extend(texts)
-    here = PRECISIONS[run.config.trainer.precision]
-    if not sample.precisions:
-        checks.not_checked.append(
-            f"the precision, {here} here: the cache does not record it"
         )
-    elif sample.precisions != {here}:
-        dtypes = ", ".join(sample.precisions)
-        checks.notes.append(
-            f"the cache was computed in {dtypes}, the teacher here in {here}"
-        )
-    if sample.rows[0].teacher.tail_token_ids_PM is not None:
-        checks.not_checked.append(
-            "which tail samples were drawn, beyond that none is a kept id"
-        )
-    if sample.num_empty:
-        checks.not_checked.append(
-            f"{sample.num_empty} sampled rows without teacher targets"
-        )
-    num_positions = sum(len(row.teacher) for row in sample.rows)
-    lines = [
-        f"{len(comparisons)} of {len(sample.reader):,} examples with {num_positions:,} positions, "
-        f"scored by {run.pretrained.source}: {run.describe_ranks()}",
-        "",
-        *format_statistics(statistics, comparisons),
-        f"{'temperature that fits best':<36}  {1 / fit.scale:8.4f} {'':17}  "
-        f"{1 / control_fit.scale:10.4f}",
-        "In nats. KL is that of the teacher from the cache, over the kept ids and all others",
-        "together. The control scores each example alone and padded, with other rounding errors.",
-        f"Allowed: {factor:g} x the control's worst, {ROUNDING_FACTOR:g} x what the encoding "
-        f"rounds, and for the mean {floor_kl(dtype):.0e},",
-        f"from the precision: {dtype}, unit roundoff {UNIT_ROUNDOFF[dtype]:.1e}.",
-        "",
-        *(f"note: {text}" for text in checks.notes),
-        *(f"not checked: {text}" for text in checks.not_checked),
-        *(f"wrong: {text}" for text in checks.problems),
-    ]
-    for number, texts in sorted(checks.wrong.items())[:MOST_SHOWN]:
-        example = comparisons[number]
-        lines.append(
-            f"wrong: example {example.index} ({example.where}): {'; '.join(texts)}"
-        )
-    num_wrong = len(checks.wrong)
-    if num_wrong > MOST_SHOWN:
-        lines.append(f"wrong: and {num_wrong - MOST_SHOWN} more examples")
-    result = "the cache matches this teacher; what differs is rounding"
-    if num_wrong:
-        result = f"the cache does not match: {num_wrong} of {len(comparisons)} examples are wrong"
-    elif checks.problems:
-        result = "the cache does not match this teacher, for the reasons above"
-    lines.append(f"result: {result}")
-    return "\n".join(lines), not num_wrong and not checks.problems
+        compared = (row.teacher, as_stored(sample, row, by_control))
+        for temperature in sorted(temperatures):
+            kls = [divergence(found, by_teacher, temperature) for found in compared]
+            name = "KL" if temperature == 1 else f"KL at T = {temperature:g}"
+            for kind, (reduce, num_floors) in KINDS.items():
+                key = (f"{name}, {kind}", num_floors)
+                figures.setdefault(key, []).append([reduce(kl_P) for kl_P in kls])
+        if has_labels:
+            labels: Any = [one.label_logprobs_P for one in (*compared, by_teacher)]
+            labels_3P = np.maximum(labels, SMALLEST_LABEL)
+            errors = np.abs(labels_3P[:2] - labels_3P[2]).mean(axis=1)
+            figures.setdefault(("log-probability of labels, mean", 0), []).append(errors)
+    return figures
 
 
-def _wrong_samples(sample: Sample) -> dict[int, list[str]]:
-    """Return the examples with a tail sample among the kept ids."""
-    found = {}
-    for number, row in enumerate(sample.rows):
-        samples_PM = row.teacher.tail_token_ids_PM
-        if samples_PM is not None:
-            is_kept_PMK = samples_PM[:, :, None] == row.teacher.topk_token_ids_PK[:, None]
-            is_wrong_P = (is_kept_PMK.any(axis=2) & (samples_PM >= 0)).any(axis=1)
-            if is_wrong_P.any():
-                position = row.teacher.positions_P[is_wrong_P.argmax()]
-                found[number] = [
-                    f"the tail sample at position {position} is one of the kept ids"
-                ]
-    return found
+def as_stored(sample: Sample, row: CachedExample, control: Targets) -> Targets:
+    """Return the control's targets as a cache holds them: as many ids, in the same encodings."""
+    counts_P = (row.teacher.topk_token_ids_PK >= 0).sum(axis=1)
+    places_K = np.arange(control.topk_token_ids_PK.shape[1])
+    control = keep(control, places_K < counts_P[:, None])
+    manifests = sample.reader.manifests
+    # A cache that was converted to json may have been packed before.
+    is_packed = sample.reader.has_packed_rows() or any(
+        "converted_from" in manifest.teacher for manifest in manifests
+    )
+    if (not manifests and not is_packed) or is_foreign(manifests):
+        logits_PK, log_sum_exp_P = (
+            torch.from_numpy(values).bfloat16().float().numpy()
+            for values in (control.topk_logits_PK, control.log_sum_exp_logits_P)
+        )
+        control = dataclasses.replace(
+            control, topk_logits_PK=logits_PK, log_sum_exp_logits_P=log_sum_exp_P
+        )
+    if is_packed:
+        places_P = control.positions_P
+        tokens_P = row.example.tokens_S[places_P]
+        labels_P = row.example.labels_S[places_P]
+        example = Example(0, tokens_P, labels_P, np.ones(len(places_P)))
+        control = dataclasses.replace(control, positions_P=np.arange(len(places_P)))
+        blob = packed_codec.pack(CachedExample(example, control), "all")
+        control = packed_codec.unpack(blob, example)
+    return control
+
+
+def divergence(p: Targets, q: Targets, temperature: float = 1.0) -> np.ndarray:
+    """Return KL(p || q) [P] in nats over p's ids and all others together.
+
+    It is the sum of p ln(p / q) - p + q, whose terms are at least 0 even where rounded
+    probabilities do not sum to 1.
+    """
+    ids_PK = p.topk_token_ids_PK.astype(np.int64)
+    p_PN = log_probs(p, ids_PK, temperature)
+    q_PN = log_probs(q, ids_PK, temperature)
+    used_PN = np.isfinite(p_PN)
+    distance_PN = np.subtract(p_PN, q_PN, where=used_PN, out=np.zeros(used_PN.shape))
+    return (np.exp(p_PN) * (distance_PN + np.expm1(-distance_PN))).sum(axis=1)
+
+
+def log_probs(teacher: Targets, ids_PK: np.ndarray, temperature: float) -> np.ndarray:
+    """Return log-probabilities [P, K + 1] of ids (-1: no id), and of all others together.
+
+    An id that is not kept has the largest probability that the kept ones allow.
+    """
+    kept_Pk = teacher.topk_logits_PK.astype(np.float64) / temperature
+    total_P = teacher.log_sum_exp_logits_P.astype(np.float64)
+    if temperature != 1:
+        tail_P = teacher.tail_mass_PT[:, teacher.temperatures.index(temperature)]
+        head_P = 1 - tail_P.clip(max=1 - SMALLEST_TAIL)
+        total_P = np.log(np.exp(kept_Pk).sum(axis=1) / head_P)
+    kept_Pk -= total_P[:, None]
+    tail_P = np.maximum(1 - np.exp(kept_Pk).sum(axis=1), SMALLEST_TAIL)
+    rows_P1 = (np.arange(len(ids_PK)) << 32)[:, None]
+    keys_N = (teacher.topk_token_ids_PK + rows_P1).ravel()
+    order_N = keys_N.argsort()
+    place_PK = np.searchsorted(keys_N, ids_PK + rows_P1, sorter=order_N)
+    place_PK = order_N[place_PK.clip(max=len(keys_N) - 1)]
+    is_missing_PK = (keys_N[place_PK] != ids_PK + rows_P1) & (ids_PK >= 0)
+    smallest_P = np.where(np.isfinite(kept_Pk), kept_Pk, np.inf).min(axis=1)
+    share_P = np.log(tail_P / np.maximum(is_missing_PK.sum(axis=1), 1))
+    most_P1 = np.minimum(smallest_P, share_P)[:, None]
+    found_PK = np.where(is_missing_PK, most_P1, kept_Pk.ravel()[place_PK])
+    found_PK = np.where(ids_PK < 0, -np.inf, found_PK)
+    others_P = np.maximum(1 - np.exp(found_PK).sum(axis=1), SMALLEST_TAIL)
+    return np.column_stack([found_PK, np.log(others_P)])
