@@ -5,11 +5,9 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
-import random
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -103,35 +101,43 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         ConfigError: the sizes do not divide the number of ranks.
     """
     install_cpu_support()
-    data_size = parallel.data_parallel_size(dist.get_world_size())
-    sizes = {name: getattr(parallel, name) for name in PARALLEL_SIZES}
-    if parallel_state.model_parallel_is_initialized() and _sizes() != list(
-        sizes.values()
-    ):
-        destroy_model_parallel()
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel(**sizes, order=RANK_ORDER)
+    parallel.data_parallel_size(dist.get_world_size())
+    sizes = tuple(getattr(parallel, name) for name in PARALLEL_SIZES)
+    groups = _process_groups(dist.group.WORLD, sizes, parallel.replicas_in_lockstep)
     chunks = parallel.chunks_per_stage
     parallel_state.set_virtual_pipeline_model_parallel_world_size(
         chunks if chunks > 1 else None
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
-    tensor_size, pipeline_size, context_size, _ = sizes.values()
-    data_rank = parallel_state.get_data_parallel_rank()
+    return groups
+
+
+@functools.lru_cache(maxsize=1)
+def _process_groups(
+    world: dist.ProcessGroup, sizes: tuple[int, ...], lanes: int
+) -> ProcessGroups:
+    """Replace all groups but the world; `lanes` replicas run in lockstep."""
+    if parallel_state.model_parallel_is_initialized():
+        _destroy_groups()
+    parallel_state.initialize_model_parallel(
+        **dict(zip(PARALLEL_SIZES, sizes, strict=True)), order=RANK_ORDER
+    )
+    tensor_size, pipeline_size, context_size, _ = sizes
+    data = parallel_state.get_data_parallel_group()
+    data_rank = data.rank()
     layout = parallel_state.RankGenerator(
-        tensor_size, 1, data_size, pipeline_size, context_size, RANK_ORDER
+        tensor_size, 1, data.size(), pipeline_size, context_size, RANK_ORDER
     )
     replicas = layout.get_ranks("tp-cp-pp")
-    replica = _gloo_groups(dist.group.WORLD, tuple(map(tuple, replicas)))[data_rank]
+    replica = _gloo_group(replicas, data_rank)
     lockstep = replica
-    lanes = parallel.replicas_in_lockstep
     if lanes > 1:
-        members = tuple(
-            tuple(sorted(itertools.chain(*replicas[first : first + lanes])))
-            for first in range(0, data_size, lanes)
-        )
-        lockstep = _gloo_groups(dist.group.WORLD, members)[data_rank // lanes]
+        members = [
+            sorted(itertools.chain(*replicas[first : first + lanes]))
+            for first in range(0, len(replicas), lanes)
+        ]
+        lockstep = _gloo_group(members, data_rank // lanes)
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -139,7 +145,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         context=parallel_state.get_context_parallel_group(),
-        data=parallel_state.get_data_parallel_group(),
+        data=data,
         replica=replica,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),
         tensor_size=tensor_size,
@@ -148,7 +154,7 @@ def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGro
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=context_size,
         data_rank=data_rank,
-        data_size=data_size,
+        data_size=data.size(),
         replica_ranks=tuple(replicas[data_rank]),
         lockstep=lockstep,
         lockstep_lanes=lanes,
@@ -165,10 +171,9 @@ def schedule_groups() -> ProcessGroupCollection:
     )
 
 
-def destroy_model_parallel() -> None:
+def _destroy_groups() -> None:
     """End all groups but the world: a gloo group wakes its thread a hundred times a second."""
     parallel_state.destroy_model_parallel()
-    _gloo_groups.cache_clear()
     gc.collect()  # a model that is in a cycle keeps its groups
     # torch lists its groups nowhere else, and Megatron forgets them without ending them.
     for group in list(dist.distributed_c10d._world.pg_map):  # noqa: SLF001
@@ -176,32 +181,14 @@ def destroy_model_parallel() -> None:
             dist.destroy_process_group(group)
 
 
-def _sizes() -> list[int]:
-    """Return the sizes of the existing groups in the order of `PARALLEL_SIZES`."""
-    return [
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_context_parallel_world_size(),
-        parallel_state.get_expert_model_parallel_world_size(),
-    ]
-
-
-@functools.lru_cache(maxsize=8)
-def _gloo_groups(
-    world: dist.ProcessGroup, members: tuple[tuple[int, ...], ...]
-) -> list[dist.ProcessGroup]:
-    """Return a gloo group for each tuple of global ranks; the first call is collective."""
-    return [dist.new_group(ranks, backend="gloo") for ranks in members]
+def _gloo_group(members: list[list[int]], mine: int) -> dist.ProcessGroup:
+    """Make a gloo group for each list of global ranks, and return one of them."""
+    return [dist.new_group(ranks, backend="gloo") for ranks in members][mine]
 
 
 def sharded_random_state() -> ShardedObject:
     """Return the state of this rank's random generators; it loads only into as many ranks."""
-    version, words, gauss = random.getstate()
-    numpy_state: Any = np.random.get_state()
-    name, keys, *numbers = numpy_state
-    state: dict[str, Any] = {
-        "python": [version, list(words), gauss],
-        "numpy": [name, torch.from_numpy(keys.astype(np.int64)), *numbers],
+    state = {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
         "megatron": get_cuda_rng_tracker().get_states(),
@@ -213,10 +200,6 @@ def sharded_random_state() -> ShardedObject:
 
 def set_random_state(state: dict[str, Any]) -> None:
     """Set every generator to the content of `sharded_random_state`."""
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    name, keys, *numbers = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), *numbers))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

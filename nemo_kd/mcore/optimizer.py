@@ -75,13 +75,11 @@ def wrap_for_training(
     ]
     for ddp in wrapped:
         ddp.broadcast_params()
-    if len(wrapped) > 1:
-        if overlaps_gradients():
-            config.no_sync_func = [ddp.no_sync for ddp in wrapped]
-        return torch.nn.ModuleList(wrapped)
+    is_interleaved = len(wrapped) > 1
     if overlaps_gradients():
-        config.no_sync_func = wrapped[0].no_sync
-    return wrapped[0]
+        no_sync = [ddp.no_sync for ddp in wrapped]
+        config.no_sync_func = no_sync if is_interleaved else no_sync[0]
+    return torch.nn.ModuleList(wrapped) if is_interleaved else wrapped[0]
 
 
 def release(model: torch.nn.Module) -> None:
@@ -135,7 +133,8 @@ class ModelOptimizer(torch.optim.Optimizer):
             )
         self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
         for part in self.parts:
-            _create_adam_state(part.optimizer)
+            if _is_torchs(part.optimizer):
+                _create_adam_state(part.optimizer)
         for group in self.megatron.param_groups:
             # 0 for biases and norms; Megatron's own scheduler would multiply.
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
@@ -166,14 +165,15 @@ class ModelOptimizer(torch.optim.Optimizer):
         self, closure: Callable[[], Any] | None = None, loss_is_finite: bool = True
     ) -> Any:
         """Update the weights; change nothing if the loss or the gradient is not finite."""
-        result = closure() if closure is not None else None
+        if closure is not None:
+            closure()
         found_inf = self.megatron.prepare_grads()
         self.grad_norm = float(self.megatron.get_grad_norm())
         self.skipped = (
             found_inf or not loss_is_finite or not math.isfinite(self.grad_norm)
         )
         if self.skipped:
-            return result
+            return
         for part in self.parts:
             parameters = part.get_parameters()
             max_norm = part.config.clip_grad
@@ -181,7 +181,6 @@ class ModelOptimizer(torch.optim.Optimizer):
                 with cuda_methods_on_cpu():
                     clip_grad_by_total_norm_fp32(parameters, max_norm, self.grad_norm)
         self.megatron.step_with_ready_grads()
-        return result
 
     def sharded_state_dict(
         self, model_state: dict[str, Any], is_loading: bool = False
@@ -199,7 +198,7 @@ class ModelOptimizer(torch.optim.Optimizer):
         ]
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for part in self.parts:
-                if isinstance(part, DistributedOptimizer):
+                if isinstance(part, DistributedOptimizer) and _is_torchs(part.optimizer):
                     stack.enter_context(_own_steps(part.optimizer))
             self.megatron.load_state_dict(state)
         for group, values in zip(self.param_groups, chosen, strict=True):
@@ -213,18 +212,19 @@ class ModelOptimizer(torch.optim.Optimizer):
         """Ignore the call: see `state_dict`."""
 
 
+def _is_torchs(inner: torch.optim.Optimizer) -> bool:
+    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
+
+
 def _create_adam_state(inner: torch.optim.Optimizer) -> None:
     """Create the state of torch's Adam before its first step, as Megatron's saving asserts."""
-    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        return
     for group in inner.param_groups:
         for parameter in group["params"]:
-            if not inner.state[parameter]:
-                inner.state[parameter] = {
-                    "step": torch.tensor(0.0),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
+            inner.state[parameter] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
 
 
 @contextlib.contextmanager
@@ -235,20 +235,14 @@ def _own_steps(inner: torch.optim.Optimizer) -> Iterator[None]:
     one `step` tensor between all parameters, which Adam then increments once per parameter: a
     wrong bias correction without an error.
     """
-    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        yield
-        return
     steps: dict[torch.Tensor, torch.Tensor] = {}
 
     def set_aside(_: torch.optim.Optimizer) -> None:
-        steps.update(
-            {key: state.pop("step").clone() for key, state in inner.state.items()}
-        )
+        for parameter, state in inner.state.items():
+            steps[parameter] = state.pop("step").clone()
 
     hook = inner.register_load_state_dict_post_hook(set_aside)
-    try:
-        yield
-    finally:
-        hook.remove()
-        for key, step in steps.items():
-            inner.state[key] = {"step": step, **inner.state[key]}
+    yield
+    hook.remove()
+    for parameter, step in steps.items():
+        inner.state[parameter] = {"step": step, **inner.state[parameter]}
