@@ -119,8 +119,7 @@ def read_logits(
     samples_NM = None
     if ids.kept_NK is not None:
         kept_NK = next(sums)
-        if columns[1].held_NJ is not None:
-            kept_NK.masked_fill_(ids.kept_NK < 0, float("-inf"))
+        kept_NK.masked_fill_(ids.kept_NK < 0, float("-inf"))
         if kept_NK.shape[1]:
             shift_N = shift_N.maximum(kept_NK.amax(dim=-1))
         kept_NK -= shift_N[:, None]

@@ -5,6 +5,7 @@ Shape legend: N positions, V real vocabulary, v this rank's columns of it, paddi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,22 +58,18 @@ class VocabShard:
 
     def all_reduce(self, tensor: torch.Tensor, op: ReduceOp.RedOpType) -> torch.Tensor:
         """Reduce `tensor` in place over the ranks of the group, and return it."""
-        if self.num_ranks > 1:
+        if self.group is not None:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
 
-    def sum_parts(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+    def sum_parts(self, parts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Sum tensors [N, C_i] over the ranks of the group, in one all-reduce."""
-        if self.num_ranks == 1:
-            return parts
-        widths = [part.shape[1] for part in parts]
-        return list(
-            self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM).split(widths, dim=1)
-        )
+        sums = self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM)
+        return sums.split([part.shape[1] for part in parts], dim=1)
 
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
         """Join the [N, C] tensors of all ranks of the group side by side, in rank order."""
-        if self.num_ranks == 1:
+        if self.group is None:
             return tensor_NC
         parts = [torch.empty_like(tensor_NC) for _ in range(self.num_ranks)]
         torch.distributed.all_gather(parts, tensor_NC.contiguous(), group=self.group)
@@ -87,8 +84,21 @@ def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
 def row_blocks(
     num_rows: int, num_columns: int, max_elements: int = 1 << 22
 ) -> list[slice]:
-    """Return row ranges that cover `num_rows`: at most `max_elements` elements, or one row."""
+    """Return row ranges that cover `num_rows`: at most `max_elements` elements, or one row.
+
+    There is always a first range, of no rows if there are none.
+    """
     rows = max(1, max_elements // max(1, num_columns))
-    return [
-        slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)
-    ]
+    starts = range(0, max(1, num_rows), rows)
+    return [slice(start, min(start + rows, num_rows)) for start in starts]
+
+
+def scatter(block: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> None:
+    """Scatter values into columns in place.
+
+    Half precision is scattered as integers, which avoids torch's float32 copy on a CPU.
+    """
+    if block.element_size() == 2:
+        block = block.view(torch.int16)
+        values = values.view(torch.int16)
+    block.scatter_(1, index, values)
