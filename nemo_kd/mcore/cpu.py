@@ -29,9 +29,8 @@ PRIMITIVES_KEPT = 128
 
 A student's step needs some tens.
 """
-_FACTORIES = (
-    "tensor empty zeros ones full arange empty_like zeros_like ones_like full_like"
-)
+_FACTORIES = ("tensor", "zeros", "ones")
+"""Functions that Megatron calls with `device="cuda"` or in page-locked memory."""
 _MODULES_WITH_CUDA = (
     "distributed",
     "dist_checkpointing.strategies.torch",
@@ -127,7 +126,7 @@ def _torch_on_cpu() -> _Redirected:
     distributed = _Redirected(
         torch.distributed, all_gather=_all_gather, reduce_scatter=_reduce_scatter
     )
-    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES.split()}
+    factories = {name: _on_cpu(getattr(torch, name)) for name in _FACTORIES}
     return _Redirected(torch, cuda=cuda, distributed=distributed, **factories)
 
 

@@ -20,10 +20,9 @@ Shape legend: N positions, v this rank's vocabulary columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -115,17 +114,11 @@ class TokenLosses(NamedTuple):
     compared: Tensor | None
 
 
-class Slopes(NamedTuple):
-    """Inputs of the gradient beside the logits."""
-
-    of_losses: list[Slope]
-    student: StudentLogits
-
-
+@dataclass(frozen=True)
 class DistillationLoss:
     """Cross-entropy and divergence of each position.
 
-    Args:
+    Attributes:
         divergence: None: cross-entropy alone.
         label_smoothing: share of the label's mass that is spread over the whole real vocabulary.
         z_loss_weight: adds this times the squared log-sum-exp of the logits to the cross-entropy.
@@ -133,40 +126,27 @@ class DistillationLoss:
         compares: also measure how near the student is to the teacher.
     """
 
-    def __init__(
-        self,
-        divergence: Divergence | None = None,
-        label_smoothing: float = 0.0,
-        z_loss_weight: float = 0.0,
-        compile: bool = False,
-        compares: bool = False,
-    ) -> None:
-        self.divergence = divergence
-        self.label_smoothing = label_smoothing
-        self.z_loss_weight = z_loss_weight
-        self.compile = compile
-        self.compares = compares
-        self.scales = divergence.scales if divergence is not None else (1.0,)
-        self._is_sampled = divergence is not None and divergence.is_sampled
-        self._reads_kept_ids = compares or (
-            divergence is not None and not divergence.on_label
-        )
+    divergence: Divergence | None = None
+    label_smoothing: float = 0.0
+    z_loss_weight: float = 0.0
+    compile: bool = False
+    compares: bool = False
 
     @classmethod
     def of(cls, config: LossConfig, compares: bool = False) -> DistillationLoss:
         """Build the loss that a configuration describes; without a custom loss's function."""
-        compile = (
-            torch.cuda.is_available()
-            if config.compile == "auto"
-            else config.compile == "on"
-        )
+        auto = config.compile == "auto" and torch.cuda.is_available()
         return cls(
             config.divergence,
             config.label_smoothing,
             config.z_loss_weight,
-            compile,
+            auto or config.compile == "on",
             compares,
         )
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return (1.0,) if self.divergence is None else self.divergence.scales
 
     def __call__(
         self,
@@ -188,9 +168,8 @@ class DistillationLoss:
                 None: cross-entropy alone.
 
         Raises:
-            ValueError: an id is not a token or kept twice (checked on the CPU only; a cache never
-                holds such rows), the divergence needs a field that `teacher` lacks, or numbers of
-                rows differ.
+            ValueError: an id is not a token (checked on the CPU only), the divergence needs a field
+                that `teacher` lacks, or numbers of rows differ.
         """
         teacher = self.checked(len(logits_Nv), labels_N, teacher, shard)
         return TokenLosses(*_OnLogits.apply(logits_Nv, labels_N, teacher, shard, self))
@@ -207,46 +186,30 @@ class DistillationLoss:
         Raises:
             ValueError: as `__call__`.
         """
-        if labels_N.shape != (num_rows,):
-            raise ValueError(
-                f"labels_N: shape {list(labels_N.shape)} for {num_rows} rows of logits"
-            )
-        on_cpu = labels_N.device.type == "cpu"
-        if on_cpu:
-            _check_ids("labels_N", labels_N, 0, shard.vocab_size)
-        if teacher is None or (self.divergence is None and not self.compares):
-            return None
-        for name, values in vars(teacher).items():
-            if isinstance(values, Tensor) and len(values) != num_rows:
+        if self.divergence is None and not self.compares:
+            teacher = None
+        if teacher is not None and self.divergence is not None:
+            for name in self.divergence.missing(teacher):
+                raise ValueError(
+                    f"{name}: missing at temperature {1 / self.divergence.teacher_scale:g}, but "
+                    f"{self.divergence.objective} on support {self.divergence.support} needs it"
+                )
+        arrays = {} if teacher is None else teacher.arrays()
+        for name, values in {"labels_N": labels_N, **arrays}.items():
+            if len(values) != num_rows:
                 raise ValueError(
                     f"{name}: {len(values)} rows for {num_rows} rows of logits"
                 )
-        missing = [] if self.divergence is None else self.divergence.missing(teacher)
-        if self.divergence is not None and missing:
-            temperature = 1 / self.divergence.teacher_scale
-            at = (
-                f" at temperature {temperature:g}" if missing[0] == "tail_mass_PT" else ""
-            )
-            raise ValueError(
-                f"{missing[0]}: missing{at}, but {self.divergence.objective} on support "
-                f"{self.divergence.support} needs it"
-            )
-        if on_cpu and self._reads_kept_ids and teacher.topk_token_ids_PK.numel():
-            # Eight times as fast as torch's sort.
-            ids_NK = np.sort(teacher.topk_token_ids_PK.numpy().astype(np.int32), axis=-1)
-            ends_N2 = torch.from_numpy(ids_NK[:, [0, -1]])
-            _check_ids("topk_token_ids_PK", ends_N2, -1, shard.vocab_size)
-            repeated = ids_NK[:, 1:][
-                (ids_NK[:, 1:] == ids_NK[:, :-1]) & (ids_NK[:, 1:] >= 0)
-            ]
-            if len(repeated):
-                raise ValueError(
-                    f"topk_token_ids_PK: a row holds id {repeated[0]} twice; merge its entries"
-                )
-            if self._is_sampled and teacher.tail_token_ids_PM is not None:
-                _check_ids(
-                    "tail_token_ids_PM", teacher.tail_token_ids_PM, -1, shard.vocab_size
-                )
+            if "ids" not in name and name != "labels_N":
+                continue
+            smallest = 0 if name == "labels_N" else -1
+            if not values.is_cuda and values.numel():
+                lowest, highest = values.aminmax()
+                if not smallest <= lowest <= highest < shard.vocab_size:
+                    raise ValueError(
+                        f"{name}: ids from {lowest} to {highest} lie outside the vocabulary of "
+                        f"{shard.vocab_size} tokens"
+                    )
         return teacher
 
     def evaluate(
@@ -255,12 +218,15 @@ class DistillationLoss:
         labels_N: Tensor,
         teacher: TeacherRows[Tensor] | None,
         shard: VocabShard,
-    ) -> tuple[TokenLosses, Slopes]:
+    ) -> tuple[TokenLosses, list[Slope], StudentLogits]:
         """Return the losses and inputs of `write_gradient`, outside autograd, for a `checked`
         teacher."""
+        divergence = self.divergence if teacher is not None else None
+        on_label = divergence is not None and divergence.on_label
         ids = TokenIds(labels_N)
-        if teacher is not None and self._reads_kept_ids:
-            samples_NM = teacher.tail_token_ids_PM if self._is_sampled else None
+        if teacher is not None and (self.compares or not on_label):
+            is_sampled = divergence is not None and divergence.is_sampled
+            samples_NM = teacher.tail_token_ids_PM if is_sampled else None
             ids = TokenIds(labels_N, teacher.topk_token_ids_PK, samples_NM)
         student = read_logits(
             logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile
@@ -273,40 +239,11 @@ class DistillationLoss:
         compared = None
         if teacher is not None and self.compares:
             compared = compare(student, teacher, shard.vocab_size)
-        if teacher is not None and self.divergence is not None:
-            if self.divergence.on_label:
-                kd_N, slope = label_estimator(student, teacher, self.divergence)
-            else:
-                kd_N, slope = divergence_on_support(
-                    student, teacher, self.divergence, shard.vocab_size
-                )
+        if teacher is not None and divergence is not None:
+            function = label_estimator if on_label else divergence_on_support
+            kd_N, slope = function(student, teacher, divergence, shard.vocab_size)
             slopes.append(slope)
-        return TokenLosses(ce_N, kd_N, compared), Slopes(slopes, student)
-
-    def write_gradient(
-        self,
-        logits_Nv: Tensor,
-        out_Nv: Tensor,
-        slopes: Slopes,
-        d_losses: Sequence[Tensor],
-        shard: VocabShard,
-    ) -> None:
-        """Fill `out_Nv`, maybe the logits, with the gradient; `d_losses`: by CE and divergence,
-        [N]."""
-        losses = list(zip(d_losses, slopes.of_losses, strict=False))
-        write_gradient(
-            logits_Nv, out_Nv, self.scales, slopes.student, losses, shard, self.compile
-        )
-
-
-def _check_ids(name: str, ids: Tensor, smallest: int, vocab_size: int) -> None:
-    if not ids.numel():
-        return
-    for found in (ids.amin(), ids.amax()):
-        if not smallest <= found < vocab_size:
-            raise ValueError(
-                f"{name}: id {found} lies outside the vocabulary of {vocab_size} tokens"
-            )
+        return TokenLosses(ce_N, kd_N, compared), slopes, student
 
 
 class _OnLogits(torch.autograd.Function):
@@ -319,11 +256,12 @@ class _OnLogits(torch.autograd.Function):
         shard: VocabShard,
         loss: DistillationLoss,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        losses, slopes = loss.evaluate(logits_Nv, labels_N, teacher, shard)
+        losses, ctx.slopes, ctx.student = loss.evaluate(
+            logits_Nv, labels_N, teacher, shard
+        )
         if losses.compared is not None:
             ctx.mark_non_differentiable(losses.compared)
         ctx.save_for_backward(logits_Nv)
-        ctx.slopes = slopes
         ctx.loss = loss
         ctx.shard = shard
         base = logits_Nv._base  # noqa: SLF001 - torch has no public name for a view's tensor
@@ -336,5 +274,9 @@ class _OnLogits(torch.autograd.Function):
         # Overwriting the logits makes autograd refuse a second backward pass, as it should.
         (logits_Nv,) = ctx.saved_tensors
         out_Nv = logits_Nv.detach() if ctx.in_place else torch.empty_like(logits_Nv)
-        ctx.loss.write_gradient(logits_Nv, out_Nv, ctx.slopes, d_losses[:2], ctx.shard)
+        losses = list(zip(d_losses, ctx.slopes, strict=False))
+        scales = ctx.loss.scales
+        write_gradient(
+            logits_Nv, out_Nv, scales, ctx.student, losses, ctx.shard, ctx.loss.compile
+        )
         return out_Nv, None, None, None, None

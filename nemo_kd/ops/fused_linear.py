@@ -17,6 +17,7 @@ from torch import Tensor
 
 from nemo_kd.batch import TeacherRows
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
+from nemo_kd.ops.student_logits import write_gradient
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
 BLOCK_ROWS = 512
@@ -44,8 +45,7 @@ def fused_linear_loss(
     Otherwise backward returns it in the weight's dtype. A frozen weight has none.
 
     Raises:
-        ValueError: as `DistillationLoss`; in backward, with a main_grad: the loss contains a
-            multiple of the sum.
+        ValueError: as `DistillationLoss`.
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
     arguments = (
@@ -75,52 +75,50 @@ class _FusedLinear(torch.autograd.Function):
         block_rows: int,
         with_gradients: bool,
     ) -> tuple[Tensor | None, ...]:
-        num_rows = len(hidden_NH)
         dtype = reduction_dtype(hidden_NH)
-        of_blocks: list[TokenLosses] = []
+        main_grad: Tensor | None = None
         d_hidden_NH = d_weight_vH = None
-        main_grad: Tensor | None = (
-            getattr(weight_vH, "main_grad", None) if weight_vH.requires_grad else None
-        )
-        ctx.weight_with_main_grad = weight_vH if main_grad is not None else None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
+        if weight_vH.requires_grad:
+            main_grad = getattr(weight_vH, "main_grad", None)
         if with_gradients and weight_vH.requires_grad:
-            d_weight_vH = (
-                torch.zeros_like(weight_vH, dtype=dtype)
-                if main_grad is None
-                else main_grad
-            )
-        buffer_Nv = hidden_NH.new_empty(min(block_rows, num_rows), len(weight_vH))
-        for rows in row_blocks(num_rows, 1, block_rows):
-            logits_Nv = torch.mm(
-                hidden_NH[rows], weight_vH.t(), out=buffer_Nv[: rows.stop - rows.start]
-            )
+            d_weight_vH = main_grad
+            if main_grad is None:
+                d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype)
+        of_blocks = []
+        buffer_Nv = hidden_NH.new_empty(min(block_rows, len(hidden_NH)), len(weight_vH))
+        for rows in row_blocks(len(hidden_NH), 1, block_rows):
+            some_NH = hidden_NH[rows]
+            logits_Nv = torch.mm(some_NH, weight_vH.t(), out=buffer_Nv[: len(some_NH)])
             some = None if teacher is None else teacher.at(rows)
-            losses, slopes = loss.evaluate(logits_Nv, labels_N[rows], some, shard)
+            losses, slopes, student = loss.evaluate(
+                logits_Nv, labels_N[rows], some, shard
+            )
             of_blocks.append(losses)
-            if d_hidden_NH is not None:
-                d_losses = [torch.full_like(losses.ce_N, weight) for weight in weights]
-                loss.write_gradient(logits_Nv, logits_Nv, slopes, d_losses, shard)
-                torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
-                if d_weight_vH is not None:
-                    _add_product(d_weight_vH, logits_Nv, hidden_NH[rows])
-        if not of_blocks:
-            empty = hidden_NH.new_empty(0, dtype=dtype)
-            of_blocks = [TokenLosses(empty, None if teacher is None else empty, None)]
+            if d_hidden_NH is None:
+                continue
+            factors = [torch.full_like(losses.ce_N, weight) for weight in weights]
+            weighted = list(zip(factors, slopes, strict=False))
+            write_gradient(
+                logits_Nv, logits_Nv, loss.scales, student, weighted, shard, loss.compile
+            )
+            torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
+            if d_weight_vH is not None:
+                _add_product(d_weight_vH, logits_Nv, some_NH)
         ce_N, kd_N, compared = (
             None if parts[0] is None else torch.cat(parts)
             for parts in zip(*of_blocks, strict=True)
         )
         assert ce_N is not None
-        total = weights[0] * ce_N.sum() + (
-            weights[1] * kd_N.sum() if kd_N is not None else 0
-        )
+        total = weights[0] * ce_N.sum()
+        if kd_N is not None:
+            total = total + weights[1] * kd_N.sum()
         ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
+        ctx.weight_with_main_grad = None if main_grad is None else weight_vH
         ctx.weight_dtype = weight_vH.dtype
-        ctx.mark_non_differentiable(
-            *[values for values in (ce_N, kd_N, compared) if values is not None]
-        )
+        of_tokens = [values for values in (ce_N, kd_N, compared) if values is not None]
+        ctx.mark_non_differentiable(*of_tokens)
         return total, ce_N, kd_N, compared
 
     @staticmethod
@@ -129,20 +127,15 @@ class _FusedLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         d_hidden_NH, d_weight_vH = ctx.saved_tensors
         unused = (None,) * 7
-        if ctx.weight_with_main_grad is None:
-            d_weight_vH = (
-                None
-                if d_weight_vH is None
-                else (d_weight_vH * d_total).to(ctx.weight_dtype)
+        if ctx.weight_with_main_grad is not None:
+            # The gradient by the weight is in main_grad already.
+            assert d_total.is_cuda or d_total == 1, (
+                "scale ce_weight and kd_weight instead of the sum"
             )
-            return d_hidden_NH * d_total, d_weight_vH, *unused
-        if d_total.device.type == "cpu" and d_total != 1:
-            raise ValueError(
-                "fused_linear_loss: its gradient by the weight is already in main_grad, but its "
-                f"sum enters the loss times {d_total.item():g}; scale ce_weight and kd_weight "
-                "instead"
-            )
-        return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
+            return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
+        if d_weight_vH is not None:
+            d_weight_vH = (d_weight_vH * d_total).to(ctx.weight_dtype)
+        return d_hidden_NH * d_total, d_weight_vH, *unused
 
 
 def _stand_in(weight_vH: Tensor) -> Tensor | None:

@@ -5,6 +5,7 @@ Shape legend: N positions, K kept teacher logits, E entries (K, and 1 for a buck
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -39,37 +40,41 @@ def cross_entropy(
         value_N = value_N + z_loss_weight * whole_N.square()
         slope_N = 1 + 2 * z_loss_weight * whole_N
     constant = -label_smoothing / vocab_size
-    kept_NK = None
-    if student.kept_NK is not None:
-        kept_NK = (student.kept_NK - log_sum_exp_N[:, None]).exp_()
-        if label_smoothing or z_loss_weight:
-            kept_NK.mul_(slope_N[:, None]).add_(constant)
-    return value_N, Slope(
-        scale_index=0,
-        tail_N=slope_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp(),
-        kept_NK=kept_NK,
-        label_N=torch.full_like(slope_N, label_smoothing - 1),
-        constant=constant,
-    )
+    tail_N, kept_NK = _times_softmax(student, slope_N)
+    if kept_NK is not None:
+        kept_NK += constant
+    label_N = torch.full_like(slope_N, label_smoothing - 1)
+    return value_N, Slope(0, tail_N, kept_NK, label_N, constant=constant)
 
 
 def label_estimator(
-    student: StudentLogits, teacher: TeacherRows[Tensor], divergence: Divergence
+    student: StudentLogits,
+    teacher: TeacherRows[Tensor],
+    divergence: Divergence,
+    vocab_size: int,
 ) -> tuple[Tensor, Slope]:
     """Return value and slope of k1, k2, k3 or low_var_kl."""
     assert teacher.label_logprobs_P is not None
-    log_sum_exp_N = student.log_sum_exp_N
-    log_ratio_N = (
-        student.label_N - log_sum_exp_N - teacher.label_logprobs_P.to(log_sum_exp_N.dtype)
+    log_q_N = student.label_N - student.log_sum_exp_N
+    value_N, slope_N = LABEL_ESTIMATORS[divergence.objective](
+        log_q_N - teacher.label_logprobs_P.to(log_q_N.dtype)
     )
-    value_N, slope_N = LABEL_ESTIMATORS[divergence.objective](log_ratio_N)
     slope_N = slope_N * divergence.factor
-    tail_N = -slope_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp()
-    kept_NK = None
-    if student.kept_NK is not None:
-        kept_NK = -slope_N[:, None] * (student.kept_NK - log_sum_exp_N[:, None]).exp_()
-    slope = Slope(scale_index=0, tail_N=tail_N, kept_NK=kept_NK, label_N=slope_N)
-    return value_N * divergence.factor, slope
+    return value_N * divergence.factor, Slope(
+        0, *_times_softmax(student, -slope_N), label_N=slope_N
+    )
+
+
+def _times_softmax(
+    student: StudentLogits, factor_N: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Return factor * softmax of all logits: its sum over the tail, and at the kept ids."""
+    log_sum_exp_N = student.log_sum_exp_N
+    tail_N = factor_N * (student.log_tail_NS[:, 0] - log_sum_exp_N).exp()
+    if student.kept_NK is None:
+        return tail_N, None
+    softmax_NK = (student.kept_NK - log_sum_exp_N[:, None]).exp_()
+    return tail_N, softmax_NK.mul_(factor_N[:, None])
 
 
 def divergence_on_support(
@@ -168,15 +173,14 @@ def entries_of(
 
 def _terms(divergence: Divergence) -> Callable[[Entries], Terms]:
     """Return the objective as a function of entries."""
+    parameters = {
+        "jsd": {"beta": divergence.jsd_beta},
+        "skewed_forward_kl": {"skew": divergence.skew_lambda},
+        "skewed_reverse_kl": {"skew": divergence.skew_lambda},
+        "adaptive_kl": {"alpha": divergence.adaptive_kl_alpha},
+    }
     name = divergence.objective
-    function: Callable[..., Terms] = getattr(objectives, name)
-    parameter = {
-        "jsd": divergence.jsd_beta,
-        "skewed_forward_kl": divergence.skew_lambda,
-        "skewed_reverse_kl": divergence.skew_lambda,
-        "adaptive_kl": divergence.adaptive_kl_alpha,
-    }.get(name)
-    return function if parameter is None else lambda entries: function(entries, parameter)
+    return functools.partial(getattr(objectives, name), **parameters.get(name, {}))
 
 
 def _scaled(logits_NK: Tensor, scale: float) -> Tensor:

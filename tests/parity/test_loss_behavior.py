@@ -400,12 +400,6 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
     )
     hostile = [
         (
-            {"topk_token_ids_PK": _with(ids, (2, 5), int(ids[2, 0]))},
-            labels,
-            tail,
-            "topk_token_ids.*twice",
-        ),
-        (
             {"topk_token_ids_PK": _with(ids, (2, 5), 50)},
             labels,
             tail,
@@ -459,8 +453,8 @@ def test_numbers_of_rows_must_agree():
     )
     tail_of_one = replace(teacher, tail_mass_PT=teacher.tail_mass_PT[:1])
     for logits, labels, rows, message in (
-        (logits_NV, labels_N[:1], teacher, r"labels_N: shape \[1\] for 8 rows"),
-        (logits_NV[:1], labels_N, teacher, r"labels_N: shape \[8\] for 1 rows"),
+        (logits_NV, labels_N[:1], teacher, "labels_N: 1 rows for 8 rows"),
+        (logits_NV[:1], labels_N, teacher, "labels_N: 8 rows for 1 rows"),
         (logits_NV, labels_N, teacher.at(slice(0, 1)), "positions_P: 1 rows for 8 rows"),
         (logits_NV, labels_N, tail_of_one, "tail_mass_PT: 1 rows for 8 rows"),
     ):
