@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,18 +125,15 @@ def _process_groups(
     tensor_size, pipeline_size, context_size, _ = sizes
     data = parallel_state.get_data_parallel_group()
     data_rank = data.rank()
-    layout = parallel_state.RankGenerator(
-        tensor_size, 1, data.size(), pipeline_size, context_size, RANK_ORDER
-    )
-    replicas = layout.get_ranks("tp-cp-pp")
+    # A row a replica, in the order of `RANK_ORDER`.
+    ranks = torch.arange(world.size()).view(pipeline_size, -1, context_size, tensor_size)
+    replicas = ranks.transpose(0, 1).flatten(1)
     replica = _gloo_group(replicas, data_rank)
     lockstep = replica
     if lanes > 1:
-        members = [
-            sorted(itertools.chain(*replicas[first : first + lanes]))
-            for first in range(0, len(replicas), lanes)
-        ]
-        lockstep = _gloo_group(members, data_rank // lanes)
+        lockstep = _gloo_group(
+            replicas.unflatten(0, (-1, lanes)).flatten(1), data_rank // lanes
+        )
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
@@ -155,11 +151,11 @@ def _process_groups(
         context_size=context_size,
         data_rank=data_rank,
         data_size=data.size(),
-        replica_ranks=tuple(replicas[data_rank]),
+        replica_ranks=tuple(replicas[data_rank].tolist()),
         lockstep=lockstep,
         lockstep_lanes=lanes,
         lane=data_rank % lanes,
-        writer_rank=replicas[data_rank][-tensor_size * context_size],
+        writer_rank=int(ranks[-1, data_rank, 0, 0]),
         device=device,
     )
 
@@ -181,9 +177,9 @@ def _destroy_groups() -> None:
             dist.destroy_process_group(group)
 
 
-def _gloo_group(members: list[list[int]], mine: int) -> dist.ProcessGroup:
-    """Make a gloo group for each list of global ranks, and return one of them."""
-    return [dist.new_group(ranks, backend="gloo") for ranks in members][mine]
+def _gloo_group(members: torch.Tensor, mine: int) -> dist.ProcessGroup:
+    """Make a gloo group for each row of global ranks, and return one of them."""
+    return [dist.new_group(ranks, backend="gloo") for ranks in members.tolist()][mine]
 
 
 def sharded_random_state() -> ShardedObject:

@@ -117,7 +117,7 @@ class SDPACoreAttention(MegatronModule):
         return context_BhSD.permute(2, 0, 1, 3).flatten(2)
 
 
-class RMSNorm(torch.nn.Module):
+class RMSNorm(torch.nn.RMSNorm):
     """x / rms(x) * weight over the last dimension, in float32, as in Hugging Face's Llama.
 
     Megatron's torch norm refuses sequence parallelism. The weight carries the attribute
@@ -127,14 +127,12 @@ class RMSNorm(torch.nn.Module):
     def __init__(
         self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
     ) -> None:
-        super().__init__()
         device = None if config.use_cpu_initialization else torch.cuda.current_device()
-        weight = torch.ones(hidden_size, dtype=config.params_dtype, device=device)
-        self.eps = eps
-        self.weight = torch.nn.Parameter(weight)
+        super().__init__(hidden_size, eps, device=device, dtype=config.params_dtype)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
-        x_float = x.float()
-        normed = x_float * torch.rsqrt(x_float.pow(2).mean(-1, keepdim=True) + self.eps)
+        normed = torch.nn.functional.rms_norm(
+            x.float(), self.normalized_shape, eps=self.eps
+        )
         return self.weight * normed.type_as(x)

@@ -9,12 +9,12 @@ ranks.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
+from megatron.core.distributed import finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
     HAVE_TE,
@@ -29,13 +29,14 @@ from megatron.core.tensor_parallel import (
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import (
     PARALLEL_SIZES,
     GPTArchitecture,
-    RopeScaling,
     check_layout,
     padded_vocab_size,
 )
@@ -103,6 +104,11 @@ def transformer_config(
         # Only old versions of torch needed to wait for the GPU after every exchange between stages.
         "batch_p2p_sync": False,
         "use_cpu_initialization": not torch.cuda.is_available(),
+        # For training; losses are sums over tokens.
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
+        "deallocate_pipeline_outputs": model.chunks_per_stage == 1,
     }
     if model.chunks_per_stage > 1:
         # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
@@ -126,17 +132,23 @@ def transformer_config(
             "moe_token_dispatcher_type": "alltoall",
         }
     if architecture.window_size is not None:
-        # `window_size` counts the token itself; (left, right) of Megatron does not.
-        fields["window_size"] = (architecture.window_size - 1, 0)
-        if architecture.window_layers:
-            fields["window_attn_skip_freq"] = [
-                int(layer in architecture.window_layers)
-                for layer in range(architecture.num_layers)
-            ]
-        if model.context_parallel_size > 1:
-            # Transformer Engine's default refuses windows.
-            fields["cp_comm_type"] = "all_gather"
+        fields |= _window_fields(architecture)
     return TransformerConfig(**{**fields, **training})
+
+
+def _window_fields(architecture: GPTArchitecture) -> dict[str, Any]:
+    assert architecture.window_size is not None
+    slides = [
+        int(layer in architecture.window_layers)
+        for layer in range(architecture.num_layers)
+    ]
+    return {
+        # `window_size` counts the token itself; (left, right) of Megatron does not.
+        "window_size": (architecture.window_size - 1, 0),
+        "window_attn_skip_freq": slides if architecture.window_layers else None,
+        # With context parallelism; Transformer Engine's default refuses windows.
+        "cp_comm_type": "all_gather",
+    }
 
 
 def build_gpt_model(
@@ -186,9 +198,7 @@ def build_gpt_model(
         )
         if architecture.rope_scaling is not None:
             rotary = model.rotary_pos_emb
-            rotary.inv_freq = _scaled_frequencies(
-                rotary.inv_freq, architecture.rope_scaling
-            )
+            rotary.inv_freq = _scaled_frequencies(architecture, rotary.inv_freq.device)
         return model
 
     num_chunks = config.virtual_pipeline_model_parallel_size
@@ -198,16 +208,21 @@ def build_gpt_model(
         return torch.nn.ModuleList(map(build, range(num_chunks)))
 
 
-def _scaled_frequencies(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
-    """Rescale rotary frequencies as Llama 3.1 does; GPTModel's option fixes all but the factor."""
-    original = scaling.original_max_position_embeddings
-    lengths = 2 * math.pi / frequencies
-    low = scaling.low_freq_factor
-    high = scaling.high_freq_factor
-    smooth = (original / lengths - low) / (high - low)
-    blended = (1 - smooth) * frequencies / scaling.factor + smooth * frequencies
-    shortened = torch.where(lengths < original / high, frequencies, blended)
-    return torch.where(lengths > original / low, frequencies / scaling.factor, shortened)
+def _scaled_frequencies(
+    architecture: GPTArchitecture, device: torch.device
+) -> torch.Tensor:
+    """Return rotary frequencies of Llama 3.1; GPTModel's option fixes all but the factor."""
+    scaling: Any = architecture.rope_scaling
+    config = LlamaConfig(
+        head_dim=architecture.kv_channels,
+        max_position_embeddings=architecture.max_position_embeddings,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": architecture.rotary_base,
+            **vars(scaling),
+        },
+    )
+    return ROPE_INIT_FUNCTIONS["llama3"](config, device)[0]
 
 
 def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:

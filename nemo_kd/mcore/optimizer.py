@@ -11,7 +11,6 @@ import torch
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
-    finalize_model_grads,
 )
 from megatron.core.optimizer import (
     MegatronOptimizer,
@@ -41,16 +40,6 @@ def sharding_metadata() -> dict[str, Any]:
         "distrib_optim_sharding_type": "fully_reshardable",
         # One rank of all replicas gathers the whole state, not each.
         "distrib_optim_fully_reshardable_mem_efficient": True,
-    }
-
-
-def training_options(chunks_per_stage: int) -> dict[str, Any]:
-    """Return TransformerConfig's fields for training: losses are sums over tokens."""
-    return {
-        "calculate_per_token_loss": True,
-        "finalize_model_grads_func": finalize_model_grads,
-        # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
-        "deallocate_pipeline_outputs": chunks_per_stage == 1,
     }
 
 
@@ -133,8 +122,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             )
         self.parts = getattr(self.megatron, "chained_optimizers", [self.megatron])
         for part in self.parts:
-            if _is_torchs(part.optimizer):
-                _create_adam_state(part.optimizer)
+            _create_adam_state(part.optimizer)
         for group in self.megatron.param_groups:
             # 0 for biases and norms; Megatron's own scheduler would multiply.
             group["weight_decay"] = optim.weight_decay * group["wd_mult"]
@@ -196,10 +184,7 @@ class ModelOptimizer(torch.optim.Optimizer):
             {name: group[name] for name in CHOSEN if name in group}
             for group in self.param_groups
         ]
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for part in self.parts:
-                if isinstance(part, DistributedOptimizer) and _is_torchs(part.optimizer):
-                    stack.enter_context(_own_steps(part.optimizer))
+        with torch.no_grad(), _own_steps(self.parts):
             self.megatron.load_state_dict(state)
         for group, values in zip(self.param_groups, chosen, strict=True):
             group.update(values)
@@ -212,12 +197,10 @@ class ModelOptimizer(torch.optim.Optimizer):
         """Ignore the call: see `state_dict`."""
 
 
-def _is_torchs(inner: torch.optim.Optimizer) -> bool:
-    return isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-
-
 def _create_adam_state(inner: torch.optim.Optimizer) -> None:
     """Create the state of torch's Adam before its first step, as Megatron's saving asserts."""
+    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+        return
     for group in inner.param_groups:
         for parameter in group["params"]:
             inner.state[parameter] = {
@@ -228,21 +211,27 @@ def _create_adam_state(inner: torch.optim.Optimizer) -> None:
 
 
 @contextlib.contextmanager
-def _own_steps(inner: torch.optim.Optimizer) -> Iterator[None]:
+def _own_steps(parts: list[MegatronOptimizer]) -> Iterator[None]:
     """Let Megatron's distributed optimizer load a checkpoint into torch's Adam.
 
     Megatron looks for a `step` per parameter in the checkpoint, which holds none. It also shares
     one `step` tensor between all parameters, which Adam then increments once per parameter: a
     wrong bias correction without an error.
     """
-    steps: dict[torch.Tensor, torch.Tensor] = {}
+    inner = [
+        part.optimizer
+        for part in parts
+        if isinstance(part, DistributedOptimizer)
+        and isinstance(part.optimizer, torch.optim.Adam | torch.optim.AdamW)
+    ]
+    steps: list[tuple[dict[str, Any], torch.Tensor]] = []
 
-    def set_aside(_: torch.optim.Optimizer) -> None:
-        for parameter, state in inner.state.items():
-            steps[parameter] = state.pop("step").clone()
+    def set_aside(loaded: torch.optim.Optimizer) -> None:
+        steps.extend((state, state.pop("step")) for state in loaded.state.values())
 
-    hook = inner.register_load_state_dict_post_hook(set_aside)
+    hooks = [each.register_load_state_dict_post_hook(set_aside) for each in inner]
     yield
-    hook.remove()
-    for parameter, step in steps.items():
-        inner.state[parameter] = {"step": step, **inner.state[parameter]}
+    for hook in hooks:
+        hook.remove()
+    for state, step in steps:
+        state["step"] = step.clone()

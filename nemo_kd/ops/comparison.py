@@ -35,17 +35,8 @@ def compare(
 ) -> Tensor:
     """Return [N, 1 + len(COMPARED)]: 1 and `COMPARED`; all 0 for a row without kept ids."""
     assert student.kept_NK is not None
-    num_used_N = (teacher.topk_token_ids_PK >= 0).sum(dim=-1)
-    known_N = num_used_N > 0
-    entries = entries_of(
-        student,
-        teacher,
-        teacher.tail_mass_PT[:, 0],
-        Divergence(),
-        num_used_N == vocab_size,
-        slice(None),
-        scale_index=0,
-    )
+    known_N = (teacher.topk_token_ids_PK >= 0).any(dim=-1)
+    entries = entries_of(student, teacher, Divergence(), vocab_size, scale_index=0)
     columns = [
         known_N,
         1 - entries.p_NE[:, -1],

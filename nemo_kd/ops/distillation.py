@@ -194,22 +194,22 @@ class DistillationLoss:
                     f"{name}: missing at temperature {1 / self.divergence.teacher_scale:g}, but "
                     f"{self.divergence.objective} on support {self.divergence.support} needs it"
                 )
-        arrays = {} if teacher is None else teacher.arrays()
-        for name, values in {"labels_N": labels_N, **arrays}.items():
+        ids = {"labels_N": labels_N}
+        if teacher is not None:
+            ids["topk_token_ids_PK"] = teacher.topk_token_ids_PK
+        for name, values in ids.items():
             if len(values) != num_rows:
                 raise ValueError(
                     f"{name}: {len(values)} rows for {num_rows} rows of logits"
                 )
-            if "ids" not in name and name != "labels_N":
+            if values.is_cuda or not values.numel():
                 continue
-            smallest = 0 if name == "labels_N" else -1
-            if not values.is_cuda and values.numel():
-                lowest, highest = values.aminmax()
-                if not smallest <= lowest <= highest < shard.vocab_size:
-                    raise ValueError(
-                        f"{name}: ids from {lowest} to {highest} lie outside the vocabulary of "
-                        f"{shard.vocab_size} tokens"
-                    )
+            lowest, highest = values.aminmax()
+            if lowest < -1 or highest >= shard.vocab_size:
+                raise ValueError(
+                    f"{name}: ids from {lowest} to {highest} lie outside the vocabulary of "
+                    f"{shard.vocab_size} tokens"
+                )
         return teacher
 
     def evaluate(

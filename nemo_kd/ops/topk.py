@@ -11,8 +11,8 @@ numbers a row:
   the rest's largest logit.
 
 Head and rest are added up in float64 and never subtracted, so the tail mass is right to float32
-however small it is. Ranks exchange heads and sums: an all-gather of numbers and one of ids for each
-block, and two more for tail samples.
+however small it is. Ranks exchange heads and sums: for each block two all-reduces and two
+all-gathers, and one of each for tail samples.
 
 Shape legend: N positions, H hidden size, K kept logits, T temperatures, M tail samples, U = M + 1,
 R ranks, C candidates of all ranks, G groups of columns, v this rank's vocabulary columns, k this
@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ReduceOp
 
-from nemo_kd.batch import TeacherRows, join_rows
+from nemo_kd.batch import TeacherRows, join_rows, to_device
 from nemo_kd.ops.tail_sampling import GROUP_COLUMNS, sample_tail
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks, scatter
 
@@ -84,26 +85,30 @@ def topk_rows(
         raise ValueError(
             f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens"
         )
+    dtype = hidden_NH.dtype
     product: dict[str, Any] = {}
-    is_half = hidden_NH.dtype in (torch.bfloat16, torch.float16)
+    is_half = dtype in (torch.bfloat16, torch.float16)
     if is_half and hidden_NH.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
-        product["out_dtype"] = torch.float32
-    itemsize = product.get("out_dtype", hidden_NH.dtype).itemsize
-    row_bytes = len(weight_vH) * itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
+        dtype = torch.float32
+        product["out_dtype"] = dtype
+    row_bytes = (
+        len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
+    )
     block_bytes = block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]
+    blocks = row_blocks(len(hidden_NH), row_bytes, block_bytes)
+    buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)
     real_Hv = weight_vH[: shard.num_real].T
-    parts = [
-        topk_of_logits(
-            torch.mm(hidden_NH[rows], real_Hv, **product),
-            labels_N[rows],
-            shard,
-            top_k,
-            kept,
-            temperatures,
-            None if uniforms_NU is None else uniforms_NU[rows],
+    parts = []
+    for rows in blocks:
+        some_NH = hidden_NH[rows]
+        logits_Nv = buffer_Nv[: len(some_NH)]
+        torch.mm(some_NH, real_Hv, out=logits_Nv, **product)
+        uniforms = None if uniforms_NU is None else uniforms_NU[rows]
+        parts.append(
+            topk_of_logits(
+                logits_Nv, labels_N[rows], shard, top_k, kept, temperatures, uniforms
+            )
         )
-        for rows in row_blocks(len(hidden_NH), row_bytes, block_bytes)
-    ]
     positions_P = torch.arange(len(hidden_NH), device=hidden_NH.device)
     return replace(join_rows(parts), positions_P=positions_P)
 
@@ -119,22 +124,18 @@ def topk_of_logits(
     uniforms_NU: Tensor | None = None,
 ) -> TeacherRows[Tensor]:
     """Return `topk_rows` of logits: this rank's real columns. The largest are overwritten."""
-    dtype = reduction_dtype(logits_Nv)
-    label_logits_N = logits_Nv.new_full(labels_N.shape, MINUS_INFINITY, dtype=dtype)
-    if shard.num_real:
-        columns_N, held_N = shard.local(labels_N)
-        found_N = logits_Nv.gather(1, columns_N[:, None])[:, 0]
-        label_logits_N = torch.where(held_N, found_N, label_logits_N)
+    label_logits_N = _at_labels(logits_Nv, labels_N, shard)
     logits_Nj, columns_Nj = _take_head(logits_Nv, top_k, shard)
     sums_NTG = _sum_rest(logits_Nv, logits_Nj, columns_Nj, temperatures)
-    logits_NC, ids_NC, maximum_N, rest_NT, label_logits_N = _gather(
-        logits_Nj[:, :top_k],
-        columns_Nj[:, :top_k] + shard.start,
-        sums_NTG.sum(dim=-1),
-        label_logits_N,
-        shard,
-        temperatures,
-    )
+    scales_T = torch.tensor(temperatures, dtype=torch.float64)
+    scales_T = to_device(scales_T, logits_Nv.device)
+    maxima_N2 = torch.stack([logits_Nj[:, 0], label_logits_N], dim=1)
+    maximum_N, label_logits_N = shard.all_reduce(maxima_N2, ReduceOp.MAX).unbind(dim=1)
+    below_N1 = logits_Nj[:, :1] - maximum_N[:, None]
+    rest_NT = sums_NTG.sum(dim=-1) * (below_N1.double() / scales_T).exp_()
+    shard.all_reduce(rest_NT, ReduceOp.SUM)
+    logits_NC = shard.gather(logits_Nj[:, :top_k]) - maximum_N[:, None]
+    ids_NC = shard.gather(columns_Nj[:, :top_k] + shard.start)
 
     # The largest candidates, equal ones by id, whatever the layout.
     by_id_NC = ids_NC.argsort(dim=-1)
@@ -144,12 +145,10 @@ def topk_of_logits(
     order_NK = by_id_NC.gather(1, by_logit_NC[:, :top_k])
     topk_logits_NK = logits_NC.gather(1, order_NK)
 
-    scale_T1 = torch.tensor(temperatures, dtype=torch.float64, device=logits_Nv.device)[
-        :, None
-    ]
-    weights_NTC = (logits_NC.double()[:, None] / scale_T1).exp_()
+    weights_NTC = (logits_NC.double()[:, None] / scales_T[:, None]).exp_()
     total_NT = weights_NTC.sum(dim=-1) + rest_NT
     log_sum_exp_N = total_NT[:, 0].log()
+    dtype = logits_NC.dtype
     kept_NK = kept((topk_logits_NK - log_sum_exp_N[:, None].to(dtype)).exp_())
     kept_NC = torch.zeros_like(ids_NC, dtype=torch.bool).scatter_(1, order_NK, kept_NK)
     weights_NTC.masked_fill_(kept_NC[:, None], 0)
@@ -157,10 +156,8 @@ def topk_of_logits(
     samples_NM = None
     if uniforms_NU is not None:
         kept_Nk = kept_NC[:, shard.rank * top_k :][:, :top_k]
-        sums_NG = sums_NTG[:, 0] * (logits_Nj[:, 0] - maximum_N).exp_()[:, None]
-        _put_back(
-            logits_Nv, sums_NG, logits_Nj[:, :top_k], columns_Nj, kept_Nk, maximum_N
-        )
+        sums_NG = sums_NTG[:, 0] * below_N1.exp()
+        _put_back(logits_Nv, sums_NG, logits_Nj, columns_Nj, kept_Nk, maximum_N)
         samples_NM = sample_tail(
             logits_Nv, maximum_N, sums_NG, tail_mass_NT[:, 0], uniforms_NU, shard
         ).int()
@@ -175,6 +172,16 @@ def topk_of_logits(
         label_logprobs_P=(label_logits_N - maximum_N - log_sum_exp_N).to(dtype),
         tail_token_ids_PM=samples_NM,
     )
+
+
+def _at_labels(logits_Nv: Tensor, labels_N: Tensor, shard: VocabShard) -> Tensor:
+    """Return the logits of the labels, -inf where another rank holds them."""
+    dtype = reduction_dtype(logits_Nv)
+    nothing_N = logits_Nv.new_full(labels_N.shape, MINUS_INFINITY, dtype=dtype)
+    if not shard.num_real:
+        return nothing_N
+    columns_N, held_N = shard.local(labels_N)
+    return torch.where(held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], nothing_N)
 
 
 def _take_head(logits_Nv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -256,53 +263,18 @@ def _group_sums(weights_Nv: Tensor) -> Tensor:
     return sums_NG
 
 
-def _gather(
-    logits_Nk: Tensor,
-    ids_Nk: Tensor,
-    rest_NT: Tensor,
-    label_logits_N: Tensor,
-    shard: VocabShard,
-    temperatures: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Exchange candidates in two all-gathers.
-
-    Returns:
-        Logits [N, C] of all ranks' candidates relative to the largest, their ids [N, C], the
-        largest logit [N], sums of the rest [N, T], and the logit of the label [N].
-    """
-    numbers_NX = torch.cat([logits_Nk, rest_NT, label_logits_N[:, None]], dim=1)
-    numbers_NRX = shard.gather(numbers_NX).unflatten(1, (-1, numbers_NX.shape[1]))
-    logits_NRk, rest_NRT, label_logits_NR1 = numbers_NRX.split(
-        [logits_Nk.shape[1], len(temperatures), 1], dim=-1
-    )
-    maximum_NR = logits_NRk.amax(dim=-1)
-    maximum_N = maximum_NR.amax(dim=-1)
-    scales_NR = (maximum_NR - maximum_N[:, None]).double()
-    sums = [
-        (rest_NRT[..., number] * (scales_NR / temperature).exp_()).sum(dim=-1)
-        for number, temperature in enumerate(temperatures)
-    ]
-    return (
-        (logits_NRk - maximum_N[:, None, None]).flatten(1),
-        shard.gather(ids_Nk),
-        maximum_N,
-        torch.stack(sums, dim=1),
-        label_logits_NR1.amax(dim=(1, 2)),
-    )
-
-
 def _put_back(
     logits_Nv: Tensor,
     sums_NG: Tensor,
-    logits_Nk: Tensor,
+    logits_Nj: Tensor,
     columns_Nj: Tensor,
     kept_Nk: Tensor,
     maximum_N: Tensor,
 ) -> None:
     """Put back the head's logits that are not kept, and add their weights to the groups' sums."""
-    num_held = min(logits_Nk.shape[1], logits_Nv.shape[1])
+    num_held = min(kept_Nk.shape[1], logits_Nv.shape[1])
     columns_Nk = columns_Nj[:, :num_held]
-    logits_Nk = logits_Nk.masked_fill(kept_Nk, MINUS_INFINITY)[:, :num_held]
+    logits_Nk = logits_Nj[:, :num_held].masked_fill(kept_Nk[:, :num_held], MINUS_INFINITY)
     scatter(logits_Nv, columns_Nk, logits_Nk.to(logits_Nv.dtype))
     weights_Nk = (logits_Nk - maximum_N[:, None]).exp_()
     sums_NG.scatter_add_(1, columns_Nk // GROUP_COLUMNS, weights_Nk)

@@ -81,9 +81,7 @@ def reduction_dtype(tensor: torch.Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
-def row_blocks(
-    num_rows: int, num_columns: int, max_elements: int = 1 << 22
-) -> list[slice]:
+def row_blocks(num_rows: int, num_columns: int, max_elements: int) -> list[slice]:
     """Return row ranges that cover `num_rows`: at most `max_elements` elements, or one row.
 
     There is always a first range, of no rows if there are none.

@@ -119,20 +119,16 @@ def sum_pass(
     for rows, block in _blocks(logits_Nv.data, shard, compiled):
         if sum_N is not None:
             sum_N[rows] = block.sum(dim=-1, dtype=sum_N.dtype)
-        for part, values_NJ in zip(columns, at_columns, strict=True):
-            values_NJ[rows] = block.gather(1, part.index_NJ[rows])
+        some = [part.at(rows) for part in columns]
+        for part, values_NJ in zip(some, at_columns, strict=True):
+            values_NJ[rows] = part.masked(block.gather(1, part.index_NJ))
         if kept is not None:
-            index_NJ = columns[kept].index_NJ[rows]
             kept_NJ = at_columns[kept][rows].to(block.dtype)
-            columns[kept].at(rows).put(block, torch.full_like(kept_NJ, MINUS_INFINITY))
+            some[kept].put(block, torch.full_like(kept_NJ, MINUS_INFINITY))
         maximum_N[rows], log_sum_exp_NS[rows] = row_sums(block, scales)
         if kept is not None:
-            scatter(block, index_NJ, kept_NJ)
-    masked = [
-        part.masked(values_NJ)
-        for part, values_NJ in zip(columns, at_columns, strict=True)
-    ]
-    return Sums(maximum_N, log_sum_exp_NS, masked, sum_N)
+            some[kept].put(block, kept_NJ)
+    return Sums(maximum_N, log_sum_exp_NS, at_columns, sum_N)
 
 
 def gradient_pass(
@@ -153,12 +149,14 @@ def gradient_pass(
     """
     fill = _compiled(_fill_in_one_loop) if compiled else _fill
     softmax_of_nothing = not compiled and bool((exponentials.local_sum_exp_NS == 0).any())
+    all_index_NJ = torch.cat([columns.index_NJ for columns, _ in added], dim=1)
+    all_added_NJ = torch.cat([values_NJ for _, values_NJ in added], dim=1)
     for rows, block in _blocks(logits_Nv, shard, compiled):
         some = Exponentials._make(
             None if part is None else part[rows] for part in exponentials
         )
-        index_NJ = torch.cat([columns.index_NJ[rows] for columns, _ in added], dim=1)
-        added_NJ = torch.cat([values_NJ[rows] for _, values_NJ in added], dim=1)
+        index_NJ = all_index_NJ[rows]
+        added_NJ = all_added_NJ[rows]
         logits_NJ = block.gather(1, index_NJ)
         if kept is not None:
             kept_columns = kept[0].at(rows)

@@ -35,7 +35,6 @@ from nemo_kd.mcore.model import (
 from nemo_kd.mcore.optimizer import (
     ModelOptimizer,
     sharding_metadata,
-    training_options,
     wrap_for_training,
 )
 from nemo_kd.mcore.schedule import forward_backward
@@ -126,7 +125,6 @@ class StudentModule(pl.LightningModule):
             recompute_granularity=model.activations_checkpoint_granularity,
             recompute_method=model.activations_checkpoint_method,
             recompute_num_layers=model.activations_checkpoint_num_layers,
-            **training_options(model.chunks_per_stage),
         )
         self.gpt = build_gpt_model(
             self.architecture,

@@ -14,7 +14,7 @@ from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.mcore.optimizer import ModelOptimizer, training_options, wrap_for_training
+from nemo_kd.mcore.optimizer import ModelOptimizer, wrap_for_training
 from tests.tiny_models import save_hf_model
 
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, [0.8, 0.9], 1e-6, 0.3, 0.5
@@ -35,9 +35,7 @@ def student(tmp_path_factory):
 def wrapped(student: Path, name: str):
     groups = initialize_model_parallel(ModelConfig(), 1)
     with open_pretrained(str(student)) as source:
-        config = transformer_config(
-            source.architecture, ModelConfig(), torch.float32, **training_options(1)
-        )
+        config = transformer_config(source.architecture, ModelConfig(), torch.float32)
         model = build_gpt_model(source.architecture, config, 8, False)
         source.load_weights(model, groups)
     optim = OptimConfig(name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)

@@ -388,11 +388,7 @@ def _with(tensor: torch.Tensor, index: tuple[int, ...], value: int) -> torch.Ten
 
 def test_hostile_input_is_refused_on_every_rank(ranks):
     problem = mixed_rows(1.0)
-    ids, labels, samples = (
-        problem.topk_token_ids_NK,
-        problem.labels_N,
-        problem.tail_token_ids_NM,
-    )
+    ids, labels = problem.topk_token_ids_NK, problem.labels_N
     sampled, k1, tail = (
         Definition("forward_kl", "sampled"),
         Definition("k1"),
@@ -413,12 +409,6 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
         ),
         ({}, _with(labels, (3,), 50), tail, "labels.*outside"),
         ({}, _with(labels, (3,), -100), tail, "labels.*outside"),
-        (
-            {"tail_token_ids_PM": _with(samples, (0, 0), 50)},
-            labels,
-            sampled,
-            "tail_token_ids.*outside",
-        ),
         (
             {"temperatures": (1.0, 9.0)},
             labels,
@@ -451,12 +441,10 @@ def test_numbers_of_rows_must_agree():
         teacher_rows(problem),
         loss_of(DEFAULT),
     )
-    tail_of_one = replace(teacher, tail_mass_PT=teacher.tail_mass_PT[:1])
     for logits, labels, rows, message in (
         (logits_NV, labels_N[:1], teacher, "labels_N: 1 rows for 8 rows"),
         (logits_NV[:1], labels_N, teacher, "labels_N: 8 rows for 1 rows"),
-        (logits_NV, labels_N, teacher.at(slice(0, 1)), "positions_P: 1 rows for 8 rows"),
-        (logits_NV, labels_N, tail_of_one, "tail_mass_PT: 1 rows for 8 rows"),
+        (logits_NV, labels_N, teacher.at(slice(0, 1)), "ids_PK: 1 rows for 8 rows"),
     ):
         with pytest.raises(ValueError, match=message.replace("8", str(len(labels_N)))):
             loss(logits, labels, shard, rows)
