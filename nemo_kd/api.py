@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import OmegaConf
-
-from nemo_kd.cli.aligner_keys import key_of, translate
-from nemo_kd.cli.before_start import check_before_start
+from nemo_kd.cli.aligner_keys import from_names, without_ignored
+from nemo_kd.cli.compute_topk_logits import COMMAND as STAGE_1
+from nemo_kd.cli.convert_checkpoint import COMMAND as CONVERSION
+from nemo_kd.cli.run import Command
+from nemo_kd.cli.train_gpt_knowledge_distillation import COMMAND as STAGE_2
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
@@ -19,8 +20,6 @@ from nemo_kd.run.launch import needs_launch
 if TYPE_CHECKING:
     from nemo_kd.student.report import StudentRun
     from nemo_kd.teacher.progress import CacheReport
-
-T = TypeVar("T")
 
 
 def compute_topk_logits(
@@ -39,7 +38,7 @@ def compute_topk_logits(
         UserInputError: the configuration, model or dataset is invalid; the message names the key.
         Requeue: the run was told to stop; the same call continues it.
     """
-    checked = _checked(ComputeTopkLogitsConfig, config, "compute_topk_logits")
+    checked = _checked(STAGE_1, config)
     from nemo_kd.teacher import compute_topk_logits as run
 
     return run(checked)
@@ -54,7 +53,7 @@ def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> StudentRun:
     Returns:
         The run: `folder`, `step` and `archive`, the path of the .nemo file or None.
     """
-    checked = _checked(TrainStudentConfig, config, "train_gpt_knowledge_distillation")
+    checked = _checked(STAGE_2, config)
     from nemo_kd.student import train_student as run
 
     return run(checked)
@@ -65,27 +64,22 @@ def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> N
 
     Args and errors are those of `compute_topk_logits`; the keys are those of the command.
     """
-    checked = _checked(ConvertCheckpointConfig, config, "convert_checkpoint")
+    checked = _checked(CONVERSION, config)
     from nemo_kd.convert import convert
 
     convert(checked)
 
 
-def _checked(config_class: type[T], config: T | Mapping[str, Any], command: str) -> T:
+def _checked(command: Command, config: Any) -> Any:
     if isinstance(config, Mapping):
-        given = OmegaConf.create()
-        for key, value in config.items():
-            OmegaConf.update(given, key_of(key, value, command), value)
-        translated, _ = translate(given, command, config_class)
-        checked = typed(config_class, translated)
-    else:
-        checked = config
-    trainer = getattr(checked, "trainer", None)
+        cfg, _ = without_ignored(from_names(config, command.name), command.name)
+        config = typed(command.config_class, cfg)
+    trainer = getattr(config, "trainer", None)
     if trainer is not None and needs_launch(trainer):
         raise ConfigError(
             f"trainer.devices: {trainer.num_devices} devices need as many processes; start the "
             f"script with `torchrun --nproc-per-node {trainer.num_devices}`, or use the command "
-            f"{command}"
+            f"{command.name}"
         )
-    check_before_start(checked)
-    return checked
+    command.check(config)
+    return config

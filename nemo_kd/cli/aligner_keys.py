@@ -6,14 +6,54 @@ alias of one, or listed here, so that its command lines and files run unchanged.
 
 from __future__ import annotations
 
-import functools
-import re
+import json
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.config import ConfigError
+
+ALIASES: dict[str, dict[str, str]] = yaml.safe_load("""
+compute_topk_logits:
+  model: pretrained_checkpoint.restore_from_path
+  data: data.data.file_path
+  output: output_path
+  shard: part
+  max_seq_length: model.max_seq_length
+  data.data.max_seq_length: model.max_seq_length
+  model.encoder_seq_length: model.max_seq_length
+  forward_micro_batch_size: model.micro_batch_size
+  max_time_per_run: exp_manager.max_time_per_run
+train_gpt_knowledge_distillation:
+  model: pretrained_checkpoint.restore_from_path
+  data: model.data.data_prefix.train
+  validation: model.data.data_prefix.validation
+  output: exp_manager.explicit_log_dir
+  lr: model.optim.lr
+  epochs: trainer.knowledge_distillation.max_epochs
+  max_seq_length: model.max_seq_length
+  model.data.dataset.max_seq_length: model.max_seq_length
+  model.data.seq_length: model.max_seq_length
+  model.encoder_seq_length: model.max_seq_length
+convert_checkpoint:
+  model: input_path
+  output: output_path
+""")
+"""Per command: another name -> the key. `model` and `data` with keys below them are sections."""
+
+YIELDS = "model.encoder_seq_length"
+"""Alias that gives way to another value without an error, as NeMo-Aligner's files have both."""
+
+_NULL_MEANS_DEFAULT = (
+    "start_from_idx",
+    "name",
+    "output_path",
+    "pretrained_checkpoint.restore_from_path",
+    "model.data.data_prefix",
+)
+"""Keys that NeMo-Aligner's YAML files set to null and that have a value here."""
 
 _IGNORED = """
 both:
@@ -79,6 +119,10 @@ train_gpt_knowledge_distillation:
   model.data.index_mapping_dir: ["the index lies beside each chunk", null]
   exp_manager.checkpoint_callback_params.model_parallel_size: ["checkpoints load in any layout"]
   exp_manager.checkpoint_callback_params.filepath: ["dirpath and filename give the place", null]
+  exp_manager.checkpoint_callback_params.every_n_train_steps:
+    ["trainer.knowledge_distillation.save_interval sets the steps", null]
+  exp_manager.checkpoint_callback_params.train_time_interval:
+    ["trainer.knowledge_distillation.save_interval sets the steps", null]
   exp_manager.checkpoint_callback_params.every_n_epochs:
     ["trainer.knowledge_distillation.save_interval sets the steps", 1, null]
   exp_manager.checkpoint_callback_params.save_on_train_epoch_end:
@@ -88,170 +132,77 @@ train_gpt_knowledge_distillation:
   exp_manager.disable_validation_on_resume: ["a validation that is due runs", true, null]
   exp_manager.resume_past_end: ["a run resumes from its last checkpoint", false, null]
   exp_manager.create_preemption_callback: ["SIGTERM and SIGUSR1 always save and stop", true, null]
-convert_checkpoint:
+convert_checkpoint: {}
 """
 """Per command: a key or section without effect, the reason, and values that cause no warning."""
 
-SEQ_LENGTH = "model.max_seq_length"
-STUDENT = "train_gpt_knowledge_distillation"
-
-ALIASES: dict[str, dict[str, str]] = {
-    "compute_topk_logits": {
-        "model": "pretrained_checkpoint.restore_from_path",
-        "data": "data.data.file_path",
-        "output": "output_path",
-        "shard": "part",
-        "max_seq_length": SEQ_LENGTH,
-        "data.data.max_seq_length": SEQ_LENGTH,
-        "model.encoder_seq_length": SEQ_LENGTH,
-        "forward_micro_batch_size": "model.micro_batch_size",
-        "max_time_per_run": "exp_manager.max_time_per_run",
-    },
-    STUDENT: {
-        "model": "pretrained_checkpoint.restore_from_path",
-        "data": "model.data.data_prefix.train",
-        "validation": "model.data.data_prefix.validation",
-        "output": "exp_manager.explicit_log_dir",
-        "lr": "model.optim.lr",
-        "epochs": "trainer.knowledge_distillation.max_epochs",
-        "max_seq_length": SEQ_LENGTH,
-        "model.data.dataset.max_seq_length": SEQ_LENGTH,
-        "model.data.seq_length": SEQ_LENGTH,
-        "model.encoder_seq_length": SEQ_LENGTH,
-    },
-    "convert_checkpoint": {"model": "input_path", "output": "output_path"},
-}
-"""Per command: another name -> the key; the first value given in this order counts."""
-
-YIELDS = "model.encoder_seq_length"
-"""Alias that gives way to another value without an error, as NeMo-Aligner's files have both."""
-
-_NULL_MEANS_DEFAULT = (
-    "start_from_idx",
-    "name",
-    "output_path",
-    "pretrained_checkpoint.restore_from_path",
-    "model.data.data_prefix",
-)
-"""Keys that NeMo-Aligner's YAML files set to null and that have a value here."""
-
-_INTERPOLATED = ("trainer.max_epochs", "trainer.max_steps")
-"""Keys that NeMo-Aligner's own YAML sets to the value of the keys that count."""
+ABSENT = "???"
 
 
-def key_of(name: str, value: Any, command: str) -> str:
-    """Return the key that `name` stands for; `model` and `data` with a mapping are sections."""
-    if isinstance(value, dict) or str(value).lstrip().startswith("{"):
-        is_splits = (name, command) == ("data", STUDENT)
-        return "model.data.data_prefix" if is_splits else name
-    return ALIASES[command].get(name, name)
+def from_names(given: Mapping[str, Any], command: str) -> DictConfig:
+    """Return dotted names -> values as a configuration, with keys in place of other names."""
+    cfg = OmegaConf.create()
+    for key, value in _by_key(given, command).items():
+        OmegaConf.update(cfg, key, value)
+    return with_keys(cfg, command)
 
 
-def translate(
-    cfg: DictConfig, command: str, config_class: type
-) -> tuple[DictConfig, list[str]]:
-    """Return `cfg` with keys for aliases and without ignored keys, and warnings "key=value:
-    reason".
+def with_keys(cfg: DictConfig, command: str) -> DictConfig:
+    """Return `cfg`, as one file or command line gives it, with keys in place of other names.
 
     Raises:
-        ConfigError: an alias and its key, or two aliases, have different values.
+        ConfigError: two names of one key have different values.
     """
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-    for alias, key in ALIASES[command].items():
-        if not isinstance(_get(values, alias), dict):
-            values = _with_references(values, alias, key)
-    for key in _NULL_MEANS_DEFAULT:
-        if _get(values, key, "") is None:
-            _pop(values, key)
-    for alias in ALIASES[command]:
-        if (
-            _get(values, alias) is not None
-            and key_of(alias, _get(values, alias), command) != alias
-        ):
-            _rename(values, alias, command, config_class)
-        elif not isinstance(_get(values, alias), dict):
-            _pop(values, alias)
-    warnings = _remove_ignored(values, command)
+    aliases = ALIASES[command]
+    text = json.dumps(OmegaConf.to_container(cfg), default=str)
+    for alias, key in aliases.items():
+        text = text.replace(f"${{{alias}}}", f"${{{key}}}")
+    values = json.loads(text)
+    names = dict.fromkeys([*aliases, *aliases.values(), *_NULL_MEANS_DEFAULT])
+    is_section = {name: isinstance(value, dict) for name, value in values.items()}
+    given = {name: _take(values, name) for name in names if not is_section.get(name)}
+    result = OmegaConf.create(values)
+    for key, value in _by_key(given, command).items():
+        OmegaConf.update(result, key, value)
+    return result
+
+
+def without_ignored(cfg: DictConfig, command: str) -> tuple[DictConfig, list[str]]:
+    """Return `cfg` without the keys that have no effect, and warnings "key=value: reason"."""
+    values: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
+    tables = yaml.safe_load(_IGNORED)
+    warnings = []
+    for key, (reason, *agrees) in {**tables["both"], **tables[command]}.items():
+        value = _take(values, key)
+        if value not in (ABSENT, *agrees) and "${" not in str(value):
+            warnings.append(f"{key}={value}: {reason}")
     return OmegaConf.create(values), warnings
 
 
-def without(cfg: DictConfig, names: list[str]) -> DictConfig:
-    """Return `cfg` without the values of these names; sections of the same name stay."""
-    values: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
-    for name in names:
-        if not isinstance(_get(values, name), dict):
-            _pop(values, name)
-    return OmegaConf.create(values)
-
-
-def _rename(values: dict[str, Any], alias: str, command: str, config_class: type) -> None:
-    value = _pop(values, alias)
-    key = key_of(alias, value, command)
-    if value in ("???", f"${{{key}}}"):
-        return
-    other = _get(values, key)
-    default = OmegaConf.select(OmegaConf.structured(config_class), key)
-    if other in (None, "???", value, default):
-        _set(values, key, value)
-    elif alias != YIELDS:
-        raise ConfigError(
-            f"{alias}: {value} is another name of {key}, which is {other}; give one of them"
-        )
-
-
-def _remove_ignored(values: dict[str, Any], command: str) -> list[str]:
-    warnings = []
-    for key, (reason, *agrees) in ignored_keys(command).items():
-        value = _get(values, key, "???")
-        _pop(values, key)
-        is_reference = isinstance(value, str) and value.startswith("${")
-        if value == "???" or (is_reference and key in _INTERPOLATED):
+def _by_key(given: Mapping[str, Any], command: str) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    names: dict[str, str] = {}
+    for name, value in sorted(given.items(), key=lambda item: item[0] == YIELDS):
+        key = name if isinstance(value, dict) else ALIASES[command].get(name, name)
+        is_default = value is None and name in _NULL_MEANS_DEFAULT
+        if is_default or value in (ABSENT, f"${{{key}}}"):
             continue
-        if (None if is_reference else value) not in agrees:
-            shown = "..." if isinstance(value, dict) else value
-            warnings.append(f"{key}={shown}: {reason}")
-    return warnings
+        if values.get(key) is None:
+            values[key] = value
+            names[key] = name
+        elif value not in (None, values[key]) and name != YIELDS:
+            raise ConfigError(
+                f"{names[key]}={values[key]} and {name}={value}: both are names of {key}; give "
+                "one of them"
+            )
+    return values
 
 
-@functools.cache
-def ignored_keys(command: str) -> dict[str, list[Any]]:
-    """Return key -> [reason, values without a warning ...] for the keys without effect."""
-    tables = yaml.safe_load(_IGNORED)
-    return tables["both"] | tables[command] if tables.get(command) else {}
-
-
-def _with_references(value: Any, alias: str, key: str) -> Any:
-    """Return a value with `${alias}` replaced by `${key}` in every text."""
-    if isinstance(value, dict):
-        return {name: _with_references(each, alias, key) for name, each in value.items()}
-    if isinstance(value, list):
-        return [_with_references(each, alias, key) for each in value]
-    if not isinstance(value, str):
-        return value
-    return re.sub(rf"\$\{{{re.escape(alias)}\}}", f"${{{key}}}", value)
-
-
-def _parent(values: dict[str, Any], key: str) -> tuple[Any, str]:
-    *sections, name = key.split(".")
-    parent: Any = values
-    for section in sections:
-        parent = parent.get(section) if isinstance(parent, dict) else None
-    return (parent if isinstance(parent, dict) else {}), name
-
-
-def _get(values: dict[str, Any], key: str, default: Any = None) -> Any:
-    parent, name = _parent(values, key)
-    return parent.get(name, default)
-
-
-def _pop(values: dict[str, Any], key: str) -> Any:
-    parent, name = _parent(values, key)
-    return parent.pop(name, None)
-
-
-def _set(values: dict[str, Any], key: str, value: Any) -> None:
+def _take(values: Any, key: str) -> Any:
+    """Remove a value from nested ones and return it."""
     *sections, name = key.split(".")
     for section in sections:
-        values[section] = values.get(section) or {}
-        values = values[section]
-    values[name] = value
+        values = values.get(section)
+        if not isinstance(values, dict):
+            return ABSENT
+    return values.pop(name, ABSENT)

@@ -7,9 +7,9 @@ import os
 import sys
 from typing import Any
 
+from nemo_kd.cli.compute_topk_logits import PLAN
 from nemo_kd.cli.inspect_cache import add_inspect
 from nemo_kd.cli.options import OptionParser, path
-from nemo_kd.cli.plan_cache import COMMAND as PLAN
 from nemo_kd.cli.run import run
 from nemo_kd.cli.verify_cache import add_verify
 from nemo_kd.run.endings import errors_end_the_process

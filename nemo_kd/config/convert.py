@@ -41,12 +41,8 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
             f"output_path: {output} holds the input, which overwrite=True would delete; "
             "give another path"
         )
-    replaceable = (
-        output.is_file()
-        if output.suffix == ".nemo"
-        else (output / "config.json").is_file()
-    )
-    if not replaceable:
+    is_archive = output.suffix == ".nemo"
+    if not (output if is_archive else output / "config.json").is_file():
         raise ConfigError(
             f"output_path: {output} exists and is not such a model; overwrite=True replaces only a "
             ".nemo archive by another, or a folder with config.json"

@@ -49,22 +49,9 @@ class CheckpointParams(Section):
     """filename: put the name of each metric before its value."""
     verbose: bool = True
     """Log each ranked checkpoint."""
-    every_n_train_steps: int | None = None
-    """Not used: trainer.knowledge_distillation.save_interval gives the steps between
-    checkpoints."""
-    train_time_interval: Any = None
-    """Not used: trainer.knowledge_distillation.save_interval gives the steps between
-    checkpoints."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("every_n_train_steps", "train_time_interval"):
-            if getattr(self, key):
-                raise self.error(
-                    key,
-                    f"{getattr(self, key)} has no effect; use "
-                    "trainer.knowledge_distillation.save_interval",
-                )
         for name in ("filename", "prefix"):
             if "/" in (getattr(self, name) or ""):
                 raise self.error(

@@ -3,19 +3,17 @@ unchanged."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-import typing
-from collections.abc import Iterable
+import operator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from nemo_kd.config.errors import ConfigError
+from nemo_kd.config.foreign_keys import suggestion
+from nemo_kd.config.typed import describe
 
 KEY = "allow_changed"
-FREE_KEYS = (
-    # Length of the run, intervals, and the parts of the learning-rate schedule that follow the
-    # length.
+FREE_KEYS = [
     "trainer.knowledge_distillation.max_epochs",
     "trainer.knowledge_distillation.max_steps",
     "trainer.knowledge_distillation.val_check_interval",
@@ -26,7 +24,6 @@ FREE_KEYS = (
     "model.optim.sched.warmup_ratio",
     "model.optim.sched.constant_steps",
     "model.optim.sched.constant_ratio",
-    # Where and how it is computed: the same within rounding.
     "trainer.num_nodes",
     "trainer.devices",
     "trainer.accelerator",
@@ -48,7 +45,6 @@ FREE_KEYS = (
     "model.data.max_tokens_per_batch",
     "model.data.packing",
     "model.data.num_workers",
-    # The data that they select is compared by content.
     "model.data.data_impl",
     "model.max_seq_length",
     "model.data.n_chunks",
@@ -56,39 +52,32 @@ FREE_KEYS = (
     "model.data.chat",
     "model.data.chat_prompt_tokens",
     "model.data.dataset",
-    # Logs and files.
     "name",
     "exp_manager",
     "export",
-    KEY,
-)
+    "allow_changed",
+]
 """Keys and sections that may change when a run resumes. Every other key, a new one too, is
-compared."""
+compared.
+
+First the length of the run, intervals, and the parts of the learning-rate schedule that follow the
+length; then where and how it is computed, which is the same within rounding; then keys that select
+data, which is compared by content; then logs and files.
+"""
 
 
 def compared_values(config: Any) -> dict[str, Any]:
     """Return every key of a configuration that is compared, with its value as JSON has it."""
-    return {
-        key: json.loads(json.dumps(value))
-        for key, value in _leaves(config, "")
-        if not is_free(key)
-    }
+    keys = compared_defaults(type(config))
+    values = {key: operator.attrgetter(key)(config) for key in keys}
+    return json.loads(json.dumps(values))
 
 
 def compared_defaults(config_class: type) -> dict[str, Any]:
-    """Return the default of every compared key that has one; a checkpoint that does not know a key
-    was trained with it."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):
-        factory = field.default_factory
-        default = factory() if factory is not dataclasses.MISSING else field.default
-        if default is not dataclasses.MISSING:
-            values |= dict(_leaves_of(default, field.name))
-    return {
-        key: json.loads(json.dumps(value))
-        for key, value in values.items()
-        if not is_free(key)
-    }
+    """Return the default of every compared key; a checkpoint that does not know a key was trained
+    with it."""
+    docs = describe(config_class)
+    return {each.key: each.default for each in docs if not is_free(each.key)}
 
 
 def is_free(key: str) -> bool:
@@ -96,50 +85,25 @@ def is_free(key: str) -> bool:
     return any(_is_within(key, free) for free in FREE_KEYS)
 
 
-def allowed_keys(allow_changed: Iterable[str], compared: Iterable[str]) -> set[str]:
+def allowed_keys(allow_changed: Iterable[str], compared: Collection[str]) -> set[str]:
     """Return the compared keys that `allow_changed` names: whole keys, their last parts, or
     sections.
 
     Raises:
         ConfigError: an entry names no key, or the last part of several.
     """
-    compared = list(compared)
     allowed: set[str] = set()
     for entry in allow_changed:
-        found = [key for key in compared if _is_within(key, entry)]
-        if not found:
-            found = [key for key in compared if key.endswith(f".{entry}")]
-            if len(found) > 1:
-                raise ConfigError(
-                    f"{KEY}: {entry} is the last part of {', '.join(found)}; give one of them whole"
-                )
-        if (
-            not found
-            and not is_free(entry)
-            and not any(free.endswith(f".{entry}") for free in FREE_KEYS)
-        ):
-            last_parts = {key.rpartition(".")[2]: key for key in compared}
-            close = difflib.get_close_matches(
-                entry, [*compared, *last_parts], n=1, cutoff=0.6
-            )
-            meant = (
-                f"; did you mean {last_parts.get(close[0], close[0])}?" if close else ""
-            )
-            raise ConfigError(f"{KEY}: {entry} is not a key that is compared{meant}")
-        allowed.update(found)
-    return allowed
+        within = [key for key in compared if _is_within(key, entry)]
+        keys = [*compared, *FREE_KEYS]
+        ending = [key for key in keys if f".{key}".endswith(f".{entry}")]
+        is_known = within or ending or is_free(entry)
+        if not is_known or (not within and len(ending) > 1):
+            named = ", ".join(ending) or f"no key{suggestion(entry, compared)}"
+            raise ConfigError(f"{KEY}: {entry} names {named}; give one whole key")
+        allowed.update(within or ending)
+    return allowed & {*compared}
 
 
 def _is_within(key: str, section: str) -> bool:
-    return key == section or key.startswith(f"{section}.")
-
-
-def _leaves(config: Any, prefix: str) -> Iterable[tuple[str, Any]]:
-    for field in dataclasses.fields(config):
-        yield from _leaves_of(getattr(config, field.name), f"{prefix}{field.name}")
-
-
-def _leaves_of(value: Any, key: str) -> Iterable[tuple[str, Any]]:
-    if dataclasses.is_dataclass(value):
-        return _leaves(typing.cast(Any, value), f"{key}.")
-    return [(key, value)]
+    return f"{key}.".startswith(f"{section}.")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 
-_TABLE = """
+FOREIGN_NAMES = """
 pretrained_checkpoint.restore_from_path input_path
     model model_name model_path model_id model_name_or_path pretrained_model_name_or_path
     base_model hf_model teacher teacher_model teacher_model_name_or_path student
@@ -117,40 +118,24 @@ n_examples_per_chunk
 for these."""
 
 
-def _foreign_names() -> dict[str, tuple[list[str], str]]:
-    names = {}
-    keys: list[str] = []
-    remark = ""
-    for line in _TABLE.strip().splitlines():
-        if line.startswith(" "):
-            names.update(dict.fromkeys(line.split(), (keys, remark)))
-        else:
-            head, _, remark = line.partition(" | ")
-            keys = head.split()
-    return names
-
-
-FOREIGN = _foreign_names()
-
-
-def find_key(name: str, known: list[str]) -> tuple[str, str]:
-    """Return the key that `name` most likely means and a remark on its value; both empty if none is
-    close.
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean KEY?)" with a remark on its value; empty if no key is close.
 
     Args:
         name: as typed, with or without sections and leading dashes.
-        known: keys of the command.
+        known: keys that it may mean.
     """
-    plain = name.lstrip("-").replace("-", "_")
-    last = plain.rpartition(".")[2]
-    if plain in known:
-        return plain, ""
-    keys, remark = FOREIGN.get(plain) or FOREIGN.get(last) or ([], "")
-    for key in keys:
-        if key in known or key.rpartition(".")[0] in known:
-            return key, remark
-    same_end = [key for key in known if key.rpartition(".")[2] == plain]
-    if len(same_end) == 1:
-        return same_end[0], ""
-    close = difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
-    return (close[0], "") if close else ("", "")
+    known = list(known)
+    plain = name.strip("- ").replace("-", "_")
+    meanings = {plain, plain.rpartition(".")[2]}
+    keys = remark = ""
+    for line in FOREIGN_NAMES.strip().splitlines():
+        if not line.startswith(" "):
+            keys, _, remark = line.partition(" | ")
+        elif meanings & {*line.split()}:
+            for key in keys.split():
+                if key in known or key.rpartition(".")[0] in known:
+                    return f" (did you mean {f'{key}? {remark}'.strip()})"
+    last_parts = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(plain, [*known, *last_parts], n=1, cutoff=0.7)
+    return f" (did you mean {last_parts.get(close[0], close[0])}?)" if close else ""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
@@ -149,9 +148,10 @@ class LossConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kd_loss_weight == 0 and self.sft_loss_weight == 0:
-            raise ConfigError(
-                f"{KEY}: kd_loss_weight and sft_loss_weight are both 0; nothing would be trained"
+        if self.kd_loss_weight == self.sft_loss_weight == 0:
+            raise self.error(
+                "kd_loss_weight",
+                "sft_loss_weight and it are both 0; nothing would be trained",
             )
         for name in ("label_smoothing", "z_loss_weight"):
             value = getattr(self, name)
@@ -174,13 +174,13 @@ class LossConfig(Section):
         if not self.kd_loss_weight or self.objective == "custom":
             return None
         student_scale, teacher_scale = self._scales
-        squared = self.temperature if self.multiply_by_squared_temperature else None
+        is_squared = self.multiply_by_squared_temperature
         return Divergence(
             self.objective,
             self.support,
             student_scale,
             teacher_scale,
-            factor=1.0 if squared is None else squared**2,
+            factor=(self.temperature or 1.0) ** 2 if is_squared else 1.0,
             jsd_beta=self.jsd_beta,
             skew_lambda=self.skew_lambda,
             adaptive_kl_alpha=self.adaptive_kl_alpha,
@@ -191,20 +191,18 @@ class LossConfig(Section):
         divergence = self.divergence
         if divergence is None:
             return []
-        temperature = 1 / divergence.teacher_scale
-        held = ", ".join(f"{value:g}" for value in teacher.temperatures)
-        advice = {
-            "label_logprobs_P": f"{KEY}.kd_loss: {self.kd_loss} needs the teacher's "
-            "log-probability of the labels, which the cache lacks; compute it with stage 1 of "
-            "nemo_kd, or use another kd_loss",
-            "tail_mass_PT": f"{KEY}: kd_loss={self.kd_loss} with support={self.support} at "
-            f"temperature {temperature:g} needs the teacher's mass outside the kept ids at that "
-            f"temperature, the cache has it at {held}; compute the cache with "
-            f"cache.temperatures=[{temperature:g}], or use support=renormalize",
-            "tail_token_ids_PM": f"{KEY}.support: sampled needs tail samples, which the cache "
-            "lacks; compute it with cache.tail_samples=4, or use support=tail",
+        temperature = f"{1 / divergence.teacher_scale:g}"
+        needed = {
+            "label_logprobs_P": "the teacher's log-probability of the labels; compute the cache "
+            "with stage 1 of nemo_kd, or use another kd_loss",
+            "tail_mass_PT": "the teacher's mass outside the kept ids at temperature "
+            f"{temperature}; compute the cache with cache.temperatures=[{temperature}], or use "
+            "support=renormalize",
+            "tail_token_ids_PM": "tail samples; compute the cache with cache.tail_samples=4, or "
+            "use support=tail",
         }
-        return [advice[name] for name in divergence.missing(teacher)]
+        lacks = f"{KEY}: kd_loss={self.kd_loss}, support={self.support}: the cache lacks"
+        return [f"{lacks} {needed[name]}" for name in divergence.missing(teacher)]
 
     @property
     def _scales(self) -> tuple[float, float]:
@@ -214,31 +212,23 @@ class LossConfig(Section):
         return self.logits_scale, self.target_logits_scale
 
     def _check_combination(self) -> None:
-        defaults = {item.name: item.default for item in fields(self)} | {
-            "custom_args": {}
-        }
         for name, owners in OWN_KEYS.items():
-            if getattr(self, name) != defaults[name] and self.objective not in owners:
+            value = getattr(self, name)
+            is_given = value != getattr(type(self), name, {})
+            if is_given and self.objective not in owners:
                 raise self.error(
                     name,
-                    f"{getattr(self, name)} has no effect with kd_loss={self.kd_loss}, only with "
+                    f"{value} has no effect with kd_loss={self.kd_loss}, only with "
                     f"{', '.join(owners)}",
                 )
-        is_custom = self.objective == "custom"
-        if is_custom and not self.custom_loss:
+        if self.objective == "custom" and not self.custom_loss:
             raise self.error(
                 "custom_loss",
                 "missing; kd_loss=custom needs the import path of a function",
             )
         if self.objective not in DIVERGENCES and self.support != "tail":
-            reason = (
-                "the function sees all logits"
-                if is_custom
-                else "it looks at the label alone"
-            )
             raise self.error(
-                "support",
-                f"{self.support} has no effect with kd_loss={self.kd_loss}: {reason}",
+                "support", f"{self.support} has no effect with kd_loss={self.kd_loss}"
             )
         if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
             raise self.error(
@@ -249,47 +239,33 @@ class LossConfig(Section):
         if self.support == "sampled" and self.objective != "forward_kl":
             raise self.error(
                 "support",
-                f"sampled works with forward_kl only, not {self.kd_loss}: the others need the "
-                "teacher's probability of every sample, which a cache does not hold; use tail",
+                f"sampled works with forward_kl only, not {self.kd_loss}; use tail",
             )
 
     def _check_scales(self) -> None:
-        if self.temperature is not None and (
-            self.logits_scale,
-            self.target_logits_scale,
-        ) != (1, 1):
-            raise ConfigError(
-                f"{KEY}: give temperature, or logits_scale and target_logits_scale, not both"
+        given = (self.logits_scale, self.target_logits_scale)
+        if self.temperature is not None and given != (1, 1):
+            raise self.error(
+                "temperature",
+                "give it, or logits_scale and target_logits_scale, not both",
             )
         if self.multiply_by_squared_temperature and self.temperature is None:
             raise self.error(
                 "multiply_by_squared_temperature",
                 "give temperature, which it multiplies by",
             )
-        if self._scales == (1, 1):
-            return
-        if self.objective not in DIVERGENCES:
-            is_custom = self.objective == "custom"
-            reason = (
-                "give it as custom_args"
-                if is_custom
-                else "the cache has the label at temperature 1"
-            )
-            raise ConfigError(
-                f"{KEY}: kd_loss={self.kd_loss} knows no temperature and no scales; {reason}"
-            )
-        if self.support == "sampled":
-            raise ConfigError(
-                f"{KEY}: tail samples were drawn at temperature 1, so support=sampled works at 1 "
-                "only"
+        knows_none = self.objective not in DIVERGENCES or self.support == "sampled"
+        if knows_none and self._scales != (1, 1):
+            raise self.error(
+                "temperature",
+                f"kd_loss={self.kd_loss} with support={self.support} knows no temperature and no "
+                "scales: it works at 1",
             )
 
 
 def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
     """Return the place of a temperature, if present; one cache format rounds to float32."""
-    matches = (
-        place
-        for place, temperature in enumerate(temperatures)
-        if math.isclose(temperature, wanted, rel_tol=1e-4)
-    )
-    return next(matches, None)
+    for place, temperature in enumerate(temperatures):
+        if math.isclose(temperature, wanted, rel_tol=1e-4):
+            return place
+    return None

@@ -146,27 +146,20 @@ class ParallelConfig(Section):
         Raises:
             ConfigError: the ranks do not divide evenly.
         """
-        sizes = {
-            name: getattr(self, name)
-            for name in PARALLEL_SIZES[:3]
-            if getattr(self, name) > 1
-        }
-        ranks = math.prod(sizes.values())
+        sizes = [getattr(self, name) for name in PARALLEL_SIZES[:3]]
+        ranks = math.prod(sizes)
         if world_size % ranks:
-            product = " x ".join(map(str, sizes.values())) + (
-                f" = {ranks}" if len(sizes) > 1 else ""
-            )
             raise ConfigError(
-                f"{' x '.join(f'model.{name}' for name in sizes)}: {product} does not divide the "
-                f"{world_size} ranks (trainer.num_nodes x trainer.devices)"
+                f"model.{' x model.'.join(PARALLEL_SIZES[:3])}: {' x '.join(map(str, sizes))} = "
+                f"{ranks} does not divide the {world_size} ranks (trainer.num_nodes x "
+                "trainer.devices)"
             )
         sharing = world_size // ranks * self.context_parallel_size
         if sharing % self.expert_model_parallel_size:
-            raise ConfigError(
-                f"model.expert_model_parallel_size: {self.expert_model_parallel_size} does not "
-                "divide "
-                f"the {sharing} ranks of data and context parallelism, which the experts are "
-                "distributed over; each expert is also split over the tensor-parallel ranks"
+            raise self.error(
+                "expert_model_parallel_size",
+                f"{self.expert_model_parallel_size} does not divide the {sharing} ranks of data "
+                "and context parallelism, which the experts are distributed over",
             )
         return world_size // ranks
 
@@ -209,13 +202,12 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
             f"{parallel.pipeline_model_parallel_size} pipeline stages do not divide the model's "
             f"num_layers ({architecture.num_layers})"
         )
-    experts = architecture.num_moe_experts
+    experts = architecture.num_moe_experts or 0
     size = parallel.expert_model_parallel_size
-    if size > 1 and (experts is None or experts % size):
-        found = "has none" if experts is None else f"has {experts} a layer"
+    if size > 1 and (not experts or experts % size):
         raise ConfigError(
-            f"model.expert_model_parallel_size: {size} does not divide the model's experts: it "
-            f"{found}"
+            f"model.expert_model_parallel_size: {size} does not divide the model's {experts} "
+            "experts a layer"
         )
 
 
@@ -228,16 +220,12 @@ def check_training_layout(
         ConfigError: names the size that does not divide, or the key to set.
     """
     check_layout(architecture, parallel)
-    tensor_size = parallel.tensor_model_parallel_size
-    if (
-        architecture.num_moe_experts is not None
-        and tensor_size > 1
-        and not parallel.sequence_parallel
-    ):
+    is_split = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    if architecture.num_moe_experts is not None and is_split:
         raise ConfigError(
-            f"model.sequence_parallel: False with model.{TENSOR}={tensor_size}, but "
-            "tensor-parallel "
-            "training of a mixture of experts needs sequence parallelism; set it to true"
+            f"model.sequence_parallel: False with model.{TENSOR}="
+            f"{parallel.tensor_model_parallel_size}, but tensor-parallel training of a mixture of "
+            "experts needs sequence parallelism; set it to true"
         )
 
 
@@ -249,12 +237,8 @@ def length_multiple(parallel: ParallelConfig) -> int:
     """
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
-    return math.lcm(
-        chunks,
-        context * parallel.tensor_model_parallel_size
-        if parallel.sequence_parallel
-        else 1,
-    )
+    tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+    return math.lcm(chunks, context * tensor)
 
 
 def padded_vocab_size(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from nemo_kd.config.fields import Section, bounded, choice
 
@@ -19,14 +19,6 @@ SCHEDULES = {
     "constant": "constant",
 }
 """NeMo's names and plain ones -> the shape after the warmup."""
-
-
-class Phases(NamedTuple):
-    """Steps of each part of a schedule; `constant` ones come last, at min_lr."""
-
-    warmup: int
-    decay: int
-    constant: int
 
 
 @dataclass
@@ -53,15 +45,11 @@ class SchedConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         for phase in ("warmup", "constant"):
-            if None not in (
-                getattr(self, f"{phase}_steps"),
-                getattr(self, f"{phase}_ratio"),
-            ):
+            given = (getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio"))
+            if None not in given:
                 raise self.error(f"{phase}_steps", f"give it or {phase}_ratio, not both")
-        if (self.constant_steps or self.constant_ratio) and self.shape not in (
-            "cosine",
-            "linear",
-        ):
+        has_constant = self.constant_steps or self.constant_ratio
+        if has_constant and self.shape not in ("cosine", "linear"):
             raise self.error(
                 "constant_steps and constant_ratio",
                 f"are for CosineAnnealing and linear; leave them out with name={self.name}",
@@ -72,8 +60,8 @@ class SchedConfig(Section):
         """Return cosine, linear, inverse_square_root or constant."""
         return SCHEDULES[self.name]
 
-    def phases(self, max_steps: int) -> Phases:
-        """Return the parts of a run of `max_steps`.
+    def phases(self, max_steps: int) -> tuple[int, int, int]:
+        """Return the steps of warmup, decay and constant rate (min_lr) of a run of `max_steps`.
 
         A warmup may be longer than the run, as in short trials; the rate then stays below its
         maximum. Constant steps that do not fit after the warmup are left out: a short run would
@@ -85,7 +73,7 @@ class SchedConfig(Section):
         constant = self.asked_constant_steps(max_steps)
         if warmup + constant > max_steps:
             constant = 0
-        return Phases(warmup, max(0, max_steps - warmup - constant), constant)
+        return warmup, max(0, max_steps - warmup - constant), constant
 
     def asked_constant_steps(self, max_steps: int) -> int:
         """Return the constant steps as configured, even if the run has no room for them."""

@@ -139,28 +139,22 @@ def check_lora(
             )
         return
     layers = architecture.num_layers
-    outside = [
-        number for number in lora.layer_selection or [] if not 1 <= number <= layers
-    ]
-    if outside or lora.layer_selection == []:
+    selected = lora.layer_selection
+    if selected is not None and not (
+        selected and 1 <= min(selected) <= max(selected) <= layers
+    ):
         raise ConfigError(
-            f"{KEY}.layer_selection: {lora.layer_selection} must be of the model's layers 1 to "
-            f"{layers}"
+            f"{KEY}.layer_selection: {selected} must be of the model's layers 1 to {layers}"
         )
     stages = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     for stage in range(stages):
-        first = stage * layers // stages + 1
-        last = (stage + 1) * layers // stages
-        if not any(lora.has_layer(number) for number in range(first, last + 1)):
-            interleaved = parallel.chunks_per_stage > 1
-            part = "part" if interleaved else "pipeline stage"
-            of = "of the interleaved pipeline " if interleaved else ""
+        own = range(stage * layers // stages + 1, (stage + 1) * layers // stages + 1)
+        if not any(map(lora.has_layer, own)):
             raise ConfigError(
-                f"{KEY}.layer_selection: {lora.layer_selection} leaves {part} {stage + 1} of "
-                f"{stages} "
-                f"{of}(layers {first} to {last}) nothing to train; select one of its layers too, "
-                "or "
-                f"reduce model.{'virtual_' if interleaved else ''}pipeline_model_parallel_size"
+                f"{KEY}.layer_selection: {selected} leaves part {stage + 1} of {stages} of the "
+                f"pipeline (layers {own[0]} to {own[-1]}) nothing to train; select one of its "
+                "layers too, or reduce model.pipeline_model_parallel_size or "
+                "model.virtual_pipeline_model_parallel_size"
             )
     experts = [target for target in lora.targets if target.startswith("mlp")]
     if architecture.num_moe_experts is not None and experts:

@@ -6,7 +6,6 @@ import re
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, path
 from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
 
@@ -39,9 +38,7 @@ class TrainerConfig(Section):
         super().__post_init__()
         if isinstance(self.devices, str) and re.fullmatch(r"-?\d+", self.devices):
             self.devices = int(self.devices)
-        if self.devices not in ("auto", -1) and not (
-            isinstance(self.devices, int) and self.devices >= 1
-        ):
+        if self.devices not in ("auto", -1) and self.devices not in range(1, 1 << 20):
             raise self.error(
                 "devices", f"{self.devices!r} must be at least 1, or auto for all GPUs"
             )
@@ -49,16 +46,12 @@ class TrainerConfig(Section):
     @property
     def num_devices(self) -> int:
         """Return `devices` as a number; the commands replace auto and -1 before anything starts."""
-        if not isinstance(self.devices, int) or self.devices < 1:
-            raise self.error(
-                "devices",
-                f"{self.devices} is for the commands, which count the GPUs; give a number",
-            )
+        assert isinstance(self.devices, int), self.devices
         return self.devices
 
 
 @dataclass
-class PretrainedCheckpoint:
+class PretrainedCheckpoint(Section):
     """The model that a stage starts with."""
 
     restore_from_path: str = path()
@@ -102,9 +95,7 @@ class RunConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.create_wandb_logger and not (self.wandb_logger_kwargs or {}).get(
-            "project"
-        ):
-            raise ConfigError(
-                f"{self.KEY}.wandb_logger_kwargs.project: create_wandb_logger=True needs a project"
+        if self.create_wandb_logger and not self.wandb_logger_kwargs.get("project"):
+            raise self.error(
+                "wandb_logger_kwargs.project", "create_wandb_logger=True needs a project"
             )

@@ -54,9 +54,7 @@ class LoopConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.limit_val_batches > 1 and self.limit_val_batches != int(
-            self.limit_val_batches
-        ):
+        if self.limit_val_batches > 1 and self.limit_val_batches % 1:
             raise self.error(
                 "limit_val_batches",
                 f"{self.limit_val_batches} is neither a whole number of batches nor a fraction up "
@@ -139,11 +137,6 @@ class StudentDataConfig(Section):
     dataset: StudentDatasetConfig = field(default_factory=StudentDatasetConfig)
 
     def __post_init__(self) -> None:
-        if self.data_impl in ("mmap", "packed_jsonl"):
-            raise self.error(
-                "data_impl",
-                f"{self.data_impl!r} is not supported; use chunked_jsonl or dataset",
-            )
         super().__post_init__()
         if self.dataset.file_path:
             raise self.error(
@@ -151,37 +144,30 @@ class StudentDataConfig(Section):
                 f"{self.dataset.file_path} is not read; name the files of every split in "
                 "model.data.data_prefix",
             )
-        self._check_num_chunks()
-        if not isinstance(self.shuffle, bool) and self.shuffle != "chunks":
+        chosen = self.n_chunks
+        for split, number in (
+            chosen if isinstance(chosen, dict) else {"train": chosen}
+        ).items():
+            is_count = number is None or (type(number) is int and number >= 1)
+            if split not in SPLITS or not is_count:
+                raise self.error(
+                    "n_chunks",
+                    f"{chosen!r} is neither a number of chunks nor one for each split, {{train: 2, "
+                    "validation: 1}",
+                )
+        if self.shuffle not in (True, False, "chunks"):
             raise self.error(
                 "shuffle", f"{self.shuffle!r} is not one of true, false, chunks"
             )
-        unknown = sorted(set(self.data_prefix) - set(SPLITS))
-        if unknown:
-            raise self.error(
-                "data_prefix",
-                f"unknown splits {', '.join(unknown)}; known: train, validation, test",
-            )
         for split in self.data_prefix:
+            if split not in SPLITS:
+                raise self.error(
+                    "data_prefix", f"{split} is not one of {', '.join(SPLITS)}"
+                )
             if self.weights(split) is not None and split != "train":
                 raise self.error(
                     f"data_prefix.{split}",
                     "weights are for train only, here every row counts once; give the paths alone",
-                )
-
-    def _check_num_chunks(self) -> None:
-        chosen = (
-            self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
-        )
-        for split, number in chosen.items():
-            is_count = (
-                isinstance(number, int) and not isinstance(number, bool) and number >= 1
-            )
-            if split not in SPLITS or not (is_count or number is None):
-                raise self.error(
-                    "n_chunks",
-                    f"{self.n_chunks!r} is neither a number of chunks nor one for each split, "
-                    "{train: 2, validation: 1}",
                 )
 
     def paths(self, split: str) -> list[str]:
@@ -191,43 +177,36 @@ class StudentDataConfig(Section):
     def weights(self, split: str) -> list[float] | None:
         """Return the weight of each of the split's paths; None without weights."""
         weights = [weight for weight, _ in self._weighted_paths(split)]
-        return None if None in weights or not weights else weights  # type: ignore[return-value]
+        return None if None in weights or not weights else weights
 
-    def _weighted_paths(self, split: str) -> list[tuple[float | None, str]]:
-        value = self.data_prefix.get(split) or []
-        if isinstance(value, str):
-            value = [_number_or_text(part.strip()) for part in value.split(",")]
-        entries = list(value) if isinstance(value, list | tuple) else [value]
-        if not any(_is_number(entry) for entry in entries):
-            pairs: list[Any] = [(None, entry) for entry in entries]
-        elif len(entries) % 2 or not all(_is_number(entry) for entry in entries[::2]):
+    def _weighted_paths(self, split: str) -> list[tuple[Any, str]]:
+        entries = self.data_prefix.get(split) or []
+        if isinstance(entries, str):
+            entries = [_number_or_text(part.strip()) for part in entries.split(",")]
+        elif not isinstance(entries, list):
+            entries = [entries]
+        has_weights = any(map(_is_weight, entries))
+        weights = entries[::2] if has_weights else [None] * len(entries)
+        paths = entries[1::2] if has_weights else entries
+        if (
+            len(weights) != len(paths)
+            or not all(weight is None or _is_weight(weight) for weight in weights)
+            or not all(isinstance(a_path, str) and a_path for a_path in paths)
+        ):
             raise self.error(
                 f"data_prefix.{split}",
-                f"{entries} has weights for some paths only; give [WEIGHT, PATH, WEIGHT, PATH ...]",
+                f"{entries} is neither PATH, [PATH, PATH ...] nor [WEIGHT, PATH, WEIGHT, PATH "
+                "...] with weights above 0",
             )
-        else:
-            pairs = list(zip(entries[::2], entries[1::2], strict=True))
-        for weight, a_path in pairs:
-            if not isinstance(a_path, str) or not a_path:
-                raise self.error(
-                    f"data_prefix.{split}",
-                    f"{a_path!r} is not a path; give PATH, [PATH, PATH ...] or "
-                    "[WEIGHT, PATH, WEIGHT, PATH ...]",
-                )
-            if weight is not None and not 0 < weight < math.inf:
-                raise self.error(
-                    f"data_prefix.{split}",
-                    f"the weight {weight} of {a_path} must be above 0",
-                )
-        return pairs
+        return list(zip(weights, paths, strict=True))
 
     @property
     def uses_cache(self) -> bool:
         return self.data_impl != "dataset"
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_weight(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < math.inf
 
 
 def _number_or_text(text: str) -> float | str:
@@ -282,21 +261,20 @@ class StudentModelConfig(ModelConfig):
             # refuses them.
             self.activations_checkpoint_method = None
             self.activations_checkpoint_num_layers = None
+        loss = self.knowledge_distillation
         for name in ("top_k", "drop_ids_outside_vocab"):
-            if self.knowledge_distillation.support == "sampled" and getattr(
-                self.data, name
-            ):
+            if loss.support == "sampled" and getattr(self.data, name):
                 raise self.error(
                     f"data.{name}",
-                    f"{getattr(self.data, name)} with support=sampled: the tail samples stand for "
-                    "the ids that the cache does not keep; leave it out, or use support=tail",
+                    "support=sampled needs all ids that the cache keeps; leave it out, or use "
+                    "support=tail",
                 )
-        if not self.data.uses_cache and self.knowledge_distillation.kd_loss_weight:
+        if not self.data.uses_cache and loss.kd_loss_weight:
             raise self.error(
                 "data.data_impl",
                 "dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="
-                f"{self.knowledge_distillation.kd_loss_weight} needs; set kd_loss_weight=0 and "
-                "sft_loss_weight=1, or read a cache",
+                f"{loss.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or "
+                "read a cache",
             )
 
     @property
@@ -339,11 +317,9 @@ class TrainStudentConfig(Section):
                 "adapter, but model.peft.peft_scheme=none trains none; use lora, or "
                 "export.lora=merged",
             )
-        settings = self.exp_manager
-        params = settings.checkpoint_callback_params
-        writes_nemo = (
-            settings.create_checkpoint_callback and params.save_nemo_on_train_end
-        )
+        manager = self.exp_manager
+        params = manager.checkpoint_callback_params
+        writes_nemo = manager.create_checkpoint_callback and params.save_nemo_on_train_end
         if self.export.hf and not writes_nemo:
             raise self.error(
                 "export.hf",
@@ -351,19 +327,17 @@ class TrainStudentConfig(Section):
                 "exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false or "
                 "exp_manager.create_checkpoint_callback=false turns off; set both to true",
             )
-        if not self.model.data.paths("train"):
-            raise self.error("model.data.data_prefix", f"no train data; give {FORM}")
-        if self.validates and not self.model.data.paths("validation"):
-            raise self.error(
-                "model.data.data_prefix",
-                f"no validation data; give {FORM}, or train without validation: "
-                f"{LOOP}.limit_val_batches=0",
-            )
-        needs_validation = {
-            "create_early_stopping_callback": settings.create_early_stopping_callback,
-            "checkpoint_callback_params.save_best_model": params.save_best_model,
-        }
-        for key, value in needs_validation.items():
+        for split in SPLITS[: 2 if self.validates else 1]:
+            if not self.model.data.paths(split):
+                raise self.error(
+                    "model.data.data_prefix",
+                    f"no {split} data; give {FORM} (or train without validation: "
+                    f"{LOOP}.limit_val_batches=0)",
+                )
+        for key, value in (
+            ("create_early_stopping_callback", manager.create_early_stopping_callback),
+            ("checkpoint_callback_params.save_best_model", params.save_best_model),
+        ):
             if value and not self.validates:
                 raise self.error(
                     f"exp_manager.{key}",

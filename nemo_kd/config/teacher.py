@@ -9,7 +9,6 @@ from typing import ClassVar
 
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, path
 from nemo_kd.config.shared import (
     ModelConfig,
@@ -113,31 +112,27 @@ class ComputeTopkLogitsConfig(Section):
     def part_number(self) -> tuple[int, int]:
         """Return (i, n) of `part`, or of the task in a Slurm array."""
         if self.part is not None:
-            number, slash, count = self.part.partition("/")
-            whole = slash and number.isdecimal() and count.isdecimal()
-            if not whole or int(number) >= int(count):
+            match = re.fullmatch(r"(\d+)/(\d+)", self.part)
+            if match is None or int(match[1]) >= int(match[2]):
                 raise self.error(
                     "part",
                     f"{self.part!r} is not i/n with i from 0 to n - 1; 0/4, 1/4, 2/4 and 3/4 "
                     "share the work of four jobs",
                 )
-            return int(number), int(count)
-        array_size = _array_variable("COUNT", 1)
+            return int(match[1]), int(match[2])
+        array_size = _array_task("COUNT", 1)
         if array_size == 1 or self.start_from_idx or self.end_at_idx is not None:
             return 0, 1
-        first = _array_variable("MIN", 0)
-        step = _array_variable("STEP", 1)
-        last = _array_variable("MAX", array_size - 1)
-        if (
-            "SLURM_ARRAY_TASK_MAX" in os.environ
-            and last != first + (array_size - 1) * step
-        ):
+        first = _array_task("MIN", 0)
+        step = _array_task("STEP", 1)
+        last = first + (array_size - 1) * step
+        if _array_task("MAX", last) != last:
             raise self.error(
                 "part",
                 f"the Slurm array has {array_size} tasks that are not a range; give one "
                 f"(--array=0-{array_size - 1}), or the part of each task (part=i/n)",
             )
-        return (_array_variable("ID") - first) // step, array_size
+        return (_array_task("ID", first) - first) // step, array_size
 
     def splits(self) -> dict[str, ComputeTopkLogitsConfig]:
         """Return split -> configuration with one dataset and one output path; "" is the only
@@ -147,29 +142,27 @@ class ComputeTopkLogitsConfig(Section):
             return {"": self}
         splits = {}
         for split, file_path in paths.items():
-            splits[split] = replace(
+            part = replace(
                 self,
                 output_path=self.output_path.replace(SPLIT, split),
                 data=replace(
                     self.data, data=replace(self.data.data, file_path=file_path)
                 ),
             )
-            places = ("output_path", "data.data.file_path")
-            vars(splits[split])["environment"] = {
+            vars(part)["environment"] = {
                 key: text
                 for key, text in self.environment.items()
-                if not key.startswith(places)
+                if not key.startswith(("output_path", "data.data.file_path"))
             }
+            splits[split] = part
         return splits
 
     def _check_splits(self) -> None:
         paths = self.data.data.file_path
         if isinstance(paths, str):
             return
-        if (
-            not isinstance(paths, dict)
-            or not paths
-            or not all(isinstance(text, str) for pair in paths.items() for text in pair)
+        if not isinstance(paths, dict) or not all(
+            isinstance(path, str) for path in paths.values()
         ):
             raise self.error(
                 "data.data.file_path",
@@ -190,20 +183,6 @@ class ComputeTopkLogitsConfig(Section):
             )
 
 
-def _array_variable(name: str, default: int | None = None) -> int:
-    """Return a number that Slurm sets for the tasks of an array.
-
-    Raises:
-        ConfigError: it is not set, or not a number.
-    """
-    value = os.environ.get(
-        f"SLURM_ARRAY_TASK_{name}", "" if default is None else str(default)
-    )
-    if not re.fullmatch(r"\d+", value, re.ASCII) or (
-        name in ("COUNT", "STEP") and int(value) < 1
-    ):
-        raise ConfigError(
-            f"SLURM_ARRAY_TASK_{name}: {value!r} is not a value that Slurm sets for the tasks of "
-            "an array; unset it, or give the part of this job (part=i/n)"
-        )
-    return int(value)
+def _array_task(name: str, default: int) -> int:
+    """Return a number that Slurm sets for the tasks of an array."""
+    return int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))

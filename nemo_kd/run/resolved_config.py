@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from nemo_kd import __version__
-from nemo_kd.config.fields import rule_of
+from nemo_kd.config.fields import is_path
 from nemo_kd.files import explained, write_atomically
 
 SECRET_NAME = re.compile(
@@ -73,9 +73,7 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
 def _plain(value: Any, paths: bool = True) -> Any:
     if dataclasses.is_dataclass(value):
         fields = [
-            each
-            for each in dataclasses.fields(value)
-            if paths or not rule_of(each).is_path
+            each for each in dataclasses.fields(value) if paths or not is_path(each)
         ]
         items = {field.name: getattr(value, field.name) for field in fields}
         return {

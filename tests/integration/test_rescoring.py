@@ -457,7 +457,7 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
             cache("packed"),
             4,
             ["trainer.devises=2"],
-            "trainer.devises (did you mean trainer.devices?)",
+            "trainer.devises: there is no such key (did you mean trainer.devices?)",
         ),
         (cache("packed"), 4, ["top_k=4"], "top_k=4: only KEY=VALUE of trainer.*"),
         (cache("packed"), 4, ["trainer.devices"], "trainer.devices: only KEY=VALUE of"),

@@ -466,10 +466,6 @@ def test_validation_counts_every_example_once(ranks, world, tmp_path):
             "model.data.top_k: 9 exceeds the 8 logits a position",
         ),
         (
-            {"exp_manager__checkpoint_callback_params__every_n_train_steps": 2},
-            "every_n_train_steps: 2 has no effect; use trainer.knowledge_distillation.save_interval",
-        ),
-        (
             {
                 "exp_manager__max_time_per_run": "00:01:00:00",
                 "exp_manager__create_checkpoint_callback": False,

@@ -234,11 +234,11 @@ def test_ranks_that_step_together(ranks):
 def test_layouts_that_do_not_fit_are_refused(models):
     with open_pretrained(models["qwen3_moe"]) as source:
         architecture = source.architecture
-    message = r"model.expert_model_parallel_size: 3 does not divide the model's experts: it has 8 a layer"
+    message = r"model.expert_model_parallel_size: 3 does not divide the model's 8 experts a layer"
     with pytest.raises(ConfigError, match=message):
         check_layout(architecture, ModelConfig(expert_model_parallel_size=3))
     with pytest.raises(
-        ConfigError, match="does not divide the model's experts: it has none"
+        ConfigError, match="does not divide the model's 0 experts a layer"
     ):
         check_layout(replace(architecture, num_moe_experts=None), ModelConfig(**EP))
     with pytest.raises(

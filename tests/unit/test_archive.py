@@ -209,7 +209,7 @@ BASE = write_model_config(SMALL)
         (BASE + "a: !!python/object/apply:os.system [x]\n", "could not determine"),
         (
             BASE.replace("num_layers: 2", "num_layers: -2"),
-            "num_layers: -2 must be from 1",
+            "num_layers: -2 must be at least 1",
         ),
         ("a: 1", "format_version is None, so another tool wrote it"),
         ("\0", "special characters are not allowed"),

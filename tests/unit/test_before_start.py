@@ -11,7 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.cli.before_start import check_before_start
+from nemo_kd.cli import (
+    compute_topk_logits,
+    convert_checkpoint,
+    train_gpt_knowledge_distillation,
+)
 from nemo_kd.cli.logit_cache import parser
 from nemo_kd.cli.verify_cache import check_verify
 from nemo_kd.config import ConfigError, UserInputError
@@ -34,6 +38,18 @@ from nemo_kd.config.teacher import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+COMMANDS = (
+    compute_topk_logits.COMMAND,
+    train_gpt_knowledge_distillation.COMMAND,
+    convert_checkpoint.COMMAND,
+)
+
+
+def check_before_start(config) -> None:
+    (command,) = (one for one in COMMANDS if one.config_class is type(config))
+    command.check(config)
 
 
 @pytest.fixture
@@ -114,7 +130,7 @@ def test_what_can_work_passes(here):
     [
         (
             lambda: teacher(model="none"),
-            "pretrained_checkpoint.restore_from_path: none does not exist; give",
+            "pretrained_checkpoint.restore_from_path: none does not exist or may not be read; give",
         ),
         (
             lambda: teacher(data="none.jsonl"),
@@ -127,16 +143,16 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: teacher(output="file/t.jsonl"),
-            "output_path: file cannot be a folder: ",
+            "output_path: file cannot be written: ",
         ),
         (lambda: teacher(output="CHUNK_ID/t.jsonl"), "CHUNK_ID stands in the folder"),
         (
             lambda: teacher(log="file"),
-            "exp_manager.explicit_log_dir: file cannot be a folder: ",
+            "exp_manager.explicit_log_dir: file cannot be written: ",
         ),
         (
             lambda: teacher(devices=2, tensor=3),
-            "model.tensor_model_parallel_size: 3 does not divide the 2 ranks",
+            "3 x 1 x 1 = 3 does not divide the 2 ranks",
         ),
         (
             lambda: teacher(max_time="1h"),
@@ -148,11 +164,11 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: student(train="none/t_CHUNK_ID.jsonl"),
-            "model.data.data_prefix.train: none/t_CHUNK_ID.jsonl: there is no folder",
+            "model.data.data_prefix.train: there is no file none/t_CHUNK_ID.jsonl; give",
         ),
         (
             lambda: student(train="tarin_CHUNK_ID.jsonl"),
-            "no such file, caches in its folder: train_0.jsonl, train_1.jsonl; give",
+            "train: there is no file tarin_CHUNK_ID.jsonl; give the output_path",
         ),
         (
             lambda: student(train="none.jsonl", impl="dataset"),
@@ -160,7 +176,7 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: student(log="file/log"),
-            "exp_manager.explicit_log_dir: file/log cannot be a folder: ",
+            "exp_manager.explicit_log_dir: file/log cannot be written: ",
         ),
         (
             lambda: student(devices=2, batch=3),
@@ -174,7 +190,7 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: ConvertCheckpointConfig("model", "file/b"),
-            "output_path: {here}/file cannot be a folder",
+            "output_path: {here}/file cannot be written",
         ),
     ],
 )
@@ -189,7 +205,7 @@ def test_folders_without_permission_are_named(here):
     (here / "closed").mkdir(mode=0o500)
     with pytest.raises(
         ConfigError,
-        match="output_path: closed/a cannot be written: you may not write in .*/closed",
+        match="output_path: closed/a cannot be written: .*/closed is no folder in which you may",
     ):
         check_before_start(teacher(output="closed/a/t.jsonl"))
 

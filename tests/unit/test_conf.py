@@ -16,11 +16,11 @@ import pytest
 import yaml
 from omegaconf import OmegaConf
 
-from nemo_kd.cli.aligner_keys import ALIASES, translate
-from nemo_kd.cli.arguments import read_command_line
-from nemo_kd.cli.compose import compose, conf_dir
+from nemo_kd.cli.aligner_keys import ALIASES
+from nemo_kd.cli.compose import compose, conf_dir, option_parser
+from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.fields import rule_of
+from nemo_kd.config.fields import need
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import describe, typed
@@ -68,8 +68,8 @@ def _section(cls: type, depth: int) -> list[str]:
             if field.default_factory is not dataclasses.MISSING
             else field.default
         )
-        need = rule_of(field).need
-        doc = docs[field.name] + (f" Must be {need}." if need else "")
+        bounds = need(field)
+        doc = docs[field.name] + (f" Must be {bounds}." if bounds else "")
         for word, plain in {"None": "null", "True": "true", "False": "false"}.items():
             doc = re.sub(rf"\b{word}\b", plain, doc)
         value = (
@@ -96,8 +96,8 @@ def test_the_file_of_a_command_has_every_key_with_its_default_and_a_comment(comm
 
 
 def run(command: str, *arguments: str):
-    line = read_command_line(list(arguments), COMMANDS[command], command)
-    cfg, warnings = translate(compose(line, command), command, COMMANDS[command])
+    options, keys = option_parser().parse_known_args(arguments)
+    cfg, warnings = compose(options, keys, command, COMMANDS[command])
     return typed(COMMANDS[command], cfg), warnings
 
 
@@ -132,6 +132,38 @@ def test_the_command_line_wins_over_every_name_in_a_file(tmp_path, name, in_file
     )
     assert config.model.data.data_prefix["train"] == "d"
     assert (config.model.optim.lr, config.model.max_seq_length) == (1e-3, 77)
+
+
+def test_a_path_in_a_file_stays_beside_keys_of_the_same_section(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: m\ndata: d\noutput: o.jsonl\n")
+    config, _ = run(
+        "compute_topk_logits",
+        *["--config-path", str(tmp_path), "--config-name", "mine"],
+        *["model.tensor_model_parallel_size=2", "data.num_workers=0"],
+    )
+    assert config.pretrained_checkpoint.restore_from_path == "m"
+    assert config.data.data.file_path == "d"
+    assert config.model.tensor_model_parallel_size == 2
+    assert config.data.num_workers == 0
+
+
+def test_names_of_one_key_must_agree_in_a_file_even_with_the_default(tmp_path):
+    text = "lr: 1e-3\nmodel: {optim: {lr: 3.0e-5}, encoder_seq_length: 5}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    arguments = ["--config-path", str(tmp_path), "--config-name", "mine"]
+    with pytest.raises(
+        ConfigError, match=r"^lr=0.001 and model.optim.lr=3e-05: both are names of model"
+    ):
+        run("train_gpt_knowledge_distillation", *arguments)
+
+
+def test_references_to_other_names_are_references_to_their_keys(tmp_path):
+    text = "lr: 1e-3\nepochs: 7\nname: run_${epochs}\ndata: d\nvalidation: ${data}\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    arguments = ["--config-path", str(tmp_path), "--config-name", "mine", "model=m"]
+    config, _ = run("train_gpt_knowledge_distillation", *arguments)
+    assert config.name == "run_7"
+    assert config.model.data.data_prefix == {"train": "d", "validation": "d"}
 
 
 def test_mappings_without_a_default_take_single_keys():

@@ -436,9 +436,7 @@ def test_impossible_plans_and_layouts_are_refused():
         plan_training(LoopConfig(max_steps=0), 80, 8)
     with pytest.raises(ConfigError, match="2 x 4 = 8"):
         check_batch_sizes(2, 12, 4)
-    with pytest.raises(
-        ConfigError, match="tensor_model_parallel_size: 3 does not divide the 4 ranks"
-    ):
+    with pytest.raises(ConfigError, match="3 x 1 x 1 = 3 does not divide the 4 ranks"):
         ParallelConfig(tensor_model_parallel_size=3).data_parallel_size(4)
     with pytest.raises(ConfigError, match="exceeds the model's max_position_embeddings"):
         sequence_length(9, 8)

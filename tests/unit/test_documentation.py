@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.cli import logit_cache, plot_runs
-from nemo_kd.cli.arguments import CHOICES, FLAGS, VALUE_OPTIONS
+from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.experiment import FREE_KEYS, KEY
 from nemo_kd.config.student import TrainStudentConfig
@@ -33,7 +33,7 @@ COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted(
     (ROOT / "examples").glob("*.py")
 )
 SOURCES = sorted((ROOT / "nemo_kd").rglob("*.py"))
-HYDRA_OPTIONS = {*VALUE_OPTIONS, *FLAGS, *CHOICES, "-h", "--help", "--version"}
+HYDRA_OPTIONS = {*option_parser()._option_string_actions, "-h", "--help"}
 COMMAND_LINE = re.compile(
     rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)",
     re.MULTILINE,

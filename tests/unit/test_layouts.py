@@ -43,11 +43,11 @@ def example(index: int, length: int) -> Example:
         ),
         (
             {"tensor_model_parallel_size": 3},
-            r"^model.tensor_model_parallel_size: 3 does not divide the 4 ranks \(tr",
+            r"^model.tensor_model_parallel_size x model.pipeline_model_parallel_size x model.context_parallel_size: 3 x 1 x 1 = 3 does not divide the 4 ranks \(tr",
         ),
         (
             {"tensor_model_parallel_size": 2, "context_parallel_size": 3},
-            r"^model.tensor_model_parallel_size x model.context_parallel_size: 2 x 3 = 6 does not divide the 4 ranks",
+            r"^model.tensor_model_parallel_size x model.pipeline_model_parallel_size x model.context_parallel_size: 2 x 1 x 3 = 6 does not divide the 4 ranks",
         ),
     ],
 )

@@ -93,7 +93,7 @@ def test_compile_as_yaml_reads_it(value):
         ({"temperature": float("inf")}, "temperature: inf must be above 0"),
         (
             {"temperature": 2.0, "logits_scale": 0.5},
-            "give temperature, or logits_scale and target_logits_scale, not both",
+            "temperature: give it, or logits_scale and target_logits_scale, not both",
         ),
         (
             {"multiply_by_squared_temperature": True},
@@ -109,7 +109,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"kd_loss": "adaptive_kl", "adaptive_kl_alpha": 1.5},
-            r"adaptive_kl_alpha: 1.5 must be from 0 to 1",
+            r"adaptive_kl_alpha: 1.5 must be at least 0 and at most 1",
         ),
         (
             {"jsd_beta": 0.3},
@@ -142,7 +142,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"support": "sampled", "temperature": 2.0},
-            "tail samples were drawn at temperature 1",
+            "support=sampled knows no temperature and no scales",
         ),
         (
             {"kd_loss": "k3", "support": "renormalize"},
@@ -150,7 +150,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"kd_loss": "k3", "target_logits_scale": 0.5},
-            "kd_loss=k3 knows no temperature and no scales",
+            "kd_loss=k3 with support=tail knows no temperature and no scales",
         ),
         (
             {"kd_loss": "custom"},
@@ -166,7 +166,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0},
-            "give it as custom_args",
+            "kd_loss=custom with support=tail knows no temperature",
         ),
     ],
 )
@@ -324,10 +324,10 @@ def test_which_temperature_of_a_cache():
     rows = TeacherRows(*np.zeros((4, 1)), tail, (1.0, 2.0, 3.0))
     for settings in ({}, {"target_logits_scale": 0.333333}, {"temperature": 2.0}):
         assert missing(**settings) == []
-    assert "at temperature 2.5 needs the teacher's mass" in missing(temperature=2.5)[0]
+    assert "outside the kept ids at temperature 2.5" in missing(temperature=2.5)[0]
     assert missing(temperature=2.5, support="renormalize") == []
     assert missing(logits_scale=0.4) == []  # the student's needs no cache
-    assert "needs tail samples" in missing(support="sampled")[0]
+    assert "lacks tail samples" in missing(support="sampled")[0]
     assert "log-probability of the labels" in missing(kd_loss="k2")[0]
 
 

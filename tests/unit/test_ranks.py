@@ -7,12 +7,9 @@ from datetime import timedelta
 
 import psutil
 import pytest
-from omegaconf import OmegaConf
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import TrainerConfig
-from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.config.typed import typed
 from nemo_kd.run.launch import needs_launch
 from nemo_kd.run.ranks import Ranks, find_ranks, listen_on_loopback
 
@@ -132,28 +129,6 @@ def test_launchers_that_do_not_tell_enough_are_named():
 def test_places_that_cannot_be_are_named(wrong, message):
     with pytest.raises(ConfigError, match=message):
         find_ranks({**ENROOT, **wrong})
-
-
-@pytest.mark.parametrize(
-    ("variables", "name"),
-    [
-        ({"COUNT": "abc"}, "COUNT"),
-        ({"COUNT": "4"}, "ID"),
-        ({"COUNT": "4", "ID": "1", "STEP": "0"}, "STEP"),
-    ],
-)
-def test_variables_of_an_array_that_slurm_would_not_set_are_named(
-    monkeypatch, variables, name
-):
-    for key, value in variables.items():
-        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{key}", value)
-    paths = {
-        "pretrained_checkpoint": {"restore_from_path": "t"},
-        "output_path": "o",
-        "data": {"data": {"file_path": "d"}},
-    }
-    with pytest.raises(ConfigError, match=f"SLURM_ARRAY_TASK_{name}: "):
-        typed(ComputeTopkLogitsConfig, OmegaConf.create(paths))
 
 
 def test_auto_and_minus_one_are_all_gpus_or_one_process_on_the_cpu(monkeypatch):

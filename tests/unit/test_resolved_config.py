@@ -84,7 +84,6 @@ def test_values_of_environment_variables_stay_references(monkeypatch):
         name="kd",
         exp_manager={
             "explicit_log_dir": "${oc.env:MY_PLACE}/x",
-            "exp_dir": "${exp_manager.explicit_log_dir}",
             "version": "a-short-but-secret-b",
             "wandb_logger_kwargs": {
                 "entity": "${oc.env:WANDB_API_KEY}",
@@ -95,7 +94,6 @@ def test_values_of_environment_variables_stay_references(monkeypatch):
     found = resolved_config(config)
     assert "secret" not in yaml.safe_dump(found)
     assert found["exp_manager"]["explicit_log_dir"] == "${oc.env:MY_PLACE}/x"
-    assert found["exp_manager"]["exp_dir"] == "${exp_manager.explicit_log_dir}"
     kwargs = found["exp_manager"]["wandb_logger_kwargs"]
     assert kwargs == {"entity": "${oc.env:WANDB_API_KEY}", "group": "kd"}
 

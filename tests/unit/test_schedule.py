@@ -105,7 +105,7 @@ def test_table(settings, expected):
         ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must be at least 0"),
         (
             {"constant_ratio": 1.5},
-            "model.optim.sched.constant_ratio: 1.5 must be from 0 to 1",
+            "model.optim.sched.constant_ratio: 1.5 must be at least 0 and at most 1",
         ),
         ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
     ],
@@ -125,8 +125,8 @@ def test_constant_steps_without_room_are_left_out_with_a_warning(caplog):
             check_schedule(OptimConfig(sched=sched), max_steps)
         assert message in caplog.text
         assert sched.phases(max_steps) == (
-            sched.phases(max_steps).warmup,
-            max_steps - sched.phases(max_steps).warmup,
+            sched.phases(max_steps)[0],
+            max_steps - sched.phases(max_steps)[0],
             0,
         )
         assert rates(sched, max_steps)[max_steps // 2 + 20] > 0.1 * LR
