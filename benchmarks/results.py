@@ -228,7 +228,7 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
     file = archive.with_suffix(".json")
     if not file.exists():
         from nemo_kd.config.data import DataConfig, DatasetConfig
-        from nemo_kd.data.dataset import Skipped, TokenizedDataset
+        from nemo_kd.data.dataset import TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
         from nemo_kd.run.ranks import init_process_group
         from nemo_kd.tools.compare import compare_with_teacher
@@ -245,7 +245,7 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
             vocab_size=experiment.settings.vocab_size,
         )
         examples = [
-            one for i in range(len(dataset)) if not isinstance(one := dataset[i], Skipped)
+            one for i in range(len(dataset)) if not isinstance(one := dataset[i], str)
         ]
         found = compare_with_teacher(
             str(archive), str(experiment.archive("teacher")), examples

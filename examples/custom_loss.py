@@ -21,7 +21,7 @@ from collections.abc import Callable
 import torch
 
 from nemo_kd.batch import Batch
-from nemo_kd.ops.log_probs import log_probs_at
+from nemo_kd.ops.student_logits import log_probs_at
 from nemo_kd.ops.vocab import VocabShard
 
 

@@ -301,7 +301,7 @@ class Quickstart:
     def compare(self) -> dict[str, Any]:
         """Compare both students with the teacher on the validation split."""
         from nemo_kd.config.data import DataConfig, DatasetConfig
-        from nemo_kd.data.dataset import Skipped, TokenizedDataset
+        from nemo_kd.data.dataset import TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
         from nemo_kd.run.ranks import init_process_group
         from nemo_kd.tools.compare import compare_with_teacher
@@ -316,7 +316,7 @@ class Quickstart:
             config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size
         )
         records = (dataset[index] for index in range(len(dataset)))
-        examples = [record for record in records if not isinstance(record, Skipped)]
+        examples = [record for record in records if not isinstance(record, str)]
         teacher = str(self.archive("teacher"))
         rows: dict[str, dict[str, float]] = {}
         for name in STUDENTS:

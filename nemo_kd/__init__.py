@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from nemo_kd.config.loss import LossConfig as LossConfig
     from nemo_kd.data.batches import collate as collate
     from nemo_kd.ops.distillation import distillation_loss as distillation_loss
-    from nemo_kd.ops.log_probs import log_probs_at as log_probs_at
+    from nemo_kd.ops.student_logits import log_probs_at as log_probs_at
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _MODULES = {
     "compute_topk_logits": "nemo_kd.api",
     "convert_checkpoint": "nemo_kd.api",
     "distillation_loss": "nemo_kd.ops.distillation",
-    "log_probs_at": "nemo_kd.ops.log_probs",
+    "log_probs_at": "nemo_kd.ops.student_logits",
     "train_student": "nemo_kd.api",
 }
 

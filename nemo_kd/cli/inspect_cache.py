@@ -69,12 +69,13 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nemo_kd.data.tokenizer import load_tokenizer_of
     from nemo_kd.files import write_atomically
     from nemo_kd.tools.inspect_cache import (
+        build_page,
         check_tokenizer,
         describe_cache,
         format_report,
         measure,
+        spread,
     )
-    from nemo_kd.tools.inspect_page import build_page, choose_rows
 
     reader = CacheReader(arguments.path, partial=True)
     tokenizer = None
@@ -97,7 +98,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         "\n".join([format_report(report), "", headline, *example_lines(row, text)])
     )
     if arguments.html:
-        positions = choose_rows(len(reader), number, arguments.num_examples)
+        others = spread(len(reader), arguments.num_examples)
+        positions = [number, *(one for one in others if one != number)]
+        positions = positions[: arguments.num_examples]
         rows = ((position, reader[position]) for position in positions)
         content = build_page(arguments.path, report, rows, text)
         target = os.path.abspath(arguments.html)

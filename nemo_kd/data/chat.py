@@ -108,15 +108,14 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
             f"`messages` must be a list of at least one message, found {str(messages)[:80]!r}"
         )
     for number, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("role"), str)
+            or not (isinstance(message.get("content"), str) or message.get("tool_calls"))
+        ):
             raise DataError(
-                f"message {number} must be an object with a `role` and a `content`, found "
-                f"{str(message)[:80]!r}"
-            )
-        if not isinstance(message.get("content"), str) and not message.get("tool_calls"):
-            raise DataError(
-                f"message {number} ({message['role']}): `content` must be a text, found "
-                f"{str(message.get('content'))[:80]!r}"
+                f"message {number} must be an object with a `role`, and a text `content` or "
+                f"`tool_calls`, found {str(message)[:80]!r}"
             )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import string
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,53 +17,44 @@ from nemo_kd.config.data import DataConfig, DatasetConfig
 from nemo_kd.data.chat import render_messages
 from nemo_kd.data.nemo_chat import render_conversations
 from nemo_kd.data.records import DataError, JsonlRecords
-from nemo_kd.data.tokenizer import encode, encode_continuation
+from nemo_kd.data.tokenizer import encode_continuation
 
 TOO_LONG = "too long"
 TOO_SHORT = "too short"
 NO_LOSS_TOKENS = "no loss tokens"
 
 
-@dataclass(frozen=True)
-class Skipped:
-    """A record that makes no example; `reason` is one of the three above."""
-
-    index: int
-    reason: str
-
-
+@dataclass
 class TokenizedDataset:
     """Records of one JSONL file as examples of at most `max_seq_length` positions.
 
     A record with `messages` is an OpenAI chat, one with `conversations` a NeMo chat; any other goes
-    through the prompt template. Rendering happens on access and is deterministic.
+    through the prompt template. Rendering happens on access and is deterministic. A record that
+    makes no example gives the reason instead, one of the three above.
 
     Raises:
         DataError: the file or, on access, a record cannot be used; with file:line.
     """
 
-    def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        max_seq_length: int,
-        vocab_size: int,
-    ) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_seq_length = max_seq_length
-        self.vocab_size = vocab_size
-        self.records = JsonlRecords(config.data.file_path, config.data.PATH_KEY)
-        self.prompt_template = PromptTemplate(config.data)
+    config: DataConfig
+    tokenizer: PreTrainedTokenizerBase
+    max_seq_length: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        data = self.config.data
+        self.records = JsonlRecords(data.file_path, data.PATH_KEY)
+        self.prompt_template = PromptTemplate(data)
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> Example | Skipped:
-        record = self.records[index]
+    def __getitem__(self, index: int) -> Example | str:
         where = self.records.where(index)
+        record = self.records[index]
+        kind = self._format(record, where)
         try:
-            ids, trained = self._render(record)
+            ids, trained = self._render(kind, record)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         # Tensor-parallel embeddings would return zeros for such an id.
@@ -81,31 +72,35 @@ class TokenizedDataset:
             loss_mask_S=np.array(trained[1:], dtype=np.float32),
         )
         if example.num_tokens > self.max_seq_length:
-            return Skipped(index, TOO_LONG)
+            return TOO_LONG
         if example.num_tokens < max(1, self.config.data.min_seq_length):
-            return Skipped(index, TOO_SHORT)
-        if not example.num_loss_tokens:
-            return Skipped(index, NO_LOSS_TOKENS)
-        return example
+            return TOO_SHORT
+        return example if example.num_loss_tokens else NO_LOSS_TOKENS
 
-    def formats(self, indices: Iterable[int]) -> list[str]:
-        """Return the formats of these records, sorted. Only `messages` uses the chat template.
+    def format(self, index: int) -> str:
+        """Return the format of a record. Only `messages` uses the chat template.
 
         Raises:
-            DataError: a record cannot be read, or its format is not the configured one.
+            DataError: the record cannot be read, or its format is not the configured one.
         """
-        if self.config.data.format != "auto":
-            return [self.config.data.format]
-        found = set()
-        for index in indices:
-            try:
-                found.add(self._format(self.records[index]))
-            except DataError as error:
-                raise DataError(f"{self.records.where(index)}: {error}") from error
-        return sorted(found)
+        return self._format(self.records[index], self.records.where(index))
 
-    def _render(self, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
-        kind = self._format(record)
+    def _format(self, record: dict[str, Any], where: str) -> str:
+        kind = asked = self.config.data.format
+        if asked == "auto":
+            chats = (key for key in ("messages", "conversations") if key in record)
+            kind = next(chats, "prompt_template")
+        is_chat = kind != "prompt_template"
+        chat = self.config.chat
+        if chat not in (None, is_chat) or (is_chat and kind not in record):
+            raise DataError(
+                f"{where}: {self.config.data.KEY}.format={asked} and "
+                f"{self.config.KEY}.chat={chat} do not fit a record with the fields "
+                f"{', '.join(record)}"
+            )
+        return kind
+
+    def _render(self, kind: str, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
         if kind == "messages":
             return render_messages(
                 record["messages"], self.tokenizer, self._tools(record)
@@ -121,43 +116,15 @@ class TokenizedDataset:
     def _tools(self, record: dict[str, Any]) -> list[Any] | None:
         """Return the record's tool definitions, which are a list or its JSON text."""
         key = self.config.data.tools_key
-        tools = record.get(key)
-        try:
-            tools = orjson.loads(tools) if isinstance(tools, str) and tools else tools
-        except orjson.JSONDecodeError as error:
+        tools = record.get(key) or []
+        with contextlib.suppress(orjson.JSONDecodeError):
+            tools = orjson.loads(tools) if isinstance(tools, str) else tools
+        if not isinstance(tools, list):
             raise DataError(
-                f"`{key}` is a text that is not valid JSON ({error})"
-            ) from error
-        if tools and not isinstance(tools, list):
-            raise DataError(
-                f"`{key}` must be a list of tool definitions, found {str(tools)[:80]!r}"
+                f"`{key}` must be a list of tool definitions, or its JSON text, found "
+                f"{str(tools)[:80]!r}"
             )
         return tools or None
-
-    def _format(self, record: dict[str, Any]) -> str:
-        asked = self.config.data.format
-        fields = ", ".join(record)
-        kind = asked
-        if asked == "auto":
-            chats = (key for key in ("messages", "conversations") if key in record)
-            kind = next(chats, "prompt_template")
-        elif asked != "prompt_template" and asked not in record:
-            raise DataError(
-                f"{self.config.data.KEY}.format={asked} needs the field `{asked}`; "
-                f"the record has {fields}"
-            )
-        key = f"{self.config.KEY}.chat"
-        is_chat = kind != "prompt_template"
-        if self.config.chat is True and not is_chat:
-            raise DataError(
-                f"{key}=True needs the field `messages` or `conversations`; the record has "
-                f"{fields}. Set {key}=False for input/output records"
-            )
-        if self.config.chat is False and is_chat:
-            raise DataError(
-                f"{key}=False, but the record is a conversation (`{kind}`); set {key}=True"
-            )
-        return kind
 
 
 class PromptTemplate:
@@ -172,30 +139,26 @@ class PromptTemplate:
 
     def __init__(self, config: DatasetConfig) -> None:
         self.config = config
-        key = f"{config.KEY}.prompt_template"
-        template = config.prompt_template
         try:
-            parts = list(string.Formatter().parse(template))
-        except ValueError as error:
-            raise ConfigError(f"{key}: {template!r} is malformed ({error})") from error
-        self._parts: list[tuple[str, str | None]] = []
-        for literal, name, specification, conversion in parts:
-            if name == "" or specification or conversion:
-                raise ConfigError(
-                    f"{key}: in {template!r} every field must be a plain name such as {{input}}"
-                )
-            self._parts.append((literal, name))
-        names = [name for _, name in self._parts]
-        if names[-1:] != [config.label_key] or names.count(config.label_key) > 1:
+            parts = list(string.Formatter().parse(config.prompt_template))
+        except ValueError:
+            parts = []
+        fields = [name for _, name, _, _ in parts]
+        is_plain = not any(name == "" or spec or how for _, name, spec, how in parts)
+        if (
+            fields.count(config.label_key) != 1
+            or fields[-1] != config.label_key
+            or not is_plain
+        ):
             raise ConfigError(
-                f"{key}: {template!r} must end with the field of {config.KEY}.label_key, "
-                f"{{{config.label_key}}}, and hold it once"
+                f"{config.KEY}.prompt_template: {config.prompt_template!r} must be text with plain "
+                f"fields, and end with the field of {config.KEY}.label_key, "
+                f"{{{config.label_key}}}, the only time that it occurs"
             )
-        literal, _ = self._parts.pop()
-        self._parts.append((literal.rstrip(" "), None))
-        self._spaces = literal[len(literal.rstrip(" ")) :]
-        fields = [name.strip() for name in config.truncation_field.split(",")]
-        self._cuttable = [name for name in fields if name in names[:-1]]
+        *before, last = [(literal, name) for literal, name, _, _ in parts]
+        self._parts = [*before, (last[0].rstrip(" "), None)]
+        self._spaces = last[0][len(last[0].rstrip(" ")) :]
+        self._cuttable = [name.strip() for name in config.truncation_field.split(",")]
 
     def render(
         self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
@@ -205,32 +168,26 @@ class PromptTemplate:
         Raises:
             DataError: a field is missing or not a text, or the tokenizer lacks a special token.
         """
-        label_key = self.config.label_key
-        names = [name for _, name in self._parts if name is not None]
-        values = {name: self._text(record, name) for name in [*names, label_key]}
-        start = self._special(tokenizer, "bos", self.config.add_bos)
-        separator = self._special(tokenizer, "sep", self.config.add_sep)
-        end = self._special(tokenizer, "eos", self.config.add_eos)
-        answer = encode_continuation(tokenizer, self._spaces + values[label_key])
-        room = max_length - len(start) - len(separator) - len(answer) - len(end)
-        context = [*start, *self._encode_prompt(values, tokenizer, room), *separator]
-        trained = [*answer, *end]
+        start, separator, end = (
+            self._special(tokenizer, name) for name in ("bos", "sep", "eos")
+        )
+        text = self._spaces + self._text(record, self.config.label_key)
+        trained = encode_continuation(tokenizer, text) + end
+        room = max_length - len(start) - len(separator) - len(trained)
+        context = [*start, *self._encode_prompt(record, tokenizer, room), *separator]
         return context + trained, [False] * len(context) + [True] * len(trained)
 
     def _text(self, record: dict[str, Any], name: str) -> str:
-        if isinstance(record.get(name), str):
-            return record[name]
-        found = f"the record has {', '.join(record) or 'nothing'}"
-        if name in record:
-            found = f"found {str(record[name])[:80]!r}"
-        raise DataError(
-            f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, but {found}"
-        )
+        value = record.get(name)
+        if not isinstance(value, str):
+            raise DataError(
+                f"the field `{name}` of {self.config.KEY}.prompt_template must be a text, found "
+                f"{str(value)[:80]!r} in a record with the fields {', '.join(record)}"
+            )
+        return value
 
-    def _special(
-        self, tokenizer: PreTrainedTokenizerBase, name: str, is_wanted: bool
-    ) -> list[int]:
-        if not is_wanted:
+    def _special(self, tokenizer: PreTrainedTokenizerBase, name: str) -> list[int]:
+        if not getattr(self.config, f"add_{name}"):
             return []
         token_id = getattr(tokenizer, f"{name}_token_id")
         if token_id is None:
@@ -240,32 +197,26 @@ class PromptTemplate:
         return [int(token_id)]
 
     def _encode_prompt(
-        self, values: dict[str, str], tokenizer: PreTrainedTokenizerBase, room: int
+        self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, room: int
     ) -> list[int]:
         """Return the prompt's ids, without the tokens of cuttable fields that exceed `room`."""
         text = ""
-        spans: dict[str, list[tuple[int, int]]] = {}
+        fields: list[str | None] = []  # of every character
         for literal, name in self._parts:
-            text += literal
-            if name is not None:
-                spans.setdefault(name, []).append(
-                    (len(text), len(text) + len(values[name]))
-                )
-                text += values[name]
-        ids = encode(tokenizer, text)
-        excess = len(ids) - max(room, 0)
-        if excess <= 0 or not self._cuttable:
-            return ids
+            value = "" if name is None else self._text(record, name)
+            text += literal + value
+            fields += [None] * len(literal) + [name] * len(value)
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = encoding["input_ids"]
+        excess = max(0, len(ids) - max(room, 0))
         cut: set[int] = set()
         for name in self._cuttable:
             inside = [
                 position
                 for position, (first, last) in enumerate(encoding["offset_mapping"])
-                if any(start <= first < last <= stop for start, stop in spans[name])
+                if {*fields[first:last]} == {name}
             ]
-            number = min(excess - len(cut), len(inside))
             if self.config.truncation_method == "right":
                 inside.reverse()
-            cut.update(inside[:number])
+            cut.update(inside[: excess - len(cut)])
         return [token_id for position, token_id in enumerate(ids) if position not in cut]

@@ -151,20 +151,3 @@ class TrainingBatches:
                 )
             start = step_of_epoch * self.global_batch_size
             yield order[start : start + self.global_batch_size].tolist()
-
-
-class EvaluationBatches:
-    """Every example once, in order, in global batches of which the last one may be smaller."""
-
-    def __init__(self, num_samples: int, global_batch_size: int) -> None:
-        self.num_samples = num_samples
-        self.global_batch_size = global_batch_size
-
-    def __len__(self) -> int:
-        return -(-self.num_samples // self.global_batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, self.num_samples, self.global_batch_size):
-            yield list(
-                range(start, min(start + self.global_batch_size, self.num_samples))
-            )

@@ -1,122 +1,51 @@
-"""Tokens and examples as text.
-
-Token text never holds invisible characters, control characters or broken UTF-8.
+"""Tokens and examples as text. Text of tokens never holds invisible or control characters.
 
 Shape legend: K kept tokens, P loss positions with teacher targets, S positions of the example.
 """
 
 from __future__ import annotations
 
-import codecs
-import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample, Example
 from nemo_kd.terminal import printable
 
-MARKS = {" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"}
+MARKS = str.maketrans({" ": "␣", "\n": "⏎", "\r": "␍", "\t": "⇥"})
+BLANKS = " \n\r\t"
 TEXT_ALTERNATIVES = 5
 PROMPT_CHARACTERS = 1000
-_SENTENCEPIECE_SPACE = "▁"
-_ESCAPED_BYTES = re.compile("[\udc80-\udcff]+")
 
 
+@dataclass(frozen=True)
 class TokenText:
-    """Bytes and visible text of token ids; `#id` without a tokenizer."""
+    """Text of token ids; `#id` without a tokenizer."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self._tokenizer = tokenizer
-        self._added: dict[int, str] = {}
-        self._byte_level = False
-        self._sentencepiece = False
-        if tokenizer is not None:
-            added = tokenizer.added_tokens_decoder.items()
-            self._added = {token_id: token.content for token_id, token in added}
-            decoder = tokenizer.backend_tokenizer.decoder
-            kind = "" if decoder is None else decoder.__getstate__().decode()
-            self._byte_level = '"ByteLevel"' in kind
-            self._sentencepiece = _SENTENCEPIECE_SPACE in kind or '"Metaspace"' in kind
+    tokenizer: PreTrainedTokenizerBase | None
 
-    def raw(self, token_id: int) -> bytes:
-        """Return the bytes of a token, which need not be whole characters."""
-        if self._tokenizer is None:
-            return f"#{token_id} ".encode()
-        if token_id in self._added:
-            return self._added[token_id].encode()
-        piece = self._tokenizer.convert_ids_to_tokens(int(token_id))
-        if piece is None:
-            return f"#{token_id}".encode()  # padding of the vocabulary
-        if self._byte_level and all(character in _BYTES for character in piece):
-            return bytes(_BYTES[character] for character in piece)
-        if self._sentencepiece:
-            if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-                return bytes.fromhex(piece[3:5])
-            piece = piece.replace(_SENTENCEPIECE_SPACE, " ")
-        return piece.encode()
-
-    def visible(self, token_id: int, pending: bytes = b"") -> str:
-        """Return the token on one line, with marks for blanks and line breaks.
-
-        Args:
-            pending: first bytes of a character that the token may complete.
-        """
-        if self._tokenizer is None:
+    def visible(self, token_id: int) -> str:
+        """Return a token on one line, with marks for blanks and line breaks."""
+        piece = self.tokenizer and self.tokenizer.convert_ids_to_tokens(token_id)
+        if self.tokenizer is None or piece is None:  # padding of the vocabulary
             return f"#{token_id}"
-        return marked(decoded(pending, self.raw(token_id))[0])
+        text = self.tokenizer.decode([token_id])
+        if piece.startswith("▁"):  # SentencePiece's space, which decoding strips
+            text = f" {text.lstrip(' ')}"
+        return printable(text, BLANKS).translate(MARKS)
 
-    def of(self, token_ids: Sequence[int], pending: bytes = b"") -> str:
-        """Return the text of consecutive tokens; `pending` as in `visible`."""
-        return decoded(pending, b"".join(map(self.raw, token_ids)))[0]
-
-    def along(self, token_ids: Sequence[int]) -> Iterator[tuple[str, bytes]]:
-        """Yield (text, pending bytes before it) for each of several consecutive tokens."""
-        pending = b""
-        for token_id in token_ids:
-            text, unfinished = decoded(pending, self.raw(token_id))
-            yield text, pending
-            pending = unfinished
-
-
-def decoded(pending: bytes, raw: bytes) -> tuple[str, bytes]:
-    """Return the text of a token that follows `pending`, and the unfinished character at its end.
-
-    Bytes of a broken or unfinished character become `⟨E2 82⟩`, invisible characters `\\x1b` and
-    `\\u200b`. Blanks and line breaks stay.
-    """
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    decoder.decode(pending + raw)
-    unfinished = decoder.getstate()[0]
-    text = (pending + raw).decode(errors="surrogateescape")
-    if pending and _ESCAPED_BYTES.match(text):
-        text = text[len(pending) :]  # pending bytes were shown with the token before
-    text = _ESCAPED_BYTES.sub(
-        lambda run: f"⟨{run[0].encode(errors='surrogateescape').hex(' ').upper()}⟩", text
-    )
-    return printable(text, "".join(MARKS)), unfinished
-
-
-def marked(text: str) -> str:
-    """Return the text on one line, with marks for blanks and line breaks."""
-    return "".join(MARKS.get(character, character) for character in text)
-
-
-def _byte_level_alphabet() -> dict[str, int]:
-    """Return the bytes behind the characters of GPT-2's byte-level vocabularies.
-
-    Printable Latin-1 stands for itself; the other bytes are numbered from U+0100 on.
-    """
-    printed = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printed]
-    alphabet = {chr(byte): byte for byte in printed}
-    return alphabet | {chr(0x100 + number): byte for number, byte in enumerate(others)}
-
-
-_BYTES = _byte_level_alphabet()
+    def along(self, token_ids: Sequence[int]) -> list[str]:
+        """Return the text of each of several consecutive tokens; "…" for a token that ends inside
+        a character, which the next ones complete."""
+        if self.tokenizer is None:
+            return [f"#{token_id} " for token_id in token_ids]
+        stream = DecodeStream(skip_special_tokens=False)
+        backend = self.tokenizer.backend_tokenizer
+        steps = (stream.step(backend, token_id) for token_id in token_ids)
+        return [printable(step or "…", BLANKS) for step in steps]
 
 
 @dataclass(frozen=True)
@@ -179,12 +108,9 @@ class LossPositions:
 
     def alternatives(self, p: int, most: int) -> list[tuple[int, float]]:
         """Return (id, probability) of the likeliest kept tokens at the p-th position."""
-        pairs = zip(
-            self.ids_PK[p, :most].tolist(), self.probability_PK[p].tolist(), strict=False
-        )
-        return [
-            (token_id, probability) for token_id, probability in pairs if token_id >= 0
-        ]
+        number = min(most, int(self.num_kept_P[p]))
+        ids = self.ids_PK[p, :number].tolist()
+        return list(zip(ids, self.probability_PK[p].tolist(), strict=False))
 
 
 def text_ids(row: CachedExample) -> list[int]:
@@ -201,27 +127,20 @@ def example_lines(
 ) -> list[str]:
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
     found = LossPositions.of(row)
-    token_ids = text_ids(row)
-    first = (
-        int(found.position_P[0]) if len(found.position_P) else row.example.num_tokens - 1
-    )
-    prompt = marked(text.of(token_ids[: first + 1])).replace(MARKS[" "], " ")
-    if len(prompt) > PROMPT_CHARACTERS:
-        prompt = f"… {prompt[-PROMPT_CHARACTERS:]}"
+    first = found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
+    prompt = "".join(text.along(text_ids(row)[: first + 1]))[-PROMPT_CHARACTERS:]
     lines = [
-        f"before the first: {prompt}",
+        f"before the first: {prompt.replace(chr(10), '⏎')}",
         "position  label            probability rank entropy   tail  the teacher's likeliest",
     ]
-    pieces = list(text.along(token_ids))
     for p, s in enumerate(found.position_P[:num_positions].tolist()):
-        _, pending = pieces[s + 1]
-        label = text.visible(int(row.example.labels_S[s]), pending)
         alternatives = "  ".join(
-            f"{text.visible(token_id, pending)} {share(probability)}"
+            f"{text.visible(token_id)} {share(probability)}"
             for token_id, probability in found.alternatives(p, TEXT_ALTERNATIVES)
         )
         lines.append(
-            f"{s:>8}  {label:<16} {share(float(np.exp(found.label_logprob_P[p]))):>11} "
+            f"{s:>8}  {text.visible(int(row.example.labels_S[s])):<16} "
+            f"{share(np.exp(found.label_logprob_P[p])):>11} "
             f"{found.label_rank_P[p] or '-':>4} {found.entropy_P[p]:>7.2f} "
             f"{share(found.tail_mass_P[p]):>6}  {alternatives}"
         )
@@ -240,11 +159,5 @@ def trained_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def share(probability: float) -> str:
-    """Format a probability as percent with at most three digits."""
-    percent = 100 * float(probability)
-    if math.isnan(percent):
-        return "?"
-    if 0 < percent < 0.01:
-        return "<.01%"
-    num_digits = 0 if percent == 0 or percent >= 99.95 else 1 if percent >= 1 else 2
-    return f"{percent:.{num_digits}f}%"
+    """Format a probability as percent with three digits."""
+    return f"{100 * probability:.3g}%"

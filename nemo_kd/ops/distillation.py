@@ -29,7 +29,6 @@ from torch.distributed import ProcessGroup
 
 from nemo_kd.batch import Batch, TeacherRows
 from nemo_kd.config.loss import Divergence, LossConfig
-from nemo_kd.ops.comparison import compare
 from nemo_kd.ops.student_logits import (
     Slope,
     StudentLogits,
@@ -37,7 +36,12 @@ from nemo_kd.ops.student_logits import (
     read_logits,
     write_gradient,
 )
-from nemo_kd.ops.token_losses import cross_entropy, divergence_on_support, label_estimator
+from nemo_kd.ops.token_losses import (
+    compare,
+    cross_entropy,
+    divergence_on_support,
+    label_estimator,
+)
 from nemo_kd.ops.vocab import VocabShard
 
 
@@ -106,7 +110,7 @@ class TokenLosses(NamedTuple):
 
     Attributes:
         kd_N: None without a divergence.
-        compared: see `ops.comparison.compare`; None if not asked for.
+        compared: see `ops.token_losses.compare`; None if not asked for.
     """
 
     ce_N: Tensor

@@ -19,7 +19,7 @@ Shape legend: N positions, v this rank's vocabulary columns, K kept ids, M tail 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -197,3 +197,53 @@ def write_gradient(
     if out_Nv.data_ptr() != logits_Nv.data_ptr():
         out_Nv.copy_(logits_Nv)
     gradient_pass(out_Nv, scales, exponentials, kept, added, shard, compiled)
+
+
+def log_probs_at(
+    logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0
+) -> Tensor:
+    """For custom losses, return log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in
+    nats, the same on every rank.
+
+    Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward,
+    none backward.
+    """
+    log_probs_NJ: Tensor = _LogProbsAt.apply(logits_Nv, ids_NJ, shard, scale)
+    return log_probs_NJ
+
+
+class _LogProbsAt(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float
+    ) -> Tensor:
+        ids = TokenIds(torch.full_like(ids_NJ[:, 0], -1), samples_NM=ids_NJ)
+        scales = (1.0,) if scale == 1 else (1.0, scale)
+        student = read_logits(logits_Nv, ids, scales, shard)
+        assert student.samples_NM is not None
+        ctx.save_for_backward(logits_Nv)
+        ctx.scales = scales
+        ctx.student = student
+        ctx.shard = shard
+        return student.samples_NM * scale - student.log_tail_NS[:, -1:]
+
+    @staticmethod
+    def backward(ctx: Any, d_log_probs_NJ: Tensor) -> tuple[Tensor | None, ...]:
+        (logits_Nv,) = ctx.saved_tensors
+        gradient_Nv = torch.empty_like(logits_Nv)
+        scale_index = len(ctx.scales) - 1
+        slope = Slope(
+            scale_index,
+            -d_log_probs_NJ.sum(dim=-1),
+            samples_NM=d_log_probs_NJ * ctx.scales[scale_index],
+        )
+        weight_N = torch.ones_like(ctx.student.label_N)
+        write_gradient(
+            logits_Nv,
+            gradient_Nv,
+            ctx.scales,
+            ctx.student,
+            [(weight_N, slope)],
+            ctx.shard,
+        )
+        return gradient_Nv, None, None, None

@@ -27,6 +27,18 @@ SMALLEST_TAIL = 1e-12
 """Lower bound of the teacher's tail: a rounded 0 would make the loss infinite."""
 
 
+COMPARED = (
+    "teacher_mass",
+    "student_mass",
+    "top1_agreement",
+    "teacher_kl",
+    "teacher_entropy",
+    "student_entropy",
+)
+"""Probability of the kept ids under the teacher and under the student; 1 where both rank the same
+token first; KL(teacher || student) and entropies in nats."""
+
+
 def cross_entropy(
     student: StudentLogits, label_smoothing: float, z_loss_weight: float, vocab_size: int
 ) -> tuple[Tensor, Slope]:
@@ -177,3 +189,34 @@ def _sampled(
     log_q_NM = student.samples_NM - student.log_sum_exp_N[:, None]
     of_samples_N = torch.where(drawn_NM, weights_NM * log_q_NM, 0).sum(dim=-1)
     return weights_NM, tail_N.xlogy(tail_N) - of_samples_N
+
+
+def compare(
+    student: StudentLogits, teacher: TeacherRows[Tensor], vocab_size: int
+) -> Tensor:
+    """Measure the distance between student and teacher, whatever loss trains the student.
+
+    At temperature 1, over the teacher's kept ids and one bucket for all others. So every figure is
+    a cheap lower bound: the divergence between buckets is at most the one over the whole
+    vocabulary, and so are both entropies.
+
+    Returns:
+        [N, 1 + len(COMPARED)]: 1 and `COMPARED`; all 0 for a row without kept ids.
+    """
+    assert student.kept_NK is not None
+    known_N = (teacher.topk_token_ids_PK >= 0).any(dim=-1)
+    entries = entries_of(student, teacher, Divergence(), vocab_size, scale_index=0)
+    columns = [
+        known_N,
+        1 - entries.p_NE[:, -1],
+        entries.q_NE[:, :-1].sum(dim=-1),
+        # The student's logit at the teacher's first token, less the largest of all.
+        student.kept_NK[:, :1].amax(dim=-1) == 0,
+        objectives.forward_kl(entries).value_NE.sum(dim=-1),
+        torch.special.entr(entries.p_NE).sum(dim=-1),
+        torch.special.entr(entries.q_NE).sum(dim=-1),
+    ]
+    dtype = entries.q_NE.dtype
+    return torch.stack(
+        [torch.where(known_N, column.to(dtype), 0) for column in columns], dim=-1
+    )

@@ -14,7 +14,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -39,8 +39,8 @@ from nemo_kd.data.batches import (
     example_of,
     micro_batches,
 )
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
-from nemo_kd.data.order import EvaluationBatches, SampleOrder, TrainingBatches
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.order import SampleOrder, TrainingBatches
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import follow_the_main_process
 from nemo_kd.student.cache_match import find_mismatches
@@ -184,7 +184,7 @@ def _tokenize(
             dataset[position]
             for position in tqdm(range(len(dataset)), title, leave=False, disable=None)
         ]
-        skipped.update(one.reason for one in found if isinstance(one, Skipped))
+        skipped.update(one for one in found if isinstance(one, str))
         examples.append(
             [replace(one, source=source) for one in found if isinstance(one, Example)]
         )
@@ -258,7 +258,9 @@ class StudentData(pl.LightningDataModule):
         rows = self.splits[split]
         batches: Any = self.training
         if split != "train":
-            batches = EvaluationBatches(len(rows), model.global_batch_size)
+            batches = BatchSampler(
+                range(len(rows)), model.global_batch_size, drop_last=False
+            )
         multiple_of = length_multiple(model)
         if not model.packed:
             multiple_of = math.lcm(multiple_of, PADDED_MULTIPLE)

@@ -21,9 +21,9 @@ from nemo_kd.batch import Batch, TeacherRows
 from nemo_kd.config import ConfigError
 from nemo_kd.config.loss import KEY, LossConfig
 from nemo_kd.config.student import SPLITS, StudentDataConfig
-from nemo_kd.ops.comparison import COMPARED
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 
 log = logging.getLogger(__name__)

@@ -26,7 +26,6 @@ from nemo_kd.data.dataset import (
     NO_LOSS_TOKENS,
     TOO_LONG,
     TOO_SHORT,
-    Skipped,
     TokenizedDataset,
 )
 from nemo_kd.data.records import DataError
@@ -203,8 +202,8 @@ def nothing_to_train(job: Job) -> DataError:
     roles: Counter[str] = Counter()
     for index in indices:
         item = job.dataset[index]
-        reasons[item.reason if isinstance(item, Skipped) else "usable"] += 1
-        formats.update(job.dataset.formats([index]))
+        reasons[item if isinstance(item, str) else "usable"] += 1
+        formats[job.dataset.format(index)] += 1
         record = job.dataset.records[index]
         for key, role in (("messages", "role"), ("conversations", "from")):
             turns = record.get(key) or []
@@ -255,7 +254,7 @@ def _open_job(
         text = trained_text(first, tokenizer)
         log.info("%sexample %d, trained between « and »:\n%s", prefix, first.index, text)
     else:
-        log.info("%sexample %d is skipped: %s", prefix, first.index, first.reason)
+        log.info("%sexample %d is skipped: %s", prefix, chunks[0][0], first)
     formatting = dataclasses.asdict(data)
     del formatting["file_path"]
     formatting["chat_prompt_tokens"] = dataclasses.asdict(config.data.chat_prompt_tokens)
@@ -272,7 +271,7 @@ def _open_job(
         tokenizer_tokens=describe_tokens(tokenizer),
         dataset={
             "path": data.file_path,
-            "fingerprint": dataset.records.fingerprint(),
+            "fingerprint": dataset.records.fingerprint,
             "start_from_idx": chunks[0][0],
             "end_at_idx": chunks[-1][-1],
             "formats": _formats(dataset, range(chunks[0][0], chunks[-1][-1] + 1)),
@@ -306,5 +305,7 @@ def _chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range]:
 def _formats(dataset: TokenizedDataset, indices: range) -> list[str]:
     """Return the formats of all records; each rank parses its share of them."""
     share = indices[dist.get_rank() :: dist.get_world_size()]
-    found: list[Any] = gather(lambda: dataset.formats(share))
+    if dataset.config.data.format != "auto":
+        return [dataset.config.data.format]
+    found: list[Any] = gather(lambda: set(map(dataset.format, share)))
     return sorted(set().union(*found))

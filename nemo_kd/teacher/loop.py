@@ -28,7 +28,7 @@ from nemo_kd.cache.segment import Segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.errors import UserInputError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import POLL_S, on_rank_zero, shared_store
 from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
@@ -52,7 +52,7 @@ log = logging.getLogger(__name__)
 SILENT_S = 8.0
 USER_ERROR = 2
 
-Records = list[Example | Skipped]
+Records = list[Example | str]
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _publish(
     if publisher is None:
         return
     rows_and_reasons = [
-        record.reason if isinstance(record, Skipped) else next(rows) for record in records
+        record if isinstance(record, str) else next(rows) for record in records
     ]
     publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=started.max_tokens)
     progress.computed(started)
@@ -241,7 +241,7 @@ def _finish(
         assert writer is not None
         with watchdog.pause("assembling chunks"):
             if num_tokens:
-                job.dataset.records.check_unchanged(read_all=True)
+                job.dataset.records.check_unchanged()
             writer.assemble_complete()
         return report_cache(job, writer, output.num_complete, num_tokens, seconds)
 

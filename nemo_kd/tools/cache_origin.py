@@ -14,7 +14,7 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.records import JsonlRecords
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel
@@ -97,7 +97,7 @@ def _dataset_config(
     fingerprint = datasets[0]["fingerprint"]
     formatting = datasets[0]["formatting"]
     path = path or str(datasets[0]["path"])
-    if not Path(path).is_file() or JsonlRecords(path).fingerprint() != fingerprint:
+    if not Path(path).is_file() or JsonlRecords(path).fingerprint != fingerprint:
         return None, f"{path} is not the file of the cache; give it with --dataset"
     markers = ChatPromptTokens(**formatting.get("chat_prompt_tokens", {}))
     names = {one.name for one in dataclasses.fields(DatasetConfig)} & formatting.keys()
@@ -105,9 +105,9 @@ def _dataset_config(
     return DataConfig(chat_prompt_tokens=markers, data=DatasetConfig(**settings)), ""
 
 
-def _difference(example: Example, record: Example | Skipped) -> str:
+def _difference(example: Example, record: Example | str) -> str:
     """Describe the first difference between a cached example and its record; empty if none."""
-    if isinstance(record, Skipped) or record.num_loss_tokens != example.num_loss_tokens:
+    if isinstance(record, str) or record.num_loss_tokens != example.num_loss_tokens:
         return "its record has another number of loss tokens"
     # A row ends with its last loss position.
     for name in ("tokens_S", "labels_S", "loss_mask_S"):

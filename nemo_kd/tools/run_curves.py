@@ -15,9 +15,6 @@ SECTIONS = ("validation", "train", "perf", "test")
 """One picture per section of metrics named SECTION/...; those without one belong to train."""
 COUNTERS = ("consumed_samples", "epoch", "train_step", "eval_step")
 """Metrics that only count steps; drawn if a pattern asks for them."""
-SMOOTHED_ABOVE = 200
-"""Draw longer curves faintly, under a running mean over a fiftieth of their points."""
-
 Curves = dict[str, dict[int, float]]
 """metric -> step -> value."""
 
@@ -41,16 +38,12 @@ def read_curves(path: Path) -> Curves:
             "metrics.jsonl"
         )
     curves: Curves = {}
-    lines = file.read_bytes().split(b"\n")
+    lines = file.read_bytes().split(b"\n")[:-1]  # a killed run may leave half a line
     for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
         try:
             metrics = orjson.loads(line)
-            step = int(metrics.pop("step"))
-        except (orjson.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
-            if number == len(lines):  # a killed run may have left half a line at the end
-                continue
+            step = metrics.pop("step")
+        except (orjson.JSONDecodeError, AttributeError, KeyError) as error:
             raise RunError(
                 f"{file}:{number}: not an object with a step ({error}); take the line out"
             ) from error
@@ -74,15 +67,16 @@ def plot_runs(
             COUNTERS.
 
     Raises:
-        RunError: as `read_curves`; no metric is left; two runs have the same path.
+        RunError: as `read_curves`; no metric is left.
     """
-    if len(set(paths)) < len(paths):
-        raise RunError(f"{', '.join(map(str, paths))}: a run is given twice")
-    runs = dict(zip(_labels(paths), map(read_curves, paths), strict=True))
+    runs = {str(path): read_curves(path) for path in paths}
+    names = {name for curves in runs.values() for name in curves} - (
+        set(COUNTERS) if pattern is None else set()
+    )
     sections: dict[str, list[str]] = {}
-    for name in sorted({name for curves in runs.values() for name in curves}):
-        if name not in COUNTERS if pattern is None else re.search(pattern, name):
-            section = name.partition("/")[0] if "/" in name else "train"
+    for name in sorted(names):
+        if re.search(pattern or "", name):
+            section = name.partition("/")[0]
             sections.setdefault(section if section in SECTIONS else "train", []).append(
                 name
             )
@@ -92,23 +86,6 @@ def plot_runs(
     return [
         _draw(runs, names, output / f"{section}.png")
         for section, names in sorted(sections.items())
-    ]
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Return the parts of the paths in which they differ."""
-    parts = [path.absolute().parts for path in paths]
-    common = [
-        column
-        for column, names in enumerate(zip(*parts, strict=False))
-        if len(set(names)) == 1
-    ]
-    labels = [
-        "/".join(name for column, name in enumerate(part) if column not in common)
-        for part in parts
-    ]
-    return [
-        label or path.absolute().name for label, path in zip(labels, paths, strict=True)
     ]
 
 
@@ -128,25 +105,11 @@ def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
         layout="constrained",
     )
     for axes, name in zip(grid.flat, names, strict=False):
-        for number, (label, curves) in enumerate(runs.items()):
-            steps = list(curves.get(name, {}))
-            values = list(curves.get(name, {}).values())
-            colour = f"C{number % 10}"
-            width = len(values) // 50
-            if len(values) > SMOOTHED_ABOVE:
-                axes.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
-                values = [
-                    sum(values[max(0, i - width) : i + 1])
-                    / len(values[max(0, i - width) : i + 1])
-                    for i in range(len(values))
-                ]
+        for label, curves in runs.items():
+            curve = curves.get(name, {})
+            marker = "o" if len(curve) < 30 else None
             axes.plot(
-                steps,
-                values,
-                color=colour,
-                label=label,
-                marker="o" if len(values) < 30 else None,
-                markersize=3,
+                [*curve], [*curve.values()], label=label, marker=marker, markersize=3
             )
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)

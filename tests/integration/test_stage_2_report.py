@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
-from nemo_kd.ops.comparison import COMPARED
+from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.student.job import train_student
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.report import StudentRun

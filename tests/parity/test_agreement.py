@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.tools.compare import compare_with_teacher
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -35,9 +35,7 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     )
     dataset = TokenizedDataset(data, train_tokenizer(300), 512, 300)
     examples = [
-        example
-        for i in range(len(dataset))
-        if not isinstance(example := dataset[i], Skipped)
+        example for i in range(len(dataset)) if not isinstance(example := dataset[i], str)
     ]
     ours = ranks(1).run(compare, student, teacher, examples)[0]
 

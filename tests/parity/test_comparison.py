@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nemo_kd.config.loss import Divergence
-from nemo_kd.ops.comparison import COMPARED
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import cut, random_problem
 from tests.parity.test_losses import mixed_rows, teacher_rows

@@ -98,7 +98,7 @@ def test_a_batch_without_teacher_or_with_a_custom_loss_is_refused(tmp_path):
 
 def test_the_losses_need_torch_and_numpy_only():
     program = (
-        "import sys; import nemo_kd.ops.distillation, nemo_kd.ops.log_probs, nemo_kd.ops.topk, nemo_kd.data.batches; "
+        "import sys; import nemo_kd.ops.distillation, nemo_kd.ops.student_logits, nemo_kd.ops.topk, nemo_kd.data.batches; "
         "print(*{name.split('.')[0] for name in sys.modules} & {'omegaconf', 'megatron', 'lightning', 'nemo', 'transformers'})"
     )
     assert (

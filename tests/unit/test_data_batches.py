@@ -20,7 +20,7 @@ from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.batches import collate, pack
-from nemo_kd.data.dataset import Skipped, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.text import trained_text
 from nemo_kd.data.tokenizer import (
@@ -44,9 +44,9 @@ def test_records_are_read_by_index_whatever_the_order(tmp_path):
     assert [records[i] for i in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
     assert pickle.loads(pickle.dumps(records))[1] == rows[1]
     assert records.where(1) == f"{path}:4"
-    before = records.fingerprint()
+    before = records.fingerprint
     path.write_text('{"n": 0}')
-    assert JsonlRecords(path).fingerprint() != before
+    assert JsonlRecords(path).fingerprint != before
 
 
 def test_forked_readers_share_no_file_position(tmp_path):
@@ -70,7 +70,7 @@ def test_fingerprints_are_sha256_of_the_bytes(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' * 300_000)
     assert (
-        JsonlRecords(path).fingerprint()
+        JsonlRecords(path).fingerprint
         == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     )
 
@@ -99,7 +99,7 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "No such file"),
+        (None, "no such file; check data.data.file_path"),
         ("", "the file has no records"),
         ("\n \n", "the file has no records"),
         ('{"a": 1}\n{"a": ', ":2: not valid JSON"),
@@ -160,9 +160,9 @@ def test_unusable_examples_are_skipped_with_a_reason(tmp_path):
         min_seq_length=4,
     )
     assert [examples[i] for i in range(3)] == [
-        Skipped(0, "too long"),
-        Skipped(1, "no loss tokens"),
-        Skipped(2, "too short"),
+        "too long",
+        "no loss tokens",
+        "too short",
     ]
 
 
@@ -201,22 +201,24 @@ def test_the_longest_example_has_max_seq_length_positions(tmp_path):
     }
     length = dataset(tmp_path, [record])[0].num_tokens
     assert isinstance(dataset(tmp_path, [record], max_seq_length=length)[0], Example)
-    assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == Skipped(
-        0, "too long"
-    )
+    assert dataset(tmp_path, [record], max_seq_length=length - 1)[0] == "too long"
     prompt = {"input": "word " * 100, "output": "end"}
     assert dataset(tmp_path, [prompt], max_seq_length=20)[0].num_tokens == 20
-    assert dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[
-        0
-    ] == Skipped(0, "too long")
+    assert (
+        dataset(tmp_path, [{**prompt, "output": "word " * 100}], max_seq_length=20)[0]
+        == "too long"
+    )
 
 
 def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
-    with pytest.raises(DataError, match=r"d\.jsonl:2: data\.chat=True needs the field"):
+    with pytest.raises(
+        DataError,
+        match=r"d\.jsonl:2: data\.data\.format=auto and data\.chat=True do not fit",
+    ):
         dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[1]
     with pytest.raises(
         DataError,
-        match=r"d\.jsonl:1: data\.format=messages|d\.jsonl:1: data\.data\.format=messages needs",
+        match=r"d\.jsonl:1: data\.data\.format=messages and",
     ):
         dataset(tmp_path, [{"input": "a", "output": "b"}], format="messages")[0]
 

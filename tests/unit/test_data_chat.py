@@ -272,7 +272,8 @@ def test_tools_reach_the_template(tmp_path):
     texts = [tokenizer.decode(dataset[i].tokens_S) for i in range(3)]
     assert texts[0] == texts[1] == "<tools>search</tools>\n" + texts[2]
     with pytest.raises(
-        DataError, match=r"d\.jsonl:4: `tools` is a text that is not valid JSON"
+        DataError,
+        match=r"d\.jsonl:4: `tools` must be a list of tool definitions, or its JSON",
     ):
         dataset[3]
 
@@ -287,7 +288,7 @@ def test_tools_reach_the_template(tmp_path):
         (
             "CHATML",
             [user("x"), {"role": "assistant", "content": 3}],
-            r"message 1 \(assistant\): `content` must be a text",
+            "message 1 must be an object with a `role`, and a text `content`",
         ),
         (
             "LLAMA2",
@@ -557,7 +558,7 @@ def test_bad_prompt_templates_are_refused(template):
 
 
 def test_records_without_the_fields_are_refused():
-    expected = r"the field `output` of data\.data\.prompt_template must be a text, but the record has input"
+    expected = r"the field `output` of data\.data\.prompt_template must be a text, found 'None' in a record with the fields input"
     with pytest.raises(DataError, match=expected):
         render_prompt({"input": "x"})
     with pytest.raises(

@@ -14,7 +14,6 @@ from nemo_kd.config.student import StudentDataConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.data.order import (
     CHUNKS,
-    EvaluationBatches,
     SampleOrder,
     TrainingBatches,
     pass_order,
@@ -154,14 +153,6 @@ def test_resuming_late_costs_no_more_than_an_epoch(monkeypatch):
     )
     assert len(batches(order, consumed=8 * 1999, max_steps=2000)) == 1
     assert asked == [999]
-
-
-@pytest.mark.parametrize("num_samples", [11, 8, 1])
-def test_evaluation_sees_every_example_once(num_samples):
-    found = list(EvaluationBatches(num_samples, 8))
-    assert sum(found, []) == list(range(num_samples))
-    assert len(found) == len(EvaluationBatches(num_samples, 8))
-    assert {len(batch) for batch in found[:-1]} <= {8}
 
 
 def data_config(**values):
