@@ -12,7 +12,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.export import save_hf, save_nemo
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.run.ranks import init_process_group
@@ -54,13 +54,9 @@ def convert(config: ConvertCheckpointConfig) -> None:
         )
         model = build_gpt_model(architecture, options, 1, transformer_engine=False)
         source.load_weights(model, groups)
-        save = save_nemo if to_nemo else save_hf
-        save(
-            output,
-            model,
-            architecture,
-            source.tokenizer_folder,
-            groups,
-            source.provenance,
-        )
+        export = ModelExport(model, source, groups, source.provenance)
+        if to_nemo:
+            export.save_nemo(output)
+        else:
+            export.save_hf(output)
     print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")

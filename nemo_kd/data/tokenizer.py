@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
-from nemo_kd.nemo_archive import ArchiveError, open_tokenizer
+from nemo_kd.nemo_archive import ModelFiles
 
 BLOCK_IDS = 1024
 
@@ -53,9 +53,9 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
         DataError: the tokenizer cannot be loaded.
     """
     try:
-        with open_tokenizer(Path(path).expanduser()) as folder:
-            return load_tokenizer(folder)
-    except ArchiveError as error:
+        with ModelFiles(Path(path).expanduser()) as files:
+            return load_tokenizer(files.tokenizer_folder())
+    except ConfigError as error:
         raise ConfigError(f"--tokenizer: {error}") from error
 
 

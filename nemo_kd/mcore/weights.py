@@ -20,7 +20,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import BLOCK_BYTES, EXPERT_NAMES, SafetensorsFolder
+from nemo_kd.mcore.hf_folder import EXPERT_NAMES, SafetensorsFolder
 from nemo_kd.mcore.model import named_weights
 from nemo_kd.nemo_archive import read_json
 
@@ -79,7 +79,11 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
     stored = SafetensorsFolder(folder)
     has_both = {EMBEDDING, OUTPUT} <= stored.files.keys()
     is_tied = architecture.share_embeddings_and_output_weights
-    if is_tied and has_both and not stored.equal(EMBEDDING, OUTPUT):
+    if (
+        is_tied
+        and has_both
+        and not _are_equal(stored.read(EMBEDDING), stored.read(OUTPUT))
+    ):
         # transformers 5 uses the stored layer too. All its versions do with an export's
         # config.json.
         log.warning(
@@ -87,56 +91,31 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
             folder,
             OUTPUT,
         )
+        is_tied = False
         architecture = dataclasses.replace(
             architecture,
             share_embeddings_and_output_weights=False,
             hf_config=architecture.hf_config | {"tie_word_embeddings": False},
         )
-    check_hf_weights(stored, architecture)
+    stored.check(hf_shapes(architecture), {OUTPUT} if is_tied else set())
     return architecture, stored
+
+
+def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return torch.equal(first, second.to(first.dtype))
 
 
 def load_hf_weights(
     model: torch.nn.Module,
-    folder: Path,
+    stored: SafetensorsFolder,
     architecture: GPTArchitecture,
     groups: ProcessGroups,
 ) -> None:
-    """Fill this rank's weights from a Hugging Face folder, and zero the vocabulary padding.
-
-    Reads this rank's parts block by block, which needs memory for a few blocks. No communication.
-
-    Raises:
-        ConfigError: the folder's tensors are not exactly those of the architecture.
-    """
-    stored = SafetensorsFolder(folder)
-    check_hf_weights(stored, architecture)
+    """Fill this rank's weights, one at a time, from a Hugging Face folder; no communication."""
     with torch.no_grad():
         for name, weight in named_weights(model):
             for piece in pieces(name, weight, architecture):
                 _fill(piece, stored, groups)
-    zero_vocabulary_padding(model, architecture, groups)
-
-
-def check_hf_weights(stored: SafetensorsFolder, architecture: GPTArchitecture) -> None:
-    """Refuse weights that are not exactly those of an architecture; reads headers only.
-
-    Raises:
-        ConfigError: lists the weights that are missing, left over or of another shape.
-    """
-    # Counts first: a config.json can ask for more names than fit into memory.
-    num_layers, num_experts = stored.num_layers_and_experts()
-    for key, needed, found in (
-        ("num_hidden_layers", architecture.num_layers, num_layers),
-        ("num_experts", architecture.num_moe_experts or 0, num_experts),
-    ):
-        if needed > found:
-            raise ConfigError(
-                f"{stored.folder}: the weights do not fit config.json: {key} is {needed:,} there, "
-                f"the weights have {found:,}"
-            )
-    optional = {OUTPUT} if architecture.share_embeddings_and_output_weights else set()
-    stored.check(hf_shapes(architecture), optional)
 
 
 def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
@@ -280,21 +259,16 @@ def _gate_and_up(weight: torch.Tensor, gate: str, up: str) -> list[Piece]:
 
 
 def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> None:
-    num_rows = piece.view.shape[1]
-    first_row = (
-        groups.tensor_rank * piece.view.shape[0] * num_rows if piece.cut_dim == 0 else 0
-    )
-    columns = None
+    num_groups, num_rows = piece.view.shape[:2]
+    size = num_groups * num_rows
+    first = groups.tensor_rank * size if piece.cut_dim == 0 else 0
+    # Padding rows of the vocabulary are not stored.
+    last = min(first + size, stored.shape(piece.hf_name)[0])
+    columns = slice(None)
     if piece.cut_dim == 1:
         width = piece.view.shape[2]
         columns = slice(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
-    num_stored = stored.shape(piece.hf_name)[0]
-    block_rows = max(1, BLOCK_BYTES // stored.row_bytes(piece.hf_name))
-    for number, part in enumerate(piece.view):
-        for start in range(0, num_rows, block_rows):
-            first = first_row + number * num_rows + start
-            # Padding rows are not stored.
-            last = min(first + min(block_rows, num_rows - start), num_stored)
-            if first < last:
-                block = stored.read(piece.hf_name, slice(first, last), columns)
-                part[start : start + last - first].copy_(block)
+    if first < last:
+        block = stored.read(piece.hf_name, slice(first, last), columns)
+        block = block.unflatten(0, (num_groups, -1))
+        piece.view[:, : block.shape[1]].copy_(block)

@@ -21,7 +21,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.export import save_nemo
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from tests.ranks import Ranks
@@ -64,7 +64,7 @@ def shards(
 def resave(
     path: str, output: str, tensor_model_parallel_size: int, divisible_by: int
 ) -> None:
-    model, source, groups = load(path, tensor_model_parallel_size, divisible_by)
+    model, _, groups = load(path, tensor_model_parallel_size, divisible_by)
     with (
         torch.no_grad()
     ):  # padding rows may have moved in training; nobody may see them again
@@ -72,7 +72,7 @@ def resave(
         real = max(0, VOCABULARY - groups.tensor_rank * len(embedding))
         embedding[real:] = 7.0
     with open_pretrained(path) as opened:
-        save_nemo(output, model, source.architecture, opened.tokenizer_folder, groups)
+        ModelExport(model, opened, groups).save_nemo(output)
 
 
 def convert(**options) -> None:
@@ -303,7 +303,7 @@ def test_damaged_or_other_weights_are_refused(run, ranks, source, tmp_path):
     for file in (folder / "model_weights").glob("*.distcp"):
         os.truncate(file, file.stat().st_size - 100)
     assert re.search(
-        r"distcp: .* cannot be read .*copy or write the model again",
+        r"model_weights: .* cannot be read .*copy or write the model again",
         ranks(1).run(fails, str(folder), 1)[0],
     )
     for file in (folder / "model_weights").glob("*.distcp"):

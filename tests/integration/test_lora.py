@@ -21,11 +21,12 @@ from nemo_kd.data.batches import collate
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.distributed_checkpoint import ShardedFolder
-from nemo_kd.mcore.export import save_adapter
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import forward
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
+from nemo_kd.nemo_archive import ModelFiles
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
@@ -215,10 +216,8 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
 
 
 def leave_adapter(module: StudentModule, folder: Path) -> None:
-    save_adapter(
-        folder, module.gpt, module.lora, module.architecture, str(module.pretrained.source),
-        module.pretrained.tokenizer_folder, module.groups,
-    )  # fmt: skip
+    export = ModelExport(module.gpt, module.pretrained, module.groups)
+    export.save_adapter(folder, module.lora)
 
 
 def run_all(students, train, runs, folder: Path) -> dict[str, Run]:
@@ -466,7 +465,7 @@ def test_resume(ranks, world, straight, tmp_path):
         for path in (tmp_path / "a" / "checkpoints").iterdir()
         if "-step=4-" in path.name
     )
-    tensors = ShardedFolder(checkpoint).tensors
+    tensors = ShardedFolder(ModelFiles(checkpoint)).tensors
     assert tensors
     assert all(
         ".lora." in name for name in tensors if not name.startswith("optimizer.")

@@ -18,7 +18,7 @@ from nemo_kd.convert import convert
 from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore import optimizer as optimizers
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.export import save_nemo
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
@@ -191,14 +191,7 @@ def run(
             for number, batch in enumerate(data.val_dataloader()):
                 module.validation_step(batch, number)
         sums = module._sum_over_ranks(module.validation_sums)[-1].tolist()
-        save_nemo(
-            str(archive),
-            module.gpt,
-            module.architecture,
-            pretrained.tokenizer_folder,
-            groups,
-            None,
-        )
+        ModelExport(module.gpt, pretrained, groups).save_nemo(archive)
         release(
             module.model
         )  # else every layout's groups would stay until the test's end

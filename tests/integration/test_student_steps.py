@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.mcore import checkpoint_write
+from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.student.checkpoint_folder import Contents, checkpoints
 from nemo_kd.student.job import train_student
 from nemo_kd.student.module import StudentModule
@@ -201,18 +201,18 @@ def test_what_to_do_then_is_one_of_two():
 
 def run_with_full_disk(*arguments) -> str:
     """From step 4 on, rank 1 cannot write."""
-    original = checkpoint_write._write
+    original = CheckpointWrite._write
 
-    def write(writer, plan, planner, folder, with_sums):
-        if "step=4-" in folder.name and torch.distributed.get_rank() == 1:
-            writer.path = Path("/proc/no")
-        return original(writer, plan, planner, folder, with_sums)
+    def write(self):
+        if "step=4-" in self.folder.name and torch.distributed.get_rank() == 1:
+            self._writer.path = Path("/proc/no")
+        return original(self)
 
-    checkpoint_write._write = write
+    CheckpointWrite._write = write
     try:
         return run(*arguments)[0]
     finally:
-        checkpoint_write._write = original
+        CheckpointWrite._write = original
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_before(

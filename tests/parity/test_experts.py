@@ -17,7 +17,7 @@ from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.export import save_nemo
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import hidden_at, output_weight
 from nemo_kd.mcore.schedule import loss_positions, run_batch
@@ -101,7 +101,7 @@ def run_all(
 def resave(path: str, output: str, layout: Layout) -> None:
     model, groups, _ = load_model(path, layout)
     with open_pretrained(path) as source:
-        save_nemo(output, model, source.architecture, source.tokenizer_folder, groups)
+        ModelExport(model, source, groups).save_nemo(output)
 
 
 def stand(layout: Layout) -> tuple[list[int], int, int]:

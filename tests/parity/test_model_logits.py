@@ -14,7 +14,7 @@ from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.shared import ModelConfig
 from nemo_kd.convert import convert
 from nemo_kd.mcore.checkpoint import open_pretrained
-from nemo_kd.mcore.export import save_nemo
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from tests.tiny_models import MODELS, build_hf_model
@@ -60,9 +60,9 @@ def parity(
 
 
 def resave(path: str, output: str, tensor_model_parallel_size: int) -> None:
-    model, source, groups = load(path, tensor_model_parallel_size)
+    model, _, groups = load(path, tensor_model_parallel_size)
     with open_pretrained(path) as opened:
-        save_nemo(output, model, source.architecture, opened.tokenizer_folder, groups)
+        ModelExport(model, opened, groups).save_nemo(output)
 
 
 def convert_in_rank(source: str, target: str) -> None:

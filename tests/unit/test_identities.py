@@ -19,7 +19,7 @@ from nemo_kd.data.tokenizer import (
 )
 from nemo_kd.mcore.checkpoint import open_pretrained, sample_tensors
 from nemo_kd.mcore.hf_folder import safetensors_parts
-from nemo_kd.nemo_archive import FolderFiles
+from nemo_kd.nemo_archive import ModelFiles
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import train_tokenizer
 
@@ -30,7 +30,7 @@ def fingerprint(folder) -> dict[str, str]:
 
 
 def sampled(folder, *paths) -> str:
-    return sample_tensors(FolderFiles(folder), safetensors_parts(paths))
+    return sample_tensors(ModelFiles(folder), safetensors_parts(paths))
 
 
 def test_every_tensor_is_sampled(tmp_path):
