@@ -29,7 +29,7 @@ from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.hf_folder import fused_place
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks, sharded_weights
-from nemo_kd.mcore.weights import Piece, hf_pieces, pieces, whole_shape, whole_tensor
+from nemo_kd.mcore.weights import Piece, hf_pieces, hf_shapes, pieces, whole_tensor
 from nemo_kd.nemo_archive import (
     CHAT_TEMPLATES,
     MODEL_CONFIG,
@@ -227,10 +227,11 @@ class ModelExport:
     def _split(self, mine: dict[str, Piece]) -> list[list[str]]:
         """Return the names of the tensors of this rank's files."""
         # Views of one storage would count as one tensor; meta tensors have sizes and no storage.
-        sizes = {}
-        for name, piece in mine.items():
-            shape = whole_shape(piece, self.source.architecture, self.groups.tensor_size)
-            sizes[name] = torch.empty(shape, dtype=piece.view.dtype, device="meta")
+        shapes = hf_shapes(self.source.architecture)
+        sizes = {
+            name: torch.empty(shapes[name], dtype=piece.view.dtype, device="meta")
+            for name, piece in mine.items()
+        }
         if not sizes:
             return []
         split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)

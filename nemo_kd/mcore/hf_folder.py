@@ -141,6 +141,11 @@ class SafetensorsFolder:
             return stored
         return (stored[1] if place.half is None else stored[1] // 2, stored[2])
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Return True if two stored weights hold the same values."""
+        values = self.read(first)
+        return torch.equal(values, self.read(second).to(values.dtype))
+
     def check(self, expected: dict[str, tuple[int, ...]], optional: set[str]) -> None:
         """Refuse a folder whose weights are not exactly those of a model.
 

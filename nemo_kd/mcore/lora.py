@@ -29,7 +29,6 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional
 
-from nemo_kd.config import ConfigError
 from nemo_kd.config.peft import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import ADAPTERS, chunks, layers
@@ -190,29 +189,6 @@ def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
         "scale": lora.scale,
         "layer_selection": lora.layer_selection,
     }
-
-
-def check_same_adapters(
-    before: dict[str, Any] | None, now: dict[str, Any] | None
-) -> None:
-    """Compare the `adapter_identity` of a checkpoint and of this run; None means no adapters.
-
-    Raises:
-        ConfigError: lists what differs.
-    """
-    before = before or {}
-    now = now or {}
-    keys = [key for key in (now or before) if before.get(key) != now.get(key)]
-    if keys:
-        differences = [
-            f"{key} {before.get(key)} in the checkpoint, {now.get(key)} now"
-            for key in keys
-        ]
-        raise ConfigError(
-            f"model.peft: the checkpoint does not fit: {'; '.join(differences)}. To resume, give "
-            "the settings and the model it was trained with; to start over, give another "
-            "exp_manager.explicit_log_dir"
-        )
 
 
 def _adding(adapter: Adapter) -> Any:

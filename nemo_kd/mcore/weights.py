@@ -79,11 +79,7 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
     stored = SafetensorsFolder(folder)
     has_both = {EMBEDDING, OUTPUT} <= stored.files.keys()
     is_tied = architecture.share_embeddings_and_output_weights
-    if (
-        is_tied
-        and has_both
-        and not _are_equal(stored.read(EMBEDDING), stored.read(OUTPUT))
-    ):
+    if is_tied and has_both and not stored.are_equal(EMBEDDING, OUTPUT):
         # transformers 5 uses the stored layer too. All its versions do with an export's
         # config.json.
         log.warning(
@@ -99,10 +95,6 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
         )
     stored.check(hf_shapes(architecture), {OUTPUT} if is_tied else set())
     return architecture, stored
-
-
-def _are_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
-    return torch.equal(first, second.to(first.dtype))
 
 
 def load_hf_weights(
@@ -126,18 +118,6 @@ def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator
             yield from pieces(name, weight, architecture)
 
 
-def whole_shape(
-    piece: Piece, architecture: GPTArchitecture, tensor_size: int
-) -> list[int]:
-    """Return the shape of the Hugging Face tensor that a piece belongs to."""
-    shape = list(piece.view.flatten(0, 1).shape)
-    if piece.cut_dim is not None:
-        shape[piece.cut_dim] *= tensor_size
-    if piece.hf_name in _VOCABULARY.values():
-        shape[0] = architecture.vocab_size
-    return shape
-
-
 def whole_tensor(
     piece: Piece, architecture: GPTArchitecture, groups: ProcessGroups
 ) -> torch.Tensor:
@@ -150,11 +130,9 @@ def whole_tensor(
         parts = [torch.empty_like(tensor) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, tensor, group=groups.tensor)
         tensor = torch.cat(parts, dim=piece.cut_dim)
-    return (
-        tensor[: architecture.vocab_size]
-        if piece.hf_name in _VOCABULARY.values()
-        else tensor
-    )
+    if piece.hf_name in _VOCABULARY.values():
+        return tensor[: architecture.vocab_size]
+    return tensor
 
 
 def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:

@@ -21,7 +21,6 @@ from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.student import StudentTrainerConfig
 from nemo_kd.mcore.distributed_checkpoint import load_plain, load_sharded
 from nemo_kd.mcore.groups import ProcessGroups, sharded_random_state
-from nemo_kd.mcore.lora import check_same_adapters
 from nemo_kd.run.ranks import find_ranks
 from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
 from nemo_kd.student.data import StudentData
@@ -47,7 +46,7 @@ ENTRIES = {
     "ranks": "scores of the checkpoints that are kept",
     "StudentData": "consumed samples and their batch size",
     "non_finite": "skipped steps",
-    "adapters": "LoRA's settings and base weights; compared on resume",
+    "adapters": "LoRA's settings and base weights",
     "hyper_parameters": "configuration of the run, without secrets",
     "hparams_name": "Lightning's name for it",
     "global_step": "completed optimizer steps",
@@ -181,7 +180,7 @@ class MegatronStrategy(DDPStrategy):
         """
         Raises:
             CheckpointError: an entry is missing.
-            ConfigError: the checkpoint holds other adapters, or is damaged.
+            ConfigError: the checkpoint is damaged.
         """
         folder = Path(checkpoint_path)
         plain = load_plain(folder)
@@ -191,7 +190,6 @@ class MegatronStrategy(DDPStrategy):
                 f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
                 "resume with that version, or start over in another exp_manager.explicit_log_dir"
             )
-        check_same_adapters(plain.get("adapters"), self.lightning_module.adapters)
         optimizer: Any = self.optimizers[0]
         wanted: dict[str, Any] = {
             "state_dict": self.lightning_module_state_dict(),
