@@ -26,7 +26,6 @@ from nemo_kd.mcore.architecture import write_model_config
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.checkpoint_write import gather_to_first, save_sharded
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import fused_place
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks, sharded_weights
 from nemo_kd.mcore.weights import Piece, hf_pieces, hf_shapes, pieces, whole_tensor
@@ -221,7 +220,7 @@ class ModelExport:
         return {
             piece.hf_name: piece
             for piece in hf_pieces(self.model, self.source.architecture)
-            if (has_own_experts if fused_place(piece.hf_name) else number == 0)
+            if (has_own_experts if ".experts." in piece.hf_name else number == 0)
         }
 
     def _split(self, mine: dict[str, Piece]) -> list[list[str]]:

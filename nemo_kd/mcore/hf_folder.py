@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import re
 import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -46,33 +45,6 @@ EXPERT_NAMES = {
     "mixtral": ExpertNames("block_sparse_moe", "w1", "w3", "w2"),
     "qwen3_moe": ExpertNames("mlp", "gate_proj", "up_proj", "down_proj"),
 }
-_EXPERT = re.compile(
-    r"(?P<layer>.*)\.(?:block_sparse_moe|mlp)\.experts\.(?P<expert>\d+)\.(?P<part>\w+)\.weight"
-)
-_FUSED = {"w1": 0, "gate_proj": 0, "w3": 1, "up_proj": 1, "w2": None, "down_proj": None}
-"""Half of the fused tensor `gate_up_proj` that is the part; None: the part is in `down_proj`."""
-
-
-class Place(NamedTuple):
-    """Stored tensor of a weight. Fused tensors are [experts, rows, columns].
-
-    Attributes:
-        half: 0 or 1: this half of the expert's rows is the weight (gate, up). None: all rows are.
-    """
-
-    name: str
-    expert: int | None = None
-    half: int | None = None
-
-
-def fused_place(hf_name: str) -> Place | None:
-    """Return where transformers 5 keeps an expert's weight in memory; None for other weights."""
-    match = _EXPERT.fullmatch(hf_name)
-    if match is None:
-        return None
-    half = _FUSED[match["part"]]
-    tensor = "down_proj" if half is None else "gate_up_proj"
-    return Place(f"{match['layer']}.mlp.experts.{tensor}", int(match["expert"]), half)
 
 
 class StoredBytes(NamedTuple):
@@ -88,58 +60,80 @@ class StoredBytes(NamedTuple):
     num_bytes: int
 
 
+class StoredWeight(NamedTuple):
+    """A weight in a file: a tensor, or rows of an expert in one of [experts, rows, columns]."""
+
+    file: Path
+    tensor: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    first_row: int = 0
+
+
 class SafetensorsFolder:
     """The weights of a Hugging Face folder, by the names under which save_pretrained writes them.
 
-    Experts may also lie fused in one tensor a layer, as in the memory of transformers 5.
+    Experts may also lie fused in two tensors a layer, as in the memory of transformers 5.
+
+    Args:
+        experts: names of the model's experts, if it has some.
 
     Attributes:
-        files: name of a stored tensor -> its file.
-        shapes: of the stored tensors.
+        weights: those in the files, by their names.
         dtype: the narrowest that holds all tensors without loss.
 
     Raises:
         ConfigError: the folder has no safetensors, or one of them is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, experts: ExpertNames | None) -> None:
         self.folder = folder
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.weights: dict[str, StoredWeight] = {}
         dtypes = set()
         for path in _paths(folder):
             file = _open(path)
             names = file.keys()
             for name in names:
-                stored = file.get_slice(name)
-                self.files[name] = path
-                self.shapes[name] = tuple(stored.get_shape())
-                dtype = stored.get_dtype()
+                tensor = file.get_slice(name)
+                dtype = tensor.get_dtype()
                 if dtype not in _DTYPES:
                     raise ConfigError(
                         f"{path}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}"
                     )
                 dtypes.add(_DTYPES[dtype])
+                self._add(StoredWeight(path, name, tuple(tensor.get_shape())), experts)
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
+
+    def _add(self, stored: StoredWeight, experts: ExpertNames | None) -> None:
+        layer, _, tensor = stored.tensor.partition(".mlp.experts.")
+        if experts is None or tensor not in ("gate_up_proj", "down_proj"):
+            # Beside fused experts the router has another name too.
+            block = experts.block if experts else "mlp"
+            name = stored.tensor.replace(".mlp.gate.", f".{block}.gate.")
+            self.weights[name] = stored
+            return
+        parts = [experts.down]
+        if tensor == "gate_up_proj":
+            parts = [experts.gate, experts.up]
+        num_experts, num_rows, num_columns = stored.shape
+        shape = (num_rows // len(parts), num_columns)
+        for expert in range(num_experts):
+            for number, part in enumerate(parts):
+                self.weights[f"{layer}.{experts.weight(expert, part)}"] = stored._replace(
+                    shape=shape, expert=expert, first_row=number * shape[0]
+                )
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
         """Return a part of a weight: a view of the file, whose pages stay in memory until then."""
-        place = self._place(name)
-        stored = _open(self.files[place.name]).get_slice(place.name)
-        if place.expert is not None:
-            first = (place.half or 0) * self.shape(name)[0]
+        stored = self.weights[name]
+        tensor = _open(stored.file).get_slice(stored.tensor)
+        if stored.expert is not None:
+            first = stored.first_row
             rows = slice(first + rows.start, first + rows.stop)
-            return stored[place.expert : place.expert + 1, rows, columns][0]
-        return stored[rows] if columns == slice(None) else stored[rows, columns]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        place = self._place(name)
-        stored = self.shapes[place.name]
-        if place.expert is None:
-            return stored
-        return (stored[1] if place.half is None else stored[1] // 2, stored[2])
+            return tensor[stored.expert : stored.expert + 1, rows, columns][0]
+        return tensor[rows] if columns == slice(None) else tensor[rows, columns]
 
     def are_equal(self, first: str, second: str) -> bool:
         """Return True if two stored weights hold the same values."""
@@ -156,37 +150,20 @@ class SafetensorsFolder:
         Raises:
             ConfigError: lists the weights that are missing, left over or of another shape.
         """
-        stored: dict[str, tuple[int, ...]] = {}
-        for name, shape in expected.items():
-            place = self._place(name)
-            if place.expert is not None:
-                num_experts = max(place.expert + 1, *stored.get(place.name, (0,))[:1])
-                num_rows = shape[0] if place.half is None else 2 * shape[0]
-                shape = (num_experts, num_rows, *shape[1:])
-            stored[place.name] = shape
-        problems = [f"missing: {name}" for name in stored if name not in self.shapes]
-        problems += [
-            f"no place for: {name}"
-            for name in self.shapes
-            if name not in stored.keys() | optional and not name.endswith(_ROTARY_BUFFER)
-        ]
-        problems += [
-            f"{name} has the shape {self.shapes[name]}, config.json calls for {shape}"
-            for name, shape in stored.items()
-            if self.shapes.get(name, shape) != shape
-        ]
+        problems = [f"missing: {name}" for name in expected if name not in self.weights]
+        for name, stored in self.weights.items():
+            shape = expected.get(name)
+            if shape is not None and shape != stored.shape:
+                problems.append(
+                    f"{name} has the shape {stored.shape}, config.json calls for {shape}"
+                )
+            is_known = shape is not None or name in optional
+            if not is_known and not name.endswith(_ROTARY_BUFFER):
+                problems.append(f"no place for: {name}")
         if problems:
             raise ConfigError(
                 f"{self.folder}: the weights do not fit config.json: {'; '.join(problems[:4])}"
             )
-
-    def _place(self, name: str) -> Place:
-        fused = fused_place(name)
-        if fused is not None and fused.name in self.files:
-            return fused
-        # Beside fused experts the router has another name too.
-        router = name.replace(".block_sparse_moe.gate.", ".mlp.gate.")
-        return Place(router if router in self.files else name)
 
 
 def safetensors_parts(paths: Iterable[Path]) -> Iterator[StoredBytes]:
