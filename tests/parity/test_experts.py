@@ -199,7 +199,7 @@ def test_fused_experts_are_read_as_well(ranks, models, reference, tmp_path, name
         "model.layers.1.mlp.experts.down_proj"
     ][1:].clone()
     save_file(fused, tmp_path / "hf" / "model.safetensors")
-    message = r"the weights do not fit config.json: missing: model.layers.1.*experts.7"
+    message = r"the weights do not fit config.json: missing: model.layers.1.*experts.\d"
     with pytest.raises(ConfigError, match=message), open_pretrained(str(tmp_path / "hf")):
         pass
 
