@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 LEVEL_RANGE_NATS = 10.0
 LEVEL_TAIL_STEP_NATS = 0.5
 _CELLS_PER_NAT = 1024
-CELL_NATS = 1 / _CELLS_PER_NAT
 _CELLS = 64 * _CELLS_PER_NAT
 
 
@@ -25,37 +25,56 @@ def huffman(symbols: np.ndarray) -> bytes:
     return compressor.compress(symbols.tobytes()) + compressor.flush()
 
 
-def unhuffman(stream: bytes | memoryview, max_length: int) -> np.ndarray:
-    """Decode the uint8 symbols of a deflate stream.
+def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
+    """Decode the `count` uint8 symbols of a deflate stream.
 
     Raises:
-        ValueError: the stream is damaged, or longer than `max_length` symbols, which bounds the
-            memory.
+        ValueError: the stream is damaged, or of another length.
     """
     decompressor = zlib.decompressobj(-15)
     try:
-        symbols = decompressor.decompress(stream, max_length + 1)
+        symbols = decompressor.decompress(stream, int(count) + 1)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if len(symbols) > max_length or not decompressor.eof:
-        raise ValueError(f"a stream does not end after {max_length} symbols")
+    if len(symbols) != count or not decompressor.eof:
+        raise ValueError(f"a stream does not end after {count} symbols")
     return np.frombuffer(symbols, dtype=np.uint8)
 
 
-def bit_lengths(values: np.ndarray) -> np.ndarray:
-    """Return floor(log2(value)) of integers from 1 to 2^24 - 1, as uint32: bits below the leading
-    one.
+def pack_numbers(
+    values: np.ndarray, order: np.ndarray | None = None, sizes: Sequence[int] = ()
+) -> list[bytes]:
+    """Encode integers from 1 to 2^24 - 1: floor(log2(value)), and the bits below the leading one.
+
+    Args:
+        order, sizes: Huffman codes for each class: the numbers in the order of the classes, and
+            how many each has.
     """
-    return (values.astype(np.float32).view(np.uint32) >> np.uint32(23)) - np.uint32(127)
+    values = values.astype(np.uint32)
+    widths = (values.astype(np.float32).view(np.uint32) >> 23) - 127
+    symbols = widths.astype(np.uint8)
+    classes = (
+        [symbols] if order is None else np.split(symbols[order], np.cumsum(sizes)[:-1])
+    )
+    bits = values ^ (np.uint32(1) << widths)
+    return [*map(huffman, classes), pack_bits(bits, widths)]
+
+
+def unpack_numbers(
+    streams: Iterator[memoryview], order: np.ndarray | None, sizes: Sequence[int]
+) -> np.ndarray:
+    """Return the uint32 values of `pack_numbers`, from its streams."""
+    symbols = np.concatenate([unhuffman(next(streams), size) for size in sizes])
+    widths = symbols.astype(np.uint32)
+    if order is not None:
+        widths[order] = symbols
+    return (np.uint32(1) << widths) + unpack_bits(next(streams), widths)
 
 
 def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
     """Join the low `widths[i]` (at most 24) bits of each value, least significant bit first."""
-    if not len(values):
-        return b""
-    ends = np.cumsum(widths, dtype=np.int64)
-    starts = ends - widths
-    num_bits = int(ends[-1])
+    starts = np.cumsum(widths, dtype=np.int64) - widths
+    num_bits = int(widths.sum(dtype=np.int64))
     words = starts >> 5
     shifted = values.astype(np.uint64) << (starts & 31).astype(np.uint64)
     num_words = (num_bits >> 5) + 2
@@ -67,26 +86,12 @@ def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
 
 
 def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
-    """Return the uint32 values of `pack_bits`.
-
-    Raises:
-        ValueError: `packed` has another length than the widths call for.
-    """
-    ends = np.cumsum(widths, dtype=np.int64)
-    num_bytes = (int(ends[-1]) + 7) >> 3 if len(ends) else 0
-    if len(packed) != num_bytes:
-        raise ValueError(
-            f"{len(packed)} bytes of bit fields where {num_bytes} are called for"
-        )
-    starts = ends - widths
-    padded = np.frombuffer(bytes(packed) + b"\0\0\0\0", dtype=np.uint8)
-    words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,)).take(
-        starts >> 3
-    )
-    widths = widths.astype(np.uint32)
-    return (words >> (starts & 7).astype(np.uint32)) & (
-        (np.uint32(1) << widths) - np.uint32(1)
-    )
+    """Return the uint32 values of `pack_bits`."""
+    starts = np.cumsum(widths, dtype=np.int64) - widths
+    padded = np.frombuffer(bytes(packed) + bytes(4), dtype=np.uint8)
+    words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,))
+    words = words.take(starts >> 3) >> (starts & 7).astype(np.uint32)
+    return words & ((np.uint32(1) << widths) - np.uint32(1))
 
 
 @functools.cache
