@@ -16,12 +16,7 @@ from nemo_kd.cache.layout import CacheError
 
 ZST_LEVEL = 3
 MAX_LINE_BYTES = 1 << 31
-SMALL_LINE_BYTES = 1 << 26
-MOST_INFLATION = 1024
-"""Bytes of a line for each of its frame, above SMALL_LINE_BYTES; numbers as text never reach it."""
-_PIECE_BYTES = 1 << 10
-"""Fed to the decompressor at once: at most 32 MiB come out."""
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 16
 
 
 class TornError(CacheError):
@@ -31,11 +26,6 @@ class TornError(CacheError):
 def lines_of(name: str | PurePath) -> _Plain | _Zst:
     """Return the container that a file of this name is."""
     return _Zst() if str(name).endswith(".zst") else _Plain()
-
-
-def most_line_bytes(frame_bytes: int) -> int:
-    """Return the longest line that a frame may hold: a few bytes must not fill the memory."""
-    return min(MAX_LINE_BYTES, max(SMALL_LINE_BYTES, MOST_INFLATION * frame_bytes))
 
 
 class _Plain:
@@ -67,31 +57,15 @@ class _Plain:
 
 
 class _Zst:
-    def __init__(self) -> None:
-        self._compressor = zstandard.ZstdCompressor(
-            level=ZST_LEVEL, write_checksum=True, write_content_size=True
-        )
-        self._decompressor = zstandard.ZstdDecompressor()
-
-    def __getstate__(self) -> dict[str, object]:
-        return {}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__init__()  # type: ignore[misc]
-
     def write(self, line: bytes) -> bytes:
-        return self._compressor.compress(line)
+        compressor = zstandard.ZstdCompressor(level=ZST_LEVEL, write_checksum=True)
+        return compressor.compress(line)
 
     def read(self, raw: bytes, where: str) -> bytes:
         try:
-            size = zstandard.frame_content_size(raw)
-            if size > most_line_bytes(len(raw)):
-                raise CacheError(
-                    f"{where}: a frame of {size} bytes is not a line of a cache"
-                )
-            line = self._decompressor.decompress(
-                raw, max_output_size=0 if size >= 0 else most_line_bytes(len(raw))
-            )
+            line = b"\n\n"
+            if zstandard.frame_content_size(raw) <= MAX_LINE_BYTES:
+                line = zstandard.decompress(raw, max_output_size=MAX_LINE_BYTES)
         except zstandard.ZstdError as error:
             raise CacheError(
                 f"{where}: {len(raw)} bytes are not a whole zstd frame ({error}): they are damaged; "
@@ -106,49 +80,26 @@ class _Zst:
         return line
 
     def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
-        pending = b""
+        block = file.read(_BLOCK_BYTES)
         number = first
-        while True:
-            if not pending:
-                pending = file.read(_BLOCK_BYTES)
-                if not pending:
-                    return
-            frame, pending = self._frame(pending, file, f"{where}:{number}")
-            yield frame
+        while block:
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            parts = []
+            while not frame.eof:
+                if not block:
+                    raise TornError(
+                        f"{where}:{number}: the file ends inside a zstd frame, so its last line "
+                        "is cut off; cut it with `logit_cache repair`"
+                    )
+                try:
+                    frame.decompress(block)
+                except zstandard.ZstdError as error:
+                    raise CacheError(
+                        f"{where}:{number}: not a zstd frame ({error}): the bytes are damaged; "
+                        "restore the file, write it again, or see `logit_cache repair`"
+                    ) from error
+                parts.append(block)
+                block = frame.unused_data or file.read(_BLOCK_BYTES)
+            raw = b"".join(parts)
+            yield raw[: len(raw) - len(frame.unused_data)]
             number += 1
-
-    def _frame(self, block: bytes, file: BinaryIO, where: str) -> tuple[bytes, bytes]:
-        """Return the frame that `block` begins with, and the bytes behind it."""
-        parts: list[bytes] = []
-        frame = zstandard.ZstdDecompressor().decompressobj()
-        num_read = num_inflated = used = 0
-        while True:
-            try:
-                for start in range(0, len(block), _PIECE_BYTES):
-                    piece = block[start : start + _PIECE_BYTES]
-                    used = start + len(piece)
-                    num_read += len(piece)
-                    num_inflated += len(frame.decompress(piece))
-                    if num_inflated > most_line_bytes(num_read):
-                        raise CacheError(
-                            f"{where}: a frame of more than {num_inflated} bytes is not a line of a "
-                            "cache"
-                        )
-                    if frame.eof:
-                        break
-            except zstandard.ZstdError as error:
-                raise CacheError(
-                    f"{where}: not a zstd frame ({error}): the bytes are damaged; restore the "
-                    "file, write it again, or see `logit_cache repair`"
-                ) from error
-            parts.append(block)
-            if frame.eof:
-                rest = frame.unused_data + block[used:]
-                raw = b"".join(parts)
-                return raw[: len(raw) - len(rest)], rest
-            block = file.read(_BLOCK_BYTES)
-            if not block:
-                raise TornError(
-                    f"{where}: the file ends inside a zstd frame, so its last line is cut off; "
-                    "cut it with `logit_cache repair`"
-                )

@@ -212,7 +212,8 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     """Return header, temperatures and streams."""
     view = memoryview(blob)
-    if zlib.crc32(view[:-4]) != int.from_bytes(view[-4:], "little"):
+    is_whole = zlib.crc32(view[:-4]) == int.from_bytes(view[-4:], "little")
+    if len(view) < _HEADER.size or not is_whole:
         raise ValueError(
             "the checksum of the teacher's blob is wrong: its bytes are damaged"
         )

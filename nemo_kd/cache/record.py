@@ -17,7 +17,7 @@ import orjson
 
 from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache import json_codec, packed_codec
-from nemo_kd.cache.fields import array, example_index, ids
+from nemo_kd.cache.json_codec import LARGEST_ID, array
 from nemo_kd.cache.layout import CacheError
 
 RECORD_VERSION = 1
@@ -77,27 +77,26 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
             contradicts another one.
     """
     payload = _parse(line, where)
-    example = _example(payload, index, where)
+    example = example_of(payload, where, index)
     if "hash" in payload and payload["hash"] != example_hash(example):
         raise CacheError(
-            f"{where}: field hash: found {reprlib.repr(payload['hash'])}, but tokens, labels and "
-            f"loss_mask give {example_hash(example)!r}; the line was damaged or edited: restore "
-            "the file or write it again"
+            f"{where}: field hash: found {payload['hash']!r}, but tokens, labels and loss_mask "
+            f"give {example_hash(example)!r}; the line was damaged or edited: restore the file or "
+            "write it again"
         )
     if "v" not in payload:
         return trimmed(json_codec.row(payload, example, where))
     if payload["v"] != RECORD_VERSION:
         raise CacheError(
-            f"{where}: field v: found {reprlib.repr(payload['v'])}, but this version of nemo_kd "
-            f"reads records of version {RECORD_VERSION}"
+            f"{where}: field v: found {payload['v']!r}, but this version of nemo_kd reads records "
+            f"of version {RECORD_VERSION}"
         )
     try:
-        blob = binascii.a2b_base64(payload["teacher"], strict_mode=True)
+        blob = binascii.a2b_base64(payload.get("teacher", ""), strict_mode=True)
         return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
-    except (KeyError, TypeError, ValueError) as error:
-        reason = "found nothing" if isinstance(error, KeyError) else str(error)
+    except (TypeError, ValueError) as error:
         raise CacheError(
-            f"{where}: field teacher: {reason}; restore the file or write it again"
+            f"{where}: field teacher: {error}; restore the file or write it again"
         ) from error
 
 
@@ -105,10 +104,12 @@ def example_hash(example: Example) -> str:
     """16 hexadecimal digits of SHA-256 over tokens, labels (little-endian int32) and loss mask
     (bytes 0 and 1).
     """
-    digest = hashlib.sha256(example.tokens_S.astype("<i4").tobytes())
-    digest.update(example.labels_S.astype("<i4").tobytes())
-    digest.update(example.loss_mask_S.astype(np.uint8).tobytes())
-    return digest.hexdigest()[:16]
+    parts = (
+        example.tokens_S.astype("<i4"),
+        example.labels_S.astype("<i4"),
+        example.loss_mask_S.astype(np.uint8),
+    )
+    return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:16]
 
 
 def trimmed(row: CachedExample) -> CachedExample:
@@ -118,13 +119,13 @@ def trimmed(row: CachedExample) -> CachedExample:
     length = int(loss_positions[-1]) + 1 if len(loss_positions) else 1
     if length == example.num_tokens:
         return row
-    tokens_S = example.tokens_S[:length]
-    labels_S = example.labels_S[:length]
-    loss_mask_S = example.loss_mask_S[:length]
-    return CachedExample(
-        Example(example.index, tokens_S, labels_S, loss_mask_S),
-        row.teacher.at(row.teacher.positions_P < length),
+    example = Example(
+        example.index,
+        example.tokens_S[:length],
+        example.labels_S[:length],
+        example.loss_mask_S[:length],
     )
+    return CachedExample(example, row.teacher.at(row.teacher.positions_P < length))
 
 
 def check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
@@ -137,9 +138,8 @@ def check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
     ):
         if ids_of_row is not None and ids_of_row.max(initial=-1) >= vocab_size:
             raise CacheError(
-                f"{where}: field {name}: found id {ids_of_row.max()}, but the manifest states a "
-                f"vocabulary of {vocab_size}; restore the file, or delete it and run "
-                "compute_topk_logits again"
+                f"{where}: field {name}: found id {ids_of_row.max()}, outside the vocabulary of "
+                f"{vocab_size} that the manifest (or --vocab-size) states"
             )
 
 
@@ -161,50 +161,36 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
         payload = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        hint = (
-            " NaN and Infinity are not JSON: the teacher's logits overflowed."
-            if b"NaN" in line
-            else ""
-        )
         raise CacheError(
-            f"{where}: found {len(line)} bytes that are not valid JSON ({error}), expected one "
-            f"JSON object.{hint} Restore the file, write it again, or cut a torn last line with "
-            "`logit_cache repair`."
+            f"{where}: found {len(line)} bytes that are not valid JSON ({error}); restore the file, "
+            "write it again, or cut a torn last line with `logit_cache repair`"
         ) from error
     if not isinstance(payload, dict):
         raise CacheError(
-            f"{where}: found a JSON {type(payload).__name__}, expected one JSON object with the "
-            "field tokens"
+            f"{where}: found {reprlib.repr(payload)}, expected a JSON object"
         )
-    if "tokens" not in payload and (
-        field := next((name for name in DATASET_FIELDS if name in payload), None)
-    ):
+    if "tokens" not in payload and any(name in payload for name in DATASET_FIELDS):
         raise CacheError(
-            f"{where}: found the field {field} of a dataset, where a cache has tokens and "
-            "teacher targets; compute it with compute_topk_logits, or train on the dataset's "
-            "labels alone (model.data.data_impl=dataset, kd_loss_weight=0)"
+            f"{where}: found a record of a dataset, where a cache has tokens and teacher targets; "
+            "compute it with compute_topk_logits, or train on the dataset's labels alone "
+            "(model.data.data_impl=dataset, kd_loss_weight=0)"
         )
     return payload
 
 
-def _example(payload: dict[str, Any], index: int | None, where: str) -> Example:
-    tokens_S = ids(payload, "tokens", 1, where)
-    labels_S = ids(payload, "labels", 1, where)
-    loss_mask_S = array(payload, "loss_mask", 1, "ifb", where)
-    for name, found in (("labels", labels_S), ("loss_mask", loss_mask_S)):
-        if len(found) != len(tokens_S):
-            raise CacheError(
-                f"{where}: field {name}: found {len(found)} positions, expected {len(tokens_S)} "
-                "as in tokens"
-            )
+def example_of(payload: dict[str, Any], where: str, index: int | None) -> Example:
+    """Return the example in the fields of a line; `index` is that of a line without one."""
+    tokens_S = array(payload, "tokens", "i", (None,), where, 0, LARGEST_ID)
+    labels_S = array(payload, "labels", "i", tokens_S.shape, where, 0, LARGEST_ID)
+    loss_mask_S = array(payload, "loss_mask", "ifb", tokens_S.shape, where)
     wrong = (loss_mask_S != 0) & (loss_mask_S != 1)
     if wrong.any():
         raise CacheError(
             f"{where}: field loss_mask: found {loss_mask_S[wrong][0]}, expected only 0 and 1"
         )
-    return Example(
-        example_index(payload, index, where),
-        tokens_S,
-        labels_S,
-        loss_mask_S.astype(np.float32),
-    )
+    index = payload.get("index", index)
+    if type(index) is not int or index < 0:
+        raise CacheError(
+            f"{where}: field index: found {index!r}, expected an integer of at least 0"
+        )
+    return Example(index, tokens_S, labels_S, loss_mask_S.astype(np.float32))

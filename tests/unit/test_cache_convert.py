@@ -84,7 +84,7 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
     (tmp_path / "a.jsonl").write_text(aligner_lines(range(3)))
     with pytest.raises(
         CacheError,
-        match=r"token id \d+ exceeds the vocabulary of 20; correct --vocab-size",
+        match=r"found id \d+, outside the vocabulary of 20 that the manifest \(or --vocab-size",
     ):
         convert(
             CacheReader(str(tmp_path / "a.jsonl")),
@@ -101,7 +101,9 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
         CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which choose"
     ):
         convert(source, str(tmp_path / "e.zst"), ALL)
-    with pytest.raises(CacheError, match="--top-k: -1 must be at least 1"):
+    with pytest.raises(
+        CacheError, match="--top-k and --examples-per-chunk: -1 must be at least 1"
+    ):
         convert(source, str(tmp_path / "e.jsonl.zst"), ALL, top_k=-1)
 
 
@@ -259,7 +261,7 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
             json.dumps(
                 {"custom_id": "1", "response": {"status_code": 500, "body": None}}
             ),
-            "prompt_logprobs: found nothing",
+            "prompt_logprobs: expected lists; ask vLLM",
         ),
         (
             json.dumps({**LINE, "loss_mask": [0, 0.5]}),
@@ -268,7 +270,7 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
         ('{"prompt_token_ids": [', "not valid JSON"),
         (
             json.dumps({"prompt_logprobs": LINE["prompt_logprobs"]}),
-            "field prompt_token_ids: found nothing",
+            "fields prompt_token_ids and prompt_logprobs: expected lists",
         ),
     ],
 )
@@ -409,7 +411,9 @@ def test_converted_parts_are_merged_and_merged_ones_converted(tmp_path):
         [6, 6, 6, 2],
     )
     assert problems(target) == []
-    with pytest.raises(CacheError, match="--examples-per-chunk: 0 must be at least 1"):
+    with pytest.raises(
+        CacheError, match="--top-k and --examples-per-chunk: 0 must be at least 1"
+    ):
         convert(
             CacheReader(str(target)),
             str(tmp_path / "b_CHUNK_ID.jsonl"),

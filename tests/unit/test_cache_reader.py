@@ -506,6 +506,6 @@ def test_ids_beyond_the_manifests_vocabulary_are_refused(tmp_path, codec):
     reader = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl"))
     with pytest.raises(
         CacheError,
-        match=r"train_0.jsonl:1: field tokens: found id \d+, but the manifest states a vocabulary of 20",
+        match=r"train_0.jsonl:1: field tokens: found id \d+, outside the vocabulary of 20",
     ):
         reader[0]

@@ -131,20 +131,29 @@ def test_logits_that_are_not_shifted_give_the_same_probabilities():
     ("change", "message"),
     [
         ({"tokens": None}, "field tokens"),
-        ({"labels": [1]}, "field labels: found 1 positions, expected 5"),
-        ({"topk_logits": [[0.0, -2.0, -1.0, -3.0]] * 5}, "not in descending order"),
-        ({"topk_token_ids": [[1, 1, 2, 3]] * 5}, "an id twice at position 0"),
-        ({"topk_token_ids": [[1, 2, 3]] * 5}, "found 3 ids per position, expected 4"),
+        (
+            {"labels": [1]},
+            r"field labels: found \[1\] of shape \(1,\), expected 5 integers",
+        ),
+        (
+            {"topk_logits": [[0.0, -2.0, -1.0, -3.0]] * 5},
+            "expected the largest logit first",
+        ),
+        ({"topk_token_ids": [[1, 1, 2, 3]] * 5}, "distinct ids; position 0 has not"),
+        ({"topk_token_ids": [[1, 2, 3]] * 5}, r"shape \(5, 3\), expected 5 x 4 integers"),
         (
             {"topk_logits": [[0.0], [0.0, -1.0], [0.0], [0.0], [0.0]]},
-            "lists of different lengths",
+            "expected 5 x any numbers",
         ),
         ({"loss_mask": [0, 1, 2, 1, 1]}, "expected only 0 and 1"),
         ({"loss_mask": [0, 1, 1, 1, 1]}, "field hash: found"),
         ({"log_sum_exp_logits": [-5.0] * 5}, "the kept probabilities sum to"),
-        ({"log_sum_exp_logits": [1e39] * 5}, "expected finite numbers"),
-        ({"tokens": [1, 2, -3, 4, 5]}, "found -3, expected token ids of at least 0"),
-        ({"tokens": [1, 2, 3, 4, 1 << 33]}, "expected token ids"),
+        ({"log_sum_exp_logits": [1e39] * 5}, r"found 1e\+39, expected numbers from"),
+        (
+            {"tokens": [1, 2, -3, 4, 5]},
+            "found -3, expected integers from 0 to 2147483647",
+        ),
+        ({"tokens": [1, 2, 3, 4, 1 << 33]}, "expected integers from 0"),
         ({"tail_mass": [[0.1]]}, r"shape \(1, 1\)"),
         ({"index": -1}, "field index: found -1"),
     ],
@@ -407,15 +416,8 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
     [
         (0, 2, "version 2 of the teacher's blob"),
         (1, 10, "with flags 10 is not read here"),
-        (2, 7, "contradicts itself"),
-        (3, 0, "contradicts itself"),
-        (4, 0, "contradicts itself"),
-        (5, 1, "contradicts itself"),
-        (6, 0, "contradicts itself"),
-        (7, 7, "contradicts itself"),
-        (19, 0, "contradicts itself"),
         (9, 9, "has 9 positions, the example 3"),
-        (13, 200, "fewer numbers than its header states"),
+        (13, 200, "does not end after 200 symbols"),
     ],
 )
 def test_a_header_of_another_kind_is_refused_though_its_checksum_is_right(
@@ -443,10 +445,7 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
             {"topk_token_ids_PK": original.teacher.topk_token_ids_PK + (1 << 24)},
             "exceeds what the format holds",
         ),
-        ({"topk_logits_PK": original.teacher.topk_logits_PK[:, ::-1]}, "do not descend"),
-        ({"topk_logits_PK": original.teacher.topk_logits_PK * np.nan}, "not finite"),
         ({"topk_token_ids_PK": np.full((5, 4), -1)}, "must keep 1 to"),
-        ({"topk_token_ids_PK": np.full((5, 4), 7)}, "holds an id twice"),
     ):
         with pytest.raises(CacheError, match=message):
             encode(
