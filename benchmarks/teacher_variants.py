@@ -27,8 +27,8 @@ from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.model import forward, hidden_at, hidden_states, output_weight
 from nemo_kd.mcore.schedule import loss_positions
 from nemo_kd.ops.topk import BLOCK_BYTES
+from nemo_kd.teacher import loop
 from nemo_kd.teacher.job import Run, open_run
-from nemo_kd.teacher.loop import compute_topk_logits
 from nemo_kd.teacher.model import Teacher
 from tests.tiny_data import teacher_config
 
@@ -184,10 +184,10 @@ def stage_1(bench: Bench) -> Work:
 
         folder = Path(tempfile.mkdtemp(dir=bench.setting.folder))
         with (
-            mock.patch.object(Run, "load_teacher", loaded),
+            mock.patch.object(loop, "Teacher", loaded),
             contextlib.redirect_stdout(io.StringIO()),
         ):
-            compute_topk_logits(bench.setting.config(folder / "cache.jsonl.zst"))
+            loop.compute_topk_logits(bench.setting.config(folder / "cache.jsonl.zst"))
         clock.stop()
         (metrics,), (manifest,) = (
             folder.glob("*metrics.jsonl"),
@@ -260,14 +260,14 @@ VARIANTS: dict[str, Callable[[Bench], Work]] = {
 def serve(connection: Any, variant: str, setting: Setting) -> None:
     """What a variant's process does: makes ready, then a run whenever it is asked for one, until it is sent False."""
     with open_run(setting.config(setting.folder / "unused.jsonl")) as run:
-        teacher = run.load_teacher()
+        teacher = Teacher(run)
         bench = Bench(setting, run, teacher)
         examples = [example for chosen, _ in bench.batches() for example in chosen]
         flops_of = forward_flops(run.pretrained.architecture)
         flops = sum(
             flops_of.example(one.num_tokens, one.num_loss_tokens) for one in examples
         )
-        teacher.rows(examples[-WARM_UP_EXAMPLES:])
+        teacher.finish(teacher.start(examples[-WARM_UP_EXAMPLES:]))
         work = VARIANTS[variant](bench)
         connection.send([(one.num_tokens, one.num_loss_tokens) for one in examples])
         while connection.recv():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.run.launch import needs_launch
+from nemo_kd.run.ranks import join_ranks
 
 if TYPE_CHECKING:
     from nemo_kd.student.report import StudentRun
-    from nemo_kd.teacher.progress import CacheReport
+    from nemo_kd.teacher.reports import CacheReport
 
 
 def compute_topk_logits(
@@ -38,10 +40,7 @@ def compute_topk_logits(
         UserInputError: the configuration, model or dataset is invalid; the message names the key.
         Requeue: the run was told to stop; the same call continues it.
     """
-    checked = _checked(STAGE_1, config)
-    from nemo_kd.teacher import compute_topk_logits as run
-
-    return run(checked)
+    return _run(STAGE_1, config)
 
 
 def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> StudentRun:
@@ -53,10 +52,7 @@ def train_student(config: TrainStudentConfig | Mapping[str, Any]) -> StudentRun:
     Returns:
         The run: `folder`, `step` and `archive`, the path of the .nemo file or None.
     """
-    checked = _checked(STAGE_2, config)
-    from nemo_kd.student import train_student as run
-
-    return run(checked)
+    return _run(STAGE_2, config)
 
 
 def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> None:
@@ -64,13 +60,10 @@ def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> N
 
     Args and errors are those of `compute_topk_logits`; the keys are those of the command.
     """
-    checked = _checked(CONVERSION, config)
-    from nemo_kd.convert import convert
-
-    convert(checked)
+    _run(CONVERSION, config)
 
 
-def _checked(command: Command, config: Any) -> Any:
+def _run(command: Command, config: Any) -> Any:
     if isinstance(config, Mapping):
         cfg, _ = without_ignored(from_names(config, command.name), command.name)
         config = typed(command.config_class, cfg)
@@ -82,4 +75,6 @@ def _checked(command: Command, config: Any) -> Any:
             f"{command.name}"
         )
     command.check(config)
-    return config
+    if trainer is not None:
+        join_ranks(trainer)
+    return pkgutil.resolve_name(command.function)(config)

@@ -10,12 +10,12 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.shared import ModelConfig
+from nemo_kd.config.shared import ModelConfig, TrainerConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.run.ranks import init_process_group
+from nemo_kd.run.ranks import join_ranks
 from nemo_kd.terminal import print_text
 
 
@@ -45,7 +45,7 @@ def convert(config: ConvertCheckpointConfig) -> None:
             else source.dtype
         )
         output.parent.mkdir(parents=True, exist_ok=True)
-        init_process_group(1, 1, "cpu")
+        join_ranks(TrainerConfig(accelerator="cpu", precision="32"))
         layout = ModelConfig(make_vocab_size_divisible_by=1)
         groups = initialize_model_parallel(layout, layout.seed)
         architecture = source.architecture

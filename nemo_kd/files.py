@@ -1,4 +1,4 @@
-"""Atomic files, files opened without following links, and locks between processes."""
+"""Atomic files, and locks between processes."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ import ctypes
 import errno
 import fcntl
 import logging
-import math
 import os
 import shutil
 import socket
-import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -21,8 +19,20 @@ from nemo_kd.config import UserInputError
 
 ABANDONED_AFTER_S = 3600.0
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
-LONGEST_HOLDER = 1000
-"""Characters to read from a lock file."""
+
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "your quota is used up: free some space",
+    errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
+    errno.EACCES: "give another path, or have its owner permit it",
+    errno.EPERM: "give another path, or have its owner permit it",
+    errno.ENOENT: "check the path, or restore its folder",
+    errno.EISDIR: "a folder has this name: give a file's path, or move the folder away",
+    errno.EMFILE: "raise the limit (`ulimit -n`), or set fewer data workers",
+    errno.ENOMEM: "end other programs, or make batches smaller",
+    errno.EADDRINUSE: "set MASTER_PORT to a free port",
+}
+"""Next step by errno, for those whose name does not say it."""
 
 log = logging.getLogger(__name__)
 
@@ -31,26 +41,10 @@ class FileError(UserInputError):
     """A file that cannot be opened, locked or written; the message says what to do."""
 
 
-REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "your quota is used up: free some space",
-    errno.EFBIG: "the file system or a limit (`ulimit -f`) allows no larger file: raise it",
-    errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
-    errno.EACCES: "give another path, or have its owner permit it",
-    errno.EPERM: "give another path, or have its owner permit it",
-    errno.ENOENT: "check the path, or restore its folder",
-    errno.ENAMETOOLONG: "the name is too long: give a shorter path",
-    errno.ENOTDIR: "a part of the path is a file: give another path",
-    errno.EISDIR: "a folder has this name: give a file's path, or move the folder away",
-    errno.EEXIST: "something else has this name: give another path, or move it away",
-    errno.ENOTEMPTY: "the folder is not empty: give another path, or move what is there away",
-    errno.ELOOP: "symbolic links lead in a circle: mend them or give another path",
-    errno.ESTALE: "the network file system has lost it: mount it again",
-    errno.EIO: "the disk or network file system reports an error: check it",
-    errno.ENODEV: "the file system cannot do this: give a path on another one",
-    errno.ENXIO: "it is no regular file: give a file's path",
-}
-"""Remedy for each errno; the message goes on with "then run the same command again"."""
+def remedy(error: OSError) -> str:
+    """Return the next step after an error of the operating system."""
+    step = REMEDIES.get(error.errno or 0, "check the path and its file system")
+    return f"{step}, then run the same command again"
 
 
 @contextlib.contextmanager
@@ -63,68 +57,28 @@ def explained(path: str | Path, note: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = REMEDIES.get(error.errno or 0)
-        if remedy is None:
-            raise
         raise FileError(
-            f"{path}: cannot be written ({error.strerror}); {remedy}, then run the same command "
-            f"again{note}"
+            f"{path}: cannot be written ({error.strerror}); {remedy(error)}{note}"
         ) from error
 
 
-def open_without_links(path: str | Path, flags: int) -> int:
-    """Return a descriptor of the regular file `path`, opened with `flags` of os.open; never blocks.
-
-    Raises:
-        FileError: the path is a symbolic link, pipe, device or folder. Following one would let
-            anyone who can write to the folder redirect this process to another file.
-    """
-    try:
-        descriptor = os.open(
-            path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666
-        )
-    except OSError as error:
-        if error.errno == errno.ELOOP and os.path.islink(path):
-            raise FileError(
-                f"{path}: is a symbolic link, which is not followed here; remove it"
-            ) from error
-        if error.errno in (
-            errno.EISDIR,
-            errno.ENXIO,
-        ):  # a folder; a pipe that nobody reads, or a socket
-            raise _not_regular(path) from error
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_regular(path)
-    return descriptor
-
-
-def _not_regular(path: str | Path) -> FileError:
-    return FileError(
-        f"{path}: is not a regular file but a folder, pipe or device; remove it"
-    )
-
-
 def open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file for reading, behind links too; never blocks.
+    """Open a regular file for reading; a pipe would block.
 
     Raises:
         FileNotFoundError: there is none.
         FileError: it is a pipe, device or folder, or cannot be read.
     """
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise FileError(f"{path}: is not a regular file; remove it")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        return open(path, "rb")
     except FileNotFoundError:
         raise
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be read ({error.strerror}); restore it, or have its owner permit it"
+            f"{path}: cannot be read ({error.strerror}); {remedy(error)}"
         ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise _not_regular(path)
-    return os.fdopen(descriptor, "rb")
 
 
 def read_file(path: str | Path, start: int = 0) -> bytes:
@@ -132,15 +86,6 @@ def read_file(path: str | Path, start: int = 0) -> bytes:
     with open_regular(path) as file:
         file.seek(start)
         return file.read()
-
-
-def open_for_append(path: str | Path) -> BinaryIO:
-    """Open or create a file for appending; refuse symbolic links."""
-    with explained(path):
-        descriptor = open_without_links(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        return open(
-            path, "ab", opener=lambda *_: descriptor
-        )  # so that the file has its name
 
 
 def write_atomically(
@@ -164,11 +109,7 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
     with explained(path, note):
         try:
             # The tempfile module would make a file that only its owner can read.
-            temporary.unlink(missing_ok=True)  # of a dead process that had this one's id
-            descriptor = open_without_links(
-                temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            )
-            with os.fdopen(descriptor, "wb", buffering=1 << 20) as file:
+            with temporary.open("wb", buffering=1 << 20) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
@@ -177,7 +118,7 @@ def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
-        sync_folder(path.parent)
+        sync(path.parent)
 
 
 def new_folder(path: Path) -> Path:
@@ -204,7 +145,7 @@ def replace_folder(new: Path, path: Path) -> None:
     at once, the old folder moves aside first, and `new_folder` restores it.
     """
     for inner in [*new.rglob("*"), new]:
-        sync_folder(inner)
+        sync(inner)
     aside = path.with_name(f".{path.name}.replaced")
     if not path.exists():
         os.rename(new, path)
@@ -213,7 +154,7 @@ def replace_folder(new: Path, path: Path) -> None:
     else:
         os.rename(path, aside)
         os.rename(new, path)
-    sync_folder(path.parent)
+    sync(path.parent)
     remove(aside)
 
 
@@ -259,24 +200,22 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
     """
     found = []
     for path in sorted(folder.glob(f".*{suffix}")):
-        owner, dash, pid = path.name.removesuffix(suffix).rpartition("-")
-        if not (dash and pid.isdecimal()):
+        owner, _, pid = path.name.removesuffix(suffix).rpartition("-")
+        if not pid.isdecimal():
             continue
         if owner.endswith(f".{_machine()}"):
-            is_abandoned = int(pid) != os.getpid() and not _is_alive(int(pid))
+            is_abandoned = not _is_alive(int(pid))
         else:
-            is_abandoned = time.time() - _last_change(path) > ABANDONED_AFTER_S
+            is_abandoned = _age_s(path) > ABANDONED_AFTER_S
         if is_abandoned:
             found.append(path)
     return found
 
 
-def _last_change(path: Path) -> float:
-    """Return the newest modification time in a file or folder; now if it vanishes meanwhile."""
-    try:
-        return max(found.lstat().st_mtime for found in [path, *path.rglob("*")])
-    except FileNotFoundError:
-        return time.time()
+def _age_s(path: Path) -> float:
+    with contextlib.suppress(FileNotFoundError):  # another job removes it as well
+        return time.time() - path.lstat().st_mtime
+    return 0.0
 
 
 class Lock(contextlib.AbstractContextManager["Lock"]):
@@ -300,29 +239,19 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
         refusal: str = "is using it; wait until it ends",
         wait_s: float = 0.0,
     ) -> None:
-        self.path = path
         self.file = open_lock_file(path)
-        free = try_lock(self.file, fcntl.LOCK_EX)
-        if free is False and 0 < wait_s < math.inf:
-            log.warning(
-                "%s: locked by %s; waiting up to %g s",
-                path,
-                read_holder(self.file),
-                wait_s,
-            )
         deadline_s = time.monotonic() + wait_s
-        while free is False and time.monotonic() < deadline_s:
+        while (free := try_lock(self.file, fcntl.LOCK_EX)) is False:
+            holder = read_holder(self.file)
+            if time.monotonic() >= deadline_s:
+                self.file.close()
+                raise FileError(f"{path}: {holder} {refusal}")
             time.sleep(0.05)
-            free = try_lock(self.file, fcntl.LOCK_EX)
-        if free is None and wait_s < math.inf:
+        if free is None:
             log.warning(
                 "%s: this file system keeps no locks; make sure that no other job writes there",
                 path,
             )
-        if free is False:
-            holder = read_holder(self.file)
-            self.file.close()
-            raise FileError(f"{path}: {holder} {refusal}")
         write_holder(self.file, this_process())
 
     def release(self) -> None:
@@ -334,12 +263,9 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
 
 
 def open_lock_file(path: Path) -> TextIO:
-    """Open or create a lock file; refuse symbolic links."""
+    """Open or create a lock file."""
     with explained(path):
-        descriptor = open_without_links(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-        return open(
-            path, "a+", encoding="utf-8", errors="replace", opener=lambda *_: descriptor
-        )
+        return path.open("a+")
 
 
 def try_lock(file: TextIO, operation: int) -> bool | None:
@@ -370,36 +296,21 @@ def write_holder(file: TextIO, holder: str) -> None:
     """Write the holder's name into a lock file."""
     with explained(file.name):
         file.truncate(0)
-        os.write(
-            file.fileno(), holder.encode()
-        )  # a buffer would be written once more at the close
+        file.write(holder)
+        file.flush()
 
 
 def read_holder(file: TextIO) -> str:
     """Read the holder's name from a lock file."""
     file.seek(0)
-    return file.read(LONGEST_HOLDER).strip() or "another process"
+    return file.read().strip() or "another process"
 
 
 def this_process() -> str:
-    """Describe this process for messages: PID, host, Slurm job, start time."""
-    environment = os.environ
-    job = (
-        f", Slurm job {environment['SLURM_JOB_ID']}"
-        if "SLURM_JOB_ID" in environment
-        else ""
-    )
-    return f"process {os.getpid()} on {_machine()}{job}, since {time.strftime('%Y-%m-%d %H:%M:%S')}"
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power failure."""
-    try:
-        sync(folder)
-    except OSError as error:
-        # Some network and FUSE file systems cannot sync a folder.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
+    """Describe this process for messages: PID, host, Slurm job."""
+    job = os.environ.get("SLURM_JOB_ID")
+    where = f"{_machine()}, Slurm job {job}" if job else _machine()
+    return f"process {os.getpid()} on {where}"
 
 
 def sync(path: Path) -> None:
@@ -407,6 +318,10 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network and FUSE file systems cannot sync a folder.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
@@ -417,8 +332,9 @@ def _machine() -> str:
 
 def _is_alive(pid: int) -> bool:
     try:
-        with contextlib.suppress(PermissionError):
-            os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):  # no process has an id of so many digits
+        os.kill(pid, 0)
+    except ProcessLookupError:
         return False
+    except PermissionError:  # another user's
+        pass
     return True

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from nemo_kd.config.model import GPTArchitecture
 
 PEAK_BF16_FLOPS = {
@@ -27,6 +29,16 @@ def peak_flops(device_name: str, precision: str) -> float | None:
         (peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)),
         None,
     )
+
+
+def peak_flops_of_all_ranks(device: torch.device, precision: str) -> float | None:
+    """Return the peak of all ranks together; None on a CPU, or if it is unknown."""
+    import torch
+
+    if device.type != "cuda":
+        return None
+    peak = peak_flops(torch.cuda.get_device_name(device), precision)
+    return None if peak is None else peak * torch.distributed.get_world_size()
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -29,14 +28,10 @@ def printable(text: str, keep: str = "\t\n") -> str:
 
 
 def print_text(text: str, stream: TextIO | None = None) -> None:
-    """Print text, escaping what the terminal cannot show; ignore a closed pipe."""
+    """Print text, escaping control characters; ignore a closed pipe."""
     stream = sys.stdout if stream is None else stream
-    encoding = stream.encoding or "utf-8"
     try:
-        stream.write(
-            printable(text).encode(encoding, "backslashreplace").decode(encoding) + "\n"
-        )
-        stream.flush()
+        print(printable(text), file=stream, flush=True)
     except BrokenPipeError:
         # Python flushes once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -49,25 +44,16 @@ def print_error(error: object) -> None:
 
 def size_text(num_bytes: float) -> str:
     """Format a number of bytes with a decimal unit."""
-    for unit in ("bytes", "KB", "MB", "GB", "TB"):
-        if num_bytes < 1000 or unit == "TB":
-            return (
-                f"{num_bytes:,.0f} {unit}"
-                if unit == "bytes"
-                else f"{num_bytes:,.1f} {unit}"
-            )
+    if num_bytes < 1000:
+        return f"{num_bytes:,.0f} bytes"
+    for unit in ("KB", "MB", "GB"):
         num_bytes /= 1000
-    raise AssertionError
+        if num_bytes < 1000:
+            return f"{num_bytes:,.1f} {unit}"
+    return f"{num_bytes / 1000:,.1f} TB"
 
 
 def print_table(lines: Sequence[tuple[str, str]]) -> None:
     """Print names and values in two columns."""
     width = max(len(name) for name, _ in lines)
     print_text("\n".join(f"{name:<{width}}  {value}" for name, value in lines))
-
-
-class PrintableFormatter(logging.Formatter):
-    """Formatter of log messages that escapes control characters."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))

@@ -40,7 +40,7 @@ COMMAND = Command(
     summary="caches a teacher's top-k logits for every example of a dataset (stage 1)",
     config_class=ComputeTopkLogitsConfig,
     check=check,
-    function="nemo_kd.teacher:compute_topk_logits",
+    function="nemo_kd.teacher.loop:compute_topk_logits",
     example="""compute_topk_logits \\
     model=teacher/ data=train.jsonl \\
     output=cache/train_CHUNK_ID.jsonl.zst n_examples_per_chunk=10000 \\
@@ -51,7 +51,7 @@ PLAN = replace(
     COMMAND,
     summary="estimate disk, time and memory of compute_topk_logits with the same keys, by a short "
     "probe",
-    function="nemo_kd.teacher.estimate:estimate_cost",
+    function="nemo_kd.teacher.reports:estimate_cost",
     example="""logit_cache plan \\
     pretrained_checkpoint.restore_from_path=teacher/ \\
     data.data.file_path=data/train.jsonl \\

@@ -31,7 +31,7 @@ def main() -> None:
         or any(argument.startswith("-") for argument in unknown)
     ):
         command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
-    with errors_end_the_process(at_once=False):
+    with errors_end_the_process():
         if unknown:
             arguments.settings = unknown
         sys.exit(arguments.run(arguments))

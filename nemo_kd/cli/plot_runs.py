@@ -16,7 +16,7 @@ SUMMARY = "Draws the metrics of training runs side by side, as PNG pictures."
 
 def main() -> None:
     arguments = parser().parse_args()
-    with errors_end_the_process(at_once=False):
+    with errors_end_the_process():
         if importlib.util.find_spec("matplotlib") is None:
             raise ConfigError(
                 "plot_runs: needs matplotlib, which is not installed: pip install 'nemo-kd[plots]'"

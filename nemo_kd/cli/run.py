@@ -22,8 +22,8 @@ from nemo_kd.config.typed import describe, typed
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal
 from nemo_kd.run.launch import LAUNCHER, follow_launcher, launch, needs_launch
-from nemo_kd.run.ranks import find_ranks
-from nemo_kd.terminal import PrintableFormatter, print_text
+from nemo_kd.run.ranks import find_ranks, join_ranks
+from nemo_kd.terminal import print_text
 
 IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
     {"module": r"megatron\."},  # what it misses without Apex and Transformer Engine
@@ -106,6 +106,9 @@ def run(command: Command) -> None:
         if ignored and find_ranks().rank == 0:
             text = "\n  ".join(["warning: these keys do nothing here:", *ignored])
             print_text(text, sys.stderr)
+        if trainer is not None:
+            # Before Megatron and Lightning load, so that wrong devices are reported at once.
+            join_ranks(trainer)
         pkgutil.resolve_name(command.function)(config)
 
 
@@ -131,10 +134,8 @@ def help_text(command: Command) -> str:
 def configure_logging() -> None:
     """Show messages of rank 0 and errors of the others; call it before heavy imports: they warn."""
     level = logging.INFO if find_ranks().rank == 0 else logging.ERROR
-    handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(message)s"))
     logger = logging.getLogger("nemo_kd")
-    logger.handlers = [handler]
+    logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(level)
     for pattern in IGNORED_WARNINGS:

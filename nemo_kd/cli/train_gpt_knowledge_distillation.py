@@ -54,7 +54,7 @@ COMMAND = Command(
     summary="trains a student from cached teacher logits, or on labels alone (stage 2)",
     config_class=TrainStudentConfig,
     check=check,
-    function="nemo_kd.student:train_student",
+    function="nemo_kd.student.job:train_student",
     example="""train_gpt_knowledge_distillation \\
     model=student/ output=results/kd \\
     data=cache/train_CHUNK_ID.jsonl.zst validation=cache/validation_CHUNK_ID.jsonl.zst \\

@@ -93,8 +93,7 @@ class ProcessGroups:
 def initialize_model_parallel(parallel: ParallelConfig, seed: int) -> ProcessGroups:
     """Divide the ranks into groups and seed Megatron's random generators; every rank calls it.
 
-    Groups of the same sizes are kept, others replaced. Needs a process group
-    (`init_process_group`).
+    Groups of the same sizes are kept, others replaced. Needs a process group (`join_ranks`).
 
     Raises:
         ConfigError: the sizes do not divide the number of ranks.

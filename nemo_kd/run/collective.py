@@ -12,7 +12,7 @@ from nemo_kd.config.errors import UserInputError
 
 T = TypeVar("T")
 
-POLL_S = 0.05
+POLL_S = 0.02
 
 
 def gather(function: Callable[[], T]) -> list[T]:
@@ -46,39 +46,35 @@ def raise_together(error: OSError | UserInputError | None) -> None:
     gather(fail)
 
 
-def on_rank_zero(
-    function: Callable[[], T], meanwhile: Callable[[], None] | None = None
-) -> T:
-    """Return on every rank what `function` returns on rank 0.
-
-    Args:
-        meanwhile: called again and again on the other ranks until rank 0 is done. Needed where the
-            function may take longer than a collective waits.
+def on_rank_zero(function: Callable[[], T]) -> T:
+    """Return on every rank what `function` returns on rank 0, however long that takes.
 
     Raises:
         OSError, UserInputError: on every rank, what the function raised on rank 0.
     """
     if not is_distributed():
         return function()
-    store = None if meanwhile is None else shared_store("on_rank_zero")
+    store = shared_store("on_rank_zero")
     outcome: list[Any] = [None]
     if rank() == 0:
         outcome = [_outcome(function)]
-        if store is not None:
-            store.set("done", "1")
-    elif store is not None and meanwhile is not None:
-        while not store.check(["done"]):
-            meanwhile()
-            time.sleep(POLL_S)
+        store.set("done", "")
+    wait_for(store, "done")
     dist.broadcast_object_list(outcome, src=0)
     return _value(outcome[0])
+
+
+def wait_for(store: dist.Store, key: str) -> None:
+    """Wait for a key without a time limit; signals take effect meanwhile."""
+    while not store.check([key]):
+        time.sleep(POLL_S)
 
 
 def shared_store(name: str) -> dist.Store:
     """Return a part of the ranks' common store that is new and empty; every rank calls this."""
     assert dist.group.WORLD is not None
     store = dist.group.WORLD.get_group_store()
-    number = on_rank_zero(lambda: store.add(name, 1))
+    number = store.add(f"{name}/calls of {rank()}", 1)
     return dist.PrefixStore(f"{name}/{number}", store)
 
 

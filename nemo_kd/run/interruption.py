@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
 import re
@@ -17,14 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 
 from nemo_kd.config.errors import ConfigError
-
-if TYPE_CHECKING:
-    from torch.distributed import Store
 
 REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that stopped early with everything saved."""
@@ -33,12 +31,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 JOB_SIGNALS = (*SIGNALS, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 """Signals that schedulers and terminals send to all processes of a job."""
 
-CHECK_INTERVAL_S = 1.0
-ORPHAN_CHECK_S = 0.5
 CHILD_GRACE_S = 5.0
 """Time for a killed child process to end."""
 
-KEY = "nemo_kd/interruption"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -61,26 +56,20 @@ class Interruption:
         ConfigError: `max_time` is not DD:HH:MM:SS.
     """
 
-    def __init__(self, max_time: str | None = None) -> None:
+    def __init__(self, max_time: str | None = None, rank: int = 0) -> None:
         self._max_time = max_time
-        self._max_time_s = float("inf") if max_time is None else parse_max_time(max_time)
-        self._started_s = time.monotonic() - (
-            time.time() - psutil.Process().create_time()
-        )
+        self._deadline_s = math.inf
+        if max_time is not None:
+            self._deadline_s = psutil.Process().create_time() + parse_max_time(max_time)
+        self._rank = rank
         self._signal: signal.Signals | None = None
-        self._reason: str | None = None
-        self._store: Store | None = None
-        self._rank = 0
-        self._next_check_s = 0.0
         self._handlers_before: dict[signal.Signals, Any] = {}
-        self._mask_before: set[int] = set()
 
     def __enter__(self) -> Interruption:
         if _in_main_thread():
             self._handlers_before = {
                 number: signal.getsignal(number) for number in SIGNALS
             }
-            self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
             self.take_signals()
         return self
 
@@ -92,57 +81,22 @@ class Interruption:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
 
     def __exit__(self, error_type: object, error: object, traceback: object) -> None:
-        if self._handlers_before and not isinstance(error, Requeue):
-            signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
+        if not isinstance(error, Requeue):
             for number, handler in self._handlers_before.items():
                 signal.signal(number, handler)
 
-    def share(self, store: Store, rank: int) -> None:
-        """Share reasons with all ranks that have `store`, within a second or two."""
-        self._store = store
-        self._rank = rank
-
     @property
     def reason(self) -> str | None:
-        """Return why to stop, or None; a reason stays.
-
-        Cheap enough for every batch, and every rank must ask now and then. Ranks learn of a reason
-        one after the other: for joint steps they must follow the answer of one rank.
-
-        Raises:
-            torch.distributed.DistError: the store is gone.
-        """
-        if self._reason is not None:
-            return self._reason
-        self._reason = self._own_reason()
-        if self._store is None:
-            return self._reason
-        if self._reason is not None:
-            self._store.set(KEY, self._reason)
-        elif time.monotonic() >= self._next_check_s:
-            self._next_check_s = time.monotonic() + CHECK_INTERVAL_S
-            if self._store.check([KEY]):
-                self._reason = self._store.get(KEY).decode()
-        return self._reason
-
-    def agreed_reason(self) -> str:
-        """Return the reason of the rank that has one; call it only if some rank has one."""
-        if self._reason is None:
-            assert self._store is not None
-            self._reason = self._store.get(KEY).decode()
-        return self._reason
-
-    def _own_reason(self) -> str | None:
+        """Return why to stop, or None; a reason stays. For joint steps ranks must agree on one."""
         if self._signal is not None:
             return (
                 f"rank {self._rank} on {os.uname().nodename} received {self._signal.name}"
             )
-        if time.monotonic() - self._started_s >= self._max_time_s:
+        if time.time() >= self._deadline_s:
             return f"max_time_per_run={self._max_time} is over"
         return None
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # Python runs this between any two instructions, even within a store operation.
         self._signal = signal.Signals(number)
 
 
@@ -173,8 +127,8 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
     except BaseException:
         if not received:
             raise
-        _ignore(SIGNALS)  # launchers send SIGTERM once another rank has left
-        _ignore([signal.SIGINT])
+        # Launchers send SIGTERM once another rank has left.
+        ignore([*SIGNALS, signal.SIGINT])
         raise KeyboardInterrupt(where()) from None
     finally:
         if not received:
@@ -214,7 +168,7 @@ def follow_the_main_process(worker: int) -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with_parent(parent.pid)
-    _ignore(JOB_SIGNALS)
+    ignore(JOB_SIGNALS)
 
 
 def end_with_parent(parent: int) -> None:
@@ -224,8 +178,6 @@ def end_with_parent(parent: int) -> None:
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_end_as_orphan, args=(parent,), daemon=True).start()
     if os.getppid() != parent:  # it ended before the line above
         os._exit(1)
 
@@ -233,23 +185,11 @@ def end_with_parent(parent: int) -> None:
 def end_children() -> None:
     """Kill this process's data readers and file writers; files appear whole or not at all."""
     for child in multiprocessing.active_children():
-        # A forked process also lists its parent's children.
-        if (
-            child.pid is not None
-            and psutil.pid_exists(child.pid)
-            and psutil.Process(child.pid).ppid() == os.getpid()
-        ):
-            child.kill()
-            child.join(CHILD_GRACE_S)
+        child.kill()
+        child.join(CHILD_GRACE_S)
 
 
-def _end_as_orphan(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(ORPHAN_CHECK_S)
-    os._exit(1)
-
-
-def _ignore(numbers: Iterable[signal.Signals]) -> None:
+def ignore(numbers: Iterable[signal.Signals]) -> None:
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
 

@@ -51,18 +51,13 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    header = (
-        f"# Configuration of this run with all defaults, by nemo_kd {__version__}; "
-        "secrets are left out.\n"
-    )
     content = (
-        header + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        f"# Configuration of this run with all defaults, by nemo_kd {__version__}; secrets are "
+        f"left out.\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}"
     ).encode()
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            if path.read_bytes() == content:
-                return
+        if path.exists() and path.read_bytes() != content:
             names = (
                 path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1)
             )
@@ -72,18 +67,14 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
 
 def _plain(value: Any, paths: bool = True) -> Any:
     if dataclasses.is_dataclass(value):
-        fields = [
-            each for each in dataclasses.fields(value) if paths or not is_path(each)
-        ]
-        items = {field.name: getattr(value, field.name) for field in fields}
-        return {
-            name: _plain(each, paths)
-            for name, each in items.items()
-            if not _is_secret(each)
+        value = {
+            each.name: getattr(value, each.name)
+            for each in dataclasses.fields(value)
+            if paths or not is_path(each)
         }
     if isinstance(value, dict):
         return {
-            str(name): _plain(each)
+            str(name): _plain(each, paths)
             for name, each in value.items()
             if not SECRET_NAME.search(str(name)) and not _is_secret(each)
         }
@@ -93,9 +84,8 @@ def _plain(value: Any, paths: bool = True) -> Any:
 
 
 def _is_secret(value: Any) -> bool:
-    if not isinstance(value, str):
-        return False
-    secrets = (text for name, text in os.environ.items() if SECRET_NAME.search(name))
-    return bool(SECRET_VALUE.search(value)) or any(
-        len(secret) >= 8 and secret in value for secret in secrets
+    secrets = [text for name, text in os.environ.items() if SECRET_NAME.search(name)]
+    return isinstance(value, str) and (
+        bool(SECRET_VALUE.search(value))
+        or any(len(secret) >= 8 and secret in value for secret in secrets)
     )

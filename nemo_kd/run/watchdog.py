@@ -28,15 +28,18 @@ class CollectiveError(RuntimeError):
 class Watchdog:
     """Ends this process (exit status 1) if no `step` comes for `timeout_s`, within `with`.
 
-    It writes rank, machine, last step and the stacks of all threads to stderr. If something holds
-    Python's lock, it writes the stacks after twice the time. The timeout of torch's collectives
-    should be longer, because torch's error says less.
+    It writes rank, machine, last step and the stacks of all threads to stderr. The timeout of
+    torch's collectives should be longer, because torch's error says less.
+
+    Raises:
+        CollectiveError: the block ends with torch's error about a lost rank.
     """
 
     def __init__(self, timeout_s: float, rank: int) -> None:
         self.timeout_s = timeout_s
         self.rank = rank
-        self._last: tuple[str, tuple[object, ...]] = ("start", ())
+        self._last = "start"
+        self._num_steps = 0
         self._paused = 0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -45,17 +48,25 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._closed.set()
         self._thread.join()
-        faulthandler.cancel_dump_traceback_later()
+        if not isinstance(error, RuntimeError):
+            return
+        from torch.distributed import DistError
 
-    def step(self, what: str, *details: object) -> None:
-        """Report progress; `what % details`, formatted only when shown, describes the next step.
+        text = str(error).strip()
+        if isinstance(error, DistError) or COLLECTIVE_ERRORS.search(text):
+            raise CollectiveError(
+                f"{self._where()} lost the other ranks; its last step: {self._last}. "
+                "Another rank has probably ended, see its own message. torch says: "
+                f"{text.splitlines()[0]}"
+            ) from error
 
-        For example step("batch %d of segment %s: examples %s: forward", 12, segment, indices).
-        """
-        self._last = (what, details)
+    def step(self, what: str) -> None:
+        """Report progress; `what` describes the next step, for example with its examples."""
+        self._last = what
+        self._num_steps += 1
 
     @contextlib.contextmanager
     def pause(self, what: str) -> Iterator[None]:
@@ -68,33 +79,13 @@ class Watchdog:
             self.step("after: " + what)
             self._paused -= 1
 
-    @contextlib.contextmanager
-    def explain_collective_errors(self) -> Iterator[None]:
-        """Raise torch's errors about a lost rank as CollectiveError with this rank's last step."""
-        try:
-            yield
-        except RuntimeError as error:
-            from torch.distributed import DistError
-
-            text = str(error).strip()
-            is_collective = isinstance(error, DistError) or COLLECTIVE_ERRORS.search(text)
-            if isinstance(error, CollectiveError) or not is_collective:
-                raise
-            raise CollectiveError(
-                f"{self._where()} lost the other ranks; its last step: {self._last_step()}. "
-                "Another rank has probably ended, see its own message. torch says: "
-                f"{text.splitlines()[0]}"
-            ) from error
-
     def _watch(self) -> None:
-        tick_s = self.timeout_s / TICKS
         ticks = 0
-        seen = self._last
+        seen = 0
         # Time is counted in ticks of this thread: a suspended process does not tick.
-        while not self._closed.wait(tick_s):
-            faulthandler.dump_traceback_later(2 * self.timeout_s, exit=True, file=STDERR)
-            ticks = ticks + 1 if self._last is seen and not self._paused else 0
-            seen = self._last
+        while not self._closed.wait(self.timeout_s / TICKS):
+            ticks = ticks + 1 if self._num_steps == seen and not self._paused else 0
+            seen = self._num_steps
             if ticks >= TICKS:
                 self._end()
 
@@ -102,7 +93,7 @@ class Watchdog:
         message = (
             f"error: {self._where()} made no progress for {self.timeout_s:g} s "
             "(trainer.distributed_timeout_minutes)\n"
-            f"last step: {self._last_step()}\n"
+            f"last step: {self._last}\n"
             "The cause may be another rank that died or hangs, or a file system that hangs. "
             "Stacks of all threads:\n"
         )
@@ -113,7 +104,3 @@ class Watchdog:
 
     def _where(self) -> str:
         return f"rank {self.rank} on {os.uname().nodename}"
-
-    def _last_step(self) -> str:
-        what, details = self._last
-        return what % details if details else what

@@ -23,7 +23,7 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
-from nemo_kd.run.collective import on_rank_zero, shared_store
+from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import Interruption, explained_ctrl_c
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.resolved_config import resolved_config, save_config
@@ -73,7 +73,6 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         minutes = config.trainer.distributed_timeout_minutes
         watchdog = Watchdog(60 * minutes, torch.distributed.get_rank())
         stack.enter_context(watchdog)
-        stack.enter_context(watchdog.explain_collective_errors())
         with watchdog.pause("loading"):
             trainer, student = _load(config, pretrained, data, loss, watchdog, stack)
             log.info(setup_report(student, tokenizer))
@@ -139,8 +138,9 @@ def _load(
     manager = config.exp_manager
     interruption = None
     if manager.create_checkpoint_callback:
-        interruption = stack.enter_context(Interruption(manager.max_time_per_run))
-        interruption.share(shared_store("train_student"), watchdog.rank)
+        interruption = stack.enter_context(
+            Interruption(manager.max_time_per_run, watchdog.rank)
+        )
     record = experiment_record(
         config,
         pretrained.architecture,

@@ -365,7 +365,9 @@ class StudentModule(pl.LightningModule):
         any_stops, any_writes = total[-2:].tolist()
         self._ranks_write = any_writes > 0
         if any_stops and self.interruption is not None:
-            self.stop_reason = self.interruption.agreed_reason()
+            interruption = self.interruption
+            reasons = gather(lambda: interruption.reason)
+            self.stop_reason = next(reason for reason in reasons if reason)
         return total[:-2].view_as(values)
 
     def _share_flags(self) -> None:

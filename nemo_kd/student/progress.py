@@ -14,14 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from nemo_kd.run.collective import on_rank_zero, rank
-from nemo_kd.run.metrics import (
-    Counters,
-    MetricsFile,
-    Progress,
-    ProgressLine,
-    Sink,
-    WandbSink,
-)
+from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 
 log = logging.getLogger(__name__)
 
@@ -62,33 +55,31 @@ class RunLog:
         self.max_steps = max_steps
         self.interval_s = interval_s
         self.trainer = trainer
-        self.sinks: list[Sink] = []
+        self.sinks: list[Any] = []
         if rank() == 0:
             self.sinks.append(MetricsFile(self.metrics_path))
         self.latest: dict[str, float] = {}
         self.progress: Progress | None = None
         self.seconds = 0.0
-        self._line: ProgressLine | None = None
         self._started_s = 0.0
 
     def start(self, step: int, peak_flops: float | None) -> None:
         """Begin the training after `step`."""
         self._started_s = time.monotonic()
         if rank() == 0:
-            self._line = ProgressLine("training", self.max_steps, "steps")
             self.progress = Progress(
+                "training",
                 self.max_steps,
                 self.interval_s,
-                [self._line],
                 peak_flops=peak_flops,
                 unit="steps",
-                start=Counters(steps=step),
+                start={"steps": step},
             )
 
     def step(
         self, step: int, metrics: dict[str, float], counted: dict[str, float]
     ) -> None:
-        """Log a training step; `counted` are fields of Counters."""
+        """Log a training step; `counted` are names of Counts."""
         self.latest |= metrics
         if step % self.trainer.log_every_n_steps == 0:
             self._log(step, metrics)
@@ -103,8 +94,8 @@ class RunLog:
         self.latest |= metrics
         self._log(step, metrics)
         text = f"{split} after step {step:,}: {format_metrics(metrics, split)}, {seconds:.1f} s"
-        if self._line is not None:
-            self._line.note(text)
+        if self.progress is not None and not self.seconds:
+            self.progress.note(text)
         else:  # the test, after the training; or a rank other than 0, which logs errors only
             log.info(text)
 
@@ -112,18 +103,18 @@ class RunLog:
         """End the training."""
         self.seconds = time.monotonic() - self._started_s
         if self.progress is not None:
+            self.progress.finish()
             self.progress.close()
-        self._line = None
 
     def close(self) -> None:
-        if self._line is not None:
-            self._line.close()
+        if self.progress is not None:
+            self.progress.close()
         for sink in self.sinks:
-            sink.close()
+            sink.finish()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
-            sink.show({"step": step, **metrics})
+            sink.log({"step": step, **metrics})
         for logger in self.trainer.loggers:
             logger.log_metrics(metrics, step)
             logger.save()
@@ -140,13 +131,13 @@ def format_metrics(metrics: dict[str, float], section: str) -> str:
     return ", ".join(shown) or "no token counts in the loss"
 
 
-class StudentWandb(WandbSink):
+class StudentWandb:
     """A run in Weights & Biases, finished at the end of `with`; a later failure is one warning."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
         self.is_callers = getattr(sys.modules.get("wandb"), "run", None) is not None
         self.is_lost = False
-        super().__init__(settings)
+        self.run = open_wandb(settings)
         for metrics, axis in WANDB_AXES.items():
             self.run.define_metric(metrics, step_metric=axis)
 
@@ -158,12 +149,12 @@ class StudentWandb(WandbSink):
             with self._errors_as_warning():
                 self.run.finish(exit_code=int(error_type is not None))
 
-    def show(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
         if not self.is_lost:
             with self._errors_as_warning():
-                super().show({**metrics, "trainer/global_step": metrics["step"]})
+                self.run.log({**metrics, "trainer/global_step": metrics["step"]})
 
-    def close(self) -> None:
+    def finish(self) -> None:
         """Do nothing: `__exit__` finishes the run."""
 
     @contextlib.contextmanager

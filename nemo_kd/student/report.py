@@ -148,13 +148,16 @@ def end_report(student: StudentModule) -> StudentRun:
     if run_log.progress is None:
         return run
     latest = run_log.latest
-    counters = run_log.progress.counters
+    counters = run_log.progress.counts
     seconds = max(run_log.seconds, 1e-9)
     time = f"{timedelta(seconds=round(seconds))} with validations and checkpoints"
     facts = [
         ("trained", f"{run.step:,} of {run_log.max_steps:,} steps"),
-        ("tokens", f"{counters.tokens:,.0f} ({counters.loss_tokens:,.0f} in the loss)"),
-        ("time", f"{time}, {counters.tokens / seconds:,.0f} tokens/s"),
+        (
+            "tokens",
+            f"{counters['tokens']:,.0f} ({counters['loss_tokens']:,.0f} in the loss)",
+        ),
+        ("time", f"{time}, {counters['tokens'] / seconds:,.0f} tokens/s"),
     ]
     for name, metric, section in (
         ("last step", "train_step", "train"),

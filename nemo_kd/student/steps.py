@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
-import torch.distributed as dist
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.flops import forward_flops, peak_flops
+from nemo_kd.flops import forward_flops, peak_flops_of_all_ranks
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import Requeue
 
@@ -116,7 +115,7 @@ class StepMeter:
         all_train: all weights are trained; with frozen ones MFU is not measured.
 
     Attributes:
-        counted: of the last step, by the names of Counters; a replica waited `data_wait_s` on
+        counted: of the last step, by the names of Counts; a replica waited `data_wait_s` on
             average.
     """
 
@@ -129,10 +128,8 @@ class StepMeter:
     ) -> None:
         self.flops = forward_flops(architecture)
         self.groups = groups
-        self.peak_flops: float | None = None
-        if groups.device.type == "cuda" and all_train:
-            peak = peak_flops(torch.cuda.get_device_name(groups.device), precision)
-            self.peak_flops = peak and peak * dist.get_world_size()
+        peak = peak_flops_of_all_ranks(groups.device, precision)
+        self.peak_flops = peak if all_train else None
         self.counted: dict[str, float] = {}
         self._waiting_since_s = self._started_s = 0.0
 

@@ -5,29 +5,20 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch.distributed as dist
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import Example
 from nemo_kd.cache.manifest import Manifest, codec_settings
-from nemo_kd.cache.segment import Segment
+from nemo_kd.cache.segment import Segment, segments
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.dataset import (
-    NO_LOSS_TOKENS,
-    TOO_LONG,
-    TOO_SHORT,
-    TokenizedDataset,
-)
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.records import DataError
 from nemo_kd.data.text import trained_text
 from nemo_kd.data.tokenizer import (
@@ -44,12 +35,8 @@ from nemo_kd.mcore.model import use_transformer_engine
 from nemo_kd.run.collective import gather
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.resolved_config import resolved_config
-from nemo_kd.teacher.model import Teacher, ignore_step
 
 log = logging.getLogger(__name__)
-
-MAX_EXPLAINED_RECORDS = 10_000
-"""Records to read for an explanation why a dataset has no examples."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +45,19 @@ class Job:
 
     Attributes:
         split: the dataset's name, empty for a single dataset.
+        label: prefix of log lines.
+        indices: of the records to compute.
         chunks: record indices of every chunk.
         manifest: of the cache, without chunks.
     """
 
     split: str
+    label: str
     config: ComputeTopkLogitsConfig
     dataset: TokenizedDataset
+    indices: range
     chunks: list[range]
     manifest: Manifest
-
-    @property
-    def label(self) -> str:
-        """Prefix of log lines."""
-        return f"{self.split}: " if self.split else ""
-
-    @property
-    def indices(self) -> range:
-        return range(self.chunks[0][0], self.chunks[-1][-1] + 1)
 
 
 @dataclass(frozen=True)
@@ -88,31 +70,13 @@ class Run:
     pad_id: int
     jobs: list[Job]
 
-    def load_teacher(self, step: Callable[..., None] = ignore_step) -> Teacher:
-        """Load this rank's part of the teacher; `step` is called before every batch."""
-        return Teacher(self.config, self.pretrained, self.groups, self.pad_id, step)
-
     def describe_ranks(self) -> str:
         """Describe how ranks share the teacher and the size of a batch, for reports."""
-        model = self.config.model
-        sizes = {
-            "tensor": model.tensor_model_parallel_size,
-            "pipeline": model.pipeline_model_parallel_size,
-            "context": model.context_parallel_size,
-            "data": self.groups.data_size,
-        }
-        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
-        parts = [
-            f"{dist.get_world_size()} ranks" + (f" = {product}" if product else ""),
-            self.config.trainer.precision,
-        ]
-        if model.expert_model_parallel_size > 1:
-            parts.append(f"experts over {model.expert_model_parallel_size} ranks")
-        if self.config.max_tokens_per_batch is not None:
-            parts.append(f"at most {self.config.max_tokens_per_batch:,} tokens per batch")
-        if model.micro_batch_size is not None:
-            parts.append(f"at most {model.micro_batch_size} examples per batch")
-        return ", ".join(parts)
+        layout = " x ".join(f"{name} {n}" for name, n in self.groups.layout().items())
+        return (
+            f"{dist.get_world_size()} ranks = {layout}; {self.config.trainer.precision}; batches "
+            f"of at most {self.config.max_tokens_per_batch} tokens"
+        )
 
 
 @contextlib.contextmanager
@@ -157,8 +121,8 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
         )
 
 
-def check_records(job: Job, segments: Sequence[Segment]) -> int:
-    """Render every record of the segments once, shared among the ranks.
+def check_records(job: Job, missing: Sequence[Segment]) -> int:
+    """Render every record of the missing segments once, shared among the ranks.
 
     Returns:
         The number of tokens in all of them.
@@ -167,69 +131,37 @@ def check_records(job: Job, segments: Sequence[Segment]) -> int:
         DataError: on every rank, for a record that cannot be rendered, or if no record of the
             whole range makes an example.
     """
-    indices = [index for _, records in segments for index in records]
+    indices = [index for _, records in missing for index in records]
 
-    def render_share() -> tuple[int, int]:
-        num_examples = 0
-        num_tokens = 0
-        for index in tqdm(
-            indices[dist.get_rank() :: dist.get_world_size()],
-            desc=f"{job.label}checking records",
-            unit=" records",
-            disable=dist.get_rank() != 0 or not sys.stderr.isatty(),
-            leave=False,
-        ):
+    log.info("%schecking %d records", job.label, len(indices))
+
+    def render_share() -> Counter[str]:
+        counts: Counter[str] = Counter()
+        for index in indices[dist.get_rank() :: dist.get_world_size()]:
             record = job.dataset[index]
-            if isinstance(record, Example):
-                num_examples += 1
-                num_tokens += record.num_tokens
-        return num_examples, num_tokens
+            if isinstance(record, str):
+                counts[record] += 1
+            else:
+                counts["tokens"] += record.num_tokens
+        return counts
 
-    shares = gather(render_share)
+    counts = sum(gather(render_share), Counter[str]())
     # A part may be empty; only the whole range must not be.
-    if len(indices) == len(job.indices) and not any(
-        num_examples for num_examples, _ in shares
-    ):
-        raise nothing_to_train(job)
-    return sum(num_tokens for _, num_tokens in shares)
+    if len(indices) == len(job.indices) and not counts["tokens"]:
+        raise nothing_to_train(job, counts)
+    return counts["tokens"]
 
 
-def nothing_to_train(job: Job) -> DataError:
-    """Explain why no record makes an example: reasons, formats and roles found, next step."""
-    indices = job.indices[:MAX_EXPLAINED_RECORDS]
-    reasons: Counter[str] = Counter()
-    formats: Counter[str] = Counter()
-    roles: Counter[str] = Counter()
-    for index in indices:
-        item = job.dataset[index]
-        reasons[item if isinstance(item, str) else "usable"] += 1
-        formats[job.dataset.format(index)] += 1
-        record = job.dataset.records[index]
-        for key, role in (("messages", "role"), ("conversations", "from")):
-            turns = record.get(key) or []
-            roles.update(str(turn.get(role)) for turn in turns if isinstance(turn, dict))
+def nothing_to_train(job: Job, reasons: Counter[str]) -> DataError:
+    """Return the error that none of some records makes an example, with the remedies."""
     data = job.config.data.data
-    remedies = {
-        TOO_LONG: f"raise model.max_seq_length (now {job.manifest.seq_length})",
-        TOO_SHORT: f"lower data.data.min_seq_length (now {data.min_seq_length})",
-        NO_LOSS_TOKENS: (
-            "only assistant turns with content are trained: rename the roles, or set "
-            "data.data.format"
-        ),
-    }
-    found = [f"formats found: {_counts(formats)}"]
-    if roles:
-        found.append(f"roles found: {_counts(roles)}")
-    found += [remedies[reason] for reason in reasons if reason in remedies]
+    found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.items())
     return DataError(
-        f"data.data.file_path: {data.file_path}: nothing to train: none of the "
-        f"{len(indices):,} records {indices[0]} to {indices[-1]} makes an example "
-        f"({_counts(reasons)}); {'; '.join(found)}"
+        f"data.data.file_path: {data.file_path}: nothing to train: none of the records makes an "
+        f"example ({found}). Raise model.max_seq_length (now {job.manifest.seq_length}), lower "
+        f"data.data.min_seq_length (now {data.min_seq_length}), or, as only assistant turns with "
+        "content are trained, rename the roles or set data.data.format"
     )
-
-
-def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{count:,} {name!r}" for name, count in counter.most_common(10))
 
 
 def _open_job(
@@ -246,15 +178,20 @@ def _open_job(
     dataset = TokenizedDataset(
         config.data, tokenizer, seq_length, architecture.vocab_size
     )
-    chunks = _chunks(config, len(dataset))
+    indices = _indices(config, len(dataset))
     # A wrong format or chat template shows here, before anything is written.
-    first = dataset[chunks[0][0]]
-    prefix = f"{split}: " if split else ""
-    if isinstance(first, Example):
-        text = trained_text(first, tokenizer)
-        log.info("%sexample %d, trained between « and »:\n%s", prefix, first.index, text)
+    first = dataset[indices[0]]
+    label = f"{split}: " if split else ""
+    if isinstance(first, str):
+        log.info("%sexample %d is skipped: %s", label, indices[0], first)
     else:
-        log.info("%sexample %d is skipped: %s", prefix, chunks[0][0], first)
+        text = trained_text(first, tokenizer)
+        log.info("%sexample %d, trained between « and »:\n%s", label, first.index, text)
+    formats = {data.format}
+    if data.format == "auto":
+        # Each rank parses its share of the records.
+        share = indices[dist.get_rank() :: dist.get_world_size()]
+        formats = set().union(*gather(lambda: set(map(dataset.format, share))))
     formatting = dataclasses.asdict(data)
     del formatting["file_path"]
     formatting["chat_prompt_tokens"] = dataclasses.asdict(config.data.chat_prompt_tokens)
@@ -272,40 +209,29 @@ def _open_job(
         dataset={
             "path": data.file_path,
             "fingerprint": dataset.records.fingerprint,
-            "start_from_idx": chunks[0][0],
-            "end_at_idx": chunks[-1][-1],
-            "formats": _formats(dataset, range(chunks[0][0], chunks[-1][-1] + 1)),
+            "start_from_idx": indices[0],
+            "end_at_idx": indices[-1],
+            "formats": sorted(formats),
             "formatting": formatting,
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
         config=resolved_config(config),
     )
-    return Job(split, config, dataset, chunks, manifest)
+    chunks = segments(indices, config.n_examples_per_chunk or len(indices))
+    return Job(split, label, config, dataset, indices, chunks, manifest)
 
 
-def _chunks(config: ComputeTopkLogitsConfig, num_records: int) -> list[range]:
-    """Return the record indices that each chunk covers.
+def _indices(config: ComputeTopkLogitsConfig, num_records: int) -> range:
+    """Return the indices of the records to compute.
 
     Raises:
         ConfigError: the range lies outside the dataset.
     """
     last = num_records - 1 if config.end_at_idx is None else config.end_at_idx
-    for key, index in (("start_from_idx", config.start_from_idx), ("end_at_idx", last)):
-        if index >= num_records:
-            raise ConfigError(
-                f"{key}: {index} lies outside {config.data.data.file_path}, whose records have "
-                f"the indices 0 to {num_records - 1}"
-            )
-    indices = range(config.start_from_idx, last + 1)
-    size = config.n_examples_per_chunk or len(indices)
-    return [indices[start : start + size] for start in range(0, len(indices), size)]
-
-
-def _formats(dataset: TokenizedDataset, indices: range) -> list[str]:
-    """Return the formats of all records; each rank parses its share of them."""
-    share = indices[dist.get_rank() :: dist.get_world_size()]
-    if dataset.config.data.format != "auto":
-        return [dataset.config.data.format]
-    found: list[Any] = gather(lambda: set(map(dataset.format, share)))
-    return sorted(set().union(*found))
+    if max(config.start_from_idx, last) >= num_records:
+        raise ConfigError(
+            f"start_from_idx, end_at_idx: {config.start_from_idx} to {last} lies outside "
+            f"{config.data.data.file_path}, whose records have the indices 0 to {num_records - 1}"
+        )
+    return range(config.start_from_idx, last + 1)

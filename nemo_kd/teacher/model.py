@@ -6,10 +6,11 @@ example, K kept logits, T temperatures, M tail samples, U = M + 1 random numbers
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -19,10 +20,8 @@ from torch.distributed import ReduceOp
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows, to_device
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
-from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import collate, form_batches, pack
-from nemo_kd.mcore.checkpoint import PretrainedModel
-from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.model import (
     build_gpt_model,
     hidden_at,
@@ -35,6 +34,9 @@ from nemo_kd.ops.tail_sampling import tail_uniforms
 from nemo_kd.ops.topk import topk_rows
 from nemo_kd.ops.vocab import VocabShard
 
+if TYPE_CHECKING:
+    from nemo_kd.teacher.job import Run
+
 log = logging.getLogger(__name__)
 
 
@@ -42,21 +44,9 @@ class TeacherError(UserInputError):
     """The teacher cannot compute an example; the message names it and the next step."""
 
 
-@dataclass
-class BatchResult:
-    """Targets of one batch on their way to the host.
-
-    Attributes:
-        numbers: the batch's examples, as numbers within the pass.
-        starts: index of the first token of each example in the flat batch, b * S + s.
-        targets: positions are indices in the flat batch; under context parallelism this rank's
-            part. On the host once `ready` has occurred.
-    """
-
-    numbers: list[int]
-    starts: list[int]
-    targets: TeacherRows[torch.Tensor]
-    ready: torch.cuda.Event | None
+BatchResult = tuple[list[Example], list[int], TeacherRows[torch.Tensor]]
+"""(examples; index of the first token of each in the flat batch, b * S + s; targets, whose
+positions are indices in the flat batch, under context parallelism this rank's part)."""
 
 
 @dataclass
@@ -67,59 +57,48 @@ class Pass:
         batches: None for a batch whose result is on other ranks.
         computed_tokens: with padding.
         max_tokens: limit on a batch at the end of the pass.
+        ready: when it has occurred the results are on the host; None without a GPU.
     """
 
     examples: Sequence[Example]
     batches: list[BatchResult | None] = field(default_factory=list)
     computed_tokens: int = 0
     max_tokens: int | None = None
-
-
-def ignore_step(what: str, *details: object) -> None: ...
+    ready: torch.cuda.Event | None = None
 
 
 class Teacher:
     """The teacher's weights on this rank.
 
     Args:
-        step: called before every batch with its description, `what % details`.
+        step: called before every batch with its description.
     """
 
-    def __init__(
-        self,
-        config: ComputeTopkLogitsConfig,
-        pretrained: PretrainedModel,
-        groups: ProcessGroups,
-        pad_id: int,
-        step: Callable[..., None] = ignore_step,
-    ) -> None:
-        self.top_k = config.top_k
-        self.cache = config.cache
+    def __init__(self, run: Run, step: Callable[[str], None] = lambda _: None) -> None:
+        config = run.config
+        groups = run.groups
+        architecture = run.pretrained.architecture
+        self.config = config
         self.groups = groups
-        self.pad_id = pad_id
+        self.pad_id = run.pad_id
         self.step = step
-        self.temperatures = (1.0, *config.cache.temperatures)
-        self.everywhere = config.cache.codec == "json" or config.cache.positions == "all"
         self.max_examples = config.model.micro_batch_size
         self.max_tokens = config.max_tokens_per_batch
         self.packed = config.data.packing and groups.context_size == 1
         self.multiple_of = length_multiple(config.model)
-        self.vocab_size = pretrained.architecture.vocab_size
+        self.vocab_size = architecture.vocab_size
+        self.flops = forward_flops(architecture)
         dtype = getattr(torch, PRECISIONS[config.trainer.precision])
         self.model = build_gpt_model(
-            pretrained.architecture,
+            architecture,
             transformer_config(
-                pretrained.architecture, config.model, dtype, perform_initialization=False
+                architecture, config.model, dtype, perform_initialization=False
             ),
             config.model.make_vocab_size_divisible_by,
             use_transformer_engine(config.model.transformer_engine),
         )
-        pretrained.load_weights(self.model, groups)
+        run.pretrained.load_weights(self.model, groups)
         self.model.eval()
-
-    def rows(self, examples: Sequence[Example]) -> list[CachedExample]:
-        """Return the examples with their targets, in order; [] on ranks that do not write."""
-        return self.finish(self.start(examples))
 
     def start(self, examples: Sequence[Example]) -> Pass:
         """Compute the examples batch by batch; all ranks of a replica call it with the same ones.
@@ -131,19 +110,31 @@ class Teacher:
             TeacherError: an example alone does not fit, or a batch that other ranks share.
         """
         result = Pass(examples)
-        pending = list(range(len(examples)))
-        while True:
-            lengths = [examples[number].num_tokens for number in pending]
-            places = form_batches(
-                lengths, self.max_examples, self.max_tokens, self.packed, self.multiple_of
+        pending = self._batches(examples)
+        if self.groups.lockstep_lanes > 1:
+            box = torch.tensor(len(pending))
+            dist.all_reduce(box, op=ReduceOp.MAX, group=self.groups.lockstep)
+            pending += [[]] * (int(box) - len(pending))
+        while pending:
+            if self._fits(result, pending[0]):
+                del pending[0]
+                continue
+            tokens = sum(example.num_tokens for example in pending[0])
+            torch.cuda.empty_cache()
+            self.max_tokens = tokens // 2
+            log.error(  # a warning would show on rank 0 only
+                "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch "
+                "is %d",
+                tokens,
+                self.max_tokens,
             )
-            batches = [[pending[place] for place in batch] for batch in places]
-            num_done = self._compute(result, batches)
-            if num_done == len(batches):
-                result.max_tokens = self.max_tokens
-                return result
-            self._halve([examples[number] for number in batches[num_done]])
-            pending = sorted(number for batch in batches[num_done:] for number in batch)
+            left = sorted(itertools.chain(*pending), key=lambda example: example.index)
+            pending = self._batches(left)
+        result.max_tokens = self.max_tokens
+        if self.groups.device.type == "cuda":
+            result.ready = torch.cuda.Event()
+            result.ready.record()
+        return result
 
     def finish(self, started: Pass) -> list[CachedExample]:
         """Return the rows of a pass, in order; [] on ranks that do not write.
@@ -151,112 +142,125 @@ class Teacher:
         Raises:
             TeacherError: the teacher's logits are not finite.
         """
-        rows: dict[int, CachedExample] = {}
+        if started.ready is not None:
+            started.ready.synchronize()
+        rows: dict[int, CachedExample] = {}  # by the example's id()
         for result in started.batches:
             whole = self._whole(result)
             if result is None or whole is None:
                 continue
-            for number, start in zip(result.numbers, result.starts, strict=True):
-                example = started.examples[number]
+            examples, starts, _ = result
+            for example, start in zip(examples, starts, strict=True):
                 first, last = np.searchsorted(
                     whole.positions_P, [start, start + example.num_tokens]
                 )
                 targets = whole.at(slice(first, last))
                 targets = replace(targets, positions_P=targets.positions_P - start)
-                _check_finite(example, targets)
-                rows[number] = CachedExample(example, targets)
-        return [rows[number] for number in sorted(rows)]
-
-    def _compute(self, result: Pass, batches: list[list[int]]) -> int:
-        """Compute batches; return their number if the next one exceeds the GPU's memory."""
-        groups = self.groups
-        num_steps = len(batches)
-        if groups.lockstep_lanes > 1:
-            box = torch.tensor(num_steps)
-            dist.all_reduce(box, op=ReduceOp.MAX, group=groups.lockstep)
-            num_steps = int(box)
-        for number in range(num_steps):
-            try:
-                self._batch(result, batches[number] if number < len(batches) else [])
-            except torch.OutOfMemoryError as error:
-                if dist.get_world_size(groups.lockstep) > 1:
-                    # The others may be in the middle of a collective that this rank left.
+                finite_P = np.isfinite(targets.log_sum_exp_logits_P)
+                if not finite_P.all():
                     raise TeacherError(
-                        f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with "
-                        f"a batch of at most {self.max_tokens} tokens ({error}); give a smaller "
-                        "one, or spread the teacher over more ranks"
-                    ) from error
-                return number
-        return len(batches)
+                        f"example {example.index}: the teacher's logits at position "
+                        f"{targets.positions_P[~finite_P][0]} are not finite; try "
+                        "trainer.precision=32, and check the checkpoint"
+                    )
+                rows[id(example)] = CachedExample(example, targets)
+        return [rows[id(one)] for one in started.examples if id(one) in rows]
 
-    def _halve(self, examples: Sequence[Example]) -> None:
+    def counts(self, computed: Pass) -> dict[str, float]:
+        """Return what `Progress` counts of a pass."""
+        examples = computed.examples
         tokens = sum(example.num_tokens for example in examples)
-        if len(examples) == 1:
-            raise TeacherError(
-                f"example {examples[0].index}: its {tokens} tokens do not fit into the GPU's "
-                "memory, not even alone; lower model.max_seq_length, or spread the teacher "
-                "over more ranks (model.tensor_model_parallel_size, "
-                "model.pipeline_model_parallel_size, model.context_parallel_size)"
-            )
-        if self.groups.device.type == "cuda":
-            torch.cuda.empty_cache()
-        self.max_tokens = tokens // 2
-        log.error(  # a warning would show on rank 0 only
-            "out of memory with %d tokens in a batch; from here on data.max_tokens_per_batch is %d",
-            tokens,
-            self.max_tokens,
+        return {
+            "examples": len(examples),
+            "tokens": tokens,
+            "loss_tokens": sum(example.num_loss_tokens for example in examples),
+            "padding_tokens": computed.computed_tokens - tokens,
+            "flops": sum(
+                self.flops.example(one.num_tokens, one.num_loss_tokens)
+                for one in examples
+            ),
+        }
+
+    def _batches(self, examples: Sequence[Example]) -> list[list[Example]]:
+        lengths = [example.num_tokens for example in examples]
+        batches = form_batches(
+            lengths, self.max_examples, self.max_tokens, self.packed, self.multiple_of
         )
+        return [[examples[place] for place in batch] for batch in batches]
+
+    def _fits(self, result: Pass, examples: list[Example]) -> bool:
+        """Compute a batch; return False if it exceeds the GPU's memory and can be split."""
+        try:
+            self._batch(result, examples)
+        except torch.OutOfMemoryError as error:
+            # With several ranks the others may be in a collective that this one left.
+            if len(examples) > 1 and dist.get_world_size(self.groups.lockstep) == 1:
+                return False
+            indices = [example.index for example in examples]
+            raise TeacherError(
+                f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with the "
+                f"examples {indices} in a batch of at most {self.max_tokens} tokens ({error}); "
+                "give a smaller number, lower model.max_seq_length, or spread the teacher over "
+                "more ranks (model.tensor_model_parallel_size, "
+                "model.pipeline_model_parallel_size, model.context_parallel_size)"
+            ) from error
+        return True
 
     @torch.inference_mode()
-    def _batch(self, result: Pass, numbers: list[int]) -> None:
-        examples = [result.examples[number] for number in numbers]
-        self.step(
-            "batch of %d tokens, examples %s",
-            sum(e.num_tokens for e in examples),
-            [e.index for e in examples],
-        )
+    def _batch(self, result: Pass, examples: list[Example]) -> None:
+        num_tokens = sum(example.num_tokens for example in examples)
+        indices = [example.index for example in examples]
+        self.step(f"batch of {num_tokens} tokens, examples {indices}")
         if self.packed:
             batch = pack(examples, self.pad_id, self.multiple_of)
         else:
             # A lane without examples computes filler: its experts serve the other lanes.
             batch = collate(examples or [None], self.pad_id, self.multiple_of)
         hidden = run_batch(self.model, batch, self.groups)
-        result.batches.append(
-            None if hidden is None else self._score(examples, numbers, batch, hidden)
-        )
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
+        if hidden is None:
+            result.batches.append(None)
+            return
+        starts = _starts(batch)[: len(examples)]
+        targets = self._score(examples, starts, batch, hidden)
+        result.batches.append((examples, starts, targets))
 
     def _score(
         self,
         examples: Sequence[Example],
-        numbers: list[int],
+        starts: Sequence[int],
         batch: Batch,
         hidden: torch.Tensor,
-    ) -> BatchResult:
-        local_N, positions_N = loss_positions(batch, self.groups, self.everywhere)
+    ) -> TeacherRows[torch.Tensor]:
+        cache = self.config.cache
+        everywhere = cache.codec == "json" or cache.positions == "all"
+        local_N, positions_N = loss_positions(batch, self.groups, everywhere)
         hidden_NH = hidden_at(
             hidden, to_device(local_N, hidden.device), len(batch.tokens_BS), self.model
         )
+        uniforms_NU = None
+        if cache.tail_samples:
+            # They depend on seed, example and position only.
+            uniforms_AU = np.zeros((batch.tokens_BS.numel(), cache.tail_samples + 1))
+            for example, start in zip(examples, starts, strict=True):
+                uniforms_AU[start : start + example.num_tokens] = tail_uniforms(
+                    cache.seed, example.index, example.num_tokens, cache.tail_samples
+                )
+            uniforms_NU = to_device(
+                torch.from_numpy(uniforms_AU)[positions_N], hidden.device
+            )
         weight_vH = output_weight(self.model)
         found = topk_rows(
             hidden_NH,
             weight_vH,
             to_device(batch.labels_BS.flatten()[positions_N], hidden.device),
             VocabShard.of(len(weight_vH), self.vocab_size, self.groups.tensor),
-            top_k=self.top_k,
-            kept=self.cache.kept,
-            temperatures=self.temperatures,
-            uniforms_NU=self._uniforms(examples, batch, positions_N)
-            if self.cache.tail_samples
-            else None,
+            top_k=self.config.top_k,
+            kept=cache.kept,
+            temperatures=(1.0, *cache.temperatures),
+            uniforms_NU=uniforms_NU,
         )
-        targets = replace(found.map(_to_host), positions_P=positions_N)
-        ready = None
-        if hidden.device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        starts = _starts(batch)[: len(examples)]
-        return BatchResult(numbers, starts, targets, ready)
+        return replace(found.map(_to_host), positions_P=positions_N)
 
     def _whole(self, result: BatchResult | None) -> TeacherRows[np.ndarray] | None:
         """Return the targets of a whole batch on the writer, None elsewhere.
@@ -266,9 +270,7 @@ class Teacher:
         groups = self.groups
         mine = None
         if result is not None and groups.tensor_rank == 0:
-            if result.ready is not None:
-                result.ready.synchronize()
-            mine = result.targets.map(torch.Tensor.numpy)
+            mine = result[2].map(torch.Tensor.numpy)
         if groups.context_size == 1:
             return mine
         gathered: list[Any] | None = (
@@ -279,28 +281,6 @@ class Teacher:
             return None
         whole = join_rows([part for part in gathered if part is not None])
         return whole.at(whole.positions_P.argsort())
-
-    def _uniforms(
-        self, examples: Sequence[Example], batch: Batch, positions_N: torch.Tensor
-    ) -> torch.Tensor:
-        """Return random numbers that depend on seed, example and position only."""
-        uniforms_AU = np.zeros((batch.tokens_BS.numel(), self.cache.tail_samples + 1))
-        for example, start in zip(examples, _starts(batch), strict=False):
-            length = example.num_tokens
-            uniforms_AU[start : start + length] = tail_uniforms(
-                self.cache.seed, example.index, length, self.cache.tail_samples
-            )
-        return to_device(torch.from_numpy(uniforms_AU)[positions_N], self.groups.device)
-
-
-def _check_finite(example: Example, targets: TeacherRows[np.ndarray]) -> None:
-    finite_P = np.isfinite(targets.log_sum_exp_logits_P)
-    if not finite_P.all():
-        raise TeacherError(
-            f"example {example.index}: the teacher's logits at position "
-            f"{targets.positions_P[~finite_P][0]} are not finite; try trainer.precision=32, and check "
-            "the checkpoint"
-        )
 
 
 def _starts(batch: Batch) -> list[int]:

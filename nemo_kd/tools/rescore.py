@@ -199,9 +199,9 @@ def rescore(
                 sample.reader, sample.rows, pretrained, tokenizer, dataset
             )
         )
-        with watchdog, watchdog.explain_collective_errors():
+        with watchdog:
             with watchdog.pause("loading the teacher"):
-                teacher = run.load_teacher(watchdog.step)
+                teacher = Teacher(run, watchdog.step)
             # A cache of another precision has other rounded weights too.
             dtypes = sample.dtypes or {"bfloat16"}
             dtypes = dtypes | {PRECISIONS[config.trainer.precision]}
@@ -234,7 +234,7 @@ def score_twice(
     examples = [row.example for row in sample.rows.values()]
     if teacher.max_examples is not None:
         teacher.max_examples = max(2, teacher.max_examples)
-    scored = teacher.rows(examples[::-1])[::-1]
+    scored = teacher.finish(teacher.start(examples[::-1]))[::-1]
     teacher.packed = False
     teacher.max_examples = 1
     teacher.multiple_of *= CONTROL_MULTIPLE
@@ -251,7 +251,7 @@ def score_twice(
     for module in (*decoder.layers, decoder.final_layernorm):
         if module is not None:
             module.register_forward_hook(disturb)
-    return scored, teacher.rows(examples)
+    return scored, teacher.finish(teacher.start(examples))
 
 
 def compare(

@@ -33,28 +33,32 @@ def finish(interruption: Interruption) -> None:
 
 
 def finish_together(interruption: Interruption) -> None:
-    """The same with a real process group, in which every rank learns of every rank's reason."""
+    """The same with a real process group, in which a signal to one rank stops all."""
+    import torch
     import torch.distributed as dist
 
+    from nemo_kd.run.collective import gather
+
     dist.init_process_group("gloo")
-    interruption.share(
-        dist.PrefixStore("run", dist.group.WORLD.get_group_store()), dist.get_rank()
-    )
     tell("ready")
-    while interruption.reason is None:
+    stops = torch.zeros(1)
+    while not stops:
+        stops = torch.tensor([float(interruption.reason is not None)])
+        dist.all_reduce(stops)
         time.sleep(0.01)
     tell("saved")
-    dist.barrier()
-    raise Requeue(interruption.reason)
+    reasons = gather(lambda: interruption.reason)
+    raise Requeue(next(reason for reason in reasons if reason))
 
 
 def meet(interruption: Interruption) -> None:
     """The ranks as both stages start them; they exchange something, then wait."""
     import torch.distributed as dist
 
-    from nemo_kd.run.ranks import init_process_group
+    from nemo_kd.config.shared import TrainerConfig
+    from nemo_kd.run.ranks import join_ranks
 
-    init_process_group(1, int(os.environ.get("WORLD_SIZE", "1")), "auto")
+    join_ranks(TrainerConfig(devices=int(os.environ.get("WORLD_SIZE", "1"))))
     dist.barrier()
     tell("ready")
     time.sleep(1000)
@@ -66,23 +70,18 @@ def lose_the_other(interruption: Interruption) -> None:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    with (
-        Watchdog(60, find_ranks().rank) as watchdog,
-        watchdog.explain_collective_errors(),
-    ):
+    with Watchdog(60, find_ranks().rank) as watchdog:
         dist.barrier()
         if find_ranks().rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        watchdog.step(
-            "batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650]
-        )
+        watchdog.step("batch 12 of segment 640-703: examples [641, 650]: forward")
         dist.all_reduce(torch.ones(1))
 
 
 def hang(interruption: Interruption) -> None:
     with Watchdog(1.0, find_ranks().rank) as watchdog:
         if find_ranks().rank == 1:
-            watchdog.step("batch %d: reading examples %s", 3, [7, 8])
+            watchdog.step("batch 3: reading examples [7, 8]")
             time.sleep(1000)
         while True:
             watchdog.step("waiting for the other")
@@ -131,7 +130,7 @@ def main(config: ComputeTopkLogitsConfig) -> None:
         tell("ready")
         time.sleep(1000)
     try:
-        with Interruption(os.environ.get("MAX_TIME")) as interruption:
+        with Interruption(os.environ.get("MAX_TIME"), find_ranks().rank) as interruption:
             globals()[mode](interruption)
     finally:
         if find_ranks().rank == 0 and "CLEAN_UP" in os.environ:
@@ -144,6 +143,11 @@ if __name__ == "__main__":
     sys.modules["rank_program"] = sys.modules["__main__"]
     run(
         Command(
-            "compute_topk_logits", "", ComputeTopkLogitsConfig, "rank_program:main", ""
+            name="compute_topk_logits",
+            summary="",
+            config_class=ComputeTopkLogitsConfig,
+            check=lambda config: None,
+            function="rank_program:main",
+            example="",
         )
     )

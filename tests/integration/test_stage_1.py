@@ -24,8 +24,8 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.files import Lock
-from nemo_kd.teacher.estimate import estimate_cost
 from nemo_kd.teacher.loop import compute_topk_logits
+from nemo_kd.teacher.reports import estimate_cost
 from tests.tiny_cache import everywhere, summaries
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -226,8 +226,8 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
     ("overrides", "message"),
     [
         ({"top_k": 301}, "top_k: 301 exceeds the teacher's vocabulary of 300 tokens"),
-        ({"start_from_idx": 23}, "start_from_idx: 23 lies outside"),
-        ({"end_at_idx": 23}, "end_at_idx: 23 lies outside"),
+        ({"start_from_idx": 23}, "end_at_idx: 23 to 22 lies outside"),
+        ({"end_at_idx": 23}, "end_at_idx: 0 to 23 lies outside"),
         (
             {"trainer__devices": 1, "model__tensor_model_parallel_size": 2},
             "model.tensor_model_parallel_size",

@@ -16,7 +16,7 @@ import torch
 from nemo_kd.config import UserInputError
 from nemo_kd.teacher import loop
 from nemo_kd.teacher.loop import compute_topk_logits
-from nemo_kd.teacher.progress import CacheReport
+from nemo_kd.teacher.reports import CacheReport
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import save_hf_model
 
@@ -72,7 +72,8 @@ def test_a_job_alone_never_succeeds_while_a_chunk_is_missing(
     for error, printed, _ in ranks(2).run(
         run, *world, tmp_path / "c_CHUNK_ID.jsonl", overrides, remove
     ):
-        assert f"1 of 2 chunks are missing at the end of this job ({remove[2]})" in error
+        assert "1 of 2 chunks are missing at the end of this job" in error
+        assert f"the first is {remove[2]}" in error
         assert "run the same command again" in error
         assert "next:" not in printed
     assert ranks(1).run(run, *world, tmp_path / "c_CHUNK_ID.jsonl", CHUNKS)[0][0] == ""
@@ -87,13 +88,13 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(
         0
     ]
     assert error == ""
-    assert "2 of 2 chunks (0, 1) wait for other parts: 1/2 (4 segments)" in logged
+    assert "2 of 2 chunks wait for other parts: 1/2 (4 segments)" in logged
     assert "Part 0/2 is done and on disk" in logged
     assert "mass of the kept ids" not in printed  # no chunk is there to measure it on
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"
     error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[0]
-    assert "2 segments of its work are not on disk" in error
+    assert "2 of 2 chunks are missing at the end of this job" in error
     assert ranks(1).run(run, *world, output, {**CHUNKS, "part": "1/2"})[0][0] == ""
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
     assert error == ""
@@ -117,10 +118,10 @@ def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(
         run, world[0], dataset, tmp_path / "c.jsonl", {"end_at_idx": 3}
     )[0]
     assert (
-        "nothing to train: none of the 4 records 0 to 3 makes an example (4 'no loss tokens')"
+        "nothing to train: none of the records makes an example (4 'no loss tokens')"
         in error
     )
-    assert "formats found: 4 'messages'; roles found: 4 'human', 4 'gpt'" in error
+    assert "rename the roles" in error
     assert not (tmp_path / "c.jsonl").exists()
     whole = {"cache__segment_examples": 4}
     assert (
@@ -143,7 +144,7 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
     )[0]
     assert error == ""
     assert "train with support=tail" in logged
-    assert "a larger top_k (now 4) keeps more" in logged
+    assert "a larger top_k (now 4)" in logged
     assert (
         "support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0"
         in logged
@@ -157,10 +158,7 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
         assert f"\n{name} " in printed
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
-    assert (
-        "train with support=sampled: the 2 tail samples per position stand for the rest"
-        in logged
-    )
+    assert "train with support=sampled (cache.tail_samples=2)" in logged
 
 
 def run_and_edit(
@@ -174,8 +172,6 @@ def run_and_edit(
         text = dataset.read_text()
         if edit == "removed":
             dataset.unlink()
-        elif edit == "touched":
-            dataset.touch()
         else:
             dataset.write_text(text.replace("Say", "Sag"))
         original(*args)
@@ -187,7 +183,7 @@ def run_and_edit(
         loop._publish = original
 
 
-@pytest.mark.parametrize("edit", ["edited", "removed", "touched"])
+@pytest.mark.parametrize("edit", ["edited", "removed"])
 def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(
     ranks, world, tmp_path, edit
 ):
@@ -197,10 +193,8 @@ def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(
     error = ranks(1).run(
         run_and_edit, world[0], dataset, tmp_path / "c.jsonl", overrides, edit
     )[0]
-    assert (f"{dataset}: the file was changed while it was in use" in error) == (
-        edit != "touched"
-    )
-    assert (tmp_path / "c.jsonl").exists() == (edit == "touched")
+    assert f"{dataset}: the file was changed while it was in use" in error
+    assert not (tmp_path / "c.jsonl").exists()
     shutil.copy(world[1], dataset)
     assert (
         ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0] == ""

@@ -213,8 +213,8 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(
     assert "val_loss is not finite after step 3" in said
     lines = said.splitlines()
     assert [
-        line.partition(",")[0] for line in lines if line.startswith("training: step")
-    ] == [f"training: step {step}/3" for step in (1, 2, 3)]
+        line.partition(",")[0] for line in lines if "g: " in line and " steps," in line
+    ] == [f"training: {step}/3 steps" for step in (1, 2, 3)]
     assert any(
         line.startswith("training: validation after step 3: no token counts in the loss")
         for line in lines
@@ -268,7 +268,7 @@ def test_wandb_out_of_reach_is_an_error_of_all_ranks_and_its_loss_a_warning(
     for error, said in results:
         assert error.startswith(
             "ConfigError: exp_manager.create_wandb_logger: Weights & Biases does not start (Run initialization has timed out "
-            "after 90.0 sec); log in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline"
+            "after 90.0 sec.); log in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline"
         )
         assert "student:" not in said  # it comes before the student is loaded
     ((error, said),) = ranks(1).run(with_wandb, lost, *run[:4], overrides)

@@ -22,8 +22,8 @@ with errors_end_the_process():
     trainer = TrainerConfig(devices=2)
     if needs_launch(trainer):
         sys.exit(launch(2))
-    from nemo_kd.run.ranks import init_process_group
-    init_process_group(1, 2, "auto")
+    from nemo_kd.run.ranks import join_ranks
+    join_ranks(trainer)
     total = torch.ones(1)
     torch.distributed.all_reduce(total)
     torch.distributed.barrier()

@@ -237,7 +237,7 @@ def test_segments_that_another_part_removes_meanwhile_are_not_missing(
 
 def test_work_that_another_job_does_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    me = rf"process {os.getpid()} on \S+, Slurm job 4711, since [^;]+"
+    me = rf"process {os.getpid()} on \S+, Slurm job 4711"
     writer = open_writer(tmp_path, (1, 2))
     with pytest.raises(
         FileError,

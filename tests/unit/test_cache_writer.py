@@ -323,7 +323,7 @@ def test_statistics_in_the_manifest(tmp_path):
         (errno.ENOSPC, "the disk is full: free some space"),
         (errno.EDQUOT, "your quota is used up"),
         (errno.EROFS, "the file system is read-only"),
-        (errno.ESTALE, "the network file system has lost it"),
+        (errno.ESTALE, "check the path and its file system"),
     ],
 )
 def test_a_refusing_file_system_is_explained_and_nothing_is_damaged(

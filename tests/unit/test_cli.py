@@ -479,7 +479,3 @@ def test_launching(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     assert not needs_launch(TrainerConfig(num_nodes=2, devices=2))
-    with pytest.raises(
-        ConfigError, match=r"1 x 2 = 2 processes are asked for, but srun, .* has 4"
-    ):
-        needs_launch(TrainerConfig(devices=2))

@@ -48,7 +48,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             OSError(errno.EIO, "x", "/a/b"),
-            "/a/b: Input/output error; the disk or network file system",
+            "/a/b: Input/output error; check the path and its file system",
         ),
         (
             PermissionError(errno.EACCES, "x", "/a/b"),
@@ -64,16 +64,11 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             OSError(errno.EMFILE, "x", "/a"),
-            "/a: Too many open files; too many files are open: raise the limit (`ulimit -n`)",
+            "/a: Too many open files; raise the limit (`ulimit -n`)",
         ),
         (
             OSError(errno.EADDRINUSE, "x"),
-            "Address already in use; another program uses this network port",
-        ),
-        (OSError(errno.EXDEV, "x", "/a", None, "/b"), None),
-        (
-            OSError(errno.ENOTEMPTY, "x", "/a", None, "/b"),
-            "/a -> /b: Directory not empty",
+            "Address already in use; set MASTER_PORT to a free port",
         ),
         (
             OSError(
@@ -100,7 +95,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             RuntimeError(
                 "PytorchStreamWriter failed writing file data/0: file write failed"
             ),
-            "a file cannot be written (",
+            "a file cannot be written; most likely",
         ),
         (
             RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. "),
@@ -114,13 +109,9 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             RuntimeError(
                 "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
             ),
-            "out of memory (Defau",
+            "out of memory; make batches smaller",
         ),
         (MemoryError(), "out of memory; make batches smaller"),
-        (
-            RecursionError("maximum recursion depth exceeded"),
-            "something in the input is nested too deeply",
-        ),
         (
             ConfigError(
                 WORKER.format(
@@ -154,9 +145,9 @@ def test_machine_errors_end_with_status_2_and_bugs_with_a_traceback():
     )
     result = failing('open("/no/such/file")', HYDRA_FULL_ERROR="1")
     assert (result.returncode, "Traceback" in result.stderr) == (1, True)
-    result = failing('raise ValueError("a \\x1b[2J bug")')
+    result = failing('raise ValueError("a bug")')
     assert result.returncode == 1
-    assert result.stderr.endswith("ValueError: a \\x1b[2J bug\n")
+    assert result.stderr.endswith("ValueError: a bug\n")
 
 
 @pytest.mark.parametrize(

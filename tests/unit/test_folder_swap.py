@@ -54,7 +54,7 @@ def test_a_kill_at_any_step_leaves_the_old_or_the_new_folder(
             exchange = files._exchange if can_exchange else (lambda *_: False)
             patch.setattr(files, "_exchange", counted(exchange))
             patch.setattr(os, "rename", counted(os.rename))
-            for name in ("remove", "sync_folder", "sync"):
+            for name in ("remove", "sync"):
                 patch.setattr(files, name, counted(getattr(files, name)))
             try:
                 files.replace_folder(new, folder)

@@ -8,7 +8,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from nemo_kd.config import ConfigError
 from nemo_kd.run import interruption
@@ -44,7 +43,6 @@ def test_a_signal_held_back_before_is_delivered():
         signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
         with Interruption() as stop:
             assert stop.reason.endswith("received SIGUSR1")
-        assert signal.SIGUSR1 in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR1])
 
@@ -68,33 +66,6 @@ def test_time_counts_from_the_start_of_the_process(monkeypatch):
         assert stop.reason is None
         time.sleep(1.6)
         assert stop.reason == "max_time_per_run=01:01:01:02 is over"
-
-
-def test_the_reason_of_one_is_the_reason_of_all_and_stays(monkeypatch, tmp_path):
-    now_s = 50.0
-    monkeypatch.setattr(interruption.time, "monotonic", lambda: now_s)
-    first, second = Interruption(), Interruption()
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 2)
-    first.share(store, rank=0)
-    second.share(store, rank=1)
-    with second:
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert first.reason is None  # and looks into the store again a second later
-    told = second.reason
-    assert told.startswith("rank 1 on ")
-    assert first.reason is None
-    now_s += 1.1
-    assert first.reason == told
-    assert second.reason == told
-
-
-def test_looking_is_cheap():
-    stop = Interruption("10:00:00:00")
-    stop.share(torch.distributed.HashStore(), rank=0)
-    started_s = time.perf_counter()
-    for _ in range(10_000):
-        assert stop.reason is None
-    assert time.perf_counter() - started_s < 1
 
 
 def test_outside_the_main_thread_signals_are_left_alone():

@@ -16,7 +16,7 @@ from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.shared import ModelConfig, TrainerConfig
 from nemo_kd.mcore.cpu import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
-from nemo_kd.run.ranks import init_process_group, join_ranks
+from nemo_kd.run.ranks import join_ranks
 
 
 @pytest.fixture(autouse=True)
@@ -41,27 +41,27 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"trainer.accelerator: gpu, but torch finds no GPU here"
     ):
-        init_process_group(1, 1, "gpu")
+        join_ranks(TrainerConfig(num_nodes=1, devices=1, accelerator="gpu"))
     gpus(monkeypatch, 2)
     with pytest.raises(
         ConfigError,
         match=r"trainer.devices: 8, but torch finds 2 GPUs .*trainer.devices=2 or fewer",
     ):
-        init_process_group(1, 8, "auto")
+        join_ranks(TrainerConfig(num_nodes=1, devices=8, accelerator="auto"))
     with pytest.raises(
         ConfigError,
         match=r"trainer.accelerator: cpu, but torch finds 2 GPUs.*CUDA_VISIBLE_DEVICES=",
     ):
-        init_process_group(1, 1, "cpu")
+        join_ranks(TrainerConfig(num_nodes=1, devices=1, accelerator="cpu"))
 
 
 def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     gpus(monkeypatch, 0)
     with pytest.raises(
         ConfigError,
-        match=r"2 x 4 = 8 processes are asked for, but this process, .* has 1\.",
+        match=r"2 x 4 processes are asked for, but there are 1, started by no launcher",
     ):
-        init_process_group(2, 4, "cpu")
+        join_ranks(TrainerConfig(num_nodes=2, devices=4, accelerator="cpu"))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "run")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
@@ -69,9 +69,10 @@ def test_a_launcher_that_disagrees_is_refused(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", "29500")
     with pytest.raises(
-        ConfigError, match=r"1 x 2 = 2 processes are asked for, but torchrun, .* has 3\."
+        ConfigError,
+        match=r"1 x 2 processes are asked for, but there are 3, started by torchrun",
     ):
-        init_process_group(1, 2, "cpu")
+        join_ranks(TrainerConfig(num_nodes=1, devices=2, accelerator="cpu"))
 
 
 def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch):
@@ -158,9 +159,9 @@ def test_a_taken_port_is_named(monkeypatch):
             monkeypatch.setenv(name, value)
         with pytest.raises(
             ConfigError,
-            match=f"MASTER_PORT: {port} is taken on 127.0.0.1, probably by another run; set",
+            match=f"MASTER_ADDR, MASTER_PORT: rank 0 cannot meet the others at 127.0.0.1:{port}",
         ):
-            init_process_group(1, 2, "cpu")
+            join_ranks(TrainerConfig(num_nodes=1, devices=2, accelerator="cpu"))
 
 
 @pytest.mark.parametrize(
@@ -178,11 +179,13 @@ def test_the_precision_follows_the_device_unless_it_is_given(
     caplog.set_level("INFO", logger="nemo_kd")
     monkeypatch.setattr(logging.getLogger("nemo_kd"), "propagate", True)
     monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
-    monkeypatch.setattr("nemo_kd.run.ranks.init_process_group", lambda *_: None)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: int(has_gpu))
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
     trainer = TrainerConfig(precision=asked)
     join_ranks(trainer)
     assert trainer.precision == used
-    assert f"precision: {used}" in caplog.text
+    assert (f"precision: {used}" in caplog.text) == (asked == "auto")
     assert TrainerConfig().precision == "auto"
 
 

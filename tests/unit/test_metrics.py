@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import errno
 import fcntl
 import json
 import os
@@ -23,15 +22,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.files import FileError
 from nemo_kd.flops import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics
-from nemo_kd.run.metrics import (
-    Counters,
-    MetricsFile,
-    Progress,
-    ProgressLine,
-    SharedCounters,
-)
+from nemo_kd.run.metrics import MetricsFile, Progress
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -55,10 +49,10 @@ class Seen:
         self.metrics: list[dict[str, float]] = []
         self.closed = False
 
-    def show(self, metrics: dict[str, float]) -> None:
+    def log(self, metrics: dict[str, float]) -> None:
         self.metrics.append(metrics)
 
-    def close(self) -> None:
+    def finish(self) -> None:
         self.closed = True
 
 
@@ -134,7 +128,7 @@ def test_peak_of_known_gpus(name, precision, peak):
 
 def test_metrics_of_one_replica(clock):
     seen = Seen()
-    progress = Progress(total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
+    progress = Progress("kd", total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
     for _ in range(4):
         clock.now_s += 5
         progress.add(
@@ -162,6 +156,7 @@ def test_metrics_of_one_replica(clock):
             "perf/mfu_percent": 20,
         }
     )
+    progress.finish()
     progress.close()
     assert seen.closed
     assert seen.metrics[2]["cache/kept_mass"] == pytest.approx(0.97)
@@ -170,7 +165,7 @@ def test_metrics_of_one_replica(clock):
 
 def test_rates_and_eta_follow_the_recent_past(clock):
     seen = Seen()
-    progress = Progress(total=100_000, interval_s=1, sinks=[seen])
+    progress = Progress("kd", total=100_000, interval_s=1, sinks=[seen])
     for second in range(60):
         clock.now_s += 1
         progress.add(tokens=1000 if second < 40 else 100)
@@ -182,7 +177,7 @@ def test_rates_and_eta_follow_the_recent_past(clock):
 
 def test_nothing_known_is_nothing_shown(clock):
     seen = Seen()
-    Progress(total=0, interval_s=1, sinks=[seen]).report()
+    Progress("kd", total=0, interval_s=1, sinks=[seen]).report()
     assert set(seen.metrics[0]) == {
         "progress/tokens",
         "progress/examples",
@@ -203,7 +198,7 @@ def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
         store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
         members.append(
             Progress(
-                3000, 10, [seen] if rank == 0 else [], SharedCounters(store, rank, size=3)
+                "kd" if rank == 0 else None, 3000, 10, [seen], store, rank, num_replicas=3
             )
         )
     clock.now_s += 10
@@ -218,17 +213,12 @@ def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
     assert seen.metrics[-1]["perf/data_wait_percent"] == pytest.approx(100 * 9 / 20 / 3)
 
 
-def test_an_unknown_counter_is_refused():
-    with pytest.raises(TypeError, match="tokenz"):
-        Progress(0, 1).add(tokenz=1)
-
-
 def test_the_metrics_file_is_appended_to(tmp_path):
     path = tmp_path / "logs" / "metrics.jsonl"
     for tokens in (1.0, 2.0):
         sink = MetricsFile(path)
-        sink.show({"progress/tokens": tokens})
-        sink.close()
+        sink.log({"progress/tokens": tokens})
+        sink.finish()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["progress/tokens"] for line in lines] == [1, 2]
     assert all(abs(line["time"] - time.time()) < 60 for line in lines)
@@ -247,14 +237,14 @@ EXAMPLE = {
 
 
 def test_a_log_file_gets_plain_lines(capsys):
-    line = ProgressLine("teacher", 10_000)
-    line.show(EXAMPLE)
-    line.show({"progress/tokens": 5.0})
+    line = Progress("teacher", 10_000, 1)
+    line._show(EXAMPLE)
+    line._show({"progress/tokens": 5.0})
     line.close()
     assert capsys.readouterr().err.splitlines() == [
-        "teacher: 12.3%, 1,234 tokens of 10,000, 5,679 tokens/s, 41.0% MFU, 2.2% padding, 0.5% data wait, "
+        "teacher: 1,234/10,000 tokens, 5,679 tokens/s, 41.0% MFU, 2.2% padding, 0.5% data wait, "
         "kept mass 0.9877, 1:02:05 left",
-        "teacher: 5 tokens",
+        "teacher: 5/10,000 tokens",
     ]
 
 
@@ -275,20 +265,20 @@ STEP = {
 
 
 def test_a_step_is_one_line(capsys):
-    line = ProgressLine("training", 10_000, "steps")
-    line.show(STEP)
+    line = Progress("training", 10_000, 1, unit="steps")
+    line._show(STEP)
     line.note("validation after step 1,500: loss 2.0000")
     line.close()
     assert capsys.readouterr().err.splitlines() == [
-        "training: step 1,500/10,000, epoch 0.75, loss 2.3457, kd_loss 1.5000, sft_loss 0.8457, lr 1.00e-05, grad_norm 12.3, "
-        "98,765 tokens/s, 0.2% data wait, 71.3 GiB, 1:02:05 left",
+        "training: 1,500/10,000 steps, epoch 0.75, loss 2.3457, kd_loss 1.5000, sft_loss 0.8457, "
+        "lr 1.00e-05, grad_norm 12.3, 98,765 tokens/s, 0.2% data wait, 71.3 GiB, 1:02:05 left",
         "training: validation after step 1,500: loss 2.0000",
     ]
 
 
 def test_steps_done_before_a_resume_do_not_count_in_the_rates(clock):
     seen = Seen()
-    progress = Progress(100, 10, [seen], unit="steps", start=Counters(steps=50))
+    progress = Progress("kd", 100, 10, [seen], unit="steps", start={"steps": 50})
     progress.latest = {"train/loss": 2.0}
     for _ in range(10):
         clock.now_s += 1
@@ -298,6 +288,7 @@ def test_steps_done_before_a_resume_do_not_count_in_the_rates(clock):
     assert shown["perf/eta_s"] == pytest.approx(40)
     assert shown["perf/tokens_per_s"] == pytest.approx(30)
     assert shown["train/loss"] == 2
+    progress.finish()
     progress.close()
     assert len(seen.metrics) == 1  # it would only repeat the last report
     assert seen.closed
@@ -313,14 +304,14 @@ def shown_on_a_terminal(num_columns: int, code: str) -> str:
     return text
 
 
-def test_a_narrow_terminal_shows_the_time_that_is_left():
+def test_messages_stay_whole_beside_a_bar():
     code = f"""
 import logging
-from nemo_kd.run.metrics import ProgressLine
+from nemo_kd.run.metrics import Progress
 logger = logging.getLogger("nemo_kd")
 logger.addHandler(logging.StreamHandler())
-line = ProgressLine("training", 10_000, "steps")
-line.show({STEP})
+line = Progress("training", 10_000, 1, unit="steps")
+line._show({STEP})
 logger.warning("a message")
 line.note("validation")
 line.close()
@@ -329,29 +320,27 @@ line.close()
         part.strip()
         for part in re.split(r"[\r\n]|\x1b\[A", shown_on_a_terminal(80, code))
     ]
-    bars = [line for line in lines if "1:02:05 left, epoch 0.75" in line]
+    bars = [line for line in lines if "1.50k/10.0k" in line]
     assert bars
-    assert all(
-        "15%|" in line and "1500/10000 steps" in line and len(line) < 80 for line in bars
-    )
+    assert all("15%|" in line and len(line) < 80 for line in bars)
     assert {"a message", "training: validation"} <= set(lines)
 
 
 def test_a_terminal_gets_one_bar():
-    code = f"from nemo_kd.run.metrics import ProgressLine; line = ProgressLine('teacher', 10_000); line.show({EXAMPLE}); line.close()"
+    code = f"from nemo_kd.run.metrics import Progress; line = Progress('teacher', 10_000, 1); line._show({EXAMPLE}); line.close()"
     text = shown_on_a_terminal(200, code)
     assert text.count("\n") == 1
     assert "teacher:  12%|" in text
-    assert "1.23k/10.0k tokens" in text
+    assert "1.23k/10.0k" in text
     assert "kept mass 0.9877" in text
 
 
 def test_wandb_offline(tmp_path):
     code = f"""
-from nemo_kd.run.metrics import WandbSink
-sink = WandbSink({{"project": "kd", "dir": {str(tmp_path)!r}}})
-sink.show({{"perf/tokens_per_s": 123.0}})
-sink.close()
+from nemo_kd.run.metrics import open_wandb
+run = open_wandb({{"project": "kd", "dir": {str(tmp_path)!r}}})
+run.log({{"perf/tokens_per_s": 123.0}})
+run.finish()
 """
     env = os.environ | {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, env=env)
@@ -359,36 +348,8 @@ sink.close()
     assert b"perf/tokens_per_s" in log.read_bytes()
 
 
-def test_counters_add_and_subtract():
-    assert Counters(tokens=3, bytes=5) + Counters(tokens=1) == Counters(tokens=4, bytes=5)
-    assert Counters(tokens=3) - Counters(tokens=1, flops=2) == Counters(
-        tokens=2, flops=-2
-    )
-
-
-def test_a_full_disk_names_the_metrics_file_and_leaves_no_half_line(
-    tmp_path, monkeypatch
-):
-    file = MetricsFile(tmp_path / "metrics.jsonl")
-    file.show({"progress/tokens": 1})
-    write = os.write
-
-    def write_a_part(descriptor: int, data: bytes) -> int:
-        if len(data) < 20:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(descriptor, data[:15])
-
-    monkeypatch.setattr(os, "write", write_a_part)
-    with pytest.raises(OSError, match=r"No space left on device: '.*metrics.jsonl'"):
-        file.show({"progress/tokens": 2})
-    monkeypatch.undo()
-    file.show({"progress/tokens": 3})
-    file.close()
-    assert [json.loads(line)["progress/tokens"] for line in file_lines(tmp_path)] == [
-        1,
-        3,
-    ]
-
-
-def file_lines(folder):
-    return (folder / "metrics.jsonl").read_text().splitlines()
+def test_a_full_disk_names_the_metrics_file():
+    file = MetricsFile(Path("/dev/full"))
+    with pytest.raises(FileError, match="/dev/full: cannot be written .No space left"):
+        file.log({"progress/tokens": 2})
+    file.finish()

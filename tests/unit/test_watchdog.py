@@ -34,7 +34,7 @@ def test_silence_ends_the_process_with_the_last_step_and_all_stacks():
         def reads_forever(): time.sleep(100)
         threading.Thread(target=reads_forever, daemon=True).start()
         with Watchdog(0.5, rank=3) as watchdog:
-            watchdog.step("batch %d of segment %s: examples %s: forward", 12, "640-703", [641, 650])
+            watchdog.step("batch 12 of segment 640-703: examples [641, 650]: forward")
             time.sleep(100)
         """)
     _, stderr = process.communicate(timeout=30)
@@ -93,26 +93,6 @@ def test_a_suspended_process_does_not_hang():
     assert process.returncode == 0, stderr
 
 
-def test_a_hang_that_holds_pythons_lock_ends_too():
-    process = start("""
-        def holds_the_lock(): ctypes.PyDLL(None).sleep(100)
-        with Watchdog(0.5, rank=0) as watchdog:
-            time.sleep(0.2)
-            holds_the_lock()
-        """)
-    _, stderr = process.communicate(timeout=30)
-    assert process.returncode == 1
-    assert "in holds_the_lock" in stderr
-
-
-def test_a_step_costs_little():
-    watchdog = Watchdog(10, rank=0)
-    started_s = time.perf_counter()
-    for number in range(100_000):
-        watchdog.step("batch %d: examples %s", number, "1, 2, 3")
-    assert time.perf_counter() - started_s < 0.5  # 5 us each, on a slow and busy machine
-
-
 @pytest.mark.parametrize(
     "error",
     [
@@ -130,8 +110,8 @@ def test_a_step_costs_little():
 )
 def test_errors_of_collectives_tell_rank_and_step(error):
     watchdog = Watchdog(10, rank=5)
-    watchdog.step("batch %d", 7)
-    with pytest.raises(CollectiveError) as caught, watchdog.explain_collective_errors():
+    watchdog.step("batch 7")
+    with pytest.raises(CollectiveError) as caught, watchdog:
         raise error
     (line,) = str(caught.value).splitlines()
     assert line.startswith(
@@ -148,7 +128,7 @@ def test_errors_of_collectives_tell_rank_and_step(error):
 def test_other_errors_pass(error):
     with (
         pytest.raises(type(error)) as caught,
-        Watchdog(10, rank=0).explain_collective_errors(),
+        Watchdog(10, rank=0),
     ):
         raise error
     assert caught.value is error
@@ -159,7 +139,7 @@ def test_a_real_time_out_of_a_store():
     store.set_timeout(timedelta(milliseconds=50))
     with (
         pytest.raises(CollectiveError) as caught,
-        Watchdog(10, rank=0).explain_collective_errors(),
+        Watchdog(10, rank=0),
     ):
         store.get("nobody sets this")
     assert "lost the other ranks; its last step: start. " in str(caught.value)
