@@ -101,26 +101,21 @@ def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def read_json(
-    path: Path, error_type: type[UserInputError] = ConfigError
-) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """Return the mapping in a JSON file.
 
     Raises:
-        error_type: the file is unreadable or holds no mapping.
+        ConfigError: the file is unreadable or holds no mapping.
     """
-    check_regular_file(path, error_type)
+    check_regular_file(path)
     try:
         content = json.loads(path.read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError(f"it is a {type(content).__name__}, not a mapping")
     except (ValueError, RecursionError) as error:
-        raise error_type(
+        raise ConfigError(
             f"{path}: not valid JSON ({str(error)[:200]}); copy or download it again"
         ) from error
-    if not isinstance(content, dict):
-        raise error_type(
-            f"{path}: found a JSON {type(content).__name__}, expected an object; "
-            "copy or download it again"
-        )
     return content
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,35 +108,19 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
             return LocalNonpersistentObject(part.data)
         return part
 
-    wanted = dict_list_map_outplace(keep, state)
-    strict = dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
-    with _without_code(folder):
-        return dist_checkpointing.load(
-            wanted, str(folder), ("torch_dist", 1), strict=strict
-        )
-
-
-def load_plain(folder: Path) -> dict[str, Any]:
-    """Return the plain values in `folder`, without its sharded tensors.
-
-    Raises:
-        ConfigError: they are damaged, or would run code.
-    """
-    with _without_code(folder):
-        return dist_checkpointing.load_common_state_dict(str(folder))
-
-
-@contextlib.contextmanager
-def _without_code(folder: Path) -> Iterator[None]:
-    """Let torch and Megatron read a checkpoint, without code in it; explain their errors."""
-    # Even where they ask torch.load for any object, it builds tensors and plain values only.
+    # Even where Megatron asks torch.load for any object, it builds tensors and plain values only.
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     path = folder / METADATA
     try:
         with path.open("rb") as file:
             read_metadata(file, str(path))
-        yield
+        return dist_checkpointing.load(
+            dict_list_map_outplace(keep, state),
+            str(folder),
+            ("torch_dist", 1),
+            strict=dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED,
+        )
     except (
         CheckpointException,
         dist_checkpointing.core.CheckpointingException,
@@ -239,7 +222,7 @@ class ShardedFolder:
             with self.files.open(stored.file) as file:
                 file.seek(stored.offset)
                 data = io.BytesIO(file.read(stored.num_bytes))
-            return torch.load(data, weights_only=True)
+            return torch.load(data, map_location="cpu", weights_only=True)
         except _DAMAGE as error:
             raise ConfigError(
                 f"{self.folder}: {name} cannot be read ({str(error)[:200]}); "

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.nn import functional
+from torch.nn import functional, init
 
 from nemo_kd.config.peft import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
@@ -89,6 +90,13 @@ class Adapter(torch.nn.Module):
         )
         return functional.linear(add(low_SBr), self.up)
 
+    def add_to_output(
+        self, _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]
+    ) -> tuple[Tensor, Any]:
+        """Add this term to what the projection returns; a forward hook."""
+        projected, bias = outputs
+        return projected + self(inputs[0]), bias
+
     def product(self) -> Tensor:
         """Return the term that this rank's part of the weight gains, in float32."""
         return self.scale * self.up.detach().float() @ self.down.detach().float()
@@ -121,7 +129,7 @@ def add_adapters(
             _initialize(
                 adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups
             )
-            projection.register_forward_hook(_adding(adapter))
+            projection.register_forward_hook(adapter.add_to_output)
             adapters[target] = adapter
         layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
     first = chunks(model)[0]
@@ -191,16 +199,6 @@ def adapter_identity(lora: LoraConfig, base_weights: str) -> dict[str, Any]:
     }
 
 
-def _adding(adapter: Adapter) -> Any:
-    def hook(
-        _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]
-    ) -> tuple[Tensor, Any]:
-        projected, bias = outputs
-        return projected + adapter(inputs[0]), bias
-
-    return hook
-
-
 def _wanting_gradient(_: torch.nn.Module, __: Any, embedded: Tensor) -> Tensor:
     if torch.is_grad_enabled() and not embedded.requires_grad:
         return embedded.requires_grad_()
@@ -222,7 +220,7 @@ def _initialize(
         shape = list(parameter.shape)
         dim = 0 if side == "up" else 1
         shape[dim] *= size if is_cut else 1
-        whole = _INIT[method](torch.empty(shape), generator)
+        whole = _INIT[method](torch.empty(shape), generator=generator)
         if is_cut and target == "mlp_fc1":  # [gate; up]: every rank has its part of both
             whole = torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
         elif is_cut:
@@ -231,16 +229,10 @@ def _initialize(
             parameter.copy_(whole)
 
 
-_INIT = {
-    "xavier": lambda tensor, generator: torch.nn.init.xavier_normal_(
-        tensor, generator=generator
-    ),
-    "normal": lambda tensor, generator: torch.nn.init.normal_(
-        tensor, std=0.2, generator=generator
-    ),
-    "kaiming": lambda tensor, generator: torch.nn.init.kaiming_uniform_(
-        tensor, a=5**0.5, generator=generator
-    ),
+_INIT: dict[str, Any] = {
+    "xavier": init.xavier_normal_,
+    "normal": partial(init.normal_, std=0.2),
+    "kaiming": partial(init.kaiming_uniform_, a=5**0.5),
     "zero": lambda tensor, generator: tensor.zero_(),
 }
 """Initializations of NeMo's adapters; kaiming is that of the peft library."""

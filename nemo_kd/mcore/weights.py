@@ -211,28 +211,22 @@ def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> li
             for q, part in zip("qkv", parts, strict=True)
         ]
     if inner == "mlp.linear_fc1.weight":
-        return _gate_and_up(
-            weight, f"{prefix}mlp.gate_proj.weight", f"{prefix}mlp.up_proj.weight"
-        )
-    names = EXPERT_NAMES[architecture.family]
-    if inner == "mlp.router.weight":
-        return [Piece(prefix + names.router, weight[None], None)]
-    expert, kind = inner.removeprefix("mlp.experts.local_experts.").split(".", 1)
-    if kind == "linear_fc2.weight":
-        return [Piece(prefix + names.weight(expert, names.down), weight[None], 1)]
-    assert kind == "linear_fc1.weight", name
-    return _gate_and_up(
-        weight,
-        prefix + names.weight(expert, names.gate),
-        prefix + names.weight(expert, names.up),
-    )
-
-
-def _gate_and_up(weight: torch.Tensor, gate: str, up: str) -> list[Piece]:
-    halves = weight.chunk(2)
+        gate = "mlp.gate_proj.weight"
+        up = "mlp.up_proj.weight"
+    else:
+        names = EXPERT_NAMES[architecture.family]
+        if inner == "mlp.router.weight":
+            return [Piece(prefix + names.router, weight[None], None)]
+        expert, kind = inner.removeprefix("mlp.experts.local_experts.").split(".", 1)
+        if kind == "linear_fc2.weight":
+            return [Piece(prefix + names.weight(expert, names.down), weight[None], 1)]
+        assert kind == "linear_fc1.weight", name
+        gate = names.weight(expert, names.gate)
+        up = names.weight(expert, names.up)
+    gate_rows, up_rows = weight.chunk(2)
     return [
-        Piece(hf_name, half[None], 0)
-        for hf_name, half in zip((gate, up), halves, strict=True)
+        Piece(prefix + gate, gate_rows[None], 0),
+        Piece(prefix + up, up_rows[None], 0),
     ]
 
 

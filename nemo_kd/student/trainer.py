@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.student import StudentTrainerConfig
-from nemo_kd.mcore.distributed_checkpoint import load_plain, load_sharded
+from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.mcore.groups import ProcessGroups, sharded_random_state
 from nemo_kd.run.ranks import find_ranks
 from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
@@ -183,13 +183,6 @@ class MegatronStrategy(DDPStrategy):
             ConfigError: the checkpoint is damaged.
         """
         folder = Path(checkpoint_path)
-        plain = load_plain(folder)
-        missing = [name for name in SINCE_THE_FIRST_VERSION if name not in plain]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
-                "resume with that version, or start over in another exp_manager.explicit_log_dir"
-            )
         optimizer: Any = self.optimizers[0]
         wanted: dict[str, Any] = {
             "state_dict": self.lightning_module_state_dict(),
@@ -202,6 +195,12 @@ class MegatronStrategy(DDPStrategy):
         if Contents.read(folder).layout == self.groups.layout():
             wanted["random_state"] = sharded_random_state()
         found = load_sharded(wanted, folder)
+        missing = [name for name in SINCE_THE_FIRST_VERSION if name not in found]
+        if missing:
+            raise CheckpointError(
+                f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
+                "resume with that version, or start over in another exp_manager.explicit_log_dir"
+            )
         # Earlier versions kept the ranks as a callback's state.
         for key in list(found["callbacks"]):
             if key.startswith("StudentCheckpoints"):
