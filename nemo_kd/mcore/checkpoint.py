@@ -59,7 +59,7 @@ class PretrainedModel:
         if self.kind == "hf":
             self.architecture, self._hf_weights = open_hf_model(source)
             self.dtype = self._hf_weights.dtype
-            paths = {stored.file for stored in self._hf_weights.weights.values()}
+            paths = set(self._hf_weights.files.values())
             self._parts = functools.partial(safetensors_parts, paths)
             return
         with self.files.open(MODEL_CONFIG) as file:

@@ -60,80 +60,44 @@ class StoredBytes(NamedTuple):
     num_bytes: int
 
 
-class StoredWeight(NamedTuple):
-    """A weight in a file: a tensor, or rows of an expert in one of [experts, rows, columns]."""
-
-    file: Path
-    tensor: str
-    shape: tuple[int, ...]
-    expert: int | None = None
-    first_row: int = 0
-
-
 class SafetensorsFolder:
     """The weights of a Hugging Face folder, by the names under which save_pretrained writes them.
 
-    Experts may also lie fused in two tensors a layer, as in the memory of transformers 5.
-
-    Args:
-        experts: names of the model's experts, if it has some.
-
     Attributes:
-        weights: those in the files, by their names.
-        dtype: the narrowest that holds all tensors without loss.
+        files: name of a weight -> its file.
+        shapes: of the weights.
+        dtype: the narrowest that holds all weights without loss.
 
     Raises:
         ConfigError: the folder has no safetensors, or one of them is missing or damaged.
     """
 
-    def __init__(self, folder: Path, experts: ExpertNames | None) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.weights: dict[str, StoredWeight] = {}
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
         dtypes = set()
         for path in _paths(folder):
             file = _open(path)
             names = file.keys()
             for name in names:
-                tensor = file.get_slice(name)
-                dtype = tensor.get_dtype()
+                weight = file.get_slice(name)
+                dtype = weight.get_dtype()
                 if dtype not in _DTYPES:
                     raise ConfigError(
                         f"{path}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}"
                     )
                 dtypes.add(_DTYPES[dtype])
-                self._add(StoredWeight(path, name, tuple(tensor.get_shape())), experts)
+                self.files[name] = path
+                self.shapes[name] = tuple(weight.get_shape())
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
-
-    def _add(self, stored: StoredWeight, experts: ExpertNames | None) -> None:
-        layer, _, tensor = stored.tensor.partition(".mlp.experts.")
-        if experts is None or tensor not in ("gate_up_proj", "down_proj"):
-            # Beside fused experts the router has another name too.
-            block = experts.block if experts else "mlp"
-            name = stored.tensor.replace(".mlp.gate.", f".{block}.gate.")
-            self.weights[name] = stored
-            return
-        parts = [experts.down]
-        if tensor == "gate_up_proj":
-            parts = [experts.gate, experts.up]
-        num_experts, num_rows, num_columns = stored.shape
-        shape = (num_rows // len(parts), num_columns)
-        for expert in range(num_experts):
-            for number, part in enumerate(parts):
-                self.weights[f"{layer}.{experts.weight(expert, part)}"] = stored._replace(
-                    shape=shape, expert=expert, first_row=number * shape[0]
-                )
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
         """Return a part of a weight: a view of the file, whose pages stay in memory until then."""
-        stored = self.weights[name]
-        tensor = _open(stored.file).get_slice(stored.tensor)
-        if stored.expert is not None:
-            first = stored.first_row
-            rows = slice(first + rows.start, first + rows.stop)
-            return tensor[stored.expert : stored.expert + 1, rows, columns][0]
-        return tensor[rows] if columns == slice(None) else tensor[rows, columns]
+        weight = _open(self.files[name]).get_slice(name)
+        return weight[rows] if columns == slice(None) else weight[rows, columns]
 
     def are_equal(self, first: str, second: str) -> bool:
         """Return True if two stored weights hold the same values."""
@@ -150,12 +114,12 @@ class SafetensorsFolder:
         Raises:
             ConfigError: lists the weights that are missing, left over or of another shape.
         """
-        problems = [f"missing: {name}" for name in expected if name not in self.weights]
-        for name, stored in self.weights.items():
+        problems = [f"missing: {name}" for name in expected if name not in self.shapes]
+        for name, found in self.shapes.items():
             shape = expected.get(name)
-            if shape is not None and shape != stored.shape:
+            if shape is not None and shape != found:
                 problems.append(
-                    f"{name} has the shape {stored.shape}, config.json calls for {shape}"
+                    f"{name} has the shape {found}, config.json calls for {shape}"
                 )
             is_known = shape is not None or name in optional
             if not is_known and not name.endswith(_ROTARY_BUFFER):

@@ -76,8 +76,8 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
         architecture = architecture_from_hf(config)
     except ConfigError as error:  # its text starts with the file's name
         raise ConfigError(f"{folder / str(error)}") from error
-    stored = SafetensorsFolder(folder, EXPERT_NAMES.get(architecture.family))
-    has_both = {EMBEDDING, OUTPUT} <= stored.weights.keys()
+    stored = SafetensorsFolder(folder)
+    has_both = {EMBEDDING, OUTPUT} <= stored.files.keys()
     is_tied = architecture.share_embeddings_and_output_weights
     if is_tied and has_both and not stored.are_equal(EMBEDDING, OUTPUT):
         # transformers 5 uses the stored layer too. All its versions do with an export's
@@ -235,7 +235,7 @@ def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> Non
     size = num_groups * num_rows
     first = groups.tensor_rank * size if piece.cut_dim == 0 else 0
     # Padding rows of the vocabulary are not stored.
-    last = min(first + size, stored.weights[piece.hf_name].shape[0])
+    last = min(first + size, stored.shapes[piece.hf_name][0])
     columns = slice(None)
     if piece.cut_dim == 1:
         width = piece.view.shape[2]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.config import ConfigError
@@ -180,28 +179,6 @@ def test_archives_written_and_read_with_experts_apart(
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
-def test_fused_experts_are_read_as_well(ranks, models, reference, tmp_path, name):
-    """The layout of transformers' memory, as torch or safetensors save a state dict of its version 5."""
-    shutil.copytree(models[name], tmp_path / "hf")
-    fused = {
-        key: tensor.clone()
-        for key, tensor in build_hf_model(name, VOCAB_SIZE).state_dict().items()
-    }
-    assert "model.layers.1.mlp.experts.gate_up_proj" in fused
-    save_file(fused, tmp_path / "hf" / "model.safetensors")
-    for world_size, layout in ((1, {}), (4, EP | TP)):
-        results = ranks(world_size).run(run, str(tmp_path / "hf"), layout, False)
-        assert largest_difference(results, reference[name]) < TOLERANCE
-    fused["model.layers.1.mlp.experts.down_proj"] = fused[
-        "model.layers.1.mlp.experts.down_proj"
-    ][1:].clone()
-    save_file(fused, tmp_path / "hf" / "model.safetensors")
-    message = r"the weights do not fit config.json: missing: model.layers.1.*experts.\d"
-    with pytest.raises(ConfigError, match=message), open_pretrained(str(tmp_path / "hf")):
-        pass
 
 
 def test_ranks_that_step_together(ranks):
