@@ -496,7 +496,7 @@ def test_resume(ranks, world, straight, tmp_path):
     other = save_hf_model("qwen3", tmp_path / "other", 300, seed=5)
     student = other
     assert (
-        "  pretrained_checkpoint.restore_from_path: dense (weights sha256:"
+        "  pretrained_checkpoint.restore_from_path: {'name': 'dense'"
         in resume("other model", {})[0]
     )
     student = students["dense"]
