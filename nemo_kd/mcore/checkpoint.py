@@ -8,10 +8,9 @@ and, where it is known, provenance.json (the data the model was trained on).
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,7 +21,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.mcore.architecture import read_model_config
 from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import StoredBytes, safetensors_parts
+from nemo_kd.mcore.hf_folder import SafetensorsFolder, StoredBytes
 from nemo_kd.mcore.model import sharded_weights
 from nemo_kd.mcore.weights import load_hf_weights, open_hf_model, zero_vocabulary_padding
 from nemo_kd.nemo_archive import MODEL_CONFIG, PROVENANCE, WEIGHTS, ModelFiles
@@ -55,19 +54,16 @@ class PretrainedModel:
         if PROVENANCE in self.files.sizes:
             with self.files.open(PROVENANCE) as file:
                 self.provenance = json.load(file)
-        self._parts: Callable[[], Iterable[StoredBytes]]
+        self._weights: SafetensorsFolder | ShardedFolder
         if self.kind == "hf":
-            self.architecture, self._hf_weights = open_hf_model(source)
-            self.dtype = self._hf_weights.dtype
-            paths = set(self._hf_weights.files.values())
-            self._parts = functools.partial(safetensors_parts, paths)
-            return
-        with self.files.open(MODEL_CONFIG) as file:
-            self.architecture = read_model_config(file.read(), str(source / MODEL_CONFIG))
-        self._stored = ShardedFolder(self.files, f"{WEIGHTS}/")
-        self._parts = self._stored.parts
-        dtypes = {tensor.properties.dtype for tensor in self._stored.tensors.values()}
-        self.dtype = functools.reduce(torch.promote_types, dtypes)
+            self.architecture, self._weights = open_hf_model(source)
+        else:
+            with self.files.open(MODEL_CONFIG) as file:
+                self.architecture = read_model_config(
+                    file.read(), str(source / MODEL_CONFIG)
+                )
+            self._weights = ShardedFolder(self.files, f"{WEIGHTS}/")
+        self.dtype = self._weights.dtype
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -100,7 +96,7 @@ class PretrainedModel:
         return {
             "name": self.source.absolute().name,
             "weights": f"sha256:{digest.hexdigest()}",
-            "tensors": sample_tensors(self.files, self._parts()),
+            "tensors": sample_tensors(self.files, self._weights.parts()),
         }
 
     def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
@@ -109,21 +105,21 @@ class PretrainedModel:
         Raises:
             ConfigError: the stored weights are not those that the architecture needs.
         """
-        if self.kind == "hf":
-            load_hf_weights(model, self._hf_weights, self.architecture, groups)
+        if isinstance(self._weights, SafetensorsFolder):
+            load_hf_weights(model, self._weights, self.architecture, groups)
         else:
-            self._load_archive(sharded_weights(model))
+            self._load_archive(self._weights, sharded_weights(model))
         zero_vocabulary_padding(model, self.architecture, groups)
 
-    def _load_archive(self, wanted: dict[str, Any]) -> None:
+    def _load_archive(self, stored: ShardedFolder, wanted: dict[str, Any]) -> None:
         names = gather(lambda: {tensor.key for tensor in wanted.values()})
-        differing = set[str]().union(*names) ^ set(self._stored.tensors)
+        differing = set[str]().union(*names) ^ set(stored.tensors)
         if differing:
             raise ConfigError(
                 f"{self.source}: model_weights does not fit model_config.yaml: "
                 f"{', '.join(sorted(differing)[:5])} stands in one of them only"
             )
-        self._stored.load(wanted)
+        stored.load(wanted)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -146,6 +147,7 @@ class ShardedFolder:
 
     Attributes:
         tensors: name -> shape, dtype and stored chunks.
+        dtype: the narrowest that holds all tensors without loss.
 
     Raises:
         ConfigError: `.metadata` is damaged, would run code, or lists a file that is missing.
@@ -161,6 +163,8 @@ class ShardedFolder:
             for name, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         }
+        dtypes = {tensor.properties.dtype for tensor in self.tensors.values()}
+        self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
         self._stored: dict[tuple[str, tuple[int, ...]], StoredBytes] = {}
         for index, info in metadata.storage_data.items():
             name = prefix + info.relative_path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,7 +64,7 @@ class SafetensorsFolder:
     """The weights of a Hugging Face folder, by the names under which save_pretrained writes them.
 
     Attributes:
-        files: name of a weight -> its file.
+        stored: place of every weight by its name.
         shapes: of the weights.
         dtype: the narrowest that holds all weights without loss.
 
@@ -74,29 +74,41 @@ class SafetensorsFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.files: dict[str, Path] = {}
+        self.stored: dict[str, StoredBytes] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
         dtypes = set()
         for path in _paths(folder):
-            file = _open(path)
-            names = file.keys()
-            for name in names:
-                weight = file.get_slice(name)
-                dtype = weight.get_dtype()
+            _open(path)  # checks the header
+            with path.open("rb") as file:
+                (header_bytes,) = struct.unpack("<Q", file.read(8))
+                header = json.loads(file.read(header_bytes))
+            header.pop("__metadata__", None)
+            for name, entry in header.items():
+                dtype = entry["dtype"]
                 if dtype not in _DTYPES:
                     raise ConfigError(
                         f"{path}: {name} has the dtype {dtype}; supported: {', '.join(_DTYPES)}"
                     )
                 dtypes.add(_DTYPES[dtype])
-                self.files[name] = path
-                self.shapes[name] = tuple(weight.get_shape())
+                first, end = entry["data_offsets"]
+                self.stored[name] = StoredBytes(
+                    f"{name} {dtype} {entry['shape']}",
+                    path.name,
+                    8 + header_bytes + first,
+                    end - first,
+                )
+                self.shapes[name] = tuple(entry["shape"])
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
+
+    def parts(self) -> Iterable[StoredBytes]:
+        """Return the place of every weight."""
+        return self.stored.values()
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)
     ) -> torch.Tensor:
         """Return a part of a weight: a view of the file, whose pages stay in memory until then."""
-        weight = _open(self.files[name]).get_slice(name)
+        weight = _open(self.folder / self.stored[name].file).get_slice(name)
         return weight[rows] if columns == slice(None) else weight[rows, columns]
 
     def are_equal(self, first: str, second: str) -> bool:
@@ -128,19 +140,6 @@ class SafetensorsFolder:
             raise ConfigError(
                 f"{self.folder}: the weights do not fit config.json: {'; '.join(problems[:4])}"
             )
-
-
-def safetensors_parts(paths: Iterable[Path]) -> Iterator[StoredBytes]:
-    """Yield the place of every tensor in safetensors files whose headers were checked before."""
-    for path in paths:
-        with path.open("rb") as file:
-            (header_bytes,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(header_bytes))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            first, end = entry["data_offsets"]
-            label = f"{name} {entry['dtype']} {entry['shape']}"
-            yield StoredBytes(label, path.name, 8 + header_bytes + first, end - first)
 
 
 def _paths(folder: Path) -> list[Path]:

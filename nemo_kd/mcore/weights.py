@@ -77,7 +77,7 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
     except ConfigError as error:  # its text starts with the file's name
         raise ConfigError(f"{folder / str(error)}") from error
     stored = SafetensorsFolder(folder)
-    has_both = {EMBEDDING, OUTPUT} <= stored.files.keys()
+    has_both = {EMBEDDING, OUTPUT} <= stored.shapes.keys()
     is_tied = architecture.share_embeddings_and_output_weights
     if is_tied and has_both and not stored.are_equal(EMBEDDING, OUTPUT):
         # transformers 5 uses the stored layer too. All its versions do with an export's

@@ -18,7 +18,7 @@ from nemo_kd.data.tokenizer import (
     tokenizer_parts,
 )
 from nemo_kd.mcore.checkpoint import open_pretrained, sample_tensors
-from nemo_kd.mcore.hf_folder import safetensors_parts
+from nemo_kd.mcore.hf_folder import SafetensorsFolder
 from nemo_kd.nemo_archive import ModelFiles
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import train_tokenizer
@@ -29,8 +29,8 @@ def fingerprint(folder) -> dict[str, str]:
         return opened.fingerprint()
 
 
-def sampled(folder, *paths) -> str:
-    return sample_tensors(ModelFiles(folder), safetensors_parts(paths))
+def sampled(folder) -> str:
+    return sample_tensors(ModelFiles(folder), SafetensorsFolder(folder).parts())
 
 
 def test_every_tensor_is_sampled(tmp_path):
@@ -47,21 +47,24 @@ def test_every_tensor_is_sampled(tmp_path):
             save_file(
                 {**weights, name: changed.contiguous()}, path, metadata={"format": "pt"}
             )
-            assert sampled(tmp_path, path) != before, name
+            assert sampled(tmp_path) != before, name
     names = sorted(weights)
     halves = [tmp_path / f"model-{number}.safetensors" for number in range(2)]
     for half, path_of_half in zip((names[:9], names[9:]), halves, strict=True):
         save_file({name: weights[name] for name in half}, path_of_half)
-    assert sampled(tmp_path, *halves) == before
+    weight_map = {path_of_half.name: path_of_half.name for path_of_half in halves}
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    assert sampled(tmp_path) == before
 
 
 def test_large_tensors_are_sampled_within_bounds(tmp_path):
     large = torch.arange(5_000_000, dtype=torch.float32)
-    save_file({"a": large}, tmp_path / "a.safetensors")
-    before = sampled(tmp_path, tmp_path / "a.safetensors")
+    save_file({"a": large}, tmp_path / "model.safetensors")
+    before = sampled(tmp_path)
     for changed in (large * 0, large.flip(0), large.roll(1)):
-        save_file({"a": changed.contiguous()}, tmp_path / "a.safetensors")
-        assert sampled(tmp_path, tmp_path / "a.safetensors") != before
+        save_file({"a": changed.contiguous()}, tmp_path / "model.safetensors")
+        assert sampled(tmp_path) != before
 
 
 def changed_tokenizer(tmp_path, change):
