@@ -6,7 +6,7 @@ import pkgutil
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nemo_kd.cli.aligner_keys import from_names, without_ignored
+from nemo_kd.cli.aligner_keys import config_of, with_keys
 from nemo_kd.cli.compute_topk_logits import COMMAND as STAGE_1
 from nemo_kd.cli.convert_checkpoint import COMMAND as CONVERSION
 from nemo_kd.cli.run import Command
@@ -65,7 +65,7 @@ def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> N
 
 def _run(command: Command, config: Any) -> Any:
     if isinstance(config, Mapping):
-        cfg, _ = without_ignored(from_names(config, command.name), command.name)
+        cfg, _ = config_of(with_keys(config, command.name), command.name)
         config = typed(command.config_class, cfg)
     trainer = getattr(config, "trainer", None)
     if trainer is not None and needs_launch(trainer):

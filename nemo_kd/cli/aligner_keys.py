@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.config import ConfigError
+from nemo_kd.config.typed import leaves
 
 ALIASES: dict[str, dict[str, str]] = yaml.safe_load("""
 compute_topk_logits:
@@ -42,9 +43,6 @@ convert_checkpoint:
   output: output_path
 """)
 """Per command: another name -> the key. `model` and `data` with keys below them are sections."""
-
-YIELDS = "model.encoder_seq_length"
-"""Alias that gives way to another value without an error, as NeMo-Aligner's files have both."""
 
 _NULL_MEANS_DEFAULT = (
     "start_from_idx",
@@ -136,61 +134,31 @@ convert_checkpoint: {}
 """
 """Per command: a key or section without effect, the reason, and values that cause no warning."""
 
-ABSENT = "???"
 
+def with_keys(given: Any, command: str) -> dict[str, Any]:
+    """Return key -> value of what one file or command line gives, without other names.
 
-def from_names(given: Mapping[str, Any], command: str) -> DictConfig:
-    """Return dotted names -> values as a configuration, with keys in place of other names."""
-    cfg = OmegaConf.create()
-    for key, value in _by_key(given, command).items():
-        OmegaConf.update(cfg, key, value)
-    return with_keys(cfg, command)
-
-
-def with_keys(cfg: DictConfig, command: str) -> DictConfig:
-    """Return `cfg`, as one file or command line gives it, with keys in place of other names.
+    Args:
+        given: values by dotted or nested names.
 
     Raises:
         ConfigError: two names of one key have different values.
     """
     aliases = ALIASES[command]
-    text = json.dumps(OmegaConf.to_container(cfg), default=str)
+    text = json.dumps(dict(leaves(given)), default=str)
     for alias, key in aliases.items():
         text = text.replace(f"${{{alias}}}", f"${{{key}}}")
-    values = json.loads(text)
-    names = dict.fromkeys([*aliases, *aliases.values(), *_NULL_MEANS_DEFAULT])
-    is_section = {name: isinstance(value, dict) for name, value in values.items()}
-    given = {name: _take(values, name) for name in names if not is_section.get(name)}
-    result = OmegaConf.create(values)
-    for key, value in _by_key(given, command).items():
-        OmegaConf.update(result, key, value)
-    return result
-
-
-def without_ignored(cfg: DictConfig, command: str) -> tuple[DictConfig, list[str]]:
-    """Return `cfg` without the keys that have no effect, and warnings "key=value: reason"."""
-    values: dict[str, Any] = OmegaConf.to_container(cfg)  # type: ignore[assignment]
-    tables = yaml.safe_load(_IGNORED)
-    warnings = []
-    for key, (reason, *agrees) in {**tables["both"], **tables[command]}.items():
-        value = _take(values, key)
-        if value not in (ABSENT, *agrees) and "${" not in str(value):
-            warnings.append(f"{key}={value}: {reason}")
-    return OmegaConf.create(values), warnings
-
-
-def _by_key(given: Mapping[str, Any], command: str) -> dict[str, Any]:
-    values: dict[str, Any] = {}
     names: dict[str, str] = {}
-    for name, value in sorted(given.items(), key=lambda item: item[0] == YIELDS):
-        key = name if isinstance(value, dict) else ALIASES[command].get(name, name)
+    values: dict[str, Any] = {}
+    for name, value in sorted(json.loads(text).items(), key=_yields):
+        key = aliases.get(name, name)
         is_default = value is None and name in _NULL_MEANS_DEFAULT
-        if is_default or value in (ABSENT, f"${{{key}}}"):
+        if is_default or value in ("???", f"${{{key}}}"):
             continue
         if values.get(key) is None:
             values[key] = value
             names[key] = name
-        elif value not in (None, values[key]) and name != YIELDS:
+        elif value not in (None, values[key]) and not _yields((name, value)):
             raise ConfigError(
                 f"{names[key]}={values[key]} and {name}={value}: both are names of {key}; give "
                 "one of them"
@@ -198,11 +166,25 @@ def _by_key(given: Mapping[str, Any], command: str) -> dict[str, Any]:
     return values
 
 
-def _take(values: Any, key: str) -> Any:
-    """Remove a value from nested ones and return it."""
-    *sections, name = key.split(".")
-    for section in sections:
-        values = values.get(section)
-        if not isinstance(values, dict):
-            return ABSENT
-    return values.pop(name, ABSENT)
+def _yields(item: tuple[str, Any]) -> bool:
+    """Return True for the alias that gives way to another value without an error: NeMo-Aligner's
+    files have both."""
+    return item[0] == "model.encoder_seq_length"
+
+
+def config_of(values: Mapping[str, Any], command: str) -> tuple[DictConfig, list[str]]:
+    """Return the configuration of key -> value, and a warning "key=value: reason" for each key
+    that has no effect."""
+    tables = yaml.safe_load(_IGNORED)
+    ignored = {**tables["both"], **tables[command]}
+    cfg = OmegaConf.create()
+    warnings = []
+    for key, value in values.items():
+        names = [name for name in ignored if f"{key}.".startswith(f"{name}.")]
+        if not names:
+            OmegaConf.update(cfg, key, value)
+            continue
+        reason, *agrees = ignored[names[0]]
+        if value not in agrees and "${" not in str(value):
+            warnings.append(f"{key}={value}: {reason}")
+    return cfg, warnings

@@ -15,11 +15,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from nemo_kd.cli.aligner_keys import ALIASES, from_names, with_keys, without_ignored
+from nemo_kd.cli.aligner_keys import ALIASES, config_of, with_keys
 from nemo_kd.cli.options import OptionParser
 from nemo_kd.config import ConfigError
-from nemo_kd.config.foreign_keys import suggestion
-from nemo_kd.config.typed import alternatives, config_error, describe, key_type
+from nemo_kd.config.typed import config_error, key_doc, known_keys, suggestion
 
 _ARGUMENT = re.compile(r"\+{0,2}([A-Za-z_]\w*(?:\.\w+)*)=(.*)", re.DOTALL | re.ASCII)
 
@@ -33,9 +32,6 @@ def option_parser() -> OptionParser:
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument(
         "--dry-run", dest="keys", action="append_const", const="dry_run=true", default=[]
-    )
-    parser.add_argument(
-        "--part", "--shard", dest="keys", action="append", type="part={}".format
     )
     return parser
 
@@ -51,17 +47,16 @@ def compose(
     Raises:
         ConfigError: names the argument, the key, or the file and its line.
     """
+    given = dict(
+        read_argument(argument, command, config_class)
+        for argument in [*options.keys, *arguments]
+    )
     try:
-        given = dict(
-            read_argument(argument, command, config_class)
-            for argument in [*options.keys, *arguments]
-        )
-        file = with_keys(_read_file(options, command), command)
-        merged = OmegaConf.merge(file, from_names(given, command))
+        file = OmegaConf.to_container(_read_file(options, command))
     except OmegaConfBaseException as error:
         raise config_error(error) from error
-    assert isinstance(merged, DictConfig)
-    return without_ignored(merged, command)
+    values = {**with_keys(file, command), **with_keys(given, command)}
+    return config_of(values, command)
 
 
 def conf_dir() -> Path:
@@ -97,21 +92,22 @@ def read_argument(argument: str, command: str, config_class: type) -> tuple[str,
     match = _ARGUMENT.fullmatch(argument)
     if match is None:
         name = argument.partition("=")[0]
-        close = suggestion(name, (each.key for each in describe(config_class)))
+        close = suggestion(name, known_keys(config_class))
         raise ConfigError(
             f"{name}: arguments are given as key=value, without dashes and blanks{close}; --help "
             "lists the keys"
         )
     name, text = match.groups()
-    hint, is_path = key_type(config_class, ALIASES[command].get(name, name))
-    is_text = alternatives(hint) == {str} or (is_path and not text.startswith(("[", "{")))
+    doc = key_doc(config_class, ALIASES[command].get(name, name))
+    is_list = text.startswith(("[", "{"))
+    is_text = doc is not None and (doc.kinds == {str} or (doc.is_path and not is_list))
     if is_text and text not in ("null", "") and text[0] not in "'\"":
         return name, text
     try:
         override = OverridesParser.create().parse_override(f"{name}={text}")
         return name, text if override.is_sweep_override() else override.value()
     except HydraException as error:
-        if not text.startswith(("[", "{")):
+        if not is_list:
             return name, text
         try:
             return name, yaml.safe_load(text)

@@ -3,8 +3,14 @@
 from dataclasses import replace
 
 from nemo_kd.cache.layout import SUFFIXES, CacheLayout
-from nemo_kd.cli.before_start import MODEL_KEY, check_model, check_records, check_writable
-from nemo_kd.cli.run import Command, run
+from nemo_kd.cli.run import (
+    MODEL_KEY,
+    Command,
+    check_model,
+    check_records,
+    check_writable,
+    run,
+)
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.run.interruption import parse_max_time

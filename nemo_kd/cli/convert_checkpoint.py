@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from nemo_kd.cli.before_start import check_model, check_writable
-from nemo_kd.cli.run import Command, run
+from nemo_kd.cli.run import Command, check_model, check_writable, run
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 
 

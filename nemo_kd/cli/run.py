@@ -12,12 +12,14 @@ import textwrap
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import ALIASES
 from nemo_kd.cli.compose import compose, option_parser
+from nemo_kd.config import ConfigError
 from nemo_kd.config.typed import describe, typed
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal
@@ -38,6 +40,8 @@ IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
 warnings.filterwarnings."""
 
 
+MODEL_KEY = "pretrained_checkpoint.restore_from_path"
+
 RESOLVERS = {
     "multiply": operator.mul,
     "int_div": operator.floordiv,
@@ -46,7 +50,7 @@ RESOLVERS = {
 """Resolvers that NeMo-Aligner's YAML files use."""
 
 END_OF_HELP = """
---dry-run is dry_run=true and --part i/n is part=i/n, for commands with these keys.
+--dry-run is dry_run=true, for commands with this key.
 
 Text is taken as typed; lists are [a, b], mappings {a: 1, b: 2}, with quotes around the whole
 argument for the shell.
@@ -146,3 +150,37 @@ def configure_logging() -> None:
         "lightning.fabric.utilities.seed",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def check_model(key: str, path: str) -> None:
+    """Refuse a model that is not there."""
+    if not os.access(path, os.R_OK):
+        raise ConfigError(
+            f"{key}: {path} does not exist or may not be read; give a Hugging Face folder or a "
+            ".nemo archive"
+        )
+
+
+def check_records(key: str, path: str) -> None:
+    """Refuse a dataset that cannot be opened."""
+    try:
+        with open(path, "rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise ConfigError(
+            f"{key}: {path}: {error.strerror}; give a file of records, one JSON object a line"
+        ) from error
+
+
+def check_writable(key: str, folder: str | Path | None) -> None:
+    """Refuse a folder that does not exist and cannot be made, or cannot be written; None is the
+    current one."""
+    existing = Path(folder or ".").absolute()
+    # Path.exists fails where os.path.exists returns False: in a folder that may not be searched.
+    while not os.path.exists(existing):
+        existing = existing.parent
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"{key}: {folder or existing} cannot be written: {existing} is no folder in which you "
+            "may write; give another one"
+        )

@@ -1,8 +1,14 @@
 """Console command of stage 2."""
 
 from nemo_kd.cache.layout import CacheLayout, path_of
-from nemo_kd.cli.before_start import MODEL_KEY, check_model, check_records, check_writable
-from nemo_kd.cli.run import Command, run
+from nemo_kd.cli.run import (
+    MODEL_KEY,
+    Command,
+    check_model,
+    check_records,
+    check_writable,
+    run,
+)
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
 from nemo_kd.config.model import check_batch_sizes

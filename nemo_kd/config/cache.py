@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config.fields import Section, bounded, choice
 
 CODECS = ("packed", "json")
 DEFAULT_FLOOR = 5e-4
 MAX_TOP_K = 65_535
-MAX_TAIL_SAMPLES = 255
-MAX_TEMPERATURES = 15
 MAX_VOCAB_SIZE = 1 << 24
 
 
 @dataclass
-class CacheConfig(Section):
+class CacheConfig(Section, key="cache"):
     """`cache`: tokens kept at a position, at most `top_k`: those that `min_probability` and `top_p`
     select, at least `min_k`."""
-
-    KEY: ClassVar[str] = "cache"
 
     codec: str = choice("packed", CODECS)
     """packed (a tenth of the bytes) or json (NeMo-Aligner's fields as plain numbers, top_k logits
@@ -37,10 +33,10 @@ class CacheConfig(Section):
     temperatures: list[float] = bounded([], above=0, below=math.inf)
     """Temperatures other than 1 at which the probability outside the kept tokens is stored.
     Training at a temperature needs it here; at most 15."""
-    tail_samples: int = bounded(0, at_least=0, at_most=MAX_TAIL_SAMPLES)
+    tail_samples: int = bounded(0, at_least=0, at_most=255)
     """Token ids per position drawn from the teacher's distribution outside the kept tokens. They
     make the cache unbiased."""
-    seed: int = bounded(1234, at_least=0, at_most=2**64 - 1)
+    seed: int = bounded(1234, at_least=0)
     """Seed of the tail samples."""
     segment_examples: int = bounded(64, at_least=1)
     """Records computed and published together; a killed run loses at most this many per
@@ -49,11 +45,8 @@ class CacheConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.temperatures = sorted({float(each) for each in self.temperatures} - {1.0})
-        if len(self.temperatures) > MAX_TEMPERATURES:
-            raise self.error(
-                "temperatures",
-                f"{len(self.temperatures)} of them, at most {MAX_TEMPERATURES} are stored",
-            )
+        if len(self.temperatures) > 15:
+            raise self.error("temperatures", "more than 15; at most 15 are stored")
         if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
             raise self.error(
                 "codec",

@@ -29,10 +29,9 @@ class ChatPromptTokens:
 
 
 @dataclass
-class DatasetConfig(Section):
+class DatasetConfig(Section, key="data.data"):
     """One JSONL dataset and its formatting."""
 
-    KEY: ClassVar[str] = "data.data"
     PATH_KEY: ClassVar[str] = "data.data.file_path"
 
     file_path: Any = path()
@@ -65,10 +64,8 @@ class DatasetConfig(Section):
 
 
 @dataclass
-class DataConfig(Section):
+class DataConfig(Section, key="data"):
     """The dataset of stage 1."""
-
-    KEY: ClassVar[str] = "data"
 
     chat: bool | None = None
     """True requires conversations, False refuses them; None accepts both."""

@@ -4,7 +4,7 @@ keys."""
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config.fields import Section, bounded, choice, path
 from nemo_kd.config.shared import RunConfig
@@ -13,10 +13,8 @@ PARAMS = "exp_manager.checkpoint_callback_params"
 
 
 @dataclass
-class CheckpointParams(Section):
+class CheckpointParams(Section, key=PARAMS):
     """`exp_manager.checkpoint_callback_params`: checkpoints and archives of a run."""
-
-    KEY: ClassVar[str] = PARAMS
 
     dirpath: str | None = path(None)
     """Folder of the checkpoints; None: checkpoints/ in the log folder."""
@@ -66,10 +64,8 @@ class CheckpointParams(Section):
 
 
 @dataclass
-class EarlyStoppingParams(Section):
+class EarlyStoppingParams(Section, key="exp_manager.early_stopping_callback_params"):
     """`exp_manager.early_stopping_callback_params`: the end of a run that no longer improves."""
-
-    KEY: ClassVar[str] = "exp_manager.early_stopping_callback_params"
 
     monitor: str = "val_loss"
     """Metric to watch."""

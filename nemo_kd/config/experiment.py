@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from nemo_kd.config.errors import ConfigError
-from nemo_kd.config.foreign_keys import suggestion
-from nemo_kd.config.typed import describe
+from nemo_kd.config.typed import describe, suggestion
 
 KEY = "allow_changed"
 FREE_KEYS = [
@@ -82,28 +81,22 @@ def compared_defaults(config_class: type) -> dict[str, Any]:
 
 def is_free(key: str) -> bool:
     """Return True for a key that may change when a run resumes."""
-    return any(_is_within(key, free) for free in FREE_KEYS)
+    return any(f"{key}.".startswith(f"{free}.") for free in FREE_KEYS)
 
 
-def allowed_keys(allow_changed: Iterable[str], compared: Collection[str]) -> set[str]:
-    """Return the compared keys that `allow_changed` names: whole keys, their last parts, or
-    sections.
+def allowed_keys(allow_changed: Iterable[str], compared: Iterable[str]) -> set[str]:
+    """Return the compared keys that `allow_changed` names: whole keys, parts of them, or sections.
 
     Raises:
-        ConfigError: an entry names no key, or the last part of several.
+        ConfigError: an entry names no key.
     """
     allowed: set[str] = set()
+    compared = set(compared)
     for entry in allow_changed:
-        within = [key for key in compared if _is_within(key, entry)]
-        keys = [*compared, *FREE_KEYS]
-        ending = [key for key in keys if f".{key}".endswith(f".{entry}")]
-        is_known = within or ending or is_free(entry)
-        if not is_known or (not within and len(ending) > 1):
-            named = ", ".join(ending) or f"no key{suggestion(entry, compared)}"
-            raise ConfigError(f"{KEY}: {entry} names {named}; give one whole key")
-        allowed.update(within or ending)
-    return allowed & {*compared}
-
-
-def _is_within(key: str, section: str) -> bool:
-    return f"{key}.".startswith(f"{section}.")
+        found = {key for key in compared if f".{entry}." in f".{key}."}
+        is_free_part = any(f".{free}".endswith(f".{entry}") for free in FREE_KEYS)
+        if not found and not is_free_part and not is_free(entry):
+            close = suggestion(entry, compared)
+            raise ConfigError(f"{KEY}: there is no key {entry}{close}")
+        allowed |= found
+    return allowed

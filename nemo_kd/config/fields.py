@@ -60,13 +60,16 @@ class Section:
     environment: ClassVar[dict[str, Any]] = {}
     """In a whole configuration: key -> text with `${oc.env:NAME}` that gave the value."""
 
+    def __init_subclass__(cls, key: str | None = None) -> None:
+        cls.KEY = cls.KEY if key is None else key
+
     def __post_init__(self) -> None:
         for each in dataclasses.fields(self):  # type: ignore[arg-type]
             value = getattr(self, each.name)
             if value is None:
                 continue
-            if is_path(each):
-                value = _expanded(value)
+            if is_path(each) and isinstance(value, str):
+                value = os.path.expanduser(value)
             options = each.metadata.get("options", ())
             if "on" in options:
                 value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
@@ -84,12 +87,3 @@ class Section:
     def error(self, name: str, problem: str) -> ConfigError:
         """Return the error of one of the section's keys."""
         return ConfigError(f"{self.KEY}.{name}: {problem}".lstrip("."))
-
-
-def _expanded(value: Any) -> Any:
-    """Return paths with the home folder in place of a leading ~."""
-    if isinstance(value, dict):
-        return {name: _expanded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [_expanded(inner) for inner in value]
-    return os.path.expanduser(value) if isinstance(value, str) else value

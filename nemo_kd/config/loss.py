@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from nemo_kd.config.fields import Section, bounded, choice
 
@@ -97,10 +97,8 @@ class Divergence:
 
 
 @dataclass
-class LossConfig(Section):
+class LossConfig(Section, key=KEY):
     """loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
-
-    KEY: ClassVar[str] = KEY
 
     target_logits_scale: float = bounded(1.0, above=0, below=math.inf)
     """Multiplies the teacher's logits in the KD term: 1 / temperature."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import MISSING, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice
@@ -25,9 +25,6 @@ float32 copies."""
 AUTO_PRECISION = "auto"
 """`trainer.precision` that `run.ranks.join_ranks` replaces once the device is known."""
 
-MOST_LAYERS = 1 << 12
-MAX_POSITIONS = (1 << 31) - 1
-
 TENSOR = "tensor_model_parallel_size"
 PARALLEL_SIZES = (
     TENSOR,
@@ -38,10 +35,8 @@ PARALLEL_SIZES = (
 
 
 @dataclass
-class RopeScaling(Section):
+class RopeScaling(Section, key="rope_scaling"):
     """Rescaling of rotary frequencies of Llama 3.1 (Hugging Face `rope_type: llama3`)."""
-
-    KEY: ClassVar[str] = "rope_scaling"
 
     factor: float = bounded(above=0, below=math.inf)
     low_freq_factor: float = bounded(above=0, below=math.inf)
@@ -51,39 +46,35 @@ class RopeScaling(Section):
 
 @dataclass
 class GPTArchitecture(Section):
-    """A decoder's weights and forward pass; written to model_config.yaml of a .nemo archive.
-
-    The upper bounds are far above every known model: a damaged file must not request unlimited
-    memory.
-    """
+    """A decoder's weights and forward pass; written to model_config.yaml of a .nemo archive."""
 
     family: str = choice(MISSING, FAMILIES)
     """Hugging Face layout of the weights."""
-    vocab_size: int = bounded(at_least=1, at_most=1 << 24)
+    vocab_size: int = bounded(at_least=1)
     """Embedding rows that stand for a token, without the padding for tensor parallelism."""
-    num_layers: int = bounded(at_least=1, at_most=MOST_LAYERS)
-    hidden_size: int = bounded(at_least=1, at_most=1 << 18)
-    ffn_hidden_size: int = bounded(at_least=1, at_most=1 << 20)
+    num_layers: int = bounded(at_least=1, at_most=1 << 12)
+    hidden_size: int = bounded(at_least=1)
+    ffn_hidden_size: int = bounded(at_least=1)
     """Feed-forward size; that of every expert in a mixture of experts."""
-    num_attention_heads: int = bounded(at_least=1, at_most=1 << 14)
-    num_query_groups: int = bounded(at_least=1, at_most=1 << 14)
+    num_attention_heads: int = bounded(at_least=1)
+    num_query_groups: int = bounded(at_least=1)
     """Key/value heads."""
-    kv_channels: int = bounded(at_least=1, at_most=1 << 14)
+    kv_channels: int = bounded(at_least=1)
     """Size of one attention head."""
-    max_position_embeddings: int = bounded(at_least=1, at_most=MAX_POSITIONS)
+    max_position_embeddings: int = bounded(at_least=1)
     layernorm_epsilon: float = bounded(above=0, below=math.inf)
     rotary_base: float = bounded(above=0, below=math.inf)
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
-    window_size: int | None = bounded(None, at_least=1, at_most=MAX_POSITIONS)
+    window_size: int | None = bounded(None, at_least=1)
     """Sliding attention: positions that a token attends to, itself included. None: all."""
     window_layers: list[int] = field(default_factory=list)
     """0-based layers that use `window_size`; empty means all of them."""
-    num_moe_experts: int | None = bounded(None, at_least=1, at_most=1 << 14)
+    num_moe_experts: int | None = bounded(None, at_least=1)
     """Experts of every layer; None: a dense model."""
-    moe_router_topk: int | None = bounded(None, at_least=1, at_most=1 << 14)
+    moe_router_topk: int | None = bounded(None, at_least=1)
     """Experts per token."""
     moe_normalize_topk: bool = True
     """The weights of a token's experts sum to 1."""
@@ -93,10 +84,6 @@ class GPTArchitecture(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not all(0 <= layer < self.num_layers for layer in self.window_layers):
-            raise ConfigError(
-                f"window_layers: numbers outside the {self.num_layers} layers, which count from 0"
-            )
         if self.num_attention_heads % self.num_query_groups:
             raise ConfigError(
                 f"num_attention_heads: {self.num_attention_heads} is not a multiple of "
@@ -118,13 +105,11 @@ class GPTArchitecture(Section):
 
 
 @dataclass
-class ParallelConfig(Section):
+class ParallelConfig(Section, key="model"):
     """Distribution of one model over ranks.
 
     A replica has tensor x pipeline x context ranks; the rest is data parallelism.
     """
-
-    KEY: ClassVar[str] = "model"
 
     tensor_model_parallel_size: int = bounded(1, at_least=1)
     """Ranks that split every layer: heads, feed-forward and vocabulary."""
@@ -166,7 +151,7 @@ class ParallelConfig(Section):
     @property
     def chunks_per_stage(self) -> int:
         """Return the parts of a pipeline stage; more than one if stages are interleaved."""
-        return 1
+        return getattr(self, "virtual_pipeline_model_parallel_size", None) or 1
 
     @property
     def replicas_in_lockstep(self) -> int:
@@ -184,23 +169,18 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
     Raises:
         ConfigError: names the size that does not divide.
     """
-    cut_by = {
-        TENSOR: ("num_attention_heads", "num_query_groups", "ffn_hidden_size"),
-        "pipeline_model_parallel_size": ("num_layers",),
-    }
-    for key, names in cut_by.items():
-        for name in names:
-            if getattr(architecture, name) % getattr(parallel, key):
-                raise ConfigError(
-                    f"model.{key}: {getattr(parallel, key)} does not divide the model's {name} "
-                    f"({getattr(architecture, name)})"
-                )
+    tensor = parallel.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(architecture, name) % tensor:
+            raise ConfigError(
+                f"model.{TENSOR}: {tensor} does not divide the model's {name} "
+                f"({getattr(architecture, name)})"
+            )
     chunks = parallel.pipeline_model_parallel_size * parallel.chunks_per_stage
     if architecture.num_layers % chunks:
         raise ConfigError(
-            f"model.virtual_pipeline_model_parallel_size: {parallel.chunks_per_stage} parts of "
-            f"{parallel.pipeline_model_parallel_size} pipeline stages do not divide the model's "
-            f"num_layers ({architecture.num_layers})"
+            "model.pipeline_model_parallel_size x model.virtual_pipeline_model_parallel_size: "
+            f"{chunks} does not divide the model's num_layers ({architecture.num_layers})"
         )
     experts = architecture.num_moe_experts or 0
     size = parallel.expert_model_parallel_size

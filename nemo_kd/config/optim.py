@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from nemo_kd.config.fields import Section, bounded, choice
 
-DEFAULT_WARMUP_STEPS = 10
+DEFAULT_STEPS = {"warmup": 10, "constant": 0}
 SHARDED = "distributed_fused_adam"
 SCHEDULES = {
     "CosineAnnealing": "cosine",
@@ -22,10 +21,8 @@ SCHEDULES = {
 
 
 @dataclass
-class SchedConfig(Section):
+class SchedConfig(Section, key="model.optim.sched"):
     """`model.optim.sched`: the learning rate over a run."""
-
-    KEY: ClassVar[str] = "model.optim.sched"
 
     name: str = choice("CosineAnnealing", SCHEDULES)
     """Shape after a linear warmup: CosineAnnealing or linear (NeMo: WarmupAnnealing) decay to
@@ -67,30 +64,25 @@ class SchedConfig(Section):
         maximum. Constant steps that do not fit after the warmup are left out: a short run would
         train at min_lr throughout.
         """
-        warmup = _steps(
-            self.warmup_steps, self.warmup_ratio, DEFAULT_WARMUP_STEPS, max_steps
-        )
-        constant = self.asked_constant_steps(max_steps)
+        warmup = self.asked_steps("warmup", max_steps)
+        constant = self.asked_steps("constant", max_steps)
         if warmup + constant > max_steps:
             constant = 0
         return warmup, max(0, max_steps - warmup - constant), constant
 
-    def asked_constant_steps(self, max_steps: int) -> int:
-        """Return the constant steps as configured, even if the run has no room for them."""
-        return _steps(self.constant_steps, self.constant_ratio, 0, max_steps)
-
-
-def _steps(steps: int | None, ratio: float | None, default: int, max_steps: int) -> int:
-    if ratio is not None:
-        return int(ratio * max_steps)
-    return default if steps is None else steps
+    def asked_steps(self, phase: str, max_steps: int) -> int:
+        """Return the steps of warmup or constant as configured, even if the run has no room for
+        them."""
+        ratio = getattr(self, f"{phase}_ratio")
+        if ratio is not None:
+            return int(ratio * max_steps)
+        steps = getattr(self, f"{phase}_steps")
+        return DEFAULT_STEPS[phase] if steps is None else steps
 
 
 @dataclass
-class OptimConfig(Section):
+class OptimConfig(Section, key="model.optim"):
     """`model.optim`: the optimizer."""
-
-    KEY: ClassVar[str] = "model.optim"
 
     name: str = choice(SHARDED, (SHARDED, "adamw", "adam"))
     """Optimizer: distributed_fused_adam or adamw (Adam with decoupled weight decay; the former

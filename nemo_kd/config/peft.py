@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice
@@ -20,10 +19,8 @@ INIT_METHODS = ("xavier", "normal", "kaiming", "zero")
 
 
 @dataclass
-class LoraConfig(Section):
+class LoraConfig(Section, key=KEY):
     """`model.peft.lora_tuning`: low-rank adapters."""
-
-    KEY: ClassVar[str] = KEY
 
     target_modules: list[str] = choice(["attention_qkv"], (*TARGETS, *GROUPS))
     """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or the
@@ -72,10 +69,8 @@ class LoraConfig(Section):
 
 
 @dataclass
-class PeftConfig(Section):
+class PeftConfig(Section, key="model.peft"):
     """`model.peft`: training of all weights or of adapters."""
-
-    KEY: ClassVar[str] = "model.peft"
 
     peft_scheme: str | None = choice("none", ("none", "lora"))
     """lora: train low-rank adapters and keep the model's weights. none: train every weight."""
@@ -100,10 +95,8 @@ class PeftConfig(Section):
 
 
 @dataclass
-class ExportConfig(Section):
+class ExportConfig(Section, key="export"):
     """`export`: Hugging Face folders that a run leaves."""
-
-    KEY: ClassVar[str] = "export"
 
     hf: bool = False
     """Write a Hugging Face folder beside every .nemo archive, with -hf in place of .nemo."""

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import re
+import contextlib
+import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config.fields import Section, bounded, choice, path
 from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
 
-MAX_SEED = 2**32 - 1
-MAX_TIMEOUT_MINUTES = 1_000_000
-
 
 @dataclass
-class TrainerConfig(Section):
+class TrainerConfig(Section, key="trainer"):
     """Machines, devices and precision of a command."""
-
-    KEY: ClassVar[str] = "trainer"
 
     num_nodes: int = bounded(1, at_least=1)
     """Number of machines; each starts the command, as srun and torchrun do."""
@@ -28,15 +24,12 @@ class TrainerConfig(Section):
     """auto (GPU if there is one), gpu or cpu."""
     precision: str = choice(AUTO_PRECISION, (AUTO_PRECISION, *PRECISIONS))
     """Dtype of weights and activations: bf16 or 32. auto uses bf16 on a GPU and 32 on a CPU."""
-    distributed_timeout_minutes: float = bounded(
-        10.0, above=0, at_most=MAX_TIMEOUT_MINUTES
-    )
+    distributed_timeout_minutes: float = bounded(10.0, above=0, below=math.inf)
     """End the run with an error after this many minutes without progress on a rank."""
 
     def __post_init__(self) -> None:
-        self.precision = str(self.precision)
         super().__post_init__()
-        if isinstance(self.devices, str) and re.fullmatch(r"-?\d+", self.devices):
+        with contextlib.suppress(ValueError):
             self.devices = int(self.devices)
         if self.devices not in ("auto", -1) and self.devices not in range(1, 1 << 20):
             raise self.error(
@@ -62,7 +55,7 @@ class PretrainedCheckpoint(Section):
 class ModelConfig(ParallelConfig):
     """Model settings that both stages have."""
 
-    seed: int = bounded(1234, at_least=0, at_most=MAX_SEED)
+    seed: int = bounded(1234, at_least=0)
     """Seed of all random numbers."""
     max_seq_length: int | None = bounded(None, at_least=2)
     """Longest example in tokens; longer ones are dropped and counted. None: 4096, or the model's
@@ -75,10 +68,8 @@ class ModelConfig(ParallelConfig):
 
 
 @dataclass
-class RunConfig(Section):
+class RunConfig(Section, key="exp_manager"):
     """`exp_manager`: logging and run time."""
-
-    KEY: ClassVar[str] = "exp_manager"
 
     explicit_log_dir: str | None = path(None)
     """Folder of the metrics file, which gets one JSON line per interval. None: the folder of the

@@ -25,10 +25,8 @@ FORM = (
 
 
 @dataclass
-class LoopConfig(Section):
+class LoopConfig(Section, key=LOOP):
     """`trainer.knowledge_distillation`: length of the training, validation and checkpoints."""
-
-    KEY: ClassVar[str] = LOOP
 
     max_epochs: int = 1
     """Passes over the training data."""
@@ -52,15 +50,6 @@ class LoopConfig(Section):
     """On a step whose loss or gradient is not finite: stop ends the run and names the examples;
     skip keeps the weights and counts the step in train/skipped_steps, up to 10 in a row."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.limit_val_batches > 1 and self.limit_val_batches % 1:
-            raise self.error(
-                "limit_val_batches",
-                f"{self.limit_val_batches} is neither a whole number of batches nor a fraction up "
-                "to 1.0",
-            )
-
 
 @dataclass
 class StudentTrainerConfig(TrainerConfig):
@@ -70,10 +59,9 @@ class StudentTrainerConfig(TrainerConfig):
 
 
 @dataclass
-class StudentDatasetConfig(DatasetConfig):
+class StudentDatasetConfig(DatasetConfig, key="model.data.dataset"):
     """Format of the datasets that stage 2 tokenizes itself; data_prefix has their paths."""
 
-    KEY: ClassVar[str] = "model.data.dataset"
     PATH_KEY: ClassVar[str] = "model.data.data_prefix"
 
     file_path: Any = ""
@@ -81,17 +69,13 @@ class StudentDatasetConfig(DatasetConfig):
 
 
 @dataclass
-class StudentRecordsConfig(DataConfig):
+class StudentRecordsConfig(DataConfig, key="model.data"):
     """Stage 2's form of stage 1's `data`."""
-
-    KEY: ClassVar[str] = "model.data"
 
 
 @dataclass
-class StudentDataConfig(Section):
+class StudentDataConfig(Section, key="model.data"):
     """`model.data`: training, validation and test data of stage 2."""
-
-    KEY: ClassVar[str] = "model.data"
 
     data_impl: str = choice("chunked_jsonl", (*CACHE_IMPLS, "dataset"))
     """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads plain JSONL records,
@@ -144,16 +128,16 @@ class StudentDataConfig(Section):
                 f"{self.dataset.file_path} is not read; name the files of every split in "
                 "model.data.data_prefix",
             )
-        chosen = self.n_chunks
-        for split, number in (
-            chosen if isinstance(chosen, dict) else {"train": chosen}
-        ).items():
+        chosen = (
+            self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
+        )
+        for split, number in chosen.items():
             is_count = number is None or (type(number) is int and number >= 1)
             if split not in SPLITS or not is_count:
                 raise self.error(
                     "n_chunks",
-                    f"{chosen!r} is neither a number of chunks nor one for each split, {{train: 2, "
-                    "validation: 1}",
+                    f"{self.n_chunks!r} is neither a number of chunks nor one for each split, "
+                    "{train: 2, validation: 1}",
                 )
         if self.shuffle not in (True, False, "chunks"):
             raise self.error(
@@ -172,33 +156,31 @@ class StudentDataConfig(Section):
 
     def paths(self, split: str) -> list[str]:
         """Return the split's paths."""
-        return [path for _, path in self._weighted_paths(split)]
+        return self._weights_and_paths(split)[1]
 
     def weights(self, split: str) -> list[float] | None:
         """Return the weight of each of the split's paths; None without weights."""
-        weights = [weight for weight, _ in self._weighted_paths(split)]
-        return None if None in weights or not weights else weights
+        return self._weights_and_paths(split)[0]
 
-    def _weighted_paths(self, split: str) -> list[tuple[Any, str]]:
+    def _weights_and_paths(self, split: str) -> tuple[list[float] | None, list[str]]:
         entries = self.data_prefix.get(split) or []
-        if isinstance(entries, str):
-            entries = [_number_or_text(part.strip()) for part in entries.split(",")]
-        elif not isinstance(entries, list):
-            entries = [entries]
-        has_weights = any(map(_is_weight, entries))
-        weights = entries[::2] if has_weights else [None] * len(entries)
-        paths = entries[1::2] if has_weights else entries
-        if (
-            len(weights) != len(paths)
-            or not all(weight is None or _is_weight(weight) for weight in weights)
-            or not all(isinstance(a_path, str) and a_path for a_path in paths)
-        ):
+        if not isinstance(entries, list):
+            entries = [part.strip() for part in str(entries).split(",")]
+        weights = None
+        paths = entries
+        if any(map(_is_weight, entries)):
+            weights = entries[::2]
+            paths = entries[1::2]
+        is_valid = all(isinstance(path, str) and path for path in paths)
+        if weights is not None:
+            is_valid &= len(weights) == len(paths) and all(map(_is_weight, weights))
+        if not is_valid:
             raise self.error(
                 f"data_prefix.{split}",
                 f"{entries} is neither PATH, [PATH, PATH ...] nor [WEIGHT, PATH, WEIGHT, PATH "
                 "...] with weights above 0",
             )
-        return list(zip(weights, paths, strict=True))
+        return weights, list(map(os.path.expanduser, paths))
 
     @property
     def uses_cache(self) -> bool:
@@ -207,13 +189,6 @@ class StudentDataConfig(Section):
 
 def _is_weight(value: Any) -> bool:
     return type(value) in (int, float) and 0 < value < math.inf
-
-
-def _number_or_text(text: str) -> float | str:
-    try:
-        return float(text)
-    except ValueError:
-        return os.path.expanduser(text)
 
 
 @dataclass
@@ -249,18 +224,13 @@ class StudentModelConfig(ModelConfig):
                 f"{self.chunks_per_stage} with model.pipeline_model_parallel_size=1 interleaves "
                 "nothing; leave it out",
             )
-        if self.activations_checkpoint_granularity == "full":
-            self.activations_checkpoint_method = (
-                self.activations_checkpoint_method or "uniform"
-            )
-            self.activations_checkpoint_num_layers = (
-                self.activations_checkpoint_num_layers or 1
-            )
-        elif self.activations_checkpoint_granularity == "selective":
-            # NeMo-Aligner's files set both beside it; they are for whole layers, and Megatron
-            # refuses them.
-            self.activations_checkpoint_method = None
-            self.activations_checkpoint_num_layers = None
+        # NeMo-Aligner's files set both beside selective; they are for whole layers, and Megatron
+        # refuses them.
+        is_full = self.activations_checkpoint_granularity == "full"
+        method = self.activations_checkpoint_method or "uniform"
+        num_layers = self.activations_checkpoint_num_layers or 1
+        self.activations_checkpoint_method = method if is_full else None
+        self.activations_checkpoint_num_layers = num_layers if is_full else None
         loss = self.knowledge_distillation
         for name in ("top_k", "drop_ids_outside_vocab"):
             if loss.support == "sampled" and getattr(self.data, name):
@@ -276,10 +246,6 @@ class StudentModelConfig(ModelConfig):
                 f"{loss.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or "
                 "read a cache",
             )
-
-    @property
-    def chunks_per_stage(self) -> int:
-        return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def packed(self) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
 
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
@@ -33,8 +33,6 @@ class TeacherModelConfig(ModelConfig):
 @dataclass
 class TeacherDataConfig(DataConfig):
     """`data` of stage 1."""
-
-    KEY: ClassVar[str] = "data"
 
     max_tokens_per_batch: int | None = bounded(None, at_least=1)
     """Largest number of tokens per forward pass of one replica of the teacher, padding included; a
@@ -142,18 +140,12 @@ class ComputeTopkLogitsConfig(Section):
             return {"": self}
         splits = {}
         for split, file_path in paths.items():
-            part = replace(
-                self,
-                output_path=self.output_path.replace(SPLIT, split),
-                data=replace(
-                    self.data, data=replace(self.data.data, file_path=file_path)
-                ),
-            )
-            vars(part)["environment"] = {
-                key: text
-                for key, text in self.environment.items()
-                if not key.startswith(("output_path", "data.data.file_path"))
-            }
+            part = copy.deepcopy(self)
+            part.output_path = self.output_path.replace(SPLIT, split)
+            part.data.data = replace(self.data.data, file_path=file_path)
+            for key in self.environment:
+                if key.startswith(("output_path", "data.data.file_path")):
+                    del part.environment[key]
             splits[split] = part
         return splits
 

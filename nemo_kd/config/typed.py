@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import difflib
+import functools
 import inspect
 import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -16,7 +18,6 @@ from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.fields import is_path, need
-from nemo_kd.config.foreign_keys import suggestion
 
 T = TypeVar("T")
 
@@ -36,14 +37,13 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
             The message names the full key, the value found and what to do.
     """
     environment = {}
-    for key, value in _leaves(OmegaConf.to_container(cfg, resolve=False)):
-        hint, _ = key_type(cls, key)
-        is_reference = "${" in str(value)
-        if hint is None or (dataclasses.is_dataclass(hint) and not is_reference):
-            close = suggestion(key, (each.key for each in describe(cls)))
+    for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)):
+        doc = key_doc(cls, key)
+        if doc is None:
+            close = suggestion(key, known_keys(cls))
             raise ConfigError(f"{key}: there is no such key{close}; --help lists all")
-        is_list = any(typing.get_origin(each) is list for each in alternatives(hint))
-        if is_list and not (is_reference or isinstance(value, list | None)):
+        is_list = any(typing.get_origin(kind) is list for kind in doc.kinds)
+        if is_list and not isinstance(value, list | None) and "${" not in str(value):
             raise ConfigError(f"{key}: {value} is not a list; give [{value}]")
         if "${oc.env:" in str(value):
             environment[key] = value
@@ -62,10 +62,11 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
     return config
 
 
-def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
+def leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the full key and the value of everything in nested mappings."""
+    if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{prefix}.{name}".lstrip("."))
+            yield from leaves(inner, f"{prefix}.{name}".lstrip("."))
     else:
         yield prefix, value
 
@@ -79,45 +80,37 @@ def config_error(error: OmegaConfBaseException) -> ConfigError:
     return ConfigError(f"{key}: {str(error).splitlines()[0]}{step}")
 
 
-def alternatives(hint: Any) -> set[Any]:
-    """Return the types that a type hint allows besides None."""
-    is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
-    return {*(typing.get_args(hint) if is_union else (hint,))} - {types.NoneType}
-
-
-def key_type(cls: type, key: str) -> tuple[Any, bool]:
-    """Return (type, holds paths) of a full key below the dataclass `cls`, (None, False) if unknown.
-
-    Keys inside a mapping have the type Any.
-    """
-    name, _, rest = key.partition(".")
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    if name not in fields:
-        return None, False
-    hint = typing.get_type_hints(cls)[name]
-    if not rest:
-        return hint, is_path(fields[name])
-    for kind in alternatives(hint):
-        if dataclasses.is_dataclass(kind):
-            return key_type(typing.cast(type, kind), rest)
-        if kind is Any or typing.get_origin(kind) is dict:
-            return Any, is_path(fields[name])
-    return None, False
-
-
 @dataclasses.dataclass(frozen=True)
 class KeyDoc:
-    """One key of a configuration as `--help` prints it."""
+    """One key of a configuration, as `--help` prints it.
+
+    Attributes:
+        default: the value without one given; ??? if it is mandatory.
+        need: bounds of the value in words.
+        kinds: types of the value besides None.
+    """
 
     key: str
     type: str
     default: Any
-    """The value without one given; ??? if it is mandatory."""
     doc: str
     need: str
-    """Bounds of the value in words."""
+    is_path: bool
+    kinds: set[Any]
 
 
+def known_keys(cls: type) -> list[str]:
+    return [each.key for each in describe(cls)]
+
+
+def key_doc(cls: type, key: str) -> KeyDoc | None:
+    """Return the key of `cls` that `key` is, or that holds it in a mapping."""
+    return next(
+        (each for each in describe(cls) if f"{key}.".startswith(f"{each.key}.")), None
+    )
+
+
+@functools.cache
 def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
     """Return every key below the dataclass `cls`, with the docstring that follows its field."""
     docs = _field_docs(cls)
@@ -125,14 +118,19 @@ def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
     result = []
     for field in dataclasses.fields(cls):
         key = prefix + field.name
-        if dataclasses.is_dataclass(hints[field.name]):
-            result += describe(hints[field.name], f"{key}.")
+        hint = hints[field.name]
+        if dataclasses.is_dataclass(hint):
+            result += describe(typing.cast(type, hint), f"{key}.")
             continue
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
+        is_union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+        kinds = {*(typing.get_args(hint) if is_union else (hint,))} - {types.NoneType}
         doc = docs.get(field.name, "")
-        result.append(KeyDoc(key, str(field.type), default, doc, need(field)))
+        result.append(
+            KeyDoc(key, str(field.type), default, doc, need(field), is_path(field), kinds)
+        )
     return result
 
 
@@ -147,3 +145,139 @@ def _field_docs(cls: type) -> dict[str, str]:
             if isinstance(name, ast.Name) and isinstance(text, ast.Constant):
                 docs[name.id] = " ".join(str(text.value).split())
     return docs
+
+
+FOREIGN_NAMES = """
+pretrained_checkpoint.restore_from_path input_path
+    model model_name model_path model_id model_name_or_path pretrained_model_name_or_path
+    base_model hf_model teacher teacher_model teacher_model_name_or_path student
+    student_model checkpoint restore_from_path
+input_path
+    input
+output_path exp_manager.explicit_log_dir
+    output output_dir save_dir out_dir
+exp_manager.explicit_log_dir
+    log_dir logging_dir
+overwrite exp_manager.explicit_log_dir | stage 2: a new folder
+    overwrite_output_dir
+model.optim.lr
+    learning_rate lr
+model.optim.sched.min_lr
+    min_lr
+model.optim.weight_decay
+    weight_decay
+model.optim.betas | [BETA1, BETA2]
+    adam_beta1 adam_beta2
+model.optim.eps
+    adam_epsilon
+model.optim.name | adamw or distributed_fused_adam
+    optim optimizer
+model.optim.sched.warmup_steps
+    warmup_steps num_warmup_steps lr_warmup_steps
+model.optim.sched.warmup_ratio
+    warmup_ratio
+model.optim.sched.name | cosine: CosineAnnealing; linear, constant
+    lr_scheduler lr_scheduler_type lr_decay_style scheduler
+trainer.knowledge_distillation.max_epochs
+    epochs num_epochs num_train_epochs max_epochs
+trainer.knowledge_distillation.max_steps
+    steps max_steps train_iters max_train_steps
+model.global_batch_size data.max_tokens_per_batch
+    batch_size
+model.global_batch_size
+    train_batch_size global_batch_size
+model.micro_batch_size | examples per forward pass of one data-parallel rank
+    micro_batch_size per_device_train_batch_size per_device_eval_batch_size
+    device_batch_size
+model.global_batch_size | micro_batch_size x data-parallel ranks x accumulation steps
+    gradient_accumulation_steps accumulate_grad_batches grad_accum
+trainer.knowledge_distillation.gradient_clip_val
+    max_grad_norm clip_grad gradient_clip_val
+model.activations_checkpoint_granularity | true: full
+    gradient_checkpointing
+model.max_seq_length
+    max_seq_len max_seq_length max_length seq_len seq_length sequence_length cutoff_len
+    block_size
+trainer.knowledge_distillation.val_check_interval
+    eval_steps eval_interval
+trainer.knowledge_distillation.save_interval
+    save_steps save_interval
+exp_manager.checkpoint_callback_params.save_top_k
+    save_total_limit
+trainer.knowledge_distillation.log_every_n_steps exp_manager.log_interval_s
+    logging_steps log_interval
+model.peft.lora_tuning.adapter_dim | with model.peft.peft_scheme=lora
+    lora_r lora_rank r rank
+model.peft.lora_tuning.alpha | with model.peft.peft_scheme=lora
+    lora_alpha
+model.peft.lora_tuning.adapter_dropout | with model.peft.peft_scheme=lora
+    lora_dropout
+model.peft.lora_tuning.target_modules | attention_qkv, attention_dense, mlp_fc1, mlp_fc2
+    lora_target_modules target_modules
+model.peft.peft_scheme | lora or none
+    use_lora use_peft
+model.peft.lora_tuning.alpha model.knowledge_distillation.kd_loss_weight | LoRA's, or the weight of KD
+    alpha
+exp_manager.wandb_logger_kwargs.project | with exp_manager.create_wandb_logger=true
+    wandb_project project
+exp_manager.wandb_logger_kwargs.name | with exp_manager.create_wandb_logger=true
+    wandb_name wandb_run_name run_name
+exp_manager.create_wandb_logger | wandb: true
+    report_to
+exp_manager.resume_from_checkpoint | without it a run resumes from its own folder
+    resume resume_from_checkpoint
+trainer.precision precision | bf16 or 32
+    bf16 fp16 dtype torch_dtype mixed_precision
+trainer.devices | a number, or auto
+    gpus num_gpus n_gpus nproc_per_node devices
+trainer.num_nodes
+    nnodes num_nodes nodes
+model.tensor_model_parallel_size
+    tp tensor_parallel_size tensor_model_parallel_size
+model.pipeline_model_parallel_size
+    pp pipeline_parallel_size pipeline_model_parallel_size
+model.context_parallel_size
+    cp
+model.expert_model_parallel_size
+    ep
+model.data.data_prefix.train data.data.file_path | stage 2: model.data.data_prefix.train=FILE
+    dataset dataset_name dataset_path data data_path train_file train_data data_prefix
+    validation_file
+model.data.num_workers data.num_workers
+    num_workers dataloader_num_workers
+model.seed
+    seed
+model.knowledge_distillation.kd_loss_weight | kd_loss_weight=a and sft_loss_weight=1-a for a weight a
+    kd_alpha kd_ratio distillation_alpha lmbda
+model.knowledge_distillation.temperature model.knowledge_distillation.logits_scale cache.temperatures
+    temperature kd_temperature
+top_k model.data.top_k
+    topk num_logits
+n_examples_per_chunk
+    chunk_size
+"""
+"""Keys of any command, with a remark on their values after "|"; below them other trainers' names
+for these."""
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """Return " (did you mean KEY?)" with a remark on its value; empty if no key is close.
+
+    Args:
+        name: as typed, with or without sections and leading dashes.
+        known: keys that it may mean.
+    """
+    known = list(known)
+    plain = name.strip("- ").replace("-", "_")
+    meanings = {plain, plain.rpartition(".")[2]}
+    keys = remark = ""
+    for line in FOREIGN_NAMES.strip().splitlines():
+        if not line.startswith(" "):
+            keys, _, remark = line.partition(" | ")
+        elif meanings & {*line.split()}:
+            for key in keys.split():
+                if key in known or key.rpartition(".")[0] in known:
+                    return f" (did you mean {f'{key}? {remark}'.strip()})"
+    last_parts = {key.rpartition(".")[2]: key for key in known}
+    close = difflib.get_close_matches(plain, [*known, *last_parts], n=1, cutoff=0.7)
+    return f" (did you mean {last_parts.get(close[0], close[0])}?)" if close else ""

@@ -131,7 +131,7 @@ def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
 def check_schedule(optim: OptimConfig, max_steps: int) -> None:
     """Warn if the run is too short for its constant steps or its warmup."""
     warmup, _, constant = optim.sched.phases(max_steps)
-    wanted = optim.sched.asked_constant_steps(max_steps)
+    wanted = optim.sched.asked_steps("constant", max_steps)
     if constant < wanted:
         log.warning(
             "model.optim.sched: %d steps of warmup and %d constant steps at min_lr are more than "

@@ -187,7 +187,7 @@ def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, t
 def test_shards_that_run_at_the_same_time_write_the_cache_of_one_run(
     world, straight, tmp_path
 ):
-    first = start(keys(world, tmp_path, "--shard", "0/2"))
+    first = start(keys(world, tmp_path, "shard=0/2"))
     second = start(
         keys(world, tmp_path),
         SLURM_ARRAY_TASK_ID="7",

@@ -13,10 +13,9 @@ from omegaconf import OmegaConf
 from nemo_kd.cli.compose import compose, conf_dir, option_parser, read_argument
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.foreign_keys import FOREIGN_NAMES
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.config.typed import describe, typed
+from nemo_kd.config.typed import FOREIGN_NAMES, describe, typed
 
 ROOT = Path(__file__).resolve().parents[2]
 ODD_PATHS = (
@@ -192,10 +191,6 @@ def test_texts_in_lists_and_mappings_need_no_quotes(path):
             "exp_manager.log_interval_s=nan",
             "exp_manager.log_interval_s: nan must be above 0",
         ),
-        (
-            "model.seed=99999999999999999999",
-            "model.seed: 99999999999999999999 must be at least 0 and at most 4294967295",
-        ),
     ],
 )
 def test_values_that_cannot_work_name_their_key(argument, answer):
@@ -261,7 +256,8 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     )
     assert found.output_path == "/home/me/c/t_SPLIT.jsonl"
     assert found.pretrained_checkpoint.restore_from_path == "/home/me/t"
-    assert found.data.data.file_path == {"train": "/home/me/d.jsonl", "validation": "v"}
+    paths = {split: part.data.data.file_path for split, part in found.splits().items()}
+    assert paths == {"train": "/home/me/d.jsonl", "validation": "v"}
     assert found.exp_manager.explicit_log_dir == "/home/me/log"
     prefix = {"train": [0.5, "~/a", 0.5, "b"], "validation": "~/v[:10%]"}
     student = {

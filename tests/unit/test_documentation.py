@@ -104,12 +104,7 @@ def options_of(command: str, subcommand: str) -> set[str]:
         plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
     )
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
-        keys = {
-            each.key for each in describe(CONFIGS.get(command, ComputeTopkLogitsConfig))
-        }
-        return HYDRA_OPTIONS | {
-            f"--{key.replace('_', '-')}" for key in keys & {"dry_run", "part"}
-        }
+        return HYDRA_OPTIONS
     if command == "logit_cache" and not subcommand.startswith("-"):
         (subcommands,) = (
             action.choices

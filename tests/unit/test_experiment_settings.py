@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 
-from nemo_kd.cli.aligner_keys import without_ignored
+from nemo_kd.cli.aligner_keys import config_of, with_keys
 from nemo_kd.cli.train_gpt_knowledge_distillation import check_run
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import CheckpointParams
@@ -107,10 +106,10 @@ def test_what_nothing_here_asks_is_told():
             "checkpoint_callback_params": {"every_n_epochs": 2},
         }
     }
-    _, warnings = without_ignored(OmegaConf.create(given), COMMAND)
+    _, warnings = config_of(with_keys(given, COMMAND), COMMAND)
     assert warnings == [
-        "exp_manager.checkpoint_callback_params.every_n_epochs=2: trainer.knowledge_distillation.save_interval sets the steps",
         "exp_manager.resume_past_end=True: a run resumes from its last checkpoint",
+        "exp_manager.checkpoint_callback_params.every_n_epochs=2: trainer.knowledge_distillation.save_interval sets the steps",
     ]
 
 

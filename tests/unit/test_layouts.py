@@ -66,7 +66,7 @@ def test_sizes_that_do_not_cut_the_model_are_refused():
     check_layout(ARCHITECTURE, ParallelConfig(4, 3))
     with pytest.raises(
         ConfigError,
-        match=r"model.pipeline_model_parallel_size: 4 .* the model's num_layers \(6\)",
+        match=r"virtual_pipeline_model_parallel_size: 4 does not divide the model's num_layers \(6\)",
     ):
         check_layout(ARCHITECTURE, ParallelConfig(pipeline_model_parallel_size=4))
     with pytest.raises(
@@ -97,7 +97,7 @@ def test_what_students_cannot_have_is_refused():
     )
     with pytest.raises(
         ConfigError,
-        match=r"2 parts of 2 pipeline stages do not divide the model's num_layers \(6\)",
+        match=r"_parallel_size: 4 does not divide the model's num_layers \(6\)",
     ):
         check_layout(ARCHITECTURE, interleaved)
     experts = replace(ARCHITECTURE, num_moe_experts=4, moe_router_topk=2)
@@ -109,7 +109,7 @@ def test_what_students_cannot_have_is_refused():
     ):
         check_training_layout(experts, ParallelConfig(2))
     with pytest.raises(
-        ConfigError, match=r"model.pipeline_model_parallel_size: 4 does not divide"
+        ConfigError, match=r"pipeline_model_parallel_size: 4 does not divide"
     ):
         check_training_layout(experts, ParallelConfig(pipeline_model_parallel_size=4))
 

@@ -197,7 +197,6 @@ def test_paths_with_and_without_weights(train, paths, weights):
             r"is neither PATH, \[PATH, PATH",
         ),
         ({"data_prefix": {"train": [True, "a"]}}, r"is neither PATH, \[PATH, PATH"),
-        ({"data_prefix": {"train": 5}}, r"is neither PATH, \[PATH, PATH"),
         (
             {"data_prefix": {"validation": [1.0, "a"]}},
             "model.data.data_prefix.validation: weights are for train only",
