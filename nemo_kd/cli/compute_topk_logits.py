@@ -4,16 +4,14 @@ from dataclasses import replace
 
 from nemo_kd.cache.layout import SUFFIXES, CacheLayout
 from nemo_kd.cli.run import (
-    MODEL_KEY,
     Command,
-    check_model,
     check_records,
+    check_stage,
     check_writable,
     run,
 )
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.run.interruption import parse_max_time
 
 
 def check(config: ComputeTopkLogitsConfig) -> None:
@@ -22,11 +20,7 @@ def check(config: ComputeTopkLogitsConfig) -> None:
     Raises:
         ConfigError, CacheError: names the key.
     """
-    run_settings = config.exp_manager
-    if run_settings.max_time_per_run is not None:
-        parse_max_time(run_settings.max_time_per_run)
-    check_model(MODEL_KEY, config.pretrained_checkpoint.restore_from_path)
-    config.model.data_parallel_size(config.trainer.num_nodes * config.trainer.num_devices)
+    check_stage(config)
     for part in config.splits().values():
         check_records("data.data.file_path", part.data.data.file_path)
         if not part.output_path.endswith(SUFFIXES):
@@ -37,8 +31,9 @@ def check(config: ComputeTopkLogitsConfig) -> None:
         folder = CacheLayout(part.output_path).folder
         if not config.dry_run:
             check_writable("output_path", folder)
-    if run_settings.explicit_log_dir is not None and not config.dry_run:
-        check_writable("exp_manager.explicit_log_dir", run_settings.explicit_log_dir)
+    log_dir = config.exp_manager.explicit_log_dir
+    if log_dir is not None and not config.dry_run:
+        check_writable("exp_manager.explicit_log_dir", log_dir)
 
 
 COMMAND = Command(

@@ -22,25 +22,18 @@ from nemo_kd.cli.compose import compose, option_parser
 from nemo_kd.config import ConfigError
 from nemo_kd.config.typed import describe, typed
 from nemo_kd.run.endings import errors_end_the_process
-from nemo_kd.run.interruption import hold_back_warning_signal
+from nemo_kd.run.interruption import hold_back_warning_signal, parse_max_time
 from nemo_kd.run.launch import LAUNCHER, follow_launcher, launch, needs_launch
 from nemo_kd.run.ranks import find_ranks, join_ranks
 from nemo_kd.terminal import print_text
 
-IGNORED_WARNINGS: tuple[dict[str, Any], ...] = (
-    {"module": r"megatron\."},  # what it misses without Apex and Transformer Engine
-    {"message": ".*sync_dist=True.*"},  # what is logged has been reduced over ranks
-    {"message": ".*dataloader is not resumable.*"},  # it is: StudentData
-    {"message": "Checkpoint directory .* exists and is not empty."},
-    {
-        "message": "The `srun` command is available"
-    },  # a hint for programs that do not start their ranks themselves
+IGNORED_WARNINGS = (
+    ".*sync_dist=True.*",  # what is logged has been reduced over ranks
+    ".*dataloader is not resumable.*",  # it is: StudentData
+    "Checkpoint directory .* exists and is not empty.",
+    "The `srun` command is available",  # a hint for programs that do not start their ranks
 )
-"""Warnings of libraries that a user can do nothing about, as arguments of
-warnings.filterwarnings."""
-
-
-MODEL_KEY = "pretrained_checkpoint.restore_from_path"
+"""Warnings of libraries that a user can do nothing about."""
 
 RESOLVERS = {
     "multiply": operator.mul,
@@ -142,14 +135,26 @@ def configure_logging() -> None:
     logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(level)
-    for pattern in IGNORED_WARNINGS:
-        warnings.filterwarnings("ignore", **pattern)
+    warnings.filterwarnings("ignore", "|".join(IGNORED_WARNINGS))
+    # Megatron misses Apex and Transformer Engine.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     for noisy in (
         "nv_one_logger",
         "lightning.pytorch.utilities.rank_zero",
         "lightning.fabric.utilities.seed",
     ):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def check_stage(config: Any) -> int:
+    """Refuse what cannot work in either stage; return the number of replicas of the model."""
+    if config.exp_manager.max_time_per_run is not None:
+        parse_max_time(config.exp_manager.max_time_per_run)
+    path = config.pretrained_checkpoint.restore_from_path
+    check_model("pretrained_checkpoint.restore_from_path", path)
+    return config.model.data_parallel_size(
+        config.trainer.num_nodes * config.trainer.num_devices
+    )
 
 
 def check_model(key: str, path: str) -> None:

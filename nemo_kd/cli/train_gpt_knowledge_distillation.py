@@ -2,10 +2,9 @@
 
 from nemo_kd.cache.layout import CacheLayout, path_of
 from nemo_kd.cli.run import (
-    MODEL_KEY,
     Command,
-    check_model,
     check_records,
+    check_stage,
     check_writable,
     run,
 )
@@ -13,7 +12,6 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
 from nemo_kd.config.model import check_batch_sizes
 from nemo_kd.config.student import SPLITS, TrainStudentConfig
-from nemo_kd.run.interruption import parse_max_time
 
 
 def check(config: TrainStudentConfig) -> None:
@@ -23,10 +21,7 @@ def check(config: TrainStudentConfig) -> None:
         ConfigError, CacheError: names the key.
     """
     model = config.model
-    check_model(MODEL_KEY, config.pretrained_checkpoint.restore_from_path)
-    replicas = model.data_parallel_size(
-        config.trainer.num_nodes * config.trainer.num_devices
-    )
+    replicas = check_stage(config)
     if model.data.max_tokens_per_batch is None:
         check_batch_sizes(model.micro_batch_size, model.global_batch_size, replicas)
     for split in SPLITS:
@@ -41,13 +36,11 @@ def check(config: TrainStudentConfig) -> None:
                         f"{key}: there is no file {path}; give the output_path of "
                         "compute_topk_logits"
                     )
-    check_run(config.exp_manager)
+    check_folders(config.exp_manager)
 
 
-def check_run(settings: ExpManagerConfig) -> None:
+def check_folders(settings: ExpManagerConfig) -> None:
     """Refuse folders of logs and checkpoints that cannot be made or written."""
-    if settings.max_time_per_run is not None:
-        parse_max_time(settings.max_time_per_run)
     name = "explicit_log_dir" if settings.explicit_log_dir else "exp_dir"
     check_writable(f"exp_manager.{name}", getattr(settings, name))
     dirpath = settings.checkpoint_callback_params.dirpath

@@ -36,14 +36,10 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         raise ConfigError(
             f"output_path: {output} exists; give another path or overwrite=True"
         )
-    if source.resolve().is_relative_to(output.resolve()):
-        raise ConfigError(
-            f"output_path: {output} holds the input, which overwrite=True would delete; "
-            "give another path"
-        )
     is_archive = output.suffix == ".nemo"
-    if not (output if is_archive else output / "config.json").is_file():
+    is_model = (output if is_archive else output / "config.json").is_file()
+    if not is_model or source.resolve().is_relative_to(output.resolve()):
         raise ConfigError(
             f"output_path: {output} exists and is not such a model; overwrite=True replaces only a "
-            ".nemo archive by another, or a folder with config.json"
+            ".nemo archive by another, or a folder with config.json that does not hold the input"
         )

@@ -41,7 +41,9 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         doc = key_doc(cls, key)
         if doc is None:
             close = suggestion(key, known_keys(cls))
-            raise ConfigError(f"{key}: there is no such key{close}; --help lists all")
+            raise ConfigError(
+                f"{key}: there is no such key{close}, or it is a section; --help lists all"
+            )
         is_list = any(typing.get_origin(kind) is list for kind in doc.kinds)
         if is_list and not isinstance(value, list | None) and "${" not in str(value):
             raise ConfigError(f"{key}: {value} is not a list; give [{value}]")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_kd.cli.aligner_keys import config_of, with_keys
-from nemo_kd.cli.train_gpt_knowledge_distillation import check_run
+from nemo_kd.cli.train_gpt_knowledge_distillation import check_folders
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import CheckpointParams
 from nemo_kd.student.checkpoint_folder import CONTENTS
@@ -27,7 +27,7 @@ def settings(**overrides):
     config = student_config(
         Path("m"), Path("t.jsonl"), Path("v.jsonl"), Path("log"), **overrides
     )
-    check_run(config.exp_manager)
+    check_folders(config.exp_manager)
     loss = StudentLoss(config.model.knowledge_distillation, config.model.data)
     check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
     return config.exp_manager

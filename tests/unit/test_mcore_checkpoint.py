@@ -215,7 +215,9 @@ def test_conversion_refuses_outputs_before_it_reads_weights(model, tmp_path, mon
         tmp_path / "there.nemo",
     )
     refuse("exists and is not such a model", tmp_path / "there.nemo", overwrite=True)
-    refuse("holds the input, which overwrite=True would delete", tmp_path, overwrite=True)
+    refuse(
+        "folder with config.json that does not hold the input", tmp_path, overwrite=True
+    )
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "keep.txt").write_text("precious")
     refuse(
