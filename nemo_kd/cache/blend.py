@@ -10,50 +10,27 @@ from itertools import accumulate
 from typing import Any
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import UNKNOWN, Manifest
+from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 
 
 class CacheBlend:
     """Rows of several readers, one reader after the other; the sample order weights them.
 
-    Teachers and the number of tokens per position may differ; the tokenizer is the same.
-
-    Raises:
-        CacheError: their tokenizers differ.
+    Teachers and the number of tokens per position may differ.
     """
 
     def __init__(self, readers: Sequence[CacheReader]) -> None:
         self.readers = list(readers)
         self._ends = list(accumulate(len(reader) for reader in readers))
-        described = [
-            (reader.path, manifest) for reader in readers for manifest in reader.manifests
-        ]
-        described = [
-            (path, manifest)
-            for path, manifest in described
-            if manifest.tokenizer != UNKNOWN
-        ]
-        for path, manifest in described[1:]:
-            first_path, first = described[0]
-            if manifest.tokenizer != first.tokenizer:
-                raise CacheError(
-                    f"{path} and {first_path} were written with different tokenizers "
-                    f"({manifest.tokenizer} and {first.tokenizer}); read them in separate runs"
-                )
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, position: int) -> CachedExample:
         number, inner = self._locate(position)
-        cached = self.readers[number][inner]
-        return (
-            replace(cached, example=replace(cached.example, source=number))
-            if number
-            else cached
-        )
+        row = self.readers[number][inner]
+        return replace(row, example=replace(row.example, source=number))
 
     def num_tokens(self, position: int) -> int:
         """Return the positions of a row."""
@@ -62,12 +39,9 @@ class CacheBlend:
 
     def will_read(self, positions: Sequence[int]) -> None:
         """Fetch these rows ahead, all at once."""
-        wanted: dict[int, list[int]] = {}
-        for position in positions:
-            number, inner = self._locate(position)
-            wanted.setdefault(number, []).append(inner)
-        for number, inner_positions in wanted.items():
-            self.readers[number].will_read(inner_positions)
+        located = [self._locate(position) for position in positions]
+        for number, reader in enumerate(self.readers):
+            reader.will_read([inner for source, inner in located if source == number])
 
     def source_chunks(self) -> list[list[int]]:
         """Return the rows of every chunk, one list per reader, in the order of the positions."""
@@ -101,7 +75,5 @@ class CacheBlend:
 
     def _locate(self, position: int) -> tuple[int, int]:
         """Return the number of the reader and the position in it."""
-        if not 0 <= position < len(self):
-            raise IndexError(f"row {position} of {len(self)}")
         number = bisect_right(self._ends, position)
         return number, position - (self._ends[number - 1] if number else 0)

@@ -34,19 +34,21 @@ def array(
     where: str,
     smallest: float = -LARGEST_FLOAT,
     largest: float = LARGEST_FLOAT,
+    default: Any = None,
 ) -> np.ndarray:
     """Return a field of a JSON object as an array.
 
     Args:
         kinds: numpy's kinds of dtypes that are accepted.
         shape: None for any length.
+        default: of a field that may be missing.
 
     Raises:
         CacheError: it is missing, of another type or shape, or a number is out of range.
     """
     try:
         # Without a dtype: numpy would otherwise read strings as numbers and cut 1.5 down to 1.
-        values = np.array(payload.get(field))
+        values = np.array(payload.get(field, default))
     except ValueError:  # lists of different lengths
         values = np.array(None)
     expected = "integers" if kinds == "i" else "numbers"
@@ -130,33 +132,29 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
     if is_wrong_S.any():
         raise CacheError(
             f"{where}: fields topk_logits and topk_token_ids: expected the largest logit first "
-            f"and distinct ids; position {is_wrong_S.argmax()} has not; sort both together"
+            f"and distinct ids; position {is_wrong_S.argmax()} has not"
         )
     log_sum_exp_S = log_sum_exp_S.astype(np.float64) - logits_SK[:, 0]
     logits_SK = logits_SK.astype(np.float64) - logits_SK[:, :1]
     mass_S = np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1)
     if mass_S.max() > LARGEST_MASS:
         raise CacheError(
-            f"{where}: field log_sum_exp_logits: found {log_sum_exp_S[mass_S.argmax()]:.4g} at "
-            f"position {mass_S.argmax()}, with which the kept probabilities sum to "
-            f"{mass_S.max():.4g}, expected the log-sum-exp of the same logits over the whole "
-            "vocabulary"
+            f"{where}: field log_sum_exp_logits: the kept probabilities sum to {mass_S.max():.4g}, "
+            "expected the log-sum-exp of the same logits over the whole vocabulary"
         )
-    temperatures_T = np.ones(1)
-    tail_mass_TS = 1 - mass_S[None]
-    if "tail_mass" in payload:
-        temperatures_T = array(
-            payload, "temperatures", "if", (None,), where, SMALLEST_TEMPERATURE
-        )
-        tail_mass_TS = array(
-            payload,
-            "tail_mass",
-            "if",
-            (len(temperatures_T), length),
-            where,
-            -PROBABILITY_ERROR,
-            1 + PROBABILITY_ERROR,
-        )
+    temperatures_T = array(
+        payload, "temperatures", "if", (None,), where, SMALLEST_TEMPERATURE, default=[1.0]
+    )
+    tail_mass_TS = array(
+        payload,
+        "tail_mass",
+        "if",
+        (len(temperatures_T), length),
+        where,
+        -PROBABILITY_ERROR,
+        1 + PROBABILITY_ERROR,
+        default=[np.maximum(1 - mass_S, 0)],
+    )
     labels_S = None
     if "label_logprobs" in payload:
         labels_S = array(
@@ -171,7 +169,7 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
         positions_P=np.arange(length),
         topk_logits_PK=logits_SK.astype(np.float32),
         topk_token_ids_PK=ids_SK,
-        # Rounding of the logits can put it a little below 0, which a certain teacher reaches.
+        # Rounding of the logits can put it a little below 0.
         log_sum_exp_logits_P=np.maximum(log_sum_exp_S, 0).astype(np.float32),
         tail_mass_PT=np.ascontiguousarray(tail_mass_TS.clip(0, 1).T, dtype=np.float32),
         temperatures=tuple(temperatures_T.astype(np.float32).tolist()),

@@ -77,18 +77,11 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     num_stored = example.num_loss_tokens if positions == "loss" else example.num_tokens
     used_PK = teacher.topk_token_ids_PK >= 0
     counts_P = used_PK.sum(axis=1)
-    if (
-        len(teacher) != num_stored
-        or (used_PK[:, 1:] > used_PK[:, :-1]).any()
-        or not ((counts_P > 0) & (counts_P <= MAX_TOP_K)).all()
-    ):
-        raise ValueError(
-            f"a position must keep 1 to {MAX_TOP_K} tokens, unused entries last"
-        )
+    is_kept_P = used_PK[:, 0] & (counts_P <= MAX_TOP_K)
+    if len(teacher) != num_stored or not is_kept_P.all():
+        raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens")
     if teacher.topk_token_ids_PK.max(initial=0) >= MAX_VOCAB_SIZE - 1:
-        raise ValueError(
-            f"a token id exceeds what the format holds, {MAX_VOCAB_SIZE - 2}"
-        )
+        raise ValueError(f"a token id exceeds {MAX_VOCAB_SIZE - 2}")
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
     coarse, levels_N = _head_levels(teacher, used_PK, starts_P)
@@ -117,25 +110,15 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         outside_P[row_N[is_label_N]] = False
         labels = levels(teacher.label_logprobs_P[outside_P], FINE_STEPS_PER_NAT, coarse)
         streams.append(huffman(labels))
-    samples_PM = teacher.tail_token_ids_PM
-    if samples_PM is not None:
-        sampled_P = samples_PM[:, 0] >= 0
-        samples_QM = np.sort(samples_PM[sampled_P], axis=1)
-        distances = np.diff(samples_QM, axis=1, prepend=0).ravel() + 1
-        streams += [huffman(sampled_P.astype(np.uint8)), *pack_numbers(distances)]
-    header = _Header(
-        version=BLOB_VERSION,
-        flags=flags,
-        fine=FINE_STEPS_PER_NAT,
-        coarse=coarse,
-        num_temperatures=len(teacher.temperatures),
-        num_samples=0 if samples_PM is None else samples_PM.shape[1],
-        num_classes=num_classes,
-        num_streams=len(streams),
-        num_stored=num_stored,
-        num_kept=len(ids_N),
-    )
+    num_samples = 0
+    if teacher.tail_token_ids_PM is not None:
+        num_samples = teacher.tail_token_ids_PM.shape[1]
+        streams += _pack_samples(teacher.tail_token_ids_PM)
     temperatures = np.array(teacher.temperatures, dtype="<f4").tobytes()
+    header = _Header(
+        BLOB_VERSION, flags, FINE_STEPS_PER_NAT, coarse, len(teacher.temperatures), num_samples,
+        num_classes, len(streams), num_stored, len(ids_N),
+    )  # fmt: skip
     lengths = np.array([len(stream) for stream in streams], dtype="<u4").tobytes()
     blob = b"".join([_HEADER.pack(*header), temperatures, lengths, *streams])
     return blob + zlib.crc32(blob).to_bytes(4, "little")
@@ -148,21 +131,20 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         ValueError: the blob is damaged, of another version, or of another example.
     """
     header, temperatures, streams = _open(blob)
-    num_stored = header.num_stored
     positions_P = np.arange(example.num_tokens)
     if not header.flags & _ALL_POSITIONS:
         positions_P = np.flatnonzero(example.loss_mask_S)
-    if len(positions_P) != num_stored:
+    num_stored = len(positions_P)
+    if num_stored != header.num_stored:
         raise ValueError(
-            f"the teacher's blob has {num_stored} positions, the example {len(positions_P)}"
+            f"the teacher's blob has {header.num_stored} positions, the example {num_stored}"
         )
-    counts_type = np.dtype("<u2" if header.flags & _WIDE_COUNTS else np.uint8)
-    counts = unhuffman(next(streams), num_stored * counts_type.itemsize)
-    counts_P = counts.view(counts_type) + np.int64(1)
+    width = 2 if header.flags & _WIDE_COUNTS else 1
+    counts = unhuffman(next(streams), num_stored * width)
+    counts_P = counts.view(f"<u{width}") + np.int64(1)
     tails = unhuffman(next(streams), num_stored * len(temperatures))
-    # float64: 1 - mass may be tiny.
-    tail_TP = 1 / (1 + np.exp(-TAIL_LOG_ODDS[tails].astype(np.float64)))
-    tail_TP = tail_TP.reshape(len(temperatures), num_stored)
+    log_odds_TP = TAIL_LOG_ODDS[tails].reshape(len(temperatures), num_stored)
+    tail_TP = 1 / (1 + np.exp(-log_odds_TP.astype(np.float64)))
     levels_N = unhuffman(next(streams), header.num_kept)
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
@@ -171,24 +153,18 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     ids_N = running_N - (running_N - distances_N)[starts_P][row_N] - 1
     nats = level_nats(header.fine, header.coarse)
     # Rounding has moved the sum over the kept ids; scale it back to 1 - tail.
-    head_P = np.zeros(num_stored, dtype=np.float32)
-    if num_stored:
-        head_P = np.add.reduceat(np.exp(-nats)[levels_N], starts_P)
+    p_N = np.exp(-nats).take(levels_N)
+    head_P = np.add.reduceat(p_N, starts_P) if num_stored else p_N
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
     label_logprobs_P = None
     if header.flags & _LABELS:
-        hits = np.flatnonzero(ids_N == example.labels_S[positions_P][row_N])
+        is_label_N = ids_N == example.labels_S[positions_P][row_N]
         label_logprobs_P = np.full(num_stored, np.nan, dtype=np.float32)
-        label_logprobs_P[row_N[hits]] = shift_P[row_N[hits]] - nats[levels_N[hits]]
+        label_logprobs_P[row_N[is_label_N]] = (shift_P[row_N] - nats[levels_N])[
+            is_label_N
+        ]
         outside_P = np.isnan(label_logprobs_P)
         label_logprobs_P[outside_P] = -nats[unhuffman(next(streams), outside_P.sum())]
-    samples_PM = None
-    if header.num_samples:
-        sampled_P = unhuffman(next(streams), num_stored) > 0
-        samples_PM = np.full((num_stored, header.num_samples), -1, dtype=np.int32)
-        distances = unpack_numbers(streams, None, [sampled_P.sum() * header.num_samples])
-        distances_QM = distances.astype(np.int64).reshape(-1, header.num_samples)
-        samples_PM[sampled_P] = np.cumsum(distances_QM - 1, axis=1)
     used_PK = np.arange(counts_P.max(initial=1)) < counts_P[:, None]
     keys_N = _sorted(levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32), used_PK)
     nats_N = nats.take(keys_N >> 24)
@@ -205,7 +181,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         tail_mass_PT=np.ascontiguousarray(tail_TP.T, dtype=np.float32),
         temperatures=temperatures,
         label_logprobs_P=label_logprobs_P,
-        tail_token_ids_PM=samples_PM,
+        tail_token_ids_PM=_unpack_samples(streams, num_stored, header.num_samples),
     )
 
 
@@ -229,6 +205,27 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
     ends = end + 4 * header.num_streams + np.cumsum([0, *ends])
     streams = (view[ends[i] : ends[i + 1]] for i in range(header.num_streams))
     return header, tuple(temperatures.tolist()), streams
+
+
+def _pack_samples(samples_PM: np.ndarray) -> list[bytes]:
+    """Encode which positions have samples, and their ids: each row ascending, as differences."""
+    sampled_P = samples_PM[:, 0] >= 0
+    ids_QM = np.sort(samples_PM[sampled_P], axis=1)
+    distances = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
+    return [huffman(sampled_P.astype(np.uint8)), *pack_numbers(distances)]
+
+
+def _unpack_samples(
+    streams: Iterator[memoryview], num_stored: int, num_samples: int
+) -> np.ndarray | None:
+    if not num_samples:
+        return None
+    sampled_P = unhuffman(next(streams), num_stored) > 0
+    distances = unpack_numbers(streams, None, [sampled_P.sum() * num_samples])
+    distances_QM = distances.astype(np.int64).reshape(-1, num_samples) - 1
+    samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
+    samples_PM[sampled_P] = np.cumsum(distances_QM, axis=1)
+    return samples_PM
 
 
 @functools.cache

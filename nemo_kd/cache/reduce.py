@@ -21,26 +21,16 @@ def limited(
 
     Tail samples with other ids become -1: a smaller vocabulary has no place for their mass.
     """
-    samples_PM = teacher.tail_token_ids_PM
-    if (
-        vocab_size is not None
-        and samples_PM is not None
-        and samples_PM.max(initial=-1) >= vocab_size
-    ):
-        teacher = replace(
-            teacher, tail_token_ids_PM=np.where(samples_PM < vocab_size, samples_PM, -1)
-        )
     ids_PK = teacher.topk_token_ids_PK
-    keeps_all = (top_k is None or top_k >= ids_PK.shape[1]) and (
-        vocab_size is None or ids_PK.max(initial=-1) < vocab_size
-    )
-    if keeps_all:
-        return teacher
-    kept_PK = ids_PK >= 0
+    samples_PM = teacher.tail_token_ids_PM
+    kept_PK = np.ones(ids_PK.shape, dtype=bool)
     if top_k is not None:
         kept_PK[:, top_k:] = False
     if vocab_size is not None:
         kept_PK &= ids_PK < vocab_size
+        if samples_PM is not None:
+            samples_PM = np.where(samples_PM < vocab_size, samples_PM, -1)
+            teacher = replace(teacher, tail_token_ids_PM=samples_PM)
     return keep(teacher, kept_PK)
 
 
@@ -51,39 +41,33 @@ def keep(
 
     Dropping an entry drops the tail samples too: they were drawn from another tail.
     """
-    used_PK = teacher.topk_token_ids_PK >= 0
-    dropped_PK = used_PK & ~kept_PK
-    kept_PK = used_PK & kept_PK
+    ids_PK = teacher.topk_token_ids_PK
+    dropped_PK = (ids_PK >= 0) & ~kept_PK
     if not dropped_PK.any():
         return teacher
-    logits_PK = np.where(used_PK, teacher.topk_logits_PK, -np.inf).astype(np.float64)
+    kept_PK = (ids_PK >= 0) & kept_PK
+    logits_PK = np.where(ids_PK >= 0, teacher.topk_logits_PK, -np.inf).astype(np.float64)
     tail_mass_PT = teacher.tail_mass_PT.astype(np.float64)
     for number, temperature in enumerate(teacher.temperatures):
         weights_PK = np.exp(logits_PK / temperature)
-        total_P = weights_PK.sum(axis=1)
-        share_P = np.where(dropped_PK, weights_PK, 0).sum(axis=1) / np.where(
-            total_P > 0, total_P, 1
-        )
+        # The largest weight is 1, unless a position has no entry.
+        total_P = np.maximum(weights_PK.sum(axis=1), 1)
+        share_P = np.where(dropped_PK, weights_PK, 0).sum(axis=1) / total_P
         tail_mass_PT[:, number] += (1 - tail_mass_PT[:, number]) * share_P
-    order_PK = np.argsort(~kept_PK, axis=1, kind="stable")[
-        :, : max(1, int(kept_PK.sum(axis=1).max()))
-    ]
-    kept_PK = np.take_along_axis(kept_PK, order_PK, axis=1)
-    ids_PK = np.where(
-        kept_PK, np.take_along_axis(teacher.topk_token_ids_PK, order_PK, axis=1), -1
+    order_PK = np.argsort(~kept_PK, axis=1, kind="stable")
+    order_PK = order_PK[:, : max(1, kept_PK.sum(axis=1).max())]
+    ids_PK, logits_PK = (
+        np.take_along_axis(np.where(kept_PK, values, unused), order_PK, axis=1)
+        for values, unused in ((ids_PK, -1), (logits_PK, -np.inf))
     )
-    logits_PK = np.where(
-        kept_PK, np.take_along_axis(logits_PK, order_PK, axis=1), -np.inf
-    )
-    known_P = kept_PK[:, 0]
+    known_P = ids_PK[:, 0] >= 0
     largest_P = np.where(known_P, logits_PK[:, 0], 0)
+    log_sum_exp_P = np.where(known_P, teacher.log_sum_exp_logits_P - largest_P, 0)
     return replace(
         teacher,
         topk_logits_PK=(logits_PK - largest_P[:, None]).astype(np.float32),
         topk_token_ids_PK=ids_PK,
-        log_sum_exp_logits_P=np.where(
-            known_P, teacher.log_sum_exp_logits_P - largest_P, 0
-        ).astype(np.float32),
+        log_sum_exp_logits_P=log_sum_exp_P.astype(np.float32),
         tail_mass_PT=np.where(known_P[:, None], tail_mass_PT, 1).astype(np.float32),
         tail_token_ids_PM=None,
     )

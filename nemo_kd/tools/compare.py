@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
+from torch.nn.functional import kl_div, nll_loss
 
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
@@ -52,17 +53,12 @@ def compare_with_teacher(
     """
     layout = ModelConfig(make_vocab_size_divisible_by=1)
     groups = initialize_model_parallel(layout, layout.seed)
-    student, student_vocab, student_tokenizer = _load(student_path, layout, groups)
-    teacher, teacher_vocab, teacher_tokenizer = _load(teacher_path, layout, groups)
-    if student_vocab != teacher_vocab:
+    student, *ours = _load(student_path, layout, groups)
+    teacher, *theirs = _load(teacher_path, layout, groups)
+    if ours != theirs:
         raise ConfigError(
-            f"the student has a vocabulary of {student_vocab} tokens, the teacher one of "
-            f"{teacher_vocab}"
-        )
-    if student_tokenizer != teacher_tokenizer:
-        raise ConfigError(
-            f"{student_path} and {teacher_path} have different tokenizers, so a token id means "
-            "different texts to them; only models of one tokenizer can be compared token by token"
+            f"{student_path} and {teacher_path} have different tokenizers or vocabularies (of "
+            f"{ours[0]} and {theirs[0]} ids), so a token id means different texts to them"
         )
     sums = torch.zeros(5, dtype=torch.float64)
     remaining = iter(examples)
@@ -71,17 +67,17 @@ def compare_with_teacher(
         mask_BS = batch.loss_mask_BS > 0
         labels_N = batch.labels_BS[mask_BS]
         log_q_NV, log_p_NV = (
-            forward(model, batch)[mask_BS][:, :student_vocab].float().log_softmax(dim=-1)
+            forward(model, batch)[mask_BS][:, : ours[0]].float().log_softmax(dim=-1)
             for model in (student, teacher)
         )
-        kl_N = (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
-        same_N = log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)
-        ce_N = (
-            -log_NV.gather(1, labels_N[:, None])[:, 0] for log_NV in (log_q_NV, log_p_NV)
+        figures = (
+            mask_BS.sum(),
+            nll_loss(log_q_NV, labels_N, reduction="sum"),
+            nll_loss(log_p_NV, labels_N, reduction="sum"),
+            kl_div(log_q_NV, log_p_NV, log_target=True, reduction="sum"),
+            (log_p_NV.argmax(dim=-1) == log_q_NV.argmax(dim=-1)).sum(),
         )
-        sums += torch.stack(
-            [values_N.double().sum() for values_N in (mask_BS, *ce_N, kl_N, same_N)]
-        ).cpu()
+        sums += torch.stack([figure.double() for figure in figures]).cpu()
     if not sums[0]:
         raise ConfigError(
             "there is nothing to compare the models on: the examples have no loss token"

@@ -61,16 +61,9 @@ def convert(
         )
     if Path(source.path).resolve() == Path(target).resolve():
         raise CacheError(f"{target}: is the source; give another target")
-    if n_examples_per_chunk is not None and not layout.is_template:
-        raise CacheError(
-            f"{target}: has no CHUNK_ID, which several chunks need; "
-            "for example converted_CHUNK_ID.jsonl.zst"
-        )
     for value in (top_k, n_examples_per_chunk):
         if value is not None and value < 1:
-            raise CacheError(
-                f"--top-k and --examples-per-chunk: {value} must be at least 1"
-            )
+            raise CacheError(f"--top-k, --examples-per-chunk: {value} must be at least 1")
     row_at = _numbered_rows(source)
     ends = (row_at(0).example.index, row_at(len(source) - 1).example.index)
     if ends[1] < ends[0]:

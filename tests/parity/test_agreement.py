@@ -83,7 +83,7 @@ def test_what_cannot_be_compared_is_refused(ranks, tmp_path):
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300)
     fewer = save_hf_model("llama2", tmp_path / "fewer", 290)
     assert (
-        "vocabulary of 290 tokens, the teacher one of 300"
+        "different tokenizers or vocabularies (of 290 and 300 ids)"
         in ranks(1).run(compare, fewer, teacher, [])[0]
     )
 

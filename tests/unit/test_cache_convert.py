@@ -102,7 +102,7 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
     ):
         convert(source, str(tmp_path / "e.zst"), ALL)
     with pytest.raises(
-        CacheError, match="--top-k and --examples-per-chunk: -1 must be at least 1"
+        CacheError, match="--top-k, --examples-per-chunk: -1 must be at least 1"
     ):
         convert(source, str(tmp_path / "e.jsonl.zst"), ALL, top_k=-1)
 
@@ -412,7 +412,7 @@ def test_converted_parts_are_merged_and_merged_ones_converted(tmp_path):
     )
     assert problems(target) == []
     with pytest.raises(
-        CacheError, match="--top-k and --examples-per-chunk: 0 must be at least 1"
+        CacheError, match="--top-k, --examples-per-chunk: 0 must be at least 1"
     ):
         convert(
             CacheReader(str(target)),

@@ -402,7 +402,7 @@ def test_tail_samples_outside_a_smaller_vocabulary_are_nobody(tmp_path):
     assert (smaller.topk_token_ids_PK == reader[0].teacher.topk_token_ids_PK).all()
 
 
-def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
+def test_a_blend_has_the_rows_of_all(tmp_path):
     first, second = (
         write(tmp_path / "a"),
         write(tmp_path / "b", teacher={"name": "u", "weights": "v"}, top_k=9),
@@ -425,11 +425,6 @@ def test_a_blend_has_the_rows_of_all_and_one_tokenizer(tmp_path):
     )
     assert again.fingerprint() == blend.fingerprint()
     assert CacheBlend(again.readers[::-1]).fingerprint() != blend.fingerprint()
-    other = write(tmp_path / "c", tokenizer="another")
-    with pytest.raises(
-        CacheError, match=r"were written with different tokenizers \(another and tok\)"
-    ):
-        CacheBlend([again.readers[0], CacheReader(str(other))])
 
 
 def test_a_damaged_index_of_a_file_without_manifest_is_made_again(tmp_path):

@@ -275,7 +275,7 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     one = convert(original, str(tmp_path / "one.jsonl.zst"), CacheConfig())
     assert list(one.chunks) == [0]
     assert one.chunks[0].examples == 10
-    with pytest.raises(CacheError, match="has no CHUNK_ID, which several chunks need"):
+    with pytest.raises(CacheError, match="put CHUNK_ID into its name for several"):
         convert(
             original,
             str(tmp_path / "two.jsonl.zst"),
