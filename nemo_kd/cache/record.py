@@ -21,8 +21,6 @@ from nemo_kd.cache.json_codec import LARGEST_ID, array
 from nemo_kd.cache.layout import CacheError
 
 RECORD_VERSION = 1
-DATASET_FIELDS = ("messages", "conversations", "input", "prompt", "text")
-"""Any of these marks a record of a dataset."""
 
 
 def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
@@ -169,11 +167,11 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise CacheError(
             f"{where}: found {reprlib.repr(payload)}, expected a JSON object"
         )
-    if "tokens" not in payload and any(name in payload for name in DATASET_FIELDS):
+    if "tokens" not in payload:
         raise CacheError(
-            f"{where}: found a record of a dataset, where a cache has tokens and teacher targets; "
-            "compute it with compute_topk_logits, or train on the dataset's labels alone "
-            "(model.data.data_impl=dataset, kd_loss_weight=0)"
+            f"{where}: field tokens: found nothing; if this is a dataset, compute its cache with "
+            "compute_topk_logits, or train on its labels alone (model.data.data_impl=dataset, "
+            "kd_loss_weight=0)"
         )
     return payload
 

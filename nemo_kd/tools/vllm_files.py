@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,8 +77,8 @@ class VllmRows:
         return max(row.teacher.topk_token_ids_PK.shape[1] for row in rows)
 
     def fingerprint(self) -> str:
-        """Return name and size; the content has no checksum."""
-        return f"{Path(self.path).name}:{Path(self.path).stat().st_size}"
+        """Return the checksum of the file."""
+        return self._records.fingerprint
 
 
 def _payload(line: bytes, where: str) -> dict[str, Any]:

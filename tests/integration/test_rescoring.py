@@ -29,7 +29,6 @@ from nemo_kd.tools.rescore import (
     rescore,
     rescoring_config,
     sample_positions,
-    with_targets_only,
 )
 from tests.tiny_data import teacher_config, write_chat_dataset
 from tests.tiny_models import build_hf_model
@@ -183,7 +182,7 @@ def nothing(rows: list[CachedExample]) -> None:
 def swap(rows: list[CachedExample]) -> None:
     """Two rows of one length where there are such, else as much as the shorter one has."""
     a, b = rows[7], rows[8]
-    targets = with_targets_only(a).teacher, with_targets_only(b).teacher
+    targets = a.loss_rows(), b.loss_rows()
     length = slice(min(map(len, targets)))
     rows[7] = put(a, targets[0].positions_P[length], targets[1].at(length))
     rows[8] = put(b, targets[1].positions_P[length], targets[0].at(length))
@@ -191,13 +190,13 @@ def swap(rows: list[CachedExample]) -> None:
 
 def shift(rows: list[CachedExample]) -> None:
     """Every position of one row says what belongs to the next one."""
-    targets = with_targets_only(rows[3]).teacher
+    targets = rows[3].loss_rows()
     rows[3] = put(rows[3], targets.positions_P[:-1], targets.at(slice(1, None)))
 
 
 def one_position(rows: list[CachedExample]) -> None:
     """One position of one row says what belongs to another."""
-    targets = with_targets_only(rows[10]).teacher
+    targets = rows[10].loss_rows()
     rows[10] = put(rows[10], targets.positions_P[4:5], targets.at(slice(12, 13)))
 
 

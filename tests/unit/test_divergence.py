@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.packed_codec import pack, unpack
-from nemo_kd.tools.rescore import divergence, log_probs, with_targets_only
+from nemo_kd.tools.rescore import divergence, log_probs
 
 TEMPERATURES = (1.0, 2.0, 0.5)
 
@@ -93,15 +91,3 @@ def test_the_packed_codec_adds_little_at_every_temperature(spread):
         kl = divergence(cached, exact, temperature)
         assert 0 < kl.mean() < 1e-3
         assert kl.max() < 1e-2
-
-
-def test_positions_that_the_json_codec_fills_are_not_known():
-    teacher = top_k(np.random.default_rng(5).normal(size=(4, 30)), 5)
-    logits, ids = teacher.topk_logits_PK.copy(), teacher.topk_token_ids_PK.copy()
-    logits[0], ids[0] = 0, np.arange(5)
-    logits[1], ids[1] = -np.inf, -1
-    row = CachedExample(
-        Example(0, np.arange(4), np.arange(4), np.array([0, 0, 0, 1], dtype=np.float32)),
-        replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids),
-    )
-    assert with_targets_only(row).teacher.positions_P.tolist() == [2, 3]

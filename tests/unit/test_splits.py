@@ -485,7 +485,7 @@ def test_a_dataset_is_no_cache(tmp_path):
     path = str(write_chat_dataset(tmp_path / "train.jsonl", 3))
     with pytest.raises(
         CacheError,
-        match=r"train\.jsonl:1: found a record of a dataset, .*data_impl=dataset",
+        match=r"train\.jsonl:1: field tokens: found nothing; .*data_impl=dataset",
     ):
         load(path)
 
