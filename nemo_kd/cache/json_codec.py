@@ -9,6 +9,7 @@ that give the same float32 back.
 
 from __future__ import annotations
 
+import functools
 import reprlib
 from typing import Any
 
@@ -28,10 +29,10 @@ LARGEST_FLOAT = float(np.finfo(np.float32).max)
 
 def array(
     payload: dict[str, Any],
+    where: str,
     field: str,
     kinds: str,
     shape: tuple[int | None, ...],
-    where: str,
     smallest: float = -LARGEST_FLOAT,
     largest: float = LARGEST_FLOAT,
     default: Any = None,
@@ -117,16 +118,16 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
 def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
     """Return the row that the fields describe.
 
-    Logits that are not shifted to a largest of 0 are shifted, with their log-sum-exp. What
-    NeMo-Aligner does not store is None, or follows from the rest.
+    Logits that are not shifted to a largest of 0 are shifted, with their log-sum-exp.
 
     Raises:
         CacheError: a field is missing, malformed or contradicts another one.
     """
     length = example.num_tokens
-    logits_SK = array(payload, "topk_logits", "if", (length, None), where)
-    ids_SK = array(payload, "topk_token_ids", "i", logits_SK.shape, where, 0, LARGEST_ID)
-    log_sum_exp_S = array(payload, "log_sum_exp_logits", "if", (length,), where)
+    read = functools.partial(array, payload, where)
+    logits_SK = read("topk_logits", "if", (length, None))
+    ids_SK = read("topk_token_ids", "i", logits_SK.shape, 0, LARGEST_ID)
+    log_sum_exp_S = read("log_sum_exp_logits", "if", (length,))
     is_wrong_S = (np.diff(logits_SK) > 0).any(axis=1)
     is_wrong_S |= (np.diff(np.sort(ids_SK)) == 0).any(axis=1)
     if is_wrong_S.any():
@@ -142,29 +143,24 @@ def row(payload: dict[str, Any], example: Example, where: str) -> CachedExample:
             f"{where}: field log_sum_exp_logits: the kept probabilities sum to {mass_S.max():.4g}, "
             "expected the log-sum-exp of the same logits over the whole vocabulary"
         )
-    temperatures_T = array(
-        payload, "temperatures", "if", (None,), where, SMALLEST_TEMPERATURE, default=[1.0]
+    temperatures_T = read(
+        "temperatures", "if", (None,), SMALLEST_TEMPERATURE, default=[1.0]
     )
-    tail_mass_TS = array(
-        payload,
+    tail_mass_TS = read(
         "tail_mass",
         "if",
         (len(temperatures_T), length),
-        where,
         -PROBABILITY_ERROR,
         1 + PROBABILITY_ERROR,
         default=[np.maximum(1 - mass_S, 0)],
     )
     labels_S = None
     if "label_logprobs" in payload:
-        labels_S = array(
-            payload, "label_logprobs", "if", (length,), where, largest=PROBABILITY_ERROR
-        ).astype(np.float32)
+        labels_S = read("label_logprobs", "if", (length,), largest=PROBABILITY_ERROR)
+        labels_S = labels_S.astype(np.float32)
     samples_SM = None
     if "tail_token_ids" in payload:
-        samples_SM = array(
-            payload, "tail_token_ids", "i", (length, None), where, -1, LARGEST_ID
-        )
+        samples_SM = read("tail_token_ids", "i", (length, None), -1, LARGEST_ID)
     teacher = TeacherRows(
         positions_P=np.arange(length),
         topk_logits_PK=logits_SK.astype(np.float32),

@@ -178,9 +178,9 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
 
 def example_of(payload: dict[str, Any], where: str, index: int | None) -> Example:
     """Return the example in the fields of a line; `index` is that of a line without one."""
-    tokens_S = array(payload, "tokens", "i", (None,), where, 0, LARGEST_ID)
-    labels_S = array(payload, "labels", "i", tokens_S.shape, where, 0, LARGEST_ID)
-    loss_mask_S = array(payload, "loss_mask", "ifb", tokens_S.shape, where)
+    tokens_S = array(payload, where, "tokens", "i", (None,), 0, LARGEST_ID)
+    labels_S = array(payload, where, "labels", "i", tokens_S.shape, 0, LARGEST_ID)
+    loss_mask_S = array(payload, where, "loss_mask", "ifb", tokens_S.shape)
     wrong = (loss_mask_S != 0) & (loss_mask_S != 1)
     if wrong.any():
         raise CacheError(
