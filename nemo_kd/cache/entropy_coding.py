@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -42,32 +42,28 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
 
 
 def pack_numbers(
-    values: np.ndarray, order: np.ndarray | None = None, sizes: Sequence[int] = ()
+    values: np.ndarray, classes: np.ndarray, num_classes: int
 ) -> list[bytes]:
     """Encode integers from 1 to 2^24 - 1: floor(log2(value)), and the bits below the leading one.
 
     Args:
-        order, sizes: Huffman codes for each class: the numbers in the order of the classes, and
-            how many each has.
+        classes: of every number; each class has its own Huffman codes.
     """
     values = values.astype(np.uint32)
     widths = (values.astype(np.float32).view(np.uint32) >> 23) - 127
     symbols = widths.astype(np.uint8)
-    classes = (
-        [symbols] if order is None else np.split(symbols[order], np.cumsum(sizes)[:-1])
-    )
-    bits = values ^ (np.uint32(1) << widths)
-    return [*map(huffman, classes), pack_bits(bits, widths)]
+    streams = [huffman(symbols[classes == number]) for number in range(num_classes)]
+    return [*streams, pack_bits(values ^ (np.uint32(1) << widths), widths)]
 
 
 def unpack_numbers(
-    streams: Iterator[memoryview], order: np.ndarray | None, sizes: Sequence[int]
+    streams: Iterator[memoryview], classes: np.ndarray, num_classes: int
 ) -> np.ndarray:
     """Return the uint32 values of `pack_numbers`, from its streams."""
-    symbols = np.concatenate([unhuffman(next(streams), size) for size in sizes])
-    widths = symbols.astype(np.uint32)
-    if order is not None:
-        widths[order] = symbols
+    widths = np.empty(len(classes), dtype=np.uint32)
+    for number in range(num_classes):
+        is_class = classes == number
+        widths[is_class] = unhuffman(next(streams), is_class.sum())
     return (np.uint32(1) << widths) + unpack_bits(next(streams), widths)
 
 

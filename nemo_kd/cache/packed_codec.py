@@ -11,7 +11,6 @@ levels, which sort them again. What follows a skewed distribution is Huffman cod
 
 from __future__ import annotations
 
-import functools
 import struct
 import zlib
 from collections.abc import Iterator
@@ -101,7 +100,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         huffman(counts),
         huffman(_tail_levels(teacher.tail_mass_PT.T)),
         huffman(levels_N),
-        *pack_numbers(distances_N, *_classes(counts_P, num_classes)),
+        *pack_numbers(distances_N, *_classes(counts_P, row_N, num_classes)),
     ]
     if teacher.label_logprobs_P is not None:
         flags |= _LABELS
@@ -148,7 +147,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     levels_N = unhuffman(next(streams), header.num_kept)
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
-    distances_N = unpack_numbers(streams, *_classes(counts_P, header.num_classes))
+    distances_N = unpack_numbers(streams, *_classes(counts_P, row_N, header.num_classes))
     running_N = np.cumsum(distances_N, dtype=np.int64)
     ids_N = running_N - (running_N - distances_N)[starts_P][row_N] - 1
     nats = level_nats(header.fine, header.coarse)
@@ -212,7 +211,10 @@ def _pack_samples(samples_PM: np.ndarray) -> list[bytes]:
     sampled_P = samples_PM[:, 0] >= 0
     ids_QM = np.sort(samples_PM[sampled_P], axis=1)
     distances = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
-    return [huffman(sampled_P.astype(np.uint8)), *pack_numbers(distances)]
+    return [
+        huffman(sampled_P.astype(np.uint8)),
+        *pack_numbers(distances, 0 * distances, 1),
+    ]
 
 
 def _unpack_samples(
@@ -221,20 +223,12 @@ def _unpack_samples(
     if not num_samples:
         return None
     sampled_P = unhuffman(next(streams), num_stored) > 0
-    distances = unpack_numbers(streams, None, [sampled_P.sum() * num_samples])
+    classes = np.zeros(sampled_P.sum() * num_samples)
+    distances = unpack_numbers(streams, classes, 1)
     distances_QM = distances.astype(np.int64).reshape(-1, num_samples) - 1
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
     samples_PM[sampled_P] = np.cumsum(distances_QM, axis=1)
     return samples_PM
-
-
-@functools.cache
-def _rounding_kl(coarse: int) -> np.ndarray:
-    """Of a token of each level, its part of the KL divergence that rounding is expected to add: p *
-    step^2 / 24.
-    """
-    nats = level_nats(FINE_STEPS_PER_NAT, coarse).astype(np.float64)
-    return (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
 
 
 def _head_levels(
@@ -245,7 +239,10 @@ def _head_levels(
     logprobs_N = logprobs_PK[used_PK]
     coarse = COARSE_STEPS_PER_NAT
     levels_N = levels(logprobs_N, FINE_STEPS_PER_NAT, coarse)
-    if _rounding_kl(coarse)[levels_N].sum() > MOST_ROUNDING_KL_NATS * len(teacher):
+    # A token's part of the KL divergence that rounding is expected to add: p * step^2 / 24.
+    nats = level_nats(FINE_STEPS_PER_NAT, coarse).astype(np.float64)
+    rounding_kl = (np.exp(-nats) * np.gradient(nats) ** 2 / 24).astype(np.float32)
+    if rounding_kl[levels_N].sum() > MOST_ROUNDING_KL_NATS * len(teacher):
         coarse = FLAT_COARSE_STEPS_PER_NAT
         levels_N = levels(logprobs_N, FINE_STEPS_PER_NAT, coarse)
     # Ids will order what has one level: the likeliest token gets another level, so that it
@@ -270,13 +267,10 @@ def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
     return np.searchsorted(middles, np.log(mass / (1 - mass))).astype(np.uint8)
 
 
-def _classes(counts_P: np.ndarray, num_classes: int) -> tuple[np.ndarray, list[int]]:
-    """Return the order [N] of the entries by class, and the sizes of the classes.
-
-    The class of the i-th of n entries of a position, from 0, is floor(i * num_classes / n).
-    """
-    bounds_PC = -(-counts_P[:, None] * np.arange(num_classes + 1) // num_classes)
-    lengths_PC = np.diff(bounds_PC, axis=1)
-    classes = np.tile(np.arange(num_classes, dtype=np.uint8), len(counts_P))
-    class_N = np.repeat(classes, lengths_PC.ravel())
-    return class_N.argsort(kind="stable"), lengths_PC.sum(axis=0).tolist()
+def _classes(
+    counts_P: np.ndarray, row_N: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, int]:
+    """Return the class [N] of each entry: of the i-th of n, from 0, floor(i * num_classes / n)."""
+    starts_P = np.cumsum(counts_P) - counts_P
+    place_N = np.arange(len(row_N)) - starts_P[row_N]
+    return (place_N * num_classes // counts_P[row_N]).astype(np.uint8), num_classes
