@@ -114,12 +114,6 @@ def in_weights(folder: Path, attack: Attack) -> None:
     replace_entry(folder, FINAL_NORM, saved(attack))
 
 
-def with_another_backend(folder: Path, attack: Attack) -> None:
-    (folder / "metadata.json").write_text(
-        '{"sharded_backend": "zarr", "common_backend": "torch"}'
-    )
-
-
 @pytest.mark.parametrize(
     ("plant", "message"),
     [
@@ -140,7 +134,6 @@ def with_another_backend(folder: Path, attack: Attack) -> None:
             in_weights,
             "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
         ),
-        (with_another_backend, "theirs: cannot be read (Cannot find a default strategy"),
     ],
 )
 def test_planted_pickles_are_refused_in_one_line(
