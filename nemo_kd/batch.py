@@ -238,15 +238,12 @@ class Batch:
             place_P = place_S[teacher.positions_P % num_positions]
             moved_P = teacher.positions_P // num_positions * len(columns_s) + place_P
             teacher = replace(teacher, positions_P=moved_P).at(place_P >= 0)
-        return replace(
-            self,
-            tokens_BS=self.tokens_BS[:, columns_s],
-            labels_BS=self.labels_BS[:, columns_s],
-            loss_mask_BS=self.loss_mask_BS[:, columns_s],
-            position_ids_BS=self.position_ids_BS[:, columns_s],
-            teacher=teacher,
-            loss_positions_N=None,  # type: ignore[arg-type]
-        )
+        names = ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS")
+        changed: dict[str, Any] = {
+            name: getattr(self, name)[:, columns_s] for name in names
+        }
+        changed["loss_positions_N"] = None  # found again
+        return replace(self, teacher=teacher, **changed)
 
 
 def to_device(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:

@@ -306,24 +306,18 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
     return join_rows([uniform(part) for part in targets]).map(torch.from_numpy)
 
 
-class TokenizedRows:
+class TokenizedRows(list[Example]):
     """Tokenized records in memory, path after path."""
 
     def __init__(
         self, paths: Sequence[str], examples: Sequence[Sequence[Example]]
     ) -> None:
+        super().__init__(itertools.chain.from_iterable(examples))
         self.paths = list(paths)
         self.sizes = [len(of_path) for of_path in examples]
-        self.examples = [example for of_path in examples for example in of_path]
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def __getitem__(self, position: int) -> Example:
-        return self.examples[position]
 
     def num_tokens(self, position: int) -> int:
-        return self.examples[position].num_tokens
+        return self[position].num_tokens
 
     def will_read(self, positions: Sequence[int]) -> None:
         """Do nothing: all examples are in memory."""
@@ -335,15 +329,9 @@ class TokenizedRows:
     def description(self) -> dict[str, Any]:
         """Return paths and the fingerprint of token ids, labels and loss masks."""
         digest = hashlib.sha256()
-        for example in self.examples:
-            for values, dtype in (
-                (example.tokens_S, "<i4"),
-                (example.labels_S, "<i4"),
-                (example.loss_mask_S, "u1"),
-            ):
-                digest.update(values.astype(dtype).tobytes())
-        return {
-            "paths": self.paths,
-            "fingerprint": f"sha256:{digest.hexdigest()}",
-            "caches": [],
-        }
+        for example in self:
+            digest.update(example.tokens_S.astype("<i4").tobytes())
+            digest.update(example.labels_S.astype("<i4").tobytes())
+            digest.update(example.loss_mask_S.astype("u1").tobytes())
+        fingerprint = f"sha256:{digest.hexdigest()}"
+        return {"paths": self.paths, "fingerprint": fingerprint, "caches": []}

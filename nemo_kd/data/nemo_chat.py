@@ -40,7 +40,8 @@ def render_conversations(
         DataError: the record has another shape.
     """
     turns = record["conversations"]
-    masked = _masked_speakers(record)
+    mask = record.get("mask", "User")
+    masked = {name.strip() for name in str(mask).split(",")}
     kind = record.get("type")
     system = record.get("system") or ""
     if kind not in _TYPES:
@@ -54,12 +55,16 @@ def render_conversations(
             f"`conversations` must be a list of at least two turns, found {str(turns)[:80]!r}"
         )
     for number, turn in enumerate(turns):
-        _check_turn(turn, number)
+        if not _is_turn(turn):
+            raise DataError(
+                f"turn {number} must be an object with texts `from` and `value`, and `label` a text "
+                f"or null, found {str(turn)[:80]!r}"
+            )
     speakers = [turn["from"] for turn in turns]
     if masked.isdisjoint(speakers):
         raise DataError(
-            f"`mask` is {', '.join(sorted(masked))!r}, but the speakers are "
-            f"{', '.join(dict.fromkeys(speakers))!r}; name in `mask` those that are not trained"
+            f"`mask` is {mask!r}, but the speakers are {', '.join(dict.fromkeys(speakers))!r}; name "
+            "in `mask` those that are not trained"
         )
     header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
@@ -98,31 +103,10 @@ def _body(
     return [(markers.label_start + label, False), (value, is_trained)]
 
 
-def _masked_speakers(record: dict[str, Any]) -> set[str]:
-    mask = record.get("mask", "User")
-    speakers = (
-        {name.strip() for name in mask.split(",")} - {""}
-        if isinstance(mask, str)
-        else set()
+def _is_turn(turn: Any) -> bool:
+    return (
+        isinstance(turn, dict)
+        and isinstance(turn.get("from"), str)
+        and isinstance(turn.get("value"), str)
+        and isinstance(turn.get("label"), str | None)
     )
-    if not speakers:
-        raise DataError(
-            f'`mask` must name the speakers that are not trained, such as "User"; found {mask!r}'
-        )
-    return speakers
-
-
-def _check_turn(turn: Any, number: int) -> None:
-    if (
-        not isinstance(turn, dict)
-        or not isinstance(turn.get("from"), str)
-        or not isinstance(turn.get("value"), str)
-    ):
-        raise DataError(
-            f"turn {number} must be an object with texts `from` and `value`, found "
-            f"{str(turn)[:80]!r}"
-        )
-    if not isinstance(turn.get("label"), str | None):
-        raise DataError(
-            f"turn {number}: `label` must be a text or null, found {str(turn['label'])[:80]!r}"
-        )

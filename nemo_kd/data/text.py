@@ -113,13 +113,12 @@ class LossPositions:
         return list(zip(ids, self.probability_PK[p].tolist(), strict=False))
 
 
-def text_ids(row: CachedExample) -> list[int]:
-    """Return the row's tokens and its last label: position s predicts token s + 1."""
-    example = row.example
+def text_ids(example: Example) -> list[int]:
+    """Return the example's tokens and its last label: position s predicts token s + 1."""
     ids = np.append(example.tokens_S, example.labels_S[-1])
-    in_loss = np.append(0, example.loss_mask_S) > 0
     # Labels outside the loss may be anything.
-    return np.where(in_loss, np.append(0, example.labels_S), ids).tolist()
+    ids[1:] = np.where(example.loss_mask_S > 0, example.labels_S, ids[1:])
+    return ids.tolist()
 
 
 def example_lines(
@@ -128,7 +127,7 @@ def example_lines(
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
     found = LossPositions.of(row)
     first = found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
-    prompt = "".join(text.along(text_ids(row)[: first + 1]))[-PROMPT_CHARACTERS:]
+    prompt = "".join(text.along(text_ids(row.example)[: first + 1]))[-PROMPT_CHARACTERS:]
     lines = [
         f"before the first: {prompt.replace(chr(10), '⏎')}",
         "position  label            probability rank entropy   tail  the teacher's likeliest",
@@ -149,13 +148,10 @@ def example_lines(
 
 def trained_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the example's text with every trained stretch between « and »."""
-    parts: list[str] = [tokenizer.decode(example.tokens_S[:1])]
-    edges = np.flatnonzero(np.diff(example.loss_mask_S)) + 1
-    labels = np.split(example.labels_S, edges)
-    for stretch, mask in zip(labels, np.split(example.loss_mask_S, edges), strict=True):
-        text = tokenizer.decode(stretch)
-        parts.append(f"«{text}»" if mask[0] else text)
-    return "".join(parts)
+    edges = np.flatnonzero(np.diff(example.loss_mask_S > 0, prepend=False)) + 1
+    stretches = np.split(text_ids(example), edges)
+    texts = [tokenizer.decode(stretch) for stretch in stretches]
+    return "".join(f"«{text}»" if n % 2 else text for n, text in enumerate(texts))
 
 
 def share(probability: float) -> str:

@@ -119,30 +119,21 @@ def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def token_differences(
     described: dict[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[str]:
-    """Name tokens that differ between a cache's tokenizer and `tokenizer`.
+    """Describe where a cache's tokenizer and `tokenizer` differ.
 
     Two classes of transformers may load the same tokenizer.json with different added tokens: ids
     that only one of them has do not count.
     """
-    found = []
-    for token_id, theirs in described["added"].items():
-        token = tokenizer.convert_ids_to_tokens(int(token_id))
-        if token not in (None, theirs):
-            found.append(
-                f"id {token_id}: {theirs!r} in the cache, {token!r} in the student"
-            )
     ours = describe_tokens(tokenizer)
-    for number, hashes in enumerate(
-        zip(described["blocks"], ours["blocks"], strict=False)
-    ):
-        if hashes[0] != hashes[1]:
-            first = number * BLOCK_IDS
-            found.append(f"a token among the ids {first} to {first + BLOCK_IDS - 1}")
-            break
-    if described["size"] != ours["size"]:
+    found = [
+        f"id {token_id}: {theirs!r} in the cache, {token!r} in the student"
+        for token_id, theirs in described["added"].items()
+        if (token := tokenizer.convert_ids_to_tokens(int(token_id))) not in (None, theirs)
+    ]
+    if any(described[name] != ours[name] for name in ("size", "blocks")):
         found.append(
             f"the vocabulary without added tokens: {described['size']:,} in the cache, "
-            f"{ours['size']:,} here"
+            f"{ours['size']:,} in the student"
         )
     return found[:4]
 

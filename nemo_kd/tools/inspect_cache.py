@@ -5,11 +5,8 @@ Shape legend: N loss positions of all measured rows.
 
 from __future__ import annotations
 
-import html
-import itertools
 import math
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,26 +35,24 @@ MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 COUNT_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, math.inf)
 RANK_EDGES = (0, 1, 2, 3, 4, 6, 11, 21, 51, 101, math.inf)
 
+MEASURED = ("num_kept", "tail_mass", "entropy", "label_rank", "label_logprob")
+
 Facts = list[tuple[str, str]]
 """(name, value) pairs, one per line of a report."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Measurements of sampled rows; arrays as in `LossPositions`.
-
-    Attributes:
-        num_tokens, num_loss_tokens: positions of the sampled rows.
-    """
+    """Measurements of sampled rows; arrays as in `LossPositions`."""
 
     num_rows: int
     num_tokens: int
     num_loss_tokens: int
-    num_kept_N: np.ndarray
-    kept_mass_N: np.ndarray
-    entropy_N: np.ndarray
-    label_rank_N: np.ndarray
-    label_logprob_N: np.ndarray
+    num_kept: np.ndarray
+    tail_mass: np.ndarray
+    entropy: np.ndarray
+    label_rank: np.ndarray
+    label_logprob: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -107,45 +102,36 @@ def measure(reader: CacheReader, num_rows: int) -> Statistics:
     drawn = spread(len(reader), num_rows)
     num_tokens = 0
     num_loss_tokens = 0
-    columns: list[tuple[np.ndarray, ...]] = [(np.zeros(0),) * 5]
+    parts: list[list[np.ndarray]] = [[np.zeros(0)] for _ in MEASURED]
     for position in drawn:
         row = reader[position]
         num_tokens += row.example.num_tokens
         num_loss_tokens += row.example.num_loss_tokens
         at = LossPositions.of(row)
-        columns.append(
-            (
-                at.num_kept_P,
-                1 - at.tail_mass_P,
-                at.entropy_P,
-                at.label_rank_P,
-                at.label_logprob_P,
-            )
-        )
-    arrays = [np.concatenate(column) for column in zip(*columns, strict=True)]
+        for name, of_name in zip(MEASURED, parts, strict=True):
+            of_name.append(getattr(at, f"{name}_P"))
+    arrays = map(np.concatenate, parts)
     return Statistics(len(drawn), num_tokens, num_loss_tokens, *arrays)
 
 
 def histograms(found: Statistics) -> list[Histogram]:
-    """Count entropies, probabilities, tokens kept and ranks per range."""
-    ranks = _histogram("rank of the label", found.label_rank_N, RANK_EDGES)
-    ranks.labels[0] = "not kept"
+    """Count entropies, probabilities, tokens kept and ranks per range.
+
+    A range includes its lower edge and excludes its upper one.
+    """
     return [
-        _histogram("entropy in nats, at least", found.entropy_N, ENTROPY_EDGES),
-        _histogram("probability kept", found.kept_mass_N, MASS_EDGES),
-        _histogram("tokens kept", found.num_kept_N, COUNT_EDGES),
-        ranks,
+        Histogram(
+            title,
+            [f"from {low:g}" for low in edges[:-1]],
+            (np.histogram(values, edges)[0] / max(1, len(values))).tolist(),
+        )
+        for title, values, edges in (
+            ("entropy in nats", found.entropy, ENTROPY_EDGES),
+            ("probability kept", 1 - found.tail_mass, MASS_EDGES),
+            ("tokens kept", found.num_kept, COUNT_EDGES),
+            ("rank of the label; 0: not kept", found.label_rank, RANK_EDGES),
+        )
     ]
-
-
-def _histogram(title: str, values: np.ndarray, edges: Sequence[float]) -> Histogram:
-    """Count values per range; a range includes its lower edge and excludes its upper one."""
-    counts, _ = np.histogram(np.clip(values, edges[0], None), edges)
-    labels = [
-        f"from {low:g}" if low + 1 != high else f"{low:g}"
-        for low, high in itertools.pairwise(edges)
-    ]
-    return Histogram(title, labels, (counts / max(1, len(values))).tolist())
 
 
 def describe_cache(reader: CacheReader, found: Statistics) -> Report:
@@ -232,14 +218,11 @@ def _counts(reader: CacheReader) -> Facts:
             f"{total.bytes / loss_tokens:,.1f} per loss token",
         ),
         ("records left out", ", ".join(skipped) or "none"),
-        ("tokens kept", f"{total.kept_tokens / loss_tokens:.2f} per loss token"),
-        ("probability of the kept ids", share(total.kept_mass_sum / loss_tokens)),
-        ("label among the kept ids", share(total.label_in_topk / loss_tokens)),
     ]
 
 
 def _sample(reader: CacheReader, found: Statistics) -> Facts:
-    measured = len(found.num_kept_N)
+    measured = len(found.num_kept)
     facts = [
         (
             "measured",
@@ -249,24 +232,24 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
     ]
     if not measured:
         return facts
-    median, p99 = np.percentile(found.num_kept_N, (50, 99))
-    known_N = found.label_logprob_N[~np.isnan(found.label_logprob_N)]
+    median, p99 = np.percentile(found.num_kept, (50, 99))
+    known_N = found.label_logprob[~np.isnan(found.label_logprob)]
     nats = -known_N.mean() if len(known_N) else math.nan
     return [
         *facts,
         (
             "tokens kept",
-            f"mean {found.num_kept_N.mean():.2f}, median {median:.0f}, p99 {p99:.0f}",
+            f"mean {found.num_kept.mean():.2f}, median {median:.0f}, p99 {p99:.0f}",
         ),
-        ("probability of the kept ids", f"mean {share(found.kept_mass_N.mean())}"),
+        ("probability of the kept ids", f"mean {share(1 - found.tail_mass.mean())}"),
         (
             "teacher's entropy",
-            f"mean {found.entropy_N.mean():.3f} nats at least, with one token as the tail",
+            f"mean {found.entropy.mean():.3f} nats at least, with one token as the tail",
         ),
         (
             "label",
-            f"ranked first {share((found.label_rank_N == 1).mean())}, "
-            f"kept {share((found.label_rank_N > 0).mean())}",
+            f"ranked first {share((found.label_rank == 1).mean())}, "
+            f"kept {share((found.label_rank > 0).mean())}",
         ),
         (
             "teacher's cross-entropy",
@@ -280,101 +263,47 @@ def build_page(
     title: str, report: Report, rows: Iterable[tuple[int, CachedExample]], text: TokenText
 ) -> str:
     """Return a self-contained page of a report and of rows, each with its position in the cache."""
-    tokens: list[list[Any]] = []
-    articles = [_article(position, row, text, tokens) for position, row in rows]
-    steps = enumerate(ENTROPY_EDGES[:-1])
-    values = {
-        "title": html.escape(title.rpartition("/")[2]),
-        "facts": html.escape(format_facts(report)),
-        "charts": "\n".join(
-            _chart(histogram, is_coloured=number == 0)
-            for number, histogram in enumerate(report.histograms)
-        ),
-        "legend": "".join(f'<b class="e{level}">{edge:g}</b>' for level, edge in steps),
-        "examples": "\n".join(articles),
-        # Without "<" nothing in it can end its element.
-        "data": orjson.dumps(tokens).decode().replace("<", "\\u003c"),
+    content = {
+        "title": title.rpartition("/")[2],
+        "facts": format_facts(report),
+        "histograms": report.histograms,
+        "edges": ENTROPY_EDGES[:-1],
+        "examples": [_page_example(position, row, text) for position, row in rows],
     }
-    template = TEMPLATE.read_text(encoding="utf-8")
-    return re.sub(r"\{\{(\w+)\}\}", lambda match: values[match[1]], template)
+    # Without "<" nothing in it can end its element.
+    data = orjson.dumps(content).decode().replace("<", "\\u003c")
+    return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
 
 
-def _article(
-    position: int, row: CachedExample, text: TokenText, tokens: list[list[Any]]
-) -> str:
-    """Return an example as HTML; append the data of its loss tokens, which the script shows."""
+def _page_example(position: int, row: CachedExample, text: TokenText) -> dict[str, Any]:
+    """Return an example's texts and teacher targets as the page's script wants them."""
     example = row.example
     found = LossPositions.of(row)
-    place_of = {s + 1: p for p, s in enumerate(found.position_P.tolist())}
-    first = min(place_of, default=0)
+    token_ids = text_ids(row.example)
+    first = int(found.position_P[0]) + 1 if len(found.position_P) else 0
     start = max(0, first - PROMPT_TOKENS)
-    shown = text_ids(row)[start : first + LOSS_SPAN_TOKENS]
-    spans = [f"<p>{start:,} tokens before</p>"] if start else []
-    for number, (token_id, piece) in enumerate(
-        zip(shown, text.along(shown), strict=True)
-    ):
-        # Escape for HTML; mark line breaks and keep them.
-        piece = html.escape(piece).replace("\n", "<i>⏎</i>\n")
-        p = place_of.get(start + number)
-        if p is None:
-            spans.append(piece)
-            continue
-        level = np.searchsorted(ENTROPY_EDGES, found.entropy_P[p], side="right") - 1
-        missed = "" if found.label_rank_P[p] else " miss"
-        # The Tab key stops once per example; the arrow keys go on from there.
-        index = 0 if p == 0 else -1
-        spans.append(
-            f'<span class="t e{level}{missed}" data-n="{len(tokens)}" tabindex="{index}">'
-            f"{piece}</span>"
-        )
-        tokens.append(_token_data(found, p, token_id, text))
-    rest = example.num_tokens + 1 - start - len(shown)
-    spans += [f"<p>{rest:,} tokens more</p>"] if rest else []
-    return (
-        f"<article><h3><b>Example {position:,}</b> · record {example.index:,} · "
-        f"{example.num_tokens:,} positions, {example.num_loss_tokens:,} in the loss"
-        f'</h3>\n<div class="text">{"".join(spans)}</div></article>'
-    )
-
-
-def _token_data(found: LossPositions, p: int, label: int, text: TokenText) -> list[Any]:
-    """Return the label, its probability or None, rank, entropy, tokens kept, tail mass, and
-    [token, probability] of the likeliest kept tokens."""
-    logprob = found.label_logprob_P[p]
-    return [
-        text.visible(label),
-        None if np.isnan(logprob) else _rounded(np.exp(logprob)),
-        int(found.label_rank_P[p]),
-        _rounded(found.entropy_P[p]),
-        int(found.num_kept_P[p]),
-        _rounded(found.tail_mass_P[p]),
-        [
-            [text.visible(token_id), _rounded(probability)]
-            for token_id, probability in found.alternatives(p, PAGE_ALTERNATIVES)
-        ],
-    ]
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.3g}")
-
-
-def _chart(histogram: Histogram, is_coloured: bool) -> str:
-    """Draw horizontal bars; `is_coloured` gives them the tokens' colours."""
-    scale = 100 / max([*histogram.shares, 1e-9])
-    rows = []
-    for number, (label, part) in enumerate(
-        zip(histogram.labels, histogram.shares, strict=True)
-    ):
-        y = 19 * number
-        kind = f"e{number} edge" if is_coloured else "bar"
-        rows.append(
-            f'<text class="end" x="90" y="{y + 14}">{label}</text>'
-            f'<rect class="{kind}" x="98" y="{y + 4}" height="11" width="{scale * part:.1f}"/>'
-            f'<text class="end" x="246" y="{y + 14}">{part:.1%}</text>'
-        )
-    return (
-        f"<figure><figcaption>{histogram.title}</figcaption>"
-        f'<svg viewBox="0 0 246 {19 * len(rows)}" role="img" aria-label="{histogram.title}">'
-        f"{''.join(rows)}</svg></figure>"
-    )
+    shown = token_ids[start : first + LOSS_SPAN_TOKENS]
+    targets = []
+    for p, place in enumerate((found.position_P + 1 - start).tolist()):
+        if place < len(shown):
+            alternatives = found.alternatives(p, PAGE_ALTERNATIVES)
+            targets.append(
+                [
+                    place,
+                    text.visible(shown[place]),
+                    math.exp(found.label_logprob_P[p]),  # nan becomes null
+                    int(found.label_rank_P[p]),
+                    float(found.entropy_P[p]),
+                    int(found.num_kept_P[p]),
+                    float(found.tail_mass_P[p]),
+                    [(text.visible(token_id), mass) for token_id, mass in alternatives],
+                ]
+            )
+    return {
+        "heading": f"Example {position:,} · record {example.index:,} · {example.num_tokens:,} "
+        f"positions, {example.num_loss_tokens:,} in the loss",
+        "before": start,
+        "tokens": text.along(shown),
+        "after": len(token_ids) - start - len(shown),
+        "targets": targets,
+    }

