@@ -190,9 +190,8 @@ def collate(
     """
     longest = max(0 if row is None else example_of(row).num_tokens for row in rows)
     length = -(-max(1, longest) // multiple_of) * multiple_of
-    starts = range(0, len(rows) * length, length)
-    position_ids_BS = torch.arange(length).repeat(len(rows), 1)
-    return _filled(rows, starts, position_ids_BS, pad_id, every_target)
+    bounds = range(0, len(rows) * length + 1, length)
+    return _filled(rows, bounds, (len(rows), length), pad_id, every_target)
 
 
 def pack(
@@ -212,8 +211,7 @@ def pack(
     lengths = [example_of(row).num_tokens for row in examples]
     filler = -sum(lengths) % multiple_of if lengths else multiple_of
     bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
-    position_ids_S = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
-    batch = _filled(examples, bounds, position_ids_S[None], pad_id, every_target)
+    batch = _filled(examples, bounds, (1, bounds[-1]), pad_id, every_target)
     return replace(batch, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
@@ -223,21 +221,21 @@ def example_of(row: Row) -> Example:
 
 def _filled(
     rows: Sequence[Row | None],
-    starts: Sequence[int],
-    position_ids_BS: torch.Tensor,
+    bounds: Sequence[int],
+    shape: tuple[int, int],
     pad_id: int,
     every_target: bool,
 ) -> Batch:
     """Put every row at its start among all positions, and padding elsewhere."""
-    shape = position_ids_BS.shape
-    tokens_A = torch.full((shape.numel(),), pad_id)
+    tokens_A = torch.full((bounds[-1],), pad_id)
     labels_A = tokens_A.clone()
-    loss_mask_A = torch.zeros(shape.numel())
+    loss_mask_A = torch.zeros(bounds[-1])
+    position_ids_A = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
     indices_B = torch.full((len(rows),), -1)
     sources_B = torch.zeros_like(indices_B)
     lengths_B = torch.zeros_like(indices_B)
     targets: list[TeacherRows[np.ndarray]] = []
-    for number, (row, start) in enumerate(zip(rows, starts, strict=False)):
+    for number, (row, start) in enumerate(zip(rows, bounds, strict=False)):
         if row is None:
             continue
         example = example_of(row)
@@ -264,7 +262,7 @@ def _filled(
         tokens_BS=tokens_A.view(shape),
         labels_BS=labels_A.view(shape),
         loss_mask_BS=loss_mask_A.view(shape),
-        position_ids_BS=position_ids_BS,
+        position_ids_BS=position_ids_A.view(shape),
         teacher=_joined(targets) if targets else None,
     )
 
@@ -314,7 +312,7 @@ class TokenizedRows(list[Example]):
     ) -> None:
         super().__init__(itertools.chain.from_iterable(examples))
         self.paths = list(paths)
-        self.sizes = [len(of_path) for of_path in examples]
+        self.sizes = list(map(len, examples))
 
     def num_tokens(self, position: int) -> int:
         return self[position].num_tokens

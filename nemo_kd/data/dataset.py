@@ -144,16 +144,11 @@ class PromptTemplate:
         except ValueError:
             parts = []
         fields = [name for _, name, _, _ in parts]
-        is_plain = not any(name == "" or spec or how for _, name, spec, how in parts)
-        if (
-            fields.count(config.label_key) != 1
-            or fields[-1] != config.label_key
-            or not is_plain
-        ):
+        if fields.count(config.label_key) != 1 or fields[-1] != config.label_key:
             raise ConfigError(
-                f"{config.KEY}.prompt_template: {config.prompt_template!r} must be text with plain "
-                f"fields, and end with the field of {config.KEY}.label_key, "
-                f"{{{config.label_key}}}, the only time that it occurs"
+                f"{config.KEY}.prompt_template: {config.prompt_template!r} must be text with fields "
+                f"and end with the field of {config.KEY}.label_key, {{{config.label_key}}}, the "
+                "only time that it occurs"
             )
         *before, last = [(literal, name) for literal, name, _, _ in parts]
         self._parts = [*before, (last[0].rstrip(" "), None)]

@@ -35,6 +35,17 @@ MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
 COUNT_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, math.inf)
 RANK_EDGES = (0, 1, 2, 3, 4, 6, 11, 21, 51, 101, math.inf)
 
+IDENTITY = (
+    "codec",
+    "top_k",
+    "teacher",
+    "vocab_size",
+    "tokenizer_size",
+    "tokenizer",
+    "chat_template",
+    "seq_length",
+    "dataset",
+)
 MEASURED = ("num_kept", "tail_mass", "entropy", "label_rank", "label_logprob")
 
 Facts = list[tuple[str, str]]
@@ -166,28 +177,13 @@ def format_report(report: Report) -> str:
 
 
 def _identity(manifest: Manifest) -> Facts:
-    teacher = manifest.teacher
-    dataset = manifest.dataset
-    codec = ", ".join(f"{name} {value}" for name, value in manifest.codec.items())
-    return [
-        ("codec", f"{codec}, at most {manifest.top_k:,} tokens per position"),
-        (
-            "teacher",
-            f"{teacher.get('name', UNKNOWN)}, weights {teacher.get('weights', UNKNOWN)}",
-        ),
-        (
-            "vocabulary",
-            f"{manifest.vocab_size:,} columns, {manifest.tokenizer_size:,} tokens of the tokenizer",
-        ),
-        ("tokenizer", manifest.tokenizer),
-        ("chat template", manifest.chat_template or "none"),
-        (
-            "dataset",
-            f"{dataset.get('path', UNKNOWN)}, "
-            f"records {dataset.get('start_from_idx')} to {dataset.get('end_at_idx')}",
-        ),
-        ("longest sequence", f"{manifest.seq_length:,} tokens"),
-    ]
+    facts = []
+    for name in IDENTITY:
+        value = getattr(manifest, name)
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {inner}" for key, inner in value.items())
+        facts.append((name.replace("_", " "), str(value)))
+    return facts
 
 
 def _counts(reader: CacheReader) -> Facts:

@@ -70,16 +70,12 @@ def plot_runs(
         RunError: as `read_curves`; no metric is left.
     """
     runs = {str(path): read_curves(path) for path in paths}
-    names = {name for curves in runs.values() for name in curves} - (
-        set(COUNTERS) if pattern is None else set()
-    )
     sections: dict[str, list[str]] = {}
-    for name in sorted(names):
-        if re.search(pattern or "", name):
+    for name in sorted(set().union(*runs.values())):
+        if re.search(pattern, name) if pattern else name not in COUNTERS:
             section = name.partition("/")[0]
-            sections.setdefault(section if section in SECTIONS else "train", []).append(
-                name
-            )
+            section = section if section in SECTIONS else "train"
+            sections.setdefault(section, []).append(name)
     if not sections:
         raise RunError(f"--metrics: no metric of these runs contains {pattern!r}")
     output.mkdir(parents=True, exist_ok=True)
@@ -90,36 +86,17 @@ def plot_runs(
 
 
 def _draw(runs: dict[str, Curves], names: Sequence[str], path: Path) -> Path:
-    import matplotlib  # not needed for training
+    from matplotlib.figure import Figure  # not needed for training
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    num_columns = min(3, len(names))
-    num_rows = -(-len(names) // num_columns)
-    figure, grid = pyplot.subplots(
-        num_rows,
-        num_columns,
-        figsize=(5 * num_columns, 3.4 * num_rows),
-        squeeze=False,
-        layout="constrained",
-    )
-    for axes, name in zip(grid.flat, names, strict=False):
+    figure = Figure(figsize=(8, 3.2 * len(names)), layout="constrained")
+    grid = figure.subplots(len(names), squeeze=False)
+    for axes, name in zip(grid.flat, names, strict=True):
         for label, curves in runs.items():
             curve = curves.get(name, {})
             marker = "o" if len(curve) < 30 else None
-            axes.plot(
-                [*curve], [*curve.values()], label=label, marker=marker, markersize=3
-            )
+            axes.plot([*curve], [*curve.values()], label=label, marker=marker)
         axes.set(title=name, xlabel="step")
         axes.grid(alpha=0.3)
-    for axes in list(grid.flat)[len(names) :]:
-        axes.set_axis_off()
-    figure.legend(
-        *grid[0, 0].get_legend_handles_labels(),
-        loc="outside lower center",
-        ncols=min(4, len(runs)),
-    )
+    grid[0, 0].legend()
     figure.savefig(path, dpi=130)
-    pyplot.close(figure)
     return path
