@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig
-from nemo_kd.data.chat import render_messages
-from nemo_kd.data.nemo_chat import render_conversations
+from nemo_kd.data.chat import render_conversations, render_messages
 from nemo_kd.data.records import DataError, JsonlRecords
 from nemo_kd.data.tokenizer import encode_continuation
 

@@ -58,15 +58,17 @@ class LossPositions:
         position_P: index of the position in the row.
         ids_PK: kept ids, likeliest first; unused entries stand last and are -1.
         probability_PK: probability of the kept ids; 0 in unused entries.
+        num_kept_P: how many ids are kept.
         tail_mass_P: probability outside the kept ids.
         entropy_P: entropy in nats, with one bucket for the tail: a lower bound.
         label_rank_P: rank of the label among the kept ids, from 1; 0 if it is not kept.
-        label_logprob_P: nats; NaN if it is neither stored nor kept.
+        label_logprob_P: nats; NaN if it is not stored.
     """
 
     position_P: np.ndarray
     ids_PK: np.ndarray
     probability_PK: np.ndarray
+    num_kept_P: np.ndarray
     tail_mass_P: np.ndarray
     entropy_P: np.ndarray
     label_rank_P: np.ndarray
@@ -76,35 +78,26 @@ class LossPositions:
     def of(cls, row: CachedExample) -> LossPositions:
         teacher = row.loss_rows()
         teacher = teacher.at(teacher.topk_token_ids_PK[:, 0] >= 0)
-        position_P = teacher.positions_P
         ids_PK = teacher.topk_token_ids_PK
-        logits_PK = teacher.topk_logits_PK.astype(np.float64)
-        logprob_PK = logits_PK - teacher.log_sum_exp_logits_P[:, None]
-        logprob_PK = np.where(ids_PK >= 0, logprob_PK, -np.inf)
-        tail_mass_P = teacher.tail_mass_PT[:, 0].astype(np.float64)
-        masses_PK = np.column_stack([np.exp(logprob_PK), tail_mass_P])
-        nats_PK = -np.log(np.where(masses_PK > 0, masses_PK, 1))
-        is_label_PK = ids_PK == row.example.labels_S[position_P, None]
-        is_kept_P = is_label_PK.any(axis=1)
-        kept_logprob_P = np.where(is_label_PK, logprob_PK, 0).sum(axis=1)
-        label_logprob_P = np.where(is_kept_P, kept_logprob_P, np.nan)
-        if teacher.label_logprobs_P is not None:
-            stored_P = teacher.label_logprobs_P.astype(np.float64)
-            label_logprob_P = np.where(np.isnan(stored_P), label_logprob_P, stored_P)
+        log_sum_exp_P = teacher.log_sum_exp_logits_P.astype(np.float64)
+        probability_PK = np.exp(teacher.topk_logits_PK - log_sum_exp_P[:, None])
+        masses_PE = np.column_stack([probability_PK, teacher.tail_mass_PT[:, 0]])
+        nats_PE = -np.log(np.where(masses_PE > 0, masses_PE, 1))
+        is_label_PK = ids_PK == row.example.labels_S[teacher.positions_P, None]
+        logprob_P = teacher.label_logprobs_P
         return cls(
-            position_P=position_P,
+            position_P=teacher.positions_P,
             ids_PK=ids_PK,
-            probability_PK=masses_PK[:, :-1],
-            tail_mass_P=tail_mass_P,
+            probability_PK=probability_PK,
+            num_kept_P=(ids_PK >= 0).sum(axis=1),
+            tail_mass_P=masses_PE[:, -1],
             # Rounding can put a certain teacher's entropy slightly below 0.
-            entropy_P=np.maximum((masses_PK * nats_PK).sum(axis=1), 0),
-            label_rank_P=np.where(is_kept_P, is_label_PK.argmax(axis=1) + 1, 0),
-            label_logprob_P=label_logprob_P,
+            entropy_P=np.maximum((masses_PE * nats_PE).sum(axis=1), 0),
+            label_rank_P=is_label_PK.any(axis=1) * (is_label_PK.argmax(axis=1) + 1),
+            label_logprob_P=np.full(len(teacher), np.nan)
+            if logprob_P is None
+            else logprob_P,
         )
-
-    @property
-    def num_kept_P(self) -> np.ndarray:
-        return (self.ids_PK >= 0).sum(axis=1)
 
     def alternatives(self, p: int, most: int) -> list[tuple[int, float]]:
         """Return (id, probability) of the likeliest kept tokens at the p-th position."""

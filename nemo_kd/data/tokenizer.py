@@ -10,7 +10,6 @@ from typing import Any
 import orjson
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from nemo_kd.config import ConfigError
 from nemo_kd.data.records import DataError
 from nemo_kd.nemo_archive import ModelFiles
 
@@ -52,11 +51,8 @@ def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:
         ConfigError: the path holds no tokenizer.
         DataError: the tokenizer cannot be loaded.
     """
-    try:
-        with ModelFiles(Path(path).expanduser()) as files:
-            return load_tokenizer(files.tokenizer_folder())
-    except ConfigError as error:
-        raise ConfigError(f"--tokenizer: {error}") from error
+    with ModelFiles(Path(path).expanduser()) as files:
+        return load_tokenizer(files.tokenizer_folder())
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

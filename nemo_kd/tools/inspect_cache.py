@@ -229,8 +229,8 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
     if not measured:
         return facts
     median, p99 = np.percentile(found.num_kept, (50, 99))
-    known_N = found.label_logprob[~np.isnan(found.label_logprob)]
-    nats = -known_N.mean() if len(known_N) else math.nan
+    nats = -found.label_logprob.mean()
+    cross_entropy = f"{nats:.4f} nats, perplexity {np.exp(nats):,.2f}"
     return [
         *facts,
         (
@@ -247,11 +247,7 @@ def _sample(reader: CacheReader, found: Statistics) -> Facts:
             f"ranked first {share((found.label_rank == 1).mean())}, "
             f"kept {share((found.label_rank > 0).mean())}",
         ),
-        (
-            "teacher's cross-entropy",
-            f"{nats:.4f} nats, perplexity {np.exp(nats):,.2f}, over the {len(known_N):,} labels "
-            "whose probability is stored",
-        ),
+        ("teacher's cross-entropy", "not stored" if np.isnan(nats) else cross_entropy),
     ]
 
 
