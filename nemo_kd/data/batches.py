@@ -44,16 +44,18 @@ class Rows(Protocol):
 
 
 @dataclass
-class MicroBatchRows(Dataset[Row]):
-    """Rows of this rank's micro-batches, requested by all positions of a global batch.
+class MicroBatches(Dataset[list[Batch]]):
+    """This rank's micro-batches, requested by all positions of a global batch.
 
-    Every data-parallel rank gets the same number of micro-batches, some of them empty: ranks run
+    Every data-parallel rank gets the same number of micro-batches, some of them filler: ranks run
     each step of the pipeline together. Loader workers divide the positions and read the rows.
 
     Attributes:
         micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
         max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
         packed, multiple_of: as `form_batches`.
+        pad_id, every_target: as `collate`.
+        context_rank, context_size: batches hold the columns of this context-parallel rank.
     """
 
     rows: Rows
@@ -63,15 +65,25 @@ class MicroBatchRows(Dataset[Row]):
     max_tokens: int | None = None
     packed: bool = False
     multiple_of: int = 1
+    pad_id: int = 0
+    every_target: bool = False
+    context_rank: int = 0
+    context_size: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitems__(self, positions: list[int]) -> list[list[Row]]:
-        """Return rows per micro-batch; storage may fetch all while the first are decoded."""
-        micro_batches = self.share(positions)
-        self.rows.will_read([position for batch in micro_batches for position in batch])
-        return [[self.rows[position] for position in batch] for batch in micro_batches]
+    def __getitems__(self, positions: list[int]) -> list[Batch]:
+        """Return the micro-batches; storage may fetch all rows while the first are decoded."""
+        shares = self.share(positions)
+        self.rows.will_read([position for share in shares for position in share])
+        form = pack if self.packed else collate
+        batches = []
+        for share in shares:
+            rows = [self.rows[position] for position in share]
+            whole = form(rows or [None], self.pad_id, self.multiple_of, self.every_target)
+            batches.append(whole.context_part(self.context_rank, self.context_size))
+        return batches
 
     def share(self, positions: Sequence[int]) -> list[list[int]]:
         """Return the positions of this rank's micro-batches."""
@@ -106,9 +118,7 @@ def form_batches(
     fills the batches. Padded examples are joined with neighbours in length. With `max_tokens`, less
     than `MAX_PADDING` of a padded batch is padding. The result depends on the lengths alone.
     """
-    by_length = sorted(
-        range(len(lengths)), key=lambda position: (-lengths[position], position)
-    )
+    by_length = sorted(range(len(lengths)), key=lambda position: -lengths[position])
     batches: list[list[int]] = []
     sums: list[int] = []  # of every batch's lengths
     for position in by_length:
@@ -138,7 +148,6 @@ def _whole_rounds(
     def tokens(batch: list[int]) -> int:
         return sum(lengths[place] for place in batch)
 
-    batches = list(batches)
     while len(batches) % num_ranks:
         largest = max(
             (batch for batch in batches if len(batch) > 1), key=tokens, default=None
@@ -149,28 +158,6 @@ def _whole_rounds(
             batches.remove(largest)
             batches += [largest[::2], largest[1::2]]
     return sorted(batches, key=tokens, reverse=True)
-
-
-def micro_batches(
-    rows: Sequence[Sequence[Row]],
-    pad_id: int,
-    packed: bool,
-    multiple_of: int,
-    context_rank: int = 0,
-    context_size: int = 1,
-    every_target: bool = False,
-) -> list[Batch]:
-    """Make a batch of each list of rows; an empty list becomes filler, because ranks step together.
-
-    A context-parallel rank keeps its columns.
-    """
-    together = [
-        pack(part, pad_id, multiple_of, every_target)
-        if packed
-        else collate(part or [None], pad_id, multiple_of, every_target)
-        for part in rows
-    ]
-    return [batch.context_part(context_rank, context_size) for batch in together]
 
 
 def collate(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import math
 import re
@@ -33,11 +32,10 @@ from nemo_kd.config.student import (
     StudentRecordsConfig,
 )
 from nemo_kd.data.batches import (
-    MicroBatchRows,
+    MicroBatches,
     Rows,
     TokenizedRows,
     example_of,
-    micro_batches,
 )
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.order import SampleOrder, TrainingBatches
@@ -267,7 +265,7 @@ class StudentData(pl.LightningDataModule):
         max_tokens = model.data.max_tokens_per_batch
         num_workers = model.data.num_workers
         loader: DataLoader[Any] = DataLoader(
-            MicroBatchRows(
+            MicroBatches(
                 rows,
                 data_rank=groups.data_rank,
                 data_size=groups.data_size,
@@ -275,17 +273,13 @@ class StudentData(pl.LightningDataModule):
                 max_tokens=max_tokens and max_tokens * groups.context_size,
                 packed=model.packed,
                 multiple_of=multiple_of,
-            ),
-            batch_sampler=batches,
-            collate_fn=functools.partial(
-                micro_batches,
                 pad_id=self.pad_id,
-                packed=model.packed,
-                multiple_of=multiple_of,
+                every_target=model.knowledge_distillation.objective == "custom",
                 context_rank=groups.context_rank,
                 context_size=groups.context_size,
-                every_target=model.knowledge_distillation.objective == "custom",
             ),
+            batch_sampler=batches,
+            collate_fn=list,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             # A spawned worker would import everything again.

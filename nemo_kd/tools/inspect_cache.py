@@ -20,7 +20,7 @@ from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.data.text import LossPositions, TokenText, share, text_ids
+from nemo_kd.data.text import LossPositions, TokenText, text_ids
 from nemo_kd.data.tokenizer import tokenizer_fingerprint
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
@@ -77,7 +77,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Report:
-    """Groups of facts about a cache, and histograms."""
+    """Groups of facts about a cache, and histograms with means."""
 
     facts: list[Facts]
     histograms: list[Histogram]
@@ -126,23 +126,28 @@ def measure(reader: CacheReader, num_rows: int) -> Statistics:
 
 
 def histograms(found: Statistics) -> list[Histogram]:
-    """Count entropies, probabilities, tokens kept and ranks per range.
-
-    A range includes its lower edge and excludes its upper one.
-    """
-    return [
-        Histogram(
-            title,
-            [f"from {low:g}" for low in edges[:-1]],
-            (np.histogram(values, edges)[0] / max(1, len(values))).tolist(),
-        )
-        for title, values, edges in (
-            ("entropy in nats", found.entropy, ENTROPY_EDGES),
-            ("probability kept", 1 - found.tail_mass, MASS_EDGES),
-            ("tokens kept", found.num_kept, COUNT_EDGES),
-            ("rank of the label; 0: not kept", found.label_rank, RANK_EDGES),
-        )
-    ]
+    """Count values per range, which includes its lower edge and excludes its upper one."""
+    result = []
+    for title, values, edges in (
+        ("entropy in nats, at least", found.entropy, ENTROPY_EDGES),
+        ("probability kept", 1 - found.tail_mass, MASS_EDGES),
+        ("tokens kept", found.num_kept, COUNT_EDGES),
+        ("rank of the label, 0 if not kept", found.label_rank, RANK_EDGES),
+        ("nats of the label", -found.label_logprob, ENTROPY_EDGES),
+    ):
+        known = values[
+            ~np.isnan(values)
+        ]  # a cache need not store the labels' log-probabilities
+        if len(known):
+            median, p99 = np.percentile(known, (50, 99))
+            result.append(
+                Histogram(
+                    f"{title}: mean {known.mean():.3f}, median {median:.3f}, p99 {p99:.3f}",
+                    [f"from {low:g}" for low in edges[:-1]],
+                    (np.histogram(known, edges)[0] / len(known)).tolist(),
+                )
+            )
+    return result
 
 
 def describe_cache(reader: CacheReader, found: Statistics) -> Report:
@@ -152,7 +157,12 @@ def describe_cache(reader: CacheReader, found: Statistics) -> Report:
     ]
     if reader.manifests:
         identity = _identity(reader.manifests[0])
-    return Report([identity, _counts(reader), _sample(reader, found)], histograms(found))
+    measured = (
+        f"{found.num_rows:,} of {len(reader):,} examples with {found.num_tokens:,} tokens, "
+        f"{found.num_loss_tokens:,} in the loss, {len(found.entropy):,} with teacher targets"
+    )
+    facts = [identity, _counts(reader), [("measured", measured)]]
+    return Report(facts, histograms(found))
 
 
 def format_facts(report: Report) -> str:
@@ -172,7 +182,7 @@ def format_report(report: Report) -> str:
             f"  {label:>13}  {part:>6.1%}  {'█' * round(width * part)}".rstrip()
             for label, part in zip(histogram.labels, histogram.shares, strict=True)
         ]
-        parts.append("\n".join([f"{histogram.title}:", *lines]))
+        parts.append("\n".join([histogram.title, *lines]))
     return "\n\n".join(parts)
 
 
@@ -214,40 +224,6 @@ def _counts(reader: CacheReader) -> Facts:
             f"{total.bytes / loss_tokens:,.1f} per loss token",
         ),
         ("records left out", ", ".join(skipped) or "none"),
-    ]
-
-
-def _sample(reader: CacheReader, found: Statistics) -> Facts:
-    measured = len(found.num_kept)
-    facts = [
-        (
-            "measured",
-            f"{found.num_rows:,} of {len(reader):,} examples with {found.num_tokens:,} tokens, "
-            f"{found.num_loss_tokens:,} in the loss, {measured:,} with teacher targets",
-        )
-    ]
-    if not measured:
-        return facts
-    median, p99 = np.percentile(found.num_kept, (50, 99))
-    nats = -found.label_logprob.mean()
-    cross_entropy = f"{nats:.4f} nats, perplexity {np.exp(nats):,.2f}"
-    return [
-        *facts,
-        (
-            "tokens kept",
-            f"mean {found.num_kept.mean():.2f}, median {median:.0f}, p99 {p99:.0f}",
-        ),
-        ("probability of the kept ids", f"mean {share(1 - found.tail_mass.mean())}"),
-        (
-            "teacher's entropy",
-            f"mean {found.entropy.mean():.3f} nats at least, with one token as the tail",
-        ),
-        (
-            "label",
-            f"ranked first {share((found.label_rank == 1).mean())}, "
-            f"kept {share((found.label_rank > 0).mean())}",
-        ),
-        ("teacher's cross-entropy", "not stored" if np.isnan(nats) else cross_entropy),
     ]
 
 

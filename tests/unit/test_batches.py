@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nemo_kd.data.batches import MicroBatchRows, form_batches
+from nemo_kd.data.batches import MicroBatches, form_batches
 from tests.tiny_tokenizer import docstrings
 
 
@@ -76,7 +76,7 @@ def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
     lengths = np.random.default_rng(count).integers(1, 260, 97).tolist()
     positions = np.random.default_rng(2).permutation(97)[:count].tolist()
     shares = [
-        MicroBatchRows(Lengths(lengths), rank, num_ranks, 3, max_tokens, packed, 8).share(
+        MicroBatches(Lengths(lengths), rank, num_ranks, 3, max_tokens, packed, 8).share(
             positions
         )
         for rank in range(num_ranks)
@@ -106,17 +106,16 @@ def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
     lengths = [60, 30, 30, 20, 20, 20]
     assert form_batches(lengths, None, 60, True) == [[0], [1, 2], [3, 4, 5]]
     first, second = (
-        MicroBatchRows(Lengths(lengths), rank, 2, 1, 60, True).share(range(6))
+        MicroBatches(Lengths(lengths), rank, 2, 1, 60, True).share(range(6))
         for rank in (0, 1)
     )
     assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
     alone = [
-        MicroBatchRows(Lengths(lengths), rank, 2, 1, 60, True).share([0])
-        for rank in (0, 1)
+        MicroBatches(Lengths(lengths), rank, 2, 1, 60, True).share([0]) for rank in (0, 1)
     ]
     assert alone == [[[0]], [[]]]
 
 
 def test_lengths_are_not_asked_for_without_a_budget():
-    rows = MicroBatchRows(None, 1, 2, 2, None, True)
+    rows = MicroBatches(None, 1, 2, 2, None, True)
     assert rows.share([5, 6, 7, 8, 9]) == [[8, 9], []]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import multiprocessing
 import os
 
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.data.batches import MicroBatchRows, micro_batches
+from nemo_kd.data.batches import MicroBatches
 from tests.tiny_cache import row, same, write
 
 NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
@@ -47,11 +46,9 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
         context = multiprocessing.get_context(method) if num_workers else None
         return list(
             DataLoader(
-                MicroBatchRows(blend, 1, 2, 1, max_tokens),
+                MicroBatches(blend, 1, 2, 1, max_tokens, max_tokens is not None, 8),
                 batch_sampler=batches,
-                collate_fn=functools.partial(
-                    micro_batches, pad_id=0, packed=max_tokens is not None, multiple_of=8
-                ),
+                collate_fn=list,
                 num_workers=num_workers,
                 multiprocessing_context=context,
             )
@@ -73,7 +70,7 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
 
 def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
     reader = CacheReader(str(write(tmp_path)))
-    rows, calls = MicroBatchRows(CacheBlend([reader]), 0, 1, 2), []
+    rows, calls = MicroBatches(CacheBlend([reader]), 0, 1, 2), []
     advise, pread = os.posix_fadvise, os.pread
     monkeypatch.setattr(
         os,
@@ -89,12 +86,8 @@ def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
         lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start),
     )
     calls.clear()
-    assert [
-        [row.example.index for row in batch] for batch in rows.__getitems__([5, 3, 9])
-    ] == [
-        [5, 3],
-        [9],
-    ]
+    batches = rows.__getitems__([5, 3, 9])
+    assert [batch.indices_B.tolist() for batch in batches] == [[5, 3], [9]]
     announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
     assert announced == [
         size for how, size in calls if how == "read" and size in announced
@@ -118,7 +111,7 @@ def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
             ),
         )
     blend = CacheBlend([CacheReader("memory://bucket/once/train_CHUNK_ID.jsonl")])
-    rows = MicroBatchRows(blend, 0, 1, 8)
+    rows = MicroBatches(blend, 0, 1, 8)
     alone = [what for name, what in requests if name == "cat_file"]
     assert alone[0].endswith("train_manifest.json")
     indexes = next(what for name, what in requests if name == "cat_ranges")
@@ -128,7 +121,7 @@ def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):
     assert [name for name, _ in requests].count("ls") == 1
     rows.__getitems__([0, 4, 9])  # all indexes are in memory from here on
     requests.clear()
-    assert [row.example.index for row in rows.__getitems__([3, 8])[0]] == [3, 8]
+    assert rows.__getitems__([3, 8])[0].indices_B.tolist() == [3, 8]
     assert requests[0][0] == "cat_ranges"
     # The store in memory serves a request for two ranges by two of its own.
     assert [name for name, _ in requests if name != "info"] == [
