@@ -9,7 +9,7 @@ import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,26 +23,6 @@ MAX_PADDING = 0.05
 Row = Example | CachedExample
 
 
-class Rows(Protocol):
-    """Random access to the examples of one or several sources, one source after the other."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, position: int, /) -> Row: ...
-
-    def num_tokens(self, position: int, /) -> int:
-        """Return the length of an example without reading it."""
-
-    def will_read(self, positions: Sequence[int], /) -> None:
-        """Prepare to read these examples next."""
-
-    def source_chunks(self) -> list[list[int]]:
-        """Return the rows of every chunk, a list per source, in the order of positions."""
-
-    def description(self) -> dict[str, Any]:
-        """Return `paths`, `fingerprint` of the content, and the origin of `caches`."""
-
-
 @dataclass
 class MicroBatches(Dataset[list[Batch]]):
     """This rank's micro-batches, requested by all positions of a global batch.
@@ -51,6 +31,7 @@ class MicroBatches(Dataset[list[Batch]]):
     each step of the pipeline together. Loader workers divide the positions and read the rows.
 
     Attributes:
+        rows: `cache.blend.CacheBlend` or `TokenizedRows`.
         micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
         max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
         packed, multiple_of: as `form_batches`.
@@ -58,7 +39,7 @@ class MicroBatches(Dataset[list[Batch]]):
         context_rank, context_size: batches hold the columns of this context-parallel rank.
     """
 
-    rows: Rows
+    rows: Any
     data_rank: int
     data_size: int
     micro_batch_size: int
@@ -302,6 +283,7 @@ class TokenizedRows(list[Example]):
         self.sizes = list(map(len, examples))
 
     def num_tokens(self, position: int) -> int:
+        """Return the positions of an example."""
         return self[position].num_tokens
 
     def will_read(self, positions: Sequence[int]) -> None:

@@ -77,15 +77,9 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     if isinstance(vocabulary, list):  # Unigram: scores decide
         model["scores"] = vocabulary
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    parts = {
-        "model": model,
-        "merges": merges,
-        "added_tokens": content.get("added_tokens"),
-        "normalizer": content.get("normalizer"),
-        "pre_tokenizer": content.get("pre_tokenizer"),
-        "post_processor": content.get("post_processor"),
-        "special_tokens": special,
-    }
+    parts = {"model": model, "merges": merges, "special_tokens": special}
+    for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor"):
+        parts[name] = content.get(name)
     return {
         name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
         for name, part in parts.items()

@@ -145,9 +145,6 @@ def _stages(
 def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
     """Return the shortest micro-batch without its loss tokens."""
     shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
-    return replace(
-        shortest,
-        loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
-        loss_positions_N=shortest.loss_positions_N[:0],
-        teacher=None,
-    )
+    nowhere = shortest.loss_positions_N[:0]
+    no_loss = torch.zeros_like(shortest.loss_mask_BS)
+    return replace(shortest, loss_mask_BS=no_loss, loss_positions_N=nowhere, teacher=None)

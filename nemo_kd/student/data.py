@@ -33,7 +33,6 @@ from nemo_kd.config.student import (
 )
 from nemo_kd.data.batches import (
     MicroBatches,
-    Rows,
     TokenizedRows,
     example_of,
 )
@@ -45,6 +44,8 @@ from nemo_kd.student.cache_match import find_mismatches
 from nemo_kd.student.schedule import TrainingPlan
 
 log = logging.getLogger(__name__)
+
+Rows = CacheBlend | TokenizedRows
 
 PREFIX = "model.data.data_prefix"
 

@@ -46,7 +46,13 @@ IDENTITY = (
     "seq_length",
     "dataset",
 )
-MEASURED = ("num_kept", "tail_mass", "entropy", "label_rank", "label_logprob")
+MEASURED = (
+    "num_kept_P",
+    "tail_mass_P",
+    "entropy_P",
+    "label_rank_P",
+    "label_logprob_P",
+)
 
 Facts = list[tuple[str, str]]
 """(name, value) pairs, one per line of a report."""
@@ -54,16 +60,12 @@ Facts = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Statistics:
-    """Measurements of sampled rows; arrays as in `LossPositions`."""
+    """Measurements of sampled rows: counts, and the arrays `MEASURED` of `LossPositions`."""
 
     num_rows: int
     num_tokens: int
     num_loss_tokens: int
-    num_kept: np.ndarray
-    tail_mass: np.ndarray
-    entropy: np.ndarray
-    label_rank: np.ndarray
-    label_logprob: np.ndarray
+    arrays: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -113,27 +115,28 @@ def measure(reader: CacheReader, num_rows: int) -> Statistics:
     drawn = spread(len(reader), num_rows)
     num_tokens = 0
     num_loss_tokens = 0
-    parts: list[list[np.ndarray]] = [[np.zeros(0)] for _ in MEASURED]
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in MEASURED}
     for position in drawn:
         row = reader[position]
         num_tokens += row.example.num_tokens
         num_loss_tokens += row.example.num_loss_tokens
         at = LossPositions.of(row)
-        for name, of_name in zip(MEASURED, parts, strict=True):
-            of_name.append(getattr(at, f"{name}_P"))
-    arrays = map(np.concatenate, parts)
-    return Statistics(len(drawn), num_tokens, num_loss_tokens, *arrays)
+        for name in MEASURED:
+            parts[name].append(getattr(at, name))
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
+    return Statistics(len(drawn), num_tokens, num_loss_tokens, arrays)
 
 
 def histograms(found: Statistics) -> list[Histogram]:
     """Count values per range, which includes its lower edge and excludes its upper one."""
+    num_kept, tail_mass, entropy, rank, logprob = found.arrays.values()
     result = []
     for title, values, edges in (
-        ("entropy in nats, at least", found.entropy, ENTROPY_EDGES),
-        ("probability kept", 1 - found.tail_mass, MASS_EDGES),
-        ("tokens kept", found.num_kept, COUNT_EDGES),
-        ("rank of the label, 0 if not kept", found.label_rank, RANK_EDGES),
-        ("nats of the label", -found.label_logprob, ENTROPY_EDGES),
+        ("entropy in nats, at least", entropy, ENTROPY_EDGES),
+        ("probability kept", 1 - tail_mass, MASS_EDGES),
+        ("tokens kept", num_kept, COUNT_EDGES),
+        ("rank of the label, 0 if not kept", rank, RANK_EDGES),
+        ("nats of the label", -logprob, ENTROPY_EDGES),
     ):
         known = values[
             ~np.isnan(values)
@@ -159,7 +162,7 @@ def describe_cache(reader: CacheReader, found: Statistics) -> Report:
         identity = _identity(reader.manifests[0])
     measured = (
         f"{found.num_rows:,} of {len(reader):,} examples with {found.num_tokens:,} tokens, "
-        f"{found.num_loss_tokens:,} in the loss, {len(found.entropy):,} with teacher targets"
+        f"{found.num_loss_tokens:,} in the loss, {len(found.arrays['entropy_P']):,} with teacher targets"
     )
     facts = [identity, _counts(reader), [("measured", measured)]]
     return Report(facts, histograms(found))

@@ -50,8 +50,6 @@ def read_curves(path: Path) -> Curves:
         for name, value in metrics.items():
             if name != "time" and isinstance(value, int | float):
                 curves.setdefault(name, {})[step] = value
-    if not curves:
-        raise RunError(f"{file}: the file is empty")
     return {name: dict(sorted(curve.items())) for name, curve in curves.items()}
 
 

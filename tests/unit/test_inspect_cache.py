@@ -69,12 +69,12 @@ def test_figures_against_plain_sums(tmp_path):
         10,
         sum(one.example.num_tokens for one in rows),
     )
-    assert found.num_loss_tokens == len(masses) == len(found.entropy)
-    np.testing.assert_allclose(1 - found.tail_mass, masses, atol=1e-6)
-    np.testing.assert_allclose(found.entropy, entropies, atol=1e-5)
-    np.testing.assert_allclose(found.label_logprob, logprobs, atol=1e-6)
-    assert found.label_rank.tolist() == ranks
-    assert set(found.num_kept.tolist()) == {4}
+    assert found.num_loss_tokens == len(masses) == len(found.arrays["entropy_P"])
+    np.testing.assert_allclose(1 - found.arrays["tail_mass_P"], masses, atol=1e-6)
+    np.testing.assert_allclose(found.arrays["entropy_P"], entropies, atol=1e-5)
+    np.testing.assert_allclose(found.arrays["label_logprob_P"], logprobs, atol=1e-6)
+    assert found.arrays["label_rank_P"].tolist() == ranks
+    assert set(found.arrays["num_kept_P"].tolist()) == {4}
     _, counts, _ = map(dict, describe_cache(reader, found).facts)
     files = list(tmp_path.glob("train_?.jsonl"))
     assert counts["bytes per token"].startswith(
@@ -102,7 +102,7 @@ def test_the_entropy_of_the_whole_distribution_is_above_the_bound(tmp_path):
         )  # as tiny_cache.row draws them
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
-    assert (found.entropy <= np.array(truths) + 1e-6).all()
+    assert (found.arrays["entropy_P"] <= np.array(truths) + 1e-6).all()
 
 
 def test_a_sample_is_bounded_and_spread_over_the_cache(tmp_path):
