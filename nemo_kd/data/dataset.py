@@ -202,7 +202,9 @@ class PromptTemplate:
             fields += [None] * len(literal) + [name] * len(value)
         encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         ids: list[int] = encoding["input_ids"]
-        excess = max(0, len(ids) - max(room, 0))
+        excess = len(ids) - max(room, 0)
+        if excess <= 0:
+            return ids
         cut: set[int] = set()
         for name in self._cuttable:
             inside = [
