@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import (
     get_cuda_rng_tracker,
     model_parallel_cuda_manual_seed,
@@ -156,13 +155,6 @@ def _process_groups(
         lane=data_rank % lanes,
         writer_rank=int(ranks[-1, data_rank, 0, 0]),
         device=device,
-    )
-
-
-def schedule_groups() -> ProcessGroupCollection:
-    """Return the groups of Megatron's schedules; needs `initialize_model_parallel`."""
-    return ProcessGroupCollection.use_mpu_process_groups(
-        ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
     )
 
 

@@ -41,7 +41,6 @@ from nemo_kd.config.model import (
     padded_vocab_size,
 )
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
 
 ADAPTERS = "lora"
@@ -74,6 +73,7 @@ _SAME = (
     "qk_layernorm",
     "add_qkv_bias",
     "init_method_std",
+    "num_moe_experts",
 )
 """Fields of an architecture that have the same name in TransformerConfig."""
 
@@ -81,74 +81,65 @@ _SAME = (
 def transformer_config(
     architecture: GPTArchitecture, model: ModelConfig, dtype: torch.dtype, **training: Any
 ) -> TransformerConfig:
-    """Return Megatron's configuration of the decoder; `training` sets or overrides its fields.
+    """Return Megatron's configuration of the decoder; `training` sets more fields.
 
     Raises:
         ConfigError: the parallel sizes do not divide the model.
     """
     check_layout(architecture, model)
-    fields: dict[str, Any] = {name: getattr(architecture, name) for name in _SAME}
-    fields |= {name: getattr(model, name) for name in PARALLEL_SIZES}
-    fields |= {
-        "sequence_parallel": model.sequence_parallel
-        and model.tensor_model_parallel_size > 1,
-        "normalization": "RMSNorm",
-        "gated_linear_unit": True,
-        "activation_func": torch.nn.functional.silu,
-        "add_bias_linear": False,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
-        "params_dtype": dtype,
-        "pipeline_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        # Only old versions of torch needed to wait for the GPU after every exchange between stages.
-        "batch_p2p_sync": False,
-        "use_cpu_initialization": not torch.cuda.is_available(),
-        # For training; losses are sums over tokens.
-        "calculate_per_token_loss": True,
-        "finalize_model_grads_func": finalize_model_grads,
-        # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
-        "deallocate_pipeline_outputs": model.chunks_per_stage == 1,
-    }
-    if model.chunks_per_stage > 1:
-        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
-        # without an error.
-        fields |= {
-            "virtual_pipeline_model_parallel_size": model.chunks_per_stage,
-            "overlap_p2p_comm": True,
-            "batch_p2p_comm": False,
-        }
-    if architecture.num_moe_experts is not None:
-        fields |= {
-            "num_moe_experts": architecture.num_moe_experts,
-            "moe_router_topk": architecture.moe_router_topk,
-            "moe_ffn_hidden_size": architecture.ffn_hidden_size,
-            # A softmax over all experts gives weights that do not sum to 1; over the chosen ones
-            # it normalizes them.
-            "moe_router_pre_softmax": not architecture.moe_normalize_topk,
-            "moe_router_dtype": "fp32",
-            "moe_router_load_balancing_type": "none",
-            # Moves each token only to its experts; ranks may have different numbers of tokens.
-            "moe_token_dispatcher_type": "alltoall",
-        }
-    if architecture.window_size is not None:
-        fields |= _window_fields(architecture)
-    return TransformerConfig(**{**fields, **training})
-
-
-def _window_fields(architecture: GPTArchitecture) -> dict[str, Any]:
-    assert architecture.window_size is not None
+    chunks_per_stage = model.chunks_per_stage
+    has_experts = architecture.num_moe_experts is not None
+    window = architecture.window_size
     slides = [
         int(layer in architecture.window_layers)
         for layer in range(architecture.num_layers)
     ]
-    return {
+    fields: dict[str, Any] = {name: getattr(architecture, name) for name in _SAME}
+    fields |= {name: getattr(model, name) for name in PARALLEL_SIZES}
+    return TransformerConfig(
+        **fields,
+        sequence_parallel=model.sequence_parallel
+        and model.tensor_model_parallel_size > 1,
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=not torch.cuda.is_available(),
         # `window_size` counts the token itself; (left, right) of Megatron does not.
-        "window_size": (architecture.window_size - 1, 0),
-        "window_attn_skip_freq": slides if architecture.window_layers else None,
+        window_size=None if window is None else (window - 1, 0),
+        window_attn_skip_freq=slides if architecture.window_layers else None,
         # With context parallelism; Transformer Engine's default refuses windows.
-        "cp_comm_type": "all_gather",
-    }
+        cp_comm_type=None if window is None else "all_gather",
+        moe_router_topk=architecture.moe_router_topk or 2,
+        moe_ffn_hidden_size=architecture.ffn_hidden_size if has_experts else None,
+        # A softmax over all experts gives weights that do not sum to 1; over the chosen ones
+        # it normalizes them.
+        moe_router_pre_softmax=not architecture.moe_normalize_topk,
+        moe_router_dtype="fp32",
+        moe_router_load_balancing_type="none",
+        # Moves each token only to its experts; ranks may have different numbers of tokens.
+        moe_token_dispatcher_type="alltoall",
+        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
+        # without an error.
+        virtual_pipeline_model_parallel_size=chunks_per_stage
+        if chunks_per_stage > 1
+        else None,
+        overlap_p2p_comm=chunks_per_stage > 1,
+        batch_p2p_comm=chunks_per_stage == 1,
+        # Only old versions of torch needed to wait for the GPU after every exchange between stages.
+        batch_p2p_sync=False,
+        # For training; losses are sums over tokens.
+        calculate_per_token_loss=True,
+        finalize_model_grads_func=finalize_model_grads,
+        # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
+        deallocate_pipeline_outputs=chunks_per_stage == 1,
+        **training,
+    )
 
 
 def build_gpt_model(
@@ -172,7 +163,7 @@ def build_gpt_model(
         A GPTModel; a ModuleList of this rank's chunks where pipeline stages are interleaved.
     """
     block = (
-        _transformer_engine_block(config, own_norms)
+        _transformer_engine_layer(config, own_norms)
         if transformer_engine
         else _torch_block(config)
     )
@@ -202,10 +193,9 @@ def build_gpt_model(
         return model
 
     num_chunks = config.virtual_pipeline_model_parallel_size
-    with cuda_methods_on_cpu():
-        if num_chunks is None:
-            return build(None)
-        return torch.nn.ModuleList(map(build, range(num_chunks)))
+    if num_chunks is None:
+        return build(None)
+    return torch.nn.ModuleList(map(build, range(num_chunks)))
 
 
 def _scaled_frequencies(
@@ -239,19 +229,24 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return _block(config, layer, RMSNorm)
+    num_chunks = config.virtual_pipeline_model_parallel_size or 1
+    num_layers = config.num_layers // config.pipeline_model_parallel_size // num_chunks
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * num_layers, layer_norm=RMSNorm
+    )
 
 
-def _transformer_engine_block(
-    config: TransformerConfig, own_norms: bool
-) -> TransformerBlockSubmodules:
-    # Importable only where Transformer Engine is.
-    from megatron.core.extensions.transformer_engine import TEColumnParallelLinear, TENorm
-
+def _transformer_engine_layer(config: TransformerConfig, own_norms: bool) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
     if own_norms:
+        # Importable only where Transformer Engine is.
+        from megatron.core.extensions.transformer_engine import (
+            TEColumnParallelLinear,
+            TENorm,
+        )
+
         parts = layer.submodules
         parts.input_layernorm = TENorm
         parts.self_attention.submodules.linear_qkv = TEColumnParallelLinear
@@ -266,17 +261,7 @@ def _transformer_engine_block(
             mlp.linear_fc1 = TEColumnParallelLinear
             names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         parts.sharded_state_dict_keys_map = names
-    return _block(config, layer, TENorm)
-
-
-def _block(
-    config: TransformerConfig, layer: ModuleSpec, norm: Any
-) -> TransformerBlockSubmodules:
-    num_chunks = config.pipeline_model_parallel_size * (
-        config.virtual_pipeline_model_parallel_size or 1
-    )
-    num_layers = config.num_layers // num_chunks
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
+    return layer
 
 
 def chunks(model: torch.nn.Module) -> Sequence[Any]:

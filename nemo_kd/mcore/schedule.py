@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import MegatronModule
 
 from nemo_kd.batch import Batch, context_positions
-from nemo_kd.mcore.groups import ProcessGroups, schedule_groups
+from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import chunks, hidden_states, unwrapped
 
 LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
@@ -112,7 +113,9 @@ def forward_backward(
         return hidden_states(model, batch), loss
 
     model.train(not forward_only)
-    groups = schedule_groups()
+    groups = ProcessGroupCollection.use_mpu_process_groups(
+        ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
+    )
     if len(parts) > 1:
         # Interleaved stages take as many micro-batches at a time as there are stages.
         missing = -len(micro_batches) % groups.pp.size()

@@ -48,7 +48,9 @@ def fused_linear_loss(
         ValueError: as `DistillationLoss`.
     """
     teacher = loss.checked(len(hidden_NH), labels_N, teacher, shard)
-    arguments = (
+    total, *of_tokens = _FusedLinear.apply(
+        hidden_NH,
+        weight_vH,
         labels_N,
         teacher,
         shard,
@@ -57,7 +59,6 @@ def fused_linear_loss(
         block_rows,
         torch.is_grad_enabled(),
     )
-    total, *of_tokens = _FusedLinear.apply(hidden_NH, weight_vH, *arguments)
     return total, TokenLosses(*of_tokens)
 
 
