@@ -74,14 +74,12 @@ class SDPACoreAttention(MegatronModule):
 
         `batch.context_positions` gives the positions of the chunks.
         """
-        rank = self.context_group.rank()
-        early, late = query_sBhD.chunk(2)
-        late_start = len(key_SBgD) - (rank + 1) * len(late)
+        length = len(query_sBhD) // 2
+        early_start = self.context_group.rank() * length
+        late_start = len(key_SBgD) - early_start - length
+        parts = zip(query_sBhD.chunk(2), (early_start, late_start), strict=True)
         return torch.cat(
-            [
-                self._causal(early, key_SBgD, value_SBgD, rank * len(early)),
-                self._causal(late, key_SBgD, value_SBgD, late_start),
-            ]
+            [self._causal(query, key_SBgD, value_SBgD, start) for query, start in parts]
         )
 
     def _gather(self, tensor_sBgD: Tensor) -> Tensor:

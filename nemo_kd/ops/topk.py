@@ -37,8 +37,6 @@ BLOCK_BYTES = {False: 1 << 27, True: 1 << 28}
 """Bytes of a block of logits, on a CPU and on a GPU. Each block reads the whole weight."""
 TILE_ELEMENTS = {False: 1 << 20, True: 1 << 24}
 """Elements of one softmax: a CPU's fit into its cache, a GPU's are worth a launch."""
-CANDIDATE_BYTES = 64
-"""Working memory of a candidate while ranks exchange theirs."""
 FAN_OUT = 8
 """Columns or groups that share a maximum."""
 MINUS_INFINITY = float("-inf")
@@ -63,8 +61,8 @@ def topk_rows(
     logits stand by id; the log-sum-exp is not finite where any logit is NaN or +inf; the
     log-probability of a label that is not a token is -inf.
 
-    Beside the result it takes `block_bytes` for a block of logits and what ranks exchange (at least
-    one row), an eighth of that for maxima, and a few float32 tiles: no more for more rows. Products
+    Beside the result it takes `block_bytes` for a block of logits (at least one row), an eighth of
+    that for maxima, and a few float32 tiles: no more for more rows. Products
     of half precision are float32 logits on a GPU with torch >= 2.8, elsewhere logits of their own
     precision; sums run in float32 or better. Never waits for the GPU.
 
@@ -91,11 +89,8 @@ def topk_rows(
     if is_half and hidden_NH.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
         dtype = torch.float32
         product["out_dtype"] = dtype
-    row_bytes = (
-        len(weight_vH) * dtype.itemsize + CANDIDATE_BYTES * top_k * shard.num_ranks
-    )
     block_bytes = block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]
-    blocks = row_blocks(len(hidden_NH), row_bytes, block_bytes)
+    blocks = row_blocks(len(hidden_NH), len(weight_vH) * dtype.itemsize, block_bytes)
     buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)
     real_Hv = weight_vH[: shard.num_real].T
     parts = []
@@ -235,7 +230,8 @@ def _sum_rest(
 ) -> Tensor:
     """Sum exp((logit - maximum) / temperature) outside the head by group of columns: [N, T, G]."""
     num_rows, num_columns = logits_Nv.shape
-    num_groups = max(1, -(-num_columns // GROUP_COLUMNS))
+    missing = -num_columns % GROUP_COLUMNS
+    num_groups = max(1, (num_columns + missing) // GROUP_COLUMNS)
     sums_NTG = logits_Nj.new_zeros(num_rows, len(temperatures), num_groups)
     if num_columns < logits_Nj.shape[1]:
         return sums_NTG
@@ -247,20 +243,14 @@ def _sum_rest(
             weights_Nv = torch.softmax(scaled_Nv, dim=-1)
             scale_N1 = (gap_N1[rows] / temperature).exp_()
             scale_N1 /= weights_Nv.gather(1, columns_Nj[rows, -1:])
+            if missing:
+                weights_Nv = torch.nn.functional.pad(weights_Nv, (0, missing))
+            groups_NG = weights_Nv.unflatten(1, (num_groups, GROUP_COLUMNS)).sum(dim=-1)
             # A softmax of nothing but -inf is NaN.
-            sums_NTG[rows, number] = (_group_sums(weights_Nv) * scale_N1).masked_fill_(
+            sums_NTG[rows, number] = groups_NG.mul_(scale_N1).masked_fill_(
                 logits_Nj[rows, -1:] == MINUS_INFINITY, 0
             )
     return sums_NTG
-
-
-def _group_sums(weights_Nv: Tensor) -> Tensor:
-    whole = weights_Nv.shape[1] // GROUP_COLUMNS * GROUP_COLUMNS
-    left_over_Nv = weights_Nv[:, whole:]
-    sums_NG = weights_Nv[:, :whole].unflatten(1, (-1, GROUP_COLUMNS)).sum(dim=-1)
-    if left_over_Nv.shape[1]:
-        sums_NG = torch.cat([sums_NG, left_over_Nv.sum(dim=-1, keepdim=True)], dim=1)
-    return sums_NG
 
 
 def _put_back(
