@@ -75,20 +75,12 @@ def topk_rows(
         temperatures: the first is 1.
         uniforms_NU: `tail_uniforms` of the rows; None draws no tail samples.
         block_bytes: None is `BLOCK_BYTES`.
-
-    Raises:
-        ValueError: top_k exceeds the vocabulary.
     """
-    if top_k > shard.vocab_size:
-        raise ValueError(
-            f"top_k: {top_k} exceeds the vocabulary of {shard.vocab_size} tokens"
-        )
     dtype = hidden_NH.dtype
     product: dict[str, Any] = {}
-    is_half = dtype in (torch.bfloat16, torch.float16)
-    if is_half and hidden_NH.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads():
-        dtype = torch.float32
-        product["out_dtype"] = dtype
+    can_widen = hidden_NH.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+    if can_widen and shard.num_real and dtype in (torch.bfloat16, torch.float16):
+        dtype = product["out_dtype"] = torch.float32
     block_bytes = block_bytes or BLOCK_BYTES[hidden_NH.is_cuda]
     blocks = row_blocks(len(hidden_NH), len(weight_vH) * dtype.itemsize, block_bytes)
     buffer_Nv = hidden_NH.new_empty(blocks[0].stop, shard.num_real, dtype=dtype)

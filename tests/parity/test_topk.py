@@ -304,18 +304,6 @@ def test_one_nan_among_the_logits_shows(ranks):
             assert not found.log_sum_exp_logits_P.isfinite().any()
 
 
-def test_top_k_above_the_vocabulary_is_refused():
-    with pytest.raises(ValueError, match="top_k: 9 exceeds the vocabulary of 8 tokens"):
-        topk_rows(
-            torch.zeros(1, 2),
-            torch.zeros(8, 2),
-            torch.zeros(1),
-            VocabShard(0, 8, 8),
-            top_k=9,
-            kept=_everything,
-        )
-
-
 def test_memory_does_not_grow_with_the_rows():
     """8,192 rows of 128,256 logits would take 4.2 GB; the processes' peak is that of one block of them."""
     program = """
