@@ -115,7 +115,7 @@ def sum_pass(
     log_sum_exp_NS = zeros(num_rows, len(scales))
     at_columns = [zeros(part.index_NJ.shape) for part in columns]
     sum_N = zeros(num_rows) if with_sum else None
-    row_sums = _compiled(_row_sums_in_one_loop) if compiled else _row_sums
+    row_sums = _compiled(_row_sums) if compiled else _row_sums
     for rows, block in _blocks(logits_Nv.data, shard, compiled):
         if sum_N is not None:
             sum_N[rows] = block.sum(dim=-1, dtype=sum_N.dtype)
@@ -214,24 +214,13 @@ def _replaced(
 
 def _row_sums(block: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return (maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once."""
+    block = block.to(reduction_dtype(block))
     maximum_N = block.amax(dim=-1)
     log_sum_exp = []
     for scale in scales:
         scaled = block if scale == 1 else (block - maximum_N[:, None]).mul_(scale)
         log_sum_exp.append(-torch.log_softmax(scaled, dim=-1).amax(dim=-1))
     return maximum_N, torch.stack(log_sum_exp, dim=-1)
-
-
-def _row_sums_in_one_loop(
-    block: Tensor, scales: Sequence[float]
-) -> tuple[Tensor, Tensor]:
-    """`_row_sums` for the compiler."""
-    logits = block.to(reduction_dtype(block))
-    maximum = logits.amax(dim=-1)
-    shifted = logits - maximum[:, None]
-    return maximum, torch.stack(
-        [(shifted * scale).exp().sum(dim=-1).log() for scale in scales], dim=-1
-    )
 
 
 def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials) -> None:
