@@ -42,10 +42,6 @@ class VocabShard:
         return cls(start, max(0, min(num_columns, vocab_size - start)), vocab_size, group)
 
     @property
-    def num_ranks(self) -> int:
-        return 1 if self.group is None else self.group.size()
-
-    @property
     def rank(self) -> int:
         """Place of this rank in the group."""
         return 0 if self.group is None else torch.distributed.get_rank(self.group)
@@ -71,7 +67,7 @@ class VocabShard:
         """Join the [N, C] tensors of all ranks of the group side by side, in rank order."""
         if self.group is None:
             return tensor_NC
-        parts = [torch.empty_like(tensor_NC) for _ in range(self.num_ranks)]
+        parts = [torch.empty_like(tensor_NC) for _ in range(self.group.size())]
         torch.distributed.all_gather(parts, tensor_NC.contiguous(), group=self.group)
         return torch.cat(parts, dim=-1)
 
