@@ -41,6 +41,7 @@ from nemo_kd.config.model import (
     padded_vocab_size,
 )
 from nemo_kd.config.shared import ModelConfig
+from nemo_kd.mcore.cpu import cuda_methods_on_cpu
 from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
 
 ADAPTERS = "lora"
@@ -193,9 +194,10 @@ def build_gpt_model(
         return model
 
     num_chunks = config.virtual_pipeline_model_parallel_size
-    if num_chunks is None:
-        return build(None)
-    return torch.nn.ModuleList(map(build, range(num_chunks)))
+    with cuda_methods_on_cpu():  # for a tied embedding on two stages
+        if num_chunks is None:
+            return build(None)
+        return torch.nn.ModuleList(map(build, range(num_chunks)))
 
 
 def _scaled_frequencies(
