@@ -51,12 +51,8 @@ def compose(
         read_argument(argument, command, config_class)
         for argument in [*options.keys, *arguments]
     )
-    try:
-        file = OmegaConf.to_container(_read_file(options, command))
-    except OmegaConfBaseException as error:
-        raise config_error(error) from error
-    values = {**with_keys(file, command), **with_keys(given, command)}
-    return config_of(values, command)
+    file = with_keys(_read_file(options, command), command)
+    return config_of({**file, **with_keys(given, command)}, command)
 
 
 def conf_dir() -> Path:
@@ -66,7 +62,7 @@ def conf_dir() -> Path:
     return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
 
 
-def _read_file(options: argparse.Namespace, command: str) -> DictConfig:
+def _read_file(options: argparse.Namespace, command: str) -> Any:
     name = (options.config_name or command).removesuffix(".yaml")
     given = (options.config_path or conf_dir(), options.config_dir)
     folders = [Path(each).expanduser().absolute() for each in given if each]
@@ -82,7 +78,9 @@ def _read_file(options: argparse.Namespace, command: str) -> DictConfig:
         with hydra.initialize_config_dir(str(found[0]), version_base="1.3"):
             others = [folder for folder in folders if folder != found[0]]
             search = [f"hydra.searchpath=['file://{folder}']" for folder in others]
-            return hydra.compose(name, search)
+            return OmegaConf.to_container(hydra.compose(name, search))
+    except OmegaConfBaseException as error:
+        raise config_error(error) from error
     except (yaml.YAMLError, HydraException) as error:
         raise ConfigError(" ".join(str(error).split())) from error
 

@@ -50,14 +50,12 @@ COMMAND = Command(
 
 PLAN = replace(
     COMMAND,
-    summary="estimate disk, time and memory of compute_topk_logits with the same keys, by a short "
-    "probe",
+    summary="estimates disk, time and memory by a short probe, with the same keys (logit_cache plan)",
     function="nemo_kd.teacher.reports:estimate_cost",
     example="""logit_cache plan \\
     pretrained_checkpoint.restore_from_path=teacher/ \\
     data.data.file_path=data/train.jsonl \\
     output_path=cache/train_with_logits_CHUNK_ID.jsonl.zst n_examples_per_chunk=10000""",
-    subcommand="plan",
 )
 """`logit_cache plan`."""
 

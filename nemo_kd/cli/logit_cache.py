@@ -20,8 +20,7 @@ PATH = "file or CHUNK_ID template of a cache"
 
 def main() -> None:
     if sys.argv[1:2] == ["plan"]:  # accepts the keys of stage 1, not options
-        del sys.argv[1]
-        run(PLAN)
+        run(PLAN, sys.argv[2:])
         return
     command_line = parser()
     # argparse accepts no positional arguments behind options: KEY=VALUE arrive as unknown.

@@ -61,7 +61,6 @@ class Command:
         function: "module:function" that takes the typed configuration; imported when all checks
             have passed.
         example: a command line that works.
-        subcommand: word of the command line before the keys.
     """
 
     name: str
@@ -70,11 +69,10 @@ class Command:
     check: Callable[[Any], None]
     function: str
     example: str
-    subcommand: str = ""
 
 
-def run(command: Command) -> None:
-    """Read the command line and run the command.
+def run(command: Command, arguments: list[str] | None = None) -> None:
+    """Run the command with these arguments; None: those of this process.
 
     Exits with status 2 where the input cannot work, with REQUEUE where the run stopped early and
     the same command continues it.
@@ -86,9 +84,9 @@ def run(command: Command) -> None:
     follow_launcher()
     for name, function in RESOLVERS.items():
         OmegaConf.register_new_resolver(name, function, replace=True)
-    options, arguments = option_parser().parse_known_args()
+    options, keys = option_parser().parse_known_args(arguments)
     with errors_end_the_process():
-        cfg, ignored = compose(options, arguments, command.name, command.config_class)
+        cfg, ignored = compose(options, keys, command.name, command.config_class)
         if options.cfg:
             print_text(OmegaConf.to_yaml(cfg))
             return
@@ -98,7 +96,7 @@ def run(command: Command) -> None:
         if LAUNCHER not in os.environ:  # the launcher has checked already
             command.check(config)
         if launching:
-            sys.exit(launch(trainer.num_devices, command.subcommand))
+            sys.exit(launch(trainer.num_devices))
         configure_logging()
         if ignored and find_ranks().rank == 0:
             text = "\n  ".join(["warning: these keys do nothing here:", *ignored])
@@ -111,8 +109,7 @@ def run(command: Command) -> None:
 
 def help_text(command: Command) -> str:
     """Return the text of --help: purpose, example, every key with type, default and meaning."""
-    title = f"logit_cache {command.subcommand}" if command.subcommand else command.name
-    lines = [f"{title}: {command.summary}", "", "Example:"]
+    lines = [f"{command.name}: {command.summary}", "", "Example:"]
     lines += [textwrap.indent(command.example, "  "), "", "Keys, given as key=value:"]
     wrapper = textwrap.TextWrapper(
         width=min(shutil.get_terminal_size().columns, 120),

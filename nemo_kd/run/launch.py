@@ -56,20 +56,17 @@ def needs_launch(trainer: TrainerConfig) -> bool:
     return trainer.num_devices > 1
 
 
-def launch(num_processes: int, subcommand: str = "") -> int:
+def launch(num_processes: int) -> int:
     """Run this command line in `num_processes` processes.
 
     Signals are passed on, and the ranks have GRACE_S to finish; a second one ends the run at once.
     The ranks meet in a store of this process, which outlives them.
 
-    Args:
-        subcommand: word to insert before the keys.
-
     Returns:
         The exit status of the first process that failed, or 0.
     """
     store = listen_on_loopback(0, None, STORE_TIMEOUT)
-    line = [sys.executable, "-u", sys.argv[0], *subcommand.split(), *sys.argv[1:]]
+    line = [sys.executable, "-u", *sys.argv]
     environment = _environment(num_processes, store.port)
     received: list[signal.Signals] = []
     for number in (*ENDING, signal.SIGUSR1):
