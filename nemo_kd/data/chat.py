@@ -1,4 +1,6 @@
-"""Render OpenAI `messages` with the tokenizer's chat template, and mark their trained tokens.
+"""Render chats as token ids, and mark their trained tokens: OpenAI `messages`, and NeMo's format.
+
+Messages go through the tokenizer's chat template.
 
 Trained are the tokens of every assistant turn's content and tool calls, and the token that ends the
 turn; headers such as `<|im_start|>assistant\\n`, line breaks between turns and all other roles are
@@ -262,26 +264,28 @@ class _Conversation:
 
 Piece = tuple[str, bool]
 
-_TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
+NEMO_TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
+"""Values of `type` in NeMo's records. A `conversations` record becomes
+
+    <system_turn_start>System<end_of_name>{system}<end_of_turn>
+    <turn_start>{from}<end_of_name>{value}<end_of_turn>          ... and at last <turn_start>
+
+Its `mask` names the speakers that are not trained (default "User", comma-separated). Of the other
+turns the value and the end of the turn are trained, with the following turn's start marker as the
+signal that the turn is over; the first turn's value is never trained. `type` decides the use of a
+turn's `label`:
+
+    absent          left out
+    VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
+    TEXT_TO_VALUE   the same after <end_of_turn>; label and <end_of_name> are trained
+                    instead of the value
+"""
 
 
 def render_conversations(
     record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, markers: ChatPromptTokens
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a NeMo chat record, and True for the trained ones.
-
-        <system_turn_start>System<end_of_name>{system}<end_of_turn>
-        <turn_start>{from}<end_of_name>{value}<end_of_turn>          ... and at last <turn_start>
-
-    A record's `mask` names the speakers that are not trained (default "User", comma-separated). Of the
-    other turns the value and the end of the turn are trained, with the following turn's start marker as
-    the signal that the turn is over; the first turn's value is never trained. `type` decides the use of
-    a turn's `label`:
-
-        absent          left out
-        VALUE_TO_TEXT   context: <label_start>{label}<end_of_name> before the value
-        TEXT_TO_VALUE   the same after <end_of_turn>; label and <end_of_name> are trained
-                        instead of the value
 
     Every piece is tokenized on its own, so that trained stretches begin and end with whole tokens.
 
@@ -293,7 +297,7 @@ def render_conversations(
     masked = {name.strip() for name in str(mask).split(",")}
     kind = record.get("type")
     system = record.get("system") or ""
-    if kind not in _TYPES:
+    if kind not in NEMO_TYPES:
         raise DataError(
             f"`type` must be VALUE_TO_TEXT, TEXT_TO_VALUE or absent, found {kind!r}"
         )

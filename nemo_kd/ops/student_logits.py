@@ -202,11 +202,10 @@ def write_gradient(
 def log_probs_at(
     logits_Nv: Tensor, ids_NJ: Tensor, shard: VocabShard, scale: float = 1.0
 ) -> Tensor:
-    """For custom losses, return log softmax(scale * logits) over the whole real vocabulary at some ids: [N, J] in
-    nats, the same on every rank.
+    """For custom losses, return log softmax(scale * logits) at some ids: [N, J] in nats.
 
-    Ids may repeat; -1 stands for none and gives a number without meaning. Two all-reduces forward,
-    none backward.
+    The softmax runs over the whole real vocabulary; every rank gets the same. Ids may repeat; -1
+    stands for none and gives a number without meaning. Two all-reduces forward, none backward.
     """
     log_probs_NJ: Tensor = _LogProbsAt.apply(logits_Nv, ids_NJ, shard, scale)
     return log_probs_NJ
