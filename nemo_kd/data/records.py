@@ -60,7 +60,6 @@ class JsonlRecords:
         try:
             record = orjson.loads(self.raw(index))
         except orjson.JSONDecodeError as error:
-            self.check_unchanged()
             raise DataError(
                 f"{self.where(index)}: not valid JSON ({error}); every line must be one JSON object"
             ) from error
@@ -72,7 +71,12 @@ class JsonlRecords:
         return record
 
     def raw(self, index: int) -> bytes:
-        """Return the line of a record."""
+        """Return the line of a record.
+
+        Raises:
+            DataError: the file was changed.
+        """
+        self.check_unchanged()
         with self.path.open("rb") as file:
             file.seek(self._starts[index])
             return file.readline()
