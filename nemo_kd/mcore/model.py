@@ -88,7 +88,7 @@ def transformer_config(
         ConfigError: the parallel sizes do not divide the model.
     """
     check_layout(architecture, model)
-    chunks_per_stage = model.chunks_per_stage
+    num_chunks = model.chunks_per_stage
     has_experts = architecture.num_moe_experts is not None
     window = architecture.window_size
     slides = [
@@ -127,18 +127,16 @@ def transformer_config(
         moe_token_dispatcher_type="alltoall",
         # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
         # without an error.
-        virtual_pipeline_model_parallel_size=chunks_per_stage
-        if chunks_per_stage > 1
-        else None,
-        overlap_p2p_comm=chunks_per_stage > 1,
-        batch_p2p_comm=chunks_per_stage == 1,
+        virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
+        overlap_p2p_comm=num_chunks > 1,
+        batch_p2p_comm=num_chunks == 1,
         # Only old versions of torch needed to wait for the GPU after every exchange between stages.
         batch_p2p_sync=False,
         # For training; losses are sums over tokens.
         calculate_per_token_loss=True,
         finalize_model_grads_func=finalize_model_grads,
         # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
-        deallocate_pipeline_outputs=chunks_per_stage == 1,
+        deallocate_pipeline_outputs=num_chunks == 1,
         **training,
     )
 

@@ -101,16 +101,18 @@ def read_logits(
         if ids_NJ is not None
     ]
     kept = 1 if ids.kept_NK is not None else None
-    local = sum_pass(logits_Nv, columns, kept, scales, shard, with_mean, compiled)
-    maximum_N = shard.all_reduce(local.maximum_N.clone(), ReduceOp.MAX)
+    local_maximum_N, local_log_sum_exp_NS, at_columns, sum_N = sum_pass(
+        logits_Nv, columns, kept, scales, shard, with_mean, compiled
+    )
+    maximum_N = shard.all_reduce(local_maximum_N.clone(), ReduceOp.MAX)
     below_NS = torch.stack(
-        [scale * (local.maximum_N - maximum_N) for scale in scales], dim=-1
+        [scale * (local_maximum_N - maximum_N) for scale in scales], dim=-1
     )
     # A rank without any logit in the tail (-inf, or nan where no rank has one) adds nothing.
-    held_N1 = local.maximum_N[:, None] != float("-inf")
-    local_sum_exp_NS = torch.where(held_N1, (local.log_sum_exp_NS + below_NS).exp_(), 0)
-    parts = [local_sum_exp_NS, *local.at_columns]
-    parts += [] if local.sum_N is None else [local.sum_N[:, None]]
+    held_N1 = local_maximum_N[:, None] != float("-inf")
+    local_sum_exp_NS = torch.where(held_N1, (local_log_sum_exp_NS + below_NS).exp_(), 0)
+    parts = [local_sum_exp_NS, *at_columns]
+    parts += [] if sum_N is None else [sum_N[:, None]]
     sums = iter(shard.sum_parts(parts))
     tail_sum_exp_NS = next(sums)
     label_N = next(sums)[:, 0]
@@ -125,9 +127,8 @@ def read_logits(
         kept_NK -= shift_N[:, None]
     if ids.samples_NM is not None:
         samples_NM = next(sums) - shift_N[:, None]
-    gap_N = maximum_N - shift_N
     log_tail_NS = tail_sum_exp_NS.log() + torch.stack(
-        [scale * gap_N for scale in scales], dim=-1
+        [scale * (maximum_N - shift_N) for scale in scales], dim=-1
     )
     log_sum_exp_N = log_tail_NS[:, 0]
     if kept_NK is not None:

@@ -145,9 +145,9 @@ def entries_of(
         scale_index: of the student's tail.
     """
     assert student.kept_NK is not None
-    student_NK = _scaled(student.kept_NK, divergence.student_scale)
+    student_NK = student.kept_NK * divergence.student_scale
     teacher_NK = teacher.topk_logits_PK.to(student_NK.dtype)
-    log_p_NK = _scaled(teacher_NK, divergence.teacher_scale).log_softmax(dim=-1)
+    log_p_NK = (teacher_NK * divergence.teacher_scale).log_softmax(dim=-1)
     if divergence.support == "renormalize":
         return Entries.of(log_p_NK, student_NK.log_softmax(dim=-1), has_bucket=False)
     column = divergence.tail_column(teacher)
@@ -172,10 +172,6 @@ def entries_of(
     return Entries.of(log_p_NE, log_q_NE, has_bucket=True)
 
 
-def _scaled(logits_NK: Tensor, scale: float) -> Tensor:
-    return logits_NK if scale == 1 else logits_NK * scale
-
-
 def _sampled(
     student: StudentLogits, teacher: TeacherRows[Tensor]
 ) -> tuple[Tensor, Tensor]:
@@ -184,7 +180,7 @@ def _sampled(
     assert teacher.tail_token_ids_PM is not None
     tail_N = teacher.tail_mass_PT[:, 0].to(student.samples_NM.dtype).clamp(0, 1)
     drawn_NM = teacher.tail_token_ids_PM >= 0
-    mass_N = tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / max(drawn_NM.shape[1], 1)
+    mass_N = tail_N.clamp(min=SMALLEST_SAMPLED_TAIL) / drawn_NM.shape[1]
     weights_NM = drawn_NM * mass_N[:, None]
     log_q_NM = student.samples_NM - student.log_sum_exp_N[:, None]
     of_samples_N = torch.where(drawn_NM, weights_NM * log_q_NM, 0).sum(dim=-1)

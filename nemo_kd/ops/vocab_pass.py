@@ -67,23 +67,6 @@ class Columns(NamedTuple):
         scatter(block, self.index_NJ, torch.where(self.held_NJ, values_NJ, first_N1))
 
 
-class Sums(NamedTuple):
-    """Sums over this rank's real columns without the kept ones.
-
-    Attributes:
-        maximum_N: the largest logit, -inf where there is none.
-        log_sum_exp_NS: of scale * (logits - maximum), for every scale; means nothing where there is
-            none.
-        at_columns: for each of the columns asked for the logits there, 0 where the id is not held.
-        sum_N: of all logits, with the kept ones; None if not asked for.
-    """
-
-    maximum_N: Tensor
-    log_sum_exp_NS: Tensor
-    at_columns: list[Tensor]
-    sum_N: Tensor | None
-
-
 class Exponentials(NamedTuple):
     """sum_s coefficient_s exp(scale_s (logit - reference)) + constant.
 
@@ -107,8 +90,15 @@ def sum_pass(
     shard: VocabShard,
     with_sum: bool = False,
     compiled: bool = False,
-) -> Sums:
-    """Return maxima and sums of exponentials of every row without `columns[kept]`."""
+) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """Sum this rank's real columns of every row, without `columns[kept]`.
+
+    Returns:
+        The largest logit [N], -inf where there is none; the log-sum-exp of scale * (logits -
+        maximum) [N, S], which means nothing where there is none; for each of `columns` the logits
+        there, 0 where the id is not held; the sum of all logits [N], with the kept ones, if asked
+        for.
+    """
     num_rows = len(logits_Nv)
     zeros = functools.partial(logits_Nv.new_zeros, dtype=reduction_dtype(logits_Nv))
     maximum_N = zeros(num_rows).fill_(MINUS_INFINITY)
@@ -128,7 +118,7 @@ def sum_pass(
         maximum_N[rows], log_sum_exp_NS[rows] = row_sums(block, scales)
         if kept is not None:
             some[kept].put(block, kept_NJ)
-    return Sums(maximum_N, log_sum_exp_NS, at_columns, sum_N)
+    return maximum_N, log_sum_exp_NS, at_columns, sum_N
 
 
 def gradient_pass(
