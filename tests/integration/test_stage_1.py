@@ -246,8 +246,14 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
             {"pretrained_checkpoint__restore_from_path": "/nowhere"},
             "/nowhere does not exist",
         ),
-        ({"data__data__file_path": "/nowhere.jsonl"}, "/nowhere.jsonl: No such file"),
-        ({"data__chat": False}, "data.chat=False, but the record is a conversation"),
+        (
+            {"data__data__file_path": "/nowhere.jsonl"},
+            "/nowhere.jsonl: no such file; check data.data.file_path",
+        ),
+        (
+            {"data__chat": False},
+            "data.chat=False do not fit a record with the fields messages",
+        ),
         (
             {"trainer__accelerator": "gpu"},
             "trainer.accelerator: gpu, but torch finds no GPU",
@@ -310,7 +316,7 @@ def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(
     output = tmp_path / "c_CHUNK_ID.jsonl"
     refused = ranks(2).run(run_stage_1, world[1], tmp_path / "d.jsonl", output, overrides)
     assert all(
-        "d.jsonl:21: message 0 (user): `content` must be a text" in text
+        "d.jsonl:21: message 0 must be an object with a `role`, and a text" in text
         for text in refused
     )
     assert not list(tmp_path.glob("c_?.jsonl"))
