@@ -115,11 +115,8 @@ def print_speed(setting: Setting, rounds: int) -> None:
     """Every variant's time and memory, and what stage 1 tells about its run."""
     lengths, runs = measure(setting, rounds)
     tokens, loss_tokens = (sum(column) for column in zip(*lengths, strict=True))
-    peak = (
-        peak_flops(torch.cuda.get_device_name(), setting.precision)
-        if torch.cuda.is_available()
-        else None
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peak = peak_flops(device, setting.precision)
     speed = "MFU" if peak else "TFLOP/s"
     columns = [
         "variant",

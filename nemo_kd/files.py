@@ -27,10 +27,7 @@ REMEDIES = {
     errno.EACCES: "give another path, or have its owner permit it",
     errno.EPERM: "give another path, or have its owner permit it",
     errno.ENOENT: "check the path, or restore its folder",
-    errno.EISDIR: "a folder has this name: give a file's path, or move the folder away",
     errno.EMFILE: "raise the limit (`ulimit -n`), or set fewer data workers",
-    errno.ENOMEM: "end other programs, or make batches smaller",
-    errno.EADDRINUSE: "set MASTER_PORT to a free port",
 }
 """Next step by errno, for those whose name does not say it."""
 
@@ -242,10 +239,9 @@ class Lock(contextlib.AbstractContextManager["Lock"]):
         self.file = open_lock_file(path)
         deadline_s = time.monotonic() + wait_s
         while (free := try_lock(self.file, fcntl.LOCK_EX)) is False:
-            holder = read_holder(self.file)
             if time.monotonic() >= deadline_s:
-                self.file.close()
-                raise FileError(f"{path}: {holder} {refusal}")
+                with self.file:
+                    raise FileError(f"{path}: {read_holder(self.file)} {refusal}")
             time.sleep(0.05)
         if free is None:
             log.warning(

@@ -21,24 +21,19 @@ PEAK_BF16_FLOPS = {
 """Dense bf16 FLOP/s by pattern of a device's name, first match; from NVIDIA's data sheets."""
 
 
-def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return a GPU's FLOP/s in a dense bf16 product; None if unknown, or for other precisions."""
-    if not precision.startswith("bf16"):
-        return None
-    return next(
-        (peak for name, peak in PEAK_BF16_FLOPS.items() if re.search(name, device_name)),
-        None,
-    )
-
-
-def peak_flops_of_all_ranks(device: torch.device, precision: str) -> float | None:
-    """Return the peak of all ranks together; None on a CPU, or if it is unknown."""
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Return the FLOP/s of all ranks' GPUs in a dense bf16 product; None if unknown, or for other
+    precisions."""
     import torch
 
-    if device.type != "cuda":
+    if device.type != "cuda" or not precision.startswith("bf16"):
         return None
-    peak = peak_flops(torch.cuda.get_device_name(device), precision)
-    return None if peak is None else peak * torch.distributed.get_world_size()
+    device_name = torch.cuda.get_device_name(device)
+    for pattern, peak in PEAK_BF16_FLOPS.items():
+        if re.search(pattern, device_name):
+            is_alone = not torch.distributed.is_initialized()
+            return peak if is_alone else peak * torch.distributed.get_world_size()
+    return None
 
 
 @dataclass(frozen=True)

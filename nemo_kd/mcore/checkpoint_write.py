@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
-import os
 import zlib
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -134,9 +133,7 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
             self._planner.take_snapshot(self._plan)
             context = multiprocessing.get_context("fork")
             self._results, sender = context.Pipe(duplex=False)
-            self._process = context.Process(
-                target=self._write_and_send, args=(sender, os.getpid())
-            )
+            self._process = context.Process(target=self._write_and_send, args=(sender,))
             self._process.start()
             sender.close()
         return self
@@ -172,10 +169,10 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
 
-    def _write_and_send(self, sender: Connection, parent: int) -> None:
+    def _write_and_send(self, sender: Connection) -> None:
         """Write in the forked process, which must not touch the GPU, not even to free memory."""
         gc.disable()
-        end_with_parent(parent)
+        end_with_parent()
         try:
             results = self._write()
             names = {result.storage_data.relative_path for result in results}

@@ -59,15 +59,10 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     if rank() == 0:
         outcome = [_outcome(function)]
         store.set("done", "")
-    wait_for(store, "done")
+    while not store.check(["done"]):
+        time.sleep(POLL_S)
     dist.broadcast_object_list(outcome, src=0)
     return _value(outcome[0])
-
-
-def wait_for(store: dist.Store, key: str) -> None:
-    """Wait for a key without a time limit; signals take effect meanwhile."""
-    while not store.check([key]):
-        time.sleep(POLL_S)
 
 
 def shared_store(name: str) -> dist.Store:
@@ -79,7 +74,7 @@ def shared_store(name: str) -> dist.Store:
 
 
 def is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+    return dist.is_initialized()
 
 
 def rank() -> int:

@@ -13,9 +13,15 @@ from typing import Any, NoReturn
 
 from nemo_kd.config.errors import UserInputError
 from nemo_kd.files import remedy
-from nemo_kd.run.interruption import REQUEUE, SIGNALS, Requeue, end_children, ignore
+from nemo_kd.run.interruption import (
+    REQUEUE,
+    SIGNALS,
+    CollectiveError,
+    Requeue,
+    end_children,
+    ignore,
+)
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.run.watchdog import CollectiveError
 from nemo_kd.terminal import print_error, print_text
 
 USER_ERROR = 2
@@ -79,8 +85,6 @@ def errors_end_the_process() -> Iterator[None]:
             print_text(f"interrupted {interrupt}".strip(), sys.stderr)
         _leave(128 + signal.SIGINT)
     except CollectiveError as error:
-        if DEBUG in os.environ:
-            raise
         print_error(error)
         time.sleep(1)  # the rank that caused it ends first, and its exit status counts
         _leave(1)

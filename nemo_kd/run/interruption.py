@@ -1,6 +1,7 @@
-"""Reasons to stop early, and the processes that end with this one.
+"""Reasons to stop early, hangs, and the processes that end with this one.
 
-A run stops early for a scheduler's signal or at the end of its time. Processes that it started
+A run stops early for a scheduler's signal or at the end of its time, and ends with an error if
+nothing moves. Processes that it started
 ignore signals: the run decides when they end, and they never outlive it.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import math
 import multiprocessing
 import os
@@ -17,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -36,6 +38,16 @@ CHILD_GRACE_S = 5.0
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
+TICKS = 20
+"""Number of checks within one timeout."""
+
+STDERR = 2
+
+COLLECTIVE_ERRORS = re.compile(
+    r"gloo|nccl|connection (closed|reset) by peer", re.IGNORECASE
+)
+"""Found in the plain RuntimeErrors that torch raises if a collective cannot go on."""
+
 
 class Requeue(Exception):
     """The run stopped early with everything saved; the message gives the reason.
@@ -44,6 +56,7 @@ class Requeue(Exception):
     """
 
 
+@dataclass
 class Interruption:
     """Turns SIGTERM, SIGUSR1 and the end of `max_time` into a `reason` to stop, within `with`.
 
@@ -56,17 +69,19 @@ class Interruption:
         ConfigError: `max_time` is not DD:HH:MM:SS.
     """
 
-    def __init__(self, max_time: str | None = None, rank: int = 0) -> None:
-        self._max_time = max_time
+    max_time: str | None = None
+    rank: int = 0
+
+    def __post_init__(self) -> None:
         self._deadline_s = math.inf
-        if max_time is not None:
-            self._deadline_s = psutil.Process().create_time() + parse_max_time(max_time)
-        self._rank = rank
+        if self.max_time is not None:
+            started_s = psutil.Process().create_time()
+            self._deadline_s = started_s + parse_max_time(self.max_time)
         self._signal: signal.Signals | None = None
         self._handlers_before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Interruption:
-        if _in_main_thread():
+        if threading.current_thread() is threading.main_thread():
             self._handlers_before = {
                 number: signal.getsignal(number) for number in SIGNALS
             }
@@ -90,14 +105,101 @@ class Interruption:
         """Return why to stop, or None; a reason stays. For joint steps ranks must agree on one."""
         if self._signal is not None:
             return (
-                f"rank {self._rank} on {os.uname().nodename} received {self._signal.name}"
+                f"rank {self.rank} on {os.uname().nodename} received {self._signal.name}"
             )
         if time.time() >= self._deadline_s:
-            return f"max_time_per_run={self._max_time} is over"
+            return f"max_time_per_run={self.max_time} is over"
         return None
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         self._signal = signal.Signals(number)
+
+
+class CollectiveError(RuntimeError):
+    """The ranks lost each other; the message has the rank, its last step and torch's error."""
+
+
+@dataclass
+class Watchdog:
+    """Ends this process (exit status 1) if no `step` comes for `timeout_s`, within `with`.
+
+    It writes rank, machine, last step and the stacks of all threads to stderr. The timeout of
+    torch's collectives should be longer, because torch's error says less.
+
+    Raises:
+        CollectiveError: the block ends with torch's error about a lost rank.
+    """
+
+    timeout_s: float
+    rank: int
+
+    def __post_init__(self) -> None:
+        self._last = "start"
+        self._num_steps = 0
+        self._paused = 0
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        self._closed.set()
+        self._thread.join()
+        if not isinstance(error, RuntimeError):
+            return
+        from torch.distributed import DistError
+
+        text = str(error).strip()
+        if isinstance(error, DistError) or COLLECTIVE_ERRORS.search(text):
+            raise CollectiveError(
+                f"{self._where()} lost the other ranks; its last step: {self._last}. "
+                "Another rank has probably ended, see its own message. torch says: "
+                f"{text.splitlines()[0]}"
+            ) from error
+
+    def step(self, what: str) -> None:
+        """Report progress; `what` describes the next step, for example with its examples."""
+        self._last = what
+        self._num_steps += 1
+
+    @contextlib.contextmanager
+    def pause(self, what: str) -> Iterator[None]:
+        """Suspend the timeout during `what`."""
+        self.step(what)
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self.step("after: " + what)
+            self._paused -= 1
+
+    def _watch(self) -> None:
+        ticks = 0
+        seen = 0
+        # Time is counted in ticks of this thread: a suspended process does not tick.
+        while not self._closed.wait(self.timeout_s / TICKS):
+            ticks = ticks + 1 if self._num_steps == seen and not self._paused else 0
+            seen = self._num_steps
+            if ticks >= TICKS:
+                self._end()
+
+    def _end(self) -> None:
+        message = (
+            f"error: {self._where()} made no progress for {self.timeout_s:g} s "
+            "(trainer.distributed_timeout_minutes)\n"
+            f"last step: {self._last}\n"
+            "The cause may be another rank that died or hangs, or a file system that hangs. "
+            "Stacks of all threads:\n"
+        )
+        sys.stderr.flush()
+        os.write(STDERR, message.encode())
+        faulthandler.dump_traceback(STDERR, all_threads=True)
+        os._exit(1)
+
+    def _where(self) -> str:
+        return f"rank {self.rank} on {os.uname().nodename}"
 
 
 @contextlib.contextmanager
@@ -105,34 +207,19 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
     """End the block at Ctrl-C with a KeyboardInterrupt whose text is `where()`.
 
     Otherwise a library may turn Ctrl-C into its own exit status, as Lightning does, and ranks that
-    stop one after the other into errors of each other's collectives. Does nothing where SIGINT is
-    ignored, or outside the main thread.
+    stop one after the other into errors of each other's collectives.
     """
-    if (
-        not _in_main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield
-        return
-    received = False
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal received
-        received = True
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, on_signal)
     try:
         yield
-    except BaseException:
-        if not received:
-            raise
+    except BaseException as error:
+        cause: BaseException | None = error
+        while not isinstance(cause, KeyboardInterrupt):
+            if cause is None:
+                raise
+            cause = cause.__context__
         # Launchers send SIGTERM once another rank has left.
         ignore([*SIGNALS, signal.SIGINT])
         raise KeyboardInterrupt(where()) from None
-    finally:
-        if not received:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def hold_back_warning_signal() -> None:
@@ -165,21 +252,17 @@ def follow_the_main_process(worker: int) -> None:
     Schedulers and terminals signal all processes of a job; a run that stops in order still needs
     its workers.
     """
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        end_with_parent(parent.pid)
+    end_with_parent()
     ignore(JOB_SIGNALS)
 
 
-def end_with_parent(parent: int) -> None:
-    """Have this process killed when process `parent`, whose main thread started it, ends.
+def end_with_parent() -> None:
+    """Have this process killed when its parent, whose main thread started it, ends.
 
     Otherwise it would keep its parent's memory and stdout, and whoever reads that would wait.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it ended before the line above
-        os._exit(1)
 
 
 def end_children() -> None:
@@ -192,7 +275,3 @@ def end_children() -> None:
 def ignore(numbers: Iterable[signal.Signals]) -> None:
     for number in numbers:
         signal.signal(number, signal.SIG_IGN)
-
-
-def _in_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

@@ -27,7 +27,7 @@ POLL_S = 0.05
 
 STORE_TIMEOUT = timedelta(minutes=15)
 
-LAUNCHER = "NEMO_KD_LAUNCHER_PID"
+LAUNCHER = "NEMO_KD_LAUNCHER"
 
 
 def needs_launch(trainer: TrainerConfig) -> bool:
@@ -67,7 +67,18 @@ def launch(num_processes: int) -> int:
     """
     store = listen_on_loopback(0, None, STORE_TIMEOUT)
     line = [sys.executable, "-u", *sys.argv]
-    environment = _environment(num_processes, store.port)
+    environment = {  # as torchrun sets it, without the rank's number
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "WORLD_SIZE": str(num_processes),
+        "LOCAL_WORLD_SIZE": str(num_processes),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": LOOPBACK,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        LAUNCHER: "1",
+    }
     received: list[signal.Signals] = []
     for number in (*ENDING, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -85,26 +96,10 @@ def launch(num_processes: int) -> int:
     return _wait(ranks, received)
 
 
-def _environment(world_size: int, port: int) -> dict[str, str]:
-    """Return the variables that torchrun would set, without the rank's number."""
-    return {
-        "OMP_NUM_THREADS": "1",
-        **os.environ,
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": LOOPBACK,
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_RUN_ID": uuid.uuid4().hex,
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        LAUNCHER: str(os.getpid()),
-    }
-
-
 def follow_launcher() -> None:
     """End with the launcher if this process is a rank of `launch`."""
     if LAUNCHER in os.environ:
-        end_with_parent(int(os.environ[LAUNCHER]))
+        end_with_parent()
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]], received: list[signal.Signals]) -> int:

@@ -17,7 +17,7 @@ import orjson
 
 from nemo_kd.config import ConfigError
 from nemo_kd.files import explained
-from nemo_kd.terminal import print_text, printable
+from nemo_kd.terminal import print_text
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -73,7 +73,7 @@ class Progress:
 
     Args:
         name: start of its lines; None shows nothing.
-        total: tokens or steps of all replicas, as `unit` says; 0 if unknown, then without ETA.
+        total: tokens or steps of all replicas, as `unit` says.
         sinks: further places with `log(metrics)` and `finish()`, as a run of wandb has them.
         replica, num_replicas: number of this replica in the store, and of all.
         peak_flops: of all GPUs together; None if unknown, then without utilisation.
@@ -111,8 +111,7 @@ class Progress:
 
             self._bar = tqdm(
                 desc=self.name,
-                total=self.total or None,
-                initial=int(self.counts[self.unit]),
+                total=self.total,
                 unit=f" {self.unit}",
                 unit_scale=True,
                 dynamic_ncols=True,
@@ -145,7 +144,7 @@ class Progress:
         """Print a separate line, above the bar if there is one."""
         line = f"{self.name}: {text}"
         if self._bar is not None:
-            self._bar.write(printable(line), file=sys.stderr)
+            self._bar.write(line, file=sys.stderr)
         else:
             print_text(line, sys.stderr)
 
@@ -206,8 +205,7 @@ class Progress:
             "perf/tokens_per_s_overall": total["tokens"]
             / max(now_s - self._started_s, 1e-9),
             "perf/eta_s": _ratio(
-                max(0.0, self.total - done) * seconds,
-                recent[self.unit] if self.total else 0,
+                max(0.0, self.total - done) * seconds, recent[self.unit]
             ),
             "perf/padding_percent": _ratio(100 * recent["padding_tokens"], computed),
             "perf/data_wait_percent": 100 * waited_s / seconds,
@@ -251,19 +249,16 @@ def open_wandb(settings: dict[str, Any]) -> Any:
     wandb gives up at once without an API key, and after `init_timeout` (90 s) without a network.
 
     Raises:
-        ConfigError: the package, login, network or folder is missing, or an argument is wrong.
+        ConfigError: the login, network or folder is missing, or an argument is wrong.
     """
-    key = "exp_manager.create_wandb_logger"
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(f"{key}: wandb is not installed (pip install wandb)") from error
+    import wandb
+
     try:
         return wandb.init(**settings)
     except (wandb.Error, OSError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"{key}: Weights & Biases does not start ({reason}); log in (wandb login, or "
+            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in (wandb login, or "
             "WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this machine, correct "
             "exp_manager.wandb_logger_kwargs, or leave the key out"
         ) from error

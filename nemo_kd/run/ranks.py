@@ -93,7 +93,7 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
             "RANK": values.get("SLURM_PROCID", ""),
             "LOCAL_RANK": values.get("SLURM_LOCALID", ""),
             "WORLD_SIZE": str(num_tasks),
-            "LOCAL_WORLD_SIZE": str(num_tasks * is_one_machine),
+            "LOCAL_WORLD_SIZE": str(num_tasks if is_one_machine else 0),
         }
     elif number("WORLD_SIZE", 1) > 1:
         launcher = "the launcher that set RANK and WORLD_SIZE"

@@ -18,7 +18,7 @@ from nemo_kd.config.exp_manager import PARAMS, CheckpointParams
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.run.watchdog import Watchdog
+from nemo_kd.run.interruption import Watchdog
 from nemo_kd.student.checkpoint_folder import (
     CONTENTS,
     LAST,

@@ -24,10 +24,9 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.run.collective import on_rank_zero
-from nemo_kd.run.interruption import Interruption, explained_ctrl_c
+from nemo_kd.run.interruption import Interruption, Watchdog, explained_ctrl_c
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.student.checkpoint_folder import CheckpointError, choose_checkpoint
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, load_splits

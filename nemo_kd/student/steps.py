@@ -14,7 +14,7 @@ import torch
 from nemo_kd.batch import Batch
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.flops import forward_flops, peak_flops_of_all_ranks
+from nemo_kd.flops import forward_flops, peak_flops
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import Requeue
 
@@ -128,7 +128,7 @@ class StepMeter:
     ) -> None:
         self.flops = forward_flops(architecture)
         self.groups = groups
-        peak = peak_flops_of_all_ranks(groups.device, precision)
+        peak = peak_flops(groups.device, precision)
         self.peak_flops = peak if all_train else None
         self.counted: dict[str, float] = {}
         self._waiting_since_s = self._started_s = 0.0

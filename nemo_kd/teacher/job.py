@@ -6,14 +6,15 @@ import contextlib
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.segment import Segment, segments
+from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import GPTArchitecture, check_layout
@@ -25,7 +26,6 @@ from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     describe_tokens,
     load_tokenizer,
-    padding_id,
     tokenizer_fingerprint,
     tokenizer_parts,
 )
@@ -39,25 +39,29 @@ from nemo_kd.run.resolved_config import resolved_config
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One dataset and the cache to write from it.
 
     Attributes:
         split: the dataset's name, empty for a single dataset.
-        label: prefix of log lines.
         indices: of the records to compute.
         chunks: record indices of every chunk.
         manifest: of the cache, without chunks.
+        writer: of the cache that is being written, on rank 0.
+        missing: segments that this part still has to compute.
+        num_tokens: tokens in them.
     """
 
     split: str
-    label: str
     config: ComputeTopkLogitsConfig
     dataset: TokenizedDataset
     indices: range
     chunks: list[range]
     manifest: Manifest
+    writer: CacheWriter | None = None
+    missing: list[Segment] = field(default_factory=list)
+    num_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class Run:
     config: ComputeTopkLogitsConfig
     pretrained: PretrainedModel
     groups: ProcessGroups
-    pad_id: int
+    tokenizer: PreTrainedTokenizerBase
     jobs: list[Job]
 
     def describe_ranks(self) -> str:
@@ -96,13 +100,7 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
             for split, part in config.splits().items()
         ]
         groups = initialize_model_parallel(config.model, config.model.seed)
-        yield Run(
-            config,
-            pretrained,
-            groups,
-            padding_id(tokenizer, architecture.vocab_size),
-            jobs,
-        )
+        yield Run(config, pretrained, groups, tokenizer, jobs)
 
 
 def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
@@ -113,7 +111,6 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
     """
     check_layout(architecture, config.model)
     use_transformer_engine(config.model.transformer_engine)
-    config.model.data_parallel_size(dist.get_world_size())
     if config.top_k > architecture.vocab_size:
         raise ConfigError(
             f"top_k: {config.top_k} exceeds the teacher's vocabulary of "
@@ -121,19 +118,15 @@ def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) 
         )
 
 
-def check_records(job: Job, missing: Sequence[Segment]) -> int:
-    """Render every record of the missing segments once, shared among the ranks.
-
-    Returns:
-        The number of tokens in all of them.
+def check_records(job: Job) -> None:
+    """Render every record of the missing segments once, shared among the ranks; count tokens.
 
     Raises:
         DataError: on every rank, for a record that cannot be rendered, or if no record of the
             whole range makes an example.
     """
-    indices = [index for _, records in missing for index in records]
-
-    log.info("%schecking %d records", job.label, len(indices))
+    indices = [index for _, records in job.missing for index in records]
+    log.info("%s: checking %d records", job.dataset.records.path, len(indices))
 
     def render_share() -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -149,7 +142,7 @@ def check_records(job: Job, missing: Sequence[Segment]) -> int:
     # A part may be empty; only the whole range must not be.
     if len(indices) == len(job.indices) and not counts["tokens"]:
         raise nothing_to_train(job, counts)
-    return counts["tokens"]
+    job.num_tokens = counts["tokens"]
 
 
 def nothing_to_train(job: Job, reasons: Counter[str]) -> DataError:
@@ -181,12 +174,8 @@ def _open_job(
     indices = _indices(config, len(dataset))
     # A wrong format or chat template shows here, before anything is written.
     first = dataset[indices[0]]
-    label = f"{split}: " if split else ""
-    if isinstance(first, str):
-        log.info("%sexample %d is skipped: %s", label, indices[0], first)
-    else:
-        text = trained_text(first, tokenizer)
-        log.info("%sexample %d, trained between « and »:\n%s", label, first.index, text)
+    text = first if isinstance(first, str) else trained_text(first, tokenizer)
+    log.info("example %d, trained between « and »:\n%s", indices[0], text)
     formats = {data.format}
     if data.format == "auto":
         # Each rank parses its share of the records.
@@ -219,7 +208,7 @@ def _open_job(
         config=resolved_config(config),
     )
     chunks = segments(indices, config.n_examples_per_chunk or len(indices))
-    return Job(split, label, config, dataset, indices, chunks, manifest)
+    return Job(split, config, dataset, indices, chunks, manifest)
 
 
 def _indices(config: ComputeTopkLogitsConfig, num_records: int) -> range:

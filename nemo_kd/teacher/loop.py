@@ -9,9 +9,11 @@ row carries the index of its record from the file to the cache.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,37 +29,26 @@ from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import POLL_S, on_rank_zero, shared_store
-from nemo_kd.run.interruption import Interruption, Requeue, follow_the_main_process
+from nemo_kd.run.interruption import (
+    Interruption,
+    Requeue,
+    Watchdog,
+    follow_the_main_process,
+)
 from nemo_kd.run.metrics import Progress
 from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.reports import (
     CacheReport,
     estimate_cost,
-    next_commands,
     open_progress,
     path_beside,
+    print_next_commands,
     report_cache,
 )
-from nemo_kd.terminal import print_text
 
 Records = list[Example | str]
-
-
-@dataclass(frozen=True)
-class Output:
-    """One cache that is being written.
-
-    Attributes:
-        missing: segments that this part still has to compute.
-        writer: on rank 0 of every part.
-    """
-
-    job: Job
-    missing: list[Segment]
-    writer: CacheWriter | None
 
 
 def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
@@ -78,67 +69,61 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
         interruption = stack.enter_context(
             Interruption(config.exp_manager.max_time_per_run, dist.get_rank())
         )
-        outputs = [_open_output(job, stack) for job in run.jobs]
-        totals = [check_records(output.job, output.missing) for output in outputs]
+        for job in run.jobs:
+            _open_cache(job, stack)
+        for job in run.jobs:
+            check_records(job)
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
         watchdog = stack.enter_context(Watchdog(timeout_s, dist.get_rank()))
         teacher = None
-        if any(output.missing for output in outputs):
+        if any(job.missing for job in run.jobs):
             with watchdog.pause("loading the teacher"):
                 teacher = Teacher(run, watchdog.step)
         reports = []
-        for output, num_tokens in zip(outputs, totals, strict=True):
+        for job in run.jobs:
             started_s = time.monotonic()
-            if teacher is not None and output.missing:
-                _compute(run, output, teacher, num_tokens, interruption, watchdog)
+            if teacher is not None and job.missing:
+                _compute(run, job, teacher, interruption, watchdog)
             seconds = time.monotonic() - started_s
             with watchdog.pause("assembling chunks"):
-                reports.append(_finish(output, num_tokens, seconds))
+                reports.append(on_rank_zero(partial(report_cache, job, seconds)))
         if dist.get_rank() == 0 and all(report.is_complete for report in reports):
-            print_text("\n".join(next_commands(reports)))
+            print_next_commands(reports)
         dist.barrier()  # the store may end with the process of rank 0
     return reports
 
 
-def _open_output(job: Job, stack: contextlib.ExitStack) -> Output:
+def _open_cache(job: Job, stack: contextlib.ExitStack) -> None:
     """Lock the cache on rank 0, and find its missing segments for all ranks.
 
     Raises:
         CacheError: on every rank; the cache cannot be written.
     """
-    writers: list[CacheWriter] = []
 
     def open_writer() -> list[Segment]:
         layout = CacheLayout(job.config.output_path)
         writer = CacheWriter(layout, job.manifest, job.chunks, job.config.part_number())
-        writers.append(writer)
         stack.callback(writer.close)
+        job.writer = writer
         save_config(path_beside(job, "config.yaml"), resolved_config(job.config))
         return writer.missing_segments()
 
-    missing = on_rank_zero(open_writer)
-    return Output(job, missing, writers[0] if writers else None)
+    job.missing = on_rank_zero(open_writer)
 
 
 def _compute(
-    run: Run,
-    output: Output,
-    teacher: Teacher,
-    total_tokens: int,
-    interruption: Interruption,
-    watchdog: Watchdog,
+    run: Run, job: Job, teacher: Teacher, interruption: Interruption, watchdog: Watchdog
 ) -> None:
     """Compute this replica's share of the missing segments.
 
     Raises:
         Requeue: on every rank, once all started segments are published and some are left.
     """
-    job = output.job
     store = shared_store("compute_topk_logits")
-    queue = SegmentQueue(store, output.missing, run.groups, interruption)
+    queue = SegmentQueue(store, job.missing, run.groups, interruption)
     previous: tuple[Segment, Records, Pass] | None = None
     with contextlib.ExitStack() as stack:
-        progress = open_progress(run, job, store, total_tokens)
+        progress = open_progress(run, job, store)
         stack.callback(progress.close)
         publisher = None
         if run.groups.is_writer:
@@ -158,13 +143,9 @@ def _compute(
             if previous is not None:
                 _publish(teacher, previous, publisher, progress)
                 chunk = previous[0][0]
-                if (
-                    output.writer is not None
-                    and segment is not None
-                    and segment[0] > chunk
-                ):
+                if job.writer is not None and segment is not None and segment[0] > chunk:
                     with watchdog.pause("assembling chunks"):
-                        output.writer.assemble_complete(up_to=chunk)
+                        job.writer.assemble_complete(up_to=chunk)
             previous = None if segment is None else (segment, records, started)
             waiting_since_s = time.perf_counter()
         if previous is not None:
@@ -193,21 +174,21 @@ def _publish(
     rows_and_reasons = [
         record if isinstance(record, str) else next(rows) for record in records
     ]
-    publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=started.max_tokens)
+    publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=teacher.max_tokens)
     progress.add(**teacher.counts(started))
     _count_published(publisher, progress)
 
 
 def _count_published(publisher: SegmentPublisher, progress: Progress) -> None:
     """Count what reached the disk since the last call, and how long the publisher blocked."""
-    while publisher.done:
-        summary = publisher.done.pop(0)
+    for summary in publisher.done:
         progress.add(
             cached_tokens=summary.tokens,
             cached_loss_tokens=summary.loss_tokens,
             kept_mass_sum=summary.kept_mass_sum,
             bytes=summary.bytes,
         )
+    publisher.done.clear()
     progress.add(data_wait_s=publisher.waited_s)
     publisher.waited_s = 0.0
 
@@ -225,22 +206,6 @@ def _computed_with(config: ComputeTopkLogitsConfig) -> dict[str, Any]:
         "precision": config.trainer.precision,
         "torch": torch.__version__,
     }
-
-
-def _finish(output: Output, num_tokens: int, seconds: float) -> CacheReport:
-    """Assemble the last chunks, check what is on disk and report it; every rank calls this.
-
-    Raises:
-        CacheError, DataError: on every rank, what rank 0 found wrong.
-    """
-
-    def finish() -> CacheReport:
-        job = output.job
-        assert output.writer is not None
-        output.writer.assemble_complete()
-        return report_cache(job, output.writer, num_tokens, seconds)
-
-    return on_rank_zero(finish)
 
 
 @dataclass
@@ -268,9 +233,8 @@ class SegmentQueue:
 
     def claims(self) -> Iterator[Segment | None]:
         """Yield this lane's segments; None where only other lanes got one. May run ahead."""
-        turn = 0
         lanes = self.groups.lockstep_lanes
-        while True:
+        for turn in itertools.count():
             key = f"claim/{self._leader_rank}/{turn}"
             if self._is_leader:
                 self.store.set(key, str(self.store.add("next", lanes) - lanes))
@@ -279,7 +243,6 @@ class SegmentQueue:
                 return
             mine = first + self.groups.lane
             yield self.segments[mine] if mine < len(self.segments) else None
-            turn += 1
 
     def should_continue(self) -> bool:
         """Return True if the next claimed segment should be computed.

@@ -21,6 +21,7 @@ from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows,
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.data.batches import collate, form_batches, pack
+from nemo_kd.data.tokenizer import padding_id
 from nemo_kd.flops import forward_flops
 from nemo_kd.mcore.model import (
     build_gpt_model,
@@ -40,12 +41,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class TeacherError(UserInputError):
-    """The teacher cannot compute an example; the message names it and the next step."""
-
-
-BatchResult = tuple[list[Example], list[int], TeacherRows[torch.Tensor]]
-"""(examples; index of the first token of each in the flat batch, b * S + s; targets, whose
+BatchResult = tuple[list[Example], Sequence[int], TeacherRows[torch.Tensor]]
+"""(examples; index of the first token of each, and of filler, in the flat batch, b * S + s; targets, whose
 positions are indices in the flat batch, under context parallelism this rank's part)."""
 
 
@@ -56,14 +53,12 @@ class Pass:
     Attributes:
         batches: None for a batch whose result is on other ranks.
         computed_tokens: with padding.
-        max_tokens: limit on a batch at the end of the pass.
         ready: when it has occurred the results are on the host; None without a GPU.
     """
 
     examples: Sequence[Example]
     batches: list[BatchResult | None] = field(default_factory=list)
     computed_tokens: int = 0
-    max_tokens: int | None = None
     ready: torch.cuda.Event | None = None
 
 
@@ -80,7 +75,7 @@ class Teacher:
         architecture = run.pretrained.architecture
         self.config = config
         self.groups = groups
-        self.pad_id = run.pad_id
+        self.pad_id = padding_id(run.tokenizer, architecture.vocab_size)
         self.step = step
         self.max_examples = config.model.micro_batch_size
         self.max_tokens = config.max_tokens_per_batch
@@ -107,7 +102,7 @@ class Teacher:
         replica is a single rank, the limit on a batch is halved from there on.
 
         Raises:
-            TeacherError: an example alone does not fit, or a batch that other ranks share.
+            UserInputError: an example alone does not fit, or a batch that other ranks share.
         """
         result = Pass(examples)
         pending = self._batches(examples)
@@ -130,7 +125,6 @@ class Teacher:
             )
             left = sorted(itertools.chain(*pending), key=lambda example: example.index)
             pending = self._batches(left)
-        result.max_tokens = self.max_tokens
         if self.groups.device.type == "cuda":
             result.ready = torch.cuda.Event()
             result.ready.record()
@@ -140,7 +134,7 @@ class Teacher:
         """Return the rows of a pass, in order; [] on ranks that do not write.
 
         Raises:
-            TeacherError: the teacher's logits are not finite.
+            UserInputError: the teacher's logits are not finite.
         """
         if started.ready is not None:
             started.ready.synchronize()
@@ -150,7 +144,7 @@ class Teacher:
             if result is None or whole is None:
                 continue
             examples, starts, _ = result
-            for example, start in zip(examples, starts, strict=True):
+            for example, start in zip(examples, starts, strict=False):
                 first, last = np.searchsorted(
                     whole.positions_P, [start, start + example.num_tokens]
                 )
@@ -158,7 +152,7 @@ class Teacher:
                 targets = replace(targets, positions_P=targets.positions_P - start)
                 finite_P = np.isfinite(targets.log_sum_exp_logits_P)
                 if not finite_P.all():
-                    raise TeacherError(
+                    raise UserInputError(
                         f"example {example.index}: the teacher's logits at position "
                         f"{targets.positions_P[~finite_P][0]} are not finite; try "
                         "trainer.precision=32, and check the checkpoint"
@@ -173,7 +167,6 @@ class Teacher:
         return {
             "examples": len(examples),
             "tokens": tokens,
-            "loss_tokens": sum(example.num_loss_tokens for example in examples),
             "padding_tokens": computed.computed_tokens - tokens,
             "flops": sum(
                 self.flops.example(one.num_tokens, one.num_loss_tokens)
@@ -188,42 +181,41 @@ class Teacher:
         )
         return [[examples[place] for place in batch] for batch in batches]
 
+    @torch.inference_mode()
     def _fits(self, result: Pass, examples: list[Example]) -> bool:
         """Compute a batch; return False if it exceeds the GPU's memory and can be split."""
+        num_tokens = sum(example.num_tokens for example in examples)
+        indices = [example.index for example in examples]
+        what = f"batch of {num_tokens} tokens, examples {indices}"
+        self.step(what)
+        starts: Sequence[int]
+        if self.packed:
+            batch = pack(examples, self.pad_id, self.multiple_of)
+            assert batch.cu_seqlens is not None
+            starts = batch.cu_seqlens.tolist()
+        else:
+            # A lane without examples computes filler: its experts serve the other lanes.
+            batch = collate(examples or [None], self.pad_id, self.multiple_of)
+            starts = range(0, batch.tokens_BS.numel(), batch.tokens_BS.shape[1])
+        scored = None
         try:
-            self._batch(result, examples)
+            hidden = run_batch(self.model, batch, self.groups)
+            if hidden is not None:
+                targets = self._score(examples, starts, batch, hidden)
+                scored = (examples, starts, targets)
         except torch.OutOfMemoryError as error:
             # With several ranks the others may be in a collective that this one left.
             if len(examples) > 1 and dist.get_world_size(self.groups.lockstep) == 1:
                 return False
-            indices = [example.index for example in examples]
-            raise TeacherError(
-                f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with the "
-                f"examples {indices} in a batch of at most {self.max_tokens} tokens ({error}); "
-                "give a smaller number, lower model.max_seq_length, or spread the teacher over "
-                "more ranks (model.tensor_model_parallel_size, "
+            raise UserInputError(
+                f"data.max_tokens_per_batch: rank {dist.get_rank()} is out of memory with a {what} "
+                f"({error}); give a number below {self.max_tokens}, lower model.max_seq_length, or "
+                "spread the teacher over more ranks (model.tensor_model_parallel_size, "
                 "model.pipeline_model_parallel_size, model.context_parallel_size)"
             ) from error
-        return True
-
-    @torch.inference_mode()
-    def _batch(self, result: Pass, examples: list[Example]) -> None:
-        num_tokens = sum(example.num_tokens for example in examples)
-        indices = [example.index for example in examples]
-        self.step(f"batch of {num_tokens} tokens, examples {indices}")
-        if self.packed:
-            batch = pack(examples, self.pad_id, self.multiple_of)
-        else:
-            # A lane without examples computes filler: its experts serve the other lanes.
-            batch = collate(examples or [None], self.pad_id, self.multiple_of)
-        hidden = run_batch(self.model, batch, self.groups)
+        result.batches.append(scored)
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
-        if hidden is None:
-            result.batches.append(None)
-            return
-        starts = _starts(batch)[: len(examples)]
-        targets = self._score(examples, starts, batch, hidden)
-        result.batches.append((examples, starts, targets))
+        return True
 
     def _score(
         self,
@@ -242,7 +234,7 @@ class Teacher:
         if cache.tail_samples:
             # They depend on seed, example and position only.
             uniforms_AU = np.zeros((batch.tokens_BS.numel(), cache.tail_samples + 1))
-            for example, start in zip(examples, starts, strict=True):
+            for example, start in zip(examples, starts, strict=False):
                 uniforms_AU[start : start + example.num_tokens] = tail_uniforms(
                     cache.seed, example.index, example.num_tokens, cache.tail_samples
                 )
@@ -281,14 +273,6 @@ class Teacher:
             return None
         whole = join_rows([part for part in gathered if part is not None])
         return whole.at(whole.positions_P.argsort())
-
-
-def _starts(batch: Batch) -> list[int]:
-    """Return the index of each example's first token in the flat batch, b * S + s."""
-    if batch.cu_seqlens is not None:
-        return batch.cu_seqlens[:-1].tolist()
-    num_rows, length = batch.tokens_BS.shape
-    return [row * length for row in range(num_rows)]
 
 
 def _to_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -21,33 +21,26 @@ from nemo_kd.batch import Example
 from nemo_kd.cache.index import BYTES_PER_LINE, ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import lines_of
-from nemo_kd.cache.record import encode
+from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.records import DataError
-from nemo_kd.flops import peak_flops_of_all_ranks
+from nemo_kd.flops import peak_flops
 from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.terminal import print_table, size_text
+from nemo_kd.terminal import print_table, print_text, size_text
 
 log = logging.getLogger(__name__)
 
-NUM_PROBES = 48
+NUM_PROBES = 96
 NUM_WARM_UPS = 2
-NUM_SAMPLES = 2000
 
 POOR_KEPT_MASS = 0.9
 """Warn if the kept ids hold less than this share of the teacher's probability."""
 
 
-def open_progress(run: Run, job: Job, store: Store, total_tokens: int) -> Progress:
-    """Return the progress of this replica; the first replica's writer shows the sum of all.
-
-    Args:
-        store: keys of this cache and this run of the command.
-        total_tokens: of the missing segments.
-    """
+def open_progress(run: Run, job: Job, store: Store) -> Progress:
+    """Return the progress of this replica; the first replica's writer shows the sum of all."""
     groups = run.groups
     settings = run.config.exp_manager
     name = None
@@ -61,13 +54,13 @@ def open_progress(run: Run, job: Job, store: Store, total_tokens: int) -> Progre
             )
     return Progress(
         name,
-        total_tokens,
+        job.num_tokens,
         settings.log_interval_s,
         sinks,
         store if groups.is_writer else None,
         groups.data_rank,
         groups.data_size,
-        peak_flops_of_all_ranks(groups.device, run.config.trainer.precision),
+        peak_flops(groups.device, run.config.trainer.precision),
     )
 
 
@@ -104,25 +97,20 @@ class CacheReport:
     is_complete: bool
 
 
-def report_cache(
-    job: Job, writer: CacheWriter, num_computed_tokens: int, seconds: float
-) -> CacheReport:
-    """Compare the cache on disk with the job, print its summary and warnings, and return it.
+def report_cache(job: Job, seconds: float) -> CacheReport:
+    """Assemble the last chunks, compare the cache with the job, print and return a summary.
 
     Raises:
         CacheError: a part of this job's own work is missing.
-        DataError: the cache is complete and has no rows.
     """
+    writer = job.writer
+    assert writer is not None
+    writer.assemble_complete()
     waiting_for = _other_parts_work(job, writer)
     chunks = writer.manifest.chunks
     total = ChunkSummary(0, 0)
     for summary in chunks.values():
         total.add(summary)
-    if not waiting_for and not total.examples:
-        raise DataError(
-            f"{job.config.output_path}: the cache is complete and has no rows: every record was "
-            "skipped"
-        )
     report = CacheReport(
         split=job.split,
         output_path=job.config.output_path,
@@ -130,10 +118,10 @@ def report_cache(
         summary=total,
         is_complete=not waiting_for,
     )
-    rate = num_computed_tokens / max(seconds, 1e-9)
+    rate = job.num_tokens / max(seconds, 1e-9)
     print_table(
         [
-            ("cache", f"{job.label}{report.output_path}"),
+            ("cache", report.output_path),
             (
                 "chunks",
                 f"{len(chunks)} of {len(job.chunks)}",
@@ -147,7 +135,7 @@ def report_cache(
             ),
             (
                 "computed now",
-                f"{num_computed_tokens:,} tokens in {timedelta(seconds=round(seconds))}, "
+                f"{job.num_tokens:,} tokens in {timedelta(seconds=round(seconds))}, "
                 f"{rate:,.0f} tokens/s",
             ),
             *quality(total, job.config.top_k),
@@ -158,7 +146,7 @@ def report_cache(
         ]
     )
     if waiting_for:
-        log.warning("warning: %sthis cache is not complete: %s", job.label, waiting_for)
+        log.warning("warning: this cache is not complete: %s", waiting_for)
     warn_of_kept_mass(total, job.config)
     return report
 
@@ -190,16 +178,17 @@ def _other_parts_work(job: Job, writer: CacheWriter) -> str:
     )
 
 
-def next_commands(reports: Sequence[CacheReport]) -> list[str]:
-    """Return command lines that check the caches and train a student on them."""
-    paths = {report.split or "train": report.output_path for report in reports}
-    prefixes = {"train": "TRAIN_CACHE", "validation": "VALIDATION_CACHE"} | paths
+def print_next_commands(reports: Sequence[CacheReport]) -> None:
+    """Print command lines that check the caches and train a student on them."""
+    caches = {report.split or "train": report.output_path for report in reports}
+    for path in caches.values():
+        print_text(f"check: logit_cache verify {shlex.quote(path)}")
+    prefixes = {"train": "TRAIN_CACHE", "validation": "VALIDATION_CACHE"} | caches
     data = ", ".join(f"{split}: [{path}]" for split, path in prefixes.items())
-    return [
-        *(f"check: logit_cache verify {shlex.quote(path)}" for path in paths.values()),
+    print_text(
         "next:  train_gpt_knowledge_distillation pretrained_checkpoint.restore_from_path=STUDENT "
-        + shlex.quote(f"model.data.data_prefix={{{data}}}"),
-    ]
+        + shlex.quote(f"model.data.data_prefix={{{data}}}")
+    )
 
 
 def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
@@ -217,19 +206,17 @@ def estimate_cost(config: ComputeTopkLogitsConfig) -> None:
 
 
 def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
-    """Run the teacher on part of a sample; the first replica's writer prints the costs."""
+    """Run the teacher on a few examples; the first replica's writer prints the costs of all."""
     num_records = len(job.indices)
-    size = min(NUM_SAMPLES, num_records)
+    size = min(NUM_PROBES, num_records)
     chosen = np.random.default_rng(0).choice(job.indices, size, replace=False)
     records = [job.dataset[index] for index in sorted(chosen.tolist())]
-    sample = [record for record in records if isinstance(record, Example)]
-    if not sample:
+    examples = [record for record in records if isinstance(record, Example)]
+    if not examples:
         raise nothing_to_train(job, Counter(map(str, records)))
-    examples = sample[:: -(-len(sample) // NUM_PROBES)]
     teacher.finish(teacher.start(examples[:NUM_WARM_UPS]))
     started_s = time.perf_counter()
-    started = teacher.start(examples)
-    rows = teacher.finish(started)
+    rows = teacher.finish(teacher.start(examples))
     probe_s = time.perf_counter() - started_s
     if not (run.groups.is_writer and run.groups.data_rank == 0):
         return
@@ -237,19 +224,13 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
     lines = lines_of(job.config.output_path)
     probe = ChunkSummary(0, 0)
     for row in rows:
-        probe.add_row(row, len(lines.write(encode(row, cache.codec, cache.positions))))
-
-    # Probed records may be shorter than the others: bytes follow loss tokens, time follows tokens.
+        line = lines.write(encode(row, cache.codec, cache.positions))
+        probe.add_row(trimmed(row), len(line))
     scale = num_records / size
-    tokens = scale * sum(example.num_tokens for example in sample)
-    loss_tokens = scale * sum(example.num_loss_tokens for example in sample)
-    # Of an example the cache holds the tokens up to the last one in the loss.
-    last = [int(np.flatnonzero(example.loss_mask_S)[-1]) for example in sample]
-    stored_tokens = scale * (sum(last) + len(last))
-    file_bytes = probe.bytes / probe.loss_tokens * loss_tokens
-    file_bytes += BYTES_PER_LINE * num_records
-    seconds = probe_s / probe.tokens * tokens / run.groups.data_size
+    tokens = scale * probe.tokens
+    file_bytes = scale * probe.bytes + BYTES_PER_LINE * num_records
     chunk_bytes = max(map(len, job.chunks)) / num_records * file_bytes
+    seconds = scale * probe_s / run.groups.data_size
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     gpu = ""
     if run.groups.device.type == "cuda":
@@ -257,10 +238,11 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
     print_table(
         [
             ("layout", run.describe_ranks()),
-            ("cache", f"{job.label}{job.config.output_path}, all parts together"),
-            ("records", f"{num_records:,} in {len(job.chunks)} chunks"),
-            ("tokens", f"{stored_tokens:,.0f} ({loss_tokens:,.0f} in the loss)"),
-            ("padding", f"{1 - probe.tokens / started.computed_tokens:.1%}"),
+            (
+                "cache",
+                f"{job.config.output_path}, {num_records:,} records in {len(job.chunks)} chunks",
+            ),
+            ("tokens", f"{tokens:,.0f} ({scale * probe.loss_tokens:,.0f} in the loss)"),
             *quality(probe, job.config.top_k),
             ("disk", f"{size_text(file_bytes)}, {size_text(chunk_bytes)} more meanwhile"),
             (
@@ -295,13 +277,12 @@ def warn_of_kept_mass(total: ChunkSummary, config: ComputeTopkLogitsConfig) -> N
         return
     cache = config.cache
     log.warning(
-        "warning: the kept ids hold %.1f%% of the teacher's probability: train with %s; a larger "
+        "warning: the kept ids hold %.1f%% of the teacher's probability: train with support=tail, "
+        "or with support=sampled if the cache has tail samples (cache.tail_samples=%d); a larger "
         "top_k (now %d) or cache.top_p (now %g), or a lower cache.min_probability (now %g) keeps "
         "more. support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0",
         100 * kept_mass,
-        f"support=sampled (cache.tail_samples={cache.tail_samples})"
-        if cache.tail_samples
-        else "support=tail (the default), or with cache.tail_samples=4 and support=sampled",
+        cache.tail_samples,
         config.top_k,
         cache.top_p,
         cache.probability_floor,

@@ -28,12 +28,12 @@ from nemo_kd.config.cache import MAX_TOP_K
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
-from nemo_kd.data.tokenizer import load_tokenizer, padding_id
+from nemo_kd.data.tokenizer import load_tokenizer
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.run.collective import gather, on_rank_zero
+from nemo_kd.run.interruption import Watchdog
 from nemo_kd.run.ranks import join_ranks
-from nemo_kd.run.watchdog import Watchdog
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
 from nemo_kd.tools.cache_origin import check_origin, is_foreign
@@ -184,7 +184,7 @@ def rescore(
         check_model(config, pretrained.architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
         groups = initialize_model_parallel(config.model, config.model.seed)
-        run = Run(config, pretrained, groups, padding_id(tokenizer, vocab_size), [])
+        run = Run(config, pretrained, groups, tokenizer, [])
         notes = on_rank_zero(
             lambda: check_origin(
                 sample.reader, sample.rows, pretrained, tokenizer, dataset

@@ -11,9 +11,8 @@ from pathlib import Path
 from nemo_kd.cli.run import Command, run
 from nemo_kd.config import ConfigError
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.run.interruption import Interruption, Requeue
+from nemo_kd.run.interruption import Interruption, Requeue, Watchdog
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.run.watchdog import Watchdog
 
 FOLDER = Path(os.environ["FOLDER"])
 
@@ -39,7 +38,6 @@ def finish_together(interruption: Interruption) -> None:
 
     from nemo_kd.run.collective import gather
 
-    dist.init_process_group("gloo")
     tell("ready")
     stops = torch.zeros(1)
     while not stops:
@@ -55,10 +53,6 @@ def meet(interruption: Interruption) -> None:
     """The ranks as both stages start them; they exchange something, then wait."""
     import torch.distributed as dist
 
-    from nemo_kd.config.shared import TrainerConfig
-    from nemo_kd.run.ranks import join_ranks
-
-    join_ranks(TrainerConfig(devices=int(os.environ.get("WORLD_SIZE", "1"))))
     dist.barrier()
     tell("ready")
     time.sleep(1000)
@@ -69,7 +63,6 @@ def lose_the_other(interruption: Interruption) -> None:
     import torch
     import torch.distributed as dist
 
-    dist.init_process_group("gloo")
     with Watchdog(60, find_ranks().rank) as watchdog:
         dist.barrier()
         if find_ranks().rank == 1:

@@ -21,6 +21,7 @@ KEYS = [
     f"pretrained_checkpoint.restore_from_path={ROOT}",
     f"data.data.file_path={PROGRAM}",
     "output_path=o.jsonl",
+    "trainer.precision=32",
 ]
 """What is there passes the checks before the start; the program reads none of it."""
 TIMEOUT_S = 180

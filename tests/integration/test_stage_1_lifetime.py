@@ -271,10 +271,10 @@ def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tm
         )
     ):
         assert (
-            f"data.max_tokens_per_batch: rank {rank} is out of memory with the examples"
+            f"data.max_tokens_per_batch: rank {rank} is out of memory with a batch of"
             in error
         )
-        assert "in a batch of at most 8192 tokens" in error
+        assert "give a number below 8192" in error
         assert "spread the teacher over more ranks" in error
 
 
@@ -288,7 +288,7 @@ def test_an_example_that_does_not_fit_alone_is_named(ranks, world, tmp_path):
         tmp_path / "c.jsonl",
         {"end_at_idx": 9},
     )[0]
-    assert re.search(r"out of memory with the examples \[\d\] in a batch", error)
+    assert re.search(r"memory with a batch of \d+ tokens, examples \[\d\]", error)
     assert "lower model.max_seq_length" in error
 
 
@@ -343,10 +343,6 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
         ({"part": "2/2"}, "part: '2/2' is not i/n with i from 0 to n - 1"),
         ({"part": "1"}, "part: '1' is not i/n"),
         (
-            {"data__data__file_path": {1: "a.jsonl"}},
-            "data.data.file_path: .* is neither a path nor",
-        ),
-        (
             {"data__max_tokens_per_batch": 0},
             "data.max_tokens_per_batch: 0 must be at least 1",
         ),
@@ -388,7 +384,7 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
         r"layout +2 ranks = .*data 2.*; 32; batches of at most 8192 tokens", said
     )
     assert re.search(r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL)
-    for name in ("disk", "time", "memory of a rank", "padding"):
+    for name in ("disk", "time", "memory of a rank"):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), said
 
 

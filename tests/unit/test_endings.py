@@ -56,7 +56,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             IsADirectoryError(errno.EISDIR, "x", "/a"),
-            "/a: Is a directory; a folder has this name: give a file's path",
+            "/a: Is a directory; check the path and its file system",
         ),
         (
             FileNotFoundError(errno.ENOENT, "x", "/a"),
@@ -68,7 +68,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
         ),
         (
             OSError(errno.EADDRINUSE, "x"),
-            "Address already in use; set MASTER_PORT to a free port",
+            "Address already in use; check the path and its file system",
         ),
         (
             OSError(

@@ -97,7 +97,6 @@ def test_every_room_is_listed():
         ("nemo_kd.cli.logit_cache", ["torch", "megatron", "nemo", "transformers"]),
         ("nemo_kd.run.interruption", ["torch"]),
         ("nemo_kd.run.ranks", ["torch"]),
-        ("nemo_kd.run.watchdog", ["torch"]),
         ("nemo_kd.run.metrics", ["torch", "wandb", "tqdm"]),
         ("nemo_kd.config.student", ["torch", "megatron"]),
         ("nemo_kd.cache.manifest", ["torch", "megatron", "transformers"]),

@@ -122,8 +122,9 @@ def test_a_window_counts_the_pairs_that_are_seen():
         ("Tesla T4", "bf16", None),
     ],
 )
-def test_peak_of_known_gpus(name, precision, peak):
-    assert peak_flops(name, precision) == peak
+def test_peak_of_known_gpus(monkeypatch, name, precision, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), precision) == peak
 
 
 def test_metrics_of_one_replica(clock):

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemo_kd.run.watchdog import CollectiveError, Watchdog
+from nemo_kd.run.interruption import CollectiveError, Watchdog
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(code: str) -> subprocess.Popen[str]:
     code = (
-        "import ctypes, threading, time\nfrom nemo_kd.run.watchdog import Watchdog\n"
+        "import ctypes, threading, time\nfrom nemo_kd.run.interruption import Watchdog\n"
         + textwrap.dedent(code)
     )
     return subprocess.Popen(
