@@ -76,16 +76,13 @@ class _FusedLinear(torch.autograd.Function):
         block_rows: int,
         with_gradients: bool,
     ) -> tuple[Tensor | None, ...]:
-        dtype = reduction_dtype(hidden_NH)
-        main_grad: Tensor | None = None
-        d_hidden_NH = d_weight_vH = None
+        main_grad = d_hidden_NH = d_weight_vH = None
         if with_gradients:
             d_hidden_NH = torch.empty_like(hidden_NH)
-        if weight_vH.requires_grad:
-            main_grad = getattr(weight_vH, "main_grad", None)
         if with_gradients and weight_vH.requires_grad:
-            d_weight_vH = main_grad
+            d_weight_vH = main_grad = getattr(weight_vH, "main_grad", None)
             if main_grad is None:
+                dtype = reduction_dtype(hidden_NH)
                 d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype)
         of_blocks = []
         buffer_Nv = hidden_NH.new_empty(min(block_rows, len(hidden_NH)), len(weight_vH))
@@ -99,8 +96,10 @@ class _FusedLinear(torch.autograd.Function):
             of_blocks.append(losses)
             if d_hidden_NH is None:
                 continue
-            factors = [torch.full_like(losses.ce_N, weight) for weight in weights]
-            weighted = list(zip(factors, slopes, strict=False))
+            weighted = [
+                (torch.full_like(losses.ce_N, weight), slope)
+                for weight, slope in zip(weights, slopes, strict=False)
+            ]
             write_gradient(
                 logits_Nv, logits_Nv, loss.scales, student, weighted, shard, loss.compile
             )

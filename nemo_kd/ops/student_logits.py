@@ -113,20 +113,19 @@ def read_logits(
     local_sum_exp_NS = torch.where(held_N1, (local_log_sum_exp_NS + below_NS).exp_(), 0)
     parts = [local_sum_exp_NS, *at_columns]
     parts += [] if sum_N is None else [sum_N[:, None]]
-    sums = iter(shard.sum_parts(parts))
+    total = shard.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM)
+    sums = iter(total.split([part.shape[1] for part in parts], dim=1))
     tail_sum_exp_NS = next(sums)
     label_N = next(sums)[:, 0]
     shift_N = maximum_N
     kept_NK = None
-    samples_NM = None
     if ids.kept_NK is not None:
         kept_NK = next(sums)
         kept_NK.masked_fill_(ids.kept_NK < 0, float("-inf"))
         if kept_NK.shape[1]:
             shift_N = shift_N.maximum(kept_NK.amax(dim=-1))
         kept_NK -= shift_N[:, None]
-    if ids.samples_NM is not None:
-        samples_NM = next(sums) - shift_N[:, None]
+    samples_NM = None if ids.samples_NM is None else next(sums) - shift_N[:, None]
     log_tail_NS = tail_sum_exp_NS.log() + torch.stack(
         [scale * (maximum_N - shift_N) for scale in scales], dim=-1
     )

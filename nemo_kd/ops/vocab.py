@@ -5,7 +5,6 @@ Shape legend: N positions, V real vocabulary, v this rank's columns of it, paddi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +56,6 @@ class VocabShard:
         if self.group is not None:
             torch.distributed.all_reduce(tensor, op=op, group=self.group)
         return tensor
-
-    def sum_parts(self, parts: list[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Sum tensors [N, C_i] over the ranks of the group, in one all-reduce."""
-        sums = self.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM)
-        return sums.split([part.shape[1] for part in parts], dim=1)
 
     def gather(self, tensor_NC: torch.Tensor) -> torch.Tensor:
         """Join the [N, C] tensors of all ranks of the group side by side, in rank order."""
