@@ -317,7 +317,7 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
         (("--num-examples", "0"), "--num-examples: 0 must be at least 1"),
         (("--html", "{folder}"), "must be a file in a folder that exists"),
         (("--html", "{folder}/none/p.html"), "must be a file in a folder that exists"),
-        (("--tokenizer", "{folder}/none"), "no such folder"),
+        (("--tokenizer", "{folder}/none"), "No such file"),
         (("--example", "-1"), "--example: -1 lies outside the 10 examples"),
     ],
 )
