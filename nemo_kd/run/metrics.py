@@ -258,7 +258,7 @@ def open_wandb(settings: dict[str, Any]) -> Any:
     except (wandb.Error, OSError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in (wandb login, or "
-            "WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this machine, correct "
-            "exp_manager.wandb_logger_kwargs, or leave the key out"
+            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in "
+            "(wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this "
+            "machine, correct exp_manager.wandb_logger_kwargs, or leave the key out"
         ) from error
