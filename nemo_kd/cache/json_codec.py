@@ -58,10 +58,9 @@ def array(
         for wanted, length in zip(shape, values.shape, strict=True)
     )
     if not fits or not values.size or values.dtype.kind not in kinds:
-        wanted = " x ".join("any" if size is None else str(size) for size in shape)
         raise CacheError(
             f"{where}: field {field}: found {reprlib.repr(payload.get(field))} of shape "
-            f"{values.shape}, expected {wanted} {expected}"
+            f"{values.shape}, expected {expected} of shape {shape} (None: any length)"
         )
     outside = ~((values >= smallest) & (values <= largest))
     if outside.any():

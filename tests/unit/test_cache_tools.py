@@ -380,7 +380,7 @@ def test_vllms_prompt_logprobs_become_a_cache(tmp_path, with_choices):
         ),
         (
             {"loss_mask": [1]},
-            r"field loss_mask: found \[\] of shape \(0,\), expected 2 numbers",
+            r"field loss_mask: found \[\] of shape \(0,\), expected numbers of shape \(2,\)",
         ),
     ],
 )
