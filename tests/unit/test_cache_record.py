@@ -446,7 +446,7 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
     for change, message in (
         (
             {"topk_token_ids_PK": original.teacher.topk_token_ids_PK + (1 << 24)},
-            "exceeds what the format holds",
+            "a token id exceeds",
         ),
         ({"topk_token_ids_PK": np.full((5, 4), -1)}, "must keep 1 to"),
     ):
