@@ -111,15 +111,14 @@ def help_text(command: Command) -> str:
     """Return the text of --help: purpose, example, every key with type, default and meaning."""
     lines = [f"{command.name}: {command.summary}", "", "Example:"]
     lines += [textwrap.indent(command.example, "  "), "", "Keys, given as key=value:"]
-    wrapper = textwrap.TextWrapper(
-        width=min(shutil.get_terminal_size().columns, 120),
-        initial_indent=" " * 6,
-        subsequent_indent=" " * 6,
-    )
+    width = min(shutil.get_terminal_size().columns, 120) - 6
     for key in describe(command.config_class):
         default = "mandatory" if key.default == "???" else f"default {key.default!r}"
         facts = ", ".join(filter(None, [key.type, default, key.need]))
-        lines += [f"  {key.key}  ({facts})", *wrapper.wrap(key.doc)]
+        lines += [
+            f"  {key.key}  ({facts})",
+            textwrap.indent(textwrap.fill(key.doc, width), " " * 6),
+        ]
     lines += ["", "Other names of keys:"]
     lines += [f"  {name}: {key}" for name, key in ALIASES[command.name].items()]
     return "\n".join([*lines, END_OF_HELP])

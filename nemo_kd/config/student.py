@@ -17,7 +17,6 @@ from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConf
 
 LOOP = "trainer.knowledge_distillation"
 SPLITS = ("train", "validation", "test")
-CACHE_IMPLS = ("chunked_jsonl", "jsonl", "json")
 FORM = (
     "model.data.data_prefix.train=train_CHUNK_ID.jsonl "
     "model.data.data_prefix.validation=val_CHUNK_ID.jsonl"
@@ -77,7 +76,9 @@ class StudentRecordsConfig(DataConfig, key="model.data"):
 class StudentDataConfig(Section, key="model.data"):
     """`model.data`: training, validation and test data of stage 2."""
 
-    data_impl: str = choice("chunked_jsonl", (*CACHE_IMPLS, "dataset"))
+    data_impl: str = choice(
+        "chunked_jsonl", ("chunked_jsonl", "jsonl", "json", "dataset")
+    )
     """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads plain JSONL records,
     for SFT without a teacher."""
     data_prefix: dict[str, Any] = path({})
@@ -166,21 +167,17 @@ class StudentDataConfig(Section, key="model.data"):
         entries = self.data_prefix.get(split) or []
         if not isinstance(entries, list):
             entries = [part.strip() for part in str(entries).split(",")]
-        weights = None
-        paths = entries
-        if any(map(_is_weight, entries)):
-            weights = entries[::2]
-            paths = entries[1::2]
-        is_valid = all(isinstance(path, str) and path for path in paths)
-        if weights is not None:
-            is_valid &= len(weights) == len(paths) and all(map(_is_weight, weights))
-        if not is_valid:
+        has_weights = any(map(_is_weight, entries))
+        weights = entries[::2] if has_weights else [1] * len(entries)
+        paths = entries[1::2] if has_weights else entries
+        is_valid = len(weights) == len(paths) and all(map(_is_weight, weights))
+        if not is_valid or not all(isinstance(path, str) and path for path in paths):
             raise self.error(
                 f"data_prefix.{split}",
                 f"{entries} is neither PATH, [PATH, PATH ...] nor [WEIGHT, PATH, WEIGHT, PATH "
                 "...] with weights above 0",
             )
-        return weights, list(map(os.path.expanduser, paths))
+        return weights if has_weights else None, list(map(os.path.expanduser, paths))
 
     @property
     def uses_cache(self) -> bool:
