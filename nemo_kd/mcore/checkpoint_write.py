@@ -88,7 +88,6 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         self.in_background = in_background
         self.finalize_fns: list[Any] = []  # Megatron appends what completes the folder
         self._has_begun = False
-        self._sums: dict[str, FileSum] = {}
         self._planner = _Planner()
         # No copies ahead: torch would open a CUDA stream for them, which a forked process must not.
         self._writer = _Writer(
@@ -151,13 +150,12 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         Raises:
             OSError: on every rank, a file could not be written.
         """
-        outcome = on_every_rank(self._receive if self.in_background else self._write)
-        results = gather_to_first(outcome)
+        outcomes = gather_to_first(on_every_rank(self._outcome))
+        results = [written for written, _ in outcomes]
         on_rank_zero(lambda: self._writer.finish(self._metadata, results))
-        sums = gather_to_first(self._sums)
         for complete in self.finalize_fns:
             complete()
-        return {name: found for part in sums for name, found in part.items()}
+        return {name: found for _, sums in outcomes for name, found in sums.items()}
 
     def _write(self) -> list[WriteResult]:
         """Write this rank's files."""
@@ -181,8 +179,10 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         except OSError as error:
             sender.send(error)
 
-    def _receive(self) -> list[WriteResult]:
-        """Wait for the forked process; return what it wrote."""
+    def _outcome(self) -> tuple[list[WriteResult], dict[str, FileSum]]:
+        """Return what was written; wait for the forked process, or write now."""
+        if not self.in_background:
+            return self._write(), {}
         try:
             outcome = self._results.recv()
         except EOFError:
@@ -191,8 +191,7 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         self._planner.snapshot.clear()
         if isinstance(outcome, OSError):
             raise outcome
-        results, self._sums = outcome
-        return results
+        return outcome
 
 
 class _Planner(MCoreSavePlanner):
