@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from nemo_kd.config.fields import Section, bounded, choice
+from nemo_kd.config.fields import Section, bounded, choice, count, positive
 
 CODECS = ("packed", "json")
 DEFAULT_FLOOR = 5e-4
@@ -26,11 +25,11 @@ class CacheConfig(Section, key="cache"):
     """Drop tokens below this probability; 0 keeps top_k. None: 5e-4 for packed, 0 for json."""
     top_p: float = bounded(1.0, above=0, at_most=1)
     """Keep the likeliest tokens until their probabilities add up to this; 1 keeps all."""
-    min_k: int = bounded(1, at_least=1)
+    min_k: int = count(1)
     """Tokens kept at every position, whatever their probability."""
     positions: str = choice("loss", ("loss", "all"))
     """packed: store loss (positions whose label counts in the loss) or all positions."""
-    temperatures: list[float] = bounded([], above=0, below=math.inf)
+    temperatures: list[float] = positive([])
     """Temperatures other than 1 at which the probability outside the kept tokens is stored.
     Training at a temperature needs it here; at most 15."""
     tail_samples: int = bounded(0, at_least=0, at_most=255)
@@ -38,7 +37,7 @@ class CacheConfig(Section, key="cache"):
     make the cache unbiased."""
     seed: int = bounded(1234, at_least=0)
     """Seed of the tail samples."""
-    segment_examples: int = bounded(64, at_least=1)
+    segment_examples: int = count(64)
     """Records computed and published together; a killed run loses at most this many per
     data-parallel rank."""
 

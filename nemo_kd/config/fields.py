@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 import os
 from collections.abc import Iterable
@@ -23,6 +24,16 @@ def bounded(default: Any = MISSING, **bounds: float) -> Any:
     """Return a field whose value, or each of them, must lie within bounds named as in
     `COMPARISONS`."""
     return _field(default, bounds=bounds)
+
+
+def count(default: Any = MISSING) -> Any:
+    """Return a field whose value is at least 1."""
+    return bounded(default, at_least=1)
+
+
+def positive(default: Any = MISSING) -> Any:
+    """Return a field whose value, or each of them, is above 0 and finite."""
+    return bounded(default, above=0, below=math.inf)
 
 
 def choice(default: Any, options: Iterable[str]) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from nemo_kd.config.fields import Section, bounded, choice
+from nemo_kd.config.fields import Section, bounded, choice, positive
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
     from nemo_kd.batch import TeacherRows
@@ -100,11 +100,11 @@ class Divergence:
 class LossConfig(Section, key=KEY):
     """loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
 
-    target_logits_scale: float = bounded(1.0, above=0, below=math.inf)
+    target_logits_scale: float = positive(1.0)
     """Multiplies the teacher's logits in the KD term: 1 / temperature."""
-    logits_scale: float = bounded(1.0, above=0, below=math.inf)
+    logits_scale: float = positive(1.0)
     """Multiplies the student's logits in the KD term only: 1 / temperature."""
-    temperature: float | None = bounded(None, above=0, below=math.inf)
+    temperature: float | None = positive(None)
     """Divides both models' logits in the KD term; instead of the two scales."""
     multiply_by_squared_temperature: bool = False
     """Multiplies the KD term by temperature^2, which keeps its gradient's size (Hinton 2015)."""

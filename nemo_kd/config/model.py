@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from nemo_kd.config.errors import ConfigError
-from nemo_kd.config.fields import Section, bounded, choice
+from nemo_kd.config.fields import Section, bounded, choice, count, positive
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")
 
@@ -38,10 +38,10 @@ PARALLEL_SIZES = (
 class RopeScaling(Section, key="rope_scaling"):
     """Rescaling of rotary frequencies of Llama 3.1 (Hugging Face `rope_type: llama3`)."""
 
-    factor: float = bounded(above=0, below=math.inf)
-    low_freq_factor: float = bounded(above=0, below=math.inf)
-    high_freq_factor: float = bounded(above=0, below=math.inf)
-    original_max_position_embeddings: int = bounded(above=0, below=math.inf)
+    factor: float = positive()
+    low_freq_factor: float = positive()
+    high_freq_factor: float = positive()
+    original_max_position_embeddings: int = positive()
 
 
 @dataclass
@@ -50,35 +50,35 @@ class GPTArchitecture(Section):
 
     family: str = choice(MISSING, FAMILIES)
     """Hugging Face layout of the weights."""
-    vocab_size: int = bounded(at_least=1)
+    vocab_size: int = count()
     """Embedding rows that stand for a token, without the padding for tensor parallelism."""
     num_layers: int = bounded(at_least=1, at_most=1 << 12)
-    hidden_size: int = bounded(at_least=1)
-    ffn_hidden_size: int = bounded(at_least=1)
+    hidden_size: int = count()
+    ffn_hidden_size: int = count()
     """Feed-forward size; that of every expert in a mixture of experts."""
-    num_attention_heads: int = bounded(at_least=1)
-    num_query_groups: int = bounded(at_least=1)
+    num_attention_heads: int = count()
+    num_query_groups: int = count()
     """Key/value heads."""
-    kv_channels: int = bounded(at_least=1)
+    kv_channels: int = count()
     """Size of one attention head."""
-    max_position_embeddings: int = bounded(at_least=1)
-    layernorm_epsilon: float = bounded(above=0, below=math.inf)
-    rotary_base: float = bounded(above=0, below=math.inf)
+    max_position_embeddings: int = count()
+    layernorm_epsilon: float = positive()
+    rotary_base: float = positive()
     rope_scaling: RopeScaling | None = None
     share_embeddings_and_output_weights: bool = False
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
-    window_size: int | None = bounded(None, at_least=1)
+    window_size: int | None = count(None)
     """Sliding attention: positions that a token attends to, itself included. None: all."""
     window_layers: list[int] = field(default_factory=list)
     """0-based layers that use `window_size`; empty means all of them."""
-    num_moe_experts: int | None = bounded(None, at_least=1)
+    num_moe_experts: int | None = count(None)
     """Experts of every layer; None: a dense model."""
-    moe_router_topk: int | None = bounded(None, at_least=1)
+    moe_router_topk: int | None = count(None)
     """Experts per token."""
     moe_normalize_topk: bool = True
     """The weights of a token's experts sum to 1."""
-    init_method_std: float = bounded(0.02, above=0, below=math.inf)
+    init_method_std: float = positive(0.02)
     hf_config: dict[str, Any] = field(default_factory=dict)
     """config.json of the Hugging Face model, kept for export."""
 
@@ -111,13 +111,13 @@ class ParallelConfig(Section, key="model"):
     A replica has tensor x pipeline x context ranks; the rest is data parallelism.
     """
 
-    tensor_model_parallel_size: int = bounded(1, at_least=1)
+    tensor_model_parallel_size: int = count(1)
     """Ranks that split every layer: heads, feed-forward and vocabulary."""
-    pipeline_model_parallel_size: int = bounded(1, at_least=1)
+    pipeline_model_parallel_size: int = count(1)
     """Pipeline stages; each has the same number of layers."""
-    context_parallel_size: int = bounded(1, at_least=1)
+    context_parallel_size: int = count(1)
     """Ranks that split every sequence, for sequences whose activations do not fit on one rank."""
-    expert_model_parallel_size: int = bounded(1, at_least=1)
+    expert_model_parallel_size: int = count(1)
     """Ranks that the experts of a layer are distributed over: neighbours in context and data
     parallelism, which then step together. Each expert is also split over the tensor-parallel
     ranks."""

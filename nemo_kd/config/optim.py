@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nemo_kd.config.fields import Section, bounded, choice
+from nemo_kd.config.fields import Section, bounded, choice, positive
 
 DEFAULT_STEPS = {"warmup": 10, "constant": 0}
 SHARDED = "distributed_fused_adam"
@@ -94,7 +94,7 @@ class OptimConfig(Section, key="model.optim"):
     """Weight decay; biases and norms have none."""
     betas: list[float] = bounded([0.9, 0.98], at_least=0, below=1)
     """Adam's two decay rates."""
-    eps: float = bounded(1e-8, above=0)
+    eps: float = positive(1e-8)
     """Adam's denominator offset."""
     sched: SchedConfig = field(default_factory=SchedConfig)
 

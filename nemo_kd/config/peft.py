@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 
 from nemo_kd.config.errors import ConfigError
-from nemo_kd.config.fields import Section, bounded, choice
+from nemo_kd.config.fields import Section, bounded, choice, count, positive
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 
 log = logging.getLogger(__name__)
@@ -26,9 +26,9 @@ class LoraConfig(Section, key=KEY):
     """Projections that get an adapter: attention_qkv, attention_dense, mlp_fc1, mlp_fc2, or the
     groups attention, mlp and all. Query, key and value share the input side of one adapter, gate
     and up projection that of another."""
-    adapter_dim: int = bounded(32, at_least=1)
+    adapter_dim: int = count(32)
     """Rank of the adapters."""
-    alpha: float | None = bounded(None, above=0)
+    alpha: float | None = positive(None)
     """Scale the output of an adapter by alpha / adapter_dim; None: by 1."""
     adapter_dropout: float = bounded(0.0, at_least=0, below=1)
     """Dropout on an adapter's input."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kd.config.fields import Section, bounded, choice, path
+from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
 
 
@@ -15,7 +14,7 @@ from nemo_kd.config.model import AUTO_PRECISION, PRECISIONS, ParallelConfig
 class TrainerConfig(Section, key="trainer"):
     """Machines, devices and precision of a command."""
 
-    num_nodes: int = bounded(1, at_least=1)
+    num_nodes: int = count(1)
     """Number of machines; each starts the command, as srun and torchrun do."""
     devices: int | str = 1
     """Processes per machine: one per GPU, or CPU processes if there is no GPU. auto or -1 uses all
@@ -24,7 +23,7 @@ class TrainerConfig(Section, key="trainer"):
     """auto (GPU if there is one), gpu or cpu."""
     precision: str = choice(AUTO_PRECISION, (AUTO_PRECISION, *PRECISIONS))
     """Dtype of weights and activations: bf16 or 32. auto uses bf16 on a GPU and 32 on a CPU."""
-    distributed_timeout_minutes: float = bounded(10.0, above=0, below=math.inf)
+    distributed_timeout_minutes: float = positive(10.0)
     """End the run with an error after this many minutes without progress on a rank."""
 
     def __post_init__(self) -> None:
@@ -60,7 +59,7 @@ class ModelConfig(ParallelConfig):
     max_seq_length: int | None = bounded(None, at_least=2)
     """Longest example in tokens; longer ones are dropped and counted. None: 4096, or the model's
     own maximum if that is smaller."""
-    make_vocab_size_divisible_by: int = bounded(128, at_least=1)
+    make_vocab_size_divisible_by: int = count(128)
     """Pad the embedding to a multiple of this and of the tensor-parallel size. Padding does not
     change results."""
     transformer_engine: str = choice("auto", ("auto", "on", "off"))
@@ -74,7 +73,7 @@ class RunConfig(Section, key="exp_manager"):
     explicit_log_dir: str | None = path(None)
     """Folder of the metrics file, which gets one JSON line per interval. None: the folder of the
     cache."""
-    log_interval_s: float = bounded(10.0, above=0)
+    log_interval_s: float = positive(10.0)
     """Seconds between two lines of metrics."""
     create_wandb_logger: bool = False
     """Send the metrics to Weights & Biases."""

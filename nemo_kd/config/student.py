@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
-from nemo_kd.config.fields import Section, bounded, choice, path
+from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.peft import ExportConfig, PeftConfig
@@ -37,13 +37,13 @@ class LoopConfig(Section, key=LOOP):
     save_interval: int | float | None = None
     """Steps between checkpoints, or a fraction of an epoch. None: at every validation. Checkpoints
     after a validation are ranked by it; the others only keep the latest state."""
-    limit_train_batches: int | float = bounded(1.0, above=0)
+    limit_train_batches: int | float = positive(1.0)
     """Training steps per epoch: a number, or a fraction of all."""
     limit_val_batches: int | float = bounded(1.0, at_least=0)
     """Validation batches: a number, or a fraction of all; 0 turns validation off."""
     gradient_clip_val: float | None = bounded(1.0, at_least=0)
     """Largest global norm of the gradient; None or 0 does not clip."""
-    log_every_n_steps: int = bounded(1, at_least=1)
+    log_every_n_steps: int = count(1)
     """Steps between logged values."""
     non_finite: str = choice("stop", ("stop", "skip"))
     """On a step whose loss or gradient is not finite: stop ends the run and names the examples;
@@ -91,7 +91,7 @@ class StudentDataConfig(Section, key="model.data"):
     more. Without weights every row counts once per epoch."""
     n_chunks: Any = None
     """Chunks to read: a number, or one per split. None: all."""
-    top_k: int | None = bounded(None, at_least=1)
+    top_k: int | None = count(None)
     """Use this many of the largest teacher logits per position; None: all in the cache."""
     shuffle: bool | str = True
     """True: shuffle the training data every epoch; the same seed gives the same order. chunks:
@@ -103,7 +103,7 @@ class StudentDataConfig(Section, key="model.data"):
     allow_other_template: bool = False
     """Accept a cache whose conversations were rendered with another chat template than the
     student's."""
-    max_tokens_per_batch: int | None = bounded(None, at_least=1)
+    max_tokens_per_batch: int | None = count(None)
     """Largest number of tokens in a micro-batch on one rank, padding included; a longer example
     runs alone. The examples of a global batch are then distributed over micro-batches and
     data-parallel ranks by length, and model.micro_batch_size has no effect. With context
@@ -192,12 +192,12 @@ def _is_weight(value: Any) -> bool:
 class StudentModelConfig(ModelConfig):
     """`model` of stage 2."""
 
-    micro_batch_size: int = bounded(1, at_least=1)
+    micro_batch_size: int = count(1)
     """Examples per forward pass of one data-parallel rank, unless model.data.max_tokens_per_batch
     is given."""
-    global_batch_size: int = bounded(64, at_least=1)
+    global_batch_size: int = count(64)
     """Examples per optimizer step over all data-parallel ranks."""
-    virtual_pipeline_model_parallel_size: int | None = bounded(None, at_least=1)
+    virtual_pipeline_model_parallel_size: int | None = count(None)
     """Parts of every pipeline stage. More than one interleaves the stages: they wait less and
     exchange more. None: 1."""
     activations_checkpoint_granularity: str | None = choice(None, ("full", "selective"))
@@ -206,7 +206,7 @@ class StudentModelConfig(ModelConfig):
     activations_checkpoint_method: str | None = choice(None, ("uniform", "block"))
     """full: uniform (groups of layers) or block (the first layers of every pipeline stage, or of
     every part of an interleaved one). None: uniform."""
-    activations_checkpoint_num_layers: int | None = bounded(None, at_least=1)
+    activations_checkpoint_num_layers: int | None = count(None)
     """full: layers of a group (uniform) or recomputed layers of a stage (block). None: 1."""
     peft: PeftConfig = field(default_factory=PeftConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
 from nemo_kd.config.data import DataConfig
-from nemo_kd.config.fields import Section, bounded, path
+from nemo_kd.config.fields import Section, bounded, count, path
 from nemo_kd.config.shared import (
     ModelConfig,
     PretrainedCheckpoint,
@@ -25,7 +25,7 @@ DEFAULT_MAX_TOKENS_PER_BATCH = 8192
 class TeacherModelConfig(ModelConfig):
     """`model` of stage 1."""
 
-    micro_batch_size: int | None = bounded(None, at_least=1)
+    micro_batch_size: int | None = count(None)
     """Largest number of examples per forward pass; None: as many as data.max_tokens_per_batch
     allows."""
 
@@ -34,7 +34,7 @@ class TeacherModelConfig(ModelConfig):
 class TeacherDataConfig(DataConfig):
     """`data` of stage 1."""
 
-    max_tokens_per_batch: int | None = bounded(None, at_least=1)
+    max_tokens_per_batch: int | None = count(None)
     """Largest number of tokens per forward pass of one replica of the teacher, padding included; a
     longer example runs alone. None: 8192, or no limit if model.micro_batch_size is given."""
     packing: bool = True
@@ -58,7 +58,7 @@ class ComputeTopkLogitsConfig(Section):
     output_path: str = path()
     """File of the cache, or a template: CHUNK_ID becomes 0, 1, 2 ..., and SPLIT the split's name if
     data.data.file_path names several."""
-    n_examples_per_chunk: int | None = bounded(None, at_least=1)
+    n_examples_per_chunk: int | None = count(None)
     """Records per chunk; needs CHUNK_ID in output_path. None: one chunk."""
     top_k: int = bounded(128, at_least=1, at_most=MAX_TOP_K)
     """Largest number of teacher logits kept per position; `cache` keeps fewer if the teacher is
