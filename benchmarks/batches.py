@@ -42,7 +42,7 @@ def write_cache(folder: Path, length: int) -> Path:
     from nemo_kd.batch import CachedExample, Example, TeacherRows
     from nemo_kd.cache.layout import CacheLayout
     from nemo_kd.cache.manifest import Manifest, codec_settings
-    from nemo_kd.cache.segment import SegmentWriter
+    from nemo_kd.cache.segment import publish_segment
     from nemo_kd.cache.writer import CacheWriter
     from nemo_kd.config.cache import CacheConfig
 
@@ -66,7 +66,7 @@ def write_cache(folder: Path, length: int) -> Path:
         segment_examples=NUM_EXAMPLES,
     )
     writer = CacheWriter(layout, manifest, [range(NUM_EXAMPLES)])
-    sink = SegmentWriter(layout, manifest, (0, range(NUM_EXAMPLES)), {})
+    rows = []
     for index in range(NUM_EXAMPLES):
         random = np.random.default_rng(index)
         positions_P = np.arange(length // 2, length)
@@ -89,10 +89,10 @@ def write_cache(folder: Path, length: int) -> Path:
         )
         tokens_S = random.integers(VOCAB_SIZE, size=length + 1)
         mask_S = (np.arange(length) >= length // 2).astype(np.float32)
-        sink.write(
+        rows.append(
             CachedExample(Example(index, tokens_S[:-1], tokens_S[1:], mask_S), teacher)
         )
-    sink.publish()
+    publish_segment(layout, manifest, (0, range(NUM_EXAMPLES)), rows, {})
     writer.assemble_complete()
     writer.close()
     layout.manifest_path.unlink()  # it names a tokenizer that the student does not have

@@ -33,7 +33,7 @@ from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import keep
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
@@ -353,11 +353,11 @@ def write_cache(
     )  # fmt: skip
     writer = CacheWriter(layout, manifest, [indices])
     inputs = reduced(setting, rows, None)
-    sink = SegmentWriter(layout, manifest, (0, indices), {})
+    numbered = []
     for index in indices:
         row = inputs[index % len(inputs)]
-        sink.write(replace(row, example=replace(row.example, index=index)))
-    sink.publish()
+        numbered.append(replace(row, example=replace(row.example, index=index)))
+    publish_segment(layout, manifest, (0, indices), numbered, {})
     writer.assemble_complete()
     writer.close()
     return path

@@ -16,7 +16,7 @@ from nemo_kd.cache.index import ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
@@ -98,10 +98,8 @@ def write(folder: Path, name: str = "train_CHUNK_ID.jsonl", **changes: Any) -> P
 
 def write_segment(layout: CacheLayout, description: Manifest, segment: Any) -> None:
     """Publishes a segment of rows."""
-    sink = SegmentWriter(layout, description, segment, COMPUTED_WITH)
-    for index in segment[1]:
-        sink.write(row(index, 3 + index % 4))
-    sink.publish()
+    rows = [row(index, 3 + index % 4) for index in segment[1]]
+    publish_segment(layout, description, segment, rows, COMPUTED_WITH)
 
 
 def everywhere(row: CachedExample) -> CachedExample:
@@ -126,6 +124,14 @@ def same(a: CachedExample, b: CachedExample) -> bool:
         for part, names in (("example", ("tokens_S", "labels_S", "loss_mask_S")), ("teacher", ("positions_P", "topk_logits_PK", "topk_token_ids_PK", "log_sum_exp_logits_P")))
         for name in names
     )  # fmt: skip
+
+
+def same_places(a: ChunkIndex, b: ChunkIndex) -> bool:
+    """Whether two indexes describe the same lines of the same file."""
+    a, b = (
+        replace(one, facts=one.facts._replace(mtime_ns=0), summary=None) for one in (a, b)
+    )
+    return a.to_bytes() == b.to_bytes()
 
 
 def summaries(path: Path | str) -> dict[int, ChunkSummary]:
@@ -164,6 +170,6 @@ def as_format_2(path: Path, journaled: int = 0) -> None:
     ]
     if journaled:
         lines = (json.dumps(entry).encode() for entry in entries)
-        layout.journal_path.write_bytes(
+        layout.manifest_path.with_suffix(".json.journal").write_bytes(
             b"".join(b"%08x %s\n" % (zlib.crc32(x), x) for x in lines)
         )

@@ -63,7 +63,7 @@ class CacheBlend:
             "fingerprint": self.fingerprint(),
             "caches": [
                 {
-                    "manifest": manifest.hash(),
+                    "manifest": manifest.digest,
                     "teacher": manifest.teacher,
                     "dataset": manifest.dataset.get("fingerprint"),
                     "tokenizer": manifest.tokenizer,

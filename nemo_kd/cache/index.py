@@ -7,7 +7,6 @@ without a summary, which is only a shortcut. docs/cache_format.md specifies the 
 from __future__ import annotations
 
 import dataclasses
-import math
 import struct
 import zlib
 from dataclasses import dataclass, field
@@ -25,9 +24,18 @@ OLDER_MAGIC = b"NKDIDX02"
 _HEADER = struct.Struct("<8s32s8q")
 _CRC_BYTES = 4
 BYTES_PER_LINE = 16
-LARGEST_NUMBER = 1 << 60
 IN_HEADER = ("examples", "bytes", "sha256")
 """Fields of a summary that the header of an index holds."""
+SUMMED = (
+    "examples",
+    "tokens",
+    "loss_tokens",
+    "bytes",
+    "kept_tokens",
+    "kept_mass_sum",
+    "label_in_topk",
+)
+"""Counts of a summary."""
 
 
 @dataclass
@@ -59,41 +67,15 @@ class ChunkSummary:
         """Return the summary in a JSON object; fields of a later version are ignored.
 
         Raises:
-            ValueError, TypeError, AttributeError: a field is missing or of another type.
+            TypeError, AttributeError: it is not an object, or a field is missing.
         """
         names = {one.name for one in dataclasses.fields(cls)}
-        summary = cls(**{name: value for name, value in payload.items() if name in names})
-        counts = {
-            one.name: getattr(summary, one.name)
-            for one in dataclasses.fields(cls)
-            if one.type == "int"
-        }
-        counts |= {
-            f"skipped.{reason}": count for reason, count in summary.skipped.items()
-        }
-        for name, value in counts.items():
-            if type(value) is not int or not 0 <= value < LARGEST_NUMBER:
-                raise ValueError(
-                    f"{name}: found {value!r}, expected a number of at least 0"
-                )
-        if not isinstance(summary.sha256, str) or not isinstance(
-            summary.computed_with, list
-        ):
-            raise TypeError("sha256 or computed_with is of another type")
-        if not math.isfinite(float(summary.kept_mass_sum)):
-            raise ValueError("kept_mass_sum is not finite")
-        return summary
+        return cls(**{name: value for name, value in payload.items() if name in names})
 
     def add(self, other: ChunkSummary) -> None:
         """Add the counts of a segment that follows."""
-        for one in dataclasses.fields(self):
-            if one.type in ("int", "float") and one.name not in (
-                "first_index",
-                "last_index",
-            ):
-                setattr(
-                    self, one.name, getattr(self, one.name) + getattr(other, one.name)
-                )
+        for name in SUMMED:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for reason, count in other.skipped.items():
             self.skip(reason, count)
         self.computed_with += [
@@ -101,21 +83,6 @@ class ChunkSummary:
             for settings in other.computed_with
             if settings not in self.computed_with
         ]
-
-    def add_row(self, row: CachedExample, num_bytes: int) -> None:
-        """Add a row that takes `num_bytes` in the file."""
-        example = row.example
-        targets = row.loss_rows()
-        ids_PK = targets.topk_token_ids_PK
-        labels_P = example.labels_S[targets.positions_P]
-        tail_P = targets.tail_mass_PT[:, 0].astype(np.float64)
-        self.examples += 1
-        self.tokens += example.num_tokens
-        self.loss_tokens += example.num_loss_tokens
-        self.bytes += num_bytes
-        self.kept_tokens += int((ids_PK >= 0).sum())
-        self.kept_mass_sum += float((1 - tail_P).sum())
-        self.label_in_topk += int((ids_PK == labels_P[:, None]).any(axis=1).sum())
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count records that make no row."""
@@ -163,21 +130,9 @@ class ChunkIndex:
     num_positions: np.ndarray
     summary: ChunkSummary | None = None
 
-    def __len__(self) -> int:
-        return self.facts.num_lines
-
     @property
     def checksum(self) -> str:
         return f"sha256:{self.sha256.hex()}"
-
-    def has_places_of(self, other: ChunkIndex) -> bool:
-        """Return True if both describe the same lines of the same file."""
-        return (
-            self.sha256 == other.sha256
-            and self.facts == other.facts._replace(mtime_ns=self.facts.mtime_ns)
-            and np.array_equal(self.starts, other.starts)
-            and np.array_equal(self.num_positions, other.num_positions)
-        )
 
     def to_bytes(self) -> bytes:
         """Encode the index as a file."""
@@ -193,54 +148,32 @@ class ChunkIndex:
     @classmethod
     def parse(cls, raw: bytes) -> ChunkIndex | None:
         """Return the index in a file's content; None if it is damaged or something else."""
-        if len(raw) < _HEADER.size + _CRC_BYTES:
+        content = raw[:-_CRC_BYTES]
+        if raw[: len(MAGIC)] not in (MAGIC, OLDER_MAGIC) or zlib.crc32(
+            content
+        ) != int.from_bytes(raw[-_CRC_BYTES:], "little"):
             return None
-        magic, sha256, *numbers = _HEADER.unpack_from(raw)
+        _, sha256, *numbers = _HEADER.unpack_from(content)
         facts = ChunkFacts(*numbers)
-        num_places = 2 * facts.num_lines + 1
-        end = _HEADER.size + 8 * num_places
-        if magic not in (MAGIC, OLDER_MAGIC) or facts.num_lines < 0:
-            return None
-        if end + _CRC_BYTES > len(raw) or (
-            magic == OLDER_MAGIC and end + _CRC_BYTES < len(raw)
-        ):
-            return None
-        if zlib.crc32(memoryview(raw)[:-_CRC_BYTES]) != int.from_bytes(
-            raw[-_CRC_BYTES:], "little"
-        ):
-            return None
-        places = np.frombuffer(raw[_HEADER.size : end], dtype="<i8")
-        starts = places[: facts.num_lines + 1]
-        num_positions = places[facts.num_lines + 1 :]
-        # A valid checksum does not exclude places outside the file: reading them could take any
-        # amount of memory.
-        if (
-            starts[0] != 0
-            or starts[-1] != facts.bytes
-            or (starts[1:] <= starts[:-1]).any()
-        ):
-            return None
-        if facts.num_lines and (
-            num_positions.min() < 1 or num_positions.max() != facts.max_positions
-        ):
-            return None
-        summary = None
-        if end + _CRC_BYTES < len(raw):
-            header = {
-                "examples": facts.num_lines,
-                "bytes": facts.bytes,
-                "sha256": f"sha256:{sha256.hex()}",
-            }
-            try:
-                summary = ChunkSummary.parse(orjson.loads(raw[end:-_CRC_BYTES]) | header)
-            except (ValueError, TypeError, AttributeError):
-                return None
-        return cls(facts, sha256, starts, num_positions, summary)
+        end = _HEADER.size + 8 * (2 * facts.num_lines + 1)
+        places = np.frombuffer(content[_HEADER.size : end], dtype="<i8")
+        index = cls(
+            facts, sha256, places[: facts.num_lines + 1], places[facts.num_lines + 1 :]
+        )
+        if end == len(content):
+            return index
+        in_header = {
+            "examples": facts.num_lines,
+            "bytes": facts.bytes,
+            "sha256": index.checksum,
+        }
+        summary = ChunkSummary.parse(orjson.loads(content[end:]) | in_header)
+        return dataclasses.replace(index, summary=summary)
 
 
 @dataclass
 class LineFacts:
-    """Facts for an index, gathered line by line."""
+    """Facts for an index, gathered line by line; a part of the header of a segment."""
 
     line_bytes: list[int] = field(default_factory=list)
     num_positions: list[int] = field(default_factory=list)
@@ -248,34 +181,6 @@ class LineFacts:
     max_topk_id: int = -1
     ks: list[int] = field(default_factory=list)
     """Smallest and largest K of the lines so far; empty before the first."""
-
-    def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
-        """Add a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or
-        all) are stored.
-        """
-        example = row.example
-        stored = row.loss_rows() if positions == "loss" else row.teacher
-        ids_PK = stored.topk_token_ids_PK
-        samples_PM = stored.tail_token_ids_PM
-        k = int((ids_PK >= 0).sum(axis=1).max(initial=0))
-        self.line_bytes.append(num_bytes)
-        self.num_positions.append(example.num_tokens)
-        self.max_token_id = max(
-            self.max_token_id, int(example.tokens_S.max()), int(example.labels_S.max())
-        )
-        self.max_topk_id = max(self.max_topk_id, int(ids_PK.max(initial=-1)))
-        if samples_PM is not None:
-            self.max_topk_id = max(self.max_topk_id, int(samples_PM.max(initial=-1)))
-        self.ks = [min([*self.ks, k]), max([*self.ks, k])]
-
-    def extend(self, other: LineFacts) -> None:
-        """Add the lines of a segment that follows."""
-        self.line_bytes += other.line_bytes
-        self.num_positions += other.num_positions
-        self.max_token_id = max(self.max_token_id, other.max_token_id)
-        self.max_topk_id = max(self.max_topk_id, other.max_topk_id)
-        ks = self.ks + other.ks
-        self.ks = [min(ks), max(ks)] if ks else []
 
 
 @dataclass
@@ -286,14 +191,50 @@ class ChunkBuilder:
     facts: LineFacts = field(default_factory=LineFacts)
 
     def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
-        """Add a row; see `LineFacts.add`."""
-        self.summary.add_row(row, num_bytes)
-        self.facts.add(row, num_bytes, positions)
+        """Add a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or
+        all) are stored.
+        """
+        example = row.example
+        targets = row.loss_rows()
+        stored = targets if positions == "loss" else row.teacher
+        ids_PK = targets.topk_token_ids_PK
+        labels_P = example.labels_S[targets.positions_P]
+        k = int((stored.topk_token_ids_PK >= 0).sum(axis=1).max(initial=0))
+        of_teacher = [stored.topk_token_ids_PK]
+        if stored.tail_token_ids_PM is not None:
+            of_teacher.append(stored.tail_token_ids_PM)
+        summary = ChunkSummary(
+            example.index,
+            example.index,
+            examples=1,
+            tokens=example.num_tokens,
+            loss_tokens=example.num_loss_tokens,
+            bytes=num_bytes,
+            kept_tokens=int((ids_PK >= 0).sum()),
+            kept_mass_sum=float(
+                (1 - targets.tail_mass_PT[:, 0].astype(np.float64)).sum()
+            ),
+            label_in_topk=int((ids_PK == labels_P[:, None]).any(axis=1).sum()),
+        )
+        facts = LineFacts(
+            [num_bytes],
+            [example.num_tokens],
+            max(int(example.tokens_S.max()), int(example.labels_S.max())),
+            max(int(ids.max(initial=-1)) for ids in of_teacher),
+            [k, k],
+        )
+        self.extend(ChunkBuilder(summary, facts))
 
     def extend(self, other: ChunkBuilder) -> None:
         """Add a segment that follows."""
         self.summary.add(other.summary)
-        self.facts.extend(other.facts)
+        facts = self.facts
+        facts.line_bytes += other.facts.line_bytes
+        facts.num_positions += other.facts.num_positions
+        facts.max_token_id = max(facts.max_token_id, other.facts.max_token_id)
+        facts.max_topk_id = max(facts.max_topk_id, other.facts.max_topk_id)
+        ks = facts.ks + other.facts.ks
+        facts.ks = [min(ks), max(ks)] if ks else []
 
     def index(self, sha256: bytes, mtime_ns: int | None = None) -> ChunkIndex:
         """Return the index of all rows; with `mtime_ns` the shortcut without a summary."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from nemo_kd.config import UserInputError
@@ -12,7 +13,7 @@ CHUNK_ID = "CHUNK_ID"
 SUFFIXES = (".jsonl.zst", ".jsonl", ".json")
 SEGMENTS = ".segments"
 INDEX = ".idx"
-SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d{1,18}%?)?:(?P<end>-?\d{1,18}%?)?\]")
+SUBSET = re.compile(r"(?P<path>.+)\[(?P<start>-?\d+%?)?:(?P<end>-?\d+%?)?\]")
 """Matches a path with a selection of rows behind it."""
 
 
@@ -77,67 +78,23 @@ class CacheLayout:
         return set(os.listdir(folder)) if folder.is_dir() else set()
 
     @property
+    def suffix(self) -> str:
+        """The one of SUFFIXES that the name ends in; empty without one."""
+        return next((suffix for suffix in SUFFIXES if self._name.endswith(suffix)), "")
+
+    @property
     def manifest_name(self) -> str:
         """`train_CHUNK_ID.jsonl` -> `train_manifest.json`, `train_0.jsonl` ->
         `train_0.manifest.json`.
         """
-        stem = self._name
-        for suffix in SUFFIXES:
-            if stem.endswith(suffix) and stem != suffix:
-                stem = stem.removesuffix(suffix)
-                break
+        stem = self._name.removesuffix(self.suffix)
         return (
             stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest"
         ) + ".json"
 
-    def siblings(self) -> list[CacheLayout]:
-        """Return the layouts that have this manifest but another suffix, for example
-        train_CHUNK_ID.jsonl.zst for train_CHUNK_ID.jsonl.
-        """
-        suffix = next(
-            (
-                suffix
-                for suffix in SUFFIXES
-                if self._name.endswith(suffix) and self._name != suffix
-            ),
-            "",
-        )
-        stem = self.output_path.removesuffix(suffix)
-        paths = [
-            stem + other
-            for other in SUFFIXES
-            if other != suffix and not os.path.isdir(stem + other)
-        ]
-        return [
-            one
-            for one in map(CacheLayout, paths)
-            if one.manifest_name == self.manifest_name
-        ]
-
-    def templates(self) -> list[tuple[CacheLayout, int]]:
-        """Return the templates that this file may be a chunk of, with its number there: one for
-        each number in the name.
-        """
-        if self.is_template:
-            return []
-        numbers = re.finditer(r"(?<![0-9])(0|[1-9][0-9]{0,17})(?![0-9])", self._name)
-        names = [
-            (self._name[: one.start()] + CHUNK_ID + self._name[one.end() :], int(one[0]))
-            for one in numbers
-        ]
-        return [
-            (CacheLayout(os.path.join(self.folder, name)), number)
-            for name, number in reversed(names)
-        ]
-
     @property
     def manifest_path(self) -> Path:
         return self.folder / self.manifest_name
-
-    @property
-    def journal_path(self) -> Path:
-        """Journal of a format 2 manifest."""
-        return self.folder / f"{self.manifest_name}.journal"
 
     @property
     def lock_path(self) -> Path:
@@ -148,61 +105,41 @@ class CacheLayout:
         """Locked by the job that writes a part."""
         return self.folder / f".{self.manifest_name}.part-{number}.lock"
 
-    def part_lock_paths(self) -> list[tuple[int, Path]]:
-        """Return (number, path) of the locks of parts on disk."""
-        pattern = re.compile(
-            re.escape(f".{self.manifest_name}.part-") + r"(\d{1,18})\.lock"
-        )
-        matches = (pattern.fullmatch(name) for name in os.listdir(self.folder))
-        return sorted(
-            (int(match[1]), self.folder / match[0]) for match in matches if match
-        )
-
     @property
     def start_lock_path(self) -> Path:
         """Locked while a job starts; this serializes jobs that start together."""
         return self.folder / f".{self.manifest_name}.start.lock"
 
-    def chunk_ids(self, names: list[str]) -> list[int]:
+    def chunk_ids(self, names: Iterable[str]) -> list[int]:
         """Return the chunks among the names of files in the folder, ascending."""
         if not self.is_template:
             return [0] if self._name in names else []
         before, after = self._name.split(CHUNK_ID, 1)
         pattern = re.compile(
             re.escape(before)
-            + "(0|[1-9][0-9]{0,17})"
+            + "(0|[1-9][0-9]*)"
             + re.escape(after).replace(CHUNK_ID, r"\1")
         )
         matches = (pattern.fullmatch(name) for name in names)
         return sorted(int(match[1]) for match in matches if match)
 
-    def existing_chunks(self) -> list[int]:
-        """Return the chunks whose data files are on disk, ascending."""
-        if not self.folder.is_dir():
-            return []
+    def existing_chunks(self, prefix: str = "", suffix: str = "") -> list[int]:
+        """Return the chunks whose data files are in the folder, ascending.
+
+        With `prefix` and `suffix` those that have something of this name beside them.
+        """
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
         return self.chunk_ids(
             [
-                name
-                for name in os.listdir(self.folder)
-                if os.path.isfile(self.folder / name)
+                name.removeprefix(prefix).removesuffix(suffix)
+                for name in names
+                if name.startswith(prefix) and name.endswith(suffix)
             ]
-        )
-
-    def existing_indexes(self) -> list[int]:
-        """Return the chunks that have an index on disk, ascending."""
-        names = os.listdir(self.folder)
-        return self.chunk_ids(
-            [name[: -len(INDEX)] for name in names if name.endswith(INDEX)]
         )
 
     def chunks_in_work(self) -> list[int]:
         """Return the chunks that have a folder of segments, ascending."""
-        names = [
-            name
-            for name in os.listdir(self.folder)
-            if name.startswith(".") and name.endswith(SEGMENTS)
-        ]
-        return self.chunk_ids([name[1:].removesuffix(SEGMENTS) for name in names])
+        return self.existing_chunks(".", SEGMENTS)
 
 
 def index_name(chunk_name: str) -> str:

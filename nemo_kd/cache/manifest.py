@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,13 @@ from typing import Any
 import orjson
 
 from nemo_kd.cache import format2
-from nemo_kd.cache.index import LARGEST_NUMBER, ChunkIndex, ChunkSummary
+from nemo_kd.cache.index import ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.storage import LocalStorage, Storage
 from nemo_kd.config.cache import CODECS, CacheConfig
-from nemo_kd.files import read_file, write_atomically
+from nemo_kd.files import write_atomically
 
 FORMAT_VERSION = 3
-DEEPEST = 32
 IN_MEMORY = ("chunks", "digest", "format_version")
 """Fields that `save` does not take from the object."""
 OPTIONAL_IDENTITY = ("teacher.tensors", "tokenizer_parts")
@@ -60,65 +62,59 @@ class Manifest:
     the file.
     """
     format_version: int = field(default=FORMAT_VERSION, init=False)
-    """Of the file that was read; `save` writes FORMAT_VERSION."""
+    """Of the file; `save` writes FORMAT_VERSION."""
     digest: str = field(default="", init=False)
-    """SHA-256 of the file that was read."""
+    """SHA-256 of the file."""
 
     @classmethod
     def load(cls, path: Path) -> Manifest:
+        """Read the manifest of a cache on a disk; see `read`."""
+        return cls.read(LocalStorage(str(path.parent)), path.name)
+
+    @classmethod
+    def read(cls, storage: Storage, name: str) -> Manifest:
         """Read a manifest; only one of format 2 lists its chunks.
 
         Raises:
             CacheError: it is not a manifest, or of a format this version does not read.
         """
-        try:
-            # The journal first: chunks that another process moves from it into the manifest are in
-            # one of them.
-            journal_path = path.with_name(path.name + format2.JOURNAL_SUFFIX)
-            journal = read_file(journal_path) if journal_path.exists() else b""
-            return cls.parse(read_file(path), str(path), journal)
-        except OSError as error:
-            raise CacheError(
-                f"{path}: the manifest cannot be read ({error.strerror})"
-            ) from error
+        content = storage.read(name)
+        manifest = cls.parse(content, f"{storage.folder}/{name}")
+        if manifest.format_version == format2.VERSION:
+            with contextlib.suppress(FileNotFoundError):
+                journal = storage.read(name + format2.JOURNAL_SUFFIX)
+                manifest.chunks |= format2.journaled_chunks(journal, content)
+        return manifest
 
     @classmethod
-    def parse(cls, content: bytes, path: str, journal: bytes = b"") -> Manifest:
+    def parse(cls, content: bytes, path: str) -> Manifest:
         """Return the manifest in the content of a file that messages call `path`.
 
-        Args:
-            journal: content of a format 2 manifest's journal, read before the manifest.
-
         Raises:
-            CacheError: see `load`.
+            CacheError: see `read`.
         """
         try:
             payload = orjson.loads(content)
-            _check_depth(payload)
             version = payload["format_version"]
-            if version not in (format2.VERSION, FORMAT_VERSION):
-                raise CacheError(
-                    f"{path}: format_version {version} is not read by this version of nemo_kd (it "
-                    f"reads {format2.VERSION} and {FORMAT_VERSION}); use the version that wrote "
-                    "the cache, or write the cache again"
-                )
-            chunks: dict[int, ChunkSummary] = {}
-            if version == format2.VERSION:
-                chunks = format2.listed_chunks(payload, content, journal, path)
             # A later version may add fields without changing what these mean.
             known = {
                 one.name: payload[one.name]
                 for one in dataclasses.fields(cls)
                 if one.name in payload and one.init
             }
-            manifest = cls(**(known | {"chunks": chunks}))
+            if version not in (format2.VERSION, FORMAT_VERSION):
+                raise ValueError(
+                    f"format_version {version} is not read by this version of nemo_kd"
+                )
+            if version == format2.VERSION:
+                known["chunks"] = format2.listed_chunks(payload["chunks"])
+            manifest = cls(**known)
             manifest.format_version = version
-            manifest.digest = f"sha256:{hashlib.sha256(content).hexdigest()}"
-            _check_types(manifest, path)
+            manifest.digest = _sha256(content)
+            if manifest.codec["name"] not in CODECS or manifest.num_chunks < 1:
+                raise ValueError("codec.name or the number of chunks is not valid")
             return manifest
-        except CacheError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it "
                 "away: the chunks can be read without it, but their teacher and tokenizer are then "
@@ -127,41 +123,23 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Write the manifest, whole or not at all."""
-        write_atomically(path, self._json())
-
-    def identity(self) -> dict[str, Any]:
-        """Return all that must agree before a cache is continued, by flat keys: `teacher.weights`
-        and so on.
-        """
-        payload = self._payload()
-        payload.pop("tokenizer_tokens", None)
-        payload.pop("config", None)
-        # The fingerprint identifies the dataset wherever it lies.
-        payload["dataset"].pop("path", None)
-        return dict(_flat(payload))
+        content = orjson.dumps(
+            self._payload() | {"format_version": FORMAT_VERSION},
+            option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE,
+        )
+        write_atomically(path, content)
+        self.format_version = FORMAT_VERSION
+        self.digest = _sha256(content)
 
     def differences(self, other: Manifest) -> list[str]:
         """Return every field of the identity that differs, with both values."""
-        ours = self.identity()
-        theirs = other.identity()
-        # Manifests of older versions lack these.
-        for optional in OPTIONAL_IDENTITY:
-            if not (_has(ours, optional) and _has(theirs, optional)):
-                ours = {
-                    key: value
-                    for key, value in ours.items()
-                    if not key.startswith(optional)
-                }
-                theirs = {
-                    key: value
-                    for key, value in theirs.items()
-                    if not key.startswith(optional)
-                }
-        return [
-            f"{key}: {ours.get(key)!r} in the cache, {theirs.get(key)!r} now"
-            for key in sorted(ours.keys() | theirs.keys())
-            if ours.get(key) != theirs.get(key)
-        ]
+        return list(_differences(self._identity(), other._identity()))
+
+    def _identity(self) -> dict[str, Any]:
+        """Return all that must agree before a cache is continued."""
+        identity = self._payload() | {"tokenizer_tokens": None, "config": None}
+        # The fingerprint identifies the dataset wherever it lies.
+        return identity | {"dataset": identity["dataset"] | {"path": None}}
 
     def summary_of(self, chunk: int, index: ChunkIndex | None) -> ChunkSummary | None:
         """Return the summary of a complete chunk, else None."""
@@ -188,23 +166,12 @@ class Manifest:
             else 1
         )
 
-    def hash(self) -> str:
-        """Return the SHA-256 of the manifest's file."""
-        return self.digest or f"sha256:{hashlib.sha256(self._json()).hexdigest()}"
-
     def _payload(self) -> dict[str, Any]:
-        # Copies of all chunks would take long.
-        payload = dataclasses.asdict(dataclasses.replace(self, chunks={}))
-        if self.config is None:  # of another program's files
-            del payload["config"]
-        return {name: value for name, value in payload.items() if name not in IN_MEMORY}
-
-    def _json(self) -> bytes:
-        payload = self._payload() | {"format_version": FORMAT_VERSION}
-        return (
-            orjson.dumps(payload, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS)
-            + b"\n"
-        )
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if name not in IN_MEMORY and (name, value) != ("config", None)
+        }
 
 
 def codec_settings(cache: CacheConfig) -> dict[str, Any]:
@@ -225,57 +192,18 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     return settings
 
 
-def _check_types(manifest: Manifest, path: str) -> None:
-    """Refuse values of another type, as after an edit by hand."""
-    for name in ("codec", "teacher", "dataset"):
-        if not isinstance(getattr(manifest, name), dict):
-            raise TypeError(f"{name} is not an object")
-    if manifest.codec["name"] not in CODECS:
-        raise CacheError(
-            f"{path}: codec.name: found {manifest.codec['name']!r}, expected one of "
-            f"{', '.join(CODECS)}"
-        )
-    numbers: dict[str, Any] = {
-        name: getattr(manifest, name)
-        for name in ("top_k", "vocab_size", "segment_examples")
-    }
-    for name in ("start_from_idx", "end_at_idx"):
-        numbers[f"dataset.{name}"] = manifest.dataset[name]
-    for name in ("n_examples_per_chunk", "merged_chunks"):
-        if getattr(manifest, name) is not None:
-            numbers[name] = getattr(manifest, name)
-    for name, value in numbers.items():
-        if type(value) is not int or not 0 <= value < LARGEST_NUMBER:
-            raise CacheError(
-                f"{path}: {name}: found {value!r}, expected a number of at least 0; the manifest "
-                "was edited or damaged: restore it"
-            )
+def _sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"
 
 
-def _check_depth(payload: Any) -> None:
-    """Refuse nesting that recursive code, here and in the standard library, does not survive."""
-    level = [payload]
-    for _ in range(DEEPEST):
-        inner = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [
-            one for values in inner for one in values if isinstance(one, dict | list)
-        ]
-        if not level:
-            return
-    raise ValueError(f"objects or lists are nested more than {DEEPEST} deep")
-
-
-def _has(identity: dict[str, Any], prefix: str) -> bool:
-    return any(
-        key.startswith(prefix) and value is not None for key, value in identity.items()
-    )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    items: list[tuple[str, Any]] = []
-    for key, inner in value.items():
-        if isinstance(inner, dict):
-            items += _flat(inner, f"{prefix}{key}.")
-        else:
-            items.append((f"{prefix}{key}", inner))
-    return items
+def _differences(
+    ours: dict[str, Any], theirs: dict[str, Any], prefix: str = ""
+) -> Iterator[str]:
+    for key in sorted(ours.keys() | theirs.keys()):
+        name = prefix + key
+        mine = ours.get(key)
+        other = theirs.get(key)
+        if isinstance(mine, dict) and isinstance(other, dict):
+            yield from _differences(mine, other, f"{name}.")
+        elif mine != other and not (name in OPTIONAL_IDENTITY and None in (mine, other)):
+            yield f"{name}: {mine!r} in the cache, {other!r} now"

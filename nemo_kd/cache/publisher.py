@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import logging
 import multiprocessing
 import os
 import time
@@ -18,18 +17,23 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
-from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.segment import Segment, SegmentWriter
+from nemo_kd.cache.segment import Record, Segment, publish_segment
 from nemo_kd.run.interruption import follow_the_main_process
 
-log = logging.getLogger(__name__)
 
-
-Record = CachedExample | str
-"""A row, or the reason why a record makes none."""
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise CacheError(
+            "the process that publishes segments was killed, mostly because memory ran out: give "
+            "the job more, then run the same command again; what is published stays and is not "
+            "computed again"
+        ) from error
 
 
 class SegmentPublisher:
@@ -68,6 +72,7 @@ class SegmentPublisher:
         )
         self._pool.submit(os.getpid).result()  # forks now
 
+    @_explained()
     def publish(
         self, segment: Segment, records: Sequence[Record], **changed: Any
     ) -> None:
@@ -84,13 +89,13 @@ class SegmentPublisher:
         self._collect(self._max_waiting)
         self.waited_s += time.perf_counter() - started
         settings = self._computed_with | changed
-        with _explained():
-            self._pending.append(
-                self._pool.submit(
-                    _publish, self._layout, self._manifest, segment, records, settings
-                )
+        self._pending.append(
+            self._pool.submit(
+                publish_segment, self._layout, self._manifest, segment, records, settings
             )
+        )
 
+    @_explained()
     def close(self) -> None:
         """Wait until everything is on disk, and end the process.
 
@@ -108,52 +113,18 @@ class SegmentPublisher:
     ) -> None:
         if raised is None:
             self.close()
-            return
         self._pool.shutdown()
-        for error in [segment.exception() for segment in self._pending]:
-            if error not in (None, raised):
-                log.error("a segment was not published: %s", error)
 
     def _collect(self, most_pending: int) -> None:
         """Take finished segments off the list, and wait until at most `most_pending` are left."""
         while self._pending and (
             self._pending[0].done() or len(self._pending) > most_pending
         ):
-            with _explained():
-                self.done.append(self._pending[0].result())
+            self.done.append(self._pending[0].result())
             self._pending.popleft()
-
-
-@contextlib.contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise CacheError(
-            "the process that publishes segments was killed, mostly because memory ran out: give "
-            "the job more, then run the same command again; what is published stays and is not "
-            "computed again"
-        ) from error
 
 
 def _start() -> None:
     """Prepare the process."""
     follow_the_main_process(0)
     gc.freeze()  # garbage of the parent may own GPU memory, which this process must not free
-
-
-def _publish(
-    layout: CacheLayout,
-    manifest: Manifest,
-    segment: Segment,
-    records: Sequence[Record],
-    computed_with: dict[str, Any],
-) -> ChunkSummary:
-    sink = SegmentWriter(layout, manifest, segment, computed_with)
-    for record in records:
-        if isinstance(record, str):
-            sink.skip(record)
-        else:
-            sink.write(record)
-    sink.publish()
-    return sink.summary

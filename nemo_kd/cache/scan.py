@@ -32,6 +32,15 @@ def complete_chunk(path: Path) -> ChunkIndex | None:
     return index
 
 
+def describes(index: ChunkIndex, size: int, mtime_ns: int) -> bool:
+    """Return True if an index belongs to the file of this size and time; one with a summary needs
+    no time.
+    """
+    return index.facts.bytes == size and (
+        index.summary is not None or index.facts.mtime_ns == mtime_ns
+    )
+
+
 def scan_chunk(storage: Storage, name: str, mtime_ns: int | None = None) -> ChunkIndex:
     """Return the index of a chunk by decoding every line once.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,83 +27,57 @@ Segment = tuple[int, range]
 """(number of the chunk, record indices)."""
 
 
-class SegmentWriter:
-    """The rows of one segment in the order of their indices; `publish` makes them part of the
-    cache.
+Record = CachedExample | str
+"""A row, or the reason why a record makes none."""
+
+
+def publish_segment(
+    layout: CacheLayout,
+    manifest: Manifest,
+    segment: Segment,
+    records: Sequence[Record],
+    computed_with: dict[str, Any],
+) -> ChunkSummary:
+    """Make a segment part of the cache, whole or not at all, and return its counts.
 
     Args:
+        records: one for each of the segment's indices, in their order.
         computed_with: what rounding depends on, for the summary.
+
+    Raises:
+        CacheError: the records are not those of the segment; or the file system refuses.
     """
-
-    def __init__(
-        self,
-        layout: CacheLayout,
-        manifest: Manifest,
-        segment: Segment,
-        computed_with: dict[str, Any],
-    ) -> None:
-        chunk, self.indices = segment
-        self.path = segment_path(layout, chunk, self.indices)
-        self.codec = manifest.codec["name"]
-        self.positions = manifest.codec.get("positions", "all")
-        self.top_k = manifest.top_k
-        self._builder = ChunkBuilder(
-            ChunkSummary(self.indices[0], self.indices[-1], computed_with=[computed_with])
+    chunk, indices = segment
+    path = segment_path(layout, chunk, indices)
+    if len(records) != len(indices):
+        raise CacheError(
+            f"the segment of examples {indices[0]} to {indices[-1]} got {len(records)} of "
+            f"{len(indices)} records"
         )
-        self.summary = self._builder.summary
-        self._lines = lines_of(layout.chunk_name(chunk))
-        self._payload: list[bytes] = []
-        self._last_index = self.indices[0] - 1
-
-    def write(self, row: CachedExample) -> None:
-        """Append a row.
-
-        Raises:
-            CacheError: its index does not follow the last one's, or it holds more tokens per
-                position than the cache.
-        """
-        index = row.example.index
-        k = row.teacher.topk_logits_PK.shape[1]
-        if k > self.top_k:
+    codec = manifest.codec["name"]
+    positions = manifest.codec.get("positions", "all")
+    lines = lines_of(layout.chunk_name(chunk))
+    builder = ChunkBuilder(
+        ChunkSummary(indices[0], indices[-1], computed_with=[computed_with])
+    )
+    rows: list[bytes] = []
+    for index, record in zip(indices, records, strict=True):
+        if isinstance(record, str):
+            builder.summary.skip(record)
+            continue
+        if record.example.index != index:
             raise CacheError(
-                f"example {index} has {k} logits per position in a cache of top_k={self.top_k}"
+                f"example {record.example.index} came in the place of example {index}"
             )
-        if not self._last_index < index <= self.indices[-1]:
-            raise CacheError(
-                f"example {index} came after example {self._last_index} in the segment of "
-                f"{self.indices[0]} to {self.indices[-1]}"
-            )
-        self._last_index = index
-        raw = self._lines.write(encode(row, self.codec, self.positions))
-        self._payload.append(raw)
-        self._builder.add(trimmed(row), len(raw), self.positions)  # as a reader gets it
-
-    def skip(self, reason: str) -> None:
-        """Count a record that makes no row."""
-        self.summary.skip(reason)
-
-    def publish(self) -> None:
-        """Make the segment appear, whole.
-
-        Raises:
-            CacheError: records of its range are neither written nor skipped; or the file system
-                refuses.
-        """
-        found = self.summary.examples + sum(self.summary.skipped.values())
-        if found != len(self.indices):
-            raise CacheError(
-                f"the segment of examples {self.indices[0]} to {self.indices[-1]} got {found} of "
-                f"{len(self.indices)} records"
-            )
-        payload = b"".join(self._payload)
-        header = dataclasses.asdict(self._builder) | {
-            "sha256": hashlib.sha256(payload).hexdigest()
-        }
-        with explained(self.path.parent, PUBLISHED_STAYS):
-            self.path.parent.mkdir(exist_ok=True)
-        write_atomically(
-            self.path, [orjson.dumps(header), b"\n", payload], PUBLISHED_STAYS
-        )
+        raw = lines.write(encode(record, codec, positions))
+        builder.add(trimmed(record), len(raw), positions)  # as a reader gets it
+        rows.append(raw)
+    payload = b"".join(rows)
+    header = dataclasses.asdict(builder) | {"sha256": hashlib.sha256(payload).hexdigest()}
+    with explained(path.parent, PUBLISHED_STAYS):
+        path.parent.mkdir(exist_ok=True)
+    write_atomically(path, [orjson.dumps(header), b"\n", payload], PUBLISHED_STAYS)
+    return builder.summary
 
 
 def segments(indices: range, segment_examples: int) -> list[range]:

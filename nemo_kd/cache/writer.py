@@ -9,23 +9,17 @@ command continues from there, with any number of processes and parts, and ends w
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import itertools
-import logging
 import math
 import shutil
-import threading
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
+from nemo_kd.cache import format2
 from nemo_kd.cache.index import ChunkBuilder, ChunkSummary
-from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.manifest import FORMAT_VERSION, Manifest
+from nemo_kd.cache.layout import INDEX, SEGMENTS, CacheError, CacheLayout
+from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.parts import Part, WriteLock
-from nemo_kd.cache.scan import complete_chunk, read_index, scan_chunk
+from nemo_kd.cache.scan import complete_chunk
 from nemo_kd.cache.segment import (
     PUBLISHED_STAYS,
     Segment,
@@ -34,7 +28,6 @@ from nemo_kd.cache.segment import (
     segment_path,
     segments,
 )
-from nemo_kd.cache.storage import LocalStorage
 from nemo_kd.config.errors import UserInputError
 from nemo_kd.files import (
     Lock,
@@ -43,8 +36,6 @@ from nemo_kd.files import (
     remove_abandoned,
     write_atomically,
 )
-
-log = logging.getLogger(__name__)
 
 
 class CacheWriter:
@@ -81,13 +72,6 @@ class CacheWriter:
         self.manifest = manifest
         self.chunks = chunks
         self._part = part
-        self._waiting: dict[int, None] = {}
-        self._first_segments = list(
-            itertools.accumulate(
-                (-(-len(one) // manifest.segment_examples) for one in chunks), initial=0
-            )
-        )
-        self._assembling = threading.Lock()
         with explained(layout.folder, PUBLISHED_STAYS):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.start_lock_path, wait_s=math.inf):
@@ -100,8 +84,7 @@ class CacheWriter:
 
     def close(self) -> None:
         """Let others write the cache."""
-        with self._assembling:
-            self._lock.release()
+        self._lock.release()
 
     @property
     def missing(self) -> list[int]:
@@ -117,238 +100,112 @@ class CacheWriter:
 
         Damaged segments are removed and included.
         """
-        missing: list[Segment] = []
-        for chunk in self.missing:
-            for indices in self._of_this_part(chunk, self._segments(chunk)):
-                if not is_whole(segment_path(self.layout, chunk, indices)):
-                    missing.append((chunk, indices))
+        everything = [
+            (chunk, indices)
+            for chunk, records in enumerate(self.chunks)
+            for indices in segments(records, self.manifest.segment_examples)
+        ]
+        number, count = self._part
+        missing = [
+            segment
+            for segment in everything[number::count]
+            if segment[0] not in self.manifest.chunks
+            and not is_whole(segment_path(self.layout, *segment))
+        ]
         # Segments vanish behind a chunk that another part has published meanwhile.
         self._look()
         return [segment for segment in missing if segment[0] not in self.manifest.chunks]
 
     def incomplete(self) -> list[int]:
         """Return the chunks that are not complete on disk; looks at all of them again."""
-        with self._assembling:
-            self.manifest.chunks = {}
-            self._look()
+        self.manifest.chunks = {}
+        self._look()
         return self.missing
 
-    def missing_by_part(self) -> dict[int, int]:
-        """Return for each part how many segments of incomplete chunks are not on disk."""
-        count = self._part[1]
-        missing: dict[int, list[int]] = {}
-        for chunk in self.missing:
-            names = self.layout.segment_names(chunk)
-            first = self._first_segments[chunk]
-            missing[chunk] = [
-                (first + number) % count
-                for number, path in enumerate(self._segment_paths(chunk))
-                if path.name not in names
-            ]
-        self._look()  # a chunk published meanwhile misses nothing
-        return dict(Counter(part for chunk in self.missing for part in missing[chunk]))
-
-    def assemble_complete(self, up_to: int | None = None) -> None:
-        """Publish every chunk whose segments are all there.
-
-        May run in a thread beside the one that computes.
-
-        Args:
-            up_to: last chunk to look at; None looks at all, and at what other parts have published.
+    def assemble_complete(self) -> None:
+        """Publish every chunk whose segments are all there, and look at what others published.
 
         Raises:
             CacheError: a segment is damaged, or the file system refuses.
         """
-        with self._assembling, explained(self.layout.folder, PUBLISHED_STAYS):
-            if up_to is None:
-                for chunk in sorted(
-                    set(self.layout.chunks_in_work()).intersection(self.missing)
-                ):
-                    self._assemble_if_whole(chunk)
-                self._look()
-                return
-            for chunk in list(
-                itertools.takewhile(lambda chunk: chunk <= up_to, self._waiting)
-            ):
-                if self._assemble_if_whole(chunk):
-                    del self._waiting[chunk]
+        with explained(self.layout.folder, PUBLISHED_STAYS):
+            in_work = self.layout.chunks_in_work()
+            self._look()
+            for chunk in in_work:
+                if chunk in self.manifest.chunks or self._assemble(chunk):
+                    shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
+            self._look()  # for chunks whose segments another part removed meanwhile
 
     def _claim(self) -> None:
         """Create the manifest, or adopt the existing one if it describes the same cache."""
         layout = self.layout
-        manifest = self.manifest
-        existing = (
-            Manifest.load(layout.manifest_path) if layout.manifest_path.exists() else None
-        )
-        if existing is not None:
-            self._refuse_sibling(existing)
-        present = layout.existing_chunks()
-        in_work = layout.chunks_in_work()
-        if existing is None and present:
+        if layout.manifest_path.exists():
+            existing = Manifest.load(layout.manifest_path)
+            differences = existing.differences(self.manifest)
+            # A manifest that stands alone is left from a run that stopped early.
+            if differences and (not self._lock.is_alone or _has_files(layout, existing)):
+                raise CacheError(
+                    f"{layout.manifest_path}: the cache there was written with other settings:\n  "
+                    + "\n  ".join(differences)
+                    + "\nWrite to another output_path, or delete that cache."
+                )
+            if differences:
+                self.manifest.save(layout.manifest_path)
+            else:
+                format2.upgrade(layout, existing)
+        elif layout.existing_chunks():
             raise CacheError(
-                f"output_path: {layout.chunk_path(present[0])} exists, but there is no manifest "
-                f"({layout.manifest_path}) that names its teacher; write to another "
-                "output_path, or delete the file"
-            )
-        # A manifest without segments and chunks is left from a run that stopped early; replace it.
-        has_segments = any(
-            any(layout.segments_folder(chunk).glob("[0-9]*")) for chunk in in_work
-        )
-        is_bound = bool(present) or has_segments or not self._lock.is_alone
-        if existing is not None and (is_bound or existing.chunks):
-            self._check_same(existing)
-        remove_abandoned(layout.folder)
-        if self._lock.is_alone:
-            for chunk in set(layout.existing_indexes()).difference(present):
-                # It must not describe another file.
-                layout.index_path(chunk).unlink(missing_ok=True)
-        if existing is None or existing.differences(manifest):
-            # Before the first segment, so that the origin of every segment is known.
-            manifest.save(layout.manifest_path)
-        elif existing.format_version != FORMAT_VERSION and not self._lock.is_alone:
-            raise CacheError(
-                f"{layout.manifest_path}: an older version of nemo_kd writes this cache; wait "
-                "until it ends, or give another output_path"
+                f"output_path: {layout.output_path} exists, but there is no manifest "
+                f"({layout.manifest_path}) that names its teacher; write to another output_path, or "
+                "delete the files"
             )
         else:
-            upgrade(layout, existing)
+            # Before the first segment, so that the origin of every segment is known.
+            self.manifest.save(layout.manifest_path)
+        for folder in (layout.folder, *layout.folder.glob(f".*{SEGMENTS}")):
+            remove_abandoned(folder)
         self._look()
-        self._waiting = dict.fromkeys(self.missing)
-        for chunk in in_work:
-            if chunk in manifest.chunks:
-                shutil.rmtree(layout.segments_folder(chunk), ignore_errors=True)
-            else:
-                remove_abandoned(layout.segments_folder(chunk))
-
-    def _refuse_sibling(self, existing: Manifest) -> None:
-        """Refuse a manifest whose chunks have another suffix. A dataset with the name of a chunk
-        does not count.
-        """
-        if self.layout.chunks_in_work() or _has_chunks(self.layout, existing):
-            return
-        for sibling in self.layout.siblings():
-            if sibling.chunks_in_work() or _has_chunks(sibling, existing):
-                raise CacheError(
-                    f"output_path: {self.layout.manifest_path} belongs to the cache "
-                    f"{sibling.output_path}; two caches cannot share a manifest: give another "
-                    "name, or delete that cache"
-                )
-
-    def _check_same(self, existing: Manifest) -> None:
-        differences = existing.differences(self.manifest)
-        if differences:
-            raise CacheError(
-                f"{self.layout.manifest_path}: the cache there was written with other settings:\n  "
-                + "\n  ".join(differences)
-                + "\nWrite to another output_path, or delete that cache."
-            )
 
     def _look(self) -> None:
         """Find the chunks that became complete since the last look."""
-        for chunk in set(self.missing).intersection(self.layout.existing_indexes()):
-            self._is_complete(chunk)
-
-    def _is_complete(self, chunk: int) -> bool:
-        if chunk not in self.manifest.chunks:
+        indexes = self.layout.existing_chunks(suffix=INDEX)
+        for chunk in set(self.missing).intersection(indexes):
             index = complete_chunk(self.layout.chunk_path(chunk))
             if index is not None and index.summary is not None:
                 self.manifest.chunks[chunk] = index.summary
-        return chunk in self.manifest.chunks
 
-    def _of_this_part(self, chunk: int, whole: list[Any]) -> list[Any]:
-        """Return this job's items of `whole`, which has one item for each segment of a chunk."""
-        return whole[
-            (self._part[0] - self._first_segments[chunk]) % self._part[1] :: self._part[1]
-        ]
-
-    def _segments(self, chunk: int) -> list[range]:
-        return segments(self.chunks[chunk], self.manifest.segment_examples)
-
-    def _segment_paths(self, chunk: int) -> list[Path]:
-        return [
-            segment_path(self.layout, chunk, indices) for indices in self._segments(chunk)
-        ]
-
-    def _assemble_if_whole(self, chunk: int) -> bool:
-        """Publish a chunk if all its segments are there.
-
-        Returns:
-            True if this job is done with it: it is complete, or lacks segments of other parts
-            only. The part that publishes the last segment then assembles it.
-        """
-        if not self._is_complete(chunk):
-            paths = self._segment_paths(chunk)
-            names = self.layout.segment_names(chunk)
-            if not all(path.name in names for path in paths):
-                return all(
-                    path.name in names for path in self._of_this_part(chunk, paths)
-                )
-            self._check_same(Manifest.load(self.layout.manifest_path))
-            try:
-                self.manifest.chunks[chunk] = self._assembled(chunk, paths)
-            except UserInputError:
-                # Another part may have been faster and have removed the segments.
-                if not self._is_complete(chunk):
-                    raise
-        shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
-        return True
-
-    def _assembled(self, chunk: int, paths: list[Path]) -> ChunkSummary:
-        """Publish a chunk, then the index that makes it complete."""
-        target = self.layout.chunk_path(chunk)
+    def _assemble(self, chunk: int) -> bool:
+        """Publish a chunk, then the index that makes it complete; False if segments are missing."""
         indices = self.chunks[chunk]
+        paths = [
+            segment_path(self.layout, chunk, each)
+            for each in segments(indices, self.manifest.segment_examples)
+        ]
+        if not self.layout.segment_names(chunk).issuperset(path.name for path in paths):
+            return False
         builder = ChunkBuilder(ChunkSummary(indices[0], indices[-1]))
         digest = hashlib.sha256()
-        with atomic_file(target, PUBLISHED_STAYS) as file:
-            for path in paths:
-                segment, payload = read_segment(path)
-                file.write(payload)
-                digest.update(payload)
-                builder.extend(segment)
+        try:
+            with atomic_file(self.layout.chunk_path(chunk), PUBLISHED_STAYS) as file:
+                for path in paths:
+                    segment, payload = read_segment(path)
+                    file.write(payload)
+                    digest.update(payload)
+                    builder.extend(segment)
+        except UserInputError:
+            # Another part may have been faster and have removed the segments.
+            self._look()
+            if chunk not in self.manifest.chunks:
+                raise
+            return True
         index = builder.index(digest.digest())
         write_atomically(self.layout.index_path(chunk), index.to_bytes())
-        return builder.summary
+        self.manifest.chunks[chunk] = builder.summary
+        return True
 
 
-def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
-    """Make a cache of format 2 one of format 3; others stay as they are.
-
-    Every whole chunk gets an index with a summary. Then the manifest is written without its list,
-    and its journal is removed.
-    """
-    for chunk, summary in manifest.chunks.items():
-        path = layout.chunk_path(chunk)
-        if not _has_listed_size(path, summary):
-            continue
-        index = read_index(path)
-        if index is None or index.checksum != summary.sha256:
-            try:
-                index = scan_chunk(LocalStorage(str(layout.folder)), path.name)
-            except CacheError:
-                continue  # a damaged chunk is computed again
-        if index.checksum == summary.sha256:
-            write_atomically(
-                layout.index_path(chunk),
-                dataclasses.replace(index, summary=summary).to_bytes(),
-            )
-    if manifest.format_version != FORMAT_VERSION:
-        manifest.save(layout.manifest_path)
-    layout.journal_path.unlink(missing_ok=True)
-
-
-def _has_listed_size(path: Path, summary: ChunkSummary) -> bool:
-    return path.is_file() and path.stat().st_size >= summary.bytes
-
-
-def _has_chunks(layout: CacheLayout, manifest: Manifest) -> bool:
-    """Return True if a chunk of the cache is on disk: one with an index, or listed by a manifest
-    of format 2.
-    """
-    for chunk in layout.existing_chunks():
-        path = layout.chunk_path(chunk)
-        listed = manifest.chunks.get(chunk)
-        if complete_chunk(path) is not None or (
-            listed and _has_listed_size(path, listed)
-        ):
-            return True
-    return False
+def _has_files(layout: CacheLayout, manifest: Manifest) -> bool:
+    """Return True if something was computed: for this cache, or another one in its folder."""
+    return bool(manifest.chunks) or any(
+        any(layout.folder.glob(pattern)) for pattern in (f"*{INDEX}", f".*{SEGMENTS}")
+    )

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from nemo_kd.cli.compute_topk_logits import PLAN
-from nemo_kd.cli.inspect_cache import add_inspect
-from nemo_kd.cli.options import OptionParser, path
-from nemo_kd.cli.run import run
-from nemo_kd.cli.verify_cache import add_verify
+from nemo_kd.cli.options import OptionParser, count, path
+from nemo_kd.cli.run import configure_logging, run
+from nemo_kd.config import ConfigError
 from nemo_kd.run.endings import errors_end_the_process
+from nemo_kd.run.launch import launch, needs_launch
+from nemo_kd.run.ranks import find_ranks
 from nemo_kd.terminal import print_text
 
 PATH = "file or CHUNK_ID template of a cache"
+CORES = os.cpu_count() or 1
 
 
 def main() -> None:
@@ -24,15 +27,12 @@ def main() -> None:
         return
     command_line = parser()
     # argparse accepts no positional arguments behind options: KEY=VALUE arrive as unknown.
-    arguments, unknown = command_line.parse_known_args()
-    if unknown and (
-        "settings" not in arguments
-        or any(argument.startswith("-") for argument in unknown)
-    ):
-        command_line.error(f"unrecognized arguments: {' '.join(unknown)}")
+    arguments, settings = command_line.parse_known_args()
+    arguments.settings = settings
+    for unknown in settings:
+        if arguments.run is not _verify or unknown.startswith("-"):
+            command_line.error(f"unrecognized argument: {unknown}")
     with errors_end_the_process():
-        if unknown:
-            arguments.settings = unknown
         sys.exit(arguments.run(arguments))
 
 
@@ -44,25 +44,98 @@ def parser() -> OptionParser:
     )
     subcommands = result.add_subparsers(required=True, metavar="SUBCOMMAND")
     subcommands.add_parser("plan", help=PLAN.summary)
-    add_inspect(subcommands)
-    add_verify(subcommands, PATH)
-    _add_repair(subcommands)
-    _add_convert(subcommands)
-    _add_merge(subcommands)
+    for name, (function, text, options) in SUBCOMMANDS.items():
+        subcommand = subcommands.add_parser(name, help=text, description=text)
+        subcommand.set_defaults(run=function)
+        for option, row in options.items():
+            subcommand.add_option(option, *row)
     return result
 
 
-def _add_repair(subcommands: Any) -> None:
-    text = (
-        "cut torn last lines (keeping what is cut), rebuild missing or stale indexes, remove "
-        "leftovers of dead processes"
+def _inspect(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.layout import CacheError
+    from nemo_kd.cache.reader import CacheReader
+    from nemo_kd.data.text import TokenText, example_lines
+    from nemo_kd.data.tokenizer import load_tokenizer_of
+    from nemo_kd.files import write_atomically
+    from nemo_kd.tools.inspect_cache import (
+        build_page,
+        check_tokenizer,
+        describe_cache,
+        format_report,
+        measure,
+        spread,
     )
-    repair = subcommands.add_parser("repair", help=text, description=text)
-    repair.add_argument("path", type=path, help=PATH)
-    repair.add_argument(
-        "--dry-run", action="store_true", help="only print what would be done"
+
+    reader = CacheReader(arguments.path, partial=True)
+    tokenizer = None
+    if arguments.tokenizer:
+        tokenizer = load_tokenizer_of(arguments.tokenizer)
+        check_tokenizer(reader, tokenizer, arguments.tokenizer)
+    number = arguments.example
+    if not 0 <= number < len(reader):
+        raise CacheError(
+            f"--example: {number} lies outside the {len(reader)} examples of {arguments.path}"
+        )
+    text = TokenText(tokenizer)
+    report = describe_cache(reader, measure(reader, arguments.sample))
+    row = reader[number]
+    headline = (
+        f"example {number} of {len(reader):,} (record {row.example.index}): "
+        f"{row.example.num_tokens:,} positions, {row.example.num_loss_tokens:,} in the loss"
     )
-    repair.set_defaults(run=_repair)
+    print_text(
+        "\n".join([format_report(report), "", headline, *example_lines(row, text)])
+    )
+    if arguments.html:
+        others = spread(len(reader), arguments.num_examples)
+        positions = [number, *(one for one in others if one != number)]
+        positions = positions[: arguments.num_examples]
+        rows = ((position, reader[position]) for position in positions)
+        content = build_page(arguments.path, report, rows, text)
+        write_atomically(arguments.html, content.encode(errors="backslashreplace"))
+        print_text(f"\nwritten: {arguments.html}")
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    if arguments.against is not None:
+        return _verify_against(arguments)
+    if arguments.settings:
+        raise ConfigError(
+            f"{arguments.settings[0]}: keys of compute_topk_logits are accepted with --against "
+            "TEACHER only"
+        )
+    from nemo_kd.cache.index import ChunkSummary
+    from nemo_kd.tools.verify import COUNTS, verify
+
+    reports = verify(arguments.path, arguments.num_workers)
+    problems = [problem for report in reports for problem in report.problems]
+    for problem in problems:
+        print_text(problem)
+    total = ChunkSummary(0, 0)
+    for report in reports:
+        total.add(report.found)
+    found = (f"{getattr(total, name):,} {name.replace('_', ' ')}" for name in COUNTS)
+    print(f"{len(reports)} chunks, {total.bytes:,} bytes, {', '.join(found)}")
+    print(f"{len(problems)} problems" if problems else "no problem found")
+    return 1 if problems else 0
+
+
+def _verify_against(arguments: argparse.Namespace) -> int:
+    with errors_end_the_process():
+        configure_logging()
+        from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config
+
+        sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
+        config = rescoring_config(sample, arguments.against, arguments.settings)
+        if needs_launch(config.trainer):
+            return launch(config.trainer.num_devices)
+        report, is_right = rescore(sample, config, arguments.dataset)
+    if find_ranks().rank != 0:  # another status would end rank 0 before it prints
+        return 0
+    print_text(report)
+    return 0 if is_right else 1
 
 
 def _repair(arguments: argparse.Namespace) -> int:
@@ -71,71 +144,6 @@ def _repair(arguments: argparse.Namespace) -> int:
     done = repair(arguments.path, arguments.dry_run)
     print_text("\n".join(done) if done else "nothing to repair")
     return 1 if any(text.startswith("not repaired") for text in done) else 0
-
-
-def _add_convert(subcommands: Any) -> None:
-    text = (
-        "write a cache again: in another codec or container (by the target's suffix), with fewer "
-        "tokens, or from other programs' files"
-    )
-    convert = subcommands.add_parser("convert", help=text, description=text)
-    option = convert.add_argument
-    option(
-        "source",
-        type=path,
-        help=f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm",
-    )
-    option(
-        "target",
-        type=path,
-        help="file or CHUNK_ID template, ending in .jsonl or .jsonl.zst",
-    )
-    option(
-        "--from",
-        dest="format",
-        choices=["cache", "vllm"],
-        default="cache",
-        help="format of the source; vllm: prompt_logprobs",
-    )
-    option("--codec", choices=["packed", "json"], default="packed")
-    option(
-        "--top-k",
-        type=int,
-        help="most tokens to keep per position (default: the source's)",
-    )
-    option(
-        "--min-probability",
-        type=float,
-        default=0.0,
-        help="move less likely tokens to the tail (default 0)",
-    )
-    option(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="keep the likeliest tokens until they hold this probability (default 1)",
-    )
-    option(
-        "--min-k",
-        type=int,
-        default=1,
-        help="least tokens to keep per position (default 1)",
-    )
-    option(
-        "--vocab-size",
-        type=int,
-        help="the teacher's vocabulary, if the source has no manifest",
-    )
-    option(
-        "--tokenizer",
-        type=path,
-        metavar="MODEL",
-        help="folder of the teacher's model or tokenizer, if the source has no manifest",
-    )
-    option(
-        "--examples-per-chunk", type=int, help="records per chunk (default: the source's)"
-    )
-    convert.set_defaults(run=_convert)
 
 
 def _convert(arguments: argparse.Namespace) -> int:
@@ -150,8 +158,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         top_p=arguments.top_p,
         min_k=arguments.min_k,
     )
-    source_class = VllmRows if arguments.format == "vllm" else CacheReader
-    source = source_class(arguments.source)
+    is_vllm = getattr(arguments, "from") == "vllm"
+    source = (VllmRows if is_vllm else CacheReader)(arguments.source)
     tokenizer = None
     if arguments.tokenizer:
         from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
@@ -182,41 +190,123 @@ def _convert(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _add_merge(subcommands: Any) -> None:
-    text = "make one cache of several that were written apart, for example from ranges of one dataset"
-    merge = subcommands.add_parser("merge", help=text, description=text)
-    option = merge.add_argument
-    option("sources", type=path, nargs="+", help=PATH)
-    option(
-        "--output", type=path, required=True, help="CHUNK_ID template of the merged cache"
-    )
-    option(
-        "--allow-gaps",
-        action="store_true",
-        help="allow missing records between the sources",
-    )
-    option(
-        "--num-workers",
-        type=int,
-        default=os.cpu_count() or 1,
-        help="processes (default: all cores)",
-    )
-    merge.set_defaults(run=_merge)
-
-
 def _merge(arguments: argparse.Namespace) -> int:
     from nemo_kd.tools.merge import merge
 
     manifest = merge(
-        arguments.sources,
-        arguments.output,
-        arguments.allow_gaps,
-        max(1, arguments.num_workers),
+        arguments.sources, arguments.output, arguments.allow_gaps, arguments.num_workers
     )
     num_examples = sum(chunk.examples for chunk in manifest.chunks.values())
     print(f"{len(manifest.chunks)} chunks, {num_examples:,} examples")
     return 0
 
+
+SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, dict[str, tuple[Any, ...]]]] = {
+    "inspect": (
+        _inspect,
+        "describe a cache: counts, how much of the teacher it keeps, how certain the teacher is, "
+        "examples as text or as a page",
+        {
+            "path": (path, f"{PATH}; append [a:b] to select examples"),
+            "--tokenizer": (
+                path,
+                "folder of the teacher's model or tokenizer; without it, ids are shown",
+            ),
+            "--example": (int, "position of the example to show, from 0", 0),
+            "--sample": (count, "examples to measure", 1000),
+            "--html": (
+                path,
+                "write a page: tokens coloured by the teacher's entropy, with its alternatives",
+            ),
+            "--num-examples": (count, "examples on the page", 20),
+        },
+    ),
+    "verify": (
+        _verify,
+        "read every byte and check checksums, hashes, counts, order and indexes, or with --against "
+        "TEACHER [KEY=VALUE ...] the numbers of a sample; exit status 1 if anything is wrong. "
+        "KEY=VALUE: trainer.*, model.*, data.max_tokens_per_batch and data.packing of "
+        "compute_topk_logits, for example trainer.devices=2 model.tensor_model_parallel_size=2",
+        {
+            "path": (path, PATH),
+            "--num-workers": (count, "processes", CORES),
+            "--against": (
+                path,
+                "score a sample with this teacher twice, the second time as a control",
+            ),
+            "--num-examples": (count, "rows to sample", 64),
+            "--seed": (int, "seed of the sample", 0),
+            "--dataset": (
+                path,
+                "dataset of the cache, to render the sample again (default: its recorded path)",
+            ),
+        },
+    ),
+    "repair": (
+        _repair,
+        "cut torn last lines (keeping what is cut), rebuild missing or stale indexes, remove "
+        "leftovers of dead processes",
+        {
+            "path": (path, PATH),
+            "--dry-run": (bool, "only print what would be done"),
+        },
+    ),
+    "convert": (
+        _convert,
+        "write a cache again: in another codec or container (by the target's suffix), with fewer "
+        "tokens, or from other programs' files",
+        {
+            "source": (
+                path,
+                f"{PATH}; NeMo-Aligner's files, or vLLM's with --from vllm",
+            ),
+            "target": (
+                path,
+                "file or CHUNK_ID template, ending in .jsonl or .jsonl.zst",
+            ),
+            "--from": (
+                ("cache", "vllm"),
+                "format of the source; vllm: prompt_logprobs",
+                "cache",
+            ),
+            "--codec": (("packed", "json"), "codec of the target", "packed"),
+            "--top-k": (
+                count,
+                "most tokens to keep per position (default: the source's)",
+            ),
+            "--min-probability": (float, "move less likely tokens to the tail", 0.0),
+            "--top-p": (
+                float,
+                "keep the likeliest tokens until they hold this probability",
+                1.0,
+            ),
+            "--min-k": (int, "least tokens to keep per position", 1),
+            "--vocab-size": (
+                int,
+                "the teacher's vocabulary, if the source has no manifest",
+            ),
+            "--tokenizer": (
+                path,
+                "folder of the teacher's model or tokenizer, if the source has no manifest",
+            ),
+            "--examples-per-chunk": (
+                count,
+                "records per chunk (default: the source's)",
+            ),
+        },
+    ),
+    "merge": (
+        _merge,
+        "make one cache of several that were written apart, for example from ranges of one dataset",
+        {
+            "sources": ([path], PATH),
+            "--output": (path, "CHUNK_ID template of the merged cache", ...),
+            "--allow-gaps": (bool, "allow missing records between the sources"),
+            "--num-workers": (count, "processes", CORES),
+        },
+    ),
+}
+"""Function, summary, and the other arguments of `OptionParser.add_option` for each name."""
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,29 @@ class OptionParser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self.add_argument("--version", action="version", version=f"nemo_kd {__version__}")
 
+    def add_option(self, name: str, kind: Any, meaning: str, default: Any = None) -> None:
+        """Add an argument.
+
+        Args:
+            kind: function that reads the text; bool for a flag, a tuple of choices, or [function]
+                for one or more values.
+            default: of an option; ... if it must be given.
+        """
+        more: dict[str, Any] = {"type": kind, "help": meaning}
+        if kind is bool:
+            more = {"action": "store_true", "help": meaning}
+        elif isinstance(kind, tuple):
+            more = {"choices": kind, "help": meaning}
+        elif isinstance(kind, list):
+            more |= {"type": kind[0], "nargs": "+"}
+        elif name.startswith("-"):
+            more["metavar"] = "PATH" if kind is path else "N"
+        if default is ...:
+            more["required"] = True
+        elif default is not None:
+            more |= {"default": default, "help": f"{meaning} (default {default})"}
+        self.add_argument(name, **more)
+
     def error(self, message: str) -> NoReturn:
         print_error(f"{message}; {self.prog} --help explains")
         sys.exit(USER_ERROR)
@@ -27,3 +50,11 @@ class OptionParser(argparse.ArgumentParser):
 def path(text: str) -> str:
     """Return a path with a leading ~ as the home folder, which shells leave in --option=~/file."""
     return os.path.expanduser(text)
+
+
+def count(text: str) -> int:
+    """Return a number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} must be at least 1")
+    return number

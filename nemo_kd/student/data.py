@@ -19,8 +19,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Batch, Example
 from nemo_kd.cache.blend import CacheBlend
-from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.reader import CacheReader, is_subset
+from nemo_kd.cache.layout import CacheError, path_of
+from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.model import GPTArchitecture, length_multiple
@@ -166,7 +166,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
     paths = data.paths(split)
-    for path in filter(is_subset, paths):
+    for path in (each for each in paths if path_of(each) != each):
         raise ConfigError(
             f"{PREFIX}.{split}: {path} selects rows, which caches take and data_impl=dataset does "
             "not; give a file with these rows alone"

@@ -145,7 +145,7 @@ def _compute(
                 chunk = previous[0][0]
                 if job.writer is not None and segment is not None and segment[0] > chunk:
                     with watchdog.pause("assembling chunks"):
-                        job.writer.assemble_complete(up_to=chunk)
+                        job.writer.assemble_complete()
             previous = None if segment is None else (segment, records, started)
             waiting_since_s = time.perf_counter()
         if previous is not None:

@@ -18,7 +18,7 @@ import torch
 from torch.distributed import Store
 
 from nemo_kd.batch import Example
-from nemo_kd.cache.index import BYTES_PER_LINE, ChunkSummary
+from nemo_kd.cache.index import BYTES_PER_LINE, ChunkBuilder, ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import encode, trimmed
@@ -157,24 +157,21 @@ def _other_parts_work(job: Job, writer: CacheWriter) -> str:
     Raises:
         CacheError: a part of this job's own work is missing: files were removed while it ran.
     """
-    by_part = writer.missing_by_part() if writer.incomplete() else {}
+    lost = writer.missing_segments() if writer.incomplete() else []
     # Without chunks that other parts have published meanwhile.
     if not writer.missing:
         return ""
     part, num_parts = job.config.part_number()
     chunks = f"{len(writer.missing)} of {len(job.chunks)} chunks"
-    if num_parts == 1 or by_part.get(part):
+    if num_parts == 1 or lost:
         raise CacheError(
             f"{writer.layout.folder}: {chunks} are missing at the end of this job (the first is "
             f"{writer.missing[0]}): files were removed while it ran; find out what removes them, "
             "then run the same command again: it computes what is missing"
         )
-    others = ", ".join(
-        f"{other}/{num_parts} ({count} segments)" for other, count in by_part.items()
-    )
     return (
-        f"{chunks} wait for other parts: {others}. Part {part}/{num_parts} is done and on disk; "
-        "the part that ends last assembles the chunks. If one of them failed, run it again"
+        f"{chunks} wait for other parts. Part {part}/{num_parts} is done and on disk; the part "
+        "that ends last assembles the chunks. If one of them failed, run it again"
     )
 
 
@@ -222,10 +219,11 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
         return
     cache = job.config.cache
     lines = lines_of(job.config.output_path)
-    probe = ChunkSummary(0, 0)
+    builder = ChunkBuilder(ChunkSummary(0, 0))
     for row in rows:
         line = lines.write(encode(row, cache.codec, cache.positions))
-        probe.add_row(trimmed(row), len(line))
+        builder.add(trimmed(row), len(line))
+    probe = builder.summary
     scale = num_records / size
     tokens = scale * probe.tokens
     file_bytes = scale * probe.bytes + BYTES_PER_LINE * num_records

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +18,17 @@ from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import check_vocabulary, trimmed
 from nemo_kd.cache.reduce import keep, limited
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import Record, publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.tools.vllm_files import VllmRows
 
 Source = CacheReader | VllmRows
 """Rows in the order of their indices, with the manifests that describe their origin."""
+
+
+MISSING = "not in the source"
+"""Reason why a record makes no row."""
 
 
 class Tokenizer(NamedTuple):
@@ -61,9 +66,6 @@ def convert(
         )
     if Path(source.path).resolve() == Path(target).resolve():
         raise CacheError(f"{target}: is the source; give another target")
-    for value in (top_k, n_examples_per_chunk):
-        if value is not None and value < 1:
-            raise CacheError(f"--top-k, --examples-per-chunk: {value} must be at least 1")
     row_at = _numbered_rows(source)
     ends = (row_at(0).example.index, row_at(len(source) - 1).example.index)
     if ends[1] < ends[0]:
@@ -82,12 +84,11 @@ def convert(
         for segment in tqdm(
             writer.missing_segments(), unit=" segments", desc="converting"
         ):
-            sink = SegmentWriter(
-                layout, manifest, segment, {"converted_from": source.path}
+            records = list(_records(source, row_at, segment[1], cache, manifest))
+            publish_segment(
+                layout, manifest, segment, records, {"converted_from": source.path}
             )
-            _copy(source, row_at, segment[1], sink, cache, manifest)
-            sink.publish()
-            writer.assemble_complete(up_to=segment[0])
+            writer.assemble_complete()
         writer.assemble_complete()
     finally:
         writer.close()
@@ -111,14 +112,14 @@ def _numbered_rows(source: Source) -> Callable[[int], CachedExample]:
     return source.__getitem__
 
 
-def _copy(
+def _records(
     source: Source,
     row_at: Callable[[int], CachedExample],
     indices: range,
-    sink: SegmentWriter,
     cache: CacheConfig,
     manifest: Manifest,
-) -> None:
+) -> Iterator[Record]:
+    """Yield the reduced row of every index, or why there is none."""
     positions = range(len(source))
     first = bisect_left(positions, indices[0], key=lambda at: row_at(at).example.index)
     expected = indices[0]
@@ -132,12 +133,10 @@ def _copy(
                 f"{source.path}: example {index} stands behind example {expected - 1}; sort the "
                 "lines by index, or remove the field index, so that a line's place counts"
             )
-        for _ in range(index - expected):
-            sink.skip("not in the source")
-        sink.write(_reduced(row, cache, manifest))
+        yield from itertools.repeat(MISSING, index - expected)
+        yield _reduced(row, cache, manifest)
         expected = index + 1
-    for _ in range(indices[-1] + 1 - expected):
-        sink.skip("not in the source")
+    yield from itertools.repeat(MISSING, indices[-1] + 1 - expected)
 
 
 def _reduced(row: CachedExample, cache: CacheConfig, manifest: Manifest) -> CachedExample:
@@ -205,7 +204,7 @@ def _manifest(
         codec=codec,
         top_k=top_k,
         dataset=known.dataset | dataset,
-        teacher=known.teacher | {"converted_from": known.hash()},
+        teacher=known.teacher | {"converted_from": known.digest},
         merged_chunks=None,
         chunks={},
     )

@@ -16,7 +16,7 @@ import numpy as np
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 
@@ -156,13 +156,10 @@ def write(folder: Path, name: str, rows: list[CachedExample]) -> None:
         {row.example.index: row for row in rows},
     )
     for segment in writer.missing_segments():
-        sink = SegmentWriter(layout, manifest, segment, {"precision": "float32"})
-        for index in segment[1]:
-            if index == SKIPPED:
-                sink.skip("empty")
-            else:
-                sink.write(by_index[index])
-        sink.publish()
+        records = [
+            "empty" if index == SKIPPED else by_index[index] for index in segment[1]
+        ]
+        publish_segment(layout, manifest, segment, records, {"precision": "float32"})
     writer.assemble_complete()
     writer.close()
     layout.lock_path.unlink()

@@ -19,7 +19,7 @@ from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.data.records import DataError
@@ -137,13 +137,8 @@ def planted(
     writer = CacheWriter(layout, manifest, chunks)
     settings = reader.manifests[0].chunks[0].computed_with[0]
     for segment in writer.missing_segments():
-        sink = SegmentWriter(layout, manifest, segment, settings)
-        for index in segment[1]:
-            if index in with_rows:
-                sink.write(with_rows[index])
-            else:
-                sink.skip("no loss tokens")
-        sink.publish()
+        records = [with_rows.get(index, "no loss tokens") for index in segment[1]]
+        publish_segment(layout, manifest, segment, records, settings)
     writer.assemble_complete()
     writer.close()
     return folder / source.name

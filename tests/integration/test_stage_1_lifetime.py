@@ -448,9 +448,9 @@ def test_an_array_that_is_no_range_is_refused(monkeypatch):
 def run_with_a_slow_disk(*args: object) -> str:
     original = CacheWriter.assemble_complete
 
-    def assemble_complete(self, up_to=None):
+    def assemble_complete(self):
         time.sleep(20)
-        original(self, up_to)
+        original(self)
 
     CacheWriter.assemble_complete = assemble_complete
     try:

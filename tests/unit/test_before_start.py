@@ -16,8 +16,6 @@ from nemo_kd.cli import (
     convert_checkpoint,
     train_gpt_knowledge_distillation,
 )
-from nemo_kd.cli.logit_cache import parser
-from nemo_kd.cli.verify_cache import check_verify
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.data import DatasetConfig
@@ -249,19 +247,3 @@ def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys)
     assert (
         time.monotonic() - started_s < 10
     )  # a second on a quiet machine; importing torch and Megatron takes longer
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--against", "none"], "--against: none does not exist; give the teacher"),
-        (
-            ["--against", "model", "--dataset", "none.jsonl"],
-            "--dataset: there is no file none.jsonl",
-        ),
-    ],
-)
-def test_verify_looks_for_teacher_and_dataset_first(here, options, message):
-    arguments = parser().parse_args(["verify", "train_CHUNK_ID.jsonl", *options])
-    with pytest.raises(ConfigError, match=message):
-        check_verify(arguments)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 
 import fsspec
 import pytest
@@ -66,33 +65,6 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
             continue
         assert torch.equal(ours.topk_logits_BSK, theirs.topk_logits_BSK)
         assert torch.equal(ours.tokens_BS, theirs.tokens_BS)
-
-
-def test_a_batch_is_announced_before_its_rows_are_read(tmp_path, monkeypatch):
-    reader = CacheReader(str(write(tmp_path)))
-    rows, calls = MicroBatches(CacheBlend([reader]), 0, 1, 2), []
-    advise, pread = os.posix_fadvise, os.pread
-    monkeypatch.setattr(
-        os,
-        "posix_fadvise",
-        lambda fd, start, size, how: (
-            calls.append((how, size)) or advise(fd, start, size, how)
-        ),
-    )
-    rows.__getitems__([0, 9])
-    monkeypatch.setattr(
-        os,
-        "pread",
-        lambda fd, size, start: calls.append(("read", size)) or pread(fd, size, start),
-    )
-    calls.clear()
-    batches = rows.__getitems__([5, 3, 9])
-    assert [batch.indices_B.tolist() for batch in batches] == [[5, 3], [9]]
-    announced = [size for how, size in calls if how == os.POSIX_FADV_WILLNEED]
-    assert announced == [
-        size for how, size in calls if how == "read" and size in announced
-    ]
-    assert [how for how, _ in calls][-3:] == ["read"] * 3
 
 
 def test_an_object_store_is_asked_for_a_batch_at_once(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,9 +21,9 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.files import FileError, Lock
 from nemo_kd.tools.repair import repair
-from nemo_kd.tools.salvage import stretches
+from nemo_kd.tools.salvage import Chunk, stretches
 from nemo_kd.tools.verify import verify, verify_chunk
-from tests.tiny_cache import as_format_2, edit_index, write
+from tests.tiny_cache import as_format_2, edit_index, same_places, write
 
 ROOT = Path(__file__).resolve().parents[2]
 ONE_FILE = {"codec": "packed", "n_examples_per_chunk": None}
@@ -53,66 +54,31 @@ def forget_index(path: Path) -> None:
 def test_a_flip_of_any_byte_costs_its_line_only(tmp_path, name):
     path = write(tmp_path, name, **ONE_FILE)
     manifest, whole = Manifest.load(tmp_path / "t.manifest.json"), path.read_bytes()
+    chunk = Chunk(CacheLayout(str(path)), 0, manifest)
     for position in range(0, len(whole), 11):
         raw = bytearray(whole)
         raw[position] ^= 1 << position % 8
         path.write_bytes(raw)
-        report = verify_chunk(path, manifest)
+        report = verify_chunk(chunk)
         assert report.problems
         # A flipped line break makes one line of two.
-        assert report.counts["examples"] >= (8 if whole[position] == 10 else 9), position
+        assert report.found.examples >= (8 if whole[position] == 10 else 9), position
 
 
-@pytest.mark.parametrize("with_index", [True, False])
-def test_lines_behind_damage_keep_their_numbers(tmp_path, with_index):
+def test_lines_behind_damage_keep_their_numbers(tmp_path):
     path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
     lines = frames(path)
     lines[1] = lines[1][:30] + bytes(8) + lines[1][38:]
     lines[5] = lines[5][:4] + bytes(len(lines[5]) - 4)
     lines[8] = zstandard.ZstdCompressor(write_checksum=True).compress(b'{"index": 8}\n')
     path.write_bytes(b"".join(lines))
-    assert any(
-        "made for" in problem for problem in problems(path)
-    )  # another size: the index tells nothing
     (tmp_path / "t.manifest.json").unlink()
-    if with_index:
-        starts = [sum(map(len, lines[:number])) for number in range(10)]
-        found = [
-            line.number for line in stretches(path, starts) if line.error is not None
-        ]
-    else:
-        forget_index(path)
-        named = [problem.split(":")[1] for problem in problems(path)]
-        assert named[-1] == "9"
-        found = [line.number for line in stretches(path) if line.error is not None]
+    forget_index(path)
+    named = [problem.split(":")[1] for problem in problems(path)]
+    assert named[-1] == "9"
+    found = [line.number for line in stretches(path) if line.error is not None]
     assert found == [2, 6]
     assert sum(line.error is None for line in stretches(path)) == 8
-
-
-def test_neighbouring_damaged_frames_are_numbered_by_the_index(tmp_path):
-    path = write(tmp_path, "t.jsonl.zst", **ONE_FILE)
-    lines = frames(path)
-    starts = [sum(map(len, lines[:number])) for number in range(10)]
-    for number in (3, 4):
-        lines[number] = bytes(len(lines[number]))
-    path.write_bytes(b"".join(lines))
-    assert [line.number for line in stretches(path, starts)] == [
-        1,
-        2,
-        3,
-        4,
-        6,
-        7,
-        8,
-        9,
-        10,
-    ]
-    report = verify(str(path))[0]
-    assert report.counts["examples"] == 8
-    assert any(
-        f"bytes {starts[3]} to {starts[5] - 1} are lost" in problem
-        for problem in report.problems
-    )
 
 
 def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
@@ -161,32 +127,6 @@ def test_a_file_cut_anywhere_loses_its_last_line_only(tmp_path, name):
         torn.unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("what", ["garbage", "a line again"])
-@pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst"])
-def test_what_was_appended_to_a_whole_chunk_is_cut_and_the_chunk_stays_listed(
-    tmp_path, name, what
-):
-    path = write(tmp_path, name, codec="packed")
-    chunk = CacheLayout(str(path)).chunk_path(1)
-    whole, manifest = chunk.read_bytes(), (tmp_path / "train_manifest.json").read_bytes()
-    addition = frames(chunk)[0] if what == "a line again" else b"\x00garbage"
-    chunk.write_bytes(whole + addition)
-    (done,) = repair(str(path))
-    assert f"{len(addition)} bytes cut off and kept as {chunk.name}.torn" in done
-    assert (chunk.read_bytes(), chunk.with_name(f"{chunk.name}.torn").read_bytes()) == (
-        whole,
-        addition,
-    )
-    assert (tmp_path / "train_manifest.json").read_bytes() == manifest
-    assert problems(path) == []
-    chunk.write_bytes(whole + b"more")
-    assert "kept as" in repair(str(path))[0]
-    assert (
-        chunk.with_name(f"{chunk.name}.torn").read_bytes() == addition
-    )  # nothing is written over
-    assert chunk.with_name(f"{chunk.name}.torn.1").read_bytes() == b"more"
-
-
 @pytest.mark.parametrize("with_manifest", [True, False])
 def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path, with_manifest):
     path = write(tmp_path, "t.jsonl", **ONE_FILE)
@@ -224,8 +164,8 @@ def test_what_dead_processes_left_is_told_and_removed(tmp_path):
 
 def test_a_cache_that_is_being_written_is_not_repaired(tmp_path):
     write(tmp_path, "t_0.jsonl", n_examples_per_chunk=None)
-    for writing, path in (("t_0.jsonl", "t_0.jsonl"), ("t_0.jsonl", "t_CHUNK_ID.jsonl")):
-        lock = Lock(CacheLayout(str(tmp_path / writing)).lock_path)
+    for path in ("t_0.jsonl", "t_CHUNK_ID.jsonl"):
+        lock = Lock(CacheLayout(str(tmp_path / path)).lock_path)
         with pytest.raises(
             FileError, match=f"process {os.getpid()} on .* is writing this cache"
         ):
@@ -249,46 +189,16 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("keys", "value", "message"),
-    [
-        (["vocab_size"], "50", "vocab_size: found '50', expected a number"),
-        (["dataset", "end_at_idx"], None, "dataset.end_at_idx: found None"),
-        (
-            ["codec", "name"],
-            "pickle",
-            "codec.name: found 'pickle', expected one of packed, json",
-        ),
-        (["dataset", "end_at_idx"], 7, "is chunk 2, but the cache has 2 chunks"),
-    ],
-)
-def test_an_edited_manifest_is_named_and_the_chunks_are_read_all_the_same(
-    tmp_path, keys, value, message
-):
-    path = write(tmp_path)
-    manifest_path = tmp_path / "train_manifest.json"
-    manifest = json.loads(manifest_path.read_bytes())
-    target = manifest
-    for key in keys[:-1]:
-        target = target[key]
-    target[keys[-1]] = value
-    manifest_path.write_text(json.dumps(manifest))
-    reports = verify(str(path))
-    assert any(message in problem for report in reports for problem in report.problems)
-    assert sum(report.counts["examples"] for report in reports) == 10
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": -1}, "the chunk is not complete"),
+        ({"tokens": -1}, "tokens, but its summary says -1"),
         (
             {"skipped": {"too long": 1}},
-            "4 examples and 1 skipped records are not the records 4 to 7",
+            "its summary says 5 records, 4 to 7",
         ),
-        ({"last_index": 8}, "covers records 4 to 8, expected 4 to 7"),
+        ({"last_index": 8}, r"4 to 8; the manifest, \(4, 7\)"),
         ({"kept_tokens": 7}, "kept_tokens, but its summary says 7"),
         ({"label_in_topk": 99}, "label_in_topk, but its summary says 99"),
-        ({"kept_mass_sum": 1.0}, "but its summary says 1;"),
     ],
 )
 @pytest.mark.parametrize("format_version", [2, 3])
@@ -302,24 +212,11 @@ def test_a_wrong_summary_is_named(tmp_path, changes, message, format_version):
         manifest = json.loads(manifest_path.read_bytes())
         manifest["chunks"]["1"] |= changes
         manifest_path.write_text(json.dumps(manifest))
-        if "tokens" in changes:
-            message = "chunks.1: tokens: found -1"
     reports = verify(str(path))
-    assert any(message in problem for report in reports for problem in report.problems)
-    assert sum(report.counts["examples"] for report in reports) == 10
-
-
-def test_a_damaged_manifest_is_damage(tmp_path):
-    path = write(tmp_path)
-    manifest_path = tmp_path / "train_manifest.json"
-    manifest_path.write_bytes(manifest_path.read_bytes()[:-40])
-    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "verify", str(path)]
-    result = subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (1, "1 problems"), (
-        result.stderr
+    assert any(
+        re.search(message, problem) for report in reports for problem in report.problems
     )
-    assert "not a cache manifest" in result.stdout
-    assert "3 chunks" in result.stdout
+    assert sum(report.found.examples for report in reports) == 10
 
 
 def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
@@ -335,11 +232,11 @@ def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
         raw = bytearray(whole)
         raw[position] ^= 4
         index.write_bytes(raw)
-        (problem,) = verify_chunk(path, manifest).problems
+        (problem,) = verify_chunk(Chunk(CacheLayout(str(path)), 0, manifest)).problems
         assert "`logit_cache repair`" in problem
     index.unlink()
     assert repair(str(path)) == [
         f"{path}: index made again"
     ]  # since all records are there
-    assert ChunkIndex.parse(index.read_bytes()).has_places_of(ChunkIndex.parse(whole))
+    assert same_places(ChunkIndex.parse(index.read_bytes()), ChunkIndex.parse(whole))
     assert problems(path) == []

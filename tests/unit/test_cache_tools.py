@@ -14,7 +14,7 @@ import pytest
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.segment import SegmentWriter
+from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.cache import CacheConfig
 from nemo_kd.tools.merge import merge
@@ -52,7 +52,7 @@ def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     path = write(tmp_path, name, codec=codec)
     reports = verify(str(path), num_workers=2)
     assert [problem for report in reports for problem in report.problems] == []
-    assert sum(report.counts["examples"] for report in reports) == 10
+    assert sum(report.found.examples for report in reports) == 10
     assert [
         (report.found.first_index, report.found.last_index) for report in reports
     ] == [
@@ -77,7 +77,7 @@ def test_a_flipped_byte_anywhere_is_found_and_does_not_hide_the_rest(
     chunk.write_bytes(raw)
     (report, *others) = verify(str(path))
     assert any("but its summary says" in problem for problem in report.problems)
-    assert report.counts["examples"] >= 3  # of 4
+    assert report.found.examples >= 3  # of 4
     assert not any(other.problems for other in others)
 
 
@@ -100,11 +100,10 @@ def test_every_other_damage_is_named(tmp_path):
         ({chunk: files[chunk][:-20]}, "but its summary says"),
         ({chunk: b"".join([lines[1], lines[0], *lines[2:]])}, "the lines are out of order"),
         ({chunk: b"".join([lines[0], *lines])}, "stands behind example 4"),
-        ({chunk: files[layout.chunk_path(0)]}, "examples are there twice"),
         ({index_path: None}, "the chunk is not complete"),
-        ({index_path: files[layout.chunk_path(0).with_name("train_0.jsonl.idx")]}, "made for"),
+        ({index_path: files[layout.chunk_path(0).with_name("train_0.jsonl.idx")]}, "but its summary says"),
         ({index_path: edit(tokens=1)}, "tokens, but its summary says 1"),
-        ({index_path: edit(first_index=6)}, "examples 4 to 7, but its summary says 6 to 7"),
+        ({index_path: edit(first_index=6)}, "its summary says 4 records, 6 to 7"),
         ({manifest_path: wrong_vocabulary}, "outside the vocabulary of 20"),
         ({manifest_path: json.dumps({**edited, "top_k": 3}).encode()}, "4 tokens at one position, but the manifest states top_k=3"),
     ]  # fmt: skip
@@ -177,10 +176,8 @@ def test_a_chunk_without_any_row_is_whole(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     for segment in writer.missing_segments():
         if segment[0] == 1:
-            sink = SegmentWriter(layout, description, segment, {})
-            for _ in segment[1]:
-                sink.skip("no loss tokens")
-            sink.publish()
+            records = ["no loss tokens"] * len(segment[1])
+            publish_segment(layout, description, segment, records, {})
         else:
             write_segment(layout, description, segment)
     writer.assemble_complete()
@@ -255,7 +252,7 @@ def test_conversion_there_and_back_keeps_the_numbers(tmp_path):
     written = Manifest.load(tmp_path / "packed" / "a_manifest.json")
     assert (
         written.teacher["converted_from"]
-        == Manifest.load(tmp_path / "source" / "train_manifest.json").hash()
+        == Manifest.load(tmp_path / "source" / "train_manifest.json").digest
     )
     assert written.codec["name"] == "packed"
     fewer = convert(
@@ -446,7 +443,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         merge([str(first), str(first)], target)
     with pytest.raises(CacheError, match="top_k: 4 in the cache, 9 now"):
         merge([str(first), str(part(tmp_path, 1, 4, 5, top_k=9))], target)
-    with pytest.raises(CacheError, match="has no CHUNK_ID"):
+    with pytest.raises(CacheError, match="put CHUNK_ID into its name"):
         merge([str(first), str(third)], str(tmp_path / "one.jsonl.zst"), allow_gaps=True)
     damaged = bytearray(third.read_bytes())
     damaged[40] ^= 1

@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,7 @@ from nemo_kd import files
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.segment import SegmentWriter, read_segment, segment_path
+from nemo_kd.cache.segment import publish_segment, read_segment, segment_path
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.files import FileError
 from tests.tiny_cache import (
@@ -94,15 +93,11 @@ def run_process(
         if writer is None:
             planner.layout, planner.manifest = layout, description
             planner.chunks = chunks_of(description)
-            planner._shard, planner._first_segments, planner._assembling = (
-                (0, 1),
-                [0, 2, 4],
-                threading.Lock(),
-            )
+            planner._part = (0, 1)
         for segment in planner.missing_segments()[rank::num_ranks]:
             write_segment(layout, description, segment)
             if writer is not None:
-                writer.assemble_complete(up_to=segment[0])
+                writer.assemble_complete()
         if writer is not None:
             writer.assemble_complete()
         os._exit(0)
@@ -188,12 +183,8 @@ def test_another_batch_size_is_recorded_not_refused(tmp_path):
     layout, description = CacheLayout(str(tmp_path / "c_CHUNK_ID.jsonl")), manifest()
     writer = CacheWriter(layout, description, chunks_of(description))
     for number, segment in enumerate(writer.missing_segments()):
-        sink = SegmentWriter(
-            layout, description, segment, {"micro_batch_size": 1 + number % 2}
-        )
-        for index in segment[1]:
-            sink.write(row(index))
-        sink.publish()
+        settings = {"micro_batch_size": 1 + number % 2}
+        publish_segment(layout, description, segment, [*map(row, segment[1])], settings)
     writer.assemble_complete()
     assert summaries(layout.output_path)[0].computed_with == [
         {"micro_batch_size": 1},
@@ -276,22 +267,15 @@ def test_records_out_of_order_missing_or_too_wide_are_refused(tmp_path):
         manifest(n_examples_per_chunk=None),
     )
     CacheWriter(layout, description, chunks_of(description))
-    sink = SegmentWriter(layout, description, (0, range(2, 6)), COMPUTED_WITH)
-    sink.write(row(3))
-    with pytest.raises(CacheError, match="example 2 came after example 3"):
-        sink.write(row(2))
-    with pytest.raises(CacheError, match="example 6 came after example 3"):
-        sink.write(row(6))
+
+    def publish(*records):
+        publish_segment(layout, description, (0, range(2, 6)), records, COMPUTED_WITH)
+
+    with pytest.raises(CacheError, match="example 2 came in the place of example 3"):
+        publish(row(2), row(2), row(4), row(5))
     with pytest.raises(CacheError, match="got 1 of 4 records"):
-        sink.publish()
-    with pytest.raises(
-        CacheError, match="has 5 logits per position in a cache of top_k=4"
-    ):
-        sink.write(row(4, k=5))
-    for index in (4, 5):
-        sink.write(row(index))
-    sink.skip("too long")
-    sink.publish()
+        publish(row(2))
+    publish("too long", row(3), row(4), row(5))
     assert [path.name for path in layout.segments_folder(0).iterdir()] == [
         "000000000002-000000000005"
     ]
