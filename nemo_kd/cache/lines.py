@@ -41,13 +41,13 @@ class _Plain:
         """
         return raw
 
-    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
-        """Yield the raw bytes of every line from the file's position on, which begins line `first`.
+    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
+        """Yield the raw bytes of every line from the file's position on.
 
         Raises:
             TornError: the file ends inside a line.
         """
-        for number, line in enumerate(file, start=first):
+        for number, line in enumerate(file, start=1):
             if not line.endswith(b"\n"):
                 raise TornError(
                     f"{where}:{number}: the last line has no line break, so it may be cut off; "
@@ -79,9 +79,9 @@ class _Zst:
             )
         return line
 
-    def split(self, file: BinaryIO, where: str, first: int = 1) -> Iterator[bytes]:
+    def split(self, file: BinaryIO, where: str) -> Iterator[bytes]:
         block = file.read(_BLOCK_BYTES)
-        number = first
+        number = 1
         while block:
             frame = zstandard.ZstdDecompressor().decompressobj()
             parts = []

@@ -13,7 +13,7 @@ import numpy as np
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkIndex
-from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name
+from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name, path_of
 from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import check_vocabulary, decode, is_packed
@@ -65,8 +65,7 @@ class CacheReader:
         partial: bool = False,
     ) -> None:
         self.source = path
-        subset = SUBSET.fullmatch(path)
-        self.path = subset["path"] if subset else path
+        self.path = path_of(path)
         self.top_k = top_k
         self.seq_length = seq_length
         self.vocab_size = vocab_size
@@ -84,10 +83,10 @@ class CacheReader:
             self._ends[-1]
         )
         total = int(self._ends[-1])
-        self._first = _bound(subset["start"], total, 0) if subset else 0
-        self._last = (
-            max(self._first, _bound(subset["end"], total, total)) if subset else total
-        )
+        subset = SUBSET.fullmatch(path)
+        start, end = subset.group("start", "end") if subset else (None, None)
+        self._first = _bound(start, total, 0)
+        self._last = max(self._first, _bound(end, total, total))
 
     def __len__(self) -> int:
         return self._last - self._first

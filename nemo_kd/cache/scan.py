@@ -19,17 +19,16 @@ def read_index(path: Path) -> ChunkIndex | None:
     return ChunkIndex.parse(read_file(index_path)) if index_path.exists() else None
 
 
-def complete_chunk(path: Path) -> ChunkIndex | None:
-    """Return the index of a complete chunk, else None.
+def complete_chunk(path: Path) -> ChunkSummary | None:
+    """Return the summary of a complete chunk, else None.
 
-    It has a summary, and the data file has the size that it states.
+    Its index has one, and the data file has the size that it states.
     """
     if not path.is_file():
         return None
     index = read_index(path)
-    if index is None or index.summary is None or index.facts.bytes != path.stat().st_size:
-        return None
-    return index
+    summary = index.summary if index is not None else None
+    return summary if summary and summary.bytes == path.stat().st_size else None
 
 
 def describes(index: ChunkIndex, size: int, mtime_ns: int) -> bool:

@@ -170,9 +170,9 @@ class CacheWriter:
         """Find the chunks that became complete since the last look."""
         indexes = self.layout.existing_chunks(suffix=INDEX)
         for chunk in set(self.missing).intersection(indexes):
-            index = complete_chunk(self.layout.chunk_path(chunk))
-            if index is not None and index.summary is not None:
-                self.manifest.chunks[chunk] = index.summary
+            summary = complete_chunk(self.layout.chunk_path(chunk))
+            if summary is not None:
+                self.manifest.chunks[chunk] = summary
 
     def _assemble(self, chunk: int) -> bool:
         """Publish a chunk, then the index that makes it complete; False if segments are missing."""

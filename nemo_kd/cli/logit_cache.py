@@ -89,8 +89,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     )
     if arguments.html:
         others = spread(len(reader), arguments.num_examples)
-        positions = [number, *(one for one in others if one != number)]
-        positions = positions[: arguments.num_examples]
+        positions = list(dict.fromkeys([number, *others]))[: arguments.num_examples]
         rows = ((position, reader[position]) for position in positions)
         content = build_page(arguments.path, report, rows, text)
         write_atomically(arguments.html, content.encode(errors="backslashreplace"))

@@ -16,8 +16,7 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.parts import IS_WRITTEN
 from nemo_kd.cache.scan import complete_chunk, read_index
 from nemo_kd.files import Lock, atomic_file, explained, open_regular, write_atomically
-from nemo_kd.tools.salvage import Chunk, chunks_of
-from nemo_kd.tools.verify import verify_chunks
+from nemo_kd.tools.verify import Chunk, chunks_of, verify_chunks
 
 MAY_DIFFER = (
     "dataset.start",

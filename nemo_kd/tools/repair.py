@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
-from collections import deque
+from pathlib import Path
 
 from nemo_kd.cache.format2 import upgrade
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
-from nemo_kd.cache.lines import TornError
+from nemo_kd.cache.lines import TornError, lines_of
 from nemo_kd.cache.parts import IS_WRITTEN
 from nemo_kd.cache.record import is_json
 from nemo_kd.cache.scan import describes, read_index, scan_chunk
@@ -16,13 +17,16 @@ from nemo_kd.cache.storage import LocalStorage
 from nemo_kd.files import (
     Lock,
     abandoned,
+    open_regular,
     read_file,
     remove,
     sync,
     write_atomically,
 )
-from nemo_kd.tools.salvage import Chunk, chunks_of, file_sha256, stretches
+from nemo_kd.tools.verify import Chunk, chunks_of
 
+ZST_MAGIC = b"\x28\xb5\x2f\xfd"
+"""Begins every zstd frame."""
 COMPUTED_AGAIN = "compute_topk_logits with the same keys computes it again"
 
 
@@ -55,10 +59,18 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
 def _repair_end(chunk: Chunk, dry_run: bool) -> list[str]:
     """Complete or cut the last line if the file ends inside it."""
     path = chunk.path
-    last = next(iter(deque(stretches(path), maxlen=1)), None)
-    if last is None or not isinstance(last.error, TornError):
+    end = 0
+    try:
+        with open_regular(path) as file:
+            for raw in lines_of(path).split(file, str(path)):
+                end += len(raw)
         return []
-    tail = read_file(path, last.start)
+    except TornError:
+        tail = read_file(path, end)
+    except CacheError:  # damage in the middle
+        return []
+    if tail.find(ZST_MAGIC, 1) >= 0:  # also that: a frame whose damage hides its end
+        return []
     if path.suffix != ".zst" and is_json(tail):  # a line that is cut off never is
         if not dry_run:
             with path.open("ab") as file:
@@ -71,7 +83,7 @@ def _repair_end(chunk: Chunk, dry_run: bool) -> list[str]:
         with torn.open("ab") as file:
             file.write(tail)
         sync(torn)
-        os.truncate(path, last.start)
+        os.truncate(path, end)
         sync(path)
     return [
         f"{path}: the last line is torn: {len(tail)} bytes cut off and kept as {torn.name}"
@@ -88,7 +100,7 @@ def _repair_index(chunk: Chunk, dry_run: bool) -> list[str]:
     index = read_index(path)
     summary = chunk.summary
     if summary is not None:
-        if f"sha256:{file_sha256(path).hex()}" == summary.sha256:
+        if _sha256(path) == summary.sha256:
             return []
         if not dry_run:
             index_path.unlink(missing_ok=True)
@@ -116,3 +128,11 @@ def _repair_index(chunk: Chunk, dry_run: bool) -> list[str]:
     if not dry_run:
         write_atomically(index_path, index.to_bytes())
     return [f"{path}: index made again"]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"sha256:{digest.hexdigest()}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -12,11 +14,11 @@ from tqdm import tqdm
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
-from nemo_kd.cache.lines import TornError, lines_of
+from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import check_vocabulary, decode
 from nemo_kd.cache.scan import read_index
-from nemo_kd.tools.salvage import Chunk, chunks_of, file_sha256, stretches
+from nemo_kd.files import open_regular
 
 MOST_PROBLEMS_OF_A_CHUNK = 20
 MASS_TOLERANCE = 0.1
@@ -25,6 +27,53 @@ COUNTS = ("examples", "tokens", "loss_tokens", "kept_tokens", "label_in_topk")
 WITHOUT_INDEX = 1 << 62
 """Stands for the index of a line that has none."""
 AGAIN = "restore the file, or delete it and run compute_topk_logits again"
+
+
+class Chunk(NamedTuple):
+    """A chunk on disk: chunk `number` of the cache that `manifest`, if there is one, describes."""
+
+    layout: CacheLayout
+    number: int
+    manifest: Manifest | None
+
+    @property
+    def path(self) -> Path:
+        return self.layout.chunk_path(self.number)
+
+    @property
+    def summary(self) -> ChunkSummary | None:
+        """Of a complete chunk."""
+        if self.manifest is None:
+            return None
+        return self.manifest.summary_of(self.number, read_index(self.path))
+
+
+def chunks_of(path: str) -> tuple[list[Chunk], int]:
+    """Return the chunks of a file or template, and how many there should be.
+
+    Without a manifest for all each may have its own.
+
+    Raises:
+        CacheError: there are none, or a manifest is damaged.
+    """
+    layout = CacheLayout(path)
+    numbers = layout.existing_chunks()
+    if not numbers:
+        raise CacheError(
+            f"{path}: there is no such file, and no chunk of such a template"
+        )
+    if layout.manifest_path.exists():
+        manifest = Manifest.load(layout.manifest_path)
+        return [
+            Chunk(layout, number, manifest) for number in numbers
+        ], manifest.num_chunks
+    chunks = []
+    for number in numbers:
+        own = CacheLayout(str(layout.chunk_path(number)))
+        has_manifest = own.manifest_path.exists()
+        own_manifest = Manifest.load(own.manifest_path) if has_manifest else None
+        chunks.append(Chunk(own, 0, own_manifest))
+    return chunks, numbers[-1] + 1
 
 
 @dataclass
@@ -73,29 +122,30 @@ def verify_chunks(chunks: list[Chunk], num_workers: int) -> list[ChunkReport]:
 
 
 def verify_chunk(chunk: Chunk) -> ChunkReport:
-    """Read one chunk whole; a damaged line does not hide those behind it."""
+    """Read one chunk whole, up to its first damaged frame."""
     path = chunk.path
     manifest = chunk.manifest
     report = ChunkReport(path)
     problems = report.problems
     builder = ChunkBuilder(report.found)
+    digest = hashlib.sha256()
     lines = lines_of(path)
-    size = path.stat().st_size
-    for line in stretches(path):
-        where = f"{path}:{line.number}"
-        try:
-            if line.error is not None:
-                raise line.error
-            row = decode(lines.read(line.raw, where), where, index=WITHOUT_INDEX)
-            _check_row(row, where, manifest, report)
-            builder.add(row, len(line.raw))
-        except CacheError as error:
-            problems.append(str(error))
-            if not isinstance(error, TornError) or line.end < size:
-                problems.append(f"{where}: bytes {line.start} to {line.end - 1} are lost")
+    try:
+        with open_regular(path) as file:
+            for number, raw in enumerate(lines.split(file, str(path)), start=1):
+                digest.update(raw)
+                where = f"{path}:{number}"
+                try:
+                    row = decode(lines.read(raw, where), where, index=WITHOUT_INDEX)
+                    _check_row(row, where, manifest, report)
+                    builder.add(row, len(raw))
+                except CacheError as error:
+                    problems.append(str(error))
+    except CacheError as error:
+        problems.append(str(error))
+    report.found.sha256 = f"sha256:{digest.hexdigest()}"
+    report.found.bytes = path.stat().st_size
     index = read_index(path)
-    report.found.bytes = size
-    report.found.sha256 = f"sha256:{file_sha256(path).hex()}"
     if manifest is not None:
         _check_summary(report, manifest, chunk.number, index)
     elif index is not None and index.checksum != report.found.sha256:
