@@ -116,7 +116,7 @@ def verify(path: str, num_workers: int = 1) -> list[ChunkReport]:
 
 def verify_chunks(chunks: list[Chunk], num_workers: int) -> list[ChunkReport]:
     """Run `verify_chunk` in processes; the reports come in the order of the chunks."""
-    with ProcessPoolExecutor(max_workers=num_workers) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(chunks))) as pool:
         reports = pool.map(verify_chunk, chunks)
         return list(tqdm(reports, "verifying", len(chunks), unit=" chunks"))
 
