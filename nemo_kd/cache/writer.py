@@ -9,6 +9,7 @@ command continues from there, with any number of processes and parts, and ends w
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import shutil
@@ -19,7 +20,7 @@ from nemo_kd.cache.index import ChunkBuilder, ChunkSummary
 from nemo_kd.cache.layout import INDEX, SEGMENTS, CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.parts import Part, WriteLock
-from nemo_kd.cache.scan import complete_chunk
+from nemo_kd.cache.scan import complete_chunk, read_index, scan_chunk
 from nemo_kd.cache.segment import (
     PUBLISHED_STAYS,
     Segment,
@@ -28,6 +29,7 @@ from nemo_kd.cache.segment import (
     segment_path,
     segments,
 )
+from nemo_kd.cache.storage import LocalStorage
 from nemo_kd.config.errors import UserInputError
 from nemo_kd.files import (
     Lock,
@@ -152,7 +154,7 @@ class CacheWriter:
             if differences:
                 self.manifest.save(layout.manifest_path)
             else:
-                format2.upgrade(layout, existing)
+                upgrade(layout, existing)
         elif layout.existing_chunks():
             raise CacheError(
                 f"output_path: {layout.output_path} exists, but there is no manifest "
@@ -209,3 +211,30 @@ def _has_files(layout: CacheLayout, manifest: Manifest) -> bool:
     return bool(manifest.chunks) or any(
         any(layout.folder.glob(pattern)) for pattern in (f"*{INDEX}", f".*{SEGMENTS}")
     )
+
+
+def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
+    """Make a cache of format 2 one of format 3; others stay as they are.
+
+    Every whole chunk gets an index with a summary. Then the manifest is written without its list,
+    and its journal is removed.
+    """
+    if manifest.format_version == format2.VERSION:
+        for chunk, summary in manifest.chunks.items():
+            path = layout.chunk_path(chunk)
+            if not path.is_file():
+                continue
+            index = read_index(path)
+            if index is None or index.checksum != summary.sha256:
+                try:
+                    index = scan_chunk(LocalStorage(str(layout.folder)), path.name)
+                except CacheError:
+                    continue  # a damaged chunk is computed again
+            if index.checksum == summary.sha256:
+                index = dataclasses.replace(index, summary=summary)
+                write_atomically(layout.index_path(chunk), index.to_bytes())
+        manifest.save(layout.manifest_path)
+    journal = layout.manifest_path.with_name(
+        layout.manifest_name + format2.JOURNAL_SUFFIX
+    )
+    journal.unlink(missing_ok=True)
