@@ -31,10 +31,10 @@ class LoopConfig(Section, key=LOOP):
     """Passes over the training data."""
     max_steps: int = bounded(-1, at_least=-1)
     """Optimizer steps; -1: as many as max_epochs gives."""
-    val_check_interval: int | float = 100
+    val_check_interval: int | float = bounded(100, above=0)
     """Steps between validations, or a fraction of an epoch. Validation also runs after the last
     step."""
-    save_interval: int | float | None = None
+    save_interval: int | float | None = bounded(None, above=0)
     """Steps between checkpoints, or a fraction of an epoch. None: at every validation. Checkpoints
     after a validation are ranked by it; the others only keep the latest state."""
     limit_train_batches: int | float = positive(1.0)

@@ -178,23 +178,16 @@ class ModelOptimizer(torch.optim.Optimizer):
             model_state, is_loading=is_loading, metadata=sharding_metadata()
         )
 
-    def load_sharded_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint's moments; keep this run's weight decay and decay rates."""
         chosen = [
             {name: group[name] for name in CHOSEN if name in group}
             for group in self.param_groups
         ]
         with torch.no_grad(), _own_steps(self.parts):
-            self.megatron.load_state_dict(state)
+            self.megatron.load_state_dict(state_dict)
         for group, values in zip(self.param_groups, chosen, strict=True):
             group.update(values)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: `sharded_state_dict` saves the state."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Ignore the call: see `state_dict`."""
 
 
 def _create_adam_state(inner: torch.optim.Optimizer) -> None:

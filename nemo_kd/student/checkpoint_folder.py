@@ -19,8 +19,9 @@ from typing import Any
 import torch
 
 from nemo_kd.config import UserInputError
+from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.files import abandoned, owner_name, read_file, remove, sync, write_atomically
-from nemo_kd.mcore.checkpoint_write import FileSum, file_sum
+from nemo_kd.mcore.checkpoint_write import file_sum
 from nemo_kd.run.collective import gather, on_rank_zero
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Contents:
     step: int
     resumable: bool
     layout: dict[str, int]
-    files: dict[str, Sequence[int]]
+    files: dict[str, Any]
     experiment: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
@@ -64,14 +65,10 @@ class Contents:
         """
         try:
             contents = Contents(**json.loads(read_file(folder / CONTENTS)))
-        except FileNotFoundError as error:
-            raise CheckpointError(f"{CONTENTS} is missing") from error
+            if contents.format_version != FORMAT_VERSION:
+                raise ValueError(f"format version {contents.format_version}")
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{CONTENTS} cannot be read ({error})") from error
-        if contents.format_version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"{CONTENTS}: format version {contents.format_version} is not {FORMAT_VERSION}"
-            )
         return contents
 
 
@@ -90,21 +87,12 @@ def unfinished_folder(folder: Path) -> Path:
     )
 
 
-def seal(
-    folder: Path,
-    step: int,
-    resumable: bool,
-    layout: dict[str, int],
-    sums: Mapping[str, FileSum],
-    experiment: dict[str, Any] | None = None,
-) -> None:
-    """Add `contents.json`; sums that are not in `sums` are computed. Everything is synced."""
-    files = {name: list(found) for name, found in sums.items()}
+def seal(folder: Path, contents: Contents) -> None:
+    """Add `contents.json`; sums that `contents.files` lacks are computed. Everything is synced."""
     for path in folder.iterdir():
-        if path.name not in files:
+        if path.name not in contents.files:
             sync(path)
-            files[path.name] = list(file_sum(path))
-    contents = Contents(step, resumable, layout, dict(sorted(files.items())), experiment)
+            contents.files[path.name] = file_sum(path)
     write_atomically(folder / CONTENTS, json.dumps(asdict(contents), indent=1).encode())
 
 
@@ -114,8 +102,8 @@ def publish(written: Path, targets: Sequence[Path]) -> None:
     The earlier `-last` checkpoint becomes `-previous` and is kept until the next one.
     """
     targets = sorted(set(targets), key=lambda target: not target.name.endswith(LAST))
-    for number, target in enumerate(targets):
-        folder = written if number == len(targets) - 1 else _twin(written)
+    for target in targets:
+        folder = written if target == targets[-1] else _twin(written)
         if target.name.endswith(LAST):
             _retire_last(target.parent)
         else:
@@ -160,30 +148,31 @@ def resumable(parent: Path) -> list[Path]:
     ]
 
 
-def damage(folder: Path, part: int = 0, num_parts: int = 1) -> str | None:
-    """Return the damage of a checkpoint, or None; checks every `num_parts`-th file from `part`."""
-    try:
-        contents = Contents.read(folder)
-    except CheckpointError as error:
-        return str(error)
+def check_whole(folder: Path, part: int = 0, num_parts: int = 1) -> Contents:
+    """Return the contents of a checkpoint; check every `num_parts`-th file from `part`.
+
+    Raises:
+        CheckpointError, OSError: something is damaged.
+    """
+    contents = Contents.read(folder)
     for name in list(contents.files)[part::num_parts]:
         num_bytes, crc32 = contents.files[name]
-        try:
-            found = file_sum(folder / name)
-        except OSError as error:
-            return f"{name}: {error.strerror}"
+        found = file_sum(folder / name)
         if found != (num_bytes, crc32):
-            return f"{name} is not as it was written: {found.num_bytes:,} of {num_bytes:,} bytes"
-    return None
+            raise CheckpointError(
+                f"{name} is not as it was written: {found.num_bytes:,} of {num_bytes:,} bytes"
+            )
+    return contents
 
 
-def put_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint so that nothing uses it any more; return the new name."""
-    aside = folder.with_name(folder.name + DAMAGED)
-    while aside.exists():
-        aside = aside.with_name(aside.name + DAMAGED)
-    folder.rename(aside)
-    return aside
+def put_aside(damaged: Mapping[Path, Exception]) -> None:
+    """Rename damaged checkpoints so that nothing uses them any more."""
+    for folder, problem in damaged.items():
+        aside = folder.with_name(folder.name + DAMAGED)
+        while aside.exists():
+            aside = aside.with_name(aside.name + DAMAGED)
+        folder.rename(aside)
+        log.warning("%s is damaged (%s) and now called %s", folder, problem, aside.name)
 
 
 def _step(folder: Path) -> int:
@@ -205,89 +194,56 @@ def _retire_last(parent: Path) -> None:
 def _twin(folder: Path) -> Path:
     """Return a hidden folder with the same files, as hard links if possible."""
     twin = unfinished_folder(folder)
-
-    def link_or_copy(source: str, target: str) -> None:
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copy2(source, target)
-
-    shutil.copytree(folder, twin, copy_function=link_or_copy)
+    try:
+        shutil.copytree(folder, twin, copy_function=os.link)
+    except OSError:
+        remove(twin)
+        shutil.copytree(folder, twin)
     sync(twin)
     return twin
 
 
-def choose_checkpoint(
-    parent: Path, if_exists: bool, none_is_fine: bool, otherwise: str | None
-) -> Path | None:
+def choose_checkpoint(parent: Path, manager: ExpManagerConfig) -> Path | None:
     """Return the checkpoint to resume, or None to start; every rank calls it and reads some files.
 
-    Args:
-        parent: folder of this run's checkpoints.
-        if_exists: resume the latest whole checkpoint in it; damaged ones are renamed.
-        none_is_fine: start if there is none.
-        otherwise: a checkpoint to resume if `parent` gives none.
+    It is the latest whole one in `parent`, the folder of this run's checkpoints; damaged ones are
+    renamed. If `parent` has none, it is `manager.resume_from_checkpoint`.
 
     Raises:
         CheckpointError: there is none, or no whole one.
     """
-    found = _latest_whole(parent) if if_exists else None
-    if found is None and otherwise:
-        found = Path(otherwise)
-        problem = agreed_damage(found)
-        if problem is None and not Contents.read(found).resumable:
-            problem = "it holds weights only, without the optimizer's state"
-        if problem is not None:
-            raise CheckpointError(
-                f"exp_manager.resume_from_checkpoint: {otherwise}: {problem}; give another one"
-            )
-    if found is None and if_exists and not none_is_fine:
-        raise CheckpointError(
-            f"exp_manager.resume_if_exists: no checkpoint in {parent}; to start over where there "
-            "is none set exp_manager.resume_ignore_no_checkpoint=true"
-        )
-    if found is not None:
-        log.info("resuming from %s", found)
-    return found
-
-
-def agreed_damage(folder: Path) -> str | None:
-    """Return the damage that any rank finds in its share of the files; every rank calls it."""
+    found: list[Path] = []
+    if manager.resume_if_exists:
+        found = on_rank_zero(lambda: _candidates(parent))
+    if not found and manager.resume_from_checkpoint:
+        found = [Path(manager.resume_from_checkpoint)]
+    damaged: dict[Path, Exception] = {}
     part = torch.distributed.get_rank()
     num_parts = torch.distributed.get_world_size()
-    found = gather(lambda: damage(folder, part, num_parts))
-    return next((problem for problem in found if problem is not None), None)
-
-
-def _latest_whole(parent: Path) -> Path | None:
-    """
-    Raises:
-        CheckpointError: there are checkpoints, and all are damaged.
-    """
-    damaged: list[tuple[Path, str]] = []
-    chosen = None
-    for folder in on_rank_zero(lambda: _candidates(parent)):
-        problem = agreed_damage(folder)
-        if problem is None:
-            chosen = folder
-            break
-        damaged.append((folder, problem))
-    if not damaged:
-        return chosen
-    listed = "".join(f"\n  {folder.name}: {problem}" for folder, problem in damaged)
-    if chosen is None:
-        raise CheckpointError(
-            f"exp_manager.resume_if_exists: no checkpoint in {parent} is whole:{listed}\nRestore "
-            "one, or remove all of them to start over"
+    for folder in found:
+        try:
+            contents = gather(lambda: check_whole(folder, part, num_parts))[0]  # noqa: B023
+            if not contents.resumable:
+                raise CheckpointError(
+                    "it holds weights only, without the optimizer's state"
+                )
+        except (CheckpointError, OSError) as error:
+            damaged[folder] = error
+            continue
+        on_rank_zero(lambda: put_aside(damaged))
+        log.info("resuming from %s", folder)
+        return folder
+    must_resume = manager.resume_if_exists and not manager.resume_ignore_no_checkpoint
+    if damaged or must_resume:
+        listed = "".join(
+            f"\n  {folder}: {problem}" for folder, problem in damaged.items()
         )
-
-    def put_all_aside() -> None:
-        for folder, problem in damaged:
-            name = put_aside(folder).name
-            log.warning("%s is damaged (%s) and now called %s", folder, problem, name)
-
-    on_rank_zero(put_all_aside)
-    return chosen
+        raise CheckpointError(
+            f"exp_manager.resume_if_exists: no whole checkpoint to resume in {parent}{listed}\n"
+            "Restore one; to start over remove all of them, and set "
+            "exp_manager.resume_ignore_no_checkpoint=true"
+        )
+    return None
 
 
 def _candidates(parent: Path) -> list[Path]:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import re
-import shutil
-from collections.abc import Iterator
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
-from torch.distributed.checkpoint import CheckpointException
-
-from nemo_kd.config.exp_manager import PARAMS, CheckpointParams
+from nemo_kd.config.exp_manager import CheckpointParams
+from nemo_kd.files import remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.run.collective import on_rank_zero
@@ -22,10 +19,7 @@ from nemo_kd.run.interruption import Watchdog
 from nemo_kd.student.checkpoint_folder import (
     CONTENTS,
     LAST,
-    PREVIOUS,
-    CheckpointError,
     Contents,
-    agreed_damage,
     checkpoints,
     discard,
     publish,
@@ -33,54 +27,52 @@ from nemo_kd.student.checkpoint_folder import (
     unfinished_folder,
 )
 
+if TYPE_CHECKING:
+    from nemo_kd.student.module import StudentModule
+
 log = logging.getLogger(__name__)
 
 
+@dataclass
 class Checkpoints:
     """Checkpoints of a run: the latest to resume from, and the best by the monitored metric.
 
     The latest is named `*-last`, the one before it `*-previous`. Every rank calls all methods but
     `is_writing`.
 
-    Args:
+    Attributes:
         name: of the run.
         layout: sizes of the process groups.
         experiment: the record of what determines the run's result.
-
-    Attributes:
         scores: ranked checkpoint -> value of the monitored metric.
     """
 
-    def __init__(
-        self,
-        params: CheckpointParams,
-        name: str,
-        dirpath: Path,
-        layout: dict[str, int],
-        experiment: dict[str, Any],
-        watchdog: Watchdog,
-    ) -> None:
-        self.params = params
-        self.dirpath = dirpath.absolute()
-        self.layout = layout
-        self.experiment = experiment
-        self.watchdog = watchdog
-        self.archive = self.dirpath / f"{params.prefix or name}{params.postfix}"
-        stem = self.archive.name.removesuffix(".nemo")
-        self.best_archive = self.archive.with_name(f"{stem}-best.nemo")
+    params: CheckpointParams
+    name: str
+    dirpath: Path
+    layout: dict[str, int]
+    experiment: dict[str, Any]
+    watchdog: Watchdog
+    scores: dict[Path, float] = field(default_factory=dict)
+    _has_saved: bool = False  # in this process
+    _write: CheckpointWrite | None = None  # the one that is being written
+    _names: list[Path] = field(default_factory=list)  # of that one
+    _removals: list[Path] = field(default_factory=list)  # once it is whole
+
+    def __post_init__(self) -> None:
+        params = self.params
+        self.dirpath = self.dirpath.absolute()
+        self.archive = self.dirpath / f"{params.prefix or self.name}{params.postfix}"
+        self.best_archive = self.archive.with_name(f"{self.archive.stem}-best.nemo")
         self._template = params.filename or (
-            f"{name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
+            f"{self.name}--{params.monitor.replace('/', '_')}={{{params.monitor}:.4f}}"
             "-step={step}-consumed_samples={consumed_samples}"
         )
-        self.scores: dict[Path, float] = {}
-        self._has_saved = False  # in this process
-        self._write: CheckpointWrite | None = None  # the one that is being written
-        self._written: tuple[int, bool] = (
-            0,
-            False,
-        )  # its step, and whether it is resumable
-        self._names: list[Path] = []  # and its names
-        self._removals: list[Path] = []  # once it is whole
+        if params.filename and params.auto_insert_metric_name:
+            self._template = re.sub(r"\{([^{}:]+)", r"\1={\1", params.filename)
+        # The latest state may have no score.
+        score = rf"(\w+=)?\{{{params.monitor}[^}}]*\}}-?"
+        self._latest = re.sub(score, "", self._template) + LAST
 
     @property
     def best(self) -> Path | None:
@@ -91,14 +83,16 @@ class Checkpoints:
         """Return True while this rank's part of a checkpoint is being written."""
         return self._write is not None and self._write.is_running()
 
-    def rank(self, trainer: pl.Trainer) -> None:
+    def rank(self, student: StudentModule) -> None:
         """Save the weights that were just validated if they are good, and the latest state."""
         self.finish()
         monitor = self.params.monitor
+        trainer = student.trainer
+        step = student.global_step
         score = float(trainer.callback_metrics.get(monitor, math.nan))
         names: list[Path] = []
         if math.isfinite(score):
-            path = self._path(trainer, self._template)
+            path = self._path(student, self._template)
             self.scores[path] = score
             ranked = sorted(self.scores, key=self._rank_key)
             keep = self.params.save_top_k
@@ -109,58 +103,59 @@ class Checkpoints:
             if path in self.scores:
                 names.append(path)
             if self.params.verbose:
-                outcome = f"saved as {path.name}" if names else "is not among the best"
+                best = self.best
                 log.info(
-                    "step %d: %s=%.5f %s", trainer.global_step, monitor, score, outcome
+                    "step %d: %s=%.5f, best: %s", step, monitor, score, best and best.name
                 )
         else:
             log.warning(
                 "%s is not finite after step %d; no checkpoint is ranked by it",
                 monitor,
-                trainer.global_step,
+                step,
             )
         if names and self.params.save_weights_only:
-            self._save(trainer, names, weights_only=True)
+            self._save(student, names, weights_only=True)
             names = []
         if self.params.save_last or (trainer.should_stop and not names):
-            names.append(self._latest(trainer, has_score=math.isfinite(score)))
+            names.append(self._path(student, self._latest))
         if names:
-            self._save(trainer, names)
+            self._save(student, names)
 
-    def save_latest(self, trainer: pl.Trainer) -> None:
+    def save_latest(self, student: StudentModule) -> None:
         """Save all that a run needs to resume, as `*-last`."""
-        self._save(trainer, [self._latest(trainer, has_score=False)])
+        self._save(student, [self._path(student, self._latest)])
 
     def write(self, checkpoint: dict[str, Any]) -> None:
         """Start to write what Lightning has collected; `finish` gives the checkpoint its names."""
         folder = on_rank_zero(lambda: unfinished_folder(self._names[0]))
-        with self._explained():
-            self._write = CheckpointWrite(checkpoint, folder)
-        self._written = (checkpoint["global_step"], "optimizer_states" in checkpoint)
+        self._write = CheckpointWrite(checkpoint, folder)
+        is_resumable = "optimizer_states" in checkpoint
+        self._contents = Contents(
+            checkpoint["global_step"], is_resumable, self.layout, {}, self.experiment
+        )
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any, and give it its names.
 
         Raises:
-            CheckpointError: it could not be written.
+            OSError: on every rank, it could not be written; names the file.
         """
         write, self._write = self._write, None
         if write is None:
             return
 
         def complete() -> None:
-            seal(write.folder, *self._written, self.layout, sums, self.experiment)
+            seal(write.folder, replace(self._contents, files=sums))
             publish(write.folder, self._names)
             for path in self._removals:
                 discard(path)
 
-        pause = self.watchdog.pause("waiting for a checkpoint to be written")
-        with pause, self._explained():
+        with self.watchdog.pause("waiting for a checkpoint to be written"):
             sums = write.finish()
             on_rank_zero(complete)
         self._removals = []
 
-    def write_archives(self, trainer: pl.Trainer, student: Any) -> None:
+    def write_archives(self, student: StudentModule) -> None:
         """Leave the student's last and best weights as archives; the student keeps the best.
 
         NAME.nemo holds the last weights and NAME-best.nemo the best, if those are others; with
@@ -170,30 +165,27 @@ class Checkpoints:
         """
         best_only = self.params.save_best_model
         writes = self.params.save_nemo_on_train_end
-        is_left = on_rank_zero(lambda: self._is_left(trainer, student.config.export.hf))
+        is_left = on_rank_zero(lambda: self._is_left(student))
         if is_left:
             log.warning(
                 "nothing is left to train: %s is the result of an earlier run of this command, "
                 "which took all %d steps; to train on raise trainer.knowledge_distillation."
                 "max_steps or max_epochs, to start over give another exp_manager.explicit_log_dir",
                 self.archive,
-                trainer.global_step,
+                student.global_step,
             )
         elif writes and not best_only:
-            student.save_to(str(self.archive))
-        step = self._load_best(trainer, student)
-        if step is not None:
-            log.info("the best weights by %s are of step %d", self.params.monitor, step)
+            student.save_to(self.archive)
+        step = self._load_best(student)
         if best_only:
             if writes and not is_left:
-                student.save_to(str(self.archive))
-        elif writes and step not in (None, trainer.global_step):
-            student.save_to(str(self.best_archive))
-        elif writes and step is not None and trainer.is_global_zero:
+                student.save_to(self.archive)
+        elif writes and step not in (None, student.global_step):
+            student.save_to(self.best_archive)
+        elif writes and step is not None and student.trainer.is_global_zero:
             # An earlier part of the run may have left them.
-            self.best_archive.unlink(missing_ok=True)
-            hf_folder = self.best_archive.with_name(f"{self.best_archive.stem}-hf")
-            shutil.rmtree(hf_folder, ignore_errors=True)
+            remove(self.best_archive)
+            remove(self.best_archive.with_name(f"{self.best_archive.stem}-hf"))
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -206,100 +198,59 @@ class Checkpoints:
         The state may come from another person's checkpoint, and a checkpoint that it names may be
         deleted for a better one, or loaded.
         """
-        own = [
-            path
-            for path in checkpoints(self.dirpath)
-            if not path.name.endswith((LAST, PREVIOUS))
-        ]
-        for name, score in state.get("best_k_models", {}).items():
-            path = self.dirpath / Path(name).name.removesuffix(".ckpt")
-            if path in own:
+        own = {path.name: path for path in checkpoints(self.dirpath)}
+        for name, score in state["best_k_models"].items():
+            path = own.get(Path(name).name.removesuffix(".ckpt"))
+            if path is not None:
                 self.scores[path] = float(score)
 
     def _save(
-        self, trainer: pl.Trainer, names: list[Path], weights_only: bool = False
+        self, student: StudentModule, names: list[Path], weights_only: bool = False
     ) -> None:
         self.finish()
         self._names = names
         with self.watchdog.pause(f"saving the checkpoint {names[0].name}"):
-            trainer.save_checkpoint(names[0], weights_only)  # calls `write`
+            student.trainer.save_checkpoint(names[0], weights_only)  # calls `write`
             is_wanted = not self.params.save_best_model or self.best in names
             if self.params.always_save_nemo and not weights_only and is_wanted:
-                trainer.lightning_module.save_to(str(self.archive))
+                student.save_to(self.archive)
         self._has_saved = True
         if not self.params.async_save:
             self.finish()
 
-    def _latest(self, trainer: pl.Trainer, has_score: bool) -> Path:
-        template = self._template
-        if not has_score:
-            pattern = rf"(\w+=)?\{{{self.params.monitor}[^}}]*\}}-?"
-            template = re.sub(pattern, "", template)
-        return self._path(trainer, template + LAST)
+    def _path(self, student: StudentModule, template: str) -> Path:
+        # A metric that is not measured is 0.
+        values: defaultdict[str, float] = defaultdict(int)
+        for name, value in student.trainer.callback_metrics.items():
+            values[name] = value.item()
+        values["step"] = student.global_step
+        values["epoch"] = int(values["epoch"])
+        values["consumed_samples"] = float(student.data.training.consumed_samples)
+        return self.dirpath / template.format_map(values)
 
-    def _path(self, trainer: pl.Trainer, template: str) -> Path:
-        values: dict[str, Any] = {
-            name: value.item() for name, value in trainer.callback_metrics.items()
-        }
-        values["step"] = trainer.global_step
-        values["epoch"] = int(values.get("epoch", trainer.current_epoch))
-        values["consumed_samples"] = float(trainer.datamodule.training.consumed_samples)
-        inserts_names = self.params.filename and self.params.auto_insert_metric_name
-
-        def fill(match: re.Match[str]) -> str:
-            name, spec = match.groups(default="")
-            label = f"{name}=" if inserts_names else ""
-            return label + format(values.get(name, 0), spec)
-
-        return self.dirpath / re.sub(r"\{([^{}:]+)(?::([^{}]*))?\}", fill, template)
-
-    def _is_left(self, trainer: pl.Trainer, wants_hf: bool) -> bool:
+    def _is_left(self, student: StudentModule) -> bool:
         """Return True if nothing was trained and the archive is newer than the checkpoint that
         this run resumed."""
-        resumed = Path(str(trainer.ckpt_path))
+        resumed = Path(str(student.trainer.ckpt_path))
         if self._has_saved or resumed.absolute().parent != self.dirpath:
             return False
         hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
-        wanted = [self.archive, hf_folder] if wants_hf else [self.archive]
+        wanted = [self.archive, hf_folder] if student.config.export.hf else [self.archive]
         made_s = (resumed / CONTENTS).stat().st_mtime
         return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 
-    def _load_best(self, trainer: pl.Trainer, student: Any) -> int | None:
+    def _load_best(self, student: StudentModule) -> int | None:
         """Load the best weights into the student; return their step, or None if there are none."""
         folder = on_rank_zero(lambda: self.best)
         if folder is None:
             return None
-        problem = agreed_damage(folder)
-        if problem is not None:
-            log.warning(
-                "%s, the best checkpoint, is damaged: %s; the last weights replace it",
-                folder,
-                problem,
-            )
-            return None
         step = Contents.read(folder).step
-        if step != trainer.global_step:
-            state = load_sharded({"state_dict": student.sharded_state_dict()}, folder)
-            student.load_sharded_state_dict(state["state_dict"])
+        if step != student.global_step:
+            state = load_sharded({"state_dict": student.state_dict()}, folder)
+            student.load_state_dict(state["state_dict"])
             student.data.load_state_dict(state["StudentData"])
         return step
 
     def _rank_key(self, path: Path) -> float:
         """Return the score so that less is better."""
         return -self.scores[path] if self.params.mode == "max" else self.scores[path]
-
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Raise errors of writing as a CheckpointError, on every rank."""
-        try:
-            yield
-        except (OSError, CheckpointException) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            before = next(iter(checkpoints(self.dirpath)), None)
-            kept = "there is none before it"
-            if before is not None:
-                kept = f"the one before it is whole: {before.name}"
-            raise CheckpointError(
-                f"{self._names[0]}: the checkpoint cannot be written ({lines[-1]}); {kept}. Make "
-                f"room, or set {PARAMS}.dirpath, and run the same command again"
-            ) from error

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from torch.utils.data import BatchSampler, DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.batch import Batch, Example
+from nemo_kd.batch import Example
 from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError, path_of
+from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
+from nemo_kd.config.loss import KEY
 from nemo_kd.config.model import GPTArchitecture, length_multiple
 from nemo_kd.config.student import (
     SPLITS,
@@ -38,19 +38,20 @@ from nemo_kd.data.batches import (
 )
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.order import SampleOrder, TrainingBatches
+from nemo_kd.data.tokenizer import (
+    chat_template_fingerprint,
+    token_differences,
+    tokenizer_fingerprint,
+)
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import follow_the_main_process
-from nemo_kd.student.cache_match import find_mismatches
-from nemo_kd.student.schedule import TrainingPlan
+from nemo_kd.student.steps import TrainingPlan
 
 log = logging.getLogger(__name__)
 
 Rows = CacheBlend | TokenizedRows
 
 PREFIX = "model.data.data_prefix"
-
-MAX_ROWS_CHECKED = 4096
-"""Examples of one source, spread over it, that are read until one has a token in the loss."""
 
 PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: matrix products of such sizes are fast."""
@@ -76,86 +77,157 @@ def load_splits(
             "model.data.dataset has no effect on caches, which hold tokens; it is for "
             "data_impl=dataset"
         )
+    smallest_dropped_id = architecture.vocab_size if data.drop_ids_outside_vocab else None
     splits: dict[str, Rows] = {}
-    readers: dict[str, list[CacheReader]] = {}
-    mismatches: list[str] = []
     for split in filter(data.paths, SPLITS):
         if data.uses_cache:
-            readers[split] = _open_caches(split, data, seq_length, architecture)
-            mismatches += [
-                f"\n  {split}: {text}"
-                for text in find_mismatches(
-                    readers[split], model, architecture.vocab_size, tokenizer
-                )
+            num_chunks = data.n_chunks
+            if isinstance(num_chunks, dict):
+                num_chunks = num_chunks.get(split)
+            readers = [
+                CacheReader(path, num_chunks, data.top_k, seq_length, smallest_dropped_id)
+                for path in data.paths(split)
             ]
+            dropped = sum(reader.dropped_too_long for reader in readers)
+            if dropped:
+                log.warning(
+                    "%s: %d examples longer than %d tokens are dropped",
+                    split,
+                    dropped,
+                    seq_length,
+                )
+            found = find_mismatches(readers, model, architecture.vocab_size, tokenizer)
+            if found:
+                listed = "".join(f"\n  {text}" for text in found)
+                raise CacheError(
+                    f"{PREFIX}.{split}: cache and student do not match:{listed}"
+                )
+            splits[split] = CacheBlend(readers)
         else:
             splits[split] = _tokenize(split, data, seq_length, architecture, tokenizer)
-    if mismatches:
-        raise CacheError(
-            f"{PREFIX}: cache and student do not match:{''.join(mismatches)}"
-        )
-    splits |= {split: CacheBlend(sources) for split, sources in readers.items()}
-    for split, rows in splits.items():
-        is_weighted = data.weights(split) is not None
-        _check_usable(f"{PREFIX}.{split}", rows, data.paths(split), is_weighted)
+        _check_usable(split, splits[split], data)
     return splits
 
 
 def source_names(paths: Sequence[str]) -> list[str]:
     """Return a short name of each path for metrics: the file's, numbered if several are alike."""
-    stems = [
-        re.sub(r"[_-]?CHUNK_ID", "", Path(path.partition("[")[0]).name.partition(".")[0])
-        or "data"
-        for path in paths
-    ]
+    stems = [Path(path).name.partition(".")[0].replace("_CHUNK_ID", "") for path in paths]
     return [
         stem if stems.count(stem) == 1 else f"{stem}_{number}"
         for number, stem in enumerate(stems)
     ]
 
 
-def _check_usable(key: str, rows: Rows, paths: Sequence[str], is_weighted: bool) -> None:
+def _check_usable(split: str, rows: Rows, data: StudentDataConfig) -> None:
     """Refuse a split without examples, and a source without tokens in the loss.
 
     Raises:
         ConfigError: names the source.
     """
+    paths = data.paths(split)
     if not len(rows):
-        raise ConfigError(f"{key}: no usable example in {', '.join(paths)}")
+        raise ConfigError(f"{PREFIX}.{split}: no usable example in {', '.join(paths)}")
     start = 0
     for path, sizes in zip(paths, rows.source_chunks(), strict=True):
         size = sum(sizes)
-        checked = range(start, start + size, -(-size // MAX_ROWS_CHECKED) or 1)
+        positions = range(start, start + size)
         start += size
-        if not size and not is_weighted:
-            continue
-        if not any(example_of(rows[position]).num_loss_tokens for position in checked):
+        is_needed = size or data.weights(split) is not None
+        has_loss = (example_of(rows[at]).num_loss_tokens for at in positions)
+        if is_needed and not any(has_loss):
             raise ConfigError(
-                f"{key}: {path}: none of {len(checked)} examples has a token in the loss "
-                "(loss_mask is 0 throughout), so there is nothing to train or to measure on; take "
-                "it out, or mark what is to be trained"
+                f"{PREFIX}.{split}: {path}: none of {size} examples has a token in the "
+                "loss (loss_mask is 0 throughout), so there is nothing to train or to measure on; "
+                "take it out, or mark what is to be trained"
             )
 
 
-def _open_caches(
-    split: str, data: StudentDataConfig, seq_length: int, architecture: GPTArchitecture
-) -> list[CacheReader]:
-    vocab_size = architecture.vocab_size if data.drop_ids_outside_vocab else None
-    chunks = data.n_chunks
-    n_chunks = chunks.get(split) if isinstance(chunks, dict) else chunks
-    readers = [
-        CacheReader(path, n_chunks, data.top_k, seq_length, vocab_size)
-        for path in data.paths(split)
-    ]
-    dropped = sum(reader.dropped_too_long for reader in readers)
-    if dropped:
+def find_mismatches(
+    readers: Sequence[CacheReader],
+    model: StudentModelConfig,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> list[str]:
+    """List everything in which the caches of a split do not fit the student."""
+    loss = model.knowledge_distillation
+    ours = tokenizer_fingerprint(tokenizer)
+    found: list[str] = []
+    for reader in readers:
+        texts = _tokenizer_mismatches(reader, model.data, tokenizer, ours)
+        texts += _size_mismatches(reader, model.data, vocab_size)
+        if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {ours}:
+            texts.append(
+                f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share "
+                "one tokenizer, and token sequences of different ones cannot be aligned; use a "
+                "student with the teacher's tokenizer"
+            )
+        if loss.divergence is not None and len(reader):
+            texts += loss.missing_targets(reader[0].teacher)  # it stands for all rows
+        found += [f"{reader.source}: {text}" for text in texts]
+    return found
+
+
+def _tokenizer_mismatches(
+    reader: CacheReader,
+    data: StudentDataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    ours: str,
+) -> list[str]:
+    found: list[str] = []
+    template = chat_template_fingerprint(tokenizer)
+    named = [one for one in reader.manifests if one.tokenizer != UNKNOWN]
+    if not named:
         log.warning(
-            "%s: %d examples longer than %d tokens are dropped",
-            split,
-            dropped,
-            seq_length,
+            "%s: nothing records which tokenizer wrote it; make sure that it is the student's",
+            reader.path,
         )
-    return readers
+    for manifest in named:
+        tokens = manifest.tokenizer_tokens
+        differences = [] if tokens is None else token_differences(tokens, tokenizer)
+        if manifest.tokenizer != ours and (tokens is None or differences):
+            found.append(
+                f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, "
+                f"{ours} ({len(tokenizer)} tokens) in the student ({'; '.join(differences)}); both "
+                "must share one tokenizer"
+            )
+    for manifest in reader.manifests:
+        # Only `messages` use the template; without a list of formats all records count as such.
+        if (
+            "messages" in manifest.dataset.get("formats", ["messages"])
+            and manifest.chat_template not in (None, template)
+            and not data.allow_other_template
+        ):
+            found.append(
+                f"chat template: {manifest.chat_template} in the cache, {template or 'none'} in "
+                "the student; copy the teacher's chat_template into the student's tokenizer files, "
+                "or set model.data.allow_other_template=true"
+            )
+    return found
+
+
+def _size_mismatches(
+    reader: CacheReader, data: StudentDataConfig, vocab_size: int
+) -> list[str]:
+    """Compare the ids that the cache holds: vocabularies of one family are padded differently."""
+    found: list[str] = []
+    if reader.max_token_id >= vocab_size:
+        found.append(
+            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the "
+            f"student has {vocab_size} ids; both must share one tokenizer"
+        )
+    if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
+        found.append(
+            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in the cache, "
+            f"the student has {vocab_size} ids; model.data.drop_ids_outside_vocab=true counts them "
+            "to the tail"
+        )
+    held = [manifest.top_k for manifest in reader.manifests] or [reader.largest_k]
+    if data.top_k is not None and data.top_k > min(held):
+        found.append(
+            f"model.data.top_k: {data.top_k} exceeds the {min(held)} logits a position that the "
+            "cache holds at most"
+        )
+    return found
 
 
 def _tokenize(
@@ -178,21 +250,21 @@ def _tokenize(
             data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path)
         )
         dataset = TokenizedDataset(config, tokenizer, seq_length, architecture.vocab_size)
-        title = f"tokenizing {split}"
-        found = [
-            dataset[position]
-            for position in tqdm(range(len(dataset)), title, leave=False, disable=None)
-        ]
-        skipped.update(one for one in found if isinstance(one, str))
-        examples.append(
-            [replace(one, source=source) for one in found if isinstance(one, Example)]
-        )
+        examples.append([])
+        positions = range(len(dataset))
+        for position in tqdm(positions, f"tokenizing {split}", leave=False, disable=None):
+            found = dataset[position]
+            if isinstance(found, str):  # the reason to skip it
+                skipped[found] += 1
+            else:
+                examples[-1].append(replace(found, source=source))
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
     return TokenizedRows(paths, examples)
 
 
-class StudentData(pl.LightningDataModule):
+@dataclass
+class StudentData:
     """Data loaders over the splits; a batch is the list of this rank's micro-batches of a step.
 
     Attributes:
@@ -200,31 +272,27 @@ class StudentData(pl.LightningDataModule):
         training: the order of the training data, and the place in it.
     """
 
-    def __init__(
-        self,
-        model: StudentModelConfig,
-        splits: dict[str, Rows],
-        plan: TrainingPlan,
-        pad_id: int,
-        groups: ProcessGroups,
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.splits = splits
-        self.plan = plan
-        self.pad_id = pad_id
-        self.groups = groups
-        self.descriptions = {split: rows.description() for split, rows in splits.items()}
+    model: StudentModelConfig
+    splits: dict[str, Rows]
+    plan: TrainingPlan
+    pad_id: int
+    groups: ProcessGroups
+    _loaders: list[DataLoader[Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.descriptions = {
+            split: rows.description() for split, rows in self.splits.items()
+        }
+        model = self.model
         order = SampleOrder(
-            splits["train"].source_chunks(),
+            self.splits["train"].source_chunks(),
             model.data.weights("train"),
             model.seed,
             model.data.shuffle,
         )
         self.training = TrainingBatches(
-            order, model.global_batch_size, plan.steps_per_epoch, plan.max_steps
+            order, model.global_batch_size, self.plan.steps_per_epoch, self.plan.max_steps
         )
-        self._loaders: list[DataLoader[Any]] = []
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -232,23 +300,11 @@ class StudentData(pl.LightningDataModule):
             "global_batch_size": self.training.global_batch_size,
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue after the steps of the checkpoint, even if their batches had another size."""
         now = self.training.global_batch_size
-        before = state_dict.get("global_batch_size", now)
-        self.training.consumed_samples = state_dict["consumed_samples"] // before * now
-
-    def transfer_batch_to_device(
-        self, batch: list[Batch], device: torch.device, dataloader_idx: int
-    ) -> list[Batch]:
-        """Return the batch as it is: `forward_backward` moves micro-batches one by one."""
-        return batch
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.loader("train")
-
-    def val_dataloader(self) -> DataLoader[Any] | list[Any]:
-        return self.loader("validation") if "validation" in self.splits else []
+        before = state.get("global_batch_size", now)
+        self.training.consumed_samples = state["consumed_samples"] // before * now
 
     def loader(self, split: str) -> DataLoader[Any]:
         """Return the split's batches: training data from the next step on, all of the others."""

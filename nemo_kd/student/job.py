@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import logging
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
@@ -23,11 +23,11 @@ from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.optimizer import release
-from nemo_kd.run.collective import on_rank_zero
+from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.interruption import Interruption, Watchdog, explained_ctrl_c
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.student.checkpoint_folder import CheckpointError, choose_checkpoint
+from nemo_kd.student.checkpoint_folder import choose_checkpoint
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
@@ -39,8 +39,7 @@ from nemo_kd.student.run_folder import (
     experiment_record,
     own_run_folder,
 )
-from nemo_kd.student.schedule import check_schedule, plan_training
-from nemo_kd.student.steps import StopsAllRanks
+from nemo_kd.student.steps import STOPS_ALL_RANKS, check_schedule, plan_training
 from nemo_kd.student.trainer import build_trainer
 
 log = logging.getLogger(__name__)
@@ -63,14 +62,14 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
     with explained_ctrl_c(lambda: stop_report(student)), contextlib.ExitStack() as stack:
         pl.seed_everything(model.seed)
         join_ranks(config.trainer)
-        stack.enter_context(own_run_folder(config.exp_manager, config.name))
+        on_rank_zero(lambda: own_run_folder(config.exp_manager, config.name, stack))
         pretrained = stack.enter_context(
             open_pretrained(config.pretrained_checkpoint.restore_from_path)
         )
         data, tokenizer = _open_data(config, pretrained)
         stack.callback(data.close)
         minutes = config.trainer.distributed_timeout_minutes
-        watchdog = Watchdog(60 * minutes, torch.distributed.get_rank())
+        watchdog = Watchdog(60 * minutes, rank())
         stack.enter_context(watchdog)
         with watchdog.pause("loading"):
             trainer, student = _load(config, pretrained, data, loss, watchdog, stack)
@@ -78,7 +77,7 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         _fit(trainer, student)
         if student.checkpoints is not None:
             with watchdog.pause("writing the .nemo archives"):
-                student.checkpoints.write_archives(trainer, student)
+                student.checkpoints.write_archives(student)
         if "test" in data.splits:
             student.test()
         return end_report(student)
@@ -102,13 +101,6 @@ def _open_data(
     """Check the model's layout and open its data."""
     model = config.model
     architecture = pretrained.architecture
-    if config.export.lora == "adapter" and pretrained.kind != "hf":
-        log.warning(
-            "export.lora=adapter: peft loads adapters onto Hugging Face models, and %s is not one; "
-            "convert it (convert_checkpoint) and put its folder into the adapter's "
-            "base_model_name_or_path",
-            config.pretrained_checkpoint.restore_from_path,
-        )
     check_training_layout(architecture, model)
     check_lora(model.peft, architecture, model)
     tokenizer = load_tokenizer(pretrained.tokenizer_folder)
@@ -135,11 +127,9 @@ def _load(
         CheckpointError: there is no checkpoint to resume, or it belongs to another experiment.
     """
     manager = config.exp_manager
-    interruption = None
+    interruption = Interruption(manager.max_time_per_run, watchdog.rank)
     if manager.create_checkpoint_callback:
-        interruption = stack.enter_context(
-            Interruption(manager.max_time_per_run, watchdog.rank)
-        )
+        stack.enter_context(interruption)
     record = experiment_record(
         config,
         pretrained.architecture,
@@ -150,19 +140,13 @@ def _load(
     trainer, log_dir = build_trainer(config.trainer, manager, config.name, data)
     params = manager.checkpoint_callback_params
     dirpath = Path(params.dirpath or log_dir / "checkpoints")
-    resumed = choose_checkpoint(
-        dirpath,
-        manager.resume_if_exists,
-        manager.resume_ignore_no_checkpoint,
-        manager.resume_from_checkpoint,
-    )
+    resumed = choose_checkpoint(dirpath, manager)
     if resumed is not None:
         check_same_experiment(resumed, record, config.allow_changed)
         trainer.ckpt_path = str(resumed)
     resolved = resolved_config(config)
     on_rank_zero(lambda: save_config(log_dir / "config.yaml", resolved))
     run_log = RunLog(log_dir, data.plan.max_steps, manager.log_interval_s, trainer)
-    stack.callback(run_log.close)
     if manager.create_wandb_logger:
         start_wandb(run_log, manager.wandb_logger_kwargs, resolved, stack)
     student = StudentModule(config, pretrained, data, loss)
@@ -178,13 +162,17 @@ def _load(
 
 
 def _fit(trainer: pl.Trainer, student: StudentModule) -> None:
-    """Train; if all ranks stop together, finish the checkpoint that is being written."""
+    """Train, and finish the checkpoint that is being written if all ranks stop together."""
+    data = student.data
+    validation: Any = data.loader("validation") if "validation" in data.splits else []
+    together = True
     try:
-        trainer.fit(student, datamodule=student.data)
+        trainer.fit(student, data.loader("train"), validation)
     except BaseException as error:
         # A rank that fails alone would wait for the others.
-        together = isinstance(error, StopsAllRanks) or trainer.world_size == 1
-        is_written = not isinstance(error, CheckpointError)
-        if student.checkpoints is not None and together and is_written:
-            student.checkpoints.finish()
+        together = isinstance(error, STOPS_ALL_RANKS) or trainer.world_size == 1
         raise
+    finally:
+        student.run_log.end()
+        if student.checkpoints is not None and together:
+            student.checkpoints.finish()

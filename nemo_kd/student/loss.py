@@ -11,7 +11,8 @@ import logging
 import os
 import pkgutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.fused_linear import fused_linear_loss
 from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.run.collective import gather
+from nemo_kd.student.data import source_names
 
 log = logging.getLogger(__name__)
 
@@ -37,19 +40,19 @@ class StudentLoss:
     """Weighted sum of cross-entropy and divergence over the loss tokens of a micro-batch.
 
     Every call also returns sums [R, M] to report: a row per source if there are several, then one
-    for all sources. Their columns are `reported`, and the tokens in the loss with teacher targets
-    and in all.
+    for all sources. Its columns are `reported`, the tokens in the loss with teacher targets, and all
+    tokens in the loss.
 
     Args:
-        data: where the batches come from. With several paths there are sums for each, but not of
-            a custom loss; with a cache the student is compared with the teacher, whatever the loss.
+        data: where the batches come from. There are sums for each path, but not of a custom
+            loss; with a cache the student is compared with the teacher, whatever the loss.
 
     Attributes:
-        reported: names of the sums; `kd_loss` is among them if the loss has such a term.
+        reported: names of the sums; `kd_loss` is 0, and no metric, without such a term.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.
-        custom_sums: the custom loss's own metrics, summed over this rank's calls since they were
-            last cleared.
+        custom_sums: the custom loss's own metrics, summed over this rank's calls since
+            `metrics`.
 
     Raises:
         ConfigError: the custom loss cannot be imported or called.
@@ -60,18 +63,15 @@ class StudentLoss:
         self.custom: CustomLoss | None = None
         self.custom_sums: dict[str, Any] = {}
         if config.custom_loss is not None:
-            self.custom = load_custom_loss(config.custom_loss)
-            _check_arguments(self.custom, config)
-        self.num_sources = 0
+            self.custom = load_custom_loss(config.custom_loss, config.custom_args)
+        self.sources: dict[str, list[str]] = {}
         if data is not None and self.custom is None:
-            most = max(len(data.paths(split)) for split in SPLITS)
-            self.num_sources = most if most > 1 else 0
+            self.sources = {split: source_names(data.paths(split)) for split in SPLITS}
+        self.num_sources = max(map(len, self.sources.values()), default=0)
         compares = data is not None and data.uses_cache
         self.losses = DistillationLoss.of(config, compares)
         self.has_kd = config.divergence is not None or self.custom is not None
-        self.reported = ["loss", *["kd_loss"] * self.has_kd, "sft_loss"]
-        if compares:
-            self.reported += COMPARED
+        self.reported = ["loss", "kd_loss", "sft_loss", *COMPARED]
         if config.divergence is not None and config.objective == "k1":
             log.warning(
                 "%s.kd_loss=k1: its gradient does not depend on the teacher, it only lowers the "
@@ -106,7 +106,7 @@ class StudentLoss:
         """Return the same for a custom loss, which is not called without loss tokens.
 
         Raises:
-            ConfigError: the function returns something else than a loss and metrics.
+            ConfigError: the function's loss is not a sum over tokens that depends on the logits.
         """
         assert self.custom is not None
         positions_N = batch.loss_positions_N
@@ -126,25 +126,22 @@ class StudentLoss:
                 )
             return values_BS.flatten()[positions_N].sum()
 
-        result = self.custom(
+        kd_sum, metrics = self.custom(
             logits_BSv, batch, shard, token_sum, **self.config.custom_args
         )
-        if not _is_loss_with_metrics(result) or (
-            logits_BSv.requires_grad and not result[0].requires_grad
-        ):
+        if kd_sum.dim() or logits_BSv.requires_grad > kd_sum.requires_grad:
             raise ConfigError(
-                f"{KEY}.custom_loss: {self.config.custom_loss} returned {result!r:.200}; it must "
-                "return (loss, metrics): a scalar tensor that depends on the logits, summed over "
-                "the loss tokens, and a dict of scalar tensors"
+                f"{KEY}.custom_loss: {self.config.custom_loss} returned the loss {kd_sum!r:.200}; it "
+                "must be a scalar tensor that depends on the logits, summed over the loss tokens"
             )
-        kd_sum, metrics = result
         total = (
             self.config.sft_loss_weight * losses.ce_N.sum()
             + self.config.kd_loss_weight * kd_sum
         )
-        for name, value in metrics.items():
-            before = self.custom_sums.get(name, 0)
-            self.custom_sums[name] = before + value.detach().double()
+        if shard.rank == 0:  # the other ranks of the shard have the same
+            for name, value in metrics.items():
+                before = self.custom_sums.get(name, 0.0)
+                self.custom_sums[name] = before + value.detach().double()
         sums_RM = self._sums(losses, batch)
         sums_RM[-1, 0] = total.detach()
         sums_RM[-1, 1] = kd_sum.detach()
@@ -155,40 +152,55 @@ class StudentLoss:
         shape = self.num_sources + 1, len(self.reported) + 2
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
-    def means(self, sums_RM: Tensor) -> list[dict[str, float]]:
-        """Return means over the tokens that each sum covers; none over no tokens."""
-        means: list[dict[str, float]] = []
-        for *sums, target_tokens, loss_tokens in sums_RM.tolist():
-            of_row = {}
-            for name, value in zip(self.reported, sums, strict=True):
-                count = target_tokens if name in COMPARED else loss_tokens
-                if count:
-                    of_row[name] = value / count
-            means.append(of_row)
-        return means
+    def metrics(self, split: str, sums_RM: Tensor) -> dict[str, float]:
+        """Return means per token that counts, over all sources and per source if there are several;
+        none over no tokens.
+
+        With a custom loss every rank calls this; its own metrics start over.
+        """
+        *of_sources, of_all = sums_RM.tolist()
+        sources = self.sources.get(split, [])
+        suffixes = [f"/{name}" for name in sources if len(sources) > 1]
+        custom: Counter[str] = Counter()
+        if self.custom is not None:
+            own = {name: float(value) for name, value in self.custom_sums.items()}
+            self.custom_sums.clear()
+            for sums in gather(lambda: own):
+                custom.update(sums)
+        metrics = {
+            f"{split}/{name}": value / of_all[-1] for name, value in custom.items()
+        }
+        for suffix, row in zip(
+            [*suffixes, ""], [*of_sources[: len(suffixes)], of_all], strict=True
+        ):
+            for name, value in zip(self.reported, row, strict=False):
+                num_tokens = row[-2 if name in COMPARED else -1]
+                if num_tokens and (self.has_kd or name != "kd_loss"):
+                    metrics[f"{split}/{name}{suffix}"] = value / num_tokens
+        return metrics
 
     def _sums(self, losses: TokenLosses, batch: Batch) -> Tensor:
         ce_N = losses.ce_N.detach().double()
-        zeros_N = torch.zeros_like(ce_N)
-        kd_N = zeros_N if losses.kd_N is None else losses.kd_N.detach().double()
+        kd_N = (
+            torch.zeros_like(ce_N)
+            if losses.kd_N is None
+            else losses.kd_N.detach().double()
+        )
         weighted_N = (
             self.config.sft_loss_weight * ce_N + self.config.kd_loss_weight * kd_N
         )
-        has_target_N = zeros_N
-        compared: Sequence[Tensor] = ()
-        if losses.compared is not None:
-            has_target_N, *compared = losses.compared.double().unbind(dim=-1)
-        elif self.losses.compares:  # there is nothing but filler
-            compared = [zeros_N] * len(COMPARED)
-        terms = [weighted_N, kd_N, ce_N] if self.has_kd else [weighted_N, ce_N]
-        columns = [*terms, *compared, has_target_N, torch.ones_like(ce_N)]
-        values_NM = torch.stack(columns, dim=-1)
+        compared_NC = losses.compared
+        if compared_NC is None:  # without a cache, or nothing but filler
+            compared_NC = ce_N.new_zeros(len(ce_N), 1 + len(COMPARED))
+        terms_N3 = torch.stack([weighted_N, kd_N, ce_N], dim=-1)
+        parts = [terms_N3, compared_NC[:, 1:], compared_NC[:, :1]]
+        parts.append(torch.ones_like(ce_N)[:, None])
+        values_NM = torch.cat([part.double() for part in parts], dim=-1)
         sums_RM = values_NM.new_zeros(self.num_sources + 1, values_NM.shape[1])
         sums_RM[-1] = values_NM.sum(dim=0)
         if self.num_sources:
-            sums_RM[:-1].index_add_(
-                0, batch.sources_of(batch.loss_positions_N), values_NM
-            )
+            sources_N = batch.sources_of(batch.loss_positions_N)
+            sums_RM[:-1].index_add_(0, sources_N, values_NM)
         return sums_RM
 
     def _teacher(self, batch: Batch) -> TeacherRows[Tensor] | None:
@@ -205,39 +217,19 @@ class StudentLoss:
         return teacher
 
 
-def load_custom_loss(path: str) -> CustomLoss:
+def load_custom_loss(path: str, arguments: Mapping[str, Any]) -> CustomLoss:
     """Import the function at a path; modules in the current folder count.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it does not take the arguments.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    sys.path.append(os.getcwd())
     try:
         function = pkgutil.resolve_name(path)
-        if not callable(function):
-            raise TypeError("it is not a function; give package.module.function")
+        inspect.signature(function).bind(None, None, None, None, **arguments)
     except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
         raise ConfigError(
-            f"{KEY}.custom_loss: {path} cannot be imported: {error}"
+            f"{KEY}.custom_loss: {path} cannot be called as function(logits_BSv, batch, shard, "
+            f"token_sum, **custom_args) with custom_args={arguments}: {error}"
         ) from error
     return function
-
-
-def _check_arguments(function: CustomLoss, config: LossConfig) -> None:
-    try:
-        inspect.signature(function).bind(None, None, None, None, **config.custom_args)
-    except TypeError as error:
-        raise ConfigError(
-            f"{KEY}.custom_args: {config.custom_loss} cannot be called as function(logits_BSv, "
-            f"batch, shard, token_sum, **custom_args) with {config.custom_args}: {error}"
-        ) from error
-
-
-def _is_loss_with_metrics(result: Any) -> bool:
-    try:
-        loss, metrics = result
-        values = [loss, *metrics.values()]
-    except (TypeError, ValueError, AttributeError):
-        return False
-    return all(isinstance(value, Tensor) and not value.dim() for value in values)

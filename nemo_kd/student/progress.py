@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 log = logging.getLogger(__name__)
 
 WANDB_AXES = {
-    "*": "trainer/global_step",
+    "*": "step",
     "train/*": "train_step",
     "perf/*": "train_step",
     "validation/*": "eval_step",
@@ -27,41 +26,37 @@ WANDB_AXES = {
 }
 """Metrics and the completed steps that their charts run along."""
 
-LIGHTNING_NAMES = {"save_dir": "dir", "version": "id"}
-"""Arguments of Lightning's logger and what wandb.init calls them."""
 
-
+@dataclass
 class RunLog:
     """Shows progress on stderr and passes the metrics to `metrics.jsonl` and all loggers.
 
     Lightning's own path to the loggers repeats the last value of a metric that a step lacks. A
     resumed run appends to `metrics.jsonl`; where it repeats steps, the later line counts.
 
-    Args:
+    Attributes:
         interval_s: seconds between two lines.
         trainer: has the loggers, and logs every `log_every_n_steps`.
-
-    Attributes:
-        sinks: places that show the metrics, on rank 0.
+        sinks: files and services that take the metrics, on rank 0.
         latest: metrics of the last step and of the last evaluation of each split, by name.
         progress: its counters since the start of the run; on rank 0, from the first step on.
+        seconds: duration of the training.
     """
 
-    def __init__(
-        self, log_dir: Path, max_steps: int, interval_s: float, trainer: pl.Trainer
-    ) -> None:
-        self.log_dir = log_dir
-        self.metrics_path = log_dir / "metrics" / "metrics.jsonl"
-        self.max_steps = max_steps
-        self.interval_s = interval_s
-        self.trainer = trainer
-        self.sinks: list[Any] = []
+    log_dir: Path
+    max_steps: int
+    interval_s: float
+    trainer: pl.Trainer
+    sinks: list[Any] = field(default_factory=list)
+    latest: dict[str, float] = field(default_factory=dict)
+    progress: Progress | None = None
+    seconds: float = 0.0
+    _started_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.metrics_path = self.log_dir / "metrics" / "metrics.jsonl"
         if rank() == 0:
             self.sinks.append(MetricsFile(self.metrics_path))
-        self.latest: dict[str, float] = {}
-        self.progress: Progress | None = None
-        self.seconds = 0.0
-        self._started_s = 0.0
 
     def start(self, step: int, peak_flops: float | None) -> None:
         """Begin the training after `step`."""
@@ -94,23 +89,15 @@ class RunLog:
         self.latest |= metrics
         self._log(step, metrics)
         text = f"{split} after step {step:,}: {format_metrics(metrics, split)}, {seconds:.1f} s"
-        if self.progress is not None and not self.seconds:
+        if self.progress is not None:
             self.progress.note(text)
-        else:  # the test, after the training; or a rank other than 0, which logs errors only
-            log.info(text)
 
     def end(self) -> None:
-        """End the training."""
+        """End the training, also after an error."""
         self.seconds = time.monotonic() - self._started_s
         if self.progress is not None:
             self.progress.finish()
             self.progress.close()
-
-    def close(self) -> None:
-        if self.progress is not None:
-            self.progress.close()
-        for sink in self.sinks:
-            sink.finish()
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         for sink in self.sinks:
@@ -122,84 +109,68 @@ class RunLog:
 
 def format_metrics(metrics: dict[str, float], section: str) -> str:
     """Return the metrics of a section as `loss 1.2345, sft_loss ...`, without single sources."""
-    parts = {name: name.removeprefix(f"{section}/") for name in metrics}
-    shown = [
-        f"{part} {metrics[name]:.4f}"
-        for name, part in parts.items()
-        if part != name and "/" not in part and part != "skipped_steps"
-    ]
+    shown = []
+    for name, value in metrics.items():
+        found, _, part = name.partition("/")
+        if found == section and "/" not in part and part != "skipped_steps":
+            shown.append(f"{part} {value:.4f}")
     return ", ".join(shown) or "no token counts in the loss"
 
 
-class StudentWandb:
-    """A run in Weights & Biases, finished at the end of `with`; a later failure is one warning."""
+class WandbRun:
+    """A run in Weights & Biases; a failure after the start is one warning."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        self.is_callers = getattr(sys.modules.get("wandb"), "run", None) is not None
-        self.is_lost = False
         self.run = open_wandb(settings)
+        self.is_lost = False
         for metrics, axis in WANDB_AXES.items():
             self.run.define_metric(metrics, step_metric=axis)
 
-    def __enter__(self) -> StudentWandb:
-        return self
-
-    def __exit__(self, error_type: object, *_: object) -> None:
-        if not self.is_callers:
-            with self._errors_as_warning():
-                self.run.finish(exit_code=int(error_type is not None))
-
     def log(self, metrics: dict[str, float]) -> None:
-        if not self.is_lost:
-            with self._errors_as_warning():
-                self.run.log({**metrics, "trainer/global_step": metrics["step"]})
+        self._attempt(self.run.log, metrics)
 
-    def finish(self) -> None:
-        """Do nothing: `__exit__` finishes the run."""
+    def finish(self, error: object, *_: object) -> None:
+        self._attempt(self.run.finish, int(error is not None))
 
-    @contextlib.contextmanager
-    def _errors_as_warning(self) -> Iterator[None]:
+    def _attempt(self, function: Callable[[Any], object], argument: Any) -> None:
         import wandb
 
         try:
-            yield
-        except (wandb.Error, OSError, RuntimeError) as error:
             if not self.is_lost:
-                log.warning(
-                    "exp_manager.create_wandb_logger: Weights & Biases failed (%s: %s); the run "
-                    "continues without it, and metrics/metrics.jsonl holds all metrics",
-                    type(error).__name__,
-                    error,
-                )
+                function(argument)
+        except (wandb.Error, OSError, RuntimeError) as error:
             self.is_lost = True
+            log.warning(
+                "exp_manager.create_wandb_logger: Weights & Biases failed (%s: %s); the run "
+                "continues without it, and metrics/metrics.jsonl holds all metrics",
+                type(error).__name__,
+                error,
+            )
 
 
 def start_wandb(
     run_log: RunLog,
-    arguments: dict[str, Any] | None,
+    arguments: dict[str, Any],
     config: dict[str, Any],
     stack: contextlib.ExitStack,
 ) -> None:
-    """Start a run on rank 0 for the rest of `stack`; every rank calls this.
+    """Start a run on rank 0 that ends with `stack`; every rank calls this.
 
     Args:
-        arguments: of wandb.init, or of Lightning's WandbLogger as in NeMo.
+        arguments: of wandb.init; save_dir and offline as in NeMo also work.
 
     Raises:
-        ConfigError, OSError: on every rank, if it cannot start or its folder cannot be written.
+        ConfigError: on every rank, if it cannot start.
     """
-    settings: dict[str, Any] = {
-        "dir": str(run_log.log_dir),
-        "resume": "allow",
-        "config": config,
-    }
-    for name, value in (arguments or {}).items():
-        settings[LIGHTNING_NAMES.get(name, name)] = value
+    settings = {"dir": str(run_log.log_dir), "config": config, **arguments}
+    if "save_dir" in settings:
+        settings["dir"] = settings.pop("save_dir")
     if settings.pop("offline", False):
         settings["mode"] = "offline"
 
     def start() -> None:
-        os.makedirs(settings["dir"], exist_ok=True)
-        run_log.sinks.append(stack.enter_context(StudentWandb(settings)))
+        run = WandbRun(settings)
+        stack.push(run.finish)
+        run_log.sinks.append(run)
 
     on_rank_zero(start)

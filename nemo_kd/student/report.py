@@ -11,14 +11,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.data.batches import example_of
 from nemo_kd.data.text import TokenText, example_lines, trained_text
 from nemo_kd.mcore.weights import hf_shapes
-from nemo_kd.student.checkpoint_folder import checkpoints, read_contents, resumable
+from nemo_kd.student.checkpoint_folder import resumable
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.progress import format_metrics
 from nemo_kd.terminal import print_table, size_text
@@ -54,9 +53,7 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     model = config.model
     plan = student.plan
     loss = model.knowledge_distillation
-    sizes = student.groups.layout()
-    del sizes["replicas in lockstep"]
-    layout = " x ".join(f"{name} {size}" for name, size in sizes.items())
+    groups = student.groups
     weights = sum(map(math.prod, hf_shapes(student.architecture).values()))
     parameters = list(student.gpt.parameters())
     held = sum(one.numel() for one in parameters)
@@ -67,26 +64,26 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
         terms += f" + {loss.kd_loss_weight:g} x {divergence}"
     splits = student.data.splits
     rows = splits["train"]
-    spread = np.unique(np.linspace(0, len(rows) - 1, SAMPLED_ROWS).astype(int)).tolist()
-    examples = [example_of(rows[position]) for position in spread]
+    sampled = range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+    examples = [example_of(rows[position]) for position in sampled]
     batch = model.global_batch_size
-    tokens = batch * np.mean([one.num_tokens for one in examples])
-    loss_tokens = batch * np.mean([one.num_loss_tokens for one in examples])
-    facts = {
-        "student": f"{student.architecture.family}, {weights:,} weights; this rank holds "
-        f"{held:,} and trains {trained:,}",
-        "layout": f"{layout} = {math.prod(sizes.values())} ranks; {config.trainer.precision}, "
+    tokens = batch / len(examples) * sum(one.num_tokens for one in examples)
+    loss_tokens = batch / len(examples) * sum(one.num_loss_tokens for one in examples)
+    lines = [
+        f"student:    {student.architecture.family}, {weights:,} weights; this rank holds {held:,} "
+        f"and trains {trained:,}",
+        f"layout:     tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x context "
+        f"{groups.context_size} x data {groups.data_size}; {config.trainer.precision}, "
         f"{model.optim.name}",
-        "loss": terms,
-        "step": f"{batch} examples, about {tokens:,.0f} tokens, {loss_tokens:,.0f} of them in the "
-        "loss",
-        "run": f"{plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; validation every "
-        f"{plan.val_check_interval:,}, checkpoint every {plan.save_interval:,} steps",
-    }
+        f"loss:       {terms}",
+        f"step:       {batch} examples, about {tokens:,.0f} tokens, {loss_tokens:,.0f} of them in "
+        "the loss",
+        f"run:        {plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; validation "
+        f"every {plan.val_check_interval:,}, checkpoint every {plan.save_interval:,} steps",
+    ]
     for split, of_split in splits.items():
         paths = ", ".join(model.data.paths(split))
-        facts[split] = f"{len(of_split):,} examples from {paths}"
-    lines = [f"{name + ':':<12}{text}" for name, text in facts.items()]
+        lines.append(f"{split + ':':<12}{len(of_split):,} examples from {paths}")
     lines += [
         f"first example (record {examples[0].index}), trained between « and »:",
         trained_text(examples[0], tokenizer),
@@ -119,89 +116,58 @@ def first_step_report(means: Mapping[str, float], vocab_size: int) -> None:
 
 
 def stop_report(student: StudentModule | None) -> str:
-    """Return the step at which a run was stopped, and how to resume it."""
+    """Return the step at which a run was stopped, and its last checkpoint."""
     if student is None:
         return "before the first step of this run"
-    at = f"at step {student.global_step:,} of {student.plan.max_steps:,}"
     found = [] if student.checkpoints is None else resumable(student.checkpoints.dirpath)
-    for folder in found:
-        contents = read_contents(folder)
-        if contents is not None:
-            command = "the same command"
-            if not student.config.exp_manager.resume_if_exists:
-                command = "exp_manager.resume_if_exists=true"
-            return (
-                f"{at}; {command} resumes from the last checkpoint, of step "
-                f"{contents.step:,}: {folder}"
-            )
-    return f"{at}; there is no checkpoint, so the same command starts over"
+    last = found[0] if found else "none"
+    return (
+        f"at step {student.global_step:,} of {student.plan.max_steps:,}; the last checkpoint is "
+        f"{last}"
+    )
 
 
 def end_report(student: StudentModule) -> StudentRun:
     """Print a summary of the run and the commands that come next, on rank 0."""
     run_log = student.run_log
     kept = student.checkpoints
-    writes = kept is not None and kept.params.save_nemo_on_train_end
-    run = StudentRun(
-        run_log.log_dir, student.global_step, kept.archive if kept and writes else None
-    )
+    archive = None
+    if kept is not None and kept.params.save_nemo_on_train_end:
+        archive = kept.archive
+    run = StudentRun(run_log.log_dir, student.global_step, archive)
     if run_log.progress is None:
         return run
     latest = run_log.latest
-    counters = run_log.progress.counts
-    seconds = max(run_log.seconds, 1e-9)
-    time = f"{timedelta(seconds=round(seconds))} with validations and checkpoints"
+    counts = run_log.progress.counts
+    time = f"{timedelta(seconds=round(run_log.seconds))} with validations and checkpoints"
     facts = [
         ("trained", f"{run.step:,} of {run_log.max_steps:,} steps"),
-        (
-            "tokens",
-            f"{counters['tokens']:,.0f} ({counters['loss_tokens']:,.0f} in the loss)",
-        ),
-        ("time", f"{time}, {counters['tokens'] / seconds:,.0f} tokens/s"),
+        ("tokens", f"{counts['tokens']:,.0f} ({counts['loss_tokens']:,.0f} in the loss)"),
+        ("time", time),
     ]
-    for name, metric, section in (
-        ("last step", "train_step", "train"),
-        ("last validation", "val_loss", "validation"),
-        ("test", "test/loss", "test"),
-    ):
-        if metric in latest:
-            facts.append((name, format_metrics(latest, section)))
-    facts += [] if kept is None else _files(kept)
+    for split in ("train", "validation", "test"):
+        if f"{split}/loss" in latest:
+            facts.append((f"last {split}", format_metrics(latest, split)))
+    if kept is not None and kept.best is not None:
+        facts.append((f"best {kept.params.monitor}", kept.best.name))
+    if kept is not None:
+        facts += _files(kept)
     facts.append(("metrics", str(run_log.metrics_path)))
     facts.append(("next", f"plot_runs {shlex.quote(str(run.folder))}"))
-    print_table(sorted(facts, key=lambda fact: fact[0] == "next"))
+    print_table(facts)
     return run
 
 
 def _files(kept: Checkpoints) -> list[tuple[str, str]]:
-    """List the run's files with sizes, and the command that converts its archive."""
+    """List the run's archives with sizes, and the command that converts them."""
     facts = []
-    if kept.best is not None:
-        contents = read_contents(kept.best)
-        step = "" if contents is None else f" at step {contents.step:,}"
-        facts.append(
-            (f"best {kept.params.monitor}", f"{kept.scores[kept.best]:.4f}{step}")
-        )
-    for path in (kept.archive, kept.best_archive):
-        hf_folder = path.with_name(f"{path.stem}-hf")
-        for written in (path, hf_folder):
-            if written.exists():
-                facts.append(("weights", f"{written}, {_size(written)}"))
-        if path.exists() and not hf_folder.exists():
-            source = shlex.quote(str(path))
-            command = f"convert_checkpoint input_path={source} output_path=student_hf/"
-            facts.append(("next", command))
-    folders = checkpoints(kept.dirpath)
-    if folders:
-        size = _size(*folders)
-        facts.append(("checkpoints", f"{len(folders)} in {kept.dirpath}, {size}"))
+    for path in sorted(kept.dirpath.iterdir()):
+        if path.suffix == ".nemo" or path.name.endswith("-hf"):
+            files = [one for one in (path, *path.rglob("*")) if one.is_file()]
+            size = size_text(sum(one.stat().st_size for one in files))
+            facts.append(("weights", f"{path}, {size}"))
+    if kept.archive.exists():
+        source = shlex.quote(str(kept.archive))
+        command = f"convert_checkpoint input_path={source} output_path=student_hf/"
+        facts.append(("next", command))
     return facts
-
-
-def _size(*paths: Path) -> str:
-    """Return the size of files and folders; hard links to one file count once."""
-    files = [
-        file for path in paths for file in (path, *path.rglob("*")) if file.is_file()
-    ]
-    stats = {(stat.st_dev, stat.st_ino): stat.st_size for stat in map(Path.stat, files)}
-    return size_text(sum(stats.values()))

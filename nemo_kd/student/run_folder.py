@@ -9,7 +9,7 @@ import importlib
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.experiment import allowed_keys, compared_defaults, compared_values
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
-from nemo_kd.files import Lock, explained
+from nemo_kd.files import Lock
 from nemo_kd.mcore.checkpoint import PretrainedModel
-from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.resolved_config import resolved_config
 from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
@@ -61,29 +60,24 @@ LOCATION = ("name", "paths")
 """Parts of a value that name its place; they are shown, not compared."""
 
 
-@contextlib.contextmanager
-def own_run_folder(manager: ExpManagerConfig, name: str) -> Iterator[None]:
-    """Lock the run's folders before anything in them is read or changed; every rank calls this.
+def own_run_folder(
+    manager: ExpManagerConfig, name: str, stack: contextlib.ExitStack
+) -> None:
+    """Lock the run's folders, until `stack` ends, before anything in them is read or changed.
 
     Args:
         name: of the run.
 
     Raises:
-        UserInputError: on every rank, if another process holds a folder, or if the run would start
-            over in the folder of an earlier run.
+        FileError: another process holds a folder.
+        CheckpointError: the run would start over beside the files of an earlier run.
     """
-    with contextlib.ExitStack() as stack:
-        on_rank_zero(lambda: _claim(manager, name, stack))
-        yield
-
-
-def _claim(manager: ExpManagerConfig, run_name: str, stack: contextlib.ExitStack) -> None:
     # NeMo names a folder by date and time where none is known here.
     log_dir = None
     if manager.explicit_log_dir:
         log_dir = Path(manager.explicit_log_dir).absolute()
     elif manager.resume_if_exists or manager.version:
-        parent = Path(manager.exp_dir or "nemo_experiments") / (manager.name or run_name)
+        parent = Path(manager.exp_dir or "nemo_experiments") / (manager.name or name)
         log_dir = (parent / (manager.version or "")).absolute()
     checkpoint_dir = log_dir and log_dir / "checkpoints"
     folders = [log_dir]
@@ -92,31 +86,15 @@ def _claim(manager: ExpManagerConfig, run_name: str, stack: contextlib.ExitStack
         folders.append(checkpoint_dir)
     wait_s = WAIT_AFTER_REQUEUE_S if "SLURM_RESTART_COUNT" in os.environ else WAIT_S
     for folder in filter(None, dict.fromkeys(folders)):
-        with explained(folder):
-            (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
+        (folder / LOCK).parent.mkdir(parents=True, exist_ok=True)
         stack.enter_context(Lock(folder / LOCK, REFUSAL, wait_s))
-    _check_nothing_is_trained_over(manager, log_dir, checkpoint_dir)
-
-
-def _check_nothing_is_trained_over(
-    manager: ExpManagerConfig, log_dir: Path | None, checkpoint_dir: Path | None
-) -> None:
-    """
-    Raises:
-        CheckpointError: the run would start over beside the files of an earlier run.
-    """
     left: list[Path] = []
     if checkpoint_dir is not None:
-        left = checkpoints(checkpoint_dir)
-        source = manager.resume_from_checkpoint
-        if (manager.resume_if_exists and resumable(checkpoint_dir)) or (
-            source and Path(source).absolute() in left
-        ):
+        if manager.resume_if_exists and resumable(checkpoint_dir):
             return
-        left += sorted(checkpoint_dir.glob("*.nemo"))
+        left = [*checkpoints(checkpoint_dir), *sorted(checkpoint_dir.glob("*.nemo"))]
     if log_dir is not None and not manager.resume_if_exists:
-        metrics = log_dir / "metrics" / "metrics.jsonl"
-        left += [metrics] if metrics.exists() and metrics.stat().st_size else []
+        left += (log_dir / "metrics").glob("metrics.jsonl")
     if left:
         raise CheckpointError(
             f"exp_manager.resume_if_exists: {manager.resume_if_exists}, and {left[0]} belongs to a "
@@ -174,9 +152,11 @@ def provenance(
     adapters: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """Return the origin of the student for its archive: names and hashes, no paths."""
-    origin: dict[str, Any] = {
+    return {
         "nemo_kd": __version__,
         "student": pretrained.fingerprint(),
+        "student_provenance": pretrained.provenance,
+        "adapters": adapters,
         "data": {
             split: {key: value for key, value in description.items() if key != "paths"}
             for split, description in data.descriptions.items()
@@ -186,11 +166,6 @@ def provenance(
         "config": resolved_config(config, paths=False),
         "knowledge_distillation": dataclasses.asdict(config.model.knowledge_distillation),
     }
-    if adapters is not None:
-        origin["adapters"] = adapters
-    if pretrained.provenance is not None:
-        origin["student_provenance"] = pretrained.provenance
-    return origin
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -237,15 +212,11 @@ def check_same_experiment(
             log.warning("allow_changed: %s: %s; the run continues with it", key, text)
         return
     lines = "".join(f"\n  {key}: {found[key]}" for key in refused)
-    keys = ",".join(dict.fromkeys([*allow_changed, *refused]))
-    way = f"or continue with the change: 'allow_changed=[{keys}]'"
-    never = [key for key in refused if key in fixed]
-    if never:
-        way = f"as the checkpoint cannot be used with another {', '.join(never)}"
-    raise CheckpointError(
-        f"{checkpoint} belongs to another experiment:{lines}\nGive another folder "
-        f"(exp_manager.explicit_log_dir) to start over, {way}"
-    )
+    ways = "Give another folder (exp_manager.explicit_log_dir) to start over"
+    if not any(key in fixed for key in refused):
+        keys = ",".join(dict.fromkeys([*allow_changed, *refused]))
+        ways += f", or continue with the change: 'allow_changed=[{keys}]'"
+    raise CheckpointError(f"{checkpoint} belongs to another experiment:{lines}\n{ways}")
 
 
 def _compared(value: Any) -> Any:

@@ -1,19 +1,22 @@
-"""Speed of training steps, steps that are not finite, and the ends of a run before its last step."""
+"""Steps of a run: how many, their learning rate and speed, those that are not finite, and an early
+end."""
 
 from __future__ import annotations
 
 import logging
+import math
 import resource
-import signal
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from dataclasses import dataclass
 
 import torch
 
 from nemo_kd.batch import Batch
-from nemo_kd.config import UserInputError
+from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.student import LOOP, LoopConfig
 from nemo_kd.flops import forward_flops, peak_flops
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import Requeue
@@ -28,84 +31,145 @@ MAX_SKIPPED_IN_A_ROW = 10
 MAX_EXAMPLES_SHOWN = 20
 
 
-class StopsAllRanks(Exception):
-    """Raised by every rank at the same place, so that they can still communicate."""
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Length and intervals of a run in optimizer steps; a step consumes one global batch."""
+
+    steps_per_epoch: int
+    max_steps: int
+    val_check_interval: int
+    save_interval: int
 
 
-class Stopped(StopsAllRanks, Requeue):
+def plan_training(
+    loop: LoopConfig, num_samples: int, global_batch_size: int
+) -> TrainingPlan:
+    """Resolve fractions and -1 against the size of the training data.
+
+    Raises:
+        ConfigError: the data is smaller than a global batch, or an interval has no step.
+    """
+    whole_batches = num_samples // global_batch_size
+    if not whole_batches:
+        raise ConfigError(
+            f"model.global_batch_size: {global_batch_size} exceeds the {num_samples} training "
+            "examples; use a smaller one"
+        )
+    limit = _steps(loop.limit_train_batches, whole_batches)
+    steps_per_epoch = min(limit, whole_batches)
+    max_steps = loop.max_epochs * steps_per_epoch
+    if loop.max_steps >= 0:
+        max_steps = min(max_steps, loop.max_steps) if max_steps > 0 else loop.max_steps
+    if max_steps < 1:
+        raise ConfigError(
+            f"{LOOP}.max_steps: {loop.max_steps} with max_epochs {loop.max_epochs} leaves nothing "
+            "to train"
+        )
+    val_check_interval = _steps(loop.val_check_interval, steps_per_epoch)
+    save_interval = val_check_interval
+    if loop.save_interval is not None:
+        save_interval = _steps(loop.save_interval, steps_per_epoch)
+    return TrainingPlan(steps_per_epoch, max_steps, val_check_interval, save_interval)
+
+
+def _steps(value: int | float, steps_per_epoch: int) -> int:
+    """Return a number of steps, which may be given as a fraction of an epoch."""
+    if isinstance(value, int) or value > 1:
+        return int(value)
+    return max(1, int(value * steps_per_epoch))
+
+
+def learning_rate(step: int, optim: OptimConfig, max_steps: int) -> float:
+    """Return the learning rate of a step (from 0).
+
+    As in NeMo, the warmup starts at 0 if there are constant steps, else at lr / (warmup + 1).
+    Unlike NeMo's, the inverse square root does not fall below min_lr.
+    """
+    sched = optim.sched
+    warmup, decay, constant = sched.phases(max_steps)
+    if warmup and step <= warmup:
+        return optim.lr * (step / warmup if constant else (step + 1) / (warmup + 1))
+    if sched.shape == "constant" or optim.lr == 0:
+        return optim.lr
+    min_factor = sched.min_lr / optim.lr
+    if sched.shape == "inverse_square_root":
+        return optim.lr * max(min_factor, math.sqrt((warmup + 1) / (step + 1)))
+    progress = min(1.0, (step - warmup) / decay) if decay else 1.0
+    left = (
+        1.0 - progress
+        if sched.shape == "linear"
+        else 0.5 * (1.0 + math.cos(math.pi * progress))
+    )
+    return optim.lr * (min_factor + (1.0 - min_factor) * left)
+
+
+def check_schedule(optim: OptimConfig, max_steps: int) -> None:
+    """Warn if the run is too short for its constant steps or its warmup."""
+    warmup, _, constant = optim.sched.phases(max_steps)
+    wanted = optim.sched.asked_steps("constant", max_steps)
+    if constant < wanted or warmup >= max_steps:
+        log.warning(
+            "model.optim.sched: %d steps of warmup and %d constant steps at min_lr do not fit into "
+            "the %d steps of the run: it has %d constant steps; constant_steps=0 asks for none",
+            warmup,
+            wanted,
+            max_steps,
+            constant,
+        )
+
+
+class Stopped(Requeue):
     """The run stops early with a whole checkpoint; the same command continues."""
 
 
-class Ended(StopsAllRanks, SystemExit):
+class Ended(SystemExit):
     """The run stops early, and the same command would start over."""
 
 
-class NonFiniteError(StopsAllRanks, UserInputError):
+class NonFiniteError(UserInputError):
     """The loss or gradient of a step is not finite, and the run stops because of it."""
 
 
-def stop(reason: str, resumes: bool) -> NoReturn:
-    """
-    Raises:
-        Stopped, Ended: on every rank; `resumes` if the same command continues the run.
-    """
-    if resumes:
-        raise Stopped(reason)
-    log.warning(
-        "%s; with exp_manager.resume_if_exists=true the same command resumes its checkpoint",
-        reason,
-    )
-    raise Ended(128 + signal.SIGTERM)
+STOPS_ALL_RANKS = (Stopped, Ended, NonFiniteError)
+"""Raised by every rank at the same place, so that they can still communicate."""
 
 
+@dataclass
 class NonFiniteSteps:
     """Counts skipped steps, whose loss or gradient is not finite; the same on all ranks.
 
     Attributes:
+        mode: stop or skip.
         skipped: of the whole run, its resumed parts included.
         in_a_row: since the last step that changed the weights.
     """
 
-    def __init__(self, mode: str) -> None:
-        self.mode = mode
-        self.skipped = 0
-        self.in_a_row = 0
+    mode: str
+    skipped: int = 0
+    in_a_row: int = 0
 
-    def left_out(self, step: int, culprits: list[int], examples: list[int]) -> None:
+    def left_out(self, step: int, value: str, examples: list[int]) -> None:
         """Record a step that changed nothing.
 
         Args:
-            culprits: examples whose loss is not finite; empty if only the gradient is not.
-            examples: all examples of the step.
+            value: the loss or gradient of `examples` that is not finite.
 
         Raises:
             NonFiniteError: the run has to stop.
         """
         self.skipped += 1
         self.in_a_row += 1
-        value = "loss" if culprits else "gradient"
-        shown = ", ".join(map(str, (culprits or examples)[:MAX_EXAMPLES_SHOWN]))
+        shown = ", ".join(map(str, examples[:MAX_EXAMPLES_SHOWN]))
         message = f"step {step}: the {value} of examples {shown} is not finite; no weight was changed"
-        if self.mode == "stop":
+        if self.mode == "stop" or self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(
-                f"{message}. Look at these examples and at their cached targets (`logit_cache "
-                "inspect`); try a lower model.optim.lr or trainer.precision=32, or skip such "
-                "steps: trainer.knowledge_distillation.non_finite=skip"
-            )
-        if self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise NonFiniteError(
-                f"{message}. It is the {self.in_a_row}th such step in a row, so the weights are "
-                "probably the cause: resume from an earlier checkpoint with a lower "
-                "model.optim.lr or trainer.precision=32"
+                f"{message} ({self.in_a_row} in a row). Look at these examples and at their cached "
+                "targets (`logit_cache inspect`); try a lower model.optim.lr or "
+                "trainer.precision=32, after many in a row from an earlier checkpoint; "
+                "trainer.knowledge_distillation.non_finite=skip skips up to "
+                f"{MAX_SKIPPED_IN_A_ROW} in a row"
             )
         log.warning("%s, the step is skipped (%d so far)", message, self.skipped)
-
-    def state_dict(self) -> dict[str, int]:
-        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.skipped = state["skipped"]
-        self.in_a_row = state["in_a_row"]
 
 
 class StepMeter:

@@ -1,5 +1,27 @@
-"""Lightning's Trainer on Megatron Core, with NeMo's loggers and callbacks, and what its checkpoints
-hold."""
+"""Lightning's Trainer on Megatron Core, with NeMo's loggers and callbacks.
+
+A training checkpoint holds:
+
+state_dict         trained weights, sharded; with LoRA the adapters only
+optimizer_states   fp32 weights and moments, sharded
+random_state       generators of every rank, sharded; loaded into the same layout only
+loops              Lightning's counters of steps and batches
+callbacks          early stopping: best value and patience used
+lr_schedulers      nothing: the learning rate follows from the step
+schedule           whether a validation is due, whether the run was stopped early
+ranks              scores of the checkpoints that are kept
+StudentData        consumed samples and their batch size
+non_finite         skipped steps
+adapters           LoRA's settings and a hash of the base weights
+hyper_parameters   configuration of the run, without secrets; hparams_name: Lightning's name for it
+global_step        completed optimizer steps
+epoch              Lightning's epoch, always 0: its epoch is the whole run
+pytorch-lightning_version
+
+A checkpoint of weights alone lacks optimizer_states, random_state, callbacks, lr_schedulers,
+schedule and ranks. `contents.json` beside them lists the files, the layout of the ranks, and the
+experiment record that is compared on resume (`run_folder.check_same_experiment`).
+"""
 
 from __future__ import annotations
 
@@ -14,15 +36,13 @@ from lightning.pytorch.strategies import DDPStrategy
 from nemo.utils import logging as nemo_logging
 from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.student import StudentTrainerConfig
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
-from nemo_kd.mcore.groups import ProcessGroups, sharded_random_state
+from nemo_kd.mcore.groups import sharded_random_state
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
+from nemo_kd.student.checkpoint_folder import Contents
 from nemo_kd.student.data import StudentData
 
 NOT_NEMOS = {
@@ -38,37 +58,6 @@ NOT_NEMOS = {
 NeMo's `exp_manager` does not check checkpoints for damage, does not stop all ranks at one step, and
 fails if Weights & Biases is out of reach."""
 
-ENTRIES = {
-    "loops": "Lightning's counters of steps and batches",
-    "callbacks": "early stopping: best value and patience used",
-    "lr_schedulers": "nothing: the learning rate follows from the step",
-    "schedule": "whether a validation is due, whether the run was stopped early",
-    "ranks": "scores of the checkpoints that are kept",
-    "StudentData": "consumed samples and their batch size",
-    "non_finite": "skipped steps",
-    "adapters": "LoRA's settings and base weights",
-    "hyper_parameters": "configuration of the run, without secrets",
-    "hparams_name": "Lightning's name for it",
-    "global_step": "completed optimizer steps",
-    "epoch": "Lightning's epoch, always 0: its epoch is the whole run",
-    "pytorch-lightning_version": "version that wrote the checkpoint",
-}
-"""Entries of a training checkpoint that are not sharded.
-
-Sharded are `state_dict` (trained weights; with LoRA the adapters only), `optimizer_states` (fp32
-weights and moments) and `random_state` (generators of every rank; for the same layout only). A
-checkpoint of weights alone lacks the optimizer, `random_state`, `callbacks`, `lr_schedulers`,
-`schedule` and `ranks`. `contents.json` beside them lists the files, the layout of the ranks, and
-the experiment record that is compared on resume (`run_folder.check_same_experiment`)."""
-
-SINCE_THE_FIRST_VERSION = (
-    "loops",
-    "callbacks",
-    "lr_schedulers",
-    "schedule",
-    "non_finite",
-)
-
 
 def build_trainer(
     config: StudentTrainerConfig,
@@ -80,17 +69,15 @@ def build_trainer(
 
     Args:
         name: of the run.
-
-    Raises:
-        ConfigError: NeMo refuses a key of `exp_manager`.
     """
     loop = config.knowledge_distillation
-    groups = data.groups
     trainer = pl.Trainer(
-        accelerator="gpu" if groups.device.type == "cuda" else "cpu",
+        accelerator="gpu" if data.groups.device.type == "cuda" else "cpu",
         devices=config.num_devices,
         num_nodes=config.num_nodes,
-        strategy=MegatronStrategy(groups, config.num_devices),
+        strategy=MegatronStrategy(
+            cluster_environment=LauncherEnvironment(config.num_devices)
+        ),
         precision="32-true",  # Megatron casts by itself
         max_epochs=-1,  # `StudentModule` ends the run after `plan.max_steps`
         val_check_interval=data.plan.val_check_interval,
@@ -113,12 +100,7 @@ def build_trainer(
     }
     settings.setdefault("name", name)
     settings["checkpoint_callback_params"]["dirpath"] = os.devnull
-    try:
-        log_dir = exp_manager(trainer, OmegaConf.create(settings | NOT_NEMOS))
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"exp_manager.{error.full_key}: {str(error.args[0]).splitlines()[0]}"
-        ) from error
+    log_dir = exp_manager(trainer, OmegaConf.create(settings | NOT_NEMOS))
     nemo_logging.set_verbosity(nemo_logging.WARNING)
     assert log_dir is not None
     return trainer, Path(log_dir)
@@ -151,19 +133,12 @@ class MegatronStrategy(DDPStrategy):
 
     lightning_module: Any
 
-    def __init__(self, groups: ProcessGroups, num_devices: int) -> None:
-        super().__init__(cluster_environment=LauncherEnvironment(num_devices))
-        self.groups = groups
-
     def configure_ddp(self) -> None:
         """Wrap nothing: the module holds Megatron's DistributedDataParallel."""
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True
-
-    def lightning_module_state_dict(self) -> dict[str, Any]:
-        return self.lightning_module.sharded_state_dict()
 
     def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
         return optimizer.sharded_state_dict(self.lightning_module_state_dict())
@@ -179,42 +154,26 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """
         Raises:
-            CheckpointError: an entry is missing.
             ConfigError: the checkpoint is damaged.
         """
         folder = Path(checkpoint_path)
+        state_dict = self.lightning_module_state_dict
         optimizer: Any = self.optimizers[0]
         wanted: dict[str, Any] = {
-            "state_dict": self.lightning_module_state_dict(),
+            "state_dict": state_dict(),
             "optimizer_states": [
-                optimizer.sharded_state_dict(
-                    self.lightning_module_state_dict(), is_loading=True
-                )
+                optimizer.sharded_state_dict(state_dict(), is_loading=True)
             ],
         }
-        if Contents.read(folder).layout == self.groups.layout():
+        if Contents.read(folder).layout == self.lightning_module.groups.layout():
             wanted["random_state"] = sharded_random_state()
-        found = load_sharded(wanted, folder)
-        missing = [name for name in SINCE_THE_FIRST_VERSION if name not in found]
-        if missing:
-            raise CheckpointError(
-                f"{folder}: it has no {', '.join(missing)}, so another version wrote it; "
-                "resume with that version, or start over in another exp_manager.explicit_log_dir"
-            )
+        with self.lightning_module.watchdog.pause("loading the checkpoint"):
+            found = load_sharded(wanted, folder)
         # Earlier versions kept the ranks as a callback's state.
         for key in list(found["callbacks"]):
             if key.startswith("StudentCheckpoints"):
                 found["ranks"] = found["callbacks"].pop(key)
         return found
-
-    def load_model_state_dict(
-        self, checkpoint: dict[str, Any], strict: bool = True
-    ) -> None:
-        self.lightning_module.load_sharded_state_dict(checkpoint["state_dict"])
-
-    def load_optimizer_state_dict(self, checkpoint: dict[str, Any]) -> None:
-        optimizer: Any = self.optimizers[0]
-        optimizer.load_sharded_state_dict(checkpoint["optimizer_states"][0])
 
     def teardown(self) -> None:
         """Leave the weights on the device: Megatron's buffers hold them."""

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,6 @@ def in_common(folder: Path, attack: Attack) -> None:
     (folder / "common.pt").write_bytes(saved({**common, "epoch": attack}))
 
 
-def without_an_entry(folder: Path, attack: Attack) -> None:
-    """As a checkpoint of another version."""
-    common = torch.load(folder / "common.pt", weights_only=False)
-    del common["schedule"]
-    (folder / "common.pt").write_bytes(saved(common))
-
-
 def in_random_state(folder: Path, attack: Attack) -> None:
     replace_entry(folder, "random_state", saved([attack]))
 
@@ -125,7 +119,6 @@ def in_weights(folder: Path, attack: Attack) -> None:
             in_common,
             "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
         ),
-        (without_an_entry, "theirs: it has no schedule, so another version wrote it"),
         (
             in_random_state,
             "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
@@ -164,7 +157,7 @@ def reseal(folder: Path) -> None:
     before = Contents.read(folder)
     (folder / CONTENTS).unlink()
     sums = {path.name: file_sum(path) for path in folder.iterdir()}
-    seal(folder, before.step, True, before.layout, sums, before.experiment)
+    seal(folder, replace(before, files=sums))
 
 
 def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):

@@ -25,7 +25,7 @@ from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.schedule import TrainingPlan
+from nemo_kd.student.steps import TrainingPlan
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import bare_module
 from tests.tiny_cache import everywhere
@@ -178,7 +178,7 @@ def run(
             )
         optimizer = module.configure_optimizers()
         steps = []
-        for batch in data.train_dataloader():
+        for batch in data.loader("train"):
             optimizer.zero_grad()
             sums = module._sum_over_ranks(
                 forward_backward(module.model, batch, module.token_losses)
@@ -188,7 +188,7 @@ def run(
         assert len(steps) == NUM_STEPS
         module.on_validation_epoch_start()
         with torch.inference_mode():
-            for number, batch in enumerate(data.val_dataloader()):
+            for number, batch in enumerate(data.loader("validation")):
                 module.validation_step(batch, number)
         sums = module._sum_over_ranks(module.validation_sums)[-1].tolist()
         ModelExport(module.gpt, pretrained, groups).save_nemo(archive)

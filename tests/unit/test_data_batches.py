@@ -29,7 +29,7 @@ from nemo_kd.data.tokenizer import (
     padding_id,
     tokenizer_fingerprint,
 )
-from nemo_kd.student.schedule import TrainingPlan, plan_training
+from nemo_kd.student.steps import TrainingPlan, plan_training
 from tests.tiny_tokenizer import train_tokenizer
 
 

@@ -22,7 +22,7 @@ from nemo_kd.config.experiment import (
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.typed import describe
-from nemo_kd.student.checkpoint_folder import CheckpointError, seal
+from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, seal
 from nemo_kd.student.run_folder import (
     check_same_experiment,
     differences,
@@ -136,7 +136,7 @@ def test_entries_that_name_no_key(entry, message):
 
 def checkpoint(folder: Path, experiment: dict | None) -> Path:
     folder.mkdir()
-    seal(folder, 2, True, {"data": 1}, {}, experiment)
+    seal(folder, Contents(2, True, {"data": 1}, {}, experiment))
     return folder
 
 
@@ -186,7 +186,7 @@ def test_every_difference_is_told_with_both_ways_out(tmp_path, caplog):
     ):
         with pytest.raises(
             CheckpointError,
-            match=f"to start over, as the checkpoint cannot be used with another {key}$",
+            match=r"to start over$",
         ):
             check_same_experiment(
                 folder,
@@ -202,9 +202,7 @@ def test_adapters_go_on_with_their_own_student_only(tmp_path):
         student: {"name": "a", "weights": "sha256:a"},
     }
     folder = checkpoint(tmp_path / "c", now)
-    with pytest.raises(
-        CheckpointError, match=f"the checkpoint cannot be used with another {student}$"
-    ):
+    with pytest.raises(CheckpointError, match=r"to start over$"):
         check_same_experiment(
             folder, {**now, student: {"name": "b", "weights": "sha256:b"}}, [student]
         )

@@ -149,13 +149,12 @@ def test_a_home_folder_is_found_whoever_looks_for_it():
 def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
     """Earlier versions named the checkpoints with .ckpt, and in the folder of that time."""
     folder = tmp_path / "checkpoints"
-    for name in ("kd-step=1", "kd-step=2", "kd-step=3", "kd-step=4-last"):
+    for name in ("kd-step=1", "kd-step=2", "kd-step=3"):
         (folder / name).mkdir(parents=True)
         (folder / name / CONTENTS).touch()
     found = {
         "/moved/kd-step=1.ckpt": torch.tensor(2.5),
         str(folder / "kd-step=2"): 1.25,
-        str(folder / "kd-step=4-last"): 0.5,
         str(tmp_path / "precious"): 0.0,
     }
     unused: Any = None

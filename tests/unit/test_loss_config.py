@@ -182,39 +182,31 @@ def test_what_makes_no_sense_is_refused_with_the_reason(settings, message):
     [
         (
             "no_such_module_here.loss",
-            "no_such_module_here.loss cannot be imported: No module named",
+            "no_such_module_here.loss cannot be called .*: No module named",
         ),
         (
             "json.no_such_function",
-            "json.no_such_function cannot be imported: module 'json' has no attribute",
+            "json.no_such_function cannot be called .*: module 'json' has no attribute",
         ),
-        ("loss", "loss cannot be imported: "),
-        (".relative.loss", ".relative.loss cannot be imported: "),
-        ("math.pi", "math.pi cannot be imported: it is not a function"),
+        ("loss", "loss cannot be called .*: "),
+        (".relative.loss", ".relative.loss cannot be called .*: "),
+        ("math.pi", "math.pi cannot be called .*: 3.14"),
     ],
 )
 def test_custom_losses_that_cannot_be_imported(path, message):
     with pytest.raises(ConfigError, match=f"custom_loss: {message}"):
-        load_custom_loss(path)
+        load_custom_loss(path, {})
 
 
 def test_a_custom_loss_of_the_current_folder(tmp_path, monkeypatch):
-    (tmp_path / "my_own_loss_file.py").write_text("def loss():\n    return 7\n")
+    (tmp_path / "my_own_loss_file.py").write_text("def loss(*_):\n    return 7\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.path", ["/nowhere"])
-    assert load_custom_loss("my_own_loss_file.loss")() == 7
-
-
-def no_metrics(logits, batch, shard, token_sum):
-    return logits.sum()
+    assert load_custom_loss("my_own_loss_file.loss", {})(1, 2, 3, 4) == 7
 
 
 def not_summed(logits, batch, shard, token_sum):
     return logits.sum(dim=-1), {}
-
-
-def number_as_metric(logits, batch, shard, token_sum):
-    return logits.sum(), {"mean": 1.5}
 
 
 def detached(logits, batch, shard, token_sum):
@@ -255,10 +247,8 @@ def on_three_positions(loss, num_loss_tokens=3):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no_metrics", r"returned .*; it must return \(loss, metrics\)"),
-        ("not_summed", r"returned .*; it must return \(loss, metrics\)"),
-        ("number_as_metric", r"returned .*; it must return \(loss, metrics\)"),
-        ("detached", r"returned .*a scalar tensor that depends on the logits"),
+        ("not_summed", r"returned the loss .*; it must be a scalar tensor"),
+        ("detached", r"returned the loss .*a scalar tensor that depends on the logits"),
         (
             "sums_a_tensor_of_another_shape",
             r"gave token_sum \[1, 3, 7\] values; it takes one for each position, \[1, 3\]",
@@ -273,7 +263,7 @@ def test_a_custom_loss_that_does_something_else(name, message):
 def test_arguments_that_a_custom_loss_does_not_take():
     with pytest.raises(
         ConfigError,
-        match="custom_args: .*sums_a_logit cannot be called .* unexpected .* 'powr'",
+        match="custom_loss: .*sums_a_logit cannot be called .* unexpected .* 'powr'",
     ):
         custom("sums_a_logit", powr=2)
 
@@ -295,9 +285,9 @@ def test_a_custom_loss_in_a_file_that_does_not_parse(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(
         ConfigError,
-        match="custom_loss: does_not_parse.loss cannot be imported: .*invalid syntax|does_not_parse",
+        match="custom_loss: does_not_parse.loss cannot be called .*: .*invalid syntax|does_not_parse",
     ):
-        load_custom_loss("does_not_parse.loss")
+        load_custom_loss("does_not_parse.loss", {})
 
 
 def test_k1_is_warned_about(caplog):

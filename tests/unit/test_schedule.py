@@ -10,7 +10,7 @@ from nemo.core.optim import lr_scheduler as nemo
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.optim import OptimConfig, SchedConfig
-from nemo_kd.student.schedule import check_schedule, learning_rate
+from nemo_kd.student.steps import check_schedule, learning_rate
 
 LR = 1e-3
 
@@ -117,7 +117,7 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_constant_steps_without_room_are_left_out_with_a_warning(caplog):
     for sched, max_steps, message in (
-        (SchedConfig(warmup_steps=10, constant_steps=1000), 900, "10 steps of warmup and 1000 constant steps at min_lr are more than the 900"),
+        (SchedConfig(warmup_steps=10, constant_steps=1000), 900, "10 steps of warmup and 1000 constant steps at min_lr do not fit into the 900 steps"),
         (SchedConfig(warmup_ratio=0.6, constant_ratio=0.5), 100, "60 steps of warmup and 50 constant"),
     ):  # fmt: skip
         caplog.clear()
@@ -138,7 +138,7 @@ def test_a_long_warmup_is_told(caplog):
         assert not caplog.text
         check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 5)
     assert (
-        "a warmup of 10 steps in a run of 5: the learning rate ends at 0.455, never reaching lr=1"
+        "10 steps of warmup and 0 constant steps at min_lr do not fit into the 5"
         in caplog.text
     )
 
