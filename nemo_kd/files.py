@@ -198,21 +198,15 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
     found = []
     for path in sorted(folder.glob(f".*{suffix}")):
         owner, _, pid = path.name.removesuffix(suffix).rpartition("-")
-        if not pid.isdecimal():
-            continue
-        if owner.endswith(f".{_machine()}"):
+        is_abandoned = False
+        if pid.isdecimal() and owner.endswith(f".{_machine()}"):
             is_abandoned = not _is_alive(int(pid))
-        else:
-            is_abandoned = _age_s(path) > ABANDONED_AFTER_S
+        elif pid.isdecimal():
+            with contextlib.suppress(FileNotFoundError):  # another job removes it as well
+                is_abandoned = time.time() - path.lstat().st_mtime > ABANDONED_AFTER_S
         if is_abandoned:
             found.append(path)
     return found
-
-
-def _age_s(path: Path) -> float:
-    with contextlib.suppress(FileNotFoundError):  # another job removes it as well
-        return time.time() - path.lstat().st_mtime
-    return 0.0
 
 
 class Lock(contextlib.AbstractContextManager["Lock"]):

@@ -39,13 +39,13 @@ def needs_launch(trainer: TrainerConfig) -> bool:
         ConfigError: several machines, where only srun or torchrun can start processes.
     """
     ranks = find_ranks()
-    if trainer.devices in ("auto", -1) and ranks.launcher:
-        trainer.devices = max(1, ranks.size // trainer.num_nodes)
-    elif trainer.devices in ("auto", -1):
-        import torch
+    if trainer.devices in ("auto", -1):
+        num_devices = ranks.size // trainer.num_nodes
+        if not ranks.launcher and trainer.accelerator != "cpu":
+            import torch
 
-        num_gpus = 0 if trainer.accelerator == "cpu" else torch.cuda.device_count()
-        trainer.devices = max(1, num_gpus)
+            num_devices = torch.cuda.device_count()
+        trainer.devices = max(1, num_devices)
     if ranks.launcher:
         return False
     if trainer.num_nodes > 1:
