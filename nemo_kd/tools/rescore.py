@@ -1,8 +1,8 @@
 """Compare cached rows with their teacher: `logit_cache verify --against`.
 
-The teacher scores a sample of rows twice, the second time as a control: with other rounding errors,
-and stored as the cache is. A row is wrong if it differs from the teacher by much more than the
-control does.
+The teacher scores a sample of rows twice, the second time as a control: each example alone and
+padded, with other rounding errors, and stored as the cache is. A row is wrong if it differs from
+the teacher by much more than the control does.
 
 Shape legend: P compared positions of an example, K kept ids, E examples.
 """
@@ -46,6 +46,8 @@ BORDER_SHARE = 2 / 3
 """Largest share of the sample for first and last rows of chunks, where errors show first."""
 SPARE_IDS = 16
 """Ids that the teacher keeps beyond the cache's, since rounding exchanges the last ones."""
+CONTROL_MULTIPLE = 16
+"""The control pads every example to a multiple of this."""
 FACTOR = 4.0
 """Allowed multiple of the control's worst divergence: that of twice the error of a logit."""
 FACTOR_OF_EXPERTS = 10.0
@@ -214,14 +216,19 @@ def rescore(
 def score_twice(
     teacher: Teacher, sample: Sample, unit: float
 ) -> tuple[list[CachedExample], list[CachedExample]]:
-    """Score the examples; then again as a control, with other rounding errors.
+    """Score the examples in batches, in reverse order; then as a control, with rounding errors.
 
-    A repetition does not show rounding: many kernels sum in one order here, but in another one on
-    another layout or machine. So the numbers that leave a layer are multiplied by random factors
-    within `unit` of 1, on all ranks that hold the same numbers alike.
+    Other batches alone do not show rounding: many kernels sum in one order for every batch, but in
+    another one on another layout or machine. So the numbers that leave a layer are multiplied by
+    random factors within `unit` of 1, on all ranks that hold the same numbers alike.
     """
     examples = [row.example for row in sample.rows.values()]
-    scored = teacher.finish(teacher.start(examples))
+    if teacher.max_examples is not None:
+        teacher.max_examples = max(2, teacher.max_examples)
+    scored = teacher.finish(teacher.start(examples[::-1]))[::-1]
+    teacher.packed = False
+    teacher.max_examples = 1
+    teacher.multiple_of *= CONTROL_MULTIPLE
     device = teacher.groups.device
     random = torch.Generator(device).manual_seed(0)
 
