@@ -103,10 +103,7 @@ class Checkpoints:
             if path in self.scores:
                 names.append(path)
             if self.params.verbose:
-                best = self.best
-                log.info(
-                    "step %d: %s=%.5f, best: %s", step, monitor, score, best and best.name
-                )
+                log.info("step %d: %s=%.5f, kept: %s", step, monitor, score, bool(names))
         else:
             log.warning(
                 "%s is not finite after step %d; no checkpoint is ranked by it",

@@ -94,7 +94,8 @@ def own_run_folder(
             return
         left = [*checkpoints(checkpoint_dir), *sorted(checkpoint_dir.glob("*.nemo"))]
     if log_dir is not None and not manager.resume_if_exists:
-        left += (log_dir / "metrics").glob("metrics.jsonl")
+        metrics = (log_dir / "metrics").glob("metrics.jsonl")
+        left += [path for path in metrics if path.stat().st_size]
     if left:
         raise CheckpointError(
             f"exp_manager.resume_if_exists: {manager.resume_if_exists}, and {left[0]} belongs to a "
