@@ -74,8 +74,10 @@ class CacheLayout:
         """Return the names in the folder of a chunk's segments."""
         # A listing is fetched from the server of a network file system; the absence of a single
         # name may be cached.
-        folder = self.segments_folder(chunk_id)
-        return set(os.listdir(folder)) if folder.is_dir() else set()
+        try:
+            return set(os.listdir(self.segments_folder(chunk_id)))
+        except FileNotFoundError:
+            return set()
 
     @property
     def suffix(self) -> str:

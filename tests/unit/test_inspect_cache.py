@@ -314,7 +314,7 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
     ("words", "message"),
     [
         (("--html", "{folder}/none/p.html"), "check the path, or restore its folder"),
-        (("--tokenizer", "{folder}/none"), "--tokenizer: .*none"),
+        (("--tokenizer", "{folder}/none"), "none is no readable"),
         (("--example", "-1"), "--example: -1 lies outside the 10 examples"),
     ],
 )
