@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -66,9 +67,9 @@ def open_regular(path: str | Path) -> BinaryIO:
         FileNotFoundError: there is none.
         FileError: it is a pipe, device or folder, or cannot be read.
     """
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise FileError(f"{path}: is not a regular file; remove it")
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # one look: others may remove it
+            raise FileError(f"{path}: is not a regular file; remove it")
         return open(path, "rb")
     except FileNotFoundError:
         raise
