@@ -46,17 +46,13 @@ def remedy(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def explained(path: str | Path, note: str = "") -> Iterator[None]:
-    """Raise an OSError of the block as a FileError: `path` cannot be written, why, and the remedy.
-
-    Args:
-        note: end of the message, for example which work is kept.
-    """
+def explained(path: str | Path) -> Iterator[None]:
+    """Raise an OSError of the block as a FileError: `path` cannot be written, why, and the remedy."""
     try:
         yield
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be written ({error.strerror}); {remedy(error)}{note}"
+            f"{path}: cannot be written ({error.strerror}); {remedy(error)}"
         ) from error
 
 
@@ -86,25 +82,23 @@ def read_file(path: str | Path, start: int = 0) -> bytes:
         return file.read()
 
 
-def write_atomically(
-    path: str | Path, data: bytes | Iterable[bytes], note: str = ""
-) -> None:
+def write_atomically(path: str | Path, data: bytes | Iterable[bytes]) -> None:
     """Replace the content of `path`; a crash leaves either the old or the new content."""
-    with atomic_file(path, note) as file:
+    with atomic_file(path) as file:
         file.writelines([data] if isinstance(data, bytes) else data)
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | Path, note: str = "") -> Iterator[BinaryIO]:
+def atomic_file(path: str | Path) -> Iterator[BinaryIO]:
     """Yield a file that takes the name `path`, durably, when the block ends without an error.
 
     Until then the bytes are in the hidden file `temporary_path(path)`. An error in the block
-    removes it; `remove_abandoned` removes those of killed processes. Errors and `note` are those
-    of `explained`.
+    removes it; `remove_abandoned` removes those of killed processes. Errors are those of
+    `explained`.
     """
     path = Path(path)
     temporary = temporary_path(path)
-    with explained(path, note):
+    with explained(path):
         try:
             # The tempfile module would make a file that only its owner can read.
             with temporary.open("wb", buffering=1 << 20) as file:

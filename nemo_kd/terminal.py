@@ -44,13 +44,11 @@ def print_error(error: object) -> None:
 
 def size_text(num_bytes: float) -> str:
     """Format a number of bytes with a decimal unit."""
-    if num_bytes < 1000:
-        return f"{num_bytes:,.0f} bytes"
-    for unit in ("KB", "MB", "GB"):
-        num_bytes /= 1000
+    for unit in ("bytes", "KB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:,.1f} {unit}"
-    return f"{num_bytes / 1000:,.1f} TB"
+        num_bytes /= 1000
+    return f"{num_bytes:,.1f} TB"
 
 
 def print_table(lines: Sequence[tuple[str, str]]) -> None:

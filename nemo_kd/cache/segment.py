@@ -21,8 +21,6 @@ from nemo_kd.files import explained, read_file, write_atomically
 
 log = logging.getLogger(__name__)
 
-PUBLISHED_STAYS = "; what is published stays and is not computed again"
-
 Segment = tuple[int, range]
 """(number of the chunk, record indices)."""
 
@@ -74,9 +72,9 @@ def publish_segment(
         rows.append(raw)
     payload = b"".join(rows)
     header = dataclasses.asdict(builder) | {"sha256": hashlib.sha256(payload).hexdigest()}
-    with explained(path.parent, PUBLISHED_STAYS):
+    with explained(path.parent):
         path.parent.mkdir(exist_ok=True)
-    write_atomically(path, [orjson.dumps(header), b"\n", payload], PUBLISHED_STAYS)
+    write_atomically(path, [orjson.dumps(header), b"\n", payload])
     return builder.summary
 
 

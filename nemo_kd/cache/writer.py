@@ -22,7 +22,6 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.parts import Part, WriteLock
 from nemo_kd.cache.scan import complete_chunk, read_index, scan_chunk
 from nemo_kd.cache.segment import (
-    PUBLISHED_STAYS,
     Segment,
     is_whole,
     read_segment,
@@ -74,7 +73,7 @@ class CacheWriter:
         self.manifest = manifest
         self.chunks = chunks
         self._part = part
-        with explained(layout.folder, PUBLISHED_STAYS):
+        with explained(layout.folder):
             layout.folder.mkdir(parents=True, exist_ok=True)
         with Lock(layout.start_lock_path, wait_s=math.inf):
             self._lock = WriteLock(layout, part)
@@ -130,7 +129,7 @@ class CacheWriter:
         Raises:
             CacheError: a segment is damaged, or the file system refuses.
         """
-        with explained(self.layout.folder, PUBLISHED_STAYS):
+        with explained(self.layout.folder):
             in_work = self.layout.chunks_in_work()
             self._look()
             for chunk in in_work:
@@ -188,7 +187,7 @@ class CacheWriter:
         builder = ChunkBuilder(ChunkSummary(indices[0], indices[-1]))
         digest = hashlib.sha256()
         try:
-            with atomic_file(self.layout.chunk_path(chunk), PUBLISHED_STAYS) as file:
+            with atomic_file(self.layout.chunk_path(chunk)) as file:
                 for path in paths:
                     segment, payload = read_segment(path)
                     file.write(payload)

@@ -141,6 +141,5 @@ def _wait(ranks: list[subprocess.Popen[bytes]], received: list[signal.Signals]) 
     if ending is not None and -failure in (ending, signal.SIGKILL):
         return 128 + ending
     name = signal.Signals(-failure).name
-    hint = " (a machine out of memory sends it)" if name == "SIGKILL" else ""
-    print_error(f"rank {failed_rank} was ended by {name}{hint}")
+    print_error(f"rank {failed_rank} was ended by {name}")
     return 1

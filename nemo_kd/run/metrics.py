@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import sys
 import time
 from collections import deque
@@ -66,8 +64,7 @@ DESCRIPTIONS = {
 class Progress:
     """Counts, and shows progress and rates every `interval_s`.
 
-    On stderr it is a bar on a terminal, which leaves messages of the package's loggers whole, else
-    a line per report. With a store every replica counts and publishes there, and replica 0, which
+    On stderr it is a bar on a terminal, else a line per report. With a store every replica counts and publishes there, and replica 0, which
     alone has a name and sinks, reports the sum; no replica waits for another. There is no
     background thread: a report comes with the first `add` after the interval.
 
@@ -104,10 +101,8 @@ class Progress:
             [(self._started_s, Counts(self.start))], maxlen=WINDOW_INTERVALS + 1
         )
         self._bar: Any = None
-        self._resources = contextlib.ExitStack()
         if self.name is not None and sys.stderr.isatty():
             from tqdm import tqdm
-            from tqdm.contrib.logging import logging_redirect_tqdm
 
             self._bar = tqdm(
                 desc=self.name,
@@ -115,10 +110,6 @@ class Progress:
                 unit=f" {self.unit}",
                 unit_scale=True,
                 dynamic_ncols=True,
-            )
-            self._resources.callback(self._bar.close)
-            self._resources.enter_context(
-                logging_redirect_tqdm([logging.getLogger("nemo_kd")])
             )
 
     def add(self, **counts: float) -> None:
@@ -158,7 +149,8 @@ class Progress:
 
     def close(self) -> None:
         """Close the bar and the sinks."""
-        self._resources.close()
+        if self._bar is not None:
+            self._bar.close()
         for sink in self.sinks:
             sink.finish()
 

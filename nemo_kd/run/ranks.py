@@ -136,10 +136,10 @@ def join_ranks(trainer: TrainerConfig) -> None:
 
     from nemo_kd.config.model import AUTO_PRECISION
 
-    use_gpu = _check_devices(trainer.num_devices, trainer.accelerator)
+    num_gpus = _num_gpus(trainer)
     if trainer.precision == AUTO_PRECISION:
         # On most CPUs bf16 is slower than fp32, and it rounds a teacher's targets by 1e-3 nats.
-        trainer.precision = "bf16" if use_gpu else "32"
+        trainer.precision = "bf16" if num_gpus else "32"
         log.info("precision: %s (trainer.precision)", trainer.precision)
     ranks = find_ranks()
     has_joined = dist.is_initialized()
@@ -155,13 +155,13 @@ def join_ranks(trainer: TrainerConfig) -> None:
         return
     if ranks.is_one_machine and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", LOOPBACK_INTERFACE)
-    if use_gpu:
+    if num_gpus:
         torch.cuda.set_device(ranks.local_rank)
     minutes = TORCH_TIMEOUT_FACTOR * trainer.distributed_timeout_minutes
     timeout = timedelta(minutes=minutes)
     try:
         dist.init_process_group(
-            "nccl" if use_gpu else "gloo",
+            "nccl" if num_gpus else "gloo",
             rank=ranks.rank,
             world_size=ranks.size,
             store=_open_store(ranks, timeout),
@@ -174,6 +174,35 @@ def join_ranks(trainer: TrainerConfig) -> None:
             f"{ranks.main_address}:{ranks.main_port} ({reason}); rank 0 has to run there, and the "
             "port has to be free and in reach: set another one for all ranks, or leave it unset"
         ) from error
+
+
+def _num_gpus(trainer: TrainerConfig) -> int:
+    """Return the number of GPUs here.
+
+    Raises:
+        ConfigError: as `join_ranks`.
+    """
+    import torch
+
+    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if trainer.accelerator == "cpu" and num_gpus:
+        raise ConfigError(
+            f"trainer.accelerator: cpu, but torch finds {num_gpus} GPUs, which Megatron would "
+            "use. Hide them: CUDA_VISIBLE_DEVICES= before the command"
+        )
+    if trainer.accelerator in ("gpu", "cuda") and not num_gpus:
+        raise ConfigError(
+            f"trainer.accelerator: {trainer.accelerator}, but torch finds no GPU here "
+            "(torch.cuda.is_available() is False). Use trainer.accelerator=cpu, or a machine "
+            "with a GPU and a CUDA build of torch"
+        )
+    if num_gpus and trainer.num_devices > num_gpus:
+        raise ConfigError(
+            f"trainer.devices: {trainer.num_devices}, but torch finds {num_gpus} GPUs on this machine. Use "
+            f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of "
+            "its node (--gpus-per-node)"
+        )
+    return num_gpus
 
 
 def listen_on_loopback(port: int, num_ranks: int | None, timeout: timedelta) -> TCPStore:
@@ -223,32 +252,3 @@ def _open_store(ranks: Ranks, timeout: timedelta) -> Store | None:
     if ranks.rank != 0:
         return TCPStore(LOOPBACK, port, ranks.size, is_master=False, timeout=timeout)
     return listen_on_loopback(port, ranks.size, timeout)
-
-
-def _check_devices(devices: int, accelerator: str) -> bool:
-    """Return True if the ranks use GPUs.
-
-    Raises:
-        ConfigError: as `join_ranks`.
-    """
-    import torch
-
-    num_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if accelerator == "cpu" and num_gpus:
-        raise ConfigError(
-            f"trainer.accelerator: cpu, but torch finds {num_gpus} GPUs, which Megatron would "
-            "use. Hide them: CUDA_VISIBLE_DEVICES= before the command"
-        )
-    if accelerator in ("gpu", "cuda") and not num_gpus:
-        raise ConfigError(
-            f"trainer.accelerator: {accelerator}, but torch finds no GPU here "
-            "(torch.cuda.is_available() is False). Use trainer.accelerator=cpu, or a machine "
-            "with a GPU and a CUDA build of torch"
-        )
-    if num_gpus and devices > num_gpus:
-        raise ConfigError(
-            f"trainer.devices: {devices}, but torch finds {num_gpus} GPUs on this machine. Use "
-            f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of "
-            "its node (--gpus-per-node)"
-        )
-    return num_gpus > 0

@@ -7,7 +7,6 @@ import fcntl
 import json
 import os
 import pty
-import re
 import struct
 import subprocess
 import sys
@@ -303,28 +302,6 @@ def shown_on_a_terminal(num_columns: int, code: str) -> str:
     text = os.read(ours, 100_000).decode()
     os.close(ours)
     return text
-
-
-def test_messages_stay_whole_beside_a_bar():
-    code = f"""
-import logging
-from nemo_kd.run.metrics import Progress
-logger = logging.getLogger("nemo_kd")
-logger.addHandler(logging.StreamHandler())
-line = Progress("training", 10_000, 1, unit="steps")
-line._show({STEP})
-logger.warning("a message")
-line.note("validation")
-line.close()
-"""
-    lines = [
-        part.strip()
-        for part in re.split(r"[\r\n]|\x1b\[A", shown_on_a_terminal(80, code))
-    ]
-    bars = [line for line in lines if "1.50k/10.0k" in line]
-    assert bars
-    assert all("15%|" in line and len(line) < 80 for line in bars)
-    assert {"a message", "training: validation"} <= set(lines)
 
 
 def test_a_terminal_gets_one_bar():
