@@ -198,8 +198,8 @@ def _num_gpus(trainer: TrainerConfig) -> int:
         )
     if num_gpus and trainer.num_devices > num_gpus:
         raise ConfigError(
-            f"trainer.devices: {trainer.num_devices}, but torch finds {num_gpus} GPUs on this machine. Use "
-            f"trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of "
+            f"trainer.devices: {trainer.num_devices}, but torch finds {num_gpus} GPUs on this "
+            f"machine. Use trainer.devices={num_gpus} or fewer; under Slurm let every task see all GPUs of "
             "its node (--gpus-per-node)"
         )
     return num_gpus
