@@ -47,7 +47,7 @@ def remedy(error: OSError) -> str:
 
 @contextlib.contextmanager
 def explained(path: str | Path) -> Iterator[None]:
-    """Raise an OSError of the block as a FileError: `path` cannot be written, why, and the remedy."""
+    """Raise an OSError of the block as a FileError that names `path` and the remedy."""
     try:
         yield
     except OSError as error:

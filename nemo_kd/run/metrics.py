@@ -64,9 +64,10 @@ DESCRIPTIONS = {
 class Progress:
     """Counts, and shows progress and rates every `interval_s`.
 
-    On stderr it is a bar on a terminal, else a line per report. With a store every replica counts and publishes there, and replica 0, which
-    alone has a name and sinks, reports the sum; no replica waits for another. There is no
-    background thread: a report comes with the first `add` after the interval.
+    On stderr it is a bar on a terminal, else a line per report. With a store every replica counts
+    and publishes there, and replica 0, which alone has a name and sinks, reports the sum; no
+    replica waits for another. There is no background thread: a report comes with the first `add`
+    after the interval.
 
     Args:
         name: start of its lines; None shows nothing.

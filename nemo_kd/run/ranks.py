@@ -121,11 +121,11 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
 def join_ranks(trainer: TrainerConfig) -> None:
     """Join this process to those that its launcher started, and bind it to its GPU if there is one.
 
-    Resolve `trainer.precision` too. Without a launcher the world is this process. If a process group
-    exists, only its size is checked. On one machine the ranks meet on the loopback address, which no
-    other machine reaches; several machines need a network that keeps others out. Needs torch only:
-    the commands call it before they import Megatron and Lightning, so that wrong devices and ranks
-    are reported at once.
+    Resolve `trainer.precision` too. Without a launcher the world is this process. If a process
+    group exists, only its size is checked. On one machine the ranks meet on the loopback address,
+    which no other machine reaches; several machines need a network that keeps others out. Needs
+    torch only: the commands call it before they import Megatron and Lightning, so that wrong
+    devices and ranks are reported at once.
 
     Raises:
         ConfigError: devices are missing, the launcher started another number of processes, or

@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 
 BatchResult = tuple[list[Example], Sequence[int], TeacherRows[torch.Tensor]]
-"""(examples; index of the first token of each, and of filler, in the flat batch, b * S + s; targets, whose
-positions are indices in the flat batch, under context parallelism this rank's part)."""
+"""(examples; index of the first token of each, and of filler, in the flat batch, b * S + s;
+targets, whose positions are indices in the flat batch, with context parallelism this rank's)."""
 
 
 @dataclass
