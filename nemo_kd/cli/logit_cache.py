@@ -31,7 +31,7 @@ def main() -> None:
     arguments.settings = settings
     for unknown in settings:
         if arguments.run is not _verify or unknown.startswith("-"):
-            command_line.error(f"unrecognized argument: {unknown}")
+            command_line.error(f"unrecognized arguments: {unknown}")
     with errors_end_the_process():
         sys.exit(arguments.run(arguments))
 
