@@ -24,7 +24,9 @@ from tests.tiny_tokenizer import train_tokenizer
 
 SHAPES: dict[str, dict[str, int]] = {
     "llama-0.3b": {"num_hidden_layers": 12, "hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_key_value_heads": 12},
+    "llama-1.5b": {"num_hidden_layers": 16, "hidden_size": 2048, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 8},
     "llama-3-8b": {"num_hidden_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8},
+    "tiny": {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 4096},
     "shallow": {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 4, "num_key_value_heads": 4},
 }  # fmt: skip
 VOCAB_SIZE, MAX_LENGTH, TOKENIZER_SIZE = 128_256, 8192, 4096
@@ -40,7 +42,6 @@ def write_teacher(folder: Path, shape: str) -> Path:
     if (folder / "config.json").exists():
         return folder
     config: dict[str, Any] = {
-        **SHAPES[shape],
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "hidden_act": "silu",
@@ -50,6 +51,7 @@ def write_teacher(folder: Path, shape: str) -> Path:
         "rope_theta": 500_000.0,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
+        **SHAPES[shape],
     }
     folder.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

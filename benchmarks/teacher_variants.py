@@ -20,6 +20,7 @@ import torch
 
 from benchmarks.teacher_inputs import MAX_LENGTH, VOCAB_SIZE
 from nemo_kd.batch import Batch, Example
+from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches, pack
@@ -189,17 +190,17 @@ def stage_1(bench: Bench) -> Work:
         ):
             loop.compute_topk_logits(bench.setting.config(folder / "cache.jsonl.zst"))
         clock.stop()
-        (metrics,), (manifest,) = (
-            folder.glob("*metrics.jsonl"),
-            folder.glob("*manifest.json"),
-        )
-        (chunk,) = json.loads(manifest.read_text())["chunks"].values()
+        (metrics,) = folder.glob("*metrics.log")
         told = json.loads(metrics.read_text().splitlines()[-1])
+        (chunk,) = (
+            CacheReader(str(folder / "cache.jsonl.zst")).manifests[0].chunks.values()
+        )
         shutil.rmtree(folder)
         return {
             "before_s": before_s,
             **told,
-            **{key: chunk[key] for key in ("bytes", "kept_tokens")},
+            "bytes": chunk.bytes,
+            "kept_tokens": chunk.kept_tokens,
         }
 
     return work
