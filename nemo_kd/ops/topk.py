@@ -222,8 +222,8 @@ def _sum_rest(
 ) -> Tensor:
     """Sum exp((logit - maximum) / temperature) outside the head by group of columns: [N, T, G]."""
     num_rows, num_columns = logits_Nv.shape
-    missing = -num_columns % GROUP_COLUMNS
-    num_groups = max(1, (num_columns + missing) // GROUP_COLUMNS)
+    num_whole = num_columns // GROUP_COLUMNS
+    num_groups = max(1, -(-num_columns // GROUP_COLUMNS))
     sums_NTG = logits_Nj.new_zeros(num_rows, len(temperatures), num_groups)
     if num_columns < logits_Nj.shape[1]:
         return sums_NTG
@@ -235,11 +235,14 @@ def _sum_rest(
             weights_Nv = torch.softmax(scaled_Nv, dim=-1)
             scale_N1 = (gap_N1[rows] / temperature).exp_()
             scale_N1 /= weights_Nv.gather(1, columns_Nj[rows, -1:])
-            if missing:
-                weights_Nv = torch.nn.functional.pad(weights_Nv, (0, missing))
-            groups_NG = weights_Nv.unflatten(1, (num_groups, GROUP_COLUMNS)).sum(dim=-1)
+            whole_Nv, rest_Nv = weights_Nv.tensor_split(
+                [num_whole * GROUP_COLUMNS], dim=1
+            )
+            whole_NG = whole_Nv.unflatten(1, (num_whole, GROUP_COLUMNS)).sum(dim=-1)
+            rest_N1 = rest_Nv.sum(dim=-1, keepdim=True)
+            groups_NG = torch.cat([whole_NG, rest_N1], dim=1)[:, :num_groups]
             # A softmax of nothing but -inf is NaN.
-            sums_NTG[rows, number] = groups_NG.mul_(scale_N1).masked_fill_(
+            sums_NTG[rows, number] = (groups_NG * scale_N1).masked_fill_(
                 logits_Nj[rows, -1:] == MINUS_INFINITY, 0
             )
     return sums_NTG
