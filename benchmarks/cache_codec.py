@@ -153,7 +153,9 @@ def synthetic_rows(teacher: SyntheticTeacher, seq_length: int) -> list[CachedExa
         )
         labels_S = teacher.labels_N[mine].astype(np.int64)
         tokens_S = np.append(synthetic_teacher.FIRST_TOKEN, labels_S[:-1])
-        tail_S = np.clip(1 - np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1), 0, 1)
+        tail_S = np.clip(
+            1 - np.exp(logits_SK - log_sum_exp_S[:, None]).sum(axis=1), 0, 1
+        )
         row = TeacherRows(
             positions_P=np.arange(len(labels_S)),
             topk_logits_PK=(logits_SK - logits_SK[:, :1]).astype(np.float32),
@@ -193,7 +195,8 @@ def reduced(
 def logprobs(teacher: TeacherRows) -> np.ndarray:
     """Float64, -inf where nothing is kept."""
     return (
-        teacher.topk_logits_PK.astype(np.float64) - teacher.log_sum_exp_logits_P[:, None]
+        teacher.topk_logits_PK.astype(np.float64)
+        - teacher.log_sum_exp_logits_P[:, None]
     )
 
 
@@ -221,7 +224,9 @@ def measure(
         ]
     )
     num_tokens = sum(row.example.num_tokens for row in inputs)
-    num_kept = sum(int((row.loss_rows().topk_token_ids_PK >= 0).sum()) for row in inputs)
+    num_kept = sum(
+        int((row.loss_rows().topk_token_ids_PK >= 0).sum()) for row in inputs
+    )
     return Measured(
         setting.name, num_kept / len(kl_N), sum(map(len, plain)) / num_tokens, sum(map(len, raw)) / num_tokens,
         float(kl_N.mean()), float(np.percentile(kl_N, 99)), num_tokens / encode_s, num_tokens / decode_s,

@@ -73,7 +73,9 @@ def environment(profile: bool) -> Iterator[Finding]:
         )
         yield Finding("NCCL", ".".join(map(str, torch.cuda.nccl.version())))
     else:
-        yield Finding("GPU", "none: tiny sizes on the CPU, which say nothing about a GPU")
+        yield Finding(
+            "GPU", "none: tiny sizes on the CPU, which say nothing about a GPU"
+        )
     kernels = "Transformer Engine" if use_transformer_engine("auto") else "torch"
     yield Finding("layers that transformer_engine=auto chooses", kernels)
 
@@ -99,7 +101,9 @@ def model_logits(profile: bool) -> Iterator[Finding]:
                     found = _logits(path, dtype, transformer_engine, ids).double().cpu()
                     error = float((found - expected).norm() / expected.norm())
                     limit = 1e-4 if dtype == torch.float32 else 3e-2
-                    kind = "Transformer Engine" if transformer_engine else "torch layers"
+                    kind = (
+                        "Transformer Engine" if transformer_engine else "torch layers"
+                    )
                     yield Finding(
                         f"{name}, {str(dtype).removeprefix('torch.')}, {kind}",
                         f"relative error {error:.1e} (limit {limit:.0e})",
@@ -187,7 +191,10 @@ def losses(profile: bool) -> Iterator[Finding]:
                 loss: DistillationLoss = loss_of(definition, compile)
                 leaf_NV = logits_NV.to(DEVICE).requires_grad_()
                 found = loss(
-                    leaf_NV * 1, labels_N, VocabShard.of(vocab_size, vocab_size), teacher
+                    leaf_NV * 1,
+                    labels_N,
+                    VocabShard.of(vocab_size, vocab_size),
+                    teacher,
                 )
                 assert found.kd_N is not None
                 ce_weight_N = problem.ce_weight_N.to(DEVICE)
@@ -209,7 +216,9 @@ def losses(profile: bool) -> Iterator[Finding]:
 
 def _error(found_N: torch.Tensor, expected_N: torch.Tensor) -> float:
     """Return the largest error, relative where a value exceeds 1."""
-    error_N = (found_N.double().cpu() - expected_N).abs() / expected_N.abs().clamp(min=1)
+    error_N = (found_N.double().cpu() - expected_N).abs() / expected_N.abs().clamp(
+        min=1
+    )
     return float(error_N.max())
 
 
@@ -472,7 +481,9 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
             flops = sum(
                 of.example(one.num_tokens, one.num_loss_tokens) for one in examples
             )
-            peak = peak_flops(torch.cuda.get_device_name(), precision) if ON_GPU else None
+            peak = (
+                peak_flops(torch.cuda.get_device_name(), precision) if ON_GPU else None
+            )
             clock = Clock()
             seconds = {}
             for variant, prepare in (
@@ -483,7 +494,9 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
                 details = work(clock)
                 seconds[variant] = clock.wall_s
                 rate = flops / clock.wall_s
-                speed = f"{rate / peak:.1%} MFU" if peak else f"{rate / 1e12:.3f} TFLOP/s"
+                speed = (
+                    f"{rate / peak:.1%} MFU" if peak else f"{rate / 1e12:.3f} TFLOP/s"
+                )
                 value = f"{tokens / clock.wall_s:,.0f} tokens/s, {speed}, {clock.cpu_s:.1f} CPU s"
                 if variant == "stage 1":
                     value += f", {details['bytes'] / tokens:.1f} bytes a token"
@@ -512,7 +525,9 @@ def student_speed(profile: bool) -> Iterator[Finding]:
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
         keys = {"cache__min_probability": 0.0, "model__max_seq_length": MAX_LENGTH}
         with contextlib.redirect_stdout(io.StringIO()):
-            compute_topk_logits(teacher_config(teacher, dataset, cache, top_k=64, **keys))
+            compute_topk_logits(
+                teacher_config(teacher, dataset, cache, top_k=64, **keys)
+            )
         setting = Setting(folder, student, dataset, cache, precision, batch_size, steps)
         medians = {}
         for variant in ("SFT", "KD, tail"):

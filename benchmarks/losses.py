@@ -149,7 +149,9 @@ def methods(dtype: str) -> dict[str, Method]:
         for support in supports:
             table[f"`{objective}`, {support}"] = ours(Divergence(objective, support))
     table["`forward_kl`, tail, T = 2"] = ours(
-        Divergence("forward_kl", "tail", student_scale=0.5, teacher_scale=0.5, factor=4.0)
+        Divergence(
+            "forward_kl", "tail", student_scale=0.5, teacher_scale=0.5, factor=4.0
+        )
     )
     for objective in LABEL_OBJECTIVES:
         table[f"`{objective}`"] = ours(Divergence(objective))
@@ -303,7 +305,12 @@ def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> N
     on_gpu, jobs = setting.device == "cuda", logits_jobs(setting)
     (reference,) = best([jobs[TORCH_CE]], repetitions, setting.device)
     print(f"\n{_sizes(setting)}. Torch's cross-entropy takes {reference:.3g} s.\n")
-    columns = ["method", "time / torch CE", "time / our CE alone", "peak extra / logits"]
+    columns = [
+        "method",
+        "time / torch CE",
+        "time / our CE alone",
+        "peak extra / logits",
+    ]
     columns += ["bandwidth / copy's"] if on_gpu else []
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     copy_rate = copy_bytes_per_second(setting) if on_gpu else 0.0
@@ -316,7 +323,9 @@ def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> N
         extra = peak_bytes(logits_jobs, setting, name) / setting.logits_bytes
         cells = [name, f"{mine / torch_ce:.2f}", f"{mine / our_ce:.2f}", f"{extra:.3f}"]
         # A pass that reads the logits, and one that reads them and writes the gradient, are the least there can be.
-        cells += [f"{3 * setting.logits_bytes / mine / copy_rate:.2f}"] if on_gpu else []
+        cells += (
+            [f"{3 * setting.logits_bytes / mine / copy_rate:.2f}"] if on_gpu else []
+        )
         print(f"| {' | '.join(cells)} |", flush=True)
 
 
@@ -451,5 +460,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that measure memory
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # for the processes that measure memory
     main()

@@ -110,7 +110,9 @@ class Experiment(Quickstart):
         seeded.data, seeded.cache_file = self.data, self.cache_file  # type: ignore[method-assign]
         seeded.folder.mkdir(exist_ok=True)
         seeded.build_model("student")
-        name = "".join(character if character.isalnum() else "_" for character in variant)
+        name = "".join(
+            character if character.isalnum() else "_" for character in variant
+        )
         keys = [f"{LOSS}{key}" for key in VARIANTS[variant]]
         if "dense" in variant:
             keys.append(

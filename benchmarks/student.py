@@ -221,7 +221,10 @@ def print_table(setting: Setting) -> None:
                 3,
             ),
             spread(
-                [one.cpu_s / other.cpu_s for one, other in zip(mine, base, strict=True)],
+                [
+                    one.cpu_s / other.cpu_s
+                    for one, other in zip(mine, base, strict=True)
+                ],
                 3,
             ),
             mib(max(step.peak_bytes for step in mine)),
@@ -280,9 +283,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = Path(name)
         weights = options.students or folder
         student, teacher = (
-            write_teacher(weights / shape, shape) for shape in (options.shape, "shallow")
+            write_teacher(weights / shape, shape)
+            for shape in (options.shape, "shallow")
         )
-        dataset = write_chats(folder / "chats.jsonl", options.batch_size * options.steps)
+        dataset = write_chats(
+            folder / "chats.jsonl", options.batch_size * options.steps
+        )
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
         with contextlib.redirect_stdout(io.StringIO()):
             keys = {"cache__min_probability": 0.0, "model__max_seq_length": MAX_LENGTH}

@@ -103,7 +103,8 @@ def measure(
         return lengths, runs
     with contextlib.ExitStack() as stack:
         workers = {
-            variant: stack.enter_context(Worker(variant, setting)) for variant in VARIANTS
+            variant: stack.enter_context(Worker(variant, setting))
+            for variant in VARIANTS
         }
         for number in range(rounds):
             for variant in list(workers)[:: -1 if number % 2 else 1]:
@@ -141,7 +142,10 @@ def print_speed(setting: Setting, rounds: int) -> None:
             f"{tokens / seconds:,.0f}",
             f"{rate / peak:.1%}" if peak else f"{rate / 1e12:.3f}",
             f"{statistics.median(run.cpu_s for run in mine):.1f}",
-            *(spread(ratios(mine, runs[base]), 3) for base in ("forward", "projection")),
+            *(
+                spread(ratios(mine, runs[base]), 3)
+                for base in ("forward", "projection")
+            ),
             *(
                 mib(max(size))
                 for size in zip(
@@ -197,7 +201,9 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 def quantiles(lengths: Sequence[tuple[int, int]]) -> str:
     cuts = np.quantile([tokens for tokens, _ in lengths], [0, 0.1, 0.5, 0.9, 1])
-    return f"{' / '.join(f'{cut:,.0f}' for cut in cuts)} (least, 10%, median, 90%, most)"
+    return (
+        f"{' / '.join(f'{cut:,.0f}' for cut in cuts)} (least, 10%, median, 90%, most)"
+    )
 
 
 def padding(lengths: Sequence[tuple[int, int]], setting: Setting) -> float:

@@ -110,7 +110,9 @@ def functions(path: Path) -> Iterator[tuple[str, str, str]]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and (
             docstring := ast.get_docstring(node)
         ):
-            source = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno]))
+            source = textwrap.dedent(
+                "\n".join(lines[node.lineno - 1 : node.end_lineno])
+            )
             if len(source) <= MAX_CHARACTERS:
                 yield f"{path.stem}.{node.name}", docstring, source
 

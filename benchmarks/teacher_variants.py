@@ -94,7 +94,9 @@ class Clock:
             resource.getrusage(who)
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
         ]
-        return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
+        return time.perf_counter(), sum(
+            usage.ru_utime + usage.ru_stime for usage in used
+        )
 
 
 @dataclass
@@ -110,7 +112,9 @@ class Bench:
         teacher, job = self.teacher, self.run.jobs[0]
         for indices in segments(job.chunks[0], self.setting.segment_examples):
             examples = [
-                one for index in indices if isinstance(one := job.dataset[index], Example)
+                one
+                for index in indices
+                if isinstance(one := job.dataset[index], Example)
             ]
             lengths = [example.num_tokens for example in examples]
             for places in form_batches(
@@ -148,7 +152,11 @@ def bare_forward(bench: Bench) -> Work:
 
 
 def bare_projection(bench: Bench) -> Work:
-    model, groups, batches = bench.teacher.model, bench.run.groups, list(bench.batches())
+    model, groups, batches = (
+        bench.teacher.model,
+        bench.run.groups,
+        list(bench.batches()),
+    )
     positions = [
         loss_positions(batch.to("cpu"), groups)[0].to(groups.device)
         for _, batch in batches

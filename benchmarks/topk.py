@@ -57,7 +57,9 @@ def obvious(
     return values_NK - log_sum_exp_N[:, None], ids_NK, labels
 
 
-def method_of(name: str, options: argparse.Namespace) -> tuple[int, Callable[[], object]]:
+def method_of(
+    name: str, options: argparse.Namespace
+) -> tuple[int, Callable[[], object]]:
     """(its rows, the work to be measured)."""
     device, dtype = options.device, getattr(torch, options.dtypes[0])
     num_rows = options.num_rows * (4 if name == MORE_ROWS else 1)
@@ -70,9 +72,9 @@ def method_of(name: str, options: argparse.Namespace) -> tuple[int, Callable[[],
         .mul_(0.1)
         .to(device, dtype)
     )
-    labels_N = torch.randint(0, options.vocab_size, (num_rows,), generator=generator).to(
-        device
-    )
+    labels_N = torch.randint(
+        0, options.vocab_size, (num_rows,), generator=generator
+    ).to(device)
     if name == PROJECTION:
         return num_rows, partial(torch.mm, hidden_NH, weight_vH.T)
     if name == OBVIOUS:
@@ -114,7 +116,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, float]:
     peak = torch.cuda.max_memory_allocated() if on_gpu else _status_bytes("VmHWM")
     reference_rows, reference = method_of(PROJECTION, options)
     best = {"us": float("inf"), "projection_us": float("inf")}
-    for _ in range(options.repetitions):  # in turn: what else the machine does slows both
+    for _ in range(
+        options.repetitions
+    ):  # in turn: what else the machine does slows both
         best["projection_us"] = min(
             best["projection_us"], _seconds(reference, on_gpu) * 1e6 / reference_rows
         )
@@ -179,7 +183,8 @@ def print_table(dtype: str, options: argparse.Namespace) -> None:
     )
     for name in METHODS:
         both = [
-            measured_elsewhere(name, dtype, options, keeping) for keeping in (False, True)
+            measured_elsewhere(name, dtype, options, keeping)
+            for keeping in (False, True)
         ]
         times = [
             f"{found['us']:,.0f} | {found['us'] / found['projection_us']:.3f}"
@@ -196,7 +201,11 @@ def _machine(device: str) -> str:
         return torch.cuda.get_device_name()
     cpus = Path("/proc/cpuinfo").read_text().splitlines()
     name = next(
-        (line.split(":", 1)[1].strip() for line in cpus if line.startswith("model name")),
+        (
+            line.split(":", 1)[1].strip()
+            for line in cpus
+            if line.startswith("model name")
+        ),
         "CPU",
     )
     return f"{name}, {torch.get_num_threads()} threads"

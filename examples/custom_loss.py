@@ -60,9 +60,9 @@ def hinton(
     teacher_NK = (
         batch.topk_logits_BSK.flatten(0, 1).masked_fill(nothing_N1, 0) / temperature
     )
-    log_q_NK = student_NK.masked_fill(unused_NK & ~nothing_N1, float("-inf")).log_softmax(
-        dim=-1
-    )
+    log_q_NK = student_NK.masked_fill(
+        unused_NK & ~nothing_N1, float("-inf")
+    ).log_softmax(dim=-1)
     log_p_NK = teacher_NK.log_softmax(dim=-1)
     terms_NK = log_p_NK.exp() * (log_p_NK - log_q_NK).masked_fill(unused_NK, 0)
     kl = temperature**2 * token_sum(terms_NK.sum(dim=-1).view(batch_size, length))

@@ -369,7 +369,9 @@ class Quickstart:
                 .read_text()
                 .splitlines()
             )
-            rows = [row for row in map(json.loads, lines) if "validation/sft_loss" in row]
+            rows = [
+                row for row in map(json.loads, lines) if "validation/sft_loss" in row
+            ]
             # A resumed run repeats steps; the later row counts.
             curve = {row["step"]: row["validation/sft_loss"] for row in rows}
             axes.plot(list(curve), list(curve.values()), marker="o", label=title)
@@ -422,7 +424,9 @@ def main() -> None:
     )
     parser.add_argument("--output-dir", type=Path, default=Path("quickstart_run"))
     parser.add_argument("--seed", type=int, default=Settings.seed)
-    scale_help = "factor on the teacher's epochs and the students' examples, 1 by default"
+    scale_help = (
+        "factor on the teacher's epochs and the students' examples, 1 by default"
+    )
     parser.add_argument("--scale", type=float, default=1.0, help=scale_help)
     arguments = parser.parse_args()
     if arguments.scale <= 0:

@@ -197,7 +197,9 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
         if pid.isdecimal() and owner.endswith(f".{_machine()}"):
             is_abandoned = not _is_alive(int(pid))
         elif pid.isdecimal():
-            with contextlib.suppress(FileNotFoundError):  # another job removes it as well
+            with contextlib.suppress(
+                FileNotFoundError
+            ):  # another job removes it as well
                 is_abandoned = time.time() - path.lstat().st_mtime > ABANDONED_AFTER_S
         if is_abandoned:
             found.append(path)

@@ -52,7 +52,9 @@ class Ranks:
                 results.append(pipe.recv())
             except EOFError:
                 results.append(_Failure(f"rank {rank} died"))
-        failures = [result.message for result in results if isinstance(result, _Failure)]
+        failures = [
+            result.message for result in results if isinstance(result, _Failure)
+        ]
         if failures:
             self.stop()
             raise AssertionError("\n\n".join(failures))

@@ -129,7 +129,8 @@ def same(a: CachedExample, b: CachedExample) -> bool:
 def same_places(a: ChunkIndex, b: ChunkIndex) -> bool:
     """Whether two indexes describe the same lines of the same file."""
     a, b = (
-        replace(one, facts=one.facts._replace(mtime_ns=0), summary=None) for one in (a, b)
+        replace(one, facts=one.facts._replace(mtime_ns=0), summary=None)
+        for one in (a, b)
     )
     return a.to_bytes() == b.to_bytes()
 

@@ -103,7 +103,9 @@ def build_hf_model(
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             noise = torch.randn_like(parameter)
-            parameter.copy_(1 + 0.2 * noise if "norm" in parameter_name else 0.08 * noise)
+            parameter.copy_(
+                1 + 0.2 * noise if "norm" in parameter_name else 0.08 * noise
+            )
     return model
 
 

@@ -75,7 +75,9 @@ def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
     shifted = values.astype(np.uint64) << (starts & 31).astype(np.uint64)
     num_words = (num_bits >> 5) + 2
     # Every bit is set once at most, so sums of float64 below 2^32 are exact unions.
-    low = np.bincount(words, weights=shifted & np.uint64(0xFFFFFFFF), minlength=num_words)
+    low = np.bincount(
+        words, weights=shifted & np.uint64(0xFFFFFFFF), minlength=num_words
+    )
     high = np.bincount(words, weights=shifted >> np.uint64(32), minlength=num_words)
     low[1:] += high[:-1]
     return low.astype("<u4").tobytes()[: (num_bits + 7) >> 3]

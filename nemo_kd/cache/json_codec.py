@@ -107,7 +107,9 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
         values_S[:] = filler
         values_S[teacher.positions_P] = values_P
         if not np.isfinite(values_S).all():
-            raise CacheError(f"{where}: field {name}: found a number that is not finite")
+            raise CacheError(
+                f"{where}: field {name}: found a number that is not finite"
+            )
         fields[name] = np.ascontiguousarray(
             values_S.T if name == "tail_mass" else values_S
         )

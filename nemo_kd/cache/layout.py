@@ -91,7 +91,9 @@ class CacheLayout:
         """
         stem = self._name.removesuffix(self.suffix)
         return (
-            stem.replace(CHUNK_ID, "manifest") if self.is_template else f"{stem}.manifest"
+            stem.replace(CHUNK_ID, "manifest")
+            if self.is_template
+            else f"{stem}.manifest"
         ) + ".json"
 
     @property

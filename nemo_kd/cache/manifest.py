@@ -125,7 +125,9 @@ class Manifest:
         """Write the manifest, whole or not at all."""
         content = orjson.dumps(
             self._payload() | {"format_version": FORMAT_VERSION},
-            option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS | orjson.OPT_APPEND_NEWLINE,
+            option=orjson.OPT_INDENT_2
+            | orjson.OPT_SORT_KEYS
+            | orjson.OPT_APPEND_NEWLINE,
         )
         write_atomically(path, content)
         self.format_version = FORMAT_VERSION
@@ -205,5 +207,7 @@ def _differences(
         other = theirs.get(key)
         if isinstance(mine, dict) and isinstance(other, dict):
             yield from _differences(mine, other, f"{name}.")
-        elif mine != other and not (name in OPTIONAL_IDENTITY and None in (mine, other)):
+        elif mine != other and not (
+            name in OPTIONAL_IDENTITY and None in (mine, other)
+        ):
             yield f"{name}: {mine!r} in the cache, {other!r} now"

@@ -41,7 +41,9 @@ SMALLEST_FOR_CLASSES = 1024
 """Each quarter of a position's ids has its own code for distances, since low ids are frequent tokens
 and lie closer. In a record with fewer entries the codes would cost more than they save."""
 _TAIL_STEPS = np.arange(256) - 136
-TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(np.float32) / 16
+TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(
+    np.float32
+) / 16
 """Of the 256 levels of a tail: -14 to 11.875 in steps of 1/8, of 1/16 between -3 and 3."""
 _ALL_POSITIONS = 1
 _LABELS = 2
@@ -147,7 +149,9 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     levels_N = unhuffman(next(streams), header.num_kept)
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
-    distances_N = unpack_numbers(streams, *_classes(counts_P, row_N, header.num_classes))
+    distances_N = unpack_numbers(
+        streams, *_classes(counts_P, row_N, header.num_classes)
+    )
     running_N = np.cumsum(distances_N, dtype=np.int64)
     ids_N = running_N - (running_N - distances_N)[starts_P][row_N] - 1
     nats = level_nats(header.fine, header.coarse)
@@ -165,7 +169,9 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         outside_P = np.isnan(label_logprobs_P)
         label_logprobs_P[outside_P] = -nats[unhuffman(next(streams), outside_P.sum())]
     used_PK = np.arange(counts_P.max(initial=1)) < counts_P[:, None]
-    keys_N = _sorted(levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32), used_PK)
+    keys_N = _sorted(
+        levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32), used_PK
+    )
     nats_N = nats.take(keys_N >> 24)
     first_P = -nats_N[starts_P]
     logits_PK = np.full(used_PK.shape, -np.inf, dtype=np.float32)

@@ -91,7 +91,12 @@ class SegmentPublisher:
         settings = self._computed_with | changed
         self._pending.append(
             self._pool.submit(
-                publish_segment, self._layout, self._manifest, segment, records, settings
+                publish_segment,
+                self._layout,
+                self._manifest,
+                segment,
+                records,
+                settings,
             )
         )
 

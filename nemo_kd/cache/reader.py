@@ -155,7 +155,9 @@ class CacheReader:
         shared = self._manifest(self.layout.manifest_name, names)
         if n_chunks is None:
             n_chunks = (
-                shared.num_chunks if shared is not None else max(chunk_ids, default=0) + 1
+                shared.num_chunks
+                if shared is not None
+                else max(chunk_ids, default=0) + 1
             )
         self.storage.will_read(
             [
@@ -208,7 +210,9 @@ class CacheReader:
             )
         return manifest
 
-    def _index(self, name: str, manifest: Manifest | None, key: int) -> ChunkIndex | None:
+    def _index(
+        self, name: str, manifest: Manifest | None, key: int
+    ) -> ChunkIndex | None:
         """Return the index of a chunk, made now if need be; None if it is not complete."""
         where = f"{self.storage.folder}/{name}"
         size, mtime_ns = self.storage.stat(name)

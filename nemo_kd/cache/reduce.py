@@ -46,7 +46,9 @@ def keep(
     if not dropped_PK.any():
         return teacher
     kept_PK = (ids_PK >= 0) & kept_PK
-    logits_PK = np.where(ids_PK >= 0, teacher.topk_logits_PK, -np.inf).astype(np.float64)
+    logits_PK = np.where(ids_PK >= 0, teacher.topk_logits_PK, -np.inf).astype(
+        np.float64
+    )
     tail_mass_PT = teacher.tail_mass_PT.astype(np.float64)
     for number, temperature in enumerate(teacher.temperatures):
         weights_PK = np.exp(logits_PK / temperature)

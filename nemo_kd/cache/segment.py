@@ -71,7 +71,9 @@ def publish_segment(
         builder.add(trimmed(record), len(raw), positions)  # as a reader gets it
         rows.append(raw)
     payload = b"".join(rows)
-    header = dataclasses.asdict(builder) | {"sha256": hashlib.sha256(payload).hexdigest()}
+    header = dataclasses.asdict(builder) | {
+        "sha256": hashlib.sha256(payload).hexdigest()
+    }
     with explained(path.parent):
         path.parent.mkdir(exist_ok=True)
     write_atomically(path, [orjson.dumps(header), b"\n", payload])

@@ -108,7 +108,9 @@ class RemoteStorage:
         import fsspec  # not at the top: a cache on a disk needs no such package
 
         try:
-            return fsspec.filesystem(self.folder.split("://")[0])  # one for each process
+            return fsspec.filesystem(
+                self.folder.split("://")[0]
+            )  # one for each process
         except (
             ValueError,
             ImportError,

@@ -115,7 +115,9 @@ class CacheWriter:
         ]
         # Segments vanish behind a chunk that another part has published meanwhile.
         self._look()
-        return [segment for segment in missing if segment[0] not in self.manifest.chunks]
+        return [
+            segment for segment in missing if segment[0] not in self.manifest.chunks
+        ]
 
     def incomplete(self) -> list[int]:
         """Return the chunks that are not complete on disk; looks at all of them again."""
@@ -134,7 +136,9 @@ class CacheWriter:
             self._look()
             for chunk in in_work:
                 if chunk in self.manifest.chunks or self._assemble(chunk):
-                    shutil.rmtree(self.layout.segments_folder(chunk), ignore_errors=True)
+                    shutil.rmtree(
+                        self.layout.segments_folder(chunk), ignore_errors=True
+                    )
             self._look()  # for chunks whose segments another part removed meanwhile
 
     def _claim(self) -> None:
@@ -144,7 +148,9 @@ class CacheWriter:
             existing = Manifest.load(layout.manifest_path)
             differences = existing.differences(self.manifest)
             # A manifest that stands alone is left from a run that stopped early.
-            if differences and (not self._lock.is_alone or _has_files(layout, existing)):
+            if differences and (
+                not self._lock.is_alone or _has_files(layout, existing)
+            ):
                 raise CacheError(
                     f"{layout.manifest_path}: the cache there was written with other settings:\n  "
                     + "\n  ".join(differences)

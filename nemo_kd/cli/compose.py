@@ -31,7 +31,11 @@ def option_parser() -> OptionParser:
     parser.add_argument("--config-dir", "-cd")
     parser.add_argument("--cfg", "-c", choices=["job"])
     parser.add_argument(
-        "--dry-run", dest="keys", action="append_const", const="dry_run=true", default=[]
+        "--dry-run",
+        dest="keys",
+        action="append_const",
+        const="dry_run=true",
+        default=[],
     )
     return parser
 
@@ -68,7 +72,9 @@ def _read_file(options: argparse.Namespace, command: str) -> Any:
     folders = [Path(each).expanduser().absolute() for each in given if each]
     found = [folder for folder in folders if (folder / f"{name}.yaml").is_file()]
     if not found:
-        near = [file for each in folders for file in (each / name).parent.glob("*.yaml")]
+        near = [
+            file for each in folders for file in (each / name).parent.glob("*.yaml")
+        ]
         there = ", ".join(sorted(str(Path(name).with_name(each.stem)) for each in near))
         raise ConfigError(
             f"--config-name: there is no {name}.yaml in {' or '.join(map(str, folders))}; there "

@@ -17,9 +17,13 @@ class OptionParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.add_argument("--version", action="version", version=f"nemo_kd {__version__}")
+        self.add_argument(
+            "--version", action="version", version=f"nemo_kd {__version__}"
+        )
 
-    def add_option(self, name: str, kind: Any, meaning: str, default: Any = None) -> None:
+    def add_option(
+        self, name: str, kind: Any, meaning: str, default: Any = None
+    ) -> None:
         """Add an argument.
 
         Args:

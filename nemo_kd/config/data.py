@@ -37,7 +37,9 @@ class DatasetConfig(Section, key="data.data"):
     file_path: Any = path()
     """JSONL file with one record per line, in a format of `format`. Stage 1 also takes {train:
     PATH, validation: PATH}."""
-    format: str = choice("auto", ("auto", "messages", "conversations", "prompt_template"))
+    format: str = choice(
+        "auto", ("auto", "messages", "conversations", "prompt_template")
+    )
     """Format of the records: messages (OpenAI chat, rendered by the tokenizer's chat template),
     conversations (NeMo chat), prompt_template (fields put into prompt_template), or auto (decided
     by each record's keys)."""

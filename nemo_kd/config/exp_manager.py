@@ -59,7 +59,8 @@ class CheckpointParams(Section, key=PARAMS):
                 )
         if self.save_best_model and self.save_weights_only:
             raise self.error(
-                "save_best_model", "needs whole checkpoints; leave save_weights_only out"
+                "save_best_model",
+                "needs whole checkpoints; leave save_weights_only out",
             )
 
 
@@ -115,7 +116,9 @@ class ExpManagerConfig(RunConfig):
     """Seconds between two lines of progress; 0 prints every step."""
     create_checkpoint_callback: bool = True
     """Write checkpoints and the .nemo archive."""
-    checkpoint_callback_params: CheckpointParams = field(default_factory=CheckpointParams)
+    checkpoint_callback_params: CheckpointParams = field(
+        default_factory=CheckpointParams
+    )
     create_early_stopping_callback: bool = False
     """End the run when it no longer improves."""
     early_stopping_callback_params: EarlyStoppingParams = field(

@@ -199,7 +199,9 @@ class LossConfig(Section, key=KEY):
             "tail_token_ids_PM": "tail samples; compute the cache with cache.tail_samples=4, or "
             "use support=tail",
         }
-        lacks = f"{KEY}: kd_loss={self.kd_loss}, support={self.support}: the cache lacks"
+        lacks = (
+            f"{KEY}: kd_loss={self.kd_loss}, support={self.support}: the cache lacks"
+        )
         return [f"{lacks} {needed[name]}" for name in divergence.missing(teacher)]
 
     @property
@@ -228,7 +230,10 @@ class LossConfig(Section, key=KEY):
             raise self.error(
                 "support", f"{self.support} has no effect with kd_loss={self.kd_loss}"
             )
-        if self.support == "truncate" and self.objective in ("reverse_kl", "adaptive_kl"):
+        if self.support == "truncate" and self.objective in (
+            "reverse_kl",
+            "adaptive_kl",
+        ):
             raise self.error(
                 "support",
                 f"truncate makes {self.kd_loss} infinite, for the student has mass where the "

@@ -200,7 +200,9 @@ def check_training_layout(
         ConfigError: names the size that does not divide, or the key to set.
     """
     check_layout(architecture, parallel)
-    is_split = parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    is_split = (
+        parallel.tensor_model_parallel_size > 1 and not parallel.sequence_parallel
+    )
     if architecture.num_moe_experts is not None and is_split:
         raise ConfigError(
             f"model.sequence_parallel: False with model.{TENSOR}="

@@ -44,7 +44,9 @@ class SchedConfig(Section, key="model.optim.sched"):
         for phase in ("warmup", "constant"):
             given = (getattr(self, f"{phase}_steps"), getattr(self, f"{phase}_ratio"))
             if None not in given:
-                raise self.error(f"{phase}_steps", f"give it or {phase}_ratio, not both")
+                raise self.error(
+                    f"{phase}_steps", f"give it or {phase}_ratio, not both"
+                )
         has_constant = self.constant_steps or self.constant_ratio
         if has_constant and self.shape not in ("cosine", "linear"):
             raise self.error(

@@ -54,7 +54,9 @@ class LoraConfig(Section, key=KEY):
     def targets(self) -> tuple[str, ...]:
         """Return the projections with groups replaced by their members."""
         wanted = {
-            target for name in self.target_modules for target in GROUPS.get(name, (name,))
+            target
+            for name in self.target_modules
+            for target in GROUPS.get(name, (name,))
         }
         return tuple(target for target in TARGETS if target in wanted)
 

@@ -87,5 +87,6 @@ class RunConfig(Section, key="exp_manager"):
         super().__post_init__()
         if self.create_wandb_logger and not self.wandb_logger_kwargs.get("project"):
             raise self.error(
-                "wandb_logger_kwargs.project", "create_wandb_logger=True needs a project"
+                "wandb_logger_kwargs.project",
+                "create_wandb_logger=True needs a project",
             )

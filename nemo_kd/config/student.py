@@ -130,7 +130,9 @@ class StudentDataConfig(Section, key="model.data"):
                 "model.data.data_prefix",
             )
         chosen = (
-            self.n_chunks if isinstance(self.n_chunks, dict) else {"train": self.n_chunks}
+            self.n_chunks
+            if isinstance(self.n_chunks, dict)
+            else {"train": self.n_chunks}
         )
         for split, number in chosen.items():
             is_count = number is None or (type(number) is int and number >= 1)
@@ -282,7 +284,9 @@ class TrainStudentConfig(Section):
             )
         manager = self.exp_manager
         params = manager.checkpoint_callback_params
-        writes_nemo = manager.create_checkpoint_callback and params.save_nemo_on_train_end
+        writes_nemo = (
+            manager.create_checkpoint_callback and params.save_nemo_on_train_end
+        )
         if self.export.hf and not writes_nemo:
             raise self.error(
                 "export.hf",

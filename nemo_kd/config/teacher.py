@@ -103,7 +103,10 @@ class ComputeTopkLogitsConfig(Section):
     @property
     def max_tokens_per_batch(self) -> int | None:
         """Return `data.max_tokens_per_batch` or its default; None: no limit."""
-        if self.data.max_tokens_per_batch is None and self.model.micro_batch_size is None:
+        if (
+            self.data.max_tokens_per_batch is None
+            and self.model.micro_batch_size is None
+        ):
             return DEFAULT_MAX_TOKENS_PER_BATCH
         return self.data.max_tokens_per_batch
 

@@ -50,7 +50,9 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
         if "${oc.env:" in str(value):
             environment[key] = value
     try:
-        merged = typing.cast(DictConfig, OmegaConf.merge(OmegaConf.structured(cls), cfg))
+        merged = typing.cast(
+            DictConfig, OmegaConf.merge(OmegaConf.structured(cls), cfg)
+        )
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise ConfigError(
@@ -131,7 +133,9 @@ def describe(cls: type, prefix: str = "") -> list[KeyDoc]:
         kinds = {*(typing.get_args(hint) if is_union else (hint,))} - {types.NoneType}
         doc = docs.get(field.name, "")
         result.append(
-            KeyDoc(key, str(field.type), default, doc, need(field), is_path(field), kinds)
+            KeyDoc(
+                key, str(field.type), default, doc, need(field), is_path(field), kinds
+            )
         )
     return result
 

@@ -62,7 +62,9 @@ class MicroBatches(Dataset[list[Batch]]):
         batches = []
         for share in shares:
             rows = [self.rows[position] for position in share]
-            whole = form(rows or [None], self.pad_id, self.multiple_of, self.every_target)
+            whole = form(
+                rows or [None], self.pad_id, self.multiple_of, self.every_target
+            )
             batches.append(whole.context_part(self.context_rank, self.context_size))
         return batches
 
@@ -70,9 +72,13 @@ class MicroBatches(Dataset[list[Batch]]):
         """Return the positions of this rank's micro-batches."""
         if self.max_tokens is None:
             per_rank = -(-len(positions) // self.data_size)
-            mine = positions[self.data_rank * per_rank : (self.data_rank + 1) * per_rank]
+            mine = positions[
+                self.data_rank * per_rank : (self.data_rank + 1) * per_rank
+            ]
             starts = range(0, per_rank, self.micro_batch_size)
-            return [list(mine[start : start + self.micro_batch_size]) for start in starts]
+            return [
+                list(mine[start : start + self.micro_batch_size]) for start in starts
+            ]
         lengths = [self.rows.num_tokens(position) for position in positions]
         batches = form_batches(
             lengths, None, self.max_tokens, self.packed, self.multiple_of
@@ -198,7 +204,9 @@ def _filled(
     tokens_A = torch.full((bounds[-1],), pad_id)
     labels_A = tokens_A.clone()
     loss_mask_A = torch.zeros(bounds[-1])
-    position_ids_A = torch.cat([torch.arange(size) for size in np.diff(bounds).tolist()])
+    position_ids_A = torch.cat(
+        [torch.arange(size) for size in np.diff(bounds).tolist()]
+    )
     indices_B = torch.full((len(rows),), -1)
     sources_B = torch.zeros_like(indices_B)
     lengths_B = torch.zeros_like(indices_B)

@@ -115,7 +115,9 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
         if (
             not isinstance(message, dict)
             or not isinstance(message.get("role"), str)
-            or not (isinstance(message.get("content"), str) or message.get("tool_calls"))
+            or not (
+                isinstance(message.get("content"), str) or message.get("tool_calls")
+            )
         ):
             raise DataError(
                 f"message {number} must be an object with a `role`, and a text `content` or "
@@ -213,7 +215,11 @@ class _Conversation:
             return None
         before, after = around
         fits = len(before) + len(after) <= len(self.text)
-        if not fits or not self.text.startswith(before) or not self.text.endswith(after):
+        if (
+            not fits
+            or not self.text.startswith(before)
+            or not self.text.endswith(after)
+        ):
             return None
         return len(before), len(self.text) - len(after)
 
@@ -225,7 +231,9 @@ class _Conversation:
         If the template ends turns with plain text (a ChatML template on a tokenizer without
         `<|im_end|>`), return the end of that text.
         """
-        following = next((span for span in special_spans if span[0] >= content_end), None)
+        following = next(
+            (span for span in special_spans if span[0] >= content_end), None
+        )
         if following is not None and not self.text[content_end : following[0]].strip():
             return following[1]
         around = self._around(turn, stop=turn + 1)
@@ -283,7 +291,9 @@ turn's `label`:
 
 
 def render_conversations(
-    record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, markers: ChatPromptTokens
+    record: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    markers: ChatPromptTokens,
 ) -> tuple[list[int], list[bool]]:
     """Return the token ids of a NeMo chat record, and True for the trained ones.
 
@@ -321,7 +331,9 @@ def render_conversations(
         )
     header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
-    is_answered = False  # the previous turn was trained: this turn's start marker ends it
+    is_answered = (
+        False  # the previous turn was trained: this turn's start marker ends it
+    )
     for number, turn in enumerate(turns):
         is_trained = turn["from"] not in masked and (
             number > 0 or kind == "TEXT_TO_VALUE"

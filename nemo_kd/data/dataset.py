@@ -99,7 +99,9 @@ class TokenizedDataset:
             )
         return kind
 
-    def _render(self, kind: str, record: dict[str, Any]) -> tuple[list[int], list[bool]]:
+    def _render(
+        self, kind: str, record: dict[str, Any]
+    ) -> tuple[list[int], list[bool]]:
         if kind == "messages":
             return render_messages(
                 record["messages"], self.tokenizer, self._tools(record)
@@ -155,7 +157,10 @@ class PromptTemplate:
         self._cuttable = [name.strip() for name in config.truncation_field.split(",")]
 
     def render(
-        self, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self,
+        record: dict[str, Any],
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
     ) -> tuple[list[int], list[bool]]:
         """Return token ids, and True for the trained ones; cut prompt fields to fit `max_length`.
 
@@ -200,7 +205,9 @@ class PromptTemplate:
             value = "" if name is None else self._text(record, name)
             text += literal + value
             fields += [None] * len(literal) + [name] * len(value)
-        encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        encoding = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True
+        )
         ids: list[int] = encoding["input_ids"]
         excess = len(ids) - max(room, 0)
         if excess <= 0:
@@ -215,4 +222,6 @@ class PromptTemplate:
             if self.config.truncation_method == "right":
                 inside.reverse()
             cut.update(inside[: excess - len(cut)])
-        return [token_id for position, token_id in enumerate(ids) if position not in cut]
+        return [
+            token_id for position, token_id in enumerate(ids) if position not in cut
+        ]

@@ -77,7 +77,9 @@ class SampleOrder:
         """Return the positions (int64) of an epoch; every epoch must draw as many samples."""
         if self.weights is None:
             chunk_sizes = [size for sizes in self.source_chunks for size in sizes]
-            return pass_order(chunk_sizes, (self.seed, epoch), self.shuffle)[:num_samples]
+            return pass_order(chunk_sizes, (self.seed, epoch), self.shuffle)[
+                :num_samples
+            ]
         counts = shares(self.weights, num_samples)
         if self.shuffle is False:
             places = np.concatenate(
@@ -107,7 +109,9 @@ class SampleOrder:
         passes = range(start // num_rows, (start + count - 1) // num_rows + 1)
         # numpy treats [seed, epoch] and [seed, epoch, 0] alike, so sources count from 1.
         drawn = [
-            pass_order(chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle)
+            pass_order(
+                chunk_sizes, (self.seed, number_of_pass, number + 1), self.shuffle
+            )
             for number_of_pass in passes
         ]
         return np.concatenate(drawn)[start % num_rows :][:count]

@@ -120,7 +120,9 @@ def example_lines(
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
     found = LossPositions.of(row)
     first = found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
-    prompt = "".join(text.along(text_ids(row.example)[: first + 1]))[-PROMPT_CHARACTERS:]
+    prompt = "".join(text.along(text_ids(row.example)[: first + 1]))[
+        -PROMPT_CHARACTERS:
+    ]
     lines = [
         f"before the first: {prompt.replace(chr(10), '⏎')}",
         "position  label            probability rank entropy   tail  the teacher's likeliest",

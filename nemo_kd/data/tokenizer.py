@@ -118,7 +118,8 @@ def token_differences(
     found = [
         f"id {token_id}: {theirs!r} in the cache, {token!r} in the student"
         for token_id, theirs in described["added"].items()
-        if (token := tokenizer.convert_ids_to_tokens(int(token_id))) not in (None, theirs)
+        if (token := tokenizer.convert_ids_to_tokens(int(token_id)))
+        not in (None, theirs)
     ]
     if any(described[name] != ours[name] for name in ("size", "blocks")):
         found.append(

@@ -165,7 +165,9 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
             return self._writer.write_data(self._plan, self._planner).value()
         except RuntimeError as error:  # torch.save's, where its file cannot be written
             cause = error.__context__
-            raise cause if isinstance(cause, OSError) else OSError(str(error)) from error
+            raise (
+                cause if isinstance(cause, OSError) else OSError(str(error))
+            ) from error
 
     def _write_and_send(self, sender: Connection) -> None:
         """Write in the forked process, which must not touch the GPU, not even to free memory."""

@@ -85,7 +85,11 @@ def cuda_methods_on_cpu() -> Iterator[None]:
 
 class _CudaMethodsOnCpu(TorchFunctionMode):
     def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: Any = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func is torch.Tensor.cuda:
             return args[0]
@@ -174,6 +178,8 @@ def _set_rng_state(
     torch.set_rng_state(state)
 
 
-def _move_to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+def _move_to_cpu(
+    tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> Any:
     """Convert the dispatcher's token counts to numpy; Megatron converts those of a GPU only."""
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor

@@ -196,14 +196,18 @@ class ModelExport:
                 if is_writer:
                     _save_tensors(tensors, folder / name)
             except OSError as error:
-                problem = error  # raised after the loop, in which the others still gather
+                problem = (
+                    error  # raised after the loop, in which the others still gather
+                )
             weight_map |= dict.fromkeys(tensors, name)
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         raise_together(problem)
         parts = gather_to_first((weight_map, num_bytes))
 
         def write_index() -> None:
-            weight_maps = {name: file for part, _ in parts for name, file in part.items()}
+            weight_maps = {
+                name: file for part, _ in parts for name, file in part.items()
+            }
             total_size = sum(size for _, size in parts)
             index = {"metadata": {"total_size": total_size}, "weight_map": weight_maps}
             _write_json(folder / "model.safetensors.index.json", index)

@@ -124,7 +124,9 @@ def _process_groups(
     data = parallel_state.get_data_parallel_group()
     data_rank = data.rank()
     # A row a replica, in the order of `RANK_ORDER`.
-    ranks = torch.arange(world.size()).view(pipeline_size, -1, context_size, tensor_size)
+    ranks = torch.arange(world.size()).view(
+        pipeline_size, -1, context_size, tensor_size
+    )
     replicas = ranks.transpose(0, 1).flatten(1)
     replica = _gloo_group(replicas, data_rank)
     lockstep = replica

@@ -42,7 +42,9 @@ class SDPACoreAttention(MegatronModule):
         self.context_group = pg_collection.cp
         window = config.window_size
         self.num_visible: int | None = None
-        if is_layer_window_attention(window, config.window_attn_skip_freq, layer_number):
+        if is_layer_window_attention(
+            window, config.window_attn_skip_freq, layer_number
+        ):
             assert window is not None
             self.num_visible = window[0] + 1  # Megatron does not count the token itself
 

@@ -64,7 +64,9 @@ class Adapter(torch.nn.Module):
         self.down = torch.nn.Parameter(
             weight.new_empty(lora.adapter_dim, weight.shape[1])
         )
-        self.up = torch.nn.Parameter(weight.new_empty(weight.shape[0], lora.adapter_dim))
+        self.up = torch.nn.Parameter(
+            weight.new_empty(weight.shape[0], lora.adapter_dim)
+        )
         if self.cut_by_output:
             set_tensor_model_parallel_attributes(self.up, True, 0, 1)
             same: Any = self.down
@@ -91,7 +93,10 @@ class Adapter(torch.nn.Module):
         return functional.linear(add(low_SBr), self.up)
 
     def add_to_output(
-        self, _: torch.nn.Module, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, Any]
+        self,
+        _: torch.nn.Module,
+        inputs: tuple[Tensor, ...],
+        outputs: tuple[Tensor, Any],
     ) -> tuple[Tensor, Any]:
         """Add this term to what the projection returns; a forward hook."""
         projected, bias = outputs
@@ -214,14 +219,19 @@ def _initialize(
     )
     rank = groups.tensor_rank
     size = groups.tensor_size
-    for side, method in (("down", lora.column_init_method), ("up", lora.row_init_method)):
+    for side, method in (
+        ("down", lora.column_init_method),
+        ("up", lora.row_init_method),
+    ):
         parameter: Tensor = getattr(adapter, side)
         is_cut = (side == "up") == adapter.cut_by_output
         shape = list(parameter.shape)
         dim = 0 if side == "up" else 1
         shape[dim] *= size if is_cut else 1
         whole = _INIT[method](torch.empty(shape), generator=generator)
-        if is_cut and target == "mlp_fc1":  # [gate; up]: every rank has its part of both
+        if (
+            is_cut and target == "mlp_fc1"
+        ):  # [gate; up]: every rank has its part of both
             whole = torch.cat([half.chunk(size)[rank] for half in whole.chunk(2)])
         elif is_cut:
             whole = whole.chunk(size, dim)[rank]

@@ -80,7 +80,10 @@ _SAME = (
 
 
 def transformer_config(
-    architecture: GPTArchitecture, model: ModelConfig, dtype: torch.dtype, **training: Any
+    architecture: GPTArchitecture,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    **training: Any,
 ) -> TransformerConfig:
     """Return Megatron's configuration of the decoder; `training` sets more fields.
 
@@ -256,7 +259,8 @@ def _transformer_engine_layer(config: TransformerConfig, own_norms: bool) -> Mod
             parts.pre_mlp_layernorm = TENorm
             # A ModuleSpec up to Megatron 0.17, a functools.partial later.
             mlp = (
-                getattr(parts.mlp, "submodules", None) or parts.mlp.keywords["submodules"]
+                getattr(parts.mlp, "submodules", None)
+                or parts.mlp.keywords["submodules"]
             )
             mlp.linear_fc1 = TEColumnParallelLinear
             names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
@@ -295,7 +299,9 @@ def named_weights(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 parts[2] = str(layer.layer_number - 1)
                 if "local_experts" in parts:
                     place = parts.index("local_experts") + 1
-                    parts[place] = str(layer.mlp.local_expert_indices[int(parts[place])])
+                    parts[place] = str(
+                        layer.mlp.local_expert_indices[int(parts[place])]
+                    )
             yield ".".join(parts), parameter.detach()
 
 

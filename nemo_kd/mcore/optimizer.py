@@ -99,7 +99,10 @@ class ModelOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, model: torch.nn.Module, optim: OptimConfig, gradient_clip_val: float | None
+        self,
+        model: torch.nn.Module,
+        optim: OptimConfig,
+        gradient_clip_val: float | None,
     ) -> None:
         self.chunks = list(chunks(model))
         config = self.chunks[0].config

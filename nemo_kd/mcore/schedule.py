@@ -67,9 +67,13 @@ def loss_positions(
     """
     mask_BS = torch.ones_like(batch.loss_mask_BS) if every else batch.loss_mask_BS
     num_positions = mask_BS.shape[1]
-    columns_s = context_positions(num_positions, groups.context_rank, groups.context_size)
+    columns_s = context_positions(
+        num_positions, groups.context_rank, groups.context_size
+    )
     rows_N, local_N = (mask_BS[:, columns_s] > 0).nonzero(as_tuple=True)
-    return rows_N * len(columns_s) + local_N, rows_N * num_positions + columns_s[local_N]
+    return rows_N * len(columns_s) + local_N, rows_N * num_positions + columns_s[
+        local_N
+    ]
 
 
 def forward_backward(
@@ -150,4 +154,6 @@ def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
     shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
     nowhere = shortest.loss_positions_N[:0]
     no_loss = torch.zeros_like(shortest.loss_mask_BS)
-    return replace(shortest, loss_mask_BS=no_loss, loss_positions_N=nowhere, teacher=None)
+    return replace(
+        shortest, loss_mask_BS=no_loss, loss_positions_N=nowhere, teacher=None
+    )

@@ -185,7 +185,9 @@ def zero_vocabulary_padding(
             weight[max(0, num_real) :].zero_()
 
 
-def pieces(name: str, weight: torch.Tensor, architecture: GPTArchitecture) -> list[Piece]:
+def pieces(
+    name: str, weight: torch.Tensor, architecture: GPTArchitecture
+) -> list[Piece]:
     """Return the Hugging Face weights that make up the Megatron weight `name`."""
     if name in _VOCABULARY:
         # The last of several pipeline stages has an output layer even where both are tied.

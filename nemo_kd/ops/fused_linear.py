@@ -101,7 +101,13 @@ class _FusedLinear(torch.autograd.Function):
                 for weight, slope in zip(weights, slopes, strict=False)
             ]
             write_gradient(
-                logits_Nv, logits_Nv, loss.scales, student, weighted, shard, loss.compile
+                logits_Nv,
+                logits_Nv,
+                loss.scales,
+                student,
+                weighted,
+                shard,
+                loss.compile,
             )
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
             if d_weight_vH is not None:

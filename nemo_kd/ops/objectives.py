@@ -95,7 +95,9 @@ def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
     log_ratio_NE = entries.log_q_NE - _log_mix(skew, entries.log_q_NE, entries.log_p_NE)
     value_NE = _weighted(q_NE, log_ratio_NE)
     # u = log(q / m) + skew (1 - q / m)
-    return Terms(value_NE, value_NE + skew * (q_NE - _weighted(q_NE, log_ratio_NE.exp())))
+    return Terms(
+        value_NE, value_NE + skew * (q_NE - _weighted(q_NE, log_ratio_NE.exp()))
+    )
 
 
 def tvd(entries: Entries) -> Terms:

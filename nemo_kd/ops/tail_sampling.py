@@ -72,7 +72,9 @@ def sample_tail(
     ends_NG = sums_NG.double().cumsum(dim=-1)
     ends_NR = shard.gather(ends_NG[:, -1:]).cumsum(dim=-1)
     strata_M = torch.arange(num_samples, device=logits_Nv.device, dtype=torch.float64)
-    wanted_NM = (strata_M + uniforms_NU[:, :num_samples]) / num_samples * ends_NR[:, -1:]
+    wanted_NM = (
+        (strata_M + uniforms_NU[:, :num_samples]) / num_samples * ends_NR[:, -1:]
+    )
     owner_NM, wanted_NM = _find(ends_NR, wanted_NM)  # every rank finds the same owner
     ids_NM = torch.zeros(
         num_rows, num_samples, dtype=torch.int64, device=logits_Nv.device
@@ -91,7 +93,9 @@ def sample_tail(
     return ids_NM.masked_fill_((thinned_N | (ends_NR[:, -1] == 0))[:, None], -1)
 
 
-def _find(ends: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _find(
+    ends: torch.Tensor, wanted: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (first part that ends beyond each wanted number, the number within that part)."""
     # The last part that adds anything is the first to reach the end: rounding must not lead past
     # it, nor below a start, where the first of the part would be found even if it is kept.
@@ -112,9 +116,9 @@ def _find_column(
     columns_NMg = group_NM[..., None] * GROUP_COLUMNS + torch.arange(
         GROUP_COLUMNS, device=logits_Nv.device
     )
-    logits_NMg = logits_Nv.gather(1, columns_NMg.clamp(max=last_column).flatten(1)).view(
-        columns_NMg.shape
-    )
+    logits_NMg = logits_Nv.gather(
+        1, columns_NMg.clamp(max=last_column).flatten(1)
+    ).view(columns_NMg.shape)
     weights_NMg = (
         (logits_NMg.double() - maximum_N[:, None, None])
         .exp_()

@@ -40,7 +40,10 @@ token first; KL(teacher || student) and entropies in nats."""
 
 
 def cross_entropy(
-    student: StudentLogits, label_smoothing: float, z_loss_weight: float, vocab_size: int
+    student: StudentLogits,
+    label_smoothing: float,
+    z_loss_weight: float,
+    vocab_size: int,
 ) -> tuple[Tensor, Slope]:
     """Return value and slope of the cross-entropy, with label smoothing and z-loss."""
     log_sum_exp_N = student.log_sum_exp_N

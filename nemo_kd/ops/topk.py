@@ -171,7 +171,9 @@ def _at_labels(logits_Nv: Tensor, labels_N: Tensor, shard: VocabShard) -> Tensor
     return torch.where(held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], nothing_N)
 
 
-def _take_head(logits_Nv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor, Tensor]:
+def _take_head(
+    logits_Nv: Tensor, top_k: int, shard: VocabShard
+) -> tuple[Tensor, Tensor]:
     """Take out the `top_k` largest logits, leaving -inf; return them and the next one.
 
     Returns:
@@ -183,7 +185,9 @@ def _take_head(logits_Nv: Tensor, top_k: int, shard: VocabShard) -> tuple[Tensor
     values, order = values.to(reduction_dtype(logits_Nv)).sort(dim=-1, descending=True)
     columns = columns.gather(1, order)
     head = columns[:, :top_k]
-    scatter(logits_Nv, head, torch.full_like(head, MINUS_INFINITY, dtype=logits_Nv.dtype))
+    scatter(
+        logits_Nv, head, torch.full_like(head, MINUS_INFINITY, dtype=logits_Nv.dtype)
+    )
     missing = (0, top_k + 1 - values.shape[1])
     return (
         torch.nn.functional.pad(values, missing, value=MINUS_INFINITY),
@@ -259,7 +263,9 @@ def _put_back(
     """Put back the head's logits that are not kept, and add their weights to the groups' sums."""
     num_held = min(kept_Nk.shape[1], logits_Nv.shape[1])
     columns_Nk = columns_Nj[:, :num_held]
-    logits_Nk = logits_Nj[:, :num_held].masked_fill(kept_Nk[:, :num_held], MINUS_INFINITY)
+    logits_Nk = logits_Nj[:, :num_held].masked_fill(
+        kept_Nk[:, :num_held], MINUS_INFINITY
+    )
     scatter(logits_Nv, columns_Nk, logits_Nk.to(logits_Nv.dtype))
     weights_Nk = (logits_Nk - maximum_N[:, None]).exp_()
     sums_NG.scatter_add_(1, columns_Nk // GROUP_COLUMNS, weights_Nk)

@@ -38,7 +38,9 @@ class VocabShard:
         """Return this rank's shard; every rank of `group` has `num_columns` columns."""
         rank = torch.distributed.get_rank(group) if group is not None else 0
         start = rank * num_columns
-        return cls(start, max(0, min(num_columns, vocab_size - start)), vocab_size, group)
+        return cls(
+            start, max(0, min(num_columns, vocab_size - start)), vocab_size, group
+        )
 
     @property
     def rank(self) -> int:

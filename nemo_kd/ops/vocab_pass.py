@@ -138,7 +138,9 @@ def gradient_pass(
             an id is not held.
     """
     fill = _compiled(_fill_in_one_loop) if compiled else _fill
-    softmax_of_nothing = not compiled and bool((exponentials.local_sum_exp_NS == 0).any())
+    softmax_of_nothing = not compiled and bool(
+        (exponentials.local_sum_exp_NS == 0).any()
+    )
     all_index_NJ = torch.cat([columns.index_NJ for columns, _ in added], dim=1)
     all_added_NJ = torch.cat([values_NJ for _, values_NJ in added], dim=1)
     for rows, block in _blocks(logits_Nv, shard, compiled):
@@ -197,7 +199,9 @@ def _replaced(
     values_NJ: Tensor, index_NJ: Tensor, kept: Columns, kept_NK: Tensor
 ) -> Tensor:
     """Replace the values at columns that are also kept."""
-    is_kept_NJK = (index_NJ[:, :, None] == kept.index_NJ[:, None]) & kept.held_NJ[:, None]
+    is_kept_NJK = (index_NJ[:, :, None] == kept.index_NJ[:, None]) & kept.held_NJ[
+        :, None
+    ]
     at_kept_NJ = torch.where(is_kept_NJK, kept_NK[:, None], 0).sum(dim=-1)
     return torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
 

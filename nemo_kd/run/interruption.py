@@ -104,9 +104,7 @@ class Interruption:
     def reason(self) -> str | None:
         """Return why to stop, or None; a reason stays. For joint steps ranks must agree on one."""
         if self._signal is not None:
-            return (
-                f"rank {self.rank} on {os.uname().nodename} received {self._signal.name}"
-            )
+            return f"rank {self.rank} on {os.uname().nodename} received {self._signal.name}"
         if time.time() >= self._deadline_s:
             return f"max_time_per_run={self.max_time} is over"
         return None
@@ -138,7 +136,9 @@ class Watchdog:
         self._num_steps = 0
         self._paused = 0
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._watch, name="watchdog", daemon=True
+        )
 
     def __enter__(self) -> Watchdog:
         self._thread.start()

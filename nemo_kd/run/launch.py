@@ -82,7 +82,9 @@ def launch(num_processes: int) -> int:
     received: list[signal.Signals] = []
     for number in (*ENDING, signal.SIGUSR1):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, lambda found, _: received.append(signal.Signals(found)))
+            signal.signal(
+                number, lambda found, _: received.append(signal.Signals(found))
+            )
     hold_back_warning_signal()  # in the ranks, until they are ready for it
     ranks = [
         subprocess.Popen(

@@ -124,7 +124,9 @@ class Progress:
     def report(self) -> None:
         """Publish the counts, and show the sum in the sinks."""
         if self.store is not None:
-            self.store.set(f"progress/{self.replica}", orjson.dumps(self.counts).decode())
+            self.store.set(
+                f"progress/{self.replica}", orjson.dumps(self.counts).decode()
+            )
         if self.name is not None:
             self._shown = self._sum()
             metrics = {**self.latest, **self._metrics(self._shown, time.monotonic())}
@@ -202,7 +204,9 @@ class Progress:
             ),
             "perf/padding_percent": _ratio(100 * recent["padding_tokens"], computed),
             "perf/data_wait_percent": 100 * waited_s / seconds,
-            "perf/mfu_percent": _ratio(100 * recent["flops"] / seconds, self.peak_flops),
+            "perf/mfu_percent": _ratio(
+                100 * recent["flops"] / seconds, self.peak_flops
+            ),
             "cache/kept_mass": _ratio(
                 total["kept_mass_sum"], total["cached_loss_tokens"]
             ),

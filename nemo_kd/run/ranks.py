@@ -205,7 +205,9 @@ def _num_gpus(trainer: TrainerConfig) -> int:
     return num_gpus
 
 
-def listen_on_loopback(port: int, num_ranks: int | None, timeout: timedelta) -> TCPStore:
+def listen_on_loopback(
+    port: int, num_ranks: int | None, timeout: timedelta
+) -> TCPStore:
     """Return a store that only this machine can reach.
 
     Torch's own listens on all addresses, without authentication.

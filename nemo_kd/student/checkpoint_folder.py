@@ -20,7 +20,14 @@ import torch
 
 from nemo_kd.config import UserInputError
 from nemo_kd.config.exp_manager import ExpManagerConfig
-from nemo_kd.files import abandoned, owner_name, read_file, remove, sync, write_atomically
+from nemo_kd.files import (
+    abandoned,
+    owner_name,
+    read_file,
+    remove,
+    sync,
+    write_atomically,
+)
 from nemo_kd.mcore.checkpoint_write import file_sum
 from nemo_kd.run.collective import gather, on_rank_zero
 

@@ -103,7 +103,9 @@ class Checkpoints:
             if path in self.scores:
                 names.append(path)
             if self.params.verbose:
-                log.info("step %d: %s=%.5f, kept: %s", step, monitor, score, bool(names))
+                log.info(
+                    "step %d: %s=%.5f, kept: %s", step, monitor, score, bool(names)
+                )
         else:
             log.warning(
                 "%s is not finite after step %d; no checkpoint is ranked by it",
@@ -232,7 +234,9 @@ class Checkpoints:
         if self._has_saved or resumed.absolute().parent != self.dirpath:
             return False
         hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
-        wanted = [self.archive, hf_folder] if student.config.export.hf else [self.archive]
+        wanted = (
+            [self.archive, hf_folder] if student.config.export.hf else [self.archive]
+        )
         made_s = (resumed / CONTENTS).stat().st_mtime
         return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 

@@ -77,7 +77,9 @@ def load_splits(
             "model.data.dataset has no effect on caches, which hold tokens; it is for "
             "data_impl=dataset"
         )
-    smallest_dropped_id = architecture.vocab_size if data.drop_ids_outside_vocab else None
+    smallest_dropped_id = (
+        architecture.vocab_size if data.drop_ids_outside_vocab else None
+    )
     splits: dict[str, Rows] = {}
     for split in filter(data.paths, SPLITS):
         if data.uses_cache:
@@ -85,7 +87,9 @@ def load_splits(
             if isinstance(num_chunks, dict):
                 num_chunks = num_chunks.get(split)
             readers = [
-                CacheReader(path, num_chunks, data.top_k, seq_length, smallest_dropped_id)
+                CacheReader(
+                    path, num_chunks, data.top_k, seq_length, smallest_dropped_id
+                )
                 for path in data.paths(split)
             ]
             dropped = sum(reader.dropped_too_long for reader in readers)
@@ -111,7 +115,9 @@ def load_splits(
 
 def source_names(paths: Sequence[str]) -> list[str]:
     """Return a short name of each path for metrics: the file's, numbered if several are alike."""
-    stems = [Path(path).name.partition(".")[0].replace("_CHUNK_ID", "") for path in paths]
+    stems = [
+        Path(path).name.partition(".")[0].replace("_CHUNK_ID", "") for path in paths
+    ]
     return [
         stem if stems.count(stem) == 1 else f"{stem}_{number}"
         for number, stem in enumerate(stems)
@@ -155,7 +161,9 @@ def find_mismatches(
     for reader in readers:
         texts = _tokenizer_mismatches(reader, model.data, tokenizer, ours)
         texts += _size_mismatches(reader, model.data, vocab_size)
-        if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {ours}:
+        if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {
+            ours
+        }:
             texts.append(
                 f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share "
                 "one tokenizer, and token sequences of different ones cannot be aligned; use a "
@@ -249,10 +257,14 @@ def _tokenize(
         config = StudentRecordsConfig(
             data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path)
         )
-        dataset = TokenizedDataset(config, tokenizer, seq_length, architecture.vocab_size)
+        dataset = TokenizedDataset(
+            config, tokenizer, seq_length, architecture.vocab_size
+        )
         examples.append([])
         positions = range(len(dataset))
-        for position in tqdm(positions, f"tokenizing {split}", leave=False, disable=None):
+        for position in tqdm(
+            positions, f"tokenizing {split}", leave=False, disable=None
+        ):
             found = dataset[position]
             if isinstance(found, str):  # the reason to skip it
                 skipped[found] += 1
@@ -291,7 +303,10 @@ class StudentData:
             model.data.shuffle,
         )
         self.training = TrainingBatches(
-            order, model.global_batch_size, self.plan.steps_per_epoch, self.plan.max_steps
+            order,
+            model.global_batch_size,
+            self.plan.steps_per_epoch,
+            self.plan.max_steps,
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -59,7 +59,10 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
     loss = StudentLoss(model.knowledge_distillation, model.data)
     check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
     student: StudentModule | None = None
-    with explained_ctrl_c(lambda: stop_report(student)), contextlib.ExitStack() as stack:
+    with (
+        explained_ctrl_c(lambda: stop_report(student)),
+        contextlib.ExitStack() as stack,
+    ):
         pl.seed_everything(model.seed)
         join_ranks(config.trainer)
         on_rank_zero(lambda: own_run_folder(config.exp_manager, config.name, stack))

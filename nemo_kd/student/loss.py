@@ -58,7 +58,9 @@ class StudentLoss:
         ConfigError: the custom loss cannot be imported or called.
     """
 
-    def __init__(self, config: LossConfig, data: StudentDataConfig | None = None) -> None:
+    def __init__(
+        self, config: LossConfig, data: StudentDataConfig | None = None
+    ) -> None:
         self.config = config
         self.custom: CustomLoss | None = None
         self.custom_sums: dict[str, Any] = {}
@@ -209,7 +211,9 @@ class StudentLoss:
         if unused or not len(batch.loss_positions_N):
             return None  # filler rows have no teacher
         teacher = batch.teacher
-        assert teacher is not None, "only a cache can be compared with, or diverged from"
+        assert teacher is not None, (
+            "only a cache can be compared with, or diverged from"
+        )
         if self.custom is not None:  # its batches hold all targets
             teacher = teacher.at(
                 torch.searchsorted(teacher.positions_P, batch.loss_positions_N)

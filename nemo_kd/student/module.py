@@ -50,7 +50,13 @@ from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.progress import RunLog
 from nemo_kd.student.report import first_step_report
 from nemo_kd.student.run_folder import provenance
-from nemo_kd.student.steps import Ended, NonFiniteSteps, StepMeter, Stopped, learning_rate
+from nemo_kd.student.steps import (
+    Ended,
+    NonFiniteSteps,
+    StepMeter,
+    Stopped,
+    learning_rate,
+)
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +107,9 @@ class StudentModule(pl.LightningModule):
         self.meter = StepMeter(
             self.architecture, self.groups, config.trainer.precision, self.lora is None
         )
-        self.non_finite = NonFiniteSteps(config.trainer.knowledge_distillation.non_finite)
+        self.non_finite = NonFiniteSteps(
+            config.trainer.knowledge_distillation.non_finite
+        )
         self.interruption = Interruption()
         self.validation_is_due = False
         self.stop_reason: str | None = None
@@ -164,7 +172,9 @@ class StudentModule(pl.LightningModule):
         trainer = self.trainer
         # On resume Lightning repeats the validation of a step that is a multiple of its interval;
         # the checkpoint records whether that validation took place.
-        trainer.val_check_batch = 1 if self.validation_is_due else self.plan.max_steps + 1
+        trainer.val_check_batch = (
+            1 if self.validation_is_due else self.plan.max_steps + 1
+        )
         stopped = self._stopped_early and trainer.early_stopping_callback is not None
         is_over = self._is_last and not self.validation_is_due
         trainer.should_stop = stopped or is_over
@@ -176,7 +186,9 @@ class StudentModule(pl.LightningModule):
         self.watchdog.step(f"step {self.global_step + 1}: examples {examples}")
         self.meter.start()
         optimizer: Any = self.optimizers()
-        lr = learning_rate(self.global_step, self.config.model.optim, self.plan.max_steps)
+        lr = learning_rate(
+            self.global_step, self.config.model.optim, self.plan.max_steps
+        )
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
@@ -265,7 +277,9 @@ class StudentModule(pl.LightningModule):
 
     @property
     def _save_is_due(self) -> bool:
-        return self.trainer.should_stop or self.global_step % self.plan.save_interval == 0
+        return (
+            self.trainer.should_stop or self.global_step % self.plan.save_interval == 0
+        )
 
     def _save(self, is_due: bool) -> None:
         """Save if it is due, or the last chance; the checkpoint before is complete once all ranks

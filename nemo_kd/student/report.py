@@ -119,7 +119,9 @@ def stop_report(student: StudentModule | None) -> str:
     """Return the step at which a run was stopped, and its last checkpoint."""
     if student is None:
         return "before the first step of this run"
-    found = [] if student.checkpoints is None else resumable(student.checkpoints.dirpath)
+    found = (
+        [] if student.checkpoints is None else resumable(student.checkpoints.dirpath)
+    )
     last = found[0] if found else "none"
     return (
         f"at step {student.global_step:,} of {student.plan.max_steps:,}; the last checkpoint is "
@@ -139,10 +141,15 @@ def end_report(student: StudentModule) -> StudentRun:
         return run
     latest = run_log.latest
     counts = run_log.progress.counts
-    time = f"{timedelta(seconds=round(run_log.seconds))} with validations and checkpoints"
+    time = (
+        f"{timedelta(seconds=round(run_log.seconds))} with validations and checkpoints"
+    )
     facts = [
         ("trained", f"{run.step:,} of {run_log.max_steps:,} steps"),
-        ("tokens", f"{counts['tokens']:,.0f} ({counts['loss_tokens']:,.0f} in the loss)"),
+        (
+            "tokens",
+            f"{counts['tokens']:,.0f} ({counts['loss_tokens']:,.0f} in the loss)",
+        ),
         ("time", time),
     ]
     for split in ("train", "validation", "test"):

@@ -165,7 +165,9 @@ def provenance(
         "data_weights": data.training.order.weights,
         "consumed_samples": data.training.consumed_samples,
         "config": resolved_config(config, paths=False),
-        "knowledge_distillation": dataclasses.asdict(config.model.knowledge_distillation),
+        "knowledge_distillation": dataclasses.asdict(
+            config.model.knowledge_distillation
+        ),
     }
 
 

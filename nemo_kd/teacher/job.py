@@ -183,7 +183,9 @@ def _open_job(
         formats = set().union(*gather(lambda: set(map(dataset.format, share))))
     formatting = dataclasses.asdict(data)
     del formatting["file_path"]
-    formatting["chat_prompt_tokens"] = dataclasses.asdict(config.data.chat_prompt_tokens)
+    formatting["chat_prompt_tokens"] = dataclasses.asdict(
+        config.data.chat_prompt_tokens
+    )
     manifest = Manifest(
         codec=codec_settings(config.cache),
         top_k=config.top_k,

@@ -143,7 +143,11 @@ def _compute(
             if previous is not None:
                 _publish(teacher, previous, publisher, progress)
                 chunk = previous[0][0]
-                if job.writer is not None and segment is not None and segment[0] > chunk:
+                if (
+                    job.writer is not None
+                    and segment is not None
+                    and segment[0] > chunk
+                ):
                     with watchdog.pause("assembling chunks"):
                         job.writer.assemble_complete()
             previous = None if segment is None else (segment, records, started)
@@ -174,7 +178,9 @@ def _publish(
     rows_and_reasons = [
         record if isinstance(record, str) else next(rows) for record in records
     ]
-    publisher.publish(segment, rows_and_reasons, max_tokens_per_batch=teacher.max_tokens)
+    publisher.publish(
+        segment, rows_and_reasons, max_tokens_per_batch=teacher.max_tokens
+    )
     progress.add(**teacher.counts(started))
     _count_published(publisher, progress)
 

@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ReduceOp
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows, to_device
+from nemo_kd.batch import (
+    Batch,
+    CachedExample,
+    Example,
+    TeacherRows,
+    join_rows,
+    to_device,
+)
 from nemo_kd.config import UserInputError
 from nemo_kd.config.model import PRECISIONS, length_multiple
 from nemo_kd.data.batches import collate, form_batches, pack

@@ -242,7 +242,10 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
             ),
             ("tokens", f"{tokens:,.0f} ({scale * probe.loss_tokens:,.0f} in the loss)"),
             *quality(probe, job.config.top_k),
-            ("disk", f"{size_text(file_bytes)}, {size_text(chunk_bytes)} more meanwhile"),
+            (
+                "disk",
+                f"{size_text(file_bytes)}, {size_text(chunk_bytes)} more meanwhile",
+            ),
             (
                 "time",
                 f"{timedelta(seconds=round(seconds))} on {run.groups.data_size} data-parallel ranks "

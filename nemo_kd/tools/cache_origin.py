@@ -42,7 +42,9 @@ def check_origin(
     manifests = reader.manifests
     vocab_size = pretrained.architecture.vocab_size
     largest = max(reader.max_token_id, reader.max_topk_id)
-    sizes = {manifest.vocab_size for manifest in manifests if not is_foreign([manifest])}
+    sizes = {
+        manifest.vocab_size for manifest in manifests if not is_foreign([manifest])
+    }
     if largest >= vocab_size or sizes - {vocab_size}:
         raise CacheError(
             f"{reader.path}: another teacher wrote the cache: it has ids up to {largest} and a "

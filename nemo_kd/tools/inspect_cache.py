@@ -231,7 +231,10 @@ def _counts(reader: CacheReader) -> Facts:
 
 
 def build_page(
-    title: str, report: Report, rows: Iterable[tuple[int, CachedExample]], text: TokenText
+    title: str,
+    report: Report,
+    rows: Iterable[tuple[int, CachedExample]],
+    text: TokenText,
 ) -> str:
     """Return a self-contained page of a report and of rows, each with its position in the cache."""
     content = {

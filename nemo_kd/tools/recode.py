@@ -107,7 +107,9 @@ def _numbered_rows(source: Source) -> Callable[[int], CachedExample]:
 
     if isinstance(source, CacheReader) and not source.manifests:
         starts = np.cumsum([0, *source.chunk_sizes()])[:-1].tolist()
-        if len(starts) > 1 and all(source[start].example.index == 0 for start in starts):
+        if len(starts) > 1 and all(
+            source[start].example.index == 0 for start in starts
+        ):
             return row_at
     return source.__getitem__
 
@@ -139,7 +141,9 @@ def _records(
     yield from itertools.repeat(MISSING, indices[-1] + 1 - expected)
 
 
-def _reduced(row: CachedExample, cache: CacheConfig, manifest: Manifest) -> CachedExample:
+def _reduced(
+    row: CachedExample, cache: CacheConfig, manifest: Manifest
+) -> CachedExample:
     row = trimmed(row)
     check_vocabulary(row, manifest.vocab_size, f"example {row.example.index}")
     teacher = limited(row.teacher, manifest.top_k)
@@ -192,7 +196,11 @@ def _manifest(
     dataset["end_at_idx"] = max(record["end_at_idx"] for record in records)
     codec["temperatures"] = known.codec["temperatures"]
     if cache.codec == "packed" and known.codec["name"] == "packed":
-        for name, stricter in (("min_probability", max), ("top_p", min), ("min_k", min)):
+        for name, stricter in (
+            ("min_probability", max),
+            ("top_p", min),
+            ("min_k", min),
+        ):
             codec[name] = stricter(codec[name], known.codec[name])
         codec["positions"] = known.codec["positions"]
     top_k = min(top_k or known.top_k, known.top_k)

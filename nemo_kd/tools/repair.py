@@ -110,7 +110,9 @@ def _repair_index(chunk: Chunk, dry_run: bool) -> list[str]:
         ]
     size = path.stat().st_size
     mtime_ns = path.stat().st_mtime_ns if manifest is None else None
-    if not size or (mtime_ns and index is not None and describes(index, size, mtime_ns)):
+    if not size or (
+        mtime_ns and index is not None and describes(index, size, mtime_ns)
+    ):
         return []
     try:
         index = scan_chunk(LocalStorage(str(path.parent)), path.name, mtime_ns)

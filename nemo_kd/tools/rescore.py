@@ -253,7 +253,9 @@ def compare(
     unit: float,
 ) -> list[str]:
     """Return the lines of the report on the numbers; those of wrong rows begin with `wrong:`."""
-    factor = FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
+    factor = (
+        FACTOR_OF_EXPERTS if run.pretrained.architecture.num_moe_experts else FACTOR
+    )
     # Always allowed, since a short control may happen to be exact: logits off by a few units.
     floor = SMALLEST_KL + (6 * unit) ** 2 / 2
     lines = [

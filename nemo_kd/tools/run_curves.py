@@ -43,7 +43,12 @@ def read_curves(path: Path) -> Curves:
         try:
             metrics = orjson.loads(line)
             step = metrics.pop("step")
-        except (orjson.JSONDecodeError, AttributeError, LookupError, TypeError) as error:
+        except (
+            orjson.JSONDecodeError,
+            AttributeError,
+            LookupError,
+            TypeError,
+        ) as error:
             raise RunError(
                 f"{file}:{number}: not an object with a step ({error}); take the line out"
             ) from error

@@ -123,7 +123,9 @@ def main(config: ComputeTopkLogitsConfig) -> None:
         tell("ready")
         time.sleep(1000)
     try:
-        with Interruption(os.environ.get("MAX_TIME"), find_ranks().rank) as interruption:
+        with Interruption(
+            os.environ.get("MAX_TIME"), find_ranks().rank
+        ) as interruption:
             globals()[mode](interruption)
     finally:
         if find_ranks().rank == 0 and "CLEAN_UP" in os.environ:

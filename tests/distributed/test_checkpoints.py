@@ -185,7 +185,8 @@ def test_files_have_the_mode_that_the_umask_gives(run, source, tmp_path):
     run(convert_with_umask, input_path=private, output_path=archive)
     run(convert_with_umask, input_path=archive, output_path=back)
     modes = {
-        path.name: oct(path.stat().st_mode & 0o777) for path in (archive, *back.iterdir())
+        path.name: oct(path.stat().st_mode & 0o777)
+        for path in (archive, *back.iterdir())
     }
     assert modes == dict.fromkeys(modes, "0o640")
     assert back.stat().st_mode & 0o777 == 0o750
@@ -193,7 +194,9 @@ def test_files_have_the_mode_that_the_umask_gives(run, source, tmp_path):
         assert {oct(member.mode) for member in tar if member.isfile()} == {"0o640"}
 
 
-def test_two_processes_that_write_one_archive_leave_a_whole_one(ranks, source, tmp_path):
+def test_two_processes_that_write_one_archive_leave_a_whole_one(
+    ranks, source, tmp_path
+):
     archive, other = str(tmp_path / "model.nemo"), Ranks(1)
     try:
         with ThreadPoolExecutor(2) as pool:
@@ -281,7 +284,8 @@ def test_an_archive_whose_parts_disagree_is_refused(run, ranks, source, tmp_path
         in message
     )
     assert (
-        "pretrained_checkpoint" in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
+        "pretrained_checkpoint"
+        in ranks(2).run(fails, str(tmp_path / "none.nemo"), 2)[1]
     )
 
 

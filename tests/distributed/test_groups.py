@@ -76,6 +76,11 @@ def test_replicas_and_their_writers(ranks):
                     axis,
                 )
                 assert (
-                    len({other[:coordinate] + other[coordinate + 1 :] for other in along})
+                    len(
+                        {
+                            other[:coordinate] + other[coordinate + 1 :]
+                            for other in along
+                        }
+                    )
                     == 1
                 ), (name, axis)

@@ -48,7 +48,11 @@ class Run:
         }
         line = [sys.executable, str(PROGRAM), *KEYS, f"trainer.devices={devices}"]
         self.process = subprocess.Popen(
-            line, stderr=subprocess.PIPE, text=True, env=variables, start_new_session=True
+            line,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=variables,
+            start_new_session=True,
         )
 
     def ready(self) -> list[int]:

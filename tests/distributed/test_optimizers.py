@@ -38,7 +38,9 @@ def wrapped(student: Path, name: str):
         config = transformer_config(source.architecture, ModelConfig(), torch.float32)
         model = build_gpt_model(source.architecture, config, 8, False)
         source.load_weights(model, groups)
-    optim = OptimConfig(name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY)
+    optim = OptimConfig(
+        name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
+    )
     return wrap_for_training(model, config, optim.is_sharded), optim
 
 

@@ -31,7 +31,13 @@ CACHES = {
     ),
 }
 VOCAB_SIZE, CANDIDATES, JSON_K, SKIPPED = 200_000, 300, 3, 3
-MASKS = {0: [0, 0, 1, 1, 0, 1], 1: [1], 2: [0, 1, 1, 0, 0], 4: [0, 1, 1, 1, 1], 5: [0, 0]}
+MASKS = {
+    0: [0, 0, 1, 1, 0, 1],
+    1: [1],
+    2: [0, 1, 1, 0, 0],
+    4: [0, 1, 1, 1, 1],
+    5: [0, 0],
+}
 """Loss masks by index: length 1, positions behind the loss, none in the loss; record 3 is skipped."""
 
 
@@ -41,7 +47,10 @@ def row(index: int, name: str) -> CachedExample:
     length = len(mask)
     ids_SC = np.argsort(random.random((length, VOCAB_SIZE)), axis=1)[:, :CANDIDATES]
     spread_S = np.array(
-        [0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4] for s in range(length)]
+        [
+            0.05 if index == 4 and s > 0 else [3, 1.5, 6, 25][s % 4]
+            for s in range(length)
+        ]
     )
     logits_SC = -np.sort(
         -random.normal(size=(length, CANDIDATES)) * spread_S[:, None], axis=1
@@ -84,7 +93,8 @@ def row(index: int, name: str) -> CachedExample:
     )
     tokens_S = random.integers(VOCAB_SIZE, size=length)
     return CachedExample(
-        Example(index, tokens_S, ids_SC[pick], np.array(mask, dtype=np.float32)), teacher
+        Example(index, tokens_S, ids_SC[pick], np.array(mask, dtype=np.float32)),
+        teacher,
     )
 
 
@@ -93,7 +103,9 @@ def temperatures(cache: CacheConfig) -> tuple[float, ...]:
 
 
 def floats(values: np.ndarray) -> Any:
-    return float(str(values)) if values.ndim == 0 else [floats(value) for value in values]
+    return (
+        float(str(values)) if values.ndim == 0 else [floats(value) for value in values]
+    )
 
 
 def to_json(row: CachedExample) -> dict[str, Any]:
@@ -178,7 +190,10 @@ def tiny_row() -> CachedExample:
         label_logprobs_P=np.array([0, -4.0, -0.01], dtype=np.float32),
     )
     example = Example(
-        7, np.array([5, 6, 9]), np.array([6, 9, 2]), np.array([0, 1, 1], dtype=np.float32)
+        7,
+        np.array([5, 6, 9]),
+        np.array([6, 9, 2]),
+        np.array([0, 1, 1], dtype=np.float32),
     )
     return CachedExample(example, teacher)
 

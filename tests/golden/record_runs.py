@@ -159,7 +159,9 @@ STAGE_2: dict[str, Case] = {
     "KD alone, scales": Case(
         1,
         SGD
-        | loss("fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5),
+        | loss(
+            "fwd_kl", sft_loss_weight=0.0, logits_scale=0.7, target_logits_scale=0.5
+        ),
     ),
     "forward KL, renormalize": Case(
         1, SGD | TOP_3 | loss("fwd_kl", support="renormalize", temperature=3.0)
@@ -208,7 +210,12 @@ STAGE_2: dict[str, Case] = {
         SGD
         | {
             "model__data__data_prefix": {
-                "train": [0.25, "rich_CHUNK_ID.jsonl[:50%]", 0.75, "json_CHUNK_ID.jsonl"],
+                "train": [
+                    0.25,
+                    "rich_CHUNK_ID.jsonl[:50%]",
+                    0.75,
+                    "json_CHUNK_ID.jsonl",
+                ],
                 "validation": ["validation_CHUNK_ID.jsonl"],
             },
             "model__data__shuffle": "chunks",
@@ -232,7 +239,9 @@ STAGE_2: dict[str, Case] = {
     "TP SP": Case(2, SGD | TP | SP | DYNAMIC),
     "TP, sampled": Case(2, SGD | TP | loss("forward_kl", support="sampled")),
     "TP, LoRA": Case(2, ADAMW | TP | LORA),
-    "DP, sharded AdamW": Case(2, SHARDED | {"model__micro_batch_size": 1}, exports=True),
+    "DP, sharded AdamW": Case(
+        2, SHARDED | {"model__micro_batch_size": 1}, exports=True
+    ),
     "DP dynamic": Case(2, SGD | DYNAMIC),
     "PP": Case(2, SGD | PP, exports=True),
     "PP tied, padded": Case(2, SGD | PP | PADDED, "tied"),
@@ -410,7 +419,9 @@ def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     }
     prefixes = settings.get("model__data__data_prefix", {})
     settings["model__data__data_prefix"] = {
-        split: [path if isinstance(path, float) else str(world / path) for path in paths]
+        split: [
+            path if isinstance(path, float) else str(world / path) for path in paths
+        ]
         for split, paths in prefixes.items()
     } or {
         "train": [str(world / "rich_CHUNK_ID.jsonl")],
@@ -426,7 +437,9 @@ def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     refused = ranks(case.world_size).run(run_stage_2, *arguments)
     assert set(refused) == {""}, refused
     found: dict[str, Any] = {
-        "steps": {str(step): row for step, row in training_rows(folder / "run").items()},
+        "steps": {
+            str(step): row for step, row in training_rows(folder / "run").items()
+        },
         "validations": {
             str(step): row for step, row in validation_rows(folder / "run").items()
         },

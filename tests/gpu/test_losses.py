@@ -39,7 +39,9 @@ def on_gpu(problem: Problem) -> tuple[TeacherRows[torch.Tensor], torch.Tensor]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)]
 )
-def test_losses_and_gradients_match_dense_float64(definition, dtype, tolerance, compile):
+def test_losses_and_gradients_match_dense_float64(
+    definition, dtype, tolerance, compile
+):
     problem = random_problem(64, 5000, 20, teacher_scale=definition.teacher_scale)
     problem = problem.map(
         lambda tensor: (
@@ -85,12 +87,16 @@ def test_memory(compile):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         losses = loss(logits_Nv, labels_N, shard, teacher)
-        gradient_Nv = torch.autograd.grad((losses.ce_N + losses.kd_N).sum(), logits_Nv)[0]
+        gradient_Nv = torch.autograd.grad((losses.ce_N + losses.kd_N).sum(), logits_Nv)[
+            0
+        ]
         extra = torch.cuda.max_memory_allocated() - before
     assert gradient_Nv.data_ptr() == logits_Nv.data_ptr()
     assert extra < 0.3 * logits_bytes
     del logits_Nv, gradient_Nv, losses
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    fused_linear_loss(loss, hidden_NH, weight_vH, labels_N, shard, teacher)[0].backward()
+    fused_linear_loss(loss, hidden_NH, weight_vH, labels_N, shard, teacher)[
+        0
+    ].backward()
     assert torch.cuda.max_memory_allocated() - before < 0.5 * logits_bytes

@@ -45,7 +45,10 @@ def test_rows_match_dense_float64(dtype):
     shifted = logits - logits.amax(-1, keepdim=True)
     expected = shifted.gather(1, ids.clamp(min=0))
     torch.testing.assert_close(
-        found.topk_logits_PK.cpu().double()[kept], expected[kept], rtol=0, atol=tolerance
+        found.topk_logits_PK.cpu().double()[kept],
+        expected[kept],
+        rtol=0,
+        atol=tolerance,
     )
     torch.testing.assert_close(
         found.log_sum_exp_logits_P.cpu().double(),
@@ -55,13 +58,19 @@ def test_rows_match_dense_float64(dtype):
     )
     label_logprobs = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
     torch.testing.assert_close(
-        found.label_logprobs_P.cpu().double(), label_logprobs, rtol=0, atol=2 * tolerance
+        found.label_logprobs_P.cpu().double(),
+        label_logprobs,
+        rtol=0,
+        atol=2 * tolerance,
     )
     outside = torch.ones_like(logits).scatter_(1, ids.clamp(min=0), (~kept).double())
     for number, temperature in enumerate((1.0, 2.0)):
         tail = ((logits / temperature).softmax(-1) * outside).sum(-1)
         torch.testing.assert_close(
-            found.tail_mass_PT[:, number].cpu().double(), tail, rtol=2 * tolerance, atol=0
+            found.tail_mass_PT[:, number].cpu().double(),
+            tail,
+            rtol=2 * tolerance,
+            atol=0,
         )
     samples = found.tail_token_ids_PM.cpu().long()
     assert (samples >= 0).any()

@@ -28,7 +28,9 @@ def memory(field: str) -> int:
 
 def load(path: str, dtype: torch.dtype, size: int) -> dict[str, int]:
     """Bytes of this rank's part of the model, and of the most memory beyond what the process had before it was built."""
-    layout = ModelConfig(tensor_model_parallel_size=size, make_vocab_size_divisible_by=8)
+    layout = ModelConfig(
+        tensor_model_parallel_size=size, make_vocab_size_divisible_by=8
+    )
     groups = initialize_model_parallel(layout, 1)
     with open_pretrained(path) as source:
         gc.collect()
@@ -39,11 +41,15 @@ def load(path: str, dtype: torch.dtype, size: int) -> dict[str, int]:
         config = transformer_config(
             source.architecture, layout, dtype, perform_initialization=False
         )
-        model = build_gpt_model(source.architecture, config, 8, transformer_engine=False)
+        model = build_gpt_model(
+            source.architecture, config, 8, transformer_engine=False
+        )
         source.load_weights(model, groups)
         peak = memory("VmHWM") - before
     return {
-        "shard": sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())),
+        "shard": sum(
+            tensor.nbytes for tensor in (*model.parameters(), *model.buffers())
+        ),
         "peak": peak,
     }
 

@@ -138,5 +138,6 @@ def _rows(command: list[str]) -> list[list[str]]:
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if line.startswith("| ")]
     return [
-        [cell.strip() for cell in line.strip().strip("|").split(" | ")] for line in lines
+        [cell.strip() for cell in line.strip().strip("|").split(" | ")]
+        for line in lines
     ]

@@ -83,7 +83,11 @@ RUNS: dict[int, dict[str, tuple[str, Settings, str]]] = {
         "second": ("tied", SECOND, "second"),
         "experts": ("mixtral", ATTENTION, "experts"),
         "deep": ("deep", {}, "deep"),
-        "bf16": ("dense", {"trainer__precision": "bf16", "model__optim__eps": 1e-8}, ""),
+        "bf16": (
+            "dense",
+            {"trainer__precision": "bf16", "model__optim__eps": 1e-8},
+            "",
+        ),
         "full": ("dense", {"model__peft__peft_scheme": "none"}, "full"),
     },
     2: {
@@ -256,7 +260,9 @@ def test_only_adapters_have_gradient_buffers(straight):
 
 def test_the_first_step_sees_the_base_model(straight):
     runs, _ = straight
-    assert runs["all"].steps[0][:4] == pytest.approx(runs["full"].steps[0][:4], rel=1e-6)
+    assert runs["all"].steps[0][:4] == pytest.approx(
+        runs["full"].steps[0][:4], rel=1e-6
+    )
     assert runs["all"].steps[-1][0] < 0.99 * runs["all"].steps[0][0]
 
 
@@ -283,7 +289,10 @@ def test_every_layout_trains_the_same(ranks, world, straight, tmp_path, world_si
         if not like:
             assert found[name].steps[-1][0] < 0.99 * found[name].steps[0][0], name
             continue
-        steps, expected = torch.tensor(found[name].steps), torch.tensor(runs[like].steps)
+        steps, expected = (
+            torch.tensor(found[name].steps),
+            torch.tensor(runs[like].steps),
+        )
         torch.testing.assert_close(
             steps,
             expected,
@@ -353,7 +362,9 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
         for module in modules
         if input_side(module) == module
     }
-    up = {module: start[f"{module}.lora_B.weight"].requires_grad_() for module in modules}
+    up = {
+        module: start[f"{module}.lora_B.weight"].requires_grad_() for module in modules
+    }
     assert not any(tensor.any() for tensor in up.values())
     base = dict(model.named_parameters())
 
@@ -480,13 +491,19 @@ def test_resume(ranks, world, straight, tmp_path):
             run_stage_2, student, train, validation, tmp_path / name, changes
         )
 
-    smaller = {"model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}}
+    smaller = {
+        "model__peft__lora_tuning": {"target_modules": ["mlp"], "adapter_dim": 5}
+    }
     refused = resume("other rank", smaller)[0]
-    assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in refused
-    allowed = resume("allowed", {**smaller, "allow_changed": ["model.peft.lora_tuning"]})[
-        0
-    ]
-    assert "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in allowed
+    assert (
+        "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in refused
+    )
+    allowed = resume(
+        "allowed", {**smaller, "allow_changed": ["model.peft.lora_tuning"]}
+    )[0]
+    assert (
+        "  model.peft.lora_tuning.adapter_dim: 4 in the checkpoint, 5 now\n" in allowed
+    )
     assert "lora_tuning.target_modules" in allowed
     assert allowed.endswith("to start over")
     assert (
@@ -518,5 +535,7 @@ def test_resume(ranks, world, straight, tmp_path):
     resumed = training_rows(tmp_path / "tp")
     assert list(resumed) == [5, 6, 7, 8]
     for step, row in resumed.items():
-        assert row["train/loss"] == pytest.approx(expected[step]["train/loss"], rel=1e-4)
+        assert row["train/loss"] == pytest.approx(
+            expected[step]["train/loss"], rel=1e-4
+        )
         assert row["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-3)

@@ -96,7 +96,9 @@ def test_wheel_and_source_distribution_hold_the_same(built):
 )
 def test_commands_run_away_from_the_checkout(installed, line, tmp_path):
     shutil.copytree(ROOT / "tests" / "golden", tmp_path / "caches")
-    program, *arguments = line.replace("CACHE", "caches/loss_CHUNK_ID.jsonl.zst").split()
+    program, *arguments = line.replace(
+        "CACHE", "caches/loss_CHUNK_ID.jsonl.zst"
+    ).split()
     result = run_clean([installed / program, *arguments], tmp_path)
     assert result.returncode == 0, result.stderr
 
@@ -115,7 +117,9 @@ def test_the_installed_package_reads_a_cache(installed, tmp_path):
 
 
 def readme_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL
+    )
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [
         line

@@ -132,7 +132,8 @@ def planted(
     manifest = dataclasses.replace(reader.manifests[0], chunks={}, **manifest_changes)
     with_rows = {row.example.index: row for row in rows}
     chunks = [
-        range(start, min(start + 10, NUM_RECORDS)) for start in range(0, NUM_RECORDS, 10)
+        range(start, min(start + 10, NUM_RECORDS))
+        for start in range(0, NUM_RECORDS, 10)
     ]
     writer = CacheWriter(layout, manifest, chunks)
     settings = reader.manifests[0].chunks[0].computed_with[0]
@@ -361,7 +362,9 @@ def test_another_template_shows(verify, ranks, world, tmp_path):
     assert report.count("): not the tokens of its record from position 1 on") == 5
 
 
-def test_the_dataset_is_found_given_or_said_to_be_missing(verify, ranks, world, tmp_path):
+def test_the_dataset_is_found_given_or_said_to_be_missing(
+    verify, ranks, world, tmp_path
+):
     teacher, dataset, _ = world
     moved = Path(shutil.copy(dataset, tmp_path / "moved.jsonl"))
     output = tmp_path / "c_CHUNK_ID.jsonl"
@@ -463,7 +466,9 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
         ),
     ):
         with pytest.raises((CacheError, ConfigError, DataError)) as error:
-            rescoring_config(open_sample(str(path), num_examples), str(teacher), settings)
+            rescoring_config(
+                open_sample(str(path), num_examples), str(teacher), settings
+            )
         assert message in str(error.value)
 
 

@@ -79,7 +79,9 @@ def reference_of(
 
 
 def read_rows(paths: list[Path]) -> list[dict]:
-    return [json.loads(line) for path in paths for line in path.read_text().splitlines()]
+    return [
+        json.loads(line) for path in paths for line in path.read_text().splitlines()
+    ]
 
 
 def check_rows(rows: list[dict], reference) -> None:
@@ -271,9 +273,9 @@ def test_wrong_input_is_refused_before_the_teacher_runs(
     _, model, dataset = world
     if "gpu" in str(overrides) and torch.cuda.is_available():
         overrides, message = {"trainer__devices": 99}, "trainer.devices: 99"
-    refused = ranks(1).run(run_stage_1, model, dataset, tmp_path / "c.jsonl", overrides)[
-        0
-    ]
+    refused = ranks(1).run(
+        run_stage_1, model, dataset, tmp_path / "c.jsonl", overrides
+    )[0]
     assert message in refused
     assert not list(tmp_path.glob("c*"))
 
@@ -288,7 +290,9 @@ def test_heads_that_tensor_parallelism_cannot_cut_are_refused(ranks, world, tmp_
         hidden_size=48,
     )
     overrides = {"trainer__devices": 2, "model__tensor_model_parallel_size": 2}
-    refused = ranks(2).run(run_stage_1, folder, world[2], tmp_path / "c.jsonl", overrides)
+    refused = ranks(2).run(
+        run_stage_1, folder, world[2], tmp_path / "c.jsonl", overrides
+    )
     assert all(
         "model.tensor_model_parallel_size: 2 does not divide the model's num_query_groups (3)"
         in text
@@ -314,7 +318,9 @@ def test_a_bad_record_late_in_the_file_stops_every_rank_before_the_first_chunk(
     )
     overrides = {"trainer__devices": 2, "n_examples_per_chunk": 4}
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    refused = ranks(2).run(run_stage_1, world[1], tmp_path / "d.jsonl", output, overrides)
+    refused = ranks(2).run(
+        run_stage_1, world[1], tmp_path / "d.jsonl", output, overrides
+    )
     assert all(
         "d.jsonl:21: message 0 must be an object with a `role`, and a text" in text
         for text in refused
@@ -363,7 +369,11 @@ def test_packed_rows_say_what_the_json_rows_say(ranks, world, tmp_path):
         "trainer__devices": 2,
         "model__tensor_model_parallel_size": 2,
     }
-    packed = {"cache__min_probability": 0.01, "cache__min_k": 2, "cache__tail_samples": 3}
+    packed = {
+        "cache__min_probability": 0.01,
+        "cache__min_k": 2,
+        "cache__tail_samples": 3,
+    }
     for name, overrides in (
         ("json.jsonl", {"cache__codec": "json"}),
         ("packed.jsonl.zst", packed),
@@ -450,7 +460,9 @@ def test_the_plan_foretells_the_disk(ranks, world, tmp_path):
     assert " on 2 data-parallel ranks" in lines["time"]
 
 
-def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(ranks, world, tmp_path):
+def test_any_number_of_data_parallel_ranks_writes_the_same_bytes(
+    ranks, world, tmp_path
+):
     _, model, dataset = world
     written = []
     for world_size in (1, 2, 4):
@@ -573,7 +585,9 @@ def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_p
         "data__data__prompt_template": "Q: {input} A: {output}",
         "data__data__add_eos": False,
     }
-    refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[0]
+    refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[
+        0
+    ]
     assert (
         "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now"
         in refused

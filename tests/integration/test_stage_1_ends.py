@@ -31,7 +31,11 @@ def world(tmp_path_factory):
 
 
 def run(
-    model: Path, dataset: Path, output: Path, overrides: dict[str, Any], remove: str = ""
+    model: Path,
+    dataset: Path,
+    output: Path,
+    overrides: dict[str, Any],
+    remove: str = "",
 ) -> tuple[str, str, str]:
     """(error, stdout, log); `remove` is a file or folder that vanishes before the end."""
     printed = io.StringIO()
@@ -85,16 +89,18 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(
     ranks, world, tmp_path
 ):
     output = tmp_path / "c_CHUNK_ID.jsonl"
-    error, printed, logged = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"})[
-        0
-    ]
+    error, printed, logged = ranks(1).run(
+        run, *world, output, {**CHUNKS, "part": "0/2"}
+    )[0]
     assert error == ""
     assert "2 of 2 chunks wait for other parts" in logged
     assert "Part 0/2 is done and on disk" in logged
     assert "mass of the kept ids" not in printed  # no chunk is there to measure it on
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"
-    error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[0]
+    error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[
+        0
+    ]
     assert "2 of 2 chunks are missing at the end of this job" in error
     assert ranks(1).run(run, *world, output, {**CHUNKS, "part": "1/2"})[0][0] == ""
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
@@ -195,7 +201,8 @@ def test_a_dataset_edited_in_mid_run_is_noticed_before_a_chunk_is_listed(
     assert not (tmp_path / "c.jsonl").exists()
     shutil.copy(world[1], dataset)
     assert (
-        ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0] == ""
+        ranks(1).run(run, world[0], dataset, tmp_path / "c.jsonl", overrides)[0][0]
+        == ""
     )
     ranks(1).run(run, *world, tmp_path / "straight.jsonl", overrides)
     assert (tmp_path / "c.jsonl").read_bytes() == (

@@ -75,7 +75,9 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, out + err
 
 
-def wait_for_segments(process: subprocess.Popen[str], folder: Path, number: int) -> None:
+def wait_for_segments(
+    process: subprocess.Popen[str], folder: Path, number: int
+) -> None:
     while (
         len(list(folder.glob(".c_*.segments/[0-9]*")))
         + 35 * len(list(folder.glob("c_?.jsonl.zst")))
@@ -98,7 +100,9 @@ def second_rank(process: subprocess.Popen[str]) -> psutil.Process:
 def cache_files(folder: Path) -> dict[str, Any]:
     """Content by name, without what depends on the layout: the manifest's `config`, an index's jobs."""
     files: dict[str, Any] = {
-        p.name: p.read_bytes() for p in folder.iterdir() if CACHE_FILES.fullmatch(p.name)
+        p.name: p.read_bytes()
+        for p in folder.iterdir()
+        if CACHE_FILES.fullmatch(p.name)
     }
     for name, content in files.items():
         if name.endswith(".idx"):
@@ -158,12 +162,16 @@ def test_the_end_of_the_time_asks_for_a_requeue(world, tmp_path):
     status, said = finish(start(keys(world, tmp_path, "max_time_per_run=00:00:00:01")))
     assert status == REQUEUE, said
     assert "max_time_per_run=00:00:00:01 is over" in said
-    status, said = finish(start(keys(world, tmp_path, "exp_manager.max_time_per_run=1h")))
+    status, said = finish(
+        start(keys(world, tmp_path, "exp_manager.max_time_per_run=1h"))
+    )
     assert status == 2
     assert "exp_manager.max_time_per_run: '1h' is not DD:HH:MM:SS" in said
 
 
-def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(world, tmp_path):
+def test_a_rank_that_hangs_ends_the_run_with_what_the_others_were_doing(
+    world, tmp_path
+):
     process = start(
         keys(world, tmp_path, "trainer.devices=2", "model.tensor_model_parallel_size=2",
              "trainer.distributed_timeout_minutes=0.05")
@@ -218,7 +226,9 @@ def run_with_little_memory(most_tokens: int, *args: object) -> tuple[str, list[i
 
     def run_batch(model, batch, groups):
         if batch.tokens_BS.numel() > most_tokens:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB"
+            )
         computed.append(batch.tokens_BS.numel())
         return original(model, batch, groups)
 
@@ -323,7 +333,9 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
     output = tmp_path / "SPLIT_CHUNK_ID.jsonl.zst"
     overrides = {"trainer__devices": 2, "data__data__file_path": splits}
     assert ranks(2).run(run, model, splits, output, overrides) == ["", ""]
-    assert len(CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl.zst"))) == NUM_RECORDS - 1
+    assert (
+        len(CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl.zst"))) == NUM_RECORDS - 1
+    )
     assert len(CacheReader(str(tmp_path / "validation_CHUNK_ID.jsonl.zst"))) == 11
     manifest = json.loads((tmp_path / "validation_manifest.json").read_text())
     assert manifest["dataset"]["path"] == str(other)
@@ -346,7 +358,10 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
             {"data__max_tokens_per_batch": 0},
             "data.max_tokens_per_batch: 0 must be at least 1",
         ),
-        ({"model__micro_batch_size": 0}, "model.micro_batch_size: 0 must be at least 1"),
+        (
+            {"model__micro_batch_size": 0},
+            "model.micro_batch_size: 0 must be at least 1",
+        ),
         (
             {"trainer__distributed_timeout_minutes": 0},
             "trainer.distributed_timeout_minutes: 0.0 must be above 0",
@@ -363,7 +378,9 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
 )
 def test_impossible_keys_are_refused(overrides, message):
     with pytest.raises(UserInputError, match=message):
-        teacher_config(Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"), **overrides)
+        teacher_config(
+            Path("m"), Path("d.jsonl"), Path("c_CHUNK_ID.jsonl"), **overrides
+        )
 
 
 def test_a_dry_run_writes_nothing(world, tmp_path):
@@ -399,7 +416,8 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
         run, model, dataset, tmp_path / "c_CHUNK_ID.jsonl", overrides
     ) == ["", ""]
     lines = [
-        json.loads(line) for line in (tmp_path / "c_metrics.log").read_text().splitlines()
+        json.loads(line)
+        for line in (tmp_path / "c_metrics.log").read_text().splitlines()
     ]
     assert len(lines) > 2
     found = summaries(tmp_path / "c_CHUNK_ID.jsonl")[0]
@@ -409,7 +427,9 @@ def test_metrics_are_written_while_it_runs(ranks, world, tmp_path):
     assert lines[-1]["cache/kept_mass"] == pytest.approx(
         found.kept_mass_sum / found.loss_tokens
     )
-    assert all(line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines)
+    assert all(
+        line["time"] > 1.7e9 and line["perf/tokens_per_s"] >= 0 for line in lines
+    )
 
 
 def test_weights_and_biases_gets_the_metrics_when_asked(world, tmp_path):

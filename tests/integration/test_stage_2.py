@@ -145,7 +145,9 @@ def reference_gradients(
                 q = torch.softmax(logits[s, ids[ids >= 0]], -1)
             else:
                 tail = float(row.teacher.tail_mass_PT[s, 0])
-                p = torch.cat([(1 - tail) * p, torch.tensor([tail], dtype=torch.float64)])
+                p = torch.cat(
+                    [(1 - tail) * p, torch.tensor([tail], dtype=torch.float64)]
+                )
                 q = torch.softmax(logits[s, :300], -1)[ids[ids >= 0]]
                 q = torch.cat([q, 1 - q.sum(0, keepdim=True)])
             total = total + (
@@ -162,7 +164,9 @@ def reference_gradients(
 
 @pytest.mark.parametrize("support", ["tail", "renormalize"])
 @pytest.mark.parametrize("kd_loss", ["fwd_kl", "bwd_kl"])
-def test_loss_and_gradient_match_transformers_in_float64(ranks, world, kd_loss, support):
+def test_loss_and_gradient_match_transformers_in_float64(
+    ranks, world, kd_loss, support
+):
     student, train, _, _ = world
     loss, expected = reference_gradients(student, train, 8, kd_loss, support)
     overrides = {
@@ -240,7 +244,9 @@ def test_resume_equals_an_uninterrupted_run_to_the_last_bit(
         == [""] * world_size
     )
     straight = training_rows(tmp_path / "a")
-    assert list(straight) == list(range(1, 9))  # 39 examples: four batches of 8 an epoch
+    assert list(straight) == list(
+        range(1, 9)
+    )  # 39 examples: four batches of 8 an epoch
     checkpoint = next(
         path
         for path in (tmp_path / "a" / "checkpoints").iterdir()
@@ -278,7 +284,9 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
             "trainer__devices": 2,
             "model__tensor_model_parallel_size": tp,
         }
-        assert ranks(2).run(run_stage_2, student, train, validation, log_dir, layout) == [
+        assert ranks(2).run(
+            run_stage_2, student, train, validation, log_dir, layout
+        ) == [
             "",
             "",
         ]
@@ -545,7 +553,9 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
     resumed = training_rows(tmp_path / "b")
     assert list(resumed) == [5, 6, 7]
     for step, row in resumed.items():
-        assert row["train/loss"] == pytest.approx(straight[step]["train/loss"], rel=1e-4)
+        assert row["train/loss"] == pytest.approx(
+            straight[step]["train/loss"], rel=1e-4
+        )
 
     alone = {"train": [str(second)], "validation": [str(validation)]}
     message = resume(tmp_path / "c", {"model__data__data_prefix": alone})[0]
@@ -569,7 +579,9 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
 
 def training_rows_or_none(log_dir: Path) -> dict[int, dict]:
     return (
-        training_rows(log_dir) if (log_dir / "metrics" / "metrics.jsonl").exists() else {}
+        training_rows(log_dir)
+        if (log_dir / "metrics" / "metrics.jsonl").exists()
+        else {}
     )
 
 
@@ -614,9 +626,9 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
     smaller = save_hf_model("llama2", tmp_path / "smaller", 290)
     template = tmp_path / "smaller" / "chat_template.jinja"
     template.write_text(template.read_text() + " ")
-    message = ranks(1).run(run_stage_2, smaller, train, validation, tmp_path / "run", {})[
-        0
-    ]
+    message = ranks(1).run(
+        run_stage_2, smaller, train, validation, tmp_path / "run", {}
+    )[0]
     assert "(300 tokens) in the cache, sha256:" in message
     assert "(290 tokens) in the student (" in message
     assert "300 in the cache, 290 in the student); both must share one" in message
@@ -628,7 +640,9 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
     first, second = list(vocabulary)[100:102]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = ranks(1).run(run_stage_2, other, train, validation, tmp_path / "run", {})[0]
+    message = ranks(1).run(run_stage_2, other, train, validation, tmp_path / "run", {})[
+        0
+    ]
     assert "both must share one tokenizer" in message
     assert "template" not in message
 

@@ -161,7 +161,8 @@ def test_every_objective_trains_what_it_says(ranks, world, settings):
     student, cache = world
     loss, expected = reference(student, cache, settings)
     overrides = {
-        f"model__knowledge_distillation__{key}": value for key, value in settings.items()
+        f"model__knowledge_distillation__{key}": value
+        for key, value in settings.items()
     }
     for tp in (1, 2):
         check(
@@ -277,10 +278,15 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     }  # fmt: skip
     rows = []
     for name, settings in (("custom", custom), ("built_in", built_in)):
-        overrides = {**layout, **{prefix + key: value for key, value in settings.items()}}
+        overrides = {
+            **layout,
+            **{prefix + key: value for key, value in settings.items()},
+        }
         log_dir = tmp_path / name
         assert (
-            ranks(world_size).run(run_stage_2, student, cache, cache, log_dir, overrides)
+            ranks(world_size).run(
+                run_stage_2, student, cache, cache, log_dir, overrides
+            )
             == [""] * world_size
         )
         rows.append(metrics(log_dir))

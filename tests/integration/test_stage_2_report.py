@@ -38,7 +38,9 @@ def world(ranks, tmp_path_factory):
     """(student, two training caches, validation cache)."""
     folder = tmp_path_factory.mktemp("report")
     teacher = save_hf_model("qwen3", folder / "teacher", VOCAB_SIZE, seed=1)
-    student = save_hf_model("llama2", folder / "student", VOCAB_SIZE, num_hidden_layers=1)
+    student = save_hf_model(
+        "llama2", folder / "student", VOCAB_SIZE, num_hidden_layers=1
+    )
     caches = []
     for name, count, start in (
         ("first", 6, 0),
@@ -47,9 +49,9 @@ def world(ranks, tmp_path_factory):
     ):
         dataset = write_chat_dataset(folder / f"{name}.jsonl", count, start)
         caches.append(folder / f"{name}_CHUNK_ID.jsonl")
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [
-            ""
-        ]
+        assert ranks(1).run(
+            run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}
+        ) == [""]
     return student, *caches
 
 
@@ -63,7 +65,8 @@ def expected_means(student: Path, *caches: Path) -> dict[str, float]:
             row = everywhere(reader[index])
             with torch.no_grad():
                 q_SV = torch.softmax(
-                    model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(), -1
+                    model(torch.tensor(row.example.tokens_S)[None]).logits[0].double(),
+                    -1,
                 ).numpy()
             for s in np.flatnonzero(row.example.loss_mask_S):
                 used = row.teacher.topk_token_ids_PK[s] >= 0
@@ -216,7 +219,9 @@ def test_a_step_logs_what_it_measured_and_nothing_of_the_step_before(
         line.partition(",")[0] for line in lines if "g: " in line and " steps," in line
     ] == [f"training: {step}/3 steps" for step in (1, 2, 3)]
     assert any(
-        line.startswith("training: validation after step 3: no token counts in the loss")
+        line.startswith(
+            "training: validation after step 3: no token counts in the loss"
+        )
         for line in lines
     )
 
@@ -375,7 +380,9 @@ def test_nothing_of_a_model_stays_in_memory(ranks, world, tmp_path, optimizer):
         "model__micro_batch_size": 1,
         "trainer__knowledge_distillation__max_steps": 1,
     }
-    assert ranks(2).run(models_left, student, first, validation, tmp_path, overrides) == [
+    assert ranks(2).run(
+        models_left, student, first, validation, tmp_path, overrides
+    ) == [
         0,
         0,
     ]
@@ -389,9 +396,9 @@ def test_speed_of_a_step(ranks, world, tmp_path):
         "model__micro_batch_size": 1,
         "trainer__knowledge_distillation__max_steps": 2,
     }
-    assert ranks(1).run(run_stage_2, student, first, validation, tmp_path, overrides) == [
-        ""
-    ]
+    assert ranks(1).run(
+        run_stage_2, student, first, validation, tmp_path, overrides
+    ) == [""]
     lengths = [row.example.num_tokens for row in rows]
     for row in (row for row in metrics(tmp_path) if "perf/step_time_s" in row):
         seconds = row["perf/step_time_s"] / (1 - row["perf/data_wait_percent"] / 100)

@@ -165,7 +165,11 @@ def test_paths_in_the_state_delete_nothing(world, trusted, tmp_path):
     folder = Path(shutil.copytree(trusted, tmp_path / "theirs"))
     dirpath = tmp_path / "run" / "checkpoints"
     dirpath.mkdir(parents=True)
-    precious = [tmp_path / "precious", dirpath / "precious", dirpath / ".." / "precious"]
+    precious = [
+        tmp_path / "precious",
+        dirpath / "precious",
+        dirpath / ".." / "precious",
+    ]
     for place in precious:
         place.mkdir()
         (place / "thesis.txt").touch()

@@ -203,7 +203,11 @@ def run_all(
 ) -> dict[str, Run]:
     return {
         name: run(
-            students[student], train, validation, dict(settings), folder / f"{name}.nemo"
+            students[student],
+            train,
+            validation,
+            dict(settings),
+            folder / f"{name}.nemo",
         )
         for name, (student, settings) in runs.items()
     }
@@ -213,7 +217,8 @@ def weights(ranks, archive: Path) -> dict[str, torch.Tensor]:
     """Of an archive, by the names of transformers."""
     target = archive.with_suffix("")
     ranks(1).run(
-        convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target))
+        convert,
+        ConvertCheckpointConfig(input_path=str(archive), output_path=str(target)),
     )
     return load_file(target / "model.safetensors")
 
@@ -293,9 +298,9 @@ def test_the_straight_run_is_that_of_transformers(world, straight):
             [*sums.tolist(), float(norm)], rel=1e-4
         )
     for name, values in model.state_dict().items():
-        assert (trained[name] - values).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, (
-            name
-        )
+        assert (
+            trained[name] - values
+        ).abs().max() < 1e-3 * LEARNING_RATE * NUM_STEPS, name
 
 
 def example_sums(model, row) -> torch.Tensor:
@@ -353,7 +358,9 @@ def precisions(
     ]
     return {
         "weights": {parameter.dtype for parameter in module.gpt.parameters()},
-        "gradients": {parameter.main_grad.dtype for parameter in module.gpt.parameters()},
+        "gradients": {
+            parameter.main_grad.dtype for parameter in module.gpt.parameters()
+        },
         "optimizer": {
             parameter.dtype
             for group in inner.param_groups
@@ -394,9 +401,9 @@ def test_half_precision_in_layouts(ranks, world, straight, tmp_path):
         found = ranks(2).run(
             run, students["tied"], train, validation, bf16, tmp_path / f"{name}.nemo"
         )[0]
-        assert found.validation[:3] == pytest.approx(expected.validation[:3], rel=1e-2), (
-            name
-        )
+        assert found.validation[:3] == pytest.approx(
+            expected.validation[:3], rel=1e-2
+        ), name
         for ours, theirs in zip(found.steps, expected.steps, strict=True):
             assert [*ours[:3], ours[-1]] == pytest.approx(
                 [*theirs[:3], theirs[-1]], rel=1e-2

@@ -146,7 +146,9 @@ def check_equal(log_dir: Path, straight: Path, same_names: bool = True) -> None:
         for folder in (log_dir, straight)
     ]
     assert names[0] == names[1] or not same_names
-    assert (log_dir / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo").exists()
+    assert (
+        log_dir / "checkpoints" / "megatron_gpt_knowledge_distillation.nemo"
+    ).exists()
     assert not list((log_dir / "checkpoints").glob(".*"))
 
 
@@ -161,12 +163,20 @@ def test_what_a_run_leaves(straight):
     assert set(by_step) == {10, 12}
     common = torch.load(last(straight) / "common.pt", weights_only=True)
     plain = {"loops", "callbacks", "lr_schedulers", "schedule", "ranks", "StudentData"}
-    plain |= {"non_finite", "adapters", "hyper_parameters", "hparams_name", "global_step"}
+    plain |= {
+        "non_finite",
+        "adapters",
+        "hyper_parameters",
+        "hparams_name",
+        "global_step",
+    }
     plain |= {"epoch", "pytorch-lightning_version"}
     assert common.keys() - {"content_metadata", "optimizer_states"} == plain
     summary = dict(
         re.findall(
-            r"^(\w+(?: \w+)?)  +(.*)$", (straight / "messages").read_text(), re.MULTILINE
+            r"^(\w+(?: \w+)?)  +(.*)$",
+            (straight / "messages").read_text(),
+            re.MULTILINE,
         )
     )
     rows, validated = training_rows(straight), validation_rows(straight)
@@ -219,7 +229,8 @@ def test_killed_at_any_step_it_ends_as_a_straight_run(world, straight, tmp_path)
     run.wait_for_step(second)
     run.kill()
     assert (
-        f"removing {unfinished}, which a run that was killed did not finish" in run.said()
+        f"removing {unfinished}, which a run that was killed did not finish"
+        in run.said()
     )
     assert f"resuming from {before}\n" in run.said()
 

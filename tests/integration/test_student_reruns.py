@@ -40,10 +40,12 @@ def world(ranks, tmp_path_factory):
     for split, count, start in (("train", 40, 0), ("validation", 5, 60)):
         dataset = write_chat_dataset(folder / f"{split}.jsonl", count, start)
         caches.append(folder / f"{split}_CHUNK_ID.jsonl")
-        assert ranks(1).run(run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}) == [
-            ""
-        ]
-    return save_hf_model("llama2", folder / "student", 300, num_hidden_layers=1), *caches
+        assert ranks(1).run(
+            run_stage_1, teacher, dataset, caches[-1], {"top_k": 4}
+        ) == [""]
+    return save_hf_model(
+        "llama2", folder / "student", 300, num_hidden_layers=1
+    ), *caches
 
 
 @pytest.fixture
@@ -53,9 +55,9 @@ def train(ranks, world, tmp_path):
     def train(**overrides) -> list[dict]:
         """The lines of metrics that it adds."""
         before = len(metrics(tmp_path)) if (tmp_path / "metrics").exists() else 0
-        assert ranks(1).run(run_stage_2, *world, tmp_path, {**SETTINGS, **overrides}) == [
-            ""
-        ]
+        assert ranks(1).run(
+            run_stage_2, *world, tmp_path, {**SETTINGS, **overrides}
+        ) == [""]
         return metrics(tmp_path)[before:]
 
     return train
@@ -195,9 +197,9 @@ def test_a_metric_with_a_slash_ranks_checkpoints_and_they_are_found(train, tmp_p
     assert ranked.name.startswith(
         f"run--validation_teacher_kl={values[best]:.4f}-step={best}-consumed_samples="
     )
-    assert trained(train(**overrides, trainer__knowledge_distillation__max_steps=3)) == [
-        3
-    ]
+    assert trained(
+        train(**overrides, trainer__knowledge_distillation__max_steps=3)
+    ) == [3]
 
 
 def test_what_is_older_than_its_checkpoint_is_written_again(train, tmp_path):
@@ -245,7 +247,11 @@ def test_a_checkpoint_that_would_run_code_is_refused(ranks, world, train, tmp_pa
 def test_a_checkpoint_of_weights_alone_is_nothing_to_go_on_from(
     ranks, world, train, tmp_path
 ):
-    params = {"save_weights_only": True, "save_top_k": 1, "save_nemo_on_train_end": True}
+    params = {
+        "save_weights_only": True,
+        "save_top_k": 1,
+        "save_nemo_on_train_end": True,
+    }
     train(exp_manager__checkpoint_callback_params=params)
     (ranked,) = (
         path

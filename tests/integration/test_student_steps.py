@@ -164,7 +164,10 @@ def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(
         == ""
     )
     assert training_rows(tmp_path / "run")[5]["train/skipped_steps"] == 1
-    for key, before, now in (("model.seed", 1234, 5), ("model.global_batch_size", 8, 4)):
+    for key, before, now in (
+        ("model.seed", 1234, 5),
+        ("model.global_batch_size", 8, 4),
+    ):
         changed = {**overrides, key.replace(".", "__"): now}
         error = ranks(2).run(run, (*world, tmp_path / "run"), changed)[1][0]
         assert "belongs to another experiment:\n" in error
@@ -217,7 +220,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     errors = ranks(2).run(run_with_full_disk, arguments, overrides)
     assert all("No such file or directory: '/proc/no/" in error for error in errors)
     assert [
-        Contents.read(path).step for path in checkpoints(tmp_path / "run" / "checkpoints")
+        Contents.read(path).step
+        for path in checkpoints(tmp_path / "run" / "checkpoints")
     ] == [2]
     assert ranks(2).run(run, arguments, overrides)[0][0] == ""
     steps = [row["step"] for row in metrics(tmp_path / "run") if "train/loss" in row]

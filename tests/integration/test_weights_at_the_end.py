@@ -73,7 +73,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def same_as_archive(ranks, folder: Path, archive: Path, target: Path) -> bool:
     ranks(1).run(
-        convert, ConvertCheckpointConfig(input_path=str(archive), output_path=str(target))
+        convert,
+        ConvertCheckpointConfig(input_path=str(archive), output_path=str(target)),
     )
     ours, theirs = weights(folder), weights(target)
     return ours.keys() == theirs.keys() and all(
@@ -124,7 +125,9 @@ def test_the_last_and_the_best_weights_are_left(ranks, world, tmp_path):
     assert ranks(1).run(
         run_stage_2, students["tied"], train, validation, tmp_path / "b", short
     ) == [""]
-    assert sorted(path.name for path in left.glob("run*") if "step" not in path.name) == [
+    assert sorted(
+        path.name for path in left.glob("run*") if "step" not in path.name
+    ) == [
         "run-hf",
         "run.nemo",
     ]

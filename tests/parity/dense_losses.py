@@ -66,7 +66,10 @@ class Problem:
     def map(self, function) -> Problem:
         return replace(
             self,
-            **{field.name: function(getattr(self, field.name)) for field in fields(self)},
+            **{
+                field.name: function(getattr(self, field.name))
+                for field in fields(self)
+            },
         )
 
     def rows(self, rows) -> Problem:
@@ -123,8 +126,10 @@ def make_problem(
         tail_token_ids_NM=samples_NM.masked_fill(
             tail_NV.sum(1)[:, None] < SMALLEST_SAMPLED_TAIL, -1
         ),
-        ce_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.1,
-        kd_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64) + 0.1,
+        ce_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        + 0.1,
+        kd_weight_N=torch.rand(num_rows, generator=generator, dtype=torch.float64)
+        + 0.1,
     )
 
 
@@ -163,7 +168,10 @@ def random_problem(
 
 def forget(problem: Problem, row: int, num_used: int) -> Problem:
     """`problem` with only the first `num_used` entries of `row` kept. The rest joins the teacher's tail mass."""
-    logits_NK, ids_NK = problem.topk_logits_NK.clone(), problem.topk_token_ids_NK.clone()
+    logits_NK, ids_NK = (
+        problem.topk_logits_NK.clone(),
+        problem.topk_token_ids_NK.clone(),
+    )
     tail_N = problem.tail_mass_N.clone()
     lost = torch.softmax(logits_NK[row], 0)[num_used:].sum()
     tail_N[row] = tail_N[row] + (1 - tail_N[row]) * lost

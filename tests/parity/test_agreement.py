@@ -35,7 +35,9 @@ def test_agreement_matches_transformers(ranks, tmp_path):
     )
     dataset = TokenizedDataset(data, train_tokenizer(300), 512, 300)
     examples = [
-        example for i in range(len(dataset)) if not isinstance(example := dataset[i], str)
+        example
+        for i in range(len(dataset))
+        if not isinstance(example := dataset[i], str)
     ]
     ours = ranks(1).run(compare, student, teacher, examples)[0]
 

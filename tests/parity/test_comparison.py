@@ -31,7 +31,9 @@ def loss_and_gradient(divergence, with_comparison):
     group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
     problem = mixed_rows(1.0)
     rows = teacher_rows(problem)
-    local_Nv, start, num_real = cut(problem.logits_NV, "uneven", rank, group.size(), 1e4)
+    local_Nv, start, num_real = cut(
+        problem.logits_NV, "uneven", rank, group.size(), 1e4
+    )
     leaf_Nv = local_Nv.requires_grad_()
     shard = VocabShard(start, num_real, problem.logits_NV.shape[1], group)
     losses = DistillationLoss(
@@ -69,7 +71,10 @@ def expected_rows(problem):
             continue
         q_V = torch.softmax(logits_V.double(), 0)
         outside = [token for token in range(len(q_V)) if token not in ids]
-        p = [*(torch.softmax(topk_K.double(), 0)[: len(ids)] * (1 - tail)).tolist(), tail]
+        p = [
+            *(torch.softmax(topk_K.double(), 0)[: len(ids)] * (1 - tail)).tolist(),
+            tail,
+        ]
         q = [*q_V[ids].tolist(), q_V[outside].sum().item()]
         kl = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
         entropies = [-sum(a * np.log(a) for a in side if a > 0) for side in (p, q)]
@@ -101,7 +106,9 @@ def test_the_students_first_token_is_seen_where_it_is_the_teachers():
         problem.logits_NV, problem.labels_N, VocabShard(0, 40, 40), rows
     )
     assert losses.kd_N is None
-    assert losses.compared[:, 1 + COMPARED.index("top1_agreement")].tolist() == [1, 0] * 3
+    assert (
+        losses.compared[:, 1 + COMPARED.index("top1_agreement")].tolist() == [1, 0] * 3
+    )
 
 
 def test_the_fused_loss_compares_every_block():

@@ -26,7 +26,9 @@ def plain_loss(logits_BSV, rows, config, starts) -> torch.Tensor:
         for p, s in enumerate(targets.positions_P.tolist()):
             z_V = flat_AV[start + s, :VOCAB_SIZE]
             ids = torch.tensor(targets.topk_token_ids_PK[p]).long()
-            t_K = torch.tensor(targets.topk_logits_PK[p]).double()[ids >= 0] / temperature
+            t_K = (
+                torch.tensor(targets.topk_logits_PK[p]).double()[ids >= 0] / temperature
+            )
             ids = ids[ids >= 0]
             if config.support == "renormalize":
                 p_E, q_E = t_K.softmax(0), (z_V[ids] / temperature).softmax(0)
@@ -66,12 +68,16 @@ def test_value_and_gradient_match_plain_float64(tmp_path, packed, config):
     starts = [0, lengths[0], sum(lengths[:2])] if packed else [0, 8, 16]
     generator = torch.Generator().manual_seed(0)
     shape = (*batch.tokens_BS.shape, VOCAB_SIZE + 6)  # 6 columns of padding
-    logits = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    logits = torch.randn(
+        shape, generator=generator, dtype=torch.float64
+    ).requires_grad_()
     loss = distillation_loss(logits, batch, config, vocab_size=VOCAB_SIZE)
     (found,) = torch.autograd.grad(loss, logits)
     expected = plain_loss(logits, rows, config, starts)
     (gradient,) = torch.autograd.grad(expected, logits)
-    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # the cache is float32
+    torch.testing.assert_close(
+        loss, expected, rtol=1e-6, atol=0
+    )  # the cache is float32
     torch.testing.assert_close(found, gradient, rtol=1e-5, atol=1e-9)
     total = distillation_loss(
         logits, batch, config, vocab_size=VOCAB_SIZE, reduction="sum"
@@ -102,5 +108,6 @@ def test_the_losses_need_torch_and_numpy_only():
         "print(*{name.split('.')[0] for name in sys.modules} & {'omegaconf', 'megatron', 'lightning', 'nemo', 'transformers'})"
     )
     assert (
-        subprocess.check_output([sys.executable, "-c", program], text=True).split() == []
+        subprocess.check_output([sys.executable, "-c", program], text=True).split()
+        == []
     )

@@ -58,7 +58,9 @@ def run(path: str, layout: Layout, packed: bool) -> Rows:
     """Logits at this rank's positions. The first replica has three batches, the last one, those between only filler."""
     model, groups, multiple_of = load_model(path, layout)
     last = groups.data_rank == groups.data_size - 1
-    mine = (BATCHES[:3] if groups.data_rank == 0 else []) + (BATCHES[3:] if last else [])
+    mine = (BATCHES[:3] if groups.data_rank == 0 else []) + (
+        BATCHES[3:] if last else []
+    )
     form = pack if packed else collate
     rows: Rows = {}
     for number in range(3 if groups.lockstep_lanes > 1 else len(mine)):
@@ -73,7 +75,8 @@ def run(path: str, layout: Layout, packed: bool) -> Rows:
             continue
         local, whole = loss_positions(batch, groups)
         logits = (
-            hidden_at(hidden, local, len(batch.tokens_BS), model) @ output_weight(model).T
+            hidden_at(hidden, local, len(batch.tokens_BS), model)
+            @ output_weight(model).T
         )
         parts = [torch.empty_like(logits) for _ in range(groups.tensor_size)]
         torch.distributed.all_gather(parts, logits, group=groups.tensor)

@@ -120,11 +120,15 @@ def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
     for number, (definition, block_rows) in enumerate(cases):
         expected = dense_fused(fused_problem(definition.teacher_scale), definition)
         found = [
-            [torch.from_numpy(array) for array in results[number]] for results in per_rank
+            [torch.from_numpy(array) for array in results[number]]
+            for results in per_rank
         ]
         name = f"{definition}, blocks of {block_rows}"
         close = functools.partial(
-            torch.testing.assert_close, rtol=1e-11, atol=1e-11, msg=f"{name}: {{}}".format
+            torch.testing.assert_close,
+            rtol=1e-11,
+            atol=1e-11,
+            msg=f"{name}: {{}}".format,
         )
         for total, ce_N, kd_N, _, _ in found:
             close(total, expected[0])
@@ -156,7 +160,9 @@ def test_fused_equals_the_losses_on_logits(upstream):
     """Without main_grad any gradient may come in."""
     fused = fused_problem()
     weight_VH = fused.weight_VH.clone().requires_grad_()
-    hidden_NH, total, losses = _run_alone(fused, weight_VH, ce_weight=2.0, kd_weight=3.0)
+    hidden_NH, total, losses = _run_alone(
+        fused, weight_VH, ce_weight=2.0, kd_weight=3.0
+    )
     (total * upstream).backward()
     hidden2_NH, weight2_VH = (
         t.clone().requires_grad_() for t in (fused.hidden_NH, fused.weight_VH)
@@ -180,7 +186,9 @@ def test_fused_equals_the_losses_on_logits(upstream):
         (hidden_NH.grad, hidden2_NH.grad),
         (weight_VH.grad, weight2_VH.grad),
     ):
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_main_grad_accumulates():
@@ -255,11 +263,15 @@ def test_values_need_no_gradient():
         )
     expected = dense_fused(fused, DEFAULT)
     for ours, theirs in zip((total, losses.ce_N, losses.kd_N), expected, strict=False):
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12
+        )
 
 
 def test_no_gradient_of_a_frozen_weight_is_computed(monkeypatch):
-    monkeypatch.setattr(fused_linear, "_add_product", lambda *_: pytest.fail("computed"))
+    monkeypatch.setattr(
+        fused_linear, "_add_product", lambda *_: pytest.fail("computed")
+    )
     fused = fused_problem()
     weight_VH = fused.weight_VH.clone()
     weight_VH.main_grad = torch.full_like(weight_VH, 7.0)
@@ -319,7 +331,9 @@ def test_without_a_teacher():
         (hidden_NH.grad, hidden2_NH.grad),
         (weight_VH.grad, weight2_VH.grad),
     ):
-        torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            ours.detach(), theirs.detach(), rtol=1e-12, atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -334,7 +348,8 @@ def test_low_precision(dtype):
     )
     total.backward()
     problem = replace(
-        fused.problem, logits_NV=rounded.hidden_NH.double() @ rounded.weight_VH.double().T
+        fused.problem,
+        logits_NV=rounded.hidden_NH.double() @ rounded.weight_VH.double().T,
     )
     expected = dense_fused(
         Fused(problem, rounded.hidden_NH.double(), rounded.weight_VH.double()), DEFAULT

@@ -53,7 +53,8 @@ LENGTHS = ((1, 7, 40, 129), (200,), (33, 2, 64), (5,))
 
 Layout = dict[str, int | bool]
 TP, PP, CP = (
-    {f"{name}_parallel_size": 2} for name in ("tensor_model", "pipeline_model", "context")
+    {f"{name}_parallel_size": 2}
+    for name in ("tensor_model", "pipeline_model", "context")
 )
 SP = {"sequence_parallel": True}
 LAYOUTS: dict[int, dict[str, Layout]] = {
@@ -133,7 +134,8 @@ def run(
             continue
         mine, whole = loss_positions(batch, groups, every)
         logits = (
-            hidden_at(hidden, mine, len(batch.tokens_BS), model) @ output_weight(model).T
+            hidden_at(hidden, mine, len(batch.tokens_BS), model)
+            @ output_weight(model).T
         )
         assert torch.allclose(
             project(model, hidden).flatten(0, 1)[mine],
@@ -255,7 +257,8 @@ def test_archives_load_in_stages(ranks, models, reference, tmp_path):
     for name in ("qwen2_tied", "qwen3"):
         archive = str(tmp_path / f"{name}.nemo")
         ranks(1).run(
-            convert, ConvertCheckpointConfig(input_path=models[name], output_path=archive)
+            convert,
+            ConvertCheckpointConfig(input_path=models[name], output_path=archive),
         )
         results = ranks(4).run(run, archive, PP | TP, True)
         assert largest_difference(results, reference[name]) < TOLERANCE

@@ -110,7 +110,10 @@ def test_gradient_goes_into_the_logits_memory_unless_they_are_a_leaf():
         logits_NV = leaf_NV if is_leaf else leaf_NV.clone()
         logits_NV.register_hook(lambda gradient: addresses.append(gradient.data_ptr()))
         losses = loss(
-            logits_NV, problem.labels_N, whole_vocabulary(problem), teacher_rows(problem)
+            logits_NV,
+            problem.labels_N,
+            whole_vocabulary(problem),
+            teacher_rows(problem),
         )
         (losses.ce_N.sum() + losses.kd_N.sum()).backward()
         assert (addresses[-1] == logits_NV.data_ptr()) is not is_leaf
@@ -209,7 +212,9 @@ def test_only_one_of_the_two_losses_may_be_used():
             leaf_NV.clone(), one.labels_N, whole_vocabulary(one), teacher_rows(one)
         )
         chosen_N = (
-            losses.ce_N * one.ce_weight_N if ce_weight else losses.kd_N * one.kd_weight_N
+            losses.ce_N * one.ce_weight_N
+            if ce_weight
+            else losses.kd_N * one.kd_weight_N
         )
         chosen_N.sum().backward()
         torch.testing.assert_close(
@@ -227,7 +232,9 @@ def test_without_a_teacher_there_is_cross_entropy_only(divergence):
     )
     (losses.ce_N * problem.ce_weight_N).sum().backward()
     assert losses.kd_N is None
-    torch.testing.assert_close(losses.ce_N.detach(), expected_ce, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        losses.ce_N.detach(), expected_ce, rtol=1e-12, atol=1e-12
+    )
     torch.testing.assert_close(leaf_NV.grad, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -362,7 +369,9 @@ def test_nan_on_one_rank_is_nan_on_all(ranks):
                 assert gradient_nan, (name, column)
 
 
-def _refused_on_rank(fields: dict, labels_N: torch.Tensor, definition: Definition) -> str:
+def _refused_on_rank(
+    fields: dict, labels_N: torch.Tensor, definition: Definition
+) -> str:
     group, problem = torch.distributed.group.WORLD, mixed_rows(1.0)
     local_Nv, start, num_real = cut(
         problem.logits_NV, "uneven", torch.distributed.get_rank(), group.size(), 0.0
@@ -427,7 +436,9 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
     for fields, wrong_labels, definition, message in hostile:
         for found in ranks(2).run(_refused_on_rank, fields, wrong_labels, definition):
             assert found != "not refused", (fields, definition)
-            assert pytest.raises(ValueError, match=message).matches(ValueError(found)), (
+            assert pytest.raises(ValueError, match=message).matches(
+                ValueError(found)
+            ), (
                 message,
                 found,
             )
@@ -458,7 +469,8 @@ def test_fields_that_an_objective_does_not_need_may_be_missing():
     )
     for one in every_definition([(0.5, 2.0)]):
         needed = {
-            name: getattr(whole, name) for name in Divergence(**one.of_divergence()).needs
+            name: getattr(whole, name)
+            for name in Divergence(**one.of_divergence()).needs
         }
         if "tail_mass_PT" in needed:
             needed["temperatures"] = whole.temperatures

@@ -20,12 +20,19 @@ from tests.parity.dense_losses import (
     make_problem,
     random_problem,
 )
-from tests.parity.test_losses import loss_of, solve_alone, teacher_rows, whole_vocabulary
+from tests.parity.test_losses import (
+    loss_of,
+    solve_alone,
+    teacher_rows,
+    whole_vocabulary,
+)
 
 TEMPERATURES = [1.0, 0.5, 2.0]
 
 
-def _kd_of(problem: Problem, definition: Definition) -> tuple[torch.Tensor, torch.Tensor]:
+def _kd_of(
+    problem: Problem, definition: Definition
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(kd_N, its gradient for the weight 1 at every row)."""
     ones = torch.ones_like(problem.kd_weight_N)
     _, kd_N, gradient_NV = solve_alone(
@@ -116,7 +123,10 @@ def test_float32_is_exact_where_the_student_is_nearly_all_inside_or_outside(
     _, expected_kd, expected = dense_losses(problem, definition)
     _, kd_N, gradient_NV = solve_alone(problem, definition)
     torch.testing.assert_close(kd_N.double(), expected_kd, rtol=1e-5, atol=0)
-    error_N, size_N = (gradient_NV.double() - expected).norm(dim=1), expected.norm(dim=1)
+    error_N, size_N = (
+        (gradient_NV.double() - expected).norm(dim=1),
+        expected.norm(dim=1),
+    )
     assert error_N.norm() <= 1e-6 * size_N.norm()
     # Where the student is nearly all outside, a bounded objective has next to no gradient.
     assert (error_N <= 5e-6 * size_N + (0 if inside else 1e-7)).all(), error_N / size_N
@@ -160,7 +170,8 @@ def test_divergences_are_not_negative_and_0_at_equality(
         else:
             assert kd_N.max() <= (distance * temperature_scale) ** 2 + rounding
             assert (
-                gradient_NV.abs().max() <= 2 * distance * temperature_scale**2 + rounding
+                gradient_NV.abs().max()
+                <= 2 * distance * temperature_scale**2 + rounding
             )
 
 
@@ -206,7 +217,8 @@ def test_tail_sees_the_mass_outside_the_kept_ids_that_renormalize_does_not(objec
 def test_jsd_and_tvd_are_bounded(support):
     problem = random_problem(64, 40, 6, spread=30.0, seed=8)
     apart = replace(
-        problem, logits_NV=problem.logits_NV.scatter(1, problem.topk_token_ids_NK, -500.0)
+        problem,
+        logits_NV=problem.logits_NV.scatter(1, problem.topk_token_ids_NK, -500.0),
     )
     for one in (problem, apart, _all_mass_outside()):
         for beta in (0.1, 0.5, 0.9):
@@ -309,7 +321,9 @@ def _roll(
         for a, b in sorted(pairs):
             running += a
             gaps[running <= 0.5] += abs(a - b)
-        return (gaps[False] * forward + gaps[True] * reverse) / (gaps[True] + gaps[False])
+        return (gaps[False] * forward + gaps[True] * reverse) / (
+            gaps[True] + gaps[False]
+        )
     return {
         "forward_kl": forward,
         "reverse_kl": reverse,
@@ -327,7 +341,9 @@ def _roll(
 
 
 @pytest.mark.parametrize("objective", [name for name in OBJECTIVES if name != "tvd"])
-@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(1.0, 1.0), (2.0, 0.5)])
+@pytest.mark.parametrize(
+    ("temperature", "teacher_temperature"), [(1.0, 1.0), (2.0, 0.5)]
+)
 def test_renormalize_equals_roll(objective, temperature, teacher_temperature):
     problem = random_problem(16, 40, 6, seed=12)
     scales = (1 / temperature, 1 / (temperature * teacher_temperature))
@@ -368,7 +384,9 @@ def test_label_objectives_equal_slime():
             )
             assert float(kd_N) == pytest.approx(value, rel=1e-12, abs=1e-12)
             gradient_V = derivative * (onehot_V - log_q_NV[row].exp())
-            torch.testing.assert_close(gradient_NV[0], gradient_V, rtol=1e-11, atol=1e-12)
+            torch.testing.assert_close(
+                gradient_NV[0], gradient_V, rtol=1e-11, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize(
@@ -417,7 +435,8 @@ def test_the_gradient_of_tail_is_nearer_to_the_whole_teacher_than_that_of_renorm
     generator = torch.Generator().manual_seed(16)
     teacher_NV = torch.randn(64, 200, generator=generator, dtype=torch.float64) * 2
     student_NV = (
-        teacher_NV + torch.randn(64, 200, generator=generator, dtype=torch.float64) * 0.5
+        teacher_NV
+        + torch.randn(64, 200, generator=generator, dtype=torch.float64) * 0.5
     )
     ids_NK = teacher_NV.topk(20).indices
     problem = make_problem(teacher_NV, student_NV, ids_NK, ids_NK[:, 0])

@@ -71,7 +71,10 @@ def teacher_rows(problem: Problem) -> TeacherRows[torch.Tensor]:
 def loss_of(definition: Definition, compile: bool = False) -> DistillationLoss:
     divergence = Divergence(**definition.of_divergence())
     return DistillationLoss(
-        divergence, definition.label_smoothing, definition.z_loss_weight, compile=compile
+        divergence,
+        definition.label_smoothing,
+        definition.z_loss_weight,
+        compile=compile,
     )
 
 
@@ -144,7 +147,8 @@ def assert_cases_match(
     faults = []
     for number, (case, expected) in enumerate(references(make_cases)):
         found = [
-            [torch.from_numpy(array) for array in results[number]] for results in per_rank
+            [torch.from_numpy(array) for array in results[number]]
+            for results in per_rank
         ]
         gradient_NV = join(
             [gradient for _, _, gradient in found],
@@ -166,7 +170,9 @@ def assert_cases_match(
         masked = (case.problem.ce_weight_N == 0) & (case.problem.kd_weight_N == 0)
         if gradient_NV[masked].any():
             faults.append(f"{case.name}: masked rows have a gradient")
-    assert not faults, f"{len(faults)} of {len(per_rank[0])} cases:\n" + "\n".join(faults)
+    assert not faults, f"{len(faults)} of {len(per_rank[0])} cases:\n" + "\n".join(
+        faults
+    )
 
 
 @functools.cache
@@ -187,7 +193,9 @@ def mixed_rows(teacher_scale: float) -> Problem:
 
 
 def every_definition(scales: list[tuple[float, float]] = SCALES) -> list[Definition]:
-    scaled = [Definition(*pair, *scale) for pair, scale in product(COMBINATIONS, scales)]
+    scaled = [
+        Definition(*pair, *scale) for pair, scale in product(COMBINATIONS, scales)
+    ]
     return scaled + [Definition(*pair) for pair in UNSCALED]
 
 
@@ -198,7 +206,10 @@ def name_of(definition: Definition) -> str:
 def objective_cases() -> list[Case]:
     return [
         Case(
-            name_of(definition), mixed_rows(definition.teacher_scale), definition, layout
+            name_of(definition),
+            mixed_rows(definition.teacher_scale),
+            definition,
+            layout,
         )
         for layout, definition in product(("uneven", "even"), every_definition())
     ]
@@ -268,7 +279,8 @@ def shape_cases() -> list[Case]:
         )
         if one.support == "sampled" and k == vocab_size:
             problem = replace(
-                problem, tail_token_ids_NM=torch.full_like(problem.tail_token_ids_NM, -1)
+                problem,
+                tail_token_ids_NM=torch.full_like(problem.tail_token_ids_NM, -1),
             )
         # Without a tail the bucket adds 1e-12 times a logarithm that a smallest number keeps finite.
         tolerance = 2e-9 if k == vocab_size and one.support == "tail" else 1e-12

@@ -89,7 +89,9 @@ def reference(models) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("tensor_model_parallel_size", [1, 2])
-def test_logits_match_transformers(ranks, models, reference, tensor_model_parallel_size):
+def test_logits_match_transformers(
+    ranks, models, reference, tensor_model_parallel_size
+):
     ids, expected = reference
     paths = {name: str(path) for name, path in models.items()}
     for result in ranks(tensor_model_parallel_size).run(

@@ -29,7 +29,9 @@ def _everything(probabilities_NK):
 
 def _logits(num_rows: int, vocab_size: int, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64) * 3
+    return (
+        torch.randn(num_rows, vocab_size, generator=generator, dtype=torch.float64) * 3
+    )
 
 
 def _run(
@@ -138,7 +140,8 @@ def test_a_projection_of_lower_precision_is_as_good_as_its_logits(
         close(found.topk_logits_PK, shifted.topk(20).values)
         close(found.log_sum_exp_logits_P, shifted.logsumexp(-1))
         close(
-            found.label_logprobs_P, exact.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+            found.label_logprobs_P,
+            exact.log_softmax(-1).gather(1, labels[:, None])[:, 0],
         )
 
 
@@ -197,10 +200,14 @@ def test_no_row_and_one_row(ranks, num_rows):
             run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32
         ):
             assert {
-                len(values) for values in vars(found).values() if torch.is_tensor(values)
+                len(values)
+                for values in vars(found).values()
+                if torch.is_tensor(values)
             } == {num_rows}
             assert [
-                values.shape[1] for values in found.arrays().values() if values.dim() == 2
+                values.shape[1]
+                for values in found.arrays().values()
+                if values.dim() == 2
             ] == [
                 4,
                 4,
@@ -241,7 +248,9 @@ def test_the_largest_of_a_large_vocabulary_are_exact(top_k, dtype):
 
 def test_topk_orders_ties_alike_in_every_layout(ranks):
     logits = _logits(4, 40).round()  # many equal logits
-    reference = ranks(1).run(partial(_run_logits, top_k=40), logits, 40, torch.float32)[0]
+    reference = ranks(1).run(partial(_run_logits, top_k=40), logits, 40, torch.float32)[
+        0
+    ]
     equal = reference.topk_logits_PK.diff() == 0
     assert equal.any()
     assert (reference.topk_token_ids_PK.diff()[equal] > 0).all()
@@ -377,7 +386,11 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     p_tail = logits.index_fill(1, kept, float("-inf")).softmax(-1)
     borders = (p_tail.cumsum(-1)[:, :-1] / p_tail.sum(-1, keepdim=True)).flatten()
     numbers = torch.stack(
-        [borders, borders.nextafter(torch.zeros(())), borders.nextafter(torch.ones(()))],
+        [
+            borders,
+            borders.nextafter(torch.zeros(())),
+            borders.nextafter(torch.ones(())),
+        ],
         dim=1,
     )
     uniforms = torch.stack([numbers.flatten(), torch.zeros(numbers.numel())], dim=1)
@@ -403,7 +416,9 @@ def test_logits_of_lower_precision_draw_the_same_ids_in_every_layout(ranks, dtyp
     uniforms = torch.from_numpy(tail_uniforms(1, 0, 100, 4))
     run = partial(_run_logits, top_k=8, uniforms_NU=uniforms)
     reference = ranks(1).run(run, logits, 1000, dtype)[0]
-    p_tail = logits.double().softmax(-1).scatter(1, reference.topk_token_ids_PK.long(), 0)
+    p_tail = (
+        logits.double().softmax(-1).scatter(1, reference.topk_token_ids_PK.long(), 0)
+    )
     torch.testing.assert_close(
         reference.tail_mass_PT[:, 0].double(), p_tail.sum(-1), rtol=1e-6, atol=0
     )
@@ -443,7 +458,9 @@ def test_random_numbers_depend_on_seed_example_and_position_alone():
     assert (tail_uniforms(2**64 - 1, 2, 5, 3) != tail_uniforms(0, 2, 5, 3)).all()
 
 
-@pytest.mark.parametrize(("certainty", "vocab_size"), [(0.0, 60), (9.0, 60), (0.0, 300)])
+@pytest.mark.parametrize(
+    ("certainty", "vocab_size"), [(0.0, 60), (9.0, 60), (0.0, 300)]
+)
 def test_head_and_samples_are_an_unbiased_estimate(certainty, vocab_size):
     """The mean over many draws of any function's estimate is its exact expectation; without the tail it is not."""
     num_draws, num_samples = 40_000, 3
@@ -486,9 +503,13 @@ def test_samples_follow_the_tail():
     expected = logits.softmax(-1)[0].scatter(0, top_ids[0, :2], 0)
     expected = expected / expected.sum()
     uniforms = torch.from_numpy(tail_uniforms(0, 0, num_draws, 1))
-    found = _alone(logits.expand(num_draws, -1), top_k=6, kept=kept, uniforms_NU=uniforms)
+    found = _alone(
+        logits.expand(num_draws, -1), top_k=6, kept=kept, uniforms_NU=uniforms
+    )
     assert (found.topk_token_ids_PK >= 0).sum() == 2 * num_draws
-    counts = torch.bincount(found.tail_token_ids_PM[:, 0], minlength=vocab_size).double()
+    counts = torch.bincount(
+        found.tail_token_ids_PM[:, 0], minlength=vocab_size
+    ).double()
     often = expected * num_draws > 5
     chi_square = (
         (counts - expected * num_draws)[often] ** 2 / (expected * num_draws)[often]

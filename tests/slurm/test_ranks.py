@@ -84,7 +84,9 @@ def test_two_steps_of_a_job_at_a_time(tmp_path):
 
 
 def test_one_task_in_a_container_starts_its_ranks(tmp_path):
-    variables = "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29531"
+    variables = (
+        "RANK=0 LOCAL_RANK=0 WORLD_SIZE=1 MASTER_ADDR=127.0.0.1 MASTER_PORT=29531"
+    )
     assert sorted(in_job(tmp_path, f"srun -n1 env {variables} RUN").splitlines()) == [
         "rank 0 of 2",
         "rank 1 of 2",

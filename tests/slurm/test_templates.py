@@ -136,7 +136,9 @@ class Cluster:
                     task["Reason"] == "BeginTime" and run not in started
                 ):  # two minutes after a requeue, by default
                     started.add(run)
-                    _output(["scontrol", "update", f"JobId={number}", "StartTime=now+2"])
+                    _output(
+                        ["scontrol", "update", f"JobId={number}", "StartTime=now+2"]
+                    )
             states = {
                 number: (task["JobState"], int(task["Restarts"]))
                 for number, task in tasks.items()
@@ -201,7 +203,8 @@ def test_array_tasks_are_shards_of_one_cache(cluster):
     }
     for key in keys.values():
         assert (
-            key["output_path"] == f"{cluster.cache}/train_with_logits_CHUNK_ID.jsonl.zst"
+            key["output_path"]
+            == f"{cluster.cache}/train_with_logits_CHUNK_ID.jsonl.zst"
         )
         assert key["n_examples_per_chunk"] == "10000"
         assert key["data.max_tokens_per_batch"] == "16384"
@@ -220,7 +223,9 @@ def test_an_interrupted_task_runs_again_and_no_other(cluster):
         "1": ("FAILED", 0),
         "2": ("COMPLETED", 1),
     }
-    runs = [(task, restarts, keys["shard"]) for _, task, restarts, keys in cluster.log()]
+    runs = [
+        (task, restarts, keys["shard"]) for _, task, restarts, keys in cluster.log()
+    ]
     assert sorted(runs) == [
         ("0", "0", "0/3"),
         ("1", "0", "1/3"),
@@ -287,7 +292,9 @@ def test_tasks_that_are_no_range_are_refused(cluster):
 def test_the_student_waits_for_requeued_shards(cluster):
     jobs = cluster.submit_all(NUM_SHARDS="2", STATUS_1="75")
     for name in ("train", "validation", "student"):
-        assert {state for state, _ in cluster.wait(jobs[name]).values()} == {"COMPLETED"}
+        assert {state for state, _ in cluster.wait(jobs[name]).values()} == {
+            "COMPLETED"
+        }
     runs = [(command, keys.get("shard")) for command, _, _, keys in cluster.log()]
     assert runs[-1] == ("train_gpt_knowledge_distillation", None)
     assert sorted(shard for _, shard in runs[:-1]) == ["0/1", "0/2", "1/2", "1/2"]

@@ -89,7 +89,10 @@ def test_keys_of_any_type_take_what_the_grammar_cannot_read(path):
 def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     assert value_of("top_k", "7", ComputeTopkLogitsConfig) == 7
     assert value_of("end_at_idx", "null", ComputeTopkLogitsConfig) is None
-    assert value_of("cache.temperatures", "[1.0, 2]", ComputeTopkLogitsConfig) == [1.0, 2]
+    assert value_of("cache.temperatures", "[1.0, 2]", ComputeTopkLogitsConfig) == [
+        1.0,
+        2,
+    ]
     assert value_of("output_path", "'a=b'", ConvertCheckpointConfig) == "a=b"
     assert value_of(
         "model.data.data_prefix",
@@ -110,7 +113,11 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
     [
         (ComputeTopkLogitsConfig, "top_k 5", "top_k: arguments are given as key=value"),
         (TrainStudentConfig, "--lr 1e-4", "--lr: arguments are given as key=value"),
-        (TrainStudentConfig, "--lr 1e-4", "(did you mean model.optim.lr?); --help lists"),
+        (
+            TrainStudentConfig,
+            "--lr 1e-4",
+            "(did you mean model.optim.lr?); --help lists",
+        ),
         (TrainStudentConfig, "--num-train-epochs=3", "distillation.max_epochs?"),
         (ConvertCheckpointConfig, "a b", "a: arguments are given as key=value"),
         (ComputeTopkLogitsConfig, "1x=3", "1x: arguments are given as key=value"),

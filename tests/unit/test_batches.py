@@ -111,7 +111,8 @@ def test_the_largest_micro_batch_is_halved_for_the_ranks_to_have_equally_many():
     )
     assert (first, second) == ([[0], [1]], [[3, 4, 5], [2]])
     alone = [
-        MicroBatches(Lengths(lengths), rank, 2, 1, 60, True).share([0]) for rank in (0, 1)
+        MicroBatches(Lengths(lengths), rank, 2, 1, 60, True).share([0])
+        for rank in (0, 1)
     ]
     assert alone == [[[0]], [[]]]
 

@@ -181,7 +181,10 @@ def test_what_can_work_passes(here):
             "model.global_batch_size: 3 must be a multiple of",
         ),
         (lambda: student(devices=3, tensor=2), "does not divide the 3 ranks"),
-        (lambda: ConvertCheckpointConfig("none", "b"), "input_path: none does not exist"),
+        (
+            lambda: ConvertCheckpointConfig("none", "b"),
+            "input_path: none does not exist",
+        ),
         (
             lambda: ConvertCheckpointConfig("model", "file"),
             "output_path: {here}/file exists; give another path or overwrite",

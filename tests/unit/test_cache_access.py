@@ -54,7 +54,9 @@ def test_loader_workers_give_the_same_batches(tmp_path, method):
         )
 
     here, there = load(0), load(2)
-    found = [[micro_batch.indices_B.tolist() for micro_batch in batch] for batch in there]
+    found = [
+        [micro_batch.indices_B.tolist() for micro_batch in batch] for batch in there
+    ]
     assert found == [[[7], [5]], [[4]], [[3], [-1]], [[1], [1]]]
     here, there = here + load(0, 9), there + load(2, 9)
     for ours, theirs in zip(sum(here, []), sum(there, []), strict=True):

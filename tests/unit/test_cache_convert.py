@@ -65,7 +65,9 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
     )
     for position in range(9):
         expected = row(position)
-        assert np.array_equal(found[position].example.tokens_S, expected.example.tokens_S)
+        assert np.array_equal(
+            found[position].example.tokens_S, expected.example.tokens_S
+        )
         ours, theirs = found[position].loss_rows(), expected.loss_rows()
         p, q = (
             np.exp(t.topk_logits_PK - t.log_sum_exp_logits_P[:, None]).sum(1)
@@ -80,7 +82,9 @@ def test_chunks_without_indices_are_numbered_through(tmp_path):
     assert problems(target) == []
 
 
-def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(tmp_path):
+def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(
+    tmp_path,
+):
     (tmp_path / "a.jsonl").write_text(aligner_lines(range(3)))
     with pytest.raises(
         CacheError,
@@ -93,12 +97,15 @@ def test_ids_beyond_the_vocabulary_are_refused_and_a_manifest_is_not_overruled(t
             vocab_size=20,
         )
     source = CacheReader(str(write(tmp_path / "cache")))
-    with pytest.raises(CacheError, match="its manifest records vocabulary and tokenizer"):
+    with pytest.raises(
+        CacheError, match="its manifest records vocabulary and tokenizer"
+    ):
         convert(source, str(tmp_path / "d.jsonl.zst"), ALL, vocab_size=50)
     with pytest.raises(CacheError, match="is the source; give another target"):
         convert(source, source.path, ALL)
     with pytest.raises(
-        CacheError, match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which choose"
+        CacheError,
+        match="e.zst: ends in none of .jsonl.zst, .jsonl, .json, which choose",
     ):
         convert(source, str(tmp_path / "e.zst"), ALL)
 
@@ -152,7 +159,9 @@ def distributions(length: int, vocab_size: int = 30) -> list[dict[int, float]]:
 
 
 @pytest.mark.parametrize("with_ranks", [True, False])
-def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, with_ranks):
+def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(
+    tmp_path, with_ranks
+):
     told, labels = distributions(40), np.random.default_rng(1).integers(30, size=40)
     labels[:3] = [max(told[s], key=told[s].get) for s in range(3)]
     found = [entries(5, int(label), p) for label, p in zip(labels, told, strict=True)]
@@ -161,7 +170,10 @@ def test_what_vllm_tells_of_the_label_does_not_decide_what_is_kept(tmp_path, wit
             {token: {"logprob": facts["logprob"]} for token, facts in entry.items()}
             for entry in found
         ]
-    line = {"prompt_token_ids": [7, *labels.tolist()], "prompt_logprobs": [None, *found]}
+    line = {
+        "prompt_token_ids": [7, *labels.tolist()],
+        "prompt_logprobs": [None, *found],
+    }
     (tmp_path / "v.jsonl").write_text(json.dumps(line) + "\n")
     teacher = VllmRows(str(tmp_path / "v.jsonl"))[0].teacher
     for s, p in enumerate(told):
@@ -188,11 +200,12 @@ def test_a_short_prompt_whose_labels_are_all_unlikely(tmp_path):
         "8": {"logprob": math.log(0.6), "rank": 1},
     }
     (tmp_path / "v.jsonl").write_text(
-        json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]}) + "\n"
+        json.dumps({"prompt_token_ids": [3, 4], "prompt_logprobs": [None, entry]})
+        + "\n"
     )
-    assert VllmRows(str(tmp_path / "v.jsonl"))[0].teacher.topk_token_ids_PK.tolist() == [
-        [8]
-    ]
+    assert VllmRows(str(tmp_path / "v.jsonl"))[
+        0
+    ].teacher.topk_token_ids_PK.tolist() == [[8]]
 
 
 LINE = {

@@ -61,7 +61,9 @@ def test_a_flip_of_any_byte_is_found_and_costs_a_plain_line_only(tmp_path, name)
         report = verify_chunk(chunk)
         assert report.problems
         if name.endswith("jsonl"):  # a flipped line break makes one line of two
-            assert report.found.examples >= (8 if whole[position] == 10 else 9), position
+            assert report.found.examples >= (8 if whole[position] == 10 else 9), (
+                position
+            )
 
 
 def test_damage_that_looks_like_a_torn_end_is_not_cut(tmp_path):
@@ -117,7 +119,9 @@ def test_a_whole_last_line_without_its_line_break_is_kept(tmp_path, with_manifes
     if not with_manifest:
         (tmp_path / "t.manifest.json").unlink()
     path.write_bytes(whole[:-1])
-    assert any("the last line has no line break" in problem for problem in problems(path))
+    assert any(
+        "the last line has no line break" in problem for problem in problems(path)
+    )
     assert "the break was added" in repair(str(path), dry_run=True)[0]
     assert path.read_bytes() == whole[:-1]
     assert "the break was added" in repair(str(path))[0]

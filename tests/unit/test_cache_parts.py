@@ -223,9 +223,7 @@ def test_segments_that_another_part_removes_meanwhile_are_not_missing(
     read, looks = segment_module.read_segment, []
 
     def read_late(path):
-        if (
-            not looks
-        ):  # `one` begins to look for its segments, and `other` puts all chunks together
+        if not looks:  # `one` begins to look for its segments, and `other` puts all chunks together
             looks.append(path)
             monkeypatch.setattr(segment_module, "read_segment", read)
             other.assemble_complete()

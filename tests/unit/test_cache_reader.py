@@ -26,7 +26,12 @@ NAMES = ("train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst")
 
 
 def dataset(count: int) -> dict[str, object]:
-    return {"path": "d", "fingerprint": "f", "start_from_idx": 0, "end_at_idx": count - 1}
+    return {
+        "path": "d",
+        "fingerprint": "f",
+        "start_from_idx": 0,
+        "end_at_idx": count - 1,
+    }
 
 
 def indices(reader) -> list[int]:
@@ -71,7 +76,9 @@ def test_rows_without_their_manifest_are_those_of_plain_json(tmp_path):
                 "tokens": found.example.tokens_S.tolist(),
             }
         )
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
     reader = CacheReader(str(tmp_path / "x.jsonl"))
     assert reader.manifests == []
     assert all(same(reader[index], row(index, 4)) for index in range(3))
@@ -88,12 +95,16 @@ def test_reading_a_row_touches_its_own_bytes_only(tmp_path, monkeypatch, name):
     monkeypatch.setattr(
         os,
         "pread",
-        lambda fd, size, offset: reads.append((size, offset)) or pread(fd, size, offset),
+        lambda fd, size, offset: (
+            reads.append((size, offset)) or pread(fd, size, offset)
+        ),
     )
     reader[6]
     assert len(reads) == 1
     size, offset = reads[0]
-    raw = (tmp_path / name.replace("CHUNK_ID", "1")).read_bytes()[offset : offset + size]
+    raw = (tmp_path / name.replace("CHUNK_ID", "1")).read_bytes()[
+        offset : offset + size
+    ]
     if name.endswith(".zst"):
         raw = zstandard.ZstdDecompressor().decompress(raw)
     assert json.loads(raw)["index"] == 6
@@ -206,7 +217,9 @@ def test_an_edited_file_is_noticed(tmp_path):
     as_format_2(path)
     content = data.read_bytes()
     lines = content.splitlines(keepends=True)
-    data.write_bytes(b"".join([lines[1], lines[0], *lines[2:]]))  # same size, other order
+    data.write_bytes(
+        b"".join([lines[1], lines[0], *lines[2:]])
+    )  # same size, other order
     (tmp_path / "train_0.jsonl.idx").unlink()
     with pytest.raises(
         CacheError,
@@ -254,7 +267,9 @@ def test_damage_is_found(tmp_path):
         CacheReader(str(tmp_path / "nothing.jsonl"))
     whole = (tmp_path / "train_2.jsonl").read_bytes()
     (tmp_path / "train_2.jsonl").write_bytes(whole[:-10])
-    with pytest.raises(CacheError, match=r"train_2\.jsonl: .* bytes, but its index says"):
+    with pytest.raises(
+        CacheError, match=r"train_2\.jsonl: .* bytes, but its index says"
+    ):
         CacheReader(str(path))
     torn = tmp_path / "torn.jsonl"
     torn.write_bytes(whole[:-10])
@@ -312,7 +327,10 @@ def test_ids_outside_a_smaller_vocabulary_join_the_tail(tmp_path):
     assert CacheReader(str(path)).max_topk_id >= 30
     dropped = 0
     for position in range(10):
-        ours, original = reader[position].teacher, row(position, 3 + position % 4).teacher
+        ours, original = (
+            reader[position].teacher,
+            row(position, 3 + position % 4).teacher,
+        )
         for s in range(len(ours.log_sum_exp_logits_P)):
             ids = original.topk_token_ids_PK[s]
             expected = [int(i) for i in ids if i < 30]
@@ -426,7 +444,9 @@ def test_a_packed_chunk_tells_without_a_manifest_that_it_is_packed(tmp_path):
 def test_ids_beyond_the_manifests_vocabulary_are_refused(tmp_path, codec):
     write(tmp_path, codec=codec)
     path = tmp_path / "train_manifest.json"
-    path.write_bytes(path.read_bytes().replace(b'"vocab_size": 50', b'"vocab_size": 20'))
+    path.write_bytes(
+        path.read_bytes().replace(b'"vocab_size": 50', b'"vocab_size": 20')
+    )
     reader = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl"))
     with pytest.raises(
         CacheError,

@@ -215,7 +215,15 @@ def test_levels_are_the_nearest_ones_and_the_error_follows_the_design():
 def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
     original = row(5, length, k=20, cache=cache, temperatures=(1.0, 0.5, 2.0))
     line = json.loads(encode(original, "packed", cache.positions))
-    assert set(line) == {"v", "index", "hash", "tokens", "labels", "loss_mask", "teacher"}
+    assert set(line) == {
+        "v",
+        "index",
+        "hash",
+        "tokens",
+        "labels",
+        "loss_mask",
+        "teacher",
+    }
     decoded = decode(json.dumps(line).encode(), "x:1")
     assert len(decoded.teacher) == (
         length if cache.positions == "all" else decoded.example.num_loss_tokens
@@ -299,7 +307,9 @@ def test_errors_stay_below_the_bound_of_the_format(spread):
     original = dense_row(spread)
     decoded = decode(encode(original, "packed"), "file:1")
     original = in_order_of(original, decoded.teacher.topk_token_ids_PK, np.arange(300))
-    found, exact = (np.maximum(logprobs(one.teacher), -58) for one in (decoded, original))
+    found, exact = (
+        np.maximum(logprobs(one.teacher), -58) for one in (decoded, original)
+    )
     nats = 0.25 - found
     step = np.where(nats > 10, 0.5, np.minimum(np.exp(nats / 2) / 64, 1 / 8))
     step[:, 0] *= 3
@@ -338,7 +348,9 @@ def test_an_extreme_teacher_survives():
 
 def test_tail_samples_come_back():
     original = row(1, 9, cache=CacheConfig())
-    samples = np.sort(np.random.default_rng(0).integers(60, 120_000, size=(9, 4)), axis=1)
+    samples = np.sort(
+        np.random.default_rng(0).integers(60, 120_000, size=(9, 4)), axis=1
+    )
     samples[6] = -1
     samples[7] = 99
     original = replace(

@@ -46,7 +46,8 @@ def command(*words: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize(
-    ("name", "codec"), [("t_CHUNK_ID.jsonl", "json"), ("t_CHUNK_ID.jsonl.zst", "packed")]
+    ("name", "codec"),
+    [("t_CHUNK_ID.jsonl", "json"), ("t_CHUNK_ID.jsonl.zst", "packed")],
 )
 def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     path = write(tmp_path, name, codec=codec)
@@ -445,7 +446,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     with pytest.raises(CacheError, match="top_k: 4 in the cache, 9 now"):
         merge([str(first), str(part(tmp_path, 1, 4, 5, top_k=9))], target)
     with pytest.raises(CacheError, match="put CHUNK_ID into its name"):
-        merge([str(first), str(third)], str(tmp_path / "one.jsonl.zst"), allow_gaps=True)
+        merge(
+            [str(first), str(third)], str(tmp_path / "one.jsonl.zst"), allow_gaps=True
+        )
     damaged = bytearray(third.read_bytes())
     damaged[40] ^= 1
     third.write_bytes(damaged)
@@ -459,7 +462,10 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
 def test_exit_statuses(tmp_path):
     path = write(tmp_path)
     result = command("verify", path)
-    assert (result.returncode, result.stdout.splitlines()[-1]) == (0, "no problem found")
+    assert (result.returncode, result.stdout.splitlines()[-1]) == (
+        0,
+        "no problem found",
+    )
     (tmp_path / "train_1.jsonl").unlink()
     result = command("verify", path, "--num-workers", 1)
     assert result.returncode == 1

@@ -106,7 +106,9 @@ def run_process(
 
 
 def statuses(processes: list[int]) -> list[int]:
-    return [os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes]
+    return [
+        os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) for process in processes
+    ]
 
 
 @pytest.mark.parametrize("name", ["train_CHUNK_ID.jsonl", "train_CHUNK_ID.jsonl.zst"])
@@ -425,7 +427,10 @@ def test_manifest_of_another_format_is_refused(tmp_path):
     )
     with pytest.raises(CacheError, match="format_version 99 is not read"):
         Manifest.load(path)
-    fields = json.loads(path.read_text()) | {"format_version": 3, "of a later version": 1}
+    fields = json.loads(path.read_text()) | {
+        "format_version": 3,
+        "of a later version": 1,
+    }
     path.write_text(json.dumps(fields))
     assert Manifest.load(path).top_k == 4
     path.write_text(json.dumps({"format_version": 3}))

@@ -55,7 +55,10 @@ def test_a_damaged_tokenizer_file_is_one_error(folder, content):
 
 def test_code_of_a_tokenizer_folder_does_not_run(folder):
     path = folder / "tokenizer_config.json"
-    evil = {"auto_map": {"AutoTokenizer": ["evil.py", "Evil"]}, "tokenizer_class": "Evil"}
+    evil = {
+        "auto_map": {"AutoTokenizer": ["evil.py", "Evil"]},
+        "tokenizer_class": "Evil",
+    }
     path.write_text(json.dumps({**json.loads(path.read_text()), **evil}))
     (folder / "evil.py").write_text("raise SystemExit('it ran')")
     with contextlib.suppress(DataError):

@@ -126,7 +126,9 @@ def test_contents_that_are_none(tmp_path, content, problem):
         check_whole(tmp_path / "a-last")
 
 
-def test_killed_between_any_two_changes_a_whole_checkpoint_is_left(tmp_path, monkeypatch):
+def test_killed_between_any_two_changes_a_whole_checkpoint_is_left(
+    tmp_path, monkeypatch
+):
     """Every rename and every deletion is one that a kill may prevent."""
     for survived in range(8):
         parent = tmp_path / str(survived)

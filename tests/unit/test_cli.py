@@ -171,7 +171,9 @@ def test_help_explains_every_key_within_two_seconds(spec, tmp_path):
 
 
 @pytest.mark.parametrize("spec", COMMANDS, ids=lambda spec: spec.name)
-def test_shipped_yaml_composes_from_any_folder_and_leaves_nothing_behind(spec, tmp_path):
+def test_shipped_yaml_composes_from_any_folder_and_leaves_nothing_behind(
+    spec, tmp_path
+):
     result = command(
         spec.name, "--cfg", "job", *shlex.split(MINIMAL[spec.name]), cwd=tmp_path
     )

@@ -95,7 +95,9 @@ def _docstring_lines(tree: ast.AST) -> set[int]:
 def _count_tokens(text: str, docstring_lines: set[int], count: Counter[str]) -> None:
     code_lines = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        is_docstring = token.type == tokenize.STRING and token.start[0] in docstring_lines
+        is_docstring = (
+            token.type == tokenize.STRING and token.start[0] in docstring_lines
+        )
         if token.type in LAYOUT_TOKENS or is_docstring:
             continue
         count["tokens"] += 1

@@ -73,7 +73,9 @@ def _section(cls: type, depth: int) -> list[str]:
         for word, plain in {"None": "null", "True": "true", "False": "false"}.items():
             doc = re.sub(rf"\b{word}\b", plain, doc)
         value = (
-            yaml.safe_dump(default, default_flow_style=True).removesuffix("...\n").strip()
+            yaml.safe_dump(default, default_flow_style=True)
+            .removesuffix("...\n")
+            .strip()
         )
         comment = f"{indent}# "
         lines += [
@@ -152,7 +154,8 @@ def test_names_of_one_key_must_agree_in_a_file_even_with_the_default(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     arguments = ["--config-path", str(tmp_path), "--config-name", "mine"]
     with pytest.raises(
-        ConfigError, match=r"^lr=0.001 and model.optim.lr=3e-05: both are names of model"
+        ConfigError,
+        match=r"^lr=0.001 and model.optim.lr=3e-05: both are names of model",
     ):
         run("train_gpt_knowledge_distillation", *arguments)
 

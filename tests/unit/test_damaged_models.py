@@ -162,7 +162,8 @@ def header(content: object, length: int | None = None, data: bytes = b"") -> byt
         header(DEEP.encode()),
         header({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}),
         header(
-            {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}}, data=b"0" * 16
+            {"a": {"dtype": "F32", "shape": [4], "data_offsets": [16, 0]}},
+            data=b"0" * 16,
         ),
         header(
             {"a": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 16]}},
@@ -198,8 +199,12 @@ def test_what_is_no_readable_file_is_named(model):
     os.mkfifo(path)
     assert f"{path}: expected a regular file, found none" in error_of(model)
     path.unlink()
-    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
-    assert "a Git LFS pointer, not the file itself; run `git lfs pull`" in error_of(model)
+    path.write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
+    )
+    assert "a Git LFS pointer, not the file itself; run `git lfs pull`" in error_of(
+        model
+    )
     if os.geteuid():
         path.chmod(0)
         assert f"{path}: cannot be read (Permission denied)" in error_of(model)
@@ -231,7 +236,8 @@ def test_frequencies_of_old_checkpoints_are_harmless(model):
 
 
 @pytest.mark.parametrize(
-    "name", [*(name for name in MODELS if name.endswith("_tied")), "qwen3_moe", "mistral"]
+    "name",
+    [*(name for name in MODELS if name.endswith("_tied")), "qwen3_moe", "mistral"],
 )
 def test_a_stored_output_layer_is_used_as_transformers_uses_it(tmp_path, name):
     build_hf_model(name).save_pretrained(tmp_path)

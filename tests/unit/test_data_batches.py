@@ -171,7 +171,10 @@ def test_a_format_is_chosen_where_a_record_has_the_fields_of_two(tmp_path):
         {"from": "User", "value": "Hi"},
         {"from": "Assistant", "value": "Yo"},
     ]
-    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yo"},
+    ]
     record = {
         "conversations": conversations,
         "messages": messages,
@@ -215,7 +218,9 @@ def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
         DataError,
         match=r"d\.jsonl:2: data\.data\.format=auto and data\.chat=True do not fit",
     ):
-        dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[1]
+        dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[
+            1
+        ]
     with pytest.raises(
         DataError,
         match=r"d\.jsonl:1: data\.data\.format=messages and",
@@ -386,10 +391,13 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     rounded = said(1, 3, 2, (1.0, float(np.float32(1.3))))
     mixed = collate([said(0, 3, 2, (1.0, 1.3)), rounded], 0)
     assert mixed.teacher.temperatures == (1.0, 1.3)
-    assert mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_PT[2].tolist()
+    assert (
+        mixed.tail_mass_BST[1, 2].tolist() == rounded.teacher.tail_mass_PT[2].tolist()
+    )
     assert both.label_logprobs_BS is not None
     assert (
-        collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS is None
+        collate([said(0, 3, 2), said(1, 3, 2, labels=False)], 0).label_logprobs_BS
+        is None
     )
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):
         assert (
@@ -418,7 +426,10 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
             LoopConfig(max_steps=5, val_check_interval=1000),
             TrainingPlan(6, 5, 1000, 1000),
         ),
-        (LoopConfig(val_check_interval=0.5, save_interval=1.0), TrainingPlan(6, 6, 3, 6)),
+        (
+            LoopConfig(val_check_interval=0.5, save_interval=1.0),
+            TrainingPlan(6, 6, 3, 6),
+        ),
         (LoopConfig(val_check_interval=4, save_interval=3), TrainingPlan(6, 6, 4, 3)),
         (
             LoopConfig(max_epochs=3, limit_train_batches=2, val_check_interval=1),
@@ -440,7 +451,9 @@ def test_impossible_plans_and_layouts_are_refused():
         check_batch_sizes(2, 12, 4)
     with pytest.raises(ConfigError, match="3 x 1 x 1 = 3 does not divide the 4 ranks"):
         ParallelConfig(tensor_model_parallel_size=3).data_parallel_size(4)
-    with pytest.raises(ConfigError, match="exceeds the model's max_position_embeddings"):
+    with pytest.raises(
+        ConfigError, match="exceeds the model's max_position_embeddings"
+    ):
         sequence_length(9, 8)
     assert (sequence_length(None, 8), sequence_length(None, 10**6)) == (8, 4096)
     assert [padded_vocab_size(157, 128, tp) for tp in (1, 2, 4)] == [256, 256, 256]

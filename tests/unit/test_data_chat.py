@@ -49,7 +49,11 @@ def trained_stretches(ids: list[int], trained: list[bool], tokenizer) -> list[st
     [
         ("CHATML", TWO_TURNS, ["Hello.<|im_end|>", "One, two.<|im_end|>"]),
         ("CHATML", [SYSTEM, *TWO_TURNS], ["Hello.<|im_end|>", "One, two.<|im_end|>"]),
-        ("CHATML_DEFAULT_SYSTEM", TWO_TURNS, ["Hello.<|im_end|>", "One, two.<|im_end|>"]),
+        (
+            "CHATML_DEFAULT_SYSTEM",
+            TWO_TURNS,
+            ["Hello.<|im_end|>", "One, two.<|im_end|>"],
+        ),
         (
             "CHATML",
             [user("a"), assistant("Naïve — «déjà» 你好 🙂")],
@@ -142,13 +146,21 @@ def test_a_sentencepiece_tokenizer_trains_content_and_end_of_turn():
             "input_ids"
         ]
     )
-    assert trained_stretches(ids, trained, tokenizer) == ["Hello. </s>", "One, two. </s>"]
+    assert trained_stretches(ids, trained, tokenizer) == [
+        "Hello. </s>",
+        "One, two. </s>",
+    ]
 
 
 def test_an_end_of_turn_that_is_no_special_token_is_trained():
-    tokenizer = train_tokenizer(512, tiny_tokenizer.CHATML.replace("<|im_end|>", "<END>"))
+    tokenizer = train_tokenizer(
+        512, tiny_tokenizer.CHATML.replace("<|im_end|>", "<END>")
+    )
     ids, trained = render_messages(TWO_TURNS, tokenizer)
-    assert trained_stretches(ids, trained, tokenizer) == ["Hello.<END>", "One, two.<END>"]
+    assert trained_stretches(ids, trained, tokenizer) == [
+        "Hello.<END>",
+        "One, two.<END>",
+    ]
 
 
 CALL = {
@@ -383,7 +395,9 @@ def test_nemo_conversations(trained_by, change, text, expected):
         part.lstrip(" ") for part in trained_stretches(ids, trained, tokenizer)
     ] == expected
     whole = (
-        WITHOUT_LABELS.replace("Be kind.", "") + "<extra_id_1>" if text is None else text
+        WITHOUT_LABELS.replace("Be kind.", "") + "<extra_id_1>"
+        if text is None
+        else text
     )
     assert tokenizer.decode(ids) == whole
 
@@ -415,7 +429,9 @@ def test_nemo_markers_come_from_the_configuration():
         "<SYS>", "<|im_start|>", "<L>", end_of_turn="<|im_end|>\n", end_of_name=": "
     )
     tokenizer = train_tokenizer(512)
-    ids, trained = render_conversations({**NEMO_RECORD, "type": None}, tokenizer, markers)
+    ids, trained = render_conversations(
+        {**NEMO_RECORD, "type": None}, tokenizer, markers
+    )
     assert tokenizer.decode(ids).startswith(
         "<SYS>System: Be kind.<|im_end|>\n<|im_start|>User: Hi<|im_end|>\n"
     )
@@ -465,7 +481,9 @@ def test_prompt_template():
     record = {"input": "2+2 is", "output": "four"}
     assert render_prompt(record) == ("2+2 is four<|im_end|>", [" four<|im_end|>"])
     assert render_prompt(record, add_eos=False) == ("2+2 is four", [" four"])
-    assert render_prompt(record, add_bos=True)[0] == "<|endoftext|>2+2 is four<|im_end|>"
+    assert (
+        render_prompt(record, add_bos=True)[0] == "<|endoftext|>2+2 is four<|im_end|>"
+    )
     template = {"prompt_template": "Q: {q}\nA: {a}", "label_key": "a"}
     assert render_prompt({"q": "why {x}?", "a": "so"}, **template) == (
         "Q: why {x}?\nA: so<|im_end|>",
@@ -497,7 +515,9 @@ def test_a_prompt_is_tokenized_as_a_whole_where_nothing_has_to_be_cut():
     )
     context = [token for token, flag in zip(ids, trained, strict=True) if not flag]
     assert context == tokenizer("Question: what is this\nAnswer:")["input_ids"]
-    assert ids == tokenizer("Question: what is this\nAnswer: four<|im_end|>")["input_ids"]
+    assert (
+        ids == tokenizer("Question: what is this\nAnswer: four<|im_end|>")["input_ids"]
+    )
 
 
 def test_a_sentencepiece_tokenizer_adds_no_spaces_between_prompt_and_answer():

@@ -43,10 +43,14 @@ def dense_kl(
     p_logits: np.ndarray, q_logits: np.ndarray, ids: np.ndarray, temperature: float
 ) -> np.ndarray:
     """KL over the ids and everything else, from whole distributions."""
-    p, q = (np.exp(log_softmax(logits / temperature)) for logits in (p_logits, q_logits))
+    p, q = (
+        np.exp(log_softmax(logits / temperature)) for logits in (p_logits, q_logits)
+    )
     p_ids, q_ids = np.take_along_axis(p, ids, 1), np.take_along_axis(q, ids, 1)
     p_tail, q_tail = 1 - p_ids.sum(axis=1), 1 - q_ids.sum(axis=1)
-    return (p_ids * np.log(p_ids / q_ids)).sum(axis=1) + p_tail * np.log(p_tail / q_tail)
+    return (p_ids * np.log(p_ids / q_ids)).sum(axis=1) + p_tail * np.log(
+        p_tail / q_tail
+    )
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)

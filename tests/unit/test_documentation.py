@@ -152,9 +152,9 @@ def test_command_lines_name_subcommands_and_options_that_exist():
             subcommand = arguments.split()[0] if command == "logit_cache" else ""
             if subcommand == "X":
                 continue
-            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)) - options_of(
-                command, subcommand
-            )
+            unknown = set(
+                re.findall(r"(?<![\w-])--[a-z][\w-]*", arguments)
+            ) - options_of(command, subcommand)
             assert not unknown, (
                 f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
             )

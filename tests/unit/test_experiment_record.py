@@ -105,7 +105,9 @@ def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
     assert differences(before, record()) == {}
     source.write_text("def loss():\n    return 2\n")
     (text,) = differences(before, record()).values()
-    assert text.startswith("{'function': 'loss_that_is_edited.loss', 'source': 'sha256:")
+    assert text.startswith(
+        "{'function': 'loss_that_is_edited.loss', 'source': 'sha256:"
+    )
 
 
 @pytest.mark.parametrize(

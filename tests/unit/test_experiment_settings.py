@@ -60,7 +60,9 @@ def test_only_folders_that_are_written_have_to_be_writable(tmp_path, monkeypatch
     (tmp_path / "current").mkdir()
     (tmp_path / "results").mkdir()
     monkeypatch.chdir(tmp_path / "current")
-    monkeypatch.setattr(os, "access", lambda path, _: Path(path) != tmp_path / "current")
+    monkeypatch.setattr(
+        os, "access", lambda path, _: Path(path) != tmp_path / "current"
+    )
     results = str(tmp_path / "results" / "run")
     settings(exp_manager__explicit_log_dir=results)
     settings(exp_manager__explicit_log_dir=None, exp_manager__exp_dir=results)

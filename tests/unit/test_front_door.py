@@ -78,7 +78,11 @@ def test_the_names_of_requirements_light_are_those_tested_here():
 def test_importing_the_package_loads_nothing():
     code = "import sys, nemo_kd; print(*sys.modules)"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
     )
     loaded = set(result.stdout.split())
     assert not {name for name in loaded if name.startswith("nemo_kd.")}
@@ -108,7 +112,9 @@ def test_a_command_names_the_package_that_it_misses(command):
         f"from nemo_kd.cli import entry; entry.{command}()", "--help"
     )
     assert result.returncode == 2, result.stderr
-    assert result.stderr.startswith(f"error: {command} needs the package "), result.stderr
+    assert result.stderr.startswith(f"error: {command} needs the package "), (
+        result.stderr
+    )
     assert result.stderr.endswith("pip install nemo-kd\n")
     assert "Traceback" not in result.stderr
 

@@ -127,7 +127,9 @@ def compare(cache, row, s, position):
     half_steps = np.where(
         np.arange(len(ids)) == 0, 3, 1
     )  # the likeliest token may have given way to the next
-    assert (np.abs(-nats - logprobs) <= half_steps * step(nats) / 2 + 1e-3 + shift).all()
+    assert (
+        np.abs(-nats - logprobs) <= half_steps * step(nats) / 2 + 1e-3 + shift
+    ).all()
     assert (np.diff(logprobs) <= 0).all()
     odds = [np.log(tail / (1 - tail)) for tail in (expected_tails, np.array(tails))]
     assert (np.abs(odds[0] - odds[1]) <= 1 / 16 + 1e-5).all()
@@ -166,10 +168,14 @@ def test_both_readers_agree(name):
                 teacher.topk_logits_PK[s, : len(ids)].astype(np.float64)
                 - teacher.log_sum_exp_logits_P[s]
             )
-            np.testing.assert_allclose(np.exp(ours), np.exp(logprobs), rtol=0, atol=1e-6)
+            np.testing.assert_allclose(
+                np.exp(ours), np.exp(logprobs), rtol=0, atol=1e-6
+            )
             np.testing.assert_allclose(ours, logprobs, rtol=1e-6, atol=1e-6)
             np.testing.assert_allclose(teacher.tail_mass_PT[s], tails, rtol=1e-6)
-            assert teacher.label_logprobs_P[s] == pytest.approx(label, rel=1e-6, abs=1e-6)
+            assert teacher.label_logprobs_P[s] == pytest.approx(
+                label, rel=1e-6, abs=1e-6
+            )
             if samples:
                 assert teacher.tail_token_ids_PM[s].tolist() == list(samples)
 
@@ -228,7 +234,9 @@ def test_index_and_manifest_say_what_the_document_says(name):
         for (line, _), start, end in zip(found, offsets[:-1], offsets[1:], strict=True):
             part = raw[start:end]
             assert (
-                json.loads(zstandard.decompress(part) if name.endswith(".zst") else part)
+                json.loads(
+                    zstandard.decompress(part) if name.endswith(".zst") else part
+                )
                 == line
             )
         scanned = scan_chunk(LocalStorage(str(GOLDEN)), path.name)
@@ -238,9 +246,14 @@ def test_index_and_manifest_say_what_the_document_says(name):
             len(raw),
             f"sha256:{digest.hex()}",
         )
-        assert (summary["examples"], summary["loss_tokens"]) == (n, sum(map(sum, masks)))
+        assert (summary["examples"], summary["loss_tokens"]) == (
+            n,
+            sum(map(sum, masks)),
+        )
         indices = [line["index"] for line, _ in found]
-        assert summary["first_index"] <= indices[0] < indices[-1] <= summary["last_index"]
+        assert (
+            summary["first_index"] <= indices[0] < indices[-1] <= summary["last_index"]
+        )
         assert (
             sum(summary["skipped"].values())
             == summary["last_index"] + 1 - summary["first_index"] - n

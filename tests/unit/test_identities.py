@@ -95,7 +95,10 @@ def changed_tokenizer(tmp_path, change):
                 )
             ),
         ),
-        ("added_tokens", lambda content: content["added_tokens"][1].update(lstrip=True)),
+        (
+            "added_tokens",
+            lambda content: content["added_tokens"][1].update(lstrip=True),
+        ),
     ],
 )
 def test_every_part_of_a_tokenizer_counts(tmp_path, part, change):
@@ -122,7 +125,9 @@ def test_saving_again_changes_no_part(tmp_path):
             }
         )
     )
-    assert tokenizer_parts(load_tokenizer(tmp_path / "second")) == tokenizer_parts(first)
+    assert tokenizer_parts(load_tokenizer(tmp_path / "second")) == tokenizer_parts(
+        first
+    )
 
 
 def test_a_tokenizer_config_counts(tmp_path):
@@ -168,4 +173,6 @@ def test_manifests_of_older_versions_are_compared_by_what_they_have():
     )
     other = dataclasses.replace(new, tokenizer_parts={"merges": "n"})
     assert old.differences(new) == [] == new.differences(old)
-    assert new.differences(other) == ["tokenizer_parts.merges: 'm' in the cache, 'n' now"]
+    assert new.differences(other) == [
+        "tokenizer_parts.merges: 'm' in the cache, 'n' now"
+    ]

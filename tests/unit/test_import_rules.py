@@ -58,7 +58,9 @@ def room_of(path: Path) -> str:
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_rooms_import_only_what_they_may(path):
     room = room_of(path)
     if room == "__init__":  # imports lazily, by name: tests/unit/test_front_door.py
@@ -73,7 +75,9 @@ def test_rooms_import_only_what_they_may(path):
     assert used <= allowed, f"{room} may not import {sorted(used - allowed)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
+)
 def test_only_mcore_imports_megatron(path):
     uses_megatron = any(name.split(".")[0] == "megatron" for name in imports(path))
     assert not uses_megatron or room_of(path) == "mcore"

@@ -44,7 +44,13 @@ HOSTILE = "</script><script>alert(1)</script>\"'&{{data}}<!--"
 
 
 def inspect(*words: object) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, "-m", "nemo_kd.cli.logit_cache", "inspect", *map(str, words)]
+    line = [
+        sys.executable,
+        "-m",
+        "nemo_kd.cli.logit_cache",
+        "inspect",
+        *map(str, words),
+    ]
     return subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -81,7 +87,9 @@ def test_figures_against_plain_sums(tmp_path):
         f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
     )
     shown = {one.title.partition(":")[0]: one for one in histograms(found)}
-    assert f": mean {np.mean(entropies):.3f}," in shown["entropy in nats, at least"].title
+    assert (
+        f": mean {np.mean(entropies):.3f}," in shown["entropy in nats, at least"].title
+    )
     assert f": mean {np.mean(masses):.3f}," in shown["probability kept"].title
     assert f": mean {-np.mean(logprobs):.3f}," in shown["nats of the label"].title
     assert shown["tokens kept"].shares[2] == 1
@@ -242,7 +250,9 @@ def test_the_page_needs_nothing_and_its_data_ends_nothing():
     content = content_of(page)
     assert content["title"] == HOSTILE.replace("/", "|").rpartition("/")[2]
     assert HOSTILE in content["facts"]
-    assert content["histograms"] == [{"title": "title", "labels": ["0"], "shares": [1.0]}]
+    assert content["histograms"] == [
+        {"title": "title", "labels": ["0"], "shares": [1.0]}
+    ]
 
 
 def test_the_page_knows_every_loss_token():
@@ -307,7 +317,9 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
     assert len(content_of(html.read_text())["examples"]) == 4
     refused = inspect(path, "--example", 10)
     assert (refused.returncode, refused.stdout) == (2, "")
-    assert refused.stderr.startswith("error: --example: 10 lies outside the 10 examples")
+    assert refused.stderr.startswith(
+        "error: --example: 10 lies outside the 10 examples"
+    )
 
 
 @pytest.mark.parametrize(
@@ -334,7 +346,11 @@ def test_help_comes_without_heavy_imports():
         "except SystemExit as end: print(end.code, [name for name in ('torch', 'transformers') if name in sys.modules])"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        check=True,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert "--num-examples N" in result.stdout
     assert result.stdout.endswith("0 []\n")

@@ -191,7 +191,10 @@ def test_packed_examples_lie_end_to_end():
     assert batch.loss_mask_BS.tolist() == [[1.0] * 11 + [0.0]]
     assert batch.position_ids_BS.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 0]]
     moved = batch.to("meta")
-    assert (moved.tokens_BS.device.type, moved.cu_seqlens.device.type) == ("meta", "cpu")
+    assert (moved.tokens_BS.device.type, moved.cu_seqlens.device.type) == (
+        "meta",
+        "cpu",
+    )
 
 
 def test_packing_without_filler_and_without_examples():

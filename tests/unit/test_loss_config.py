@@ -54,7 +54,11 @@ def test_every_setting_reaches_the_operator():
     scaled = StudentLoss(
         LossConfig(kd_loss="fwd_kl", logits_scale=0.5, target_logits_scale=2.0)
     ).losses.divergence
-    assert (scaled.student_scale, scaled.teacher_scale, scaled.factor) == (0.5, 2.0, 1.0)
+    assert (scaled.student_scale, scaled.teacher_scale, scaled.factor) == (
+        0.5,
+        2.0,
+        1.0,
+    )
     skewed = StudentLoss(
         LossConfig(kd_loss="skewed_reverse_kl", skew_lambda=0.3)
     ).losses.divergence
@@ -78,7 +82,10 @@ def test_compile_as_yaml_reads_it(value):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kd_loss": "fkl"}, "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd"),
+        (
+            {"kd_loss": "fkl"},
+            "kd_loss: 'fkl' is not one of forward_kl, reverse_kl, jsd",
+        ),
         (
             {"support": "top"},
             "support: 'top' is not one of renormalize, tail, truncate, sampled",

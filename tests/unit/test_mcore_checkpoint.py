@@ -72,14 +72,18 @@ def test_wrong_paths_are_refused_by_key(tmp_path):
     (tmp_path / "text.nemo").write_text("not a tar file")
     refused(tmp_path / "text.nemo", f"{key}: .* is no readable .nemo archive")
     refused(
-        pack(tmp_path / "other.nemo", {"a.txt": b"x"}), f"{key}: .*other.nemo is neither"
+        pack(tmp_path / "other.nemo", {"a.txt": b"x"}),
+        f"{key}: .*other.nemo is neither",
     )
     archive = pack(
         tmp_path / "old.nemo",
         {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"},
     )
     refused(archive, "no Megatron distributed checkpoint .*export it to Hugging Face")
-    foreign = {"model_config.yaml": b"hidden_size: 8\n", "model_weights/.metadata": b"x"}
+    foreign = {
+        "model_config.yaml": b"hidden_size: 8\n",
+        "model_weights/.metadata": b"x",
+    }
     refused(
         pack(tmp_path / "foreign.nemo", foreign),
         "format_version is None, so another tool wrote it",
@@ -175,7 +179,8 @@ def test_the_dtype_holds_every_tensor_and_unknown_ones_are_refused(model):
     weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.float8_e4m3fn)
     save_file(weights, model / "model.safetensors")
     refused(
-        model, r"model.norm.weight has the dtype F8_E4M3; supported: F64, F32, F16, BF16"
+        model,
+        r"model.norm.weight has the dtype F8_E4M3; supported: F64, F32, F16, BF16",
     )
 
 
@@ -196,7 +201,9 @@ def test_the_fingerprint_tells_models_apart(model):
         assert opened.fingerprint() != before
 
 
-def test_conversion_refuses_outputs_before_it_reads_weights(model, tmp_path, monkeypatch):
+def test_conversion_refuses_outputs_before_it_reads_weights(
+    model, tmp_path, monkeypatch
+):
     monkeypatch.setenv(
         "CUDA_VISIBLE_DEVICES", ""
     )  # conversion sets it: undone with the test

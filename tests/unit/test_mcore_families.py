@@ -106,7 +106,9 @@ def test_fields_are_those_that_transformers_reads(config):
     )
     window = getattr(theirs, "sliding_window", None)
     sliding = [
-        i for i, kind in enumerate(layer_types) if window and kind == "sliding_attention"
+        i
+        for i, kind in enumerate(layer_types)
+        if window and kind == "sliding_attention"
     ]
     window_layers = architecture.window_layers or list(range(4))
     assert architecture.num_query_groups == theirs.num_key_value_heads
@@ -115,7 +117,9 @@ def test_fields_are_those_that_transformers_reads(config):
     assert (architecture.rope_scaling is not None) == (
         theirs.rope_parameters["rope_type"] == "llama3"
     )
-    assert architecture.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    assert (
+        architecture.share_embeddings_and_output_weights == theirs.tie_word_embeddings
+    )
     assert (
         architecture.window_size,
         window_layers if architecture.window_size else [],
@@ -126,13 +130,17 @@ def test_fields_are_those_that_transformers_reads(config):
 
     if config["model_type"] in ("mixtral", "qwen3_moe"):
         assert (
-            architecture.num_moe_experts == theirs.num_experts == theirs.num_local_experts
+            architecture.num_moe_experts
+            == theirs.num_experts
+            == theirs.num_local_experts
         )
         assert architecture.moe_router_topk == theirs.num_experts_per_tok
         assert architecture.ffn_hidden_size == getattr(
             theirs, "moe_intermediate_size", theirs.intermediate_size
         )
-        assert architecture.moe_normalize_topk == getattr(theirs, "norm_topk_prob", True)
+        assert architecture.moe_normalize_topk == getattr(
+            theirs, "norm_topk_prob", True
+        )
         # transformers 5 writes the number of experts under another name than transformers 4.
         assert (
             architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
@@ -182,7 +190,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
             {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
             "Missing required keys .*low_freq_factor",
         ),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5 is not supported"),
+        (
+            {"partial_rotary_factor": 0.5},
+            "partial_rotary_factor = 0.5 is not supported",
+        ),
         ({"rms_norm_eps": None}, "'rms_norm_eps' expected float, got NoneType"),
         (
             QWEN3_MOE | {"decoder_sparse_step": 2},

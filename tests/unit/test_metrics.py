@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.files import FileError
@@ -95,7 +100,9 @@ def test_flops_are_what_torch_counts_with_experts():
     config._experts_implementation = "eager"
     flops = flops_of(num_moe_experts=4, moe_router_topk=2)
     ours = flops.example(40, 40) + flops.per_pair * 40 * 39 / 2
-    assert counted_flops(MixtralForCausalLM(config), 40) == pytest.approx(ours, rel=2e-4)
+    assert counted_flops(MixtralForCausalLM(config), 40) == pytest.approx(
+        ours, rel=2e-4
+    )
 
 
 def test_a_window_counts_the_pairs_that_are_seen():
@@ -198,12 +205,20 @@ def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
         store = torch.distributed.TCPStore("127.0.0.1", server.port, is_master=False)
         members.append(
             Progress(
-                "kd" if rank == 0 else None, 3000, 10, [seen], store, rank, num_replicas=3
+                "kd" if rank == 0 else None,
+                3000,
+                10,
+                [seen],
+                store,
+                rank,
+                num_replicas=3,
             )
         )
     clock.now_s += 10
     members[0].add(tokens=100, data_wait_s=3)
-    assert seen.metrics[-1]["progress/tokens"] == 100  # the others have told nothing yet
+    assert (
+        seen.metrics[-1]["progress/tokens"] == 100
+    )  # the others have told nothing yet
     members[1].add(tokens=200, data_wait_s=6)
     clock.now_s += 10
     members[2].add(tokens=300)

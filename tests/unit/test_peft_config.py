@@ -55,7 +55,10 @@ def test_every_weight_is_trained_unless_lora_is_asked_for():
         ({"target_modules": []}, "target_modules: is empty"),
         ({"adapter_dim": 0}, "adapter_dim: 0 must be at least 1"),
         ({"alpha": 0.0}, "alpha: 0.0 must be above 0"),
-        ({"adapter_dropout": 1.0}, "adapter_dropout: 1.0 must be at least 0 and below 1"),
+        (
+            {"adapter_dropout": 1.0},
+            "adapter_dropout: 1.0 must be at least 0 and below 1",
+        ),
         (
             {"column_init_method": "ones"},
             "column_init_method: 'ones' is not one of xavier, normal, kaiming, zero",
@@ -138,7 +141,9 @@ def test_settings_of_adapters_that_are_not_asked_for_are_told(caplog):
         architecture(),
         ParallelConfig(),
     )
-    assert "model.peft.lora_tuning has no effect: all weights are trained" in caplog.text
+    assert (
+        "model.peft.lora_tuning has no effect: all weights are trained" in caplog.text
+    )
 
 
 def test_a_file_of_adapters_is_not_read():
@@ -155,7 +160,8 @@ def test_export(tmp_path):
     ):
         ExportConfig(lora="both")
     with pytest.raises(
-        ConfigError, match=r"export\.lora: adapter, but export\.hf=false writes no folder"
+        ConfigError,
+        match=r"export\.lora: adapter, but export\.hf=false writes no folder",
     ):
         ExportConfig(lora="adapter")
     with pytest.raises(

@@ -56,7 +56,9 @@ def dataset(tmp_path_factory):
             [turn["role"] for turn in record] == ["user", "assistant"]
             for record in records
         )
-        splits[split] = {record[0]["content"]: record[1]["content"] for record in records}
+        splits[split] = {
+            record[0]["content"]: record[1]["content"] for record in records
+        }
         assert len(splits[split]) == len(records)
     return SimpleNamespace(folder=folder, splits=splits, printed=printed)
 
@@ -112,7 +114,9 @@ def test_models_are_hugging_face_folders_whose_template_trains_the_answer(
     run.claim_folder()
     run.data.mkdir()
     for split in ("train", "validation"):
-        lines = (dataset.folder / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        lines = (
+            (dataset.folder / f"{split}.jsonl").read_text().splitlines(keepends=True)
+        )
         (run.data / f"{split}.jsonl").write_text("".join(lines[:200]))
     for name in ("teacher", "student"):
         run.build_model(name)
@@ -163,7 +167,9 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
         SystemExit,
         match="the step student_kd failed with status 1; see its message above",
     ):
-        run.train("student_kd", "student_init", run.cache_keys(), 1.0, epochs=1, lr=1e-3)
+        run.train(
+            "student_kd", "student_init", run.cache_keys(), 1.0, epochs=1, lr=1e-3
+        )
     assert not (tmp_path / "student_kd.done").exists()
 
 

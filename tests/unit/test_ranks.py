@@ -34,7 +34,12 @@ ENROOT = {
 
 def test_a_step_counts_whatever_the_job_is_called_and_without_tasks_per_node():
     ranks = find_ranks(STEP)
-    assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_rank) == ("srun", 1, 2, 1)
+    assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_rank) == (
+        "srun",
+        1,
+        2,
+        1,
+    )
     assert ranks.is_one_machine
     assert ranks.main_address == "127.0.0.1"
 
@@ -139,9 +144,9 @@ def test_the_store_of_one_machine_listens_on_loopback_only():
         for found in psutil.Process().net_connections("inet")
         if found.status == "LISTEN"
     ]
-    assert {found.laddr.ip for found in listening if found.laddr.port == store.port} == {
-        "127.0.0.1"
-    }
+    assert {
+        found.laddr.ip for found in listening if found.laddr.port == store.port
+    } == {"127.0.0.1"}
     with pytest.raises(OSError, match="in use"):
         listen_on_loopback(store.port, None, timedelta(seconds=20))
     with socket.create_connection(("127.0.0.1", store.port), timeout=20):

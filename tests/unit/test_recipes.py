@@ -20,7 +20,9 @@ def command_of(recipe: str) -> str:
 def shown_command(recipe: str) -> list[str]:
     """Return the command line in the recipe's first lines."""
     text = (conf_dir() / "recipes" / f"{recipe}.yaml").read_text()
-    lines = re.search(r"^#     (\w+ --config-dir.*\n(?:#         .*\n)*)", text, re.M)[1]
+    lines = re.search(r"^#     (\w+ --config-dir.*\n(?:#         .*\n)*)", text, re.M)[
+        1
+    ]
     return shlex.split(lines.replace("\\\n", "\n").replace("#  ", "   "))
 
 

@@ -40,9 +40,9 @@ def test_every_key_is_recorded_and_gives_the_same_configuration(tmp_path):
     save_config(tmp_path / "config.yaml", resolved_config(config))
     again = yaml.safe_load((tmp_path / "config.yaml").read_text())
     known = {one.key for one in describe(TrainStudentConfig)}
-    assert {key.replace("data_prefix.train", "data_prefix") for key in leaves(again)} - {
-        "model.data.data_prefix.validation"
-    } == known
+    assert {
+        key.replace("data_prefix.train", "data_prefix") for key in leaves(again)
+    } - {"model.data.data_prefix.validation"} == known
     assert typed(TrainStudentConfig, OmegaConf.create(again)) == config
 
 

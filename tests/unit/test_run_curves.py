@@ -58,7 +58,11 @@ def test_every_section_is_a_picture_of_all_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", arguments)
     command.main()
     written = sorted((tmp_path / "out" / "pictures").iterdir())
-    assert [path.name for path in written] == ["perf.png", "train.png", "validation.png"]
+    assert [path.name for path in written] == [
+        "perf.png",
+        "train.png",
+        "validation.png",
+    ]
     assert capsys.readouterr().out.split() == [str(path) for path in written]
     assert all(path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n") for path in written)
     assert len({path.stat().st_size for path in written}) == 3
@@ -116,4 +120,6 @@ def test_what_cannot_be_drawn(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         command.main()
     assert end.value.code == 2
-    assert "error: --metrics: '(' is not a regular expression" in capsys.readouterr().err
+    assert (
+        "error: --metrics: '(' is not a regular expression" in capsys.readouterr().err
+    )

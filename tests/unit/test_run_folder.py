@@ -61,7 +61,10 @@ def test_a_second_run_is_refused(tmp_path, monkeypatch, shared):
     monkeypatch.chdir(tmp_path)
     first, second = (tmp_path / "a", None), (tmp_path / "a", None)
     if shared == "dirpath":
-        first, second = (tmp_path / "a", tmp_path / "c"), (tmp_path / "b", tmp_path / "c")
+        first, second = (
+            (tmp_path / "a", tmp_path / "c"),
+            (tmp_path / "b", tmp_path / "c"),
+        )
     if shared == "default":
         first = second = (None, None)
     with contextlib.ExitStack() as stack:

@@ -49,7 +49,9 @@ def test_orders_differ_by_epoch_and_seed():
         ]
         different = {order.tobytes() for order in orders}
         assert len(different) == (3 if shuffle else 1 if weights is None else 2)
-        assert (SampleOrder(SOURCES, weights, 1, shuffle).epoch(0, 51) == orders[0]).all()
+        assert (
+            SampleOrder(SOURCES, weights, 1, shuffle).epoch(0, 51) == orders[0]
+        ).all()
         if weights is None:
             assert all(sorted(order) == list(range(51)) for order in orders)
 
@@ -108,7 +110,9 @@ def test_chunks_are_mixed_and_read_one_after_the_other(weights):
     orders_of_chunks = set()
     for epoch in range(6):
         drawn = order.epoch(epoch, 25)
-        for part in [chunk_of >= 0] if weights is None else [chunk_of < 3, chunk_of >= 3]:
+        for part in (
+            [chunk_of >= 0] if weights is None else [chunk_of < 3, chunk_of >= 3]
+        ):
             rows = [row for row in drawn if part[row]]
             runs = [
                 (chunk, list(run))
@@ -223,7 +227,9 @@ def test_wrong_data_settings_are_named(values, message):
 
 
 def test_shuffle_takes_a_truth_value_or_chunks():
-    assert [data_config(shuffle=value).shuffle for value in (True, False, "chunks")] == [
+    assert [
+        data_config(shuffle=value).shuffle for value in (True, False, "chunks")
+    ] == [
         True,
         False,
         CHUNKS,

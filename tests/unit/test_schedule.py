@@ -25,7 +25,11 @@ def rates(sched: SchedConfig, max_steps: int, lr: float = LR) -> list[float]:
     [
         ("CosineAnnealing", {"warmup_steps": 0, "constant_steps": 0}, 20),
         ("CosineAnnealing", {"warmup_steps": 5, "min_lr": 1e-4}, 30),
-        ("CosineAnnealing", {"warmup_steps": 3, "constant_steps": 7, "min_lr": 9e-5}, 40),
+        (
+            "CosineAnnealing",
+            {"warmup_steps": 3, "constant_steps": 7, "min_lr": 9e-5},
+            40,
+        ),
         (
             "CosineAnnealing",
             {"warmup_ratio": 0.13, "constant_ratio": 0.26, "min_lr": 9e-5},
@@ -84,7 +88,9 @@ def test_every_step_is_nemos(name, settings, max_steps):
     ids=lambda value: value["name"] if isinstance(value, dict) else "",
 )
 def test_table(settings, expected):
-    assert rates(SchedConfig(**settings), 10, lr=1.0) == pytest.approx(expected, abs=1e-4)
+    assert rates(SchedConfig(**settings), 10, lr=1.0) == pytest.approx(
+        expected, abs=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +113,10 @@ def test_table(settings, expected):
             {"constant_ratio": 1.5},
             "model.optim.sched.constant_ratio: 1.5 must be at least 0 and at most 1",
         ),
-        ({"name": "constant", "constant_steps": 5}, "leave them out with name=constant"),
+        (
+            {"name": "constant", "constant_steps": 5},
+            "leave them out with name=constant",
+        ),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

@@ -72,7 +72,8 @@ def has_ended(process: int) -> bool:
     """Whether a process is gone, or only waits to be noticed by its parent."""
     try:
         return (
-            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+            == "Z"
         )
     except (FileNotFoundError, ProcessLookupError):
         return True
@@ -125,7 +126,9 @@ def test_compact_rows_and_reasons(tmp_path, codec):
         teacher = replace(
             full.teacher, tail_token_ids_PM=random.integers(50, size=(7, 2))
         )
-        compact.append(replace(full, teacher=replace(full, teacher=teacher).loss_rows()))
+        compact.append(
+            replace(full, teacher=replace(full, teacher=teacher).loss_rows())
+        )
         whole.append(everywhere(compact[-1]))
         assert len(compact[-1].teacher) == 4
         assert len(whole[-1].teacher) == 7
@@ -167,7 +170,9 @@ def test_an_error_is_raised_here_as_it_was_there(tmp_path):
         with pytest.raises(CacheError, match="got 1 of 2 records"):
             publisher.close()
     assert not multiprocessing.active_children()
-    assert [path.name for path in tmp_path.glob(".*/*")] == ["000000000002-000000000003"]
+    assert [path.name for path in tmp_path.glob(".*/*")] == [
+        "000000000002-000000000003"
+    ]
 
 
 def test_a_full_disk_comes_with_its_remedy(tmp_path, monkeypatch):
@@ -198,7 +203,9 @@ def test_an_error_of_the_block_goes_on_and_whole_segments_are_published(tmp_path
         publisher.publish((0, range(2, 4)), [row(2)])
         raise KeyError("of the block")
     assert not multiprocessing.active_children()
-    assert [path.name for path in tmp_path.glob(".*/*")] == ["000000000000-000000000001"]
+    assert [path.name for path in tmp_path.glob(".*/*")] == [
+        "000000000000-000000000001"
+    ]
 
 
 def test_a_caller_waits_only_when_enough_segments_wait_already(tmp_path, monkeypatch):

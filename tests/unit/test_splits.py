@@ -103,7 +103,8 @@ def test_vocabularies_padded_differently_fit_while_the_ids_do(tmp_path):
 def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
     rows = [row(index, 3 + index % 4) for index in range(10)]
     tokens = max(
-        max(found.example.tokens_S.max(), found.example.labels_S.max()) for found in rows
+        max(found.example.tokens_S.max(), found.example.labels_S.max())
+        for found in rows
     )
     teacher = max(found.teacher.topk_token_ids_PK.max() for found in rows)
     assert (
@@ -134,7 +135,9 @@ def test_teacher_ids_outside_the_vocabulary_are_dropped_when_asked(tmp_path):
         for rows in (kept, whole)
         for i in range(10)
     ]
-    assert set().union(*ids[:10]) == {i for i in set().union(*ids[10:]) if i < 45} | {-1}
+    assert set().union(*ids[:10]) == {i for i in set().union(*ids[10:]) if i < 45} | {
+        -1
+    }
     assert kept[3].teacher.tail_mass_PT.sum() > whole[3].teacher.tail_mass_PT.sum()
 
 
@@ -274,7 +277,8 @@ def test_a_run_goes_on_with_the_data_of_its_checkpoint_only(tmp_path):
     )
     weighted = [record([weight, str(first), 1, str(second)]) for weight in (1, 3)]
     assert (
-        "'weights': [3, 1]} now" in differences(*weighted)["model.data.data_prefix.train"]
+        "'weights': [3, 1]} now"
+        in differences(*weighted)["model.data.data_prefix.train"]
     )
 
 
@@ -336,7 +340,9 @@ def test_caches_of_other_programs_are_read_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert (
             len(
-                load([str(source), str(target), str(ours)], validation=str(ours))["train"]
+                load([str(source), str(target), str(ours)], validation=str(ours))[
+                    "train"
+                ]
             )
             == 30
         )
@@ -364,7 +370,8 @@ def test_a_source_without_loss_tokens_is_refused(tmp_path):
 def loss_problems(train, **settings) -> list[str]:
     """What is wrong with a cache for a loss, of the training data."""
     values = {
-        f"model__knowledge_distillation__{key}": value for key, value in settings.items()
+        f"model__knowledge_distillation__{key}": value
+        for key, value in settings.items()
     }
     data = {
         "model__data__data_prefix": {"train": [str(train)], "validation": [str(train)]}
@@ -414,7 +421,9 @@ def test_a_loss_that_needs_what_the_cache_lacks(tmp_path, settings, message):
 def test_cross_tokenizer_is_taken_only_where_it_means_nothing(tmp_path):
     fits, foreign = cache(tmp_path / "a"), cache(tmp_path / "b", tokenizer=UNKNOWN)
     key = {"model__knowledge_distillation__cross_tokenizer": True}
-    data = {"model__data__data_prefix": {"train": [str(fits)], "validation": [str(fits)]}}
+    data = {
+        "model__data__data_prefix": {"train": [str(fits)], "validation": [str(fits)]}
+    }
     assert len(
         load_splits(
             student_config("m", "t", "v", "l", **data, **key).model,
@@ -456,7 +465,9 @@ def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
     assert "model.data.dataset has no effect on caches" in caplog.text
 
 
-def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(monkeypatch):
+def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(
+    monkeypatch,
+):
     monkeypatch.setattr(
         "nemo_kd.student.data.TokenizedDataset",
         lambda *_: pytest.fail("a file was opened"),

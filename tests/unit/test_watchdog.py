@@ -43,7 +43,8 @@ def test_silence_ends_the_process_with_the_last_step_and_all_stacks():
     where = f"error: rank 3 on {os.uname().nodename} made no progress for 0.5 s (trainer.distributed_timeout_minutes)"
     assert lines[0] == where
     assert (
-        lines[1] == "last step: batch 12 of segment 640-703: examples [641, 650]: forward"
+        lines[1]
+        == "last step: batch 12 of segment 640-703: examples [641, 650]: forward"
     )
     assert "in reads_forever" in stderr
     assert "<module>" in stderr
