@@ -119,7 +119,9 @@ def read_and_collate(connection: Any, cache: Path, num_examples: int) -> None:
         read_s = time.perf_counter()
         batch = collate(rows, 0)
         times.append((read_s - started_s, time.perf_counter() - read_s))
-    num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch))
+    num_bytes = sum(
+        tensor.numel() * tensor.element_size() for tensor in tensors(batch)
+    )
     read_ms, collate_ms = (
         1e3 * statistics.median(part) for part in zip(*times, strict=True)
     )

@@ -137,7 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if not setting.cache.tail_samples
             ]
         )
-    print(f"\nRandom access, CPU time for an example of {options.seq_length} tokens:\n")
+    print(
+        f"\nRandom access, CPU time for an example of {options.seq_length} tokens:\n"
+    )
     with tempfile.TemporaryDirectory(dir=options.data_dir) as folder:
         print_access(Path(folder), teacher, options)
 

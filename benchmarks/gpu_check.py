@@ -106,7 +106,9 @@ def report(outcomes: Sequence[Outcome], seconds: float) -> dict[str, Any]:
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "passed": all(outcome.passed for outcome in outcomes),
-        "steps": [asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes],
+        "steps": [
+            asdict(outcome) | {"passed": outcome.passed} for outcome in outcomes
+        ],
     }
 
 

@@ -98,7 +98,9 @@ def model_logits(profile: bool) -> Iterator[Finding]:
                 expected = hf.double().eval()(ids).logits
             for dtype in (torch.float32, torch.bfloat16):
                 for transformer_engine in layers:
-                    found = _logits(path, dtype, transformer_engine, ids).double().cpu()
+                    found = (
+                        _logits(path, dtype, transformer_engine, ids).double().cpu()
+                    )
                     error = float((found - expected).norm() / expected.norm())
                     limit = 1e-4 if dtype == torch.float32 else 3e-2
                     kind = (
@@ -273,7 +275,9 @@ def cached_rows(profile: bool) -> Iterator[Finding]:
             worst < 1e-3,
         )
         difference = max(
-            float(np.abs(one.teacher.topk_logits_PK - two.teacher.topk_logits_PK).max())
+            float(
+                np.abs(one.teacher.topk_logits_PK - two.teacher.topk_logits_PK).max()
+            )
             for one, two in zip(rows[True], rows[False], strict=True)
         )
         yield Finding(
@@ -298,7 +302,9 @@ def student_steps(profile: bool) -> Iterator[Finding]:
         for role, seed in (("teacher", 0), ("student", 1)):
             save_hf_model("qwen3", folder / role, seed=seed, **shape)
         dataset = write_chat_dataset(folder / "chats.jsonl", 24)
-        config = teacher_config(folder / "teacher", dataset, folder / "cache.jsonl.zst")
+        config = teacher_config(
+            folder / "teacher", dataset, folder / "cache.jsonl.zst"
+        )
         with contextlib.redirect_stdout(io.StringIO()):
             compute_topk_logits(config)
         found = {}
@@ -457,7 +463,13 @@ def _kernels(work: Callable[[], None]) -> Finding:
 def teacher_speed(profile: bool) -> Iterator[Finding]:
     """Time stage 1 beside the bare forward pass of the same batches; verify the cache."""
     from benchmarks.teacher_inputs import write_chats, write_teacher
-    from benchmarks.teacher_variants import Bench, Clock, Setting, bare_forward, stage_1
+    from benchmarks.teacher_variants import (
+        Bench,
+        Clock,
+        Setting,
+        bare_forward,
+        stage_1,
+    )
     from nemo_kd.flops import forward_flops, peak_flops
     from nemo_kd.teacher.job import open_run
 
@@ -528,7 +540,9 @@ def student_speed(profile: bool) -> Iterator[Finding]:
             compute_topk_logits(
                 teacher_config(teacher, dataset, cache, top_k=64, **keys)
             )
-        setting = Setting(folder, student, dataset, cache, precision, batch_size, steps)
+        setting = Setting(
+            folder, student, dataset, cache, precision, batch_size, steps
+        )
         medians = {}
         for variant in ("SFT", "KD, tail"):
             found = by_turns(setting, [variant])[variant]

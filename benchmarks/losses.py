@@ -261,9 +261,9 @@ def seconds(work: Callable[[], None], device: str) -> float:
 
 def best(jobs: Sequence[Job], repetitions: int, device: str) -> list[float]:
     """The least time of each job, taken in turns; a first round is not counted."""
-    rounds = [[seconds(job(), device) for job in jobs] for _ in range(repetitions + 1)][
-        1:
-    ]
+    rounds = [
+        [seconds(job(), device) for job in jobs] for _ in range(repetitions + 1)
+    ][1:]
     return [min(times) for times in zip(*rounds, strict=True)]
 
 
@@ -321,7 +321,12 @@ def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> N
             [jobs[TORCH_CE], jobs[OUR_CE], job], repetitions, setting.device
         )
         extra = peak_bytes(logits_jobs, setting, name) / setting.logits_bytes
-        cells = [name, f"{mine / torch_ce:.2f}", f"{mine / our_ce:.2f}", f"{extra:.3f}"]
+        cells = [
+            name,
+            f"{mine / torch_ce:.2f}",
+            f"{mine / our_ce:.2f}",
+            f"{extra:.3f}",
+        ]
         # A pass that reads the logits, and one that reads them and writes the gradient, are the least there can be.
         cells += (
             [f"{3 * setting.logits_bytes / mine / copy_rate:.2f}"] if on_gpu else []
@@ -331,7 +336,9 @@ def print_logits_table(setting: Setting, repetitions: int, only: list[str]) -> N
 
 def copy_bytes_per_second(setting: Setting) -> float:
     """Read and written bytes per second of the GPU copying tensors of the logits' size."""
-    source = torch.zeros(setting.logits_bytes, dtype=torch.uint8, device=setting.device)
+    source = torch.zeros(
+        setting.logits_bytes, dtype=torch.uint8, device=setting.device
+    )
     target = torch.empty_like(source)
 
     def copy() -> None:

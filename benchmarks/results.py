@@ -277,7 +277,9 @@ def main() -> None:
     for task in options.tasks:
         experiment = Experiment(options.folder / task, task, SETTINGS[task])
         experiment.prepare()
-        found: dict[str, list[dict[str, float]]] = {variant: [] for variant in VARIANTS}
+        found: dict[str, list[dict[str, float]]] = {
+            variant: [] for variant in VARIANTS
+        }
         for seed in options.seeds:
             for variant in VARIANTS:
                 found[variant].append(

@@ -47,7 +47,10 @@ METHODS = (
 
 
 def obvious(
-    hidden_NH: torch.Tensor, weight_vH: torch.Tensor, labels_N: torch.Tensor, top_k: int
+    hidden_NH: torch.Tensor,
+    weight_vH: torch.Tensor,
+    labels_N: torch.Tensor,
+    top_k: int,
 ) -> tuple[torch.Tensor, ...]:
     """(log-probabilities and ids of the largest, the labels' log-probabilities) from whole logits."""
     logits_NV = torch.mm(hidden_NH, weight_vH.T).float()
@@ -78,7 +81,9 @@ def method_of(
     if name == PROJECTION:
         return num_rows, partial(torch.mm, hidden_NH, weight_vH.T)
     if name == OBVIOUS:
-        return num_rows, partial(obvious, hidden_NH, weight_vH, labels_N, options.top_k)
+        return num_rows, partial(
+            obvious, hidden_NH, weight_vH, labels_N, options.top_k
+        )
     shard = VocabShard(0, options.vocab_size, options.vocab_size)
     work = partial(
         topk_rows,

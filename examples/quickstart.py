@@ -216,7 +216,9 @@ class Quickstart:
         last = []
         if split == "train":
             available = len(dataset.read_text(encoding="utf-8").splitlines())
-            wanted = max(1, round(self.settings.student_examples * self.settings.scale))
+            wanted = max(
+                1, round(self.settings.student_examples * self.settings.scale)
+            )
             last = [f"end_at_idx={min(wanted, available) - 1}"]
         self.command(
             f"cache_{split}",
@@ -286,7 +288,8 @@ class Quickstart:
             return
         say(step)
         print(
-            " \\\n    ".join(shlex.quote(word) for word in [command, *keys]), flush=True
+            " \\\n    ".join(shlex.quote(word) for word in [command, *keys]),
+            flush=True,
         )
         started_s = time.perf_counter()
         line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
@@ -401,7 +404,9 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
     records = (
         json.loads(line) for line in dataset.read_text(encoding="utf-8").splitlines()
     )
-    texts = (message["content"] for record in records for message in record["messages"])
+    texts = (
+        message["content"] for record in records for message in record["messages"]
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 

@@ -98,7 +98,9 @@ class TeacherRows(Generic[ArrayT]):
     def arrays(self) -> dict[str, ArrayT]:
         """Return all arrays that are there, by the names of their fields."""
         return {
-            name: value for name, value in vars(self).items() if hasattr(value, "dtype")
+            name: value
+            for name, value in vars(self).items()
+            if hasattr(value, "dtype")
         }
 
     def map(self, change: Callable[[ArrayT], Any]) -> TeacherRows[Any]:

@@ -59,4 +59,6 @@ def convert(config: ConvertCheckpointConfig) -> None:
             export.save_nemo(output)
         else:
             export.save_hf(output)
-    print_text(f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})")
+    print_text(
+        f"{config.input_path} -> {output} ({str(dtype).removeprefix('torch.')})"
+    )

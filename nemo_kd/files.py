@@ -26,7 +26,6 @@ REMEDIES = {
     errno.EDQUOT: "your quota is used up: free some space",
     errno.EROFS: "the file system is read-only: give another path, or mount it for writing",
     errno.EACCES: "give another path, or have its owner permit it",
-    errno.EPERM: "give another path, or have its owner permit it",
     errno.ENOENT: "check the path, or restore its folder",
     errno.EMFILE: "raise the limit (`ulimit -n`), or set fewer data workers",
 }
@@ -167,7 +166,7 @@ def temporary_path(path: str | Path) -> Path:
 
 def owner_name() -> str:
     """Return host and PID, as in the names of temporary files."""
-    return f"{_machine()}-{os.getpid()}"
+    return f"{socket.gethostname()}-{os.getpid()}"
 
 
 def remove_abandoned(folder: Path) -> None:
@@ -194,7 +193,7 @@ def abandoned(folder: Path, suffix: str = ".tmp") -> list[Path]:
     for path in sorted(folder.glob(f".*{suffix}")):
         owner, _, pid = path.name.removesuffix(suffix).rpartition("-")
         is_abandoned = False
-        if pid.isdecimal() and owner.endswith(f".{_machine()}"):
+        if pid.isdecimal() and owner.endswith(f".{socket.gethostname()}"):
             is_abandoned = not _is_alive(int(pid))
         elif pid.isdecimal():
             with contextlib.suppress(
@@ -296,7 +295,7 @@ def read_holder(file: TextIO) -> str:
 def this_process() -> str:
     """Describe this process for messages: PID, host, Slurm job."""
     job = os.environ.get("SLURM_JOB_ID")
-    where = f"{_machine()}, Slurm job {job}" if job else _machine()
+    where = f"{socket.gethostname()}, Slurm job {job}" if job else socket.gethostname()
     return f"process {os.getpid()} on {where}"
 
 
@@ -311,10 +310,6 @@ def sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
-
-
-def _machine() -> str:
-    return socket.gethostname().replace("/", "_")
 
 
 def _is_alive(pid: int) -> bool:

@@ -43,7 +43,8 @@ class ModelFiles(contextlib.AbstractContextManager["ModelFiles"]):
         if root.is_dir():
             paths = [path for path in root.rglob("*") if path.is_file()]
             self.sizes = {
-                path.relative_to(root).as_posix(): path.stat().st_size for path in paths
+                path.relative_to(root).as_posix(): path.stat().st_size
+                for path in paths
             }
             return
         try:

@@ -17,8 +17,6 @@ def printable(text: str, keep: str = "\t\n") -> str:
     Args:
         keep: characters to leave unescaped.
     """
-    if text.isprintable():
-        return text
     return "".join(
         character
         if character.isprintable() or character in keep

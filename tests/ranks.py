@@ -64,7 +64,10 @@ class Ranks:
         """Ends the processes; the next `run` starts new ones."""
         for process in self._processes:
             # With what it started: Megatron's checkpoints leave a process beside each rank.
-            for one in (*psutil.Process(process.pid).children(recursive=True), process):
+            for one in (
+                *psutil.Process(process.pid).children(recursive=True),
+                process,
+            ):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     one.kill()
             process.join()

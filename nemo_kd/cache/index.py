@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import struct
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -71,6 +72,14 @@ class ChunkSummary:
         """
         names = {one.name for one in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in payload.items() if name in names})
+
+    @classmethod
+    def total(cls, chunks: Iterable[ChunkSummary]) -> ChunkSummary:
+        """Return the sums over chunks."""
+        total = cls(0, 0)
+        for chunk in chunks:
+            total.add(chunk)
+        return total
 
     def add(self, other: ChunkSummary) -> None:
         """Add the counts of a segment that follows."""
@@ -141,7 +150,11 @@ class ChunkIndex:
         if self.summary is not None:
             fields = dataclasses.asdict(self.summary)
             content += orjson.dumps(
-                {name: value for name, value in fields.items() if name not in IN_HEADER}
+                {
+                    name: value
+                    for name, value in fields.items()
+                    if name not in IN_HEADER
+                }
             )
         return content + zlib.crc32(content).to_bytes(_CRC_BYTES, "little")
 

@@ -86,8 +86,8 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
     coarse, levels_N = _head_levels(teacher, used_PK, starts_P)
-    keys_N = teacher.topk_token_ids_PK[used_PK].astype(np.uint32) << 8 | levels_N
-    keys_N = _sorted(keys_N, used_PK)
+    entries_N = teacher.topk_token_ids_PK[used_PK].astype(np.uint32) << 8 | levels_N
+    keys_N = _sorted(entries_N, used_PK)
     ids_N = (keys_N >> 8).astype(np.int64)
     levels_N = keys_N.astype(np.uint8)
     distances_N = np.diff(ids_N, prepend=-1)
@@ -109,8 +109,8 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         is_label_N = ids_N == example.labels_S[teacher.positions_P][row_N]
         outside_P = np.ones(num_stored, dtype=bool)
         outside_P[row_N[is_label_N]] = False
-        labels = levels(teacher.label_logprobs_P[outside_P], FINE_STEPS_PER_NAT, coarse)
-        streams.append(huffman(labels))
+        outside = teacher.label_logprobs_P[outside_P]
+        streams.append(huffman(levels(outside, FINE_STEPS_PER_NAT, coarse)))
     num_samples = 0
     if teacher.tail_token_ids_PM is not None:
         num_samples = teacher.tail_token_ids_PM.shape[1]
@@ -149,9 +149,8 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     levels_N = unhuffman(next(streams), header.num_kept)
     row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
-    distances_N = unpack_numbers(
-        streams, *_classes(counts_P, row_N, header.num_classes)
-    )
+    classes = _classes(counts_P, row_N, header.num_classes)
+    distances_N = unpack_numbers(streams, *classes)
     running_N = np.cumsum(distances_N, dtype=np.int64)
     ids_N = running_N - (running_N - distances_N)[starts_P][row_N] - 1
     nats = level_nats(header.fine, header.coarse)
@@ -163,15 +162,13 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     if header.flags & _LABELS:
         is_label_N = ids_N == example.labels_S[positions_P][row_N]
         label_logprobs_P = np.full(num_stored, np.nan, dtype=np.float32)
-        label_logprobs_P[row_N[is_label_N]] = (shift_P[row_N] - nats[levels_N])[
-            is_label_N
-        ]
+        rows = row_N[is_label_N]
+        label_logprobs_P[rows] = shift_P[rows] - nats[levels_N[is_label_N]]
         outside_P = np.isnan(label_logprobs_P)
         label_logprobs_P[outside_P] = -nats[unhuffman(next(streams), outside_P.sum())]
     used_PK = np.arange(counts_P.max(initial=1)) < counts_P[:, None]
-    keys_N = _sorted(
-        levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32), used_PK
-    )
+    entries_N = levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32)
+    keys_N = _sorted(entries_N, used_PK)
     nats_N = nats.take(keys_N >> 24)
     first_P = -nats_N[starts_P]
     logits_PK = np.full(used_PK.shape, -np.inf, dtype=np.float32)

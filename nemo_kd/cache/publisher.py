@@ -114,7 +114,10 @@ class SegmentPublisher:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, raised: BaseException | None, *_: object
+        self,
+        kind: type[BaseException] | None,
+        raised: BaseException | None,
+        *_: object,
     ) -> None:
         if raised is None:
             self.close()

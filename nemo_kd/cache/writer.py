@@ -188,7 +188,9 @@ class CacheWriter:
             segment_path(self.layout, chunk, each)
             for each in segments(indices, self.manifest.segment_examples)
         ]
-        if not self.layout.segment_names(chunk).issuperset(path.name for path in paths):
+        if not self.layout.segment_names(chunk).issuperset(
+            path.name for path in paths
+        ):
             return False
         builder = ChunkBuilder(ChunkSummary(indices[0], indices[-1]))
         digest = hashlib.sha256()

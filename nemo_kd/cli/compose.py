@@ -75,7 +75,9 @@ def _read_file(options: argparse.Namespace, command: str) -> Any:
         near = [
             file for each in folders for file in (each / name).parent.glob("*.yaml")
         ]
-        there = ", ".join(sorted(str(Path(name).with_name(each.stem)) for each in near))
+        there = ", ".join(
+            sorted(str(Path(name).with_name(each.stem)) for each in near)
+        )
         raise ConfigError(
             f"--config-name: there is no {name}.yaml in {' or '.join(map(str, folders))}; there "
             f"are: {there or 'none'} (--config-path . reads the current folder)"

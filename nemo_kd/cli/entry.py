@@ -4,33 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from functools import partial
 
 from nemo_kd.terminal import print_error
-
-
-def compute_topk_logits() -> None:
-    """Start stage 1."""
-    _start("compute_topk_logits")
-
-
-def train_gpt_knowledge_distillation() -> None:
-    """Start stage 2."""
-    _start("train_gpt_knowledge_distillation")
-
-
-def convert_checkpoint() -> None:
-    """Start the conversion of a model."""
-    _start("convert_checkpoint")
-
-
-def logit_cache() -> None:
-    """Start a tool for caches."""
-    _start("logit_cache")
-
-
-def plot_runs() -> None:
-    """Start the plot of runs side by side."""
-    _start("plot_runs")
 
 
 def _start(command: str) -> None:
@@ -45,3 +21,10 @@ def _start(command: str) -> None:
             "commands need: pip install nemo-kd"
         )
         sys.exit(2)
+
+
+compute_topk_logits = partial(_start, "compute_topk_logits")
+train_gpt_knowledge_distillation = partial(_start, "train_gpt_knowledge_distillation")
+convert_checkpoint = partial(_start, "convert_checkpoint")
+logit_cache = partial(_start, "logit_cache")
+plot_runs = partial(_start, "plot_runs")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from nemo_kd.cli.compute_topk_logits import PLAN
@@ -112,9 +111,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     problems = [problem for report in reports for problem in report.problems]
     for problem in problems:
         print_text(problem)
-    total = ChunkSummary(0, 0)
-    for report in reports:
-        total.add(report.found)
+    total = ChunkSummary.total(report.found for report in reports)
     found = (f"{getattr(total, name):,} {name.replace('_', ' ')}" for name in COUNTS)
     print(f"{len(reports)} chunks, {total.bytes:,} bytes, {', '.join(found)}")
     print(f"{len(problems)} problems" if problems else "no problem found")
@@ -122,15 +119,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _verify_against(arguments: argparse.Namespace) -> int:
-    with errors_end_the_process():
-        configure_logging()
-        from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config
+    configure_logging()
+    from nemo_kd.tools.rescore import open_sample, rescore, rescoring_config
 
-        sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
-        config = rescoring_config(sample, arguments.against, arguments.settings)
-        if needs_launch(config.trainer):
-            return launch(config.trainer.num_devices)
-        report, is_right = rescore(sample, config, arguments.dataset)
+    sample = open_sample(arguments.path, arguments.num_examples, arguments.seed)
+    config = rescoring_config(sample, arguments.against, arguments.settings)
+    if needs_launch(config.trainer):
+        return launch(config.trainer.num_devices)
+    report, is_right = rescore(sample, config, arguments.dataset)
     if find_ranks().rank != 0:  # another status would end rank 0 before it prints
         return 0
     print_text(report)
@@ -146,6 +142,7 @@ def _repair(arguments: argparse.Namespace) -> int:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.index import ChunkSummary
     from nemo_kd.cache.reader import CacheReader
     from nemo_kd.config.cache import CacheConfig
     from nemo_kd.tools.recode import Tokenizer, convert
@@ -179,12 +176,10 @@ def _convert(arguments: argparse.Namespace) -> int:
         arguments.examples_per_chunk,
         tokenizer,
     )
-    chunks = written.chunks.values()
-    num_tokens = sum(chunk.tokens for chunk in chunks)
-    per_token = sum(chunk.bytes for chunk in chunks) / max(1, num_tokens)
-    num_examples = sum(chunk.examples for chunk in chunks)
+    total = ChunkSummary.total(written.chunks.values())
+    per_token = total.bytes / max(1, total.tokens)
     print(
-        f"{num_examples:,} examples, {num_tokens:,} tokens, {per_token:,.1f} bytes per token"
+        f"{total.examples:,} examples, {total.tokens:,} tokens, {per_token:,.1f} bytes per token"
     )
     return 0
 
@@ -193,14 +188,17 @@ def _merge(arguments: argparse.Namespace) -> int:
     from nemo_kd.tools.merge import merge
 
     manifest = merge(
-        arguments.sources, arguments.output, arguments.allow_gaps, arguments.num_workers
+        arguments.sources,
+        arguments.output,
+        arguments.allow_gaps,
+        arguments.num_workers,
     )
     num_examples = sum(chunk.examples for chunk in manifest.chunks.values())
     print(f"{len(manifest.chunks)} chunks, {num_examples:,} examples")
     return 0
 
 
-SUBCOMMANDS: dict[str, tuple[Callable[..., int], str, dict[str, tuple[Any, ...]]]] = {
+SUBCOMMANDS: dict[str, tuple[Any, ...]] = {
     "inspect": (
         _inspect,
         "describe a cache: counts, how much of the teacher it keeps, how certain the teacher is, "

@@ -136,10 +136,6 @@ class ExpManagerConfig(RunConfig):
     """Send the metrics to ClearML."""
     clearml_logger_kwargs: dict[str, Any] | None = None
     """Arguments of the ClearML logger."""
-    create_dllogger_logger: bool = False
-    """Write the metrics with DLLogger."""
-    dllogger_logger_kwargs: dict[str, Any] | None = None
-    """Arguments of DLLogger."""
     create_neptune_logger: bool = False
     """Send the metrics to Neptune."""
     neptune_logger_kwargs: dict[str, Any] | None = None
@@ -156,10 +152,6 @@ class ExpManagerConfig(RunConfig):
     """Log NeMo's estimate of TFLOP/s."""
     seconds_to_sleep: float = 0
     """Seconds that all ranks but the first wait at the start."""
-    create_ipl_epoch_stopper_callback: bool = False
-    """Add NeMo's callback of that name."""
-    ipl_epoch_stopper_callback_params: dict[str, Any] | None = None
-    """Arguments of the callback."""
     create_straggler_detection_callback: bool = False
     """Add NeMo's detection of slow GPUs (needs nvidia-resiliency-ext)."""
     straggler_detection_params: dict[str, Any] | None = None

@@ -129,11 +129,9 @@ class StudentDataConfig(Section, key="model.data"):
                 f"{self.dataset.file_path} is not read; name the files of every split in "
                 "model.data.data_prefix",
             )
-        chosen = (
-            self.n_chunks
-            if isinstance(self.n_chunks, dict)
-            else {"train": self.n_chunks}
-        )
+        chosen = self.n_chunks
+        if not isinstance(chosen, dict):
+            chosen = {"train": chosen}
         for split, number in chosen.items():
             is_count = number is None or (type(number) is int and number >= 1)
             if split not in SPLITS or not is_count:
@@ -202,7 +200,9 @@ class StudentModelConfig(ModelConfig):
     virtual_pipeline_model_parallel_size: int | None = count(None)
     """Parts of every pipeline stage. More than one interleaves the stages: they wait less and
     exchange more. None: 1."""
-    activations_checkpoint_granularity: str | None = choice(None, ("full", "selective"))
+    activations_checkpoint_granularity: str | None = choice(
+        None, ("full", "selective")
+    )
     """Activations that the backward pass recomputes: full (whole layers) or selective (attention).
     None: none."""
     activations_checkpoint_method: str | None = choice(None, ("uniform", "block"))

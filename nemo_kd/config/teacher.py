@@ -92,7 +92,10 @@ class ComputeTopkLogitsConfig(Section):
             )
         self._check_splits()
         self.part_number()
-        if self.n_examples_per_chunk is not None and "CHUNK_ID" not in self.output_path:
+        if (
+            self.n_examples_per_chunk is not None
+            and "CHUNK_ID" not in self.output_path
+        ):
             raise self.error(
                 "output_path",
                 f"{self.output_path!r} has no CHUNK_ID, which n_examples_per_chunk="

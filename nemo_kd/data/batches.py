@@ -114,7 +114,9 @@ def form_batches(
             tokens = sums[number] + lengths[position]
             longest = lengths[batch[0]]
             size = len(batch) + 1
-            room = tokens if packed else size * -(-longest // multiple_of) * multiple_of
+            room = (
+                tokens if packed else size * -(-longest // multiple_of) * multiple_of
+            )
             is_dense = packed or tokens > (1 - MAX_PADDING) * size * longest
             fits = max_tokens is None or (room <= max_tokens and is_dense)
             if fits and (max_examples is None or len(batch) < max_examples):

@@ -69,7 +69,9 @@ def render_messages(
     offsets: list[Span] = encoding["offset_mapping"]
     special = _special_ids(tokenizer)
     special_spans = [
-        span for token_id, span in zip(ids, offsets, strict=True) if token_id in special
+        span
+        for token_id, span in zip(ids, offsets, strict=True)
+        if token_id in special
     ]
     trained = [False] * len(ids)
     for turn, message in enumerate(messages):
@@ -331,13 +333,11 @@ def render_conversations(
         )
     header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
-    is_answered = (
-        False  # the previous turn was trained: this turn's start marker ends it
-    )
+    # The previous turn was trained: this turn's start marker ends it.
+    is_answered = False
     for number, turn in enumerate(turns):
-        is_trained = turn["from"] not in masked and (
-            number > 0 or kind == "TEXT_TO_VALUE"
-        )
+        may_be_trained = number > 0 or kind == "TEXT_TO_VALUE"
+        is_trained = may_be_trained and turn["from"] not in masked
         body = _body(turn, kind, is_trained, markers)
         pieces.append((markers.turn_start, is_answered))
         pieces.append((turn["from"] + markers.end_of_name, False))

@@ -96,7 +96,9 @@ class SampleOrder:
         for number, (sizes, count) in enumerate(
             zip(self.source_chunks, counts, strict=True)
         ):
-            order[sources == number] = first + self._drawn(number, epoch * count, count)
+            order[sources == number] = first + self._drawn(
+                number, epoch * count, count
+            )
             first += sum(sizes)
         return order
 

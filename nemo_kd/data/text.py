@@ -119,7 +119,9 @@ def example_lines(
 ) -> list[str]:
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
     found = LossPositions.of(row)
-    first = found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
+    first = (
+        found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
+    )
     prompt = "".join(text.along(text_ids(row.example)[: first + 1]))[
         -PROMPT_CHARACTERS:
     ]

@@ -76,12 +76,16 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     ]
     if isinstance(vocabulary, list):  # Unigram: scores decide
         model["scores"] = vocabulary
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = {
+        name: str(token) for name, token in tokenizer.special_tokens_map.items()
+    }
     parts = {"model": model, "merges": merges, "special_tokens": special}
     for name in ("added_tokens", "normalizer", "pre_tokenizer", "post_processor"):
         parts[name] = content.get(name)
     return {
-        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[:16]
+        name: hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()[
+            :16
+        ]
         for name, part in parts.items()
     }
 
@@ -133,7 +137,9 @@ def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Hash the chat template; None without one."""
     if not tokenizer.chat_template:
         return None
-    return f"sha256:{hashlib.sha256(orjson.dumps(tokenizer.chat_template)).hexdigest()}"
+    return (
+        f"sha256:{hashlib.sha256(orjson.dumps(tokenizer.chat_template)).hexdigest()}"
+    )
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
@@ -164,7 +170,8 @@ def encode_continuation(tokenizer: PreTrainedTokenizerBase, text: str) -> list[i
     )
     offsets = encoding["offset_mapping"]
     first = next(
-        (position for position, (_, end) in enumerate(offsets) if end > 1), len(offsets)
+        (position for position, (_, end) in enumerate(offsets) if end > 1),
+        len(offsets),
     )
     if first < len(offsets) and offsets[first][0] < 1:
         return encode(tokenizer, text)

@@ -107,7 +107,9 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
                 raise_together(error)  # the others wait in `async_save`
             raise
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Path, *_: Any) -> Any:
+    def async_save(
+        self, sharded_state_dict: Any, checkpoint_dir: Path, *_: Any
+    ) -> Any:
         self._has_begun = True
         raise_together(None)  # unless rank 0 could not write the plain values
         is_first = torch.distributed.get_rank() == 0
@@ -132,7 +134,9 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
             self._planner.take_snapshot(self._plan)
             context = multiprocessing.get_context("fork")
             self._results, sender = context.Pipe(duplex=False)
-            self._process = context.Process(target=self._write_and_send, args=(sender,))
+            self._process = context.Process(
+                target=self._write_and_send, args=(sender,)
+            )
             self._process.start()
             sender.close()
         return self

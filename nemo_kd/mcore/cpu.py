@@ -56,7 +56,10 @@ def install_cpu_support() -> None:
         importlib.import_module(f"megatron.core.{name}")
     torch_on_cpu = _torch_on_cpu()
     for name, module in list(sys.modules.items()):
-        if name.startswith("megatron.core") and getattr(module, "torch", None) is torch:
+        if (
+            name.startswith("megatron.core")
+            and getattr(module, "torch", None) is torch
+        ):
             module.torch = torch_on_cpu  # type: ignore[attr-defined]
     random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
     # It sets a generator through CUDA's queue of delayed calls, which no public name redirects.
@@ -79,7 +82,9 @@ def cuda_methods_on_cpu() -> Iterator[None]:
 
     It covers this thread's calls only, and does nothing where CUDA is available.
     """
-    with contextlib.nullcontext() if torch.cuda.is_available() else _CudaMethodsOnCpu():
+    with (
+        contextlib.nullcontext() if torch.cuda.is_available() else _CudaMethodsOnCpu()
+    ):
         yield
 
 

@@ -109,7 +109,10 @@ class ModelExport:
             self._add_rest(folder, folder / TOKENIZER)
             # NeMo's connector would pack the same, but takes seconds to import and its base class
             # reads pickles.
-            with atomic_file(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+            with (
+                atomic_file(path) as file,
+                tarfile.open(fileobj=file, mode="w") as tar,
+            ):
                 for entry in sorted(folder.iterdir()):
                     tar.add(entry, arcname=f"./{entry.name}", filter=_without_owner)
 
@@ -148,7 +151,9 @@ class ModelExport:
         parts = gather_to_first(tensors if self.groups.tensor_rank == 0 else {})
 
         def write_adapter() -> None:
-            gathered = {name: tensor for part in parts for name, tensor in part.items()}
+            gathered = {
+                name: tensor for part in parts for name, tensor in part.items()
+            }
             _save_tensors(gathered, temporary / "adapter_model.safetensors")
             layers = lora.layer_selection
             config = {
@@ -237,7 +242,9 @@ class ModelExport:
         }
         if not sizes:
             return []
-        split = split_torch_state_dict_into_shards(sizes, max_shard_size=MAX_SHARD_SIZE)
+        split = split_torch_state_dict_into_shards(
+            sizes, max_shard_size=MAX_SHARD_SIZE
+        )
         return list(split.filename_to_tensors.values())
 
     def _adapter_pieces(self) -> list[Piece]:
@@ -245,7 +252,9 @@ class ModelExport:
         found = []
         for name, _, adapter in adapters(self.model):
             # The projection's weight is cut and fused along its rows as `up` is.
-            up = pieces(f"{name}.weight", adapter.up.detach(), self.source.architecture)
+            up = pieces(
+                f"{name}.weight", adapter.up.detach(), self.source.architecture
+            )
             down = adapter.down.detach()[None]
             cut_down, cut_up = (None, 0) if adapter.cut_by_output else (1, None)
             for piece in up:

@@ -46,7 +46,9 @@ class SDPACoreAttention(MegatronModule):
             window, config.window_attn_skip_freq, layer_number
         ):
             assert window is not None
-            self.num_visible = window[0] + 1  # Megatron does not count the token itself
+            self.num_visible = (
+                window[0] + 1
+            )  # Megatron does not count the token itself
 
     def forward(
         self,
@@ -66,7 +68,9 @@ class SDPACoreAttention(MegatronModule):
             ]
             return torch.cat(sequences)[:, 0]
         if self.context_group.size() > 1:
-            return self._context_parallel(query, self._gather(key), self._gather(value))
+            return self._context_parallel(
+                query, self._gather(key), self._gather(value)
+            )
         return self._causal(query, key, value)
 
     def _context_parallel(
@@ -81,7 +85,10 @@ class SDPACoreAttention(MegatronModule):
         late_start = len(key_SBgD) - early_start - length
         parts = zip(query_sBhD.chunk(2), (early_start, late_start), strict=True)
         return torch.cat(
-            [self._causal(query, key_SBgD, value_SBgD, start) for query, start in parts]
+            [
+                self._causal(query, key_SBgD, value_SBgD, start)
+                for query, start in parts
+            ]
         )
 
     def _gather(self, tensor_sBgD: Tensor) -> Tensor:
@@ -105,7 +112,9 @@ class SDPACoreAttention(MegatronModule):
             )
             mask = mask.tril(start).triu(start + 1 - self.num_visible)
         elif start:
-            mask = causal_lower_right(num_queries, end)  # kernels need no matrix for it
+            mask = causal_lower_right(
+                num_queries, end
+            )  # kernels need no matrix for it
         context_BhSD = torch.nn.functional.scaled_dot_product_attention(
             query_SBhD.permute(1, 2, 0, 3),
             key_SBgD[:end].permute(1, 2, 0, 3),

@@ -94,10 +94,8 @@ def transformer_config(
     num_chunks = model.chunks_per_stage
     has_experts = architecture.num_moe_experts is not None
     window = architecture.window_size
-    slides = [
-        int(layer in architecture.window_layers)
-        for layer in range(architecture.num_layers)
-    ]
+    layers = range(architecture.num_layers)
+    slides = [int(layer in architecture.window_layers) for layer in layers]
     fields: dict[str, Any] = {name: getattr(architecture, name) for name in _SAME}
     fields |= {name: getattr(model, name) for name in PARALLEL_SIZES}
     return TransformerConfig(
@@ -128,8 +126,7 @@ def transformer_config(
         moe_router_load_balancing_type="none",
         # Moves each token only to its experts; ranks may have different numbers of tokens.
         moe_token_dispatcher_type="alltoall",
-        # Where two interleaved stages exchange in batches, Megatron 0.16 computes wrong results
-        # without an error.
+        # Megatron 0.16 computes wrong results where two interleaved stages exchange in batches.
         virtual_pipeline_model_parallel_size=num_chunks if num_chunks > 1 else None,
         overlap_p2p_comm=num_chunks > 1,
         batch_p2p_comm=num_chunks == 1,
@@ -239,7 +236,9 @@ def _torch_block(config: TransformerConfig) -> TransformerBlockSubmodules:
     )
 
 
-def _transformer_engine_layer(config: TransformerConfig, own_norms: bool) -> ModuleSpec:
+def _transformer_engine_layer(
+    config: TransformerConfig, own_norms: bool
+) -> ModuleSpec:
     layer = get_gpt_layer_with_transformer_engine_spec(
         num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
     )
@@ -321,7 +320,9 @@ def sharded_weights(model: torch.nn.Module) -> dict[str, Any]:
 def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the logits [B, S, v] of this rank's vocabulary columns, padding columns included."""
     packed = _packed_seq_params(batch)
-    return model(batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=packed)
+    return model(
+        batch.tokens_BS, batch.position_ids_BS, None, packed_seq_params=packed
+    )
 
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:

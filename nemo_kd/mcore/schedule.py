@@ -22,7 +22,9 @@ from nemo_kd.batch import Batch, context_positions
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import chunks, hidden_states, unwrapped
 
-LossFunction = Callable[[torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]]
+LossFunction = Callable[
+    [torch.Tensor, Batch], tuple[torch.Tensor, torch.Tensor | None]
+]
 """(hidden states [S, B, H], micro-batch) -> (loss summed over its loss tokens, sums or None)."""
 _ANY_SHAPE = (0, 0, 0)
 """The sender's shape counts."""
@@ -76,6 +78,10 @@ def loss_positions(
     ]
 
 
+GROUPS = ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
+"""Groups that Megatron's schedules use."""
+
+
 def forward_backward(
     model: torch.nn.Module,
     micro_batches: Sequence[Batch],
@@ -95,7 +101,6 @@ def forward_backward(
         stage.
     """
     parts = chunks(model)
-    config = unwrapped(parts[-1]).config
     device = next(parts[-1].parameters()).device
 
     def step(
@@ -108,32 +113,31 @@ def forward_backward(
 
         def loss(hidden: torch.Tensor) -> tuple[Any, ...]:
             loss_sum, sums = loss_function(hidden, batch)
-            num_tokens = loss_sum.new_full(
-                (), len(batch.loss_positions_N), dtype=torch.int
+            count = len(batch.loss_positions_N)
+            num_tokens = loss_sum.new_full((), count, dtype=torch.int)
+            return (
+                loss_sum,
+                num_tokens,
+                sums if sums is None else sums.detach().double(),
             )
-            report = None if sums is None else sums.detach().double()
-            return loss_sum, num_tokens, report
 
         return hidden_states(model, batch), loss
 
     model.train(not forward_only)
-    groups = ProcessGroupCollection.use_mpu_process_groups(
-        ["tp", "pp", "cp", "dp_cp", "embd", "pos_embd"]
-    )
+    groups = ProcessGroupCollection.use_mpu_process_groups(GROUPS)
     if len(parts) > 1:
         # Interleaved stages take as many micro-batches at a time as there are stages.
         missing = -len(micro_batches) % groups.pp.size()
         micro_batches = [*micro_batches, *[_without_loss(micro_batches)] * missing]
-    iterators = [iter(micro_batches) for _ in parts]
     reports = get_forward_backward_func()(
         forward_step_func=step,
-        data_iterator=iterators if len(parts) > 1 else iterators[0],
+        data_iterator=[iter(micro_batches) for _ in parts],
         model=list(parts),
         num_microbatches=len(micro_batches),
         seq_length=0,  # unused, as stages send the shapes
         micro_batch_size=0,
         forward_only=forward_only,
-        p2p_communicator=_stages(groups.pp, config),
+        p2p_communicator=_stages(groups.pp, unwrapped(parts[-1]).config),
         pg_collection=groups,
     )
     found = [report for report in reports if report is not None]

@@ -110,7 +110,9 @@ def load_hf_weights(
                 _fill(piece, stored, groups)
 
 
-def hf_pieces(model: torch.nn.Module, architecture: GPTArchitecture) -> Iterator[Piece]:
+def hf_pieces(
+    model: torch.nn.Module, architecture: GPTArchitecture
+) -> Iterator[Piece]:
     """Yield this rank's Hugging Face parts, without the last stage's copy of a tied layer."""
     is_tied = architecture.share_embeddings_and_output_weights
     for name, weight in named_weights(model):

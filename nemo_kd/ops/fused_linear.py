@@ -85,7 +85,8 @@ class _FusedLinear(torch.autograd.Function):
                 dtype = reduction_dtype(hidden_NH)
                 d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype)
         of_blocks = []
-        buffer_Nv = hidden_NH.new_empty(min(block_rows, len(hidden_NH)), len(weight_vH))
+        shape = (min(block_rows, len(hidden_NH)), len(weight_vH))
+        buffer_Nv = hidden_NH.new_empty(shape)
         for rows in row_blocks(len(hidden_NH), 1, block_rows):
             some_NH = hidden_NH[rows]
             logits_Nv = torch.mm(some_NH, weight_vH.t(), out=buffer_Nv[: len(some_NH)])
@@ -112,10 +113,7 @@ class _FusedLinear(torch.autograd.Function):
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
             if d_weight_vH is not None:
                 _add_product(d_weight_vH, logits_Nv, some_NH)
-        ce_N, kd_N, compared = (
-            None if parts[0] is None else torch.cat(parts)
-            for parts in zip(*of_blocks, strict=True)
-        )
+        ce_N, kd_N, compared = map(_joined, zip(*of_blocks, strict=True))
         assert ce_N is not None
         total = weights[0] * ce_N.sum()
         if kd_N is not None:
@@ -157,6 +155,12 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
         return None
     weight_vH.grad_added_to_main_grad = True
     return torch.empty_like(weight_vH)
+
+
+def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:
+    """Join the values of all blocks; None stands for a loss that is not computed."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None
 
 
 def _add_product(sum_vH: Tensor, gradient_Nv: Tensor, hidden_NH: Tensor) -> None:

@@ -92,7 +92,9 @@ def skewed_forward_kl(entries: Entries, skew: float) -> Terms:
 def skewed_reverse_kl(entries: Entries, skew: float) -> Terms:
     """KL(q || m), m = (1 - skew) p + skew q: finite where the teacher has no mass."""
     q_NE = entries.q_NE
-    log_ratio_NE = entries.log_q_NE - _log_mix(skew, entries.log_q_NE, entries.log_p_NE)
+    log_ratio_NE = entries.log_q_NE - _log_mix(
+        skew, entries.log_q_NE, entries.log_p_NE
+    )
     value_NE = _weighted(q_NE, log_ratio_NE)
     # u = log(q / m) + skew (1 - q / m)
     return Terms(

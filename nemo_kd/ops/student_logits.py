@@ -110,7 +110,8 @@ def read_logits(
     )
     # A rank without any logit in the tail (-inf, or nan where no rank has one) adds nothing.
     held_N1 = local_maximum_N[:, None] != float("-inf")
-    local_sum_exp_NS = torch.where(held_N1, (local_log_sum_exp_NS + below_NS).exp_(), 0)
+    sum_exp_NS = (local_log_sum_exp_NS + below_NS).exp_()
+    local_sum_exp_NS = torch.where(held_N1, sum_exp_NS, 0)
     parts = [local_sum_exp_NS, *at_columns]
     parts += [] if sum_N is None else [sum_N[:, None]]
     total = shard.all_reduce(torch.cat(parts, dim=1), ReduceOp.SUM)

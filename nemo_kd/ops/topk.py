@@ -168,7 +168,9 @@ def _at_labels(logits_Nv: Tensor, labels_N: Tensor, shard: VocabShard) -> Tensor
     if not shard.num_real:
         return nothing_N
     columns_N, held_N = shard.local(labels_N)
-    return torch.where(held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], nothing_N)
+    return torch.where(
+        held_N, logits_Nv.gather(1, columns_N[:, None])[:, 0], nothing_N
+    )
 
 
 def _take_head(
@@ -191,7 +193,9 @@ def _take_head(
     missing = (0, top_k + 1 - values.shape[1])
     return (
         torch.nn.functional.pad(values, missing, value=MINUS_INFINITY),
-        torch.nn.functional.pad(columns, missing, value=shard.vocab_size - shard.start),
+        torch.nn.functional.pad(
+            columns, missing, value=shard.vocab_size - shard.start
+        ),
     )
 
 

@@ -64,7 +64,6 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
     Raises:
         ConfigError: the launcher leaves out a variable that a rank needs.
     """
-
     values = dict(environment)
 
     def number(name: str, default: int | None = None) -> int:
@@ -101,9 +100,8 @@ def find_ranks(environment: Mapping[str, str] = os.environ) -> Ranks:
         for name in MPI_SIZES:
             if number(name, 1) > 1:
                 raise ConfigError(
-                    f"{name}: {values[name]} processes were started by an MPI launcher, and each "
-                    "would do the whole work; start the command with srun or torchrun, or alone "
-                    "with trainer.devices=N"
+                    f"{name}: each of {values[name]} MPI processes would do the whole work; use "
+                    "srun, torchrun, or the command alone with trainer.devices=N"
                 )
         return Ranks()
     size = number("WORLD_SIZE")

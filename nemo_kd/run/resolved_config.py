@@ -59,7 +59,8 @@ def save_config(path: Path, values: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and path.read_bytes() != content:
             names = (
-                path.with_stem(f"{path.stem}-{number}") for number in itertools.count(1)
+                path.with_stem(f"{path.stem}-{number}")
+                for number in itertools.count(1)
             )
             path.rename(next(name for name in names if not name.exists()))
     write_atomically(path, content)

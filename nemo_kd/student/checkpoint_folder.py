@@ -100,7 +100,9 @@ def seal(folder: Path, contents: Contents) -> None:
         if path.name not in contents.files:
             sync(path)
             contents.files[path.name] = file_sum(path)
-    write_atomically(folder / CONTENTS, json.dumps(asdict(contents), indent=1).encode())
+    write_atomically(
+        folder / CONTENTS, json.dumps(asdict(contents), indent=1).encode()
+    )
 
 
 def publish(written: Path, targets: Sequence[Path]) -> None:
@@ -142,7 +144,11 @@ def checkpoints(parent: Path) -> list[Path]:
     ]
     return sorted(
         found,
-        key=lambda path: (path.name.endswith(LAST), _step(path), path.name),
+        key=lambda path: (
+            path.name.endswith(LAST),
+            getattr(read_contents(path), "step", -1),
+            path.name,
+        ),
         reverse=True,
     )
 
@@ -179,12 +185,9 @@ def put_aside(damaged: Mapping[Path, Exception]) -> None:
         while aside.exists():
             aside = aside.with_name(aside.name + DAMAGED)
         folder.rename(aside)
-        log.warning("%s is damaged (%s) and now called %s", folder, problem, aside.name)
-
-
-def _step(folder: Path) -> int:
-    contents = read_contents(folder)
-    return -1 if contents is None else contents.step
+        log.warning(
+            "%s is damaged (%s) and now called %s", folder, problem, aside.name
+        )
 
 
 def _retire_last(parent: Path) -> None:

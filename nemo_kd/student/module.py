@@ -107,9 +107,8 @@ class StudentModule(pl.LightningModule):
         self.meter = StepMeter(
             self.architecture, self.groups, config.trainer.precision, self.lora is None
         )
-        self.non_finite = NonFiniteSteps(
-            config.trainer.knowledge_distillation.non_finite
-        )
+        loop = config.trainer.knowledge_distillation
+        self.non_finite = NonFiniteSteps(loop.non_finite)
         self.interruption = Interruption()
         self.validation_is_due = False
         self.stop_reason: str | None = None
@@ -172,9 +171,8 @@ class StudentModule(pl.LightningModule):
         trainer = self.trainer
         # On resume Lightning repeats the validation of a step that is a multiple of its interval;
         # the checkpoint records whether that validation took place.
-        trainer.val_check_batch = (
-            1 if self.validation_is_due else self.plan.max_steps + 1
-        )
+        never = self.plan.max_steps + 1
+        trainer.val_check_batch = 1 if self.validation_is_due else never
         stopped = self._stopped_early and trainer.early_stopping_callback is not None
         is_over = self._is_last and not self.validation_is_due
         trainer.should_stop = stopped or is_over
@@ -186,20 +184,18 @@ class StudentModule(pl.LightningModule):
         self.watchdog.step(f"step {self.global_step + 1}: examples {examples}")
         self.meter.start()
         optimizer: Any = self.optimizers()
-        lr = learning_rate(
-            self.global_step, self.config.model.optim, self.plan.max_steps
-        )
+        optim = self.config.model.optim
+        lr = learning_rate(self.global_step, optim, self.plan.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
         counts = self._all_reduce(self.meter.counts(batch)).tolist()
-        sums_RM = self._sum_over_ranks(
-            forward_backward(self.model, batch, self.token_losses)
-        )
+        sums_RM = forward_backward(self.model, batch, self.token_losses)
+        sums_RM = self._sum_over_ranks(sums_RM)
         means = self.loss.metrics("train", sums_RM)
         optimizer.step(loss_is_finite=math.isfinite(sums_RM[-1, 0]))
         if optimizer.optimizer.skipped:
-            self.non_finite.left_out(self.global_step, *self._find_non_finite(batch))
+            self.non_finite.left_out(self.global_step, self._finite_losses(batch))
         else:
             self.non_finite.in_a_row = 0
         training = self.data.training
@@ -238,7 +234,9 @@ class StudentModule(pl.LightningModule):
         self._evaluation_started_s = time.monotonic()
 
     def validation_step(self, batch: list[Batch], batch_idx: int) -> None:
-        sums = forward_backward(self.model, batch, self.token_losses, forward_only=True)
+        sums = forward_backward(
+            self.model, batch, self.token_losses, forward_only=True
+        )
         if sums is not None:
             self.validation_sums += sums
         self._all_reduce(torch.zeros(0, device=self.groups.device))  # for its flags
@@ -336,9 +334,8 @@ class StudentModule(pl.LightningModule):
             self.stop_reason = next(filter(None, reasons))
         return total[:-2].view_as(values)
 
-    def _find_non_finite(self, batch: list[Batch]) -> tuple[str, list[int]]:
-        """Return "loss" and the examples of micro-batches without a finite one, or "gradient" and
-        all examples of the step."""
+    def _finite_losses(self, batch: list[Batch]) -> list[tuple[bool, list[int]]]:
+        """Compute the micro-batches of all ranks again: is the loss finite, and of which examples?"""
         found = []
         for part in batch:
             sums_RM = forward_backward(
@@ -347,11 +344,7 @@ class StudentModule(pl.LightningModule):
             is_finite = sums_RM is None or math.isfinite(sums_RM[-1, 0])
             found.append((is_finite, part.indices_B.tolist()))
         self.loss.custom_sums.clear()
-        of_all = [part for of_rank in gather(lambda: found) for part in of_rank]
-        culprits = [indices for is_finite, indices in of_all if not is_finite]
-        value = "loss" if culprits else "gradient"
-        examples = set[int]().union(*(culprits or [indices for _, indices in of_all]))
-        return value, sorted(examples - {-1})  # -1 stands for no example
+        return [part for of_rank in gather(lambda: found) for part in of_rank]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Return the trained weights as Megatron's sharded tensors, for distributed checkpoints."""
@@ -374,10 +367,7 @@ class StudentModule(pl.LightningModule):
         checkpoint["StudentData"] = self.data.state_dict()
         checkpoint["adapters"] = self.adapters
         steps = self.non_finite
-        checkpoint["non_finite"] = {
-            "skipped": steps.skipped,
-            "in_a_row": steps.in_a_row,
-        }
+        checkpoint["non_finite"] = dict(skipped=steps.skipped, in_a_row=steps.in_a_row)
         if "optimizer_states" in checkpoint:
             checkpoint["schedule"] = {
                 "validation_is_due": self.validation_is_due,

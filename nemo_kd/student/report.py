@@ -20,7 +20,7 @@ from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.student.checkpoint_folder import resumable
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.progress import format_metrics
-from nemo_kd.terminal import print_table, size_text
+from nemo_kd.terminal import print_table
 
 if TYPE_CHECKING:
     from nemo_kd.student.module import StudentModule
@@ -119,13 +119,11 @@ def stop_report(student: StudentModule | None) -> str:
     """Return the step at which a run was stopped, and its last checkpoint."""
     if student is None:
         return "before the first step of this run"
-    found = (
-        [] if student.checkpoints is None else resumable(student.checkpoints.dirpath)
-    )
-    last = found[0] if found else "none"
+    kept = student.checkpoints
+    found = [] if kept is None else resumable(kept.dirpath)
     return (
         f"at step {student.global_step:,} of {student.plan.max_steps:,}; the last checkpoint is "
-        f"{last}"
+        f"{found[0] if found else 'none'}"
     )
 
 
@@ -166,13 +164,9 @@ def end_report(student: StudentModule) -> StudentRun:
 
 
 def _files(kept: Checkpoints) -> list[tuple[str, str]]:
-    """List the run's archives with sizes, and the command that converts them."""
-    facts = []
-    for path in sorted(kept.dirpath.iterdir()):
-        if path.suffix == ".nemo" or path.name.endswith("-hf"):
-            files = [one for one in (path, *path.rglob("*")) if one.is_file()]
-            size = size_text(sum(one.stat().st_size for one in files))
-            facts.append(("weights", f"{path}, {size}"))
+    """List the run's archives and exported folders, and the command that converts them."""
+    paths = [*kept.dirpath.glob("*.nemo"), *kept.dirpath.glob("*-hf")]
+    facts = [("weights", str(path)) for path in sorted(paths)]
     if kept.archive.exists():
         source = shlex.quote(str(kept.archive))
         command = f"convert_checkpoint input_path={source} output_path=student_hf/"

@@ -165,9 +165,6 @@ def provenance(
         "data_weights": data.training.order.weights,
         "consumed_samples": data.training.consumed_samples,
         "config": resolved_config(config, paths=False),
-        "knowledge_distillation": dataclasses.asdict(
-            config.model.knowledge_distillation
-        ),
     }
 
 
@@ -219,7 +216,9 @@ def check_same_experiment(
     if not any(key in fixed for key in refused):
         keys = ",".join(dict.fromkeys([*allow_changed, *refused]))
         ways += f", or continue with the change: 'allow_changed=[{keys}]'"
-    raise CheckpointError(f"{checkpoint} belongs to another experiment:{lines}\n{ways}")
+    raise CheckpointError(
+        f"{checkpoint} belongs to another experiment:{lines}\n{ways}"
+    )
 
 
 def _compared(value: Any) -> Any:

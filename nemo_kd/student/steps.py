@@ -148,18 +148,22 @@ class NonFiniteSteps:
     skipped: int = 0
     in_a_row: int = 0
 
-    def left_out(self, step: int, value: str, examples: list[int]) -> None:
+    def left_out(self, step: int, parts: Sequence[tuple[bool, list[int]]]) -> None:
         """Record a step that changed nothing.
 
         Args:
-            value: the loss or gradient of `examples` that is not finite.
+            parts: of each micro-batch, True if its loss is finite, and its examples.
 
         Raises:
             NonFiniteError: the run has to stop.
         """
         self.skipped += 1
         self.in_a_row += 1
-        shown = ", ".join(map(str, examples[:MAX_EXAMPLES_SHOWN]))
+        culprits = [examples for is_finite, examples in parts if not is_finite]
+        value = "loss" if culprits else "gradient"
+        examples = set[int]().union(*(culprits or [examples for _, examples in parts]))
+        found = sorted(examples - {-1})  # -1 stands for no example
+        shown = ", ".join(map(str, found[:MAX_EXAMPLES_SHOWN]))
         message = f"step {step}: the {value} of examples {shown} is not finite; no weight was changed"
         if self.mode == "stop" or self.in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise NonFiniteError(

@@ -103,7 +103,9 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
         yield Run(config, pretrained, groups, tokenizer, jobs)
 
 
-def check_model(config: ComputeTopkLogitsConfig, architecture: GPTArchitecture) -> None:
+def check_model(
+    config: ComputeTopkLogitsConfig, architecture: GPTArchitecture
+) -> None:
     """Refuse parallel sizes that do not divide, and a `top_k` above the vocabulary.
 
     Raises:

@@ -102,7 +102,9 @@ def _open_cache(job: Job, stack: contextlib.ExitStack) -> None:
 
     def open_writer() -> list[Segment]:
         layout = CacheLayout(job.config.output_path)
-        writer = CacheWriter(layout, job.manifest, job.chunks, job.config.part_number())
+        writer = CacheWriter(
+            layout, job.manifest, job.chunks, job.config.part_number()
+        )
         stack.callback(writer.close)
         job.writer = writer
         save_config(path_beside(job, "config.yaml"), resolved_config(job.config))
@@ -112,7 +114,11 @@ def _open_cache(job: Job, stack: contextlib.ExitStack) -> None:
 
 
 def _compute(
-    run: Run, job: Job, teacher: Teacher, interruption: Interruption, watchdog: Watchdog
+    run: Run,
+    job: Job,
+    teacher: Teacher,
+    interruption: Interruption,
+    watchdog: Watchdog,
 ) -> None:
     """Compute this replica's share of the missing segments.
 

@@ -275,7 +275,9 @@ class Teacher:
         gathered: list[Any] | None = (
             [None] * len(groups.replica_ranks) if groups.is_writer else None
         )
-        dist.gather_object(mine, gathered, dst=groups.writer_rank, group=groups.replica)
+        dist.gather_object(
+            mine, gathered, dst=groups.writer_rank, group=groups.replica
+        )
         if gathered is None:
             return None
         whole = join_rows([part for part in gathered if part is not None])

@@ -33,7 +33,6 @@ from nemo_kd.terminal import print_table, print_text, size_text
 log = logging.getLogger(__name__)
 
 NUM_PROBES = 96
-NUM_WARM_UPS = 2
 
 POOR_KEPT_MASS = 0.9
 """Warn if the kept ids hold less than this share of the teacher's probability."""
@@ -108,9 +107,7 @@ def report_cache(job: Job, seconds: float) -> CacheReport:
     writer.assemble_complete()
     waiting_for = _other_parts_work(job, writer)
     chunks = writer.manifest.chunks
-    total = ChunkSummary(0, 0)
-    for summary in chunks.values():
-        total.add(summary)
+    total = ChunkSummary.total(chunks.values())
     report = CacheReport(
         split=job.split,
         output_path=job.config.output_path,
@@ -122,10 +119,7 @@ def report_cache(job: Job, seconds: float) -> CacheReport:
     print_table(
         [
             ("cache", report.output_path),
-            (
-                "chunks",
-                f"{len(chunks)} of {len(job.chunks)}",
-            ),
+            ("chunks", f"{len(chunks)} of {len(job.chunks)}"),
             ("examples", f"{total.examples:,}"),
             ("tokens", f"{total.tokens:,} ({total.loss_tokens:,} in the loss)"),
             (
@@ -211,7 +205,7 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
     examples = [record for record in records if isinstance(record, Example)]
     if not examples:
         raise nothing_to_train(job, Counter(map(str, records)))
-    teacher.finish(teacher.start(examples[:NUM_WARM_UPS]))
+    teacher.finish(teacher.start(examples[:2]))
     started_s = time.perf_counter()
     rows = teacher.finish(teacher.start(examples))
     probe_s = time.perf_counter() - started_s
@@ -240,7 +234,10 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
                 "cache",
                 f"{job.config.output_path}, {num_records:,} records in {len(job.chunks)} chunks",
             ),
-            ("tokens", f"{tokens:,.0f} ({scale * probe.loss_tokens:,.0f} in the loss)"),
+            (
+                "tokens",
+                f"{tokens:,.0f} ({scale * probe.loss_tokens:,.0f} in the loss)",
+            ),
             *quality(probe, job.config.top_k),
             (
                 "disk",
@@ -276,15 +273,11 @@ def warn_of_kept_mass(total: ChunkSummary, config: ComputeTopkLogitsConfig) -> N
     kept_mass = total.kept_mass_sum / max(1, total.loss_tokens)
     if not total.loss_tokens or kept_mass >= POOR_KEPT_MASS:
         return
-    cache = config.cache
     log.warning(
         "warning: the kept ids hold %.1f%% of the teacher's probability: train with support=tail, "
-        "or with support=sampled if the cache has tail samples (cache.tail_samples=%d); a larger "
-        "top_k (now %d) or cache.top_p (now %g), or a lower cache.min_probability (now %g) keeps "
-        "more. support=renormalize sees nothing outside them: with it keep sft_loss_weight above 0",
+        "or with support=sampled and cache.tail_samples=4; a larger top_k (now %d) or cache.top_p, "
+        "or a lower cache.min_probability keeps more. support=renormalize sees nothing outside "
+        "them: with it keep sft_loss_weight above 0",
         100 * kept_mass,
-        cache.tail_samples,
         config.top_k,
-        cache.top_p,
-        cache.probability_floor,
     )

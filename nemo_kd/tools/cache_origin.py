@@ -42,9 +42,7 @@ def check_origin(
     manifests = reader.manifests
     vocab_size = pretrained.architecture.vocab_size
     largest = max(reader.max_token_id, reader.max_topk_id)
-    sizes = {
-        manifest.vocab_size for manifest in manifests if not is_foreign([manifest])
-    }
+    sizes = {each.vocab_size for each in manifests if not is_foreign([each])}
     if largest >= vocab_size or sizes - {vocab_size}:
         raise CacheError(
             f"{reader.path}: another teacher wrote the cache: it has ids up to {largest} and a "
@@ -77,9 +75,9 @@ def check_origin(
         return [*dict.fromkeys(notes), f"not checked: the tokens: {reason}"]
     records = TokenizedDataset(config, tokenizer, manifests[0].seq_length, vocab_size)
     for where, row in rows.items():
-        index = row.example.index
-        if difference := _difference(row.example, records[index]):
-            notes.append(f"wrong: example {index} ({where}): {difference}")
+        example = row.example
+        if difference := _difference(example, records[example.index]):
+            notes.append(f"wrong: example {example.index} ({where}): {difference}")
     return list(dict.fromkeys(notes))
 
 
@@ -117,7 +115,5 @@ def _difference(example: Example, record: Example | str) -> str:
         rendered = getattr(record, name)[: len(cached)]
         if not np.array_equal(cached, rendered):
             differs = cached[: len(rendered)] != rendered
-            return (
-                f"not the {name[:-2]} of its record from position {differs.argmax()} on"
-            )
+            return f"not the {name[:-2]} of its record from position {differs.argmax()} on"
     return ""

@@ -201,7 +201,6 @@ def _identity(manifest: Manifest) -> Facts:
 
 def _counts(reader: CacheReader) -> Facts:
     files = reader.chunk_facts
-    total = ChunkSummary(0, 0)
     chunks = [
         chunk for manifest in reader.manifests for chunk in manifest.chunks.values()
     ]
@@ -211,11 +210,12 @@ def _counts(reader: CacheReader) -> Facts:
             ("examples", f"{sum(file.num_lines for file in files):,}"),
             ("bytes", f"{sum(file.bytes for file in files):,}"),
         ]
-    for chunk in chunks:
-        total.add(chunk)
+    total = ChunkSummary.total(chunks)
     expected = sum(manifest.num_chunks for manifest in reader.manifests)
     loss_tokens = max(1, total.loss_tokens)
-    skipped = [f"{count:,} {reason}" for reason, count in sorted(total.skipped.items())]
+    skipped = [
+        f"{count:,} {reason}" for reason, count in sorted(total.skipped.items())
+    ]
     return [
         ("chunks", f"{len(chunks):,} of {expected:,} complete, {len(files):,} found"),
         ("examples", f"{total.examples:,}, {len(reader):,} of them read"),
@@ -249,7 +249,9 @@ def build_page(
     return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
 
 
-def _page_example(position: int, row: CachedExample, text: TokenText) -> dict[str, Any]:
+def _page_example(
+    position: int, row: CachedExample, text: TokenText
+) -> dict[str, Any]:
     """Return an example's texts and teacher targets as the page's script wants them."""
     example = row.example
     found = LossPositions.of(row)
@@ -270,7 +272,10 @@ def _page_example(position: int, row: CachedExample, text: TokenText) -> dict[st
                     float(found.entropy_P[p]),
                     int(found.num_kept_P[p]),
                     float(found.tail_mass_P[p]),
-                    [(text.visible(token_id), mass) for token_id, mass in alternatives],
+                    [
+                        (text.visible(token_id), mass)
+                        for token_id, mass in alternatives
+                    ],
                 ]
             )
     return {

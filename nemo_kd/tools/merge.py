@@ -114,7 +114,9 @@ def _check(found: list[_Source], suffix: str, allow_gaps: bool) -> None:
         start = following.summary.first_index
         paths = f"{one.chunk.path} and {following.chunk.path}"
         if start <= last:
-            raise CacheError(f"{paths} both hold record {start}; give each record once")
+            raise CacheError(
+                f"{paths} both hold record {start}; give each record once"
+            )
         if start != last + 1 and not allow_gaps:
             raise CacheError(
                 f"records {last + 1} to {start - 1} are missing between {paths}; give their cache "

@@ -78,7 +78,9 @@ def convert(
     first = manifest.dataset["start_from_idx"]
     end = manifest.dataset["end_at_idx"] + 1
     size = manifest.n_examples_per_chunk or end - first
-    chunks = [range(start, min(start + size, end)) for start in range(first, end, size)]
+    chunks = [
+        range(start, min(start + size, end)) for start in range(first, end, size)
+    ]
     writer = CacheWriter(layout, manifest, chunks)
     try:
         for segment in tqdm(
@@ -150,7 +152,9 @@ def _reduced(
     # Unused entries have logit -inf.
     log_p_PK = teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None]
     teacher = keep(teacher, cache.kept(np.exp(log_p_PK)))
-    if "tail_samples" not in manifest.codec:  # all rows of a cache hold the same fields
+    if (
+        "tail_samples" not in manifest.codec
+    ):  # all rows of a cache hold the same fields
         teacher = replace(teacher, tail_token_ids_PM=None)
     return CachedExample(row.example, teacher)
 
@@ -196,15 +200,14 @@ def _manifest(
     dataset["end_at_idx"] = max(record["end_at_idx"] for record in records)
     codec["temperatures"] = known.codec["temperatures"]
     if cache.codec == "packed" and known.codec["name"] == "packed":
-        for name, stricter in (
-            ("min_probability", max),
-            ("top_p", min),
-            ("min_k", min),
-        ):
-            codec[name] = stricter(codec[name], known.codec[name])
+        stricter = {"min_probability": max, "top_p": min, "min_k": min}
+        for name, choose in stricter.items():
+            codec[name] = choose(codec[name], known.codec[name])
         codec["positions"] = known.codec["positions"]
     top_k = min(top_k or known.top_k, known.top_k)
-    drops_tokens = top_k < known.top_k or cache.probability_floor > 0 or cache.top_p < 1
+    drops_tokens = (
+        top_k < known.top_k or cache.probability_floor > 0 or cache.top_p < 1
+    )
     if "tail_samples" in known.codec and not drops_tokens:
         codec |= {name: known.codec[name] for name in ("tail_samples", "seed")}
     return replace(

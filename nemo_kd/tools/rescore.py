@@ -86,8 +86,6 @@ def open_sample(path: str, num_examples: int, seed: int = 0) -> Sample:
     Raises:
         CacheError: there are none, or they cannot be read.
     """
-    if num_examples < 1:
-        raise ConfigError(f"--num-examples: {num_examples} must be at least 1")
     reader = CacheReader(path)
     positions = sample_positions(reader.chunk_sizes(), num_examples, seed)
     reader.will_read(positions)
@@ -142,7 +140,9 @@ def rescoring_config(
                 f"{setting}: only KEY=VALUE of trainer.*, model.*, data.max_tokens_per_batch and "
                 "data.packing are accepted here; the rest follows from the cache"
             )
-    temperatures = {t for row in sample.rows.values() for t in row.teacher.temperatures}
+    temperatures = {
+        t for row in sample.rows.values() for t in row.teacher.temperatures
+    }
     base: dict[str, Any] = {
         "pretrained_checkpoint": {"restore_from_path": teacher},
         "output_path": sample.reader.path,

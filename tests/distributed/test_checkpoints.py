@@ -57,7 +57,8 @@ def shards(
 ) -> dict[str, torch.Tensor]:
     model, _, _ = load(path, tensor_model_parallel_size, divisible_by)
     return {
-        name: parameter.detach().clone() for name, parameter in model.named_parameters()
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
     }
 
 
@@ -168,7 +169,9 @@ def test_everything_around_the_weights_travels_along(run, source, tmp_path):
         for name in files - weights
     )
     messages = [{"role": "user", "content": "What does len do?"}]
-    before, after = (AutoTokenizer.from_pretrained(folder) for folder in (source, back))
+    before, after = (
+        AutoTokenizer.from_pretrained(folder) for folder in (source, back)
+    )
     assert (
         before.apply_chat_template(messages)["input_ids"]
         == after.apply_chat_template(messages)["input_ids"]
@@ -240,7 +243,9 @@ def test_a_large_model_is_exported_in_several_files(run, source, tmp_path):
     index = json.loads((back / "model.safetensors.index.json").read_text())
     files = sorted(back.glob("model-*.safetensors"))
     assert len(files) == len(set(index["weight_map"].values())) > 3
-    after = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    after = {
+        name: tensor for file in files for name, tensor in load_file(file).items()
+    }
     before = load_file(source / "model.safetensors")
     assert index["metadata"]["total_size"] == sum(
         tensor.nbytes for tensor in before.values()

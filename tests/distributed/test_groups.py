@@ -38,7 +38,13 @@ def cuts() -> dict[str, tuple]:
             axis: tuple(dist.get_process_group_ranks(getattr(groups, axis)))
             for axis in ("tensor", "context", "pipeline", "data")
         }
-        found[name] = (place, groups.replica_ranks, groups.writer_rank, speakers, lines)
+        found[name] = (
+            place,
+            groups.replica_ranks,
+            groups.writer_rank,
+            speakers,
+            lines,
+        )
         assert groups.is_first_stage == (groups.pipeline_rank == 0)
         assert groups.is_last_stage == (groups.pipeline_rank == sizes[1] - 1)
         assert dist.get_backend(groups.replica) == "gloo"

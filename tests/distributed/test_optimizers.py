@@ -75,7 +75,9 @@ def differences(student: Path, name: str) -> list[float]:
         reference.step()
         assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
         found.append(
-            max(float((copies[n] - p).abs().max()) for n, p in model.named_parameters())
+            max(
+                float((copies[n] - p).abs().max()) for n, p in model.named_parameters()
+            )
         )
     return found
 

@@ -360,7 +360,9 @@ def compute_cache(
     assert set(refused) == {""}, refused
 
 
-def stage_1(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[str, Any]:
+def stage_1(
+    ranks: RanksOfSize, world: Path, name: str, folder: Path
+) -> dict[str, Any]:
     """Run a case of `STAGE_1`; return digests of its cache, and sums that show how far off another cache is."""
     compute_cache(ranks, world, STAGE_1[name], "train", folder / "c_CHUNK_ID.jsonl")
     chunks = sorted(folder.glob("c_?.jsonl"))
@@ -406,7 +408,9 @@ def stage_1(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[st
     }
 
 
-def stage_2(ranks: RanksOfSize, world: Path, name: str, folder: Path) -> dict[str, Any]:
+def stage_2(
+    ranks: RanksOfSize, world: Path, name: str, folder: Path
+) -> dict[str, Any]:
     """Run a case of `STAGE_2`; return the metrics of every step and validation, and digests of the weights."""
     case = STAGE_2[name]
     settings = {

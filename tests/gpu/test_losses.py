@@ -78,7 +78,11 @@ def test_memory(compile):
         num_rows, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True
     )
     weight_vH = torch.randn(
-        vocab_size, hidden_size, device="cuda", dtype=torch.bfloat16, requires_grad=True
+        vocab_size,
+        hidden_size,
+        device="cuda",
+        dtype=torch.bfloat16,
+        requires_grad=True,
     )
     weight_vH.main_grad = torch.zeros_like(weight_vH, dtype=torch.float32)
     logits_bytes = num_rows * vocab_size * 2
@@ -87,9 +91,9 @@ def test_memory(compile):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         losses = loss(logits_Nv, labels_N, shard, teacher)
-        gradient_Nv = torch.autograd.grad((losses.ce_N + losses.kd_N).sum(), logits_Nv)[
-            0
-        ]
+        gradient_Nv = torch.autograd.grad(
+            (losses.ce_N + losses.kd_N).sum(), logits_Nv
+        )[0]
         extra = torch.cuda.max_memory_allocated() - before
     assert gradient_Nv.data_ptr() == logits_Nv.data_ptr()
     assert extra < 0.3 * logits_bytes

@@ -41,7 +41,10 @@ def test_rows_match_dense_float64(dtype):
     logits = hidden.double() @ weight[:20_000].double().T
     # Logits below 32 are rounded by up to 2^-4 in bfloat16; float32 products of 256 terms by less than 2^-16.
     tolerance = 0.13 if dtype == torch.bfloat16 and not WIDENS else 1e-4
-    ids, kept = found.topk_token_ids_PK.cpu().long(), found.topk_token_ids_PK.cpu() >= 0
+    ids, kept = (
+        found.topk_token_ids_PK.cpu().long(),
+        found.topk_token_ids_PK.cpu() >= 0,
+    )
     shifted = logits - logits.amax(-1, keepdim=True)
     expected = shifted.gather(1, ids.clamp(min=0))
     torch.testing.assert_close(

@@ -119,7 +119,9 @@ def test_the_dense_teacher_sees_packed_examples_apart(tmp_path):
     )
     teacher = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
-        expected = [teacher(part[None]).logits[0].log_softmax(dim=-1) for part in parts]
+        expected = [
+            teacher(part[None]).logits[0].log_softmax(dim=-1) for part in parts
+        ]
     torch.testing.assert_close(found_BSV[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 

@@ -184,7 +184,8 @@ def run(student: Path, train: Path, settings: Settings, folder: Path) -> Run:
             optimizer.step()
             steps.append([*sums[:3], sums[-1], optimizer.grad_norm])
         before = {
-            name: parameter.clone() for name, parameter in module.gpt.named_parameters()
+            name: parameter.clone()
+            for name, parameter in module.gpt.named_parameters()
         }
         config.export.hf = True
         module.save_to(Path(f"{folder}-merged.nemo"))
@@ -407,7 +408,9 @@ def test_it_is_the_definition_on_transformers_model(world, straight):
             ("lora_B", up[module]),
         ):
             values = trained[f"base_model.model.{module}.{side}.weight"]
-            assert (values - expected).abs().max() < 2e-3 * LEARNING_RATE * NUM_STEPS, (
+            assert (
+                values - expected
+            ).abs().max() < 2e-3 * LEARNING_RATE * NUM_STEPS, (
                 module,
                 side,
             )
@@ -430,7 +433,8 @@ def test_merged_weights_are_those_of_the_trained_model(
     assert (base - merged).abs().max() > 0.1
     torch.testing.assert_close(merged, runs[name].logits, rtol=0, atol=2e-4)
     archive = ConvertCheckpointConfig(
-        input_path=str(folder / f"{name}-merged.nemo"), output_path=str(tmp_path / "hf")
+        input_path=str(folder / f"{name}-merged.nemo"),
+        output_path=str(tmp_path / "hf"),
     )
     ranks(1).run(convert, archive)
     converted, exported = (
@@ -523,7 +527,9 @@ def test_resume(ranks, world, straight, tmp_path):
         2,
     ) == ["", ""]
     left = tmp_path / "tp" / "checkpoints"
-    assert adapter(left / "run-hf").keys() == adapter(folder / "runs" / "all-hf").keys()
+    assert (
+        adapter(left / "run-hf").keys() == adapter(folder / "runs" / "all-hf").keys()
+    )
     provenance = json.loads((left / "run-hf" / "provenance.json").read_text())
     assert provenance["adapters"]["adapter_dim"] == RANK
     assert (

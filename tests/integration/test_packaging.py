@@ -21,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[2]
 PIP = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
 
 
-def run_clean(line: list[str | Path], folder: Path) -> subprocess.CompletedProcess[str]:
+def run_clean(
+    line: list[str | Path], folder: Path
+) -> subprocess.CompletedProcess[str]:
     """Run a command in a folder, without this checkout on any path."""
     environment = {
         name: value for name, value in os.environ.items() if name != "PYTHONPATH"
@@ -147,7 +149,9 @@ def test_the_readme_is_short_and_its_links_lead_somewhere():
 
 
 @pytest.mark.parametrize(
-    "script", sorted((ROOT / "scripts" / "slurm").iterdir()), ids=lambda path: path.name
+    "script",
+    sorted((ROOT / "scripts" / "slurm").iterdir()),
+    ids=lambda path: path.name,
 )
 def test_shell_scripts_are_clean(script):
     subprocess.run(["bash", "-n", str(script)], check=True)

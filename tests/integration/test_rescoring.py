@@ -112,9 +112,16 @@ def world(ranks, tmp_path_factory):
 
 @pytest.fixture
 def verify(ranks, world):
-    def of(path, *settings, teacher=None, dataset=None, num_examples=100, world_size=1):
+    def of(
+        path, *settings, teacher=None, dataset=None, num_examples=100, world_size=1
+    ):
         results = ranks(world_size).run(
-            run_verify, path, teacher or world[0], list(settings), dataset, num_examples
+            run_verify,
+            path,
+            teacher or world[0],
+            list(settings),
+            dataset,
+            num_examples,
         )
         assert all(result == results[0] for result in results)
         return results[0]
@@ -157,7 +164,9 @@ def put(row: CachedExample, positions: np.ndarray, said: TeacherRows) -> CachedE
         if field.name in ("topk_logits_PK", "topk_token_ids_PK"):
             k = max(mine.shape[1], theirs.shape[1])
             fill = -np.inf if field.name == "topk_logits_PK" else -1
-            value = np.pad(mine, ((0, 0), (0, k - mine.shape[1])), constant_values=fill)
+            value = np.pad(
+                mine, ((0, 0), (0, k - mine.shape[1])), constant_values=fill
+            )
             value[positions] = fill
             value[positions, : theirs.shape[1]] = theirs
         else:
@@ -457,7 +466,12 @@ def test_wrong_input_is_refused_before_the_teacher_is_loaded(verify, world, tmp_
             "trainer.devises: there is no such key (did you mean trainer.devices?)",
         ),
         (cache("packed"), 4, ["top_k=4"], "top_k=4: only KEY=VALUE of trainer.*"),
-        (cache("packed"), 4, ["trainer.devices"], "trainer.devices: only KEY=VALUE of"),
+        (
+            cache("packed"),
+            4,
+            ["trainer.devices"],
+            "trainer.devices: only KEY=VALUE of",
+        ),
         (
             cache("packed"),
             4,
@@ -495,7 +509,9 @@ def test_the_command_line(world, tmp_path):
     assert "Warning" not in done.stderr
     keys = ("trainer.devices=2", "model.tensor_model_parallel_size=2")
     bad = planted(cache("packed"), tmp_path / "bad", shift)
-    done = logit_cache("verify", bad, "--against", teacher, "--num-examples", 99, *keys)
+    done = logit_cache(
+        "verify", bad, "--against", teacher, "--num-examples", 99, *keys
+    )
     assert done.returncode == 1, done.stderr
     assert "2 ranks = tensor 2" in done.stdout
     assert "result: the cache does not match this teacher: 1 faults" in done.stdout

@@ -585,9 +585,9 @@ def test_records_made_into_tokens_otherwise_are_not_mixed_in(ranks, world, tmp_p
         "data__data__prompt_template": "Q: {input} A: {output}",
         "data__data__add_eos": False,
     }
-    refused = ranks(1).run(run_stage_1, model, tmp_path / "d.jsonl", output, overrides)[
-        0
-    ]
+    refused = ranks(1).run(
+        run_stage_1, model, tmp_path / "d.jsonl", output, overrides
+    )[0]
     assert (
         "dataset.formatting.prompt_template: '{input} {output}' in the cache, 'Q: {input} A: {output}' now"
         in refused

@@ -98,9 +98,9 @@ def test_a_shard_that_did_its_part_names_the_shards_that_others_have_to_do(
     assert "mass of the kept ids" not in printed  # no chunk is there to measure it on
     assert "next:" not in printed
     removed = ".c_0.jsonl.segments"
-    error, _, _ = ranks(1).run(run, *world, output, {**CHUNKS, "part": "0/2"}, removed)[
-        0
-    ]
+    error, _, _ = ranks(1).run(
+        run, *world, output, {**CHUNKS, "part": "0/2"}, removed
+    )[0]
     assert "2 of 2 chunks are missing at the end of this job" in error
     assert ranks(1).run(run, *world, output, {**CHUNKS, "part": "1/2"})[0][0] == ""
     error, printed, _ = ranks(1).run(run, *world, output, CHUNKS)[0]
@@ -137,9 +137,15 @@ def test_nothing_to_train_is_an_error_before_the_teacher_is_loaded(
         )[0][0]
         == ""
     )
-    assert ranks(1).run(run, world[0], dataset, tmp_path / "e.jsonl", whole)[0][0] == ""
+    assert (
+        ranks(1).run(run, world[0], dataset, tmp_path / "e.jsonl", whole)[0][0] == ""
+    )
     error, _, _ = ranks(1).run(
-        run, world[0], dataset, tmp_path / "f.jsonl", {"dry_run": True, "end_at_idx": 3}
+        run,
+        world[0],
+        dataset,
+        tmp_path / "f.jsonl",
+        {"dry_run": True, "end_at_idx": 3},
     )[0]
     assert "nothing to train" in error
 
@@ -166,7 +172,8 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
     assert (
-        "support=sampled if the cache has tail samples (cache.tail_samples=2)" in logged
+        "support=sampled if the cache has tail samples (cache.tail_samples=2)"
+        in logged
     )
 
 

@@ -268,7 +268,9 @@ def test_too_little_memory_halves_the_batches(ranks, world, tmp_path):
     assert [settings["max_tokens_per_batch"] for settings in found] != [1600]
 
 
-def test_too_little_memory_where_others_take_part_names_the_key(ranks, world, tmp_path):
+def test_too_little_memory_where_others_take_part_names_the_key(
+    ranks, world, tmp_path
+):
     model, dataset = world
     overrides = {
         "trainer__devices": 2,
@@ -322,7 +324,8 @@ def test_logits_that_are_not_finite_name_the_example(ranks, world, tmp_path):
     status, said = finish(start(keys((broken, dataset), tmp_path / "cache", *layout)))
     assert status == 2, said
     assert re.search(
-        r"error: example \d+: the teacher's logits at position \d+ are not finite", said
+        r"error: example \d+: the teacher's logits at position \d+ are not finite",
+        said,
     )
 
 
@@ -400,7 +403,9 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
     assert re.search(
         r"layout +2 ranks = .*data 2.*; 32; batches of at most 8192 tokens", said
     )
-    assert re.search(r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL)
+    assert re.search(
+        r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL
+    )
     for name in ("disk", "time", "memory of a rank"):
         assert re.search(rf"^{name} +\S", said, re.MULTILINE), said
 

@@ -278,7 +278,9 @@ def test_resume_on_another_layout(ranks, world, tmp_path):
     )
     for tp in (1, 2):
         log_dir = tmp_path / f"tp{tp}"
-        shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
+        shutil.copytree(
+            checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last"
+        )
         layout = {
             **overrides,
             "trainer__devices": 2,
@@ -513,7 +515,9 @@ def test_wrong_input_is_refused_before_the_first_step(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tmp_path):
+def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(
+    ranks, world, tmp_path
+):
     student, train, validation, folder = world
     teacher = save_hf_model("qwen3", tmp_path / "teacher", 300, seed=2)
     second = tmp_path / "second_CHUNK_ID.jsonl.zst"
@@ -543,7 +547,9 @@ def test_a_blend_of_two_teachers_resumes_with_its_own_data_only(ranks, world, tm
     )
 
     def resume(log_dir, changes, world_size=1):
-        shutil.copytree(checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last")
+        shutil.copytree(
+            checkpoint, log_dir / "checkpoints" / f"{checkpoint.name}-last"
+        )
         changes = {**overrides, **changes, "trainer__devices": world_size}
         return ranks(world_size).run(
             run_stage_2, student, train, validation, log_dir, changes
@@ -586,13 +592,19 @@ def training_rows_or_none(log_dir: Path) -> dict[int, dict]:
 
 
 def check_provenance(
-    archive: Path, converted: Path, teachers: tuple[Path, ...], caches: tuple[Path, ...]
+    archive: Path,
+    converted: Path,
+    teachers: tuple[Path, ...],
+    caches: tuple[Path, ...],
 ) -> None:
     """The archive says what it was made from, and keeps saying so as a Hugging Face folder."""
     with tarfile.open(archive) as tar:
         provenance = json.load(tar.extractfile("./provenance.json"))
     assert provenance["nemo_kd"] == nemo_kd.__version__
-    assert provenance["knowledge_distillation"]["sft_loss_weight"] == 0.5
+    assert (
+        provenance["config"]["model"]["knowledge_distillation"]["sft_loss_weight"]
+        == 0.5
+    )
     assert (provenance["data_weights"], provenance["consumed_samples"]) == (
         [0.25, 0.75],
         56,
@@ -640,9 +652,9 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
     first, second = list(vocabulary)[100:102]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    message = ranks(1).run(run_stage_2, other, train, validation, tmp_path / "run", {})[
-        0
-    ]
+    message = ranks(1).run(
+        run_stage_2, other, train, validation, tmp_path / "run", {}
+    )[0]
     assert "both must share one tokenizer" in message
     assert "template" not in message
 

@@ -78,7 +78,10 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
     ids = torch.tensor(teacher.topk_token_ids_PK[s][used]).long()
     kept = torch.tensor(teacher.topk_logits_PK[s][used]).double()
     if support == "renormalize":
-        p, q = (kept / temperature).softmax(-1), (logits[ids] / temperature).softmax(-1)
+        p, q = (
+            (kept / temperature).softmax(-1),
+            (logits[ids] / temperature).softmax(-1),
+        )
         return temperature**2 * divergence(p, q, kd_loss)
     tail = float(teacher.tail_mass_PT[s, teacher.temperatures.index(temperature)])
     p, q = (
@@ -115,7 +118,9 @@ def reference(
         labels = torch.tensor(row.example.labels_S)
         for s in row.example.loss_mask_S.nonzero()[0].tolist():
             ce = torch.nn.functional.cross_entropy(
-                logits[s], labels[s], label_smoothing=settings.get("label_smoothing", 0)
+                logits[s],
+                labels[s],
+                label_smoothing=settings.get("label_smoothing", 0),
             )
             ce = ce + settings.get("z_loss_weight", 0) * logits[s].logsumexp(-1) ** 2
             total = total + 0.5 * ce + position_loss(logits[s], row, s, settings)
@@ -306,7 +311,9 @@ def test_the_custom_example_equals_the_built_in_loss(ranks, world, tmp_path, lay
     assert sum("validation/kl_loss" in row for row in rows[0]) == 1
 
 
-def test_a_custom_loss_with_filler_rows_and_after_the_last_step(ranks, world, tmp_path):
+def test_a_custom_loss_with_filler_rows_and_after_the_last_step(
+    ranks, world, tmp_path
+):
     """19 examples in global batches of 8 leave a micro-batch of fillers alone; a run without steps left still tests."""
     student, cache = world
     prefix = "model__knowledge_distillation__"

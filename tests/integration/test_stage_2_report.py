@@ -74,7 +74,9 @@ def expected_means(student: Path, *caches: Path) -> dict[str, float]:
                     row.teacher.topk_token_ids_PK[s][used],
                     float(row.teacher.tail_mass_PT[s, 0]),
                 )
-                weights = np.exp(row.teacher.topk_logits_PK[s][used].astype(np.float64))
+                weights = np.exp(
+                    row.teacher.topk_logits_PK[s][used].astype(np.float64)
+                )
                 p = np.append(weights / weights.sum() * (1 - tail), tail)
                 q = np.append(q_SV[s, ids], 1 - q_SV[s, ids].sum())
                 values = (

@@ -48,7 +48,9 @@ def with_dropout() -> None:
 
     def token_losses(self, hidden_SBH, batch):
         return original(
-            self, torch.nn.functional.dropout(hidden_SBH, 0.1, self.gpt.training), batch
+            self,
+            torch.nn.functional.dropout(hidden_SBH, 0.1, self.gpt.training),
+            batch,
         )
 
     StudentModule.token_losses = token_losses
@@ -286,7 +288,9 @@ def test_told_to_stop_all_ranks_stop_together_and_the_command_goes_on(
         ("with_slow_archive", "writing", STEPS, STEPS),
     ],
 )
-def test_ctrl_c_tells_where_the_run_stopped(world, tmp_path, change, sign, step, saved):
+def test_ctrl_c_tells_where_the_run_stopped(
+    world, tmp_path, change, sign, step, saved
+):
     run = start(
         world,
         tmp_path / "run",

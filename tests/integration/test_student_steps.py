@@ -177,13 +177,13 @@ def test_the_count_of_skipped_steps_is_resumed_and_another_order_refused(
 def test_too_many_in_a_row():
     steps = NonFiniteSteps("skip")
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
-        steps.left_out(step, "loss", [3])
+        steps.left_out(step, [(False, [3])])
     steps.in_a_row = 0
     for step in range(1, MAX_SKIPPED_IN_A_ROW):
-        steps.left_out(step, "loss", [3])
+        steps.left_out(step, [(False, [3])])
     assert steps.skipped == 2 * MAX_SKIPPED_IN_A_ROW - 2
     with pytest.raises(NonFiniteError, match=rf"\({MAX_SKIPPED_IN_A_ROW} in a row\)"):
-        steps.left_out(99, "gradient", list(range(50)))
+        steps.left_out(99, [(True, list(range(50)))])
 
 
 def test_what_to_do_then_is_one_of_two():

@@ -203,7 +203,9 @@ def dense_losses(
         )
         * definition.factor
     )
-    ((ce_N * problem.ce_weight_N).sum() + (kd_N * problem.kd_weight_N).sum()).backward()
+    (
+        (ce_N * problem.ce_weight_N).sum() + (kd_N * problem.kd_weight_N).sum()
+    ).backward()
     assert leaf_NV.grad is not None
     return ce_N.detach(), kd_N.detach(), leaf_NV.grad
 
@@ -309,7 +311,9 @@ def _of_entries(
     in_tail[0] |= has_bucket
     head_gap, tail_gap = gap[~in_tail].sum(), gap[in_tail].sum()
     forward_weight = head_gap / (head_gap + tail_gap) if gap.sum() > 0 else 0.5
-    return forward_weight * _kl(log_p, log_q) + (1 - forward_weight) * _kl(log_q, log_p)
+    return forward_weight * _kl(log_p, log_q) + (1 - forward_weight) * _kl(
+        log_q, log_p
+    )
 
 
 def _kl(log_a: torch.Tensor, log_b: torch.Tensor) -> torch.Tensor:
@@ -325,7 +329,9 @@ def _mixture(
     )
 
 
-def num_real_of(layout: str, vocab_size: int, world_size: int) -> tuple[list[int], int]:
+def num_real_of(
+    layout: str, vocab_size: int, world_size: int
+) -> tuple[list[int], int]:
     """(real columns of each rank, columns of every rank) of a vocabulary cut over `world_size` ranks.
 
     even: as Megatron does it, padding at the end. uneven: all sizes differ and one of four ranks holds only padding.

@@ -88,7 +88,9 @@ def test_comparison_equals_plain_sums_and_changes_no_gradient(ranks, world_size)
     expected = expected_rows(mixed_rows(1.0))
     assert 0 < expected[:, 0].sum() < len(expected)
     for results in ranks(world_size).run(compared_rows):
-        for name, (compared, gradient, plain) in zip(DIVERGENCES, results, strict=True):
+        for name, (compared, gradient, plain) in zip(
+            DIVERGENCES, results, strict=True
+        ):
             np.testing.assert_allclose(
                 compared, expected, rtol=1e-9, atol=1e-9, err_msg=name
             )

@@ -27,7 +27,8 @@ def plain_loss(logits_BSV, rows, config, starts) -> torch.Tensor:
             z_V = flat_AV[start + s, :VOCAB_SIZE]
             ids = torch.tensor(targets.topk_token_ids_PK[p]).long()
             t_K = (
-                torch.tensor(targets.topk_logits_PK[p]).double()[ids >= 0] / temperature
+                torch.tensor(targets.topk_logits_PK[p]).double()[ids >= 0]
+                / temperature
             )
             ids = ids[ids >= 0]
             if config.support == "renormalize":

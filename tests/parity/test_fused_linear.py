@@ -19,7 +19,12 @@ from tests.parity.dense_losses import (
     dense_losses,
     join,
 )
-from tests.parity.test_losses import loss_of, mixed_rows, teacher_rows, whole_vocabulary
+from tests.parity.test_losses import (
+    loss_of,
+    mixed_rows,
+    teacher_rows,
+    whole_vocabulary,
+)
 
 CE_WEIGHT, KD_WEIGHT = 0.25, 0.75
 DEFINITIONS = [
@@ -108,7 +113,8 @@ def _solve(layout: str, with_main_grad: bool) -> list[tuple]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("layout", "with_main_grad"), [("uneven", False), ("even", False), ("uneven", True)]
+    ("layout", "with_main_grad"),
+    [("uneven", False), ("even", False), ("uneven", True)],
 )
 def test_fused_equals_dense_float64(ranks, world_size, layout, with_main_grad):
     per_rank = ranks(world_size).run(_solve, layout, with_main_grad)
@@ -289,7 +295,9 @@ def test_no_gradient_of_a_frozen_weight_is_computed(monkeypatch):
 @pytest.mark.parametrize("with_main_grad", [False, True])
 def test_no_rows(with_main_grad):
     fused = fused_problem()
-    empty = Fused(fused.problem.rows(slice(0, 0)), fused.hidden_NH[:0], fused.weight_VH)
+    empty = Fused(
+        fused.problem.rows(slice(0, 0)), fused.hidden_NH[:0], fused.weight_VH
+    )
     weight_VH = fused.weight_VH.clone().requires_grad_()
     if with_main_grad:
         weight_VH.main_grad = torch.ones_like(weight_VH, dtype=torch.float32)
@@ -340,7 +348,9 @@ def test_without_a_teacher():
 def test_low_precision(dtype):
     """bf16 weights with a float32 main_grad: as near to float64 as logits rounded to bf16 allow."""
     fused = fused_problem()
-    rounded = Fused(fused.problem, fused.hidden_NH.to(dtype), fused.weight_VH.to(dtype))
+    rounded = Fused(
+        fused.problem, fused.hidden_NH.to(dtype), fused.weight_VH.to(dtype)
+    )
     weight_VH = rounded.weight_VH.clone().requires_grad_()
     weight_VH.main_grad = torch.zeros(50, HIDDEN)
     hidden_NH, total, _ = _run_alone(

@@ -228,7 +228,9 @@ def reference(models) -> dict[str, dict[int, torch.Tensor]]:
 
 @pytest.mark.parametrize("world_size", list(LAYOUTS))
 def test_every_layout_matches_transformers(ranks, models, reference, world_size):
-    results = ranks(world_size).run(run_all, models, LAYOUTS[world_size], timeout_s=600)
+    results = ranks(world_size).run(
+        run_all, models, LAYOUTS[world_size], timeout_s=600
+    )
     for case in results[0]:
         difference = largest_difference(
             [result[case] for result in results], reference[case[1]]

@@ -83,7 +83,8 @@ def test_extreme_logits_in_float32(make_cases):
 
 
 @pytest.mark.parametrize(
-    ("objective", "support"), [pair for pair in COMBINATIONS if pair[0] == "forward_kl"]
+    ("objective", "support"),
+    [pair for pair in COMBINATIONS if pair[0] == "forward_kl"],
 )
 def test_an_impossible_kept_token_makes_forward_kl_infinite_but_not_its_gradient(
     objective, support
@@ -351,7 +352,9 @@ def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:
     shard, found = VocabShard(start, num_real, problem.logits_NV.shape[1], group), []
     for one in every_definition([(1.0, 1.0), (0.5, 0.5)]):
         logits_Nv = local_Nv.clone().requires_grad_()
-        losses = loss_of(one)(logits_Nv, problem.labels_N, shard, teacher_rows(problem))
+        losses = loss_of(one)(
+            logits_Nv, problem.labels_N, shard, teacher_rows(problem)
+        )
         ce_N, kd_N = losses.ce_N, losses.kd_N
         (ce_N + kd_N).sum().backward()
         values_nan = bool(

@@ -293,7 +293,9 @@ def test_sampled_forward_kl_is_unbiased(head_shift):
     log_tail_p = log_p[log_p.argsort(descending=True)[kept:]]
     tail = log_tail_p.exp().sum()
     entropy = -(log_tail_p.exp() / tail * (log_tail_p - tail.log())).sum()
-    kd_N, gradient_NV, samples_NM = _sampled_rows(teacher_V, student_V, kept, 20_000, 3)
+    kd_N, gradient_NV, samples_NM = _sampled_rows(
+        teacher_V, student_V, kept, 20_000, 3
+    )
     assert bool((samples_NM < 0).any()) is (head_shift > 0)
     assert (samples_NM >= 0).any()
     expected = [
@@ -308,7 +310,11 @@ def test_sampled_forward_kl_is_unbiased(head_shift):
 
 
 def _roll(
-    objective: str, teacher_K, student_K, temperature: float, teacher_temperature: float
+    objective: str,
+    teacher_K,
+    student_K,
+    temperature: float,
+    teacher_temperature: float,
 ) -> float:
     """ROLL's `various_divergence` on K gathered logits of a position, with its default parameters."""
     p = torch.softmax(teacher_K / temperature / teacher_temperature, 0).tolist()
@@ -401,7 +407,8 @@ def test_renormalize_equals_nemo_aligner(
     """Values and the gradients that NeMo-Aligner writes by hand, with respect to the scaled logits."""
     problem = random_problem(16, 40, 6, seed=14)
     kd_N, gradient_NV = _kd_of(
-        problem, Definition(objective, "renormalize", logits_scale, target_logits_scale)
+        problem,
+        Definition(objective, "renormalize", logits_scale, target_logits_scale),
     )
     student_NK = problem.logits_NV.gather(1, problem.topk_token_ids_NK) * logits_scale
     q = student_NK.exp() / student_NK.exp().sum(1, keepdim=True)
@@ -448,4 +455,6 @@ def test_the_gradient_of_tail_is_nearer_to_the_whole_teacher_than_that_of_renorm
         )
         for support in ("tail", "renormalize", "truncate")
     }
-    assert errors["tail"] < 0.5 * min(errors["renormalize"], errors["truncate"]), errors
+    assert errors["tail"] < 0.5 * min(errors["renormalize"], errors["truncate"]), (
+        errors
+    )

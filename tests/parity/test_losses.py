@@ -178,7 +178,9 @@ def assert_cases_match(
 @functools.cache
 def mixed_rows(teacher_scale: float) -> Problem:
     """Eight rows: plain, label inside and outside the kept ids, masked, 3, 1 and 0 used entries, without a tail."""
-    problem = random_problem(8, 50, 10, wanted_ids=BORDERS, teacher_scale=teacher_scale)
+    problem = random_problem(
+        8, 50, 10, wanted_ids=BORDERS, teacher_scale=teacher_scale
+    )
     problem.labels_N[1] = problem.topk_token_ids_NK[1, 2]
     problem.labels_N[2] = min(
         set(range(1, 50)) - set(problem.topk_token_ids_NK[2].tolist())
@@ -292,7 +294,9 @@ def shape_cases() -> list[Case]:
 
 def padding_cases() -> list[Case]:
     return [
-        Case(f"padding {padding} {name_of(one)}", mixed_rows(1.0), one, layout, padding)
+        Case(
+            f"padding {padding} {name_of(one)}", mixed_rows(1.0), one, layout, padding
+        )
         for one in every_definition([(1.0, 1.0)])
         for padding, layout in (
             (NEGATIVE_INFINITY, "uneven"),
@@ -325,7 +329,9 @@ def large_cases() -> list[Case]:
         topk_logits_NK[6, 1:] -= 1e4
         topk_logits_NK[7] += 1e4
         problem = replace(problem, logits_NV=logits_NV, topk_logits_NK=topk_logits_NK)
-        rows = [0, 5] if one.objective == "k3" else list(range(8))  # exp(1e4) overflows
+        rows = (
+            [0, 5] if one.objective == "k3" else list(range(8))
+        )  # exp(1e4) overflows
         cases.append(Case(name_of(one), problem.rows(rows), one, tolerance=1e-11))
     return cases
 

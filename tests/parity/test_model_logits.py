@@ -80,7 +80,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def reference(models) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    ids = torch.randint(3, 157, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(
+        3, 157, (2, LENGTH), generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         return ids, {
             name: AutoModelForCausalLM.from_pretrained(path)(ids).logits
@@ -140,7 +142,9 @@ def test_weights_come_back_bit_for_bit(ranks, models, tmp_path, name):
     )
 
 
-def test_an_archive_written_at_tp_2_loads_at_any_tp(ranks, models, reference, tmp_path):
+def test_an_archive_written_at_tp_2_loads_at_any_tp(
+    ranks, models, reference, tmp_path
+):
     ids, expected = reference
     archive, back = tmp_path / "model.nemo", tmp_path / "back"
     ranks(2).run(resave, str(models["qwen2_tied"]), str(archive), 2)

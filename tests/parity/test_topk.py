@@ -171,7 +171,9 @@ def test_what_is_not_kept_is_tail(ranks, config):
 
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
-def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(ranks, world_size):
+def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(
+    ranks, world_size
+):
     """1 minus the kept mass would round to 0 or to a multiple of 6e-8."""
     logits = _logits(20, 500).float()
     logits[torch.arange(20), torch.arange(20) * 25] += torch.linspace(20, 45, 20)
@@ -187,14 +189,19 @@ def test_tail_masses_and_log_sum_exps_near_zero_are_exact_in_float32(ranks, worl
             found.tail_mass_PT[:, 0].double(), tail, rtol=4e-6, atol=0
         )
         torch.testing.assert_close(
-            found.log_sum_exp_logits_P.double(), -(-tail).log1p(), rtol=4e-6, atol=1e-15
+            found.log_sum_exp_logits_P.double(),
+            -(-tail).log1p(),
+            rtol=4e-6,
+            atol=1e-15,
         )
 
 
 @pytest.mark.parametrize("num_rows", [0, 1])
 def test_no_row_and_one_row(ranks, num_rows):
     uniforms = torch.from_numpy(tail_uniforms(0, 0, num_rows, 2))
-    run = partial(_run_logits, top_k=4, uniforms_NU=uniforms, temperatures=TEMPERATURES)
+    run = partial(
+        _run_logits, top_k=4, uniforms_NU=uniforms, temperatures=TEMPERATURES
+    )
     for world_size in WORLD_SIZES:
         for found in ranks(world_size).run(
             run, _logits(num_rows, 30), _columns(30, world_size, 12), torch.float32
@@ -248,9 +255,9 @@ def test_the_largest_of_a_large_vocabulary_are_exact(top_k, dtype):
 
 def test_topk_orders_ties_alike_in_every_layout(ranks):
     logits = _logits(4, 40).round()  # many equal logits
-    reference = ranks(1).run(partial(_run_logits, top_k=40), logits, 40, torch.float32)[
-        0
-    ]
+    reference = ranks(1).run(
+        partial(_run_logits, top_k=40), logits, 40, torch.float32
+    )[0]
     equal = reference.topk_logits_PK.diff() == 0
     assert equal.any()
     assert (reference.topk_token_ids_PK.diff()[equal] > 0).all()
@@ -395,7 +402,8 @@ def test_draws_at_the_borders_of_ids_groups_and_ranks(ranks, vocab_size):
     )
     uniforms = torch.stack([numbers.flatten(), torch.zeros(numbers.numel())], dim=1)
     logits, p_tail = (
-        rows.repeat_interleave(3 * (vocab_size - 1), dim=0) for rows in (logits, p_tail)
+        rows.repeat_interleave(3 * (vocab_size - 1), dim=0)
+        for rows in (logits, p_tail)
     )
     ends = p_tail.cumsum(-1)
     wanted = uniforms[:, :1] * ends[:, -1:]
@@ -445,7 +453,9 @@ def test_nothing_is_drawn_where_everything_is_kept(ranks):
         _run_logits, top_k=8, uniforms_NU=torch.from_numpy(tail_uniforms(0, 0, 3, 2))
     )
     for world_size in WORLD_SIZES:
-        for found in ranks(world_size).run(run, logits, 8 // world_size, torch.float64):
+        for found in ranks(world_size).run(
+            run, logits, 8 // world_size, torch.float64
+        ):
             assert (found.tail_token_ids_PM == -1).all()
             assert (found.tail_mass_PT == 0).all()
 

@@ -108,7 +108,9 @@ class Cluster:
         said = _output(
             [str(TEMPLATES / "submit_all.sh")], cwd=self.folder, env=self.env | env
         )
-        names = {part.split()[0]: part.split()[-1] for part in said.strip().split(", ")}
+        names = {
+            part.split()[0]: part.split()[-1] for part in said.strip().split(", ")
+        }
         self.jobs += names.values()
         return names
 
@@ -165,7 +167,8 @@ class Cluster:
             line.split("|") for line in (self.cache / "log").read_text().splitlines()
         ]
         keys = [
-            dict(word.partition("=")[::2] for word in line[3].split()) for line in lines
+            dict(word.partition("=")[::2] for word in line[3].split())
+            for line in lines
         ]
         return [
             (line[0], line[1], line[2], key)

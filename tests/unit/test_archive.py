@@ -69,7 +69,9 @@ def test_other_than_regular_files_are_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("name", ["tokenizer/../../outside", "tokenizer/../../../etc"])
-def test_nothing_is_unpacked_outside_of_the_temporary_folder(tmp_path, temporary, name):
+def test_nothing_is_unpacked_outside_of_the_temporary_folder(
+    tmp_path, temporary, name
+):
     archive = pack(tmp_path / "a.nemo", member(name, size=3))
     with pytest.raises(tarfile.FilterError), ModelFiles(archive) as files:
         files.tokenizer_folder()

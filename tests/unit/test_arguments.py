@@ -111,7 +111,11 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
 @pytest.mark.parametrize(
     ("config_class", "line", "answer"),
     [
-        (ComputeTopkLogitsConfig, "top_k 5", "top_k: arguments are given as key=value"),
+        (
+            ComputeTopkLogitsConfig,
+            "top_k 5",
+            "top_k: arguments are given as key=value",
+        ),
         (TrainStudentConfig, "--lr 1e-4", "--lr: arguments are given as key=value"),
         (
             TrainStudentConfig,

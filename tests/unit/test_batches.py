@@ -70,15 +70,21 @@ def test_a_longer_example_is_alone():
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize(
     ("count", "max_tokens", "packed"),
-    [(40, 512, True), (40, 512, False), (40, None, True), (5, 64, True), (1, 64, True)],
+    [
+        (40, 512, True),
+        (40, 512, False),
+        (40, None, True),
+        (5, 64, True),
+        (1, 64, True),
+    ],
 )
 def test_ranks_share_a_global_batch(num_ranks, count, max_tokens, packed):
     lengths = np.random.default_rng(count).integers(1, 260, 97).tolist()
     positions = np.random.default_rng(2).permutation(97)[:count].tolist()
     shares = [
-        MicroBatches(Lengths(lengths), rank, num_ranks, 3, max_tokens, packed, 8).share(
-            positions
-        )
+        MicroBatches(
+            Lengths(lengths), rank, num_ranks, 3, max_tokens, packed, 8
+        ).share(positions)
         for rank in range(num_ranks)
     ]
     assert len({len(share) for share in shares}) == 1

@@ -225,7 +225,10 @@ LINE = {
         json.dumps(LINE).replace("-9999.0", "null"),
         json.dumps({**LINE, "prompt_logprobs": [None, {"9": -0.5, "4": -9999.0}]}),
         json.dumps(
-            {"object": "text_completion", "choices": [{"index": 0, "text": "", **LINE}]}
+            {
+                "object": "text_completion",
+                "choices": [{"index": 0, "text": "", **LINE}],
+            }
         ),
         json.dumps(
             {
@@ -359,7 +362,9 @@ def test_merging_links_or_copies(tmp_path, links, monkeypatch):
         is links
     )
     merged = CacheReader(str(target))
-    assert [merged[position].example.index for position in range(20)] == list(range(20))
+    assert [merged[position].example.index for position in range(20)] == list(
+        range(20)
+    )
     assert problems(target) == []
 
 

@@ -201,7 +201,9 @@ def test_a_wrong_summary_is_named(tmp_path, changes, message, format_version):
         manifest_path.write_text(json.dumps(manifest))
     reports = verify(str(path))
     assert any(
-        re.search(message, problem) for report in reports for problem in report.problems
+        re.search(message, problem)
+        for report in reports
+        for problem in report.problems
     )
     assert sum(report.found.examples for report in reports) == 10
 

@@ -113,7 +113,9 @@ def test_parts_killed_again_and_again_the_files_are_the_same(tmp_path):
             assert set(found) <= {0, MISSING, -signal.SIGKILL}
             kills += found.count(-signal.SIGKILL)
         count = attempt % 3 + 1
-        found = statuses([run_part(folder, (number, count)) for number in range(count)])
+        found = statuses(
+            [run_part(folder, (number, count)) for number in range(count)]
+        )
         assert 0 in found
         assert set(found) <= {0, MISSING}
         assert content(folder) == expected
@@ -170,7 +172,9 @@ def test_jobs_that_put_the_same_chunks_together_at_once_publish_the_same_bytes(
     ]
 
 
-def test_a_chunk_listed_by_another_part_meanwhile_is_not_missing(tmp_path, monkeypatch):
+def test_a_chunk_listed_by_another_part_meanwhile_is_not_missing(
+    tmp_path, monkeypatch
+):
     """Its segments are removed between a look at the manifest and a look at them."""
     first, second = (
         open_writer(tmp_path, (number, 2), **many_segments()) for number in range(2)
@@ -297,7 +301,9 @@ def test_a_killed_job_leaves_no_lock_even_if_its_children_live_on(tmp_path, part
         os.kill(child, signal.SIGKILL)
 
 
-def test_a_lock_given_back_is_not_kept_by_a_process_that_was_forked_meanwhile(tmp_path):
+def test_a_lock_given_back_is_not_kept_by_a_process_that_was_forked_meanwhile(
+    tmp_path,
+):
     """As when processes that read ahead start while a thread puts a chunk together."""
     lock = Lock(tmp_path / "lock")
     child = os.fork()

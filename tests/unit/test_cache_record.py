@@ -48,7 +48,8 @@ def in_order_of(
         assert (np.diff(logits[s, order] - logits[s, 0]) < 0.51).all()
         logits[s, : len(order)], ids[s, : len(order)] = logits[s, order], ids[s, order]
     return replace(
-        original, teacher=replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids)
+        original,
+        teacher=replace(teacher, topk_logits_PK=logits, topk_token_ids_PK=ids),
     )
 
 
@@ -272,9 +273,9 @@ def test_packed_rows_keep_ids_exactly_and_probabilities_closely(length, cache):
         ]
         < 0.1 + 0.3 * (original.teacher.label_logprobs_P[stored] < -10)
     ).all()
-    p = np.where(used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0)[
-        stored
-    ]
+    p = np.where(
+        used, np.exp(logprobs(original.teacher)[:, :k].astype(np.float64)), 0
+    )[stored]
     difference = np.where(used, logprobs(original.teacher)[:, :k], 0) - np.where(
         used, logprobs(decoded.teacher), 0
     )
@@ -464,7 +465,8 @@ def test_the_packed_codec_refuses_what_it_cannot_hold():
     ):
         with pytest.raises(CacheError, match=message):
             encode(
-                replace(original, teacher=replace(original.teacher, **change)), "packed"
+                replace(original, teacher=replace(original.teacher, **change)),
+                "packed",
             )
 
 

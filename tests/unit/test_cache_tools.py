@@ -365,7 +365,9 @@ def test_vllms_prompt_logprobs_become_a_cache(tmp_path, with_choices):
     p = np.exp(teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None])
     np.testing.assert_allclose(p, [[0.5, 0.2], [0.6, 0.3]], rtol=0.03)
     np.testing.assert_allclose(teacher.tail_mass_PT[:, 0], [0.3, 0.1], rtol=0.07)
-    np.testing.assert_allclose(teacher.label_logprobs_P, np.log([0.2, 0.01]), atol=0.07)
+    np.testing.assert_allclose(
+        teacher.label_logprobs_P, np.log([0.2, 0.01]), atol=0.07
+    )
 
 
 @pytest.mark.parametrize(
@@ -417,7 +419,9 @@ def test_parts_become_one_cache(tmp_path):
     result = command("merge", tmp_path / "part_CHUNK_ID.jsonl.zst", "--output", target)
     assert result.stdout == "2 chunks, 10 examples\n", result.stderr
     merged = CacheReader(str(target))
-    assert [merged[position].example.index for position in range(10)] == list(range(10))
+    assert [merged[position].example.index for position in range(10)] == list(
+        range(10)
+    )
     assert problems(target) == []
     assert (tmp_path / "all" / "c_1.jsonl.zst").read_bytes() == (
         tmp_path / "part_1.jsonl.zst"

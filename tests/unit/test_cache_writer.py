@@ -186,7 +186,9 @@ def test_another_batch_size_is_recorded_not_refused(tmp_path):
     writer = CacheWriter(layout, description, chunks_of(description))
     for number, segment in enumerate(writer.missing_segments()):
         settings = {"micro_batch_size": 1 + number % 2}
-        publish_segment(layout, description, segment, [*map(row, segment[1])], settings)
+        publish_segment(
+            layout, description, segment, [*map(row, segment[1])], settings
+        )
     writer.assemble_complete()
     assert summaries(layout.output_path)[0].computed_with == [
         {"micro_batch_size": 1},

@@ -78,9 +78,9 @@ def test_a_name_without_a_step_is_used_again(tmp_path):
 def test_a_checkpoint_of_a_name_is_replaced(tmp_path):
     write(tmp_path, 2, "best", content=b"old")
     write(tmp_path, 3, "best", content=b"new")
-    assert [(path / "__0_0.distcp").read_bytes() for path in checkpoints(tmp_path)] == [
-        b"new"
-    ]
+    assert [
+        (path / "__0_0.distcp").read_bytes() for path in checkpoints(tmp_path)
+    ] == [b"new"]
 
 
 def test_what_is_no_checkpoint_is_left_alone(tmp_path):

@@ -30,13 +30,13 @@ NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 LIMITS = {
-    "code tokens": 155_100,
+    "code tokens": 108_000,
     "code tokens per code line": 7.5,
     "share of assignments packed into tuples": 0.02,
     "share of docstrings that open with a noun clause": 0.01,
     "lines over 110 characters": 0,
-    "files over 400 lines": 8,
-    "functions over 60 lines": 15,
+    "files over 400 lines": 0,
+    "functions over 60 lines": 0,
 }
 """Lower them with the figures; they are no room to fill."""
 

@@ -80,7 +80,9 @@ def _section(cls: type, depth: int) -> list[str]:
         comment = f"{indent}# "
         lines += [
             "",
-            *textwrap.wrap(doc, 100, initial_indent=comment, subsequent_indent=comment),
+            *textwrap.wrap(
+                doc, 100, initial_indent=comment, subsequent_indent=comment
+            ),
         ]
         lines.append(f"{indent}{field.name}: {value}")
     return lines

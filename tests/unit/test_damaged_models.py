@@ -181,7 +181,8 @@ def header(content: object, length: int | None = None, data: bytes = b"") -> byt
             data=b"0" * 16,
         ),
         header(
-            {"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}}, data=b"0" * 16
+            {"a": {"dtype": "X", "shape": [4], "data_offsets": [0, 16]}},
+            data=b"0" * 16,
         ),
     ],
 )

@@ -120,7 +120,8 @@ def dataset(tmp_path, records, max_seq_length=512, vocab_size=512, **config):
     path = tmp_path / "d.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     data = DataConfig(
-        chat=config.pop("chat", None), data=DatasetConfig(file_path=str(path), **config)
+        chat=config.pop("chat", None),
+        data=DatasetConfig(file_path=str(path), **config),
     )
     return TokenizedDataset(data, train_tokenizer(512), max_seq_length, vocab_size)
 
@@ -218,9 +219,9 @@ def test_wrong_kinds_of_records_name_file_and_line(tmp_path):
         DataError,
         match=r"d\.jsonl:2: data\.data\.format=auto and data\.chat=True do not fit",
     ):
-        dataset(tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True)[
-            1
-        ]
+        dataset(
+            tmp_path, [{"messages": []}, {"input": "a", "output": "b"}], chat=True
+        )[1]
     with pytest.raises(
         DataError,
         match=r"d\.jsonl:1: data\.data\.format=messages and",
@@ -364,7 +365,9 @@ def test_a_batch_holds_targets_of_the_loss_alone_unless_told_otherwise():
         "label_logprobs_BS",
     ):
         ours, theirs = (getattr(one, name).flatten(0, 1) for one in (batch, whole))
-        assert torch.equal(ours[batch.loss_positions_N], theirs[batch.loss_positions_N])
+        assert torch.equal(
+            ours[batch.loss_positions_N], theirs[batch.loss_positions_N]
+        )
     assert (batch.topk_token_ids_BSK[0, ::2] == -1).all()
     assert batch.topk_token_ids_BSK.dtype == torch.int64
     some = replace(rows[0], teacher=rows[0].teacher.at(slice(0, 3)))
@@ -402,7 +405,8 @@ def test_a_batch_of_different_caches_has_what_all_of_them_have():
     for first, second in ((4, None), (None, 4), (4, 2), (None, None)):
         assert (
             collate(
-                [said(0, 3, 2, num_samples=first), said(1, 3, 2, num_samples=second)], 0
+                [said(0, 3, 2, num_samples=first), said(1, 3, 2, num_samples=second)],
+                0,
             ).tail_token_ids_BSM
             is None
         )

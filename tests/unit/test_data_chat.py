@@ -76,7 +76,11 @@ def trained_stretches(ids: list[int], trained: list[bool], tokenizer) -> list[st
         ("CHATML", [user("assistant"), assistant("user")], ["user<|im_end|>"]),
         ("CHATML", [user("x"), assistant("Qzx0kvJ")], ["Qzx0kvJ<|im_end|>"]),
         ("LLAMA2", TWO_TURNS, ["Hello. <|im_end|>", "One, two. <|im_end|>"]),
-        ("LLAMA2", [SYSTEM, *TWO_TURNS], ["Hello. <|im_end|>", "One, two. <|im_end|>"]),
+        (
+            "LLAMA2",
+            [SYSTEM, *TWO_TURNS],
+            ["Hello. <|im_end|>", "One, two. <|im_end|>"],
+        ),
         ("LLAMA3", TWO_TURNS, ["Hello.<|eot|>", "One, two.<|eot|>"]),
         ("LLAMA3", [user("x"), assistant(" trimmed ")], ["trimmed<|eot|>"]),
         ("MISTRAL", [SYSTEM, *TWO_TURNS], ["Hello.<|im_end|>", "One, two.<|im_end|>"]),
@@ -435,13 +439,18 @@ def test_nemo_markers_come_from_the_configuration():
     assert tokenizer.decode(ids).startswith(
         "<SYS>System: Be kind.<|im_end|>\n<|im_start|>User: Hi<|im_end|>\n"
     )
-    assert trained_stretches(ids, trained, tokenizer)[0] == "Yo<|im_end|>\n<|im_start|>"
+    assert (
+        trained_stretches(ids, trained, tokenizer)[0] == "Yo<|im_end|>\n<|im_start|>"
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"conversations": []}, "`conversations` must be a list of at least two turns"),
+        (
+            {"conversations": []},
+            "`conversations` must be a list of at least two turns",
+        ),
         (
             {"conversations": [{"from": "User"}, {"from": "A", "value": "x"}]},
             "turn 0 must be an object",

@@ -63,7 +63,9 @@ def test_keys_in_the_documentation_exist(page):
 
 def test_the_page_on_stage_2_lists_what_may_change_when_a_run_goes_on():
     text = (ROOT / "docs" / "stage_2.md").read_text(encoding="utf-8")
-    (table,) = re.findall(r"These may change freely.*?\n\n(\|.*?)\n\n", text, re.DOTALL)
+    (table,) = re.findall(
+        r"These may change freely.*?\n\n(\|.*?)\n\n", text, re.DOTALL
+    )
     patterns = [
         re.escape(name).replace(r"\*", r"\w*")
         for name in re.findall(r"`([\w.*]+)`", table)

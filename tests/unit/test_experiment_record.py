@@ -117,7 +117,10 @@ def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
         (["kd_loss", "optim.lr"], {f"{LOSS}.kd_loss", "model.optim.lr"}),
         (["max_steps"], set()),
         (["sched.name"], {"model.optim.sched.name"}),
-        (["model.optim.sched"], {"model.optim.sched.name", "model.optim.sched.min_lr"}),
+        (
+            ["model.optim.sched"],
+            {"model.optim.sched.name", "model.optim.sched.min_lr"},
+        ),
     ],
 )
 def test_keys_that_may_change(entries, found):

@@ -162,5 +162,8 @@ def test_scores_are_taken_over_for_checkpoints_of_the_folder_alone(tmp_path):
     unused: Any = None
     checkpoints = Checkpoints(CheckpointParams(), "kd", folder, {}, {}, unused)
     checkpoints.load_state_dict({"best_k_models": found})
-    assert checkpoints.scores == {folder / "kd-step=1": 2.5, folder / "kd-step=2": 1.25}
+    assert checkpoints.scores == {
+        folder / "kd-step=1": 2.5,
+        folder / "kd-step=2": 1.25,
+    }
     assert checkpoints.best == folder / "kd-step=2"

@@ -231,7 +231,9 @@ def test_index_and_manifest_say_what_the_document_says(name):
         )
         assert list(counts) == lengths
         assert (offsets[0], offsets[-1]) == (0, len(raw))
-        for (line, _), start, end in zip(found, offsets[:-1], offsets[1:], strict=True):
+        for (line, _), start, end in zip(
+            found, offsets[:-1], offsets[1:], strict=True
+        ):
             part = raw[start:end]
             assert (
                 json.loads(

@@ -138,7 +138,10 @@ def fuzz(folder: Path) -> None:
             path.write_bytes(content)
             if case % 2:  # no manifest and no index protect the lines
                 for other in files:
-                    if other.endswith((".idx", "manifest.json")) and other != path.name:
+                    if (
+                        other.endswith((".idx", "manifest.json"))
+                        and other != path.name
+                    ):
                         (damaged / other).unlink()
             try:
                 reader = CacheReader(str(damaged / name))

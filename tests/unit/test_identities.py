@@ -45,7 +45,9 @@ def test_every_tensor_is_sampled(tmp_path):
             tensor.flip(0) if tensor.unique().numel() > 1 else tensor + 1,
         ):
             save_file(
-                {**weights, name: changed.contiguous()}, path, metadata={"format": "pt"}
+                {**weights, name: changed.contiguous()},
+                path,
+                metadata={"format": "pt"},
             )
             assert sampled(tmp_path) != before, name
     names = sorted(weights)

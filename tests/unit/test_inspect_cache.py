@@ -225,7 +225,10 @@ def hostile_page() -> tuple[CachedExample, str]:
         "\x1b[31m": 49,
     }
     one = row(3, 8)
-    ids_SK, labels_S = one.teacher.topk_token_ids_PK.copy(), one.example.labels_S.copy()
+    ids_SK, labels_S = (
+        one.teacher.topk_token_ids_PK.copy(),
+        one.example.labels_S.copy(),
+    )
     ids_SK[ids_SK >= 48] = 0
     ids_SK[:, 0], ids_SK[:, 1], labels_S[5] = 48, 49, 48
     one = CachedExample(
@@ -306,7 +309,13 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
     path = write(tmp_path, codec="packed", tokenizer=tokenizer_fingerprint(tokenizer))
     html = tmp_path / "p.html"
     result = inspect(
-        path, "--tokenizer", tmp_path / "tokenizer", "--html", html, "--num-examples", 4
+        path,
+        "--tokenizer",
+        tmp_path / "tokenizer",
+        "--html",
+        html,
+        "--num-examples",
+        4,
     )
     assert result.returncode == 0, result.stderr
     assert (

@@ -178,7 +178,9 @@ def test_sequence_parallelism_alone_is_nothing():
 
 
 def test_packed_examples_lie_end_to_end():
-    batch = pack([example(3, 4), example(1, 2), example(2, 5)], pad_id=7, multiple_of=4)
+    batch = pack(
+        [example(3, 4), example(1, 2), example(2, 5)], pad_id=7, multiple_of=4
+    )
     assert batch.indices_B.tolist() == [3, 1, 2]
     assert batch.cu_seqlens.tolist() == [0, 4, 6, 11, 12]
     assert batch.cu_seqlens.dtype == torch.int32

@@ -255,7 +255,10 @@ def on_three_positions(loss, num_loss_tokens=3):
     ("name", "message"),
     [
         ("not_summed", r"returned the loss .*; it must be a scalar tensor"),
-        ("detached", r"returned the loss .*a scalar tensor that depends on the logits"),
+        (
+            "detached",
+            r"returned the loss .*a scalar tensor that depends on the logits",
+        ),
         (
             "sums_a_tensor_of_another_shape",
             r"gave token_sum \[1, 3, 7\] values; it takes one for each position, \[1, 3\]",

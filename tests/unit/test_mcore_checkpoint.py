@@ -111,7 +111,10 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
     for content, message in (
         (pickle.dumps(Attack()), "refers to posix.mkdir, which no checkpoint needs"),
         (dotted, "refers to torch.distributed.checkpoint.filesystem.os.mkdir"),
-        (pickle.dumps(torch.Size([1])), "not the metadata of a distributed checkpoint"),
+        (
+            pickle.dumps(torch.Size([1])),
+            "not the metadata of a distributed checkpoint",
+        ),
         (b"", "not the metadata of a distributed checkpoint"),
     ):
         (tmp_path / ".metadata").write_bytes(content)
@@ -122,7 +125,9 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
 
 def test_weights_that_are_not_safetensors_are_refused(model):
     (model / "model.safetensors").unlink()
-    refused(model, "no model.safetensors; .* save_pretrained, which writes safetensors")
+    refused(
+        model, "no model.safetensors; .* save_pretrained, which writes safetensors"
+    )
     (model / "model.safetensors").write_bytes(b"garbage")
     refused(model, "not a readable safetensors file")
     index = {"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}
@@ -223,7 +228,9 @@ def test_conversion_refuses_outputs_before_it_reads_weights(
     )
     refuse("exists and is not such a model", tmp_path / "there.nemo", overwrite=True)
     refuse(
-        "folder with config.json that does not hold the input", tmp_path, overwrite=True
+        "folder with config.json that does not hold the input",
+        tmp_path,
+        overwrite=True,
     )
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "keep.txt").write_text("precious")
@@ -233,7 +240,9 @@ def test_conversion_refuses_outputs_before_it_reads_weights(
         overwrite=True,
     )
     assert (tmp_path / "data" / "keep.txt").exists()
-    refuse("would be of the same kind as the input; end it in .nemo", tmp_path / "copy")
+    refuse(
+        "would be of the same kind as the input; end it in .nemo", tmp_path / "copy"
+    )
     with pytest.raises(ConfigError, match=r"input_path: .*none does not exist"):
         convert(
             ConvertCheckpointConfig(

@@ -143,7 +143,8 @@ def test_fields_are_those_that_transformers_reads(config):
         )
         # transformers 5 writes the number of experts under another name than transformers 4.
         assert (
-            architecture_from_hf(theirs.to_dict()).num_moe_experts == theirs.num_experts
+            architecture_from_hf(theirs.to_dict()).num_moe_experts
+            == theirs.num_experts
         )
     else:
         assert architecture.num_moe_experts is None
@@ -154,7 +155,10 @@ def test_transformers_4_and_5_write_the_same_rope_differently():
         key: value for key, value in LLAMA_31.items() if not key.startswith("rope")
     }
     version_5["rope_parameters"] = {**LLAMA_31["rope_scaling"], "rope_theta": 500000.0}
-    older = {**LLAMA_31, "rope_scaling": {**LLAMA_31["rope_scaling"], "type": "llama3"}}
+    older = {
+        **LLAMA_31,
+        "rope_scaling": {**LLAMA_31["rope_scaling"], "type": "llama3"},
+    }
     del older["rope_scaling"]["rope_type"]
     for config in (LLAMA_31, version_5, older):
         architecture = architecture_from_hf(config)

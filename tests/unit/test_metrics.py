@@ -80,7 +80,9 @@ def counted_flops(model: torch.nn.Module, num_tokens: int) -> int:
 
 
 def test_flops_are_what_torch_counts_for_a_dense_model():
-    model = LlamaForCausalLM(LlamaConfig(**SIZES, **HEADS, attn_implementation="eager"))
+    model = LlamaForCausalLM(
+        LlamaConfig(**SIZES, **HEADS, attn_implementation="eager")
+    )
     flops = flops_of()
     for num_tokens in (1, 40, 129):
         unseen_pairs = num_tokens * (num_tokens - 1) / 2
@@ -135,7 +137,9 @@ def test_peak_of_known_gpus(monkeypatch, name, precision, peak):
 
 def test_metrics_of_one_replica(clock):
     seen = Seen()
-    progress = Progress("kd", total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6)
+    progress = Progress(
+        "kd", total=10_000, interval_s=10, sinks=[seen], peak_flops=1e6
+    )
     for _ in range(4):
         clock.now_s += 5
         progress.add(
@@ -225,7 +229,9 @@ def test_replica_0_shows_the_whole_job_and_waits_for_nobody(clock):
     members[0].add(tokens=100)
     assert seen.metrics[-1]["progress/tokens"] == 700
     assert seen.metrics[-1]["perf/tokens_per_s"] == pytest.approx(35)
-    assert seen.metrics[-1]["perf/data_wait_percent"] == pytest.approx(100 * 9 / 20 / 3)
+    assert seen.metrics[-1]["perf/data_wait_percent"] == pytest.approx(
+        100 * 9 / 20 / 3
+    )
 
 
 def test_the_metrics_file_is_appended_to(tmp_path):

@@ -117,8 +117,9 @@ def test_a_part_of_an_interleaved_pipeline_without_adapters():
     )
     with pytest.raises(ConfigError) as error:
         check_lora(adapters(layer_selection=[1, 2, 3, 4]), architecture(), parallel)
-    assert "leaves part 5 of 6 of the pipeline (layers 5 to 5) nothing to train" in str(
-        error.value
+    assert (
+        "leaves part 5 of 6 of the pipeline (layers 5 to 5) nothing to train"
+        in str(error.value)
     )
     assert "model.virtual_pipeline_model_parallel_size" in str(error.value)
 

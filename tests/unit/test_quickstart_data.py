@@ -185,7 +185,8 @@ def test_a_folder_holds_one_setting(quickstart, tmp_path):
         ).claim_folder()
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(
-        SystemExit, match="holds other files; give an --output-dir that is new or empty"
+        SystemExit,
+        match="holds other files; give an --output-dir that is new or empty",
     ):
         quickstart.Quickstart(tmp_path, quickstart.Settings()).claim_folder()
 

@@ -46,7 +46,8 @@ def test_a_step_counts_whatever_the_job_is_called_and_without_tasks_per_node():
 
 def test_steps_of_one_job_meet_at_different_ports():
     ports = {
-        find_ranks({**STEP, "SLURM_STEP_ID": str(step)}).main_port for step in range(20)
+        find_ranks({**STEP, "SLURM_STEP_ID": str(step)}).main_port
+        for step in range(20)
     }
     assert len(ports) == 20
     assert all(1024 < port < 32768 for port in ports)

@@ -31,7 +31,9 @@ def leaves(values: dict, prefix: str = "") -> set[str]:
     keys = set()
     for name, value in values.items():
         is_section = isinstance(value, dict) and value and "kwargs" not in name
-        keys |= leaves(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}"}
+        keys |= (
+            leaves(value, f"{prefix}{name}.") if is_section else {f"{prefix}{name}"}
+        )
     return keys
 
 
@@ -118,7 +120,9 @@ def test_other_values_keep_the_earlier_files(tmp_path):
     path.write_text("mine: true\n")
     for number in (1, 2, 2, 3):
         save_config(path, {"top_k": number})
-    texts = {file.name: yaml.safe_load(file.read_text()) for file in tmp_path.iterdir()}
+    texts = {
+        file.name: yaml.safe_load(file.read_text()) for file in tmp_path.iterdir()
+    }
     assert texts == {
         "config.yaml": {"top_k": 3},
         "config-1.yaml": {"mine": True},

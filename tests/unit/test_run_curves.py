@@ -28,7 +28,12 @@ def steps(count, loss):
     ]
     return [
         *rows,
-        {"step": count, "time": 2.0, "validation/loss": loss, "perf/tokens_per_s": 5.0},
+        {
+            "step": count,
+            "time": 2.0,
+            "validation/loss": loss,
+            "perf/tokens_per_s": 5.0,
+        },
     ]
 
 

@@ -116,7 +116,9 @@ def test_chunks_are_mixed_and_read_one_after_the_other(weights):
             rows = [row for row in drawn if part[row]]
             runs = [
                 (chunk, list(run))
-                for chunk, run in itertools.groupby(rows, key=lambda row: chunk_of[row])
+                for chunk, run in itertools.groupby(
+                    rows, key=lambda row: chunk_of[row]
+                )
             ]
             if weights is None:
                 assert len(runs) == 5  # each chunk is read to its end before the next
@@ -189,7 +191,10 @@ def test_paths_with_and_without_weights(train, paths, weights):
             {"data_prefix": {"train": ["a", 0.3, "b", 0.7]}},
             r"is neither PATH, \[PATH, PATH",
         ),
-        ({"data_prefix": {"train": [0.3, "a", 0.7]}}, r"is neither PATH, \[PATH, PATH"),
+        (
+            {"data_prefix": {"train": [0.3, "a", 0.7]}},
+            r"is neither PATH, \[PATH, PATH",
+        ),
         ({"data_prefix": {"train": [0.3, 0.7]}}, r"is neither PATH, \[PATH, PATH"),
         (
             {"data_prefix": {"train": [0, "a", 1, "b"]}},

@@ -108,7 +108,10 @@ def test_table(settings, expected):
             {"constant_steps": 3, "constant_ratio": 0.1},
             "constant_steps: give it or constant_ratio, not both",
         ),
-        ({"warmup_steps": -1}, "model.optim.sched.warmup_steps: -1 must be at least 0"),
+        (
+            {"warmup_steps": -1},
+            "model.optim.sched.warmup_steps: -1 must be at least 0",
+        ),
         (
             {"constant_ratio": 1.5},
             "model.optim.sched.constant_ratio: 1.5 must be at least 0 and at most 1",

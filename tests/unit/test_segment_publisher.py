@@ -29,7 +29,10 @@ NAME = "train_CHUNK_ID.jsonl"
 def publisher_in(folder: Path, max_waiting: int = 2, **changes) -> SegmentPublisher:
     folder.mkdir(exist_ok=True)
     return SegmentPublisher(
-        CacheLayout(str(folder / NAME)), manifest(**changes), COMPUTED_WITH, max_waiting
+        CacheLayout(str(folder / NAME)),
+        manifest(**changes),
+        COMPUTED_WITH,
+        max_waiting,
     )
 
 
@@ -349,7 +352,9 @@ def test_large_segments_arrive_whole(tmp_path):
             one.example,
             replace(
                 one.teacher,
-                topk_logits_PK=np.repeat(one.teacher.topk_logits_PK, 2, axis=1)[:, ::2],
+                topk_logits_PK=np.repeat(one.teacher.topk_logits_PK, 2, axis=1)[
+                    :, ::2
+                ],
             ),
         )
         for one in large

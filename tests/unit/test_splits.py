@@ -39,7 +39,11 @@ LARGEST = max(
 """The largest id in the caches of this file."""
 
 GROUPS = SimpleNamespace(
-    data_rank=0, data_size=1, context_rank=0, context_size=1, device=torch.device("cpu")
+    data_rank=0,
+    data_size=1,
+    context_rank=0,
+    context_size=1,
+    device=torch.device("cpu"),
 )
 
 
@@ -234,7 +238,8 @@ def test_batches_of_a_blend_come_from_its_caches_by_weight(tmp_path):
     assert len(drawn) == 80
     assert sum(position < 4 for position in drawn) == 20
     assert (
-        data.splits["train"].num_tokens(3) == data.splits["train"][3].example.num_tokens
+        data.splits["train"].num_tokens(3)
+        == data.splits["train"][3].example.num_tokens
     )
     assert [
         len(micro_batch.indices_B)
