@@ -20,7 +20,7 @@ from nemo_kd.run.launch import needs_launch
 from nemo_kd.run.ranks import join_ranks
 
 if TYPE_CHECKING:
-    from nemo_kd.student.report import StudentRun
+    from nemo_kd.student.reports import StudentRun
     from nemo_kd.teacher.reports import CacheReport
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError, index_name
-from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import decode
-from nemo_kd.cache.storage import Storage
+from nemo_kd.cache.storage import Storage, lines_of
 from nemo_kd.files import read_file
 
 

@@ -14,9 +14,9 @@ import orjson
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkBuilder, ChunkSummary, LineFacts
 from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import encode, trimmed
+from nemo_kd.cache.storage import lines_of
 from nemo_kd.files import explained, read_file, write_atomically
 
 log = logging.getLogger(__name__)

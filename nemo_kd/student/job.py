@@ -32,8 +32,14 @@ from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.progress import RunLog, start_wandb
-from nemo_kd.student.report import StudentRun, end_report, setup_report, stop_report
+from nemo_kd.student.reports import (
+    RunLog,
+    StudentRun,
+    end_report,
+    setup_report,
+    start_wandb,
+    stop_report,
+)
 from nemo_kd.student.run_folder import (
     check_same_experiment,
     experiment_record,

@@ -47,8 +47,7 @@ from nemo_kd.run.resolved_config import resolved_config
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData
 from nemo_kd.student.loss import StudentLoss
-from nemo_kd.student.progress import RunLog
-from nemo_kd.student.report import first_step_report
+from nemo_kd.student.reports import RunLog, first_step_report
 from nemo_kd.student.run_folder import provenance
 from nemo_kd.student.steps import (
     Ended,

@@ -23,7 +23,7 @@ from nemo_kd.config import ConfigError
 from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.student.job import train_student
 from nemo_kd.student.module import StudentModule
-from nemo_kd.student.report import StudentRun
+from nemo_kd.student.reports import StudentRun
 from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_cache import everywhere

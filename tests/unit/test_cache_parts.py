@@ -16,9 +16,8 @@ import pytest
 from nemo_kd.cache import segment as segment_module
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.parts import IS_WRITTEN
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.cache.writer import IS_WRITTEN, CacheWriter
 from nemo_kd.config import UserInputError
 from nemo_kd.files import FileError, Lock
 from tests.tiny_cache import chunks_of, manifest, write, write_segment

@@ -20,9 +20,9 @@ from nemo_kd.cache.entropy_coding import (
     unpack_bits,
 )
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.lines import lines_of
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import limited
+from nemo_kd.cache.storage import lines_of
 from nemo_kd.config.cache import CacheConfig
 from tests.tiny_cache import everywhere, row, same
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from nemo_kd.files import FileError
-from nemo_kd.student.progress import RunLog
+from nemo_kd.student.reports import RunLog
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from nemo_kd.student.report import _files
+from nemo_kd.student.reports import _files
 
 
 def test_archives_and_folders_are_listed_with_the_command_that_converts(tmp_path):
