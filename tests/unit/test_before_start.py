@@ -228,11 +228,10 @@ def test_folders_without_permission_are_named(here):
 def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys):
     devices = ["trainer.devices=2"] if module != "convert_checkpoint" else []
     code = (
-        f"import json, os, sys; sys.argv = {[module, *keys.split(), *devices]!r}\n"
-        f"from nemo_kd.cli.{module} import main\nend = os._exit\n"
-        "def leave(status):\n    print(json.dumps([name for name in ('torch', 'lightning', 'transformers') if name in sys.modules]))\n"
-        "    sys.stdout.flush(); end(status)\n"
-        "os._exit = leave\nmain()\n"
+        f"import atexit, json, sys; sys.argv = {[module, *keys.split(), *devices]!r}\n"
+        "heavy = ('torch', 'lightning', 'transformers')\n"
+        "atexit.register(lambda: print(json.dumps([n for n in heavy if n in sys.modules])))\n"
+        f"from nemo_kd.cli.{module} import main; main()\n"
     )
     started_s = time.monotonic()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
