@@ -94,7 +94,7 @@ def teacher_fields(row: CachedExample) -> dict[str, Any]:
         ("topk_token_ids", teacher.topk_token_ids_PK, np.arange(k)),
         ("log_sum_exp_logits", teacher.log_sum_exp_logits_P, np.log(np.float32(k))),
         ("temperatures", None, None),
-        ("tail_mass", teacher.tail_mass_PT, 1),
+        ("tail_mass", teacher.tail_mass_PT, 0),
         ("label_logprobs", teacher.label_logprobs_P, 0),
         ("tail_token_ids", teacher.tail_token_ids_PM, -1),
     ):

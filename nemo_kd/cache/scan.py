@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError, index_name
 from nemo_kd.cache.record import decode
-from nemo_kd.cache.storage import Storage, lines_of
+from nemo_kd.cache.storage import LocalStorage, Storage, lines_of
 from nemo_kd.files import read_file
 
 
@@ -28,6 +29,20 @@ def complete_chunk(path: Path) -> ChunkSummary | None:
     index = read_index(path)
     summary = index.summary if index is not None else None
     return summary if summary and summary.bytes == path.stat().st_size else None
+
+
+def index_of(path: Path, summary: ChunkSummary) -> ChunkIndex:
+    """Return a complete chunk's index with its summary; the file is read if its index is another's.
+
+    Raises:
+        CacheError: the file is not the one that `summary` describes.
+    """
+    index = read_index(path)
+    if index is None or index.checksum != summary.sha256:
+        index = scan_chunk(LocalStorage(str(path.parent)), path.name)
+    if index.checksum != summary.sha256:
+        raise CacheError(f"{path}: is not what it was when it was written")
+    return replace(index, summary=summary)
 
 
 def describes(index: ChunkIndex, size: int, mtime_ns: int) -> bool:

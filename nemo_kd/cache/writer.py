@@ -10,7 +10,6 @@ command continues from there, with any number of processes and parts, and ends w
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import fcntl
 import hashlib
 import math
@@ -23,7 +22,7 @@ from nemo_kd.cache import format2
 from nemo_kd.cache.index import ChunkBuilder, ChunkSummary
 from nemo_kd.cache.layout import INDEX, SEGMENTS, CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.scan import complete_chunk, read_index, scan_chunk
+from nemo_kd.cache.scan import complete_chunk, index_of
 from nemo_kd.cache.segment import (
     Segment,
     is_whole,
@@ -31,7 +30,6 @@ from nemo_kd.cache.segment import (
     segment_path,
     segments,
 )
-from nemo_kd.cache.storage import LocalStorage
 from nemo_kd.config.errors import UserInputError
 from nemo_kd.files import (
     Lock,
@@ -140,7 +138,9 @@ class CacheWriter:
             CacheError: a segment is damaged, or the file system refuses.
         """
         with explained(self.layout.folder):
-            in_work = self.layout.chunks_in_work()
+            # A file that is named like a chunk may be another cache.
+            ours = range(len(self.chunks))
+            in_work = [each for each in self.layout.chunks_in_work() if each in ours]
             self._look()
             for chunk in in_work:
                 if chunk in self.manifest.chunks or self._assemble(chunk):
@@ -185,8 +185,10 @@ class CacheWriter:
         """Find the chunks that became complete since the last look."""
         indexes = self.layout.existing_chunks(suffix=INDEX)
         for chunk in set(self.missing).intersection(indexes):
+            records = self.chunks[chunk]
             summary = complete_chunk(self.layout.chunk_path(chunk))
-            if summary is not None:
+            ends = summary and (summary.first_index, summary.last_index)
+            if summary is not None and ends == (records[0], records[-1]):
                 self.manifest.chunks[chunk] = summary
 
     def _assemble(self, chunk: int) -> bool:
@@ -223,9 +225,8 @@ class CacheWriter:
 
 def _has_files(layout: CacheLayout, manifest: Manifest) -> bool:
     """Return True if something was computed: for this cache, or another one in its folder."""
-    return bool(manifest.chunks) or any(
-        any(layout.folder.glob(pattern)) for pattern in (f"*{INDEX}", f".*{SEGMENTS}")
-    )
+    others = [*layout.folder.glob(f"*{INDEX}"), *layout.folder.glob(f".*{SEGMENTS}")]
+    return bool(manifest.chunks or layout.existing_chunks() or others)
 
 
 def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
@@ -236,18 +237,11 @@ def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
     """
     if manifest.format_version == format2.VERSION:
         for chunk, summary in manifest.chunks.items():
-            path = layout.chunk_path(chunk)
-            if not path.is_file():
-                continue
-            index = read_index(path)
-            if index is None or index.checksum != summary.sha256:
-                try:
-                    index = scan_chunk(LocalStorage(str(layout.folder)), path.name)
-                except CacheError:
-                    continue  # a damaged chunk is computed again
-            if index.checksum == summary.sha256:
-                index = dataclasses.replace(index, summary=summary)
-                write_atomically(layout.index_path(chunk), index.to_bytes())
+            try:
+                index = index_of(layout.chunk_path(chunk), summary)
+            except (CacheError, FileNotFoundError):
+                continue  # a damaged chunk is computed again
+            write_atomically(layout.index_path(chunk), index.to_bytes())
         manifest.save(layout.manifest_path)
     journal = layout.manifest_path.with_name(
         layout.manifest_name + format2.JOURNAL_SUFFIX

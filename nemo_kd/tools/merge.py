@@ -13,7 +13,7 @@ from typing import NamedTuple
 from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.scan import complete_chunk, read_index
+from nemo_kd.cache.scan import complete_chunk, index_of
 from nemo_kd.cache.writer import IS_WRITTEN
 from nemo_kd.files import Lock, atomic_file, explained, open_regular, write_atomically
 from nemo_kd.tools.verify import Chunk, chunks_of, verify_chunks
@@ -65,9 +65,7 @@ def merge(
         _claim(layout, merged, targets)
         for number, one in enumerate(found):
             _place(one.chunk.path, targets[number])
-            index = read_index(one.chunk.path)
-            assert index is not None  # verified above
-            index = replace(index, summary=one.summary)
+            index = index_of(one.chunk.path, one.summary)
             write_atomically(layout.index_path(number), index.to_bytes())
             merged.chunks[number] = one.summary
     return merged

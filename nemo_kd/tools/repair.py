@@ -57,6 +57,9 @@ def repair(path: str, dry_run: bool = False) -> list[str]:
 def _repair_end(chunk: Chunk, dry_run: bool) -> list[str]:
     """Complete or cut the last line if the file ends inside it."""
     path = chunk.path
+    summary = chunk.summary
+    if summary is not None and path.stat().st_size > summary.bytes:
+        return _cut(path, summary.bytes, dry_run)
     end = 0
     try:
         with open_regular(path) as file:
@@ -76,6 +79,12 @@ def _repair_end(chunk: Chunk, dry_run: bool) -> list[str]:
         return [
             f"{path}: the last line had no line break, but is whole; the break was added"
         ]
+    return _cut(path, end, dry_run)
+
+
+def _cut(path: Path, end: int, dry_run: bool) -> list[str]:
+    """Move what stands behind the byte `end` to `<name>.torn`."""
+    tail = read_file(path, end)
     torn = path.with_name(f"{path.name}.torn")
     if not dry_run:
         with torn.open("ab") as file:

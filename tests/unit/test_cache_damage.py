@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,6 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from nemo_kd import files
 from nemo_kd.cache.index import ChunkIndex
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
@@ -137,8 +137,8 @@ def test_what_dead_processes_left_is_told_and_removed(tmp_path):
     folder = tmp_path / ".train_1.jsonl.segments"
     folder.mkdir()
     left = [
-        tmp_path / f".train_1.jsonl.{files._machine()}-{dead.pid}.tmp",
-        folder / f".0-1.{files._machine()}-{dead.pid}.tmp",
+        tmp_path / f".train_1.jsonl.{socket.gethostname()}-{dead.pid}.tmp",
+        folder / f".0-1.{socket.gethostname()}-{dead.pid}.tmp",
     ]
     for temporary in left:
         temporary.write_bytes(b"half")

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -402,7 +403,7 @@ def test_what_dead_processes_left_is_removed(tmp_path):
     path = write(tmp_path)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    machine = files._machine()
+    machine = socket.gethostname()
     (tmp_path / "train_1.jsonl").unlink()
     folder = tmp_path / ".train_1.jsonl.segments"
     folder.mkdir()

@@ -71,5 +71,5 @@ def test_a_dataset_that_is_no_file_of_records_is_refused(folder):
     )
     with pytest.raises(DataError, match="a Git LFS pointer"):
         JsonlRecords(folder / "data.jsonl")
-    with pytest.raises(DataError, match="found a folder, expected a regular file"):
+    with pytest.raises(DataError, match="expected a regular file, found none"):
         JsonlRecords(folder)

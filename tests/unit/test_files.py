@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import socket
 
 import pytest
 
-from nemo_kd import files
 from nemo_kd.files import FileError, Lock, abandoned, remove_abandoned
 
 
@@ -16,7 +16,7 @@ def test_folders_of_dead_processes_are_removed_with_what_they_hold_but_links_are
     kept = tmp_path / "kept"
     kept.mkdir()
     (kept / "file").write_text("precious")
-    machine = files._machine()
+    machine = socket.gethostname()
     dead, linked = (
         tmp_path / f".{name}.{machine}-{2**22 + 1}.tmp" for name in ("dead", "linked")
     )

@@ -108,7 +108,7 @@ def test_torchrun_goes_before_slurm():
 def test_launchers_that_do_not_tell_enough_are_named():
     with pytest.raises(
         ConfigError,
-        match="OMPI_COMM_WORLD_SIZE: 4 processes were started by an MPI launcher",
+        match="OMPI_COMM_WORLD_SIZE: each of 4 MPI processes",
     ):
         find_ranks({"OMPI_COMM_WORLD_SIZE": "4"})
     with pytest.raises(ConfigError, match="RANK: 'None' is not a number"):
