@@ -193,7 +193,8 @@ class CacheReader:
                 )
         if not chunks:
             raise CacheError(
-                f"{self.path}: no chunk is complete; wait for compute_topk_logits, or run it again"
+                f"{self.path}: there is no such file, or no complete chunk; check the path (rows are "
+                "selected by [a:b] behind it), or run compute_topk_logits again"
             )
         return chunks
 

@@ -89,8 +89,9 @@ def _read_file(options: argparse.Namespace, command: str) -> Any:
             return OmegaConf.to_container(hydra.compose(name, search))
     except OmegaConfBaseException as error:
         raise config_error(error) from error
-    except (yaml.YAMLError, HydraException) as error:
-        raise ConfigError(" ".join(str(error).split())) from error
+    except (yaml.YAMLError, HydraException, UnicodeDecodeError) as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{found[0]}/{name}.yaml: {text}") from error
 
 
 def read_argument(argument: str, command: str, config_class: type) -> tuple[str, Any]:

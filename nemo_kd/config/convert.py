@@ -34,12 +34,12 @@ def check_output(output: Path, source: Path, overwrite: bool) -> None:
         return
     if not overwrite:
         raise ConfigError(
-            f"output_path: {output} exists; give another path or overwrite=True"
+            f"output_path: {output} exists; give another path or overwrite=true"
         )
     is_archive = output.suffix == ".nemo"
     is_model = (output if is_archive else output / "config.json").is_file()
     if not is_model or source.resolve().is_relative_to(output.resolve()):
         raise ConfigError(
-            f"output_path: {output} exists and is not such a model; overwrite=True replaces only a "
+            f"output_path: {output} exists and is not such a model; overwrite=true replaces only a "
             ".nemo archive by another, or a folder with config.json that does not hold the input"
         )

@@ -109,12 +109,11 @@ def check_schedule(optim: OptimConfig, max_steps: int) -> None:
     wanted = optim.sched.asked_steps("constant", max_steps)
     if constant < wanted or warmup >= max_steps:
         log.warning(
-            "model.optim.sched: %d steps of warmup and %d constant steps at min_lr do not fit into "
-            "the %d steps of the run: it has %d constant steps; constant_steps=0 asks for none",
+            "warning: model.optim.sched: the %d steps of the run are too few for %d steps of warmup "
+            "and %d at min_lr; lower warmup_steps or constant_steps",
+            max_steps,
             warmup,
             wanted,
-            max_steps,
-            constant,
         )
 
 

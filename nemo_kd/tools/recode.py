@@ -13,7 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.cache.layout import SUFFIXES, CacheError, CacheLayout, path_of
+from nemo_kd.cache.layout import SUFFIXES, CacheError, CacheLayout
 from nemo_kd.cache.manifest import UNKNOWN, Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import check_vocabulary, trimmed
@@ -205,10 +205,10 @@ def _manifest(
             codec[name] = choose(codec[name], known.codec[name])
         codec["positions"] = known.codec["positions"]
     top_k = min(top_k or known.top_k, known.top_k)
-    selection = source.path.removeprefix(path_of(source.path))
+    assert isinstance(source, CacheReader)  # the other source has no manifest
+    selection = source.source.removeprefix(source.path)
     is_cut = cache.probability_floor > 0 or cache.top_p < 1
-    drops_tokens = is_cut or top_k < known.top_k
-    if "tail_samples" in known.codec and not drops_tokens:
+    if "tail_samples" in known.codec and not is_cut and top_k == known.top_k:
         codec |= {name: known.codec[name] for name in ("tail_samples", "seed")}
     return replace(
         known,

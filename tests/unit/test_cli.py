@@ -478,3 +478,15 @@ def test_launching(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     assert not needs_launch(TrainerConfig(num_nodes=2, devices=2))
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "job.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"job\.yaml: .*codec can't decode"):
+        run(
+            "compute_topk_logits",
+            "--config-path",
+            str(tmp_path),
+            "--config-name",
+            "job",
+        )

@@ -170,7 +170,7 @@ def test_a_cache_still_being_written_is_told_of(tmp_path):
     _, counts, _ = map(dict, describe_cache(reader, measure(reader, 9)).facts)
     assert counts["chunks"] == "1 of 3 complete, 1 found"
     assert counts["examples"] == "4, 4 of them read"
-    with pytest.raises(CacheError, match="no chunk is complete"):
+    with pytest.raises(CacheError, match="no complete chunk"):
         CacheReader(str(tmp_path / "nothing_CHUNK_ID.jsonl"), partial=True)
 
 

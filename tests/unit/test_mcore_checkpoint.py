@@ -223,7 +223,7 @@ def test_conversion_refuses_outputs_before_it_reads_weights(
 
     (tmp_path / "there.nemo").mkdir()
     refuse(
-        "output_path: .* exists; give another path or overwrite=True",
+        "output_path: .* exists; give another path or overwrite=true",
         tmp_path / "there.nemo",
     )
     refuse("exists and is not such a model", tmp_path / "there.nemo", overwrite=True)

@@ -129,8 +129,8 @@ def test_impossible_settings_are_refused(settings, message):
 
 def test_constant_steps_without_room_are_left_out_with_a_warning(caplog):
     for sched, max_steps, message in (
-        (SchedConfig(warmup_steps=10, constant_steps=1000), 900, "10 steps of warmup and 1000 constant steps at min_lr do not fit into the 900 steps"),
-        (SchedConfig(warmup_ratio=0.6, constant_ratio=0.5), 100, "60 steps of warmup and 50 constant"),
+        (SchedConfig(warmup_steps=10, constant_steps=1000), 900, "900 steps of the run are too few for 10 steps of warmup and 1000 at min_lr"),
+        (SchedConfig(warmup_ratio=0.6, constant_ratio=0.5), 100, "60 steps of warmup and 50 at min_lr"),
     ):  # fmt: skip
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -150,7 +150,7 @@ def test_a_long_warmup_is_told(caplog):
         assert not caplog.text
         check_schedule(OptimConfig(lr=1.0, sched=SchedConfig(warmup_steps=10)), 5)
     assert (
-        "10 steps of warmup and 0 constant steps at min_lr do not fit into the 5"
+        "5 steps of the run are too few for 10 steps of warmup and 0 at min_lr"
         in caplog.text
     )
 
