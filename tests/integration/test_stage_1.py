@@ -19,10 +19,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError
-from nemo_kd.data.records import DataError
+from nemo_kd.config import UserInputError
 from nemo_kd.files import Lock
 from nemo_kd.teacher.loop import compute_topk_logits
 from nemo_kd.teacher.reports import estimate_cost
@@ -40,7 +39,7 @@ def run_stage_1(*args: object, **kwargs: object) -> str:
     model, dataset, output, overrides = args
     try:
         compute_topk_logits(teacher_config(model, dataset, output, **overrides))
-    except (ConfigError, CacheError, DataError) as error:
+    except UserInputError as error:
         return f"{type(error).__name__}: {error}"
     return ""
 
