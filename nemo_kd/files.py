@@ -51,7 +51,7 @@ def explained(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise FileError(
-            f"{path}: cannot be written ({error.strerror}); {remedy(error)}"
+            f"{path}: cannot be written ({error.strerror or error}); {remedy(error)}"
         ) from error
 
 

@@ -6,22 +6,22 @@ renamed. `contents.json` lists every file with its length and checksum, which sh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from nemo_kd.config import UserInputError
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.files import (
     abandoned,
+    explained,
     owner_name,
     read_file,
     remove,
@@ -29,7 +29,7 @@ from nemo_kd.files import (
     write_atomically,
 )
 from nemo_kd.mcore.checkpoint_write import file_sum
-from nemo_kd.run.collective import gather, on_rank_zero
+from nemo_kd.run.collective import gather, on_rank_zero, rank
 
 log = logging.getLogger(__name__)
 
@@ -92,6 +92,21 @@ def unfinished_folder(folder: Path) -> Path:
     return folder.with_name(
         f".{folder.name}.{uuid.uuid4().hex[:8]}.{owner_name()}{UNFINISHED}"
     )
+
+
+@contextlib.contextmanager
+def removed_on_error(folder: Path, target: Path) -> Iterator[None]:
+    """Remove an unfinished folder if the block raises an OSError, and raise one that names `target`.
+
+    Raises:
+        FileError: the block raised an OSError.
+    """
+    with explained(target):
+        try:
+            yield
+        except OSError:
+            remove(folder)
+            raise
 
 
 def seal(folder: Path, contents: Contents) -> None:
@@ -161,21 +176,26 @@ def resumable(parent: Path) -> list[Path]:
     ]
 
 
-def check_whole(folder: Path, part: int = 0, num_parts: int = 1) -> Contents:
-    """Return the contents of a checkpoint; check every `num_parts`-th file from `part`.
+def check_whole(folder: Path) -> Contents:
+    """Return the contents of a checkpoint; every rank calls it and checks some of the files.
 
     Raises:
-        CheckpointError, OSError: something is damaged.
+        CheckpointError, OSError: on every rank, something is damaged.
     """
-    contents = Contents.read(folder)
-    for name in list(contents.files)[part::num_parts]:
-        num_bytes, crc32 = contents.files[name]
-        found = file_sum(folder / name)
-        if found != (num_bytes, crc32):
-            raise CheckpointError(
-                f"{name} is not as it was written: {found.num_bytes:,} of {num_bytes:,} bytes"
-            )
-    return contents
+    num_ranks = len(gather(rank))
+
+    def check() -> Contents:
+        contents = Contents.read(folder)
+        for name in list(contents.files)[rank() :: num_ranks]:
+            num_bytes, crc32 = contents.files[name]
+            found = file_sum(folder / name)
+            if found != (num_bytes, crc32):
+                raise CheckpointError(
+                    f"{name} is not as it was written: {found.num_bytes:,} of {num_bytes:,} bytes"
+                )
+        return contents
+
+    return gather(check)[0]
 
 
 def put_aside(damaged: Mapping[Path, Exception]) -> None:
@@ -228,12 +248,9 @@ def choose_checkpoint(parent: Path, manager: ExpManagerConfig) -> Path | None:
     if not found and manager.resume_from_checkpoint:
         found = [Path(manager.resume_from_checkpoint)]
     damaged: dict[Path, Exception] = {}
-    part = torch.distributed.get_rank()
-    num_parts = torch.distributed.get_world_size()
     for folder in found:
         try:
-            contents = gather(lambda: check_whole(folder, part, num_parts))[0]  # noqa: B023
-            if not contents.resumable:
+            if not check_whole(folder).resumable:
                 raise CheckpointError(
                     "it holds weights only, without the optimizer's state"
                 )

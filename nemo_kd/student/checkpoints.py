@@ -19,10 +19,13 @@ from nemo_kd.run.interruption import Watchdog
 from nemo_kd.student.checkpoint_folder import (
     CONTENTS,
     LAST,
+    CheckpointError,
     Contents,
+    check_whole,
     checkpoints,
     discard,
     publish,
+    removed_on_error,
     seal,
     unfinished_folder,
 )
@@ -125,9 +128,14 @@ class Checkpoints:
         self._save(student, [self._path(student, self._latest)])
 
     def write(self, checkpoint: dict[str, Any]) -> None:
-        """Start to write what Lightning has collected; `finish` gives the checkpoint its names."""
+        """Start to write what Lightning has collected; `finish` gives the checkpoint its names.
+
+        Raises:
+            FileError: on every rank, it cannot be written; names the checkpoint.
+        """
         folder = on_rank_zero(lambda: unfinished_folder(self._names[0]))
-        self._write = CheckpointWrite(checkpoint, folder)
+        with removed_on_error(folder, self._names[0]):
+            self._write = CheckpointWrite(checkpoint, folder)
         is_resumable = "optimizer_states" in checkpoint
         self._contents = Contents(
             checkpoint["global_step"], is_resumable, self.layout, {}, self.experiment
@@ -137,7 +145,7 @@ class Checkpoints:
         """Wait for the checkpoint that is being written, if any, and give it its names.
 
         Raises:
-            OSError: on every rank, it could not be written; names the file.
+            FileError: on every rank, it could not be written; names the checkpoint.
         """
         write, self._write = self._write, None
         if write is None:
@@ -149,7 +157,10 @@ class Checkpoints:
             for path in self._removals:
                 discard(path)
 
-        with self.watchdog.pause("waiting for a checkpoint to be written"):
+        with (
+            self.watchdog.pause("waiting for a checkpoint to be written"),
+            removed_on_error(write.folder, self._names[0]),
+        ):
             sums = write.finish()
             on_rank_zero(complete)
         self._removals = []
@@ -177,7 +188,7 @@ class Checkpoints:
             student.save_to(self.archive)
         step = self._load_best(student)
         if best_only:
-            if writes and not is_left:
+            if writes:
                 student.save_to(self.archive)
         elif writes and step not in (None, student.global_step):
             student.save_to(self.best_archive)
@@ -229,9 +240,10 @@ class Checkpoints:
 
     def _is_left(self, student: StudentModule) -> bool:
         """Return True if nothing was trained and the archive is newer than the checkpoint that
-        this run resumed."""
+        this run resumed. It may hold the last weights where the best are wanted."""
         resumed = Path(str(student.trainer.ckpt_path))
-        if self._has_saved or resumed.absolute().parent != self.dirpath:
+        trained = self._has_saved or resumed.absolute().parent != self.dirpath
+        if trained or self.params.save_best_model:
             return False
         hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
         wanted = (
@@ -241,11 +253,20 @@ class Checkpoints:
         return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 
     def _load_best(self, student: StudentModule) -> int | None:
-        """Load the best weights into the student; return their step, or None if there are none."""
+        """Load the best weights into the student; return their step, or None if there are none, or
+        they are damaged."""
         folder = on_rank_zero(lambda: self.best)
         if folder is None:
             return None
-        step = Contents.read(folder).step
+        try:
+            step = check_whole(folder).step
+        except (CheckpointError, OSError) as error:
+            log.warning(
+                "%s, the best checkpoint, is damaged (%s); the last weights replace it",
+                folder,
+                error,
+            )
+            return None
         if step != student.global_step:
             state = load_sharded({"state_dict": student.state_dict()}, folder)
             student.load_state_dict(state["state_dict"])

@@ -42,7 +42,7 @@ from nemo_kd.config.student import StudentTrainerConfig
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.mcore.groups import sharded_random_state
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.student.checkpoint_folder import Contents
+from nemo_kd.student.checkpoint_folder import CheckpointError, Contents
 from nemo_kd.student.data import StudentData
 
 NOT_NEMOS = {
@@ -154,7 +154,7 @@ class MegatronStrategy(DDPStrategy):
     def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
         """
         Raises:
-            ConfigError: the checkpoint is damaged.
+            ConfigError, CheckpointError: the checkpoint is damaged or of another version.
         """
         folder = Path(checkpoint_path)
         state_dict = self.lightning_module_state_dict
@@ -169,6 +169,11 @@ class MegatronStrategy(DDPStrategy):
             wanted["random_state"] = sharded_random_state()
         with self.lightning_module.watchdog.pause("loading the checkpoint"):
             found = load_sharded(wanted, folder)
+        if "schedule" not in found:
+            raise CheckpointError(
+                f"{folder} has no schedule, so another version wrote it; resume it with that version, "
+                "or start over in another exp_manager.explicit_log_dir"
+            )
         # Earlier versions kept the ranks as a callback's state.
         for key in list(found["callbacks"]):
             if key.startswith("StudentCheckpoints"):

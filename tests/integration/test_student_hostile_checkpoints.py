@@ -152,6 +152,22 @@ def test_planted_pickles_are_refused_in_one_line(
     assert message in line, line
 
 
+def test_a_checkpoint_without_a_schedule_is_refused_in_one_line(
+    world, trusted, tmp_path
+):
+    folder = Path(shutil.copytree(trusted, tmp_path / "theirs"))
+    common = torch.load(folder / "common.pt", weights_only=False)
+    del common["schedule"]
+    torch.save(common, folder / "common.pt")
+    reseal(folder)
+    source = {"exp_manager__resume_from_checkpoint": str(folder)}
+    run = StudentRun(tmp_path / "run", 1, "", *world, **SETTINGS, **source)
+    assert run.end() == [2], run.said()
+    assert "Traceback" not in run.said()
+    text = f"error: {folder} has no schedule, so another version wrote it; "
+    assert text in run.said()
+
+
 def reseal(folder: Path) -> None:
     """List the files as they are now: whoever changes them changes their sums."""
     before = Contents.read(folder)
