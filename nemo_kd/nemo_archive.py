@@ -41,19 +41,24 @@ class ModelFiles(contextlib.AbstractContextManager["ModelFiles"]):
         self._close = contextlib.ExitStack()
         self._archive: tarfile.TarFile | None = None
         if root.is_dir():
-            paths = [path for path in root.rglob("*") if path.is_file()]
             self.sizes = {
                 path.relative_to(root).as_posix(): path.stat().st_size
-                for path in paths
+                for path in root.rglob("*")
+                if path.is_file()
             }
             return
+        check_regular_file(root)
         try:
-            self._archive = self._close.enter_context(tarfile.TarFile(root))
+            file = self._close.enter_context(root.open("rb"))
+            self._archive = tarfile.TarFile(fileobj=file)
             self._members = {
                 member.name.removeprefix("./"): _checked(member)
                 for member in self._archive
                 if not member.isdir()
             }
+            file.seek(self._archive.offset)
+            if file.read(1024) != bytes(1024):
+                raise tarfile.ReadError("its end is missing")
         except (tarfile.TarError, OSError) as error:
             raise ConfigError(
                 f"{root} is no readable .nemo archive ({error}); copy or write it again"
@@ -70,9 +75,7 @@ class ModelFiles(contextlib.AbstractContextManager["ModelFiles"]):
         """Open a file whose name is in `sizes` for reading."""
         if self._archive is None:
             return (self.root / name).open("rb")
-        file = self._archive.extractfile(self._members[name])
-        assert file is not None
-        return file
+        return tarfile.ExFileObject(self._archive, self._members[name])
 
     def tokenizer_folder(self) -> Path:
         """Return the folder with the tokenizer's files, unpacked from an archive by every call.
@@ -99,6 +102,8 @@ class ModelFiles(contextlib.AbstractContextManager["ModelFiles"]):
 def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
     if not member.isreg() or member.issparse():
         raise tarfile.ReadError(f"{member.name!r} is not a regular file")
+    # It refuses names that lead out of the archive.
+    tarfile.data_filter(member, TOKENIZER)
     return member
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,7 +99,7 @@ class Manifest:
             version = payload["format_version"]
             # A later version may add fields without changing what these mean.
             known = {
-                one.name: payload[one.name]
+                one.name: _checked(one.name, payload[one.name], one.type)
                 for one in dataclasses.fields(cls)
                 if one.name in payload and one.init
             }
@@ -108,13 +109,15 @@ class Manifest:
                 )
             if version == format2.VERSION:
                 known["chunks"] = format2.listed_chunks(payload["chunks"])
+            for name in ("start_from_idx", "end_at_idx"):
+                _checked(f"dataset.{name}", known["dataset"][name], "int")
             manifest = cls(**known)
             manifest.format_version = version
             manifest.digest = _sha256(content)
             if manifest.codec["name"] not in CODECS or manifest.num_chunks < 1:
                 raise ValueError("codec.name or the number of chunks is not valid")
             return manifest
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it "
                 "away: the chunks can be read without it, but their teacher and tokenizer are then "
@@ -192,6 +195,14 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
     if cache.tail_samples:
         settings |= {"tail_samples": cache.tail_samples, "seed": cache.seed}
     return settings
+
+
+def _checked(name: str, value: Any, expected: Any) -> Any:
+    """Refuse a value that does not fit an annotation of `Manifest`."""
+    kind = type(value).__name__.removesuffix("Type")
+    if not re.search(rf"(^|\| ){kind}\b", expected):
+        raise ValueError(f"{name}: found {value!r:.99}, expected {expected}")
+    return value
 
 
 def _sha256(content: bytes) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
+import math
 import os
 import pickle
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing
@@ -22,7 +24,7 @@ from megatron.core.dist_checkpointing.mapping import (
     apply_factories,
 )
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_kd.config import ConfigError
 from nemo_kd.mcore.hf_folder import StoredBytes
@@ -52,17 +54,6 @@ _HARMLESS = {
     },
 }
 """Permitted classes and functions of `.metadata` besides dtypes; they only hold values."""
-_DAMAGE = (
-    pickle.UnpicklingError,
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,
-)
-"""Errors of torch's and Python's readers on damaged bytes."""
 
 
 class _MetadataUnpickler(pickle.Unpickler):
@@ -77,21 +68,17 @@ class _MetadataUnpickler(pickle.Unpickler):
         )
 
 
-def read_metadata(file: IO[bytes], where: str) -> Metadata:
-    """Unpickle `.metadata`, which may come from anywhere.
-
-    Raises:
-        ConfigError: it is damaged, or would run code.
-    """
+@contextlib.contextmanager
+def _reading(where: object) -> Iterator[None]:
+    """Report whatever torch and Python raise on damaged bytes as a ConfigError."""
     try:
-        metadata = _MetadataUnpickler(file).load()
-        if not isinstance(metadata, Metadata):
-            raise TypeError(type(metadata).__name__)
-    except _DAMAGE as error:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
         raise ConfigError(
-            f"{where}: not the metadata of a distributed checkpoint ({error})"
+            f"{where}: cannot be read ({str(error)[:200]}); copy or write the model again"
         ) from error
-    return metadata
 
 
 def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -114,8 +101,8 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     path = folder / METADATA
     try:
-        with path.open("rb") as file:
-            read_metadata(file, str(path))
+        with _reading(path), path.open("rb") as file:
+            _MetadataUnpickler(file).load()
         return dist_checkpointing.load(
             dict_list_map_outplace(keep, state),
             str(folder),
@@ -156,27 +143,45 @@ class ShardedFolder:
     def __init__(self, files: ModelFiles, prefix: str = "") -> None:
         self.files = files
         self.folder = files.root / prefix
-        with files.open(prefix + METADATA) as file:
-            metadata = read_metadata(file, str(self.folder / METADATA))
-        self.tensors = {
-            name: entry
-            for name, entry in metadata.state_dict_metadata.items()
-            if isinstance(entry, TensorStorageMetadata)
-        }
-        dtypes = {tensor.properties.dtype for tensor in self.tensors.values()}
-        self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
         self._stored: dict[tuple[str, tuple[int, ...]], StoredBytes] = {}
-        for index, info in metadata.storage_data.items():
-            name = prefix + info.relative_path
-            if name not in files.sizes:
-                raise ConfigError(
-                    f"{files.root / name}: the file is missing; copy or write the model again"
+        path = prefix + METADATA
+        with _reading(files.root / path), files.open(path) as file:
+            metadata = _MetadataUnpickler(file).load()
+            self.tensors = {
+                name: entry
+                for name, entry in metadata.state_dict_metadata.items()
+                if isinstance(entry, TensorStorageMetadata)
+            }
+            self.dtype = functools.reduce(
+                torch.promote_types,
+                {tensor.properties.dtype for tensor in self.tensors.values()},
+                torch.bool,
+            )
+            for name, tensor in self.tensors.items():
+                # Unlike a range's length, the difference of its ends' squares tells its place too.
+                measure = sum(
+                    math.prod(
+                        map(
+                            lambda start, size: size * (2 * start + size),
+                            chunk.offsets,
+                            chunk.sizes,
+                        )
+                    )
+                    for chunk in tensor.chunks
                 )
-            if index.fqn in self.tensors:
-                offsets = tuple(index.offset or ())
-                self._stored[index.fqn, offsets] = StoredBytes(
-                    f"{index.fqn} {offsets}", name, info.offset, info.length
-                )
+                if measure != math.prod(tensor.size) ** 2:
+                    raise ValueError(f"the parts of {name} do not cover it")
+            for index, info in metadata.storage_data.items():
+                name = prefix + info.relative_path
+                if name not in files.sizes:
+                    raise ConfigError(
+                        f"{files.root / name}: the file is missing; copy or write the model again"
+                    )
+                if index.fqn in self.tensors:
+                    offsets = tuple(index.offset or ())
+                    self._stored[index.fqn, offsets] = StoredBytes(
+                        f"{index.fqn} {offsets}", name, info.offset, info.length
+                    )
 
     def parts(self) -> Iterable[StoredBytes]:
         """Return the place of every stored part of a tensor."""
@@ -192,43 +197,36 @@ class ShardedFolder:
         """
         apply_factories(state)
         for part in nested_values(state):
-            stored = self.tensors[part.key]
-            shape = tuple(part.global_shape)
-            # Padding may differ along the vocabulary.
-            free = 1 if part.allow_shape_mismatch else 0
-            if shape[free:] != tuple(stored.size)[free:]:
-                raise ConfigError(
-                    f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, "
-                    f"model_config.yaml calls for {shape}"
-                )
-            target = part.data.detach()[(None,) * part.prepend_axis_num]
-            for chunk in stored.chunks:
-                ours = []
-                theirs = []
-                for our_start, our_size, start, size in zip(
-                    part.global_offset,
-                    target.shape,
-                    chunk.offsets,
-                    chunk.sizes,
-                    strict=True,
-                ):
-                    first = max(our_start, start)
-                    last = max(first, min(our_start + our_size, start + size))
-                    ours.append(slice(first - our_start, last - our_start))
-                    theirs.append(slice(first - start, last - start))
-                into = target[tuple(ours)]
-                if into.numel():
-                    into.copy_(self._read(part.key, chunk.offsets)[tuple(theirs)])
-
-    def _read(self, name: str, offsets: torch.Size) -> torch.Tensor:
-        try:
-            stored = self._stored[name, tuple(offsets)]
-            with self.files.open(stored.file) as file:
-                file.seek(stored.offset)
-                data = io.BytesIO(file.read(stored.num_bytes))
-            return torch.load(data, map_location="cpu", weights_only=True)
-        except _DAMAGE as error:
-            raise ConfigError(
-                f"{self.folder}: {name} cannot be read ({str(error)[:200]}); "
-                "copy or write the model again"
-            ) from error
+            with _reading(f"{self.folder}: {part.key}"):
+                stored = self.tensors[part.key]
+                shape = tuple(part.global_shape)
+                # Padding may differ along the vocabulary.
+                free = int(part.allow_shape_mismatch)
+                if shape[free:] != stored.size[free:]:
+                    raise ConfigError(
+                        f"{self.folder}: {part.key} has the shape {tuple(stored.size)}, "
+                        f"model_config.yaml calls for {shape}"
+                    )
+                target = part.data.detach()[(None,) * part.prepend_axis_num]
+                for chunk in stored.chunks:
+                    ours = []
+                    theirs = []
+                    for our_start, our_size, start, size in zip(
+                        part.global_offset,
+                        target.shape,
+                        chunk.offsets,
+                        chunk.sizes,
+                        strict=True,
+                    ):
+                        first = max(our_start, start)
+                        last = max(first, min(our_start + our_size, start + size))
+                        ours.append(slice(first - our_start, last - our_start))
+                        theirs.append(slice(first - start, last - start))
+                    into = target[tuple(ours)]
+                    if into.numel():
+                        place = self._stored[part.key, tuple(chunk.offsets)]
+                        with self.files.open(place.file) as file:
+                            file.seek(place.offset)
+                            data = io.BytesIO(file.read(place.num_bytes))
+                        whole = torch.load(data, map_location="cpu", weights_only=True)
+                        into.copy_(whole.reshape(chunk.sizes)[tuple(theirs)])

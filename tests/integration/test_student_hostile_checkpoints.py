@@ -113,7 +113,7 @@ def in_weights(folder: Path, attack: Attack) -> None:
     [
         (
             in_metadata,
-            ".metadata: not the metadata of a distributed checkpoint (it refers to posix.mkdir",
+            ".metadata: cannot be read (it refers to posix.mkdir",
         ),
         (
             in_common,

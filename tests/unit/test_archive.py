@@ -73,8 +73,7 @@ def test_nothing_is_unpacked_outside_of_the_temporary_folder(
     tmp_path, temporary, name
 ):
     archive = pack(tmp_path / "a.nemo", member(name, size=3))
-    with pytest.raises(tarfile.FilterError), ModelFiles(archive) as files:
-        files.tokenizer_folder()
+    refused(archive, "is no readable .nemo archive .*outside")
     assert not list(tmp_path.rglob("outside"))
 
 
@@ -84,6 +83,19 @@ def test_archives_that_are_compressed_or_truncated(tmp_path):
     for num_bytes in (20_000, 512, 100, 0):
         os.truncate(archive, num_bytes)
         refused(archive, "is no readable .nemo archive")
+
+
+def test_an_archive_cut_between_two_members(tmp_path):
+    archive = pack(tmp_path / "a.nemo", member("model_weights/a", size=512))
+    for num_bytes in (1024, 2048, 2048 + 512):
+        cut = tmp_path / f"{num_bytes}.nemo"
+        cut.write_bytes(archive.read_bytes()[:num_bytes])
+        refused(cut, "is no readable .nemo archive .its end is missing")
+
+
+def test_a_pipe_is_refused_before_it_is_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.nemo")
+    refused(tmp_path / "a.nemo", "expected a regular file, found none")
 
 
 def test_the_tokenizer_is_unpacked_and_removed(tmp_path, temporary):

@@ -229,3 +229,26 @@ def test_a_flip_of_any_byte_of_an_index_is_found(tmp_path):
     ]  # since all records are there
     assert same_places(ChunkIndex.parse(index.read_bytes()), ChunkIndex.parse(whole))
     assert problems(path) == []
+
+
+@pytest.mark.parametrize("value", ["text", None, 1.5, True, [1]])
+@pytest.mark.parametrize(
+    "field",
+    ["vocab_size", "top_k", "n_examples_per_chunk", "dataset.end_at_idx", "teacher"],
+)
+def test_a_value_of_another_type_in_the_manifest_is_named(tmp_path, field, value):
+    path, manifest_path = write(tmp_path), tmp_path / "train_manifest.json"
+    payload = json.loads(manifest_path.read_bytes())
+    *parents, name = field.split(".")
+    (payload[parents[0]] if parents else payload)[name] = value
+    manifest_path.write_text(json.dumps(payload))
+    if (field, value) == ("n_examples_per_chunk", None):
+        Manifest.load(manifest_path)
+        return
+    message = re.escape(
+        f"{manifest_path}: not a cache manifest ({field}: found {value!r}"
+    )
+    with pytest.raises(CacheError, match=message):
+        CacheReader(str(path))
+    with pytest.raises(CacheError, match=message):
+        verify(str(path))

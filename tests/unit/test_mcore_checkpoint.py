@@ -12,6 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
@@ -113,14 +121,108 @@ def test_metadata_that_would_run_code_is_not_unpickled(tmp_path, monkeypatch):
         (dotted, "refers to torch.distributed.checkpoint.filesystem.os.mkdir"),
         (
             pickle.dumps(torch.Size([1])),
-            "not the metadata of a distributed checkpoint",
+            ".metadata: cannot be read",
         ),
-        (b"", "not the metadata of a distributed checkpoint"),
+        (b"", ".metadata: cannot be read"),
     ):
         (tmp_path / ".metadata").write_bytes(content)
         with pytest.raises(ConfigError, match=message):
             ShardedFolder(ModelFiles(tmp_path))
     assert not (tmp_path / "attacked").exists()
+
+
+class Part:
+    """A sharded tensor of the model as `ShardedFolder.load` reads it: the whole one."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.key = "a"
+        self.data = data
+        self.global_shape = data.shape
+        self.global_offset = (0, 0)
+        self.allow_shape_mismatch = True
+        self.prepend_axis_num = 0
+
+
+def stored(folder: Path) -> Metadata:
+    """Store a tensor of two parts in a distributed checkpoint and return its metadata."""
+    chunks, places = [], {}
+    for start in (0, 4):
+        offsets, sizes = torch.Size([start, 0]), torch.Size([4, 2])
+        torch.save(torch.full(sizes, start + 1.0), folder / f"{start}.distcp")
+        chunks.append(ChunkStorageMetadata(offsets, sizes))
+        length = (folder / f"{start}.distcp").stat().st_size
+        place = _StorageInfo(f"{start}.distcp", 0, length)
+        places[MetadataIndex("a", offsets)] = place
+    properties = TensorProperties(torch.float32)
+    tensor = TensorStorageMetadata(properties, torch.Size([8, 2]), chunks)
+    return Metadata({"a": tensor}, storage_data=places)
+
+
+def load(folder: Path, metadata: Metadata) -> torch.Tensor:
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    part = Part(torch.zeros(8, 2))
+    ShardedFolder(ModelFiles(folder)).load({"a": part})
+    return part.data
+
+
+@pytest.mark.parametrize(
+    ("offset", "size"), [(4, 2), (4, 0), (4, 5), (0, 4), (2, 4), (6, 4), (-4, 4)]
+)
+def test_stored_parts_that_do_not_cover_their_tensor(tmp_path, offset, size):
+    metadata = stored(tmp_path)
+    assert load(tmp_path, metadata).sum() == 48
+    chunk = metadata.state_dict_metadata["a"].chunks[1]
+    chunk.offsets, chunk.sizes = torch.Size([offset, 0]), torch.Size([size, 2])
+    metadata.storage_data = {
+        MetadataIndex("a", one.offsets): place
+        for one, place in zip(
+            metadata.state_dict_metadata["a"].chunks,
+            metadata.storage_data.values(),
+            strict=True,
+        )
+    }
+    with pytest.raises(ConfigError, match="the parts of a do not cover it"):
+        load(tmp_path, metadata)
+
+
+def test_a_stored_part_of_another_size_than_listed(tmp_path):
+    metadata = stored(tmp_path)
+    tensor = metadata.state_dict_metadata["a"]
+    tensor.size = torch.Size([6, 2])
+    tensor.chunks[1].sizes = torch.Size([2, 2])
+    with pytest.raises(ConfigError, match=": a: cannot be read"):
+        load(tmp_path, metadata)
+
+
+@pytest.mark.parametrize("offset", [2**70, "x", -1])
+def test_a_place_that_no_file_has(tmp_path, offset):
+    metadata = stored(tmp_path)
+    for place in metadata.storage_data.values():
+        place.offset = offset
+    with pytest.raises(ConfigError, match=": a: cannot be read"):
+        load(tmp_path, metadata)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"state_dict_metadata": 1}, {"storage_data": 1}, {"storage_data": {1: 2}}],
+)
+def test_metadata_of_wrong_types(tmp_path, change):
+    metadata = stored(tmp_path)
+    vars(metadata).update(change)
+    with pytest.raises(ConfigError, match="metadata: cannot be read"):
+        load(tmp_path, metadata)
+
+
+def test_memory_that_runs_out_is_a_damaged_file(tmp_path, monkeypatch):
+    metadata = stored(tmp_path)
+
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(ConfigError, match=": a: cannot be read"):
+        load(tmp_path, metadata)
 
 
 def test_weights_that_are_not_safetensors_are_refused(model):
