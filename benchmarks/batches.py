@@ -44,7 +44,7 @@ def write_cache(folder: Path, length: int) -> Path:
     from nemo_kd.cache.manifest import Manifest, codec_settings
     from nemo_kd.cache.segment import publish_segment
     from nemo_kd.cache.writer import CacheWriter
-    from nemo_kd.config.cache import CacheConfig
+    from nemo_kd.config.data import CacheConfig
 
     layout = CacheLayout(str(folder / "half_CHUNK_ID.jsonl"))
     manifest = Manifest(

@@ -35,7 +35,7 @@ from nemo_kd.cache.reduce import keep
 from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.storage import lines_of
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 
 
 class Setting(NamedTuple):

@@ -470,7 +470,7 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
         bare_forward,
         stage_1,
     )
-    from nemo_kd.flops import forward_flops, peak_flops
+    from nemo_kd.mcore.architecture import forward_flops, peak_flops
     from nemo_kd.teacher.job import open_run
 
     shape, num_records, max_tokens = (

@@ -47,7 +47,7 @@ from benchmarks.teacher_inputs import (
 from benchmarks.teacher_variants import VARIANTS, Figures, Setting, serve
 from nemo_kd.cache.segment import segments
 from nemo_kd.data.batches import form_batches
-from nemo_kd.flops import peak_flops
+from nemo_kd.mcore.architecture import peak_flops
 
 MEMORY_LENGTHS = (2048, 8192)
 SAMPLING_S = 0.2

@@ -24,7 +24,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches, pack
-from nemo_kd.flops import forward_flops
+from nemo_kd.mcore.architecture import forward_flops
 from nemo_kd.mcore.model import forward, hidden_at, hidden_states, output_weight
 from nemo_kd.mcore.schedule import loss_positions
 from nemo_kd.ops.topk import BLOCK_BYTES

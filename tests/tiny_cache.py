@@ -18,7 +18,7 @@ from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 
 COMPUTED_WITH = {"micro_batch_size": 1}
 

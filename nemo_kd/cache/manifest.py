@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import hashlib
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,10 @@ from typing import Any
 
 import orjson
 
-from nemo_kd.cache import format2
 from nemo_kd.cache.index import ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.storage import LocalStorage, Storage
-from nemo_kd.config.cache import CODECS, CacheConfig
+from nemo_kd.config.data import CODECS, CacheConfig
 from nemo_kd.files import write_atomically
 
 FORMAT_VERSION = 3
@@ -81,10 +81,10 @@ class Manifest:
         """
         content = storage.read(name)
         manifest = cls.parse(content, f"{storage.folder}/{name}")
-        if manifest.format_version == format2.VERSION:
+        if manifest.format_version == FORMAT_2:
             with contextlib.suppress(FileNotFoundError):
-                journal = storage.read(name + format2.JOURNAL_SUFFIX)
-                manifest.chunks |= format2.journaled_chunks(journal, content)
+                journal = storage.read(name + JOURNAL_SUFFIX)
+                manifest.chunks |= journaled_chunks(journal, content)
         return manifest
 
     @classmethod
@@ -103,12 +103,12 @@ class Manifest:
                 for one in dataclasses.fields(cls)
                 if one.name in payload and one.init
             }
-            if version not in (format2.VERSION, FORMAT_VERSION):
+            if version not in (FORMAT_2, FORMAT_VERSION):
                 raise ValueError(
                     f"format_version {version} is not read by this version of nemo_kd"
                 )
-            if version == format2.VERSION:
-                known["chunks"] = format2.listed_chunks(payload["chunks"])
+            if version == FORMAT_2:
+                known["chunks"] = listed_chunks(payload["chunks"])
             for name in ("start_from_idx", "end_at_idx"):
                 _checked(f"dataset.{name}", known["dataset"][name], "int")
             manifest = cls(**known)
@@ -148,7 +148,7 @@ class Manifest:
 
     def summary_of(self, chunk: int, index: ChunkIndex | None) -> ChunkSummary | None:
         """Return the summary of a complete chunk, else None."""
-        if self.format_version == format2.VERSION:
+        if self.format_version == FORMAT_2:
             return self.chunks.get(chunk)
         return index.summary if index is not None else None
 
@@ -222,3 +222,30 @@ def _differences(
             name in OPTIONAL_IDENTITY and None in (mine, other)
         ):
             yield f"{name}: {mine!r} in the cache, {other!r} now"
+
+
+FORMAT_2 = 2
+JOURNAL_SUFFIX = ".journal"
+
+
+def listed_chunks(chunks: dict[str, Any]) -> dict[int, ChunkSummary]:
+    """Return the summaries in the field `chunks` of a manifest."""
+    return {int(key): ChunkSummary.parse(summary) for key, summary in chunks.items()}
+
+
+def journaled_chunks(journal: bytes, manifest: bytes) -> dict[int, ChunkSummary]:
+    """Return the summaries in a journal, up to a line that a kill left incomplete.
+
+    The journal of another manifest than the file `manifest` is ignored.
+    """
+    chunks: dict[str, Any] = {}
+    for number, line in enumerate(journal.split(b"\n")[:-1]):
+        checksum, _, fields = line.partition(b" ")
+        if checksum != b"%08x" % zlib.crc32(fields):
+            break
+        entry = orjson.loads(fields)
+        if number:
+            chunks[entry["chunk"]] = entry["summary"]
+        elif entry["manifest"] != hashlib.sha256(manifest).hexdigest():
+            break
+    return listed_chunks(chunks)

@@ -18,11 +18,9 @@ import shutil
 from collections.abc import Sequence
 from typing import TextIO
 
-from nemo_kd.cache import format2
-from nemo_kd.cache.index import ChunkBuilder, ChunkSummary
+from nemo_kd.cache.index import ChunkBuilder, ChunkSummary, complete_chunk, index_of
 from nemo_kd.cache.layout import INDEX, SEGMENTS, CacheError, CacheLayout
-from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.scan import complete_chunk, index_of
+from nemo_kd.cache.manifest import FORMAT_2, JOURNAL_SUFFIX, Manifest
 from nemo_kd.cache.segment import (
     Segment,
     is_whole,
@@ -235,7 +233,7 @@ def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
     Every whole chunk gets an index with a summary. Then the manifest is written without its list,
     and its journal is removed.
     """
-    if manifest.format_version == format2.VERSION:
+    if manifest.format_version == FORMAT_2:
         for chunk, summary in manifest.chunks.items():
             try:
                 index = index_of(layout.chunk_path(chunk), summary)
@@ -243,9 +241,7 @@ def upgrade(layout: CacheLayout, manifest: Manifest) -> None:
                 continue  # a damaged chunk is computed again
             write_atomically(layout.index_path(chunk), index.to_bytes())
         manifest.save(layout.manifest_path)
-    journal = layout.manifest_path.with_name(
-        layout.manifest_name + format2.JOURNAL_SUFFIX
-    )
+    journal = layout.manifest_path.with_name(layout.manifest_name + JOURNAL_SUFFIX)
     journal.unlink(missing_ok=True)
 
 

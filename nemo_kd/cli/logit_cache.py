@@ -144,7 +144,7 @@ def _repair(arguments: argparse.Namespace) -> int:
 def _convert(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.index import ChunkSummary
     from nemo_kd.cache.reader import CacheReader
-    from nemo_kd.config.cache import CacheConfig
+    from nemo_kd.config.data import CacheConfig
     from nemo_kd.tools.recode import Tokenizer, convert
     from nemo_kd.tools.vllm_files import VllmRows
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from nemo_kd.config.errors import ConfigError
-from nemo_kd.config.fields import Section, choice, path
+from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 
 DEFAULT_SEQ_LENGTH = 4096
 """Longest sequence if `model.max_seq_length` is not given and the model supports it."""
@@ -89,3 +89,70 @@ def sequence_length(max_seq_length: int | None, max_position_embeddings: int) ->
             f"({max_position_embeddings})"
         )
     return max_seq_length
+
+
+CODECS = ("packed", "json")
+DEFAULT_FLOOR = 5e-4
+MAX_TOP_K = 65_535
+MAX_VOCAB_SIZE = 1 << 24
+
+
+@dataclass
+class CacheConfig(Section, key="cache"):
+    """`cache`: tokens kept at a position, at most `top_k`: those that `min_probability` and `top_p`
+    select, at least `min_k`."""
+
+    codec: str = choice("packed", CODECS)
+    """packed (a tenth of the bytes) or json (NeMo-Aligner's fields as plain numbers, top_k logits
+    at every position)."""
+    min_probability: float | None = bounded(None, at_least=0, below=1)
+    """Drop tokens below this probability; 0 keeps top_k. None: 5e-4 for packed, 0 for json."""
+    top_p: float = bounded(1.0, above=0, at_most=1)
+    """Keep the likeliest tokens until their probabilities add up to this; 1 keeps all."""
+    min_k: int = count(1)
+    """Tokens kept at every position, whatever their probability."""
+    positions: str = choice("loss", ("loss", "all"))
+    """packed: store loss (positions whose label counts in the loss) or all positions."""
+    temperatures: list[float] = positive([])
+    """Temperatures other than 1 at which the probability outside the kept tokens is stored.
+    Training at a temperature needs it here; at most 15."""
+    tail_samples: int = bounded(0, at_least=0, at_most=255)
+    """Token ids per position drawn from the teacher's distribution outside the kept tokens. They
+    make the cache unbiased."""
+    seed: int = bounded(1234, at_least=0)
+    """Seed of the tail samples."""
+    segment_examples: int = count(64)
+    """Records computed and published together; a killed run loses at most this many per
+    data-parallel rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.temperatures = sorted({float(each) for each in self.temperatures} - {1.0})
+        if len(self.temperatures) > 15:
+            raise self.error("temperatures", "more than 15; at most 15 are stored")
+        if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
+            raise self.error(
+                "codec",
+                "json stores top_k logits at every position, so cache.min_probability must be 0 "
+                "and cache.top_p 1; use cache.codec=packed to keep fewer if the teacher is certain",
+            )
+
+    @property
+    def probability_floor(self) -> float:
+        """Return `min_probability`, or the default of the codec."""
+        # Not set in __post_init__: the default of one codec would become a given value of the
+        # other.
+        if self.min_probability is not None:
+            return self.min_probability
+        return DEFAULT_FLOOR if self.codec == "packed" else 0.0
+
+    def kept(self, probabilities_NK: Any) -> Any:
+        """Return a mask [N, K] of the kept ones of each row's descending probabilities: a prefix.
+
+        Works with NumPy arrays and torch tensors.
+        """
+        kept_NK = probabilities_NK >= self.probability_floor
+        if self.top_p < 1:  # a sum of all may round to 1 or more
+            kept_NK &= probabilities_NK.cumsum(1) - probabilities_NK < self.top_p
+        kept_NK[:, : self.min_k] = True
+        return kept_NK

@@ -11,8 +11,7 @@ from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 from nemo_kd.config.loss import LossConfig
-from nemo_kd.config.optim import OptimConfig
-from nemo_kd.config.peft import ExportConfig, PeftConfig
+from nemo_kd.config.optim import ExportConfig, OptimConfig, PeftConfig
 from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
 
 LOOP = "trainer.knowledge_distillation"

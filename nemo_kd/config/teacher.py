@@ -7,8 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 
-from nemo_kd.config.cache import MAX_TOP_K, CacheConfig
-from nemo_kd.config.data import DataConfig
+from nemo_kd.config.data import MAX_TOP_K, CacheConfig, DataConfig
 from nemo_kd.config.fields import Section, bounded, count, path
 from nemo_kd.config.shared import (
     ModelConfig,

@@ -20,7 +20,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from nemo_kd.config.peft import ExportConfig, LoraConfig
+from nemo_kd.config.optim import ExportConfig, LoraConfig
 from nemo_kd.files import atomic_file, explained, new_folder, remove, replace_folder
 from nemo_kd.mcore.architecture import write_model_config
 from nemo_kd.mcore.checkpoint import PretrainedModel

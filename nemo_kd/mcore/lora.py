@@ -30,7 +30,7 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional, init
 
-from nemo_kd.config.peft import LoraConfig
+from nemo_kd.config.optim import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import ADAPTERS, chunks, layers
 

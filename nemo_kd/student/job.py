@@ -7,27 +7,35 @@ the number of loss tokens in the global batch. `train_student` is the run, `Stud
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy
+from nemo.utils import logging as nemo_logging
+from nemo.utils.exp_manager import exp_manager
+from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import PARAMS
+from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
 from nemo_kd.config.model import check_training_layout
-from nemo_kd.config.peft import check_lora
-from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.config.optim import check_lora
+from nemo_kd.config.student import StudentTrainerConfig, TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
-from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.distributed_checkpoint import load_sharded
+from nemo_kd.mcore.groups import initialize_model_parallel, sharded_random_state
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.interruption import Interruption, Watchdog, explained_ctrl_c
-from nemo_kd.run.ranks import join_ranks
+from nemo_kd.run.ranks import find_ranks, join_ranks
 from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.student.checkpoint_folder import choose_checkpoint
+from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, choose_checkpoint
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
@@ -46,7 +54,6 @@ from nemo_kd.student.run_folder import (
     own_run_folder,
 )
 from nemo_kd.student.steps import STOPS_ALL_RANKS, check_schedule, plan_training
-from nemo_kd.student.trainer import build_trainer
 
 log = logging.getLogger(__name__)
 
@@ -185,3 +192,142 @@ def _fit(trainer: pl.Trainer, student: StudentModule) -> None:
         student.run_log.end()
         if student.checkpoints is not None and together:
             student.checkpoints.finish()
+
+
+NOT_NEMOS = {
+    "create_checkpoint_callback": False,
+    "resume_ignore_no_checkpoint": True,
+    "resume_from_checkpoint": None,
+    "disable_validation_on_resume": False,
+    "max_time_per_run": None,
+    "create_wandb_logger": False,
+}
+"""Keys that nemo_kd handles itself.
+
+NeMo's `exp_manager` does not check checkpoints for damage, does not stop all ranks at one step, and
+fails if Weights & Biases is out of reach."""
+
+
+def build_trainer(
+    config: StudentTrainerConfig,
+    manager: ExpManagerConfig,
+    name: str,
+    data: StudentData,
+) -> tuple[pl.Trainer, Path]:
+    """Return a Trainer with NeMo's loggers and callbacks, and the folder of the run.
+
+    Args:
+        name: of the run.
+    """
+    loop = config.knowledge_distillation
+    trainer = pl.Trainer(
+        accelerator="gpu" if data.groups.device.type == "cuda" else "cpu",
+        devices=config.num_devices,
+        num_nodes=config.num_nodes,
+        strategy=MegatronStrategy(
+            cluster_environment=LauncherEnvironment(config.num_devices)
+        ),
+        precision="32-true",  # Megatron casts by itself
+        max_epochs=-1,  # `StudentModule` ends the run after `plan.max_steps`
+        val_check_interval=data.plan.val_check_interval,
+        check_val_every_n_epoch=None,  # counts steps over the whole run
+        limit_val_batches=loop.limit_val_batches,
+        log_every_n_steps=loop.log_every_n_steps,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        enable_progress_bar=False,
+    )
+    # NeMo logs that it finds no checkpoint, in the place where it is made to look.
+    nemo_logging.set_verbosity(nemo_logging.ERROR)
+    settings = {
+        key: value
+        for key, value in dataclasses.asdict(manager).items()
+        if value is not None and key != "log_interval_s"
+    }
+    settings.setdefault("name", name)
+    settings["checkpoint_callback_params"]["dirpath"] = os.devnull
+    log_dir = exp_manager(trainer, OmegaConf.create(settings | NOT_NEMOS))
+    nemo_logging.set_verbosity(nemo_logging.WARNING)
+    assert log_dir is not None
+    return trainer, Path(log_dir)
+
+
+class LauncherEnvironment(LightningEnvironment):
+    """The ranks that the launcher started; Lightning's own search reads other jobs' variables."""
+
+    def __init__(self, devices: int) -> None:
+        super().__init__()
+        self._ranks = find_ranks()
+        self._devices = devices
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    def local_rank(self) -> int:
+        return self._ranks.local_rank
+
+    def node_rank(self) -> int:
+        return self._ranks.rank // self._devices
+
+
+class MegatronStrategy(DDPStrategy):
+    """Ranks form Megatron's groups, and Megatron's buffers average the gradients.
+
+    The process group and Megatron's groups exist before the Trainer. All ranks write checkpoints.
+    """
+
+    lightning_module: Any
+
+    def configure_ddp(self) -> None:
+        """Wrap nothing: the module holds Megatron's DistributedDataParallel."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    def optimizer_state(self, optimizer: Any) -> dict[str, Any]:
+        return optimizer.sharded_state_dict(self.lightning_module_state_dict())
+
+    def save_checkpoint(
+        self,
+        checkpoint: dict[str, Any],
+        filepath: str | Path,
+        storage_options: Any = None,
+    ) -> None:
+        self.lightning_module.checkpoints.write(checkpoint)
+
+    def load_checkpoint(self, checkpoint_path: str | Path) -> dict[str, Any]:
+        """
+        Raises:
+            ConfigError, CheckpointError: the checkpoint is damaged or of another version.
+        """
+        folder = Path(checkpoint_path)
+        state_dict = self.lightning_module_state_dict
+        optimizer: Any = self.optimizers[0]
+        wanted: dict[str, Any] = {
+            "state_dict": state_dict(),
+            "optimizer_states": [
+                optimizer.sharded_state_dict(state_dict(), is_loading=True)
+            ],
+        }
+        if Contents.read(folder).layout == self.lightning_module.groups.layout():
+            wanted["random_state"] = sharded_random_state()
+        with self.lightning_module.watchdog.pause("loading the checkpoint"):
+            found = load_sharded(wanted, folder)
+        if "schedule" not in found:
+            raise CheckpointError(
+                f"{folder} has no schedule, so another version wrote it; resume it with that version, "
+                "or start over in another exp_manager.explicit_log_dir"
+            )
+        # Earlier versions kept the ranks as a callback's state.
+        for key in list(found["callbacks"]):
+            if key.startswith("StudentCheckpoints"):
+                found["ranks"] = found["callbacks"].pop(key)
+        return found
+
+    def teardown(self) -> None:
+        """Leave the weights on the device: Megatron's buffers hold them."""

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd import __version__
-from nemo_kd.config.exp_manager import ExpManagerConfig
-from nemo_kd.config.experiment import allowed_keys, compared_defaults, compared_values
+from nemo_kd.config.exp_manager import (
+    ExpManagerConfig,
+    allowed_keys,
+    compared_defaults,
+    compared_values,
+)
 from nemo_kd.config.model import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock

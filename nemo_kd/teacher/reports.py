@@ -24,7 +24,7 @@ from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.storage import lines_of
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.flops import peak_flops
+from nemo_kd.mcore.architecture import peak_flops
 from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher

@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from nemo_kd.cache.index import ChunkSummary
+from nemo_kd.cache.index import ChunkSummary, complete_chunk, index_of
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.scan import complete_chunk, index_of
 from nemo_kd.cache.writer import IS_WRITTEN
 from nemo_kd.files import Lock, atomic_file, explained, open_regular, write_atomically
 from nemo_kd.tools.verify import Chunk, chunks_of, verify_chunks

@@ -20,7 +20,7 @@ from nemo_kd.cache.record import check_vocabulary, trimmed
 from nemo_kd.cache.reduce import keep, limited
 from nemo_kd.cache.segment import Record, publish_segment
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from nemo_kd.tools.vllm_files import VllmRows
 
 Source = CacheReader | VllmRows

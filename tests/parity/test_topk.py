@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import topk as benchmark
 from nemo_kd.batch import SMALLEST_SAMPLED_TAIL, TeacherRows
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from nemo_kd.ops.tail_sampling import tail_uniforms
 from nemo_kd.ops.topk import topk_of_logits, topk_rows
 from nemo_kd.ops.vocab import VocabShard

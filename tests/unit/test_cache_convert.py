@@ -18,7 +18,7 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from nemo_kd.tools.merge import merge
 from nemo_kd.tools.recode import Tokenizer, convert
 from nemo_kd.tools.verify import verify

@@ -9,7 +9,7 @@ import pytest
 from nemo_kd.cache.layout import CacheError, CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from nemo_kd.tools.merge import merge
 from nemo_kd.tools.recode import convert
 from nemo_kd.tools.repair import repair

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
-from nemo_kd.cache.entropy_coding import (
+from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.packed_codec import (
     huffman,
     level_nats,
     levels,
@@ -19,11 +20,10 @@ from nemo_kd.cache.entropy_coding import (
     unhuffman,
     unpack_bits,
 )
-from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import limited
 from nemo_kd.cache.storage import lines_of
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from tests.tiny_cache import everywhere, row, same
 
 

@@ -16,7 +16,7 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config.cache import CacheConfig
+from nemo_kd.config.data import CacheConfig
 from nemo_kd.tools.merge import merge
 from nemo_kd.tools.recode import convert
 from nemo_kd.tools.repair import repair

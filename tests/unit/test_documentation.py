@@ -13,7 +13,7 @@ import pytest
 from nemo_kd.cli import logit_cache, plot_runs
 from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.experiment import FREE_KEYS, KEY
+from nemo_kd.config.exp_manager import FREE_KEYS, KEY
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import describe

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.experiment import (
+from nemo_kd.config.exp_manager import (
     FREE_KEYS,
     allowed_keys,
     compared_defaults,

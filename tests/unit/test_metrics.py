@@ -27,7 +27,7 @@ from transformers import (
 
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.files import FileError
-from nemo_kd.flops import ForwardFlops, forward_flops, peak_flops
+from nemo_kd.mcore.architecture import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics
 from nemo_kd.run.metrics import MetricsFile, Progress
 

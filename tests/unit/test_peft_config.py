@@ -6,7 +6,7 @@ import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
-from nemo_kd.config.peft import ExportConfig, LoraConfig, PeftConfig, check_lora
+from nemo_kd.config.optim import ExportConfig, LoraConfig, PeftConfig, check_lora
 from nemo_kd.config.student import StudentModelConfig
 from tests.tiny_data import student_config
 
