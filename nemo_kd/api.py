@@ -11,8 +11,8 @@ from nemo_kd.cli.compute_topk_logits import COMMAND as STAGE_1
 from nemo_kd.cli.convert_checkpoint import COMMAND as CONVERSION
 from nemo_kd.cli.run import Command
 from nemo_kd.cli.train_gpt_knowledge_distillation import COMMAND as STAGE_2
+from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed

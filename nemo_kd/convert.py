@@ -11,12 +11,12 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
 from nemo_kd.config.model import PRECISIONS
 from nemo_kd.config.shared import ModelConfig, TrainerConfig
+from nemo_kd.files import print_text
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.run.ranks import join_ranks
-from nemo_kd.terminal import print_text
 
 
 def convert(config: ConvertCheckpointConfig) -> None:

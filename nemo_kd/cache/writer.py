@@ -28,7 +28,7 @@ from nemo_kd.cache.segment import (
     segment_path,
     segments,
 )
-from nemo_kd.config.errors import UserInputError
+from nemo_kd.config import UserInputError
 from nemo_kd.files import (
     Lock,
     atomic_file,

@@ -6,7 +6,7 @@ import importlib
 import sys
 from functools import partial
 
-from nemo_kd.terminal import print_error
+from nemo_kd.files import print_error
 
 
 def _start(command: str) -> None:

@@ -11,10 +11,10 @@ from nemo_kd.cli.compute_topk_logits import PLAN
 from nemo_kd.cli.options import OptionParser, count, path
 from nemo_kd.cli.run import configure_logging, run
 from nemo_kd.config import ConfigError
+from nemo_kd.files import print_text
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.launch import launch, needs_launch
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.terminal import print_text
 
 PATH = "file or CHUNK_ID template of a cache"
 CORES = os.cpu_count() or 1
@@ -54,8 +54,7 @@ def parser() -> OptionParser:
 def _inspect(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.layout import CacheError
     from nemo_kd.cache.reader import CacheReader
-    from nemo_kd.data.text import TokenText, example_lines
-    from nemo_kd.data.tokenizer import load_tokenizer_of
+    from nemo_kd.data.tokenizer import TokenText, example_lines, load_tokenizer_of
     from nemo_kd.files import write_atomically
     from nemo_kd.tools.inspect_cache import (
         build_page,

@@ -8,8 +8,8 @@ import sys
 from typing import Any, NoReturn
 
 from nemo_kd import __version__
+from nemo_kd.files import print_error
 from nemo_kd.run.endings import USER_ERROR
-from nemo_kd.terminal import print_error
 
 
 class OptionParser(argparse.ArgumentParser):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from nemo_kd.cli.options import OptionParser
 from nemo_kd.config import ConfigError
+from nemo_kd.files import print_text
 from nemo_kd.run.endings import errors_end_the_process
-from nemo_kd.terminal import print_text
 
 SUMMARY = "Draws the metrics of training runs side by side, as PNG pictures."
 

@@ -21,11 +21,11 @@ from nemo_kd.cli.aligner_keys import ALIASES
 from nemo_kd.cli.compose import compose, option_parser
 from nemo_kd.config import ConfigError
 from nemo_kd.config.typed import describe, typed
+from nemo_kd.files import print_text
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal, parse_max_time
 from nemo_kd.run.launch import LAUNCHER, follow_launcher, launch, needs_launch
 from nemo_kd.run.ranks import find_ranks, join_ranks
-from nemo_kd.terminal import print_text
 
 IGNORED_WARNINGS = (
     ".*sync_dist=True.*",  # what is logged has been reduced over ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, choice, path
 from nemo_kd.config.model import PRECISIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 
 DEFAULT_SEQ_LENGTH = 4096

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, path
 from nemo_kd.config.shared import RunConfig
 from nemo_kd.config.typed import describe, suggestion

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import MISSING, field
 from typing import Any, ClassVar
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 
 COMPARISONS = {
     "at_least": operator.ge,

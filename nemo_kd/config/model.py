@@ -6,7 +6,7 @@ import math
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, positive
 
 FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe")

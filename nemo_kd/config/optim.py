@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, positive
 from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import is_path, need
 
 T = TypeVar("T")

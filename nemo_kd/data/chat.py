@@ -22,8 +22,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kd.config import DataError
 from nemo_kd.config.data import ChatPromptTokens
-from nemo_kd.data.records import DataError
 from nemo_kd.data.tokenizer import encode, encode_continuation
 
 Message = dict[str, Any]

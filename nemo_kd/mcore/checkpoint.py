@@ -21,14 +21,20 @@ from nemo_kd.config import ConfigError
 from nemo_kd.mcore.architecture import read_model_config
 from nemo_kd.mcore.distributed_checkpoint import METADATA, ShardedFolder
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import SafetensorsFolder, StoredBytes
 from nemo_kd.mcore.model import sharded_weights
 from nemo_kd.mcore.weights import (
     load_hf_weights,
     open_hf_model,
     zero_vocabulary_padding,
 )
-from nemo_kd.nemo_archive import MODEL_CONFIG, PROVENANCE, WEIGHTS, ModelFiles
+from nemo_kd.nemo_archive import (
+    MODEL_CONFIG,
+    PROVENANCE,
+    WEIGHTS,
+    ModelFiles,
+    SafetensorsFolder,
+    StoredBytes,
+)
 from nemo_kd.run.collective import gather, on_every_rank
 
 FINGERPRINT_BLOCKS = 16

@@ -27,8 +27,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemo_kd.config import ConfigError
-from nemo_kd.mcore.hf_folder import StoredBytes
-from nemo_kd.nemo_archive import ModelFiles
+from nemo_kd.nemo_archive import ModelFiles, StoredBytes
 
 METADATA = ".metadata"
 _HARMLESS = {

@@ -41,7 +41,7 @@ from nemo_kd.config.model import (
     padded_vocab_size,
 )
 from nemo_kd.config.shared import ModelConfig
-from nemo_kd.mcore.cpu import cuda_methods_on_cpu
+from nemo_kd.mcore.groups import cuda_methods_on_cpu
 from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
 
 ADAPTERS = "lora"

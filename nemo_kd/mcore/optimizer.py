@@ -22,7 +22,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.optim import OptimConfig
-from nemo_kd.mcore.cpu import cuda_methods_on_cpu
+from nemo_kd.mcore.groups import cuda_methods_on_cpu
 from nemo_kd.mcore.model import chunks
 
 CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")

@@ -20,9 +20,8 @@ from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.hf_folder import EXPERT_NAMES, SafetensorsFolder
 from nemo_kd.mcore.model import named_weights
-from nemo_kd.nemo_archive import read_json
+from nemo_kd.nemo_archive import EXPERT_NAMES, SafetensorsFolder, read_json
 
 log = logging.getLogger(__name__)
 

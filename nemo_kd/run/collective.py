@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from nemo_kd.config.errors import UserInputError
+from nemo_kd.config import UserInputError
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from nemo_kd.config.errors import UserInputError
-from nemo_kd.files import remedy
+from nemo_kd.config import UserInputError
+from nemo_kd.files import print_error, print_text, remedy
 from nemo_kd.run.interruption import (
     REQUEUE,
     SIGNALS,
@@ -22,7 +22,6 @@ from nemo_kd.run.interruption import (
     ignore,
 )
 from nemo_kd.run.ranks import find_ranks
-from nemo_kd.terminal import print_error, print_text
 
 USER_ERROR = 2
 """Exit status if the user's input, or the machine, cannot work; any other failure is 1."""

@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 
 REQUEUE = 75
 """Exit status (EX_TEMPFAIL) of a run that stopped early with everything saved."""

@@ -10,11 +10,11 @@ import time
 import uuid
 from datetime import timedelta
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import TrainerConfig
+from nemo_kd.files import print_error
 from nemo_kd.run.interruption import REQUEUE, end_with_parent, hold_back_warning_signal
 from nemo_kd.run.ranks import LOOPBACK, find_ranks, listen_on_loopback
-from nemo_kd.terminal import print_error
 
 ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 GRACE_S = 600.0

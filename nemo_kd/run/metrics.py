@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from nemo_kd.config import ConfigError
-from nemo_kd.files import explained
-from nemo_kd.terminal import print_text
+from nemo_kd.files import explained, print_text
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from nemo_kd.config.errors import ConfigError
+from nemo_kd.config import ConfigError
 
 if TYPE_CHECKING:
     from torch.distributed import Store, TCPStore

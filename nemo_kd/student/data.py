@@ -16,10 +16,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
-from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError, path_of
 from nemo_kd.cache.manifest import UNKNOWN
-from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.reader import CacheBlend, CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.loss import KEY

@@ -18,13 +18,13 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.data.batches import example_of
-from nemo_kd.data.text import TokenText, example_lines, trained_text
+from nemo_kd.data.tokenizer import TokenText, example_lines, trained_text
+from nemo_kd.files import print_table
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 from nemo_kd.student.checkpoint_folder import resumable
 from nemo_kd.student.checkpoints import Checkpoints
-from nemo_kd.terminal import print_table
 
 if TYPE_CHECKING:
     from nemo_kd.student.module import StudentModule

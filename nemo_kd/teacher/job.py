@@ -15,19 +15,18 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.segment import Segment, segments
 from nemo_kd.cache.writer import CacheWriter
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import sequence_length
-from nemo_kd.config.errors import ConfigError
 from nemo_kd.config.model import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.data.records import DataError
-from nemo_kd.data.text import trained_text
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     describe_tokens,
     load_tokenizer,
     tokenizer_fingerprint,
     tokenizer_parts,
+    trained_text,
 )
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel

@@ -24,11 +24,11 @@ from nemo_kd.cache.record import encode, trimmed
 from nemo_kd.cache.storage import lines_of
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.files import print_table, print_text, size_text
 from nemo_kd.mcore.architecture import peak_flops
 from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.terminal import print_table, print_text, size_text
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,12 @@ from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.data.text import LossPositions, TokenText, text_ids
-from nemo_kd.data.tokenizer import tokenizer_fingerprint
+from nemo_kd.data.tokenizer import (
+    LossPositions,
+    TokenText,
+    text_ids,
+    tokenizer_fingerprint,
+)
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
 PAGE_ALTERNATIVES = 10

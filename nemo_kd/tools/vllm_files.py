@@ -21,7 +21,7 @@ import numpy as np
 from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.record import example_of
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.dataset import JsonlRecords
 
 SMALLEST_LOGPROB = -1000.0
 """JSON has no -inf: vLLM's server writes -9999 for impossible tokens, others null or -Infinity."""

@@ -21,8 +21,7 @@ from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
-from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.data.records import DataError
+from nemo_kd.config import ConfigError, DataError, UserInputError
 from nemo_kd.teacher.loop import compute_topk_logits
 from nemo_kd.tools.rescore import (
     open_sample,

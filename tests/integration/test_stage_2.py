@@ -18,9 +18,8 @@ from transformers import AutoModelForCausalLM
 import nemo_kd
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.data.batches import collate
-from nemo_kd.data.records import DataError
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
 from nemo_kd.mcore.schedule import forward_backward

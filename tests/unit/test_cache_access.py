@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.reader import CacheBlend, CacheReader
 from nemo_kd.data.batches import MicroBatches
 from tests.tiny_cache import row, same, write
 

@@ -13,11 +13,10 @@ import zstandard
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache import reader as reader_module
-from nemo_kd.cache.blend import CacheBlend
 from nemo_kd.cache.index import ChunkIndex, scan_chunk
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.reader import CacheReader
+from nemo_kd.cache.reader import CacheBlend, CacheReader
 from nemo_kd.cache.record import encode
 from tests.tiny_cache import as_format_2, row, same, same_places, write
 

@@ -15,19 +15,18 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows, context_positions
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.batches import collate, pack
-from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.data.records import DataError, JsonlRecords
-from nemo_kd.data.text import trained_text
+from nemo_kd.data.dataset import JsonlRecords, TokenizedDataset
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     load_tokenizer,
     padding_id,
     tokenizer_fingerprint,
+    trained_text,
 )
 from nemo_kd.student.steps import TrainingPlan, plan_training
 from tests.tiny_tokenizer import train_tokenizer

@@ -6,11 +6,10 @@ import json
 
 import pytest
 
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.data.chat import render_conversations, render_messages
 from nemo_kd.data.dataset import PromptTemplate, TokenizedDataset
-from nemo_kd.data.records import DataError
 from tests import tiny_tokenizer
 from tests.tiny_tokenizer import docstrings, train_tokenizer
 

@@ -116,7 +116,7 @@ def failing(code: str, **env: str) -> subprocess.CompletedProcess[str]:
             ConfigError(
                 WORKER.format(
                     name="ConfigError",
-                    said="nemo_kd.config.errors.ConfigError: a:3: bad",
+                    said="nemo_kd.config.ConfigError: a:3: bad",
                 )
             ),
             "a:3: bad",

@@ -18,8 +18,7 @@ from nemo_kd.data.tokenizer import (
     tokenizer_parts,
 )
 from nemo_kd.mcore.checkpoint import open_pretrained, sample_tensors
-from nemo_kd.mcore.hf_folder import SafetensorsFolder
-from nemo_kd.nemo_archive import ModelFiles
+from nemo_kd.nemo_archive import ModelFiles, SafetensorsFolder
 from tests.tiny_models import build_hf_model
 from tests.tiny_tokenizer import train_tokenizer
 

@@ -23,8 +23,14 @@ from nemo_kd.cache.record import encode
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.cli.logit_cache import parser
 from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.data.text import LossPositions, TokenText, example_lines, share
-from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
+from nemo_kd.data.tokenizer import (
+    LossPositions,
+    TokenText,
+    example_lines,
+    load_tokenizer_of,
+    share,
+    tokenizer_fingerprint,
+)
 from nemo_kd.tools.inspect_cache import (
     PAGE_ALTERNATIVES,
     Histogram,

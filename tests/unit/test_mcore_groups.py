@@ -14,7 +14,7 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.shared import ModelConfig, TrainerConfig
-from nemo_kd.mcore.cpu import cuda_methods_on_cpu, install_cpu_support
+from nemo_kd.mcore.groups import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 from nemo_kd.run.ranks import join_ranks
 
@@ -191,7 +191,7 @@ def test_the_precision_follows_the_device_unless_it_is_given(
 
 LENGTHS_IN_BF16 = """
 import psutil, torch
-from nemo_kd.mcore.cpu import install_cpu_support
+from nemo_kd.mcore.groups import install_cpu_support
 install_cpu_support()
 layer = torch.nn.Linear(256, 256, bias=False).bfloat16()
 used = []

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemo_kd.config.data import DataConfig, DatasetConfig
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.data.text import trained_text
+from nemo_kd.data.tokenizer import trained_text
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemo_kd.terminal import printable
+from nemo_kd.files import printable
 
 ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = "a\x1b]0;title\x07b\x1b[2Jc\rd\x9be\u202ef\udcff"
