@@ -27,13 +27,12 @@ import numpy as np
 from benchmarks import synthetic_teacher
 from benchmarks.synthetic_teacher import SyntheticTeacher
 from nemo_kd.batch import CachedExample, Example, TeacherRows
-from nemo_kd.cache.layout import CacheLayout
+from nemo_kd.cache.layout import CacheLayout, lines_of
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import keep
 from nemo_kd.cache.segment import publish_segment
-from nemo_kd.cache.storage import lines_of
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.data import CacheConfig
 

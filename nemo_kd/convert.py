@@ -9,8 +9,7 @@ import torch
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig, check_output
-from nemo_kd.config.model import PRECISIONS
-from nemo_kd.config.shared import ModelConfig, TrainerConfig
+from nemo_kd.config.shared import PRECISIONS, ModelConfig, TrainerConfig
 from nemo_kd.files import print_text
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.export import ModelExport

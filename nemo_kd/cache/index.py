@@ -18,8 +18,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import orjson
 
-from nemo_kd.cache.layout import CacheError, index_name
-from nemo_kd.cache.storage import LocalStorage, Storage, lines_of
+from nemo_kd.cache.layout import (
+    CacheError,
+    LocalStorage,
+    Storage,
+    index_name,
+    lines_of,
+)
 from nemo_kd.files import read_file
 
 if TYPE_CHECKING:  # it imports torch

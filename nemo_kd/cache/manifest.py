@@ -15,8 +15,7 @@ from typing import Any
 import orjson
 
 from nemo_kd.cache.index import ChunkIndex, ChunkSummary
-from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.storage import LocalStorage, Storage
+from nemo_kd.cache.layout import CacheError, LocalStorage, Storage
 from nemo_kd.config.data import CODECS, CacheConfig
 from nemo_kd.files import write_atomically
 

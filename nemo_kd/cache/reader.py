@@ -16,11 +16,19 @@ import numpy as np
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkIndex, describes, scan_chunk
-from nemo_kd.cache.layout import SUBSET, CacheError, CacheLayout, index_name, path_of
+from nemo_kd.cache.layout import (
+    SUBSET,
+    CacheError,
+    CacheLayout,
+    Range,
+    index_name,
+    lines_of,
+    open_storage,
+    path_of,
+)
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import check_vocabulary, decode, is_packed
 from nemo_kd.cache.reduce import limited
-from nemo_kd.cache.storage import Range, lines_of, open_storage
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from nemo_kd.cli.run import (
 )
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
-from nemo_kd.config.model import check_batch_sizes
+from nemo_kd.config.shared import check_batch_sizes
 from nemo_kd.config.student import SPLITS, TrainStudentConfig
 
 

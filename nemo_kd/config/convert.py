@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, choice, path
-from nemo_kd.config.model import PRECISIONS
+from nemo_kd.config.shared import PRECISIONS
 
 
 @dataclass

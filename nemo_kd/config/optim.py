@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, positive
-from nemo_kd.config.model import GPTArchitecture, ParallelConfig
+from nemo_kd.config.shared import GPTArchitecture, ParallelConfig
 
 DEFAULT_STEPS = {"warmup": 10, "constant": 0}
 SHARDED = "distributed_fused_adam"

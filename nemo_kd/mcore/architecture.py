@@ -13,12 +13,12 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import FAMILIES, GPTArchitecture, RopeScaling
+from nemo_kd.config.shared import FAMILIES, GPTArchitecture, RopeScaling
 
 if TYPE_CHECKING:
     import torch
 
-    from nemo_kd.config.model import GPTArchitecture
+    from nemo_kd.config.shared import GPTArchitecture
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": FAMILIES,

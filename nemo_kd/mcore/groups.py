@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import (
 )
 from torch.overrides import TorchFunctionMode
 
-from nemo_kd.config.model import PARALLEL_SIZES, ParallelConfig
+from nemo_kd.config.shared import PARALLEL_SIZES, ParallelConfig
 
 RANK_ORDER = "tp-cp-ep-dp-pp"
 """Tensor-parallel ranks are adjacent, pipeline stages farthest apart."""

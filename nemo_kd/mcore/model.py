@@ -34,13 +34,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import (
+from nemo_kd.config.shared import (
     PARALLEL_SIZES,
     GPTArchitecture,
+    ModelConfig,
     check_layout,
     padded_vocab_size,
 )
-from nemo_kd.config.shared import ModelConfig
 from nemo_kd.mcore.groups import cuda_methods_on_cpu
 from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.model import named_weights

@@ -132,7 +132,7 @@ def join_ranks(trainer: TrainerConfig) -> None:
     import torch
     import torch.distributed as dist
 
-    from nemo_kd.config.model import AUTO_PRECISION
+    from nemo_kd.config.shared import AUTO_PRECISION
 
     num_gpus = _num_gpus(trainer)
     if trainer.precision == AUTO_PRECISION:

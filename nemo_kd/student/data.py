@@ -22,7 +22,7 @@ from nemo_kd.cache.reader import CacheBlend, CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.loss import KEY
-from nemo_kd.config.model import GPTArchitecture, length_multiple
+from nemo_kd.config.shared import GPTArchitecture, length_multiple
 from nemo_kd.config.student import (
     SPLITS,
     StudentDataConfig,

@@ -23,8 +23,8 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
-from nemo_kd.config.model import check_training_layout
 from nemo_kd.config.optim import check_lora
+from nemo_kd.config.shared import check_training_layout
 from nemo_kd.config.student import StudentTrainerConfig, TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_kd.batch import Batch
-from nemo_kd.config.model import PRECISIONS
+from nemo_kd.config.shared import PRECISIONS
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.export import save_model

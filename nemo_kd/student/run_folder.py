@@ -20,7 +20,7 @@ from nemo_kd.config.exp_manager import (
     compared_defaults,
     compared_values,
 )
-from nemo_kd.config.model import PRECISIONS, GPTArchitecture
+from nemo_kd.config.shared import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock
 from nemo_kd.mcore.checkpoint import PretrainedModel

@@ -14,8 +14,8 @@ import torch
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError, UserInputError
-from nemo_kd.config.model import GPTArchitecture
 from nemo_kd.config.optim import OptimConfig
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.config.student import LOOP, LoopConfig
 from nemo_kd.mcore.architecture import forward_flops, peak_flops
 from nemo_kd.mcore.groups import ProcessGroups

@@ -17,7 +17,7 @@ from nemo_kd.cache.segment import Segment, segments
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import sequence_length
-from nemo_kd.config.model import GPTArchitecture, check_layout
+from nemo_kd.config.shared import GPTArchitecture, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import (

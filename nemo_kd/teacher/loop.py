@@ -22,8 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.batch import Example
 from nemo_kd.cache.layout import CacheLayout
-from nemo_kd.cache.publisher import SegmentPublisher
-from nemo_kd.cache.segment import Segment
+from nemo_kd.cache.segment import Segment, SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import TokenizedDataset

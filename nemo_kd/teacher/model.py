@@ -26,7 +26,7 @@ from nemo_kd.batch import (
     to_device,
 )
 from nemo_kd.config import UserInputError
-from nemo_kd.config.model import PRECISIONS, length_multiple
+from nemo_kd.config.shared import PRECISIONS, length_multiple
 from nemo_kd.data.batches import collate, form_batches, pack
 from nemo_kd.data.tokenizer import padding_id
 from nemo_kd.mcore.architecture import forward_flops

@@ -19,9 +19,8 @@ from torch.distributed import Store
 
 from nemo_kd.batch import Example
 from nemo_kd.cache.index import BYTES_PER_LINE, ChunkBuilder, ChunkSummary
-from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.layout import CacheError, CacheLayout, lines_of
 from nemo_kd.cache.record import encode, trimmed
-from nemo_kd.cache.storage import lines_of
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.files import print_table, print_text, size_text

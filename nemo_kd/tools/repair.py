@@ -8,9 +8,15 @@ import os
 from pathlib import Path
 
 from nemo_kd.cache.index import describes, read_index, scan_chunk
-from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
+from nemo_kd.cache.layout import (
+    CacheError,
+    CacheLayout,
+    LocalStorage,
+    TornError,
+    index_name,
+    lines_of,
+)
 from nemo_kd.cache.record import is_json
-from nemo_kd.cache.storage import LocalStorage, TornError, lines_of
 from nemo_kd.cache.writer import IS_WRITTEN, upgrade
 from nemo_kd.files import (
     Lock,

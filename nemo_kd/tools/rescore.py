@@ -25,7 +25,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.reduce import keep
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import MAX_TOP_K
-from nemo_kd.config.model import PRECISIONS
+from nemo_kd.config.shared import PRECISIONS
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
 from nemo_kd.data.tokenizer import load_tokenizer

@@ -13,10 +13,9 @@ from tqdm import tqdm
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary, read_index
-from nemo_kd.cache.layout import CacheError, CacheLayout, index_name
+from nemo_kd.cache.layout import CacheError, CacheLayout, index_name, lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.record import check_vocabulary, decode
-from nemo_kd.cache.storage import lines_of
 from nemo_kd.files import open_regular
 
 MOST_PROBLEMS_OF_A_CHUNK = 20

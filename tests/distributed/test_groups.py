@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
-from nemo_kd.config.model import ParallelConfig
+from nemo_kd.config.shared import ParallelConfig
 from nemo_kd.mcore.groups import initialize_model_parallel
 
 LAYOUTS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nemo_kd.cache.layout import CacheLayout
-from nemo_kd.cache.publisher import SegmentPublisher
+from nemo_kd.cache.segment import SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter
 from tests.tiny_cache import COMPUTED_WITH, chunks_of, manifest, row, write
 from tests.unit.test_cache_writer import content

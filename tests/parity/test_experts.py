@@ -11,8 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.model import check_layout
-from nemo_kd.config.shared import ModelConfig
+from nemo_kd.config.shared import ModelConfig, check_layout
 from nemo_kd.convert import convert
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore.checkpoint import open_pretrained

@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from nemo_kd import batch as batch_module
 from nemo_kd.batch import Batch, Example
 from nemo_kd.config.convert import ConvertCheckpointConfig
-from nemo_kd.config.model import length_multiple
-from nemo_kd.config.shared import ModelConfig
+from nemo_kd.config.shared import ModelConfig, length_multiple
 from nemo_kd.convert import convert
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore import model, schedule

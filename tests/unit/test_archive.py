@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.mcore.architecture import read_model_config, write_model_config
 from nemo_kd.nemo_archive import ModelFiles
 

@@ -15,10 +15,9 @@ import pytest
 import zstandard
 
 from nemo_kd.cache.index import ChunkIndex
-from nemo_kd.cache.layout import CacheError, CacheLayout
+from nemo_kd.cache.layout import CacheError, CacheLayout, TornError, lines_of
 from nemo_kd.cache.manifest import Manifest
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.cache.storage import TornError, lines_of
 from nemo_kd.files import FileError, Lock
 from nemo_kd.tools.repair import repair
 from nemo_kd.tools.verify import Chunk, verify, verify_chunk

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
-from nemo_kd.cache.layout import CacheError
+from nemo_kd.cache.layout import CacheError, lines_of
 from nemo_kd.cache.packed_codec import (
     huffman,
     level_nats,
@@ -22,7 +22,6 @@ from nemo_kd.cache.packed_codec import (
 )
 from nemo_kd.cache.record import decode, encode
 from nemo_kd.cache.reduce import limited
-from nemo_kd.cache.storage import lines_of
 from nemo_kd.config.data import CacheConfig
 from tests.tiny_cache import everywhere, row, same
 

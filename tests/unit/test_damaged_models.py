@@ -274,7 +274,7 @@ def test_a_stored_output_layer_of_another_shape_is_refused(model):
 
 
 def test_an_archive_has_bounds_too():
-    from nemo_kd.config.model import GPTArchitecture
+    from nemo_kd.config.shared import GPTArchitecture
 
     fine = {
         "family": "llama",

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_kd.batch import CachedExample, Example, TeacherRows, context_positions
 from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
-from nemo_kd.config.model import ParallelConfig, check_batch_sizes, padded_vocab_size
+from nemo_kd.config.shared import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.data.dataset import JsonlRecords, TokenizedDataset

@@ -19,7 +19,7 @@ from nemo_kd.config.exp_manager import (
     compared_values,
     is_free,
 )
-from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.typed import describe
 from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, seal

@@ -17,10 +17,10 @@ import pytest
 import zstandard
 
 from nemo_kd.cache.index import ChunkIndex, scan_chunk
+from nemo_kd.cache.layout import LocalStorage
 from nemo_kd.cache.packed_codec import pack
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.record import encode
-from nemo_kd.cache.storage import LocalStorage
 from tests.golden import independent_reader, make
 from tests.tiny_cache import everywhere, same_places
 

@@ -10,14 +10,14 @@ import torch
 
 from nemo_kd.batch import Example, context_positions
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import (
+from nemo_kd.config.shared import (
     GPTArchitecture,
+    ModelConfig,
     ParallelConfig,
     check_layout,
     check_training_layout,
     length_multiple,
 )
-from nemo_kd.config.shared import ModelConfig
 from nemo_kd.config.student import StudentModelConfig
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.mcore.model import transformer_config

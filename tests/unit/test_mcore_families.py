@@ -6,7 +6,7 @@ import pytest
 from transformers import AutoConfig
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import RopeScaling
+from nemo_kd.config.shared import RopeScaling
 from nemo_kd.mcore.architecture import architecture_from_hf
 
 SHAPE = {

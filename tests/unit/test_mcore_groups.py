@@ -12,8 +12,7 @@ import pytest
 import torch
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture
-from nemo_kd.config.shared import ModelConfig, TrainerConfig
+from nemo_kd.config.shared import GPTArchitecture, ModelConfig, TrainerConfig
 from nemo_kd.mcore.groups import cuda_methods_on_cpu, install_cpu_support
 from nemo_kd.mcore.model import transformer_config, use_transformer_engine
 from nemo_kd.run.ranks import join_ranks

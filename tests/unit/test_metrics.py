@@ -25,7 +25,7 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.files import FileError
 from nemo_kd.mcore.architecture import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.model import GPTArchitecture, ParallelConfig
 from nemo_kd.config.optim import ExportConfig, LoraConfig, PeftConfig, check_lora
+from nemo_kd.config.shared import GPTArchitecture, ParallelConfig
 from nemo_kd.config.student import StudentModelConfig
 from tests.tiny_data import student_config
 

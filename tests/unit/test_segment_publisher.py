@@ -16,8 +16,7 @@ import pytest
 
 from nemo_kd.batch import CachedExample, TeacherRows
 from nemo_kd.cache.layout import CacheError, CacheLayout
-from nemo_kd.cache.publisher import SegmentPublisher
-from nemo_kd.cache.segment import publish_segment, read_segment
+from nemo_kd.cache.segment import SegmentPublisher, publish_segment, read_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.files import FileError
 from tests.tiny_cache import COMPUTED_WITH, chunks_of, everywhere, manifest, row, write

@@ -17,7 +17,7 @@ from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import CacheConfig
-from nemo_kd.config.model import GPTArchitecture
+from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.run_folder import differences, experiment_record
