@@ -91,6 +91,13 @@ class TeacherRows(Generic[ArrayT]):
     def __len__(self) -> int:
         return len(self.positions_P)
 
+    def column_of(self, temperature: float) -> int | None:
+        """Return the place of a temperature, if present; one cache format rounds to float32."""
+        for place, known in enumerate(self.temperatures):
+            if math.isclose(known, temperature, rel_tol=1e-4):
+                return place
+        return None
+
     def at(self, places: Any) -> TeacherRows[ArrayT]:
         """Select rows by a slice, a mask or row numbers."""
         return self.map(lambda values: values[places])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -84,7 +83,7 @@ class Divergence:
 
     def tail_column(self, teacher: TeacherRows[Any]) -> int | None:
         """Return the column of `tail_mass_PT` at the teacher's temperature, if there is one."""
-        return temperature_index(teacher.temperatures, 1 / self.teacher_scale)
+        return teacher.column_of(1 / self.teacher_scale)
 
     def missing(self, teacher: TeacherRows[Any]) -> list[str]:
         """List the needed fields that `teacher` lacks; a tail at other temperatures is missing."""
@@ -264,11 +263,3 @@ class LossConfig(Section, key=KEY):
                 f"kd_loss={self.kd_loss} with support={self.support} knows no temperature and no "
                 "scales: it works at 1",
             )
-
-
-def temperature_index(temperatures: Sequence[float], wanted: float) -> int | None:
-    """Return the place of a temperature, if present; one cache format rounds to float32."""
-    for place, temperature in enumerate(temperatures):
-        if math.isclose(temperature, wanted, rel_tol=1e-4):
-            return place
-    return None

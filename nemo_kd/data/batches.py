@@ -16,7 +16,6 @@ import torch
 from torch.utils.data import Dataset
 
 from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows
-from nemo_kd.config.loss import temperature_index
 
 MAX_PADDING = 0.05
 
@@ -251,10 +250,7 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
     shared = [
         temperature
         for temperature in targets[0].temperatures
-        if all(
-            temperature_index(part.temperatures, temperature) is not None
-            for part in targets
-        )
+        if all(part.column_of(temperature) is not None for part in targets)
     ]
     width = max(part.topk_logits_PK.shape[1] for part in targets)
     common = set.intersection(*(set(part.arrays()) for part in targets))
@@ -267,7 +263,7 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
         common.discard("tail_token_ids_PM")  # each sample stands for another mass
 
     def uniform(part: TeacherRows[np.ndarray]) -> TeacherRows[np.ndarray]:
-        columns = [temperature_index(part.temperatures, value) for value in shared]
+        columns = [part.column_of(value) for value in shared]
         missing = ((0, 0), (0, width - part.topk_logits_PK.shape[1]))
         changed: dict[str, Any] = dict.fromkeys(part.arrays().keys() - common)
         changed["topk_logits_PK"] = np.pad(
