@@ -1,4 +1,4 @@
-"""Atomic files, and locks between processes."""
+"""Atomic files, locks between processes, and text that is safe for a terminal."""
 
 from __future__ import annotations
 

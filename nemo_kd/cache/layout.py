@@ -1,4 +1,5 @@
-"""File names of a cache: chunks, their indexes, the manifest, and what a run keeps meanwhile."""
+"""File names of a cache, and access to its files: a folder on a disk or behind a URL, and the lines
+of chunks in both containers."""
 
 from __future__ import annotations
 

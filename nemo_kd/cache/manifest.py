@@ -1,4 +1,9 @@
-"""Identity of a cache: who wrote it, from what. Written once, before the first segment."""
+"""Identity of a cache: who wrote it, from what. Written once, before the first segment.
+
+In format 2 it lists the complete chunks; while a job wrote, it had a journal. Each line of that is
+the CRC-32 of its JSON in eight hex digits, a space and the JSON; the first line names the manifest
+by the SHA-256 of its content, every other line lists one chunk.
+"""
 
 from __future__ import annotations
 

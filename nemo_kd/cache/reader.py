@@ -1,4 +1,4 @@
-"""Random access to the rows of a cache, from any number of processes."""
+"""Random access to the rows of a cache or of several, from any number of processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A segment: a fixed run of records of one chunk, computed and published by one process."""
+"""A segment: a fixed run of records of one chunk, computed and published by one process.
+
+Encoding is Python work for the CPU; `SegmentPublisher` does it in another process, since in a
+thread it would delay the thread that feeds a GPU.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configuration of datasets: how records become token ids and loss masks."""
+"""Configuration of datasets (how records become token ids and loss masks) and of caches."""
 
 from __future__ import annotations
 

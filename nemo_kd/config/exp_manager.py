@@ -1,5 +1,5 @@
-"""Configuration of a run's folder, logs and checkpoints in stage 2: `exp_manager`, with NeMo's
-keys."""
+"""Configuration of a run's folder, logs and checkpoints in stage 2 (`exp_manager`, with NeMo's
+keys), and the keys that may change when a run resumes."""
 
 from __future__ import annotations
 

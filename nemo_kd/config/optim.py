@@ -1,4 +1,5 @@
-"""Configuration of the optimizer and the learning-rate schedule: `model.optim`."""
+"""Configuration of the optimizer and the learning-rate schedule (`model.optim`), of adapters
+(`model.peft`) and of exports."""
 
 from __future__ import annotations
 

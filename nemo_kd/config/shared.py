@@ -1,4 +1,4 @@
-"""Shape of a model, its distribution over ranks, and its precision."""
+"""Settings of both stages: shape of a model, its distribution over ranks, precision, trainer, logs."""
 
 from __future__ import annotations
 

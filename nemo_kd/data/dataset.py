@@ -1,4 +1,4 @@
-"""Turn a dataset's records into tokenized examples."""
+"""Read the records of a JSONL dataset, and turn them into tokenized examples."""
 
 from __future__ import annotations
 

@@ -1,4 +1,9 @@
-"""Load tokenizers from local folders, fingerprint and compare them."""
+"""Load tokenizers, fingerprint and compare them; show tokens and examples as text.
+
+Text of tokens never holds invisible or control characters.
+
+Shape legend: K kept tokens, P loss positions with teacher targets, S positions of the example.
+"""
 
 from __future__ import annotations
 

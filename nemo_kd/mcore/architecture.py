@@ -1,4 +1,4 @@
-"""Read an architecture from config.json or model_config.yaml."""
+"""Read an architecture from config.json or model_config.yaml; count its operations."""
 
 from __future__ import annotations
 

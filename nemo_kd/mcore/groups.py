@@ -1,4 +1,5 @@
-"""Divide the ranks into Megatron's process groups, and seed, save and set random generators."""
+"""Divide the ranks into Megatron's process groups, seed, save and set random generators, and let
+Megatron run without a GPU."""
 
 from __future__ import annotations
 
