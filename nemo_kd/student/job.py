@@ -35,7 +35,11 @@ from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.interruption import Interruption, Watchdog, explained_ctrl_c
 from nemo_kd.run.ranks import find_ranks, join_ranks
 from nemo_kd.run.resolved_config import resolved_config, save_config
-from nemo_kd.student.checkpoint_folder import CheckpointError, Contents, choose_checkpoint
+from nemo_kd.student.checkpoint_folder import (
+    CheckpointError,
+    Contents,
+    choose_checkpoint,
+)
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, load_splits
 from nemo_kd.student.loss import StudentLoss
