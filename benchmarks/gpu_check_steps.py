@@ -343,7 +343,7 @@ def student_steps(profile: bool) -> Iterator[Finding]:
 
 def train(folder: Path, place: str) -> None:
     """Run two steps of training into `folder / place`."""
-    from nemo_kd.student.module import train_student
+    from nemo_kd.student.job import train_student
     from tests.tiny_data import student_config
 
     config = student_config(
@@ -460,6 +460,11 @@ def _kernels(work: Callable[[], None]) -> Finding:
     return Finding("longest kernels", f"{total / 1000:.1f} ms in all", details=lines)
 
 
+def compute(teacher: Any, examples: list[Any]) -> None:
+    """Compute the rows of some examples."""
+    teacher.finish(teacher.start(examples))
+
+
 def teacher_speed(profile: bool) -> Iterator[Finding]:
     """Time stage 1 beside the bare forward pass of the same batches; verify the cache."""
     from benchmarks.teacher_inputs import write_chats, write_teacher
@@ -472,6 +477,7 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
     )
     from nemo_kd.mcore.architecture import forward_flops, peak_flops
     from nemo_kd.teacher.job import open_run
+    from nemo_kd.teacher.model import Teacher
 
     shape, num_records, max_tokens = (
         ("llama-3-8b", 768, 16_384) if ON_GPU else ("tiny", 8, 2048)
@@ -485,17 +491,15 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
             folder, model, dataset, precision, max_tokens, 64 if ON_GPU else 8
         )
         with open_run(setting.config(folder / "unused.jsonl")) as run:
-            bench = Bench(setting, run, run.load_teacher())
+            bench = Bench(setting, run, Teacher(run))
             examples = [one for chosen, _ in bench.batches() for one in chosen]
-            bench.teacher.rows(examples[:4])
+            bench.teacher.finish(bench.teacher.start(examples[:4]))
             of = forward_flops(run.pretrained.architecture)
             tokens = sum(one.num_tokens for one in examples)
             flops = sum(
                 of.example(one.num_tokens, one.num_loss_tokens) for one in examples
             )
-            peak = (
-                peak_flops(torch.cuda.get_device_name(), precision) if ON_GPU else None
-            )
+            peak = peak_flops(run.groups.device, precision)
             clock = Clock()
             seconds = {}
             for variant, prepare in (
@@ -516,7 +520,7 @@ def teacher_speed(profile: bool) -> Iterator[Finding]:
             ratio = seconds["stage 1"] / seconds["bare forward"]
             yield Finding("stage 1 / bare forward", f"{ratio:.3f}")
             if profile:
-                yield _kernels(lambda: bench.teacher.rows(examples[:16]) and None)
+                yield _kernels(lambda: compute(bench.teacher, examples[:16]))
 
 
 def student_speed(profile: bool) -> Iterator[Finding]:

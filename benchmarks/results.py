@@ -230,12 +230,13 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
     file = archive.with_suffix(".json")
     if not file.exists():
         from nemo_kd.config.data import DataConfig, DatasetConfig
+        from nemo_kd.config.shared import TrainerConfig
         from nemo_kd.data.dataset import TokenizedDataset
         from nemo_kd.data.tokenizer import load_tokenizer
-        from nemo_kd.run.ranks import init_process_group
+        from nemo_kd.run.ranks import join_ranks
         from nemo_kd.tools.compare import compare_with_teacher
 
-        init_process_group(1, 1, "auto")
+        join_ranks(TrainerConfig())
         config = DataConfig(
             data=DatasetConfig(file_path=str(experiment.data / "validation.jsonl"))
         )
