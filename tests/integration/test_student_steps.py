@@ -218,7 +218,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_the_one_bef
     overrides = {**SETTINGS, "trainer__knowledge_distillation__save_interval": 2}
     arguments = (*world, tmp_path / "run")
     errors = ranks(2).run(run_with_full_disk, arguments, overrides)
-    assert all("No such file or directory: '/proc/no/" in error for error in errors)
+    assert all(
+        "cannot be written (No such file or directory)" in each for each in errors
+    )
     assert [
         Contents.read(path).step
         for path in checkpoints(tmp_path / "run" / "checkpoints")
