@@ -1,6 +1,6 @@
 """Check a machine in one command: correctness first, then speed, each step in a process of its own.
 
-    make gpu-check            or  python -m benchmarks.gpu_check [--steps NAME ...] [--profile]
+    python -m benchmarks.gpu_check [--steps NAME ...] [--profile]
 
 Prints a table while it runs and writes `gpu_check.json`. A step that fails or hangs is reported, and the next one runs.
 On a machine without a GPU every step runs on tiny sizes on the CPU: this shows that the check works, nothing about a GPU.

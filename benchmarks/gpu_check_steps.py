@@ -159,23 +159,17 @@ def losses(profile: bool) -> Iterator[Finding]:
     from nemo_kd.batch import TeacherRows
     from nemo_kd.ops.distillation import DistillationLoss
     from nemo_kd.ops.vocab import VocabShard
-    from tests.parity.dense_losses import Definition, dense_losses, random_problem
+    from tests.gpu.test_losses import DEFINITIONS
+    from tests.parity.dense_losses import dense_losses, random_problem
     from tests.parity.test_losses import loss_of, teacher_rows
 
     def rows_on_device(problem: Any) -> tuple[TeacherRows[torch.Tensor], torch.Tensor]:
         moved = problem.map(lambda tensor: tensor.to(DEVICE))
         return teacher_rows(moved), moved.labels_N
 
-    definitions = [
-        Definition("forward_kl", "tail", 0.5, 0.5, factor=4.0),
-        Definition("reverse_kl", "renormalize"),
-        Definition("jsd", "truncate", label_smoothing=0.1, z_loss_weight=0.01),
-        Definition("forward_kl", "sampled"),
-        Definition("k3"),
-    ]
     vocab_size = 5000 if ON_GPU else 500
     for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
-        for definition in definitions:
+        for definition in DEFINITIONS:
             problem = random_problem(
                 64, vocab_size, 20, teacher_scale=definition.teacher_scale
             )

@@ -121,7 +121,13 @@ class Manifest:
             if manifest.codec["name"] not in CODECS or manifest.num_chunks < 1:
                 raise ValueError("codec.name or the number of chunks is not valid")
             return manifest
-        except Exception as error:
+        except (
+            ValueError,
+            TypeError,
+            LookupError,
+            AttributeError,
+            ArithmeticError,
+        ) as error:
             raise CacheError(
                 f"{path}: not a cache manifest ({error}); restore it from a copy, or move it "
                 "away: the chunks can be read without it, but their teacher and tokenizer are then "
