@@ -283,17 +283,19 @@ def test_the_computing_process_is_killed(tmp_path, monkeypatch):
     ours, theirs = os.pipe()
     job = os.fork()
     if not job:
-        gate.touch()
-        publisher = publisher_in(folder)
-        publisher.publish(segments[0], rows(segments[0]))
-        publisher._pending[0].result()
-        gate.unlink()
-        publisher.publish(
-            segments[1], rows(segments[1])
-        )  # is about to be on disk when this process is killed
-        os.write(theirs, str(process_beside()).encode())
-        time.sleep(600)
-        os._exit(0)
+        try:
+            gate.touch()
+            publisher = publisher_in(folder)
+            publisher.publish(segments[0], rows(segments[0]))
+            publisher._pending[0].result()
+            gate.unlink()
+            # The second one is about to be on disk when this process is killed.
+            publisher.publish(segments[1], rows(segments[1]))
+            os.write(theirs, str(process_beside()).encode())
+            time.sleep(600)
+        finally:
+            os._exit(1)
+    os.close(theirs)
     beside = int(os.read(ours, 20))
     half = lambda: [path.name for path in folder.glob(".*.segments/.*.tmp")]  # noqa: E731
     wait_until(half)
