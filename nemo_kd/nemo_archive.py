@@ -141,7 +141,9 @@ def check_regular_file(
     """
     try:
         if not path.is_file():
-            raise error_type(f"{path}: expected a regular file, found none")
+            raise error_type(
+                f"{path}: expected a regular file, found none; check the path"
+            )
         with path.open("rb") as file:
             start = file.read(len(LFS_POINTER))
     except OSError as error:

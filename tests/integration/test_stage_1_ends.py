@@ -171,10 +171,7 @@ def test_a_cache_that_keeps_little_says_which_support_suits(ranks, world, tmp_pa
         assert f"\n{name} " in printed
     sampled = {"top_k": 4, "cache__min_probability": 0.01, "cache__tail_samples": 2}
     _, _, logged = ranks(1).run(run, *world, tmp_path / "d.jsonl", sampled)[0]
-    assert (
-        "support=sampled if the cache has tail samples (cache.tail_samples=2)"
-        in logged
-    )
+    assert "with support=sampled and cache.tail_samples=4" in logged
 
 
 def run_and_edit(

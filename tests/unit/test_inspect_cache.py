@@ -341,7 +341,10 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
     ("words", "message"),
     [
         (("--html", "{folder}/none/p.html"), "check the path, or restore its folder"),
-        (("--tokenizer", "{folder}/none"), "none is no readable"),
+        (
+            ("--tokenizer", "{folder}/none"),
+            "none: expected a regular file, found none; check the path",
+        ),
         (("--example", "-1"), "--example: -1 lies outside the 10 examples"),
     ],
 )
