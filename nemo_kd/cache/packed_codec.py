@@ -76,7 +76,6 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens")
     if teacher.topk_token_ids_PK.max(initial=0) >= MAX_VOCAB_SIZE - 1:
         raise ValueError(f"a token id exceeds {MAX_VOCAB_SIZE - 2}")
-    row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
     coarse, levels_N = _head_levels(teacher, used_PK, starts_P)
     entries_N = teacher.topk_token_ids_PK[used_PK].astype(np.uint32) << 8 | levels_N
@@ -95,13 +94,12 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         huffman(counts),
         huffman(_tail_levels(teacher.tail_mass_PT.T)),
         huffman(levels_N),
-        *pack_numbers(distances_N, *_classes(counts_P, row_N, num_classes)),
+        *pack_numbers(distances_N, _class_sizes(counts_P, num_classes)),
     ]
     if teacher.label_logprobs_P is not None:
         flags |= _LABELS
-        is_label_N = ids_N == example.labels_S[teacher.positions_P][row_N]
-        outside_P = np.ones(num_stored, dtype=bool)
-        outside_P[row_N[is_label_N]] = False
+        labels_P = example.labels_S[teacher.positions_P]
+        outside_P = (teacher.topk_token_ids_PK != labels_P[:, None]).all(axis=1)
         outside = teacher.label_logprobs_P[outside_P]
         streams.append(huffman(levels(outside, FINE_STEPS_PER_NAT, coarse)))
     num_samples = 0
@@ -134,18 +132,18 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
             f"the teacher's blob has {header.num_stored} positions, the example {num_stored}"
         )
     width = 2 if header.flags & _WIDE_COUNTS else 1
-    counts = unhuffman(next(streams), num_stored * width)
-    counts_P = counts.view(f"<u{width}") + np.int64(1)
+    counts = unhuffman(next(streams), num_stored * width).view(f"<u{width}")
+    counts_P = counts + np.int64(1)
     tails = unhuffman(next(streams), num_stored * len(temperatures))
     log_odds_TP = TAIL_LOG_ODDS[tails].reshape(len(temperatures), num_stored)
     tail_TP = 1 / (1 + np.exp(-log_odds_TP.astype(np.float64)))
     levels_N = unhuffman(next(streams), header.num_kept)
-    row_N = np.repeat(np.arange(num_stored), counts_P)
     starts_P = np.cumsum(counts_P) - counts_P
-    classes = _classes(counts_P, row_N, header.num_classes)
-    distances_N = unpack_numbers(streams, *classes)
-    running_N = np.cumsum(distances_N, dtype=np.int64)
-    ids_N = running_N - (running_N - distances_N)[starts_P][row_N] - 1
+    sizes_CP = _class_sizes(counts_P, header.num_classes)
+    distances_N = unpack_numbers(streams, sizes_CP)
+    ids_N = np.cumsum(distances_N, dtype=np.uint32)
+    before_P = ids_N[starts_P] - distances_N[starts_P] + np.uint32(1)
+    ids_N -= np.repeat(before_P, counts_P)
     nats = level_nats(header.fine, header.coarse)
     # Rounding has moved the sum over the kept ids; scale it back to 1 - tail.
     p_N = np.exp(-nats).take(levels_N)
@@ -153,26 +151,24 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     shift_P = np.log1p(-tail_TP[0]) - np.log(head_P)
     label_logprobs_P = None
     if header.flags & _LABELS:
-        is_label_N = ids_N == example.labels_S[positions_P][row_N]
+        labels_P = example.labels_S[positions_P].astype(np.uint32)
+        found = np.flatnonzero(ids_N == np.repeat(labels_P, counts_P))
+        rows = np.searchsorted(starts_P, found, side="right") - 1
         label_logprobs_P = np.full(num_stored, np.nan, dtype=np.float32)
-        rows = row_N[is_label_N]
-        label_logprobs_P[rows] = shift_P[rows] - nats[levels_N[is_label_N]]
+        label_logprobs_P[rows] = shift_P[rows] - nats[levels_N[found]]
         outside_P = np.isnan(label_logprobs_P)
         label_logprobs_P[outside_P] = -nats[unhuffman(next(streams), outside_P.sum())]
-    used_PK = np.arange(counts_P.max(initial=1)) < counts_P[:, None]
-    entries_N = levels_N.astype(np.uint32) << 24 | ids_N.astype(np.uint32)
-    keys_N = _sorted(entries_N, used_PK)
+    used_PK = np.arange(counts_P.max(initial=1), dtype=counts.dtype) <= counts[:, None]
+    keys_N = _sorted(levels_N.astype(np.uint32) << 24 | ids_N, used_PK)
     nats_N = nats.take(keys_N >> 24)
-    first_P = -nats_N[starts_P]
-    logits_PK = np.full(used_PK.shape, -np.inf, dtype=np.float32)
-    logits_PK[used_PK] = -nats_N - first_P.take(row_N)
-    ids_PK = np.full(used_PK.shape, -1, dtype=np.int32)
-    ids_PK[used_PK] = keys_N & 0xFFFFFF
+    first_P = nats_N[starts_P]
+    logits_N = np.repeat(first_P, counts_P) - nats_N
+    ids_N = (keys_N & 0xFFFFFF).view(np.int32)
     return TeacherRows(
         positions_P=positions_P,
-        topk_logits_PK=logits_PK,
-        topk_token_ids_PK=ids_PK,
-        log_sum_exp_logits_P=-(first_P + shift_P).astype(np.float32),
+        topk_logits_PK=_spread(logits_N, used_PK, -np.inf),
+        topk_token_ids_PK=_spread(ids_N, used_PK, -1),
+        log_sum_exp_logits_P=(first_P - shift_P).astype(np.float32),
         tail_mass_PT=np.ascontiguousarray(tail_TP.T, dtype=np.float32),
         temperatures=temperatures,
         label_logprobs_P=label_logprobs_P,
@@ -209,7 +205,7 @@ def _pack_samples(samples_PM: np.ndarray) -> list[bytes]:
     distances = np.diff(ids_QM, axis=1, prepend=0).ravel() + 1
     return [
         huffman(sampled_P.astype(np.uint8)),
-        *pack_numbers(distances, 0 * distances, 1),
+        *pack_numbers(distances, np.array([[len(distances)]])),
     ]
 
 
@@ -219,8 +215,8 @@ def _unpack_samples(
     if not num_samples:
         return None
     sampled_P = unhuffman(next(streams), num_stored) > 0
-    classes = np.zeros(sampled_P.sum() * num_samples)
-    distances = unpack_numbers(streams, classes, 1)
+    num_distances = sampled_P.sum() * num_samples
+    distances = unpack_numbers(streams, np.array([[num_distances]]))
     distances_QM = distances.astype(np.int64).reshape(-1, num_samples) - 1
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
     samples_PM[sampled_P] = np.cumsum(distances_QM, axis=1)
@@ -251,10 +247,18 @@ def _head_levels(
 
 def _sorted(keys_N: np.ndarray, used_PK: np.ndarray) -> np.ndarray:
     """Sort the uint32 keys of every position."""
-    keys_PK = np.full(used_PK.shape, np.uint32(0xFFFFFFFF))
-    keys_PK[used_PK] = keys_N
+    keys_PK = _spread(keys_N, used_PK, 0xFFFFFFFF)
     keys_PK.sort(axis=1)
-    return keys_PK[used_PK]
+    return keys_PK.ravel() if used_PK.all() else keys_PK[used_PK]
+
+
+def _spread(values_N: np.ndarray, used_PK: np.ndarray, unused: float) -> np.ndarray:
+    """Return the values one position a row, with `unused` behind the last one."""
+    if len(values_N) == used_PK.size:
+        return values_N.reshape(used_PK.shape)
+    values_PK = np.full(used_PK.shape, unused, dtype=values_N.dtype)
+    values_PK[used_PK] = values_N
+    return values_PK
 
 
 def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
@@ -263,13 +267,25 @@ def _tail_levels(tail_mass: np.ndarray) -> np.ndarray:
     return np.searchsorted(middles, np.log(mass / (1 - mass))).astype(np.uint8)
 
 
-def _classes(
-    counts_P: np.ndarray, row_N: np.ndarray, num_classes: int
-) -> tuple[np.ndarray, int]:
-    """Return the class [N] of each entry: of the i-th of n, from 0, floor(i * num_classes / n)."""
-    starts_P = np.cumsum(counts_P) - counts_P
-    place_N = np.arange(len(row_N)) - starts_P[row_N]
-    return (place_N * num_classes // counts_P[row_N]).astype(np.uint8), num_classes
+def _class_sizes(counts_P: np.ndarray, num_classes: int) -> np.ndarray:
+    """Return how many entries [C, P] of each class a position has.
+
+    The i-th of a position's n entries, from 0, is of class floor(i * num_classes / n).
+    """
+    edges = np.arange(num_classes + 1)[:, None] * counts_P
+    return np.diff((edges + (num_classes - 1)) // num_classes, axis=0)
+
+
+def _interleave(symbols: np.ndarray, sizes_CP: np.ndarray) -> np.ndarray:
+    """Return symbols that stand class after class in the order of the entries [N]."""
+    size = sizes_CP.max(initial=0)
+    if (sizes_CP == size).all():
+        return symbols.reshape(*sizes_CP.shape, size).swapaxes(0, 1).ravel()
+    sizes = sizes_CP.T.ravel()
+    ends_CP = np.cumsum(sizes_CP).reshape(sizes_CP.shape)
+    places_N = np.repeat(ends_CP.T.ravel() - np.cumsum(sizes), sizes)
+    places_N += np.arange(len(places_N))
+    return symbols.take(places_N)
 
 
 LEVEL_RANGE_NATS = 10.0
@@ -292,48 +308,44 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
     Raises:
         ValueError: the stream is damaged, or of another length.
     """
-    decompressor = zlib.decompressobj(-15)
     try:
-        symbols = decompressor.decompress(stream, int(count) + 1)
+        # Room for more: zlib decodes the last 258 bytes of its room slowly.
+        symbols = zlib.decompress(stream, -15, int(count) + 258)
     except zlib.error as error:
         raise ValueError(str(error)) from error
-    if len(symbols) != count or not decompressor.eof:
+    if len(symbols) != count:
         raise ValueError(f"a stream does not end after {count} symbols")
     return np.frombuffer(symbols, dtype=np.uint8)
 
 
-def pack_numbers(
-    values: np.ndarray, classes: np.ndarray, num_classes: int
-) -> list[bytes]:
+def pack_numbers(values: np.ndarray, sizes_CP: np.ndarray) -> list[bytes]:
     """Encode integers from 1 to 2^24 - 1: floor(log2(value)), and the bits below the leading one.
 
     Args:
-        classes: of every number; each class has its own Huffman codes.
+        sizes_CP: of `_class_sizes`; each class has its own Huffman codes.
     """
     values = values.astype(np.uint32)
-    widths = (values.astype(np.float32).view(np.uint32) >> 23) - 127
-    symbols = widths.astype(np.uint8)
-    streams = [huffman(symbols[classes == number]) for number in range(num_classes)]
-    return [*streams, pack_bits(values ^ (np.uint32(1) << widths), widths)]
+    widths = ((values.astype(np.float32).view(np.uint32) >> 23) - 127).astype(np.uint8)
+    num_classes, num_positions = sizes_CP.shape
+    classes = np.tile(np.arange(num_classes), num_positions)
+    classes = np.repeat(classes, sizes_CP.T.ravel())
+    streams = [huffman(widths[classes == number]) for number in range(num_classes)]
+    return [*streams, pack_bits(values, widths)]
 
 
-def unpack_numbers(
-    streams: Iterator[memoryview], classes: np.ndarray, num_classes: int
-) -> np.ndarray:
+def unpack_numbers(streams: Iterator[memoryview], sizes_CP: np.ndarray) -> np.ndarray:
     """Return the uint32 values of `pack_numbers`, from its streams."""
-    widths = np.empty(len(classes), dtype=np.uint32)
-    for number in range(num_classes):
-        is_class = classes == number
-        widths[is_class] = unhuffman(next(streams), is_class.sum())
-    return (np.uint32(1) << widths) + unpack_bits(next(streams), widths)
+    symbols = [unhuffman(next(streams), size) for size in sizes_CP.sum(axis=1)]
+    return unpack_bits(next(streams), _interleave(np.concatenate(symbols), sizes_CP))
 
 
 def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
-    """Join the low `widths[i]` (at most 24) bits of each value, least significant bit first."""
+    """Join the `widths[i]` bits below each value's leading one, least significant bit first."""
     starts = np.cumsum(widths, dtype=np.int64) - widths
     num_bits = int(widths.sum(dtype=np.int64))
     words = starts >> 5
-    shifted = values.astype(np.uint64) << (starts & 31).astype(np.uint64)
+    bits = values ^ (np.uint32(1) << widths)
+    shifted = bits.astype(np.uint64) << (starts & 31).astype(np.uint64)
     num_words = (num_bits >> 5) + 2
     # Every bit is set once at most, so sums of float64 below 2^32 are exact unions.
     low = np.bincount(
@@ -346,11 +358,13 @@ def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
 
 def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
     """Return the uint32 values of `pack_bits`."""
-    starts = np.cumsum(widths, dtype=np.int64) - widths
+    wide = widths.astype(np.int64)
+    starts = np.cumsum(wide) - wide
     padded = np.frombuffer(bytes(packed) + bytes(4), dtype=np.uint8)
     words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,))
     words = words.take(starts >> 3) >> (starts & 7).astype(np.uint32)
-    return words & ((np.uint32(1) << widths) - np.uint32(1))
+    leading = np.uint32(1) << widths
+    return words & (leading - np.uint32(1)) | leading
 
 
 @functools.cache

@@ -174,10 +174,7 @@ def test_contradictions_in_a_json_line_are_named(change, message):
 def test_bit_fields_and_huffman_streams_come_back(values):
     values = np.array(values, dtype=np.uint32)
     widths = np.floor(np.log2(values)).astype(np.uint32)
-    assert np.array_equal(
-        unpack_bits(pack_bits(values ^ (1 << widths), widths), widths) + (1 << widths),
-        values,
-    )
+    assert np.array_equal(unpack_bits(pack_bits(values, widths), widths), values)
     symbols = values.astype(np.uint8)
     assert np.array_equal(unhuffman(huffman(symbols), len(symbols)), symbols)
     with pytest.raises(ValueError, match="does not end"):
