@@ -18,7 +18,7 @@ def _start(command: str) -> None:
             raise
         print_error(
             f"{command} needs the package {package}, which is not installed; install all that the "
-            "commands need: pip install nemo-kd"
+            "commands need: pip install . in the folder of nemo_kd"
         )
         sys.exit(2)
 

@@ -115,7 +115,7 @@ def test_a_command_names_the_package_that_it_misses(command):
     assert result.stderr.startswith(f"error: {command} needs the package "), (
         result.stderr
     )
-    assert result.stderr.endswith("pip install nemo-kd\n")
+    assert result.stderr.endswith("pip install . in the folder of nemo_kd\n")
     assert "Traceback" not in result.stderr
 
 
