@@ -139,7 +139,8 @@ class LossConfig(Section, key=KEY):
     z_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
     """CE: weight of the squared log-sum-exp of the logits, which keeps them from drifting."""
     compile: str = choice("auto", ("auto", "on", "off"))
-    """torch.compile for the loss: auto (on GPUs), on or off. The first step then takes longer."""
+    """torch.compile for the loss: on, off, or auto: on GPUs, and on CPUs in runs of more than 7e10
+    logits per rank (steps x loss tokens x vocabulary). The first step then takes 10 to 30 s longer."""
     cross_tokenizer: bool = False
     """Accepts True only if teacher and student share one tokenizer; it then has no effect."""
 

@@ -43,6 +43,7 @@ from nemo_kd.ops.token_losses import (
     label_estimator,
 )
 from nemo_kd.ops.vocab import VocabShard
+from nemo_kd.ops.vocab_pass import compile_passes
 
 
 def distillation_loss(
@@ -232,8 +233,9 @@ class DistillationLoss:
             is_sampled = divergence is not None and divergence.is_sampled
             samples_NM = teacher.tail_token_ids_PM if is_sampled else None
             ids = TokenIds(labels_N, teacher.topk_token_ids_PK, samples_NM)
+        compiled = self._compiles(logits_Nv, shard)
         student = read_logits(
-            logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, self.compile
+            logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, compiled
         )
         ce_N, slope = cross_entropy(
             student, self.label_smoothing, self.z_loss_weight, shard.vocab_size
@@ -248,6 +250,18 @@ class DistillationLoss:
             kd_N, slope = function(student, teacher, divergence, shard.vocab_size)
             slopes.append(slope)
         return TokenLosses(ce_N, kd_N, compared), slopes, student
+
+    def _compiles(self, logits_Nv: Tensor, shard: VocabShard) -> bool:
+        if not self.compile or not shard.num_real:
+            return False
+        num_columns = logits_Nv.shape[1]
+        return compile_passes(
+            logits_Nv.device,
+            logits_Nv.dtype,
+            num_columns,
+            shard.num_real,
+            self.scales,
+        )
 
 
 class _OnLogits(torch.autograd.Function):
@@ -280,7 +294,5 @@ class _OnLogits(torch.autograd.Function):
         out_Nv = logits_Nv.detach() if ctx.in_place else torch.empty_like(logits_Nv)
         losses = list(zip(d_losses, ctx.slopes, strict=False))
         scales = ctx.loss.scales
-        write_gradient(
-            logits_Nv, out_Nv, scales, ctx.student, losses, ctx.shard, ctx.loss.compile
-        )
+        write_gradient(logits_Nv, out_Nv, scales, ctx.student, losses, ctx.shard)
         return out_Nv, None, None, None, None

@@ -5,11 +5,16 @@ The gradients are made in the forward pass, while a block's logits are there (Li
 al. 2024, section 3.2); this needs the weights of the losses beforehand and saves a fourth matrix
 product. The block's logits become its gradient in place.
 
+Sums over blocks must be more exact than a bf16 weight. `main_grad` is; for a weight without it the
+backward pass computes the logits once more, now in slices of the vocabulary with all positions, so
+that each element of the gradient is one product, rounded once.
+
 Shape legend: N positions, H hidden size, v this rank's vocabulary columns.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,8 +22,8 @@ from torch import Tensor
 
 from nemo_kd.batch import TeacherRows
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
-from nemo_kd.ops.student_logits import write_gradient
-from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
+from nemo_kd.ops.student_logits import Slope, StudentLogits, write_gradient
+from nemo_kd.ops.vocab import VocabShard, row_blocks
 
 BLOCK_ROWS = 512
 WEIGHT_SLICE_ELEMENTS = 1 << 23
@@ -39,10 +44,10 @@ def fused_linear_loss(
     position outside autograd).
 
     The logits are `hidden_NH @ weight_vH.T`. Two all-reduces per block. The gradient of `hidden_NH`
-    is this rank's part, to be summed over the ranks of the shard's group. The gradient of the
-    weight is summed in float32. If the weight has a `main_grad`, as Megatron's have, it is added
-    there in the forward pass: a caller with gradients enabled must then run backward, once.
-    Otherwise backward returns it in the weight's dtype. A frozen weight has none.
+    is this rank's part, to be summed over the ranks of the shard's group. If the weight has a
+    `main_grad`, as Megatron's have, its gradient is added there in the forward pass: a caller with
+    gradients enabled must then run backward, once. Otherwise backward returns it, in the weight's
+    dtype and with one matrix product more. A frozen weight has none.
 
     Raises:
         ValueError: as `DistillationLoss`.
@@ -76,15 +81,11 @@ class _FusedLinear(torch.autograd.Function):
         block_rows: int,
         with_gradients: bool,
     ) -> tuple[Tensor | None, ...]:
-        main_grad = d_hidden_NH = d_weight_vH = None
-        if with_gradients:
-            d_hidden_NH = torch.empty_like(hidden_NH)
-        if with_gradients and weight_vH.requires_grad:
-            d_weight_vH = main_grad = getattr(weight_vH, "main_grad", None)
-            if main_grad is None:
-                dtype = reduction_dtype(hidden_NH)
-                d_weight_vH = torch.zeros_like(weight_vH, dtype=dtype)
+        trains_weight = with_gradients and weight_vH.requires_grad
+        main_grad = getattr(weight_vH, "main_grad", None) if trains_weight else None
+        d_hidden_NH = torch.empty_like(hidden_NH) if with_gradients else None
         of_blocks = []
+        ctx.blocks = []
         shape = (min(block_rows, len(hidden_NH)), len(weight_vH))
         buffer_Nv = hidden_NH.new_empty(shape)
         for rows in row_blocks(len(hidden_NH), 1, block_rows):
@@ -108,19 +109,20 @@ class _FusedLinear(torch.autograd.Function):
                 student,
                 weighted,
                 shard,
-                loss.compile,
             )
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
-            if d_weight_vH is not None:
-                _add_product(d_weight_vH, logits_Nv, some_NH)
+            if main_grad is not None:
+                _add_product(main_grad, logits_Nv, some_NH)
+            elif trains_weight:
+                ctx.blocks.append((rows, student, slopes))
         ce_N, kd_N, compared = map(_joined, zip(*of_blocks, strict=True))
         assert ce_N is not None
         total = weights[0] * ce_N.sum()
         if kd_N is not None:
             total = total + weights[1] * kd_N.sum()
-        ctx.save_for_backward(d_hidden_NH, d_weight_vH if main_grad is None else None)
+        ctx.save_for_backward(hidden_NH, weight_vH, d_hidden_NH)
         ctx.weight_with_main_grad = None if main_grad is None else weight_vH
-        ctx.weight_dtype = weight_vH.dtype
+        ctx.options = (loss, shard, weights, buffer_Nv.numel())
         of_tokens = [values for values in (ce_N, kd_N, compared) if values is not None]
         ctx.mark_non_differentiable(*of_tokens)
         return total, ce_N, kd_N, compared
@@ -129,7 +131,7 @@ class _FusedLinear(torch.autograd.Function):
     def backward(
         ctx: Any, d_total: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        d_hidden_NH, d_weight_vH = ctx.saved_tensors
+        hidden_NH, weight_vH, d_hidden_NH = ctx.saved_tensors
         unused = (None,) * 7
         if ctx.weight_with_main_grad is not None:
             # The gradient by the weight is in main_grad already.
@@ -137,9 +139,48 @@ class _FusedLinear(torch.autograd.Function):
                 "scale ce_weight and kd_weight instead of the sum"
             )
             return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
-        if d_weight_vH is not None:
-            d_weight_vH = (d_weight_vH * d_total).to(ctx.weight_dtype)
+        d_weight_vH = None
+        if ctx.blocks:
+            d_weight_vH = _weight_gradient(
+                hidden_NH, weight_vH, ctx.blocks, d_total, *ctx.options
+            )
         return d_hidden_NH * d_total, d_weight_vH, *unused
+
+
+def _weight_gradient(
+    hidden_NH: Tensor,
+    weight_vH: Tensor,
+    blocks: Sequence[tuple[slice, StudentLogits, Sequence[Slope]]],
+    d_total: Tensor,
+    loss: DistillationLoss,
+    shard: VocabShard,
+    weights: tuple[float, float],
+    max_logits: int,
+) -> Tensor:
+    """Return the weight's gradient, from logits of at most `max_logits` elements at a time.
+
+    Args:
+        blocks: rows, and what the forward pass found there.
+    """
+    d_weight_vH = torch.empty_like(weight_vH)
+    for columns in row_blocks(len(weight_vH), len(hidden_NH), max_logits):
+        logits_Nv = hidden_NH @ weight_vH[columns].t()
+        part = shard.part(columns)
+        for rows, student, slopes in blocks:
+            weighted = [
+                (d_total * weight * torch.ones_like(student.label_N), slope)
+                for weight, slope in zip(weights, slopes, strict=False)
+            ]
+            write_gradient(
+                logits_Nv[rows],
+                logits_Nv[rows],
+                loss.scales,
+                student.at(part),
+                weighted,
+                part,
+            )
+        torch.mm(logits_Nv.t(), hidden_NH, out=d_weight_vH[columns])
+    return d_weight_vH
 
 
 def _stand_in(weight_vH: Tensor) -> Tensor | None:

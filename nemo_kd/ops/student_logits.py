@@ -49,8 +49,10 @@ class StudentLogits(NamedTuple):
         mean_N: of all logits of the real vocabulary; None if not asked for.
         tail_maximum_N, tail_sum_exp_NS: largest logit outside the kept ids (not shifted, 0 where
             there is none), and the sum of exp(scale * (logit - tail_maximum)).
-        local_sum_exp_NS, columns: this rank's part of that sum, and where it holds label, kept ids
-            and samples; these two differ between ranks.
+        ids: of labels, kept ids and samples, as far as there are any.
+        local_sum_exp_NS, columns: this rank's part of that sum, None if not known, and where it
+            holds `ids`; these two differ between ranks.
+        compiled: run the second pass compiled, as the first.
     """
 
     shift_N: Tensor
@@ -62,8 +64,15 @@ class StudentLogits(NamedTuple):
     mean_N: Tensor | None
     tail_maximum_N: Tensor
     tail_sum_exp_NS: Tensor
-    local_sum_exp_NS: Tensor
+    ids: list[Tensor]
+    local_sum_exp_NS: Tensor | None
     columns: list[Columns]
+    compiled: bool
+
+    def at(self, part: VocabShard) -> StudentLogits:
+        """Return the same for a part of this rank's columns."""
+        columns = [Columns.of(ids_NJ, part) for ids_NJ in self.ids]
+        return self._replace(local_sum_exp_NS=None, columns=columns)
 
 
 class Slope(NamedTuple):
@@ -95,11 +104,8 @@ def read_logits(
     compiled: bool = False,
 ) -> StudentLogits:
     """Run the first pass. Two all-reduces: [N], and [N, S + 1 + K + M]. `scales` begin with 1."""
-    columns = [
-        Columns.of(ids_NJ, shard)
-        for ids_NJ in (ids.labels_N[:, None], *ids[1:])
-        if ids_NJ is not None
-    ]
+    given = [ids.labels_N[:, None], *(one for one in ids[1:] if one is not None)]
+    columns = [Columns.of(ids_NJ, shard) for ids_NJ in given]
     kept = 1 if ids.kept_NK is not None else None
     local_maximum_N, local_log_sum_exp_NS, at_columns, sum_N = sum_pass(
         logits_Nv, columns, kept, scales, shard, with_mean, compiled
@@ -143,8 +149,10 @@ def read_logits(
         mean_N=next(sums)[:, 0] / shard.vocab_size - shift_N if with_mean else None,
         tail_maximum_N=maximum_N.masked_fill(maximum_N == float("-inf"), 0),
         tail_sum_exp_NS=tail_sum_exp_NS,
+        ids=given,
         local_sum_exp_NS=local_sum_exp_NS,
         columns=columns,
+        compiled=compiled,
     )
 
 
@@ -155,7 +163,6 @@ def write_gradient(
     student: StudentLogits,
     losses: Sequence[tuple[Tensor, Slope]],
     shard: VocabShard,
-    compiled: bool = False,
 ) -> None:
     """Run the second pass: fill `out_Nv`, maybe the logits themselves; padding columns get 0.
 
@@ -192,12 +199,19 @@ def write_gradient(
     kept = None if kept_NK is None else (others[0], kept_NK)
     if samples_NM is not None:
         added.append((others[-1], others[-1].masked(samples_NM)))
-    exponentials = Exponentials(
-        student.tail_maximum_N, coefficients_NS, student.local_sum_exp_NS, constant_N
-    )
     if out_Nv.data_ptr() != logits_Nv.data_ptr():
         out_Nv.copy_(logits_Nv)
-    gradient_pass(out_Nv, scales, exponentials, kept, added, shard, compiled)
+    gradient_pass(
+        out_Nv,
+        scales,
+        Exponentials(student.tail_maximum_N, coefficients_NS),
+        student.local_sum_exp_NS,
+        constant_N,
+        kept,
+        added,
+        shard,
+        student.compiled,
+    )
 
 
 def log_probs_at(

@@ -42,6 +42,12 @@ class VocabShard:
             start, max(0, min(num_columns, vocab_size - start)), vocab_size, group
         )
 
+    def part(self, columns: slice) -> VocabShard:
+        """Return the shard of some of this rank's columns, without the other ranks."""
+        num_columns = columns.stop - columns.start
+        num_real = max(0, min(num_columns, self.num_real - columns.start))
+        return VocabShard(self.start + columns.start, num_real, self.vocab_size)
+
     @property
     def rank(self) -> int:
         """Place of this rank in the group."""

@@ -6,6 +6,9 @@ cache: the logits are read once, and read and written once. On CPU a block goes 
 softmax kernels, which take half the time of exp() on its own; compiled, each pass is one loop. Kept
 ids are set to -inf while a block is summed and put back after.
 
+torch.compile takes longer than a short run's losses, and needs a compiler: `compile_passes` says
+if it can be used.
+
 Shape legend: N positions, v this rank's vocabulary columns, J ids of a row, K kept ids, S scales of
 the logits.
 """
@@ -13,16 +16,23 @@ the logits.
 from __future__ import annotations
 
 import functools
+import logging
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nemo_kd.config.loss import KEY
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks, scatter
+
+log = logging.getLogger(__name__)
 
 BLOCK_ELEMENTS = ((1 << 20, 1 << 22), (1 << 24, 1 << 28))
 """Elements of a block on a CPU and on a GPU, each plain and compiled."""
+COMPILED_ROWS = 32
 MINUS_INFINITY = float("-inf")
 
 
@@ -68,18 +78,10 @@ class Columns(NamedTuple):
 
 
 class Exponentials(NamedTuple):
-    """sum_s coefficient_s exp(scale_s (logit - reference)) + constant.
-
-    Attributes:
-        coefficients_NS: all finite.
-        local_sum_exp_NS: sums of these exponentials over this rank's columns that are not kept.
-        constant_N: None for 0.
-    """
+    """sum_s coefficient_s exp(scale_s (logit - reference)), all coefficients finite."""
 
     reference_N: Tensor
     coefficients_NS: Tensor
-    local_sum_exp_NS: Tensor
-    constant_N: Tensor | None
 
 
 def sum_pass(
@@ -125,28 +127,29 @@ def gradient_pass(
     logits_Nv: Tensor,
     scales: Sequence[float],
     exponentials: Exponentials,
+    local_sum_exp_NS: Tensor | None,
+    constant_N: Tensor | None,
     kept: tuple[Columns, Tensor] | None,
     added: Sequence[tuple[Columns, Tensor]],
     shard: VocabShard,
     compiled: bool = False,
 ) -> None:
-    """Turn the logits into their gradient; padding columns become 0.
+    """Turn the logits into their gradient, exponentials + constant; padding columns become 0.
 
     Args:
+        local_sum_exp_NS: sums of these exponentials over the columns that are not kept. They save
+            half the time of a pass that is not compiled.
         kept: columns and the whole gradient there, instead of the exponentials.
         added: columns, any number of times the same, and what to add to the gradient there, 0 where
             an id is not held.
     """
-    fill = _compiled(_fill_in_one_loop) if compiled else _fill
-    softmax_of_nothing = not compiled and bool(
-        (exponentials.local_sum_exp_NS == 0).any()
-    )
+    fill = _compiled(_fill_in_one_loop) if compiled else _fill_in_one_loop
+    softmax_sums_NS = None if compiled else local_sum_exp_NS
+    sums_nothing = softmax_sums_NS is not None and not softmax_sums_NS.all()
     all_index_NJ = torch.cat([columns.index_NJ for columns, _ in added], dim=1)
     all_added_NJ = torch.cat([values_NJ for _, values_NJ in added], dim=1)
     for rows, block in _blocks(logits_Nv, shard, compiled):
-        some = Exponentials._make(
-            None if part is None else part[rows] for part in exponentials
-        )
+        some = Exponentials(*(part[rows] for part in exponentials))
         index_NJ = all_index_NJ[rows]
         added_NJ = all_added_NJ[rows]
         logits_NJ = block.gather(1, index_NJ)
@@ -156,11 +159,14 @@ def gradient_pass(
             kept_columns.put(
                 block, torch.full_like(kept_NK, MINUS_INFINITY, dtype=block.dtype)
             )
-        fill(block, scales, some)
-        if softmax_of_nothing:  # nan
-            block.masked_fill_(some.local_sum_exp_NS[:, :1] == 0, 0)
-        if some.constant_N is not None:
-            block += some.constant_N[:, None].to(block.dtype)
+        if softmax_sums_NS is None:
+            fill(block, scales, some)
+        else:
+            _fill_through_softmax(block, scales, some, softmax_sums_NS[rows])
+            if sums_nothing:  # nan
+                block.masked_fill_(softmax_sums_NS[rows, :1] == 0, 0)
+        if constant_N is not None:
+            block += constant_N[rows, None].to(block.dtype)
         if kept is not None:
             kept_columns.put(block, kept_NK.to(block.dtype))
         if block.dtype == added_NJ.dtype:
@@ -169,8 +175,8 @@ def gradient_pass(
         else:
             # Added in float32: q - 1 must not be rounded to half precision twice.
             values_NJ = _sum_of_exponentials(logits_NJ, scales, some)
-            if some.constant_N is not None:
-                values_NJ += some.constant_N[:, None]
+            if constant_N is not None:
+                values_NJ += constant_N[rows, None]
             if kept is not None:
                 values_NJ = _replaced(values_NJ, index_NJ, kept_columns, kept_NK)
             same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
@@ -217,8 +223,13 @@ def _row_sums(block: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
     return maximum_N, torch.stack(log_sum_exp, dim=-1)
 
 
-def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials) -> None:
-    coefficients_NS = exponentials.coefficients_NS * exponentials.local_sum_exp_NS
+def _fill_through_softmax(
+    block: Tensor,
+    scales: Sequence[float],
+    exponentials: Exponentials,
+    local_sum_exp_NS: Tensor,
+) -> None:
+    coefficients_NS = exponentials.coefficients_NS * local_sum_exp_NS
     at_scale = None
     if len(scales) > 1:
         scaled = (block - exponentials.reference_N[:, None]).mul_(scales[1])
@@ -231,7 +242,6 @@ def _fill(block: Tensor, scales: Sequence[float], exponentials: Exponentials) ->
 def _fill_in_one_loop(
     block: Tensor, scales: Sequence[float], exponentials: Exponentials
 ) -> None:
-    """`_fill` for the compiler."""
     block.copy_(_sum_of_exponentials(block, scales, exponentials))
 
 
@@ -250,5 +260,47 @@ def _sum_of_exponentials(
 
 
 @functools.cache
+def compile_passes(
+    device: torch.device,
+    dtype: torch.dtype,
+    num_columns: int,
+    num_real: int,
+    scales: tuple[float, ...],
+) -> bool:
+    """Compile both passes for any number of rows, and log the time.
+
+    Every process compiles for itself, without collectives; torch's cache on disk makes it short.
+
+    Returns:
+        False, with a warning, if there is no compiler or it fails.
+    """
+    started_s = time.perf_counter()
+    # A part of the rows, or the kernels would be those of whole tensors.
+    logits_Nv = torch.zeros(2 * COMPILED_ROWS, num_columns, dtype=dtype, device=device)
+    block = logits_Nv[:COMPILED_ROWS, :num_real]
+    try:
+        exponentials = Exponentials(*_compiled(_row_sums)(block, scales))
+        _compiled(_fill_in_one_loop)(block, scales, exponentials)
+    except Exception as error:  # noqa: BLE001 - torch documents no type
+        log.warning(
+            "%s.compile: torch.compile failed, so the loss takes about 1.5 times as long: %s; "
+            "install a compiler (g++ for CPUs, triton for GPUs), or set it to off",
+            KEY,
+            str(error).strip().partition("\n")[0],
+        )
+        return False
+    log.info(
+        "compiled the loss in %.1f s; later processes find it in %s",
+        time.perf_counter() - started_s,
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's cache"),
+    )
+    return True
+
+
+@functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    """Return the function compiled; as it is for one row, which torch would compile anew."""
+    compiled = torch.compile(function, dynamic=True)
+    return lambda block, *args: (compiled if len(block) > 1 else function)(
+        block, *args
+    )

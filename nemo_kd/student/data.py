@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import Counter
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 Rows = CacheBlend | TokenizedRows
 
+SAMPLED_ROWS = 64
 PREFIX = "model.data.data_prefix"
 
 PADDED_MULTIPLE = 8
@@ -307,6 +309,19 @@ class StudentData:
             self.plan.steps_per_epoch,
             self.plan.max_steps,
         )
+
+    @functools.cached_property
+    def sample(self) -> list[Example]:
+        """Some training examples, evenly spaced."""
+        rows = self.splits["train"]
+        places = range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
+        return [example_of(rows[place]) for place in places]
+
+    @property
+    def loss_tokens_per_step(self) -> float:
+        """Return an estimate for a global batch."""
+        loss_tokens = sum(example.num_loss_tokens for example in self.sample)
+        return self.model.global_batch_size * loss_tokens / len(self.sample)
 
     def state_dict(self) -> dict[str, Any]:
         return {

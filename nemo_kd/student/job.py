@@ -88,6 +88,10 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         )
         data, tokenizer = _open_data(config, pretrained)
         stack.callback(data.close)
+        groups = data.groups
+        ranks = groups.tensor_size * groups.context_size * groups.data_size
+        num_logits = data.loss_tokens_per_step * pretrained.architecture.vocab_size
+        loss.compile_if_worthwhile(data.plan.max_steps * num_logits / ranks)
         minutes = config.trainer.distributed_timeout_minutes
         watchdog = Watchdog(60 * minutes, rank())
         stack.enter_context(watchdog)

@@ -17,7 +17,6 @@ import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
-from nemo_kd.data.batches import example_of
 from nemo_kd.data.tokenizer import TokenText, example_lines, trained_text
 from nemo_kd.files import print_table
 from nemo_kd.mcore.weights import hf_shapes
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SAMPLED_ROWS = 64
 SHOWN_POSITIONS = 6
 
 
@@ -68,11 +66,10 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
         terms += f" + {loss.kd_loss_weight:g} x {divergence}"
     splits = student.data.splits
     rows = splits["train"]
-    sampled = range(0, len(rows), -(-len(rows) // SAMPLED_ROWS))
-    examples = [example_of(rows[position]) for position in sampled]
+    examples = student.data.sample
     batch = model.global_batch_size
     tokens = batch / len(examples) * sum(one.num_tokens for one in examples)
-    loss_tokens = batch / len(examples) * sum(one.num_loss_tokens for one in examples)
+    loss_tokens = student.data.loss_tokens_per_step
     lines = [
         f"student:    {student.architecture.family}, {weights:,} weights; this rank holds {held:,} "
         f"and trains {trained:,}",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 
 from nemo_kd.config.loss import Divergence
+from nemo_kd.ops import distillation
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import (
@@ -17,6 +21,7 @@ from tests.parity.dense_losses import (
     Definition,
     cut,
     dense_losses,
+    join,
     random_problem,
 )
 from tests.parity.test_losses import (
@@ -338,6 +343,70 @@ def test_compiled_equals_eager():
             strict=True,
         ):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def _solve_where_one_rank_cannot_compile() -> list[list]:
+    """On a rank: values and gradient of a few losses, compiled on rank 0 only."""
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        if rank:
+            patch.setattr(distillation, "compile_passes", lambda *_: False)
+        for one in (DEFAULT, Definition("reverse_kl", "renormalize")):
+            problem = mixed_rows(1.0)
+            local_Nv, start, num_real = cut(
+                problem.logits_NV, "even", rank, group.size(), 0.0
+            )
+            shard = VocabShard(start, num_real, 50, group)
+            logits_Nv = local_Nv.clone().requires_grad_()
+            losses = loss_of(one, compile=True)(
+                logits_Nv, problem.labels_N, shard, teacher_rows(problem)
+            )
+            (
+                (losses.ce_N * problem.ce_weight_N).sum()
+                + (losses.kd_N * problem.kd_weight_N).sum()
+            ).backward()
+            parts = (losses.ce_N, losses.kd_N, logits_Nv.grad)
+            found.append([part.detach().numpy() for part in parts])
+    return found
+
+
+def test_ranks_may_differ_in_what_they_compile(ranks):
+    per_rank = ranks(2).run(_solve_where_one_rank_cannot_compile)
+    definitions = (DEFAULT, Definition("reverse_kl", "renormalize"))
+    for one, *of_ranks in zip(definitions, *per_rank, strict=True):
+        expected_ce, expected_kd, expected = dense_losses(mixed_rows(1.0), one)
+        for ce, kd, _ in of_ranks:
+            torch.testing.assert_close(torch.from_numpy(ce), expected_ce)
+            torch.testing.assert_close(torch.from_numpy(kd), expected_kd)
+        gradients = [torch.from_numpy(gradient) for *_, gradient in of_ranks]
+        torch.testing.assert_close(join(gradients, "even", 50), expected)
+
+
+WITH_COMPILE = """
+import logging, torch
+logging.basicConfig(format="%(levelname)s %(message)s")
+from tests.parity.test_losses import DEFAULT, mixed_rows, solve_alone
+for _ in range(2):
+    compiled = solve_alone(mixed_rows(1.0), DEFAULT, compile=True)
+    for one, other in zip(compiled, solve_alone(mixed_rows(1.0), DEFAULT), strict=True):
+        assert torch.equal(one, other)
+"""
+
+
+def test_without_a_compiler_the_losses_run_with_one_warning(tmp_path):
+    environment = os.environ | {
+        "CXX": "no-such-compiler",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", WITH_COMPILE], env=environment, capture_output=True, text=True
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("WARNING") == 1, found.stderr
+    assert "model.knowledge_distillation.compile: torch.compile failed" in found.stderr
+    assert "no-such-compiler" in found.stderr
+    assert "install a compiler (g++" in found.stderr
 
 
 def _losses_with_nan(column: int) -> list[tuple[str, bool, bool]]:

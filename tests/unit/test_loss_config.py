@@ -72,6 +72,22 @@ def test_every_setting_reaches_the_operator():
     )
 
 
+@pytest.mark.parametrize(
+    ("compile", "num_logits", "expected"),
+    [
+        ("auto", 1e9, False),
+        ("auto", 1e11, True),
+        ("off", 1e11, False),
+        ("on", 1e9, True),
+    ],
+)
+def test_auto_compiles_long_runs_only(compile, num_logits, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    loss = StudentLoss(LossConfig(compile=compile))
+    loss.compile_if_worthwhile(num_logits)
+    assert loss.losses.compile is expected
+
+
 @pytest.mark.parametrize("value", ["on", "off", "auto"])
 def test_compile_as_yaml_reads_it(value):
     """YAML takes on and off for booleans."""
