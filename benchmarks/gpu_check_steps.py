@@ -52,8 +52,6 @@ Step = Callable[[bool], Iterator[Finding]]
 
 def environment(profile: bool) -> Iterator[Finding]:
     """List versions, devices and the kernels that a model would use."""
-    from nemo_kd.mcore.model import use_transformer_engine
-
     yield Finding("python", platform.python_version())
     for name in PACKAGES:
         try:
@@ -76,18 +74,25 @@ def environment(profile: bool) -> Iterator[Finding]:
         yield Finding(
             "GPU", "none: tiny sizes on the CPU, which say nothing about a GPU"
         )
-    kernels = "Transformer Engine" if use_transformer_engine("auto") else "torch"
+    kernels = "Transformer Engine" if _has_transformer_engine() else "torch"
     yield Finding("layers that transformer_engine=auto chooses", kernels)
+
+
+def _has_transformer_engine() -> bool:
+    """Return True if `model.transformer_engine=auto` chooses it here."""
+    from nemo_kd.config.shared import ModelConfig
+    from nemo_kd.mcore.kernels import Kernels, Machine
+
+    return Kernels(Machine.here(), ModelConfig(), "32").transformer_engine
 
 
 def model_logits(profile: bool) -> Iterator[Finding]:
     """Compare logits of small models with those of transformers."""
     from transformers import AutoModelForCausalLM
 
-    from nemo_kd.mcore.model import use_transformer_engine
     from tests.tiny_models import save_hf_model
 
-    layers = [False] + [True] * use_transformer_engine("auto")
+    layers = [False] + [True] * _has_transformer_engine()
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     ids = torch.randint(3, 500, (2, 200), generator=torch.Generator().manual_seed(0))
     for name in ("qwen3", "llama2"):

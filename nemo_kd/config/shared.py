@@ -26,6 +26,9 @@ float32 copies."""
 AUTO_PRECISION = "auto"
 """`trainer.precision` that `run.ranks.join_ranks` replaces once the device is known."""
 
+FP8_MULTIPLE = 16
+"""Divides rows and columns of FP8 matrix products."""
+
 TENSOR = "tensor_model_parallel_size"
 PARALLEL_SIZES = (
     TENSOR,
@@ -192,6 +195,23 @@ def check_layout(architecture: GPTArchitecture, parallel: ParallelConfig) -> Non
         )
 
 
+def check_fp8(architecture: GPTArchitecture, parallel: ParallelConfig) -> None:
+    """Refuse sizes that FP8 matrix products do not take.
+
+    Raises:
+        ConfigError: a size of a rank's weights is not a multiple of 16.
+    """
+    tensor = parallel.tensor_model_parallel_size
+    group = architecture.num_query_groups // tensor * architecture.kv_channels
+    ffn = architecture.ffn_hidden_size // tensor
+    if math.gcd(architecture.hidden_size, group, ffn) % FP8_MULTIPLE:
+        raise ConfigError(
+            f"model.fp8: hidden_size {architecture.hidden_size}, and a rank's keys {group} and "
+            f"ffn_hidden_size {ffn} must be multiples of {FP8_MULTIPLE}; leave fp8 out, or lower "
+            f"model.{TENSOR} ({tensor})"
+        )
+
+
 def check_training_layout(
     architecture: GPTArchitecture, parallel: ParallelConfig
 ) -> None:
@@ -212,8 +232,10 @@ def check_training_layout(
         )
 
 
-def length_multiple(parallel: ParallelConfig) -> int:
+def length_multiple(parallel: ParallelConfig, per_rank: int = 1) -> int:
     """Return a number that must divide the positions of every batch in this layout.
+
+    `per_rank` must divide those of a rank.
 
     Context parallelism gives two chunks to every rank; sequence parallelism splits those of a rank
     over the tensor-parallel ranks.
@@ -221,7 +243,7 @@ def length_multiple(parallel: ParallelConfig) -> int:
     context = parallel.context_parallel_size
     chunks = 2 * context if context > 1 else 1
     tensor = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
-    return math.lcm(chunks, context * tensor)
+    return math.lcm(chunks, context * tensor * per_rank)
 
 
 def padded_vocab_size(
@@ -272,6 +294,13 @@ class TrainerConfig(Section, key="trainer"):
     """End the run with an error after this many minutes without progress on a rank."""
 
     def __post_init__(self) -> None:
+        if str(self.precision).startswith(("16", "fp16")):
+            raise self.error(
+                "precision",
+                f"{self.precision} is not supported: losses and gradients are sums over the tokens "
+                "of a batch, which leave float16's range; use bf16, which needs as little memory, "
+                "or 32",
+            )
         super().__post_init__()
         with contextlib.suppress(ValueError):
             self.devices = int(self.devices)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass, field, replace
 
 from nemo_kd.config.data import MAX_TOP_K, CacheConfig, DataConfig
-from nemo_kd.config.fields import Section, bounded, count, path
+from nemo_kd.config.fields import Section, bounded, choice, count, path
 from nemo_kd.config.shared import (
     ModelConfig,
     PretrainedCheckpoint,
@@ -27,6 +27,10 @@ class TeacherModelConfig(ModelConfig):
     micro_batch_size: int | None = count(None)
     """Largest number of examples per forward pass; None: as many as data.max_tokens_per_batch
     allows."""
+    fp8: str | None = choice(None, ("current", "delayed"))
+    """Compute the layers' matrix products in FP8 (hybrid format) with Transformer Engine on a GPU
+    of compute capability 8.9 or newer: current (each batch has its own scales) or delayed (the
+    first 64 examples fix the scales; not for experts). None: off. It changes what the cache holds."""
 
 
 @dataclass

@@ -61,6 +61,7 @@ class ProcessGroups:
     pipeline_size: int
     context_rank: int
     context_size: int
+    expert_rank: int
     data_rank: int
     data_size: int
     replica_ranks: tuple[int, ...]
@@ -156,6 +157,7 @@ def _process_groups(
         pipeline_size=pipeline_size,
         context_rank=parallel_state.get_context_parallel_rank(),
         context_size=context_size,
+        expert_rank=parallel_state.get_expert_model_parallel_rank(),
         data_rank=data_rank,
         data_size=data.size(),
         replica_ranks=tuple(replicas[data_rank].tolist()),

@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import (
-    HAVE_TE,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
@@ -33,7 +32,6 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from nemo_kd.batch import Batch
-from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import (
     PARALLEL_SIZES,
     GPTArchitecture,
@@ -46,21 +44,6 @@ from nemo_kd.mcore.layers import RMSNorm, SDPACoreAttention
 
 ADAPTERS = "lora"
 """Name of the module in a layer that holds its adapters."""
-
-
-def use_transformer_engine(choice: str) -> bool:
-    """Return True if `model.transformer_engine` (auto, on, off) selects Transformer Engine here.
-
-    Raises:
-        ConfigError: on, but it or a GPU is missing.
-    """
-    can_use = HAVE_TE and torch.cuda.is_available()
-    if choice == "on" and not can_use:
-        raise ConfigError(
-            "model.transformer_engine: on, but Transformer Engine (pip install 'nemo_kd[gpu]') or "
-            "a GPU is missing; use auto or off"
-        )
-    return can_use and choice != "off"
 
 
 _SAME = (
@@ -83,9 +66,9 @@ def transformer_config(
     architecture: GPTArchitecture,
     model: ModelConfig,
     dtype: torch.dtype,
-    **training: Any,
+    **more: Any,
 ) -> TransformerConfig:
-    """Return Megatron's configuration of the decoder; `training` sets more fields.
+    """Return Megatron's configuration of the decoder; `more` sets further fields.
 
     Raises:
         ConfigError: the parallel sizes do not divide the model.
@@ -137,7 +120,7 @@ def transformer_config(
         finalize_model_grads_func=finalize_model_grads,
         # Only the graph of a sent output is needed, but interleaved ones may still be in transit.
         deallocate_pipeline_outputs=num_chunks == 1,
-        **training,
+        **more,
     )
 
 
@@ -336,34 +319,45 @@ def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         gpt.post_process = post_process
 
 
-def output_weight(gpt: GPTModel) -> torch.nn.Parameter:
-    """Return this rank's rows [v, H] of the output projection, or of the tied embedding."""
+def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
+    """Return this rank's rows [v, H] of the output projection, or of the tied embedding.
+
+    In training it waits until the last step's weight is gathered, as modules do when called.
+    """
+    gpt = unwrapped(model)
+    weight = gpt.output_layer.weight
     if gpt.share_embeddings_and_output_weights:
-        return gpt.shared_embedding_or_output_weight()
-    return gpt.output_layer.weight
+        weight = gpt.shared_embedding_or_output_weight()
+    if isinstance(model, DistributedDataParallel) and model.use_forward_hook:
+        model.param_to_bucket_group[weight].finish_param_sync()
+    return weight
 
 
-def project(gpt: GPTModel, hidden_SBH: torch.Tensor) -> torch.Tensor:
+def project(model: torch.nn.Module, hidden_SBH: torch.Tensor) -> torch.Tensor:
     """Return the logits [B, S, v] of `hidden_states`."""
-    logits_SBv, _ = gpt.output_layer(hidden_SBH, weight=output_weight(gpt))
+    output_layer = unwrapped(model).output_layer
+    logits_SBv, _ = output_layer(hidden_SBH, weight=output_weight(model))
     return logits_SBv.transpose(0, 1).contiguous()
 
 
 def hidden_at(
-    hidden_SBH: torch.Tensor, positions_N: torch.Tensor, batch_size: int, gpt: GPTModel
+    hidden_SBH: torch.Tensor,
+    positions_N: torch.Tensor,
+    batch_size: int,
+    model: torch.nn.Module,
 ) -> torch.Tensor:
     """Return the hidden states [N, H] at positions b * S + s.
 
     Gradients are summed over the tensor-parallel ranks. With sequence parallelism every
     tensor-parallel rank calls it, and gathers the whole of S for the moment.
     """
-    if gpt.config.sequence_parallel:
+    if unwrapped(model).config.sequence_parallel:
         hidden_SBH = gather_from_sequence_parallel_region(hidden_SBH)
     length = len(hidden_SBH)
     hidden_NH = hidden_SBH.flatten(0, 1)[
         positions_N % length * batch_size + positions_N // length
     ]
-    if gpt.config.sequence_parallel:
+    if unwrapped(model).config.sequence_parallel:
         return hidden_NH
     return copy_to_tensor_model_parallel_region(hidden_NH)
 

@@ -23,6 +23,7 @@ from megatron.core.transformer import TransformerConfig
 
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.mcore.groups import cuda_methods_on_cpu
+from nemo_kd.mcore.kernels import Kernels
 from nemo_kd.mcore.model import chunks
 
 CHOSEN = ("initial_lr", "weight_decay", "betas", "eps")
@@ -44,18 +45,25 @@ def sharding_metadata() -> dict[str, Any]:
 
 
 def wrap_for_training(
-    model: torch.nn.Module, config: TransformerConfig, distributed_optimizer: bool
+    model: torch.nn.Module, config: TransformerConfig, kernels: Kernels
 ) -> DistributedDataParallel | torch.nn.ModuleList:
     """Wrap every chunk with float32 gradient buffers; broadcast the first replica's weights.
 
-    Data-parallel ranks reduce the buffers once a step; GPUs do so during the last backward pass.
-    Weights are not gathered during the next forward pass (`overlap_param_gather`): the output
-    layer's is read without calling its module, which would wait for it.
+    Data-parallel ranks reduce the buffers once a step; GPUs do so during the last backward pass,
+    and gather the weights of a distributed optimizer during the next forward pass. A module waits
+    for its weights when it is called, as `output_weight` does; others call `gather_weights`.
     """
+    if kernels.uses("gradient_accumulation_fusion"):
+        layer: Any
+        for layer in model.modules():
+            if hasattr(layer, "fuse_wgrad_accumulation"):  # Transformer Engine's
+                layer.fuse_wgrad_accumulation = True
+    overlaps = kernels.uses("overlap_grad_reduce")
     buffers = DistributedDataParallelConfig(
-        use_distributed_optimizer=distributed_optimizer,
+        use_distributed_optimizer=kernels.shards_optimizer,
         grad_reduce_in_fp32=config.params_dtype.itemsize < 4,
-        overlap_grad_reduce=overlaps_gradients(),
+        overlap_grad_reduce=overlaps,
+        overlap_param_gather=kernels.uses("overlap_param_gather"),
     )
     # Megatron reduces all gradients of a chunk at a time, but for the first chunk.
     wrapped = [
@@ -65,7 +73,7 @@ def wrap_for_training(
     for ddp in wrapped:
         ddp.broadcast_params()
     is_interleaved = len(wrapped) > 1
-    if overlaps_gradients():
+    if overlaps:
         no_sync = [ddp.no_sync for ddp in wrapped]
         config.no_sync_func = no_sync if is_interleaved else no_sync[0]
     return torch.nn.ModuleList(wrapped) if is_interleaved else wrapped[0]
@@ -82,15 +90,17 @@ def release(model: torch.nn.Module) -> None:
             del parameter.main_param
 
 
-def overlaps_gradients() -> bool:
-    """Return True if gradients are reduced during the backward pass."""
-    return torch.cuda.is_available()
+def gather_weights(model: torch.nn.Module) -> None:
+    """Finish gathering all weights, before reading them outside a forward pass."""
+    for ddp in chunks(model):
+        if ddp.use_forward_hook:
+            ddp.start_param_sync(force_sync=True)
 
 
 class ModelOptimizer(torch.optim.Optimizer):
     """A MegatronOptimizer as a torch optimizer, for learning-rate schedulers and Lightning.
 
-    Megatron takes the Adam of Transformer Engine where it is installed, else Apex's, else torch's.
+    `Machine.adam` says whose Adam Megatron takes.
 
     Attributes:
         grad_norm: global L2 norm of the last step's gradient before clipping.
@@ -176,7 +186,12 @@ class ModelOptimizer(torch.optim.Optimizer):
     def sharded_state_dict(
         self, model_state: dict[str, Any], is_loading: bool = False
     ) -> dict[str, Any]:
-        """Return the optimizer's part of a distributed checkpoint; every rank calls it."""
+        """Return the optimizer's part of a distributed checkpoint; every rank calls it.
+
+        It gathers the model's weights, which such a checkpoint holds too.
+        """
+        for chunk in self.chunks:
+            gather_weights(chunk)
         return self.megatron.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=sharding_metadata()
         )

@@ -14,11 +14,11 @@ import lightning.pytorch as pl
 import torch
 
 from nemo_kd.batch import Batch
-from nemo_kd.config.shared import PRECISIONS
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.export import save_model
 from nemo_kd.mcore.groups import set_random_state, sharded_random_state
+from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.mcore.lora import (
     adapter_identity,
     adapter_state,
@@ -32,10 +32,10 @@ from nemo_kd.mcore.model import (
     output_weight,
     project,
     transformer_config,
-    use_transformer_engine,
 )
 from nemo_kd.mcore.optimizer import (
     ModelOptimizer,
+    gather_weights,
     sharding_metadata,
     wrap_for_training,
 )
@@ -116,10 +116,12 @@ class StudentModule(pl.LightningModule):
 
     def _build_model(self) -> None:
         model = self.config.model
+        self.kernels = Kernels(Machine.here(), model, self.config.trainer.precision)
         transformer = transformer_config(
             self.architecture,
             model,
-            getattr(torch, PRECISIONS[self.config.trainer.precision]),
+            self.kernels.dtype,
+            **self.kernels.fields,
             recompute_granularity=model.activations_checkpoint_granularity,
             recompute_method=model.activations_checkpoint_method,
             recompute_num_layers=model.activations_checkpoint_num_layers,
@@ -128,8 +130,8 @@ class StudentModule(pl.LightningModule):
             self.architecture,
             transformer,
             model.make_vocab_size_divisible_by,
-            use_transformer_engine(model.transformer_engine),
-            own_norms=self.lora is not None,
+            self.kernels.transformer_engine,
+            own_norms=self.kernels.own_norms,
         )
         self.pretrained.load_weights(self.gpt, self.groups)
         if self.lora is not None:
@@ -137,9 +139,7 @@ class StudentModule(pl.LightningModule):
             self.adapters = adapter_identity(
                 self.lora, self.pretrained.fingerprint()["weights"]
             )
-        self.model = wrap_for_training(
-            self.gpt, transformer, distributed_optimizer=model.optim.is_sharded
-        )
+        self.model = wrap_for_training(self.gpt, transformer, self.kernels)
 
     def transfer_batch_to_device(self, batch: Any, *_: Any) -> Any:
         """Return the batch as it is: `forward_backward` moves micro-batches one by one."""
@@ -153,7 +153,7 @@ class StudentModule(pl.LightningModule):
         self, hidden_SBH: torch.Tensor, batch: Batch
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the loss summed over a micro-batch's loss tokens, and the sums to report."""
-        gpt = chunks(self.gpt)[-1]
+        gpt = chunks(self.model)[-1]
         weight_vH = output_weight(gpt)
         shard = VocabShard.of(
             len(weight_vH), self.architecture.vocab_size, self.groups.tensor
@@ -388,6 +388,7 @@ class StudentModule(pl.LightningModule):
 
     def save_to(self, path: Path) -> None:
         """Write the .nemo archive and the folders of `export`; every rank calls this."""
+        gather_weights(self.model)
         save_model(
             path,
             self.gpt,

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.batch import CachedExample
 from nemo_kd.data.tokenizer import TokenText, example_lines, trained_text
 from nemo_kd.files import print_table
+from nemo_kd.mcore.kernels import startup_facts
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
@@ -50,12 +51,11 @@ class StudentRun:
 
 
 def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Describe model, layout, steps and data, and show the first example."""
+    """Describe model, kernels, steps and data, and show the first example; every rank calls this."""
     config = student.config
     model = config.model
     plan = student.plan
     loss = model.knowledge_distillation
-    groups = student.groups
     weights = sum(map(math.prod, hf_shapes(student.architecture).values()))
     parameters = list(student.gpt.parameters())
     held = sum(one.numel() for one in parameters)
@@ -73,9 +73,7 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     lines = [
         f"student:    {student.architecture.family}, {weights:,} weights; this rank holds {held:,} "
         f"and trains {trained:,}",
-        f"layout:     tensor {groups.tensor_size} x pipeline {groups.pipeline_size} x context "
-        f"{groups.context_size} x data {groups.data_size}; {config.trainer.precision}, "
-        f"{model.optim.name}",
+        startup_facts(student.kernels, student.groups),
         f"loss:       {terms}",
         f"step:       {batch} examples, about {tokens:,.0f} tokens, {loss_tokens:,.0f} of them in "
         "the loss",

@@ -17,7 +17,7 @@ from nemo_kd.cache.segment import Segment, segments
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import sequence_length
-from nemo_kd.config.shared import GPTArchitecture, check_layout
+from nemo_kd.config.shared import GPTArchitecture, check_fp8, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import (
@@ -30,7 +30,7 @@ from nemo_kd.data.tokenizer import (
 )
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
-from nemo_kd.mcore.model import use_transformer_engine
+from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.run.collective import gather
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.run.resolved_config import resolved_config
@@ -73,14 +73,6 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     jobs: list[Job]
 
-    def describe_ranks(self) -> str:
-        """Describe how ranks share the teacher and the size of a batch, for reports."""
-        layout = " x ".join(f"{name} {n}" for name, n in self.groups.layout().items())
-        return (
-            f"{dist.get_world_size()} ranks = {layout}; {self.config.trainer.precision}; batches "
-            f"of at most {self.config.max_tokens_per_batch} tokens"
-        )
-
 
 @contextlib.contextmanager
 def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
@@ -111,7 +103,14 @@ def check_model(
         ConfigError: names the key.
     """
     check_layout(architecture, config.model)
-    use_transformer_engine(config.model.transformer_engine)
+    Kernels(Machine.here(), config.model, config.trainer.precision)
+    if config.model.fp8:
+        check_fp8(architecture, config.model)
+    if config.model.fp8 == "delayed" and architecture.num_moe_experts is not None:
+        raise ConfigError(
+            "model.fp8: delayed would leave experts that the first examples do not reach without "
+            "scales; use current"
+        )
     if config.top_k > architecture.vocab_size:
         raise ConfigError(
             f"top_k: {config.top_k} exceeds the teacher's vocabulary of "
@@ -187,13 +186,14 @@ def _open_job(
     formatting["chat_prompt_tokens"] = dataclasses.asdict(
         config.data.chat_prompt_tokens
     )
+    fp8 = {} if config.model.fp8 is None else {"fp8": config.model.fp8}
     manifest = Manifest(
         codec=codec_settings(config.cache),
         top_k=config.top_k,
         vocab_size=architecture.vocab_size,
         tokenizer_size=len(tokenizer),
         seq_length=seq_length,
-        teacher=pretrained.fingerprint(),
+        teacher=pretrained.fingerprint() | fp8,
         tokenizer=tokenizer_fingerprint(tokenizer),
         chat_template=chat_template_fingerprint(tokenizer),
         tokenizer_parts=tokenizer_parts(tokenizer),

@@ -25,17 +25,17 @@ from nemo_kd.batch import (
     join_rows,
     to_device,
 )
-from nemo_kd.config import UserInputError
-from nemo_kd.config.shared import PRECISIONS, length_multiple
+from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.config.shared import FP8_MULTIPLE, length_multiple
 from nemo_kd.data.batches import collate, form_batches, pack
 from nemo_kd.data.tokenizer import padding_id
 from nemo_kd.mcore.architecture import forward_flops
+from nemo_kd.mcore.kernels import Kernels, Machine, startup_facts
 from nemo_kd.mcore.model import (
     build_gpt_model,
     hidden_at,
     output_weight,
     transformer_config,
-    use_transformer_engine,
 )
 from nemo_kd.mcore.schedule import loss_positions, run_batch
 from nemo_kd.ops.tail_sampling import tail_uniforms
@@ -43,10 +43,12 @@ from nemo_kd.ops.topk import topk_rows
 from nemo_kd.ops.vocab import VocabShard
 
 if TYPE_CHECKING:
-    from nemo_kd.teacher.job import Run
+    from nemo_kd.teacher.job import Job, Run
 
 log = logging.getLogger(__name__)
 
+SCALING_EXAMPLES = 64
+SCALING_PASSES = 3
 
 BatchResult = tuple[list[Example], Sequence[int], TeacherRows[torch.Tensor]]
 """(examples; index of the first token of each, and of filler, in the flat batch, b * S + s;
@@ -87,22 +89,32 @@ class Teacher:
         self.max_examples = config.model.micro_batch_size
         self.max_tokens = config.max_tokens_per_batch
         self.packed = config.data.packing and groups.context_size == 1
-        self.multiple_of = length_multiple(config.model)
+        rows = FP8_MULTIPLE if config.model.fp8 else 1
+        self.multiple_of = length_multiple(config.model, rows)
         self.vocab_size = architecture.vocab_size
         self.flops = forward_flops(architecture)
-        dtype = getattr(torch, PRECISIONS[config.trainer.precision])
+        kernels = Kernels(Machine.here(), config.model, config.trainer.precision)
         self.model = build_gpt_model(
             architecture,
             transformer_config(
-                architecture, config.model, dtype, perform_initialization=False
+                architecture,
+                config.model,
+                kernels.dtype,
+                perform_initialization=False,
+                **kernels.fields,
             ),
             config.model.make_vocab_size_divisible_by,
-            use_transformer_engine(config.model.transformer_engine),
+            kernels.transformer_engine,
         )
         run.pretrained.load_weights(self.model, groups)
         self.model.eval()
+        if config.model.fp8 == "delayed":
+            self._fix_scales(run.jobs)
+        log.info(startup_facts(kernels, groups))
 
-    def start(self, examples: Sequence[Example]) -> Pass:
+    def start(
+        self, examples: Sequence[Example], mode: Any = torch.inference_mode
+    ) -> Pass:
         """Compute the examples batch by batch; all ranks of a replica call it with the same ones.
 
         On a GPU it returns before the results arrive. If a batch exceeds the GPU's memory and the
@@ -118,7 +130,9 @@ class Teacher:
             dist.all_reduce(box, op=ReduceOp.MAX, group=self.groups.lockstep)
             pending += [[]] * (int(box) - len(pending))
         while pending:
-            if self._fits(result, pending[0]):
+            with mode():
+                fits = self._fits(result, pending[0])
+            if fits:
                 del pending[0]
                 continue
             tokens = sum(example.num_tokens for example in pending[0])
@@ -188,7 +202,6 @@ class Teacher:
         )
         return [[examples[place] for place in batch] for batch in batches]
 
-    @torch.inference_mode()
     def _fits(self, result: Pass, examples: list[Example]) -> bool:
         """Compute a batch; return False if it exceeds the GPU's memory and can be split."""
         num_tokens = sum(example.num_tokens for example in examples)
@@ -223,6 +236,27 @@ class Teacher:
         result.batches.append(scored)
         result.computed_tokens += batch.tokens_BS.numel() if examples else 0
         return True
+
+    def _fix_scales(self, jobs: Sequence[Job]) -> None:
+        """Compute the first examples to find the scales of delayed FP8 scaling.
+
+        Transformer Engine updates them where gradients are enabled, which is nowhere else. The
+        first pass runs without scales. All ranks compute the same examples, and so does a later
+        run that continues the cache.
+
+        Raises:
+            ConfigError: there is no dataset.
+        """
+        if not jobs:
+            raise ConfigError("model.fp8: delayed needs a dataset; use current")
+        records = (jobs[0].dataset[index] for index in jobs[0].indices)
+        found = (record for record in records if isinstance(record, Example))
+        examples = list(itertools.islice(found, SCALING_EXAMPLES))
+        self.model.requires_grad_(False)
+        for _ in range(SCALING_PASSES):
+            self.model.set_is_first_microbatch()  # quantize the weights again
+            self.start(examples, torch.enable_grad)
+        self.model.set_is_first_microbatch()
 
     def _score(
         self,

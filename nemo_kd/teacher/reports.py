@@ -228,7 +228,6 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
         gpu = f", {size_text(torch.cuda.max_memory_allocated())} on its GPU"
     print_table(
         [
-            ("layout", run.describe_ranks()),
             (
                 "cache",
                 f"{job.config.output_path}, {num_records:,} records in {len(job.chunks)} chunks",

@@ -260,7 +260,7 @@ def compare(
     floor = SMALLEST_KL + (6 * unit) ** 2 / 2
     lines = [
         f"{len(scored)} of {len(sample.reader):,} examples, scored by "
-        f"{run.pretrained.source}: {run.describe_ranks()}",
+        f"{run.pretrained.source}",
         f"note: the cache was computed in {', '.join(sample.dtypes) or 'unknown'}",
         "",
         f"{'':36}  {'cache against teacher':^30}  {'teacher against itself':^22}",

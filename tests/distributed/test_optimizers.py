@@ -11,10 +11,21 @@ import torch
 
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.shared import ModelConfig
+from nemo_kd.config.student import StudentModelConfig
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import initialize_model_parallel
-from nemo_kd.mcore.model import build_gpt_model, transformer_config
-from nemo_kd.mcore.optimizer import ModelOptimizer, wrap_for_training
+from nemo_kd.mcore.kernels import Kernels, Machine
+from nemo_kd.mcore.model import (
+    build_gpt_model,
+    output_weight,
+    transformer_config,
+    unwrapped,
+)
+from nemo_kd.mcore.optimizer import (
+    ModelOptimizer,
+    gather_weights,
+    wrap_for_training,
+)
 from tests.tiny_models import save_hf_model
 
 LR, BETAS, EPS, WEIGHT_DECAY, CLIP = 1e-2, [0.8, 0.9], 1e-6, 0.3, 0.5
@@ -32,7 +43,7 @@ def student(tmp_path_factory):
     )
 
 
-def wrapped(student: Path, name: str):
+def wrapped(student: Path, name: str, overlap: bool = False):
     groups = initialize_model_parallel(ModelConfig(), 1)
     with open_pretrained(str(student)) as source:
         config = transformer_config(source.architecture, ModelConfig(), torch.float32)
@@ -41,12 +52,14 @@ def wrapped(student: Path, name: str):
     optim = OptimConfig(
         name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
     )
-    return wrap_for_training(model, config, optim.is_sharded), optim
+    machine = Machine(capability=(9, 0) if overlap else (0, 0))
+    kernels = Kernels(machine, StudentModelConfig(optim=optim), "32")
+    return wrap_for_training(model, config, kernels), optim
 
 
-def differences(student: Path, name: str) -> list[float]:
+def differences(student: Path, name: str, overlap: bool = False) -> list[float]:
     """Three steps of random gradients beside torch's optimizer: what the weights differ by at most after each."""
-    model, optim = wrapped(student, name)
+    model, optim = wrapped(student, name, overlap)
     optimizer = ModelOptimizer(model, optim, CLIP)
     copies = {
         name: torch.nn.Parameter(parameter.detach().clone())
@@ -72,6 +85,8 @@ def differences(student: Path, name: str) -> list[float]:
             copies[weight].grad = gradient
         norm = torch.nn.utils.clip_grad_norm_(copies.values(), CLIP)
         optimizer.step()
+        if overlap:
+            gather_weights(model)
         reference.step()
         assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
         found.append(
@@ -85,6 +100,31 @@ def differences(student: Path, name: str) -> list[float]:
 @pytest.mark.parametrize("name", list(REFERENCES))
 def test_steps_are_those_of_torch(ranks, student, name):
     assert max(ranks(1).run(differences, student, name)[0]) < 1e-6
+
+
+def test_weights_are_gathered_for_readers_outside_a_forward_pass(ranks, student):
+    found = ranks(2).run(differences, student, "distributed_fused_adam", True)
+    assert max(map(max, found)) < 1e-6
+
+
+def stale_and_waited(student: Path) -> tuple[float, float]:
+    """Difference of the output weight from the whole step's, before and after waiting for it."""
+    model, optim = wrapped(student, "distributed_fused_adam", overlap=True)
+    weight = output_weight(unwrapped(model))  # which knows of no gathering
+    optimizer = ModelOptimizer(model, optim, None)
+    for parameter in model.parameters():
+        parameter.main_grad.fill_(1.0)
+    optimizer.step()
+    before = weight.detach().clone()
+    waited = output_weight(model).detach().clone()
+    gather_weights(model)
+    return tuple(float((one - weight).abs().max()) for one in (before, waited))
+
+
+def test_the_loss_waits_for_the_weight_that_it_reads(ranks, student):
+    found = ranks(2).run(stale_and_waited, student)
+    assert max(stale for stale, _ in found) > LR / 2
+    assert [waited for _, waited in found] == [0.0, 0.0]
 
 
 class FusedAdam(torch.optim.AdamW):

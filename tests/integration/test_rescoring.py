@@ -511,7 +511,7 @@ def test_the_command_line(world, tmp_path):
         "verify", bad, "--against", teacher, "--num-examples", 99, *keys
     )
     assert done.returncode == 1, done.stderr
-    assert "2 ranks = tensor 2" in done.stdout
+    assert "tensor 2 x pipeline 1" in done.stderr
     assert "result: the cache does not match this teacher: 1 faults" in done.stdout
     done = logit_cache("verify", cache("packed"), "--against", tmp_path / "nowhere")
     assert done.returncode == 2

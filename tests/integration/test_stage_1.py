@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import psutil
@@ -22,7 +24,12 @@ from transformers import AutoModelForCausalLM
 from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import UserInputError
+from nemo_kd.config.shared import FP8_MULTIPLE
 from nemo_kd.files import Lock
+from nemo_kd.mcore import kernels
+from nemo_kd.mcore.schedule import run_batch
+from nemo_kd.teacher import job as teacher_job
+from nemo_kd.teacher import model as teacher_model
 from nemo_kd.teacher.loop import compute_topk_logits
 from nemo_kd.teacher.reports import estimate_cost
 from tests.tiny_cache import everywhere, summaries
@@ -608,3 +615,59 @@ def test_every_rank_is_told_that_another_job_writes(ranks, world, tmp_path):
     assert ranks(2).run(
         run_stage_1, model, dataset, tmp_path / "c.jsonl", {"trainer__devices": 2}
     ) == ["", ""]
+
+
+def run_in_fp8(*args: object) -> tuple[str, list[bool]]:
+    """Run stage 1 with `model.fp8` on layers without FP8; the modes that its batches ran in."""
+    modes = []
+
+    def without_fp8(machine, model, precision):
+        return kernels.Kernels(
+            machine, dataclasses.replace(model, fp8=None), precision
+        )
+
+    def observed(model, batch, groups):
+        assert batch.tokens_BS.numel() % FP8_MULTIPLE == 0
+        modes.append(torch.is_grad_enabled())
+        return run_batch(model, batch, groups)
+
+    with (
+        mock.patch.object(teacher_job, "Kernels", without_fp8),
+        mock.patch.object(teacher_model, "Kernels", without_fp8),
+        mock.patch.object(teacher_model, "run_batch", observed),
+    ):
+        return run_stage_1(*args), modes
+
+
+def test_delayed_scales_are_found_before_the_cache_is_computed(
+    ranks, world, reference
+):
+    folder, model, dataset = world
+    output = folder / "fp8.jsonl"
+    settings = {"cache__codec": "json", "model__fp8": "delayed"}
+    two = settings | {"trainer__devices": 2}
+    for message, modes in ranks(2).run(run_in_fp8, model, dataset, output, two):
+        assert message == ""
+        assert modes[:3] == [True] * 3
+        assert not any(modes[3:])  # one of the ranks computes the only segment
+    check_rows(read_rows([output]), reference)
+    settings["model__fp8"] = "current"
+    ((message, modes),) = ranks(1).run(run_in_fp8, model, dataset, output, settings)
+    assert "teacher.fp8: 'delayed' in the cache, 'current' now" in message
+    assert modes == []
+    del settings["model__fp8"]
+    (message,) = ranks(1).run(run_stage_1, model, dataset, output, settings)
+    assert "teacher.fp8: 'delayed' in the cache, None now" in message
+
+
+def test_fp8_is_refused_where_it_cannot_run(ranks, world):
+    folder, model, dataset = world
+    for fp8 in ("current", "delayed"):
+        settings = {"model__fp8": fp8}
+        (message,) = ranks(1).run(
+            run_stage_1, model, dataset, folder / "no.jsonl", settings
+        )
+        assert (
+            f"model.fp8: {fp8}, but FP8 needs Transformer Engine's layers" in message
+        )
+        assert "(here: no GPU)" in message

@@ -401,7 +401,7 @@ def test_a_dry_run_writes_nothing(world, tmp_path):
     assert status == 0, said
     assert not (tmp_path / "cache").exists()
     assert re.search(
-        r"layout +2 ranks = .*data 2.*; 32; batches of at most 8192 tokens", said
+        r"layout: +tensor 1 x pipeline 1 x context 1 x data 2, experts over 1\n", said
     )
     assert re.search(
         r"example 0, trained between « and »:\n.*«[^»]+»", said, re.DOTALL

@@ -16,10 +16,10 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.convert import convert
 from nemo_kd.data.tokenizer import load_tokenizer
-from nemo_kd.mcore import optimizer as optimizers
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import initialize_model_parallel
+from nemo_kd.mcore.kernels import Machine
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.student.data import StudentData, load_splits
@@ -169,7 +169,8 @@ def run(
         data = StudentData(
             config.model, splits, TrainingPlan(NUM_STEPS, NUM_STEPS, 1, 1), 0, groups
         )
-        with mock.patch.object(optimizers, "overlaps_gradients", return_value=overlap):
+        machine = Machine(capability=(9, 0)) if overlap else Machine()
+        with mock.patch.object(Machine, "here", return_value=machine):
             module = StudentModule(
                 config,
                 pretrained,

@@ -155,6 +155,9 @@ def test_a_context_parallel_rank_holds_its_columns_of_every_field():
 
 def test_the_length_multiple_of_layouts():
     assert length_multiple(ParallelConfig(4, 2)) == 1
+    assert length_multiple(ParallelConfig(4, 2), 16) == 16
+    assert length_multiple(ParallelConfig(4, sequence_parallel=True), 16) == 64
+    assert length_multiple(ParallelConfig(context_parallel_size=3), 16) == 48
     assert length_multiple(ParallelConfig(4, sequence_parallel=True)) == 4
     assert length_multiple(ParallelConfig(context_parallel_size=3)) == 6
     assert (

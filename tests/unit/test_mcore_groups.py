@@ -14,7 +14,7 @@ import torch
 from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import GPTArchitecture, ModelConfig, TrainerConfig
 from nemo_kd.mcore.groups import cuda_methods_on_cpu, install_cpu_support
-from nemo_kd.mcore.model import transformer_config, use_transformer_engine
+from nemo_kd.mcore.model import transformer_config
 from nemo_kd.run.ranks import join_ranks
 
 
@@ -72,16 +72,6 @@ def test_a_launcher_that_disagrees_is_refused(monkeypatch):
         match=r"1 x 2 processes are asked for, but there are 3, started by torchrun",
     ):
         join_ranks(TrainerConfig(num_nodes=1, devices=2, accelerator="cpu"))
-
-
-def test_transformer_engine_is_refused_where_it_cannot_run(monkeypatch):
-    gpus(monkeypatch, 0)
-    assert not use_transformer_engine("auto")
-    assert not use_transformer_engine("off")
-    with pytest.raises(
-        ConfigError, match=r"model.transformer_engine: on, but Transformer Engine"
-    ):
-        use_transformer_engine("on")
 
 
 def test_a_tensor_parallel_size_that_does_not_divide_is_refused():
