@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
 
-.PHONY: help quickstart test test-slurm lint format venv clean
+.PHONY: help quickstart gpu-check gpu-check-wheels gpu-check-offline test test-slurm lint format venv clean
 
 help:
 	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
+	@echo "make gpu-check    correctness and speed on this machine's GPU in eight minutes; tiny sizes without one"
 	@echo "make test         lint, type checks and tests, by WORKERS=$(WORKERS) processes, with PYTHON=$(PYTHON)"
 	@echo "make test-slurm   the tests that need Slurm, on one that is started here"
 	@echo "make format       format the code"
@@ -27,11 +28,22 @@ $(VENV)/.installed: setup.py constraints-cpu.txt
 quickstart: venv
 	$(BIN)/python examples/quickstart.py --output-dir quickstart_run
 
+gpu-check: venv
+	$(BIN)/python -m benchmarks.gpu_check
+
+# For a GPU machine without a network: build wheels/ on another machine, copy it there, run the second target there.
+gpu-check-wheels:
+	PYTHON=$(PYTHON) scripts/gpu_check_wheels.sh
+
+gpu-check-offline:
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu_check_packages wheels/*.whl
+	PYTHONPATH=$(CURDIR)/.gpu_check_packages $(PYTHON) -m benchmarks.gpu_check
+
 lint: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/shellcheck scripts/slurm/*.sh scripts/slurm/*.sbatch tests/slurm/*.sh .ci/run
+	$(BIN)/shellcheck scripts/*.sh scripts/slurm/*.sh scripts/slurm/*.sbatch tests/slurm/*.sh .ci/run
 
 format: venv
 	$(BIN)/ruff check --fix .
@@ -44,4 +56,4 @@ test-slurm: venv
 	tests/slurm/run.sh
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run wheels .gpu_check_packages gpu_check.json

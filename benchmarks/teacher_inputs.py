@@ -7,9 +7,9 @@ probability at which stage 1 keeps one. Otherwise none would, and there would be
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import random
-import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,8 +86,9 @@ def write_chats(path: Path, num_records: int) -> Path:
 
 
 def conversations() -> Iterator[list[dict[str, str]]]:
-    library = Path(sysconfig.get_path("stdlib"))
-    found = [item for name in MODULES for item in functions(library / f"{name}.py")]
+    specs = map(importlib.util.find_spec, MODULES)
+    paths = [Path(spec.origin) for spec in specs if spec and spec.origin]
+    found = [item for path in paths for item in functions(path)]
     for number, (name, docstring, source) in enumerate(found):
         ask, show = f"What does `{name}` do?", f"Write `{name}` for me:\n\n{docstring}"
         turns = [
@@ -104,6 +105,7 @@ def conversations() -> Iterator[list[dict[str, str]]]:
 
 def functions(path: Path) -> Iterator[tuple[str, str, str]]:
     """(name, docstring, source) of a module's documented functions and classes."""
+    module = path.parent.name if path.stem == "__init__" else path.stem
     text = path.read_text(encoding="utf-8")
     lines = text.splitlines()
     for node in ast.walk(ast.parse(text)):
@@ -114,7 +116,7 @@ def functions(path: Path) -> Iterator[tuple[str, str, str]]:
                 "\n".join(lines[node.lineno - 1 : node.end_lineno])
             )
             if len(source) <= MAX_CHARACTERS:
-                yield f"{path.stem}.{node.name}", docstring, source
+                yield f"{module}.{node.name}", docstring, source
 
 
 def write_one_example(path: Path, num_tokens: int) -> Path:

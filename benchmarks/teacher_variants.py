@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.teacher_inputs import MAX_LENGTH, VOCAB_SIZE
 from nemo_kd.batch import Batch, Example
-from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches, pack
@@ -31,6 +30,7 @@ from nemo_kd.ops.topk import BLOCK_BYTES
 from nemo_kd.teacher import loop
 from nemo_kd.teacher.job import Run, open_run
 from nemo_kd.teacher.model import Teacher
+from nemo_kd.tools.verify import chunks_of, verify_chunk
 from tests.tiny_data import teacher_config
 
 TOP_K = 128
@@ -76,26 +76,29 @@ class Figures:
 
 
 class Clock:
-    """Seconds from `start` to `stop`, on the wall and of the CPUs (processes that end in between included)."""
+    """Seconds from `start` to `stop`: on the wall, of the CPUs, and of the CPUs by processes that end in between alone."""
 
     def start(self) -> None:
         self._started = self._now()
 
     def stop(self) -> None:
-        self.wall_s, self.cpu_s = (
+        self.wall_s, own_cpu_s, self.workers_cpu_s = (
             now - then for now, then in zip(self._now(), self._started, strict=True)
         )
+        self.cpu_s = own_cpu_s + self.workers_cpu_s
 
     @staticmethod
-    def _now() -> tuple[float, float]:
+    def _now() -> tuple[float, float, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        used = [
+        own, of_children = (
             resource.getrusage(who)
             for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-        ]
-        return time.perf_counter(), sum(
-            usage.ru_utime + usage.ru_stime for usage in used
+        )
+        return (
+            time.perf_counter(),
+            own.ru_utime + own.ru_stime,
+            of_children.ru_utime + of_children.ru_stime,
         )
 
 
@@ -200,15 +203,16 @@ def stage_1(bench: Bench) -> Work:
         clock.stop()
         (metrics,) = folder.glob("*metrics.log")
         told = json.loads(metrics.read_text().splitlines()[-1])
-        (chunk,) = (
-            CacheReader(str(folder / "cache.jsonl.zst")).manifests[0].chunks.values()
-        )
+        chunks, _ = chunks_of(str(folder / "cache.jsonl.zst"))
+        (report,) = map(verify_chunk, chunks)
         shutil.rmtree(folder)
         return {
             "before_s": before_s,
             **told,
-            "bytes": chunk.bytes,
-            "kept_tokens": chunk.kept_tokens,
+            "examples": report.found.examples,
+            "bytes": report.found.bytes,
+            "kept_tokens": report.found.kept_tokens,
+            "problems": len(report.problems),
         }
 
     return work
