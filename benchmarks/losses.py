@@ -132,6 +132,9 @@ def methods(dtype: str) -> dict[str, Method]:
     """The rows of the first table."""
     table: dict[str, Method] = {
         TORCH_CE: baseline_losses.torch_cross_entropy,
+        f"{TORCH_CE}, compiled": baseline_losses.compiled(
+            baseline_losses.torch_cross_entropy
+        ),
         MEGATRON_CE: baseline_losses.megatron_cross_entropy,
         "`log_softmax`, `gather`, `F.kl_div` + cross-entropy": baseline_losses.gather_and_kl_div,
         "dense `F.kl_div` of all teacher logits + cross-entropy": baseline_losses.dense_kl_div,

@@ -233,7 +233,14 @@ class DistillationLoss:
             is_sampled = divergence is not None and divergence.is_sampled
             samples_NM = teacher.tail_token_ids_PM if is_sampled else None
             ids = TokenIds(labels_N, teacher.topk_token_ids_PK, samples_NM)
-        compiled = self._compiles(logits_Nv, shard)
+        num_columns = logits_Nv.shape[1]
+        compiled = self.compile and compile_passes(
+            logits_Nv.device,
+            logits_Nv.dtype,
+            num_columns,
+            shard.num_real,
+            self.scales,
+        )
         student = read_logits(
             logits_Nv, ids, self.scales, shard, self.label_smoothing > 0, compiled
         )
@@ -250,18 +257,6 @@ class DistillationLoss:
             kd_N, slope = function(student, teacher, divergence, shard.vocab_size)
             slopes.append(slope)
         return TokenLosses(ce_N, kd_N, compared), slopes, student
-
-    def _compiles(self, logits_Nv: Tensor, shard: VocabShard) -> bool:
-        if not self.compile or not shard.num_real:
-            return False
-        num_columns = logits_Nv.shape[1]
-        return compile_passes(
-            logits_Nv.device,
-            logits_Nv.dtype,
-            num_columns,
-            shard.num_real,
-            self.scales,
-        )
 
 
 class _OnLogits(torch.autograd.Function):

@@ -98,18 +98,7 @@ class _FusedLinear(torch.autograd.Function):
             of_blocks.append(losses)
             if d_hidden_NH is None:
                 continue
-            weighted = [
-                (torch.full_like(losses.ce_N, weight), slope)
-                for weight, slope in zip(weights, slopes, strict=False)
-            ]
-            write_gradient(
-                logits_Nv,
-                logits_Nv,
-                loss.scales,
-                student,
-                weighted,
-                shard,
-            )
+            _write_gradient(logits_Nv, loss.scales, student, slopes, weights, shard)
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
             if main_grad is not None:
                 _add_product(main_grad, logits_Nv, some_NH)
@@ -120,9 +109,11 @@ class _FusedLinear(torch.autograd.Function):
         total = weights[0] * ce_N.sum()
         if kd_N is not None:
             total = total + weights[1] * kd_N.sum()
-        ctx.save_for_backward(hidden_NH, weight_vH, d_hidden_NH)
+        inputs = (hidden_NH, weight_vH) if ctx.blocks else ()
+        ctx.save_for_backward(d_hidden_NH, *inputs)
         ctx.weight_with_main_grad = None if main_grad is None else weight_vH
-        ctx.options = (loss, shard, weights, buffer_Nv.numel())
+        ctx.weights = weights
+        ctx.options = (ctx.blocks, loss.scales, shard, buffer_Nv.numel())
         of_tokens = [values for values in (ce_N, kd_N, compared) if values is not None]
         ctx.mark_non_differentiable(*of_tokens)
         return total, ce_N, kd_N, compared
@@ -131,7 +122,7 @@ class _FusedLinear(torch.autograd.Function):
     def backward(
         ctx: Any, d_total: Tensor, *_: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        hidden_NH, weight_vH, d_hidden_NH = ctx.saved_tensors
+        d_hidden_NH, *inputs = ctx.saved_tensors
         unused = (None,) * 7
         if ctx.weight_with_main_grad is not None:
             # The gradient by the weight is in main_grad already.
@@ -141,25 +132,24 @@ class _FusedLinear(torch.autograd.Function):
             return d_hidden_NH, _stand_in(ctx.weight_with_main_grad), *unused
         d_weight_vH = None
         if ctx.blocks:
-            d_weight_vH = _weight_gradient(
-                hidden_NH, weight_vH, ctx.blocks, d_total, *ctx.options
-            )
+            weights = [d_total * weight for weight in ctx.weights]
+            d_weight_vH = _weight_gradient(weights, *[*inputs, *ctx.options])
         return d_hidden_NH * d_total, d_weight_vH, *unused
 
 
 def _weight_gradient(
+    weights: Sequence[Tensor],
     hidden_NH: Tensor,
     weight_vH: Tensor,
     blocks: Sequence[tuple[slice, StudentLogits, Sequence[Slope]]],
-    d_total: Tensor,
-    loss: DistillationLoss,
+    scales: Sequence[float],
     shard: VocabShard,
-    weights: tuple[float, float],
     max_logits: int,
 ) -> Tensor:
     """Return the weight's gradient, from logits of at most `max_logits` elements at a time.
 
     Args:
+        weights: of the losses, times the gradient by the sum.
         blocks: rows, and what the forward pass found there.
     """
     d_weight_vH = torch.empty_like(weight_vH)
@@ -167,18 +157,8 @@ def _weight_gradient(
         logits_Nv = hidden_NH @ weight_vH[columns].t()
         part = shard.part(columns)
         for rows, student, slopes in blocks:
-            weighted = [
-                (d_total * weight * torch.ones_like(student.label_N), slope)
-                for weight, slope in zip(weights, slopes, strict=False)
-            ]
-            write_gradient(
-                logits_Nv[rows],
-                logits_Nv[rows],
-                loss.scales,
-                student.at(part),
-                weighted,
-                part,
-            )
+            of_part = student.at(part)
+            _write_gradient(logits_Nv[rows], scales, of_part, slopes, weights, part)
         torch.mm(logits_Nv.t(), hidden_NH, out=d_weight_vH[columns])
     return d_weight_vH
 
@@ -196,6 +176,23 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
         return None
     weight_vH.grad_added_to_main_grad = True
     return torch.empty_like(weight_vH)
+
+
+def _write_gradient(
+    logits_Nv: Tensor,
+    scales: Sequence[float],
+    student: StudentLogits,
+    slopes: Sequence[Slope],
+    weights: Sequence[float | Tensor],
+    shard: VocabShard,
+) -> None:
+    """Turn the logits into the gradient of the weighted sum of their losses."""
+    ones_N = torch.ones_like(student.label_N)
+    losses = [
+        (ones_N * weight, slope)
+        for weight, slope in zip(weights, slopes, strict=False)
+    ]
+    write_gradient(logits_Nv, logits_Nv, scales, student, losses, shard)
 
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:

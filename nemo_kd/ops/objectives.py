@@ -171,16 +171,6 @@ LABEL_ESTIMATORS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 """By name: log q(y) - log p(y) -> (value, derivative by log q(y)), all [N]."""
 
-DIVERGENCES = (
-    "forward_kl",
-    "reverse_kl",
-    "jsd",
-    "skewed_forward_kl",
-    "skewed_reverse_kl",
-    "adaptive_kl",
-    "tvd",
-)
-
 
 def _weighted(weight_NE: Tensor, values_NE: Tensor) -> Tensor:
     """weight * values, 0 where the weight is 0: the values may be infinite or nan there."""

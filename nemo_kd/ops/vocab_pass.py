@@ -145,7 +145,6 @@ def gradient_pass(
     """
     fill = _compiled(_fill_in_one_loop) if compiled else _fill_in_one_loop
     softmax_sums_NS = None if compiled else local_sum_exp_NS
-    sums_nothing = softmax_sums_NS is not None and not softmax_sums_NS.all()
     all_index_NJ = torch.cat([columns.index_NJ for columns, _ in added], dim=1)
     all_added_NJ = torch.cat([values_NJ for _, values_NJ in added], dim=1)
     for rows, block in _blocks(logits_Nv, shard, compiled):
@@ -163,8 +162,6 @@ def gradient_pass(
             fill(block, scales, some)
         else:
             _fill_through_softmax(block, scales, some, softmax_sums_NS[rows])
-            if sums_nothing:  # nan
-                block.masked_fill_(softmax_sums_NS[rows, :1] == 0, 0)
         if constant_N is not None:
             block += constant_N[rows, None].to(block.dtype)
         if kept is not None:
@@ -179,8 +176,7 @@ def gradient_pass(
                 values_NJ += constant_N[rows, None]
             if kept is not None:
                 values_NJ = _replaced(values_NJ, index_NJ, kept_columns, kept_NK)
-            same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
-            values_NJ += torch.where(same_NJJ, added_NJ[:, None], 0).sum(dim=-1)
+            values_NJ += _sums_per_column(index_NJ, added_NJ)
             scatter(block, index_NJ, values_NJ.to(block.dtype))
         if block.data_ptr() != logits_Nv[rows].data_ptr():
             logits_Nv[rows, : shard.num_real] = block
@@ -212,6 +208,12 @@ def _replaced(
     return torch.where(is_kept_NJK.any(dim=-1), at_kept_NJ, values_NJ)
 
 
+def _sums_per_column(index_NJ: Tensor, values_NJ: Tensor) -> Tensor:
+    """Return at each place the sum of the values that have its column."""
+    same_NJJ = index_NJ[:, :, None] == index_NJ[:, None]
+    return torch.where(same_NJJ, values_NJ[:, None], 0).sum(dim=-1)
+
+
 def _row_sums(block: Tensor, scales: Sequence[float]) -> tuple[Tensor, Tensor]:
     """Return (maximum [N], log-sum-exp relative to it [N, S]); log_softmax reads a row once."""
     block = block.to(reduction_dtype(block))
@@ -237,6 +239,8 @@ def _fill_through_softmax(
     torch.softmax(block, dim=-1, out=block).mul_(coefficients_NS[:, :1])
     if at_scale is not None:
         block += at_scale
+    if not local_sum_exp_NS.all():  # a softmax of nothing is nan
+        block.masked_fill_(local_sum_exp_NS[:, :1] == 0, 0)
 
 
 def _fill_in_one_loop(
@@ -272,8 +276,10 @@ def compile_passes(
     Every process compiles for itself, without collectives; torch's cache on disk makes it short.
 
     Returns:
-        False, with a warning, if there is no compiler or it fails.
+        False if there is nothing to compute; with a warning if there is no compiler or it fails.
     """
+    if not num_real:
+        return False
     started_s = time.perf_counter()
     # A part of the rows, or the kernels would be those of whole tensors.
     logits_Nv = torch.zeros(2 * COMPILED_ROWS, num_columns, dtype=dtype, device=device)

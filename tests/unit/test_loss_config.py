@@ -20,7 +20,8 @@ from nemo_kd.student.loss import StudentLoss, load_custom_loss
 
 
 def test_names_are_those_of_the_operators():
-    assert config_loss.DIVERGENCES == objectives.DIVERGENCES
+    for name in config_loss.DIVERGENCES:
+        assert callable(getattr(objectives, name))
     assert tuple(objectives.LABEL_ESTIMATORS) == config_loss.LABEL_ESTIMATORS
 
 
