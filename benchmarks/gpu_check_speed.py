@@ -305,7 +305,12 @@ def student_speed() -> Iterator[Check]:
         teacher = write_teacher(folder / sizes.teacher, sizes.teacher)
         dataset = write_chats(folder / "chats.jsonl", sizes.batch_size * sizes.steps)
         cache = folder / "cache_CHUNK_ID.jsonl.zst"
-        keys = {"cache__min_probability": 0.0, "model__max_seq_length": MAX_LENGTH}
+        keys: dict[str, Any] = {
+            "cache__min_probability": 0.0,
+            "model__max_seq_length": MAX_LENGTH,
+            # As all float32 of the check.
+            "model__transformer_engine": "off",
+        }
         compute_topk_logits(teacher_config(teacher, dataset, cache, top_k=64, **keys))
         setting = Setting(
             folder,
