@@ -153,6 +153,7 @@ CASES = [
     },
     {"kd_loss": "reverse_kl", "temperature": 2.0},
     {"kd_loss": "forward_kl", "support": "sampled"},
+    {"kd_loss": "forward_kl", "compile": "on"},
     {"kd_loss": "k2"},
     {"kd_loss": "k3"},
 ]
