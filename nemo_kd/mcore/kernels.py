@@ -6,10 +6,8 @@ The model is built, and the run described, from the same `Kernels`.
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import logging
 import socket
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,8 +33,8 @@ FP8_FIELDS = {
 FP8_RECIPES = {"current": "tensorwise", "delayed": "delayed"}
 """`model.fp8` -> Megatron's name of it."""
 NO_ENGINE = "no Transformer Engine"
-MAX_SHOWN = 8
-"""Hosts shown, and ranks per host; of more only the first and the last."""
+MAX_RANKS_SHOWN = 64
+"""Of more ranks only the first and the last are shown."""
 
 
 @dataclass(frozen=True)
@@ -180,24 +178,15 @@ def startup_facts(kernels: Kernels, groups: ProcessGroups) -> str:
         "GEMM": f"{layers}, {kernels.dtype}{fp8}",
         "fusions": ", ".join(name for name, why in reasons.items() if not why),
         "unused": "; ".join(f"{name} ({why})" for name, why in reasons.items() if why),
-        "ranks": places(gather(lambda: (socket.gethostname(), place))),
     }
     if isinstance(model, StudentModelConfig):
-        facts["Adam"] = ADAMS.get(kernels.machine.adam, "torch's")
+        adam = ADAMS.get(kernels.machine.adam, "torch's")
+        facts["Adam"] = f"{adam}, {model.optim.name}"
+    places = gather(lambda: f"{place} on {socket.gethostname()}")
+    shown = [f"{number} = {text}" for number, text in enumerate(places)]
+    if len(shown) > MAX_RANKS_SHOWN:
+        shown[1:-1] = ["..."]
+    facts["ranks"] = "\n  ".join(["rank = (tp, pp, cp, ep, dp)", *shown])
     return "\n".join(
         f"{name + ':':<12}{text or 'none'}" for name, text in facts.items()
     )
-
-
-def places(found: Sequence[tuple[str, tuple[int, ...]]]) -> str:
-    """Describe the host and the place in the layout of every rank, host by host."""
-    hosts = [
-        f"{host}: {'; '.join(_some([f'{rank} = {place}' for rank, (_, place) in ranks]))}"
-        for host, ranks in itertools.groupby(enumerate(found), lambda one: one[1][0])
-    ]
-    return "\n  ".join(["rank = (tp, pp, cp, ep, dp)", *_some(hosts)])
-
-
-def _some(texts: list[str]) -> list[str]:
-    """Return all of a few texts, of many the first and the last."""
-    return texts if len(texts) <= MAX_SHOWN else [texts[0], "...", texts[-1]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -90,9 +90,9 @@ def release(model: torch.nn.Module) -> None:
             del parameter.main_param
 
 
-def gather_weights(model: torch.nn.Module) -> None:
-    """Finish gathering all weights, before reading them outside a forward pass."""
-    for ddp in chunks(model):
+def gather_weights(wrapped: Iterable[Any]) -> None:
+    """Finish gathering all weights of a model's chunks, before reading them outside a forward pass."""
+    for ddp in wrapped:
         if ddp.use_forward_hook:
             ddp.start_param_sync(force_sync=True)
 
@@ -190,8 +190,7 @@ class ModelOptimizer(torch.optim.Optimizer):
 
         It gathers the model's weights, which such a checkpoint holds too.
         """
-        for chunk in self.chunks:
-            gather_weights(chunk)
+        gather_weights(self.chunks)
         return self.megatron.sharded_state_dict(
             model_state, is_loading=is_loading, metadata=sharding_metadata()
         )

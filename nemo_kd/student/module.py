@@ -388,7 +388,7 @@ class StudentModule(pl.LightningModule):
 
     def save_to(self, path: Path) -> None:
         """Write the .nemo archive and the folders of `export`; every rank calls this."""
-        gather_weights(self.model)
+        gather_weights(chunks(self.model))
         save_model(
             path,
             self.gpt,

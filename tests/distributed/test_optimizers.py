@@ -86,7 +86,7 @@ def differences(student: Path, name: str, overlap: bool = False) -> list[float]:
         norm = torch.nn.utils.clip_grad_norm_(copies.values(), CLIP)
         optimizer.step()
         if overlap:
-            gather_weights(model)
+            gather_weights([model])
         reference.step()
         assert optimizer.grad_norm == pytest.approx(float(norm), rel=1e-5)
         found.append(
@@ -117,7 +117,7 @@ def stale_and_waited(student: Path) -> tuple[float, float]:
     optimizer.step()
     before = weight.detach().clone()
     waited = output_weight(model).detach().clone()
-    gather_weights(model)
+    gather_weights([model])
     return tuple(float((one - weight).abs().max()) for one in (before, waited))
 
 

@@ -162,9 +162,16 @@ def test_every_figure_of_every_source(ranks, world, tmp_path, kd_loss_weight):
     )
     assert f"{num_examples} examples, about {tokens:,} tokens" in said
     assert (
-        "layout:     tensor 1 x pipeline 1 x context 1 x data 2; 32, distributed_fused_adam"
+        "layout:     tensor 1 x pipeline 1 x context 1 x data 2, experts over 1\n"
         in said
     )
+    for line in (
+        "GEMM:       torch, torch.float32",
+        "fusions:    none",
+        "Adam:       torch's, distributed_fused_adam",
+        "  1 = (0, 0, 0, 0, 1) on ",
+    ):
+        assert f"\n{line}" in said
     weights = sum(
         parameter.numel()
         for parameter in AutoModelForCausalLM.from_pretrained(student).parameters()

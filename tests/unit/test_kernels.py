@@ -18,8 +18,9 @@ from nemo_kd.config.shared import (
 )
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.config.teacher import TeacherModelConfig
+from nemo_kd.mcore import kernels as kernels_module
 from nemo_kd.mcore.groups import ProcessGroups
-from nemo_kd.mcore.kernels import Kernels, Machine, places, startup_facts
+from nemo_kd.mcore.kernels import Kernels, Machine, startup_facts
 
 CPU = Machine(transformer_engine=True, apex=True)
 FULL = replace(CPU, capability=(9, 0), adam="transformer_engine")
@@ -134,9 +135,9 @@ def test_every_kernel_is_a_line(groups):
         "GEMM:       Transformer Engine, torch.bfloat16",
         "fusions:    apply_rope_fusion, bias_activation_fusion, overlap_grad_reduce, overlap_param_gather",
         "unused:     gradient_accumulation_fusion (frozen weights)",
+        "Adam:       Transformer Engine's, distributed_fused_adam",
         "ranks:      rank = (tp, pp, cp, ep, dp)",
-        f"  {socket.gethostname()}: 0 = (0, 0, 0, 1, 0)",
-        "Adam:       Transformer Engine's",
+        f"  0 = (0, 0, 0, 1, 0) on {socket.gethostname()}",
     ]
     lines = described(BARE, groups, transformer_engine="off")
     assert lines[0].endswith(
@@ -147,7 +148,7 @@ def test_every_kernel_is_a_line(groups):
         "norms:      torch, modules",
         "GEMM:       torch, torch.bfloat16",
     ]
-    assert lines[-1] == "Adam:       torch's"
+    assert lines[6] == "Adam:       torch's, distributed_fused_adam"
 
 
 def test_a_fallback_on_a_gpu_is_one_warning(groups, caplog):
@@ -160,21 +161,19 @@ def test_a_fallback_on_a_gpu_is_one_warning(groups, caplog):
     assert len(caplog.records) == 1
 
 
-def test_many_ranks_are_shown_by_the_first_and_the_last():
-    found = [
-        (f"node{rank // 16}", (rank % 16, 0, 0, 0, rank // 16)) for rank in range(32)
-    ]
-    assert places(found).splitlines() == [
-        "rank = (tp, pp, cp, ep, dp)",
-        "  node0: 0 = (0, 0, 0, 0, 0); ...; 15 = (15, 0, 0, 0, 0)",
-        "  node1: 16 = (0, 0, 0, 0, 1); ...; 31 = (15, 0, 0, 0, 1)",
-    ]
-    few = [(f"node{rank // 2}", (0, 0, 0, 0, rank)) for rank in range(4)]
-    assert (
-        places(few).splitlines()[1]
-        == "  node0: 0 = (0, 0, 0, 0, 0); 1 = (0, 0, 0, 0, 1)"
-    )
-    assert len(places([(f"node{n}", (n,)) for n in range(100)]).splitlines()) == 4
+def test_of_many_ranks_the_first_and_the_last_are_shown(groups, monkeypatch):
+    for num_ranks, num_lines in ((64, 64), (65, 3)):
+        everywhere = [
+            f"(0, 0, 0, 0, {rank}) on node{rank // 8}" for rank in range(num_ranks)
+        ]
+        monkeypatch.setattr(
+            kernels_module, "gather", lambda _, found=everywhere: found
+        )
+        shown = described(FULL, groups)[8:]
+        assert len(shown) == num_lines
+        assert shown[0] == "  0 = (0, 0, 0, 0, 0) on node0"
+        last = num_ranks - 1
+        assert shown[-1] == f"  {last} = (0, 0, 0, 0, {last}) on node{last // 8}"
 
 
 @pytest.mark.parametrize(
