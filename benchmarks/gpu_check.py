@@ -14,6 +14,7 @@ import contextlib
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -41,7 +42,7 @@ A step may also use what the steps before it saved.
 """
 PLAN_MINUTES = sum(PLAN_S.values()) / 60
 GRACE_S = 5.0
-SHOWN_LINES, KEPT_LINES = 15, 80
+SHOWN_LINES, KEPT_LINES = 15, 200
 
 
 @dataclass
@@ -101,10 +102,16 @@ class Outcome:
 
 
 def run_step(step: str, limit_s: float, folder: Path) -> Outcome:
-    """Run one step in its own process, which returns its findings in a file and ends itself after `limit_s`."""
+    """Run one step in its own process, which returns its findings in a file; a hanging one shows where."""
     result = folder / f"{step.replace(' ', '_')}.json"
-    command = [sys.executable, "-m", "benchmarks.gpu_check_steps", step]
-    command += [str(result), str(limit_s)]
+    command = [
+        sys.executable,
+        "-X",
+        "faulthandler",
+        "-m",
+        "benchmarks.gpu_check_steps",
+    ]
+    command += [step, str(result)]
     environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
     environment.setdefault("OMP_NUM_THREADS", "2")
     started_s = time.monotonic()
@@ -117,9 +124,12 @@ def run_step(step: str, limit_s: float, folder: Path) -> Outcome:
             start_new_session=True,
         )
         try:
-            status = process.wait(limit_s + GRACE_S)
+            status = process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            status = -signal.SIGKILL
+            status = -signal.SIGABRT
+            process.send_signal(signal.SIGABRT)  # prints the stack of every thread
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
         finally:
             # Its own processes too: one that is left would hold the GPU's memory.
             with contextlib.suppress(ProcessLookupError):
@@ -187,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="longest time for all steps together, divided as planned; default %(default)g",
     )
     options = parser.parse_args(arguments)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # an aborted step leaves no core
     started_s = time.monotonic()
     date = datetime.now().astimezone().isoformat(timespec="seconds")
     outcomes: list[Outcome] = []

@@ -1,4 +1,4 @@
-"""The steps of `benchmarks.gpu_check`, each run as `python -m benchmarks.gpu_check_steps STEP RESULT.json SECONDS`.
+"""The steps of `benchmarks.gpu_check`, each run as `python -m benchmarks.gpu_check_steps STEP RESULT.json`.
 
 A step yields its checks, each a name and a function that returns a Finding; an error in one is reported, and the next
 one runs. The speed steps are in `benchmarks.gpu_check_speed`. On a GPU the sizes are those of real models, on a CPU tiny.
@@ -6,7 +6,6 @@ one runs. The speed steps are in `benchmarks.gpu_check_speed`. On a GPU the size
 
 from __future__ import annotations
 
-import faulthandler
 import functools
 import importlib.metadata
 import itertools
@@ -469,9 +468,7 @@ STEPS: dict[str, Callable[[], Iterator[Check]]] = {
 
 def main() -> None:
     """Run one step; write the findings after each check, so that a stopped step leaves some."""
-    step, result, limit_s = sys.argv[1:]
-    # Shows where a step hangs, in every thread, and ends it.
-    faulthandler.dump_traceback_later(float(limit_s), exit=True)
+    step, result = sys.argv[1:]
     findings = {}
     for name, check in STEPS[step]():
         try:
