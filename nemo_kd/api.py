@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from nemo_kd.cli.aligner_keys import config_of, with_keys
 from nemo_kd.cli.compute_topk_logits import COMMAND as STAGE_1
 from nemo_kd.cli.convert_checkpoint import COMMAND as CONVERSION
-from nemo_kd.cli.run import Command
+from nemo_kd.cli.run import Command, silence_libraries
 from nemo_kd.cli.train_gpt_knowledge_distillation import COMMAND as STAGE_2
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
@@ -64,6 +64,7 @@ def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> N
 
 
 def _run(command: Command, config: Any) -> Any:
+    silence_libraries()
     if isinstance(config, Mapping):
         cfg, _ = config_of(with_keys(config, command.name), command.name)
         config = typed(command.config_class, cfg)

@@ -120,6 +120,11 @@ class Manifest:
             manifest.digest = _sha256(content)
             if manifest.codec["name"] not in CODECS or manifest.num_chunks < 1:
                 raise ValueError("codec.name or the number of chunks is not valid")
+            for name in ("top_k", "vocab_size"):
+                if known[name] < 1:
+                    raise ValueError(
+                        f"{name}: found {known[name]}, expected at least 1"
+                    )
             return manifest
         except (
             ValueError,

@@ -235,6 +235,14 @@ class CacheReader:
             if summary is None:
                 return None
             manifest.chunks[key] = summary
+            covered = (summary.first_index, summary.last_index)
+            expected = manifest.records_of(key)
+            if manifest.merged_chunks is None and covered != expected:
+                raise CacheError(
+                    f"{where}: its index covers the records {covered}, the manifest expects "
+                    f"{expected}: it is a copy of another chunk; restore it, or delete it and run "
+                    "compute_topk_logits again"
+                )
             if size != summary.bytes:
                 raise CacheError(
                     f"{where}: {size} bytes, but its index says {summary.bytes}; the file is "

@@ -99,7 +99,8 @@ def read_argument(argument: str, command: str, config_class: type) -> tuple[str,
     match = _ARGUMENT.fullmatch(argument)
     if match is None:
         name = argument.partition("=")[0]
-        close = suggestion(name, known_keys(config_class))
+        known = known_keys(config_class)
+        close = "" if name in known else suggestion(name, known)
         raise ConfigError(
             f"{name}: arguments are given as key=value, without dashes and blanks{close}; --help "
             "lists the keys"

@@ -9,7 +9,7 @@ from typing import Any
 
 from nemo_kd.cli.compute_topk_logits import PLAN
 from nemo_kd.cli.options import OptionParser, count, path
-from nemo_kd.cli.run import configure_logging, run
+from nemo_kd.cli.run import check_writable, configure_logging, run
 from nemo_kd.config import ConfigError
 from nemo_kd.files import print_text
 from nemo_kd.run.endings import errors_end_the_process
@@ -65,6 +65,10 @@ def _inspect(arguments: argparse.Namespace) -> int:
         spread,
     )
 
+    if arguments.html:
+        folder = os.path.dirname(arguments.html) or "."
+        check_writable("--html", folder)
+        os.makedirs(folder, exist_ok=True)
     reader = CacheReader(arguments.path, partial=True)
     tokenizer = None
     if arguments.tokenizer:
@@ -184,8 +188,10 @@ def _convert(arguments: argparse.Namespace) -> int:
 
 
 def _merge(arguments: argparse.Namespace) -> int:
+    from nemo_kd.cache.layout import CacheLayout
     from nemo_kd.tools.merge import merge
 
+    check_writable("--output", CacheLayout(arguments.output).folder)
     manifest = merge(
         arguments.sources,
         arguments.output,

@@ -8,6 +8,7 @@ import os
 import pkgutil
 import shutil
 import sys
+import tarfile
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -34,6 +35,9 @@ IGNORED_WARNINGS = (
     "The `srun` command is available",  # a hint for programs that do not start their ranks
 )
 """Warnings of libraries that a user can do nothing about."""
+
+MODEL_FILES = {"config.json", "model_config.yaml", ".metadata"}
+"""Each marks a folder of a model, or of a checkpoint, whose error names the next step."""
 
 RESOLVERS = {
     "multiply": operator.mul,
@@ -131,6 +135,11 @@ def configure_logging() -> None:
     logger.handlers = [logging.StreamHandler()]
     logger.propagate = False
     logger.setLevel(level)
+    silence_libraries()
+
+
+def silence_libraries() -> None:
+    """Drop messages of libraries that a user can do nothing about."""
     warnings.filterwarnings("ignore", "|".join(IGNORED_WARNINGS))
     # Megatron misses Apex and Transformer Engine.
     warnings.filterwarnings("ignore", module=r"megatron\.")
@@ -159,6 +168,15 @@ def check_model(key: str, path: str) -> None:
         raise ConfigError(
             f"{key}: {path} does not exist or may not be read; give a Hugging Face folder or a "
             ".nemo archive"
+        )
+    if os.path.isdir(path):
+        is_model = bool(MODEL_FILES & {*os.listdir(path)})
+    else:
+        is_model = tarfile.is_tarfile(path)
+    if not is_model:
+        raise ConfigError(
+            f"{key}: {path} is neither a Hugging Face folder (config.json) nor a .nemo archive or "
+            "its content (model_config.yaml)"
         )
 
 

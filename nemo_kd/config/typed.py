@@ -275,15 +275,21 @@ def suggestion(name: str, known: Iterable[str]) -> str:
     """
     known = list(known)
     plain = name.strip("- ").replace("-", "_")
-    meanings = {plain, plain.rpartition(".")[2]}
+    last = plain.rpartition(".")[2]
+    foreign: dict[str, str] = {}
     keys = remark = ""
     for line in FOREIGN_NAMES.strip().splitlines():
         if not line.startswith(" "):
             keys, _, remark = line.partition(" | ")
-        elif meanings & {*line.split()}:
-            for key in keys.split():
-                if key in known or key.rpartition(".")[0] in known:
-                    return f" (did you mean {f'{key}? {remark}'.strip()})"
-    last_parts = {key.rpartition(".")[2]: key for key in known}
-    close = difflib.get_close_matches(plain, [*known, *last_parts], n=1, cutoff=0.7)
-    return f" (did you mean {last_parts.get(close[0], close[0])}?)" if close else ""
+            continue
+        for key in keys.split():
+            if key in known or key.rpartition(".")[0] in known:
+                meaning = f"{key}? {remark}".strip()
+                foreign = dict.fromkeys(line.split(), meaning) | foreign
+                break
+    names = {key.rpartition(".")[2]: f"{key}?" for key in known}
+    names |= {key: f"{key}?" for key in known} | foreign
+    close = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
+    if last in foreign:
+        close = [last]
+    return f" (did you mean {names[close[0]]})" if close else ""

@@ -124,6 +124,7 @@ def test_numbers_lists_mappings_quotes_and_null_keep_their_meaning():
         ),
         (TrainStudentConfig, "--num-train-epochs=3", "distillation.max_epochs?"),
         (ConvertCheckpointConfig, "a b", "a: arguments are given as key=value"),
+        (ComputeTopkLogitsConfig, "top_k", "dashes and blanks; --help lists"),
         (ComputeTopkLogitsConfig, "1x=3", "1x: arguments are given as key=value"),
         (ComputeTopkLogitsConfig, "top-k=5", "(did you mean top_k?)"),
         (ComputeTopkLogitsConfig, "'top_k =5'", "(did you mean top_k?)"),
@@ -232,6 +233,7 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
     ("key", "answer"),
     [
         ("learning_rate", "did you mean model.optim.lr?"),
+        ("modell", "did you mean pretrained_checkpoint.restore_from_path?"),
         (
             "gradient_accumulation_steps",
             "model.global_batch_size? micro_batch_size x data-parallel ranks x accumulation",

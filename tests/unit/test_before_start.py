@@ -54,6 +54,7 @@ def check_before_start(config) -> None:
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
     (tmp_path / "file").write_text("{}\n")
     for number in range(2):
         (tmp_path / f"train_{number}.jsonl").write_text("{}\n")
@@ -129,6 +130,15 @@ def test_what_can_work_passes(here):
         (
             lambda: teacher(model="none"),
             "pretrained_checkpoint.restore_from_path: none does not exist or may not be read; give",
+        ),
+        (lambda: teacher(model="."), "restore_from_path: . is neither a Hugging Face"),
+        (
+            lambda: student(model="file"),
+            "restore_from_path: file is neither a Hugging",
+        ),
+        (
+            lambda: ConvertCheckpointConfig(".", "b"),
+            "input_path: . is neither a Hugging",
         ),
         (
             lambda: teacher(data="none.jsonl"),

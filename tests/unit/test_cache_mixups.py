@@ -46,6 +46,14 @@ def test_a_complete_chunk_of_other_records_is_computed_again(tmp_path):
     writer.close()
 
 
+def test_a_copy_of_another_chunk_is_not_read(tmp_path):
+    path = write(tmp_path, codec="packed")
+    for name in ("train_{}.jsonl", "train_{}.jsonl.idx"):
+        shutil.copyfile(tmp_path / name.format(0), tmp_path / name.format(1))
+    with pytest.raises(CacheError, match="train_1.jsonl: .* copy of another chunk"):
+        CacheReader(str(path))
+
+
 def test_segments_of_a_file_that_is_named_like_a_chunk_are_left_alone(tmp_path):
     alone = CacheLayout(str(tmp_path / "train_7.jsonl"))
     one = manifest("packed", n_examples_per_chunk=None)

@@ -430,6 +430,16 @@ def test_parts_become_one_cache(tmp_path):
         merge([str(tmp_path / "part_CHUNK_ID.jsonl.zst")], str(target))
 
 
+def test_the_folder_of_a_merged_cache_is_checked_first(tmp_path):
+    (tmp_path / "file").touch()
+    target = tmp_path / "file" / "c_CHUNK_ID.jsonl.zst"
+    result = command("merge", tmp_path / "none.jsonl.zst", "--output", target)
+    assert result.returncode == 2
+    assert result.stderr.startswith(
+        f"error: --output: {tmp_path}/file cannot be written"
+    )
+
+
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     first, third = part(tmp_path, 0, 0, 3), part(tmp_path, 2, 6, 9)
     target = str(tmp_path / "c_CHUNK_ID.jsonl.zst")

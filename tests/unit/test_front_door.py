@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import nemo_kd
+from nemo_kd.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
 LIGHT = ["torch", "numpy", "orjson", "zstandard"]
@@ -131,3 +133,13 @@ for name in nemo_kd.__all__:
     result = run_with_light_packages(code)
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) > 0
+
+
+def test_the_python_functions_drop_what_megatron_warns_of():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        with pytest.raises(ConfigError, match="output_path"):
+            nemo_kd.compute_topk_logits({})
+        for module in ("megatron.core.utils", "another"):
+            warnings.warn_explicit("Apex is missing", UserWarning, "x.py", 1, module)
+    assert len(shown) == 1

@@ -80,6 +80,8 @@ def test_values_of_the_json_codec_out_of_range_are_refused(field, value, message
         },
         {"merged_chunks": 10**9},
         {"codec": []},
+        {"top_k": -1},
+        {"vocab_size": 0},
         {"dataset": None},
         {"format_version": 2, "chunks": {"9" * 5000: {}}},
         {"format_version": 2, "chunks": 7},

@@ -340,7 +340,11 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--html", "{folder}/none/p.html"), "check the path, or restore its folder"),
+        (
+            ("--html", "{folder}/file/p.html"),
+            "--html: {folder}/file cannot be written",
+        ),
+        (("--html", "{folder}/none/p.html", "--example", "-1"), "--example: -1 lies"),
         (
             ("--tokenizer", "{folder}/none"),
             "none: expected a regular file, found none; check the path",
@@ -350,9 +354,10 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
 )
 def test_what_cannot_be_done_is_told(tmp_path, words, message):
     path = write(tmp_path)
+    (tmp_path / "file").touch()
     given = [word.format(folder=tmp_path) for word in words]
     arguments = parser().parse_args(["inspect", str(path), *given])
-    with pytest.raises(UserInputError, match=message):
+    with pytest.raises(UserInputError, match=message.format(folder=tmp_path)):
         arguments.run(arguments)
 
 
