@@ -104,7 +104,7 @@ class CacheReader:
         chunk, line, place = self._locate(position)
         where = self.where(position)
         raw = self._lines.read(self.storage.read(*place), where)
-        row = decode(raw, where, index=line)
+        row = decode(raw, where, index=self._first + position)
         if row.example.num_tokens != chunk.index.num_positions[line]:
             raise CacheError(
                 f"{where}: the line differs from the one that its index was made for; delete "

@@ -148,7 +148,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     from nemo_kd.cache.index import ChunkSummary
     from nemo_kd.cache.reader import CacheReader
     from nemo_kd.config.data import CacheConfig
-    from nemo_kd.tools.recode import Tokenizer, convert
+    from nemo_kd.data.tokenizer import load_tokenizer_of
+    from nemo_kd.tools.recode import convert
     from nemo_kd.tools.vllm_files import VllmRows
 
     cache = CacheConfig(
@@ -161,10 +162,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     source = (VllmRows if is_vllm else CacheReader)(arguments.source)
     tokenizer = None
     if arguments.tokenizer:
-        from nemo_kd.data.tokenizer import load_tokenizer_of, tokenizer_fingerprint
-
-        loaded = load_tokenizer_of(arguments.tokenizer)
-        tokenizer = Tokenizer(tokenizer_fingerprint(loaded), len(loaded))
+        tokenizer = load_tokenizer_of(arguments.tokenizer)
     elif not source.manifests:
         print(
             "warning: without --tokenizer, training cannot check that the student's is the same",

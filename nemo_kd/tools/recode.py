@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import SUFFIXES, CacheError, CacheLayout
@@ -21,6 +21,7 @@ from nemo_kd.cache.reduce import keep, limited
 from nemo_kd.cache.segment import Record, publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.data import CacheConfig
+from nemo_kd.data.tokenizer import tokenizer_fingerprint
 from nemo_kd.tools.vllm_files import VllmRows
 
 Source = CacheReader | VllmRows
@@ -31,13 +32,6 @@ MISSING = "not in the source"
 """Reason why a record makes no row."""
 
 
-class Tokenizer(NamedTuple):
-    """Fingerprint (`data.tokenizer.tokenizer_fingerprint`) and number of tokens."""
-
-    fingerprint: str
-    size: int
-
-
 def convert(
     source: Source,
     target: str,
@@ -45,7 +39,7 @@ def convert(
     top_k: int | None = None,
     vocab_size: int | None = None,
     n_examples_per_chunk: int | None = None,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Manifest:
     """Write the rows of `source` to `target`, with a progress bar; a killed conversion resumes.
 
@@ -53,8 +47,8 @@ def convert(
         target: a file or a template; its suffix chooses the container.
         cache: codec, and the tokens to keep. Temperatures and stored positions are the source's.
         vocab_size: of a source without a manifest.
-        tokenizer: of a source without a manifest; without one, training cannot compare it with
-            the student's.
+        tokenizer: the teacher's, of a source without a manifest; without one, training cannot
+            compare it with the student's.
 
     Raises:
         CacheError: the source is damaged or out of order, or the target holds something else.
@@ -66,8 +60,7 @@ def convert(
         )
     if Path(source.path).resolve() == Path(target).resolve():
         raise CacheError(f"{target}: is the source; give another target")
-    row_at = _numbered_rows(source)
-    ends = (row_at(0).example.index, row_at(len(source) - 1).example.index)
+    ends = (source[0].example.index, source[len(source) - 1].example.index)
     if ends[1] < ends[0]:
         raise CacheError(
             f"{source.path}: ends with a lower index than it begins; sort the lines by index"
@@ -86,7 +79,7 @@ def convert(
         for segment in tqdm(
             writer.missing_segments(), unit=" segments", desc="converting"
         ):
-            records = list(_records(source, row_at, segment[1], cache, manifest))
+            records = list(_records(source, segment[1], cache, manifest))
             publish_segment(
                 layout, manifest, segment, records, {"converted_from": source.path}
             )
@@ -97,38 +90,18 @@ def convert(
     return writer.manifest
 
 
-def _numbered_rows(source: Source) -> Callable[[int], CachedExample]:
-    """Return access to the rows by position, which is their index if every chunk begins with 0.
-
-    NeMo-Aligner's lines have no index, so readers take their place in the chunk.
-    """
-
-    def row_at(position: int) -> CachedExample:
-        row = source[position]
-        return replace(row, example=replace(row.example, index=position))
-
-    if isinstance(source, CacheReader) and not source.manifests:
-        starts = np.cumsum([0, *source.chunk_sizes()])[:-1].tolist()
-        if len(starts) > 1 and all(
-            source[start].example.index == 0 for start in starts
-        ):
-            return row_at
-    return source.__getitem__
-
-
 def _records(
     source: Source,
-    row_at: Callable[[int], CachedExample],
     indices: range,
     cache: CacheConfig,
     manifest: Manifest,
 ) -> Iterator[Record]:
     """Yield the reduced row of every index, or why there is none."""
     positions = range(len(source))
-    first = bisect_left(positions, indices[0], key=lambda at: row_at(at).example.index)
+    first = bisect_left(positions, indices[0], key=lambda at: source[at].example.index)
     expected = indices[0]
     for position in positions[first:]:
-        row = row_at(position)
+        row = source[position]
         index = row.example.index
         if index > indices[-1]:
             break
@@ -165,7 +138,7 @@ def _manifest(
     cache: CacheConfig,
     top_k: int | None,
     vocab_size: int | None,
-    tokenizer: Tokenizer | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> Manifest:
     """Return the manifest of the target, whose records lie between `ends`."""
     codec = codec_settings(cache)
@@ -176,15 +149,14 @@ def _manifest(
                 f"{source.path}: no manifest records the teacher's vocabulary; give --vocab-size "
                 "(vocab_size in the model's config.json)"
             )
-        tokenizer = tokenizer or Tokenizer(UNKNOWN, vocab_size)
         return Manifest(
             codec=codec | {"temperatures": list(source[0].teacher.temperatures[1:])},
             top_k=top_k or source.largest_k,
             vocab_size=vocab_size,
-            tokenizer_size=tokenizer.size,
+            tokenizer_size=len(tokenizer) if tokenizer else vocab_size,
             seq_length=0,
             teacher={"name": UNKNOWN, "source": source.fingerprint()},
-            tokenizer=tokenizer.fingerprint,
+            tokenizer=tokenizer_fingerprint(tokenizer) if tokenizer else UNKNOWN,
             chat_template=None,
             dataset=dataset | {"path": source.path, "fingerprint": UNKNOWN},
             n_examples_per_chunk=None,

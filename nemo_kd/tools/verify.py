@@ -22,8 +22,6 @@ MOST_PROBLEMS_OF_A_CHUNK = 20
 MASS_TOLERANCE = 0.1
 """Error of kept probabilities + tail = 1. NeMo-Aligner rounds to bf16."""
 COUNTS = ("examples", "tokens", "loss_tokens", "kept_tokens", "label_in_topk")
-WITHOUT_INDEX = 1 << 62
-"""Stands for the index of a line that has none."""
 AGAIN = "restore the file, or delete it and run compute_topk_logits again"
 
 
@@ -79,7 +77,7 @@ class ChunkReport:
     """Counts of the lines of a chunk that could be read, and its problems.
 
     Attributes:
-        found: first and last index are -1 where the lines have none.
+        found: its last index is that of the last line; a line without one follows the line before.
         problems: sentences that begin with file:line.
     """
 
@@ -134,7 +132,8 @@ def verify_chunk(chunk: Chunk) -> ChunkReport:
                 digest.update(raw)
                 where = f"{path}:{number}"
                 try:
-                    row = decode(lines.read(raw, where), where, index=WITHOUT_INDEX)
+                    following = report.found.last_index + 1
+                    row = decode(lines.read(raw, where), where, following)
                     _check_row(row, where, manifest, report)
                     builder.add(row, len(raw))
                 except CacheError as error:
@@ -161,15 +160,12 @@ def _check_row(
     example = row.example
     teacher = row.teacher
     found = report.found
-    if example.index < WITHOUT_INDEX:
-        if example.index <= found.last_index:
-            report.problems.append(
-                f"{where}: example {example.index} stands behind example {found.last_index}; the "
-                "lines are out of order"
-            )
-        if found.first_index < 0:
-            found.first_index = example.index
-        found.last_index = max(found.last_index, example.index)
+    if example.index <= found.last_index:
+        report.problems.append(
+            f"{where}: example {example.index} stands behind example {found.last_index}; the "
+            "lines are out of order"
+        )
+    found.last_index = max(found.last_index, example.index)
     # Decoding has made sure that ids are distinct and masses between 0 and 1.
     used_PK = teacher.topk_token_ids_PK >= 0
     log_p_PK = teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None]

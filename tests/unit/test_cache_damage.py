@@ -171,7 +171,7 @@ def test_files_of_other_programs_without_index_and_indices_are_whole(tmp_path):
         forget_index(file)
     (tmp_path / "train_manifest.json").unlink()
     assert problems(path) == []
-    assert [report.found.first_index for report in verify(str(path))] == [-1, -1, -1]
+    assert [report.found.last_index for report in verify(str(path))] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(

@@ -54,13 +54,7 @@ def test_a_whole_cache_has_no_problem(tmp_path, name, codec):
     reports = verify(str(path), num_workers=2)
     assert [problem for report in reports for problem in report.problems] == []
     assert sum(report.found.examples for report in reports) == 10
-    assert [
-        (report.found.first_index, report.found.last_index) for report in reports
-    ] == [
-        (0, 3),
-        (4, 7),
-        (8, 9),
-    ]
+    assert [report.found.last_index for report in reports] == [3, 7, 9]
 
 
 @pytest.mark.parametrize("position", [0.05, 0.3, 0.5, 0.7, 0.95])
