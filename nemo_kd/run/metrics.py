@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,6 +19,8 @@ from nemo_kd.files import explained, print_text
 
 if TYPE_CHECKING:
     from torch.distributed import Store
+
+log = logging.getLogger(__name__)
 
 WINDOW_INTERVALS = 10
 """Number of intervals in the moving window of recent rates."""
@@ -71,7 +74,7 @@ class Progress:
     Args:
         name: start of its lines; None shows nothing.
         total: tokens or steps of all replicas, as `unit` says.
-        sinks: further places with `log(metrics)` and `finish()`, as a run of wandb has them.
+        sinks: further places with `log(metrics)` and `finish()`: MetricsFile, WandbRun.
         replica, num_replicas: number of this replica in the store, and of all.
         peak_flops: of all GPUs together; None if unknown, then without utilisation.
         start: counts from before this run, which the rates leave out.
@@ -239,22 +242,59 @@ class MetricsFile:
         self.file.close()
 
 
-def open_wandb(settings: dict[str, Any]) -> Any:
-    """Start a run of Weights & Biases; `settings` are arguments of wandb.init.
+class WandbRun:
+    """A run of Weights & Biases; a failure after the start is one warning.
 
     wandb gives up at once without an API key, and after `init_timeout` (90 s) without a network.
+
+    Args:
+        arguments: of wandb.init; save_dir and offline as in NeMo also work.
+        axes: metrics and the metric that their charts run along.
 
     Raises:
         ConfigError: the login, network or folder is missing, or an argument is wrong.
     """
-    import wandb
 
-    try:
-        return wandb.init(**settings)
-    except (wandb.Error, OSError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log in "
-            "(wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on this "
-            "machine, correct exp_manager.wandb_logger_kwargs, or leave the key out"
-        ) from error
+    def __init__(
+        self, arguments: Mapping[str, Any], axes: Mapping[str, str] | None = None
+    ) -> None:
+        import wandb
+
+        settings = dict(arguments)
+        if "save_dir" in settings:
+            settings["dir"] = settings.pop("save_dir")
+        if settings.pop("offline", False):
+            settings["mode"] = "offline"
+        try:
+            self.run = wandb.init(**settings)
+        except (wandb.Error, OSError, TypeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"exp_manager.create_wandb_logger: Weights & Biases does not start ({reason}); log "
+                "in (wandb login, or WANDB_API_KEY), set WANDB_MODE=offline to keep everything on "
+                "this machine, correct exp_manager.wandb_logger_kwargs, or leave the key out"
+            ) from error
+        self.is_lost = False
+        for metrics, axis in (axes or {}).items():
+            self.run.define_metric(metrics, step_metric=axis)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        self._attempt(self.run.log, dict(metrics))
+
+    def finish(self, error: object = None, *_: object) -> None:
+        self._attempt(self.run.finish, int(error is not None))
+
+    def _attempt(self, function: Callable[[Any], object], argument: Any) -> None:
+        import wandb
+
+        try:
+            if not self.is_lost:
+                function(argument)
+        except (wandb.Error, OSError, RuntimeError) as error:
+            self.is_lost = True
+            log.warning(
+                "exp_manager.create_wandb_logger: Weights & Biases failed (%s: %s); the run "
+                "continues without it, and the file of its metrics holds all",
+                type(error).__name__,
+                error,
+            )

@@ -7,7 +7,7 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +22,7 @@ from nemo_kd.files import print_table
 from nemo_kd.mcore.kernels import startup_facts
 from nemo_kd.mcore.weights import hf_shapes
 from nemo_kd.run.collective import on_rank_zero, rank
-from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
+from nemo_kd.run.metrics import MetricsFile, Progress, WandbRun
 from nemo_kd.student.checkpoint_folder import resumable
 from nemo_kd.student.checkpoints import Checkpoints
 
@@ -273,37 +273,6 @@ def format_metrics(metrics: dict[str, float], section: str) -> str:
     return ", ".join(shown) or "no token counts in the loss"
 
 
-class WandbRun:
-    """A run in Weights & Biases; a failure after the start is one warning."""
-
-    def __init__(self, settings: dict[str, Any]) -> None:
-        self.run = open_wandb(settings)
-        self.is_lost = False
-        for metrics, axis in WANDB_AXES.items():
-            self.run.define_metric(metrics, step_metric=axis)
-
-    def log(self, metrics: dict[str, float]) -> None:
-        self._attempt(self.run.log, metrics)
-
-    def finish(self, error: object, *_: object) -> None:
-        self._attempt(self.run.finish, int(error is not None))
-
-    def _attempt(self, function: Callable[[Any], object], argument: Any) -> None:
-        import wandb
-
-        try:
-            if not self.is_lost:
-                function(argument)
-        except (wandb.Error, OSError, RuntimeError) as error:
-            self.is_lost = True
-            log.warning(
-                "exp_manager.create_wandb_logger: Weights & Biases failed (%s: %s); the run "
-                "continues without it, and metrics/metrics.jsonl holds all metrics",
-                type(error).__name__,
-                error,
-            )
-
-
 def start_wandb(
     run_log: RunLog,
     arguments: dict[str, Any],
@@ -313,19 +282,15 @@ def start_wandb(
     """Start a run on rank 0 that ends with `stack`; every rank calls this.
 
     Args:
-        arguments: of wandb.init; save_dir and offline as in NeMo also work.
+        arguments: those of WandbRun.
 
     Raises:
         ConfigError: on every rank, if it cannot start.
     """
     settings = {"dir": str(run_log.log_dir), "config": config, **arguments}
-    if "save_dir" in settings:
-        settings["dir"] = settings.pop("save_dir")
-    if settings.pop("offline", False):
-        settings["mode"] = "offline"
 
     def start() -> None:
-        run = WandbRun(settings)
+        run = WandbRun(settings, WANDB_AXES)
         stack.push(run.finish)
         run_log.sinks.append(run)
 

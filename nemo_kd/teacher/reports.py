@@ -25,7 +25,7 @@ from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.files import print_table, print_text, size_text
 from nemo_kd.mcore.architecture import peak_flops
-from nemo_kd.run.metrics import MetricsFile, Progress, open_wandb
+from nemo_kd.run.metrics import MetricsFile, Progress, WandbRun
 from nemo_kd.teacher.job import Job, Run, nothing_to_train, open_run
 from nemo_kd.teacher.model import Teacher
 
@@ -48,7 +48,7 @@ def open_progress(run: Run, job: Job, store: Store) -> Progress:
         sinks.append(MetricsFile(path_beside(job, "metrics.log")))
         if settings.create_wandb_logger:
             sinks.append(
-                open_wandb({"name": run.config.name, **settings.wandb_logger_kwargs})
+                WandbRun({"name": run.config.name, **settings.wandb_logger_kwargs})
             )
     return Progress(
         name,

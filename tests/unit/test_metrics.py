@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import wandb
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlamaConfig,
@@ -29,7 +30,7 @@ from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.files import FileError
 from nemo_kd.mcore.architecture import ForwardFlops, forward_flops, peak_flops
 from nemo_kd.run import metrics
-from nemo_kd.run.metrics import MetricsFile, Progress
+from nemo_kd.run.metrics import MetricsFile, Progress, WandbRun
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {
@@ -336,8 +337,8 @@ def test_a_terminal_gets_one_bar():
 
 def test_wandb_offline(tmp_path):
     code = f"""
-from nemo_kd.run.metrics import open_wandb
-run = open_wandb({{"project": "kd", "dir": {str(tmp_path)!r}}})
+from nemo_kd.run.metrics import WandbRun
+run = WandbRun({{"project": "kd", "dir": {str(tmp_path)!r}}})
 run.log({{"perf/tokens_per_s": 123.0}})
 run.finish()
 """
@@ -352,3 +353,25 @@ def test_a_full_disk_names_the_metrics_file():
     with pytest.raises(FileError, match="/dev/full: cannot be written .No space left"):
         file.log({"progress/tokens": 2})
     file.finish()
+
+
+class LostRun:
+    def log(self, metrics):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    def finish(self, exit_code):
+        raise BrokenPipeError(32, "Broken pipe")
+
+
+def test_wandb_that_is_lost_is_one_warning(monkeypatch, caplog):
+    given = {}
+    monkeypatch.setattr(
+        wandb, "init", lambda **found: given.update(found) or LostRun()
+    )
+    run = WandbRun({"project": "kd", "save_dir": "here", "offline": True})
+    assert given == {"project": "kd", "dir": "here", "mode": "offline"}
+    run.log({"perf/tokens_per_s": 123.0})
+    run.log({"perf/tokens_per_s": 124.0})
+    run.finish()
+    (warning,) = caplog.messages
+    assert "Weights & Biases failed (ConnectionResetError: [Errno 104]" in warning
