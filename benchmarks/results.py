@@ -229,30 +229,16 @@ def measure(experiment: Experiment, archive: Path) -> dict[str, float]:
     """The student against the teacher on the validation split; remembered beside the archive."""
     file = archive.with_suffix(".json")
     if not file.exists():
-        from nemo_kd.config.data import DataConfig, DatasetConfig
+        from examples.compare_models import compare_with_teacher, read_examples
         from nemo_kd.config.shared import TrainerConfig
-        from nemo_kd.data.dataset import TokenizedDataset
-        from nemo_kd.data.tokenizer import load_tokenizer
         from nemo_kd.run.ranks import join_ranks
-        from nemo_kd.tools.compare import compare_with_teacher
 
         join_ranks(TrainerConfig())
-        config = DataConfig(
-            data=DatasetConfig(file_path=str(experiment.data / "validation.jsonl"))
+        teacher = str(experiment.archive("teacher"))
+        examples = read_examples(
+            str(experiment.data / "validation.jsonl"), teacher, 512
         )
-        tokenizer = load_tokenizer(experiment.folder / "student_init")
-        dataset = TokenizedDataset(
-            config,
-            tokenizer,
-            max_seq_length=512,
-            vocab_size=experiment.settings.vocab_size,
-        )
-        examples = [
-            one for i in range(len(dataset)) if not isinstance(one := dataset[i], str)
-        ]
-        found = compare_with_teacher(
-            str(archive), str(experiment.archive("teacher")), examples
-        )
+        found = compare_with_teacher(str(archive), teacher, examples)
         file.write_text(json.dumps(vars(found)))
     return json.loads(file.read_text())
 

@@ -303,25 +303,15 @@ class Quickstart:
 
     def compare(self) -> dict[str, Any]:
         """Compare both students with the teacher on the validation split."""
-        from nemo_kd.config.data import DataConfig, DatasetConfig
+        from compare_models import compare_with_teacher, read_examples
+
         from nemo_kd.config.shared import TrainerConfig
-        from nemo_kd.data.dataset import TokenizedDataset
-        from nemo_kd.data.tokenizer import load_tokenizer
         from nemo_kd.run.ranks import join_ranks
-        from nemo_kd.tools.compare import compare_with_teacher
 
         say("comparison on the validation split")
         join_ranks(TrainerConfig())
-        config = DataConfig(
-            data=DatasetConfig(file_path=str(self.data / "validation.jsonl"))
-        )
-        tokenizer = load_tokenizer(self.folder / "student_init")
-        dataset = TokenizedDataset(
-            config, tokenizer, max_seq_length=512, vocab_size=self.settings.vocab_size
-        )
-        records = (dataset[index] for index in range(len(dataset)))
-        examples = [record for record in records if not isinstance(record, str)]
         teacher = str(self.archive("teacher"))
+        examples = read_examples(str(self.data / "validation.jsonl"), teacher, 512)
         rows: dict[str, dict[str, float]] = {}
         for name in STUDENTS:
             found = compare_with_teacher(str(self.archive(name)), teacher, examples)

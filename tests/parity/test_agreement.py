@@ -9,10 +9,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from examples.compare_models import compare_with_teacher
 from nemo_kd.config import ConfigError
 from nemo_kd.config.data import DataConfig, DatasetConfig
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.tools.compare import compare_with_teacher
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
 from tests.tiny_tokenizer import train_tokenizer

@@ -1,22 +1,36 @@
-"""Compare a student with its teacher over whole vocabularies."""
+"""Compare a student with its teacher over whole vocabularies.
+
+    python examples/compare_models.py STUDENT TEACHER VALIDATION.jsonl
+
+Models are Hugging Face folders or .nemo archives with one tokenizer.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import torch
 from torch.nn.functional import kl_div, nll_loss
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from nemo_kd.batch import Example
 from nemo_kd.config import ConfigError
-from nemo_kd.config.shared import ModelConfig
+from nemo_kd.config.data import DataConfig, DatasetConfig
+from nemo_kd.config.shared import ModelConfig, TrainerConfig
 from nemo_kd.data.batches import collate
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import load_tokenizer, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.model import build_gpt_model, forward, transformer_config
+from nemo_kd.run.endings import errors_end_the_process
+from nemo_kd.run.ranks import join_ranks
 
 
 @dataclass(frozen=True)
@@ -100,3 +114,40 @@ def _load(
         )
         source.load_weights(model, groups)
         return model.eval(), source.architecture.vocab_size, tokenizer
+
+
+def read_examples(path: str, model: str, max_seq_length: int) -> list[Example]:
+    """Tokenize a JSONL dataset with the tokenizer of `model`; records that are too long are left
+    out."""
+    with open_pretrained(model) as source:
+        dataset = TokenizedDataset(
+            DataConfig(data=DatasetConfig(file_path=path)),
+            load_tokenizer(source.tokenizer_folder),
+            max_seq_length,
+            source.architecture.vocab_size,
+        )
+        records = [dataset[index] for index in range(len(dataset))]
+    return [record for record in records if isinstance(record, Example)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("student")
+    parser.add_argument("teacher")
+    parser.add_argument("dataset", help="JSONL file, as for stage 1")
+    parser.add_argument("--max-seq-length", type=int, default=4096)
+    options = parser.parse_args()
+    with errors_end_the_process():
+        join_ranks(TrainerConfig())
+        examples = read_examples(
+            options.dataset, options.teacher, options.max_seq_length
+        )
+        found = compare_with_teacher(options.student, options.teacher, examples)
+        for name, value in vars(found).items():
+            print(f"{name:<16}{value:>12,.4f}")
+
+
+if __name__ == "__main__":
+    main()
