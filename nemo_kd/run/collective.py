@@ -23,7 +23,7 @@ def gather(function: Callable[[], T]) -> list[T]:
     """
     outcome = _outcome(function)
     outcomes = [outcome]
-    if is_distributed():
+    if dist.is_initialized():
         outcomes *= dist.get_world_size()
         dist.all_gather_object(outcomes, outcome)
     return [_value(found) for found in outcomes]
@@ -52,7 +52,7 @@ def on_rank_zero(function: Callable[[], T]) -> T:
     Raises:
         OSError, UserInputError: on every rank, what the function raised on rank 0.
     """
-    if not is_distributed():
+    if not dist.is_initialized():
         return function()
     store = shared_store("on_rank_zero")
     outcome: list[Any] = [None]
@@ -73,12 +73,8 @@ def shared_store(name: str) -> dist.Store:
     return dist.PrefixStore(f"{name}/{number}", store)
 
 
-def is_distributed() -> bool:
-    return dist.is_initialized()
-
-
 def rank() -> int:
-    return dist.get_rank() if is_distributed() else 0
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _outcome(function: Callable[[], T]) -> T | OSError | UserInputError:

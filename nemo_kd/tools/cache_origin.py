@@ -67,11 +67,12 @@ def check_origin(
             elif found != ours[name]:
                 kind = "note" if name == "teacher" else "wrong"
                 notes.append(f"{kind}: the cache was made with another {name}")
-    config, reason = _dataset_config(manifests, dataset)
-    if config is None and dataset is not None:
-        raise CacheError(f"--dataset: {reason}")
-    if config is None:
-        return [*dict.fromkeys(notes), f"not checked: the tokens: {reason}"]
+    try:
+        config = _dataset_config(manifests, dataset)
+    except CacheError as error:
+        if dataset is not None:
+            raise
+        return [*dict.fromkeys(notes), f"not checked: the tokens: {error}"]
     records = TokenizedDataset(config, tokenizer, manifests[0].seq_length, vocab_size)
     for where, row in rows.items():
         example = row.example
@@ -85,23 +86,27 @@ def is_foreign(manifests: Sequence[Manifest]) -> bool:
     return any(manifest.teacher.get("name") == UNKNOWN for manifest in manifests)
 
 
-def _dataset_config(
-    manifests: Sequence[Manifest], path: str | None
-) -> tuple[DataConfig | None, str]:
-    """Return the configuration that renders the dataset; None, with the reason, if unknown."""
+def _dataset_config(manifests: Sequence[Manifest], path: str | None) -> DataConfig:
+    """Return the configuration that renders the dataset.
+
+    Raises:
+        CacheError: it is not known.
+    """
     datasets = [manifest.dataset for manifest in manifests]
     fingerprints = {str(one.get("fingerprint")) for one in datasets}
     if len(fingerprints) != 1 or "formatting" not in datasets[0]:
-        return None, "the cache does not record one dataset and its formatting"
+        raise CacheError("the cache does not record one dataset and its formatting")
     fingerprint = datasets[0]["fingerprint"]
     formatting = datasets[0]["formatting"]
     path = path or str(datasets[0]["path"])
     if not Path(path).is_file() or JsonlRecords(path).fingerprint != fingerprint:
-        return None, f"{path} is not the file of the cache; give it with --dataset"
+        raise CacheError(
+            f"{path} is not the file of the cache; give it with --dataset"
+        )
     markers = ChatPromptTokens(**formatting.get("chat_prompt_tokens", {}))
     names = {one.name for one in dataclasses.fields(DatasetConfig)} & formatting.keys()
     settings = {name: formatting[name] for name in names} | {"file_path": path}
-    return DataConfig(chat_prompt_tokens=markers, data=DatasetConfig(**settings)), ""
+    return DataConfig(chat_prompt_tokens=markers, data=DatasetConfig(**settings))
 
 
 def _difference(example: Example, record: Example | str) -> str:

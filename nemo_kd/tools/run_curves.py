@@ -43,12 +43,7 @@ def read_curves(path: Path) -> Curves:
         try:
             metrics = orjson.loads(line)
             step = metrics.pop("step")
-        except (
-            orjson.JSONDecodeError,
-            AttributeError,
-            LookupError,
-            TypeError,
-        ) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise RunError(
                 f"{file}:{number}: not an object with a step ({error}); take the line out"
             ) from error

@@ -388,7 +388,7 @@ def test_the_dataset_is_found_given_or_said_to_be_missing(
     assert f"not checked: the tokens: {moved} is not the file" in verify(output)[0]
     refused, is_right = verify(output, dataset=moved)
     assert is_right is None
-    assert f"--dataset: {moved} is not the file" in refused
+    assert f"{moved} is not the file of the cache; give it with --dataset" in refused
 
 
 def test_a_cache_without_a_manifest(verify, world, tmp_path):
