@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import multiprocessing
 import zlib
 from multiprocessing.connection import Connection
@@ -107,12 +108,16 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
                 raise_together(error)  # the others wait in `async_save`
             raise
 
-    def async_save(
-        self, sharded_state_dict: Any, checkpoint_dir: Path, *_: Any
-    ) -> Any:
+    def async_save(self, sharded_state_dict: Any, *_: Any) -> Any:
+        # Megatron 0.19 keeps plain values among the sharded ones, but reads this file, too, which
+        # earlier versions write and need.
+        is_first = torch.distributed.get_rank() == 0
+        if is_first and "common_state" in sharded_state_dict:
+            file = io.BytesIO()
+            torch.save(sharded_state_dict.pop("common_state").data, file)
+            (self.folder / "common.pt").write_bytes(file.getbuffer())
         self._has_begun = True
         raise_together(None)  # unless rank 0 could not write the plain values
-        is_first = torch.distributed.get_rank() == 0
         parts: dict[str, list[Any]] = {}
         for part in nested_values(sharded_state_dict):
             if is_main_replica(part.replica_id):

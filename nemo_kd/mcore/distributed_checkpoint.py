@@ -105,8 +105,7 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return dist_checkpointing.load(
             dict_list_map_outplace(keep, state),
             str(folder),
-            ("torch_dist", 1),
-            strict=dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED,
+            strict="raise_unexpected",
         )
     except (
         CheckpointException,

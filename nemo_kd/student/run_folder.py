@@ -201,15 +201,7 @@ def check_same_experiment(
     allowed = allowed_keys(
         allow_changed, [key for key in now if not key.startswith(f"{ARCHITECTURE}.")]
     ).difference(fixed)
-    before = Contents.read(checkpoint).experiment
-    if before is None:
-        log.warning(
-            "%s: an earlier version wrote this checkpoint without the record of student, data, "
-            "loss and optimizer, so nothing was compared; make sure that they are the same",
-            checkpoint,
-        )
-        return
-    found = differences(before, now)
+    found = differences(Contents.read(checkpoint).experiment, now)
     refused = [key for key in found if key not in allowed]
     if not refused:
         for key, text in found.items():

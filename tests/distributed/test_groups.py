@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 
 from nemo_kd.config.shared import ParallelConfig
 from nemo_kd.mcore.groups import initialize_model_parallel
@@ -34,9 +35,15 @@ def cuts() -> dict[str, tuple]:
         dist.all_gather_object(
             speakers, (dist.get_rank(), groups.is_writer), group=groups.replica
         )
+        members = {
+            "tensor": groups.tensor,
+            "context": parallel_state.get_context_parallel_group(),
+            "pipeline": groups.pipeline,
+            "data": groups.data,
+        }
         lines = {
-            axis: tuple(dist.get_process_group_ranks(getattr(groups, axis)))
-            for axis in ("tensor", "context", "pipeline", "data")
+            axis: tuple(dist.get_process_group_ranks(group))
+            for axis, group in members.items()
         }
         found[name] = (
             place,

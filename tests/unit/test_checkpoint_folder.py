@@ -31,7 +31,7 @@ def write(parent: Path, step: int, *names: str, content: bytes = b"weights") -> 
     (folder / "__0_0.distcp").write_bytes(content)
     (folder / "common.pt").write_bytes(b"rest")
     sums = {"__0_0.distcp": file_sum(folder / "__0_0.distcp")}
-    seal(folder, Contents(step, True, {"data": 1}, sums))
+    seal(folder, Contents(step, True, {"data": 1}, sums, {"seed": 1}))
     publish(folder, [parent / name for name in names])
 
 
@@ -102,7 +102,7 @@ def test_contents_are_plain_json(tmp_path):
     write(tmp_path, 2, "a-last")
     contents = json.loads((tmp_path / "a-last" / "contents.json").read_text())
     assert contents == {
-        "format_version": 1, "step": 2, "resumable": True, "layout": {"data": 1}, "experiment": None,
+        "format_version": 1, "step": 2, "resumable": True, "layout": {"data": 1}, "experiment": {"seed": 1},
         "files": {"__0_0.distcp": [7, zlib.crc32(b"weights")], "common.pt": [4, zlib.crc32(b"rest")]},
     }  # fmt: skip
 
@@ -111,7 +111,7 @@ def test_contents_are_plain_json(tmp_path):
     ("content", "problem"),
     [
         (
-            '{"format_version": 2, "step": 2, "resumable": true, "layout": {}, "files": {}}',
+            '{"format_version": 2, "step": 2, "resumable": true, "layout": {}, "files": {}, "experiment": {}}',
             "format version 2",
         ),
         ("[]", "contents.json cannot be read"),

@@ -490,3 +490,17 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
             "--config-name",
             "job",
         )
+
+
+def test_megatrons_plans_for_gptmodel_are_not_shown_but_its_other_warnings_are():
+    code = """
+import logging
+from nemo_kd.cli.run import configure_logging
+configure_logging()
+logging.getLogger("megatron.core.models.gpt.gpt_model").warning("GPTModel IS DEPRECATED")
+logging.getLogger("megatron.core.optimizer").warning("another warning")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == "another warning\n"

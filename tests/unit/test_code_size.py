@@ -26,6 +26,8 @@ LAYOUT_TOKENS = {
     tokenize.ENCODING,
     tokenize.ENDMARKER,
 }
+FSTRING_START = getattr(tokenize, "FSTRING_START", None)
+FSTRING_END = getattr(tokenize, "FSTRING_END", None)
 NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -94,11 +96,15 @@ def _docstring_lines(tree: ast.AST) -> set[int]:
 
 def _count_tokens(text: str, docstring_lines: set[int], count: Counter[str]) -> None:
     code_lines = set()
+    depth = 0  # of f-strings, which are one token before Python 3.12
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         is_docstring = (
             token.type == tokenize.STRING and token.start[0] in docstring_lines
         )
-        if token.type in LAYOUT_TOKENS or is_docstring:
+        depth -= token.type == FSTRING_END
+        is_inside = depth > 0
+        depth += token.type == FSTRING_START
+        if token.type in (*LAYOUT_TOKENS, FSTRING_END) or is_docstring or is_inside:
             continue
         count["tokens"] += 1
         code_lines.add(token.start[0])

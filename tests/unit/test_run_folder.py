@@ -42,7 +42,7 @@ def settings(log_dir: Path | None, dirpath: Path | None = None, **changed):
 def write_checkpoint(target: Path, resumable: bool = True) -> Path:
     folder = unfinished_folder(target)
     folder.mkdir(parents=True)
-    seal(folder, Contents(2, resumable, {}, {}))
+    seal(folder, Contents(2, resumable, {}, {}, {}))
     publish(folder, [target])
     return target
 
