@@ -28,6 +28,8 @@ from nemo_kd.run.interruption import hold_back_warning_signal, parse_max_time
 from nemo_kd.run.launch import LAUNCHER, follow_launcher, launch, needs_launch
 from nemo_kd.run.ranks import find_ranks, join_ranks
 
+log = logging.getLogger(__name__)
+
 IGNORED_WARNINGS = (
     ".*sync_dist=True.*",  # what is logged has been reduced over ranks
     ".*dataloader is not resumable.*",  # it is: StudentData
@@ -102,7 +104,9 @@ def run(command: Command, arguments: list[str] | None = None) -> None:
         if launching:
             sys.exit(launch(trainer.num_devices))
         configure_logging()
-        if ignored and find_ranks().rank == 0:
+        ranks = find_ranks()
+        log.info("%s: loading libraries; ranks: %d", command.name, ranks.size)
+        if ignored and ranks.rank == 0:
             text = "\n  ".join(["warning: these keys do nothing here:", *ignored])
             print_text(text, sys.stderr)
         if trainer is not None:
