@@ -18,7 +18,7 @@ import pytest
 from safetensors.torch import load_file
 
 from nemo_kd.api import convert_checkpoint
-from tests.integration.test_stage_2 import run_stage_2, training_rows
+from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.ranks import Ranks
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
@@ -94,6 +94,15 @@ def runs(tmp_path_factory) -> Iterator[Path]:
         )
         call(python, "train", folder, resumed)
     return folder
+
+
+def training_rows(log_dir: Path) -> dict[int, list[float]]:
+    """Step -> its loss, gradient norm and learning rate."""
+    return {
+        row["step"]: [row["train/loss"], row["grad_norm"], row["lr"]]
+        for row in metrics(log_dir)
+        if "train/loss" in row
+    }
 
 
 def archive(log_dir: Path) -> Path:
