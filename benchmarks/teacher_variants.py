@@ -23,7 +23,7 @@ from nemo_kd.batch import Batch, Example
 from nemo_kd.cache.segment import segments
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.batches import form_batches, pack
-from nemo_kd.mcore.architecture import forward_flops
+from nemo_kd.mcore.architecture import ForwardFlops
 from nemo_kd.mcore.model import forward, hidden_at, hidden_states, output_weight
 from nemo_kd.mcore.schedule import loss_positions
 from nemo_kd.ops.topk import BLOCK_BYTES
@@ -276,7 +276,7 @@ def serve(connection: Any, variant: str, setting: Setting) -> None:
         teacher = Teacher(run)
         bench = Bench(setting, run, teacher)
         examples = [example for chosen, _ in bench.batches() for example in chosen]
-        flops_of = forward_flops(run.pretrained.architecture)
+        flops_of = ForwardFlops(run.pretrained.architecture)
         flops = sum(
             flops_of.example(one.num_tokens, one.num_loss_tokens) for one in examples
         )

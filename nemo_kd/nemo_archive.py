@@ -12,7 +12,6 @@ import json
 import struct
 import tarfile
 import tempfile
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -238,10 +237,6 @@ class SafetensorsFolder:
                 )
                 self.shapes[name] = tuple(entry["shape"])
         self.dtype = functools.reduce(torch.promote_types, dtypes, torch.bool)
-
-    def parts(self) -> Iterable[StoredBytes]:
-        """Return the place of every weight."""
-        return self.stored.values()
 
     def read(
         self, name: str, rows: slice = slice(None), columns: slice = slice(None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
@@ -31,8 +31,6 @@ class ChatPromptTokens:
 @dataclass
 class DatasetConfig(Section, key="data.data"):
     """One JSONL dataset and its formatting."""
-
-    PATH_KEY: ClassVar[str] = "data.data.file_path"
 
     file_path: Any = path()
     """JSONL file with one record per line, in a format of `format`. Stage 1 also takes {train:

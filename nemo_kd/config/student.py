@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
@@ -59,8 +59,6 @@ class StudentTrainerConfig(TrainerConfig):
 @dataclass
 class StudentDatasetConfig(DatasetConfig, key="model.data.dataset"):
     """Format of the datasets that stage 2 tokenizes itself; data_prefix has their paths."""
-
-    PATH_KEY: ClassVar[str] = "model.data.data_prefix"
 
     file_path: Any = ""
     """Not used: model.data.data_prefix names the files."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -281,12 +282,9 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
 class TokenizedRows(list[Example]):
     """Tokenized records in memory, path after path."""
 
-    def __init__(
-        self, paths: Sequence[str], examples: Sequence[Sequence[Example]]
-    ) -> None:
-        super().__init__(itertools.chain.from_iterable(examples))
+    def __init__(self, paths: Sequence[str]) -> None:
+        super().__init__()
         self.paths = list(paths)
-        self.sizes = list(map(len, examples))
 
     def num_tokens(self, position: int) -> int:
         """Return the positions of an example."""
@@ -297,7 +295,8 @@ class TokenizedRows(list[Example]):
 
     def source_chunks(self) -> list[list[int]]:
         """Return each path as one chunk."""
-        return [[size] if size else [] for size in self.sizes]
+        sizes = Counter(example.source for example in self)
+        return [[sizes[source]] for source in range(len(self.paths))]
 
     def description(self) -> dict[str, Any]:
         """Return paths and the fingerprint of token ids, labels and loss masks."""

@@ -176,14 +176,13 @@ class _Conversation:
     def _render(
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> str:
-        rendered = _apply_template(
+        rendered: str = _apply_template(
             self.tokenizer,
             messages,
             self.tools,
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
         )
-        assert isinstance(rendered, str)
         return rendered
 
     def _around(

@@ -45,7 +45,7 @@ class TokenizedDataset:
 
     def __post_init__(self) -> None:
         data = self.config.data
-        self.records = JsonlRecords(data.file_path, data.PATH_KEY)
+        self.records = JsonlRecords(data.file_path)
         self.prompt_template = PromptTemplate(data)
 
     def __len__(self) -> int:
@@ -53,8 +53,8 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> Example | str:
         where = self.records.where(index)
+        kind = self.format(index)
         record = self.records[index]
-        kind = self._format(record, where)
         try:
             ids, trained = self._render(kind, record)
         except DataError as error:
@@ -85,9 +85,7 @@ class TokenizedDataset:
         Raises:
             DataError: the record cannot be read, or its format is not the configured one.
         """
-        return self._format(self.records[index], self.records.where(index))
-
-    def _format(self, record: dict[str, Any], where: str) -> str:
+        record = self.records[index]
         kind = asked = self.config.data.format
         if asked == "auto":
             chats = (key for key in ("messages", "conversations") if key in record)
@@ -96,7 +94,7 @@ class TokenizedDataset:
         chat = self.config.chat
         if chat not in (None, is_chat) or (is_chat and kind not in record):
             raise DataError(
-                f"{where}: {self.config.data.KEY}.format={asked} and "
+                f"{self.records.where(index)}: {self.config.data.KEY}.format={asked} and "
                 f"{self.config.KEY}.chat={chat} do not fit a record with the fields "
                 f"{', '.join(record)}"
             )
@@ -243,14 +241,12 @@ class JsonlRecords:
         DataError: the file is missing, unreadable or empty; on access: a line is not a JSON object.
     """
 
-    def __init__(self, path: str | Path, key: str = "data.data.file_path") -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._starts = array("q")
         self._lines = array("q")
         digest = hashlib.sha256()
         offset = 0
-        if not self.path.exists():
-            raise DataError(f"{self.path}: no such file; check {key}")
         check_regular_file(self.path, DataError)
         self._stamp = self._status()
         with self.path.open("rb") as file:

@@ -68,11 +68,6 @@ class SampleOrder:
     seed: int
     shuffle: bool | str
 
-    @property
-    def num_samples(self) -> int:
-        """Rows of all sources together."""
-        return sum(sum(sizes) for sizes in self.source_chunks)
-
     def epoch(self, epoch: int, num_samples: int) -> np.ndarray:
         """Return the positions (int64) of an epoch; every epoch must draw as many samples."""
         if self.weights is None:
@@ -133,7 +128,6 @@ class TrainingBatches:
         steps_per_epoch: int,
         max_steps: int,
     ) -> None:
-        assert steps_per_epoch * global_batch_size <= order.num_samples
         self.order = order
         self.global_batch_size = global_batch_size
         self.steps_per_epoch = steps_per_epoch

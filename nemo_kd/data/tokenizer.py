@@ -102,7 +102,7 @@ def tokenizer_parts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 
 
 def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Describe the vocabulary so that another tokenizer can name the first ids that differ.
+    """Describe the vocabulary so that another tokenizer can be compared with it.
 
     Holds the added tokens by id, and a short hash per 1,024 ids of the vocabulary without them.
     """
@@ -121,27 +121,19 @@ def describe_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"size": len(vocabulary), "added": added, "blocks": blocks}
 
 
-def token_differences(
-    described: dict[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """Describe where a cache's tokenizer and `tokenizer` differ.
+def shares_ids(described: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return True if the ids of a cache's tokenizer and of `tokenizer` mean the same.
 
     Two classes of transformers may load the same tokenizer.json with different added tokens: ids
     that only one of them has do not count.
     """
     ours = describe_tokens(tokenizer)
-    found = [
-        f"id {token_id}: {theirs!r} in the cache, {token!r} in the student"
-        for token_id, theirs in described["added"].items()
-        if (token := tokenizer.convert_ids_to_tokens(int(token_id)))
-        not in (None, theirs)
-    ]
     if any(described[name] != ours[name] for name in ("size", "blocks")):
-        found.append(
-            f"the vocabulary without added tokens: {described['size']:,} in the cache, "
-            f"{ours['size']:,} in the student"
-        )
-    return found[:4]
+        return False
+    return all(
+        tokenizer.convert_ids_to_tokens(int(token_id)) in (None, token)
+        for token_id, token in described["added"].items()
+    )
 
 
 def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -222,7 +214,6 @@ class TokenText:
         return [printable(step or "…", BLANKS) for step in steps]
 
 
-@dataclass(frozen=True)
 class LossPositions:
     """The teacher's answer at the loss positions of a row, in float64.
 
@@ -239,17 +230,7 @@ class LossPositions:
         label_logprob_P: nats; NaN if it is not stored.
     """
 
-    position_P: np.ndarray
-    ids_PK: np.ndarray
-    probability_PK: np.ndarray
-    num_kept_P: np.ndarray
-    tail_mass_P: np.ndarray
-    entropy_P: np.ndarray
-    label_rank_P: np.ndarray
-    label_logprob_P: np.ndarray
-
-    @classmethod
-    def of(cls, row: CachedExample) -> LossPositions:
+    def __init__(self, row: CachedExample) -> None:
         teacher = row.loss_rows()
         teacher = teacher.at(teacher.topk_token_ids_PK[:, 0] >= 0)
         ids_PK = teacher.topk_token_ids_PK
@@ -259,19 +240,17 @@ class LossPositions:
         nats_PE = -np.log(np.where(masses_PE > 0, masses_PE, 1))
         is_label_PK = ids_PK == row.example.labels_S[teacher.positions_P, None]
         logprob_P = teacher.label_logprobs_P
-        return cls(
-            position_P=teacher.positions_P,
-            ids_PK=ids_PK,
-            probability_PK=probability_PK,
-            num_kept_P=(ids_PK >= 0).sum(axis=1),
-            tail_mass_P=masses_PE[:, -1],
-            # Rounding can put a certain teacher's entropy slightly below 0.
-            entropy_P=np.maximum((masses_PE * nats_PE).sum(axis=1), 0),
-            label_rank_P=is_label_PK.any(axis=1) * (is_label_PK.argmax(axis=1) + 1),
-            label_logprob_P=np.full(len(teacher), np.nan)
-            if logprob_P is None
-            else logprob_P,
-        )
+        if logprob_P is None:
+            logprob_P = np.full(len(teacher), np.nan)
+        self.position_P = teacher.positions_P
+        self.ids_PK = ids_PK
+        self.probability_PK = probability_PK
+        self.num_kept_P = (ids_PK >= 0).sum(axis=1)
+        self.tail_mass_P = masses_PE[:, -1]
+        # Rounding can put a certain teacher's entropy slightly below 0.
+        self.entropy_P = np.maximum((masses_PE * nats_PE).sum(axis=1), 0)
+        self.label_rank_P = is_label_PK.any(axis=1) * (is_label_PK.argmax(axis=1) + 1)
+        self.label_logprob_P = logprob_P
 
     def alternatives(self, p: int, most: int) -> list[tuple[int, float]]:
         """Return (id, probability) of the likeliest kept tokens at the p-th position."""
@@ -292,7 +271,7 @@ def example_lines(
     row: CachedExample, text: TokenText, num_positions: int | None = None
 ) -> list[str]:
     """Describe a row: its prompt in one line, a header, then a line per loss position."""
-    found = LossPositions.of(row)
+    found = LossPositions(row)
     first = (
         found.position_P[0] if len(found.position_P) else row.example.num_tokens - 1
     )

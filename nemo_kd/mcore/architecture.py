@@ -5,20 +5,15 @@ from __future__ import annotations
 import copy
 import dataclasses
 import re
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import FAMILIES, GPTArchitecture, RopeScaling
-
-if TYPE_CHECKING:
-    import torch
-
-    from nemo_kd.config.shared import GPTArchitecture
 
 _SUPPORTED: dict[str, tuple[Any, ...]] = {
     "model_type": FAMILIES,
@@ -40,30 +35,35 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
 FORMAT_VERSION = 1
 
 
-def architecture_from_hf(hf_config: dict[str, Any]) -> GPTArchitecture:
+def architecture_from_hf(
+    hf_config: dict[str, Any], where: str = "config.json"
+) -> GPTArchitecture:
     """Return the architecture that a config.json of transformers 4 or 5 describes.
 
     transformers completes the keys that config.json leaves out.
 
+    Args:
+        where: the file, for errors.
+
     Raises:
         ConfigError: another model type, a wrong value, or an unsupported feature.
     """
-    _check_supported(hf_config)
     try:
+        _check_supported(hf_config)
         # It writes into nested values.
         config = AutoConfig.for_model(**copy.deepcopy(hf_config))
         _check_supported(config.rope_parameters)
         return _architecture(config, hf_config)
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
-        text = " ".join(str(error).split()).removeprefix("config.json: ")
-        raise ConfigError(f"config.json: {text}") from error
+        text = " ".join(str(error).split())
+        raise ConfigError(f"{where}: {text}") from error
 
 
 def _check_supported(values: dict[str, Any]) -> None:
     for key, supported in _SUPPORTED.items():
         if values.get(key, supported[0]) not in supported:
             raise ConfigError(
-                f"config.json: {key} = {values[key]!r:.80} is not supported; "
+                f"{key} = {values[key]!r:.80} is not supported; "
                 f"supported: {', '.join(map(str, supported))}"
             )
 
@@ -173,8 +173,6 @@ PEAK_BF16_FLOPS = {
 def peak_flops(device: torch.device, precision: str) -> float | None:
     """Return the FLOP/s of all ranks' GPUs in a dense bf16 product; None if unknown, or for other
     precisions."""
-    import torch
-
     if device.type != "cuda" or not precision.startswith("bf16"):
         return None
     device_name = torch.cuda.get_device_name(device)
@@ -185,21 +183,37 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
     return None
 
 
-@dataclass(frozen=True)
 class ForwardFlops:
     """Floating-point operations of a decoder's forward pass; a multiply-add counts as two.
 
     Counts matrix products, and attention between a token and those it sees; the output layer at
     positions in the loss only, and of the experts only those that a token is routed to. Padding,
     masked scores and recomputation count nothing, so they lower the utilisation.
+
+    Per token and layer: 2 H (2 heads d + 2 groups d) + 2 * 3 H F; with k of E experts
+    2 * 3 H F k + 2 H E. Per pair of a token and one that it sees, itself included, and layer:
+    4 heads d (scores, weighted sum). Per loss token: 2 H V.
     """
 
-    per_token: float
-    per_loss_token: float
-    per_pair: float
-    """For a token and one that it sees, itself included, in all layers without a window."""
-    per_window_pair: float = 0.0
-    window_size: int = 0
+    def __init__(self, model: GPTArchitecture) -> None:
+        hidden_size = model.hidden_size
+        heads = model.num_attention_heads
+        attention = (
+            4 * hidden_size * (heads + model.num_query_groups) * model.kv_channels
+        )
+        feed_forward = 6 * hidden_size * model.ffn_hidden_size
+        if model.num_moe_experts:
+            feed_forward *= model.moe_router_topk or 0
+            feed_forward += 2 * hidden_size * model.num_moe_experts
+        self.window_size = model.window_size or 0
+        window_layers = 0
+        if self.window_size:
+            window_layers = len(model.window_layers) or model.num_layers
+        pair = 4 * heads * model.kv_channels
+        self.per_token = model.num_layers * (attention + feed_forward)
+        self.per_loss_token = 2 * hidden_size * model.vocab_size
+        self.per_pair = (model.num_layers - window_layers) * pair
+        self.per_window_pair = window_layers * pair
 
     def example(self, num_tokens: int, num_loss_tokens: int) -> float:
         """Return the FLOPs of one example."""
@@ -212,29 +226,3 @@ class ForwardFlops:
             + self.per_pair * pairs
             + self.per_window_pair * window_pairs
         )
-
-
-def forward_flops(model: GPTArchitecture) -> ForwardFlops:
-    """Return the FLOPs of a decoder with gated feed-forward layers, or of k such experts per token.
-
-    Per token and layer: 2 H (2 heads d + 2 groups d) + 2 * 3 H F; with experts 2 * 3 H F k + 2 H E.
-    Per pair and layer: 4 heads d (scores, weighted sum). Per loss token: 2 H V.
-    """
-    hidden_size = model.hidden_size
-    heads = model.num_attention_heads
-    attention = 4 * hidden_size * (heads + model.num_query_groups) * model.kv_channels
-    feed_forward = 6 * hidden_size * model.ffn_hidden_size
-    if model.num_moe_experts:
-        feed_forward *= model.moe_router_topk or 0
-        feed_forward += 2 * hidden_size * model.num_moe_experts
-    num_window_layers = 0
-    if model.window_size:
-        num_window_layers = len(model.window_layers) or model.num_layers
-    pair = 4 * heads * model.kv_channels
-    return ForwardFlops(
-        per_token=model.num_layers * (attention + feed_forward),
-        per_loss_token=2 * hidden_size * model.vocab_size,
-        per_pair=(model.num_layers - num_window_layers) * pair,
-        per_window_pair=num_window_layers * pair,
-        window_size=model.window_size or 0,
-    )

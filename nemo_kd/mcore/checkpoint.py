@@ -106,7 +106,7 @@ class PretrainedModel:
         return {
             "name": self.source.absolute().name,
             "weights": f"sha256:{digest.hexdigest()}",
-            "tensors": sample_tensors(self.files, self._weights.parts()),
+            "tensors": sample_tensors(self.files, self._weights.stored.values()),
         }
 
     def load_weights(self, model: torch.nn.Module, groups: ProcessGroups) -> None:
@@ -118,18 +118,16 @@ class PretrainedModel:
         if isinstance(self._weights, SafetensorsFolder):
             load_hf_weights(model, self._weights, self.architecture, groups)
         else:
-            self._load_archive(self._weights, sharded_weights(model))
+            wanted = sharded_weights(model)
+            names = gather(lambda: {part.key for part in wanted.values()})
+            differing = set[str]().union(*names) ^ set(self._weights.tensors)
+            if differing:
+                raise ConfigError(
+                    f"{self.source}: model_weights does not fit model_config.yaml: "
+                    f"{', '.join(sorted(differing)[:5])} stands in one of them only"
+                )
+            self._weights.load(wanted)
         zero_vocabulary_padding(model, self.architecture, groups)
-
-    def _load_archive(self, stored: ShardedFolder, wanted: dict[str, Any]) -> None:
-        names = gather(lambda: {tensor.key for tensor in wanted.values()})
-        differing = set[str]().union(*names) ^ set(stored.tensors)
-        if differing:
-            raise ConfigError(
-                f"{self.source}: model_weights does not fit model_config.yaml: "
-                f"{', '.join(sorted(differing)[:5])} stands in one of them only"
-            )
-        stored.load(wanted)
 
 
 @contextmanager
@@ -144,10 +142,6 @@ def open_pretrained(path: str, key: str = KEY) -> Iterator[PretrainedModel]:
     source = Path(path).expanduser()
 
     def open_model() -> PretrainedModel:
-        if not source.exists():
-            raise ConfigError(
-                f"{key}: {path} does not exist; give a Hugging Face folder or a .nemo archive"
-            )
         try:
             return PretrainedModel(source)
         except ConfigError as error:
@@ -185,21 +179,9 @@ def _kind(files: ModelFiles) -> str:
         return "hf"
     if f"{WEIGHTS}/{METADATA}" in files.sizes and MODEL_CONFIG in files.sizes:
         return "nemo"
-    if MODEL_CONFIG in files.sizes:
-        problem = (
-            "is a NeMo model whose weights are no Megatron distributed checkpoint "
-            "(model_weights/.metadata is missing); export it to Hugging Face with the NeMo version "
-            "that wrote it and give that folder"
-        )
-    elif METADATA in files.sizes:
-        problem = (
-            "is a training checkpoint; give the .nemo archive that its run leaves at the end, for "
-            "which the training command can be run again with "
-            "trainer.knowledge_distillation.max_steps=STEP"
-        )
-    else:
-        problem = (
-            "is neither a Hugging Face folder (config.json) nor a .nemo archive or its content "
-            "(model_config.yaml)"
-        )
-    raise ConfigError(f"{files.root} {problem}")
+    raise ConfigError(
+        f"{files.root} is neither a Hugging Face folder (config.json) nor a .nemo archive or its "
+        f"content ({MODEL_CONFIG}, {WEIGHTS}/{METADATA}). Of a training checkpoint ({METADATA}) give "
+        "the .nemo archive that its run leaves at the end; export an older NeMo model to Hugging "
+        "Face with the NeMo version that wrote it, and give that folder"
+    )

@@ -8,7 +8,7 @@ import io
 import math
 import os
 import pickle
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -113,14 +113,10 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         pickle.UnpicklingError,
         OSError,
     ) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException) and error.failures:
-            cause = next(iter(error.failures.values()))[0]
-        # torch precedes the cause with advice to trust the file.
-        lines = str(cause).splitlines() or [repr(cause)]
-        reasons = [line.strip() for line in lines if "nsupported" in line] or lines
+        # torch advises to trust the file, so its text is not shown.
         raise ConfigError(
-            f"{folder}: cannot be read ({reasons[0][:200]}); use another checkpoint"
+            f"{folder}: cannot be read, or holds more than tensors and plain values; use another "
+            "checkpoint"
         ) from error
 
 
@@ -132,6 +128,7 @@ class ShardedFolder:
 
     Attributes:
         tensors: name -> shape, dtype and stored chunks.
+        stored: (name, offsets) of a chunk -> its place.
         dtype: the narrowest that holds all tensors without loss.
 
     Raises:
@@ -141,7 +138,7 @@ class ShardedFolder:
     def __init__(self, files: ModelFiles, prefix: str = "") -> None:
         self.files = files
         self.folder = files.root / prefix
-        self._stored: dict[tuple[str, tuple[int, ...]], StoredBytes] = {}
+        self.stored: dict[Any, StoredBytes] = {}
         path = prefix + METADATA
         with _reading(files.root / path), files.open(path) as file:
             metadata = _MetadataUnpickler(file).load()
@@ -177,13 +174,9 @@ class ShardedFolder:
                     )
                 if index.fqn in self.tensors:
                     offsets = tuple(index.offset or ())
-                    self._stored[index.fqn, offsets] = StoredBytes(
+                    self.stored[index.fqn, offsets] = StoredBytes(
                         f"{index.fqn} {offsets}", name, info.offset, info.length
                     )
-
-    def parts(self) -> Iterable[StoredBytes]:
-        """Return the place of every stored part of a tensor."""
-        return self._stored.values()
 
     def load(self, state: dict[str, Any]) -> None:
         """Fill the sharded tensors in `state`, a stored part at a time; no communication.
@@ -222,7 +215,7 @@ class ShardedFolder:
                         theirs.append(slice(first - start, last - start))
                     into = target[tuple(ours)]
                     if into.numel():
-                        place = self._stored[part.key, tuple(chunk.offsets)]
+                        place = self.stored[part.key, tuple(chunk.offsets)]
                         with self.files.open(place.file) as file:
                             file.seek(place.offset)
                             data = io.BytesIO(file.read(place.num_bytes))

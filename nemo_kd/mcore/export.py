@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
+import itertools
 import json
-import os
-import re
+import math
 import shutil
-import stat
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from nemo_kd.config.optim import ExportConfig, LoraConfig
 from nemo_kd.files import atomic_file, explained, new_folder, remove, replace_folder
@@ -27,8 +23,8 @@ from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.checkpoint_write import gather_to_first, save_sharded
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.lora import adapters, merged
-from nemo_kd.mcore.model import chunks, sharded_weights
-from nemo_kd.mcore.weights import Piece, hf_pieces, hf_shapes, pieces, whole_tensor
+from nemo_kd.mcore.model import chunks, named_weights, sharded_weights
+from nemo_kd.mcore.weights import Piece, hf_shapes, pieces, whole_tensor
 from nemo_kd.nemo_archive import (
     CHAT_TEMPLATES,
     MODEL_CONFIG,
@@ -38,7 +34,7 @@ from nemo_kd.nemo_archive import (
 )
 from nemo_kd.run.collective import gather, on_rank_zero, raise_together
 
-MAX_SHARD_SIZE = "5GB"
+MAX_FILE_BYTES = 5 * 10**9
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -126,7 +122,7 @@ class ModelExport:
 
         One rank of every pipeline stage (and of all that hold experts) writes the files of its
         layers. It gathers a file's weights over its tensor-parallel group first: this needs host
-        memory for one file, and memory on its device for one weight.
+        memory for two files, and memory on its device for one weight.
         """
         with explained(folder), _shared_folder(folder) as temporary:
             self._write_weights(temporary)
@@ -178,46 +174,49 @@ class ModelExport:
 
     def _write_weights(self, folder: Path) -> None:
         """Write the safetensors files, and their index where there are several."""
+        architecture = self.source.architecture
         is_writer = self.groups.tensor_rank == 0
         mine = self._pieces_to_write()
         files = self._split(mine)
-        counts = gather(lambda: len(files) if is_writer else 0)
-        first = 1 + sum(counts[: torch.distributed.get_rank()])
-        weight_map: dict[str, str] = {}
-        num_bytes = 0
+        of_ranks = gather(lambda: files if is_writer else [])
+        first = sum(map(len, of_ranks[: torch.distributed.get_rank()]))
+        all_files = list(itertools.chain(*of_ranks))
+
+        def name_of(number: int) -> str:
+            if len(all_files) == 1:
+                return "model.safetensors"
+            return f"model-{number + 1:05}-of-{len(all_files):05}.safetensors"
+
         problem: OSError | None = None
         for number, hf_names in enumerate(files, first):
             tensors: dict[str, torch.Tensor] = {}
             for hf_name in hf_names:
-                tensor = whole_tensor(
-                    mine[hf_name], self.source.architecture, self.groups
-                )
+                tensor = whole_tensor(mine[hf_name], architecture, self.groups)
                 if is_writer:
                     tensors[hf_name] = tensor.cpu().contiguous()
-            name = "model.safetensors"
-            if sum(counts) > 1:
-                name = f"model-{number:05}-of-{sum(counts):05}.safetensors"
             try:
                 if is_writer:
-                    _save_tensors(tensors, folder / name)
+                    _save_tensors(tensors, folder / name_of(number))
             except OSError as error:
-                problem = (
-                    error  # raised after the loop, in which the others still gather
-                )
-            weight_map |= dict.fromkeys(tensors, name)
-            num_bytes += sum(tensor.nbytes for tensor in tensors.values())
+                # Raised after the loop, in which the others still gather.
+                problem = error
         raise_together(problem)
-        parts = gather_to_first((weight_map, num_bytes))
 
         def write_index() -> None:
-            weight_maps = {
-                name: file for part, _ in parts for name, file in part.items()
+            weight_map = {
+                hf_name: name_of(number)
+                for number, hf_names in enumerate(all_files)
+                for hf_name in hf_names
             }
-            total_size = sum(size for _, size in parts)
-            index = {"metadata": {"total_size": total_size}, "weight_map": weight_maps}
+            num_weights = sum(map(math.prod, hf_shapes(architecture).values()))
+            itemsize = next(self.model.parameters()).itemsize
+            index = {
+                "metadata": {"total_size": num_weights * itemsize},
+                "weight_map": weight_map,
+            }
             _write_json(folder / "model.safetensors.index.json", index)
 
-        if sum(counts) > 1:
+        if len(all_files) > 1:
             on_rank_zero(write_index)
 
     def _pieces_to_write(self) -> dict[str, Piece]:
@@ -226,26 +225,30 @@ class ModelExport:
         number = groups.data_rank * groups.context_size + groups.context_rank
         config = chunks(self.model)[0].config
         has_own_experts = number < config.expert_model_parallel_size
+        architecture = self.source.architecture
+        is_tied = architecture.share_embeddings_and_output_weights
         return {
             piece.hf_name: piece
-            for piece in hf_pieces(self.model, self.source.architecture)
+            for name, weight in named_weights(self.model)
+            # The last of several stages has a copy of a tied layer.
+            if not (is_tied and name == "output_layer.weight")
+            for piece in pieces(name, weight, architecture)
             if (has_own_experts if ".experts." in piece.hf_name else number == 0)
         }
 
     def _split(self, mine: dict[str, Piece]) -> list[list[str]]:
         """Return the names of the tensors of this rank's files."""
-        # Views of one storage would count as one tensor; meta tensors have sizes and no storage.
         shapes = hf_shapes(self.source.architecture)
-        sizes = {
-            name: torch.empty(shapes[name], dtype=piece.view.dtype, device="meta")
-            for name, piece in mine.items()
-        }
-        if not sizes:
-            return []
-        split = split_torch_state_dict_into_shards(
-            sizes, max_shard_size=MAX_SHARD_SIZE
-        )
-        return list(split.filename_to_tensors.values())
+        files: list[list[str]] = []
+        room = 0
+        for name, piece in mine.items():
+            num_bytes = math.prod(shapes[name]) * piece.view.itemsize
+            if num_bytes > room:
+                files.append([])
+                room = MAX_FILE_BYTES
+            files[-1].append(name)
+            room -= num_bytes
+        return files
 
     def _adapter_pieces(self) -> list[Piece]:
         """Return this rank's parts of the tensors of a peft adapter, under peft's names."""
@@ -265,12 +268,8 @@ class ModelExport:
 
     def _publish(self, temporary: Path, folder: Path) -> None:
         """Complete the folder and give it its name; all ranks have written."""
-
-        def publish() -> None:
-            self._add_rest(temporary, temporary)
-            replace_folder(temporary, folder.absolute())
-
-        on_rank_zero(publish)
+        on_rank_zero(lambda: self._add_rest(temporary, temporary))
+        on_rank_zero(lambda: replace_folder(temporary, folder.absolute()))
 
     def _add_rest(self, folder: Path, tokenizer_folder: Path) -> None:
         """Add provenance and tokenizer (with generation settings), with this process's modes."""
@@ -303,16 +302,8 @@ def _without_owner(info: tarfile.TarInfo) -> tarfile.TarInfo:
 
 
 def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write a safetensors file with this process's mode; the library's is for its owner only."""
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        found = re.search(r"os error (\d+)", str(error))
-        number = int(found[1]) if found else errno.EIO
-        raise OSError(number, os.strerror(number)) from error
-    path.chmod(mode)
+    # `save_file` would make a file that only its owner can read, and hide errors of the disk.
+    path.write_bytes(save(tensors, metadata={"format": "pt"}))
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -128,7 +128,14 @@ def forward_backward(
     if len(parts) > 1:
         # Interleaved stages take as many micro-batches at a time as there are stages.
         missing = -len(micro_batches) % groups.pp.size()
-        micro_batches = [*micro_batches, *[_without_loss(micro_batches)] * missing]
+        shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
+        filler = replace(
+            shortest,
+            loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
+            loss_positions_N=shortest.loss_positions_N[:0],
+            teacher=None,
+        )
+        micro_batches = [*micro_batches, *[filler] * missing]
     reports = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(micro_batches) for _ in parts],
@@ -151,13 +158,3 @@ def _stages(
     config = copy.copy(config)  # Megatron needlessly refuses this option with experts
     config.variable_seq_lengths = True
     return P2PCommunicator(group, config)
-
-
-def _without_loss(micro_batches: Sequence[Batch]) -> Batch:
-    """Return the shortest micro-batch without its loss tokens."""
-    shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
-    nowhere = shortest.loss_positions_N[:0]
-    no_loss = torch.zeros_like(shortest.loss_mask_BS)
-    return replace(
-        shortest, loss_mask_BS=no_loss, loss_positions_N=nowhere, teacher=None
-    )

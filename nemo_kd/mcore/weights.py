@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from nemo_kd.config import ConfigError
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.mcore.architecture import architecture_from_hf
 from nemo_kd.mcore.groups import ProcessGroups
@@ -70,11 +68,8 @@ def open_hf_model(folder: Path) -> tuple[GPTArchitecture, SafetensorsFolder]:
     Raises:
         ConfigError: a file is damaged, or the weights are not exactly those that config.json needs.
     """
-    config = read_json(folder / "config.json")
-    try:
-        architecture = architecture_from_hf(config)
-    except ConfigError as error:  # its text starts with the file's name
-        raise ConfigError(f"{folder / str(error)}") from error
+    path = folder / "config.json"
+    architecture = architecture_from_hf(read_json(path), str(path))
     stored = SafetensorsFolder(folder)
     has_both = {EMBEDDING, OUTPUT} <= stored.shapes.keys()
     is_tied = architecture.share_embeddings_and_output_weights
@@ -106,17 +101,20 @@ def load_hf_weights(
     with torch.no_grad():
         for name, weight in named_weights(model):
             for piece in pieces(name, weight, architecture):
-                _fill(piece, stored, groups)
-
-
-def hf_pieces(
-    model: torch.nn.Module, architecture: GPTArchitecture
-) -> Iterator[Piece]:
-    """Yield this rank's Hugging Face parts, without the last stage's copy of a tied layer."""
-    is_tied = architecture.share_embeddings_and_output_weights
-    for name, weight in named_weights(model):
-        if not (is_tied and name == "output_layer.weight"):
-            yield from pieces(name, weight, architecture)
+                num_groups, num_rows = piece.view.shape[:2]
+                size = num_groups * num_rows
+                first = groups.tensor_rank * size if piece.cut_dim == 0 else 0
+                # Padding rows of the vocabulary are not stored.
+                last = min(first + size, stored.shapes[piece.hf_name][0])
+                columns = slice(None)
+                if piece.cut_dim == 1:
+                    width = piece.view.shape[2]
+                    start = groups.tensor_rank * width
+                    columns = slice(start, start + width)
+                if first < last:
+                    block = stored.read(piece.hf_name, slice(first, last), columns)
+                    block = block.unflatten(0, (num_groups, -1))
+                    piece.view[:, : block.shape[1]].copy_(block)
 
 
 def whole_tensor(
@@ -142,38 +140,41 @@ def hf_shapes(architecture: GPTArchitecture) -> dict[str, tuple[int, ...]]:
     ffn = architecture.ffn_hidden_size
     width = architecture.kv_channels
     query = architecture.num_attention_heads * width
-    key = architecture.num_query_groups * width
+    fused = query + 2 * architecture.num_query_groups * width
     layer: dict[str, tuple[int, ...]] = {
         "input_layernorm.weight": (hidden,),
-        "post_attention_layernorm.weight": (hidden,),
-        "self_attn.o_proj.weight": (hidden, query),
+        "pre_mlp_layernorm.weight": (hidden,),
+        "self_attention.linear_proj.weight": (hidden, query),
+        "self_attention.linear_qkv.weight": (fused, hidden),
     }
-    for name, rows in (("q", query), ("k", key), ("v", key)):
-        layer[f"self_attn.{name}_proj.weight"] = (rows, hidden)
-        if architecture.add_qkv_bias:
-            layer[f"self_attn.{name}_proj.bias"] = (rows,)
-        if architecture.qk_layernorm and name != "v":
-            layer[f"self_attn.{name}_norm.weight"] = (width,)
-    if architecture.num_moe_experts is None:
-        layer["mlp.gate_proj.weight"] = (ffn, hidden)
-        layer["mlp.up_proj.weight"] = (ffn, hidden)
-        layer["mlp.down_proj.weight"] = (hidden, ffn)
-    else:
-        names = EXPERT_NAMES[architecture.family]
-        layer[names.router] = (architecture.num_moe_experts, hidden)
-        for expert in range(architecture.num_moe_experts):
-            layer[names.weight(expert, names.gate)] = (ffn, hidden)
-            layer[names.weight(expert, names.up)] = (ffn, hidden)
-            layer[names.weight(expert, names.down)] = (hidden, ffn)
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (architecture.vocab_size, hidden)}
+    if architecture.add_qkv_bias:
+        layer["self_attention.linear_qkv.bias"] = (fused,)
+    if architecture.qk_layernorm:
+        layer["self_attention.q_layernorm.weight"] = (width,)
+        layer["self_attention.k_layernorm.weight"] = (width,)
+    feed_forwards = ["mlp"]
+    if architecture.num_moe_experts is not None:
+        layer["mlp.router.weight"] = (architecture.num_moe_experts, hidden)
+        experts = range(architecture.num_moe_experts)
+        feed_forwards = [f"mlp.experts.local_experts.{expert}" for expert in experts]
+    for name in feed_forwards:
+        layer[f"{name}.linear_fc1.weight"] = (2 * ffn, hidden)
+        layer[f"{name}.linear_fc2.weight"] = (hidden, ffn)
+    vocabulary = (architecture.vocab_size, hidden)
+    shapes: dict[str, tuple[int, ...]] = {
+        "embedding.word_embeddings.weight": vocabulary
+    }
     for number in range(architecture.num_layers):
-        shapes |= {
-            f"model.layers.{number}.{name}": shape for name, shape in layer.items()
-        }
-    shapes["model.norm.weight"] = (hidden,)
+        for name, shape in layer.items():
+            shapes[f"decoder.layers.{number}.{name}"] = shape
+    shapes["decoder.final_layernorm.weight"] = (hidden,)
     if not architecture.share_embeddings_and_output_weights:
-        shapes[OUTPUT] = (architecture.vocab_size, hidden)
-    return shapes
+        shapes["output_layer.weight"] = vocabulary
+    return {
+        piece.hf_name: tuple(piece.view.flatten(0, 1).shape)
+        for name, shape in shapes.items()
+        for piece in pieces(name, torch.empty(shape, device="meta"), architecture)
+    }
 
 
 def zero_vocabulary_padding(
@@ -231,19 +232,3 @@ def pieces(
         Piece(prefix + gate, gate_rows[None], 0),
         Piece(prefix + up, up_rows[None], 0),
     ]
-
-
-def _fill(piece: Piece, stored: SafetensorsFolder, groups: ProcessGroups) -> None:
-    num_groups, num_rows = piece.view.shape[:2]
-    size = num_groups * num_rows
-    first = groups.tensor_rank * size if piece.cut_dim == 0 else 0
-    # Padding rows of the vocabulary are not stored.
-    last = min(first + size, stored.shapes[piece.hf_name][0])
-    columns = slice(None)
-    if piece.cut_dim == 1:
-        width = piece.view.shape[2]
-        columns = slice(groups.tensor_rank * width, (groups.tensor_rank + 1) * width)
-    if first < last:
-        block = stored.read(piece.hf_name, slice(first, last), columns)
-        block = block.unflatten(0, (num_groups, -1))
-        piece.view[:, : block.shape[1]].copy_(block)

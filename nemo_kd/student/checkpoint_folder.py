@@ -6,13 +6,12 @@ renamed. `contents.json` lists every file with its length and checksum, which sh
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from nemo_kd.config import UserInputError
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.files import (
     abandoned,
-    explained,
     owner_name,
     read_file,
     remove,
@@ -94,21 +92,6 @@ def unfinished_folder(folder: Path) -> Path:
     )
 
 
-@contextlib.contextmanager
-def removed_on_error(folder: Path, target: Path) -> Iterator[None]:
-    """Remove an unfinished folder if the block raises an OSError, and raise one that names `target`.
-
-    Raises:
-        FileError: the block raised an OSError.
-    """
-    with explained(target):
-        try:
-            yield
-        except OSError:
-            remove(folder)
-            raise
-
-
 def seal(folder: Path, contents: Contents) -> None:
     """Add `contents.json`; sums that `contents.files` lacks are computed. Everything is synced."""
     for path in folder.iterdir():
@@ -170,9 +153,10 @@ def checkpoints(parent: Path) -> list[Path]:
 
 def resumable(parent: Path) -> list[Path]:
     """Return the `checkpoints` that hold more than weights; damaged ones are among them."""
-    found = [(folder, read_contents(folder)) for folder in checkpoints(parent)]
     return [
-        folder for folder, contents in found if contents is None or contents.resumable
+        folder
+        for folder in checkpoints(parent)
+        if getattr(read_contents(folder), "resumable", True)
     ]
 
 
@@ -202,8 +186,7 @@ def put_aside(damaged: Mapping[Path, Exception]) -> None:
     """Rename damaged checkpoints so that nothing uses them any more."""
     for folder, problem in damaged.items():
         aside = folder.with_name(folder.name + DAMAGED)
-        while aside.exists():
-            aside = aside.with_name(aside.name + DAMAGED)
+        discard(aside)
         folder.rename(aside)
         log.warning(
             "%s is damaged (%s) and now called %s", folder, problem, aside.name

@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nemo_kd.config.exp_manager import CheckpointParams
-from nemo_kd.files import remove
+from nemo_kd.files import explained, remove
 from nemo_kd.mcore.checkpoint_write import CheckpointWrite
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import Watchdog
 from nemo_kd.student.checkpoint_folder import (
-    CONTENTS,
     LAST,
     CheckpointError,
     Contents,
@@ -25,7 +24,6 @@ from nemo_kd.student.checkpoint_folder import (
     checkpoints,
     discard,
     publish,
-    removed_on_error,
     seal,
     unfinished_folder,
 )
@@ -134,7 +132,7 @@ class Checkpoints:
             FileError: on every rank, it cannot be written; names the checkpoint.
         """
         folder = on_rank_zero(lambda: unfinished_folder(self._names[0]))
-        with removed_on_error(folder, self._names[0]):
+        with explained(self._names[0]):
             self._write = CheckpointWrite(checkpoint, folder)
         is_resumable = "optimizer_states" in checkpoint
         self._contents = Contents(
@@ -159,37 +157,33 @@ class Checkpoints:
 
         with (
             self.watchdog.pause("waiting for a checkpoint to be written"),
-            removed_on_error(write.folder, self._names[0]),
+            explained(self._names[0]),
         ):
             sums = write.finish()
             on_rank_zero(complete)
         self._removals = []
 
     def write_archives(self, student: StudentModule) -> None:
-        """Leave the student's last and best weights as archives; the student keeps the best.
+        """Write the student's last and best weights as archives; the student keeps the best.
 
         NAME.nemo holds the last weights and NAME-best.nemo the best, if those are others; with
-        `save_best_model`, NAME.nemo holds the best. Skipped if `save_nemo_on_train_end` is off, or
-        if an earlier run of the same command left them and no step was trained since. Every rank
-        calls it after the training.
+        `save_best_model`, NAME.nemo holds the best. Nothing is written if
+        `save_nemo_on_train_end` is off. Every rank calls it after the training.
         """
         best_only = self.params.save_best_model
         writes = self.params.save_nemo_on_train_end
-        is_left = on_rank_zero(lambda: self._is_left(student))
-        if is_left:
+        if not self._has_saved:
             log.warning(
-                "nothing is left to train: %s is the result of an earlier run of this command, "
-                "which took all %d steps; to train on raise trainer.knowledge_distillation."
-                "max_steps or max_epochs, to start over give another exp_manager.explicit_log_dir",
-                self.archive,
+                "nothing is left to train: an earlier run of this command took all %d steps; to "
+                "train on raise trainer.knowledge_distillation.max_steps or max_epochs, to start "
+                "over give another exp_manager.explicit_log_dir",
                 student.global_step,
             )
-        elif writes and not best_only:
+        if writes and not best_only:
             student.save_to(self.archive)
         step = self._load_best(student)
-        if best_only:
-            if writes:
-                student.save_to(self.archive)
+        if writes and best_only:
+            student.save_to(self.archive)
         elif writes and step not in (None, student.global_step):
             student.save_to(self.best_archive)
         elif writes and step is not None and student.trainer.is_global_zero:
@@ -237,20 +231,6 @@ class Checkpoints:
         values["epoch"] = int(values["epoch"])
         values["consumed_samples"] = float(student.data.training.consumed_samples)
         return self.dirpath / template.format_map(values)
-
-    def _is_left(self, student: StudentModule) -> bool:
-        """Return True if nothing was trained and the archive is newer than the checkpoint that
-        this run resumed. It may hold the last weights where the best are wanted."""
-        resumed = Path(str(student.trainer.ckpt_path))
-        trained = self._has_saved or resumed.absolute().parent != self.dirpath
-        if trained or self.params.save_best_model:
-            return False
-        hf_folder = self.archive.with_name(f"{self.archive.stem}-hf")
-        wanted = (
-            [self.archive, hf_folder] if student.config.export.hf else [self.archive]
-        )
-        made_s = (resumed / CONTENTS).stat().st_mtime
-        return all(path.exists() and path.stat().st_mtime >= made_s for path in wanted)
 
     def _load_best(self, student: StudentModule) -> int | None:
         """Load the best weights into the student; return their step, or None if there are none, or

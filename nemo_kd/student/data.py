@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
-from nemo_kd.cache.layout import CacheError, path_of
+from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheBlend, CacheReader
 from nemo_kd.config import ConfigError
@@ -40,7 +40,7 @@ from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.order import SampleOrder, TrainingBatches
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
-    token_differences,
+    shares_ids,
     tokenizer_fingerprint,
 )
 from nemo_kd.mcore.groups import ProcessGroups
@@ -67,7 +67,7 @@ def load_splits(
 
     Raises:
         CacheError, DataError: a file is missing or damaged, or a cache does not fit the student.
-        ConfigError: a split, or a path that has a weight, has no usable example.
+        ConfigError: a path has no usable example.
     """
     data = model.data
     seq_length = sequence_length(
@@ -101,9 +101,14 @@ def load_splits(
                     dropped,
                     seq_length,
                 )
-            found = find_mismatches(readers, model, architecture.vocab_size, tokenizer)
-            if found:
-                listed = "".join(f"\n  {text}" for text in found)
+            listed = "".join(
+                f"\n  {reader.source}: {text}"
+                for reader in readers
+                for text in find_mismatches(
+                    reader, model, architecture.vocab_size, tokenizer
+                )
+            )
+            if listed:
                 raise CacheError(
                     f"{PREFIX}.{split}: cache and student do not match:{listed}"
                 )
@@ -126,54 +131,60 @@ def source_names(paths: Sequence[str]) -> list[str]:
 
 
 def _check_usable(split: str, rows: Rows, data: StudentDataConfig) -> None:
-    """Refuse a split without examples, and a source without tokens in the loss.
+    """Refuse a source without tokens in the loss.
 
     Raises:
         ConfigError: names the source.
     """
-    paths = data.paths(split)
-    if not len(rows):
-        raise ConfigError(f"{PREFIX}.{split}: no usable example in {', '.join(paths)}")
     start = 0
-    for path, sizes in zip(paths, rows.source_chunks(), strict=True):
-        size = sum(sizes)
-        positions = range(start, start + size)
-        start += size
-        is_needed = size or data.weights(split) is not None
-        has_loss = (example_of(rows[at]).num_loss_tokens for at in positions)
-        if is_needed and not any(has_loss):
+    for path, sizes in zip(data.paths(split), rows.source_chunks(), strict=True):
+        positions = range(start, start + sum(sizes))
+        start = positions.stop
+        if not any(example_of(rows[place]).num_loss_tokens for place in positions):
             raise ConfigError(
-                f"{PREFIX}.{split}: {path}: none of {size} examples has a token in the "
-                "loss (loss_mask is 0 throughout), so there is nothing to train or to measure on; "
-                "take it out, or mark what is to be trained"
+                f"{PREFIX}.{split}: {path}: none of {len(positions)} examples has a token in the "
+                "loss, so there is nothing to train or to measure on; take it out, or mark what is "
+                "to be trained"
             )
 
 
 def find_mismatches(
-    readers: Sequence[CacheReader],
+    reader: CacheReader,
     model: StudentModelConfig,
     vocab_size: int,
     tokenizer: PreTrainedTokenizerBase,
-) -> list[str]:
-    """List everything in which the caches of a split do not fit the student."""
+) -> Iterator[str]:
+    """Yield everything in which a cache does not fit the student."""
+    data = model.data
     loss = model.knowledge_distillation
     ours = tokenizer_fingerprint(tokenizer)
-    found: list[str] = []
-    for reader in readers:
-        texts = _tokenizer_mismatches(reader, model.data, tokenizer, ours)
-        texts += _size_mismatches(reader, model.data, vocab_size)
-        if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {
-            ours
-        }:
-            texts.append(
-                f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share "
-                "one tokenizer, and token sequences of different ones cannot be aligned; use a "
-                "student with the teacher's tokenizer"
-            )
-        if loss.divergence is not None and len(reader):
-            texts += loss.missing_targets(reader[0].teacher)  # it stands for all rows
-        found += [f"{reader.source}: {text}" for text in texts]
-    return found
+    yield from _tokenizer_mismatches(reader, data, tokenizer, ours)
+    # Vocabularies of one family are padded differently, so the ids count.
+    if reader.max_token_id >= vocab_size:
+        yield (
+            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the "
+            f"student has {vocab_size} ids; both must share one tokenizer"
+        )
+    if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
+        yield (
+            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in the cache, "
+            f"the student has {vocab_size} ids; model.data.drop_ids_outside_vocab=true counts them "
+            "to the tail"
+        )
+    held = [manifest.top_k for manifest in reader.manifests] or [reader.largest_k]
+    if data.top_k is not None and data.top_k > min(held):
+        yield (
+            f"model.data.top_k: {data.top_k} exceeds the {min(held)} logits a position that the "
+            "cache holds at most"
+        )
+    if loss.cross_tokenizer and {one.tokenizer for one in reader.manifests} != {ours}:
+        yield (
+            f"{KEY}.cross_tokenizer: True, but nothing shows that teacher and student share "
+            "one tokenizer, and token sequences of different ones cannot be aligned; use a "
+            "student with the teacher's tokenizer"
+        )
+    if loss.divergence is not None and len(reader):
+        yield from loss.missing_targets(reader[0].teacher)  # it stands for all rows
 
 
 def _tokenizer_mismatches(
@@ -181,8 +192,7 @@ def _tokenizer_mismatches(
     data: StudentDataConfig,
     tokenizer: PreTrainedTokenizerBase,
     ours: str,
-) -> list[str]:
-    found: list[str] = []
+) -> Iterator[str]:
     template = chat_template_fingerprint(tokenizer)
     named = [one for one in reader.manifests if one.tokenizer != UNKNOWN]
     if not named:
@@ -192,12 +202,11 @@ def _tokenizer_mismatches(
         )
     for manifest in named:
         tokens = manifest.tokenizer_tokens
-        differences = [] if tokens is None else token_differences(tokens, tokenizer)
-        if manifest.tokenizer != ours and (tokens is None or differences):
-            found.append(
+        is_same = tokens is not None and shares_ids(tokens, tokenizer)
+        if manifest.tokenizer != ours and not is_same:
+            yield (
                 f"tokenizer: {manifest.tokenizer} ({manifest.tokenizer_size} tokens) in the cache, "
-                f"{ours} ({len(tokenizer)} tokens) in the student ({'; '.join(differences)}); both "
-                "must share one tokenizer"
+                f"{ours} ({len(tokenizer)} tokens) in the student; both must share one tokenizer"
             )
     for manifest in reader.manifests:
         # Only `messages` use the template; without a list of formats all records count as such.
@@ -206,37 +215,11 @@ def _tokenizer_mismatches(
             and manifest.chat_template not in (None, template)
             and not data.allow_other_template
         ):
-            found.append(
+            yield (
                 f"chat template: {manifest.chat_template} in the cache, {template or 'none'} in "
                 "the student; copy the teacher's chat_template into the student's tokenizer files, "
                 "or set model.data.allow_other_template=true"
             )
-    return found
-
-
-def _size_mismatches(
-    reader: CacheReader, data: StudentDataConfig, vocab_size: int
-) -> list[str]:
-    """Compare the ids that the cache holds: vocabularies of one family are padded differently."""
-    found: list[str] = []
-    if reader.max_token_id >= vocab_size:
-        found.append(
-            f"vocabulary: the tokens have ids up to {reader.max_token_id} in the cache, the "
-            f"student has {vocab_size} ids; both must share one tokenizer"
-        )
-    if reader.max_topk_id >= vocab_size and not data.drop_ids_outside_vocab:
-        found.append(
-            f"vocabulary: the teacher's tokens have ids up to {reader.max_topk_id} in the cache, "
-            f"the student has {vocab_size} ids; model.data.drop_ids_outside_vocab=true counts them "
-            "to the tail"
-        )
-    held = [manifest.top_k for manifest in reader.manifests] or [reader.largest_k]
-    if data.top_k is not None and data.top_k > min(held):
-        found.append(
-            f"model.data.top_k: {data.top_k} exceeds the {min(held)} logits a position that the "
-            "cache holds at most"
-        )
-    return found
 
 
 def _tokenize(
@@ -247,12 +230,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
 ) -> TokenizedRows:
     paths = data.paths(split)
-    for path in (each for each in paths if path_of(each) != each):
-        raise ConfigError(
-            f"{PREFIX}.{split}: {path} selects rows, which caches take and data_impl=dataset does "
-            "not; give a file with these rows alone"
-        )
-    examples: list[list[Example]] = []
+    rows = TokenizedRows(paths)
     skipped: Counter[str] = Counter()
     for source, path in enumerate(paths):
         config = StudentRecordsConfig(
@@ -261,7 +239,6 @@ def _tokenize(
         dataset = TokenizedDataset(
             config, tokenizer, seq_length, architecture.vocab_size
         )
-        examples.append([])
         positions = range(len(dataset))
         for position in tqdm(
             positions, f"tokenizing {split}", leave=False, disable=None
@@ -270,10 +247,10 @@ def _tokenize(
             if isinstance(found, str):  # the reason to skip it
                 skipped[found] += 1
             else:
-                examples[-1].append(replace(found, source=source))
+                rows.append(replace(found, source=source))
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
-    return TokenizedRows(paths, examples)
+    return rows
 
 
 @dataclass

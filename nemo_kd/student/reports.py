@@ -138,16 +138,14 @@ def end_report(student: StudentModule) -> StudentRun:
         return run
     latest = run_log.latest
     counts = run_log.progress.counts
-    time = (
-        f"{timedelta(seconds=round(run_log.seconds))} with validations and checkpoints"
-    )
+    seconds = round(time.monotonic() - run_log.started_s)
     facts = [
         ("trained", f"{run.step:,} of {run_log.max_steps:,} steps"),
         (
             "tokens",
             f"{counts['tokens']:,.0f} ({counts['loss_tokens']:,.0f} in the loss)",
         ),
-        ("time", time),
+        ("time", f"{timedelta(seconds=seconds)} with validations and checkpoints"),
     ]
     for split in ("train", "validation", "test"):
         if f"{split}/loss" in latest:
@@ -196,7 +194,7 @@ class RunLog:
         sinks: files and services that take the metrics, on rank 0.
         latest: metrics of the last step and of the last evaluation of each split, by name.
         progress: its counters since the start of the run; on rank 0, from the first step on.
-        seconds: duration of the training.
+        started_s: start of the training on the monotonic clock.
     """
 
     log_dir: Path
@@ -206,8 +204,7 @@ class RunLog:
     sinks: list[Any] = field(default_factory=list)
     latest: dict[str, float] = field(default_factory=dict)
     progress: Progress | None = None
-    seconds: float = 0.0
-    _started_s: float = 0.0
+    started_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.metrics_path = self.log_dir / "metrics" / "metrics.jsonl"
@@ -216,7 +213,7 @@ class RunLog:
 
     def start(self, step: int, peak_flops: float | None) -> None:
         """Begin the training after `step`."""
-        self._started_s = time.monotonic()
+        self.started_s = time.monotonic()
         if rank() == 0:
             self.progress = Progress(
                 "training",
@@ -250,7 +247,6 @@ class RunLog:
 
     def end(self) -> None:
         """End the training, also after an error."""
-        self.seconds = time.monotonic() - self._started_s
         if self.progress is not None:
             self.progress.finish()
             self.progress.close()

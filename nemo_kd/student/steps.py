@@ -17,7 +17,7 @@ from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.config.student import LOOP, LoopConfig
-from nemo_kd.mcore.architecture import forward_flops, peak_flops
+from nemo_kd.mcore.architecture import ForwardFlops, peak_flops
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import Requeue
 
@@ -193,7 +193,7 @@ class StepMeter:
         precision: str,
         all_train: bool,
     ) -> None:
-        self.flops = forward_flops(architecture)
+        self.flops = ForwardFlops(architecture)
         self.groups = groups
         peak = peak_flops(groups.device, precision)
         self.peak_flops = peak if all_train else None

@@ -69,7 +69,7 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
             Interruption(config.exp_manager.max_time_per_run, dist.get_rank())
         )
         for job in run.jobs:
-            _open_cache(job, stack)
+            job.missing = on_rank_zero(partial(_open_cache, job, stack))
         for job in run.jobs:
             check_records(job)
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
@@ -92,24 +92,19 @@ def compute_topk_logits(config: ComputeTopkLogitsConfig) -> list[CacheReport]:
     return reports
 
 
-def _open_cache(job: Job, stack: contextlib.ExitStack) -> None:
-    """Lock the cache on rank 0, and find its missing segments for all ranks.
+def _open_cache(job: Job, stack: contextlib.ExitStack) -> list[Segment]:
+    """Lock the cache, and return its missing segments; rank 0 calls it.
 
     Raises:
-        CacheError: on every rank; the cache cannot be written.
+        CacheError: the cache cannot be written.
     """
-
-    def open_writer() -> list[Segment]:
-        layout = CacheLayout(job.config.output_path)
-        writer = CacheWriter(
-            layout, job.manifest, job.chunks, job.config.part_number()
-        )
-        stack.callback(writer.close)
-        job.writer = writer
-        save_config(path_beside(job, "config.yaml"), resolved_config(job.config))
-        return writer.missing_segments()
-
-    job.missing = on_rank_zero(open_writer)
+    layout = CacheLayout(job.config.output_path)
+    job.writer = CacheWriter(
+        layout, job.manifest, job.chunks, job.config.part_number()
+    )
+    stack.callback(job.writer.close)
+    save_config(path_beside(job, "config.yaml"), resolved_config(job.config))
+    return job.writer.missing_segments()
 
 
 def _compute(

@@ -29,7 +29,7 @@ from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.shared import FP8_MULTIPLE, length_multiple
 from nemo_kd.data.batches import collate, form_batches, pack
 from nemo_kd.data.tokenizer import padding_id
-from nemo_kd.mcore.architecture import forward_flops
+from nemo_kd.mcore.architecture import ForwardFlops
 from nemo_kd.mcore.kernels import Kernels, Machine, startup_facts
 from nemo_kd.mcore.model import (
     build_gpt_model,
@@ -92,7 +92,7 @@ class Teacher:
         rows = FP8_MULTIPLE if config.model.fp8 else 1
         self.multiple_of = length_multiple(config.model, rows)
         self.vocab_size = architecture.vocab_size
-        self.flops = forward_flops(architecture)
+        self.flops = ForwardFlops(architecture)
         kernels = Kernels(Machine.here(), config.model, config.trainer.precision)
         self.model = build_gpt_model(
             architecture,

@@ -124,7 +124,7 @@ def measure(reader: CacheReader, num_rows: int) -> Statistics:
         row = reader[position]
         num_tokens += row.example.num_tokens
         num_loss_tokens += row.example.num_loss_tokens
-        at = LossPositions.of(row)
+        at = LossPositions(row)
         for name in MEASURED:
             parts[name].append(getattr(at, name))
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
@@ -258,7 +258,7 @@ def _page_example(
 ) -> dict[str, Any]:
     """Return an example's texts and teacher targets as the page's script wants them."""
     example = row.example
-    found = LossPositions.of(row)
+    found = LossPositions(row)
     token_ids = text_ids(row.example)
     first = int(found.position_P[0]) + 1 if len(found.position_P) else 0
     start = max(0, first - PROMPT_TOKENS)

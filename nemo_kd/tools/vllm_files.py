@@ -37,7 +37,7 @@ class VllmRows:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._records = JsonlRecords(path, "the source")
+        self._records = JsonlRecords(path)
 
     def __len__(self) -> int:
         return len(self._records)

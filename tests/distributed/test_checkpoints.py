@@ -81,12 +81,12 @@ def convert(**options) -> None:
 
 
 def convert_in_small_files(**options) -> None:
-    before = nemo_kd.mcore.export.MAX_SHARD_SIZE
-    nemo_kd.mcore.export.MAX_SHARD_SIZE = "100KB"
+    before = nemo_kd.mcore.export.MAX_FILE_BYTES
+    nemo_kd.mcore.export.MAX_FILE_BYTES = 100_000
     try:
         convert(**options)
     finally:
-        nemo_kd.mcore.export.MAX_SHARD_SIZE = before
+        nemo_kd.mcore.export.MAX_FILE_BYTES = before
 
 
 def convert_with_umask(**options) -> None:

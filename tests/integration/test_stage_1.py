@@ -256,7 +256,7 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ),
         (
             {"data__data__file_path": "/nowhere.jsonl"},
-            "/nowhere.jsonl: no such file; check data.data.file_path",
+            "/nowhere.jsonl: expected a regular file, found none; check the path",
         ),
         (
             {"data__chat": False},

@@ -117,15 +117,15 @@ def in_weights(folder: Path, attack: Attack) -> None:
         ),
         (
             in_common,
-            "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
+            "theirs: cannot be read, or holds more than tensors and plain values",
         ),
         (
             in_random_state,
-            "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
+            "theirs: cannot be read, or holds more than tensors and plain values",
         ),
         (
             in_weights,
-            "theirs: cannot be read (Trying to load unsupported GLOBAL posix.mkdir",
+            "theirs: cannot be read, or holds more than tensors and plain values",
         ),
     ],
 )

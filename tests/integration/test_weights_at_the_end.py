@@ -54,11 +54,11 @@ def world(ranks, tmp_path_factory):
 
 
 def run_with_small_files(student, train, validation, log_dir, overrides) -> str:
-    before, export.MAX_SHARD_SIZE = export.MAX_SHARD_SIZE, "60KB"
+    before, export.MAX_FILE_BYTES = export.MAX_FILE_BYTES, 60_000
     try:
         return run_stage_2(student, train, validation, log_dir, overrides)
     finally:
-        export.MAX_SHARD_SIZE = before
+        export.MAX_FILE_BYTES = before
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -98,7 +98,7 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no such file; check data.data.file_path"),
+        (None, "expected a regular file, found none; check the path"),
         ("", "the file has no records"),
         ("\n \n", "the file has no records"),
         ('{"a": 1}\n{"a": ', ":2: not valid JSON"),

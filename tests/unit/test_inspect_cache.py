@@ -139,7 +139,7 @@ def test_positions_of_which_nothing_is_known_are_left_out():
     )
     ids_SK[3], logits_SK[3] = -1, -np.inf
     logprobs = one.teacher.label_logprobs_P
-    seen = LossPositions.of(
+    seen = LossPositions(
         replace(
             one,
             teacher=replace(
@@ -149,7 +149,7 @@ def test_positions_of_which_nothing_is_known_are_left_out():
     )
     assert seen.position_P.tolist() == [2, 4]
     np.testing.assert_allclose(seen.label_logprob_P, logprobs[[2, 4]], rtol=1e-6)
-    without = LossPositions.of(
+    without = LossPositions(
         replace(one, teacher=replace(one.teacher, label_logprobs_P=None))
     )
     assert np.isnan(without.label_logprob_P).all()
@@ -276,7 +276,7 @@ def test_the_page_knows_every_loss_token():
     logprob = one.teacher.label_logprobs_P[5]
     assert probability == pytest.approx(math.exp(logprob), rel=1e-6)
     assert tail == pytest.approx(one.teacher.tail_mass_PT[5, 0], rel=1e-6)
-    assert entropy == pytest.approx(LossPositions.of(one).entropy_P[1])
+    assert entropy == pytest.approx(LossPositions(one).entropy_P[1])
     assert others[1][0] == "\\x1b[31m"
     p = np.exp(one.teacher.topk_logits_PK[5] - one.teacher.log_sum_exp_logits_P[5])
     np.testing.assert_allclose([q for _, q in others], p, rtol=1e-5)

@@ -69,13 +69,13 @@ def test_a_folder_says_what_it_is_without_loading(model):
 
 def test_wrong_paths_are_refused_by_key(tmp_path):
     key = "pretrained_checkpoint.restore_from_path"
-    refused(tmp_path / "none", f"{key}: .*none does not exist")
+    refused(tmp_path / "none", f"{key}: .*none: expected a regular file, found none")
     refused(tmp_path, f"{key}: .* is neither a Hugging Face folder")
     (tmp_path / "run-last").mkdir()
     (tmp_path / "run-last" / ".metadata").touch()
     refused(
         tmp_path / "run-last",
-        f"{key}: .*run-last is a training checkpoint; give the .nemo archive",
+        f"{key}: .*run-last is neither .* Of a training checkpoint .* give the .nemo archive",
     )
     (tmp_path / "text.nemo").write_text("not a tar file")
     refused(tmp_path / "text.nemo", f"{key}: .* is no readable .nemo archive")
@@ -87,7 +87,10 @@ def test_wrong_paths_are_refused_by_key(tmp_path):
         tmp_path / "old.nemo",
         {"model_config.yaml": b"a: 1\n", "model_weights.ckpt": b"x"},
     )
-    refused(archive, "no Megatron distributed checkpoint .*export it to Hugging Face")
+    refused(
+        archive,
+        "is neither .*model_weights/.metadata.*export an older NeMo model to Hugging Face",
+    )
     foreign = {
         "model_config.yaml": b"hidden_size: 8\n",
         "model_weights/.metadata": b"x",
@@ -345,7 +348,9 @@ def test_conversion_refuses_outputs_before_it_reads_weights(
     refuse(
         "would be of the same kind as the input; end it in .nemo", tmp_path / "copy"
     )
-    with pytest.raises(ConfigError, match=r"input_path: .*none does not exist"):
+    with pytest.raises(
+        ConfigError, match=r"input_path: .*none: expected a regular file, found none"
+    ):
         convert(
             ConvertCheckpointConfig(
                 input_path=str(tmp_path / "none"), output_path=str(tmp_path / "a.nemo")

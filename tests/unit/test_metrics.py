@@ -28,7 +28,7 @@ from transformers import (
 
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.files import FileError
-from nemo_kd.mcore.architecture import ForwardFlops, forward_flops, peak_flops
+from nemo_kd.mcore.architecture import ForwardFlops, peak_flops
 from nemo_kd.run import metrics
 from nemo_kd.run.metrics import MetricsFile, Progress, WandbRun
 
@@ -44,7 +44,7 @@ HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 24}
 
 def flops_of(**changes: Any) -> ForwardFlops:
     architecture = GPTArchitecture("qwen3", 500, 3, 64, 160, 4, 2, 24, 512, 1e-6, 1e4)
-    return forward_flops(dataclasses.replace(architecture, **changes))
+    return ForwardFlops(dataclasses.replace(architecture, **changes))
 
 
 class Seen:

@@ -15,7 +15,7 @@ import torch
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN
 from nemo_kd.cache.reader import CacheReader
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import CacheConfig
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
@@ -470,28 +470,20 @@ def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
     assert "model.data.dataset has no effect on caches" in caplog.text
 
 
-def test_a_dataset_of_selected_rows_is_refused_before_anything_is_tokenized(
-    monkeypatch,
-):
-    monkeypatch.setattr(
-        "nemo_kd.student.data.TokenizedDataset",
-        lambda *_: pytest.fail("a file was opened"),
-    )
+def test_a_dataset_of_selected_rows_is_no_file():
     found = student_config(
         "m",
         "t",
         "v",
         "l",
         model__data__data_prefix={
-            "train": ["a.jsonl", "b.jsonl[:10%]"],
+            "train": ["b.jsonl[:10%]"],
             "validation": ["c.jsonl"],
         },
         model__knowledge_distillation__kd_loss_weight=0.0,
         model__knowledge_distillation__sft_loss_weight=1.0,
         model__data__data_impl="dataset",
     )
-    with pytest.raises(
-        ConfigError,
-        match=r"model\.data\.data_prefix\.train: b\.jsonl\[:10%\] selects rows",
-    ):
+    text = "b.jsonl[:10%]: expected a regular file, found none; check the path"
+    with pytest.raises(DataError, match=re.escape(text)):
         load_splits(found.model, architecture(), TOKENIZER)
