@@ -248,11 +248,11 @@ def _filled(
 def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Tensor]:
     """Join the targets of examples, which may keep different numbers of logits. Of a blend of
     caches the batch has the fields and temperatures that all of them have."""
-    shared = [
+    shared = tuple(
         temperature
         for temperature in targets[0].temperatures
         if all(part.column_of(temperature) is not None for part in targets)
-    ]
+    )
     width = max(part.topk_logits_PK.shape[1] for part in targets)
     common = set.intersection(*(set(part.arrays()) for part in targets))
     num_samples = {
@@ -262,21 +262,25 @@ def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Ten
     }
     if len(num_samples) > 1:
         common.discard("tail_token_ids_PM")  # each sample stands for another mass
-
-    def uniform(part: TeacherRows[np.ndarray]) -> TeacherRows[np.ndarray]:
-        columns = [part.column_of(value) for value in shared]
+    parts = []
+    for part in targets:
+        absent: dict[str, Any] = dict.fromkeys(part.arrays().keys() - common)
         missing = ((0, 0), (0, width - part.topk_logits_PK.shape[1]))
-        changed: dict[str, Any] = dict.fromkeys(part.arrays().keys() - common)
-        changed["topk_logits_PK"] = np.pad(
-            part.topk_logits_PK, missing, constant_values=-np.inf
+        columns = np.array([part.column_of(value) for value in shared])
+        uniform = replace(
+            part,
+            topk_logits_PK=np.pad(
+                part.topk_logits_PK, missing, constant_values=-np.inf
+            ),
+            topk_token_ids_PK=np.pad(
+                part.topk_token_ids_PK, missing, constant_values=-1
+            ),
+            tail_mass_PT=part.tail_mass_PT[:, columns],
+            temperatures=shared,
+            **absent,
         )
-        changed["topk_token_ids_PK"] = np.pad(
-            part.topk_token_ids_PK, missing, constant_values=-1
-        )
-        changed["tail_mass_PT"] = part.tail_mass_PT[:, np.array(columns)]
-        return replace(part, temperatures=tuple(shared), **changed)
-
-    return join_rows([uniform(part) for part in targets]).map(torch.from_numpy)
+        parts.append(uniform)
+    return join_rows(parts).map(torch.from_numpy)
 
 
 class TokenizedRows(list[Example]):

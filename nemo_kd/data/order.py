@@ -114,6 +114,7 @@ class SampleOrder:
         return np.concatenate(drawn)[start % num_rows :][:count]
 
 
+@dataclass
 class TrainingBatches:
     """Every global batch of a run from `consumed_samples` on, the same on every rank.
 
@@ -121,18 +122,11 @@ class TrainingBatches:
     order. Setting `consumed_samples` continues a run where it stopped, on any number of ranks.
     """
 
-    def __init__(
-        self,
-        order: SampleOrder,
-        global_batch_size: int,
-        steps_per_epoch: int,
-        max_steps: int,
-    ) -> None:
-        self.order = order
-        self.global_batch_size = global_batch_size
-        self.steps_per_epoch = steps_per_epoch
-        self.max_steps = max_steps
-        self.consumed_samples = 0
+    order: SampleOrder
+    global_batch_size: int
+    steps_per_epoch: int
+    max_steps: int
+    consumed_samples: int = 0
 
     def __len__(self) -> int:
         return self.max_steps

@@ -52,26 +52,6 @@ TOKENIZER_FILES = (
 )
 
 
-def save_model(
-    path: Path,
-    model: torch.nn.Module,
-    source: PretrainedModel,
-    groups: ProcessGroups,
-    provenance: dict[str, Any],
-    config: ExportConfig,
-    lora: LoraConfig | None,
-) -> None:
-    """Write the .nemo archive with merged adapters, and the Hugging Face folder of `config`."""
-    hf_folder = path.with_name(path.name.removesuffix(".nemo") + "-hf")
-    export = ModelExport(model, source, groups, provenance)
-    with merged(model):
-        export.save_nemo(path)
-        if config.hf and config.lora == "merged":
-            export.save_hf(hf_folder)
-    if config.hf and config.lora == "adapter" and lora is not None:
-        export.save_adapter(hf_folder, lora)
-
-
 @dataclass(frozen=True)
 class ModelExport:
     """A model to write; every rank calls the methods and sees rank 0's disk.
@@ -89,6 +69,16 @@ class ModelExport:
     source: PretrainedModel
     groups: ProcessGroups
     provenance: dict[str, Any] | None = None
+
+    def save(self, path: Path, config: ExportConfig, lora: LoraConfig | None) -> None:
+        """Write an archive with merged adapters, and the Hugging Face folder of `config`."""
+        hf_folder = path.with_name(path.name.removesuffix(".nemo") + "-hf")
+        with merged(self.model):
+            self.save_nemo(path)
+            if config.hf and config.lora == "merged":
+                self.save_hf(hf_folder)
+        if config.hf and config.lora == "adapter" and lora is not None:
+            self.save_adapter(hf_folder, lora)
 
     def save_nemo(self, path: str | Path) -> None:
         """Write a .nemo archive; rank 0 packs it.

@@ -186,7 +186,8 @@ def put_aside(damaged: Mapping[Path, Exception]) -> None:
     """Rename damaged checkpoints so that nothing uses them any more."""
     for folder, problem in damaged.items():
         aside = folder.with_name(folder.name + DAMAGED)
-        discard(aside)
+        while aside.exists():
+            aside = aside.with_name(aside.name + DAMAGED)
         folder.rename(aside)
         log.warning(
             "%s is damaged (%s) and now called %s", folder, problem, aside.name
@@ -207,11 +208,12 @@ def _retire_last(parent: Path) -> None:
 def _twin(folder: Path) -> Path:
     """Return a hidden folder with the same files, as hard links if possible."""
     twin = unfinished_folder(folder)
-    try:
-        shutil.copytree(folder, twin, copy_function=os.link)
-    except OSError:
-        remove(twin)
-        shutil.copytree(folder, twin)
+    twin.mkdir()
+    for path in folder.iterdir():
+        try:
+            os.link(path, twin / path.name)
+        except OSError:
+            shutil.copyfile(path, twin / path.name)
     sync(twin)
     return twin
 

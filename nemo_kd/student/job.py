@@ -22,10 +22,10 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.exp_manager import PARAMS, ExpManagerConfig
+from nemo_kd.config.exp_manager import PARAMS
 from nemo_kd.config.optim import check_lora
 from nemo_kd.config.shared import check_training_layout
-from nemo_kd.config.student import StudentTrainerConfig, TrainStudentConfig
+from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
@@ -161,7 +161,7 @@ def _load(
         data.descriptions,
         data.plan.steps_per_epoch,
     )
-    trainer, log_dir = build_trainer(config.trainer, manager, config.name, data)
+    trainer, log_dir = build_trainer(config, data)
     params = manager.checkpoint_callback_params
     dirpath = Path(params.dirpath or log_dir / "checkpoints")
     resumed = choose_checkpoint(dirpath, manager)
@@ -217,23 +217,17 @@ fails if Weights & Biases is out of reach."""
 
 
 def build_trainer(
-    config: StudentTrainerConfig,
-    manager: ExpManagerConfig,
-    name: str,
-    data: StudentData,
+    config: TrainStudentConfig, data: StudentData
 ) -> tuple[pl.Trainer, Path]:
-    """Return a Trainer with NeMo's loggers and callbacks, and the folder of the run.
-
-    Args:
-        name: of the run.
-    """
-    loop = config.knowledge_distillation
+    """Return a Trainer with NeMo's loggers and callbacks, and the folder of the run."""
+    loop = config.trainer.knowledge_distillation
+    num_devices = config.trainer.num_devices
     trainer = pl.Trainer(
         accelerator="gpu" if data.groups.device.type == "cuda" else "cpu",
-        devices=config.num_devices,
-        num_nodes=config.num_nodes,
+        devices=num_devices,
+        num_nodes=config.trainer.num_nodes,
         strategy=MegatronStrategy(
-            cluster_environment=LauncherEnvironment(config.num_devices)
+            cluster_environment=LauncherEnvironment(num_devices)
         ),
         precision="32-true",  # Megatron casts by itself
         max_epochs=-1,  # `StudentModule` ends the run after `plan.max_steps`
@@ -252,10 +246,10 @@ def build_trainer(
     nemo_logging.set_verbosity(nemo_logging.ERROR)
     settings = {
         key: value
-        for key, value in dataclasses.asdict(manager).items()
+        for key, value in dataclasses.asdict(config.exp_manager).items()
         if value is not None and key != "log_interval_s"
     }
-    settings.setdefault("name", name)
+    settings.setdefault("name", config.name)
     settings["checkpoint_callback_params"]["dirpath"] = os.devnull
     log_dir = exp_manager(trainer, OmegaConf.create(settings | NOT_NEMOS))
     nemo_logging.set_verbosity(nemo_logging.WARNING)

@@ -16,7 +16,7 @@ import torch
 from nemo_kd.batch import Batch
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel
-from nemo_kd.mcore.export import save_model
+from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import set_random_state, sharded_random_state
 from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.mcore.lora import (
@@ -389,12 +389,6 @@ class StudentModule(pl.LightningModule):
     def save_to(self, path: Path) -> None:
         """Write the .nemo archive and the folders of `export`; every rank calls this."""
         gather_weights(chunks(self.model))
-        save_model(
-            path,
-            self.gpt,
-            self.pretrained,
-            self.groups,
-            provenance(self.config, self.pretrained, self.data, self.adapters),
-            self.config.export,
-            self.lora,
-        )
+        origin = provenance(self.config, self.pretrained, self.data, self.adapters)
+        export = ModelExport(self.gpt, self.pretrained, self.groups, origin)
+        export.save(path, self.config.export, self.lora)

@@ -94,7 +94,7 @@ def test_what_is_no_checkpoint_is_left_alone(tmp_path):
     assert (tmp_path / "a-step=2-last.damaged").is_dir()
     write(tmp_path, 2, "a-step=2-last")
     put_aside({tmp_path / "a-step=2-last": OSError()})
-    assert (tmp_path / "a-step=2-last.damaged").is_dir()
+    assert (tmp_path / "a-step=2-last.damaged.damaged").is_dir()
     assert names(tmp_path) == []
 
 
