@@ -268,7 +268,8 @@ CACHES = {
 def signature() -> dict[str, str]:
     """Return what decides on the last bits of a result: torch, the processor, the compression library."""
     found = {
-        "torch": torch.__version__,
+        # Builds of one version for the CPU and for CUDA compute the same on a CPU; so do Megatron Core 0.16.1 and 0.19.2.
+        "torch": torch.__version__.partition("+")[0],
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
     }
     found["zlib"] = zlib.ZLIB_RUNTIME_VERSION
