@@ -36,7 +36,7 @@ def positive(default: Any = MISSING) -> Any:
     return bounded(default, above=0, below=math.inf)
 
 
-def choice(default: Any, options: Iterable[str]) -> Any:
+def choice(default: Any, options: Iterable[Any]) -> Any:
     """Return a field whose value is one of `options`; on and off also accept true and false."""
     return _field(default, options=tuple(options))
 
@@ -89,7 +89,8 @@ class Section:
             for item in value if isinstance(value, list) else [value]:
                 if options and item not in options:
                     raise self.error(
-                        each.name, f"{item!r} is not one of {', '.join(options)}"
+                        each.name,
+                        f"{item!r} is not one of {', '.join(map(str, options))}",
                     )
                 # NaN is outside of all bounds.
                 if not all(COMPARISONS[name](item, bounds[name]) for name in bounds):

@@ -90,7 +90,7 @@ class StudentDataConfig(Section, key="model.data"):
     """Chunks to read: a number, or one per split. None: all."""
     top_k: int | None = count(None)
     """Use this many of the largest teacher logits per position; None: all in the cache."""
-    shuffle: bool | str = True
+    shuffle: bool | str = choice(True, (True, False, "chunks"))
     """True: shuffle the training data every epoch; the same seed gives the same order. chunks:
     shuffle chunks and the rows inside each, so that reads stay local (spinning disks, object
     stores). False: keep the order."""
@@ -137,10 +137,6 @@ class StudentDataConfig(Section, key="model.data"):
                     f"{self.n_chunks!r} is neither a number of chunks nor one for each split, "
                     "{train: 2, validation: 1}",
                 )
-        if self.shuffle not in (True, False, "chunks"):
-            raise self.error(
-                "shuffle", f"{self.shuffle!r} is not one of true, false, chunks"
-            )
         for split in self.data_prefix:
             if split not in SPLITS:
                 raise self.error(

@@ -6,8 +6,8 @@ Shape legend: N loss positions of all measured rows.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,6 @@ Facts = list[tuple[str, str]]
 """(name, value) pairs, one per line of a report."""
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Measurements of sampled rows: counts, and the arrays `MEASURED` of `LossPositions`."""
-
-    num_rows: int
-    num_tokens: int
-    num_loss_tokens: int
-    arrays: dict[str, np.ndarray]
-
-
 def check_tokenizer(
     reader: CacheReader, tokenizer: PreTrainedTokenizerBase, path: str
 ) -> None:
@@ -95,33 +85,32 @@ def spread(num_rows: int, most: int) -> list[int]:
     ).tolist()
 
 
-def measure(reader: CacheReader, num_rows: int) -> Statistics:
-    """Measure at most `num_rows` rows, evenly spread over the cache."""
-    drawn = spread(len(reader), num_rows)
-    num_tokens = 0
-    num_loss_tokens = 0
-    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in MEASURED}
-    for position in drawn:
+def measure(reader: CacheReader, num_rows: int) -> dict[str, np.ndarray]:
+    """Measure at most `num_rows` rows, evenly spread over the cache.
+
+    Returns:
+        Tokens and loss tokens of every row, and `MEASURED` of `LossPositions`.
+    """
+    parts = defaultdict(list)
+    for position in spread(len(reader), num_rows):
         row = reader[position]
-        num_tokens += row.example.num_tokens
-        num_loss_tokens += row.example.num_loss_tokens
+        parts["tokens"].append([row.example.num_tokens])
+        parts["loss_tokens"].append([row.example.num_loss_tokens])
         at = LossPositions(row)
         for name in MEASURED:
             parts[name].append(getattr(at, name))
-    arrays = {name: np.concatenate(part) for name, part in parts.items()}
-    return Statistics(len(drawn), num_tokens, num_loss_tokens, arrays)
+    return {name: np.concatenate(part) for name, part in parts.items()}
 
 
-def distributions(found: Statistics) -> Facts:
+def distributions(found: dict[str, np.ndarray]) -> Facts:
     """Return mean and quantiles of every measurement."""
-    num_kept, tail_mass, entropy, rank, logprob = found.arrays.values()
     facts = []
     for name, values in (
-        ("entropy in nats, at least", entropy),
-        ("probability kept", 1 - tail_mass),
-        ("tokens kept", num_kept),
-        ("rank of the label, 0: none", rank),
-        ("nats of the label", -logprob),
+        ("entropy in nats, at least", found["entropy_P"]),
+        ("probability kept", 1 - found["tail_mass_P"]),
+        ("tokens kept", found["num_kept_P"]),
+        ("rank of the label, 0: none", found["label_rank_P"]),
+        ("nats of the label", -found["label_logprob_P"]),
     ):
         # A cache need not store the labels' log-probabilities.
         known = values[~np.isnan(values)]
@@ -133,7 +122,7 @@ def distributions(found: Statistics) -> Facts:
     return [("", f"{'mean':>9} {header}"), *facts]
 
 
-def describe_cache(reader: CacheReader, found: Statistics) -> str:
+def describe_cache(reader: CacheReader, found: dict[str, np.ndarray]) -> str:
     """Describe a cache, one fact a line; one without a manifest has no exact counts of tokens."""
     identity = [
         ("manifest", "none: another program wrote the files, or they were moved alone")
@@ -142,8 +131,9 @@ def describe_cache(reader: CacheReader, found: Statistics) -> str:
         known = vars(reader.manifests[0])
         identity = [(name.replace("_", " "), str(known[name])) for name in IDENTITY]
     measured = (
-        f"{found.num_rows:,} of {len(reader):,} examples with {found.num_tokens:,} tokens, "
-        f"{found.num_loss_tokens:,} in the loss, {len(found.arrays['entropy_P']):,} with teacher targets"
+        f"{len(found['tokens']):,} of {len(reader):,} examples with {found['tokens'].sum():,} "
+        f"tokens, {found['loss_tokens'].sum():,} in the loss, {len(found['entropy_P']):,} with "
+        "teacher targets"
     )
     groups = (
         identity,

@@ -82,20 +82,17 @@ def test_figures_against_plain_sums(tmp_path):
             ids = one.teacher.topk_token_ids_PK[s].tolist()
             label = int(one.example.labels_S[s])
             ranks.append(ids.index(label) + 1 if label in ids else 0)
-    assert (found.num_rows, found.num_tokens) == (
-        10,
-        sum(one.example.num_tokens for one in rows),
-    )
-    assert found.num_loss_tokens == len(masses) == len(found.arrays["entropy_P"])
-    np.testing.assert_allclose(1 - found.arrays["tail_mass_P"], masses, atol=1e-6)
-    np.testing.assert_allclose(found.arrays["entropy_P"], entropies, atol=1e-5)
-    np.testing.assert_allclose(found.arrays["label_logprob_P"], logprobs, atol=1e-6)
-    assert found.arrays["label_rank_P"].tolist() == ranks
-    assert set(found.arrays["num_kept_P"].tolist()) == {4}
+    assert found["tokens"].tolist() == [one.example.num_tokens for one in rows]
+    assert found["loss_tokens"].sum() == len(masses) == len(found["entropy_P"])
+    np.testing.assert_allclose(1 - found["tail_mass_P"], masses, atol=1e-6)
+    np.testing.assert_allclose(found["entropy_P"], entropies, atol=1e-5)
+    np.testing.assert_allclose(found["label_logprob_P"], logprobs, atol=1e-6)
+    assert found["label_rank_P"].tolist() == ranks
+    assert set(found["num_kept_P"].tolist()) == {4}
     shown = facts_of(describe_cache(reader, found))
     files = list(tmp_path.glob("train_?.jsonl"))
     assert shown["bytes per token"].startswith(
-        f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
+        f"{sum(file.stat().st_size for file in files) / found['tokens'].sum():,.1f},"
     )
     assert shown[""].split() == ["mean", "1%", "10%", "50%", "90%", "99%"]
     for name, values in (
@@ -121,12 +118,12 @@ def test_the_entropy_of_the_whole_distribution_is_above_the_bound(tmp_path):
         )  # as tiny_cache.row draws them
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
-    assert (found.arrays["entropy_P"] <= np.array(truths) + 1e-6).all()
+    assert (found["entropy_P"] <= np.array(truths) + 1e-6).all()
 
 
 def test_a_sample_is_bounded_and_spread_over_the_cache(tmp_path):
     reader = CacheReader(str(write(tmp_path)))
-    assert measure(reader, 3).num_rows == 3
+    assert len(measure(reader, 3)["tokens"]) == 3
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 20) == [0, 1, 2]
     shown = facts_of(describe_cache(reader, measure(reader, 3)))
@@ -448,7 +445,7 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
         "measured                     4 of 4 examples with 20 tokens, 12 in"
         in result.stdout
     )
-    assert "examples                     4\n" in result.stdout
+    assert "examples                     4, 4 of them read\n" in result.stdout
     assert content_of((tmp_path / "t.html").read_text())["title"] == "t.jsonl"
     with pytest.raises(CacheError, match=r"has 1 tokens .* has ids up to \d+ of"):
         check_tokenizer(CacheReader(str(path)), word_tokenizer({"a": 0}), "tiny")

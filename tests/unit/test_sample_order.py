@@ -216,7 +216,7 @@ def test_paths_with_and_without_weights(train, paths, weights):
         ),
         (
             {"shuffle": "chunk"},
-            "model.data.shuffle: 'chunk' is not one of true, false, chunks",
+            "model.data.shuffle: 'chunk' is not one of True, False, chunks",
         ),
         ({"shuffle": 1}, "shuffle: Value '1' of type 'int'"),
         (
