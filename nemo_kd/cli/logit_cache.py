@@ -60,6 +60,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         build_page,
         check_tokenizer,
         describe_cache,
+        format_report,
         measure,
         spread,
     )
@@ -85,7 +86,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
         f"example {number} of {len(reader):,} (record {row.example.index}): "
         f"{row.example.num_tokens:,} positions, {row.example.num_loss_tokens:,} in the loss"
     )
-    print_text("\n".join([report, "", headline, *example_lines(row, text)]))
+    print_text(
+        "\n".join([format_report(report), "", headline, *example_lines(row, text)])
+    )
     if arguments.html:
         others = spread(len(reader), arguments.num_examples)
         positions = list(dict.fromkeys([number, *others]))[: arguments.num_examples]

@@ -6,8 +6,8 @@ Shape legend: N loss positions of all measured rows.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkSummary
 from nemo_kd.cache.layout import CacheError
-from nemo_kd.cache.manifest import UNKNOWN
+from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.data.tokenizer import (
     LossPositions,
@@ -33,9 +33,11 @@ PROMPT_TOKENS = 400
 """Most tokens of an example on the page before its first loss token."""
 LOSS_SPAN_TOKENS = 2000
 """Most tokens of an example on the page from its first loss token on."""
-ENTROPY_EDGES = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
-"""Smallest entropies of the page's colours."""
-QUANTILES = (1, 10, 50, 90, 99)
+BAR_WIDTH = 40
+ENTROPY_EDGES = (0.0, 0.02, 0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, math.inf)
+MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 0.999, 1.0)
+COUNT_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257, math.inf)
+RANK_EDGES = (0, 1, 2, 3, 4, 6, 11, 21, 51, 101, math.inf)
 
 IDENTITY = (
     "codec",
@@ -58,6 +60,33 @@ MEASURED = (
 
 Facts = list[tuple[str, str]]
 """(name, value) pairs, one per line of a report."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Measurements of sampled rows: counts, and the arrays `MEASURED` of `LossPositions`."""
+
+    num_rows: int
+    num_tokens: int
+    num_loss_tokens: int
+    arrays: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Shares of values in labelled ranges."""
+
+    title: str
+    labels: list[str]
+    shares: list[float]
+
+
+@dataclass(frozen=True)
+class Report:
+    """Groups of facts about a cache, and histograms with means."""
+
+    facts: list[Facts]
+    histograms: list[Histogram]
 
 
 def check_tokenizer(
@@ -85,95 +114,121 @@ def spread(num_rows: int, most: int) -> list[int]:
     ).tolist()
 
 
-def measure(reader: CacheReader, num_rows: int) -> dict[str, np.ndarray]:
-    """Measure at most `num_rows` rows, evenly spread over the cache.
-
-    Returns:
-        Tokens and loss tokens of every row, and `MEASURED` of `LossPositions`.
-    """
-    parts = defaultdict(list)
-    for position in spread(len(reader), num_rows):
+def measure(reader: CacheReader, num_rows: int) -> Statistics:
+    """Measure at most `num_rows` rows, evenly spread over the cache."""
+    drawn = spread(len(reader), num_rows)
+    num_tokens = 0
+    num_loss_tokens = 0
+    parts: dict[str, list[np.ndarray]] = {name: [np.zeros(0)] for name in MEASURED}
+    for position in drawn:
         row = reader[position]
-        parts["tokens"].append([row.example.num_tokens])
-        parts["loss_tokens"].append([row.example.num_loss_tokens])
+        num_tokens += row.example.num_tokens
+        num_loss_tokens += row.example.num_loss_tokens
         at = LossPositions(row)
         for name in MEASURED:
             parts[name].append(getattr(at, name))
-    return {name: np.concatenate(part) for name, part in parts.items()}
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
+    return Statistics(len(drawn), num_tokens, num_loss_tokens, arrays)
 
 
-def distributions(found: dict[str, np.ndarray]) -> Facts:
-    """Return mean and quantiles of every measurement."""
-    facts = []
-    for name, values in (
-        ("entropy in nats, at least", found["entropy_P"]),
-        ("probability kept", 1 - found["tail_mass_P"]),
-        ("tokens kept", found["num_kept_P"]),
-        ("rank of the label, 0: none", found["label_rank_P"]),
-        ("nats of the label", -found["label_logprob_P"]),
+def histograms(found: Statistics) -> list[Histogram]:
+    """Count values per range, which includes its lower edge and excludes its upper one."""
+    num_kept, tail_mass, entropy, rank, logprob = found.arrays.values()
+    result = []
+    for title, values, edges in (
+        ("entropy in nats, at least", entropy, ENTROPY_EDGES),
+        ("probability kept", 1 - tail_mass, MASS_EDGES),
+        ("tokens kept", num_kept, COUNT_EDGES),
+        ("rank of the label, 0 if not kept", rank, RANK_EDGES),
+        ("nats of the label", -logprob, ENTROPY_EDGES),
     ):
-        # A cache need not store the labels' log-probabilities.
-        known = values[~np.isnan(values)]
+        known = values[
+            ~np.isnan(values)
+        ]  # a cache need not store the labels' log-probabilities
         if len(known):
-            quantiles = np.percentile(known, QUANTILES)
-            cells = " ".join(f"{value:9.3f}" for value in (known.mean(), *quantiles))
-            facts.append((name, cells))
-    header = " ".join(f"{percent:>8}%" for percent in QUANTILES)
-    return [("", f"{'mean':>9} {header}"), *facts]
+            median, p99 = np.percentile(known, (50, 99))
+            result.append(
+                Histogram(
+                    f"{title}: mean {known.mean():.3f}, median {median:.3f}, p99 {p99:.3f}",
+                    [f"from {low:g}" for low in edges[:-1]],
+                    (np.histogram(known, edges)[0] / len(known)).tolist(),
+                )
+            )
+    return result
 
 
-def describe_cache(reader: CacheReader, found: dict[str, np.ndarray]) -> str:
-    """Describe a cache, one fact a line; one without a manifest has no exact counts of tokens."""
+def describe_cache(reader: CacheReader, found: Statistics) -> Report:
+    """Build the report of a cache; a cache without a manifest has no exact counts of tokens."""
     identity = [
         ("manifest", "none: another program wrote the files, or they were moved alone")
     ]
     if reader.manifests:
-        known = vars(reader.manifests[0])
-        identity = [(name.replace("_", " "), str(known[name])) for name in IDENTITY]
+        identity = _identity(reader.manifests[0])
     measured = (
-        f"{len(found['tokens']):,} of {len(reader):,} examples with {found['tokens'].sum():,} "
-        f"tokens, {found['loss_tokens'].sum():,} in the loss, {len(found['entropy_P']):,} with "
-        "teacher targets"
+        f"{found.num_rows:,} of {len(reader):,} examples with {found.num_tokens:,} tokens, "
+        f"{found.num_loss_tokens:,} in the loss, {len(found.arrays['entropy_P']):,} with teacher targets"
     )
-    groups = (
-        identity,
-        _counts(reader),
-        [("measured", measured)],
-        distributions(found),
-    )
+    facts = [identity, _counts(reader), [("measured", measured)]]
+    return Report(facts, histograms(found))
+
+
+def format_facts(report: Report) -> str:
+    """Format the facts, one per line."""
     return "\n\n".join(
-        "\n".join(f"{name:<27}  {value}" for name, value in facts) for facts in groups
+        "\n".join(f"{name:<27}  {value}" for name, value in facts)
+        for facts in report.facts
     )
+
+
+def format_report(report: Report) -> str:
+    """Format the report for a terminal, about 100 columns wide."""
+    parts = [format_facts(report)]
+    for histogram in report.histograms:
+        width = BAR_WIDTH / max([*histogram.shares, 1e-9])
+        lines = [
+            f"  {label:>13}  {part:>6.1%}  {'█' * round(width * part)}".rstrip()
+            for label, part in zip(histogram.labels, histogram.shares, strict=True)
+        ]
+        parts.append("\n".join([histogram.title, *lines]))
+    return "\n\n".join(parts)
+
+
+def _identity(manifest: Manifest) -> Facts:
+    facts = []
+    for name in IDENTITY:
+        value = getattr(manifest, name)
+        if isinstance(value, dict):
+            value = ", ".join(f"{key}: {inner}" for key, inner in value.items())
+        facts.append((name.replace("_", " "), str(value)))
+    return facts
 
 
 def _counts(reader: CacheReader) -> Facts:
     files = reader.chunk_facts
-    facts = [
-        (
-            "examples",
-            f"{sum(file.num_lines for file in files):,}, {len(reader):,} of them read",
-        ),
-        ("bytes", f"{sum(file.bytes for file in files):,}"),
-        ("files", f"{len(files):,}"),
-    ]
     chunks = [
         chunk for manifest in reader.manifests for chunk in manifest.chunks.values()
     ]
     if not chunks:
-        return facts
+        return [
+            ("files", f"{len(files):,}"),
+            ("examples", f"{sum(file.num_lines for file in files):,}"),
+            ("bytes", f"{sum(file.bytes for file in files):,}"),
+        ]
     total = ChunkSummary.total(chunks)
     expected = sum(manifest.num_chunks for manifest in reader.manifests)
+    loss_tokens = max(1, total.loss_tokens)
     skipped = [
         f"{count:,} {reason}" for reason, count in sorted(total.skipped.items())
     ]
     return [
-        *facts,
-        ("complete chunks", f"{len(chunks):,} of {expected:,}"),
+        ("chunks", f"{len(chunks):,} of {expected:,} complete, {len(files):,} found"),
+        ("examples", f"{total.examples:,}, {len(reader):,} of them read"),
         ("tokens", f"{total.tokens:,}, {total.loss_tokens:,} in the loss"),
+        ("bytes", f"{total.bytes:,}"),
         (
             "bytes per token",
             f"{total.bytes / max(1, total.tokens):,.1f}, "
-            f"{total.bytes / max(1, total.loss_tokens):,.1f} per loss token",
+            f"{total.bytes / loss_tokens:,.1f} per loss token",
         ),
         ("records left out", ", ".join(skipped) or "none"),
     ]
@@ -181,15 +236,16 @@ def _counts(reader: CacheReader) -> Facts:
 
 def build_page(
     title: str,
-    report: str,
+    report: Report,
     rows: Iterable[tuple[int, CachedExample]],
     text: TokenText,
 ) -> str:
-    """Return a self-contained page of `describe_cache`'s text and of rows, each with its position in the cache."""
+    """Return a self-contained page of a report and of rows, each with its position in the cache."""
     content = {
         "title": title.rpartition("/")[2],
-        "facts": report,
-        "edges": ENTROPY_EDGES,
+        "facts": format_facts(report),
+        "histograms": report.histograms,
+        "edges": ENTROPY_EDGES[:-1],
         "examples": [_page_example(position, row, text) for position, row in rows],
     }
     # Without "<" nothing in it can end its element.

@@ -33,9 +33,12 @@ from nemo_kd.data.tokenizer import (
 )
 from nemo_kd.tools.inspect_cache import (
     PAGE_ALTERNATIVES,
+    Histogram,
+    Report,
     build_page,
     check_tokenizer,
     describe_cache,
+    histograms,
     measure,
     spread,
 )
@@ -57,14 +60,6 @@ def inspect(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(line, check=False, cwd=ROOT, capture_output=True, text=True)
 
 
-def facts_of(report: str) -> dict[str, str]:
-    return {
-        name.strip(): value
-        for name, value in ((line[:27], line[29:]) for line in report.splitlines())
-        if value
-    }
-
-
 def test_figures_against_plain_sums(tmp_path):
     reader = CacheReader(str(write(tmp_path)))
     found = measure(reader, 1000)
@@ -82,30 +77,33 @@ def test_figures_against_plain_sums(tmp_path):
             ids = one.teacher.topk_token_ids_PK[s].tolist()
             label = int(one.example.labels_S[s])
             ranks.append(ids.index(label) + 1 if label in ids else 0)
-    assert found["tokens"].tolist() == [one.example.num_tokens for one in rows]
-    assert found["loss_tokens"].sum() == len(masses) == len(found["entropy_P"])
-    np.testing.assert_allclose(1 - found["tail_mass_P"], masses, atol=1e-6)
-    np.testing.assert_allclose(found["entropy_P"], entropies, atol=1e-5)
-    np.testing.assert_allclose(found["label_logprob_P"], logprobs, atol=1e-6)
-    assert found["label_rank_P"].tolist() == ranks
-    assert set(found["num_kept_P"].tolist()) == {4}
-    shown = facts_of(describe_cache(reader, found))
-    files = list(tmp_path.glob("train_?.jsonl"))
-    assert shown["bytes per token"].startswith(
-        f"{sum(file.stat().st_size for file in files) / found['tokens'].sum():,.1f},"
+    assert (found.num_rows, found.num_tokens) == (
+        10,
+        sum(one.example.num_tokens for one in rows),
     )
-    assert shown[""].split() == ["mean", "1%", "10%", "50%", "90%", "99%"]
-    for name, values in (
-        ("entropy in nats, at least", entropies),
-        ("probability kept", masses),
-        ("tokens kept", [4] * len(masses)),
-        ("rank of the label, 0: none", ranks),
-        ("nats of the label", np.negative(logprobs)),
-    ):
-        expected = [np.mean(values), *np.percentile(values, (1, 10, 50, 90, 99))]
-        np.testing.assert_allclose(
-            [float(cell) for cell in shown[name].split()], expected, atol=6e-4
-        )
+    assert found.num_loss_tokens == len(masses) == len(found.arrays["entropy_P"])
+    np.testing.assert_allclose(1 - found.arrays["tail_mass_P"], masses, atol=1e-6)
+    np.testing.assert_allclose(found.arrays["entropy_P"], entropies, atol=1e-5)
+    np.testing.assert_allclose(found.arrays["label_logprob_P"], logprobs, atol=1e-6)
+    assert found.arrays["label_rank_P"].tolist() == ranks
+    assert set(found.arrays["num_kept_P"].tolist()) == {4}
+    _, counts, _ = map(dict, describe_cache(reader, found).facts)
+    files = list(tmp_path.glob("train_?.jsonl"))
+    assert counts["bytes per token"].startswith(
+        f"{sum(file.stat().st_size for file in files) / found.num_tokens:,.1f},"
+    )
+    shown = {one.title.partition(":")[0]: one for one in histograms(found)}
+    assert (
+        f": mean {np.mean(entropies):.3f}," in shown["entropy in nats, at least"].title
+    )
+    assert f": mean {np.mean(masses):.3f}," in shown["probability kept"].title
+    assert f": mean {-np.mean(logprobs):.3f}," in shown["nats of the label"].title
+    assert shown["tokens kept"].shares[2] == 1
+    assert shown["tokens kept"].labels[2] == "from 3"
+    ranked = shown["rank of the label, 0 if not kept"]
+    assert ranked.labels[:2] == ["from 0", "from 1"]
+    for number in (0, 1):
+        assert ranked.shares[number] == pytest.approx(ranks.count(number) / len(ranks))
 
 
 def test_the_entropy_of_the_whole_distribution_is_above_the_bound(tmp_path):
@@ -118,18 +116,18 @@ def test_the_entropy_of_the_whole_distribution_is_above_the_bound(tmp_path):
         )  # as tiny_cache.row draws them
         p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
         truths += (-(p * np.log(p)).sum(1))[length // 2 :].tolist()
-    assert (found["entropy_P"] <= np.array(truths) + 1e-6).all()
+    assert (found.arrays["entropy_P"] <= np.array(truths) + 1e-6).all()
 
 
 def test_a_sample_is_bounded_and_spread_over_the_cache(tmp_path):
     reader = CacheReader(str(write(tmp_path)))
-    assert len(measure(reader, 3)["tokens"]) == 3
+    assert measure(reader, 3).num_rows == 3
     assert spread(10, 4) == [0, 3, 6, 9]
     assert spread(3, 20) == [0, 1, 2]
-    shown = facts_of(describe_cache(reader, measure(reader, 3)))
-    assert shown["measured"].startswith("3 of 10 examples")
+    _, counts, sample = map(dict, describe_cache(reader, measure(reader, 3)).facts)
+    assert sample["measured"].startswith("3 of 10 examples")
     part = CacheReader(str(tmp_path / "train_CHUNK_ID.jsonl[2:5]"))
-    counts = facts_of(describe_cache(part, measure(part, 9)))
+    _, counts, _ = map(dict, describe_cache(part, measure(part, 9)).facts)
     assert counts["examples"] == "10, 3 of them read"
 
 
@@ -175,8 +173,8 @@ def test_a_cache_still_being_written_is_told_of(tmp_path):
         6,
         7,
     ]
-    counts = facts_of(describe_cache(reader, measure(reader, 9)))
-    assert (counts["complete chunks"], counts["files"]) == ("1 of 3", "1")
+    _, counts, _ = map(dict, describe_cache(reader, measure(reader, 9)).facts)
+    assert counts["chunks"] == "1 of 3 complete, 1 found"
     assert counts["examples"] == "4, 4 of them read"
     with pytest.raises(CacheError, match="no complete chunk"):
         CacheReader(str(tmp_path / "nothing_CHUNK_ID.jsonl"), partial=True)
@@ -243,7 +241,7 @@ def hostile_page() -> tuple[CachedExample, str]:
         replace(one.example, labels_S=labels_S),
         replace(one.teacher, topk_token_ids_PK=ids_SK),
     )
-    report = f"teacher  {HOSTILE}"
+    report = Report([[("teacher", HOSTILE)]], [Histogram("title", ["0"], [1.0])])
     return one, build_page(
         f"folder/{HOSTILE.replace('/', '|')}",
         report,
@@ -261,6 +259,9 @@ def test_the_page_needs_nothing_and_its_data_ends_nothing():
     content = content_of(page)
     assert content["title"] == HOSTILE.replace("/", "|").rpartition("/")[2]
     assert HOSTILE in content["facts"]
+    assert content["histograms"] == [
+        {"title": "title", "labels": ["0"], "shares": [1.0]}
+    ]
 
 
 def test_the_page_knows_every_loss_token():
@@ -282,7 +283,7 @@ def test_the_page_knows_every_loss_token():
 
 
 def test_the_page_does_not_grow_with_long_examples():
-    page = build_page("c", "", [(0, row(0, 9000, k=40))], TokenText(None))
+    page = build_page("c", Report([], []), [(0, row(0, 9000, k=40))], TokenText(None))
     (example,) = content_of(page)["examples"]
     assert len(example["targets"]) == 2000
     assert {len(target[-1]) for target in example["targets"]} == {PAGE_ALTERNATIVES}
@@ -327,7 +328,7 @@ def test_the_command_tells_and_writes_a_page(tmp_path):
         f"tokenizer                    {tokenizer_fingerprint(tokenizer)}"
         in result.stdout
     )
-    assert "complete chunks              3 of 3" in result.stdout
+    assert "chunks                       3 of 3 complete, 3 found" in result.stdout
     assert len(content_of(html.read_text())["examples"]) == 4
     refused = inspect(path, "--example", 10)
     assert (refused.returncode, refused.stdout) == (2, "")
@@ -445,7 +446,7 @@ def test_a_foreign_file_is_told_of_too(tmp_path):
         "measured                     4 of 4 examples with 20 tokens, 12 in"
         in result.stdout
     )
-    assert "examples                     4, 4 of them read\n" in result.stdout
+    assert "examples                     4\n" in result.stdout
     assert content_of((tmp_path / "t.html").read_text())["title"] == "t.jsonl"
     with pytest.raises(CacheError, match=r"has 1 tokens .* has ids up to \d+ of"):
         check_tokenizer(CacheReader(str(path)), word_tokenizer({"a": 0}), "tiny")
