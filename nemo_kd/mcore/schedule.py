@@ -126,16 +126,7 @@ def forward_backward(
     model.train(not forward_only)
     groups = ProcessGroupCollection.use_mpu_process_groups(GROUPS)
     if len(parts) > 1:
-        # Interleaved stages take as many micro-batches at a time as there are stages.
-        missing = -len(micro_batches) % groups.pp.size()
-        shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
-        filler = replace(
-            shortest,
-            loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
-            loss_positions_N=shortest.loss_positions_N[:0],
-            teacher=None,
-        )
-        micro_batches = [*micro_batches, *[filler] * missing]
+        micro_batches = _filled(micro_batches, groups.pp.size())
     reports = get_forward_backward_func()(
         forward_step_func=step,
         data_iterator=[iter(micro_batches) for _ in parts],
@@ -149,6 +140,19 @@ def forward_backward(
     )
     found = [report for report in reports if report is not None]
     return torch.stack(found).sum(dim=0) if found else None
+
+
+def _filled(micro_batches: Sequence[Batch], num_stages: int) -> list[Batch]:
+    """Add micro-batches without a loss: interleaved stages take `num_stages` at a time."""
+    shortest = min(micro_batches, key=lambda batch: batch.tokens_BS.numel())
+    filler = replace(
+        shortest,
+        loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
+        loss_positions_N=shortest.loss_positions_N[:0],
+        teacher=None,
+    )
+    missing = -len(micro_batches) % num_stages
+    return [*micro_batches, *[filler] * missing]
 
 
 def _stages(
