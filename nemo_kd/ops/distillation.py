@@ -287,7 +287,13 @@ class _OnLogits(torch.autograd.Function):
         # Overwriting the logits makes autograd refuse a second backward pass, as it should.
         (logits_Nv,) = ctx.saved_tensors
         out_Nv = logits_Nv.detach() if ctx.in_place else torch.empty_like(logits_Nv)
-        losses = list(zip(d_losses, ctx.slopes, strict=False))
-        scales = ctx.loss.scales
-        write_gradient(logits_Nv, out_Nv, scales, ctx.student, losses, ctx.shard)
+        write_gradient(
+            logits_Nv,
+            out_Nv,
+            ctx.loss.scales,
+            ctx.student,
+            d_losses,
+            ctx.slopes,
+            ctx.shard,
+        )
         return out_Nv, None, None, None, None

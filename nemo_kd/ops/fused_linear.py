@@ -98,7 +98,9 @@ class _FusedLinear(torch.autograd.Function):
             of_blocks.append(losses)
             if d_hidden_NH is None:
                 continue
-            _write_gradient(logits_Nv, loss.scales, student, slopes, weights, shard)
+            write_gradient(
+                logits_Nv, logits_Nv, loss.scales, student, weights, slopes, shard
+            )
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
             if main_grad is not None:
                 _add_product(main_grad, logits_Nv, some_NH)
@@ -157,8 +159,9 @@ def _weight_gradient(
         logits_Nv = hidden_NH @ weight_vH[columns].t()
         part = shard.part(columns)
         for rows, student, slopes in blocks:
+            some_Nv = logits_Nv[rows]
             of_part = student.at(part)
-            _write_gradient(logits_Nv[rows], scales, of_part, slopes, weights, part)
+            write_gradient(some_Nv, some_Nv, scales, of_part, weights, slopes, part)
         torch.mm(logits_Nv.t(), hidden_NH, out=d_weight_vH[columns])
     return d_weight_vH
 
@@ -176,23 +179,6 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
         return None
     weight_vH.grad_added_to_main_grad = True
     return torch.empty_like(weight_vH)
-
-
-def _write_gradient(
-    logits_Nv: Tensor,
-    scales: Sequence[float],
-    student: StudentLogits,
-    slopes: Sequence[Slope],
-    weights: Sequence[float | Tensor],
-    shard: VocabShard,
-) -> None:
-    """Turn the logits into the gradient of the weighted sum of their losses."""
-    ones_N = torch.ones_like(student.label_N)
-    losses = [
-        (ones_N * weight, slope)
-        for weight, slope in zip(weights, slopes, strict=False)
-    ]
-    write_gradient(logits_Nv, logits_Nv, scales, student, losses, shard)
 
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:

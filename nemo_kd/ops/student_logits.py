@@ -161,7 +161,8 @@ def write_gradient(
     out_Nv: Tensor,
     scales: Sequence[float],
     student: StudentLogits,
-    losses: Sequence[tuple[Tensor, Slope]],
+    weights: Sequence[float | Tensor],
+    slopes: Sequence[Slope],
     shard: VocabShard,
 ) -> None:
     """Run the second pass: fill `out_Nv`, maybe the logits themselves; padding columns get 0.
@@ -169,7 +170,8 @@ def write_gradient(
     No collectives.
 
     Args:
-        losses: (derivative [N] of the minimised sum by the loss, slope of the loss) of each.
+        weights: derivative of the minimised sum by each loss: [N], or one for all rows.
+        slopes: of as many losses or fewer.
     """
     coefficients_NS = torch.zeros_like(student.tail_sum_exp_NS)
     constant_N = None
@@ -178,7 +180,8 @@ def write_gradient(
         None if student.samples_NM is None else torch.zeros_like(student.samples_NM)
     )
     label_N = torch.zeros_like(student.label_N)
-    for d_loss_N, slope in losses:
+    for weight, slope in zip(weights, slopes, strict=False):
+        d_loss_N = torch.ones_like(student.label_N) * weight
         coefficients_NS[:, slope.scale_index] += (
             d_loss_N * slope.tail_N * scales[slope.scale_index]
         )
@@ -251,13 +254,13 @@ class _LogProbsAt(torch.autograd.Function):
             -d_log_probs_NJ.sum(dim=-1),
             samples_NM=d_log_probs_NJ * ctx.scales[scale_index],
         )
-        weight_N = torch.ones_like(ctx.student.label_N)
         write_gradient(
             logits_Nv,
             gradient_Nv,
             ctx.scales,
             ctx.student,
-            [(weight_N, slope)],
+            [1.0],
+            [slope],
             ctx.shard,
         )
         return gradient_Nv, None, None, None
