@@ -14,6 +14,7 @@ help:
 	@echo "make format       format the code"
 
 venv: $(VENV)/.installed
+	@$(PYTHON) -V >/dev/null || { echo "PYTHON=$(PYTHON) does not run; give the path of a Python"; exit 1; }
 	@test "$$($(BIN)/python -V)" = "$$($(PYTHON) -V)" || { echo "$(VENV) has $$($(BIN)/python -V), PYTHON=$(PYTHON) is $$($(PYTHON) -V): remove $(VENV), or give VENV=another"; exit 1; }
 
 # torch comes first and pinned. On Linux it is a CUDA build of about 3 GB, which runs on the CPU, too; a CPU build that

@@ -105,7 +105,7 @@ def run(command: Command, arguments: list[str] | None = None) -> None:
             sys.exit(launch(trainer.num_devices))
         configure_logging()
         ranks = find_ranks()
-        log.info("%s: loading libraries; ranks: %d", command.name, ranks.size)
+        log.info("loading libraries; ranks: %d", ranks.size)
         if ignored and ranks.rank == 0:
             text = "\n  ".join(["warning: these keys do nothing here:", *ignored])
             print_text(text, sys.stderr)

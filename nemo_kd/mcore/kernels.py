@@ -87,9 +87,7 @@ class Kernels:
         self.model = model
         self.dtype = getattr(torch, PRECISIONS[precision])
         no_gpu = "" if any(machine.capability) else "no GPU"
-        no_engine = no_gpu
-        if not machine.transformer_engine:
-            no_engine = no_gpu or NO_ENGINE
+        no_engine = no_gpu or ("" if machine.transformer_engine else NO_ENGINE)
         if model.transformer_engine == "on" and no_engine:
             raise ConfigError(
                 f"model.transformer_engine: on, but there is {no_engine} here (pip install "
@@ -106,7 +104,7 @@ class Kernels:
             name: not why for name, why in self.reasons.items()
         }
         self.fp8 = getattr(model, "fp8", None)
-        if self.fp8 is not None:
+        if self.fp8:
             if no_engine or machine.capability < (8, 9):
                 raise ConfigError(
                     f"model.fp8: {self.fp8}, but FP8 needs Transformer Engine's layers on a GPU of "
@@ -163,11 +161,8 @@ def startup_facts(kernels: Kernels, groups: ProcessGroups) -> str:
     )
     reasons = kernels.reasons
     place = (
-        groups.tensor_rank,
-        groups.pipeline_rank,
-        groups.context_rank,
-        groups.expert_rank,
-        groups.data_rank,
+        f"({groups.tensor_rank}, {groups.pipeline_rank}, {groups.context_rank}, "
+        f"{groups.expert_rank}, {groups.data_rank})"
     )
     facts = {
         "layout": f"tensor {groups.tensor_size}{sequence} x pipeline {groups.pipeline_size}"

@@ -328,7 +328,11 @@ def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
     weight = gpt.output_layer.weight
     if gpt.share_embeddings_and_output_weights:
         weight = gpt.shared_embedding_or_output_weight()
-    if isinstance(model, DistributedDataParallel) and model.use_forward_hook:
+    if (
+        isinstance(model, DistributedDataParallel)
+        and model.use_forward_hook
+        and weight.requires_grad
+    ):
         model.param_to_bucket_group[weight].finish_param_sync()
     return weight
 

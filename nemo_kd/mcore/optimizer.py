@@ -208,16 +208,14 @@ class ModelOptimizer(torch.optim.Optimizer):
 
 
 def _create_adam_state(inner: torch.optim.Optimizer) -> None:
-    """Create the state of torch's Adam before its first step, as Megatron's saving asserts."""
-    if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        return
+    """Create Adam's state before its first step, as Megatron's saving asserts."""
     for group in inner.param_groups:
         for parameter in group["params"]:
-            inner.state[parameter] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+            state = inner.state[parameter]
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
+                state["step"] = torch.tensor(0.0)
 
 
 @contextlib.contextmanager

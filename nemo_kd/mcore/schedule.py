@@ -46,7 +46,10 @@ def run_batch(
     gpt = unwrapped(model)
     mine = batch.context_part(groups.context_rank, groups.context_size)
     stages = _stages(groups.pipeline, gpt.config)
-    gpt.set_input_tensor(stages.recv_forward(_ANY_SHAPE, groups.is_first_stage))
+    received = stages.recv_forward(_ANY_SHAPE, groups.is_first_stage)
+    if received is not None:
+        received = received.detach()  # Megatron asks for its gradient
+    gpt.set_input_tensor(received)
     hidden_SBH = hidden_states(model, mine.to(groups.device)).contiguous()
     gpt.set_input_tensor(None)  # or it lives until the next batch
     stages.send_forward(hidden_SBH, groups.is_last_stage)

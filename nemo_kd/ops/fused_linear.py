@@ -115,7 +115,12 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(d_hidden_NH, *inputs)
         ctx.weight_with_main_grad = None if main_grad is None else weight_vH
         ctx.weights = weights
-        ctx.options = (ctx.blocks, loss.scales, shard, buffer_Nv.numel())
+        ctx.options = (
+            ctx.blocks,
+            loss.scales,
+            shard,
+            max(shape[1], buffer_Nv.numel()),
+        )
         of_tokens = [values for values in (ce_N, kd_N, compared) if values is not None]
         ctx.mark_non_differentiable(*of_tokens)
         return total, ce_N, kd_N, compared

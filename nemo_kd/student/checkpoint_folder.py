@@ -52,14 +52,14 @@ class Contents:
         resumable: False if it holds weights only.
         layout: sizes of the process groups that wrote it.
         files: name -> (bytes, crc32) of all other files.
-        experiment: the record that is compared on resume.
+        experiment: the record that is compared on resume; None in the first versions.
     """
 
     step: int
     resumable: bool
     layout: dict[str, int]
     files: dict[str, Any]
-    experiment: dict[str, Any]
+    experiment: dict[str, Any] | None = None
     format_version: int = FORMAT_VERSION
 
     @staticmethod

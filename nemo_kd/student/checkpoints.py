@@ -159,7 +159,11 @@ class Checkpoints:
             self.watchdog.pause("waiting for a checkpoint to be written"),
             explained(self._names[0]),
         ):
-            sums = write.finish()
+            try:
+                sums = write.finish()
+            except OSError:
+                remove(write.folder)  # of a full disk
+                raise
             on_rank_zero(complete)
         self._removals = []
 
@@ -172,7 +176,7 @@ class Checkpoints:
         """
         best_only = self.params.save_best_model
         writes = self.params.save_nemo_on_train_end
-        if not self._has_saved:
+        if student.trainer.ckpt_path and not self._has_saved:
             log.warning(
                 "nothing is left to train: an earlier run of this command took all %d steps; to "
                 "train on raise trainer.knowledge_distillation.max_steps or max_epochs, to start "

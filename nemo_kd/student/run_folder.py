@@ -201,7 +201,13 @@ def check_same_experiment(
     allowed = allowed_keys(
         allow_changed, [key for key in now if not key.startswith(f"{ARCHITECTURE}.")]
     ).difference(fixed)
-    found = differences(Contents.read(checkpoint).experiment, now)
+    before = Contents.read(checkpoint).experiment
+    if before is None:
+        log.warning(
+            "%s has no record of its experiment: nothing is compared", checkpoint
+        )
+        return
+    found = differences(before, now)
     refused = [key for key in found if key not in allowed]
     if not refused:
         for key, text in found.items():

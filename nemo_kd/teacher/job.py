@@ -106,10 +106,12 @@ def check_model(
     Kernels(Machine.here(), config.model, config.trainer.precision)
     if config.model.fp8:
         check_fp8(architecture, config.model)
-    if config.model.fp8 == "delayed" and architecture.num_moe_experts is not None:
+    if config.model.fp8 == "delayed" and (
+        architecture.num_moe_experts is not None or len(config.splits()) > 1
+    ):
         raise ConfigError(
-            "model.fp8: delayed would leave experts that the first examples do not reach without "
-            "scales; use current"
+            "model.fp8: delayed finds the scales on the first examples of one dataset, which may "
+            "not reach every expert; use current for experts or several datasets"
         )
     if config.top_k > architecture.vocab_size:
         raise ConfigError(

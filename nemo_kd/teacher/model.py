@@ -249,7 +249,8 @@ class Teacher:
         """
         if not jobs:
             raise ConfigError("model.fp8: delayed needs a dataset; use current")
-        records = (jobs[0].dataset[index] for index in jobs[0].indices)
+        dataset = jobs[0].dataset
+        records = map(dataset.__getitem__, range(len(dataset)))
         found = (record for record in records if isinstance(record, Example))
         examples = list(itertools.islice(found, SCALING_EXAMPLES))
         self.model.requires_grad_(False)

@@ -116,7 +116,14 @@ def _teacher_fields(
         rows.append(
             {token: row[token] for token in row if row[token] > SMALLEST_LOGPROB}
         )
-    k = min(map(len, rows))
+    sizes = [len(row) for row in rows]
+    k = min(sizes)
+    if not k or max(sizes) > k + 1:
+        raise CacheError(
+            f"{where}: field prompt_logprobs: found {k} to {max(sizes)} tokens of a position, "
+            "expected equally many everywhere, at least 1 (vLLM: prompt_logprobs=K, "
+            "--logprobs-mode raw_logprobs)"
+        )
     ranked = [sorted(row, key=lambda token: (-row[token], token))[:k] for row in rows]
     return {
         "topk_token_ids": ranked,

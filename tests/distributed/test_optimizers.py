@@ -43,12 +43,14 @@ def student(tmp_path_factory):
     )
 
 
-def wrapped(student: Path, name: str, overlap: bool = False):
+def wrapped(student: Path, name: str, overlap: bool = False, frozen: bool = False):
     groups = initialize_model_parallel(ModelConfig(), 1)
     with open_pretrained(str(student)) as source:
         config = transformer_config(source.architecture, ModelConfig(), torch.float32)
         model = build_gpt_model(source.architecture, config, 8, False)
         source.load_weights(model, groups)
+    if frozen:
+        output_weight(model).requires_grad_(False)
     optim = OptimConfig(
         name=name, lr=LR, betas=BETAS, eps=EPS, weight_decay=WEIGHT_DECAY
     )
@@ -125,6 +127,29 @@ def test_the_loss_waits_for_the_weight_that_it_reads(ranks, student):
     found = ranks(2).run(stale_and_waited, student)
     assert max(stale for stale, _ in found) > LR / 2
     assert [waited for _, waited in found] == [0.0, 0.0]
+
+
+def frozen_weight(student: Path) -> bool:
+    model, _ = wrapped(student, "distributed_fused_adam", overlap=True, frozen=True)
+    return output_weight(model) is output_weight(unwrapped(model))
+
+
+def test_a_frozen_output_weight_is_read_without_waiting(ranks, student):
+    """As in a LoRA run: Megatron gathers trained weights only."""
+    assert ranks(1).run(frozen_weight, student) == [True]
+
+
+def saved_before_the_first_step(student: Path) -> set[str]:
+    model, optim = wrapped(student, "distributed_fused_adam")
+    with with_kernel(True):
+        optimizer = ModelOptimizer(model, optim, None)
+    states = optimizer.parts[0].optimizer.state.values()
+    return set().union(*states)
+
+
+def test_a_fused_adam_can_be_saved_before_its_first_step(ranks, student):
+    found = ranks(1).run(saved_before_the_first_step, student)[0]
+    assert {"exp_avg", "exp_avg_sq"} <= found
 
 
 class FusedAdam(torch.optim.AdamW):

@@ -281,6 +281,28 @@ def test_every_form_that_vllm_writes_is_read(tmp_path, text):
             json.dumps({**LINE, "loss_mask": [0, 0.5]}),
             "field loss_mask: found 0.5, expected only 0 and 1",
         ),
+        (
+            json.dumps(
+                {**LINE, "prompt_logprobs": [None, {"9": {"logprob": -9999.0}}]}
+            ),
+            "found 0 to 0 tokens of a position, expected equally many everywhere, at least 1",
+        ),
+        (
+            json.dumps(
+                {
+                    "prompt_token_ids": [3, 9, 4],
+                    "prompt_logprobs": [
+                        None,
+                        {"9": {"logprob": -0.5, "rank": 1}},
+                        {
+                            token: {"logprob": -1.5, "rank": 1}
+                            for token in ("4", "5", "6")
+                        },
+                    ],
+                }
+            ),
+            "found 1 to 3 tokens of a position, expected equally many",
+        ),
         ('{"prompt_token_ids": [', "not valid JSON"),
         (
             json.dumps({"prompt_logprobs": LINE["prompt_logprobs"]}),
