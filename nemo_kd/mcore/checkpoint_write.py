@@ -57,15 +57,6 @@ def gather_to_first(value: Any) -> list[Any]:
     return values
 
 
-def save_sharded(state: dict[str, Any], folder: Path) -> None:
-    """Write sharded tensors and plain values into the new folder `folder`; every rank calls it.
-
-    Raises:
-        OSError: on every rank, a file could not be written.
-    """
-    CheckpointWrite(state, folder, in_background=False).finish()
-
-
 class CheckpointWrite(TorchDistSaveShardedStrategy):
     """A distributed checkpoint in progress into a new folder; every rank creates one.
 
@@ -91,9 +82,7 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         self._has_begun = False
         self._planner = _Planner()
         # No copies ahead: torch would open a CUDA stream for them, which a forked process must not.
-        self._writer = _Writer(
-            folder, thread_count=1, sync_files=True, per_thread_copy_ahead=0
-        )
+        self._writer = _Writer(folder, per_thread_copy_ahead=0)
         on_rank_zero(lambda: folder.mkdir(parents=True))
         try:
             dist_checkpointing.save(
@@ -134,7 +123,7 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
             plans = self._writer.prepare_global_plan(plans)
         received: list[Any] = [None]
         torch.distributed.scatter_object_list(received, plans)
-        self._plan: SavePlan = self._planner.finish_plan(received[0])
+        self._plan = self._planner.finish_plan(received[0])
         if self.in_background:
             self._planner.take_snapshot(self._plan)
             context = multiprocessing.get_context("fork")

@@ -20,7 +20,7 @@ from nemo_kd.config.optim import ExportConfig, LoraConfig
 from nemo_kd.files import atomic_file, explained, new_folder, remove, replace_folder
 from nemo_kd.mcore.architecture import write_model_config
 from nemo_kd.mcore.checkpoint import PretrainedModel
-from nemo_kd.mcore.checkpoint_write import gather_to_first, save_sharded
+from nemo_kd.mcore.checkpoint_write import CheckpointWrite, gather_to_first
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.lora import adapters, merged
 from nemo_kd.mcore.model import chunks, named_weights, sharded_weights
@@ -104,7 +104,8 @@ class ModelExport:
 
         content = path.with_name(f"{path.name}.content")
         with explained(path), _shared_folder(content) as folder:
-            save_sharded(sharded_weights(self.model), folder / WEIGHTS)
+            weights = sharded_weights(self.model)
+            CheckpointWrite(weights, folder / WEIGHTS, in_background=False).finish()
             on_rank_zero(pack)
 
     def save_hf(self, folder: Path) -> None:

@@ -140,7 +140,7 @@ def _process_groups(
         lockstep = _gloo_group(
             replicas.unflatten(0, (-1, lanes)).flatten(1), data_rank // lanes
         )
-    device = torch.device("cpu")
+    device = _CPU
     if torch.cuda.is_available():
         device = torch.device("cuda", torch.cuda.current_device())
     return ProcessGroups(

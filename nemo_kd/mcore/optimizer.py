@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_items_iter
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -201,6 +202,10 @@ class ModelOptimizer(torch.optim.Optimizer):
             {name: group[name] for name in CHOSEN if name in group}
             for group in self.param_groups
         ]
+        # Megatron finds the groups of a checkpoint by it, from 0.17 on.
+        for group, key, _ in nested_items_iter(state_dict):
+            if key == "max_lr":
+                group[key] = self.defaults["lr"]
         with torch.no_grad(), _own_steps(self.parts):
             self.megatron.load_state_dict(state_dict)
         for group, values in zip(self.param_groups, chosen, strict=True):
