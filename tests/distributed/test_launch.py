@@ -66,11 +66,12 @@ class Run:
         return [int(file.read_text()) for file in files]
 
     def end(self) -> tuple[int, str]:
-        """(exit status, stderr); no rank is left."""
+        """(exit status, stderr behind its first line); no rank is left."""
         _, stderr = self.process.communicate(timeout=TIMEOUT_S)
         for file in self.folder.glob("ready.*"):
             assert not _alive(int(file.read_text()))
-        return self.process.returncode, stderr
+        first = f"loading libraries; ranks: {self.devices}\n"
+        return self.process.returncode, stderr.removeprefix(first)
 
     def saved(self) -> set[str]:
         return {file.name for file in self.folder.glob("saved.*")}

@@ -515,7 +515,7 @@ def test_the_command_line(world, tmp_path):
     assert "result: the cache does not match this teacher: 1 faults" in done.stdout
     done = logit_cache("verify", cache("packed"), "--against", tmp_path / "nowhere")
     assert done.returncode == 2
-    assert "nowhere does not exist" in done.stderr
+    assert "nowhere: expected a regular file, found none" in done.stderr
     done = logit_cache("verify", cache("packed"), *keys)
     assert done.returncode == 2
     assert "are accepted with --against TEACHER only" in done.stderr

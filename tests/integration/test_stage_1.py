@@ -252,7 +252,7 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ),
         (
             {"pretrained_checkpoint__restore_from_path": "/nowhere"},
-            "/nowhere does not exist",
+            "/nowhere: expected a regular file, found none; check the path",
         ),
         (
             {"data__data__file_path": "/nowhere.jsonl"},
@@ -269,7 +269,7 @@ def test_only_missing_chunks_are_written_again(ranks, world, tmp_path):
         ({"trainer__devices": 3}, "trainer.num_nodes x trainer.devices: 1 x 3"),
         (
             {"model__transformer_engine": "on"},
-            "model.transformer_engine: on, but Transformer Engine",
+            "model.transformer_engine: on, but there is no GPU here",
         ),
     ],
 )

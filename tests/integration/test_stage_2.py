@@ -641,8 +641,7 @@ def test_a_student_that_does_not_match_the_cache_is_refused(ranks, world, tmp_pa
         run_stage_2, smaller, train, validation, tmp_path / "run", {}
     )[0]
     assert "(300 tokens) in the cache, sha256:" in message
-    assert "(290 tokens) in the student (" in message
-    assert "300 in the cache, 290 in the student); both must share one" in message
+    assert "(290 tokens) in the student; both must share one tokenizer" in message
     assert "the student has 290 ids" in message
     assert f"{train}: chat template: sha256:" in message
     other = save_hf_model("llama2", tmp_path / "other", 300)

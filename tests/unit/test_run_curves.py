@@ -11,6 +11,12 @@ from nemo_kd.cli import plot_runs as command
 from nemo_kd.tools.run_curves import RunError, plot_runs, read_curves
 
 
+@pytest.fixture(autouse=True)
+def other_processes_stay(monkeypatch):
+    """A command ends its process's children, which here are the ranks of other tests."""
+    monkeypatch.setattr("nemo_kd.run.endings.end_children", lambda: None)
+
+
 def write_run(folder, rows, end=""):
     file = folder / "metrics" / "metrics.jsonl"
     file.parent.mkdir(parents=True, exist_ok=True)
