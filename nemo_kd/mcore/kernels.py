@@ -16,8 +16,7 @@ from megatron.core import optimizer
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.shared import PRECISIONS, ModelConfig
-from nemo_kd.config.student import StudentModelConfig
+from nemo_kd.config.shared import PRECISIONS
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import gather
 
@@ -82,7 +81,7 @@ class Kernels:
         ConfigError: Transformer Engine or FP8 is demanded, but not possible here.
     """
 
-    def __init__(self, machine: Machine, model: ModelConfig, precision: str) -> None:
+    def __init__(self, machine: Machine, model: Any, precision: str) -> None:
         self.machine = machine
         self.model = model
         self.dtype = getattr(torch, PRECISIONS[precision])
@@ -113,7 +112,7 @@ class Kernels:
                 )
             self.fields |= FP8_FIELDS | {"fp8_recipe": FP8_RECIPES[self.fp8]}
         self.own_norms = self.shards_optimizer = False
-        if isinstance(model, StudentModelConfig):
+        if hasattr(model, "optim"):
             self.shards_optimizer = model.optim.is_sharded
             self.own_norms = model.peft.lora is not None
             no_sum = "frozen weights" if self.own_norms else ""
@@ -174,7 +173,7 @@ def startup_facts(kernels: Kernels, groups: ProcessGroups) -> str:
         "fusions": ", ".join(name for name, why in reasons.items() if not why),
         "unused": "; ".join(f"{name} ({why})" for name, why in reasons.items() if why),
     }
-    if isinstance(model, StudentModelConfig):
+    if hasattr(model, "optim"):
         adam = ADAMS.get(kernels.machine.adam, "torch's")
         facts["Adam"] = f"{adam}, {model.optim.name}"
     places = gather(lambda: f"{place} on {socket.gethostname()}")

@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemo_kd.config.loss import KEY
 from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks, scatter
 
 log = logging.getLogger(__name__)
@@ -289,9 +288,9 @@ def compile_passes(
         _compiled(_fill_in_one_loop)(block, scales, exponentials)
     except Exception as error:  # noqa: BLE001 - torch documents no type
         log.warning(
-            "%s.compile: torch.compile failed, so the loss takes about 1.5 times as long: %s; "
-            "install a compiler (g++ for CPUs, triton for GPUs), or set it to off",
-            KEY,
+            "model.knowledge_distillation.compile: torch.compile failed, so the loss takes about "
+            "1.5 times as long: %s; install a compiler (g++ for CPUs, triton for GPUs), or set it "
+            "to off",
             str(error).strip().partition("\n")[0],
         )
         return False
