@@ -33,8 +33,8 @@ from nemo_kd.mcore.groups import initialize_model_parallel, sharded_random_state
 from nemo_kd.mcore.optimizer import release
 from nemo_kd.run.collective import on_rank_zero, rank
 from nemo_kd.run.interruption import Interruption, Watchdog, explained_ctrl_c
+from nemo_kd.run.metrics import resolved_config, save_config
 from nemo_kd.run.ranks import find_ranks, join_ranks
-from nemo_kd.run.resolved_config import resolved_config, save_config
 from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
     Contents,

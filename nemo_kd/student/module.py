@@ -43,7 +43,7 @@ from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import gather
 from nemo_kd.run.interruption import Interruption, Watchdog
-from nemo_kd.run.resolved_config import resolved_config
+from nemo_kd.run.metrics import resolved_config
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData
 from nemo_kd.student.loss import StudentLoss

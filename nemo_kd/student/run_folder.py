@@ -24,7 +24,7 @@ from nemo_kd.config.shared import PRECISIONS, GPTArchitecture
 from nemo_kd.config.student import LOOP, TrainStudentConfig
 from nemo_kd.files import Lock
 from nemo_kd.mcore.checkpoint import PretrainedModel
-from nemo_kd.run.resolved_config import resolved_config
+from nemo_kd.run.metrics import resolved_config
 from nemo_kd.student.checkpoint_folder import (
     CheckpointError,
     Contents,

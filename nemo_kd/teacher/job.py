@@ -32,8 +32,8 @@ from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.run.collective import gather
+from nemo_kd.run.metrics import resolved_config
 from nemo_kd.run.ranks import join_ranks
-from nemo_kd.run.resolved_config import resolved_config
 
 log = logging.getLogger(__name__)
 

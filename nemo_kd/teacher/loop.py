@@ -34,8 +34,7 @@ from nemo_kd.run.interruption import (
     Watchdog,
     follow_the_main_process,
 )
-from nemo_kd.run.metrics import Progress
-from nemo_kd.run.resolved_config import resolved_config, save_config
+from nemo_kd.run.metrics import Progress, resolved_config, save_config
 from nemo_kd.teacher.job import Job, Run, check_records, open_run
 from nemo_kd.teacher.model import Pass, Teacher
 from nemo_kd.teacher.reports import (

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import describe, typed
-from nemo_kd.run.resolved_config import resolved_config, save_config
+from nemo_kd.run.metrics import resolved_config, save_config
 
 STUDENT = {
     "pretrained_checkpoint": {"restore_from_path": "student"},
