@@ -53,8 +53,8 @@ class TokenizedDataset:
 
     def __getitem__(self, index: int) -> Example | str:
         where = self.records.where(index)
-        kind = self.format(index)
         record = self.records[index]
+        kind = self._format(record, where)
         try:
             ids, trained = self._render(kind, record)
         except DataError as error:
@@ -85,7 +85,9 @@ class TokenizedDataset:
         Raises:
             DataError: the record cannot be read, or its format is not the configured one.
         """
-        record = self.records[index]
+        return self._format(self.records[index], self.records.where(index))
+
+    def _format(self, record: dict[str, Any], where: str) -> str:
         kind = asked = self.config.data.format
         if asked == "auto":
             chats = (key for key in ("messages", "conversations") if key in record)
@@ -94,7 +96,7 @@ class TokenizedDataset:
         chat = self.config.chat
         if chat not in (None, is_chat) or (is_chat and kind not in record):
             raise DataError(
-                f"{self.records.where(index)}: {self.config.data.KEY}.format={asked} and "
+                f"{where}: {self.config.data.KEY}.format={asked} and "
                 f"{self.config.KEY}.chat={chat} do not fit a record with the fields "
                 f"{', '.join(record)}"
             )
