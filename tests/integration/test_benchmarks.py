@@ -42,7 +42,7 @@ def test_the_codec_benchmark_runs_on_a_tiny_setting(tmp_path):
 
 def test_the_loss_benchmark_runs_on_a_tiny_setting():
     command = [
-        sys.executable, "-m", "benchmarks.losses", "--num-tokens=2048", "--vocab", "3000:float32", "--top-k=8",
+        sys.executable, "-m", "benchmarks.losses", "--num-tokens=4096", "--vocab", "3000:float32", "--top-k=8",
         "--hidden-size=16", "--repetitions=2", "--only", "torch", "`forward_kl`, sampled", "256 rows",
     ]  # fmt: skip
     rows = _rows(command)
@@ -54,10 +54,10 @@ def test_the_loss_benchmark_runs_on_a_tiny_setting():
     assert reference[2] == pytest.approx(
         3, abs=0.3
     )  # its output, and the gradients of two of its steps
-    assert ours[2] < 0.5
+    assert ours[2] < 1
     assert all(min(ratios[:2]) > 0 for ratios in (reference, ours))
     fused = [row for row in rows if len(row) == 5 and row[0] != "method"]
-    assert [row[1] for row in fused] == ["2,048", "4,096"]
+    assert [row[1] for row in fused] == ["4,096", "8,192"]
     assert all(0 < float(row[3]) < 1 for row in fused)
 
 

@@ -535,7 +535,7 @@ def test_no_process_outlives_the_command(
     ended_s = time.monotonic()
     assert "Traceback" not in process.stderr.read()  # until its end
     process.stdout.read()
-    assert time.monotonic() - ended_s < 2
+    assert time.monotonic() - ended_s < 20
     while left := processes_of(marker):
-        assert time.monotonic() - ended_s < 2, left
+        assert time.monotonic() - ended_s < 20, left
         time.sleep(0.05)
