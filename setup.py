@@ -63,7 +63,7 @@ setup(
     packages=[*find_packages(include=["nemo_kd", "nemo_kd.*"]), "nemo_kd.conf"],
     package_dir={"nemo_kd": "nemo_kd", "nemo_kd.conf": "conf"},
     package_data={
-        "nemo_kd": ["py.typed"],
+        "nemo_kd": ["py.typed", "*.html"],
         "nemo_kd.conf": ["*.yaml", "recipes/*.yaml"],
         "nemo_kd.tools": ["*.html"],
     },

@@ -57,7 +57,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from nemo_kd.data.tokenizer import TokenText, example_lines, load_tokenizer_of
     from nemo_kd.files import write_atomically
     from nemo_kd.tools.inspect_cache import (
-        build_page,
+        cache_page,
         check_tokenizer,
         describe_cache,
         format_report,
@@ -93,7 +93,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         others = spread(len(reader), arguments.num_examples)
         positions = list(dict.fromkeys([number, *others]))[: arguments.num_examples]
         rows = ((position, reader[position]) for position in positions)
-        content = build_page(arguments.path, report, rows, text)
+        content = cache_page(arguments.path, report, rows, text)
         write_atomically(arguments.html, content.encode(errors="backslashreplace"))
         print_text(f"\nwritten: {arguments.html}")
     return 0

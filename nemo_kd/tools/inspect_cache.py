@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import orjson
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
@@ -26,6 +25,7 @@ from nemo_kd.data.tokenizer import (
     text_ids,
     tokenizer_fingerprint,
 )
+from nemo_kd.page import build_page
 
 TEMPLATE = Path(__file__).with_name("inspect_page.html")
 PAGE_ALTERNATIVES = 10
@@ -234,7 +234,7 @@ def _counts(reader: CacheReader) -> Facts:
     ]
 
 
-def build_page(
+def cache_page(
     title: str,
     report: Report,
     rows: Iterable[tuple[int, CachedExample]],
@@ -248,9 +248,7 @@ def build_page(
         "edges": ENTROPY_EDGES[:-1],
         "examples": [_page_example(position, row, text) for position, row in rows],
     }
-    # Without "<" nothing in it can end its element.
-    data = orjson.dumps(content).decode().replace("<", "\\u003c")
-    return TEMPLATE.read_text(encoding="utf-8").replace("{{data}}", data)
+    return build_page(TEMPLATE, content)
 
 
 def _page_example(

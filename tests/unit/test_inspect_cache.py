@@ -35,7 +35,7 @@ from nemo_kd.tools.inspect_cache import (
     PAGE_ALTERNATIVES,
     Histogram,
     Report,
-    build_page,
+    cache_page,
     check_tokenizer,
     describe_cache,
     histograms,
@@ -242,7 +242,7 @@ def hostile_page() -> tuple[CachedExample, str]:
         replace(one.teacher, topk_token_ids_PK=ids_SK),
     )
     report = Report([[("teacher", HOSTILE)]], [Histogram("title", ["0"], [1.0])])
-    return one, build_page(
+    return one, cache_page(
         f"folder/{HOSTILE.replace('/', '|')}",
         report,
         [(2, one)],
@@ -252,7 +252,7 @@ def hostile_page() -> tuple[CachedExample, str]:
 
 def test_the_page_needs_nothing_and_its_data_ends_nothing():
     _, page = hostile_page()
-    assert page.count("<script") == 2
+    assert page.count("<script") == 3
     for forbidden in ("http:", "https:", "url(", "@import", "fetch(", "innerHTML"):
         assert forbidden not in page, forbidden
     assert "default-src 'none'" in page
@@ -283,7 +283,7 @@ def test_the_page_knows_every_loss_token():
 
 
 def test_the_page_does_not_grow_with_long_examples():
-    page = build_page("c", Report([], []), [(0, row(0, 9000, k=40))], TokenText(None))
+    page = cache_page("c", Report([], []), [(0, row(0, 9000, k=40))], TokenText(None))
     (example,) = content_of(page)["examples"]
     assert len(example["targets"]) == 2000
     assert {len(target[-1]) for target in example["targets"]} == {PAGE_ALTERNATIVES}
