@@ -1,4 +1,4 @@
-"""The student on Megatron Core, its training step, and what happens between steps."""
+"""The training step of the student, and what happens between steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 
 from nemo_kd.batch import Batch
@@ -18,27 +17,8 @@ from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.mcore.checkpoint import PretrainedModel
 from nemo_kd.mcore.export import ModelExport
 from nemo_kd.mcore.groups import set_random_state, sharded_random_state
-from nemo_kd.mcore.kernels import Kernels, Machine
-from nemo_kd.mcore.lora import (
-    adapter_identity,
-    adapter_state,
-    add_adapters,
-    load_adapter_state,
-)
-from nemo_kd.mcore.model import (
-    build_gpt_model,
-    chunks,
-    hidden_at,
-    output_weight,
-    project,
-    transformer_config,
-)
-from nemo_kd.mcore.optimizer import (
-    ModelOptimizer,
-    gather_weights,
-    sharding_metadata,
-    wrap_for_training,
-)
+from nemo_kd.mcore.model import chunks, hidden_at, output_weight, project
+from nemo_kd.mcore.optimizer import ModelOptimizer, gather_weights
 from nemo_kd.mcore.schedule import forward_backward
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import gather
@@ -47,6 +27,7 @@ from nemo_kd.run.metrics import resolved_config
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData
 from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.model import StudentModel
 from nemo_kd.student.reports import RunLog, first_step_report
 from nemo_kd.student.run_folder import provenance
 from nemo_kd.student.steps import (
@@ -60,8 +41,8 @@ from nemo_kd.student.steps import (
 log = logging.getLogger(__name__)
 
 
-class StudentModule(pl.LightningModule):
-    """The student; its hooks decide after every step whether to validate, save or stop.
+class StudentModule(StudentModel):
+    """The student in training; its hooks decide after every step whether to validate, save or stop.
 
     Lightning's loop calls, for every step:
         1. `StudentData.loader`: the next global batch;
@@ -89,20 +70,13 @@ class StudentModule(pl.LightningModule):
         data: StudentData,
         loss: StudentLoss,
     ) -> None:
-        super().__init__()
+        super().__init__(config, pretrained, data.groups)
         # Lightning sends them to all loggers and puts them into every checkpoint.
         self.save_hyperparameters(resolved_config(config))
         self.automatic_optimization = False
-        self.config = config
-        self.pretrained = pretrained
-        self.architecture = pretrained.architecture
         self.data = data
-        self.groups = data.groups
         self.plan = data.plan
         self.loss = loss
-        self.lora = config.model.peft.lora
-        self.adapters: dict[str, Any] | None = None
-        self._build_model()
         self.meter = StepMeter(
             self.architecture, self.groups, config.trainer.precision, self.lora is None
         )
@@ -113,33 +87,6 @@ class StudentModule(pl.LightningModule):
         self.stop_reason: str | None = None
         self._ranks_write = False
         self._stopped_early = False
-
-    def _build_model(self) -> None:
-        model = self.config.model
-        self.kernels = Kernels(Machine.here(), model, self.config.trainer.precision)
-        transformer = transformer_config(
-            self.architecture,
-            model,
-            self.kernels.dtype,
-            **self.kernels.fields,
-            recompute_granularity=model.activations_checkpoint_granularity,
-            recompute_method=model.activations_checkpoint_method,
-            recompute_num_layers=model.activations_checkpoint_num_layers,
-        )
-        self.gpt = build_gpt_model(
-            self.architecture,
-            transformer,
-            model.make_vocab_size_divisible_by,
-            self.kernels.transformer_engine,
-            own_norms=self.kernels.own_norms,
-        )
-        self.pretrained.load_weights(self.gpt, self.groups)
-        if self.lora is not None:
-            add_adapters(self.gpt, self.lora, model.seed, self.groups)
-            self.adapters = adapter_identity(
-                self.lora, self.pretrained.fingerprint()["weights"]
-            )
-        self.model = wrap_for_training(self.gpt, transformer, self.kernels)
 
     def transfer_batch_to_device(self, batch: Any, *_: Any) -> Any:
         """Return the batch as it is: `forward_backward` moves micro-batches one by one."""
@@ -344,23 +291,6 @@ class StudentModule(pl.LightningModule):
             found.append((is_finite, part.indices_B.tolist()))
         self.loss.custom_sums.clear()
         return [part for of_rank in gather(lambda: found) for part in of_rank]
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Return the trained weights as Megatron's sharded tensors, for distributed checkpoints."""
-        if self.lora is not None:
-            return adapter_state(self.gpt)
-        return {
-            str(number): chunk.sharded_state_dict(metadata=sharding_metadata())
-            for number, chunk in enumerate(chunks(self.gpt))
-        }
-
-    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> None:
-        """Load the content of such tensors."""
-        if self.lora is not None:
-            load_adapter_state(self.gpt, state_dict)
-            return
-        for number, chunk in enumerate(chunks(self.gpt)):
-            chunk.load_state_dict(state_dict[str(number)])
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["StudentData"] = self.data.state_dict()
