@@ -71,7 +71,8 @@ class SDPACoreAttention(MegatronModule):
             return self._context_parallel(
                 query, self._gather(key), self._gather(value)
             )
-        return self._causal(query, key, value)
+        # Cached keys of earlier positions come first.
+        return self._causal(query, key, value, len(key) - len(query))
 
     def _context_parallel(
         self, query_sBhD: Tensor, key_SBgD: Tensor, value_SBgD: Tensor
@@ -111,7 +112,7 @@ class SDPACoreAttention(MegatronModule):
                 num_queries, end, dtype=torch.bool, device=query_SBhD.device
             )
             mask = mask.tril(start).triu(start + 1 - self.num_visible)
-        elif start:
+        elif start and num_queries > 1:
             mask = causal_lower_right(
                 num_queries, end
             )  # kernels need no matrix for it
@@ -120,7 +121,7 @@ class SDPACoreAttention(MegatronModule):
             key_SBgD[:end].permute(1, 2, 0, 3),
             value_SBgD[:end].permute(1, 2, 0, 3),
             attn_mask=mask,
-            is_causal=mask is None,
+            is_causal=mask is None and not start,
             enable_gqa=key_SBgD.shape[2] != query_SBhD.shape[2],
         )
         return context_BhSD.permute(2, 0, 1, 3).flatten(2)

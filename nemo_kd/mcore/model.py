@@ -9,6 +9,7 @@ ranks.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -310,11 +311,18 @@ def forward(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def hidden_states(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Return the output layer's input [S, B, H]; S is cut by sequence parallelism."""
+    with without_output_layer(model):
+        return forward(model, batch)
+
+
+@contextlib.contextmanager
+def without_output_layer(model: torch.nn.Module) -> Iterator[None]:
+    """Let a forward pass return hidden states inside the block."""
     gpt = unwrapped(model)
     post_process = gpt.post_process
     gpt.post_process = False
     try:
-        return forward(model, batch)
+        yield
     finally:
         gpt.post_process = post_process
 
@@ -337,10 +345,16 @@ def output_weight(model: torch.nn.Module) -> torch.nn.Parameter:
     return weight
 
 
-def project(model: torch.nn.Module, hidden_SBH: torch.Tensor) -> torch.Tensor:
-    """Return the logits [B, S, v] of `hidden_states`."""
+def project(
+    model: torch.nn.Module, hidden_SBH: torch.Tensor, gather_output: bool = False
+) -> torch.Tensor:
+    """Return the logits [B, S, v] of `hidden_states`; `gather_output` gathers all columns."""
     output_layer = unwrapped(model).output_layer
-    logits_SBv, _ = output_layer(hidden_SBH, weight=output_weight(model))
+    logits_SBv, _ = output_layer(
+        hidden_SBH,
+        weight=output_weight(model),
+        runtime_gather_output=gather_output,
+    )
     return logits_SBv.transpose(0, 1).contiguous()
 
 

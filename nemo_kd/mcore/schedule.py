@@ -43,16 +43,35 @@ def run_batch(
     Returns:
         On the last stage `hidden_states` [S, B, H] of this rank's columns; else None.
     """
-    gpt = unwrapped(model)
     mine = batch.context_part(groups.context_rank, groups.context_size)
-    stages = _stages(groups.pipeline, gpt.config)
-    received = stages.recv_forward(_ANY_SHAPE, groups.is_first_stage)
-    if received is not None:
-        received = received.detach()  # Megatron asks for its gradient
-    gpt.set_input_tensor(received)
-    hidden_SBH = hidden_states(model, mine.to(groups.device)).contiguous()
-    gpt.set_input_tensor(None)  # or it lives until the next batch
-    stages.send_forward(hidden_SBH, groups.is_last_stage)
+    return run_stages(
+        model, groups, lambda stage: hidden_states(stage, mine.to(groups.device))
+    )
+
+
+def run_stages(
+    model: torch.nn.Module,
+    groups: ProcessGroups,
+    compute: Callable[[torch.nn.Module], torch.Tensor],
+) -> torch.Tensor | None:
+    """Run `compute` on this rank's chunks, each between receiving and sending hidden states.
+
+    Returns:
+        On the last stage the last chunk's hidden states; else None.
+    """
+    parts = chunks(model)
+    stages = _stages(groups.pipeline, unwrapped(parts[0]).config)
+    for part in parts:
+        is_first = groups.is_first_stage and part is parts[0]
+        is_last = groups.is_last_stage and part is parts[-1]
+        gpt = unwrapped(part)
+        received = stages.recv_forward(_ANY_SHAPE, is_first)
+        if received is not None:
+            received = received.detach()  # Megatron asks for its gradient
+        gpt.set_input_tensor(received)
+        hidden_SBH = compute(part).contiguous()
+        gpt.set_input_tensor(None)  # or it lives until the next batch
+        stages.send_forward(hidden_SBH, is_last)
     return hidden_SBH if groups.is_last_stage else None
 
 
