@@ -24,6 +24,7 @@ MODEL_CONFIG = "model_config.yaml"
 PROVENANCE = "provenance.json"
 WEIGHTS = "model_weights"
 TOKENIZER = "tokenizer"
+GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
 LFS_POINTER = b"version https://git-lfs"
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import DataError
 from nemo_kd.config.data import ChatPromptTokens
-from nemo_kd.data.tokenizer import encode, encode_continuation
+from nemo_kd.data.tokenizer import encode, encode_continuation, special_ids
 
 Message = dict[str, Any]
 Span = tuple[int, int]
@@ -67,7 +67,7 @@ def render_messages(
     if marked:
         return ids, [bool(flag) for flag in expected["assistant_masks"]]
     offsets: list[Span] = encoding["offset_mapping"]
-    special = _special_ids(tokenizer)
+    special = special_ids(tokenizer)
     special_spans = [
         span
         for token_id, span in zip(ids, offsets, strict=True)
@@ -125,15 +125,6 @@ def _check(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> N
                 f"message {number} must be an object with a `role`, and a text `content` or "
                 f"`tool_calls`, found {str(message)[:80]!r}"
             )
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    special = {
-        token_id
-        for token_id, token in tokenizer.added_tokens_decoder.items()
-        if token.special
-    }
-    return special | set(tokenizer.all_special_ids)
 
 
 @dataclass

@@ -145,6 +145,16 @@ def chat_template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str | None:
     )
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Return the ids of special tokens."""
+    special = {
+        token_id
+        for token_id, token in tokenizer.added_tokens_decoder.items()
+        if token.special
+    }
+    return special | set(tokenizer.all_special_ids)
+
+
 def padding_id(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> int:
     """Return the model's id for filler positions: padding, else end of sequence, else 0.
 

@@ -28,12 +28,14 @@ from nemo_kd.mcore.weights import (
     zero_vocabulary_padding,
 )
 from nemo_kd.nemo_archive import (
+    GENERATION_CONFIG,
     MODEL_CONFIG,
     PROVENANCE,
     WEIGHTS,
     ModelFiles,
     SafetensorsFolder,
     StoredBytes,
+    read_json,
 )
 from nemo_kd.run.collective import gather, on_every_rank
 
@@ -79,6 +81,19 @@ class PretrainedModel:
     def tokenizer_folder(self) -> Path:
         """Folder of the tokenizer's files while the model is open."""
         return self.files.tokenizer_folder()
+
+    def eos_token_ids(self) -> set[int]:
+        """Return the tokens that end a text by config.json or generation_config.json."""
+        configs = [self.architecture.hf_config]
+        path = self.tokenizer_folder / GENERATION_CONFIG
+        if path.exists():
+            configs.append(read_json(path))
+        found: set[Any] = set()
+        for config in configs:
+            ids = config.get("eos_token_id", [])
+            found.update(ids if isinstance(ids, list) else [ids])
+        found.discard(None)
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """Return name and two hashes: `weights` of architecture and files, `tensors` of samples.

@@ -27,6 +27,7 @@ from nemo_kd.mcore.model import chunks, named_weights, sharded_weights
 from nemo_kd.mcore.weights import Piece, hf_shapes, pieces, whole_tensor
 from nemo_kd.nemo_archive import (
     CHAT_TEMPLATES,
+    GENERATION_CONFIG,
     MODEL_CONFIG,
     PROVENANCE,
     TOKENIZER,
@@ -48,7 +49,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "generation_config.json",
+    GENERATION_CONFIG,
 )
 
 

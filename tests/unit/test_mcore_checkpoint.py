@@ -67,6 +67,23 @@ def test_a_folder_says_what_it_is_without_loading(model):
         assert opened.architecture.num_query_groups == 4
 
 
+@pytest.mark.parametrize(
+    ("ids", "more", "expected"),
+    [(0, None, {0}), (2, [5, 6], {2, 5, 6}), (None, 7, {7}), ([3, 4], 3, {3, 4})],
+)
+def test_end_of_sequence_ids_are_those_of_both_configurations(
+    model, ids, more, expected
+):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"eos_token_id": ids}))
+    (model / "generation_config.json").unlink(missing_ok=True)
+    if more is not None:
+        generation = json.dumps({"eos_token_id": more})
+        (model / "generation_config.json").write_text(generation)
+    with open_pretrained(str(model)) as source:
+        assert source.eos_token_ids() == expected
+
+
 def test_wrong_paths_are_refused_by_key(tmp_path):
     key = "pretrained_checkpoint.restore_from_path"
     refused(tmp_path / "none", f"{key}: .*none: expected a regular file, found none")

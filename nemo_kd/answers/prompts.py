@@ -1,0 +1,110 @@
+"""Questions of a dataset: prompts, ground truth, and the tokens that end a response.
+
+Shape legend: S positions of an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.batch import Example
+from nemo_kd.config import DataError
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.tokenizer import special_ids
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt to answer.
+
+    Attributes:
+        index: of the record in its dataset.
+        prompt_ids: tokens before the record's last trained turn.
+        answer: ground truth; None if nothing is checked.
+    """
+
+    index: int
+    prompt_ids: list[int]
+    answer: str | None = None
+
+
+def question_of(
+    dataset: TokenizedDataset, example: Example, answer_field: str | None
+) -> Question:
+    """Return the question that an example of `dataset` asks.
+
+    Raises:
+        DataError: the record has no usable ground truth in `answer_field`.
+    """
+    answer = None
+    if answer_field is not None:
+        records = dataset.records
+        where = records.where(example.index)
+        answer = ground_truth(records[example.index], answer_field, where)
+    return Question(example.index, prompt_ids(example), answer)
+
+
+def prompt_ids(example: Example) -> list[int]:
+    """Return the tokens before the last trained stretch of an example."""
+    first, _ = _last_turn(example)
+    return example.tokens_S[: first + 1].tolist()
+
+
+def stop_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Iterable[Example],
+    eos_ids: Iterable[int] = (),
+) -> frozenset[int]:
+    """Return the tokens that end a response.
+
+    Args:
+        examples: a special token that ends the last trained turn of one of them is a stop token.
+        eos_ids: the model's own (`PretrainedModel.eos_token_ids`), besides the tokenizer's.
+    """
+    found = set(eos_ids)
+    if tokenizer.eos_token_id is not None:
+        found.add(int(tokenizer.eos_token_id))
+    special = special_ids(tokenizer)
+    for example in examples:
+        turn_ids = example.labels_S[slice(*_last_turn(example))].tolist()
+        places = [place for place, one in enumerate(turn_ids) if one in special]
+        # Some templates train the line break after it as well.
+        if places and not tokenizer.decode(turn_ids[places[-1] + 1 :]).strip():
+            found.add(turn_ids[places[-1]])
+    return frozenset(found)
+
+
+def ground_truth(record: Mapping[str, Any], field: str, where: str) -> str:
+    """Return the answer in a record's field.
+
+    Args:
+        where: file:line of the record, for the error.
+
+    Raises:
+        DataError: the field is missing, empty, or neither text nor a number.
+    """
+    if field not in record:
+        raise DataError(
+            f"{where}: the record has no field {field!r}, which must hold the ground truth; its "
+            f"fields are {', '.join(record)}"
+        )
+    value = record[field]
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number and not (isinstance(value, str) and value.strip()):
+        raise DataError(
+            f"{where}: the field {field!r} must hold the ground truth as a text or a number, found "
+            f"{str(value)[:80]!r}"
+        )
+    return str(value)
+
+
+def _last_turn(example: Example) -> tuple[int, int]:
+    """Return the bounds of the last trained stretch, as positions of labels."""
+    trained_S = example.loss_mask_S > 0
+    edges = np.flatnonzero(np.diff(trained_S, prepend=False, append=False))
+    return int(edges[-2]), int(edges[-1])

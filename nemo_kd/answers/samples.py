@@ -1,0 +1,124 @@
+"""Checked responses of a model, their summary, and the file that holds them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import orjson
+from transformers import PreTrainedTokenizerBase
+
+from nemo_kd.answers.prompts import Question
+from nemo_kd.files import write_atomically
+
+if TYPE_CHECKING:
+    from nemo_kd.mcore.generation import Response
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A response to one question.
+
+    Attributes:
+        index: of the record in its dataset.
+        prompt, response: text with special tokens; the response without its stop token.
+        answer: ground truth; None if nothing is checked.
+        correct: None if nothing is checked.
+        num_tokens: of the response, without its stop token.
+        mean_entropy: nats per generated token, the stop token included; None if unknown.
+        stopped: the model ended the response; False if it was cut at the limit of tokens.
+    """
+
+    index: int
+    prompt: str
+    response: str
+    answer: str | None
+    correct: bool | None
+    num_tokens: int
+    mean_entropy: float | None
+    stopped: bool
+
+
+def check_responses(
+    questions: Sequence[Question],
+    responses: Sequence[Response],
+    tokenizer: PreTrainedTokenizerBase,
+    checker: Callable[[str, str], bool] | None,
+) -> list[Sample]:
+    """Return a sample per question; without a checker none is correct or incorrect."""
+    samples = []
+    for question, response in zip(questions, responses, strict=True):
+        text = tokenizer.decode(response.token_ids)
+        correct = None
+        if checker is not None and question.answer is not None:
+            correct = checker(text, question.answer)
+        samples.append(
+            Sample(
+                index=question.index,
+                prompt=tokenizer.decode(question.prompt_ids),
+                response=text,
+                answer=question.answer,
+                correct=correct,
+                num_tokens=len(response.token_ids),
+                mean_entropy=_mean(response.entropy_nats),
+                stopped=response.stopped,
+            )
+        )
+    return samples
+
+
+def summarize(samples: Sequence[Sample]) -> dict[str, float | None]:
+    """Return means over samples by name; None for a mean over nothing.
+
+    Lengths are in tokens. `reward` is 1 for a correct response and 0 for an incorrect one, so its
+    mean is the accuracy; `stopped` is the share of responses that were not cut.
+    """
+    checked = [sample for sample in samples if sample.correct is not None]
+    correct = [float(bool(sample.correct)) for sample in checked]
+    lengths = {
+        name: _mean(
+            [sample.num_tokens for sample in samples if sample.correct in kinds]
+        )
+        for name, kinds in (
+            ("", (True, False, None)),
+            ("_correct", (True,)),
+            ("_incorrect", (False,)),
+        )
+    }
+    return {
+        "num_examples": len(samples),
+        "accuracy": _mean(correct),
+        "reward": _mean(correct),
+        **{f"mean_response_length{name}": mean for name, mean in lengths.items()},
+        "entropy": _entropy(samples),
+        "stopped": _mean([float(sample.stopped) for sample in samples]),
+    }
+
+
+def write_samples(path: Path, samples: Sequence[Sample]) -> None:
+    """Write one JSON object a line; the file appears whole.
+
+    Raises:
+        FileError: it cannot be written.
+    """
+    write_atomically(path, (orjson.dumps(sample) + b"\n" for sample in samples))
+
+
+def _entropy(samples: Sequence[Sample]) -> float | None:
+    """Return the entropy per generated token of all samples; None if one of them has none."""
+    total = 0.0
+    num_tokens = 0
+    for sample in samples:
+        if sample.mean_entropy is None:
+            return None
+        count = sample.num_tokens + sample.stopped
+        total += sample.mean_entropy * count
+        num_tokens += count
+    return total / num_tokens if num_tokens else None
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
