@@ -6,11 +6,7 @@ vocabulary columns, R sources of the data and all of them together, M sums.
 
 from __future__ import annotations
 
-import inspect
 import logging
-import os
-import pkgutil
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -23,6 +19,7 @@ from nemo_kd.batch import Batch, TeacherRows
 from nemo_kd.config import ConfigError
 from nemo_kd.config.loss import KEY, LossConfig
 from nemo_kd.config.student import SPLITS, StudentDataConfig
+from nemo_kd.config.user_function import import_function
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.fused_linear import fused_linear_loss
 from nemo_kd.ops.token_losses import COMPARED
@@ -236,13 +233,10 @@ def load_custom_loss(path: str, arguments: Mapping[str, Any]) -> CustomLoss:
     Raises:
         ConfigError: there is none, or it does not take the arguments.
     """
-    sys.path.append(os.getcwd())
     try:
-        function = pkgutil.resolve_name(path)
-        inspect.signature(function).bind(None, None, None, None, **arguments)
-    except (ImportError, AttributeError, SyntaxError, TypeError, ValueError) as error:
+        return import_function(path, None, None, None, None, **arguments)
+    except ValueError as error:
         raise ConfigError(
             f"{KEY}.custom_loss: {path} cannot be called as function(logits_BSv, batch, shard, "
             f"token_sum, **custom_args) with custom_args={arguments}: {error}"
         ) from error
-    return function

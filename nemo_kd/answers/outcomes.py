@@ -1,0 +1,21 @@
+"""Results of a comparison of a response with the right answer, and GSM8K's mark of an answer."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Outcome(str, Enum):
+    """Result of a comparison."""
+
+    CORRECT = "correct"
+    WRONG = "wrong answer"
+    NO_ANSWER = "no answer found in the response"
+    NO_TRUTH = "no usable right answer in the record"
+    UNDECIDED = "comparison exceeded its limits"
+
+
+def final_line(text: str) -> str | None:
+    """Return the line behind the last "####"; None if there is no such mark."""
+    _, mark, rest = text.rpartition("####")
+    return rest.strip().partition("\n")[0].strip() if mark else None
