@@ -49,6 +49,7 @@ COMMANDS = (
     "train_gpt_knowledge_distillation",
     "convert_checkpoint",
     "logit_cache",
+    "filter_sft_data",
     "plot_runs",
 )
 

@@ -98,6 +98,7 @@ def test_wheel_and_source_distribution_hold_the_same(built):
         "train_gpt_knowledge_distillation --cfg job",
         "convert_checkpoint --cfg job",
         "logit_cache inspect CACHE",
+        "filter_sft_data --help",
         "plot_runs --help",
     ],
 )

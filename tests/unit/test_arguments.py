@@ -331,7 +331,12 @@ def test_versions_and_wrong_options():
             line, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60
         )
 
-    for module in ("compute_topk_logits", "logit_cache", "plot_runs"):
+    for module in (
+        "compute_topk_logits",
+        "filter_sft_data",
+        "logit_cache",
+        "plot_runs",
+    ):
         assert of(module, "--version").stdout.startswith("nemo_kd ")
     result = of("logit_cache", "inspekt", "x")
     assert result.returncode == 2

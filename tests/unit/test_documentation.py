@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.cli import logit_cache, plot_runs
+from nemo_kd.cli import filter_sft_data, logit_cache, plot_runs
 from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.exp_manager import FREE_KEYS, KEY
@@ -35,7 +35,7 @@ COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted(
 SOURCES = sorted((ROOT / "nemo_kd").rglob("*.py"))
 HYDRA_OPTIONS = {*option_parser()._option_string_actions, "-h", "--help"}
 COMMAND_LINE = re.compile(
-    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)",
+    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|filter_sft_data|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)",
     re.MULTILINE,
 )
 """A command and its arguments, in backticks or from the beginning of a line, perhaps behind `usage:` or the like."""
@@ -102,9 +102,11 @@ def test_links_between_pages_lead_somewhere():
 @functools.cache
 def options_of(command: str, subcommand: str) -> set[str]:
     """Return the options that a command takes, or logit_cache with a subcommand."""
-    parser: argparse.ArgumentParser = (
-        plot_runs.parser() if command == "plot_runs" else logit_cache.parser()
-    )
+    parsers = {
+        "filter_sft_data": filter_sft_data.parser,
+        "plot_runs": plot_runs.parser,
+    }
+    parser: argparse.ArgumentParser = parsers.get(command, logit_cache.parser)()
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
         return HYDRA_OPTIONS
     if command == "logit_cache" and not subcommand.startswith("-"):
@@ -160,7 +162,7 @@ def test_command_lines_name_subcommands_and_options_that_exist():
             assert not unknown, (
                 f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
             )
-    assert found == {*CONFIGS, "logit_cache", "plot_runs"}
+    assert found == {*CONFIGS, "filter_sft_data", "logit_cache", "plot_runs"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

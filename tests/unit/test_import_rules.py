@@ -111,6 +111,7 @@ def test_every_room_is_listed():
             ["torch", "megatron", "nemo", "transformers"],
         ),
         ("nemo_kd.cli.logit_cache", ["torch", "megatron", "nemo", "transformers"]),
+        ("nemo_kd.evaluation.filter", ["torch", "transformers", "sympy"]),
         ("nemo_kd.run.interruption", ["torch"]),
         ("nemo_kd.run.ranks", ["torch"]),
         ("nemo_kd.run.metrics", ["torch", "wandb", "tqdm"]),

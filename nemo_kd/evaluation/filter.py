@@ -1,0 +1,148 @@
+"""Keep the records of a dataset whose response is correct. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nemo_kd.answers.checkers import Judge, ground_truth, judge_of
+from nemo_kd.answers.outcomes import Outcome
+from nemo_kd.config import ConfigError, DataError
+from nemo_kd.config.answers import AnswerConfig
+from nemo_kd.files import atomic_file, open_regular, write_atomically
+
+NO_RESPONSE = "no response in the record"
+REASONS = (
+    *(each.value for each in Outcome if each is not Outcome.CORRECT),
+    NO_RESPONSE,
+)
+
+
+def filter_records(
+    source: Path, target: Path, settings: AnswerConfig, label_key: str = "output"
+) -> dict[str, Any]:
+    """Write the lines of correct records to `target`, byte for byte, and statistics beside it.
+
+    Args:
+        label_key: field with the response of records that are not chats.
+
+    Returns:
+        The statistics: `original`, `kept`, `retention` and counts of `reasons`, with the settings.
+
+    Raises:
+        ConfigError: both paths are one file, or the settings cannot work.
+        DataError: a record cannot be read, or none has the field of the answer; with file:line.
+    """
+    statistics_path = target.with_suffix(".stats.json")
+    for path in (target, statistics_path):
+        if path.resolve() == source.resolve() or (
+            path.exists() and path.samefile(source)
+        ):
+            raise ConfigError(f"{path}: would replace the input; give another output")
+    judge = judge_of(settings)
+    answer_field = settings.answer_field or ""
+    counts: Counter[str] = Counter()
+    fields: set[str] = set()
+    with atomic_file(target) as file:
+        for where, line, record in _records(source):
+            fields.update(record)
+            try:
+                outcome = _judge_record(record, answer_field, label_key, judge)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            counts[outcome] += 1
+            if outcome == Outcome.CORRECT.value:
+                file.write(line)
+        if answer_field not in fields:
+            raise DataError(
+                f"{source}: no record has the field {answer_field!r} with the right answer; the "
+                f"fields are {', '.join(sorted(fields)) or 'none, for there is no record'}"
+            )
+    kept = counts[Outcome.CORRECT.value]
+    statistics = {
+        "original": counts.total(),
+        "kept": kept,
+        "retention": kept / counts.total(),
+        "reasons": {reason: counts[reason] for reason in REASONS},
+        "input": str(source),
+        "output": str(target),
+        "answer_field": answer_field,
+        "checker": settings.checker,
+        "pattern": settings.pattern,
+        "custom_checker": settings.custom_checker,
+    }
+    write_atomically(
+        statistics_path, orjson.dumps(statistics, option=orjson.OPT_INDENT_2) + b"\n"
+    )
+    return statistics
+
+
+def response_of(record: dict[str, Any], label_key: str) -> str | None:
+    """Return the text of a record's last trained turn; None if it has none.
+
+    Raises:
+        DataError: the turns have another shape.
+    """
+    if "messages" in record:
+        messages = _turns(record, "messages")
+        texts = [
+            each.get("content") for each in messages if each.get("role") == "assistant"
+        ]
+    elif "conversations" in record:
+        turns = _turns(record, "conversations")
+        masked = {name.strip() for name in str(record.get("mask", "User")).split(",")}
+        is_labelled = record.get("type") == "TEXT_TO_VALUE"
+        if not is_labelled:
+            turns = turns[1:]  # the first one is never trained
+        key = "label" if is_labelled else "value"
+        texts = [turn.get(key) for turn in turns if turn.get("from") not in masked]
+    else:
+        texts = [record.get(label_key)]
+    texts = [text for text in texts if isinstance(text, str)]
+    return texts[-1] if texts else None
+
+
+def _turns(record: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    turns = record[key]
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) for turn in turns
+    ):
+        raise DataError(
+            f"`{key}` must be a list of objects, found {str(turns)[:80]!r}"
+        )
+    return turns
+
+
+def _judge_record(
+    record: dict[str, Any], answer_field: str, label_key: str, judge: Judge
+) -> str:
+    answer = ground_truth(record, answer_field)
+    if answer is None:
+        return Outcome.NO_TRUTH.value
+    response = response_of(record, label_key)
+    return NO_RESPONSE if response is None else judge(response, answer).value
+
+
+def _records(source: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
+    """Yield file:line, bytes and content of every record; blank lines are none."""
+    with open_regular(source) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{source}:{number}"
+            try:
+                record = orjson.loads(line)
+            except orjson.JSONDecodeError as error:
+                raise DataError(
+                    f"{where}: not valid JSON ({error}); every line must be one JSON object"
+                ) from error
+            if not isinstance(record, dict):
+                raise DataError(
+                    f"{where}: found a JSON {type(record).__name__}; every line must be one JSON "
+                    "object"
+                )
+            yield where, line, record
