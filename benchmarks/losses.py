@@ -58,7 +58,7 @@ TORCH_CE, MEGATRON_CE, OUR_CE = (
 )
 PROJECTION = "projection + Megatron's cross-entropy"
 ALLOCATOR_KEYS = ("MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_")
-SUPPORTS = ("renormalize", "tail", "truncate")
+SUPPORTS = ("renormalize", "tail", "truncate", "label")
 OBJECTIVES = {
     "forward_kl": (*SUPPORTS, "sampled"),
     "reverse_kl": SUPPORTS[:2],

@@ -8,6 +8,7 @@ the support, on what lies outside them:
     renormalize  both renormalised over S; blind to student mass outside
     tail         S and one bucket for all other ids
     truncate     S, where p is not renormalised, and p = 0 for all other ids
+    label        as truncate, and the label has the teacher's mass outside S, too
     sampled      S, and tail samples that stand for all other ids: forward KL over the whole
         vocabulary, unbiased
 
@@ -34,6 +35,7 @@ from nemo_kd.ops.student_logits import (
     StudentLogits,
     TokenIds,
     read_logits,
+    with_label,
     write_gradient,
 )
 from nemo_kd.ops.token_losses import (
@@ -232,7 +234,10 @@ class DistillationLoss:
         if teacher is not None and (self.compares or not on_label):
             is_sampled = divergence is not None and divergence.is_sampled
             samples_NM = teacher.tail_token_ids_PM if is_sampled else None
-            ids = TokenIds(labels_N, teacher.topk_token_ids_PK, samples_NM)
+            kept_NK = teacher.topk_token_ids_PK
+            if divergence is not None and divergence.gives_tail_to_label:
+                kept_NK = with_label(kept_NK, labels_N)
+            ids = TokenIds(labels_N, kept_NK, samples_NM)
         num_columns = logits_Nv.shape[1]
         compiled = self.compile and compile_passes(
             logits_Nv.device,

@@ -37,6 +37,13 @@ class TokenIds(NamedTuple):
     samples_NM: Tensor | None = None
 
 
+def with_label(kept_NK: Tensor, labels_N: Tensor) -> Tensor:
+    """Add a last column to the kept ids: the label where it is not kept, -1 where it is."""
+    labels_N1 = labels_N[:, None].to(kept_NK.dtype)
+    is_kept_N1 = (kept_NK == labels_N1).any(dim=-1, keepdim=True)
+    return torch.cat([kept_NK, labels_N1.masked_fill(is_kept_N1, -1)], dim=1)
+
+
 class StudentLogits(NamedTuple):
     """Inputs of a loss from the logits, the same on all ranks.
 
@@ -73,6 +80,15 @@ class StudentLogits(NamedTuple):
         """Return the same for a part of this rank's columns."""
         columns = [Columns.of(ids_NJ, part) for ids_NJ in self.ids]
         return self._replace(local_sum_exp_NS=None, columns=columns)
+
+    def of_first_kept(self, num_kept: int) -> StudentLogits:
+        """Return the inputs with fewer kept ids; the others join the tail, at scale 1 only."""
+        assert self.kept_NK is not None
+        log_rest_N1 = self.kept_NK[:, num_kept:].logsumexp(dim=-1, keepdim=True)
+        return self._replace(
+            kept_NK=self.kept_NK[:, :num_kept],
+            log_tail_NS=torch.logaddexp(self.log_tail_NS[:, :1], log_rest_N1),
+        )
 
 
 class Slope(NamedTuple):

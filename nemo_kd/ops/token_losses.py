@@ -101,6 +101,7 @@ def divergence_on_support(
     vocab_size: int,
 ) -> tuple[Tensor, Slope]:
     """Return value and slope of a divergence over all entries of its support."""
+    assert student.kept_NK is not None
     entries = entries_of(student, teacher, divergence, vocab_size)
     objective = getattr(objectives, divergence.objective)
     parameter = PARAMETERS.get(divergence.objective)
@@ -118,7 +119,7 @@ def divergence_on_support(
         samples_NM = torch.where(known_N1, -divergence.factor * weights_NM, 0)
     slope_NE = terms.q_u_NE.addcmul(entries.q_NE, mean_u_N[:, None], value=-1)
     slope_NE.masked_fill_(~known_N1, 0)
-    kept_NK = slope_NE[:, : teacher.topk_token_ids_PK.shape[1]]
+    kept_NK = slope_NE[:, : student.kept_NK.shape[1]]
     tail_N = torch.zeros_like(value_N)
     if entries.has_bucket:
         # Slopes sum to 0 (with samples, to their weights). If nearly all of the student's mass
@@ -171,8 +172,22 @@ def entries_of(
     log_q_NE = torch.cat([student_NK, log_tail_q_N1], dim=1).log_softmax(dim=-1)
     # A tail that rounds to 1 must stay finite, too.
     log_head_N1 = torch.log1p(-tail_N1).clamp_(min=math.log(objectives.EPSILON))
-    log_p_NE = torch.cat([log_p_NK + log_head_N1, log_tail_N1], dim=1)
+    log_p_NK = log_p_NK + log_head_N1
+    if divergence.gives_tail_to_label:
+        log_p_NK = _with_tail_on_label(log_p_NK, tail_N1, student)
+    log_p_NE = torch.cat([log_p_NK, log_tail_N1], dim=1)
     return Entries.of(log_p_NE, log_q_NE, has_bucket=True)
+
+
+def _with_tail_on_label(
+    log_p_NK: Tensor, tail_N1: Tensor, student: StudentLogits
+) -> Tensor:
+    """Give the teacher's tail to the label: a kept id, or the column that `with_label` added."""
+    labels_N1, kept_NK, *_ = student.ids
+    added_N1 = torch.full_like(tail_N1, float("-inf"))
+    log_p_NK = torch.cat([log_p_NK, added_N1], dim=1)
+    on_label_NK = torch.logaddexp(log_p_NK, tail_N1.log())
+    return torch.where(kept_NK == labels_N1, on_label_NK, log_p_NK)
 
 
 def _sampled(
@@ -202,6 +217,7 @@ def compare(
     Returns:
         [N, 1 + len(COMPARED)]: 1 and `COMPARED`; all 0 for a row without kept ids.
     """
+    student = student.of_first_kept(teacher.topk_token_ids_PK.shape[1])
     assert student.kept_NK is not None
     known_N = (teacher.topk_token_ids_PK >= 0).any(dim=-1)
     entries = entries_of(student, teacher, Divergence(), vocab_size, scale_index=0)

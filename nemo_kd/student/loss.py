@@ -75,12 +75,8 @@ class StudentLoss:
         self.losses = DistillationLoss.of(config, compares)
         self.has_kd = config.divergence is not None or self.custom is not None
         self.reported = ["loss", "kd_loss", "sft_loss", *COMPARED]
-        if config.divergence is not None and config.objective == "k1":
-            log.warning(
-                "%s.kd_loss=k1: its gradient does not depend on the teacher, it only lowers the "
-                "labels' probability; k2, k3 or a divergence pull towards the teacher",
-                KEY,
-            )
+        for text in config.warnings():
+            log.warning(text)
 
     def compile_if_worthwhile(self, num_logits: float) -> None:
         """With `compile: auto`, compile the loss if a rank of the run computes many logits."""

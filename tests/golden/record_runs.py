@@ -151,6 +151,8 @@ def loss(kd_loss: str, **settings: Any) -> Settings:
     return {KD + key: value for key, value in {"kd_loss": kd_loss, **settings}.items()}
 
 
+LABEL = loss("forward_kl", support="label", temperature=2.0)
+
 STAGE_2: dict[str, Case] = {
     "forward KL": Case(1, SGD, exports=True),
     "forward KL, T = 2": Case(
@@ -168,6 +170,7 @@ STAGE_2: dict[str, Case] = {
     ),
     "forward KL, truncate": Case(1, SGD | loss("forward_kl", support="truncate")),
     "forward KL, sampled": Case(1, SGD | loss("forward_kl", support="sampled")),
+    "forward KL, label": Case(1, SGD | LABEL),
     "reverse KL": Case(1, SGD | loss("bwd_kl")),
     "JSD": Case(1, SGD | loss("jsd", jsd_beta=0.3)),
     "skewed reverse KL": Case(
@@ -247,6 +250,7 @@ STAGE_2: dict[str, Case] = {
     "PP tied, padded": Case(2, SGD | PP | PADDED, "tied"),
     "VPP": Case(2, SGD | VPP | DYNAMIC, "deep"),
     "CP": Case(2, SGD | CP),
+    "CP, label": Case(2, SGD | CP | LABEL),
     "EP": Case(2, SGD | EP | DYNAMIC, "experts"),
 }
 

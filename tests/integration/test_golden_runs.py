@@ -46,6 +46,17 @@ def test_stage_2_reproduces_the_recorded_run(ranks, world, tmp_path, name):
     assert not problems, report(problems)
 
 
+def test_context_parallelism_trains_on_label_as_one_rank_does():
+    """The recorded runs of two cases, which the test before reproduces."""
+    alone, split = (
+        RECORDED["stage_2"][name]["steps"]
+        for name in ("forward KL, label", "CP, label")
+    )
+    for step, row in alone.items():
+        for name in ("train/loss", "train/kd_loss", "train/teacher_kl", "grad_norm"):
+            assert split[step][name] == pytest.approx(row[name], rel=1e-6)
+
+
 def differences(recorded: Any, found: Any, rel: float, where: str = "") -> list[str]:
     """Return a line for each recorded value that differs; values that are new in `found` are allowed."""
     if isinstance(recorded, dict) and isinstance(found, dict):

@@ -94,6 +94,11 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
         drawn = torch.tensor(samples[samples >= 0]).long()
         entropy = torch.tensor(tail).xlogy(torch.tensor(tail))
         return (p * (p / q[ids]).log()).sum() + entropy - weight * q[drawn].log().sum()
+    if support == "label":
+        p_V = torch.zeros_like(logits).detach().index_put((ids,), p)
+        p_V[int(row.example.labels_S[s])] += tail
+        given = p_V > 0
+        return (p_V * (p_V / q).log())[given].sum()
     p, q = (
         torch.cat([p, torch.tensor([tail]).double()]),
         torch.cat([q[ids], 1 - q[ids].sum(0, keepdim=True)]),
@@ -153,6 +158,7 @@ CASES = [
     },
     {"kd_loss": "reverse_kl", "temperature": 2.0},
     {"kd_loss": "forward_kl", "support": "sampled"},
+    {"kd_loss": "forward_kl", "support": "label", "temperature": 2.0},
     {"kd_loss": "forward_kl", "compile": "on"},
     {"kd_loss": "k2"},
     {"kd_loss": "k3"},

@@ -25,8 +25,12 @@ OBJECTIVES = (
     "tvd",
     "adaptive_kl",
 )
-SUPPORTS = ("renormalize", "tail", "truncate")
-INFINITE = (("reverse_kl", "truncate"), ("adaptive_kl", "truncate"))
+SUPPORTS = ("renormalize", "tail", "truncate", "label")
+INFINITE = tuple(
+    (objective, support)
+    for objective in ("reverse_kl", "adaptive_kl")
+    for support in ("truncate", "label")
+)
 COMBINATIONS = tuple(
     (o, s) for o in OBJECTIVES for s in SUPPORTS if (o, s) not in INFINITE
 )
@@ -250,6 +254,10 @@ def _divergence(
             + torch.xlogy(tail, tail)
             - weight * log_q_V[samples[samples >= 0]].sum()
         )
+    if definition.support == "label":  # over the whole vocabulary, without a bucket
+        p_V = torch.zeros_like(z_V).detach().index_put((ids,), log_p_K.exp())
+        p_V[problem.labels_N[row]] += tail
+        return _of_entries(p_V.log(), log_q_V, definition)
     outside = torch.ones_like(z_V, dtype=torch.bool).index_fill(0, ids, False)
     tail = (
         tail.clamp(min=SMALLEST_TAIL)

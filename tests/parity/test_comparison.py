@@ -22,6 +22,7 @@ DIVERGENCES = {
     "tail at other scales": Divergence("jsd", "tail", 0.5, 0.5),
     "renormalize": Divergence("reverse_kl", "renormalize"),
     "sampled": Divergence("forward_kl", "sampled"),
+    "tail on the label": Divergence("forward_kl", "label", 0.5, 0.5),
     "label": Divergence("k2"),
 }
 

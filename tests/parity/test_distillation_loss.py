@@ -31,7 +31,14 @@ def plain_loss(logits_BSV, rows, config, starts) -> torch.Tensor:
                 / temperature
             )
             ids = ids[ids >= 0]
-            if config.support == "renormalize":
+            if config.support == "label":
+                p_E = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
+                tail = float(targets.tail_mass_PT[p, 0])
+                p_E[ids] = t_K.softmax(0) * (1 - tail)
+                p_E[int(row.example.labels_S[s])] += tail
+                given = p_E > 0
+                p_E, q_E = p_E[given], z_V.softmax(0)[given]
+            elif config.support == "renormalize":
                 p_E, q_E = t_K.softmax(0), (z_V[ids] / temperature).softmax(0)
             else:
                 tail = float(targets.tail_mass_PT[p, 0])
@@ -58,8 +65,9 @@ def plain_loss(logits_BSV, rows, config, starts) -> torch.Tensor:
             support="renormalize",
             kd_loss_weight=0.7,
         ),
+        LossConfig(support="label", kd_loss_weight=0.7),
     ],
-    ids=["tail", "renormalize"],
+    ids=["tail", "renormalize", "label"],
 )
 def test_value_and_gradient_match_plain_float64(tmp_path, packed, config):
     reader = CacheReader(str(write(tmp_path)))

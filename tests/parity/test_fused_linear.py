@@ -35,6 +35,7 @@ DEFINITIONS = [
     Definition("jsd", "truncate", label_smoothing=0.1, z_loss_weight=0.01),
     Definition("adaptive_kl", "tail"),
     Definition("forward_kl", "sampled"),
+    Definition("forward_kl", "label", 0.5, 0.5, factor=4.0),
     Definition("low_var_kl"),
 ]
 BLOCK_ROWS = (1, 3, 8, 512)

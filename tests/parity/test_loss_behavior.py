@@ -502,6 +502,12 @@ def test_hostile_input_is_refused_on_every_rank(ranks):
             Definition("jsd", "truncate", teacher_scale=2.0),
             "tail_mass",
         ),
+        (
+            {"temperatures": (1.0, 9.0)},
+            labels,
+            Definition("forward_kl", "label", teacher_scale=0.5),
+            "tail_mass",
+        ),
         ({"tail_token_ids_PM": None}, labels, sampled, "tail_token_ids"),
         ({"label_logprobs_P": None}, labels, k1, "label_logprobs"),
     ]
@@ -553,7 +559,7 @@ def test_fields_that_an_objective_does_not_need_may_be_missing():
         torch.testing.assert_close(kd_N, solve_alone(problem, one)[1], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("support", ["tail", "sampled"])
+@pytest.mark.parametrize("support", ["tail", "sampled", "label"])
 def test_half_precision_rounds_the_gradient_once(support):
     """Compiled too, at labels that the student is nearly sure of: q - 1 is no difference of rounded numbers."""
     problem = random_problem(60, 300, 7, seed=5)

@@ -221,7 +221,7 @@ def option_cases() -> list[Case]:
     """Parameters of objectives, the factor, the options of the cross-entropy."""
     jsd = [
         Definition("jsd", support, 0.5, 0.5, jsd_beta=b)
-        for support in ("tail", "truncate")
+        for support in ("tail", "truncate", "label")
         for b in (0.1, 0.9)
     ]
     skewed = [
@@ -236,7 +236,7 @@ def option_cases() -> list[Case]:
     ]
     others = [
         Definition("forward_kl", support, 0.5, 0.5, factor=4.0)
-        for support in ("renormalize", "tail")
+        for support in ("renormalize", "tail", "label")
     ]
     others += [Definition("k2", factor=0.5), Definition("tvd", label_smoothing=0.1)]
     others += [

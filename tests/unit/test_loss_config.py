@@ -105,7 +105,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"support": "top"},
-            "support: 'top' is not one of renormalize, tail, truncate, sampled",
+            "support: 'top' is not one of renormalize, tail, truncate, label, sampled",
         ),
         ({"compile": "yes"}, "compile: 'yes' is not one of auto, on, off"),
         ({"kd_loss_weight": -1.0}, "kd_loss_weight: -1.0 must be at least 0"),
@@ -159,6 +159,18 @@ def test_compile_as_yaml_reads_it(value):
         (
             {"kd_loss": "adaptive_kl", "support": "truncate"},
             "support: truncate makes adaptive_kl infinite",
+        ),
+        (
+            {"kd_loss": "reverse_kl", "support": "label"},
+            "support: label makes reverse_kl infinite",
+        ),
+        (
+            {"kd_loss": "adaptive_kl", "support": "label"},
+            "support: label makes adaptive_kl infinite",
+        ),
+        (
+            {"kd_loss": "low_var_kl", "support": "label"},
+            "support: label has no effect with kd_loss=low_var_kl",
         ),
         (
             {"kd_loss": "tvd", "support": "sampled"},
@@ -327,6 +339,22 @@ def test_k1_is_warned_about(caplog):
     for config in (
         LossConfig(kd_loss="k2"),
         LossConfig(kd_loss="k1", kd_loss_weight=0, sft_loss_weight=1),
+        LossConfig(),
+    ):
+        StudentLoss(config)
+    assert not caplog.records
+
+
+def test_renormalize_without_a_cross_entropy_is_warned_about(caplog):
+    StudentLoss(LossConfig(support="renormalize"))
+    assert (
+        "nothing limits the student's probability outside the kept ids" in caplog.text
+    )
+    assert "the KL to its teacher rose from 2.4 to 5.6" in caplog.text
+    caplog.clear()
+    for config in (
+        LossConfig(support="renormalize", sft_loss_weight=0.1),
+        LossConfig(support="renormalize", sft_loss_weight=1, kd_loss_weight=0),
         LossConfig(),
     ):
         StudentLoss(config)
