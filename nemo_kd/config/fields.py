@@ -11,6 +11,7 @@ from dataclasses import MISSING, field
 from typing import Any, ClassVar
 
 from nemo_kd.config import ConfigError
+from nemo_kd.config.schedule import Schedule
 
 COMPARISONS = {
     "at_least": operator.ge,
@@ -34,6 +35,11 @@ def count(default: Any = MISSING) -> Any:
 def positive(default: Any = MISSING) -> Any:
     """Return a field whose value, or each of them, is above 0 and finite."""
     return bounded(default, above=0, below=math.inf)
+
+
+def scheduled(default: Any, **bounds: float) -> Any:
+    """Return a field that holds a number or the text of a `Schedule`, with bounds for all values."""
+    return _field(default, bounds=bounds, is_scheduled=True)
 
 
 def choice(default: Any, options: Iterable[Any]) -> Any:
@@ -81,12 +87,17 @@ class Section:
                 continue
             if is_path(each) and isinstance(value, str):
                 value = os.path.expanduser(value)
+            if "is_scheduled" in each.metadata and type(value) is int:
+                value = float(value)
             options = each.metadata.get("options", ())
             if "on" in options:
                 value = {"true": "on", "false": "off"}.get(str(value).lower(), value)
             setattr(self, each.name, value)
             bounds = each.metadata.get("bounds", {})
-            for item in value if isinstance(value, list) else [value]:
+            items = value if isinstance(value, list) else [value]
+            if "is_scheduled" in each.metadata:
+                items = list(self.schedule(each.name).ends)
+            for item in items:
                 if options and item not in options:
                     raise self.error(
                         each.name,
@@ -95,6 +106,17 @@ class Section:
                 # NaN is outside of all bounds.
                 if not all(COMPARISONS[name](item, bounds[name]) for name in bounds):
                     raise self.error(each.name, f"{value} must be {need(each)}")
+
+    def schedule(self, name: str) -> Schedule:
+        """Return the values that a key has during the training.
+
+        Raises:
+            ConfigError: it is neither a number nor a schedule.
+        """
+        try:
+            return Schedule.of(getattr(self, name))
+        except ValueError as error:
+            raise self.error(name, str(error)) from error
 
     def error(self, name: str, problem: str) -> ConfigError:
         """Return the error of one of the section's keys."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemo_kd.config.fields import Section, bounded, choice, positive
+from nemo_kd.config.fields import Section, bounded, choice, positive, scheduled
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
     from nemo_kd.batch import TeacherRows
@@ -100,6 +100,24 @@ class Divergence:
         ]
 
 
+class LossAtStep(NamedTuple):
+    """sft_weight * CE + kd_weight * KD at one step.
+
+    Attributes:
+        divergence: None without one at any step, and for a custom loss.
+        scheduled: values of the keys that follow a schedule.
+    """
+
+    sft_weight: float
+    kd_weight: float
+    divergence: Divergence | None
+    scheduled: dict[str, float]
+
+
+SCHEDULED = ("kd_loss_weight", "sft_loss_weight", "temperature")
+"""Keys whose values may follow a schedule."""
+
+
 @dataclass
 class LossConfig(Section, key=KEY):
     """loss = sft_loss_weight * CE + kd_loss_weight * KD; docs/losses.md explains."""
@@ -108,14 +126,17 @@ class LossConfig(Section, key=KEY):
     """Multiplies the teacher's logits in the KD term: 1 / temperature."""
     logits_scale: float = positive(1.0)
     """Multiplies the student's logits in the KD term only: 1 / temperature."""
-    temperature: float | None = positive(None)
-    """Divides both models' logits in the KD term; instead of the two scales."""
+    temperature: int | float | str | None = scheduled(None, above=0, below=math.inf)
+    """Divides both models' logits in the KD term; instead of the two scales. May follow a schedule,
+    as the weights, with support=renormalize."""
     multiply_by_squared_temperature: bool = False
     """Multiplies the KD term by temperature^2, which keeps its gradient's size (Hinton 2015)."""
-    kd_loss_weight: float = bounded(1.0, at_least=0, below=math.inf)
-    """Weight of the KD term; 0 trains plain SFT."""
-    sft_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
-    """Weight of the cross-entropy with the labels."""
+    kd_loss_weight: int | float | str = scheduled(1.0, at_least=0, below=math.inf)
+    """Weight of the KD term; 0 trains plain SFT. A number, or a schedule: linear or cosine from
+    START to END over steps FIRST to LAST, for example 'cosine from 1.0 to 0.1 over steps 0 to
+    1000'. Validation takes the value at the end."""
+    sft_loss_weight: int | float | str = scheduled(0.0, at_least=0, below=math.inf)
+    """Weight of the cross-entropy with the labels; a number or a schedule."""
     kd_loss: str = choice(
         "forward_kl", (*DIVERGENCES, *LABEL_ESTIMATORS, "custom", *ALIASES)
     )
@@ -152,14 +173,10 @@ class LossConfig(Section, key=KEY):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kd_loss_weight == self.sft_loss_weight == 0:
-            raise self.error(
-                "kd_loss_weight",
-                "sft_loss_weight and it are both 0; nothing would be trained",
-            )
+        self._check_weights()
         for name in ("label_smoothing", "z_loss_weight"):
             value = getattr(self, name)
-            if value and not self.sft_loss_weight:
+            if value and not self.trains_on_labels:
                 raise self.error(
                     name,
                     f"{value} belongs to the cross-entropy, which sft_loss_weight=0 leaves out",
@@ -173,18 +190,44 @@ class LossConfig(Section, key=KEY):
         return ALIASES.get(self.kd_loss, self.kd_loss)
 
     @property
+    def trains_on_teacher(self) -> bool:
+        """Return True if the KD term has a weight at any step."""
+        return any(self.schedule("kd_loss_weight").ends)
+
+    @property
+    def trains_on_labels(self) -> bool:
+        """Return True if the cross-entropy has a weight at any step."""
+        return any(self.schedule("sft_loss_weight").ends)
+
+    @property
     def divergence(self) -> Divergence | None:
-        """Return the KD term; None without one, and for a custom loss."""
-        if not self.kd_loss_weight or self.objective == "custom":
+        """Return the KD term when its schedules have ended; None without one, and for a custom
+        loss."""
+        return self.at(math.inf).divergence
+
+    def at(self, step: float) -> LossAtStep:
+        """Return the loss of a training step, counted from 0, or `math.inf`."""
+        given = [name for name in SCHEDULED if getattr(self, name) is not None]
+        schedules = {name: self.schedule(name) for name in given}
+        values = {name: each.at(step) for name, each in schedules.items()}
+        return LossAtStep(
+            values["sft_loss_weight"],
+            values["kd_loss_weight"],
+            self._divergence(values.get("temperature")),
+            {name: values[name] for name in given if not schedules[name].is_constant},
+        )
+
+    def _divergence(self, temperature: float | None) -> Divergence | None:
+        if not self.trains_on_teacher or self.objective == "custom":
             return None
-        student_scale, teacher_scale = self._scales
+        student_scale, teacher_scale = self._scales(temperature)
         is_squared = self.multiply_by_squared_temperature
         return Divergence(
             self.objective,
             self.support,
             student_scale,
             teacher_scale,
-            factor=(self.temperature or 1.0) ** 2 if is_squared else 1.0,
+            factor=(temperature or 1.0) ** 2 if is_squared else 1.0,
             jsd_beta=self.jsd_beta,
             skew_lambda=self.skew_lambda,
             adaptive_kl_alpha=self.adaptive_kl_alpha,
@@ -200,7 +243,9 @@ class LossConfig(Section, key=KEY):
                 f"{KEY}.kd_loss=k1: its gradient does not depend on the teacher, it only lowers "
                 "the labels' probability; k2, k3 or a divergence pull towards the teacher"
             )
-        if self.support == "renormalize" and not self.sft_loss_weight:
+        if self.support == "renormalize" and not all(
+            self.schedule("sft_loss_weight").ends
+        ):
             found.append(
                 f"{KEY}.support=renormalize: without a cross-entropy nothing limits the student's "
                 "probability outside the kept ids (in 20 such steps of a trained student the KL "
@@ -229,12 +274,22 @@ class LossConfig(Section, key=KEY):
         )
         return [f"{lacks} {needed[name]}" for name in divergence.missing(teacher)]
 
-    @property
-    def _scales(self) -> tuple[float, float]:
-        """Factors of the student's and the teacher's logits in the KD term."""
-        if self.temperature is not None:
-            return 1 / self.temperature, 1 / self.temperature
+    def _scales(self, temperature: float | None) -> tuple[float, float]:
+        """Return the factors of the student's and the teacher's logits in the KD term."""
+        if temperature is not None:
+            return 1 / temperature, 1 / temperature
         return self.logits_scale, self.target_logits_scale
+
+    def _check_weights(self) -> None:
+        weights = [self.schedule("kd_loss_weight"), self.schedule("sft_loss_weight")]
+        # A weight can only be 0 up to its first step or from its last step on.
+        for step in (0, *(each.first_step for each in weights), math.inf):
+            if not any(each.at(step) for each in weights):
+                raise self.error(
+                    "kd_loss_weight",
+                    f"{self.kd_loss_weight} and sft_loss_weight={self.sft_loss_weight} are both 0 "
+                    f"{'at the end' if step == math.inf else f'at step {step}'}; nothing would be trained",
+                )
 
     def _check_combination(self) -> None:
         for name, owners in OWN_KEYS.items():
@@ -283,9 +338,19 @@ class LossConfig(Section, key=KEY):
                 "give temperature, which it multiplies by",
             )
         knows_none = self.objective not in DIVERGENCES or self.support == "sampled"
-        if knows_none and self._scales != (1, 1):
+        temperatures: tuple[float | None, ...] = (None,)
+        if self.temperature is not None:
+            temperatures = self.schedule("temperature").ends
+        if knows_none and any(self._scales(each) != (1, 1) for each in temperatures):
             raise self.error(
                 "temperature",
                 f"kd_loss={self.kd_loss} with support={self.support} knows no temperature and no "
                 "scales: it works at 1",
+            )
+        if self.support != "renormalize" and len(set(temperatures)) > 1:
+            raise self.error(
+                "temperature",
+                f"{self.temperature} passes temperatures at which a cache does not hold the "
+                f"teacher's tail mass, which support={self.support} needs; use "
+                "support=renormalize, or a constant temperature",
             )

@@ -231,7 +231,7 @@ class StudentModelConfig(ModelConfig):
                     "support=sampled needs all ids that the cache keeps; leave it out, or use "
                     "support=tail",
                 )
-        if not self.data.uses_cache and loss.kd_loss_weight:
+        if not self.data.uses_cache and loss.trains_on_teacher:
             raise self.error(
                 "data.data_impl",
                 "dataset has no teacher logits, which model.knowledge_distillation.kd_loss_weight="

@@ -21,7 +21,8 @@ Shape legend: N positions, v this rank's vocabulary columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -56,6 +57,7 @@ def distillation_loss(
     vocab_size: int | None = None,
     group: ProcessGroup | None = None,
     reduction: Literal["mean", "sum"] = "mean",
+    step: float = math.inf,
 ) -> Tensor:
     """Return sft_loss_weight * CE + kd_loss_weight * KD over the loss tokens of a batch,
     differentiable in the logits.
@@ -80,19 +82,20 @@ def distillation_loss(
         group: ranks among which the vocabulary is split; None for one process.
         reduction: mean over the loss tokens of this batch, or sum, to divide once by the tokens of
             several batches.
+        step: completed steps, for weights and a temperature that follow a schedule; by default all
+            schedules have ended.
 
     Raises:
         ValueError: the loss is custom, or needs a field that the batch's teacher rows lack.
     """
     config = config or LossConfig()
-    if config.objective == "custom":
-        raise ValueError(
-            "kd_loss: custom; call the function itself, or choose another kd_loss"
-        )
+    _refuse_custom(config)
     num_ranks = 1 if group is None else group.size()
     num_columns = logits_BSv.shape[-1]
     positions_N = batch.loss_positions_N
-    losses = DistillationLoss.of(config)(
+    at_step = config.at(step)
+    loss = replace(DistillationLoss.of(config), divergence=at_step.divergence)
+    losses = loss(
         logits_BSv.flatten(0, 1)[positions_N],
         batch.labels_BS.flatten()[positions_N],
         VocabShard.of(num_columns, vocab_size or num_columns * num_ranks, group),
@@ -102,10 +105,17 @@ def distillation_loss(
         raise ValueError(
             "batch.teacher: None, but kd_loss_weight is above 0; collate rows of a cache"
         )
-    total = config.sft_loss_weight * losses.ce_N.sum()
+    total = at_step.sft_weight * losses.ce_N.sum()
     if losses.kd_N is not None:
-        total = total + config.kd_loss_weight * losses.kd_N.sum()
+        total = total + at_step.kd_weight * losses.kd_N.sum()
     return total / max(len(positions_N), 1) if reduction == "mean" else total
+
+
+def _refuse_custom(config: LossConfig) -> None:
+    if config.objective == "custom":
+        raise ValueError(
+            "kd_loss: custom; call the function itself, or choose another kd_loss"
+        )
 
 
 class TokenLosses(NamedTuple):

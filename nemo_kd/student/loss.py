@@ -7,6 +7,7 @@ vocabulary columns, R sources of the data and all of them together, M sums.
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -49,6 +50,7 @@ class StudentLoss:
             loss; with a cache the student is compared with the teacher, whatever the loss.
 
     Attributes:
+        now: weights and divergence of the current step.
         reported: names of the sums; `kd_loss` is 0, and no metric, without such a term.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.
@@ -75,8 +77,18 @@ class StudentLoss:
         self.losses = DistillationLoss.of(config, compares)
         self.has_kd = config.divergence is not None or self.custom is not None
         self.reported = ["loss", "kd_loss", "sft_loss", *COMPARED]
+        self.set_step(math.inf)
         for text in config.warnings():
             log.warning(text)
+
+    def set_step(self, step: float) -> None:
+        """Take the weights and the temperature of a training step from 0.
+
+        `math.inf` stands for the end of all schedules; validations use it, so that their losses
+        compare.
+        """
+        self.now = self.config.at(step)
+        self.losses = replace(self.losses, divergence=self.now.divergence)
 
     def compile_if_worthwhile(self, num_logits: float) -> None:
         """With `compile: auto`, compile the loss if a rank of the run computes many logits."""
@@ -99,8 +111,8 @@ class StudentLoss:
             batch.labels_BS.flatten()[batch.loss_positions_N],
             shard,
             self._teacher(batch),
-            self.config.sft_loss_weight,
-            self.config.kd_loss_weight,
+            self.now.sft_weight,
+            self.now.kd_weight,
         )
         return total, self._sums(losses, batch)
 
@@ -138,10 +150,7 @@ class StudentLoss:
                 f"{KEY}.custom_loss: {self.config.custom_loss} returned the loss {kd_sum!r:.200}; it "
                 "must be a scalar tensor that depends on the logits, summed over the loss tokens"
             )
-        total = (
-            self.config.sft_loss_weight * losses.ce_N.sum()
-            + self.config.kd_loss_weight * kd_sum
-        )
+        total = self.now.sft_weight * losses.ce_N.sum() + self.now.kd_weight * kd_sum
         if shard.rank == 0:  # the other ranks of the shard have the same
             for name, value in metrics.items():
                 before = self.custom_sums.get(name, 0.0)
@@ -190,9 +199,7 @@ class StudentLoss:
             if losses.kd_N is None
             else losses.kd_N.detach().double()
         )
-        weighted_N = (
-            self.config.sft_loss_weight * ce_N + self.config.kd_loss_weight * kd_N
-        )
+        weighted_N = self.now.sft_weight * ce_N + self.now.kd_weight * kd_N
         compared_NC = losses.compared
         if compared_NC is None:  # without a cache, or nothing but filler
             compared_NC = ce_N.new_zeros(len(ce_N), 1 + len(COMPARED))

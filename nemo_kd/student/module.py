@@ -134,6 +134,7 @@ class StudentModule(StudentModel):
         lr = learning_rate(self.global_step, optim, self.plan.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        self.loss.set_step(self.global_step)
         optimizer.zero_grad()
         counts = self._all_reduce(self.meter.counts(batch)).tolist()
         sums_RM = forward_backward(self.model, batch, self.token_losses)
@@ -154,6 +155,9 @@ class StudentModule(StudentModel):
             "lr": lr,
             "grad_norm": optimizer.optimizer.grad_norm,
             "train/skipped_steps": float(self.non_finite.skipped),
+            **{
+                f"train/{key}": value for key, value in self.loss.now.scheduled.items()
+            },
             "consumed_samples": float(training.consumed_samples),
             "epoch": self.global_step / training.steps_per_epoch,
             **self.meter.metrics(counts, float(sums_RM[-1, -1])),
@@ -176,6 +180,7 @@ class StudentModule(StudentModel):
         self.meter.wait()
 
     def on_validation_epoch_start(self) -> None:
+        self.loss.set_step(math.inf)
         self.validation_sums = self.loss.zeros(self.groups.device)
         self._evaluation_started_s = time.monotonic()
 

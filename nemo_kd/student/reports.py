@@ -60,10 +60,10 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     parameters = list(student.gpt.parameters())
     held = sum(one.numel() for one in parameters)
     trained = sum(one.numel() for one in parameters if one.requires_grad)
-    terms = f"{loss.sft_loss_weight:g} x cross-entropy"
-    if loss.kd_loss_weight:
+    terms = f"{_weight(loss.sft_loss_weight)} x cross-entropy"
+    if loss.trains_on_teacher:
         divergence = loss.custom_loss or f"{loss.kd_loss} (support={loss.support})"
-        terms += f" + {loss.kd_loss_weight:g} x {divergence}"
+        terms += f" + {_weight(loss.kd_loss_weight)} x {divergence}"
     splits = student.data.splits
     rows = splits["train"]
     examples = student.data.sample
@@ -90,6 +90,10 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     if isinstance(rows[0], CachedExample):
         lines += example_lines(rows[0], TokenText(tokenizer), SHOWN_POSITIONS)
     return "\n".join(lines)
+
+
+def _weight(value: float | str) -> str:
+    return f"({value})" if isinstance(value, str) else f"{value:g}"
 
 
 def first_step_report(means: Mapping[str, float], vocab_size: int) -> None:

@@ -231,10 +231,14 @@ def test_gradients_depend_on_no_batching_and_no_layout(ranks, world):
 def test_resume_equals_an_uninterrupted_run_to_the_last_bit(
     ranks, world, tmp_path, world_size
 ):
+    """With weights of the loss that follow schedules; validation takes those at the end."""
     student, train, validation, _ = world
+    loss = "model__knowledge_distillation__"
     overrides = {
         "trainer__devices": world_size,
         "trainer__knowledge_distillation__max_epochs": 2,
+        f"{loss}kd_loss_weight": "cosine from 2.0 to 0.5 over steps 1 to 7",
+        f"{loss}sft_loss_weight": "linear from 0 to 0.25 over steps 0 to 6",
     }
     assert (
         ranks(world_size).run(
@@ -263,6 +267,27 @@ def test_resume_equals_an_uninterrupted_run_to_the_last_bit(
     resumed = training_rows(tmp_path / "b")
     assert list(resumed) == [5, 6, 7, 8]
     assert all(resumed[step] == straight[step] for step in resumed)
+    of_steps = [row for row in metrics(tmp_path / "a") if "train/loss" in row]
+    found = [
+        (row["train/kd_loss_weight"], row["train/sft_loss_weight"]) for row in of_steps
+    ]
+    # The cosine of 60 degrees and its multiples.
+    cosine = [
+        2.0,
+        2.0,
+        *(1.25 + 0.75 * x for x in (0.75**0.5, 0.5, 0, -0.5, -(0.75**0.5))),
+        0.5,
+    ]
+    assert found == [
+        pytest.approx((kd, min(step, 6) / 24)) for step, kd in enumerate(cosine)
+    ]
+    for row, (kd_weight, sft_weight) in zip(of_steps, found, strict=True):
+        parts = kd_weight * row["train/kd_loss"] + sft_weight * row["train/sft_loss"]
+        assert row["train/loss"] == pytest.approx(parts)
+    for row in metrics(tmp_path / "a"):
+        if "val_loss" in row:
+            parts = 0.5 * row["validation/kd_loss"] + 0.25 * row["validation/sft_loss"]
+            assert row["val_loss"] == pytest.approx(parts)
 
 
 def test_resume_on_another_layout(ranks, world, tmp_path):

@@ -97,8 +97,8 @@ def position_loss(logits: torch.Tensor, row, s: int, settings: dict) -> torch.Te
     if support == "label":
         p_V = torch.zeros_like(logits).detach().index_put((ids,), p)
         p_V[int(row.example.labels_S[s])] += tail
-        given = p_V > 0
-        return (p_V * (p_V / q).log())[given].sum()
+        ids = p_V.nonzero()[:, 0]
+        return (p_V[ids] * (p_V[ids] / q[ids]).log()).sum()
     p, q = (
         torch.cat([p, torch.tensor([tail]).double()]),
         torch.cat([q[ids], 1 - q[ids].sum(0, keepdim=True)]),
