@@ -212,14 +212,20 @@ def explained_ctrl_c(where: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        cause: BaseException | None = error
-        while not isinstance(cause, KeyboardInterrupt):
-            if cause is None:
-                raise
-            cause = cause.__context__
+        if not is_ctrl_c(error):
+            raise
         # Launchers send SIGTERM once another rank has left.
         ignore([*SIGNALS, signal.SIGINT])
         raise KeyboardInterrupt(where()) from None
+
+
+def is_ctrl_c(error: BaseException | None) -> bool:
+    """Return True for Ctrl-C and for an error that was raised while it was handled."""
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False
 
 
 def hold_back_warning_signal() -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def test_every_step_runs_and_a_gpu_without_a_matching_torch_fails_the_first(tmp_
     ], text
     assert text.endswith("failed: environment\n")
     findings = {name: step["findings"] for name, step in steps.items()}
-    assert findings["environment"]["software"]["figures"]["torch"] == torch.__version__
+    assert findings["environment"]["software"]["figures"]["torch"] == version("torch")
     assert findings["environment"]["driver"]["figures"] == {
         "driver_version": "580.159",
         "power.limit": "700.00 W",

@@ -155,6 +155,7 @@ def test_machine_errors_end_with_status_2_and_bugs_with_a_traceback():
     ("end", "status"),
     [
         ("raise KeyboardInterrupt", 130),
+        ("try:\n    raise KeyboardInterrupt\nfinally:\n    raise RuntimeError", 130),
         ("open('/no/such')", 2),
         ("raise ValueError", 1),
         ("sys.exit(0)", 0),
