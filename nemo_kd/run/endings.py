@@ -89,7 +89,9 @@ def errors_end_the_process() -> Iterator[None]:
         time.sleep(1)  # the rank that caused it ends first, and its exit status counts
         _leave(1)
     except Exception as error:
-        if is_ctrl_c(error):  # for example torch's, that a DataLoader's process has ended
+        if is_ctrl_c(
+            error
+        ):  # for example torch's, that a DataLoader's process has ended
             _leave(128 + signal.SIGINT)
         message = user_message(error)
         if message is None or DEBUG in os.environ:
