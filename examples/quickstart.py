@@ -18,10 +18,7 @@ import argparse
 import json
 import os
 import platform
-import re
-import shlex
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -34,6 +31,7 @@ EXAMPLES = Path(__file__).resolve().parent
 sys.path[:0] = [str(EXAMPLES.parent), str(EXAMPLES)]
 
 from docstring_dataset import write_dataset  # noqa: E402
+from steps import Steps, quoted, say  # noqa: E402
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,14 +71,14 @@ class Settings:
     python: str = platform.python_version()
 
 
-class Quickstart:
+class Quickstart(Steps):
     """The steps of the quickstart; all their files lie in one folder."""
 
+    name = "quickstart"
+
     def __init__(self, folder: Path, settings: Settings) -> None:
-        self.folder = folder.absolute()
-        self.settings = settings
+        super().__init__(folder, settings)
         self.data = self.folder / "data"
-        self.times_s: dict[str, float] = {}
 
     def run(self) -> None:
         """Run all steps, from the dataset to the table."""
@@ -116,30 +114,6 @@ class Quickstart:
         print(
             f"\n{time.perf_counter() - started_s:.0f} s in all; the files are in {self.folder}"
         )
-
-    def claim_folder(self) -> None:
-        """Write the settings into the folder, or check that its steps were made with the same."""
-        file = self.folder / "settings.json"
-        now = asdict(self.settings)
-        if not file.exists():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()):
-                sys.exit(
-                    f"quickstart: {self.folder} holds other files; "
-                    "give an --output-dir that is new or empty"
-                )
-            file.write_text(json.dumps(now, indent=2) + "\n")
-        before = json.loads(file.read_text())
-        changes = [
-            f"{key} {before.get(key)} (now {now[key]})"
-            for key in now
-            if before.get(key) != now[key]
-        ]
-        if changes:
-            sys.exit(
-                f"quickstart: the steps in {self.folder} were made with {', '.join(changes)}; "
-                "give another --output-dir"
-            )
 
     def build_dataset(self) -> None:
         if not (self.data / "validation.jsonl").exists():
@@ -275,32 +249,6 @@ class Quickstart:
             *more,
         )
 
-    def archive(self, name: str) -> Path:
-        """Return the .nemo archive of a training run."""
-        return self.folder / name / "checkpoints" / f"{name}.nemo"
-
-    def command(self, step: str, command: str, *keys: str) -> None:
-        """Run a command unless it is done; record its duration."""
-        done = self.folder / f"{step}.done"
-        if done.exists():
-            self.times_s[step] = float(done.read_text())
-            print(f"{step}: done before")
-            return
-        say(step)
-        print(
-            " \\\n    ".join(shlex.quote(word) for word in [command, *keys]),
-            flush=True,
-        )
-        started_s = time.perf_counter()
-        line = [sys.executable, str(EXAMPLES / f"{command}.py"), *keys]
-        status = subprocess.run(line, check=False).returncode
-        if status:
-            sys.exit(
-                f"quickstart: the step {step} failed with status {status}; see its message above"
-            )
-        self.times_s[step] = round(time.perf_counter() - started_s, 1)
-        done.write_text(str(self.times_s[step]))
-
     def compare(self) -> dict[str, Any]:
         """Compare both students with the teacher on the validation split."""
         from compare_models import compare_with_teacher, read_examples
@@ -357,16 +305,7 @@ class Quickstart:
 
         figure, axes = pyplot.subplots(figsize=(7, 4.5))
         for name, title in STUDENTS.items():
-            lines = (
-                (self.folder / name / "metrics" / "metrics.jsonl")
-                .read_text()
-                .splitlines()
-            )
-            rows = [
-                row for row in map(json.loads, lines) if "validation/sft_loss" in row
-            ]
-            # A resumed run repeats steps; the later row counts.
-            curve = {row["step"]: row["validation/sft_loss"] for row in rows}
+            curve = self.curve(name, "validation/sft_loss")
             axes.plot(list(curve), list(curve.values()), marker="o", label=title)
         axes.axhline(teacher_ce, color="grey", linestyle="--", label="teacher")
         axes.set_title("Equal students, equal data")
@@ -399,18 +338,6 @@ def train_tokenizer(dataset: Path, vocab_size: int) -> Any:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
-
-
-def quoted(path: Path) -> str:
-    """Quote a path for Hydra's grammar, which gives some characters a meaning."""
-    text = str(path)
-    if re.fullmatch(r"[A-Za-z0-9_/.+-]+", text):
-        return text
-    return "'" + text.replace("'", "\\'") + "'"
-
-
-def say(title: str) -> None:
-    print(f"\n=== {title}", flush=True)
 
 
 def main() -> None:

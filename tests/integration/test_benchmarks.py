@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import baseline_losses, losses, results
+from benchmarks import baseline_losses, losses, real_results, results
 from nemo_kd.batch import Batch
 from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.vocab import VocabShard
 from tests.tiny_models import save_hf_model
+from tests.tiny_tokenizer import CHATML, train_tokenizer
 from tests.unit.test_cli import MINIMAL, compose
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,6 +126,88 @@ def test_the_dense_teacher_sees_packed_examples_apart(tmp_path):
             teacher(part[None]).logits[0].log_softmax(dim=-1) for part in parts
         ]
     torch.testing.assert_close(found_BSV[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory):
+    """The benchmark of a real teacher, with a tiny one."""
+    folder = tmp_path_factory.mktemp("real_results")
+    teacher = save_hf_model("llama3.2_tied", folder / "teacher", 400)
+    tokenizer = train_tokenizer(400)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(teacher)
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": f"{number} apples?"},
+                {"role": "assistant", "content": f"That makes {7 * number}."},
+            ]
+        }
+        for number in range(16)
+    ]
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = real_results.Settings(
+        teacher=str(teacher),
+        data=str(data),
+        num_layers=1,
+        num_train=8,
+        num_validation=4,
+        warm_steps=2,
+        steps=2,
+        batch_size=2,
+        angle_examples=4,
+    )
+    experiment = real_results.Experiment(folder / "run", settings)
+    experiment.prepare()
+    return experiment
+
+
+def test_the_benchmark_of_a_real_teacher_measures_and_resumes(experiment, capsys):
+    dense = real_results.Row(cache="dense")
+    tail = real_results.Row(cache="K=128")
+    for row in (dense, tail):
+        key = {"kind": "run", "student": "cold", "row": row.name, "seed": 1}
+        experiment.remember(key, lambda row=row: experiment.run("cold", row, 1))
+    experiment.before("cold", 1)
+    experiment.angles("cold")
+    before = experiment.log.read_text()
+    experiment.before("cold", 1)
+    experiment.angles("cold")
+    assert experiment.log.read_text() == before  # what is done is not done again
+    lines = experiment.done()
+    angle = {line["row"]: line for line in lines if line["kind"] == "angle"}
+    assert angle[dense.name]["angle"] < 0.1
+    assert angle[dense.name]["norm"] == pytest.approx(1, abs=1e-3)
+    assert (
+        angle[tail.name]["angle"] < angle[real_results.Row(cache="K=12").name]["angle"]
+    )
+    capsys.readouterr()
+    real_results.print_tables(lines)
+    printed = capsys.readouterr().out
+    assert f"| {dense.name} | 1 | " in printed
+    with pytest.raises(SystemExit, match="give another --folder"):
+        real_results.Experiment(experiment.folder, real_results.Settings())
+
+
+def test_samples_of_the_cache_are_unbiased_on_average(experiment):
+    """The mean gradient of many draws nears the dense one; that of the bucket does not."""
+    model = experiment.start("cold", 1)
+    examples = experiment.train[:4]
+    dense = experiment.gradient(model, examples, real_results.Row(cache="dense"))
+    top_k, config = real_results.CACHES[real_results.SMALL]
+    total = torch.zeros_like(dense)
+    for seed in range(64):
+        drawn = replace(config, seed=seed)
+        experiment.rows["drawn"] = {
+            example.index: experiment.cached(example, top_k, drawn)
+            for example in examples
+        }
+        row = real_results.Row(support="sampled", cache="drawn")
+        total += experiment.gradient(model, examples, row)
+    error = (total / 64 - dense).norm() / dense.norm()
+    one = experiment.gradient(model, examples, row)
+    assert error < 0.25 * (one - dense).norm() / dense.norm()
 
 
 def _rows(command: list[str]) -> list[list[str]]:

@@ -154,7 +154,7 @@ def test_steps_that_are_done_are_skipped(quickstart, tmp_path, monkeypatch, caps
         lines.append(line)
         return SimpleNamespace(returncode=len(lines) - 1)
 
-    monkeypatch.setattr(quickstart.subprocess, "run", record)
+    monkeypatch.setattr(subprocess, "run", record)
     run.cache_logits("validation")
     run.cache_logits("validation")
     assert len(lines) == 1
