@@ -6,7 +6,13 @@ from collections.abc import Sequence
 
 import torch
 
-from nemo_kd.mcore.generation import Response, Sampling, generate
+from nemo_kd.mcore.generation import (
+    Response,
+    Sampling,
+    check_prompts,
+    generate,
+    num_positions,
+)
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import gather
 
@@ -26,6 +32,8 @@ def respond(
     Every rank calls it with the same prompts. Arguments and errors are those of `generate`.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
+    # Before replicas step together, so that all raise the same error.
+    check_prompts(prompts, numbers, num_positions(model))
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     mine = by_length[groups.data_rank :: groups.data_size]
 

@@ -232,6 +232,20 @@ def check_training_layout(
         )
 
 
+def check_generation_layout(parallel: ParallelConfig, wanted_by: str) -> None:
+    """Refuse a layout that cannot generate responses; `wanted_by` is the key that asks for them.
+
+    Raises:
+        ConfigError: sequences are split over ranks.
+    """
+    context = parallel.context_parallel_size
+    if context > 1:
+        raise ConfigError(
+            f"model.context_parallel_size: {context}, but {wanted_by} generates responses, which "
+            "needs 1; set it to 1, or export the model and run evaluate_gpt on it in another layout"
+        )
+
+
 def length_multiple(parallel: ParallelConfig, per_rank: int = 1) -> int:
     """Return a number that must divide the positions of every batch in this layout.
 

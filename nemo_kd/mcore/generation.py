@@ -84,6 +84,7 @@ def generate(
 ) -> list[Response]:
     """Return a response per prompt, the same on all ranks of the replica, which all call it.
 
+    Call `check_generation_layout` before long work: context parallelism is refused.
     Replicas in lockstep (expert parallelism) call it together, each with its own prompts or none.
     The model is left as it was: mode, weights, gradients and random generators.
 
@@ -96,13 +97,13 @@ def generate(
     Raises:
         UserInputError: a prompt is empty, or leaves no position for a response.
     """
+    assert groups.context_size == 1
     numbers = range(len(prompts)) if numbers is None else numbers
-    num_positions = unwrapped(chunks(model)[0]).max_sequence_length
-    check_prompts(prompts, numbers, num_positions)
+    check_prompts(prompts, numbers, num_positions(model))
     rows = [
         _Row(
             list(prompt),
-            min(sampling.max_new_tokens, num_positions - len(prompt)),
+            min(sampling.max_new_tokens, num_positions(model) - len(prompt)),
             np.random.Generator(np.random.Philox(key=[sampling.seed, number])),
         )
         for number, prompt in zip(numbers, prompts, strict=True)
@@ -116,8 +117,13 @@ def generate(
     return [Response(row.token_ids, row.entropy_nats, row.stopped) for row in rows]
 
 
+def num_positions(model: torch.nn.Module) -> int:
+    """Return the positions that the model was built for."""
+    return int(unwrapped(chunks(model)[0]).max_sequence_length)
+
+
 def check_prompts(
-    prompts: Sequence[Sequence[int]], numbers: Sequence[int], num_positions: int
+    prompts: Sequence[Sequence[int]], numbers: Sequence[int], positions: int
 ) -> None:
     """Refuse prompts without a token or without room for a response.
 
@@ -125,10 +131,10 @@ def check_prompts(
         UserInputError: names the prompt's number.
     """
     for number, prompt in zip(numbers, prompts, strict=True):
-        if not 0 < len(prompt) < num_positions:
+        if not 0 < len(prompt) < positions:
             raise UserInputError(
                 f"prompt {number}: {len(prompt)} tokens, but a prompt of this model has 1 to "
-                f"{num_positions - 1}, so that a response has a position; leave it out or change it"
+                f"{positions - 1}, so that a response has a position; leave it out or change it"
             )
 
 
@@ -194,7 +200,7 @@ class _Decoder:
         room = max(len(row.prompt) + row.max_new_tokens for row in rows)
         cache = StaticInferenceContext(len(rows), room)
         tokens = [row.prompt[: min(lengths)] for row in rows]
-        while True:
+        while rows:
             _any_lane_is_active(self.groups, True)
             logits_BV = self.forward(tokens, cache)
             position = cache.sequence_len_offset
@@ -207,8 +213,11 @@ class _Decoder:
                 if not row.is_done:
                     row.add(token, entropy, self.sampling.stop_ids)
                 tokens.append([token])
-            if all(row.is_done for row in rows):
-                return
+            left = [place for place, row in enumerate(rows) if not row.is_done]
+            if 2 * len(left) <= len(rows):  # each copy of the cache halves it
+                rows = [rows[place] for place in left]
+                tokens = [tokens[place] for place in left]
+                _keep_rows(cache, left)
 
     def forward(
         self, tokens: list[list[int]], cache: StaticInferenceContext
@@ -264,6 +273,12 @@ def _hidden_states(
             inference_context=cache,
             runtime_gather_output=True,  # demanded, though without effect here
         )
+
+
+def _keep_rows(cache: StaticInferenceContext, places: list[int]) -> None:
+    memories = cache.key_value_memory_dict
+    for layer, memory in memories.items():
+        memories[layer] = tuple(part_SBgD[:, places] for part_SBgD in memory)
 
 
 def choose_tokens(
