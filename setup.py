@@ -33,6 +33,7 @@ OF_COMMANDS = [
     "jinja2>=3.1",
     "math-verify[antlr4_9_3]>=0.9",  # hydra-core and omegaconf need this antlr4, too
     "fsspec",
+    "httpx",
     "tensorboard",
     "tqdm",
     "wandb",
