@@ -44,6 +44,7 @@ from nemo_kd.batch import TeacherRows
 from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.selection import largest, student_entropy, teacher_entropy
 from nemo_kd.ops.vocab import VocabShard
 
 Job = Callable[[], Callable[[], None]]
@@ -67,6 +68,11 @@ OBJECTIVES = {
     "skewed_reverse_kl": SUPPORTS,
     "adaptive_kl": SUPPORTS[:2],
     "tvd": SUPPORTS,
+}
+SELECTIONS = {
+    "all positions": None,
+    "top 25% by teacher_entropy": "teacher",
+    "top 25% by student_entropy": "student",
 }
 LABEL_OBJECTIVES = ("k1", "k2", "k3", "low_var_kl")
 COMPILED = (("forward_kl", "tail"), ("reverse_kl", "renormalize"), ("jsd", "tail"))
@@ -226,6 +232,32 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
             block_rows=block_rows,
         )[0]
 
+    def alone(by: str | None) -> Callable[[Tensor], Tensor]:
+        """KD without cross-entropy, on a quarter of the positions if they are selected by something."""
+        rows = teacher_rows(divergence, inputs)
+
+        def on(hidden: Tensor, places: Tensor | slice) -> Tensor:
+            some = (hidden[places], weight_VH, inputs.labels_N[places], shard)
+            return fused_linear_loss(
+                DistillationLoss(divergence), *some, rows.at(places), ce_weight=0.0
+            )[0]
+
+        def work(hidden: Tensor) -> Tensor:
+            if by is None:
+                return on(hidden, slice(None))
+            scores_N = (
+                student_entropy(hidden, weight_VH, shard)
+                if by == "student"
+                else teacher_entropy(rows)
+            )
+            count = torch.tensor([setting.num_tokens // 4], device=setting.device)
+            selected_N = largest(scores_N, torch.zeros_like(inputs.labels_N), count)
+            with torch.no_grad():
+                on(hidden, ~selected_N)
+            return on(hidden, selected_N)
+
+        return work
+
     return {
         PROJECTION: job(
             lambda hidden: baseline_losses.megatron_cross_entropy(
@@ -242,6 +274,10 @@ def fused_jobs(setting: Setting) -> dict[str, Job]:
             for rows in (256, 512)
         },
         "fused, 512 rows a block, weight gradient returned": job(fused(512)),
+        **{
+            f"fused, KD alone, {name}": job(alone(by), into_main_grad=True)
+            for name, by in SELECTIONS.items()
+        },
     }
 
 

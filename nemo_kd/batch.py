@@ -140,6 +140,10 @@ class CachedExample:
         return self.teacher if counts_P.all() else self.teacher.at(counts_P)
 
 
+ON_CPU = ("lengths_B", "loss_lengths_B", "cu_seqlens")
+"""Fields of a batch that stay on the CPU."""
+
+
 def _everywhere(
     name: str, filler: float
 ) -> functools.cached_property[torch.Tensor | None]:
@@ -175,6 +179,8 @@ class Batch:
             row.
         sources_B: int64, `Example.source` of the same; 0 for filler.
         lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
+        loss_lengths_B: int64, `Example.num_loss_tokens` of the same, over all context-parallel ranks;
+            always on the CPU.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
         teacher: targets of the positions in `loss_positions_N`, in this order; with `every_target`
@@ -196,6 +202,7 @@ class Batch:
     teacher: TeacherRows[torch.Tensor] | None = None
     cu_seqlens: torch.Tensor | None = None
     loss_positions_N: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    loss_lengths_B: torch.Tensor = field(default=None)  # type: ignore[assignment]
 
     topk_logits_BSK = _everywhere("topk_logits_PK", -math.inf)
     topk_token_ids_BSK = _everywhere("topk_token_ids_PK", -1)
@@ -208,15 +215,20 @@ class Batch:
         if self.loss_positions_N is None:
             self.loss_positions_N = self.loss_mask_BS.flatten().nonzero()[:, 0]
 
+    def examples_of(self, positions_N: torch.Tensor) -> torch.Tensor:
+        """Return the place in `indices_B` of the example at each position b * S + s, not of
+        filler."""
+        if self.cu_seqlens is None:
+            return positions_N // self.tokens_BS.shape[1]
+        starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
+        return torch.bucketize(positions_N, starts, right=True)
+
     def sources_of(self, positions_N: torch.Tensor) -> torch.Tensor:
         """Return the source of the example at each position b * S + s, not of filler."""
-        if self.cu_seqlens is None:
-            return self.sources_B[positions_N // self.tokens_BS.shape[1]]
-        starts = to_device(self.cu_seqlens[1:-1], positions_N.device)
-        return self.sources_B[torch.bucketize(positions_N, starts, right=True)]
+        return self.sources_B[self.examples_of(positions_N)]
 
     def to(self, device: torch.device | str) -> Batch:
-        """Copy the batch to `device`, except lengths and `cu_seqlens`, which stay on the CPU."""
+        """Copy the batch to `device`, except `ON_CPU`."""
         return self._map(lambda tensor: to_device(tensor, device))
 
     def pin_memory(self) -> Batch:
@@ -229,7 +241,7 @@ class Batch:
             value = getattr(self, name)
             if isinstance(value, TeacherRows):
                 moved[name] = value.map(change)
-            elif value is not None and name not in ("lengths_B", "cu_seqlens"):
+            elif value is not None and name not in ON_CPU:
                 moved[name] = change(value)
         return replace(self, **moved)
 

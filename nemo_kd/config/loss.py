@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_kd.config.fields import Section, bounded, choice, positive, scheduled
+from nemo_kd.config.selection import Selection
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
     from nemo_kd.batch import TeacherRows
@@ -161,6 +162,11 @@ class LossConfig(Section, key=KEY):
     current folder (examples/custom_loss.py explains)."""
     custom_args: dict[str, Any] = field(default_factory=dict)
     """kd_loss=custom: keyword arguments of the function."""
+    select: str | None = None
+    """Positions that the KD term trains on, for example 'top 25% by student_entropy': in every
+    example the share of its loss tokens with the largest score, which is student_entropy,
+    teacher_entropy or entropy_gap (the student's less the teacher's). None: all. Cross-entropy and
+    validation always take all."""
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     """CE: share of the label's mass that is spread over the vocabulary."""
     z_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
@@ -183,6 +189,7 @@ class LossConfig(Section, key=KEY):
                 )
         self._check_combination()
         self._check_scales()
+        self._check_selection()
 
     @property
     def objective(self) -> str:
@@ -198,6 +205,11 @@ class LossConfig(Section, key=KEY):
     def trains_on_labels(self) -> bool:
         """Return True if the cross-entropy has a weight at any step."""
         return any(self.schedule("sft_loss_weight").ends)
+
+    @property
+    def selection(self) -> Selection | None:
+        """Return the positions that the KD term trains on; None for all."""
+        return None if self.select is None else Selection.of(self.select)
 
     @property
     def divergence(self) -> Divergence | None:
@@ -323,6 +335,22 @@ class LossConfig(Section, key=KEY):
             raise self.error(
                 "support",
                 f"sampled works with forward_kl only, not {self.kd_loss}; use tail",
+            )
+
+    def _check_selection(self) -> None:
+        try:
+            selection = self.selection
+        except ValueError as error:
+            raise self.error("select", str(error)) from error
+        if selection is not None and self.divergence is None:
+            raise self.error(
+                "select",
+                f"{self.select} selects positions of the KD term, which "
+                + (
+                    "kd_loss=custom computes by itself"
+                    if self.trains_on_teacher
+                    else "kd_loss_weight=0 leaves out"
+                ),
             )
 
     def _check_scales(self) -> None:

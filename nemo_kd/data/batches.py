@@ -212,6 +212,7 @@ def _filled(
     indices_B = torch.full((len(rows),), -1)
     sources_B = torch.zeros_like(indices_B)
     lengths_B = torch.zeros_like(indices_B)
+    loss_lengths_B = torch.zeros_like(indices_B)
     targets: list[TeacherRows[np.ndarray]] = []
     for number, (row, start) in enumerate(zip(rows, bounds, strict=False)):
         if row is None:
@@ -220,6 +221,7 @@ def _filled(
         indices_B[number] = example.index
         sources_B[number] = example.source
         lengths_B[number] = example.num_tokens
+        loss_lengths_B[number] = example.num_loss_tokens
         place = slice(start, start + example.num_tokens)
         tokens_A[place] = torch.from_numpy(example.tokens_S)
         labels_A[place] = torch.from_numpy(example.labels_S)
@@ -237,6 +239,7 @@ def _filled(
         indices_B=indices_B,
         sources_B=sources_B,
         lengths_B=lengths_B,
+        loss_lengths_B=loss_lengths_B,
         tokens_BS=tokens_A.view(shape),
         labels_BS=labels_A.view(shape),
         loss_mask_BS=loss_mask_A.view(shape),

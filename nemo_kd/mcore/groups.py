@@ -37,6 +37,7 @@ class ProcessGroups:
     Attributes:
         tensor: ranks that share this rank's layers.
         pipeline: this rank and those at its place in the other stages, first stage to last.
+        context: ranks that hold the other positions of this rank's sequences.
         data: ranks with the same shard in different replicas, which share no sequence.
         replica: all ranks of this rank's replica; always gloo, for Python objects.
         replica_ranks: their global ranks.
@@ -51,6 +52,7 @@ class ProcessGroups:
 
     tensor: dist.ProcessGroup
     pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
     data: dist.ProcessGroup
     replica: dist.ProcessGroup
     tensor_rank: int
@@ -146,6 +148,7 @@ def _process_groups(
     return ProcessGroups(
         tensor=parallel_state.get_tensor_model_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        context=parallel_state.get_context_parallel_group(),
         data=data,
         replica=replica,
         tensor_rank=parallel_state.get_tensor_model_parallel_rank(),

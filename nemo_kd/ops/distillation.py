@@ -86,10 +86,10 @@ def distillation_loss(
             schedules have ended.
 
     Raises:
-        ValueError: the loss is custom, or needs a field that the batch's teacher rows lack.
+        ValueError: the loss is custom or selects positions, or the teacher's rows lack a field.
     """
     config = config or LossConfig()
-    _refuse_custom(config)
+    _check_for_other_trainers(config)
     num_ranks = 1 if group is None else group.size()
     num_columns = logits_BSv.shape[-1]
     positions_N = batch.loss_positions_N
@@ -111,10 +111,14 @@ def distillation_loss(
     return total / max(len(positions_N), 1) if reduction == "mean" else total
 
 
-def _refuse_custom(config: LossConfig) -> None:
+def _check_for_other_trainers(config: LossConfig) -> None:
     if config.objective == "custom":
         raise ValueError(
             "kd_loss: custom; call the function itself, or choose another kd_loss"
+        )
+    if config.select is not None:
+        raise ValueError(
+            f"select: {config.select}; only train_gpt_knowledge_distillation selects positions"
         )
 
 

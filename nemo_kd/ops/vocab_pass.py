@@ -122,6 +122,29 @@ def sum_pass(
     return maximum_N, log_sum_exp_NS, at_columns, sum_N
 
 
+def entropy_pass(
+    logits_Nv: Tensor, shard: VocabShard
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Reduce this rank's real columns of every row.
+
+    Returns:
+        The largest logit, -inf without a column; the log-sum-exp relative to it and the entropy of
+        their softmax, which mean nothing there. All [N].
+    """
+    num_rows = len(logits_Nv)
+    zeros = functools.partial(logits_Nv.new_zeros, dtype=reduction_dtype(logits_Nv))
+    maximum_N = zeros(num_rows).fill_(MINUS_INFINITY)
+    log_sum_exp_N = zeros(num_rows)
+    entropy_N = zeros(num_rows)
+    for rows, block in _blocks(logits_Nv, shard, compiled=False):
+        maximum_N[rows] = block.amax(dim=-1)
+        log_probs = torch.log_softmax(block, dim=-1)
+        log_sum_exp_N[rows] = -log_probs.amax(dim=-1)
+        log_probs.clamp_(min=torch.finfo(log_probs.dtype).min)  # 0 log 0 = 0
+        entropy_N[rows] = -torch.linalg.vecdot(log_probs.exp(), log_probs)
+    return maximum_N, log_sum_exp_N, entropy_N
+
+
 def gradient_pass(
     logits_Nv: Tensor,
     scales: Sequence[float],

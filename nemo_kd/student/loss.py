@@ -27,11 +27,15 @@ from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import gather
 from nemo_kd.student.data import source_names
+from nemo_kd.student.selection import Selector
 
 log = logging.getLogger(__name__)
 
 WORTH_COMPILING = 1 << 36
 """Logits of a run on a CPU from which compiling, 10 to 30 s, pays: it saves about 1 ns per logit."""
+
+COUNTS = {"kd_loss": -3} | dict.fromkeys(COMPARED, -2)
+"""Columns of the sums with the tokens of a mean; -1 for others."""
 
 CustomLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(logits_BSv, batch, shard, token_sum, **custom_args) -> (loss summed over loss tokens, sums to
@@ -42,8 +46,8 @@ class StudentLoss:
     """Weighted sum of cross-entropy and divergence over the loss tokens of a micro-batch.
 
     Every call also returns sums [R, M] to report: a row per source if there are several, then one
-    for all sources. Its columns are `reported`, the tokens in the loss with teacher targets, and all
-    tokens in the loss.
+    for all sources. Its columns are `reported`, the tokens of the KD term, the tokens in the loss
+    with teacher targets, and all tokens in the loss.
 
     Args:
         data: where the batches come from. There are sums for each path, but not of a custom
@@ -51,6 +55,8 @@ class StudentLoss:
 
     Attributes:
         now: weights and divergence of the current step.
+        selector: of the positions of the KD term, for `select`.
+        kd_weight: of a token in the KD term; more than `now`'s where the term has fewer tokens.
         reported: names of the sums; `kd_loss` is 0, and no metric, without such a term.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.
@@ -77,17 +83,28 @@ class StudentLoss:
         self.losses = DistillationLoss.of(config, compares)
         self.has_kd = config.divergence is not None or self.custom is not None
         self.reported = ["loss", "kd_loss", "sft_loss", *COMPARED]
+        self.selector: Selector | None = None
         self.set_step(math.inf)
         for text in config.warnings():
             log.warning(text)
 
-    def set_step(self, step: float) -> None:
+    def set_step(self, step: float, num_tokens: tuple[float, float] = (0, 0)) -> None:
         """Take the weights and the temperature of a training step from 0.
 
         `math.inf` stands for the end of all schedules; validations use it, so that their losses
         compare.
+
+        Args:
+            num_tokens: loss tokens of the global batch, and those that the selector selects. The
+                sum of all losses is divided by the first of them, the KD term's by the second. The
+                KD term has all tokens if there are none.
         """
         self.now = self.config.at(step)
+        num_all, num_selected = num_tokens
+        self._selects = num_selected > 0
+        self.kd_weight = self.now.kd_weight
+        if self._selects:
+            self.kd_weight *= num_all / num_selected
         self.losses = replace(self.losses, divergence=self.now.divergence)
 
     def compile_if_worthwhile(self, num_logits: float) -> None:
@@ -104,6 +121,35 @@ class StudentLoss:
         Args:
             hidden_NH: at `batch.loss_positions_N`.
         """
+        if not self._selects:
+            return self._on_part(hidden_NH, weight_vH, batch, shard)
+        assert self.selector is not None
+        teacher = self._teacher(batch)
+        selected_N = self.selector.select(hidden_NH, weight_vH, batch, teacher, shard)
+        total, sums_RM = self._on_part(
+            hidden_NH[selected_N], weight_vH, narrowed(batch, selected_N), shard
+        )
+        others_N = ~selected_N
+        # Without a cross-entropy the other positions have no gradient.
+        trains = torch.is_grad_enabled() and self.now.sft_weight > 0
+        with torch.set_grad_enabled(trains):
+            rest, rest_RM = self._on_part(
+                hidden_NH[others_N],
+                weight_vH,
+                narrowed(batch, others_N),
+                shard,
+                in_kd=False,
+            )
+        return total + rest, sums_RM + rest_RM
+
+    def _on_part(
+        self,
+        hidden_NH: Tensor,
+        weight_vH: Tensor,
+        batch: Batch,
+        shard: VocabShard,
+        in_kd: bool = True,
+    ) -> tuple[Tensor, Tensor]:
         total, losses = fused_linear_loss(
             self.losses,
             hidden_NH,
@@ -112,9 +158,9 @@ class StudentLoss:
             shard,
             self._teacher(batch),
             self.now.sft_weight,
-            self.now.kd_weight,
+            self.kd_weight * in_kd,
         )
-        return total, self._sums(losses, batch)
+        return total, self._sums(losses, batch, in_kd)
 
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, shard: VocabShard
@@ -162,7 +208,7 @@ class StudentLoss:
 
     def zeros(self, device: torch.device) -> Tensor:
         """Return zero sums."""
-        shape = self.num_sources + 1, len(self.reported) + 2
+        shape = self.num_sources + 1, len(self.reported) + 3
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     def metrics(self, split: str, sums_RM: Tensor) -> dict[str, float]:
@@ -187,25 +233,26 @@ class StudentLoss:
             [*suffixes, ""], [*of_sources[: len(suffixes)], of_all], strict=True
         ):
             for name, value in zip(self.reported, row, strict=False):
-                num_tokens = row[-2 if name in COMPARED else -1]
+                num_tokens = row[COUNTS.get(name, -1)]
                 if num_tokens and (self.has_kd or name != "kd_loss"):
                     metrics[f"{split}/{name}{suffix}"] = value / num_tokens
         return metrics
 
-    def _sums(self, losses: TokenLosses, batch: Batch) -> Tensor:
+    def _sums(self, losses: TokenLosses, batch: Batch, in_kd: bool = True) -> Tensor:
         ce_N = losses.ce_N.detach().double()
         kd_N = (
             torch.zeros_like(ce_N)
-            if losses.kd_N is None
+            if losses.kd_N is None or not in_kd
             else losses.kd_N.detach().double()
         )
-        weighted_N = self.now.sft_weight * ce_N + self.now.kd_weight * kd_N
+        weighted_N = self.now.sft_weight * ce_N + self.kd_weight * kd_N
         compared_NC = losses.compared
         if compared_NC is None:  # without a cache, or nothing but filler
             compared_NC = ce_N.new_zeros(len(ce_N), 1 + len(COMPARED))
         terms_N3 = torch.stack([weighted_N, kd_N, ce_N], dim=-1)
-        parts = [terms_N3, compared_NC[:, 1:], compared_NC[:, :1]]
-        parts.append(torch.ones_like(ce_N)[:, None])
+        ones_N1 = torch.ones_like(ce_N)[:, None]
+        parts = [terms_N3, compared_NC[:, 1:], ones_N1 * in_kd, compared_NC[:, :1]]
+        parts.append(ones_N1)
         values_NM = torch.cat([part.double() for part in parts], dim=-1)
         sums_RM = values_NM.new_zeros(self.num_sources + 1, values_NM.shape[1])
         sums_RM[-1] = values_NM.sum(dim=0)
@@ -228,6 +275,13 @@ class StudentLoss:
                 torch.searchsorted(teacher.positions_P, batch.loss_positions_N)
             )
         return teacher
+
+
+def narrowed(batch: Batch, is_in_N: Tensor) -> Batch:
+    """Return the batch with some of its loss positions."""
+    positions = batch.loss_positions_N[is_in_N]
+    teacher = None if batch.teacher is None else batch.teacher.at(is_in_N)
+    return replace(batch, loss_positions_N=positions, teacher=teacher)
 
 
 def load_custom_loss(path: str, arguments: Mapping[str, Any]) -> CustomLoss:

@@ -30,6 +30,7 @@ from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.model import StudentModel
 from nemo_kd.student.reports import RunLog, first_step_report
 from nemo_kd.student.run_folder import provenance
+from nemo_kd.student.selection import Selector
 from nemo_kd.student.steps import (
     Ended,
     NonFiniteSteps,
@@ -77,6 +78,9 @@ class StudentModule(StudentModel):
         self.data = data
         self.plan = data.plan
         self.loss = loss
+        selection = loss.config.selection
+        if selection is not None:
+            loss.selector = Selector(selection, self.groups)
         self.meter = StepMeter(
             self.architecture, self.groups, config.trainer.precision, self.lora is None
         )
@@ -134,9 +138,10 @@ class StudentModule(StudentModel):
         lr = learning_rate(self.global_step, optim, self.plan.max_steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        self.loss.set_step(self.global_step)
         optimizer.zero_grad()
-        counts = self._all_reduce(self.meter.counts(batch)).tolist()
+        own = torch.cat([self.meter.counts(batch), self._num_kd_tokens(batch)])
+        *counts, num_tokens, num_selected = self._all_reduce(own).tolist()
+        self.loss.set_step(self.global_step, (num_tokens, num_selected))
         sums_RM = forward_backward(self.model, batch, self.token_losses)
         sums_RM = self._sum_over_ranks(sums_RM)
         means = self.loss.metrics("train", sums_RM)
@@ -263,6 +268,14 @@ class StudentModule(StudentModel):
         seconds = time.monotonic() - self._evaluation_started_s
         self.run_log.evaluation(split, self.global_step, metrics, seconds)
         return metrics
+
+    def _num_kd_tokens(self, batches: list[Batch]) -> torch.Tensor:
+        """Return (loss tokens, those that the KD term trains on) of this rank's examples; zeros
+        without a selection, and on all but one rank of a replica."""
+        counts = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
+        if self.loss.selector is not None and self.groups.is_writer:
+            counts += counts.new_tensor(self.loss.selector.num_tokens(batches))
+        return counts
 
     def _sum_over_ranks(self, sums_RM: torch.Tensor | None) -> torch.Tensor:
         own_RM = self.loss.zeros(self.groups.device)

@@ -17,6 +17,7 @@ import lightning.pytorch as pl
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
+from nemo_kd.config.loss import LossConfig
 from nemo_kd.data.tokenizer import TokenText, example_lines, trained_text
 from nemo_kd.files import print_table
 from nemo_kd.mcore.kernels import startup_facts
@@ -75,6 +76,7 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
         f"and trains {trained:,}",
         startup_facts(student.kernels, student.groups),
         f"loss:       {terms}",
+        *describe_selection(loss),
         f"step:       {batch} examples, about {tokens:,.0f} tokens, {loss_tokens:,.0f} of them in "
         "the loss",
         f"run:        {plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; validation "
@@ -90,6 +92,17 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     if isinstance(rows[0], CachedExample):
         lines += example_lines(rows[0], TokenText(tokenizer), SHOWN_POSITIONS)
     return "\n".join(lines)
+
+
+def describe_selection(loss: LossConfig) -> list[str]:
+    """Describe the positions of the KD term and the cost of selecting them, if it has not all."""
+    if loss.selection is None:
+        return []
+    products = loss.selection.output_products(loss.trains_on_labels)
+    return [
+        f"selection:  the KD term has the {loss.select} of every example; {products:g} products with "
+        "the output layer per loss token instead of 3"
+    ]
 
 
 def _weight(value: float | str) -> str:

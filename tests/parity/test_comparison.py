@@ -11,6 +11,7 @@ import torch
 from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.distillation import DistillationLoss
 from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.selection import entropy
 from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 from tests.parity.dense_losses import cut, random_problem
@@ -98,6 +99,23 @@ def test_comparison_equals_plain_sums_and_changes_no_gradient(ranks, world_size)
             np.testing.assert_allclose(
                 gradient, plain, rtol=1e-11, atol=1e-13, err_msg=name
             )
+
+
+def entropies(layout):
+    """On a rank: the entropy of every row, from this rank's columns."""
+    group, rank = torch.distributed.group.WORLD, torch.distributed.get_rank()
+    logits_NV = mixed_rows(1.0).logits_NV
+    local_Nv, start, num_real = cut(logits_NV, layout, rank, group.size(), 1e4)
+    return entropy(local_Nv, VocabShard(start, num_real, 50, group)).numpy()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_the_entropy_over_the_whole_vocabulary_is_that_of_torch(ranks, world_size):
+    logits_NV = mixed_rows(1.0).logits_NV
+    expected = torch.distributions.Categorical(logits=logits_NV).entropy()
+    for layout in ("uneven", "even", "late"):
+        for found in ranks(world_size).run(entropies, layout):
+            np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=layout)
 
 
 def test_the_students_first_token_is_seen_where_it_is_the_teachers():
