@@ -7,6 +7,7 @@ raises.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -18,16 +19,21 @@ from nemo_kd.config.answers import AnswerConfig
 from nemo_kd.config.user_function import import_function
 
 Judge = Callable[[str, str], Outcome]
-Checker = Callable[[str, str], bool]
+Checker = Callable[[str, str], float]
+"""(response, answer) -> reward: 1 for a correct response, less for another one."""
 
 
 def checker_of(settings: AnswerConfig) -> Checker:
-    """Return a function of response and answer that is True if the response is correct.
+    """Return a function of response and answer that gives the reward of the response.
+
+    It is 1 for a correct response and 0 for another one, or what the custom function returns.
 
     Raises:
         ConfigError: the custom function cannot be called, or a package is missing.
     """
-    return partial(_is_correct, judge_of(settings))
+    if settings.checker == "custom":
+        return _custom_checker(settings)
+    return partial(_reward, judge_of(settings))
 
 
 def judge_of(settings: AnswerConfig) -> Judge:
@@ -39,7 +45,7 @@ def judge_of(settings: AnswerConfig) -> Judge:
         ConfigError: as `checker_of`.
     """
     if settings.checker == "custom":
-        return _custom_judge(settings)
+        return partial(_judge_by_reward, _custom_checker(settings))
     if settings.checker == "exact":
         return _judge_exactly
     if settings.checker == "math" and importlib.util.find_spec("math_verify") is None:
@@ -69,8 +75,12 @@ def ground_truth(record: Mapping[str, Any], field: str) -> str | None:
     return str(value).strip() or None
 
 
-def _is_correct(judge: Judge, response: str, answer: str) -> bool:
-    return judge(response, answer) is Outcome.CORRECT
+def _reward(judge: Judge, response: str, answer: str) -> float:
+    return float(judge(response, answer) is Outcome.CORRECT)
+
+
+def _judge_by_reward(checker: Checker, response: str, answer: str) -> Outcome:
+    return Outcome.CORRECT if checker(response, answer) == 1 else Outcome.WRONG
 
 
 def _judge_in_process(process: LimitedProcess, response: str, answer: str) -> Outcome:
@@ -86,7 +96,7 @@ def _judge_exactly(response: str, answer: str) -> Outcome:
     return Outcome.CORRECT if same else Outcome.WRONG
 
 
-def _custom_judge(settings: AnswerConfig) -> Judge:
+def _custom_checker(settings: AnswerConfig) -> Checker:
     path = settings.custom_checker
     assert path is not None  # checked by AnswerConfig
     try:
@@ -97,20 +107,22 @@ def _custom_judge(settings: AnswerConfig) -> Judge:
             f"{path} cannot be called as function(response, answer): {error}",
         ) from error
 
-    def judge(response: str, answer: str) -> Outcome:
+    def checker(response: str, answer: str) -> float:
         try:
             result = function(response, answer)
+            reward = float(result)
         except Exception as error:  # a foreign program can raise anything
             raise settings.error(
                 "custom_checker",
                 f"{path} raised {type(error).__name__}: {error} for the response "
                 f"{response[:80]!r} and the answer {answer[:80]!r}",
             ) from error
-        if result not in (True, False):
+        if not -math.inf < reward <= 1:
             raise settings.error(
                 "custom_checker",
-                f"{path} returned {result!r:.80}; it must return True or False",
+                f"{path} returned {result!r:.80}; it must return True or 1 for a correct response, "
+                "and False or a number below 1 for another one",
             )
-        return Outcome.CORRECT if result else Outcome.WRONG
+        return reward
 
-    return judge
+    return checker

@@ -26,7 +26,8 @@ class Sample:
         index: of the record in its dataset.
         prompt, response: text with special tokens; the response without its stop token.
         answer: ground truth; None if nothing is checked.
-        correct: None if nothing is checked.
+        correct: the checker's reward is 1; None if nothing is checked.
+        reward: at most 1; None if nothing is checked.
         num_tokens: of the response, without its stop token.
         mean_entropy: nats per generated token, the stop token included; None if unknown.
         stopped: the model ended the response; False if it was cut at the limit of tokens.
@@ -37,6 +38,7 @@ class Sample:
     response: str
     answer: str | None
     correct: bool | None
+    reward: float | None
     num_tokens: int
     mean_entropy: float | None
     stopped: bool
@@ -46,22 +48,23 @@ def check_responses(
     questions: Sequence[Question],
     responses: Sequence[Response],
     tokenizer: PreTrainedTokenizerBase,
-    checker: Callable[[str, str], bool] | None,
+    checker: Callable[[str, str], float] | None,
 ) -> list[Sample]:
     """Return a sample per question; without a checker none is correct or incorrect."""
     samples = []
     for question, response in zip(questions, responses, strict=True):
         text = tokenizer.decode(response.token_ids)
-        correct = None
+        reward = None
         if checker is not None and question.answer is not None:
-            correct = checker(text, question.answer)
+            reward = float(checker(text, question.answer))
         samples.append(
             Sample(
                 index=question.index,
                 prompt=tokenizer.decode(question.prompt_ids),
                 response=text,
                 answer=question.answer,
-                correct=correct,
+                correct=None if reward is None else reward == 1,
+                reward=reward,
                 num_tokens=len(response.token_ids),
                 mean_entropy=_mean(response.entropy_nats),
                 stopped=response.stopped,
@@ -73,11 +76,9 @@ def check_responses(
 def summarize(samples: Sequence[Sample]) -> dict[str, float | None]:
     """Return means over samples by name; None for a mean over nothing.
 
-    Lengths are in tokens. `reward` is 1 for a correct response and 0 for an incorrect one, so its
-    mean is the accuracy; `stopped` is the share of responses that were not cut.
+    Lengths are in tokens; `stopped` is the share of responses that were not cut.
     """
-    checked = [sample for sample in samples if sample.correct is not None]
-    correct = [float(bool(sample.correct)) for sample in checked]
+    rewards = [sample.reward for sample in samples if sample.reward is not None]
     lengths = {
         name: _mean(
             [sample.num_tokens for sample in samples if sample.correct in kinds]
@@ -90,8 +91,8 @@ def summarize(samples: Sequence[Sample]) -> dict[str, float | None]:
     }
     return {
         "num_examples": len(samples),
-        "accuracy": _mean(correct),
-        "reward": _mean(correct),
+        "accuracy": _mean([float(reward == 1) for reward in rewards]),
+        "reward": _mean(rewards),
         **{f"mean_response_length{name}": mean for name, mean in lengths.items()},
         "entropy": _entropy(samples),
         "stopped": _mean([float(sample.stopped) for sample in samples]),

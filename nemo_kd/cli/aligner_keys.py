@@ -96,7 +96,6 @@ compute_topk_logits:
 train_gpt_knowledge_distillation:
   trainer.max_epochs: ["use trainer.knowledge_distillation.max_epochs"]
   trainer.max_steps: ["use trainer.knowledge_distillation.max_steps"]
-  trainer.knowledge_distillation.inference_metrics: ["no metric needs generation", null]
   model.peft.lora_tuning.weight_tying: ["every layer has its own adapters", false, null]
   model.peft.lora_tuning.position_embedding_strategy: ["every layer has its own adapters", null]
   model.optim.average_grad_sync: ["Megatron Core lays out and reduces gradients by itself"]

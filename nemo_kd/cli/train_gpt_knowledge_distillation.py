@@ -36,6 +36,8 @@ def check(config: TrainStudentConfig) -> None:
                         f"{key}: there is no file {path}; give the output_path of "
                         "compute_topk_logits"
                     )
+    if config.eval.interval:
+        check_records("eval.data", str(config.eval.data))
     check_folders(config.exp_manager)
 
 

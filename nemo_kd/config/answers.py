@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
-from nemo_kd.config.fields import Section, choice
+from nemo_kd.config.fields import Section, bounded, choice, count, path
 
 CHECKERS = ("math", "exact", "regex", "custom")
 OWN_KEYS = {"pattern": "regex", "custom_checker": "custom"}
@@ -28,7 +29,8 @@ class AnswerConfig(Section):
     white space counts as one space. For example "answer is (\\S+)"."""
     custom_checker: str | None = None
     """checker=custom: import path of a function, package.module.function, also of a file in the
-    current folder. It takes the texts response and answer and returns True or False."""
+    current folder. It takes the texts response and answer. It returns True or False, or a reward:
+    1 for a correct response, less for another one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,3 +56,62 @@ class AnswerConfig(Section):
                     f"{self.pattern!r} has {num_groups} groups; it needs one, which is the answer; "
                     "write others as (?:...)",
                 )
+
+
+ANSWER_METRICS = (
+    "eval/accuracy",
+    "eval/reward",
+    "eval/response_length",
+    "eval/response_length_correct",
+    "eval/response_length_incorrect",
+    "eval/entropy",
+    "eval/stopped",
+)
+"""Metrics of every evaluation of responses."""
+
+
+@dataclass
+class EvalConfig(AnswerConfig, key="eval"):
+    """`eval`: responses of the student to questions, generated and checked during the training."""
+
+    interval: int | None = bounded(None, at_least=0)
+    """Optimizer steps between evaluations; one also follows the last step. None or 0: no
+    evaluation."""
+    data: str | None = path(None)
+    """JSONL file of questions, in a format of model.data.dataset. The prompt of a record is all
+    before its last trained turn; answer_field holds the ground truth."""
+    num_examples: int | None = count(100)
+    """Records to answer, the first of the file. None: all."""
+    max_new_tokens: int = count(256)
+    """Most tokens of a response, its stop token included."""
+    temperature: float = bounded(0.0, at_least=0, below=math.inf)
+    """Divides the logits before sampling; 0 takes the most probable token."""
+    top_p: float = bounded(1.0, above=0, at_most=1)
+    """Sample among the fewest tokens that together reach this probability."""
+    seed: int = bounded(0, at_least=0)
+    """Seed of sampling. Each evaluation draws the same random numbers."""
+    batch_size: int = count(16)
+    """Prompts that a replica answers together."""
+    log_generations: int = bounded(5, at_least=0)
+    """Responses to show: in generations/ of the run's folder, in TensorBoard and in Weights &
+    Biases."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.interval and self.data is None:
+            raise self.error(
+                "data",
+                f"missing; eval.interval={self.interval} needs questions: a JSONL file of records "
+                "with the right answer in the field eval.answer_field",
+            )
+        if self.interval and self.answer_field is None:
+            raise self.error(
+                "answer_field",
+                f"missing; name the field of {self.data} that holds the right answer",
+            )
+        if self.interval is None and self.data is not None:
+            raise self.error(
+                "interval",
+                f"eval.data={self.data} is read every eval.interval steps; give a number, or 0 for "
+                "no evaluation",
+            )

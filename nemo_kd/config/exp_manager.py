@@ -31,7 +31,8 @@ class CheckpointParams(Section, key=PARAMS):
     postfix: str = ".nemo"
     """End of the name of the archive."""
     monitor: str = "val_loss"
-    """Metric that ranks checkpoints: val_loss, or a validation/... metric."""
+    """Metric that ranks checkpoints: val_loss, a validation/... metric, or an eval/... metric of
+    generated responses."""
     mode: str = choice("min", ("min", "max"))
     """Values of the metric that are better: min or max."""
     save_top_k: int = bounded(5, at_least=-1)
@@ -67,6 +68,11 @@ class CheckpointParams(Section, key=PARAMS):
                 "save_best_model",
                 "needs whole checkpoints; leave save_weights_only out",
             )
+
+    @property
+    def ranks_by_answers(self) -> bool:
+        """Return True if checkpoints are ranked by a metric of generated responses."""
+        return self.monitor.startswith("eval/")
 
 
 @dataclass
@@ -191,6 +197,8 @@ FREE_KEYS = [
     "trainer.knowledge_distillation.save_interval",
     "trainer.knowledge_distillation.log_every_n_steps",
     "trainer.knowledge_distillation.non_finite",
+    "trainer.knowledge_distillation.inference_metrics",
+    "eval",
     "model.optim.sched.warmup_steps",
     "model.optim.sched.warmup_ratio",
     "model.optim.sched.constant_steps",

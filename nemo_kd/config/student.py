@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nemo_kd.config.answers import EvalConfig
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
 from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.optim import ExportConfig, OptimConfig, PeftConfig
-from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
+from nemo_kd.config.shared import (
+    ModelConfig,
+    PretrainedCheckpoint,
+    TrainerConfig,
+    check_generation_layout,
+)
 
 LOOP = "trainer.knowledge_distillation"
 SPLITS = ("train", "validation", "test")
@@ -47,6 +53,20 @@ class LoopConfig(Section, key=LOOP):
     non_finite: str = choice("stop", ("stop", "skip"))
     """On a step whose loss or gradient is not finite: stop ends the run and names the examples;
     skip keeps the weights and counts the step in train/skipped_steps, up to 10 in a row."""
+    inference_metrics: dict[str, Any] | None = None
+    """Further metrics of generated responses, as in NeMo-Aligner: NAME: {_target_: CLASS, argument:
+    value}. Each evaluation of `eval` calls update(batch, generation_output), compute() and reset(),
+    and logs eval/NAME."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, metric in (self.inference_metrics or {}).items():
+            if not isinstance(metric, dict) or not metric.get("_target_"):
+                raise self.error(
+                    f"inference_metrics.{name}",
+                    f"{metric!r} names no class; give {{_target_: package.module.Class}}, with its "
+                    "arguments beside it",
+                )
 
 
 @dataclass
@@ -147,6 +167,11 @@ class StudentDataConfig(Section, key="model.data"):
                     f"data_prefix.{split}",
                     "weights are for train only, here every row counts once; give the paths alone",
                 )
+
+    def records(self, path: str) -> StudentRecordsConfig:
+        """Return the settings of a file of records."""
+        dataset = replace(self.dataset, file_path=path)
+        return StudentRecordsConfig(self.chat, self.chat_prompt_tokens, dataset)
 
     def paths(self, split: str) -> list[str]:
         """Return the split's paths."""
@@ -256,6 +281,7 @@ class TrainStudentConfig(Section):
         default_factory=PretrainedCheckpoint
     )
     model: StudentModelConfig = field(default_factory=StudentModelConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     allow_changed: list[str] = field(default_factory=list)
     """Keys that may differ from those of the checkpoint that the run resumes from, for example
@@ -275,6 +301,7 @@ class TrainStudentConfig(Section):
                 "adapter, but model.peft.peft_scheme=none trains none; use lora, or "
                 "export.lora=merged",
             )
+        loop = self.trainer.knowledge_distillation
         manager = self.exp_manager
         params = manager.checkpoint_callback_params
         writes_nemo = (
@@ -296,7 +323,10 @@ class TrainStudentConfig(Section):
                 )
         for key, value in (
             ("create_early_stopping_callback", manager.create_early_stopping_callback),
-            ("checkpoint_callback_params.save_best_model", params.save_best_model),
+            (
+                "checkpoint_callback_params.save_best_model",
+                params.save_best_model and not params.ranks_by_answers,
+            ),
         ):
             if value and not self.validates:
                 raise self.error(
@@ -304,6 +334,14 @@ class TrainStudentConfig(Section):
                     f"True needs validation, which {LOOP}.limit_val_batches=0 turns off; leave one "
                     "of them out",
                 )
+        if self.eval.interval:
+            check_generation_layout(self.model, f"eval.interval={self.eval.interval}")
+        if loop.inference_metrics and not self.eval.interval:
+            raise self.error(
+                f"{LOOP}.inference_metrics",
+                "the metrics measure generated responses; set eval.interval (steps), eval.data "
+                "(JSONL records) and eval.answer_field",
+            )
 
     @property
     def validates(self) -> bool:

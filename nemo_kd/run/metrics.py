@@ -288,6 +288,16 @@ class WandbRun:
     def log(self, metrics: Mapping[str, float]) -> None:
         self._attempt(self.run.log, dict(metrics))
 
+    def log_table(
+        self, name: str, rows: Sequence[Mapping[str, Any]], axes: Mapping[str, float]
+    ) -> None:
+        """Log rows that have the same keys as a table, beside the values of its axes."""
+        import wandb
+
+        data = [list(row.values()) for row in rows]
+        table = wandb.Table(columns=list(rows[0]), data=data)
+        self._attempt(self.run.log, {name: table, **axes})
+
     def finish(self, error: object = None, *_: object) -> None:
         self._attempt(self.run.finish, int(error is not None))
 

@@ -85,12 +85,15 @@ class Checkpoints:
         return self._write is not None and self._write.is_running()
 
     def rank(self, student: StudentModule) -> None:
-        """Save the weights that were just validated if they are good, and the latest state."""
+        """Save the weights that were just measured if they are good, and the latest state."""
         self.finish()
         monitor = self.params.monitor
         trainer = student.trainer
         step = student.global_step
-        score = float(trainer.callback_metrics.get(monitor, math.nan))
+        score = student.measured.get(monitor)
+        if score is None:  # these weights are ranked by a metric of other steps
+            self.save_latest(student)
+            return
         names: list[Path] = []
         if math.isfinite(score):
             path = self._path(student, self._template)
@@ -231,6 +234,7 @@ class Checkpoints:
         values: defaultdict[str, float] = defaultdict(int)
         for name, value in student.trainer.callback_metrics.items():
             values[name] = value.item()
+        values.update(student.measured)
         values["step"] = student.global_step
         values["epoch"] = int(values["epoch"])
         values["consumed_samples"] = float(student.data.training.consumed_samples)

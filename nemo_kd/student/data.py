@@ -29,7 +29,6 @@ from nemo_kd.config.student import (
     StudentDataConfig,
     StudentDatasetConfig,
     StudentModelConfig,
-    StudentRecordsConfig,
 )
 from nemo_kd.data.batches import (
     MicroBatches,
@@ -233,11 +232,8 @@ def _tokenize(
     rows = TokenizedRows(paths)
     skipped: Counter[str] = Counter()
     for source, path in enumerate(paths):
-        config = StudentRecordsConfig(
-            data.chat, data.chat_prompt_tokens, replace(data.dataset, file_path=path)
-        )
         dataset = TokenizedDataset(
-            config, tokenizer, seq_length, architecture.vocab_size
+            data.records(path), tokenizer, seq_length, architecture.vocab_size
         )
         positions = range(len(dataset))
         for position in tqdm(

@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import ConfigError
+from nemo_kd.config.answers import ANSWER_METRICS
 from nemo_kd.config.exp_manager import PARAMS
 from nemo_kd.config.optim import check_lora
 from nemo_kd.config.shared import check_training_layout
@@ -57,7 +58,12 @@ from nemo_kd.student.run_folder import (
     experiment_record,
     own_run_folder,
 )
-from nemo_kd.student.steps import STOPS_ALL_RANKS, check_schedule, plan_training
+from nemo_kd.student.steps import (
+    STOPS_ALL_RANKS,
+    check_intervals,
+    check_schedule,
+    plan_training,
+)
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +80,7 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
     """
     model = config.model
     loss = StudentLoss(model.knowledge_distillation, model.data)
-    check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
+    check_monitor(config, loss)
     student: StudentModule | None = None
     with (
         explained_ctrl_c(lambda: stop_report(student)),
@@ -88,6 +94,12 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         )
         data, tokenizer = _open_data(config, pretrained)
         stack.callback(data.close)
+        evaluation = None
+        if config.eval.interval:
+            # Other runs load nothing that generates or checks answers.
+            from nemo_kd.student.evaluate import Evaluation
+
+            evaluation = Evaluation(config, pretrained, tokenizer)
         groups = data.groups
         ranks = groups.tensor_size * groups.context_size * groups.data_size
         num_logits = data.loss_tokens_per_step * pretrained.architecture.vocab_size
@@ -97,6 +109,7 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         stack.enter_context(watchdog)
         with watchdog.pause("loading"):
             trainer, student = _load(config, pretrained, data, loss, watchdog, stack)
+            student.evaluation = evaluation
             log.info(setup_report(student, tokenizer))
         _fit(trainer, student)
         if student.checkpoints is not None:
@@ -107,13 +120,23 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         return end_report(student)
 
 
-def check_monitor(monitor: str, loss: StudentLoss) -> None:
+def check_monitor(config: TrainStudentConfig, loss: StudentLoss) -> None:
     """
     Raises:
-        ConfigError: checkpoints cannot be ranked by this metric.
+        ConfigError: checkpoints cannot be ranked by the metric.
     """
+    monitor = config.exp_manager.checkpoint_callback_params.monitor
     known = ["val_loss", *(f"validation/{name}" for name in loss.reported)]
-    if monitor not in known and loss.custom is None:
+    if config.eval.interval:
+        further = config.trainer.knowledge_distillation.inference_metrics or {}
+        known += [*ANSWER_METRICS, *(f"eval/{name}" for name in further)]
+    elif monitor.startswith("eval/"):
+        raise ConfigError(
+            f"{PARAMS}.monitor: {monitor} needs evaluations; set eval.interval, eval.data and "
+            "eval.answer_field"
+        )
+    custom = loss.custom is not None and monitor.startswith("validation/")
+    if monitor not in known and not custom:
         raise ConfigError(
             f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(known)}"
         )
@@ -132,6 +155,7 @@ def _open_data(
     loop = config.trainer.knowledge_distillation
     plan = plan_training(loop, len(splits["train"]), model.global_batch_size)
     check_schedule(model.optim, plan.max_steps)
+    check_intervals(config, plan)
     groups = initialize_model_parallel(model, model.seed)
     pad_id = padding_id(tokenizer, architecture.vocab_size)
     return StudentData(model, splits, plan, pad_id, groups), tokenizer

@@ -8,7 +8,7 @@ import signal
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -39,6 +39,9 @@ from nemo_kd.student.steps import (
     learning_rate,
 )
 
+if TYPE_CHECKING:
+    from nemo_kd.student.evaluate import Evaluation
+
 log = logging.getLogger(__name__)
 
 
@@ -48,7 +51,8 @@ class StudentModule(StudentModel):
     Lightning's loop calls, for every step:
         1. `StudentData.loader`: the next global batch;
         2. `training_step`: forward, backward, clip, step, learning rate;
-        3. `on_train_batch_end`: log the metrics; save, if no validation comes first; stop, if asked;
+        3. `on_train_batch_end`: log the metrics; stop, if asked; evaluate responses, if that is due;
+           save, if no validation comes first;
         4. `validation_step` for every validation batch, if a validation is due;
         5. `on_validation_end`, after callbacks as `EarlyStopping`: rank the checkpoint and save.
 
@@ -56,13 +60,17 @@ class StudentModule(StudentModel):
     more before it stops. All decisions are the same on all ranks.
 
     Attributes:
-        validation_is_due: the current weights have to be validated, and were not yet.
+        evaluation: of responses; None if the run has none.
+        validation_is_due, evaluation_is_due: the current weights have to be measured, and were not
+            yet.
+        measured: metrics of the current weights by the validation and the evaluation.
         stop_reason: why all ranks stop now; None to continue.
     """
 
     run_log: RunLog
     watchdog: Watchdog
     checkpoints: Checkpoints | None = None
+    evaluation: Evaluation | None = None
 
     def __init__(
         self,
@@ -88,6 +96,8 @@ class StudentModule(StudentModel):
         self.non_finite = NonFiniteSteps(loop.non_finite)
         self.interruption = Interruption()
         self.validation_is_due = False
+        self.evaluation_is_due = False
+        self.measured: dict[str, float] = {}
         self.stop_reason: str | None = None
         self._ranks_write = False
         self._stopped_early = False
@@ -127,12 +137,15 @@ class StudentModule(StudentModel):
         is_over = self._is_last and not self.validation_is_due
         trainer.should_stop = stopped or is_over
         self.run_log.start(self.global_step, self.meter.peak_flops)
+        if self.evaluation_is_due:
+            self._evaluate()
         self.meter.wait()
 
     def training_step(self, batch: list[Batch], batch_idx: int) -> None:
         examples = [part.indices_B.tolist() for part in batch]
         self.watchdog.step(f"step {self.global_step + 1}: examples {examples}")
         self.meter.start()
+        self.measured = {}
         optimizer: Any = self.optimizers()
         optim = self.config.model.optim
         lr = learning_rate(self.global_step, optim, self.plan.max_steps)
@@ -178,9 +191,15 @@ class StudentModule(StudentModel):
         self.validation_is_due = trainer.enable_validation and (
             self._is_last or self.global_step % self.plan.val_check_interval == 0
         )
-        self._save(self._save_is_due and not self.validation_is_due)
-        if self.validation_is_due or not self._is_last:  # else the run is complete
+        self.evaluation_is_due = self.evaluation is not None and (
+            self._is_last or self.global_step % self.evaluation.interval == 0
+        )
+        measures = self.validation_is_due or self.evaluation_is_due
+        self._save(self._save_is_due and not measures)
+        if measures or not self._is_last:  # else the run is complete
             self._stop_if_asked()
+        if self.evaluation_is_due:
+            self._evaluate()
         self.watchdog.step(f"after step {self.global_step}: waiting for data")
         self.meter.wait()
 
@@ -204,16 +223,42 @@ class StudentModule(StudentModel):
 
     def on_validation_epoch_end(self) -> None:
         metrics = self._measure("validation")
-        # Checkpoints are ranked by these: NaN replaces the value of the validation before.
+        # Early stopping and names of checkpoints use these: NaN replaces the value of the validation
+        # before.
         names = ["val_loss", *(f"validation/{name}" for name in self.loss.reported)]
-        self.log_dict(dict.fromkeys(names, math.nan) | metrics, logger=False)
+        self.measured |= dict.fromkeys(names, math.nan) | metrics
+        self.log_dict(self.measured, logger=False)
 
     def on_validation_end(self) -> None:
         self.validation_is_due = False
         self.trainer.should_stop = self.trainer.should_stop or self._is_last
+        if self.evaluation is not None and self.trainer.should_stop:
+            # Early stopping ends the run after a step that may have no evaluation.
+            self.evaluation_is_due = "eval/response_length" not in self.measured
+        if self.evaluation_is_due:
+            self._evaluate()
+        else:
+            self._rank()
+        self.meter.wait()
+
+    def on_evaluation_batch_end(self) -> None:
+        """Go on, or stop with a checkpoint that repeats the evaluation; every rank calls it."""
+        self._all_reduce(torch.zeros(0, device=self.groups.device))  # for its flags
+        self.watchdog.step(f"evaluation after step {self.global_step}")
+        self._save(is_due=False)
+        self._stop_if_asked()
+
+    def _evaluate(self) -> None:
+        """Measure responses, and save what no validation will save."""
+        assert self.evaluation is not None
+        self.measured |= self.evaluation.run(self)
+        self.evaluation_is_due = False
+        if not self.validation_is_due:
+            self._rank()
+
+    def _rank(self) -> None:
         if self.checkpoints is not None and self._save_is_due:
             self.checkpoints.rank(self)
-        self.meter.wait()
 
     @torch.no_grad()
     def test(self) -> None:
@@ -318,6 +363,8 @@ class StudentModule(StudentModel):
         if "optimizer_states" in checkpoint:
             checkpoint["schedule"] = {
                 "validation_is_due": self.validation_is_due,
+                "evaluation_is_due": self.evaluation_is_due,
+                "measured": self.measured,
                 "has_stopped": self.trainer.should_stop and not self._is_last,
             }
             checkpoint["random_state"] = sharded_random_state()
@@ -327,8 +374,12 @@ class StudentModule(StudentModel):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.data.load_state_dict(checkpoint["StudentData"])
         self.non_finite = replace(self.non_finite, **checkpoint["non_finite"])
-        self.validation_is_due = checkpoint["schedule"]["validation_is_due"]
-        self._stopped_early = checkpoint["schedule"].get("has_stopped", False)
+        schedule = checkpoint["schedule"]
+        self.validation_is_due = schedule["validation_is_due"]
+        if self.evaluation is not None:
+            self.evaluation_is_due = schedule.get("evaluation_is_due", False)
+        self.measured = schedule.get("measured", {})
+        self._stopped_early = schedule.get("has_stopped", False)
         if "random_state" in checkpoint:
             set_random_state(checkpoint["random_state"])
         if self.checkpoints is not None:

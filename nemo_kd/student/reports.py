@@ -82,6 +82,11 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
         f"run:        {plan.max_steps:,} steps, {plan.steps_per_epoch:,} per epoch; validation "
         f"every {plan.val_check_interval:,}, checkpoint every {plan.save_interval:,} steps",
     ]
+    if student.evaluation is not None:
+        lines.append(
+            f"eval:       {len(student.evaluation.questions):,} questions of {config.eval.data}, every "
+            f"{config.eval.interval:,} steps"
+        )
     for split, of_split in splits.items():
         paths = ", ".join(model.data.paths(split))
         lines.append(f"{split + ':':<12}{len(of_split):,} examples from {paths}")
@@ -164,8 +169,9 @@ def end_report(student: StudentModule) -> StudentRun:
         ),
         ("time", f"{timedelta(seconds=seconds)} with validations and checkpoints"),
     ]
-    for split in ("train", "validation", "test"):
-        if f"{split}/loss" in latest:
+    for name in ("train/loss", "validation/loss", "eval/response_length", "test/loss"):
+        split = name.partition("/")[0]
+        if name in latest:
             facts.append((f"last {split}", format_metrics(latest, split)))
     if kept is not None and kept.best is not None:
         facts.append((f"best {kept.params.monitor}", kept.best.name))
@@ -194,6 +200,7 @@ WANDB_AXES = {
     "perf/*": "train_step",
     "validation/*": "eval_step",
     "test/*": "eval_step",
+    "eval/*": "eval_step",
 }
 """Metrics and the completed steps that their charts run along."""
 
@@ -255,7 +262,7 @@ class RunLog:
     def evaluation(
         self, split: str, step: int, metrics: dict[str, float], seconds: float
     ) -> None:
-        """Log a validation or test."""
+        """Log a validation, a test, or an evaluation of responses (`eval`)."""
         self.latest |= metrics
         self._log(step, metrics)
         text = f"{split} after step {step:,}: {format_metrics(metrics, split)}, {seconds:.1f} s"

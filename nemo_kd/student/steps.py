@@ -14,9 +14,10 @@ import torch
 
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.config.exp_manager import PARAMS
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.shared import GPTArchitecture
-from nemo_kd.config.student import LOOP, LoopConfig
+from nemo_kd.config.student import LOOP, LoopConfig, TrainStudentConfig
 from nemo_kd.mcore.architecture import ForwardFlops, peak_flops
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.interruption import Requeue
@@ -114,6 +115,40 @@ def check_schedule(optim: OptimConfig, max_steps: int) -> None:
             max_steps,
             warmup,
             wanted,
+        )
+
+
+def check_intervals(config: TrainStudentConfig, plan: TrainingPlan) -> None:
+    """
+    Raises:
+        ConfigError: a metric of responses is not measured where checkpoints or early stopping need
+            it.
+    """
+    interval = config.eval.interval
+    manager = config.exp_manager
+    if not interval:
+        return
+    meet = math.lcm(interval, plan.save_interval)
+    if (
+        manager.checkpoint_callback_params.ranks_by_answers
+        and plan.save_interval < plan.max_steps < meet
+    ):
+        raise ConfigError(
+            f"{PARAMS}.monitor: {manager.checkpoint_callback_params.monitor} is measured every "
+            f"{interval} steps (eval.interval) and checkpoints are written every "
+            f"{plan.save_interval}, which meet first at step {meet} of {plan.max_steps}; set "
+            f"{LOOP}.save_interval to a multiple of eval.interval"
+        )
+    watched = manager.early_stopping_callback_params.monitor
+    if (
+        manager.create_early_stopping_callback
+        and watched.startswith("eval/")
+        and plan.val_check_interval % interval
+    ):
+        raise ConfigError(
+            f"exp_manager.early_stopping_callback_params.monitor: {watched} is measured every "
+            f"{interval} steps (eval.interval), but validations look at it every "
+            f"{plan.val_check_interval}; set {LOOP}.val_check_interval to a multiple of eval.interval"
         )
 
 

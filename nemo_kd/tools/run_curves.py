@@ -11,7 +11,7 @@ import orjson
 from nemo_kd.config import UserInputError
 
 METRICS_FILE = Path("metrics") / "metrics.jsonl"
-SECTIONS = ("validation", "train", "perf", "test")
+SECTIONS = ("validation", "train", "eval", "perf", "test")
 """One picture per section of metrics named SECTION/...; those without one belong to train."""
 COUNTERS = ("consumed_samples", "epoch", "train_step", "eval_step")
 """Metrics that only count steps; drawn if a pattern asks for them."""
@@ -56,7 +56,7 @@ def read_curves(path: Path) -> Curves:
 def plot_runs(
     paths: Sequence[Path], output: Path, pattern: str | None = None
 ) -> list[Path]:
-    """Write OUTPUT/validation.png, train.png, perf.png and test.png.
+    """Write a picture per section, OUTPUT/validation.png, train.png ...
 
     Every metric that any of the runs has gets one diagram with all runs.
 

@@ -158,6 +158,7 @@ def test_samples_are_checked_summarized_and_written(tmp_path: Path) -> None:
         "response": " two",
         "answer": "two",
         "correct": True,
+        "reward": 1.0,
         "num_tokens": len(texts[0]),
         "mean_entropy": 0.5,
         "stopped": True,

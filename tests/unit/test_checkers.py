@@ -212,6 +212,7 @@ def test_custom(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_checker.py").write_text(
         "def ends_with(response, answer):\n    return response.endswith(answer)\n"
+        "def partly(response, answer):\n    return len(response) / len(answer)\n"
         "def percent(response, answer):\n    return 50\n"
         "def fails(response, answer):\n    return int(response)\n"
         "def one(response):\n    return True\n"
@@ -223,6 +224,11 @@ def test_custom(tmp_path, monkeypatch):
 
     assert custom("ends_with")("it is 5", "5")
     assert not custom("ends_with")("it is 5.", "5")
+    assert custom("partly")("12", "1234") == 0.5
+    judge = judge_of(
+        AnswerConfig(checker="custom", custom_checker="my_checker.partly")
+    )
+    assert (judge("12", "1234"), judge("4321", "1234")) == (WRONG, CORRECT)
     with pytest.raises(ConfigError, match="percent returned 50; it must return True"):
         custom("percent")("it is 5", "5")
     with pytest.raises(ConfigError, match=r"fails raised ValueError: .* response 'x'"):

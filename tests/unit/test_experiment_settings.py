@@ -20,6 +20,8 @@ from nemo_kd.student.loss import StudentLoss
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
+LOOP = "trainer__knowledge_distillation__"
+EVAL = {"eval__interval": 5, "eval__data": "q.jsonl", "eval__answer_field": "answer"}
 COMMAND = "train_gpt_knowledge_distillation"
 
 
@@ -29,7 +31,7 @@ def settings(**overrides):
     )
     check_folders(config.exp_manager)
     loss = StudentLoss(config.model.knowledge_distillation, config.model.data)
-    check_monitor(config.exp_manager.checkpoint_callback_params.monitor, loss)
+    check_monitor(config, loss)
     return config.exp_manager
 
 
@@ -40,6 +42,16 @@ def settings(**overrides):
         ({f"{PARAMS}filename": "{validation/loss}"}, "filename: .* must not contain a slash"),
         ({f"{PARAMS}monitor": "validation_loss"}, "monitor: 'validation_loss' is not measured; known: val_loss, validation/loss"),
         ({f"{PARAMS}monitor": "validation/teacher_lk"}, "monitor: 'validation/teacher_lk' is not measured"),
+        ({f"{PARAMS}monitor": "eval/accuracy"}, "monitor: eval/accuracy needs evaluations; set eval.interval, eval.data and"),
+        ({**EVAL, f"{PARAMS}monitor": "eval/acuracy"}, "monitor: 'eval/acuracy' is not measured; known: val_loss, .*, eval/accuracy, eval/reward"),
+        ({"eval__interval": 5}, "eval.data: missing; eval.interval=5 needs questions"),
+        ({"eval__data": "q.jsonl"}, "eval.interval: eval.data=q.jsonl is read every eval.interval steps"),
+        ({"eval__interval": 5, "eval__data": "q.jsonl"}, "eval.answer_field: missing; name the field of q.jsonl"),
+        ({**EVAL, "eval__interval": -1}, "eval.interval: -1 must be at least 0"),
+        ({**EVAL, "eval__top_p": 0.0}, "eval.top_p: 0.0 must be above 0 and at most 1"),
+        ({**EVAL, "model__context_parallel_size": 2}, "model.context_parallel_size: 2, but eval.interval=5 generates responses, which needs 1"),
+        ({f"{LOOP}inference_metrics": {"match": {"_target_": "a.B"}}}, "inference_metrics: the metrics measure generated responses; set eval.interval"),
+        ({**EVAL, f"{LOOP}inference_metrics": {"match": "a.B"}}, r"inference_metrics.match: 'a.B' names no class; give \{_target_: "),
         ({f"{PARAMS}mode": "lowest"}, "mode: 'lowest' is not one of min, max"),
         ({f"{PARAMS}save_top_k": -2}, "save_top_k: -2 must be at least -1"),
         ({f"{PARAMS}save_best_model": True, f"{PARAMS}save_weights_only": True}, "save_best_model: needs whole checkpoints"),

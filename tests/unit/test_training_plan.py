@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LoopConfig
-from nemo_kd.student.steps import TrainingPlan, plan_training
+from nemo_kd.student.steps import TrainingPlan, check_intervals, plan_training
+from tests.tiny_data import student_config
 
 
 @pytest.mark.parametrize(
@@ -33,3 +36,47 @@ def test_steps(loop, plan):
 def test_an_interval_has_a_step(key):
     with pytest.raises(ConfigError, match=f"{key}: 0 must be above 0"):
         LoopConfig(**{key: 0})
+
+
+EVAL = {
+    "eval__data": "q.jsonl",
+    "eval__answer_field": "answer",
+    "exp_manager__checkpoint_callback_params__monitor": "eval/accuracy",
+}
+STOPPING = {
+    "exp_manager__create_early_stopping_callback": True,
+    "exp_manager__early_stopping_callback_params__monitor": "eval/accuracy",
+    "exp_manager__checkpoint_callback_params__monitor": "val_loss",
+}
+
+
+@pytest.mark.parametrize(
+    ("interval", "plan", "overrides", "message"),
+    [
+        (5, TrainingPlan(30, 30, 4, 3), {}, ""),  # they meet at step 15
+        (5, TrainingPlan(30, 30, 4, 30), {}, ""),  # the only checkpoint is the last
+        (50, TrainingPlan(30, 30, 4, 60), {}, ""),
+        (
+            7,
+            TrainingPlan(30, 30, 4, 5),
+            {},
+            r"params.monitor: eval/accuracy is measured every 7 steps \(eval.interval\) and checkpoints "
+            "are written every 5, which meet first at step 35 of 30; set trainer.*save_interval to a",
+        ),
+        (4, TrainingPlan(30, 30, 4, 5), STOPPING, ""),
+        (
+            8,
+            TrainingPlan(30, 30, 4, 5),
+            STOPPING,
+            "early_stopping_callback_params.monitor: .* validations look at it every 4; set",
+        ),
+    ],
+)
+def test_answers_are_measured_where_they_decide(interval, plan, overrides, message):
+    overrides = {"eval__interval": interval, **EVAL, **overrides}
+    config = student_config(*[Path("p")] * 4, **overrides)
+    if not message:
+        check_intervals(config, plan)
+        return
+    with pytest.raises(ConfigError, match=message):
+        check_intervals(config, plan)
