@@ -49,6 +49,7 @@ COMMANDS = (
     "compute_topk_logits",
     "train_gpt_knowledge_distillation",
     "convert_checkpoint",
+    "evaluate_gpt",
     "logit_cache",
     "filter_sft_data",
     "plot_runs",

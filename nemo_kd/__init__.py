@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemo_kd.api import compute_topk_logits as compute_topk_logits
     from nemo_kd.api import convert_checkpoint as convert_checkpoint
+    from nemo_kd.api import evaluate_gpt as evaluate_gpt
     from nemo_kd.api import train_student as train_student
     from nemo_kd.batch import Batch as Batch
     from nemo_kd.cache.reader import CacheReader as CacheReader
@@ -32,6 +33,7 @@ _MODULES = {
     "compute_topk_logits": "nemo_kd.api",
     "convert_checkpoint": "nemo_kd.api",
     "distillation_loss": "nemo_kd.ops.distillation",
+    "evaluate_gpt": "nemo_kd.api",
     "log_probs_at": "nemo_kd.ops.student_logits",
     "train_student": "nemo_kd.api",
 }

@@ -1,4 +1,4 @@
-"""The three commands as Python functions."""
+"""The commands as Python functions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 from nemo_kd.cli.aligner_keys import config_of, with_keys
 from nemo_kd.cli.compute_topk_logits import COMMAND as STAGE_1
 from nemo_kd.cli.convert_checkpoint import COMMAND as CONVERSION
+from nemo_kd.cli.evaluate_gpt import COMMAND as EVALUATION
 from nemo_kd.cli.run import Command, silence_libraries
 from nemo_kd.cli.train_gpt_knowledge_distillation import COMMAND as STAGE_2
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
@@ -61,6 +63,17 @@ def convert_checkpoint(config: ConvertCheckpointConfig | Mapping[str, Any]) -> N
     Args and errors are those of `compute_topk_logits`; the keys are those of the command.
     """
     _run(CONVERSION, config)
+
+
+def evaluate_gpt(config: EvaluateGPTConfig | Mapping[str, Any]) -> dict[str, Any]:
+    """Measure a model's loss, and generate and check its answers.
+
+    Args and errors are those of `compute_topk_logits`; the keys are those of the command.
+
+    Returns:
+        The content of evaluation.json.
+    """
+    return _run(EVALUATION, config)
 
 
 def _run(command: Command, config: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from omegaconf import OmegaConf
 
+from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.config.typed import typed
@@ -108,6 +109,24 @@ def student_config(
                         "save_nemo_on_train_end": True,
                     },
                 },
+            },
+            overrides,
+        ),
+    )
+
+
+def evaluation_config(
+    model: Path, dataset: Path, output: Path, **overrides: Any
+) -> EvaluateGPTConfig:
+    """An evaluation in float32."""
+    return typed(
+        EvaluateGPTConfig,
+        _with(
+            {
+                "pretrained_checkpoint": {"restore_from_path": str(model)},
+                "trainer": {"precision": "32"},
+                "data": {"data": {"file_path": str(dataset)}},
+                "evaluate": {"output_dir": str(output)},
             },
             overrides,
         ),

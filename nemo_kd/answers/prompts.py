@@ -1,17 +1,17 @@
-"""Questions of a dataset: prompts, ground truth, and the tokens that end a response.
+"""Questions of a dataset: prompts, right answers, and the tokens that end a response.
 
 Shape legend: S positions of an example.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kd.answers.checkers import ground_truth
 from nemo_kd.batch import Example
 from nemo_kd.config import DataError
 from nemo_kd.data.dataset import TokenizedDataset
@@ -25,7 +25,7 @@ class Question:
     Attributes:
         index: of the record in its dataset.
         prompt_ids: tokens before the record's last trained turn.
-        answer: ground truth; None if nothing is checked.
+        answer: the right one; None if nothing is checked.
     """
 
     index: int
@@ -39,13 +39,21 @@ def question_of(
     """Return the question that an example of `dataset` asks.
 
     Raises:
-        DataError: the record has no usable ground truth in `answer_field`.
+        DataError: the record has no right answer in `answer_field`.
     """
     answer = None
     if answer_field is not None:
-        records = dataset.records
-        where = records.where(example.index)
-        answer = ground_truth(records[example.index], answer_field, where)
+        record = dataset.records[example.index]
+        where = dataset.records.where(example.index)
+        try:
+            answer = ground_truth(record, answer_field)
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        if answer is None:
+            raise DataError(
+                f"{where}: the field {answer_field!r}, which must hold the right answer, is missing "
+                f"or empty; the record has the fields {', '.join(record)}"
+            )
     return Question(example.index, prompt_ids(example), answer)
 
 
@@ -77,30 +85,6 @@ def stop_ids(
         if places and not tokenizer.decode(turn_ids[places[-1] + 1 :]).strip():
             found.add(turn_ids[places[-1]])
     return frozenset(found)
-
-
-def ground_truth(record: Mapping[str, Any], field: str, where: str) -> str:
-    """Return the answer in a record's field.
-
-    Args:
-        where: file:line of the record, for the error.
-
-    Raises:
-        DataError: the field is missing, empty, or neither text nor a number.
-    """
-    if field not in record:
-        raise DataError(
-            f"{where}: the record has no field {field!r}, which must hold the ground truth; its "
-            f"fields are {', '.join(record)}"
-        )
-    value = record[field]
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number and not (isinstance(value, str) and value.strip()):
-        raise DataError(
-            f"{where}: the field {field!r} must hold the ground truth as a text or a number, found "
-            f"{str(value)[:80]!r}"
-        )
-    return str(value)
 
 
 def _last_turn(example: Example) -> tuple[int, int]:

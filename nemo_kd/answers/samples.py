@@ -25,7 +25,7 @@ class Sample:
     Attributes:
         index: of the record in its dataset.
         prompt, response: text with special tokens; the response without its stop token.
-        answer: ground truth; None if nothing is checked.
+        answer: the right one; None if nothing is checked.
         correct: the checker's reward is 1; None if nothing is checked.
         reward: at most 1; None if nothing is checked.
         num_tokens: of the response, without its stop token.

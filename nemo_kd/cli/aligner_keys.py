@@ -41,6 +41,12 @@ train_gpt_knowledge_distillation:
 convert_checkpoint:
   model: input_path
   output: output_path
+evaluate_gpt:
+  model: pretrained_checkpoint.restore_from_path
+  data: data.data.file_path
+  cache: evaluate.cache
+  output: evaluate.output_dir
+  max_seq_length: model.max_seq_length
 """)
 """Per command: another name -> the key. `model` and `data` with keys below them are sections."""
 
@@ -130,6 +136,7 @@ train_gpt_knowledge_distillation:
   exp_manager.resume_past_end: ["a run resumes from its last checkpoint", false, null]
   exp_manager.create_preemption_callback: ["SIGTERM and SIGUSR1 always save and stop", true, null]
 convert_checkpoint: {}
+evaluate_gpt: {}
 """
 """Per command: a key or section without effect, the reason, and values that cause no warning."""
 

@@ -26,6 +26,7 @@ def _start(command: str) -> None:
 compute_topk_logits = partial(_start, "compute_topk_logits")
 train_gpt_knowledge_distillation = partial(_start, "train_gpt_knowledge_distillation")
 convert_checkpoint = partial(_start, "convert_checkpoint")
+evaluate_gpt = partial(_start, "evaluate_gpt")
 logit_cache = partial(_start, "logit_cache")
 filter_sft_data = partial(_start, "filter_sft_data")
 plot_runs = partial(_start, "plot_runs")

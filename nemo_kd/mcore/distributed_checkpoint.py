@@ -120,6 +120,16 @@ def load_sharded(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         ) from error
 
 
+def fill_from(folder: Path, state: dict[str, Any]) -> None:
+    """Fill the sharded tensors in `state` from a checkpoint; no communication. Changes `state`.
+
+    Raises:
+        ConfigError: a tensor is missing or has another shape, or a file is damaged.
+    """
+    with ModelFiles(folder) as files, torch.no_grad():
+        ShardedFolder(files).load(state)
+
+
 class ShardedFolder:
     """The tensors of a distributed checkpoint in a model's files, by their names.
 

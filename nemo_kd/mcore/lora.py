@@ -29,6 +29,7 @@ from megatron.core.transformer.mlp import apply_swiglu_sharded_factory
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn import functional, init
+from torch.utils.hooks import RemovableHandle
 
 from nemo_kd.config.optim import LoraConfig
 from nemo_kd.mcore.groups import ProcessGroups
@@ -51,7 +52,10 @@ class Adapter(torch.nn.Module):
         down: [r, in]; cut by `in` where the projection's input is cut.
         up: [out, r]; cut by `out` where the projection's output is.
         cut_by_output: the projection's output is cut, not its input.
+        hook: what adds it to the projection's output.
     """
+
+    hook: RemovableHandle
 
     def __init__(
         self, weight: Tensor, target: str, lora: LoraConfig, config: TransformerConfig
@@ -134,7 +138,7 @@ def add_adapters(
             _initialize(
                 adapter, target, lora, f"{seed} {layer.layer_number} {target}", groups
             )
-            projection.register_forward_hook(adapter.add_to_output)
+            adapter.hook = projection.register_forward_hook(adapter.add_to_output)
             adapters[target] = adapter
         layer.add_module(ADAPTERS, torch.nn.ModuleDict(adapters))
     first = chunks(model)[0]
@@ -168,6 +172,17 @@ def merged(model: torch.nn.Module) -> Iterator[None]:
         finally:
             for weight, original in kept:
                 weight.copy_(original)
+
+
+def merge_adapters(model: torch.nn.Module) -> None:
+    """Merge the adapters into the weights for good, and remove them."""
+    with torch.no_grad():
+        for _, weight, adapter in adapters(model):
+            weight.copy_(weight.float() + adapter.product())
+            adapter.hook.remove()
+    for layer in layers(model):
+        if hasattr(layer, ADAPTERS):
+            delattr(layer, ADAPTERS)
 
 
 def adapter_state(model: torch.nn.Module) -> dict[str, Any]:

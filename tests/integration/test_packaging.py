@@ -81,6 +81,7 @@ def test_wheel_and_source_distribution_hold_the_same(built):
         "compute_topk_logits",
         "train_gpt_knowledge_distillation",
         "convert_checkpoint",
+        "evaluate_gpt",
     ):
         assert f"nemo_kd/conf/{name}.yaml" in names["sdist"]
     recipes = [
@@ -97,6 +98,7 @@ def test_wheel_and_source_distribution_hold_the_same(built):
         "compute_topk_logits --cfg job",
         "train_gpt_knowledge_distillation --cfg job",
         "convert_checkpoint --cfg job",
+        "evaluate_gpt --cfg job",
         "logit_cache inspect CACHE",
         "filter_sft_data --help",
         "plot_runs --help",

@@ -96,17 +96,16 @@ def test_an_ordinary_token_stops_no_response(tmp_path: Path) -> None:
     [
         (
             CHAT,
-            "data.jsonl:2: the record has no field 'answer', which must hold the ground truth; "
-            "its fields are messages",
+            "data.jsonl:2: the field 'answer', which must hold the right answer, is missing or "
+            "empty; the record has the fields messages",
         ),
         (
             {**CHAT, "answer": ["4"]},
-            "data.jsonl:2: the field 'answer' must hold the ground truth as a text or a number, "
-            "found \"['4']\"",
+            "data.jsonl:2: the field `answer` must be a text or a number, found \"['4']\"",
         ),
-        ({**CHAT, "answer": True}, "a text or a number, found 'True'"),
-        ({**CHAT, "answer": None}, "a text or a number, found 'None'"),
-        ({**CHAT, "answer": " "}, "a text or a number, found ' '"),
+        ({**CHAT, "answer": True}, "must be a text or a number, found 'True'"),
+        ({**CHAT, "answer": None}, "the record has the fields messages, answer"),
+        ({**CHAT, "answer": " "}, "the record has the fields messages, answer"),
     ],
 )
 def test_a_record_without_a_usable_answer_is_refused(

@@ -15,6 +15,7 @@ import yaml
 from nemo_kd.cli import (
     compute_topk_logits,
     convert_checkpoint,
+    evaluate_gpt,
     train_gpt_knowledge_distillation,
 )
 from nemo_kd.cli.compose import conf_dir
@@ -32,12 +33,14 @@ COMMANDS = [
     for module in (
         compute_topk_logits,
         train_gpt_knowledge_distillation,
+        evaluate_gpt,
         convert_checkpoint,
     )
 ]
 MINIMAL = {
     "compute_topk_logits": "pretrained_checkpoint.restore_from_path=t data.data.file_path=d.jsonl output_path=o.jsonl",
     "train_gpt_knowledge_distillation": "pretrained_checkpoint.restore_from_path=s model.data.data_prefix={train:[t],validation:[v]}",
+    "evaluate_gpt": "pretrained_checkpoint.restore_from_path=m data.data.file_path=d.jsonl evaluate.output_dir=o",
     "convert_checkpoint": "input_path=a output_path=b",
 }
 # NeMo-Aligner's user guide, with other paths.

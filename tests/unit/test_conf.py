@@ -20,6 +20,7 @@ from nemo_kd.cli.aligner_keys import ALIASES
 from nemo_kd.cli.compose import compose, conf_dir, option_parser
 from nemo_kd.config import ConfigError
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.fields import need
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -27,6 +28,7 @@ from nemo_kd.config.typed import describe, typed
 
 COMMANDS = {
     "compute_topk_logits": ComputeTopkLogitsConfig,
+    "evaluate_gpt": EvaluateGPTConfig,
     "train_gpt_knowledge_distillation": TrainStudentConfig,
     "convert_checkpoint": ConvertCheckpointConfig,
 }

@@ -13,6 +13,7 @@ import pytest
 from nemo_kd.cli import filter_sft_data, logit_cache, plot_runs
 from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
+from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.exp_manager import FREE_KEYS, KEY
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
@@ -22,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "compute_topk_logits": ComputeTopkLogitsConfig,
     "train_gpt_knowledge_distillation": TrainStudentConfig,
+    "evaluate_gpt": EvaluateGPTConfig,
     "convert_checkpoint": ConvertCheckpointConfig,
 }
 PAGES = [

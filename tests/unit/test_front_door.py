@@ -107,7 +107,12 @@ def test_an_unknown_name_is_an_attribute_error():
 
 @pytest.mark.parametrize(
     "command",
-    ["compute_topk_logits", "train_gpt_knowledge_distillation", "convert_checkpoint"],
+    [
+        "compute_topk_logits",
+        "train_gpt_knowledge_distillation",
+        "evaluate_gpt",
+        "convert_checkpoint",
+    ],
 )
 def test_a_command_names_the_package_that_it_misses(command):
     result = run_with_light_packages(

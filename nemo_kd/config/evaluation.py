@@ -1,0 +1,94 @@
+"""Configuration of `evaluate_gpt`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_kd.config.answers import AnswerConfig
+from nemo_kd.config.data import DataConfig
+from nemo_kd.config.fields import Section, bounded, choice, count, path
+from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
+
+BACKENDS = ("megatron",)
+RESULT = "evaluation.json"
+
+
+@dataclass
+class EvaluationConfig(AnswerConfig, key="evaluate"):
+    """`evaluate`: what to measure, how to generate responses, and where the results go."""
+
+    output_dir: str = path()
+    """Folder of the results: evaluation.json, samples.jsonl and config.yaml."""
+    overwrite: bool = False
+    """Replace the evaluation in output_dir as a whole."""
+    num_examples: int | None = count(None)
+    """Examples to evaluate, the first of the file. None: all."""
+    cache: str | None = path(None)
+    """Cache of a teacher's logits for the same file: measures KL, agreement and masses against the
+    teacher."""
+    base_model: str | None = path(None)
+    """Model that the run of a training checkpoint started with. None: as config.yaml in the run's
+    folder names it."""
+    generate: bool | None = None
+    """Generate a response to every example. None: if answer_field is given."""
+    backend: str = choice("megatron", BACKENDS)
+    """Generate with this model and layout (megatron)."""
+    max_new_tokens: int = count(256)
+    """Most tokens of a response, its stop token included."""
+    temperature: float = bounded(0.0, at_least=0, below=math.inf)
+    """Divides the logits before sampling; 0 takes the most probable token."""
+    top_p: float = bounded(1.0, above=0, at_most=1)
+    """Sample among the fewest tokens that together reach this probability."""
+    seed: int = bounded(0, at_least=0)
+    """Seed of sampling."""
+    batch_size: int = count(16)
+    """Prompts that a replica answers together."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.answer_field is not None and not self.generates:
+            raise self.error(
+                "answer_field",
+                f"{self.answer_field} is compared with generated responses, but evaluate.generate="
+                "false generates none; leave one of them out",
+            )
+
+    @property
+    def generates(self) -> bool:
+        """Return True if responses are generated."""
+        if self.generate is None:
+            return self.answer_field is not None
+        return self.generate
+
+
+@dataclass
+class EvaluationDataConfig(DataConfig):
+    """`data` of `evaluate_gpt`."""
+
+    max_tokens_per_batch: int = count(8192)
+    """Largest number of tokens per forward pass of one replica, padding included; a longer example
+    runs alone."""
+    packing: bool = True
+    """True: join the examples of a batch to one row without padding. False, and always with context
+    parallelism: one example per row, padded to the longest."""
+
+
+@dataclass
+class EvaluateGPTConfig(Section):
+    """Keys of `evaluate_gpt`."""
+
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    pretrained_checkpoint: PretrainedCheckpoint = field(
+        default_factory=PretrainedCheckpoint
+    )
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: EvaluationDataConfig = field(default_factory=EvaluationDataConfig)
+    evaluate: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        file_path: Any = self.data.data.file_path
+        if not isinstance(file_path, str):
+            raise self.error("data.data.file_path", f"{file_path} is not one path")
