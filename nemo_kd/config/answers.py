@@ -71,17 +71,9 @@ ANSWER_METRICS = (
 
 
 @dataclass
-class EvalConfig(AnswerConfig, key="eval"):
-    """`eval`: responses of the student to questions, generated and checked during the training."""
+class ResponseConfig(AnswerConfig):
+    """How responses are generated and checked."""
 
-    interval: int | None = bounded(None, at_least=0)
-    """Optimizer steps between evaluations; one also follows the last step. None or 0: no
-    evaluation."""
-    data: str | None = path(None)
-    """JSONL file of questions, in a format of model.data.dataset. The prompt of a record is all
-    before its last trained turn; answer_field holds the ground truth."""
-    num_examples: int | None = count(100)
-    """Records to answer, the first of the file. None: all."""
     max_new_tokens: int = count(256)
     """Most tokens of a response, its stop token included."""
     temperature: float = bounded(0.0, at_least=0, below=math.inf)
@@ -92,6 +84,20 @@ class EvalConfig(AnswerConfig, key="eval"):
     """Seed of sampling. Each evaluation draws the same random numbers."""
     batch_size: int = count(16)
     """Prompts that a replica answers together."""
+
+
+@dataclass
+class EvalConfig(ResponseConfig, key="eval"):
+    """`eval`: responses of the student to questions, generated and checked during the training."""
+
+    interval: int | None = bounded(None, at_least=0)
+    """Optimizer steps between evaluations; one also follows the last step. None or 0: no
+    evaluation."""
+    data: str | None = path(None)
+    """JSONL file of questions, in a format of model.data.dataset. The prompt of a record is all
+    before its last trained turn; answer_field holds the ground truth."""
+    num_examples: int | None = count(100)
+    """Records to answer, the first of the file. None: all."""
     log_generations: int = bounded(5, at_least=0)
     """Responses to show: in generations/ of the run's folder, in TensorBoard and in Weights &
     Biases."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from nemo_kd.config.answers import AnswerConfig
+from nemo_kd.config.answers import ResponseConfig
 from nemo_kd.config.data import DataConfig
-from nemo_kd.config.fields import Section, bounded, choice, count, path
+from nemo_kd.config.fields import Section, choice, count, path
 from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
 
 BACKENDS = ("megatron",)
@@ -16,7 +15,7 @@ RESULT = "evaluation.json"
 
 
 @dataclass
-class EvaluationConfig(AnswerConfig, key="evaluate"):
+class EvaluationConfig(ResponseConfig, key="evaluate"):
     """`evaluate`: what to measure, how to generate responses, and where the results go."""
 
     output_dir: str = path()
@@ -35,16 +34,6 @@ class EvaluationConfig(AnswerConfig, key="evaluate"):
     """Generate a response to every example. None: if answer_field is given."""
     backend: str = choice("megatron", BACKENDS)
     """Generate with this model and layout (megatron)."""
-    max_new_tokens: int = count(256)
-    """Most tokens of a response, its stop token included."""
-    temperature: float = bounded(0.0, at_least=0, below=math.inf)
-    """Divides the logits before sampling; 0 takes the most probable token."""
-    top_p: float = bounded(1.0, above=0, at_most=1)
-    """Sample among the fewest tokens that together reach this probability."""
-    seed: int = bounded(0, at_least=0)
-    """Seed of sampling."""
-    batch_size: int = count(16)
-    """Prompts that a replica answers together."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
