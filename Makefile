@@ -4,11 +4,12 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 TORCH := $(shell grep -i '^torch==' constraints-cpu.txt)
 
-.PHONY: help quickstart real gpu-check gpu-check-wheels gpu-check-offline test test-slurm lint format venv clean
+.PHONY: help quickstart sft real gpu-check gpu-check-wheels gpu-check-offline test test-slurm lint format venv clean
 
 help:
 	@echo "make quickstart   both stages on real text, on CPU, ending in a table and a plot"
 	@echo "make real         a real pretrained teacher, SmolLM2-135M-Instruct, and students of its layers, on CPU"
+	@echo "make sft          SFT on subsets of word problems, all and the correct ones, on CPU; accuracy against steps"
 	@echo "make gpu-check    correctness and speed on this machine's GPU in eight minutes; tiny sizes without one"
 	@echo "make test         lint, type checks and tests, by WORKERS=$(WORKERS) processes, with PYTHON=$(PYTHON)"
 	@echo "make test-slurm   the tests that need Slurm, on one that is started here"
@@ -38,6 +39,9 @@ real: venv
 
 gpu-check: venv
 	$(BIN)/python -m benchmarks.gpu_check
+
+sft: venv
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=python scripts/run_sft_experiments.sh --bundled
 
 # For a GPU machine without a network: build wheels/ on another machine, copy it there, run the second target there.
 gpu-check-wheels:

@@ -299,7 +299,9 @@ def records(
     while any(len(drawn[split]) < count for split, count in counts.items()):
         problem = draw_problem(draw)
         split = split_of(problem)
-        if problem.question in seen or len(drawn[split]) == counts[split]:
+        if len(drawn.get(split, ())) == counts.get(split, 0):
+            continue
+        if problem.question in seen:
             continue
         seen.add(problem.question)
         is_wrong = split == "train" and draw.random() < wrong_share
