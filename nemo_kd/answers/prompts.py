@@ -26,11 +26,13 @@ class Question:
         index: of the record in its dataset.
         prompt_ids: tokens before the record's last trained turn.
         answer: the right one; None if nothing is checked.
+        reference: text of that turn, without special tokens.
     """
 
     index: int
     prompt_ids: list[int]
     answer: str | None = None
+    reference: str = ""
 
 
 def question_of(
@@ -54,7 +56,9 @@ def question_of(
                 f"{where}: the field {answer_field!r}, which must hold the right answer, is missing "
                 f"or empty; the record has the fields {', '.join(record)}"
             )
-    return Question(example.index, prompt_ids(example), answer)
+    turn_ids = example.labels_S[slice(*_last_turn(example))]
+    reference = dataset.tokenizer.decode(turn_ids, skip_special_tokens=True).strip()
+    return Question(example.index, prompt_ids(example), answer, reference)
 
 
 def prompt_ids(example: Example) -> list[int]:

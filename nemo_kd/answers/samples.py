@@ -31,6 +31,7 @@ class Sample:
         num_tokens: of the response, without its stop token.
         mean_entropy: nats per generated token, the stop token included; None if unknown.
         stopped: the model ended the response; False if it was cut at the limit of tokens.
+        reference: text of the dataset's own response.
     """
 
     index: int
@@ -42,6 +43,7 @@ class Sample:
     num_tokens: int
     mean_entropy: float | None
     stopped: bool
+    reference: str = ""
 
 
 def check_responses(
@@ -68,6 +70,7 @@ def check_responses(
                 num_tokens=len(response.token_ids),
                 mean_entropy=_mean(response.entropy_nats),
                 stopped=response.stopped,
+                reference=question.reference,
             )
         )
     return samples

@@ -11,7 +11,7 @@ from nemo_kd.cli.run import (
     run,
 )
 from nemo_kd.config import ConfigError
-from nemo_kd.config.evaluation import RESULT, EvaluateGPTConfig
+from nemo_kd.config.evaluation import RESULT, EvaluateGPTConfig, EvaluationConfig
 from nemo_kd.config.shared import check_generation_layout
 
 
@@ -27,8 +27,9 @@ def check(config: EvaluateGPTConfig) -> None:
     check_model("pretrained_checkpoint.restore_from_path", model)
     if settings.base_model is not None:
         check_model("evaluate.base_model", settings.base_model)
+    check_backend(settings, model)
     config.model.data_parallel_size(trainer.num_nodes * trainer.num_devices)
-    if settings.generates:
+    if settings.generates and settings.backend == "megatron":
         check_generation_layout(
             config.model, "evaluate.generate or evaluate.answer_field"
         )
@@ -41,6 +42,17 @@ def check(config: EvaluateGPTConfig) -> None:
                 "compute_topk_logits"
             )
     check_output(Path(settings.output_dir), settings.overwrite)
+
+
+def check_backend(settings: EvaluationConfig, model: str) -> None:
+    """Refuse a model that another backend than megatron cannot load."""
+    if settings.backend == "megatron" or settings.url is not None:
+        return
+    if not Path(model, "config.json").is_file():
+        raise ConfigError(
+            f"evaluate.backend={settings.backend}: {model} is no Hugging Face folder; give the one "
+            f"that this command writes: convert_checkpoint input_path={model} output_path=FOLDER"
+        )
 
 
 def check_output(folder: Path, overwrite: bool) -> None:

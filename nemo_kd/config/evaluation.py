@@ -10,8 +10,9 @@ from nemo_kd.config.data import DataConfig
 from nemo_kd.config.fields import Section, choice, count, path
 from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
 
-BACKENDS = ("megatron",)
+BACKENDS = ("megatron", "hf", "vllm")
 RESULT = "evaluation.json"
+SAMPLES = "samples.jsonl"
 
 
 @dataclass
@@ -19,7 +20,7 @@ class EvaluationConfig(ResponseConfig, key="evaluate"):
     """`evaluate`: what to measure, how to generate responses, and where the results go."""
 
     output_dir: str = path()
-    """Folder of the results: evaluation.json, samples.jsonl and config.yaml."""
+    """Folder of the results: evaluation.json, samples.jsonl, samples.html and config.yaml."""
     overwrite: bool = False
     """Replace the evaluation in output_dir as a whole."""
     num_examples: int | None = count(None)
@@ -33,7 +34,13 @@ class EvaluationConfig(ResponseConfig, key="evaluate"):
     generate: bool | None = None
     """Generate a response to every example. None: if answer_field is given."""
     backend: str = choice("megatron", BACKENDS)
-    """Generate with this model and layout (megatron)."""
+    """Generate with this model and layout (megatron), or on rank 0 with transformers (hf) or vLLM
+    (vllm), which need a Hugging Face folder."""
+    url: str | None = None
+    """backend=vllm: address of a server of this model, such as http://localhost:8000/v1. None: load
+    the model with the library vllm."""
+    compare: str | None = path(None)
+    """output_dir of another evaluation of the same file, shown beside this one in samples.html."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -42,6 +49,18 @@ class EvaluationConfig(ResponseConfig, key="evaluate"):
                 "answer_field",
                 f"{self.answer_field} is compared with generated responses, but evaluate.generate="
                 "false generates none; leave one of them out",
+            )
+        if self.compare is not None and not self.generates:
+            raise self.error(
+                "compare",
+                f"{self.compare} has responses, but this evaluation generates none; give "
+                "evaluate.answer_field or evaluate.generate=true",
+            )
+        if self.url is not None and self.backend != "vllm":
+            raise self.error(
+                "url",
+                f"{self.url} has no effect with evaluate.backend={self.backend}; give "
+                "evaluate.backend=vllm, or leave it out",
             )
 
     @property

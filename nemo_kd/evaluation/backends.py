@@ -23,7 +23,10 @@ from transformers import (
 )
 
 from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.config.shared import PRECISIONS
+from nemo_kd.evaluation.inputs import Inputs
 from nemo_kd.mcore.generation import Response, Sampling, choose_tokens
+from nemo_kd.run.collective import on_rank_zero
 
 CONNECT_TIMEOUT_S = 10
 ANSWER_TIMEOUT_S = 3600
@@ -34,6 +37,43 @@ API_KEY = "VLLM_API_KEY"
 
 class ServerError(UserInputError):
     """A server that cannot be reached or answers with something else than responses."""
+
+
+class RankZeroBackend:
+    """The backend that `evaluate` asks for, opened on rank 0.
+
+    Raises:
+        ConfigError, ServerError: on every rank, it cannot be opened.
+    """
+
+    def __init__(self, inputs: Inputs, device: torch.device) -> None:
+        self._inputs = inputs
+        self._device = device
+        self._opened: list[Any] = []
+        on_rank_zero(lambda: self._opened.append(self._open()))
+
+    def respond(
+        self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
+    ) -> list[Response]:
+        """Return a response per prompt on every rank; every rank calls it."""
+        sampling = self._inputs.sampling
+        return on_rank_zero(
+            lambda: self._opened[0].respond(prompts, sampling, numbers)
+        )
+
+    def _open(self) -> TransformersModel | VllmModel | VllmServer:
+        config = self._inputs.config
+        settings = config.evaluate
+        if settings.url is not None:
+            server = VllmServer(settings.url)
+            longest = max(len(one.prompt_ids) for one in self._inputs.questions)
+            server.check_room(longest + settings.max_new_tokens)
+            return server
+        folder = config.pretrained_checkpoint.restore_from_path
+        dtype = getattr(torch, PRECISIONS[config.trainer.precision])
+        if settings.backend == "vllm":
+            return VllmModel(folder, dtype)
+        return TransformersModel(folder, dtype, self._device)
 
 
 class TransformersModel:

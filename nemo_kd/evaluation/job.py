@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,17 @@ from nemo_kd.answers.samples import (
     write_samples,
 )
 from nemo_kd.config.answers import AnswerConfig
-from nemo_kd.config.evaluation import RESULT, EvaluateGPTConfig
+from nemo_kd.config.evaluation import RESULT, SAMPLES, EvaluateGPTConfig
 from nemo_kd.config.shared import check_layout
+from nemo_kd.evaluation.backends import RankZeroBackend
 from nemo_kd.evaluation.inputs import Inputs
 from nemo_kd.evaluation.model import open_model
+from nemo_kd.evaluation.page import (
+    OtherEvaluation,
+    figures,
+    read_evaluation,
+    samples_page,
+)
 from nemo_kd.evaluation.scores import measure_loss, perplexity
 from nemo_kd.files import (
     explained,
@@ -35,6 +42,7 @@ from nemo_kd.files import (
     replace_folder,
     write_atomically,
 )
+from nemo_kd.mcore.generation import Response
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.run.collective import on_rank_zero
 from nemo_kd.run.interruption import Watchdog
@@ -43,7 +51,10 @@ from nemo_kd.run.ranks import join_ranks
 
 log = logging.getLogger(__name__)
 
-SAMPLES = "samples.jsonl"
+Respond = Callable[[Sequence[Sequence[int]], Sequence[int]], list[Response]]
+"""Returns responses to prompts with their numbers; every rank calls it."""
+
+PAGE = "samples.html"
 INTERVAL_S = 10.0
 """Seconds between two lines of progress."""
 
@@ -68,13 +79,25 @@ def evaluate_gpt(config: EvaluateGPTConfig) -> dict[str, Any]:
         groups = initialize_model_parallel(config.model, config.model.seed)
         timeout_s = 60 * config.trainer.distributed_timeout_minutes
         watchdog = stack.enter_context(Watchdog(timeout_s, dist.get_rank()))
+        other = None
+        if config.evaluate.compare is not None:
+            fingerprint = inputs.dataset.records.fingerprint
+            other = read_evaluation(config.evaluate.compare, fingerprint)
+        samples: list[Sample] = []
+        if inputs.questions and config.evaluate.backend != "megatron":
+            with watchdog.pause(f"starting {config.evaluate.backend}"):
+                backend = RankZeroBackend(inputs, groups.device)
+            samples = _answer(backend.respond, 1, inputs, watchdog)
+            del backend  # its memory is the model's now
         with watchdog.pause("loading the model"):
             model = opened.load(config, groups)
         scores = _measure(model, groups, inputs, watchdog)
-        samples = _answer(model, groups, inputs, watchdog)
+        if config.evaluate.backend == "megatron":
+            ask = _megatron(model, groups, inputs)
+            samples = _answer(ask, groups.data_size, inputs, watchdog)
         with watchdog.pause("writing the results"):
             result = _result(inputs, opened.fingerprint(), scores, samples)
-            on_rank_zero(lambda: _finish(config, result, samples))
+            on_rank_zero(lambda: _finish(config, result, samples, other))
     return result
 
 
@@ -95,29 +118,34 @@ def _measure(
         return measure_loss(model, groups, inputs, on_pass)
 
 
+def _megatron(model: Any, groups: ProcessGroups, inputs: Inputs) -> Respond:
+    """Return a function that asks the model on all ranks."""
+    return lambda prompts, numbers: respond(
+        model,
+        groups,
+        prompts,
+        inputs.sampling,
+        vocab_size=inputs.vocab_size,
+        max_batch=inputs.config.evaluate.batch_size,
+        numbers=numbers,
+    )
+
+
 def _answer(
-    model: Any, groups: ProcessGroups, inputs: Inputs, watchdog: Watchdog
+    ask: Respond, num_replicas: int, inputs: Inputs, watchdog: Watchdog
 ) -> list[Sample]:
     """Answer all questions; rank 0 checks the responses, a batch at a time."""
-    settings = inputs.config.evaluate
     # The longest first: where memory is short, it shows at once.
     by_length = sorted(inputs.questions, key=lambda one: -len(one.prompt_ids))
     samples: list[Sample] = []
-    size = settings.batch_size * groups.data_size
+    size = inputs.config.evaluate.batch_size * num_replicas
     with _progress("responses", len(by_length), "examples") as progress:
         for start in range(0, len(by_length), size):
             questions = by_length[start : start + size]
             numbers = [question.index for question in questions]
             watchdog.step(f"responses to the records {numbers}")
-            responses = respond(
-                model,
-                groups,
-                [question.prompt_ids for question in questions],
-                inputs.sampling,
-                vocab_size=inputs.vocab_size,
-                max_batch=settings.batch_size,
-                numbers=numbers,
-            )
+            prompts = [question.prompt_ids for question in questions]
+            responses = ask(prompts, numbers)
             check = partial(
                 check_responses, questions, responses, inputs.tokenizer, inputs.checker
             )
@@ -174,7 +202,10 @@ def _result(
 
 
 def _finish(
-    config: EvaluateGPTConfig, result: dict[str, Any], samples: list[Sample]
+    config: EvaluateGPTConfig,
+    result: dict[str, Any],
+    samples: list[Sample],
+    other: OtherEvaluation | None,
 ) -> None:
     """Write the folder of results as a whole, and print the table."""
     folder = Path(config.evaluate.output_dir).absolute()
@@ -186,11 +217,8 @@ def _finish(
         write_atomically(new / RESULT, orjson.dumps(result, option=options))
         if samples:
             write_samples(new / SAMPLES, samples)
+            page = samples_page(result, samples, other)
+            write_atomically(new / PAGE, page.encode())
         replace_folder(new, folder)
-    numbers = [
-        (name, f"{value:,.4f}".removesuffix(".0000"))
-        for name, value in result.items()
-        if isinstance(value, int | float)
-    ]
-    print_table(numbers)
+    print_table([*figures(result).items()])
     print_text(f"{'replaced' if is_replaced else 'results in'} {folder}")

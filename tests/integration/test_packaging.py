@@ -88,8 +88,8 @@ def test_wheel_and_source_distribution_hold_the_same(built):
         name for name in names["sdist"] if name.startswith("nemo_kd/conf/recipes/")
     ]
     assert len(recipes) == 4
-    files = ("py.typed", "page.html", "tools/inspect_page.html")
-    assert {f"nemo_kd/{name}" for name in files} <= names["sdist"]
+    pages = ("page.html", "evaluation/samples.html", "tools/inspect_page.html")
+    assert {f"nemo_kd/{name}" for name in ("py.typed", *pages)} <= names["sdist"]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -205,12 +206,18 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body.encode()[:sent])
 
 
-@pytest.fixture(scope="module")
-def server(model: PreTrainedModel) -> Iterator[Server]:
+@contextlib.contextmanager
+def serving(model: PreTrainedModel) -> Iterator[Server]:
     with Server(model) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         yield server
         server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def server(model: PreTrainedModel) -> Iterator[Server]:
+    with serving(model) as server:
+        yield server
 
 
 def test_a_server_answers_in_the_order_of_the_prompts(server, sampling, expected):

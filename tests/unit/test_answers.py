@@ -55,6 +55,7 @@ def test_the_prompt_is_the_templates_own_generation_prompt(
     # Mistral's template writes the space before an answer with the answer.
     assert found in (expected, f"{expected} ")
     assert question.answer == "2"
+    assert question.reference == "1, 2"
 
 
 def test_a_prompt_template_leaves_out_the_label(tmp_path: Path) -> None:
@@ -64,6 +65,7 @@ def test_a_prompt_template_leaves_out_the_label(tmp_path: Path) -> None:
     question = question_of(dataset, only_example(dataset), None)
     assert tokenizer.decode(question.prompt_ids) == "Say two"
     assert question.answer is None
+    assert question.reference == "two"
 
 
 def test_the_token_that_ends_a_turn_stops_a_response(tmp_path: Path) -> None:
@@ -161,6 +163,7 @@ def test_samples_are_checked_summarized_and_written(tmp_path: Path) -> None:
         "num_tokens": len(texts[0]),
         "mean_entropy": 0.5,
         "stopped": True,
+        "reference": "",
     }
     assert [orjson.loads(line)["index"] for line in lines] == [3, 5, 6]
 
