@@ -35,7 +35,7 @@ def judge(response: str, answer: str) -> Outcome:
         line = None
     if right.split() == (line or response).split():
         return Outcome.CORRECT
-    truths = _parse_answer(right[-LONGEST:])
+    truths = _parse_answer(right[-LONGEST:]) or _parse(rf"$\text{{{right}}}$")
     if not truths:
         return Outcome.NO_TRUTH
     # Markdown has headings of four #, too.
@@ -48,13 +48,16 @@ def judge(response: str, answer: str) -> Outcome:
 
 def _parse_answer(text: str) -> list[Any]:
     """Return the value of a text that is nothing but an answer."""
-    text = text.replace("\\$", "$")
+    text = text.replace("\\$", "$").lstrip("+")
+    if text.count("$") == 1:  # a currency
+        text = text.replace("$", "")
     if _MARKED.search(text) or not _ALGEBRA.search(text):
         return _parse(text)
     return _parse(f"${text}$")
 
 
 def _parse(text: str) -> list[Any]:
+    text = text.replace("\N{MINUS SIGN}", "-")
     text = _SCIENTIFIC.sub(r"\1*10^(\2)", text)
     text = _MIXED.sub(r"(\1+\2/\3)", text)
     values: list[Any] = math_verify.parse(text, parsing_timeout=None)

@@ -19,7 +19,6 @@ from nemo_kd.config.answers import AnswerConfig
 CORRECT = Outcome.CORRECT
 WRONG = Outcome.WRONG
 NO_ANSWER = Outcome.NO_ANSWER
-NO_TRUTH = Outcome.NO_TRUTH
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +39,10 @@ MATH = [
     ("#### \\$18", "18", CORRECT),
     ("#### 18 dollars", "18", CORRECT),
     ("#### 18", "18 dollars", CORRECT),
+    ("#### -$18", "-18", CORRECT),
+    ("#### -$18", "18", WRONG),
+    ("#### +18", "18", CORRECT),
+    ("#### \N{MINUS SIGN}18", "-18", CORRECT),
     ("#### **18**", "18", CORRECT),
     ("#### 18.", "18", CORRECT),
     ("#### 3", "-3", WRONG),
@@ -76,8 +79,13 @@ MATH = [
     ("I do not know.", "5", NO_ANSWER),
     ("", "5", NO_ANSWER),
     ("####", "5", NO_ANSWER),
+    # words
     ("#### Monday", "Monday", CORRECT),
-    ("5", "Monday", NO_TRUTH),
+    ("It is \\boxed{Monday}.", "Monday", CORRECT),
+    ("It is \\boxed{\\text{Sunday}}.", "Monday", WRONG),
+    ("\\boxed{B}", "B", CORRECT),
+    ("\\boxed{A}", "B", WRONG),
+    ("5", "Monday", WRONG),
 ]
 
 

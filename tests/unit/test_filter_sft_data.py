@@ -66,7 +66,7 @@ DROPPED = {
     "no usable right answer in the record": [
         chat("2 + 3?", "#### 5"),
         chat("2 + 3?", "#### 5", answer=None),
-        chat("2 + 3?", "#### 5", answer="five"),
+        chat("2 + 3?", "#### 5", answer=" "),
     ],
     "comparison exceeded its limits": [chat("?", "$9^{9^{9^{9}}}$", answer="5")],
     "no response in the record": [
