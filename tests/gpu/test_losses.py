@@ -25,6 +25,7 @@ DEFINITIONS = [
     Definition("jsd", "truncate", label_smoothing=0.1, z_loss_weight=0.01),
     Definition("forward_kl", "sampled"),
     Definition("k3"),
+    Definition("forward_kl", "label", 0.5, 0.5),
 ]
 
 
