@@ -20,8 +20,10 @@ def teacher_entropy(teacher: TeacherRows[Tensor]) -> Tensor:
     """Return the entropy at temperature 1 over the kept ids and one bucket for all others: at most
     that over the whole vocabulary."""
     log_probs_PK = teacher.topk_logits_PK - teacher.log_sum_exp_logits_P[:, None]
-    kept_P = torch.special.entr(log_probs_PK.exp()).sum(dim=-1)
-    return kept_P + torch.special.entr(teacher.tail_mass_PT[:, 0])
+    probs_PK = log_probs_PK.exp()
+    kept_P = torch.special.entr(probs_PK).sum(dim=-1)
+    tail_P = torch.special.entr(teacher.tail_mass_PT[:, 0])
+    return kept_P + tail_P
 
 
 @torch.no_grad()
@@ -35,9 +37,12 @@ def student_entropy(
 
     The logits exist for a block of positions at a time. Two all-reduces per block.
     """
-    blocks = row_blocks(len(hidden_NH), 1, block_rows)
     weight_Hv = weight_vH.t()
-    return torch.cat([entropy(hidden_NH[rows] @ weight_Hv, shard) for rows in blocks])
+    parts = []
+    for rows in row_blocks(len(hidden_NH), 1, block_rows):
+        logits_Nv = hidden_NH[rows] @ weight_Hv
+        parts.append(entropy(logits_Nv, shard))
+    return torch.cat(parts)
 
 
 def entropy(logits_Nv: Tensor, shard: VocabShard) -> Tensor:
@@ -45,14 +50,15 @@ def entropy(logits_Nv: Tensor, shard: VocabShard) -> Tensor:
     own_maximum_N, log_sum_exp_N, own_entropy_N = entropy_pass(logits_Nv, shard)
     maximum_N = shard.all_reduce(own_maximum_N.clone(), ReduceOp.MAX)
     log_sum_N = log_sum_exp_N + own_maximum_N - maximum_N
+    sum_N = log_sum_N.exp()
     # Of probabilities w_r p_i with sum w_r = 1: H = sum_r w_r (H_r - log w_r).
-    own_N2 = torch.stack(
-        [torch.ones_like(log_sum_N), own_entropy_N - log_sum_N], dim=-1
-    )
-    own_N2 = own_N2 * log_sum_N.exp()[:, None]
-    has_none_N1 = own_maximum_N[:, None] == float("-inf")
-    sums_N2 = shard.all_reduce(own_N2.masked_fill(has_none_N1, 0), ReduceOp.SUM)
-    return sums_N2[:, 0].log() + sums_N2[:, 1] / sums_N2[:, 0]
+    weighted_N = sum_N * (own_entropy_N - log_sum_N)
+    own_N2 = torch.stack([sum_N, weighted_N], dim=-1)
+    has_none_N = own_maximum_N == float("-inf")
+    own_N2.masked_fill_(has_none_N[:, None], 0)
+    total_N2 = shard.all_reduce(own_N2, ReduceOp.SUM)
+    sum_N, weighted_N = total_N2.unbind(dim=-1)
+    return sum_N.log() + weighted_N / sum_N
 
 
 def largest(scores_N: Tensor, examples_N: Tensor, counts_B: Tensor) -> Tensor:
@@ -62,11 +68,12 @@ def largest(scores_N: Tensor, examples_N: Tensor, counts_B: Tensor) -> Tensor:
     Args:
         examples_N: example of every score.
     """
-    order_N = scores_N.argsort(descending=True, stable=True)
-    order_N = order_N[examples_N[order_N].argsort(stable=True)]
+    by_score_N = scores_N.argsort(descending=True, stable=True)
+    by_example_N = examples_N[by_score_N].argsort(stable=True)
+    order_N = by_score_N[by_example_N]
     sorted_N = examples_N[order_N]
-    places_N = torch.arange(len(order_N), device=order_N.device)
-    places_N -= torch.searchsorted(sorted_N, sorted_N)  # each example's first place
+    first_N = torch.searchsorted(sorted_N, sorted_N)
+    place_N = torch.arange(len(order_N), device=order_N.device)
     is_largest_N = torch.empty_like(order_N, dtype=torch.bool)
-    is_largest_N[order_N] = places_N < counts_B[sorted_N]
+    is_largest_N[order_N] = place_N - first_N < counts_B[sorted_N]
     return is_largest_N

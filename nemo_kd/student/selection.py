@@ -29,10 +29,18 @@ class Selector:
 
     def num_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
         """Return (loss tokens, selected ones) of whole examples, before any forward pass."""
-        counts = [
-            number for batch in batches for number in batch.loss_lengths_B.tolist()
-        ]
-        return sum(counts), sum(map(self.selection.count, counts))
+        num_all = 0
+        num_selected = 0
+        for batch in batches:
+            num_all += int(batch.loss_lengths_B.sum())
+            num_selected += int(self._counts(batch).sum())
+        return num_all, num_selected
+
+    def _counts(self, batch: Batch) -> Tensor:
+        """Return the number of selected tokens of each example."""
+        lengths = batch.loss_lengths_B.tolist()
+        counts = [self.selection.count(length) for length in lengths]
+        return torch.tensor(counts, dtype=torch.int64)
 
     def select(
         self,
@@ -50,10 +58,7 @@ class Selector:
         if self.selection.needs_teacher and teacher is not None:
             sign = -1 if self.selection.needs_student else 1
             scores_N = scores_N + sign * teacher_entropy(teacher)
-        counts = [
-            self.selection.count(number) for number in batch.loss_lengths_B.tolist()
-        ]
-        counts_B = torch.tensor(counts, device=scores_N.device)
+        counts_B = self._counts(batch).to(scores_N.device)
         positions_N = batch.loss_positions_N
         if self.groups.context_size == 1:
             return largest(scores_N, batch.examples_of(positions_N), counts_B)
