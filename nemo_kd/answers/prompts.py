@@ -5,6 +5,7 @@ Shape legend: S positions of an example.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -16,6 +17,10 @@ from nemo_kd.batch import Example
 from nemo_kd.config import DataError
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import special_ids
+
+log = logging.getLogger(__name__)
+
+END_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -72,22 +77,31 @@ def stop_ids(
     examples: Iterable[Example],
     eos_ids: Iterable[int] = (),
 ) -> frozenset[int]:
-    """Return the tokens that end a response.
+    """Return the tokens that end a response; warn if no example has one.
 
     Args:
-        examples: a special token that ends the last trained turn of one of them is a stop token.
+        examples: an added token that ends the last trained turn of one of them is a stop token.
         eos_ids: the model's own (`PretrainedModel.eos_token_ids`), besides the tokenizer's.
     """
     found = set(eos_ids)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
-    special = special_ids(tokenizer)
+    added = {*special_ids(tokenizer), *tokenizer.added_tokens_decoder}
+    turn_ids: list[int] = []
+    has_end = False
     for example in examples:
         turn_ids = example.labels_S[slice(*_last_turn(example))].tolist()
-        places = [place for place, one in enumerate(turn_ids) if one in special]
+        places = [place for place, one in enumerate(turn_ids) if one in added]
         # Some templates train the line break after it as well.
         if places and not tokenizer.decode(turn_ids[places[-1] + 1 :]).strip():
             found.add(turn_ids[places[-1]])
+        has_end |= not found.isdisjoint(turn_ids)
+    if turn_ids and not has_end:
+        log.warning(
+            "warning: no trained turn of the dataset has a token that ends a response; the last one "
+            "ends with %r. Responses may run to max_new_tokens",
+            tokenizer.decode(turn_ids[-END_TOKENS:]),
+        )
     return frozenset(found)
 
 

@@ -257,9 +257,10 @@ class VllmServer:
         try:
             answer = self._client.request(method, url, **request)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
+            problem = str(error).rstrip(".") or type(error).__name__
             raise ServerError(
-                f"evaluate.url: {url}: {error or type(error).__name__}; check that the server runs "
-                "(`vllm serve FOLDER`), then run the same command again"
+                f"evaluate.url: {url}: {problem}; check that the server runs (`vllm serve FOLDER`), "
+                "then run the same command again"
             ) from error
         if answer.status_code != httpx.codes.OK:
             raise ServerError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,31 @@ def test_the_token_that_ends_a_turn_stops_a_response(tmp_path: Path) -> None:
     example = only_example(open_dataset(tmp_path, CHAT, tokenizer))
     found = stop_ids(tokenizer, [example])
     assert found == {*tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])}
+
+
+CONVERSATION = {
+    "system": "",
+    "mask": "User",
+    "conversations": [
+        {"from": "User", "value": "Count to two"},
+        {"from": "Assistant", "value": "1, 2"},
+    ],
+}
+
+
+def test_the_start_of_a_turn_stops_a_conversation(tmp_path: Path, caplog: Any) -> None:
+    """The format trains it after an answer; it need not be a special token."""
+    tokenizer = copy.deepcopy(train_tokenizer())
+    unknown = open_dataset(tmp_path, CONVERSATION, tokenizer)
+    assert stop_ids(tokenizer, [only_example(unknown)]) == {tokenizer.eos_token_id}
+    message = r"no trained turn .* ends a response; the last one ends with .*a_id_1>'"
+    assert re.search(message, caplog.text)
+    caplog.clear()
+    tokenizer.add_tokens(["<extra_id_1>"])
+    known = open_dataset(tmp_path, CONVERSATION, tokenizer)
+    found = stop_ids(tokenizer, [only_example(known)])
+    assert found == {tokenizer.eos_token_id, len(tokenizer) - 1}
+    assert not caplog.text
 
 
 def test_an_ordinary_token_stops_no_response(tmp_path: Path) -> None:
