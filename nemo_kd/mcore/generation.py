@@ -167,16 +167,16 @@ class _Row:
 def _batches(
     rows: Sequence[_Row], max_batch: int, max_new_tokens: int
 ) -> Iterator[list[_Row]]:
-    """Yield batches of prompts of similar lengths.
+    """Yield batches of prompts of similar lengths, the longest first: memory lacks at once or never.
 
     A batch takes a step for every token that its longest prompt has more than its shortest. A
     second batch would take up to `max_new_tokens`, so it pays beyond that.
     """
     batch: list[_Row] = []
-    for row in sorted(rows, key=lambda row: len(row.prompt)):
+    for row in sorted(rows, key=lambda row: len(row.prompt), reverse=True):
         if batch and (
             len(batch) == max_batch
-            or len(row.prompt) - len(batch[0].prompt) > max_new_tokens
+            or len(batch[0].prompt) - len(row.prompt) > max_new_tokens
         ):
             yield batch
             batch = []

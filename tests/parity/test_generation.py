@@ -65,12 +65,12 @@ def prompts_of(lengths: tuple[int, ...]) -> list[list[int]]:
 PROMPTS = prompts_of(LENGTHS)
 
 
-def load(path: str, layout: Layout):
+def load(path: str, layout: Layout, transformer_engine: bool = False):
     config = StudentModelConfig(**layout, make_vocab_size_divisible_by=8)  # type: ignore[arg-type]
     groups = initialize_model_parallel(config, 1)
     with open_pretrained(path) as source:
         megatron = transformer_config(source.architecture, config, torch.float32)
-        model = build_gpt_model(source.architecture, megatron, 8, False)
+        model = build_gpt_model(source.architecture, megatron, 8, transformer_engine)
         source.load_weights(model, groups)
     return model, groups
 
@@ -297,6 +297,20 @@ def test_a_response_ends_at_the_last_position_of_the_model(ranks, models):
     assert len(long.token_ids) == 3
     assert len(short.token_ids) == 12
     assert not long.stopped
+
+
+def without_fp8(path: str) -> list[Response]:
+    model, groups = load(path, {})
+    model.config.fp8 = "hybrid"
+    greedy = Sampling(NEW_TOKENS, frozenset())
+    found = respond(model, groups, PROMPTS, greedy, vocab_size=VOCAB_SIZE, max_batch=4)
+    assert model.config.fp8 == "hybrid"
+    return found
+
+
+def test_fp8_is_off_while_generating(ranks, models, reference):
+    """Its products need more rows than a step has; Megatron refuses it on a CPU."""
+    check(ranks(1).run(without_fp8, models["qwen3"])[0], reference["qwen3"])
 
 
 def test_context_parallelism_is_refused_before_work_starts():
