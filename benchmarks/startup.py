@@ -28,8 +28,14 @@ def cpu_seconds(pid: int) -> float:
     return sum(map(int, fields[11:15])) / TICKS
 
 
-def measure(module: str, arguments: list[str], line: str) -> tuple[float, float]:
-    """Return CPU and wall seconds until a line of output matches; without a match, until the end."""
+def measure(
+    module: str, arguments: list[str], line: str | None
+) -> tuple[float, float]:
+    """Return CPU and wall seconds until a line of output matches, or, with None, until the last line.
+
+    Raises:
+        RuntimeError: no line matches.
+    """
     command = [sys.executable, "-m", f"nemo_kd.cli.{module}", *arguments]
     started_s = time.perf_counter()
     with subprocess.Popen(
@@ -37,11 +43,16 @@ def measure(module: str, arguments: list[str], line: str) -> tuple[float, float]
     ) as process:
         found = (0.0, 0.0)
         matched = False
+        text = ""
         for text in process.stdout or []:
             if not matched:
                 wall_s = time.perf_counter() - started_s
                 found = (cpu_seconds(process.pid), wall_s)
-                matched = re.search(line, text) is not None
+                matched = line is not None and re.search(line, text) is not None
+    if not matched and line is not None:
+        raise RuntimeError(
+            f"{' '.join(command)}: no line matches {line!r}; last: {text}"
+        )
     return found
 
 
@@ -69,7 +80,7 @@ def main() -> None:
             ),
         ):
             for until, given, line in (
-                ("the end of `--help`", ["--help"], "$^"),
+                ("the end of `--help`", ["--help"], None),
                 ("an error of the input", [*arguments, "top_kk=1"], "error:"),
                 ("the first line", arguments, "."),
                 ("the model is built", arguments, "^layout: "),

@@ -257,6 +257,20 @@ def install_cpu_support() -> None:
     rotary.get_pos_emb_on_this_cp_rank = cuda_methods_on_cpu()(
         rotary.get_pos_emb_on_this_cp_rank
     )
+    _use_torch_adam()
+
+
+def _use_torch_adam() -> None:
+    """Step with torch's Adam: Transformer Engine's and Apex's, where installed, need a GPU."""
+    optimizer: Any = importlib.import_module("megatron.core.optimizer")
+    utils: Any = importlib.import_module("megatron.core.utils")
+    optimizer.USING_PYTORCH_OPTIMIZER = True
+    optimizer.Adam = torch.optim.AdamW
+    optimizer.distrib_optimizer.Adam = torch.optim.Adam
+    for module in (optimizer.optimizer, optimizer.clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    optimizer.clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import baseline_losses, losses, real_results, results
+from benchmarks import baseline_losses, losses, real_results, results, startup
 from nemo_kd.batch import Batch
 from nemo_kd.config.loss import Divergence
 from nemo_kd.ops.vocab import VocabShard
@@ -228,3 +228,16 @@ def _rows(command: list[str]) -> list[list[str]]:
         [cell.strip() for cell in line.strip().strip("|").split(" | ")]
         for line in lines
     ]
+
+
+def test_the_startup_benchmark_measures_until_a_line():
+    times = os.times()
+    assert startup.cpu_seconds(os.getpid()) == pytest.approx(sum(times[:4]), abs=0.05)
+    cpu_s, wall_s = startup.measure("logit_cache", ["--help"], None)
+    assert cpu_s > 0
+    assert wall_s > 0
+    assert startup.measure("logit_cache", ["--help"], "usage: ")[0] > 0
+    with pytest.raises(
+        RuntimeError, match=r"--help: no line matches 'absent'; last: "
+    ):
+        startup.measure("logit_cache", ["--help"], "absent")

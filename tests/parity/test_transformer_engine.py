@@ -33,6 +33,7 @@ from nemo_kd.mcore.model import (
 )
 from nemo_kd.mcore.optimizer import wrap_for_training
 from nemo_kd.mcore.weights import hf_shapes, pieces
+from tests.distributed.test_optimizers import REFERENCES, differences
 from tests.ranks import Ranks
 from tests.tiny_models import build_hf_model, save_hf_model
 
@@ -134,6 +135,14 @@ def test_fp8_selects_the_recipe(fp8, recipe):
     found = get_fp8_recipe(config)
     assert type(found).__name__ == recipe
     assert found.fp8_format.name == "HYBRID"
+
+
+@needs_transformer_engine
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("name", list(REFERENCES))
+def test_a_cpu_steps_with_torchs_adam(ranks, tmp_path, name):
+    save_hf_model("qwen2_tied", tmp_path, 300, num_hidden_layers=1)
+    assert max(ranks(1).run(differences, tmp_path, name)[0]) < 1e-6
 
 
 def recorded(folder: Path) -> dict[str, dict[str, list[int]]]:
