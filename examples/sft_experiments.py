@@ -135,8 +135,9 @@ def describe_run(results: Path, size: str, curves: dict[str, Curve]) -> dict[str
     best_step = max(accuracy, key=lambda step: (accuracy[step], -step))
     final = last(accuracy)
     error = math.sqrt(final * (1 - final) / last(curves["eval/num_examples"]))
+    is_done = (results / f"sft_{size}" / "final").exists()
     values = (
-        size,
+        size if is_done else f"{size} (unfinished)",
         f"{num_records(results, size):,}",
         f"{max(accuracy):,}",
         f"{final:.1%} ± {error:.1%}",

@@ -182,6 +182,9 @@ def test_an_interrupted_experiment_continues(work):
     results = work / "sft_experiments"
     assert (results / "sft_128" / "final").exists()
     assert not (results / "sft_256" / "final").exists()
+    table = run_part("report", results).stdout
+    assert "|              128 |     128 |    50 |" in table
+    assert "| 256 (unfinished) |     256 |     0 |" in table
     out, _ = experiments(work, "128", "256", "full")
     assert f"sft_128: done before ({results}/sft_128/final); remove" in out
     names = [keys["name"] for keys in log(work)]
