@@ -86,7 +86,7 @@ class StudentLoss:
         self.selector: Selector | None = None
         self.set_step(math.inf)
         for text in config.warnings():
-            log.warning(text)
+            log.warning("warning: %s", text)
 
     def set_step(self, step: float, num_tokens: tuple[float, float] = (0, 0)) -> None:
         """Take the weights and the temperature of a training step from 0.
