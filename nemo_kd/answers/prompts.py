@@ -6,6 +6,7 @@ Shape legend: S positions of an example.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,6 +39,42 @@ class Question:
     prompt_ids: list[int]
     answer: str | None = None
     reference: str = ""
+
+
+def first_examples(
+    dataset: TokenizedDataset, wanted: int | None, key: str
+) -> tuple[list[Example], Counter[str]]:
+    """Return the first examples of a dataset, `wanted` or all, and how many records were skipped
+    by reason, with a warning.
+
+    Args:
+        key: names the file, for messages.
+
+    Raises:
+        DataError: there is none.
+    """
+    examples: list[Example] = []
+    skipped: Counter[str] = Counter()
+    for index in range(len(dataset)):
+        if len(examples) == wanted:
+            break
+        found = dataset[index]
+        if isinstance(found, str):
+            skipped[found] += 1
+        else:
+            examples.append(found)
+    path = dataset.records.path
+    for reason, count in skipped.items():
+        log.warning(
+            "warning: %s: %s: %d records skipped: %s", key, path, count, reason
+        )
+    if not examples:
+        raise DataError(
+            f"{key}: {path}: none of the records can be evaluated; raise model.max_seq_length (now "
+            f"{dataset.max_seq_length}), or correct {dataset.config.data.KEY}.format and the roles: "
+            "only turns of the assistant with content count"
+        )
+    return examples, skipped
 
 
 def question_of(

@@ -11,11 +11,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.answers.checkers import Checker, checker_of
-from nemo_kd.answers.prompts import Question, question_of, stop_ids
+from nemo_kd.answers.prompts import Question, first_examples, question_of, stop_ids
 from nemo_kd.batch import Example
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.reader import CacheBlend, CacheReader
-from nemo_kd.config import DataError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.loss import LossConfig
@@ -49,7 +48,7 @@ class Inputs:
     rows: CacheBlend | TokenizedRows = field(init=False)
     questions: list[Question] = field(init=False)
     sampling: Sampling = field(init=False)
-    skipped: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(init=False)
 
     def __post_init__(self) -> None:
         settings = self.config.evaluate
@@ -62,7 +61,9 @@ class Inputs:
         self.dataset = TokenizedDataset(
             self.config.data, self.tokenizer, self.seq_length, self.vocab_size
         )
-        examples = self._examples()
+        examples, self.skipped = first_examples(
+            self.dataset, settings.num_examples, "data.data.file_path"
+        )
         self.questions = []
         if settings.generates:
             self.questions = [
@@ -102,29 +103,6 @@ class Inputs:
             "fingerprint": self.dataset.records.fingerprint,
             "skipped": dict(self.skipped),
         }
-
-    def _examples(self) -> list[Example]:
-        """Return the first records that make an example; warn of others."""
-        wanted = self.config.evaluate.num_examples or len(self.dataset)
-        examples: list[Example] = []
-        for index in range(len(self.dataset)):
-            if len(examples) == wanted:
-                break
-            found = self.dataset[index]
-            if isinstance(found, str):
-                self.skipped[found] += 1
-            else:
-                examples.append(found)
-        path = self.config.data.data.file_path
-        for reason, count in self.skipped.items():
-            log.warning("warning: %s: %d records skipped: %s", path, count, reason)
-        if not examples:
-            raise DataError(
-                f"data.data.file_path: {path}: none of the records can be evaluated; raise "
-                f"model.max_seq_length (now {self.seq_length}), or correct data.data.format and the "
-                "roles: only turns of the assistant with content count"
-            )
-        return examples
 
     def _open_cache(self, path: str, examples: list[Example]) -> CacheBlend:
         """Open the cache of these examples.

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import textwrap
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
@@ -16,7 +14,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.answers.checkers import checker_of
-from nemo_kd.answers.prompts import Question, question_of, stop_ids
+from nemo_kd.answers.prompts import Question, first_examples, question_of, stop_ids
 from nemo_kd.answers.responses import respond
 from nemo_kd.answers.samples import (
     Sample,
@@ -24,7 +22,6 @@ from nemo_kd.answers.samples import (
     summarize,
     write_samples,
 )
-from nemo_kd.batch import Example
 from nemo_kd.config.answers import ANSWER_METRICS
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.student import TrainStudentConfig
@@ -39,8 +36,6 @@ from nemo_kd.student.reports import RunLog
 
 if TYPE_CHECKING:
     from nemo_kd.student.module import StudentModule
-
-log = logging.getLogger(__name__)
 
 
 class Evaluation:
@@ -80,7 +75,7 @@ class Evaluation:
             min(longest, num_positions - 1),  # a response needs a position
             self.vocab_size,
         )
-        examples = self._examples()
+        examples, _ = first_examples(self.dataset, settings.num_examples, "eval.data")
         questions = [
             question_of(self.dataset, example, settings.answer_field)
             for example in examples
@@ -126,29 +121,6 @@ class Evaluation:
         show(samples[: self.settings.log_generations], step, student.run_log)
         # No mean over nothing ranks a checkpoint.
         return dict.fromkeys(ANSWER_METRICS, math.nan) | metrics
-
-    def _examples(self) -> list[Example]:
-        """Return the first usable records of the file, with a warning about others."""
-        wanted = self.settings.num_examples or len(self.dataset)
-        examples: list[Example] = []
-        skipped: Counter[str] = Counter()
-        for place in range(len(self.dataset)):
-            if len(examples) == wanted:
-                break
-            found = self.dataset[place]
-            if isinstance(found, str):
-                skipped[found] += 1
-            else:
-                examples.append(found)
-        path = self.settings.data
-        for reason, count in skipped.items():
-            log.warning("eval.data: %s: %d records skipped: %s", path, count, reason)
-        if not examples:
-            raise self.settings.error(
-                "data",
-                f"{path}: no record has a trained turn, before which a prompt ends",
-            )
-        return examples
 
     def _answer(
         self, student: StudentModule, questions: Sequence[Question]
