@@ -20,6 +20,7 @@ from tests.unit.test_answer_backends import serving
 
 SETTINGS = {
     "evaluate__answer_field": "answer",
+    "evaluate__checker": "exact",
     "evaluate__max_new_tokens": 8,
     "evaluate__batch_size": 3,
     "evaluate__num_examples": 5,
