@@ -19,6 +19,7 @@ Shape legend: B examples, S positions, N loss positions, H hidden size, V vocabu
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -32,6 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.linalg import vector_norm
 from torch.nn.functional import kl_div, linear, nll_loss
 
 from nemo_kd.batch import Batch, CachedExample, Example
@@ -41,7 +43,7 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.cache.segment import publish_segment
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.data import CacheConfig, DataConfig, DatasetConfig
-from nemo_kd.config.loss import SUPPORTS, LossConfig
+from nemo_kd.config.loss import LossConfig
 from nemo_kd.data.batches import collate
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.ops.distillation import DistillationLoss
@@ -52,7 +54,7 @@ from nemo_kd.ops.vocab import VocabShard
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from examples import docstring_dataset, smollm2  # noqa: E402
+from examples import reasoning_dataset, smollm2  # noqa: E402
 
 DEFAULT_TOP_K = 128
 CACHES: dict[str, tuple[int, CacheConfig]] = {
@@ -84,6 +86,11 @@ class Row:
         if self.cache == "dense":
             return f"{direction}{ce}, dense"
         return f"{direction}{ce}, {self.support}, {self.cache}"
+
+    @property
+    def kd_term(self) -> Row:
+        """The row without a cross-entropy beside the divergence."""
+        return replace(self, sft=0.0 if self.cache else 1.0)
 
     @property
     def loss(self) -> LossConfig:
@@ -135,7 +142,7 @@ MORE = [
     Row(support="renormalize", cache="K=50"),
     Row(support="renormalize", sft=0.1),
 ]
-"""Further rows of warm students."""
+"""Rows of warm students: first `MAIN`, then `MORE`."""
 
 
 @dataclass(frozen=True)
@@ -144,9 +151,9 @@ class Settings:
 
     teacher: str = ""
     data: str = ""
-    max_seq_length: int = 88
+    max_seq_length: int = 104
     num_layers: int = 4
-    num_train: int = 120
+    num_train: int = 96
     num_validation: int = 24
     warm_steps: int = 40
     steps: int = 20
@@ -182,8 +189,25 @@ class Experiment:
         self.teacher_folder = Path(self.settings.teacher or self.folder / "teacher")
         if not self.settings.teacher:
             smollm2.write_teacher(self.teacher_folder)
-        examples = self._examples()
         chosen = self.settings
+        num_train = chosen.num_train + chosen.warm_steps * chosen.batch_size
+        if chosen.data:
+            both = self._examples(Path(chosen.data), chosen.num_validation + num_train)
+            validation = both[: chosen.num_validation]
+            train = both[chosen.num_validation :]
+        else:
+            data = self.folder / "data"
+            if not data.exists():
+                counts = {"train": 4 * num_train, "validation": 400, "test": 0}
+                reasoning_dataset.write_dataset(data, counts, wrong_share=0)
+            validation = self._examples(
+                data / "validation.jsonl", chosen.num_validation
+            )
+            train = self._examples(data / "train.jsonl", num_train)
+        examples = [
+            replace(example, index=index)
+            for index, example in enumerate([*validation, *train])
+        ]
         split = chosen.num_validation, chosen.num_validation + chosen.num_train
         self.validation = examples[: split[0]]
         self.train = examples[split[0] : split[1]]
@@ -191,38 +215,30 @@ class Experiment:
         weight_VH, hidden = self._teacher_states()
         self.weight_VH, self.hidden = weight_VH, hidden
         self.shard = VocabShard.of(len(weight_VH), len(weight_VH))
-        self.rows = {name: self._cache(name) for name in CACHES}
+        self.rows: dict[str, dict[int, CachedExample]] = {}
         num_layers = load_model(self.teacher_folder).config.num_hidden_layers
         self.layers = smollm2.spread_layers(num_layers, chosen.num_layers)
 
-    def _examples(self) -> list[Example]:
-        """Tokenize the first examples that are short enough: validation, training, warm-up."""
+    def _examples(self, file: Path, wanted: int) -> list[Example]:
+        """Tokenize the first examples of a file that are short enough."""
         from transformers import AutoTokenizer
 
-        chosen = self.settings
-        file = Path(chosen.data or self.folder / "data" / "train.jsonl")
-        if not file.exists():
-            docstring_dataset.write_dataset(file.parent)
         tokenizer = AutoTokenizer.from_pretrained(self.teacher_folder)
         dataset = TokenizedDataset(
             DataConfig(data=DatasetConfig(file_path=str(file))),
             tokenizer,
-            chosen.max_seq_length,
+            self.settings.max_seq_length,
             len(tokenizer),
         )
-        wanted = chosen.num_validation + chosen.num_train
-        wanted += chosen.warm_steps * chosen.batch_size
-        found: list[Example] = []
-        for index in range(len(dataset)):
-            example = dataset[index]
-            if isinstance(example, Example):
-                found.append(replace(example, index=len(found)))
-            if len(found) == wanted:
-                return found
-        sys.exit(
-            f"real_results: {file} has {len(found)} examples of at most {chosen.max_seq_length} "
-            f"tokens, and the settings need {wanted}"
-        )
+        all_records = (dataset[index] for index in range(len(dataset)))
+        usable = (record for record in all_records if isinstance(record, Example))
+        found = list(itertools.islice(usable, wanted))
+        if len(found) < wanted:
+            sys.exit(
+                f"real_results: {file} has {len(found)} examples of at most "
+                f"{self.settings.max_seq_length} tokens, and the settings need {wanted}"
+            )
+        return found
 
     def _teacher_states(self) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
         """Return the output layer and every example's hidden states at its loss positions."""
@@ -333,11 +349,8 @@ class Experiment:
             smollm2.write_student(self.teacher_folder, cut, self.layers)
             model = load_model(cut)
             chosen = self.settings
-            order = [
-                self.warm_up[at : at + chosen.batch_size]
-                for at in range(0, len(self.warm_up), chosen.batch_size)
-            ]
-            self.train_model(model, order, Row(cache=None, sft=1.0), chosen.warm_lr)
+            order = split_evenly(self.warm_up, chosen.batch_size)
+            self.train_model(model, order, SFT, chosen.warm_lr)
             model.save_pretrained(warm)
         return load_model(warm)
 
@@ -347,8 +360,10 @@ class Experiment:
         """Return the summed loss of a batch, and its number of loss tokens."""
         config = row.loss
         rows: list[Any] = list(examples)
-        if row.cache in self.rows:
-            cached = self.rows[str(row.cache)]
+        if row.cache is not None and row.cache != "dense":
+            if row.cache not in self.rows:
+                self.rows[row.cache] = self._cache(row.cache)
+            cached = self.rows[row.cache]
             rows = [cached[example.index] for example in examples]
         batch = collate(rows, pad_id=0)
         labels_N = batch.labels_BS.flatten()[batch.loss_positions_N]
@@ -403,19 +418,16 @@ class Experiment:
         self.remember(key, lambda: self.evaluate(self.start(student, seed)))
 
     def run(self, student: str, row: Row, seed: int) -> dict[str, float]:
+        """Train a student on batches drawn by the seed, and compare it with the teacher."""
         chosen = self.settings
         model = self.start(student, seed)
         drawn = np.random.default_rng(seed)
-        order = []
+        order: list[list[Example]] = []
         while len(order) < chosen.steps:
             places = drawn.permutation(len(self.train))
-            for at in range(0, len(places) - chosen.batch_size + 1, chosen.batch_size):
-                order.append(
-                    [
-                        self.train[place]
-                        for place in places[at : at + chosen.batch_size]
-                    ]
-                )
+            examples = [self.train[place] for place in places]
+            batches = split_evenly(examples, chosen.batch_size)
+            order += [batch for batch in batches if len(batch) == chosen.batch_size]
         lr = chosen.warm_lr if student == "warm" else chosen.cold_lr
         self.train_model(model, order[: chosen.steps], row, lr)
         return self.evaluate(model)
@@ -424,10 +436,8 @@ class Experiment:
     def evaluate(self, model: Any) -> dict[str, float]:
         """Compare with the teacher on the validation examples, over the whole vocabulary."""
         sums = torch.zeros(6, dtype=torch.float64)
-        size = self.settings.batch_size
-        for at in range(0, len(self.validation), size):
-            examples = self.validation[at : at + size]
-            batch = collate(list(examples), pad_id=0)
+        for examples in split_evenly(self.validation, self.settings.batch_size):
+            batch = collate(examples, pad_id=0)
             labels_N = batch.labels_BS.flatten()[batch.loss_positions_N]
             logits_NV = linear(hidden_at_loss(model, batch), model.lm_head.weight)
             log_q_NV = logits_NV.log_softmax(dim=-1)
@@ -441,26 +451,21 @@ class Experiment:
                 nll_loss(log_p_NV, labels_N, reduction="sum"),
             )
             sums += torch.stack([figure.double() for figure in figures])
-        names = ("ce", "kl", "reverse_kl", "agreement", "teacher_ce")
+        names = (*MEASURED, "teacher_ce")
         means = (sums[1:] / sums[0]).tolist()
         return {
             name: round(value, 4) for name, value in zip(names, means, strict=True)
         }
 
-    def angles(self, student: str) -> None:
+    def angles(self, student: str, rows: Sequence[Row]) -> None:
         """Compare the gradients of the KD terms, without a cross-entropy, with the dense ones."""
-        missing = [
-            row
-            for row in dict.fromkeys(
-                replace(row, sft=0.0 if row.cache else 1.0) for row in all_rows()
-            )
-            if not any(
-                line["kind"] == "angle"
-                and line["student"] == student
-                and line["row"] == row.name
-                for line in self.done()
-            )
-        ]
+        done = {
+            line["row"]
+            for line in self.done()
+            if line["kind"] == "angle" and line["student"] == student
+        }
+        terms = dict.fromkeys(row.kd_term for row in rows)
+        missing = [row for row in terms if row.name not in done]
         if not missing:
             return
         model = self.start(student, 1)
@@ -476,9 +481,14 @@ class Experiment:
             angles, norms = [], []
             for half, reference in zip(halves, dense[row.kd_loss], strict=True):
                 found = self.gradient(model, half, row)
-                cosine = torch.dot(found, reference) / found.norm() / reference.norm()
-                angles.append(math.degrees(math.acos(min(1.0, float(cosine)))))
-                norms.append(float(found.norm() / reference.norm()))
+                sizes = [
+                    vector_norm(each, dtype=torch.float64)
+                    for each in (found, reference)
+                ]
+                # Not from the scalar product: rounding hides small angles there.
+                chord = (found / sizes[0] - reference / sizes[1]).norm()
+                angles.append(math.degrees(2 * math.asin(float(chord) / 2)))
+                norms.append(float(sizes[0] / sizes[1]))
             facts = {
                 "angle": round(statistics.mean(angles), 2),
                 "norm": round(statistics.mean(norms), 3),
@@ -499,6 +509,11 @@ class Experiment:
         )
 
 
+def split_evenly(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Split into batches; the last may be smaller."""
+    return [list(examples[at : at + size]) for at in range(0, len(examples), size)]
+
+
 def hidden_at_loss(model: Any, batch: Batch) -> torch.Tensor:
     """Return hidden states at the loss positions; right padding needs no mask."""
     hidden_BSH = model.model(
@@ -515,29 +530,22 @@ def load_model(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
-def all_rows() -> list[Row]:
-    """Return the rows whose support this version has."""
-    return [row for row in (*MAIN, *MORE) if row.support in SUPPORTS]
-
-
 def run_all(experiment: Experiment, seeds: Sequence[int]) -> None:
     """Run the rows in an order that puts the most informative ones first."""
 
     def run(student: str, rows: Sequence[Row], seed: int) -> None:
         experiment.before(student, seed)
         for row in rows:
-            if row.support in SUPPORTS:
-                key = {"student": student, "row": row.name, "seed": seed}
-                experiment.remember(
-                    {"kind": "run", **key}, partial(experiment.run, student, row, seed)
-                )
+            key = {"kind": "run", "student": student, "row": row.name, "seed": seed}
+            experiment.remember(key, partial(experiment.run, student, row, seed))
 
     for seed in seeds:
         run("warm", MAIN, seed)
-        experiment.angles("warm")
+    experiment.angles("warm", MAIN)
     for seed in seeds:
         run("cold", COLD, seed)
-        experiment.angles("cold")
+    experiment.angles("cold", COLD)
+    experiment.angles("warm", MORE)
     for seed in seeds:
         run("warm", MORE, seed)
 
@@ -548,54 +556,48 @@ def spread(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
+MEASURED = ("ce", "kl", "reverse_kl", "agreement")
+
+
 def print_tables(lines: list[dict[str, Any]]) -> None:
-    print("| cache | bytes a token | kept ids | kept mass |\n|---|---|---|---|")
+    print("| cache | bytes per token | kept ids | kept mass |\n|---|---|---|---|")
     for line in lines:
         if line["kind"] == "cache":
-            print(
-                f"| {line['cache']} | {line['bytes_per_token']} | {line['kept_ids']} | {line['kept_mass']} |"
-            )
+            facts = (line["bytes_per_token"], line["kept_ids"], line["kept_mass"])
+            print(f"| {line['cache']} | {' | '.join(map(str, facts))} |")
     for student in ("warm", "cold"):
+        ours = [line for line in lines if line.get("student") == student]
         print(f"\n{student} students\n")
         print(
-            "| loss | seeds | CE | KL | reverse KL | top-1 agreement | angle | norm |\n|---|---|---|---|---|---|---|---|"
+            "| loss | seeds | CE | KL | reverse KL | top-1 agreement | angle | norm |"
         )
-        ours = [line for line in lines if line.get("student") == student]
-        for line in ours:
-            if line["kind"] == "start":
-                cells = (f"{line[name]:.3f}" for name in ("ce", "kl", "reverse_kl"))
-                print(
-                    f"| before, seed {line['seed']} | 1 | {' | '.join(cells)} | {line['agreement']:.3f} | | |"
-                )
-        for row in all_rows():
+        print("|---|---|---|---|---|---|---|---|")
+        starts = [line for line in ours if line["kind"] == "start"]
+        if starts:
+            print_row("before", starts, None)
+        for row in (*MAIN, *MORE):
             runs = [
                 line
                 for line in ours
                 if line["kind"] == "run" and line["row"] == row.name
             ]
-            angle = next(
-                (
-                    line
-                    for line in ours
-                    if line["kind"] == "angle"
-                    and line["row"] == replace(row, sft=0.0 if row.cache else 1.0).name
-                ),
-                None,
-            )
-            if not runs and angle is None:
-                continue
-            cells = [
-                spread([run[name] for run in runs], 3) if runs else ""
-                for name in ("ce", "kl", "reverse_kl", "agreement")
+            angles = [
+                line
+                for line in ours
+                if line["kind"] == "angle" and line["row"] == row.kd_term.name
             ]
-            far = (
-                ("", "")
-                if angle is None
-                else (f"{angle['angle']:.1f}", f"{angle['norm']:.2f}")
-            )
-            print(
-                f"| {row.name} | {len(runs)} | {' | '.join(cells)} | {' | '.join(far)} |"
-            )
+            if runs or angles:
+                print_row(row.name, runs, angles[0] if angles else None)
+
+
+def print_row(
+    name: str, runs: list[dict[str, Any]], angle: dict[str, Any] | None
+) -> None:
+    cells = [name, str(len(runs))]
+    for measured in MEASURED:
+        cells.append(spread([run[measured] for run in runs], 3) if runs else "")
+    cells += [f"{angle['angle']:.1f}", f"{angle['norm']:.2f}"] if angle else ["", ""]
+    print(f"| {' | '.join(cells)} |")
 
 
 def main() -> None:

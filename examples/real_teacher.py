@@ -7,7 +7,7 @@
 2. Write a dataset: the bundled arithmetic with reasoning, or the first records of `--data`.
 3. Cache the teacher's logits with the defaults, and once more with few ids and tail samples.
 4. Train equal students, 8 of the teacher's 30 layers, with different losses; `--full` takes more.
-5. Compare them with the teacher: a table, results.json and curves.png.
+5. Compare them with the teacher, and check generated answers: a table, results.json, curves.png.
 
 Each step prints its command line. A rerun skips finished steps. `RealTeacher.run` is the place to
 start reading.
@@ -22,7 +22,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,8 @@ CACHES = {
     "validation": ("cache.tail_samples=4",),
 }
 """Keys of stage 1. `samples` keeps few ids, and 4 drawn ones that stand for all others."""
+MAX_NEW_TOKENS = 96
+"""Most tokens of a response whose answer is checked."""
 LOSS = "model.knowledge_distillation."
 
 
@@ -102,6 +104,7 @@ class Settings:
     batch_size: int = 8
     lr: float = 3e-4
     seed: int = 1234
+    devices: int = 2
 
 
 class RealTeacher(Steps):
@@ -131,7 +134,8 @@ class RealTeacher(Steps):
             self.cache_logits(cache, "train")
         for name, student in self.students.items():
             self.train(name, student)
-        results = self.compare()
+        answers = self.answers()
+        results = self.compare(answers)
         self.plot(results)
         (self.folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         print(
@@ -180,7 +184,7 @@ class RealTeacher(Steps):
         return quoted(self.folder / "cache" / f"{split}_{cache}_CHUNK_ID.jsonl.zst")
 
     def cache_logits(self, cache: str, split: str) -> None:
-        """Run stage 1 on two data-parallel ranks."""
+        """Run stage 1 on data-parallel ranks."""
         self.command(
             f"cache_{split}_{cache}",
             "compute_topk_logits",
@@ -191,11 +195,11 @@ class RealTeacher(Steps):
             f"model.max_seq_length={self.settings.max_seq_length}",
             "cache.segment_examples=16",
             *CACHES[cache],
-            "trainer.devices=2",
+            f"trainer.devices={self.settings.devices}",
         )
 
     def train(self, name: str, student: Student) -> None:
-        """Run stage 2 on two data-parallel ranks."""
+        """Run stage 2 on data-parallel ranks."""
         chosen = self.settings
         self.command(
             name,
@@ -210,16 +214,43 @@ class RealTeacher(Steps):
             f"lr={chosen.lr}",
             f"max_seq_length={chosen.max_seq_length}",
             f"model.global_batch_size={chosen.batch_size}",
-            f"model.micro_batch_size={chosen.batch_size // 2}",
+            f"model.micro_batch_size={chosen.batch_size // chosen.devices}",
             f"model.seed={chosen.seed}",
             "model.optim.sched.warmup_steps=6",
             f"model.optim.sched.min_lr={chosen.lr / 10}",
             "trainer.knowledge_distillation.val_check_interval=0.5",
             "exp_manager.checkpoint_callback_params.save_top_k=1",
-            "trainer.devices=2",
+            f"trainer.devices={self.settings.devices}",
         )
 
-    def compare(self) -> dict[str, Any]:
+    def answers(self) -> dict[str, float]:
+        """Return the share of right answers of every model, if the records have `answer`."""
+        with self.dataset("validation").open(encoding="utf-8") as file:
+            if any("answer" not in json.loads(line) for line in file):
+                return {}
+        models = {"teacher": self.teacher}
+        models |= {name: self.archive(name) for name in self.students}
+        found = {}
+        for name, model in models.items():
+            output = self.folder / "evaluation" / name
+            self.command(
+                f"evaluate_{name}",
+                "evaluate_gpt",
+                f"model={quoted(model)}",
+                f"data={quoted(self.dataset('validation'))}",
+                f"model.max_seq_length={self.settings.max_seq_length}",
+                "evaluate.answer_field=answer",
+                "evaluate.checker=math",
+                f"evaluate.max_new_tokens={MAX_NEW_TOKENS}",
+                f"evaluate.output_dir={quoted(output)}",
+                "evaluate.overwrite=true",
+                f"trainer.devices={self.settings.devices}",
+            )
+            result = json.loads((output / "evaluation.json").read_text())
+            found[name] = result["accuracy"]
+        return found
+
+    def compare(self, answers: dict[str, float]) -> dict[str, Any]:
         """Compare the students with the teacher on the validation split."""
         from compare_models import compare_with_teacher, read_examples
 
@@ -245,20 +276,18 @@ class RealTeacher(Steps):
                 "cache": student.cache,
                 "bytes_per_token": self.bytes_per_token(student.cache),
                 "seconds": self.times_s[name],
+                "accuracy": answers.get(name),
                 **json.loads(file.read_text()),
             }
+        teacher_row = {
+            "title": "teacher",
+            "student_ce": rows[name]["teacher_ce"],
+            "accuracy": answers.get("teacher"),
+        }
+        print_table([*rows.values(), teacher_row])
         print(
-            f"{'':<36}{'bytes/token':>12}{'CE':>9}{'KL':>9}{'agreement':>11}{'training':>11}"
-        )
-        for row in rows.values():
-            print(
-                f"{row['title']:<36}{row['bytes_per_token']:>12.1f}{row['student_ce']:>9.4f}"
-                f"{row['forward_kl']:>9.4f}{row['top1_agreement']:>11.2%}{row['seconds']:>9.0f} s"
-            )
-        print(f"{'teacher':<36}{'':>12}{row['teacher_ce']:>9.4f}")
-        print(
-            f"(nats per token over {row['num_tokens']:,} tokens of {len(examples)} examples that "
-            "no student was trained on)"
+            f"(CE and KL in nats per token over {rows[name]['num_tokens']:,} tokens of "
+            f"{len(examples)} examples that no student was trained on)"
         )
         return {"students": rows, "settings": asdict(self.settings)}
 
@@ -286,7 +315,7 @@ class RealTeacher(Steps):
         figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5))
         metrics = {
             "validation/sft_loss": "cross-entropy (nats per token)",
-            "validation/teacher_kl": "KL to the teacher, kept ids and one bucket (nats)",
+            "validation/teacher_kl": "KL to the teacher (nats per token)",
         }
         for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
             for name, student in self.students.items():
@@ -305,6 +334,27 @@ class RealTeacher(Steps):
         figure.tight_layout()
         figure.savefig(self.folder / "curves.png", dpi=150)
         print(f"curves: {self.folder / 'curves.png'}")
+
+
+COLUMNS = {
+    "bytes_per_token": ("bytes/token", ".1f"),
+    "student_ce": ("CE", ".4f"),
+    "forward_kl": ("KL", ".4f"),
+    "top1_agreement": ("agreement", ".1%"),
+    "accuracy": ("right answers", ".1%"),
+    "seconds": ("training s", ".0f"),
+}
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each row; cells without a value stay empty."""
+    print(f"{'':<36}" + "".join(f"{title:>14}" for title, _ in COLUMNS.values()))
+    for row in rows:
+        values = [(row.get(key), style) for key, (_, style) in COLUMNS.items()]
+        cells = [
+            "" if value is None else format(value, style) for value, style in values
+        ]
+        print(f"{row['title']:<36}" + "".join(f"{cell:>14}" for cell in cells))
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -166,22 +166,21 @@ def experiment(tmp_path_factory):
 def test_the_benchmark_of_a_real_teacher_measures_and_resumes(experiment, capsys):
     dense = real_results.Row(cache="dense")
     tail = real_results.Row(cache="K=128")
+    few = real_results.Row(cache="K=12")
     for row in (dense, tail):
         key = {"kind": "run", "student": "cold", "row": row.name, "seed": 1}
         experiment.remember(key, lambda row=row: experiment.run("cold", row, 1))
     experiment.before("cold", 1)
-    experiment.angles("cold")
+    experiment.angles("cold", [dense, tail, few])
     before = experiment.log.read_text()
     experiment.before("cold", 1)
-    experiment.angles("cold")
+    experiment.angles("cold", [dense, tail, few])
     assert experiment.log.read_text() == before  # what is done is not done again
     lines = experiment.done()
     angle = {line["row"]: line for line in lines if line["kind"] == "angle"}
     assert angle[dense.name]["angle"] < 0.1
     assert angle[dense.name]["norm"] == pytest.approx(1, abs=1e-3)
-    assert (
-        angle[tail.name]["angle"] < angle[real_results.Row(cache="K=12").name]["angle"]
-    )
+    assert angle[tail.name]["angle"] < angle[few.name]["angle"]
     capsys.readouterr()
     real_results.print_tables(lines)
     printed = capsys.readouterr().out

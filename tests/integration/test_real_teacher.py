@@ -107,7 +107,12 @@ def test_the_steps_run_once_and_end_with_a_table(
     monkeypatch.setattr(example.smollm2, "write_teacher", write_tiny)
     data = write_jsonl(tmp_path / "questions.jsonl", RECORDS)
     settings = example.Settings(
-        data=str(data), records=16, validation_records=8, num_layers=1, epochs=1
+        data=str(data),
+        records=16,
+        validation_records=8,
+        num_layers=1,
+        epochs=1,
+        devices=1,
     )
     students = {"sampled": example.STUDENTS["sampled"]}
     run = example.RealTeacher(tmp_path / "run", settings, students)
@@ -119,6 +124,7 @@ def test_the_steps_run_once_and_end_with_a_table(
     row = results["students"]["sampled"]
     assert row["forward_kl"] > 0
     assert 0 < row["bytes_per_token"] < 200
+    assert row["accuracy"] == 0  # random weights
     assert sorted(run.curve("sampled", "validation/teacher_kl")) == [1, 2]
     monkeypatch.setattr("subprocess.run", None)  # nothing runs again
     example.RealTeacher(tmp_path / "run", settings, students).run()
