@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
@@ -88,7 +89,8 @@ def evaluate_gpt(config: EvaluateGPTConfig) -> dict[str, Any]:
             with watchdog.pause(f"starting {config.evaluate.backend}"):
                 backend = RankZeroBackend(inputs, groups.device)
             samples = _answer(backend.respond, 1, inputs, watchdog)
-            del backend  # its memory is the model's now
+            del backend
+            gc.collect()  # its memory is the model's now
         with watchdog.pause("loading the model"):
             model = opened.load(config, groups)
         scores = _measure(model, groups, inputs, watchdog)
