@@ -84,7 +84,7 @@ def generate(
 ) -> list[Response]:
     """Return a response per prompt, the same on all ranks of the replica, which all call it.
 
-    Call `check_generation_layout` before long work: context parallelism is refused.
+    Context parallelism is not supported: `check_generation_layout` refuses it before long work.
     Replicas in lockstep (expert parallelism) call it together, each with its own prompts or none.
     The model is left as it was: mode, weights, gradients and random generators.
 
@@ -196,10 +196,10 @@ class _Decoder:
 
     def decode(self, rows: list[_Row]) -> None:
         """Generate until every row is done."""
-        lengths = [len(row.prompt) for row in rows]
+        shortest = min(len(row.prompt) for row in rows)
         room = max(len(row.prompt) + row.max_new_tokens for row in rows)
         cache = StaticInferenceContext(len(rows), room)
-        tokens = [row.prompt[: min(lengths)] for row in rows]
+        tokens = [row.prompt[:shortest] for row in rows]
         while rows:
             _any_lane_is_active(self.groups, True)
             logits_BV = self.forward(tokens, cache)
@@ -316,25 +316,24 @@ def _any_lane_is_active(groups: ProcessGroups, is_active: bool) -> bool:
 
 @contextlib.contextmanager
 def _evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Set the model to evaluation without sequence parallelism or FP8, then back."""
+    """Set the model to evaluation without sequence parallelism, then back."""
     # Every replica waits here for its weights: one without prompts runs no module that does.
     gather_weights(
         part for part in chunks(model) if isinstance(part, DistributedDataParallel)
     )
     modes = [(module, module.training) for module in model.modules()]
-    changed: list[tuple[Any, str, Any]] = []
+    changed: list[tuple[Any, str]] = []
     try:
         for module, _ in modes:
             module.training = False
             for owner in (module, getattr(module, "config", None)):
-                for name in (*SEQUENCE_PARALLEL, "fp8"):
-                    value = getattr(owner, name, None)
-                    if value:
-                        changed.append((owner, name, value))
+                for name in SEQUENCE_PARALLEL:
+                    if getattr(owner, name, False):
+                        changed.append((owner, name))
                         setattr(owner, name, False)
         yield
     finally:
         for module, training in modes:
             module.training = training
-        for owner, name, value in changed:
-            setattr(owner, name, value)
+        for owner, name in changed:
+            setattr(owner, name, True)

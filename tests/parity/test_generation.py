@@ -299,20 +299,6 @@ def test_a_response_ends_at_the_last_position_of_the_model(ranks, models):
     assert not long.stopped
 
 
-def without_fp8(path: str) -> list[Response]:
-    model, groups = load(path, {})
-    model.config.fp8 = "hybrid"
-    greedy = Sampling(NEW_TOKENS, frozenset())
-    found = respond(model, groups, PROMPTS, greedy, vocab_size=VOCAB_SIZE, max_batch=4)
-    assert model.config.fp8 == "hybrid"
-    return found
-
-
-def test_fp8_is_off_while_generating(ranks, models, reference):
-    """Its products need more rows than a step has; Megatron refuses it on a CPU."""
-    check(ranks(1).run(without_fp8, models["qwen3"])[0], reference["qwen3"])
-
-
 def test_context_parallelism_is_refused_before_work_starts():
     layout = ModelConfig(context_parallel_size=2)
     with pytest.raises(
