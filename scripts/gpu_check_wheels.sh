@@ -8,7 +8,7 @@ PYTHON=${PYTHON:-python3}
 MAX_MIB=60
 PACKAGES=(
     # nemo_kd
-    megatron-core lightning hydra-core omegaconf antlr4-python3-runtime orjson zstandard tensorboard
+    megatron-core lightning hydra-core omegaconf antlr4-python3-runtime orjson zstandard isal pybase64 tensorboard
     # the tests whose checks it shares
     pytest pluggy iniconfig
     # megatron-core and lightning

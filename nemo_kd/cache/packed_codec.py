@@ -12,12 +12,14 @@ levels, which sort them again. What follows a skewed distribution is Huffman cod
 from __future__ import annotations
 
 import functools
+import itertools
 import struct
 import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+from isal import isal_zlib
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.config.data import MAX_TOP_K, MAX_VOCAB_SIZE
@@ -34,9 +36,8 @@ SMALLEST_FOR_CLASSES = 1024
 """Each quarter of a position's ids has its own code for distances, since low ids are frequent tokens
 and lie closer. In a record with fewer entries the codes would cost more than they save."""
 _TAIL_STEPS = np.arange(256) - 136
-TAIL_LOG_ODDS = (2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)).astype(
-    np.float32
-) / 16
+_TAIL_SIXTEENTHS = 2 * _TAIL_STEPS - np.clip(_TAIL_STEPS, -48, 48)
+TAIL_LOG_ODDS = _TAIL_SIXTEENTHS.astype(np.float32) / 16
 """Of the 256 levels of a tail: -14 to 11.875 in steps of 1/8, of 1/16 between -3 and 3."""
 _ALL_POSITIONS = 1
 _LABELS = 2
@@ -179,7 +180,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     """Return header, temperatures and streams."""
     view = memoryview(blob)
-    is_whole = zlib.crc32(view[:-4]) == int.from_bytes(view[-4:], "little")
+    is_whole = isal_zlib.crc32(view[:-4]) == int.from_bytes(view[-4:], "little")
     if len(view) < _HEADER.size or not is_whole:
         raise ValueError(
             "the checksum of the teacher's blob is wrong: its bytes are damaged"
@@ -192,9 +193,10 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
         )
     end = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : end], dtype="<f4")
-    ends = np.frombuffer(view[end : end + 4 * header.num_streams], dtype="<u4")
-    ends = end + 4 * header.num_streams + np.cumsum([0, *ends])
-    streams = (view[ends[i] : ends[i + 1]] for i in range(header.num_streams))
+    first = end + 4 * header.num_streams
+    lengths = np.frombuffer(view[end:first], dtype="<u4").tolist()
+    ends = itertools.accumulate(lengths, initial=first)
+    streams = (view[start:end] for start, end in itertools.pairwise(ends))
     return header, tuple(temperatures.tolist()), streams
 
 
@@ -215,8 +217,7 @@ def _unpack_samples(
     if not num_samples:
         return None
     sampled_P = unhuffman(next(streams), num_stored) > 0
-    num_distances = sampled_P.sum() * num_samples
-    distances = unpack_numbers(streams, np.array([[num_distances]]))
+    distances = unpack_numbers(streams, np.array([[sampled_P.sum() * num_samples]]))
     distances_QM = distances.astype(np.int64).reshape(-1, num_samples) - 1
     samples_PM = np.full((num_stored, num_samples), -1, dtype=np.int32)
     samples_PM[sampled_P] = np.cumsum(distances_QM, axis=1)
@@ -295,9 +296,7 @@ _CELLS = 64 * _CELLS_PER_NAT
 
 
 def huffman(symbols: np.ndarray) -> bytes:
-    """Encode bytes as a raw deflate stream without matches, so Huffman codes only; zlib reads it
-    everywhere.
-    """
+    """Encode bytes as a raw deflate stream without matches: Huffman codes only."""
     compressor = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     return compressor.compress(symbols.tobytes()) + compressor.flush()
 
@@ -309,9 +308,8 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
         ValueError: the stream is damaged, or of another length.
     """
     try:
-        # Room for more: zlib decodes the last 258 bytes of its room slowly.
-        symbols = zlib.decompress(stream, -15, int(count) + 258)
-    except zlib.error as error:
+        symbols = isal_zlib.decompress(stream, -15, int(count) + 1)
+    except isal_zlib.error as error:
         raise ValueError(str(error)) from error
     if len(symbols) != count:
         raise ValueError(f"a stream does not end after {count} symbols")
@@ -362,9 +360,11 @@ def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
     starts = np.cumsum(wide) - wide
     padded = np.frombuffer(bytes(packed) + bytes(4), dtype=np.uint8)
     words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,))
-    words = words.take(starts >> 3) >> (starts & 7).astype(np.uint32)
+    values = words.take(starts >> 3)
+    values >>= (starts & 7).astype(np.uint32)
     leading = np.uint32(1) << widths
-    return words & (leading - np.uint32(1)) | leading
+    values &= leading - np.uint32(1)
+    return values | leading
 
 
 @functools.cache

@@ -7,7 +7,6 @@ docs/cache_format.md specifies both.
 
 from __future__ import annotations
 
-import binascii
 import functools
 import hashlib
 import reprlib
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import orjson
+import pybase64
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache import packed_codec
@@ -50,7 +50,7 @@ def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
             blob = packed_codec.pack(row, positions)
         except ValueError as error:
             raise CacheError(f"example {example.index}: {error}") from error
-        fields["teacher"] = binascii.b2a_base64(blob, newline=False).decode("ascii")
+        fields["teacher"] = pybase64.b64encode_as_string(blob)
     else:
         fields |= teacher_fields(row)
     return orjson.dumps(
@@ -90,7 +90,7 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
             f"of version {RECORD_VERSION}"
         )
     try:
-        blob = binascii.a2b_base64(payload.get("teacher", ""), strict_mode=True)
+        blob = pybase64.b64decode(payload.get("teacher", ""), validate=True)
         return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
     except (TypeError, ValueError) as error:
         raise CacheError(
@@ -238,8 +238,8 @@ def array(
             f"{where}: field {field}: found {reprlib.repr(payload.get(field))} of shape "
             f"{values.shape}, expected {expected} of shape {shape} (None: any length)"
         )
-    outside = ~((values >= smallest) & (values <= largest))
-    if outside.any():
+    if not smallest <= values.min() <= values.max() <= largest:
+        outside = ~((values >= smallest) & (values <= largest))
         raise CacheError(
             f"{where}: field {field}: found {values[outside][0]:.10g}, expected {expected} from "
             f"{smallest:.10g} to {largest:.10g}"

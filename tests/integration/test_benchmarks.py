@@ -32,10 +32,11 @@ def test_the_codec_benchmark_runs_on_a_tiny_setting(tmp_path):
     ]  # fmt: skip
     rows = _rows(command)
     codecs = [row for row in rows if len(row) == 7 and row[0] != "setting"]
-    assert len(codecs) == 5 + 4  # a cache has no tail to draw samples from
-    for name, kept, plain, zst, kl, encode, decode in codecs[:5]:
+    assert len(codecs) == 6 + 4  # a cache has no tail to draw samples from
+    for name, kept, plain, zst, kl, encode, decode in codecs[:6]:
         mean, p99 = map(float, kl.split(" / "))
-        assert -1e-6 < mean <= p99 < 2e-3, name
+        # float16 does not keep the sum over the kept tokens, so that its KL may be below 0.
+        assert (-1e-3 if "float16" in name else -1e-6) < mean <= p99 < 2e-3, name
         assert float(zst.replace(",", "")) < float(plain.replace(",", ""))
         assert float(kept) >= 1
         assert min(int(speed.replace(",", "")) for speed in (encode, decode)) > 0
