@@ -309,7 +309,7 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
     """
     try:
         symbols = isal_zlib.decompress(stream, -15, int(count) + 1)
-    except isal_zlib.error as error:
+    except isal_zlib.error as error:  # type: ignore[misc]  # its stubs lack the type
         raise ValueError(str(error)) from error
     if len(symbols) != count:
         raise ValueError(f"a stream does not end after {count} symbols")
