@@ -17,6 +17,9 @@ LIGHT = [
 ]
 """Enough to read caches and for the losses."""
 OF_COMMANDS = [
+    # Caches are read without them, too, in more time.
+    "isal>=1.7",
+    "pybase64>=1.4",
     # exp_manager of nemo-toolkit makes a run's folder and loggers. The extra `core` also pins what it works with:
     # lightning <= 2.4.0, hydra-core <= 1.3.2, omegaconf <= 2.3.
     "nemo-toolkit[core]>=3.0,<3.1",

@@ -19,9 +19,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
-from isal import isal_zlib
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
+from nemo_kd.cache.fast_bytes import fast_zlib
 from nemo_kd.config.data import MAX_TOP_K, MAX_VOCAB_SIZE
 
 BLOB_VERSION = 1
@@ -180,7 +180,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     """Return header, temperatures and streams."""
     view = memoryview(blob)
-    is_whole = isal_zlib.crc32(view[:-4]) == int.from_bytes(view[-4:], "little")
+    is_whole = fast_zlib.crc32(view[:-4]) == int.from_bytes(view[-4:], "little")
     if len(view) < _HEADER.size or not is_whole:
         raise ValueError(
             "the checksum of the teacher's blob is wrong: its bytes are damaged"
@@ -308,8 +308,8 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
         ValueError: the stream is damaged, or of another length.
     """
     try:
-        symbols = isal_zlib.decompress(stream, -15, int(count) + 1)
-    except isal_zlib.error as error:  # type: ignore[misc]  # its stubs lack the type
+        symbols = fast_zlib.decompress(stream, -15, int(count) + 1)
+    except fast_zlib.error as error:  # type: ignore[misc]  # isal's stubs
         raise ValueError(str(error)) from error
     if len(symbols) != count:
         raise ValueError(f"a stream does not end after {count} symbols")

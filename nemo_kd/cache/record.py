@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import orjson
-import pybase64
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache import packed_codec
+from nemo_kd.cache.fast_bytes import fast_base64
 from nemo_kd.cache.layout import CacheError
 
 RECORD_VERSION = 1
@@ -50,7 +50,7 @@ def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
             blob = packed_codec.pack(row, positions)
         except ValueError as error:
             raise CacheError(f"example {example.index}: {error}") from error
-        fields["teacher"] = pybase64.b64encode_as_string(blob)
+        fields["teacher"] = fast_base64.b64encode(blob).decode()
     else:
         fields |= teacher_fields(row)
     return orjson.dumps(
@@ -90,7 +90,7 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
             f"of version {RECORD_VERSION}"
         )
     try:
-        blob = pybase64.b64decode(payload.get("teacher", ""), validate=True)
+        blob = fast_base64.b64decode(payload.get("teacher", ""), validate=True)
         return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
     except (TypeError, ValueError) as error:
         raise CacheError(

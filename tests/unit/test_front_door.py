@@ -13,7 +13,7 @@ import nemo_kd
 from nemo_kd.config import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
-LIGHT = ["torch", "numpy", "orjson", "zstandard", "isal", "pybase64"]
+LIGHT = ["torch", "numpy", "orjson", "zstandard"]
 """Packages of requirements-light.txt."""
 
 ONLY_LIGHT = """
