@@ -197,8 +197,6 @@ class Progress:
         self._window.append((now_s, total))
         recent = Counts({name: total[name] - before[name] for name in total})
         seconds = max(now_s - before_s, 1e-9)
-        waited_s = recent["data_wait_s"] / self.num_replicas
-        computed = recent["tokens"] + recent["padding_tokens"]
         done = total[self.unit]
         metrics = {
             "progress/tokens": total["tokens"],
@@ -211,8 +209,6 @@ class Progress:
             "perf/eta_s": _ratio(
                 max(0.0, self.total - done) * seconds, recent[self.unit]
             ),
-            "perf/padding_percent": _ratio(100 * recent["padding_tokens"], computed),
-            "perf/data_wait_percent": 100 * waited_s / seconds,
             "perf/mfu_percent": _ratio(
                 100 * recent["flops"] / seconds, self.peak_flops
             ),
@@ -221,6 +217,13 @@ class Progress:
             ),
             "cache/bytes_per_token": _ratio(total["bytes"], total["cached_tokens"]),
         }
+        if "padding_tokens" in total:
+            computed = recent["tokens"] + recent["padding_tokens"]
+            padded = _ratio(100 * recent["padding_tokens"], computed)
+            metrics["perf/padding_percent"] = padded
+        if "data_wait_s" in total:
+            waited_s = recent["data_wait_s"] / self.num_replicas
+            metrics["perf/data_wait_percent"] = 100 * waited_s / seconds
         return {name: value for name, value in metrics.items() if value is not None}
 
 

@@ -195,7 +195,6 @@ def test_nothing_known_is_nothing_shown(clock):
         "progress/examples",
         "perf/tokens_per_s",
         "perf/tokens_per_s_overall",
-        "perf/data_wait_percent",
     }
     assert set(seen.metrics[0].values()) == {0.0}
 
