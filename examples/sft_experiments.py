@@ -124,7 +124,10 @@ def write_report(results: Path) -> None:
     ]
     lines += compare_filtered(results, rows)
     text = "\n".join(lines)
-    (results / "report.md").write_text(text + "\n")
+    # Jobs of a cluster may write it at the same time.
+    new = results / f"report.{os.uname().nodename}.{os.getpid()}.md"
+    new.write_text(text + "\n")
+    new.replace(results / "report.md")
     draw({size: curves["eval/accuracy"] for size, curves in runs.items()}, results)
     print(text)
     print(f"\n{results / 'accuracy.png'}")

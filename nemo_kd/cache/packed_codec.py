@@ -1,8 +1,7 @@
 """Teacher targets of one example as a blob of bytes, a tenth of the size of numbers written out.
 
 Shape legend: S positions of the example, P stored positions, N kept entries of all stored positions
-one after the other, T temperatures, M tail samples. docs/cache_format.md specifies the blob for
-other readers.
+one after the other, T temperatures, M tail samples. docs/cache_format.md has the format.
 
 Every position keeps its own number of tokens. They are stored in the order of their ids, so that an
 id costs no more than its distance from the one before; their log-probabilities are rounded to 256
@@ -305,10 +304,11 @@ def unhuffman(stream: bytes | memoryview, count: int) -> np.ndarray:
     """Decode the `count` uint8 symbols of a deflate stream.
 
     Raises:
-        ValueError: the stream is damaged, or of another length.
+        ValueError: it is damaged, or of another length.
     """
     try:
-        symbols = fast_zlib.decompress(stream, -15, int(count) + 1)
+        # zlib decodes the last 258 bytes of its room slowly.
+        symbols = fast_zlib.decompress(stream, -15, int(count) + 258)
     except fast_zlib.error as error:  # type: ignore[misc]  # isal's stubs
         raise ValueError(str(error)) from error
     if len(symbols) != count:
