@@ -129,7 +129,7 @@ class Inputs:
                     f"evaluate.cache: {path} ends before {where}: it has {len(reader)} rows; give "
                     f"the cache of the same file, or evaluate.num_examples={len(reader)}"
                 )
-            if not _is_row_of(reader[number].example, example):
+            if not is_row_of(reader[number].example, example):
                 raise CacheError(
                     f"evaluate.cache: {reader.where(number)} holds another example than {where}; "
                     "give the cache that was computed from the same file, with the same data keys "
@@ -138,15 +138,12 @@ class Inputs:
         return CacheBlend([reader])
 
 
-def _is_row_of(row: Example, example: Example) -> bool:
+def is_row_of(row: Example, example: Example) -> bool:
     """Return True if a cache's row, which may end after the last trained token, is the example."""
     end = np.flatnonzero(example.loss_mask_S)[-1] + 1
     return all(
-        np.array_equal(cached[:end], own[:end])
-        for cached, own in (
-            (row.tokens_S, example.tokens_S),
-            (row.loss_mask_S, example.loss_mask_S),
-        )
+        np.array_equal(getattr(row, name)[:end], getattr(example, name)[:end])
+        for name in ("tokens_S", "labels_S", "loss_mask_S")
     )
 
 

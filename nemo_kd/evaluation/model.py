@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +77,12 @@ class EvaluatedModel:
         if self.checkpoint is None or lora is not None:
             self.pretrained.load_weights(model, groups)
         if self.checkpoint is not None:
-            state: dict[str, Any] = {}
-            if lora is not None:
+            if lora is None:
+                state = sharded_weights(model)
+            else:
                 add_adapters(model, lora, config.model.seed, groups)
-                state = adapter_state(model)
-            fill_from(self.checkpoint, state or sharded_weights(model))
+                state = adapter_state(model)  # empty in a stage without adapters
+            on_every_rank(partial(fill_from, self.checkpoint, state))
             merge_adapters(model)
             zero_vocabulary_padding(model, architecture, groups)
         return model.eval()
