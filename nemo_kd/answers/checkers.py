@@ -13,27 +13,27 @@ from functools import partial
 from typing import Any
 
 from nemo_kd.answers.limited_process import LimitedProcess
-from nemo_kd.answers.outcomes import Outcome
+from nemo_kd.answers.outcomes import Outcome, Verdict
 from nemo_kd.config import DataError
 from nemo_kd.config.answers import AnswerConfig
 from nemo_kd.config.user_function import import_function
 
 Judge = Callable[[str, str], Outcome]
-Checker = Callable[[str, str], float]
-"""(response, answer) -> reward: 1 for a correct response, less for another one."""
+Checker = Callable[[str, str], Verdict]
+"""(response, answer) -> reward and outcome."""
 
 
 def checker_of(settings: AnswerConfig) -> Checker:
-    """Return a function of response and answer that gives the reward of the response.
+    """Return a function of response and answer that gives the verdict on the response.
 
-    It is 1 for a correct response and 0 for another one, or what the custom function returns.
+    The reward is 1 for a correct response and 0 for another one, or what the custom function returns.
 
     Raises:
         ConfigError: the custom function cannot be called, or a package is missing.
     """
     if settings.checker == "custom":
         return _custom_checker(settings)
-    return partial(_reward, judge_of(settings))
+    return partial(_verdict, judge_of(settings))
 
 
 def judge_of(settings: AnswerConfig) -> Judge:
@@ -45,7 +45,7 @@ def judge_of(settings: AnswerConfig) -> Judge:
         ConfigError: as `checker_of`.
     """
     if settings.checker == "custom":
-        return partial(_judge_by_reward, _custom_checker(settings))
+        return partial(_outcome, _custom_checker(settings))
     if settings.checker == "exact":
         return _judge_exactly
     if settings.checker == "math" and importlib.util.find_spec("math_verify") is None:
@@ -75,12 +75,13 @@ def ground_truth(record: Mapping[str, Any], field: str) -> str | None:
     return str(value).strip() or None
 
 
-def _reward(judge: Judge, response: str, answer: str) -> float:
-    return float(judge(response, answer) is Outcome.CORRECT)
+def _verdict(judge: Judge, response: str, answer: str) -> Verdict:
+    outcome = judge(response, answer)
+    return Verdict(float(outcome is Outcome.CORRECT), outcome)
 
 
-def _judge_by_reward(checker: Checker, response: str, answer: str) -> Outcome:
-    return Outcome.CORRECT if checker(response, answer) == 1 else Outcome.WRONG
+def _outcome(checker: Checker, response: str, answer: str) -> Outcome:
+    return checker(response, answer).outcome
 
 
 def _judge_in_process(process: LimitedProcess, response: str, answer: str) -> Outcome:
@@ -107,7 +108,7 @@ def _custom_checker(settings: AnswerConfig) -> Checker:
             f"{path} cannot be called as function(response, answer): {error}",
         ) from error
 
-    def checker(response: str, answer: str) -> float:
+    def checker(response: str, answer: str) -> Verdict:
         try:
             result = function(response, answer)
             reward = float(result)
@@ -123,6 +124,6 @@ def _custom_checker(settings: AnswerConfig) -> Checker:
                 f"{path} returned {result!r:.80}; it must return True or 1 for a correct response, "
                 "and False or a number below 1 for another one",
             )
-        return reward
+        return Verdict(reward, Outcome.CORRECT if reward == 1 else Outcome.WRONG)
 
     return checker

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 
 class Outcome(str, Enum):
@@ -13,6 +14,17 @@ class Outcome(str, Enum):
     NO_ANSWER = "no answer found in the response"
     NO_TRUTH = "no usable right answer in the record"
     UNDECIDED = "comparison exceeded its limits"
+
+
+class Verdict(NamedTuple):
+    """What a checker says of a response.
+
+    Attributes:
+        reward: 1 for a correct response, less for another one.
+    """
+
+    reward: float
+    outcome: Outcome
 
 
 def final_line(text: str) -> str | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,11 +12,18 @@ from typing import TYPE_CHECKING
 import orjson
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kd.answers.checkers import Checker
+from nemo_kd.answers.outcomes import Outcome
 from nemo_kd.answers.prompts import Question
 from nemo_kd.files import write_atomically
 
 if TYPE_CHECKING:
     from nemo_kd.mcore.generation import Response
+
+log = logging.getLogger(__name__)
+
+UNCHECKED = (Outcome.NO_TRUTH.value, Outcome.UNDECIDED.value)
+"""Outcomes that say nothing about the response."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Sample:
         answer: the right one; None if nothing is checked.
         correct: the checker's reward is 1; None if nothing is checked.
         reward: at most 1; None if nothing is checked.
+        outcome: of the comparison, value of an `Outcome`; None if nothing is checked.
         num_tokens: of the response, without its stop token.
         mean_entropy: nats per generated token, the stop token included; None if unknown.
         stopped: the model ended the response; False if it was cut at the limit of tokens.
@@ -40,6 +49,7 @@ class Sample:
     answer: str | None
     correct: bool | None
     reward: float | None
+    outcome: str | None
     num_tokens: int
     mean_entropy: float | None
     stopped: bool
@@ -50,15 +60,21 @@ def check_responses(
     questions: Sequence[Question],
     responses: Sequence[Response],
     tokenizer: PreTrainedTokenizerBase,
-    checker: Callable[[str, str], float] | None,
+    checker: Checker | None,
 ) -> list[Sample]:
-    """Return a sample per question; without a checker none is correct or incorrect."""
+    """Return a sample per question; without a checker none is correct or incorrect.
+
+    Warns of responses that cannot be checked.
+    """
     samples = []
     for question, response in zip(questions, responses, strict=True):
         text = tokenizer.decode(response.token_ids)
         reward = None
+        outcome = None
         if checker is not None and question.answer is not None:
-            reward = float(checker(text, question.answer))
+            verdict = checker(text, question.answer)
+            reward = verdict.reward
+            outcome = verdict.outcome.value
         samples.append(
             Sample(
                 index=question.index,
@@ -67,12 +83,21 @@ def check_responses(
                 answer=question.answer,
                 correct=None if reward is None else reward == 1,
                 reward=reward,
+                outcome=outcome,
                 num_tokens=len(response.token_ids),
                 mean_entropy=_mean(response.entropy_nats),
                 stopped=response.stopped,
                 reference=question.reference,
             )
         )
+    for reason in UNCHECKED:
+        found = [sample.index for sample in samples if sample.outcome == reason]
+        if found:
+            log.warning(
+                "warning: %s: responses to the records %s count as not correct",
+                reason,
+                found,
+            )
     return samples
 
 

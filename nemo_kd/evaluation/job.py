@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import partial
@@ -200,6 +201,7 @@ def _result(
         "cache": inputs.cache_facts,
         "sampling": sampling if samples else None,
         "checker": checker if settings.answer_field is not None else None,
+        "outcomes": dict(Counter(one.outcome for one in samples if one.outcome)),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import orjson
 import pytest
 
+from nemo_kd.answers.outcomes import Outcome, Verdict
 from nemo_kd.answers.prompts import Question, question_of, stop_ids
 from nemo_kd.answers.samples import check_responses, summarize, write_samples
 from nemo_kd.batch import Example
@@ -152,7 +153,9 @@ class FakeResponse:
     stopped: bool = True
 
 
-def test_samples_are_checked_summarized_and_written(tmp_path: Path) -> None:
+def test_samples_are_checked_summarized_and_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokenizer = train_tokenizer()
     prompt = tokenizer.encode("Say two:")
     questions = [Question(number, prompt, "two") for number in (3, 5, 6)]
@@ -163,8 +166,22 @@ def test_samples_are_checked_summarized_and_written(tmp_path: Path) -> None:
         FakeResponse(texts[1], cut, stopped=False),
         FakeResponse(texts[2], [2.0]),
     ]
+    outcomes = {
+        " two": Outcome.CORRECT,
+        " three three": Outcome.WRONG,
+        "": Outcome.UNDECIDED,
+    }
     samples = check_responses(
-        questions, responses, tokenizer, lambda text, answer: text.strip() == answer
+        questions,
+        responses,
+        tokenizer,
+        lambda text, _: Verdict(float(text == " two"), outcomes[text]),
+    )
+    assert [sample.outcome for sample in samples] == [*outcomes.values()]
+    (warning,) = caplog.messages
+    assert warning == (
+        "warning: comparison exceeded its limits: responses to the records [6] count as not "
+        "correct"
     )
     num_nats = 0.5 * (len(texts[0]) + 1) + len(cut) + 2.0
     assert summarize(samples) == {
@@ -186,6 +203,7 @@ def test_samples_are_checked_summarized_and_written(tmp_path: Path) -> None:
         "answer": "two",
         "correct": True,
         "reward": 1.0,
+        "outcome": "correct",
         "num_tokens": len(texts[0]),
         "mean_entropy": 0.5,
         "stopped": True,

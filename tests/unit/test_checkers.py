@@ -176,9 +176,9 @@ def test_forked_processes_ask_their_own_process(judge):
 
 def test_checkers_can_be_pickled():
     checker = pickle.loads(pickle.dumps(checker_of(AnswerConfig(checker="exact"))))
-    assert checker("a", "a")
+    assert checker("a", "a") == (1, CORRECT)
     checker = pickle.loads(pickle.dumps(checker_of(AnswerConfig())))
-    assert checker("1/2", "0.5")
+    assert checker("1/2", "0.5") == (1, CORRECT)
 
 
 def test_a_checker_that_cannot_start_is_an_error():
@@ -230,9 +230,9 @@ def test_custom(tmp_path, monkeypatch):
         path = f"my_checker.{name}"
         return checker_of(AnswerConfig(checker="custom", custom_checker=path))
 
-    assert custom("ends_with")("it is 5", "5")
-    assert not custom("ends_with")("it is 5.", "5")
-    assert custom("partly")("12", "1234") == 0.5
+    assert custom("ends_with")("it is 5", "5") == (1, CORRECT)
+    assert custom("ends_with")("it is 5.", "5") == (0, WRONG)
+    assert custom("partly")("12", "1234") == (0.5, WRONG)
     judge = judge_of(
         AnswerConfig(checker="custom", custom_checker="my_checker.partly")
     )

@@ -35,6 +35,7 @@ SAMPLE = Sample(
     answer="4",
     correct=True,
     reward=1.0,
+    outcome="correct",
     num_tokens=3,
     mean_entropy=0.25,
     stopped=True,
