@@ -135,14 +135,14 @@ def _generate(
     """Return the tokens after each prompt, padded after a stop token."""
     length = max(map(len, prompts))
     stop_ids = sorted(sampling.stop_ids)
-    padding = [[stop_ids[0]] * (length - len(prompt)) for prompt in prompts]
+    padding = [[0] * (length - len(prompt)) for prompt in prompts]
     tokens = [[*pad, *prompt] for pad, prompt in zip(padding, prompts, strict=True)]
     seen = [[0] * len(pad) + [1] * (length - len(pad)) for pad in padding]
     settings = GenerationConfig(
         max_new_tokens=sampling.max_new_tokens,
         do_sample=False,
         eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
+        pad_token_id=0,
     )
     generated = model.generate(
         torch.tensor(tokens, device=model.device),

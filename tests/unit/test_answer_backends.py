@@ -106,6 +106,11 @@ def test_greedy_responses_are_those_of_transformers_alone(
         )
 
 
+def test_without_a_stop_token_responses_run_to_the_limit(opened, greedy):
+    responses = opened.respond(PROMPTS, Sampling(12, frozenset()), NUMBERS)
+    assert [response.token_ids for response in responses] == greedy
+
+
 def test_samples_depend_on_seed_and_number_and_not_on_the_batch(opened, sampling):
     def sample(places: list[int], **settings: Any) -> list[list[int]]:
         sampled = replace(sampling, **{"temperature": 1.5, "top_p": 0.9, **settings})
