@@ -57,11 +57,14 @@ class LimitedProcess:
         self._child = None
 
     def _start(self) -> subprocess.Popen[bytes]:
+        # Not from the working folder, whose modules would stand in for those of packages.
+        paths = [path for path in sys.path if os.path.isabs(path)]
         child = subprocess.Popen(
             [sys.executable, "-m", *self._arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            cwd="/",  # `python -m` looks there first
             start_new_session=True,  # Ctrl-C ends the parent, and its pipe ends the child
         )
         assert child.stdout is not None
@@ -76,11 +79,13 @@ def serve(judge: Callable[[str, str], str]) -> None:
     """Answer questions on stdin, one line each, until its end."""
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "wb", buffering=0)
     nowhere = os.open(os.devnull, os.O_WRONLY)
+    _, allowed = resource.getrlimit(resource.RLIMIT_AS)
+    if allowed == resource.RLIM_INFINITY or allowed > LIMIT_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     replies.write(b"ready\n")
     for stream in (sys.stdout, sys.stderr):  # parsers print complaints
         os.dup2(nowhere, stream.fileno())
-    resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
     for line in sys.stdin.buffer:

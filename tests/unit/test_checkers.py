@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import resource
 import threading
 
 import math_verify
@@ -185,6 +186,28 @@ def test_a_checker_that_cannot_start_is_an_error():
     process = limited_process.LimitedProcess("nemo_kd.answers.missing")
     with pytest.raises(RuntimeError, match=r"nemo_kd\.answers\.missing ended with"):
         process.ask("5", "5")
+
+
+def test_modules_in_the_working_folder_are_not_executed(tmp_path, monkeypatch):
+    for name in ("json", "math_verify", "resource"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend("")
+    assert judge_of(AnswerConfig())("1/2", "0.5") is CORRECT
+
+
+def test_a_lower_limit_of_memory_stays(monkeypatch):
+    """As under `ulimit -v`."""
+    start = limited_process.subprocess.Popen
+    limit = 3_000_000 << 10
+
+    def start_limited(*args, **options):
+        child = start(*args, **options)
+        resource.prlimit(child.pid, resource.RLIMIT_AS, (limit, limit))
+        return child
+
+    monkeypatch.setattr(limited_process.subprocess, "Popen", start_limited)
+    assert judge_of(AnswerConfig())("1/2", "0.5") is CORRECT
 
 
 @pytest.mark.parametrize(
