@@ -123,7 +123,13 @@ def stop_ids(
     found = set(eos_ids)
     if tokenizer.eos_token_id is not None:
         found.add(int(tokenizer.eos_token_id))
-    added = {*special_ids(tokenizer), *tokenizer.added_tokens_decoder}
+    # Some tokenizers have runs of spaces as added tokens.
+    added = {
+        token
+        for token, added_token in tokenizer.added_tokens_decoder.items()
+        if added_token.content.strip()
+    }
+    added.update(special_ids(tokenizer))
     turn_ids: list[int] = []
     has_end = False
     for example in examples:

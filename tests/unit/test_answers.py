@@ -112,6 +112,17 @@ def test_the_start_of_a_turn_stops_a_conversation(tmp_path: Path, caplog: Any) -
     assert not caplog.text
 
 
+def test_an_added_token_of_spaces_stops_no_response(tmp_path: Path) -> None:
+    tokenizer = copy.deepcopy(train_tokenizer())
+    tokenizer.add_tokens(["   "])
+    spaces = open_dataset(
+        tmp_path, {"input": "a", "output": "b   "}, tokenizer, add_eos=False
+    )
+    example = only_example(spaces)
+    assert len(tokenizer) - 1 in example.labels_S
+    assert stop_ids(tokenizer, [example]) == {tokenizer.eos_token_id}
+
+
 def test_an_ordinary_token_stops_no_response(tmp_path: Path) -> None:
     tokenizer = train_tokenizer()
     plain = open_dataset(
