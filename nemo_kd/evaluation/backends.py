@@ -93,13 +93,16 @@ class TransformersModel:
         sampling: Sampling,
         numbers: Sequence[int],
     ) -> list[Response]:
-        """Return a response per prompt; all are one batch."""
+        """Return a response per prompt, cut at the model's last position; all are one batch."""
         choice = _Choice(sampling, numbers)
+        positions = self._model.config.max_position_embeddings
         generated = _generate(self._model, prompts, sampling, choice)
         entropies_BS = zip(*choice.entropies, strict=True)
         return [
-            _response(token_ids, sampling, entropies)
-            for token_ids, entropies in zip(generated, entropies_BS, strict=True)
+            _response(token_ids[: positions - len(prompt)], sampling, entropies)
+            for prompt, token_ids, entropies in zip(
+                prompts, generated, entropies_BS, strict=True
+            )
         ]
 
 
@@ -311,4 +314,4 @@ def _response(
         place for place, token in enumerate(token_ids) if token in sampling.stop_ids
     ]
     end = stops[0] if stops else len(token_ids)
-    return Response(token_ids[:end], [*entropies[: end + 1]], bool(stops))
+    return Response(token_ids[:end], [*entropies[: end + len(stops[:1])]], bool(stops))

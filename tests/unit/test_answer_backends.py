@@ -111,6 +111,15 @@ def test_without_a_stop_token_responses_run_to_the_limit(opened, greedy):
     assert [response.token_ids for response in responses] == greedy
 
 
+def test_responses_end_at_the_last_position(opened, greedy, monkeypatch):
+    monkeypatch.setattr(opened._model.config, "max_position_embeddings", 14)
+    responses = opened.respond(PROMPTS, Sampling(12, frozenset()), NUMBERS)
+    for prompt, response, tokens in zip(PROMPTS, responses, greedy, strict=True):
+        assert response.token_ids == tokens[: 14 - len(prompt)]
+        assert len(response.entropy_nats) == len(response.token_ids)
+        assert not response.stopped
+
+
 def test_samples_depend_on_seed_and_number_and_not_on_the_batch(opened, sampling):
     def sample(places: list[int], **settings: Any) -> list[list[int]]:
         sampled = replace(sampling, **{"temperature": 1.5, "top_p": 0.9, **settings})
