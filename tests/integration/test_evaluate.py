@@ -171,6 +171,7 @@ TRAINED = {
         "model__peft__peft_scheme": "lora",
         "model__peft__lora_tuning": {
             "target_modules": ["all"],
+            "layer_selection": [1],
             "adapter_dim": 4,
             "row_init_method": "normal",
         },
@@ -219,6 +220,11 @@ def test_a_training_checkpoint_measures_as_its_archive_and_its_validation(
     ):
         expected = validation[-1][f"validation/{theirs}"]
         assert results[0][ours] == pytest.approx(expected, rel=1e-6), ours
+    overrides = {**LAYOUTS["PP"], "trainer__devices": 2}
+    output = folder / f"{kind} PP"
+    found = ranks(2).run(run_evaluation, checkpoint, dataset, output, overrides)[0]
+    assert isinstance(found, dict), found
+    assert found["ce"] == pytest.approx(results[0]["ce"], rel=1e-6)
 
 
 def refuse(ranks, world, message: str, **overrides: Any) -> None:
