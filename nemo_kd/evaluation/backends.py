@@ -25,7 +25,12 @@ from transformers import (
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.shared import PRECISIONS
 from nemo_kd.evaluation.inputs import Inputs
-from nemo_kd.mcore.generation import Response, Sampling, choose_tokens
+from nemo_kd.mcore.generation import (
+    Response,
+    Sampling,
+    check_finite,
+    choose_tokens,
+)
 from nemo_kd.run.collective import on_rank_zero
 
 CONNECT_TIMEOUT_S = 10
@@ -93,17 +98,23 @@ class TransformersModel:
         sampling: Sampling,
         numbers: Sequence[int],
     ) -> list[Response]:
-        """Return a response per prompt, cut at the model's last position; all are one batch."""
+        """Return a response per prompt, cut at the model's last position; all are one batch.
+
+        Raises:
+            UserInputError: the model's logits are not finite.
+        """
         choice = _Choice(sampling, numbers)
         positions = self._model.config.max_position_embeddings
         generated = _generate(self._model, prompts, sampling, choice)
         entropies_BS = zip(*choice.entropies, strict=True)
-        return [
+        responses = [
             _response(token_ids[: positions - len(prompt)], sampling, entropies)
             for prompt, token_ids, entropies in zip(
                 prompts, generated, entropies_BS, strict=True
             )
         ]
+        check_finite(responses, numbers)
+        return responses
 
 
 class _Choice(LogitsProcessor):

@@ -11,6 +11,7 @@ Shape legend: B rows, S positions, V real vocabulary.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -95,7 +96,8 @@ def generate(
         numbers: a number per prompt that its samples depend on; their places by default.
 
     Raises:
-        UserInputError: a prompt is empty, or leaves no position for a response.
+        UserInputError: a prompt is empty, or leaves no position for a response; the model's logits
+            are not finite.
     """
     assert groups.context_size == 1
     numbers = range(len(prompts)) if numbers is None else numbers
@@ -114,6 +116,7 @@ def generate(
             decoder.decode(batch)
         while _any_lane_is_active(groups, False):
             decoder.forward([[0]], StaticInferenceContext(1, 1))
+    check_finite(rows, numbers)  # at the end, for replicas that step together
     return [Response(row.token_ids, row.entropy_nats, row.stopped) for row in rows]
 
 
@@ -138,6 +141,20 @@ def check_prompts(
             )
 
 
+def check_finite(responses: Sequence[Response | _Row], numbers: Sequence[int]) -> None:
+    """Refuse responses of a model whose logits are not finite.
+
+    Raises:
+        UserInputError: names the prompt's number.
+    """
+    for number, response in zip(numbers, responses, strict=True):
+        if any(map(math.isnan, response.entropy_nats)):
+            raise UserInputError(
+                f"prompt {number}: the model's logits are not finite; try trainer.precision=32, and "
+                "check the checkpoint"
+            )
+
+
 @dataclass
 class _Row:
     """A prompt and its response so far; `max_new_tokens` is what its positions allow."""
@@ -159,7 +176,7 @@ class _Row:
 
     def add(self, token: int, entropy: float, stop_ids: frozenset[int]) -> None:
         self.entropy_nats.append(entropy)
-        self.stopped = token in stop_ids
+        self.stopped = token in stop_ids or math.isnan(entropy)
         if not self.stopped:
             self.token_ids.append(token)
 
@@ -286,11 +303,14 @@ def choose_tokens(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (token ids [B], entropy in nats [B], float64) of rows of logits.
 
+    The entropy is NaN where logits are NaN or +inf; the token means nothing there.
+
     Args:
         uniforms_B: random numbers in [0, 1), float64; unused by the greedy choice.
     """
     logits_BV = logits_BV.double()
     entropy_B = torch.special.entr(logits_BV.softmax(-1)).sum(-1)
+    logits_BV = logits_BV.where(entropy_B[:, None].isfinite(), 0)
     if not sampling.temperature:
         return logits_BV.argmax(-1), entropy_B
     probabilities_BV = (logits_BV / sampling.temperature).softmax(-1)

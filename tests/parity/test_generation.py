@@ -264,6 +264,40 @@ def test_the_largest_random_number_chooses_a_token_that_is_kept():
     assert choose_tokens(logits, sampling, largest)[0].tolist() == [2]
 
 
+def nan_refused(path: str, layout: Layout, temperature: float) -> str:
+    """Sample from a model whose last weights are NaN."""
+    model, groups = load(path, layout)
+    if groups.data_rank == 0:
+        list(model.parameters())[-1].data.fill_(torch.nan)
+    sampling = Sampling(3, frozenset(), temperature)
+    with pytest.raises(UserInputError) as error:
+        respond(
+            model, groups, PROMPTS[:2], sampling, vocab_size=VOCAB_SIZE, max_batch=2
+        )
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "temperature"),
+    [("qwen3", PP, 1.0), ("qwen3", {}, 0.0), ("qwen3_moe", EP, 1.0)],
+)
+def test_logits_that_are_not_finite_are_refused_on_every_rank(
+    ranks, models, name, layout, temperature
+):
+    for message in ranks(2).run(nan_refused, models[name], layout, temperature):
+        assert "the model's logits are not finite; try trainer.precision=32" in message
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_have_no_entropy(temperature):
+    logits = torch.tensor([[0.0, torch.nan], [torch.inf, 0.0], [-torch.inf, 1.0]])
+    uniforms = torch.full((3,), 0.9, dtype=torch.float64)
+    sampling = Sampling(1, frozenset(), temperature)
+    ids, entropy = choose_tokens(logits, sampling, uniforms)
+    assert entropy.isnan().tolist() == [True, True, False]
+    assert max(ids.tolist()) < 2
+
+
 def refused(path: str, prompts: list[list[int]]) -> str:
     model, groups = load(path, {})
     greedy = Sampling(1, frozenset())

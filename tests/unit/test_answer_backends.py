@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.evaluation.backends import (
     ServerError,
     TransformersModel,
@@ -131,6 +131,17 @@ def test_samples_depend_on_seed_and_number_and_not_on_the_batch(opened, sampling
     assert sample(places, seed=1) != sample(places)
     greedy = opened.respond(PROMPTS, sampling, NUMBERS)
     assert sample(places, top_p=1e-9) == [one.token_ids for one in greedy]
+
+
+def test_logits_that_are_not_finite_are_refused(opened, sampling):
+    embedding = opened._model.get_input_embeddings().weight.data
+    before = embedding[31].clone()
+    embedding[31] = torch.nan
+    try:
+        with pytest.raises(UserInputError, match="logits are not finite"):
+            opened.respond(PROMPTS, replace(sampling, temperature=1.0), NUMBERS)
+    finally:
+        embedding[31] = before
 
 
 def test_samples_follow_the_distribution(opened, model):
