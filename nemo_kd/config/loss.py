@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nemo_kd.config.fields import Section, bounded, choice, positive, scheduled
+from nemo_kd.config.schedule import Schedule
 from nemo_kd.config.selection import Selection
 
 if TYPE_CHECKING:  # these modules import torch, and --help must not
@@ -135,7 +136,7 @@ class LossConfig(Section, key=KEY):
     kd_loss_weight: int | float | str = scheduled(1.0, at_least=0, below=math.inf)
     """Weight of the KD term; 0 trains plain SFT. A number, or a schedule: linear or cosine from
     START to END over steps FIRST to LAST, for example 'cosine from 1.0 to 0.1 over steps 0 to
-    1000'. Validation takes the value at the end."""
+    1000'. Validation takes the value that the run ends with."""
     sft_loss_weight: int | float | str = scheduled(0.0, at_least=0, below=math.inf)
     """Weight of the cross-entropy with the labels; a number or a schedule."""
     kd_loss: str = choice(
@@ -217,16 +218,22 @@ class LossConfig(Section, key=KEY):
         loss."""
         return self.at(math.inf).divergence
 
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """Return the values of the weights, and of a temperature that is given."""
+        given = [name for name in SCHEDULED if getattr(self, name) is not None]
+        return {name: self.schedule(name) for name in given}
+
     def at(self, step: float) -> LossAtStep:
         """Return the loss of a training step, counted from 0, or `math.inf`."""
-        given = [name for name in SCHEDULED if getattr(self, name) is not None]
-        schedules = {name: self.schedule(name) for name in given}
+        schedules = self.schedules
         values = {name: each.at(step) for name, each in schedules.items()}
+        changing = [name for name in values if not schedules[name].is_constant]
         return LossAtStep(
             values["sft_loss_weight"],
             values["kd_loss_weight"],
             self._divergence(values.get("temperature")),
-            {name: values[name] for name in given if not schedules[name].is_constant},
+            {name: values[name] for name in changing},
         )
 
     def _divergence(self, temperature: float | None) -> Divergence | None:

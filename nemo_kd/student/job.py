@@ -61,6 +61,7 @@ from nemo_kd.student.run_folder import (
 from nemo_kd.student.steps import (
     STOPS_ALL_RANKS,
     check_intervals,
+    check_loss_schedules,
     check_schedule,
     plan_training,
 )
@@ -155,6 +156,7 @@ def _open_data(
     loop = config.trainer.knowledge_distillation
     plan = plan_training(loop, len(splits["train"]), model.global_batch_size)
     check_schedule(model.optim, plan.max_steps)
+    check_loss_schedules(model.knowledge_distillation, plan.max_steps)
     check_intervals(config, plan)
     groups = initialize_model_parallel(model, model.seed)
     pad_id = padding_id(tokenizer, architecture.vocab_size)

@@ -91,8 +91,8 @@ class StudentLoss:
     def set_step(self, step: float, num_tokens: tuple[float, float] = (0, 0)) -> None:
         """Take the weights and the temperature of a training step from 0.
 
-        `math.inf` stands for the end of all schedules; validations use it, so that their losses
-        compare.
+        `math.inf` stands for the end of all schedules. Validations use those after the last step of
+        the run, so that their losses compare.
 
         Args:
             num_tokens: loss tokens of the global batch, and those that the selector selects. The

@@ -204,7 +204,7 @@ class StudentModule(StudentModel):
         self.meter.wait()
 
     def on_validation_epoch_start(self) -> None:
-        self.loss.set_step(math.inf)
+        self.loss.set_step(self.plan.max_steps)
         self.validation_sums = self.loss.zeros(self.groups.device)
         self._evaluation_started_s = time.monotonic()
 

@@ -15,6 +15,7 @@ import torch
 from nemo_kd.batch import Batch
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.exp_manager import PARAMS
+from nemo_kd.config.loss import KEY, LossConfig
 from nemo_kd.config.optim import OptimConfig
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.config.student import LOOP, LoopConfig, TrainStudentConfig
@@ -116,6 +117,24 @@ def check_schedule(optim: OptimConfig, max_steps: int) -> None:
             warmup,
             wanted,
         )
+
+
+def check_loss_schedules(loss: LossConfig, max_steps: int) -> None:
+    """Warn if the run is too short for a schedule of the loss."""
+    for name, schedule in loss.schedules.items():
+        value = schedule.at(max_steps)
+        if value != schedule.end:
+            log.warning(
+                "warning: %s.%s: the schedule ends at step %d, but the run after %d, with %g instead "
+                "of %g; validation takes %g, too; give an earlier end, or train longer",
+                KEY,
+                name,
+                schedule.last_step,
+                max_steps,
+                value,
+                schedule.end,
+                value,
+            )
 
 
 def check_intervals(config: TrainStudentConfig, plan: TrainingPlan) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from nemo_kd.config.typed import typed
 from nemo_kd.data.batches import collate
 from nemo_kd.ops.distillation import distillation_loss
 from nemo_kd.student.loss import StudentLoss
+from nemo_kd.student.module import StudentModule
+from nemo_kd.student.steps import check_loss_schedules
 from tests.tiny_cache import write
 
 KEY = "model.knowledge_distillation.kd_loss_weight"
@@ -222,3 +225,24 @@ def test_the_loss_of_other_trainers_takes_the_step(tmp_path):
         distillation_loss(logits, batch, config),
         distillation_loss(logits, batch, config, step=math.inf),
     )
+
+
+def test_a_run_that_is_shorter_than_a_schedule(caplog):
+    """Validation measures the loss at the end of the training, which is told."""
+    config = LossConfig(
+        kd_loss_weight="linear from 1 to 0 over steps 0 to 1000", sft_loss_weight=1
+    )
+    check_loss_schedules(config, 1000)
+    assert not caplog.text
+    check_loss_schedules(config, 500)
+    (message,) = caplog.messages
+    assert "kd_loss_weight: the schedule ends at step 1000" in message
+    assert "but the run after 500, with 0.5 instead of 0;" in message
+
+    student = SimpleNamespace(
+        loss=StudentLoss(config),
+        plan=SimpleNamespace(max_steps=500),
+        groups=SimpleNamespace(device=torch.device("cpu")),
+    )
+    StudentModule.on_validation_epoch_start(student)
+    assert student.loss.now.kd_weight == 0.5
