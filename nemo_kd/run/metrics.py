@@ -297,9 +297,12 @@ class WandbRun:
         """Log rows that have the same keys as a table, beside the values of its axes."""
         import wandb
 
-        data = [list(row.values()) for row in rows]
-        table = wandb.Table(columns=list(rows[0]), data=data)
-        self._attempt(self.run.log, {name: table, **axes})
+        def log_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+            data = [list(row.values()) for row in rows]
+            table = wandb.Table(columns=list(rows[0]), data=data)
+            self.run.log({name: table, **axes})
+
+        self._attempt(log_rows, rows)
 
     def finish(self, error: object = None, *_: object) -> None:
         self._attempt(self.run.finish, int(error is not None))
@@ -310,7 +313,7 @@ class WandbRun:
         try:
             if not self.is_lost:
                 function(argument)
-        except (wandb.Error, OSError, RuntimeError) as error:
+        except (wandb.Error, OSError, RuntimeError, TypeError, ValueError) as error:
             self.is_lost = True
             log.warning(
                 "exp_manager.create_wandb_logger: Weights & Biases failed (%s: %s); the run "

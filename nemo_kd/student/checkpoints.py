@@ -90,10 +90,11 @@ class Checkpoints:
         monitor = self.params.monitor
         trainer = student.trainer
         step = student.global_step
-        score = student.measured.get(monitor)
-        if score is None:  # these weights are ranked by a metric of other steps
-            self.save_latest(student)
+        section = monitor.partition("/")[0]
+        if not any(name.partition("/")[0] == section for name in student.measured):
+            self.save_latest(student)  # the metric belongs to other steps
             return
+        score = student.measured.get(monitor, math.nan)
         names: list[Path] = []
         if math.isfinite(score):
             path = self._path(student, self._template)
@@ -112,8 +113,9 @@ class Checkpoints:
                 )
         else:
             log.warning(
-                "%s is not finite after step %d; no checkpoint is ranked by it",
+                "%s is not %s after step %d; no checkpoint is ranked by it",
                 monitor,
+                "finite" if monitor in student.measured else "measured",
                 step,
             )
         if names and self.params.save_weights_only:

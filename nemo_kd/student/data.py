@@ -29,6 +29,7 @@ from nemo_kd.config.student import (
     StudentDataConfig,
     StudentDatasetConfig,
     StudentModelConfig,
+    TrainStudentConfig,
 )
 from nemo_kd.data.batches import (
     MicroBatches,
@@ -57,6 +58,17 @@ PADDED_MULTIPLE = 8
 """Padded rows are a multiple of this long: matrix products of such sizes are fast."""
 
 
+def check_dataset_settings(config: TrainStudentConfig) -> None:
+    """Warn of settings of datasets that nothing reads."""
+    data = config.model.data
+    reads = not data.uses_cache or config.eval.interval
+    if not reads and data.dataset != StudentDatasetConfig():
+        log.warning(
+            "model.data.dataset has no effect on caches, which hold tokens; it is for "
+            "data_impl=dataset and eval.data"
+        )
+
+
 def load_splits(
     model: StudentModelConfig,
     architecture: GPTArchitecture,
@@ -72,11 +84,6 @@ def load_splits(
     seq_length = sequence_length(
         model.max_seq_length, architecture.max_position_embeddings
     )
-    if data.uses_cache and data.dataset != StudentDatasetConfig():
-        log.warning(
-            "model.data.dataset has no effect on caches, which hold tokens; it is for "
-            "data_impl=dataset"
-        )
     smallest_dropped_id = (
         architecture.vocab_size if data.drop_ids_outside_vocab else None
     )

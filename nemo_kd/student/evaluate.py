@@ -101,7 +101,8 @@ class Evaluation:
         started_s = time.monotonic()
         step = student.global_step
         samples: list[Sample] = []
-        self.further.reset()
+        with isolate_rng():
+            on_rank_zero(self.further.reset)
         size = self.settings.batch_size * student.groups.data_size
         for start in range(0, len(self.questions), size):
             with isolate_rng():

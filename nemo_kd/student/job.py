@@ -42,7 +42,7 @@ from nemo_kd.student.checkpoint_folder import (
     choose_checkpoint,
 )
 from nemo_kd.student.checkpoints import Checkpoints
-from nemo_kd.student.data import StudentData, load_splits
+from nemo_kd.student.data import StudentData, check_dataset_settings, load_splits
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.reports import (
@@ -124,18 +124,22 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
 def check_monitor(config: TrainStudentConfig, loss: StudentLoss) -> None:
     """
     Raises:
-        ConfigError: checkpoints cannot be ranked by the metric.
+        ConfigError: a metric that ranks checkpoints, or ends the run early, is not measured.
     """
-    monitor = config.exp_manager.checkpoint_callback_params.monitor
+    manager = config.exp_manager
+    monitor = manager.checkpoint_callback_params.monitor
+    stops = manager.create_early_stopping_callback
+    stopping = manager.early_stopping_callback_params
+    if not config.eval.interval:
+        needs = "needs evaluations; set eval.interval, eval.data and eval.answer_field"
+        if monitor.startswith("eval/"):
+            raise ConfigError(f"{PARAMS}.monitor: {monitor} {needs}")
+        if stops and stopping.monitor.startswith("eval/"):
+            raise stopping.error("monitor", f"{stopping.monitor} {needs}")
     known = ["val_loss", *(f"validation/{name}" for name in loss.reported)]
     if config.eval.interval:
         further = config.trainer.knowledge_distillation.inference_metrics or {}
         known += [*ANSWER_METRICS, *(f"eval/{name}" for name in further)]
-    elif monitor.startswith("eval/"):
-        raise ConfigError(
-            f"{PARAMS}.monitor: {monitor} needs evaluations; set eval.interval, eval.data and "
-            "eval.answer_field"
-        )
     custom = loss.custom is not None and monitor.startswith("validation/")
     if monitor not in known and not custom:
         raise ConfigError(
@@ -152,6 +156,7 @@ def _open_data(
     check_training_layout(architecture, model)
     check_lora(model.peft, architecture, model)
     tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+    check_dataset_settings(config)
     splits = load_splits(model, architecture, tokenizer)
     loop = config.trainer.knowledge_distillation
     plan = plan_training(loop, len(splits["train"]), model.global_batch_size)

@@ -49,6 +49,20 @@ def has_even_length(response: str, answer: str) -> bool:
     return len(response) % 2 == int(answer)
 
 
+class Restless:
+    """A metric that draws random numbers; rank 0 alone may be asked for it."""
+
+    def reset(self) -> None:
+        assert torch.distributed.get_rank() == 0
+        torch.rand(3)
+
+    def update(self, batch: dict, generation_output: dict) -> None:
+        torch.rand(3)
+
+    def compute(self) -> float:
+        return float(torch.rand(1))
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """(student, training data, validation data, questions)."""
@@ -145,7 +159,11 @@ def test_the_training_is_the_same_to_the_last_bit(ranks, world, tmp_path, name):
     world_size, layout = LAYOUTS[name]
     without = {key: value for key, value in layout.items() if "eval" not in key}
     train(ranks, world, tmp_path / "off", world_size, **without)
-    train(ranks, world, tmp_path / "on", world_size, **{**asks(world[3]), **layout})
+    further = {
+        f"{LOOP}inference_metrics": {"random": {"_target_": f"{HERE}.Restless"}}
+    }
+    settings = {**asks(world[3]), **further, **layout}
+    train(ranks, world, tmp_path / "on", world_size, **settings)
     assert training_rows(tmp_path / "on") == training_rows(tmp_path / "off")
     assert validation_rows(tmp_path / "on") == validation_rows(tmp_path / "off")
     assert last_files(tmp_path / "on") == last_files(tmp_path / "off")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -18,7 +20,7 @@ from nemo_kd.student.checkpoints import Checkpoints
 from tests.unit.test_checkpoint_folder import write
 
 
-def checkpoints_of(parent: Path, **params: bool) -> Checkpoints:
+def checkpoints_of(parent: Path, **params: Any) -> Checkpoints:
     return Checkpoints(
         CheckpointParams(**params), "run", parent, {"data": 1}, {}, Watchdog(60, 0)
     )
@@ -70,3 +72,27 @@ def test_a_full_disk(tmp_path, monkeypatch, error, fails_at_once):
     # The disk is freed at once. A failure before any weight is written leaves a few bytes.
     assert bool(list(tmp_path.glob(".*"))) == fails_at_once
     assert check_whole(tmp_path / "run-last")
+
+
+@pytest.mark.parametrize(
+    ("measured", "state"),
+    [
+        ({"eval/accuracy": 0.5}, ""),  # ranked at the next validation
+        ({"val_loss": 1.0, "validation/loss": 1.0}, "not measured"),
+        ({"validation/mine": math.nan}, "not finite"),
+    ],
+)
+def test_a_metric_that_ranks_nothing_is_told(tmp_path, caplog, measured, state):
+    found = checkpoints_of(tmp_path, monitor="validation/mine")
+    names: list[str] = []
+    found._save = lambda student, paths: names.extend(path.name for path in paths)
+    student = SimpleNamespace(
+        measured=measured,
+        global_step=3,
+        trainer=SimpleNamespace(callback_metrics={}, should_stop=False),
+        data=SimpleNamespace(training=SimpleNamespace(consumed_samples=24)),
+    )
+    found.rank(student)
+    assert names == ["run--step=3-consumed_samples=24.0-last"]
+    told = f"validation/mine is {state} after step 3; no checkpoint is ranked by it"
+    assert caplog.messages == [told] * bool(state)

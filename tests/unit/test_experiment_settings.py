@@ -20,6 +20,7 @@ from nemo_kd.student.loss import StudentLoss
 from tests.tiny_data import student_config
 
 PARAMS = "exp_manager__checkpoint_callback_params__"
+STOPPING = "exp_manager__early_stopping_callback_params__"
 LOOP = "trainer__knowledge_distillation__"
 EVAL = {"eval__interval": 5, "eval__data": "q.jsonl", "eval__answer_field": "answer"}
 COMMAND = "train_gpt_knowledge_distillation"
@@ -43,6 +44,7 @@ def settings(**overrides):
         ({f"{PARAMS}monitor": "validation_loss"}, "monitor: 'validation_loss' is not measured; known: val_loss, validation/loss"),
         ({f"{PARAMS}monitor": "validation/teacher_lk"}, "monitor: 'validation/teacher_lk' is not measured"),
         ({f"{PARAMS}monitor": "eval/accuracy"}, "monitor: eval/accuracy needs evaluations; set eval.interval, eval.data and"),
+        ({"exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "eval/accuracy"}, "early_stopping_callback_params.monitor: eval/accuracy needs evaluations; set"),
         ({**EVAL, f"{PARAMS}monitor": "eval/acuracy"}, "monitor: 'eval/acuracy' is not measured; known: val_loss, .*, eval/accuracy, eval/reward"),
         ({"eval__interval": 5}, "eval.data: missing; eval.interval=5 needs questions"),
         ({"eval__data": "q.jsonl"}, "eval.interval: eval.data=q.jsonl is read every eval.interval steps"),

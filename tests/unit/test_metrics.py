@@ -374,3 +374,13 @@ def test_wandb_that_is_lost_is_one_warning(monkeypatch, caplog):
     run.finish()
     (warning,) = caplog.messages
     assert "Weights & Biases failed (ConnectionResetError: [Errno 104]" in warning
+
+
+def test_a_table_that_wandb_refuses_is_one_warning(monkeypatch, caplog):
+    """Rank 0 alone logs; an error would leave the other ranks waiting."""
+    monkeypatch.setattr(wandb, "init", lambda: LostRun())
+    run = WandbRun({})
+    for _ in range(2):
+        run.log_table("samples", [{"answer": 1}, {"answer": "one"}], {"step": 1.0})
+    (warning,) = caplog.messages
+    assert "Weights & Biases failed (TypeError: Data row contained" in warning

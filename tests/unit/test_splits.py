@@ -19,7 +19,7 @@ from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import CacheConfig
 from nemo_kd.config.shared import GPTArchitecture
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
-from nemo_kd.student.data import StudentData, load_splits
+from nemo_kd.student.data import StudentData, check_dataset_settings, load_splits
 from nemo_kd.student.run_folder import differences, experiment_record
 from nemo_kd.student.steps import TrainingPlan
 from nemo_kd.tools.recode import convert
@@ -464,9 +464,16 @@ def test_a_dataset_is_no_cache(tmp_path):
 
 def test_settings_of_datasets_have_no_effect_on_caches(tmp_path, caplog):
     path = str(cache(tmp_path))
-    load(path)
-    assert "model.data.dataset" not in caplog.text
-    load(path, dataset__min_seq_length=2)
+    questions = {
+        "eval__interval": 5,
+        "eval__data": "questions.jsonl",
+        "eval__answer_field": "answer",
+    }
+    changed = {"model__data__dataset__min_seq_length": 2}
+    for overrides in ({}, {**changed, **questions}):
+        check_dataset_settings(student_config("m", path, path, "l", **overrides))
+        assert "model.data.dataset" not in caplog.text
+    check_dataset_settings(student_config("m", path, path, "l", **changed))
     assert "model.data.dataset has no effect on caches" in caplog.text
 
 
