@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -26,6 +26,7 @@ def respond(
     vocab_size: int,
     max_batch: int,
     numbers: Sequence[int] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Return a response per prompt on every rank; replicas share the prompts.
 
@@ -46,6 +47,7 @@ def respond(
             vocab_size=vocab_size,
             max_batch=max_batch,
             numbers=[numbers[place] for place in mine],
+            on_step=on_step,
         )
         return dict(zip(mine, responses, strict=True)) if groups.is_writer else {}
 

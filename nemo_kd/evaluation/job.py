@@ -87,16 +87,16 @@ def evaluate_gpt(config: EvaluateGPTConfig) -> dict[str, Any]:
             other = read_evaluation(config.evaluate.compare, fingerprint)
         samples: list[Sample] = []
         if inputs.questions and config.evaluate.backend != "megatron":
-            with watchdog.pause(f"starting {config.evaluate.backend}"):
+            with watchdog.pause(f"responses of {config.evaluate.backend}"):
                 backend = RankZeroBackend(inputs, groups.device)
-            samples = _answer(backend.respond, 1, inputs, watchdog)
+                samples = _answer(backend.respond, 1, inputs, watchdog)
             del backend
             gc.collect()  # its memory is the model's now
         with watchdog.pause("loading the model"):
             model = opened.load(config, groups)
         scores = _measure(model, groups, inputs, watchdog)
         if config.evaluate.backend == "megatron":
-            ask = _megatron(model, groups, inputs)
+            ask = _megatron(model, groups, inputs, watchdog)
             samples = _answer(ask, groups.data_size, inputs, watchdog)
         with watchdog.pause("writing the results"):
             result = _result(inputs, opened.fingerprint(), scores, samples)
@@ -121,7 +121,9 @@ def _measure(
         return measure_loss(model, groups, inputs, on_pass)
 
 
-def _megatron(model: Any, groups: ProcessGroups, inputs: Inputs) -> Respond:
+def _megatron(
+    model: Any, groups: ProcessGroups, inputs: Inputs, watchdog: Watchdog
+) -> Respond:
     """Return a function that asks the model on all ranks."""
     return lambda prompts, numbers: respond(
         model,
@@ -131,6 +133,7 @@ def _megatron(model: Any, groups: ProcessGroups, inputs: Inputs) -> Respond:
         vocab_size=inputs.vocab_size,
         max_batch=inputs.config.evaluate.batch_size,
         numbers=numbers,
+        on_step=lambda: watchdog.step(f"a token of {len(prompts)} responses"),
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,6 +82,7 @@ def generate(
     vocab_size: int,
     max_batch: int,
     numbers: Sequence[int] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """Return a response per prompt, the same on all ranks of the replica, which all call it.
 
@@ -94,6 +95,7 @@ def generate(
         vocab_size: real vocabulary; padding columns are never chosen.
         max_batch: most prompts that are decoded together, which bounds the memory for the cache.
         numbers: a number per prompt that its samples depend on; their places by default.
+        on_step: called before each step, for example to show a watchdog progress.
 
     Raises:
         UserInputError: a prompt is empty, or leaves no position for a response; the model's logits
@@ -110,7 +112,7 @@ def generate(
         )
         for number, prompt in zip(numbers, prompts, strict=True)
     ]
-    decoder = _Decoder(model, groups, sampling, vocab_size)
+    decoder = _Decoder(model, groups, sampling, vocab_size, on_step)
     with _evaluation_mode(model):
         for batch in _batches(rows, max_batch, sampling.max_new_tokens):
             decoder.decode(batch)
@@ -210,6 +212,7 @@ class _Decoder:
     groups: ProcessGroups
     sampling: Sampling
     vocab_size: int
+    on_step: Callable[[], None]
 
     def decode(self, rows: list[_Row]) -> None:
         """Generate until every row is done."""
@@ -240,6 +243,7 @@ class _Decoder:
         self, tokens: list[list[int]], cache: StaticInferenceContext
     ) -> torch.Tensor | None:
         """Return the last position's logits [B, V], on the last stage; grow the cache."""
+        self.on_step()
         tokens_BS = torch.tensor(tokens, device=self.groups.device)
         hidden_SBH = run_stages(
             self.model,

@@ -134,6 +134,9 @@ class Evaluation:
             vocab_size=self.vocab_size,
             max_batch=self.settings.batch_size,
             numbers=[question.index for question in questions],
+            on_step=lambda: student.watchdog.step(
+                f"responses to {len(questions)} prompts"
+            ),
         )
 
         def check() -> list[Sample]:

@@ -215,6 +215,27 @@ def test_stop_tokens_end_a_response(ranks, models, reference, max_batch):
     assert {response.stopped for response in found} == {True, False}
 
 
+def reported_steps(path: str) -> list[int]:
+    """Numbers of the steps of one response; a watchdog takes them for progress."""
+    model, groups = load(path, {})
+    steps: list[int] = []
+    respond(
+        model,
+        groups,
+        PROMPTS[:1],
+        Sampling(NEW_TOKENS, frozenset()),
+        vocab_size=VOCAB_SIZE,
+        max_batch=1,
+        on_step=lambda: steps.append(len(steps)),
+    )
+    return steps
+
+
+def test_every_step_is_reported(ranks, models):
+    found = ranks(1).run(reported_steps, models["qwen3"])[0]
+    assert found == list(range(NEW_TOKENS))
+
+
 def test_sampled_responses_depend_on_seed_and_number_only(ranks, models):
     path = models["qwen3"]
     sampling = Sampling(
