@@ -150,15 +150,16 @@ class StudentLoss:
         shard: VocabShard,
         in_kd: bool = True,
     ) -> tuple[Tensor, Tensor]:
+        terms = self.losses if in_kd else replace(self.losses, divergence=None)
         total, losses = fused_linear_loss(
-            self.losses,
+            terms,
             hidden_NH,
             weight_vH,
             batch.labels_BS.flatten()[batch.loss_positions_N],
             shard,
             self._teacher(batch),
             self.now.sft_weight,
-            self.kd_weight * in_kd,
+            self.kd_weight,
         )
         return total, self._sums(losses, batch, in_kd)
 
@@ -242,7 +243,7 @@ class StudentLoss:
         ce_N = losses.ce_N.detach().double()
         kd_N = (
             torch.zeros_like(ce_N)
-            if losses.kd_N is None or not in_kd
+            if losses.kd_N is None
             else losses.kd_N.detach().double()
         )
         weighted_N = self.now.sft_weight * ce_N + self.kd_weight * kd_N
