@@ -30,7 +30,8 @@ def respond(
 ) -> list[Response]:
     """Return a response per prompt on every rank; replicas share the prompts.
 
-    Every rank calls it with the same prompts. Arguments and errors are those of `generate`.
+    Every rank calls it with the same prompts. Arguments and errors are those of `generate`; a prompt
+    has its place as its number by default.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     # Before replicas step together, so that all raise the same error.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from nemo_kd.config.fields import Section, bounded, choice, count, path
 
@@ -84,6 +85,12 @@ class ResponseConfig(AnswerConfig):
     """Seed of sampling. Each evaluation draws the same random numbers."""
     batch_size: int = count(16)
     """Prompts that a replica answers together."""
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """Return the fields of `Sampling` that the user chooses."""
+        names = ("max_new_tokens", "temperature", "top_p", "seed")
+        return {name: getattr(self, name) for name in names}
 
 
 @dataclass

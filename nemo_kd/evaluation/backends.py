@@ -54,31 +54,31 @@ class RankZeroBackend:
     def __init__(self, inputs: Inputs, device: torch.device) -> None:
         self._inputs = inputs
         self._device = device
-        self._opened: list[Any] = []
-        on_rank_zero(lambda: self._opened.append(self._open()))
+        self._backend: Any = None  # on other ranks
+        on_rank_zero(self._open)
 
     def respond(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int]
     ) -> list[Response]:
         """Return a response per prompt on every rank; every rank calls it."""
         sampling = self._inputs.sampling
-        return on_rank_zero(
-            lambda: self._opened[0].respond(prompts, sampling, numbers)
-        )
+        return on_rank_zero(lambda: self._backend.respond(prompts, sampling, numbers))
 
-    def _open(self) -> TransformersModel | VllmModel | VllmServer:
+    def _open(self) -> None:
         config = self._inputs.config
         settings = config.evaluate
         if settings.url is not None:
             server = VllmServer(settings.url)
             longest = max(len(one.prompt_ids) for one in self._inputs.questions)
             server.check_room(longest + settings.max_new_tokens)
-            return server
+            self._backend = server
+            return
         folder = config.pretrained_checkpoint.restore_from_path
         dtype = getattr(torch, PRECISIONS[config.trainer.precision])
         if settings.backend == "vllm":
-            return VllmModel(folder, dtype)
-        return TransformersModel(folder, dtype, self._device)
+            self._backend = VllmModel(folder, dtype)
+        else:
+            self._backend = TransformersModel(folder, dtype, self._device)
 
 
 class TransformersModel:
@@ -123,10 +123,7 @@ class _Choice(LogitsProcessor):
     def __init__(self, sampling: Sampling, numbers: Sequence[int]) -> None:
         self.sampling = sampling
         self.entropies: list[list[float]] = []
-        self._randoms = [
-            np.random.Generator(np.random.Philox(key=[sampling.seed, number]))
-            for number in numbers
-        ]
+        self._randoms = [sampling.random(number) for number in numbers]
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         uniforms_B = torch.tensor(

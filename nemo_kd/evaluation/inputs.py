@@ -75,15 +75,8 @@ class Inputs:
             [question.index for question in self.questions],
             architecture.max_position_embeddings,
         )
-        self.sampling = Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=stop_ids(
-                self.tokenizer, examples, self.pretrained.eos_token_ids()
-            ),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-        )
+        ends = stop_ids(self.tokenizer, examples, self.pretrained.eos_token_ids())
+        self.sampling = Sampling(stop_ids=ends, **settings.sampling)
         self.checker: Checker | None = None
         if settings.answer_field is not None:
             self.checker = checker_of(settings)

@@ -21,7 +21,7 @@ from nemo_kd.mcore.distributed_checkpoint import fill_from
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.mcore.lora import adapter_state, add_adapters, merge_adapters
-from nemo_kd.mcore.model import build_gpt_model, sharded_weights, transformer_config
+from nemo_kd.mcore.model import sharded_weights
 from nemo_kd.mcore.weights import zero_vocabulary_padding
 from nemo_kd.run.collective import on_every_rank, on_rank_zero
 from nemo_kd.student.checkpoint_folder import CONTENTS, Contents, check_whole
@@ -61,18 +61,7 @@ class EvaluatedModel:
         """Build this rank's part of the model and load its weights; every rank calls it."""
         architecture = self.pretrained.architecture
         kernels = Kernels(Machine.here(), config.model, config.trainer.precision)
-        model = build_gpt_model(
-            architecture,
-            transformer_config(
-                architecture,
-                config.model,
-                kernels.dtype,
-                perform_initialization=False,
-                **kernels.fields,
-            ),
-            config.model.make_vocab_size_divisible_by,
-            kernels.transformer_engine,
-        )
+        model = kernels.build_for_inference(architecture)
         lora = self._lora()
         if self.checkpoint is None or lora is not None:
             self.pretrained.load_weights(model, groups)

@@ -54,6 +54,10 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 0
 
+    def random(self, number: int) -> np.random.Generator:
+        """Return the random numbers of a prompt's tokens, one per step."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, number]))
+
 
 @dataclass(frozen=True)
 class Response:
@@ -81,8 +85,8 @@ def generate(
     *,
     vocab_size: int,
     max_batch: int,
-    numbers: Sequence[int] | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    numbers: Sequence[int],
+    on_step: Callable[[], None],
 ) -> list[Response]:
     """Return a response per prompt, the same on all ranks of the replica, which all call it.
 
@@ -94,7 +98,7 @@ def generate(
         model: as built, or wrapped for training.
         vocab_size: real vocabulary; padding columns are never chosen.
         max_batch: most prompts that are decoded together, which bounds the memory for the cache.
-        numbers: a number per prompt that its samples depend on; their places by default.
+        numbers: a number per prompt that its samples depend on.
         on_step: called before each step, for example to show a watchdog progress.
 
     Raises:
@@ -102,13 +106,12 @@ def generate(
             are not finite.
     """
     assert groups.context_size == 1
-    numbers = range(len(prompts)) if numbers is None else numbers
     check_prompts(prompts, numbers, num_positions(model))
     rows = [
         _Row(
             list(prompt),
             min(sampling.max_new_tokens, num_positions(model) - len(prompt)),
-            np.random.Generator(np.random.Philox(key=[sampling.seed, number])),
+            sampling.random(number),
         )
         for number, prompt in zip(numbers, prompts, strict=True)
     ]

@@ -16,8 +16,9 @@ from megatron.core import optimizer
 from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
 from nemo_kd.config import ConfigError
-from nemo_kd.config.shared import PRECISIONS
+from nemo_kd.config.shared import PRECISIONS, GPTArchitecture
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.mcore.model import build_gpt_model, transformer_config
 from nemo_kd.run.collective import gather
 
 log = logging.getLogger(__name__)
@@ -136,6 +137,18 @@ class Kernels:
     def uses(self, fusion: str) -> bool:
         """Return True if a fusion is on."""
         return self.reasons.get(fusion) == ""
+
+    def build_for_inference(self, architecture: GPTArchitecture) -> Any:
+        """Build this rank's part of a model that is not trained; its weights are to be loaded."""
+        config = transformer_config(
+            architecture,
+            self.model,
+            self.dtype,
+            perform_initialization=False,
+            **self.fields,
+        )
+        padding = self.model.make_vocab_size_divisible_by
+        return build_gpt_model(architecture, config, padding, self.transformer_engine)
 
 
 def startup_facts(kernels: Kernels, groups: ProcessGroups) -> str:

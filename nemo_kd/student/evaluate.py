@@ -81,13 +81,8 @@ class Evaluation:
             for example in examples
         ]
         self.questions = sorted(questions, key=lambda one: -len(one.prompt_ids))
-        self.sampling = Sampling(
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=stop_ids(tokenizer, examples, pretrained.eos_token_ids()),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            seed=settings.seed,
-        )
+        ends = stop_ids(tokenizer, examples, pretrained.eos_token_ids())
+        self.sampling = Sampling(stop_ids=ends, **settings.sampling)
 
     def run(self, student: StudentModule) -> dict[str, float]:
         """Answer all questions with the current weights; log and return the metrics.

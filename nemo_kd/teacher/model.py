@@ -32,10 +32,8 @@ from nemo_kd.data.tokenizer import padding_id
 from nemo_kd.mcore.architecture import ForwardFlops
 from nemo_kd.mcore.kernels import Kernels, Machine, startup_facts
 from nemo_kd.mcore.model import (
-    build_gpt_model,
     hidden_at,
     output_weight,
-    transformer_config,
 )
 from nemo_kd.mcore.schedule import loss_positions, run_batch
 from nemo_kd.ops.tail_sampling import tail_uniforms
@@ -94,18 +92,7 @@ class Teacher:
         self.vocab_size = architecture.vocab_size
         self.flops = ForwardFlops(architecture)
         kernels = Kernels(Machine.here(), config.model, config.trainer.precision)
-        self.model = build_gpt_model(
-            architecture,
-            transformer_config(
-                architecture,
-                config.model,
-                kernels.dtype,
-                perform_initialization=False,
-                **kernels.fields,
-            ),
-            config.model.make_vocab_size_divisible_by,
-            kernels.transformer_engine,
-        )
+        self.model = kernels.build_for_inference(architecture)
         run.pretrained.load_weights(self.model, groups)
         self.model.eval()
         if config.model.fp8 == "delayed":
