@@ -101,6 +101,10 @@ def errors_end_the_process() -> Iterator[None]:
             time.sleep(3)
         print_error(message)
         _leave(USER_ERROR)
+    else:
+        if (dist := _process_group()) is not None:
+            # Gloo's threads race with the end of the interpreter and at times abort a run that is done.
+            dist.destroy_process_group()
     finally:
         end_children()
 
