@@ -14,7 +14,8 @@ from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
-from nemo_kd.data.dataset import JsonlRecords, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.records import JsonlRecords
 from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
 from nemo_kd.mcore.checkpoint import PretrainedModel
 

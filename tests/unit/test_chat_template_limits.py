@@ -8,8 +8,8 @@ import json
 import pytest
 
 from nemo_kd.config import DataError
-from nemo_kd.data.chat import render_messages
-from nemo_kd.data.dataset import JsonlRecords
+from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.template import render_messages
 from nemo_kd.data.tokenizer import load_tokenizer
 from tests.tiny_tokenizer import train_tokenizer
 

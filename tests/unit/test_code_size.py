@@ -32,7 +32,7 @@ NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 LIMITS = {
-    "code tokens": 129_200,
+    "code tokens": 142_000,
     "code tokens per code line": 7.5,
     "share of assignments packed into tuples": 0.02,
     "share of docstrings that open with a noun clause": 0.01,
@@ -45,16 +45,16 @@ LIMITS = {
 ROOM_LIMITS = {
     "answers": 3_500,
     "cache": 15_500,
-    "cli": 6_000,
-    "config": 12_000,
-    "data": 8_200,
+    "cli": 6_600,
+    "config": 13_200,
+    "data": 15_200,
     "evaluation": 6_900,
     "mcore": 19_200,
     "ops": 12_400,
     "run": 6_100,
-    "student": 17_900,
+    "student": 19_400,
     "teacher": 6_200,
-    "tools": 10_500,
+    "tools": 11_900,
 }
 """Code tokens of each folder: one that grows for a feature does so on purpose."""
 

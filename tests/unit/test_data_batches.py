@@ -20,7 +20,8 @@ from nemo_kd.config.data import DataConfig, DatasetConfig, sequence_length
 from nemo_kd.config.shared import ParallelConfig, check_batch_sizes, padded_vocab_size
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.batches import collate, pack
-from nemo_kd.data.dataset import JsonlRecords, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.records import JsonlRecords
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     load_tokenizer,

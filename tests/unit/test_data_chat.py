@@ -8,8 +8,10 @@ import pytest
 
 from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
-from nemo_kd.data.chat import render_conversations, render_messages
-from nemo_kd.data.dataset import PromptTemplate, TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.nemo_chat import render_conversations
+from nemo_kd.data.prompt_template import PromptTemplate
+from nemo_kd.data.template import render_messages
 from tests import tiny_tokenizer
 from tests.tiny_tokenizer import docstrings, train_tokenizer
 
