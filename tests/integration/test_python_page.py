@@ -29,7 +29,7 @@ def test_the_page_on_python_and_the_readme_run(tmp_path):
     code = [block for block in blocks("docs/python.md") if block not in files]
     code += blocks("README.md")
     assert len(files) == 1
-    assert len(code) == 6
+    assert len(code) == 7
     (tmp_path / "page.py").write_text("\n".join(code))
     result = subprocess.run(
         [sys.executable, "page.py"],
@@ -43,4 +43,5 @@ def test_the_page_on_python_and_the_readme_run(tmp_path):
     assert "15 examples" in result.stdout
     losses = re.findall(r"step \d: loss (\d+\.\d+)", result.stdout)
     assert len(losses) == 4
+    assert re.search(r"{'response_length': \d\.0, 'token_entropy': \d", result.stdout)
     assert list((tmp_path / "results" / "custom" / "checkpoints").glob("*.nemo"))

@@ -20,6 +20,7 @@ ALLOWED: dict[str, set[str]] = {
     "files": set(),
     "page": set(),
     "nemo_archive": set(),
+    "sft": set(),
     "run": set(),
     "ops": set(),
     "data": {"nemo_archive"},
@@ -116,6 +117,7 @@ def test_every_room_is_listed():
         ("nemo_kd.run.ranks", ["torch"]),
         ("nemo_kd.run.metrics", ["torch", "wandb", "tqdm"]),
         ("nemo_kd.config.student", ["torch", "megatron"]),
+        ("nemo_kd.sft", ["transformers", "megatron", "omegaconf"]),
         ("nemo_kd.cache.manifest", ["torch", "megatron", "transformers"]),
         ("nemo_kd.data.dataset", ["megatron", "nemo"]),
         (
