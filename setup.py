@@ -72,6 +72,7 @@ setup(
         "nemo_kd": ["py.typed", "*.html"],
         "nemo_kd.conf": ["*.yaml", "recipes/*.yaml"],
         "nemo_kd.evaluation": ["*.html"],
+        "nemo_kd.student": ["*.html"],
         "nemo_kd.tools": ["*.html"],
     },
     install_requires=LIGHT + ([] if os.environ.get("NEMO_KD_LIGHT") else OF_COMMANDS),

@@ -276,6 +276,10 @@ class TrainStudentConfig(Section):
 
     name: str = "megatron_gpt_knowledge_distillation"
     """Name of the run."""
+    dry_run: bool = False
+    """Compute two steps, print layout, memory and time, and show the first batch with its loss
+    masks, also as dry_run/first_batch.html in exp_manager.explicit_log_dir (None: the current
+    folder). Train and write nothing else; `--dry-run` is the same."""
     trainer: StudentTrainerConfig = field(default_factory=StudentTrainerConfig)
     pretrained_checkpoint: PretrainedCheckpoint = field(
         default_factory=PretrainedCheckpoint

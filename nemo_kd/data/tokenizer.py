@@ -306,12 +306,17 @@ def example_lines(
     return lines
 
 
-def trained_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return the example's text with every trained stretch between « and »."""
+def trained_text(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    marks: tuple[str, str] = ("«", "»"),
+) -> str:
+    """Return the example's text, safe for a terminal, with every trained stretch between marks."""
     edges = np.flatnonzero(np.diff(example.loss_mask_S > 0, prepend=False)) + 1
     stretches = np.split(text_ids(example), edges)
-    texts = [tokenizer.decode(stretch) for stretch in stretches]
-    return "".join(f"«{text}»" if n % 2 else text for n, text in enumerate(texts))
+    texts = [printable(tokenizer.decode(stretch)) for stretch in stretches]
+    texts[1::2] = [text.join(marks) for text in texts[1::2]]
+    return "".join(texts)
 
 
 def share(probability: float) -> str:

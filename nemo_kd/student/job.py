@@ -43,12 +43,14 @@ from nemo_kd.student.checkpoint_folder import (
 )
 from nemo_kd.student.checkpoints import Checkpoints
 from nemo_kd.student.data import StudentData, check_dataset_settings, load_splits
+from nemo_kd.student.first_step import show_first_step
 from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.module import StudentModule
 from nemo_kd.student.reports import (
     RunLog,
     StudentRun,
     end_report,
+    first_example,
     setup_report,
     start_wandb,
     stop_report,
@@ -72,7 +74,8 @@ log = logging.getLogger(__name__)
 def train_student(config: TrainStudentConfig) -> StudentRun:
     """Run stage 2: train, validate, keep the best checkpoints and write a .nemo archive.
 
-    Every rank calls this; a process may call it several times, also after an error.
+    Every rank calls this; a process may call it several times, also after an error. With `dry_run`
+    it only tries and shows the first step.
 
     Raises:
         ConfigError, DataError, CacheError, CheckpointError: the input is refused; before any step.
@@ -89,7 +92,10 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
     ):
         pl.seed_everything(model.seed)
         join_ranks(config.trainer)
-        on_rank_zero(lambda: own_run_folder(config.exp_manager, config.name, stack))
+        if not config.dry_run:
+            on_rank_zero(
+                lambda: own_run_folder(config.exp_manager, config.name, stack)
+            )
         pretrained = stack.enter_context(
             open_pretrained(config.pretrained_checkpoint.restore_from_path)
         )
@@ -108,10 +114,16 @@ def train_student(config: TrainStudentConfig) -> StudentRun:
         minutes = config.trainer.distributed_timeout_minutes
         watchdog = Watchdog(60 * minutes, rank())
         stack.enter_context(watchdog)
+        if config.dry_run:
+            with watchdog.pause("the dry run"):
+                return show_first_step(
+                    config, pretrained, data, loss, tokenizer, stack
+                )
         with watchdog.pause("loading"):
             trainer, student = _load(config, pretrained, data, loss, watchdog, stack)
             student.evaluation = evaluation
-            log.info(setup_report(student, tokenizer))
+            log.info(setup_report(student))
+            log.info(first_example(data, tokenizer))
         _fit(trainer, student)
         if student.checkpoints is not None:
             with watchdog.pause("writing the .nemo archives"):

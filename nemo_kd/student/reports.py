@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import CachedExample
 from nemo_kd.config.loss import LossConfig
+from nemo_kd.data.batches import example_of
 from nemo_kd.data.tokenizer import TokenText, example_lines, trained_text
 from nemo_kd.files import print_table
 from nemo_kd.mcore.kernels import startup_facts
@@ -28,6 +29,7 @@ from nemo_kd.student.checkpoint_folder import resumable
 from nemo_kd.student.checkpoints import Checkpoints
 
 if TYPE_CHECKING:
+    from nemo_kd.student.data import StudentData
     from nemo_kd.student.module import StudentModule
 
 log = logging.getLogger(__name__)
@@ -51,8 +53,8 @@ class StudentRun:
     archive: Path | None
 
 
-def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Describe model, kernels, steps and data, and show the first example; every rank calls this."""
+def setup_report(student: StudentModule) -> str:
+    """Describe model, kernels, steps and data; every rank calls this."""
     config = student.config
     model = config.model
     plan = student.plan
@@ -66,7 +68,6 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
         divergence = loss.custom_loss or f"{loss.kd_loss} (support={loss.support})"
         terms += f" + {_weight(loss.kd_loss_weight)} x {divergence}"
     splits = student.data.splits
-    rows = splits["train"]
     examples = student.data.sample
     batch = model.global_batch_size
     tokens = batch / len(examples) * sum(one.num_tokens for one in examples)
@@ -90,12 +91,19 @@ def setup_report(student: StudentModule, tokenizer: PreTrainedTokenizerBase) -> 
     for split, of_split in splits.items():
         paths = ", ".join(model.data.paths(split))
         lines.append(f"{split + ':':<12}{len(of_split):,} examples from {paths}")
-    lines += [
-        f"first example (record {examples[0].index}), trained between « and »:",
-        trained_text(examples[0], tokenizer),
+    return "\n".join(lines)
+
+
+def first_example(data: StudentData, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Show the first training example, and the teacher's targets at its first positions."""
+    row = data.splits["train"][0]
+    example = example_of(row)
+    lines = [
+        f"first example (record {example.index}), trained between « and »:",
+        trained_text(example, tokenizer),
     ]
-    if isinstance(rows[0], CachedExample):
-        lines += example_lines(rows[0], TokenText(tokenizer), SHOWN_POSITIONS)
+    if isinstance(row, CachedExample):
+        lines += example_lines(row, TokenText(tokenizer), SHOWN_POSITIONS)
     return "\n".join(lines)
 
 

@@ -303,13 +303,14 @@ class StepMeter:
             "perf/loss_tokens_per_s": num_loss_tokens / seconds,
             "perf/data_wait_percent": 100 * wait_s / seconds,
             "perf/padding_percent": 100 * (1 - tokens / positions),
-            "perf/peak_memory_gib": self._peak_bytes() / GIB,
+            "perf/peak_memory_gib": self.peak_bytes() / GIB,
         }
         if self.peak_flops is not None:
             metrics["perf/mfu_percent"] = 100 * total_flops / seconds / self.peak_flops
         return metrics
 
-    def _peak_bytes(self) -> int:
+    def peak_bytes(self) -> int:
+        """Return the most memory that this rank had: on its GPU, or else of its process."""
         if self.groups.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.groups.device)
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
