@@ -171,6 +171,9 @@ class CheckpointWrite(TorchDistSaveShardedStrategy):
         """Write in the forked process, which must not touch the GPU, not even to free memory."""
         gc.disable()
         end_with_parent()
+        torch.set_num_threads(
+            1
+        )  # a fork has none of torch's threads: it would wait for them
         try:
             results = self._write()
             names = {result.storage_data.relative_path for result in results}
