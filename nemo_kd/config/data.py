@@ -59,6 +59,8 @@ class DatasetConfig(Section, key="data.data"):
     cuts nothing."""
     truncation_method: str = choice("right", ("left", "right"))
     """prompt_template: cut truncation_field from the right or the left."""
+    system_key: str = "system"
+    """messages: field with a system prompt, rendered before the messages."""
     tools_key: str = "tools"
     """messages: field of the record with tool definitions, passed to the chat template."""
 

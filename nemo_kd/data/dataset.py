@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import orjson
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
 from nemo_kd.config import DataError
 from nemo_kd.config.data import DataConfig
+from nemo_kd.data.conversation import Conversation
 from nemo_kd.data.nemo_chat import render_conversations
 from nemo_kd.data.prompt_template import PromptTemplate
 from nemo_kd.data.records import JsonlRecords
@@ -103,8 +102,11 @@ class TokenizedDataset:
         self, kind: str, record: dict[str, Any]
     ) -> tuple[list[int], list[bool]]:
         if kind == "messages":
+            conversation = Conversation.read(
+                record["messages"], record, self.config.data
+            )
             return render_messages(
-                record["messages"], self.tokenizer, self._tools(record)
+                conversation.messages, self.tokenizer, conversation.tools
             )
         if kind == "conversations":
             return render_conversations(
@@ -113,16 +115,3 @@ class TokenizedDataset:
         return self.prompt_template.render(
             record, self.tokenizer, self.max_seq_length + 1
         )
-
-    def _tools(self, record: dict[str, Any]) -> list[Any] | None:
-        """Return the record's tool definitions, which are a list or its JSON text."""
-        key = self.config.data.tools_key
-        tools = record.get(key) or []
-        with contextlib.suppress(orjson.JSONDecodeError):
-            tools = orjson.loads(tools) if isinstance(tools, str) else tools
-        if not isinstance(tools, list):
-            raise DataError(
-                f"`{key}` must be a list of tool definitions, or its JSON text, found "
-                f"{str(tools)[:80]!r}"
-            )
-        return tools or None
