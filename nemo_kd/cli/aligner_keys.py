@@ -1,7 +1,8 @@
-"""Other names of keys, and NeMo-Aligner's keys that have no effect here.
+"""Other names of keys, and keys of NeMo-Aligner, slime and ROLL that have no effect here.
 
 Every key in the two YAML files and the guide of NeMo-Aligner is a field of the configuration, an
-alias of one, or listed here, so that its command lines and files run unchanged.
+alias of one, or listed here, so that its command lines and files run unchanged. Names of other
+trainers are errors that name the key: `FOREIGN_NAMES` in config/typed.py.
 """
 
 from __future__ import annotations
@@ -84,6 +85,9 @@ both:
   model.dist_ckpt_load_strictness: ["checkpoints are always loaded strictly"]
   model.activations_checkpoint_layers_per_pipeline:
     ["model.activations_checkpoint_num_layers holds for every stage", null]
+  disable_compute_advantages_and_returns: ["nothing here computes advantages", true]
+  debug_train_only: ["training starts no inference engine", true]
+  logits_transfer_backend: ["the cache carries the teacher's logits"]
 compute_topk_logits:
   trainer.max_epochs: ["the teacher reads the dataset once", 1]
   model.activations_checkpoint_granularity: ["the teacher runs no backward pass", null]

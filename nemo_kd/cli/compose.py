@@ -98,9 +98,9 @@ def read_argument(argument: str, command: str, config_class: type) -> tuple[str,
     """Read key=value; text is taken as typed, whatever characters it holds."""
     match = _ARGUMENT.fullmatch(argument)
     if match is None:
-        name = argument.partition("=")[0]
+        name, _, text = argument.partition("=")
         known = known_keys(config_class)
-        close = "" if name in known else suggestion(name, known)
+        close = "" if name in known else suggestion(name, known, text or None)
         raise ConfigError(
             f"{name}: arguments are given as key=value, without dashes and blanks{close}; --help "
             "lists the keys"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import textwrap
 import types
 import typing
@@ -40,7 +42,7 @@ def typed(cls: type[T], cfg: DictConfig) -> T:
     for key, value in leaves(OmegaConf.to_container(cfg, resolve=False)):
         doc = key_doc(cls, key)
         if doc is None:
-            close = suggestion(key, known_keys(cls))
+            close = suggestion(key, known_keys(cls), value)
             raise ConfigError(
                 f"{key}: there is no such key{close}, or it is a section; --help lists all"
             )
@@ -157,13 +159,20 @@ FOREIGN_NAMES = """
 pretrained_checkpoint.restore_from_path input_path
     model model_name model_path model_id model_name_or_path pretrained_model_name_or_path
     base_model hf_model teacher teacher_model teacher_model_name_or_path student
-    student_model checkpoint restore_from_path
+    student_model checkpoint restore_from_path hf_checkpoint student_pretrain
+    teacher_pretrain
+pretrained_checkpoint.restore_from_path | of compute_topk_logits if it is the teacher
+    ref_load
+exp_manager.resume_from_checkpoint | without it a run resumes from its own folder
+    load
 input_path
     input
 output_path exp_manager.explicit_log_dir
     output output_dir save_dir out_dir
 exp_manager.explicit_log_dir
-    log_dir logging_dir
+    log_dir logging_dir save tensorboard_dir
+name
+    exp_name
 overwrite exp_manager.explicit_log_dir | stage 2: a new folder
     overwrite_output_dir
 model.optim.lr
@@ -181,17 +190,25 @@ model.optim.name | adamw or distributed_fused_adam
 model.optim.sched.warmup_steps
     warmup_steps num_warmup_steps lr_warmup_steps
 model.optim.sched.warmup_ratio
-    warmup_ratio
+    warmup_ratio lr_warmup_fraction
 model.optim.sched.name | cosine: CosineAnnealing; linear, constant
     lr_scheduler lr_scheduler_type lr_decay_style scheduler
 trainer.knowledge_distillation.max_epochs
-    epochs num_epochs num_train_epochs max_epochs
+    epochs num_epoch num_epochs num_train_epochs max_epochs
 trainer.knowledge_distillation.max_steps
     steps max_steps train_iters max_train_steps
+trainer.knowledge_distillation.max_steps | optimizer steps; one reads one global batch
+    num_rollout
 model.global_batch_size data.max_tokens_per_batch
     batch_size
 model.global_batch_size
     train_batch_size global_batch_size
+model.global_batch_size | every step reads one global batch
+    rollout_batch_size
+data.max_tokens_per_batch model.data.max_tokens_per_batch
+    max_tokens_per_gpu
+data.max_tokens_per_batch model.data.max_tokens_per_batch | tokens on a rank; it forms dynamic batches
+    use_dynamic_batch_size
 model.micro_batch_size | examples per forward pass of one data-parallel rank
     micro_batch_size per_device_train_batch_size per_device_eval_batch_size
     device_batch_size
@@ -200,7 +217,11 @@ model.global_batch_size | micro_batch_size x data-parallel ranks x accumulation 
 trainer.knowledge_distillation.gradient_clip_val
     max_grad_norm clip_grad gradient_clip_val
 model.activations_checkpoint_granularity | true: full
-    gradient_checkpointing
+    gradient_checkpointing recompute_granularity
+model.activations_checkpoint_method
+    recompute_method
+model.activations_checkpoint_num_layers
+    recompute_num_layers
 model.max_seq_length
     max_seq_len max_seq_length max_length seq_len seq_length sequence_length cutoff_len
     block_size
@@ -222,61 +243,94 @@ model.peft.lora_tuning.target_modules | attention_qkv, attention_dense, mlp_fc1,
     lora_target_modules target_modules
 model.peft.peft_scheme | lora or none
     use_lora use_peft
-model.peft.lora_tuning.alpha model.knowledge_distillation.kd_loss_weight | LoRA's, or the weight of KD
+model.peft.lora_tuning.alpha KD.kd_loss_weight | LoRA's, or the weight of KD
     alpha
 exp_manager.wandb_logger_kwargs.project | with exp_manager.create_wandb_logger=true
     wandb_project project
 exp_manager.wandb_logger_kwargs.name | with exp_manager.create_wandb_logger=true
     wandb_name wandb_run_name run_name
+exp_manager.wandb_logger_kwargs.group | with exp_manager.create_wandb_logger=true
+    wandb_group
 exp_manager.create_wandb_logger | wandb: true
-    report_to
+    report_to use_wandb track_with
 exp_manager.resume_from_checkpoint | without it a run resumes from its own folder
     resume resume_from_checkpoint
 trainer.precision precision | bf16 or 32
     bf16 fp16 dtype torch_dtype mixed_precision
 trainer.devices | a number, or auto
-    gpus num_gpus n_gpus nproc_per_node devices
+    gpus num_gpus n_gpus nproc_per_node devices num_gpus_per_node device_mapping
+    actor_num_gpus_per_node
 trainer.num_nodes
-    nnodes num_nodes nodes
+    nnodes num_nodes nodes actor_num_nodes
 model.tensor_model_parallel_size
-    tp tensor_parallel_size tensor_model_parallel_size
+    tp tp_size tensor_parallel_size tensor_model_parallel_size
 model.pipeline_model_parallel_size
-    pp pipeline_parallel_size pipeline_model_parallel_size
+    pp pp_size pipeline_parallel_size pipeline_model_parallel_size
 model.context_parallel_size
     cp
 model.expert_model_parallel_size
     ep
 model.data.data_prefix.train data.data.file_path | stage 2: model.data.data_prefix.train=FILE
     dataset dataset_name dataset_path data data_path train_file train_data data_prefix
-    validation_file
+    validation_file prompt_data file_name
+data.data.tools_key model.data.dataset.tools_key
+    tool_key
+model.data.shuffle
+    rollout_shuffle
 model.data.num_workers data.num_workers
     num_workers dataloader_num_workers
 model.seed
-    seed
-model.knowledge_distillation.kd_loss_weight | kd_loss_weight=a and sft_loss_weight=1-a for a weight a
-    kd_alpha kd_ratio distillation_alpha lmbda
-model.knowledge_distillation.temperature model.knowledge_distillation.logits_scale cache.temperatures
-    temperature kd_temperature
+    seed rollout_seed
+KD.kd_loss_weight | KD.kd_loss_weight=W KD.sft_loss_weight=1-W
+    kd_alpha kd_ratio distillation_alpha lmbda distill_loss_weight
+KD.sft_loss_weight | KD.sft_loss_weight=W KD.kd_loss_weight=1-W
+    distill_alpha
+KD.kd_loss_weight | KD.kd_loss_weight=W KD.sft_loss_weight=1
+    kl_loss_coef
+KD.kd_loss_weight | above 0
+    use_kl_loss
+KD.kd_loss | KD.kd_loss=W
+    kl_loss_type
+KD.kd_loss | KD.kd_loss=W KD.support=renormalize
+    kd_objective
+KD.kd_loss | sft_loss: KD.kd_loss_weight=0 KD.sft_loss_weight=1; custom_loss: KD.kd_loss=custom
+    loss_type
+KD.custom_loss | KD.custom_loss=W KD.kd_loss=custom
+    custom_loss_function_path
+KD.custom_args | the keys of the file, {KEY: VALUE}
+    custom_config_path
+KD.temperature | KD.temperature=W; with a teacher_temperature: the scales 1/W and 1/(W * it)
+    kd_temperature
+KD.target_logits_scale | KD.target_logits_scale=1/W; with a kd_temperature: also divided by it
+    teacher_temperature
+KD.temperature | KD.temperature=W KD.multiply_by_squared_temperature=true
+    distill_temperature
+KD.temperature KD.logits_scale
+    temperature
+cache.temperatures | [W]
+    temperature kd_temperature teacher_temperature distill_temperature
 top_k model.data.top_k
-    topk num_logits
+    topk num_logits logits_topk
 n_examples_per_chunk
     chunk_size
-"""
+""".replace("KD.", "model.knowledge_distillation.")
 """Keys of any command, with a remark on their values after "|"; below them other trainers' names
-for these."""
+for these. W is the value of the other name."""
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
+def suggestion(name: str, known: Iterable[str], value: Any = None) -> str:
     """Return " (did you mean KEY?)" with a remark on its value; empty if no key is close.
 
     Args:
         name: as typed, with or without sections and leading dashes.
         known: keys that it may mean.
+        value: as typed, if there is one.
     """
     known = list(known)
     plain = name.strip("- ").replace("-", "_")
     last = plain.rpartition(".")[2]
     foreign: dict[str, str] = {}
+    elsewhere: dict[str, str] = {}
     keys = remark = ""
     for line in FOREIGN_NAMES.strip().splitlines():
         if not line.startswith(" "):
@@ -284,12 +338,27 @@ def suggestion(name: str, known: Iterable[str]) -> str:
             continue
         for key in keys.split():
             if key in known or key.rpartition(".")[0] in known:
-                meaning = f"{key}? {remark}".strip()
+                is_whole = remark.startswith(f"{key}=")
+                meaning = remark if is_whole else f"{key}? {remark}".strip()
                 foreign = dict.fromkeys(line.split(), meaning) | foreign
                 break
+        else:
+            elsewhere |= dict.fromkeys(line.split(), keys.split()[0])
     names = {key.rpartition(".")[2]: f"{key}?" for key in known}
     names |= {key: f"{key}?" for key in known} | foreign
     close = difflib.get_close_matches(plain, names, n=1, cutoff=0.7)
     if last in foreign:
         close = [last]
-    return f" (did you mean {names[close[0]]})" if close else ""
+    elif last in elsewhere and last not in names:
+        return f" (see {elsewhere[last]} of another command)"
+    return f" (did you mean {_with_value(names[close[0]], value)})" if close else ""
+
+
+def _with_value(meaning: str, value: Any) -> str:
+    """Put the value of another trainer's key into a remark, where it has W, 1-W or 1/W."""
+    if value is None:
+        return meaning
+    with contextlib.suppress(TypeError, ValueError, ZeroDivisionError):
+        meaning = meaning.replace("1-W", f"{1 - float(value):g}")
+        meaning = meaning.replace("1/W", f"{1 / float(value):g}")
+    return re.sub(r"\bW\b", lambda _: str(value), meaning)

@@ -254,6 +254,87 @@ def test_names_of_other_trainers_are_answered(key, answer):
     assert answer in str(error.value)
 
 
+KD = "model.knowledge_distillation"
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [
+        # ROLL
+        ("distill_loss_weight=0.85", f"{KD}.kd_loss_weight=0.85 {KD}.sft_loss_weight=0.15)"),
+        ("kd_temperature=4", f"{KD}.temperature=4; with a teacher_temperature: the scales 0.25 and 1/(4"),
+        ("teacher_temperature=4", f"{KD}.target_logits_scale=0.25; with a kd_temperature"),
+        ("kd_objective=reverse_kl", f"{KD}.kd_loss=reverse_kl {KD}.support=renormalize)"),
+        ("skew_lambda=0.1", f"{KD}.skew_lambda?)"),
+        ("adaptive_kl_alpha=0.1", f"{KD}.adaptive_kl_alpha?)"),
+        ("logits_topk=64", "model.data.top_k?)"),
+        ("student.training_args.learning_rate=1e-5", "model.optim.lr?)"),
+        ("student.training_args.max_grad_norm=1", "distillation.gradient_clip_val?)"),
+        ("student.model_args.dtype=bf16", "trainer.precision? bf16 or 32)"),
+        ("student_pretrain=x", "pretrained_checkpoint.restore_from_path?)"),
+        ("exp_name=x", "name?)"),
+        ("sequence_length=4096", "model.max_seq_length?)"),
+        ("num_gpus_per_node=8", "trainer.devices? a number, or auto)"),
+        # slime, as keys and as options
+        ("kl_loss_coef=0.5", f"{KD}.kd_loss_weight=0.5 {KD}.sft_loss_weight=1)"),
+        ("--kl-loss-coef=0.5", f"{KD}.kd_loss_weight=0.5 {KD}.sft_loss_weight=1)"),
+        ("--kl-loss-coef", f"{KD}.kd_loss_weight=W {KD}.sft_loss_weight=1)"),
+        ("kl_loss_type=low_var_kl", f"{KD}.kd_loss=low_var_kl)"),
+        ("use_kl_loss=true", f"{KD}.kd_loss_weight? above 0)"),
+        ("loss_type=sft_loss", f"sft_loss: {KD}.kd_loss_weight=0 {KD}.sft_loss_weight=1;"),
+        ("custom_loss_function_path=a.b", f"{KD}.custom_loss=a.b {KD}.kd_loss=custom)"),
+        ("distill_alpha=0.25", f"{KD}.sft_loss_weight=0.25 {KD}.kd_loss_weight=0.75)"),
+        ("distill_temperature=2", f"{KD}.temperature=2 {KD}.multiply_by_squared_temperature=true)"),
+        ("max_tokens_per_gpu=9216", "model.data.max_tokens_per_batch?)"),
+        ("use_dynamic_batch_size=true", "model.data.max_tokens_per_batch? tokens on a rank; it"),
+        ("rollout_batch_size=128", "model.global_batch_size? every step reads one global batch)"),
+        ("num_epoch=3", "trainer.knowledge_distillation.max_epochs?)"),
+        ("prompt_data=a.jsonl", "model.data.data_prefix.train=FILE)"),
+        ("label_key=x", "model.data.dataset.label_key?)"),
+        ("tool_key=x", "model.data.dataset.tools_key?)"),
+        ("hf_checkpoint=x", "pretrained_checkpoint.restore_from_path?)"),
+        ("ref_load=x", "of compute_topk_logits if it is the teacher)"),
+        ("lr_warmup_fraction=0.1", "model.optim.sched.warmup_ratio?)"),
+        ("clip_grad=1", "trainer.knowledge_distillation.gradient_clip_val?)"),
+        ("recompute_num_layers=1", "model.activations_checkpoint_num_layers?)"),
+        ("actor_num_gpus_per_node=8", "trainer.devices? a number, or auto)"),
+        ("wandb_group=g", "exp_manager.wandb_logger_kwargs.group? with"),
+        # of the other stage
+        ("n_examples_per_chunk=8", "there is no such key"),
+        ("chunk_size=8", "(see n_examples_per_chunk of another command)"),
+    ],
+)  # fmt: skip
+def test_keys_of_slime_and_roll_are_answered_with_key_and_value(argument, answer):
+    with pytest.raises(ConfigError) as error:
+        config_of(TrainStudentConfig, argument)
+    assert answer in str(error.value)
+
+
+def test_keys_of_the_other_stage_are_named():
+    for argument, answer in (
+        ("distill_loss_weight=0.5", f"(see {KD}.kd_loss_weight of another command)"),
+        ("kd_temperature=2", "(did you mean cache.temperatures? [2])"),
+        ("teacher_pretrain=t", "pretrained_checkpoint.restore_from_path?)"),
+        ("max_tokens_per_gpu=9216", "(did you mean data.max_tokens_per_batch?)"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            config_of(ComputeTopkLogitsConfig, *STAGE_1, argument)
+        assert answer in str(error.value)
+
+
+def test_keys_of_slime_that_need_nothing_do_nothing():
+    line = ["disable_compute_advantages_and_returns=true", "debug_train_only=true"]
+    options, keys = option_parser().parse_known_args(
+        [*line, "logits_transfer_backend=ray"]
+    )
+    _, warnings = compose(
+        options, keys, COMMANDS[TrainStudentConfig], TrainStudentConfig
+    )
+    assert warnings == [
+        "logits_transfer_backend=ray: the cache carries the teacher's logits"
+    ]
+
+
 def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     teacher = {
