@@ -63,6 +63,28 @@ class DatasetConfig(Section, key="data.data"):
     """messages: field with a system prompt, rendered before the messages."""
     tools_key: str = "tools"
     """messages: field of the record with tool definitions, passed to the chat template."""
+    chat_template: str | None = path(None)
+    """messages: file with a chat template that replaces the tokenizer's."""
+    loss_mask: str = choice(
+        "auto", ("auto", "last_turn", "per_turn", "qwen", "nemo_chat")
+    )
+    """messages: trained tokens of the assistant's turns. auto: content, tool calls and end of every
+    turn, or as the template's `{% generation %}` marks them. last_turn: only those of the last turn.
+    per_turn: render every turn as if it were the last one, think block in the loss (slime's qwen3).
+    qwen: everything after the header, with the line break (slime's qwen). nemo_chat: the mask of
+    conversations, which they always have."""
+    reasoning: str | None = choice(None, ("keep", "drop"))
+    """messages: keep writes reasoning that the template cuts out in front of its turn; drop takes all
+    reasoning out of the messages. None: `altered` decides about reasoning that the template cuts."""
+    reasoning_loss: str = choice("train", ("train", "exclude", "exclude_empty"))
+    """messages: think blocks of trained turns count in the loss (train) or not (exclude);
+    exclude_empty trains those with text."""
+    altered: str | None = choice(None, ("refuse", "count"))
+    """messages: refuse records with text that the template leaves out or changes, or count them and go
+    on. None: refuse for trained turns and for roles that the template drops, count the rest."""
+    date: str | None = None
+    """messages: date (2026-12-31) that templates print as today's. None: the day on which the cache
+    is begun, for all its records."""
 
 
 @dataclass

@@ -105,9 +105,10 @@ class TokenizedDataset:
             conversation = Conversation.read(
                 record["messages"], record, self.config.data
             )
-            return render_messages(
-                conversation.messages, self.tokenizer, conversation.tools
+            ids, trained, _ = render_messages(
+                conversation, self.tokenizer, self.config.data
             )
+            return ids, trained
         if kind == "conversations":
             return render_conversations(
                 record, self.tokenizer, self.config.chat_prompt_tokens

@@ -9,8 +9,8 @@ import pytest
 
 from nemo_kd.config import DataError
 from nemo_kd.data.records import JsonlRecords
-from nemo_kd.data.template import render_messages
 from nemo_kd.data.tokenizer import load_tokenizer
+from tests.chat_rendering import render
 from tests.tiny_tokenizer import train_tokenizer
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]
@@ -29,7 +29,7 @@ def test_templates_that_fail(template, message):
     tokenizer = train_tokenizer(300, template)
     expected = f"the chat template cannot render this conversation: .*{message}"
     with pytest.raises(DataError, match=expected):
-        render_messages(MESSAGES, tokenizer)
+        render(MESSAGES, tokenizer)
 
 
 @pytest.fixture(scope="module")
