@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.startup
 
-Each row is a process of its own; its CPU time is read from /proc when the line appears, or at its end.
+Each row is a process of its own; its CPU time is read from /proc when the line appears, or at its end. The processes
+keep compiled modules (__pycache__), as an installation has them.
 """
 
 from __future__ import annotations
@@ -37,9 +38,14 @@ def measure(
         RuntimeError: no line matches.
     """
     command = [sys.executable, "-m", f"nemo_kd.cli.{module}", *arguments]
+    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": ""}
     started_s = time.perf_counter()
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
     ) as process:
         found = (0.0, 0.0)
         matched = False

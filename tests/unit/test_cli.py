@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import shlex
 import subprocess
@@ -508,3 +509,26 @@ logging.getLogger("megatron.core.optimizer").warning("another warning")
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stderr == "another warning\n"
+
+
+def test_nothing_is_collected_while_libraries_load(tmp_path: Path):
+    (tmp_path / "library.py").write_text(
+        "import gc\n"
+        "at_import = gc.isenabled()\n"
+        "def main(config):\n"
+        "    print(at_import, gc.isenabled(), gc.get_freeze_count() > 10_000)\n"
+    )
+    program = (
+        "from dataclasses import replace\n"
+        "from nemo_kd.cli import convert_checkpoint, run\n"
+        "command = convert_checkpoint.COMMAND\n"
+        "command = replace(command, check=print, function='library:main')\n"
+        "run.run(command, ['input_path=a', 'output_path=b'])\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )
+    assert found.stdout.splitlines()[-1:] == ["False True True"], found.stderr
