@@ -60,7 +60,7 @@ _NULL_MEANS_DEFAULT = (
 )
 """Keys that NeMo-Aligner's YAML files set to null and that have a value here."""
 
-_IGNORED = """
+IGNORED = """
 both:
   trainer.logger: ["nemo_kd configures the Trainer itself", false, null]
   trainer.enable_checkpointing: ["nemo_kd configures the Trainer itself", false, null]
@@ -185,7 +185,7 @@ def _yields(item: tuple[str, Any]) -> bool:
 def config_of(values: Mapping[str, Any], command: str) -> tuple[DictConfig, list[str]]:
     """Return the configuration of key -> value, and a warning "key=value: reason" for each key
     that has no effect."""
-    tables = yaml.safe_load(_IGNORED)
+    tables = yaml.safe_load(IGNORED)
     ignored = {**tables["both"], **tables[command]}
     cfg = OmegaConf.create()
     warnings = []

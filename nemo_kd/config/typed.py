@@ -273,10 +273,14 @@ model.expert_model_parallel_size
 model.data.data_prefix.train data.data.file_path | stage 2: model.data.data_prefix.train=FILE
     dataset dataset_name dataset_path data data_path train_file train_data data_prefix
     validation_file prompt_data file_name
+data.data.loss_mask model.data.dataset.loss_mask | qwen: qwen; qwen3: per_turn; distill_qwen: last_turn
+    loss_mask_type
 data.data.tools_key model.data.dataset.tools_key
     tool_key
 model.data.shuffle
     rollout_shuffle
+model.data.packing data.packing
+    use_sequence_packing
 model.data.num_workers data.num_workers
     num_workers dataloader_num_workers
 model.seed

@@ -292,6 +292,7 @@ KD = "model.knowledge_distillation"
         ("prompt_data=a.jsonl", "model.data.data_prefix.train=FILE)"),
         ("label_key=x", "model.data.dataset.label_key?)"),
         ("tool_key=x", "model.data.dataset.tools_key?)"),
+        ("loss_mask_type=qwen3", "model.data.dataset.loss_mask? qwen: qwen; qwen3: per_turn;"),
         ("hf_checkpoint=x", "pretrained_checkpoint.restore_from_path?)"),
         ("ref_load=x", "of compute_topk_logits if it is the teacher)"),
         ("lr_warmup_fraction=0.1", "model.optim.sched.warmup_ratio?)"),

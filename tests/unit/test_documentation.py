@@ -9,15 +9,17 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from nemo_kd.cli import filter_sft_data, logit_cache, plot_runs
+from nemo_kd.cli.aligner_keys import ALIASES, IGNORED
 from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.evaluation import EvaluateGPTConfig
 from nemo_kd.config.exp_manager import FREE_KEYS, KEY
 from nemo_kd.config.student import TrainStudentConfig
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.config.typed import describe
+from nemo_kd.config.typed import describe, suggestion
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
@@ -25,6 +27,11 @@ CONFIGS = {
     "train_gpt_knowledge_distillation": TrainStudentConfig,
     "evaluate_gpt": EvaluateGPTConfig,
     "convert_checkpoint": ConvertCheckpointConfig,
+}
+PARSERS = {
+    "filter_sft_data": filter_sft_data.parser,
+    "logit_cache": logit_cache.parser,
+    "plot_runs": plot_runs.parser,
 }
 PAGES = [
     ROOT / "README.md",
@@ -37,7 +44,7 @@ COMMAND_FILES = sorted((ROOT / "scripts" / "slurm").iterdir()) + sorted(
 SOURCES = sorted((ROOT / "nemo_kd").rglob("*.py"))
 HYDRA_OPTIONS = {*option_parser()._option_string_actions, "-h", "--help"}
 COMMAND_LINE = re.compile(
-    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join(CONFIGS)}|filter_sft_data|logit_cache|plot_runs)[ \n]+((?:\\\n|[^`\n#])+)",
+    rf"(?:^[ \t]*(?:\w+: )?|`)({'|'.join([*CONFIGS, *PARSERS])})[ \n]+((?:\\\n|[^`\n#])+)",
     re.MULTILINE,
 )
 """A command and its arguments, in backticks or from the beginning of a line, perhaps behind `usage:` or the like."""
@@ -47,6 +54,7 @@ KEY_IN_TEXT = re.compile(r"(?<![\w.{-])((?:[a-z_]+\.)+[a-z_]+)=(?!=)")
 @pytest.mark.parametrize("page", PAGES + COMMAND_FILES, ids=lambda page: page.name)
 def test_keys_in_the_documentation_exist(page):
     known = {each.key for config in CONFIGS.values() for each in describe(config)}
+    known |= {alias for aliases in ALIASES.values() for alias in aliases}
     sections = {
         "checkpoint_callback_params": "exp_manager.",
         "lora_tuning": "model.peft.",
@@ -104,13 +112,9 @@ def test_links_between_pages_lead_somewhere():
 @functools.cache
 def options_of(command: str, subcommand: str) -> set[str]:
     """Return the options that a command takes, or logit_cache with a subcommand."""
-    parsers = {
-        "filter_sft_data": filter_sft_data.parser,
-        "plot_runs": plot_runs.parser,
-    }
-    parser: argparse.ArgumentParser = parsers.get(command, logit_cache.parser)()
     if command in CONFIGS or (command == "logit_cache" and subcommand == "plan"):
         return HYDRA_OPTIONS
+    parser: argparse.ArgumentParser = PARSERS[command]()
     if command == "logit_cache" and not subcommand.startswith("-"):
         (subcommands,) = (
             action.choices
@@ -164,7 +168,100 @@ def test_command_lines_name_subcommands_and_options_that_exist():
             assert not unknown, (
                 f"{file.relative_to(ROOT)}: {command} {arguments.strip()}: {unknown}"
             )
-    assert found == {*CONFIGS, "filter_sft_data", "logit_cache", "plot_runs"}
+    assert found == {*CONFIGS, *PARSERS}
+
+
+MIGRATING = ROOT / "docs" / "migrating.md"
+NAME = re.compile(r"[a-z][a-z0-9_]*(?:\.[a-z0-9_]+)*")
+OTHER_VALUES = {
+    *("qwen", "qwen3", "distill_qwen", "sft_loss", "custom_loss"),
+    *("k1", "k2", "k3", "low_var_kl", "step_loss_mask"),
+}
+"""Values, and a field of records, among the flags of slime."""
+SECTIONS = ("model", "trainer", "data", "exp_manager", "cache", "eval", "export")
+
+
+def rows_of(page: Path) -> list[list[str]]:
+    """Return the cells of a page's tables, without headings."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    pairs = zip(lines, [*lines[1:], ""], strict=True)
+    return [
+        [cell.strip() for cell in line.strip("|").replace(r"\|", "/").split("|")]
+        for line, after in pairs
+        if line.startswith("|") and not line.startswith("|-") and after[:2] != "|-"
+    ]
+
+
+def is_known(name: str) -> bool:
+    """Return True for a key, an alias, a section, the end of a key, or a key in a free mapping."""
+    known = {each.key for config in CONFIGS.values() for each in describe(config)}
+    known |= {alias for aliases in ALIASES.values() for alias in aliases}
+    return any(
+        f".{key}.".endswith(f".{name}.")
+        or key.startswith(f"{name}.")
+        or name.startswith(f"{key}.")
+        for key in known
+    )
+
+
+@pytest.mark.parametrize("page", ["migrating.md", "troubleshooting.md"])
+def test_every_key_to_set_is_a_key_or_an_alias(page):
+    """Every key=value outside the first column, and every name that has a section."""
+    path = ROOT / "docs" / page
+    found = 0
+    for _, *cells in rows_of(path):
+        for code in re.findall(r"`([^`]+)`", " ".join(cells)):
+            for word in code.split():
+                name = word.partition("=")[0]
+                has_section = name.partition(".")[0] in SECTIONS and "." in name
+                if NAME.fullmatch(name) and ("=" in word or has_section):
+                    found += 1
+                    assert is_known(name) or name == "part", f"{page}: {word}"
+    assert found > 20
+    for key in KEY_IN_TEXT.findall(path.read_text(encoding="utf-8")):
+        assert is_known(key), f"{page}: {key}"
+
+
+def test_flags_of_other_systems_lead_to_a_key():
+    """Every flag in the first column of slime and ROLL is answered by name, if the row names a key."""
+    text = MIGRATING.read_text(encoding="utf-8")
+    classes = (TrainStudentConfig, ComputeTopkLogitsConfig)
+    known = [[each.key for each in describe(config)] for config in classes]
+    ignored = yaml.safe_load(IGNORED)["both"]
+    found = set()
+    unanswered = []
+    for first, second, *_ in rows_of(MIGRATING):
+        if second.startswith("-") or text.index(first) < text.index("## slime"):
+            continue
+        if text.index(first) > text.index("## Metrics"):
+            break
+        for flag in re.findall(r"`(--[a-z0-9-]+|[a-z0-9_.]+)`", first):
+            name = flag.strip("-").replace("-", "_")
+            if flag in OTHER_VALUES or "." in flag:
+                continue
+            found.add(name)
+            if name not in ignored and not any(
+                suggestion(name, keys) or name in keys for keys in known
+            ):
+                unanswered.append(flag)
+    assert unanswered == []
+    assert len(found) > 60
+
+
+def test_messages_on_the_page_of_troubles_are_the_program_s():
+    texts = "\n".join(text for file in SOURCES for text in texts_of(file))
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    found = 0
+    for line in page.splitlines():
+        if not line.startswith("    ") or line.startswith("    training: 1,500"):
+            continue
+        message = line.strip().removeprefix("error: ").removeprefix("warning: ")
+        for part in message.removesuffix("(...").split("..."):
+            plain = part.strip()
+            if len(plain) > 9 and not re.fullmatch(r"[\w.]+:", plain):
+                found += 1
+                assert plain in texts.replace("%%", "%"), plain
+    assert found > 25
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
