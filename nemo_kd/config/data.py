@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import date as calendar_date
 from typing import Any
 
 from nemo_kd.config import ConfigError
@@ -85,6 +86,15 @@ class DatasetConfig(Section, key="data.data"):
     date: str | None = None
     """messages: date (2026-12-31) that templates print as today's. None: the day on which the cache
     is begun, for all its records."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            calendar_date.fromisoformat(self.date or "2000-01-01")
+        except ValueError as error:
+            raise self.error(
+                "date", f"{self.date!r} must be a date such as 2026-12-31"
+            ) from error
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import DataError
+from nemo_kd.config.data import DatasetConfig
 
 Message = dict[str, Any]
 
@@ -22,6 +23,20 @@ _PRINTS_DATE = "strftime_now"
 def prints_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return True if a chat template of the tokenizer prints today's date."""
     return _PRINTS_DATE in str(tokenizer.chat_template)
+
+
+def fixed_date(
+    settings: DatasetConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    recorded: str | None = None,
+) -> str | None:
+    """Return the date that templates print: as configured, else as recorded, else today.
+
+    None: the template prints no date.
+    """
+    if settings.date is None and prints_date(tokenizer):
+        return recorded or date.today().isoformat()
+    return settings.date
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,17 @@ from nemo_kd.nemo_archive import ModelFiles
 BLOCK_IDS = 1024
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    folder: str | Path, chat_template: str | None = None
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer in `folder`; download nothing and run no code from the folder.
 
+    Args:
+        chat_template: file with a chat template that replaces the tokenizer's.
+
     Raises:
-        DataError: the folder holds no tokenizer that transformers can load, or a damaged file.
+        DataError: the folder holds no tokenizer that transformers can load, or a damaged file; or
+            the chat template cannot be read.
     """
     if not Path(folder).is_dir():
         raise DataError(
@@ -52,7 +58,23 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer has no tokenizer.json (fast tokenizer); convert it with "
             "transformers"
         )
+    if chat_template is not None:
+        use_chat_template(tokenizer, chat_template)
     return tokenizer
+
+
+def use_chat_template(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Replace the tokenizer's chat template by a file's.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    try:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"chat_template: {path} is not a readable text file: {error}"
+        ) from error
 
 
 def load_tokenizer_of(path: str) -> PreTrainedTokenizerBase:

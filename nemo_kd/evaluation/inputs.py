@@ -53,7 +53,10 @@ class Inputs:
     def __post_init__(self) -> None:
         settings = self.config.evaluate
         architecture = self.pretrained.architecture
-        self.tokenizer = load_tokenizer(self.pretrained.tokenizer_folder)
+        data = self.config.data.data
+        self.tokenizer = load_tokenizer(
+            self.pretrained.tokenizer_folder, data.chat_template
+        )
         self.vocab_size = architecture.vocab_size
         self.seq_length = sequence_length(
             self.config.model.max_seq_length, architecture.max_position_embeddings

@@ -27,6 +27,7 @@ from nemo_kd.config.exp_manager import PARAMS
 from nemo_kd.config.optim import check_lora
 from nemo_kd.config.shared import check_training_layout
 from nemo_kd.config.student import TrainStudentConfig
+from nemo_kd.data.chat_template import fixed_date
 from nemo_kd.data.tokenizer import load_tokenizer, padding_id
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.distributed_checkpoint import load_sharded
@@ -167,8 +168,10 @@ def _open_data(
     architecture = pretrained.architecture
     check_training_layout(architecture, model)
     check_lora(model.peft, architecture, model)
-    tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+    dataset = model.data.dataset
+    tokenizer = load_tokenizer(pretrained.tokenizer_folder, dataset.chat_template)
     check_dataset_settings(config)
+    dataset.date = on_rank_zero(lambda: fixed_date(dataset, tokenizer))
     splits = load_splits(model, architecture, tokenizer)
     loop = config.trainer.knowledge_distillation
     plan = plan_training(loop, len(splits["train"]), model.global_batch_size)

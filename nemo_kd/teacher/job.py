@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
+from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.manifest import Manifest, codec_settings
 from nemo_kd.cache.segment import Segment, segments
 from nemo_kd.cache.writer import CacheWriter
@@ -19,6 +20,7 @@ from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import sequence_length
 from nemo_kd.config.shared import GPTArchitecture, check_fp8, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
+from nemo_kd.data.chat_template import fixed_date
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
@@ -31,7 +33,7 @@ from nemo_kd.data.tokenizer import (
 from nemo_kd.mcore.checkpoint import PretrainedModel, open_pretrained
 from nemo_kd.mcore.groups import ProcessGroups, initialize_model_parallel
 from nemo_kd.mcore.kernels import Kernels, Machine
-from nemo_kd.run.collective import gather
+from nemo_kd.run.collective import gather, on_rank_zero
 from nemo_kd.run.metrics import resolved_config
 from nemo_kd.run.ranks import join_ranks
 
@@ -85,13 +87,28 @@ def open_run(config: ComputeTopkLogitsConfig) -> Iterator[Run]:
     with open_pretrained(config.pretrained_checkpoint.restore_from_path) as pretrained:
         architecture = pretrained.architecture
         check_model(config, architecture)
-        tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+        data = config.data.data
+        tokenizer = load_tokenizer(pretrained.tokenizer_folder, data.chat_template)
+        data.date = on_rank_zero(
+            lambda: fixed_date(data, tokenizer, _recorded_date(config))
+        )
         jobs = [
             _open_job(split, part, pretrained, tokenizer)
             for split, part in config.splits().items()
         ]
         groups = initialize_model_parallel(config.model, config.model.seed)
         yield Run(config, pretrained, groups, tokenizer, jobs)
+
+
+def _recorded_date(config: ComputeTopkLogitsConfig) -> str | None:
+    """Return the date of the chat template in a cache that is already begun."""
+    for part in config.splits().values():
+        path = CacheLayout(part.output_path).manifest_path
+        if path.exists():
+            formatting = Manifest.load(path).dataset.get("formatting", {})
+            if (recorded := formatting.get("date")) is not None:
+                return str(recorded)
+    return None
 
 
 def check_model(

@@ -16,7 +16,11 @@ from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.records import JsonlRecords
-from nemo_kd.data.tokenizer import chat_template_fingerprint, tokenizer_fingerprint
+from nemo_kd.data.tokenizer import (
+    chat_template_fingerprint,
+    tokenizer_fingerprint,
+    use_chat_template,
+)
 from nemo_kd.mcore.checkpoint import PretrainedModel
 
 
@@ -80,6 +84,16 @@ def check_origin(
         if difference := _difference(example, records[example.index]):
             notes.append(f"wrong: example {example.index} ({where}): {difference}")
     return list(dict.fromkeys(notes))
+
+
+def use_its_template(
+    manifests: Sequence[Manifest], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Give the tokenizer the chat template that the cache was made with, if that was a file's."""
+    for manifest in manifests:
+        template = manifest.dataset.get("formatting", {}).get("chat_template")
+        if template is not None:
+            use_chat_template(tokenizer, template)
 
 
 def is_foreign(manifests: Sequence[Manifest]) -> bool:

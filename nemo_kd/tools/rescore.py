@@ -36,7 +36,7 @@ from nemo_kd.run.interruption import Watchdog
 from nemo_kd.run.ranks import join_ranks
 from nemo_kd.teacher.job import Run, check_model
 from nemo_kd.teacher.model import Teacher
-from nemo_kd.tools.cache_origin import check_origin, is_foreign
+from nemo_kd.tools.cache_origin import check_origin, is_foreign, use_its_template
 
 Targets = TeacherRows[np.ndarray]
 
@@ -183,6 +183,7 @@ def rescore(
         config = dataclasses.replace(config, top_k=min(config.top_k, vocab_size))
         check_model(config, pretrained.architecture)
         tokenizer = load_tokenizer(pretrained.tokenizer_folder)
+        use_its_template(sample.reader.manifests, tokenizer)
         groups = initialize_model_parallel(config.model, config.model.seed)
         run = Run(config, pretrained, groups, tokenizer, [])
         notes = on_rank_zero(

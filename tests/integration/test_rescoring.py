@@ -372,6 +372,37 @@ def test_another_template_shows(verify, ranks, world, tmp_path):
     assert report.count("): not the tokens of its record from position 1 on") == 5
 
 
+def test_a_cache_of_a_template_with_todays_date_has_one_date(verify, ranks, tmp_path):
+    """Two parts of one cache, the second without a date, on another day; checked on a third."""
+    teacher = save_teacher(tmp_path / "teacher")
+    dated = "<|im_start|>system\n{{ strftime_now('%Y-%m-%d') }}<|im_end|>\n" + CHATML
+    template = tmp_path / "dated.jinja"
+    template.write_text(dated)
+    dataset = write_chat_dataset(tmp_path / "data.jsonl", 8)
+    output = tmp_path / "cache" / "c_CHUNK_ID.jsonl"
+    settings = {
+        "n_examples_per_chunk": 4,
+        "top_k": 20,
+        "data__data__chat_template": str(template),
+    }
+    for part, date in (("0/2", {"data__data__date": "2024-02-29"}), ("1/2", {})):
+        ranks(1).run(
+            run_stage_1,
+            teacher,
+            dataset,
+            output,
+            {**settings, **date, "part": part},
+        )
+    reader = CacheReader(str(output))
+    tokenizer = train_tokenizer(VOCAB_SIZE)
+    for place in range(len(reader)):
+        assert "2024-02-29" in tokenizer.decode(reader[place].example.tokens_S)
+    report, passed = verify(output, teacher=teacher)
+    assert passed, report
+    assert "not checked" not in report
+    assert "chat template" not in report
+
+
 def test_the_dataset_is_found_given_or_said_to_be_missing(
     verify, ranks, world, tmp_path
 ):
