@@ -129,10 +129,15 @@ def join_rows(parts: Sequence[TeacherRows[ArrayT]]) -> TeacherRows[ArrayT]:
 
 @dataclass(frozen=True)
 class CachedExample:
-    """An example with teacher targets, at least of all its positions in the loss."""
+    """An example with teacher targets, at least of all its positions in the loss.
+
+    Attributes:
+        is_selected: on purpose the cache holds targets of some of these positions only.
+    """
 
     example: Example
     teacher: TeacherRows[np.ndarray]
+    is_selected: bool = False
 
     def loss_rows(self) -> TeacherRows[np.ndarray]:
         """Return the targets of the positions whose label counts in the loss."""
@@ -140,24 +145,42 @@ class CachedExample:
         return self.teacher if counts_P.all() else self.teacher.at(counts_P)
 
 
-ON_CPU = ("lengths_B", "loss_lengths_B", "cu_seqlens")
+ON_CPU = ("lengths_B", "loss_lengths_B", "kd_lengths_B", "cu_seqlens")
 """Fields of a batch that stay on the CPU."""
 
+NO_TARGET = {
+    "topk_logits_PK": -math.inf,
+    "topk_token_ids_PK": -1,
+    "log_sum_exp_logits_P": 0,
+    "tail_mass_PT": 1,
+    "label_logprobs_P": 0,
+    "tail_token_ids_PM": -1,
+}
+"""Values of a row that is no target."""
 
-def _everywhere(
-    name: str, filler: float
-) -> functools.cached_property[torch.Tensor | None]:
+
+def spread(
+    teacher: TeacherRows[torch.Tensor], name: str, places_P: torch.Tensor, size: int
+) -> torch.Tensor:
+    """Put a field's rows at their places among `size`; the others are no targets."""
+    values_P = getattr(teacher, name)
+    values_N = values_P.new_full((size, *values_P.shape[1:]), NO_TARGET[name])
+    values_N[places_P] = values_P
+    return values_N
+
+
+def _everywhere(name: str) -> functools.cached_property[torch.Tensor | None]:
     """Define a field of the teacher at every position of a batch."""
 
     def values(batch: Batch) -> torch.Tensor | None:
-        values_P: torch.Tensor | None = getattr(batch.teacher, name, None)
-        if batch.teacher is None or values_P is None:
+        teacher = batch.teacher
+        if teacher is None or getattr(teacher, name) is None:
             return None
-        dtype = None if values_P.is_floating_point() else torch.int64
-        shape = (batch.tokens_BS.numel(), *values_P.shape[1:])
-        values_A = values_P.new_full(shape, filler, dtype=dtype)
-        values_A[batch.teacher.positions_P] = values_P.to(values_A.dtype)
-        return values_A.unflatten(0, batch.tokens_BS.shape)
+        shape = batch.tokens_BS.shape
+        values_A = spread(teacher, name, teacher.positions_P, shape.numel())
+        if not values_A.is_floating_point():
+            values_A = values_A.long()
+        return values_A.unflatten(0, shape)
 
     return functools.cached_property(values)
 
@@ -181,15 +204,18 @@ class Batch:
         lengths_B: int64, `Example.num_tokens` of the same, 0 for filler; always on the CPU.
         loss_lengths_B: int64, `Example.num_loss_tokens` of the same, over all context-parallel ranks;
             always on the CPU.
+        kd_lengths_B: int64, positions of the same that the KD term has; otherwise alike.
         tokens_BS, labels_BS, position_ids_BS: int64.
         loss_mask_BS: float32.
-        teacher: targets of the positions in `loss_positions_N`, in this order; with `every_target`
+        teacher: rows of the positions in `loss_positions_N`, in this order; with `every_target`
             of `collate` of all positions that have any. None without a cache.
+        in_kd_N: bool, positions in `loss_positions_N` that the KD term has; None: all of them.
         cu_seqlens: int32, where packed sequences start and the last one ends, always on the CPU.
             One entry more than examples, or two more: positions that fill the row up are a sequence
             at its end, without an index. None: one example a row.
-        loss_positions_N: int64, b * S + s of every position in the loss, ascending. Found on the
-            CPU when the batch is made: on a GPU this would wait for the device.
+        loss_positions_N: int64, b * S + s of every position in the loss, ascending; with
+            `distill_on_prompt` of `collate` of every position that has a target. Found on the CPU
+            when the batch is made: on a GPU this would wait for the device.
     """
 
     indices_B: torch.Tensor
@@ -203,17 +229,25 @@ class Batch:
     cu_seqlens: torch.Tensor | None = None
     loss_positions_N: torch.Tensor = field(default=None)  # type: ignore[assignment]
     loss_lengths_B: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    kd_lengths_B: torch.Tensor = field(default=None)  # type: ignore[assignment]
+    in_kd_N: torch.Tensor | None = None
 
-    topk_logits_BSK = _everywhere("topk_logits_PK", -math.inf)
-    topk_token_ids_BSK = _everywhere("topk_token_ids_PK", -1)
-    log_sum_exp_logits_BS = _everywhere("log_sum_exp_logits_P", 0)
-    tail_mass_BST = _everywhere("tail_mass_PT", 1)
-    label_logprobs_BS = _everywhere("label_logprobs_P", 0)
-    tail_token_ids_BSM = _everywhere("tail_token_ids_PM", -1)
+    topk_logits_BSK = _everywhere("topk_logits_PK")
+    topk_token_ids_BSK = _everywhere("topk_token_ids_PK")
+    log_sum_exp_logits_BS = _everywhere("log_sum_exp_logits_P")
+    tail_mass_BST = _everywhere("tail_mass_PT")
+    label_logprobs_BS = _everywhere("label_logprobs_P")
+    tail_token_ids_BSM = _everywhere("tail_token_ids_PM")
 
     def __post_init__(self) -> None:
         if self.loss_positions_N is None:
             self.loss_positions_N = self.loss_mask_BS.flatten().nonzero()[:, 0]
+        if self.loss_lengths_B is None:
+            examples_N = self.examples_of(self.loss_positions_N).cpu()
+            size = len(self.indices_B)
+            self.loss_lengths_B = torch.bincount(examples_N, minlength=size)
+        if self.kd_lengths_B is None:
+            self.kd_lengths_B = self.loss_lengths_B
 
     def examples_of(self, positions_N: torch.Tensor) -> torch.Tensor:
         """Return the place in `indices_B` of the example at each position b * S + s, not of
@@ -252,18 +286,26 @@ class Batch:
         assert self.cu_seqlens is None
         num_positions = self.tokens_BS.shape[1]
         columns_s = context_positions(num_positions, rank, size)
+        place_S = torch.full((num_positions,), -1)
+        place_S[columns_s] = torch.arange(len(columns_s))
+
+        def moved(positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            """Return positions in these columns, and True at those that are there."""
+            places = place_S[positions % num_positions]
+            return positions // num_positions * len(columns_s) + places, places >= 0
+
         teacher = self.teacher
         if teacher is not None:
-            place_S = torch.full((num_positions,), -1)
-            place_S[columns_s] = torch.arange(len(columns_s))
-            place_P = place_S[teacher.positions_P % num_positions]
-            moved_P = teacher.positions_P // num_positions * len(columns_s) + place_P
-            teacher = replace(teacher, positions_P=moved_P).at(place_P >= 0)
+            moved_P, is_here_P = moved(teacher.positions_P)
+            teacher = replace(teacher, positions_P=moved_P).at(is_here_P)
         names = ("tokens_BS", "labels_BS", "loss_mask_BS", "position_ids_BS")
         changed: dict[str, Any] = {
             name: getattr(self, name)[:, columns_s] for name in names
         }
-        changed["loss_positions_N"] = None  # found again
+        moved_N, is_here_N = moved(self.loss_positions_N)
+        changed["loss_positions_N"] = moved_N[is_here_N]
+        if self.in_kd_N is not None:
+            changed["in_kd_N"] = self.in_kd_N[is_here_N]
         return replace(self, teacher=teacher, **changed)
 
 

@@ -168,6 +168,13 @@ class LossConfig(Section, key=KEY):
     example the share of its loss tokens with the largest score, which is student_entropy,
     teacher_entropy or entropy_gap (the student's less the teacher's). None: all. Cross-entropy and
     validation always take all."""
+    distill_on_prompt: bool = False
+    """True: the KD term has all positions of an example, prompts included, and its mean is over
+    them; cross-entropy keeps the loss tokens. The cache needs cache.positions=all."""
+    reduction: str = choice("token", ("token", "sample", "microbatch"))
+    """Mean that both terms are over a global batch: token (of all tokens), sample (of the examples'
+    means over their tokens), or microbatch (of the micro-batches' means over their tokens, as in
+    NeMo-Aligner; it depends on model.micro_batch_size)."""
     label_smoothing: float = bounded(0.0, at_least=0, below=1)
     """CE: share of the label's mass that is spread over the vocabulary."""
     z_loss_weight: float = bounded(0.0, at_least=0, below=math.inf)
@@ -346,19 +353,19 @@ class LossConfig(Section, key=KEY):
 
     def _check_selection(self) -> None:
         try:
-            selection = self.selection
+            selects = self.selection is not None
         except ValueError as error:
             raise self.error("select", str(error)) from error
-        if selection is not None and self.divergence is None:
-            raise self.error(
-                "select",
-                f"{self.select} selects positions of the KD term, which "
-                + (
-                    "kd_loss=custom computes by itself"
-                    if self.trains_on_teacher
-                    else "kd_loss_weight=0 leaves out"
-                ),
-            )
+        reason = "kd_loss_weight=0 leaves out"
+        if self.trains_on_teacher:
+            reason = "kd_loss=custom computes by itself"
+        chosen = {"select": selects, "distill_on_prompt": self.distill_on_prompt}
+        for name in filter(chosen.get, chosen):
+            if self.divergence is None:
+                raise self.error(
+                    name,
+                    f"{getattr(self, name)} selects positions of the KD term, which {reason}",
+                )
 
     def _check_scales(self) -> None:
         given = (self.logits_scale, self.target_logits_scale)

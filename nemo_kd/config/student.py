@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemo_kd.config.answers import EvalConfig
+from nemo_kd.config.blend import Source, read_sources
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
@@ -105,7 +104,8 @@ class StudentDataConfig(Section, key="model.data"):
     so is validation with trainer.knowledge_distillation.limit_val_batches=0. train may have
     weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together. Each path
     gives its share; it repeats rows if it has fewer, and continues in the next epoch if it has
-    more. Without weights every row counts once per epoch."""
+    more. Without weights every row counts once per epoch. [{path: PATH, weight: 0.3, kd_weight: 1,
+    sft_weight: 0.5} ...] also multiplies the losses of a path's tokens, in training only."""
     n_chunks: Any = None
     """Chunks to read: a number, or one per split. None: all."""
     top_k: int | None = count(None)
@@ -162,7 +162,8 @@ class StudentDataConfig(Section, key="model.data"):
                 raise self.error(
                     "data_prefix", f"{split} is not one of {', '.join(SPLITS)}"
                 )
-            if self.weights(split) is not None and split != "train":
+            weighs = self.weights(split) or self.loss_weights(split)
+            if weighs and split != "train":
                 raise self.error(
                     f"data_prefix.{split}",
                     "weights are for train only, here every row counts once; give the paths alone",
@@ -175,35 +176,45 @@ class StudentDataConfig(Section, key="model.data"):
 
     def paths(self, split: str) -> list[str]:
         """Return the split's paths."""
-        return self._weights_and_paths(split)[1]
+        return [source.path for source in self._sources(split)]
 
     def weights(self, split: str) -> list[float] | None:
         """Return the weight of each of the split's paths; None without weights."""
-        return self._weights_and_paths(split)[0]
+        weights = [source.weight for source in self._sources(split)]
+        return None if None in weights else weights or None  # type: ignore[return-value]
 
-    def _weights_and_paths(self, split: str) -> tuple[list[float] | None, list[str]]:
+    def loss_weights(self, split: str) -> list[tuple[float, float]] | None:
+        """Return (sft_weight, kd_weight) of each of the split's paths; None if all are 1."""
+        sources = self._sources(split)
+        weights = [(source.sft_weight, source.kd_weight) for source in sources]
+        return weights if set(weights) - {(1, 1)} else None
+
+    def all_weights(self, split: str) -> Any:
+        """Return all weights of the split's paths, as plain values to compare."""
+        weights = self.weights(split)
+        of_losses = self.loss_weights(split)
+        # Older checkpoints know weights of samples only.
+        return {"samples": weights, "losses": of_losses} if of_losses else weights
+
+    def _sources(self, split: str) -> list[Source]:
         entries = self.data_prefix.get(split) or []
+        if isinstance(entries, dict):
+            entries = [entries]
         if not isinstance(entries, list):
             entries = [part.strip() for part in str(entries).split(",")]
-        has_weights = any(map(_is_weight, entries))
-        weights = entries[::2] if has_weights else [1] * len(entries)
-        paths = entries[1::2] if has_weights else entries
-        is_valid = len(weights) == len(paths) and all(map(_is_weight, weights))
-        if not is_valid or not all(isinstance(path, str) and path for path in paths):
+        try:
+            return list(read_sources(entries))
+        except (TypeError, ValueError):
             raise self.error(
                 f"data_prefix.{split}",
-                f"{entries} is neither PATH, [PATH, PATH ...] nor [WEIGHT, PATH, WEIGHT, PATH "
-                "...] with weights above 0",
-            )
-        return weights if has_weights else None, list(map(os.path.expanduser, paths))
+                f"{entries} is neither PATH, [PATH, PATH ...], [WEIGHT, PATH, WEIGHT, PATH ...] with "
+                "weights above 0, nor [{path: PATH, weight: WEIGHT, kd_weight: X, sft_weight: Y} ...] "
+                "with weight for all or none, X and Y at least 0 and not both 0",
+            ) from None
 
     @property
     def uses_cache(self) -> bool:
         return self.data_impl != "dataset"
-
-
-def _is_weight(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < math.inf
 
 
 @dataclass
@@ -256,6 +267,7 @@ class StudentModelConfig(ModelConfig):
                     "support=sampled needs all ids that the cache keeps; leave it out, or use "
                     "support=tail",
                 )
+        self._check_loss_weights()
         if not self.data.uses_cache and loss.trains_on_teacher:
             raise self.error(
                 "data.data_impl",
@@ -263,6 +275,23 @@ class StudentModelConfig(ModelConfig):
                 f"{loss.kd_loss_weight} needs; set kd_loss_weight=0 and sft_loss_weight=1, or "
                 "read a cache",
             )
+
+    def _check_loss_weights(self) -> None:
+        """Refuse weights of a path's losses that have no effect."""
+        loss = self.knowledge_distillation
+        is_custom = loss.objective == "custom"
+        for sft_weight, kd_weight in self.data.loss_weights("train") or []:
+            unused = {
+                "sft_weight": sft_weight != 1 and not loss.trains_on_labels,
+                "kd_weight": kd_weight != 1
+                and (not loss.trains_on_teacher or is_custom),
+            }
+            for name in filter(unused.get, unused):
+                raise self.error(
+                    "data.data_prefix.train",
+                    f"{name} of a path multiplies a term that the loss leaves out, or that "
+                    "kd_loss=custom computes by itself; leave it out",
+                )
 
     @property
     def packed(self) -> bool:

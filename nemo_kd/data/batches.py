@@ -16,7 +16,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from nemo_kd.batch import Batch, CachedExample, Example, TeacherRows, join_rows
+from nemo_kd.batch import (
+    Batch,
+    CachedExample,
+    Example,
+    TeacherRows,
+    join_rows,
+    spread,
+)
 
 MAX_PADDING = 0.05
 
@@ -35,7 +42,7 @@ class MicroBatches(Dataset[list[Batch]]):
         micro_batch_size: examples of each micro-batch, where `max_tokens` is None.
         max_tokens: most tokens of a micro-batch, padding included; a longer example is alone.
         packed, multiple_of: as `form_batches`.
-        pad_id, every_target: as `collate`.
+        pad_id, every_target, distill_on_prompt: as `collate`.
         context_rank, context_size: batches hold the columns of this context-parallel rank.
     """
 
@@ -48,6 +55,7 @@ class MicroBatches(Dataset[list[Batch]]):
     multiple_of: int = 1
     pad_id: int = 0
     every_target: bool = False
+    distill_on_prompt: bool = False
     context_rank: int = 0
     context_size: int = 1
 
@@ -63,7 +71,11 @@ class MicroBatches(Dataset[list[Batch]]):
         for share in shares:
             rows = [self.rows[position] for position in share]
             whole = form(
-                rows or [None], self.pad_id, self.multiple_of, self.every_target
+                rows or [None],
+                self.pad_id,
+                self.multiple_of,
+                self.every_target,
+                self.distill_on_prompt,
             )
             batches.append(whole.context_part(self.context_rank, self.context_size))
         return batches
@@ -154,6 +166,7 @@ def collate(
     pad_id: int,
     multiple_of: int = 8,
     every_target: bool = False,
+    distill_on_prompt: bool = False,
 ) -> Batch:
     """Pad examples on the right to a common length, which is a multiple of `multiple_of`.
 
@@ -163,11 +176,16 @@ def collate(
         rows: all with a teacher, or all without; None is a filler row: index -1, nothing in the
             loss.
         every_target: keep teacher targets outside the loss, too; only custom losses can use them.
+        distill_on_prompt: the KD term has all positions of an example, not only those in the loss.
+
+    Raises:
+        ValueError: an example lacks targets, and the cache does not select positions.
     """
     longest = max(0 if row is None else example_of(row).num_tokens for row in rows)
     length = -(-max(1, longest) // multiple_of) * multiple_of
     bounds = range(0, len(rows) * length + 1, length)
-    return _filled(rows, bounds, (len(rows), length), pad_id, every_target)
+    shape = (len(rows), length)
+    return _filled(rows, bounds, shape, pad_id, every_target, distill_on_prompt)
 
 
 def pack(
@@ -175,6 +193,7 @@ def pack(
     pad_id: int,
     multiple_of: int = 1,
     every_target: bool = False,
+    distill_on_prompt: bool = False,
 ) -> Batch:
     """Put examples end to end in one row [1, S], filled up to a multiple of `multiple_of`; for the
     rest see `collate`.
@@ -187,7 +206,8 @@ def pack(
     lengths = [example_of(row).num_tokens for row in examples]
     filler = -sum(lengths) % multiple_of if lengths else multiple_of
     bounds = [0, *itertools.accumulate(lengths + [filler] * bool(filler))]
-    batch = _filled(examples, bounds, (1, bounds[-1]), pad_id, every_target)
+    shape = (1, bounds[-1])
+    batch = _filled(examples, bounds, shape, pad_id, every_target, distill_on_prompt)
     return replace(batch, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
 
 
@@ -201,6 +221,7 @@ def _filled(
     shape: tuple[int, int],
     pad_id: int,
     every_target: bool,
+    distill_on_prompt: bool,
 ) -> Batch:
     """Put every row at its start among all positions, and padding elsewhere."""
     tokens_A = torch.full((bounds[-1],), pad_id)
@@ -213,6 +234,8 @@ def _filled(
     sources_B = torch.zeros_like(indices_B)
     lengths_B = torch.zeros_like(indices_B)
     loss_lengths_B = torch.zeros_like(indices_B)
+    kd_lengths_B = torch.zeros_like(indices_B)
+    in_loss_A = torch.zeros(bounds[-1], dtype=torch.bool)
     targets: list[TeacherRows[np.ndarray]] = []
     for number, (row, start) in enumerate(zip(rows, bounds, strict=False)):
         if row is None:
@@ -226,26 +249,62 @@ def _filled(
         tokens_A[place] = torch.from_numpy(example.tokens_S)
         labels_A[place] = torch.from_numpy(example.labels_S)
         loss_mask_A[place] = torch.from_numpy(example.loss_mask_S)
+        in_loss_A[place] = (loss_mask_A[place] > 0) | distill_on_prompt
         if isinstance(row, CachedExample):
-            in_loss = row.loss_rows()
-            if len(in_loss) < example.num_loss_tokens:
-                raise ValueError(
-                    f"example {example.index}: only {len(in_loss)} of its "
-                    f"{example.num_loss_tokens} positions in the loss have teacher targets"
-                )
-            kept = row.teacher if every_target else in_loss
+            in_kd = _kd_rows(row, distill_on_prompt)
+            kd_lengths_B[number] = len(in_kd)
+            kept = row.teacher if every_target else in_kd
             targets.append(replace(kept, positions_P=start + kept.positions_P))
+    teacher = _joined(targets) if targets else None
+    loss_positions_N = in_loss_A.nonzero()[:, 0]
+    in_kd_N = None
+    if teacher is not None and len(teacher) < len(loss_positions_N):
+        in_kd_N = torch.isin(loss_positions_N, teacher.positions_P)
+        teacher = _at_loss_positions(teacher, loss_positions_N)
     return Batch(
         indices_B=indices_B,
         sources_B=sources_B,
         lengths_B=lengths_B,
         loss_lengths_B=loss_lengths_B,
+        kd_lengths_B=kd_lengths_B,
         tokens_BS=tokens_A.view(shape),
         labels_BS=labels_A.view(shape),
         loss_mask_BS=loss_mask_A.view(shape),
         position_ids_BS=position_ids_A.view(shape),
-        teacher=_joined(targets) if targets else None,
+        teacher=teacher,
+        loss_positions_N=loss_positions_N,
+        in_kd_N=in_kd_N,
     )
+
+
+def _kd_rows(row: CachedExample, distill_on_prompt: bool) -> TeacherRows[np.ndarray]:
+    """Return the targets of the KD term.
+
+    Raises:
+        ValueError: some are missing, and the cache does not select positions.
+    """
+    found = row.teacher if distill_on_prompt else row.loss_rows()
+    example = row.example
+    expected = example.num_tokens if distill_on_prompt else example.num_loss_tokens
+    if len(found) < expected and (distill_on_prompt or not row.is_selected):
+        kind = "positions" if distill_on_prompt else "positions in the loss"
+        raise ValueError(
+            f"example {example.index}: only {len(found)} of its {expected} {kind} have teacher "
+            "targets"
+        )
+    return found
+
+
+def _at_loss_positions(
+    teacher: TeacherRows[torch.Tensor], positions_N: torch.Tensor
+) -> TeacherRows[torch.Tensor]:
+    """Return a row for every position in the loss; those that the cache lacks are no targets."""
+    places_P = torch.searchsorted(positions_N, teacher.positions_P)
+    names = teacher.arrays().keys() - {"positions_P"}
+    rows: Any = {
+        name: spread(teacher, name, places_P, len(positions_N)) for name in names
+    }
+    return replace(teacher, positions_P=positions_N, **rows)
 
 
 def _joined(targets: Sequence[TeacherRows[np.ndarray]]) -> TeacherRows[torch.Tensor]:

@@ -171,6 +171,7 @@ def _filled(micro_batches: Sequence[Batch], num_stages: int) -> list[Batch]:
         shortest,
         loss_mask_BS=torch.zeros_like(shortest.loss_mask_BS),
         loss_positions_N=shortest.loss_positions_N[:0],
+        in_kd_N=None,
         teacher=None,
     )
     missing = -len(micro_batches) % num_stages

@@ -35,6 +35,7 @@ from nemo_kd.ops.student_logits import (
     Slope,
     StudentLogits,
     TokenIds,
+    entropy,
     read_logits,
     with_label,
     write_gradient,
@@ -80,13 +81,12 @@ def distillation_loss(
         config: the loss, without a custom function; defaults as in `model.knowledge_distillation`.
         vocab_size: columns that are tokens; the others are padding. None: all of them.
         group: ranks among which the vocabulary is split; None for one process.
-        reduction: mean over the loss tokens of this batch, or sum, to divide once by the tokens of
-            several batches.
+        reduction: mean over loss tokens, or sum, to divide once by those of several batches.
         step: completed steps, for weights and a temperature that follow a schedule; by default all
             schedules have ended.
 
     Raises:
-        ValueError: the loss is custom or selects positions, or the teacher's rows lack a field.
+        ValueError: the loss has settings that need the trainer, or the teacher's rows lack a field.
     """
     config = config or LossConfig()
     _check_for_other_trainers(config)
@@ -107,8 +107,21 @@ def distillation_loss(
         )
     total = at_step.sft_weight * losses.ce_N.sum()
     if losses.kd_N is not None:
-        total = total + at_step.kd_weight * losses.kd_N.sum()
+        kd_weight = at_step.kd_weight / _share_in_kd(batch, reduction)
+        total = total + kd_weight * losses.kd_N.sum()
     return total / max(len(positions_N), 1) if reduction == "mean" else total
+
+
+def _share_in_kd(batch: Batch, reduction: str) -> float:
+    """Return the share of the loss tokens that the KD term has, and its mean is over."""
+    if batch.in_kd_N is None:
+        return 1.0
+    if reduction == "sum":
+        raise ValueError(
+            "reduction: sum, but the cache holds selected positions, so that both terms have "
+            "different counts; use mean"
+        )
+    return max(int(batch.kd_lengths_B.sum()), 1) / len(batch.loss_positions_N)
 
 
 def _check_for_other_trainers(config: LossConfig) -> None:
@@ -116,10 +129,12 @@ def _check_for_other_trainers(config: LossConfig) -> None:
         raise ValueError(
             "kd_loss: custom; call the function itself, or choose another kd_loss"
         )
-    if config.select is not None:
-        raise ValueError(
-            f"select: {config.select}; only train_gpt_knowledge_distillation selects positions"
-        )
+    for name in ("select", "reduction", "distill_on_prompt"):
+        value = getattr(config, name)
+        if value != getattr(LossConfig, name):
+            raise ValueError(
+                f"{name}: {value}; only train_gpt_knowledge_distillation can do that"
+            )
 
 
 class TokenLosses(NamedTuple):
@@ -128,11 +143,13 @@ class TokenLosses(NamedTuple):
     Attributes:
         kd_N: None without a divergence.
         compared: see `ops.token_losses.compare`; None if not asked for.
+        entropy_N: of the student; None if not asked for.
     """
 
     ce_N: Tensor
     kd_N: Tensor | None
     compared: Tensor | None
+    entropy_N: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +162,8 @@ class DistillationLoss:
         z_loss_weight: adds this times the squared log-sum-exp of the logits to the cross-entropy.
         compile: run the passes over the vocabulary through torch.compile.
         compares: also measure how near the student is to the teacher.
+        measures_entropy: also measure the student's entropy over the whole vocabulary, where the
+            logits come block by block; two more all-reduces per block.
     """
 
     divergence: Divergence | None = None
@@ -152,6 +171,7 @@ class DistillationLoss:
     z_loss_weight: float = 0.0
     compile: bool = False
     compares: bool = False
+    measures_entropy: bool = False
 
     @classmethod
     def of(cls, config: LossConfig, compares: bool = False) -> DistillationLoss:
@@ -275,7 +295,8 @@ class DistillationLoss:
             function = label_estimator if on_label else divergence_on_support
             kd_N, slope = function(student, teacher, divergence, shard.vocab_size)
             slopes.append(slope)
-        return TokenLosses(ce_N, kd_N, compared), slopes, student
+        entropy_N = entropy(logits_Nv, shard) if self.measures_entropy else None
+        return TokenLosses(ce_N, kd_N, compared, entropy_N), slopes, student
 
 
 class _OnLogits(torch.autograd.Function):

@@ -23,7 +23,7 @@ from torch import Tensor
 from nemo_kd.batch import TeacherRows
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.student_logits import Slope, StudentLogits, write_gradient
-from nemo_kd.ops.vocab import VocabShard, row_blocks
+from nemo_kd.ops.vocab import VocabShard, reduction_dtype, row_blocks
 
 BLOCK_ROWS = 512
 WEIGHT_SLICE_ELEMENTS = 1 << 23
@@ -36,18 +36,19 @@ def fused_linear_loss(
     labels_N: Tensor,
     shard: VocabShard,
     teacher: TeacherRows[Tensor] | None = None,
-    ce_weight: float = 1.0,
-    kd_weight: float = 1.0,
+    ce_weight: float | Tensor = 1.0,
+    kd_weight: float | Tensor = 1.0,
     block_rows: int = BLOCK_ROWS,
 ) -> tuple[Tensor, TokenLosses]:
     """Return (ce_weight * CE + kd_weight * divergence summed over all positions, the losses of each
     position outside autograd).
 
-    The logits are `hidden_NH @ weight_vH.T`. Two all-reduces per block. The gradient of `hidden_NH`
-    is this rank's part, to be summed over the ranks of the shard's group. If the weight has a
-    `main_grad`, as Megatron's have, its gradient is added there in the forward pass: a caller with
-    gradients enabled must then run backward, once. Otherwise backward returns it, in the weight's
-    dtype and with one matrix product more. A frozen weight has none.
+    The logits are `hidden_NH @ weight_vH.T`. A weight is a number, or a tensor with one for each
+    position. Two all-reduces per block. The gradient of `hidden_NH` is this rank's part, to be
+    summed over the ranks of the shard's group. If the weight has a `main_grad`, as Megatron's have,
+    its gradient is added there in the forward pass: a caller with gradients enabled must then run
+    backward, once. Otherwise backward returns it, in the weight's dtype and with one matrix product
+    more. A frozen weight has none.
 
     Raises:
         ValueError: as `DistillationLoss`.
@@ -60,7 +61,7 @@ def fused_linear_loss(
         teacher,
         shard,
         loss,
-        (ce_weight, kd_weight),
+        [_of_rows(weight, hidden_NH) for weight in (ce_weight, kd_weight)],
         block_rows,
         torch.is_grad_enabled(),
     )
@@ -77,7 +78,7 @@ class _FusedLinear(torch.autograd.Function):
         teacher: TeacherRows[Tensor] | None,
         shard: VocabShard,
         loss: DistillationLoss,
-        weights: tuple[float, float],
+        weights: Sequence[Tensor],
         block_rows: int,
         with_gradients: bool,
     ) -> tuple[Tensor | None, ...]:
@@ -98,19 +99,21 @@ class _FusedLinear(torch.autograd.Function):
             of_blocks.append(losses)
             if d_hidden_NH is None:
                 continue
+            of_rows = [weight_N[rows] for weight_N in weights]
             write_gradient(
-                logits_Nv, logits_Nv, loss.scales, student, weights, slopes, shard
+                logits_Nv, logits_Nv, loss.scales, student, of_rows, slopes, shard
             )
             torch.mm(logits_Nv, weight_vH, out=d_hidden_NH[rows])
             if main_grad is not None:
                 _add_product(main_grad, logits_Nv, some_NH)
             elif trains_weight:
                 ctx.blocks.append((rows, student, slopes))
-        ce_N, kd_N, compared = map(_joined, zip(*of_blocks, strict=True))
+        found = [_joined(parts) for parts in zip(*of_blocks, strict=True)]
+        ce_N, kd_N, *_ = found
         assert ce_N is not None
-        total = weights[0] * ce_N.sum()
+        total = (weights[0] * ce_N).sum()
         if kd_N is not None:
-            total = total + weights[1] * kd_N.sum()
+            total = total + (weights[1] * kd_N).sum()
         inputs = (hidden_NH, weight_vH) if ctx.blocks else ()
         ctx.save_for_backward(d_hidden_NH, *inputs)
         ctx.weight_with_main_grad = None if main_grad is None else weight_vH
@@ -121,9 +124,9 @@ class _FusedLinear(torch.autograd.Function):
             shard,
             max(shape[1], buffer_Nv.numel()),
         )
-        of_tokens = [values for values in (ce_N, kd_N, compared) if values is not None]
+        of_tokens = [values for values in found if values is not None]
         ctx.mark_non_differentiable(*of_tokens)
-        return total, ce_N, kd_N, compared
+        return total, *found
 
     @staticmethod
     def backward(
@@ -156,7 +159,7 @@ def _weight_gradient(
     """Return the weight's gradient, from logits of at most `max_logits` elements at a time.
 
     Args:
-        weights: of the losses, times the gradient by the sum.
+        weights: of the losses at every position, times the gradient by the sum.
         blocks: rows, and what the forward pass found there.
     """
     d_weight_vH = torch.empty_like(weight_vH)
@@ -166,7 +169,8 @@ def _weight_gradient(
         for rows, student, slopes in blocks:
             some_Nv = logits_Nv[rows]
             of_part = student.at(part)
-            write_gradient(some_Nv, some_Nv, scales, of_part, weights, slopes, part)
+            of_rows = [weight_N[rows] for weight_N in weights]
+            write_gradient(some_Nv, some_Nv, scales, of_part, of_rows, slopes, part)
         torch.mm(logits_Nv.t(), hidden_NH, out=d_weight_vH[columns])
     return d_weight_vH
 
@@ -184,6 +188,15 @@ def _stand_in(weight_vH: Tensor) -> Tensor | None:
         return None
     weight_vH.grad_added_to_main_grad = True
     return torch.empty_like(weight_vH)
+
+
+def _of_rows(weight: float | Tensor, hidden_NH: Tensor) -> Tensor:
+    """Return a weight for every row, in the dtype of the losses."""
+    if isinstance(weight, Tensor):
+        return weight.to(reduction_dtype(hidden_NH))
+    return hidden_NH.new_full(
+        (len(hidden_NH),), weight, dtype=reduction_dtype(hidden_NH)
+    )
 
 
 def _joined(parts: tuple[Tensor | None, ...]) -> Tensor | None:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.distributed import ReduceOp
 
 from nemo_kd.batch import TeacherRows
 from nemo_kd.ops.fused_linear import BLOCK_ROWS
+from nemo_kd.ops.student_logits import entropy
 from nemo_kd.ops.vocab import VocabShard, row_blocks
-from nemo_kd.ops.vocab_pass import entropy_pass
 
 
 def teacher_entropy(teacher: TeacherRows[Tensor]) -> Tensor:
@@ -43,22 +42,6 @@ def student_entropy(
         logits_Nv = hidden_NH[rows] @ weight_Hv
         parts.append(entropy(logits_Nv, shard))
     return torch.cat(parts)
-
-
-def entropy(logits_Nv: Tensor, shard: VocabShard) -> Tensor:
-    """Return the entropy of every row in nats, the same on every rank of the shard's group."""
-    own_maximum_N, log_sum_exp_N, own_entropy_N = entropy_pass(logits_Nv, shard)
-    maximum_N = shard.all_reduce(own_maximum_N.clone(), ReduceOp.MAX)
-    log_sum_N = log_sum_exp_N + own_maximum_N - maximum_N
-    sum_N = log_sum_N.exp()
-    # Of probabilities w_r p_i with sum w_r = 1: H = sum_r w_r (H_r - log w_r).
-    weighted_N = sum_N * (own_entropy_N - log_sum_N)
-    own_N2 = torch.stack([sum_N, weighted_N], dim=-1)
-    has_none_N = own_maximum_N == float("-inf")
-    own_N2.masked_fill_(has_none_N[:, None], 0)
-    total_N2 = shard.all_reduce(own_N2, ReduceOp.SUM)
-    sum_N, weighted_N = total_N2.unbind(dim=-1)
-    return sum_N.log() + weighted_N / sum_N
 
 
 def largest(scores_N: Tensor, examples_N: Tensor, counts_B: Tensor) -> Tensor:

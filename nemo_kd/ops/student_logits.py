@@ -26,7 +26,13 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from nemo_kd.ops.vocab import VocabShard
-from nemo_kd.ops.vocab_pass import Columns, Exponentials, gradient_pass, sum_pass
+from nemo_kd.ops.vocab_pass import (
+    Columns,
+    Exponentials,
+    entropy_pass,
+    gradient_pass,
+    sum_pass,
+)
 
 
 class TokenIds(NamedTuple):
@@ -170,6 +176,23 @@ def read_logits(
         columns=columns,
         compiled=compiled,
     )
+
+
+def entropy(logits_Nv: Tensor, shard: VocabShard) -> Tensor:
+    """Return the entropy of every row in nats over the whole real vocabulary, the same on every
+    rank of the shard's group. Two all-reduces."""
+    own_maximum_N, log_sum_exp_N, own_entropy_N = entropy_pass(logits_Nv, shard)
+    maximum_N = shard.all_reduce(own_maximum_N.clone(), ReduceOp.MAX)
+    log_sum_N = log_sum_exp_N + own_maximum_N - maximum_N
+    sum_N = log_sum_N.exp()
+    # Of probabilities w_r p_i with sum w_r = 1: H = sum_r w_r (H_r - log w_r).
+    weighted_N = sum_N * (own_entropy_N - log_sum_N)
+    own_N2 = torch.stack([sum_N, weighted_N], dim=-1)
+    has_none_N = own_maximum_N == float("-inf")
+    own_N2.masked_fill_(has_none_N[:, None], 0)
+    total_N2 = shard.all_reduce(own_N2, ReduceOp.SUM)
+    sum_N, weighted_N = total_N2.unbind(dim=-1)
+    return sum_N.log() + weighted_N / sum_N
 
 
 def write_gradient(

@@ -191,6 +191,19 @@ def find_mismatches(
         )
     if loss.divergence is not None and len(reader):
         yield from loss.missing_targets(reader[0].teacher)  # it stands for all rows
+    if loss.distill_on_prompt and not _holds_all_positions(reader):
+        yield (
+            f"{KEY}.distill_on_prompt: True, but the cache holds the teacher at positions of the "
+            "loss only; compute it with cache.positions=all"
+        )
+
+
+def _holds_all_positions(reader: CacheReader) -> bool:
+    stored = {manifest.codec.get("positions", "all") for manifest in reader.manifests}
+    if stored or not len(reader):
+        return stored <= {"all"}
+    row = reader[0]
+    return len(row.teacher) == row.example.num_tokens
 
 
 def _tokenizer_mismatches(
@@ -318,6 +331,7 @@ class StudentData:
     def loader(self, split: str) -> DataLoader[Any]:
         """Return the split's batches: training data from the next step on, all of the others."""
         model = self.model
+        loss = model.knowledge_distillation
         groups = self.groups
         rows = self.splits[split]
         batches: Any = self.training
@@ -340,7 +354,8 @@ class StudentData:
                 packed=model.packed,
                 multiple_of=multiple_of,
                 pad_id=self.pad_id,
-                every_target=model.knowledge_distillation.objective == "custom",
+                every_target=loss.objective == "custom",
+                distill_on_prompt=loss.distill_on_prompt,
                 context_rank=groups.context_rank,
                 context_size=groups.context_size,
             ),

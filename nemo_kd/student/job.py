@@ -1,7 +1,8 @@
 """Stage 2: train a student from a cache of teacher logits, or on labels alone.
 
-loss = sft_loss_weight * CE + kd_loss_weight * KD, both summed over loss tokens and divided once by
-the number of loss tokens in the global batch. `train_student` is the run, `StudentModule` a step.
+loss = sft_loss_weight * CE + kd_loss_weight * KD, each summed over its tokens, by default those in
+the loss, and divided once by their number in the global batch. `train_student` is the run,
+`StudentModule` a step.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,19 +23,17 @@ from nemo_kd.config.student import SPLITS, StudentDataConfig
 from nemo_kd.config.user_function import import_function
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.fused_linear import fused_linear_loss
-from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import gather
 from nemo_kd.student.data import source_names
+from nemo_kd.student.loss_sums import COLUMNS, REPORTED, means_of, sums_of
 from nemo_kd.student.selection import Selector
+from nemo_kd.student.token_weights import token_weights, weight_sum
 
 log = logging.getLogger(__name__)
 
 WORTH_COMPILING = 1 << 36
 """Logits of a run on a CPU from which compiling, 10 to 30 s, pays: it saves about 1 ns per logit."""
-
-COUNTS = {"kd_loss": -3} | dict.fromkeys(COMPARED, -2)
-"""Columns of the sums with the tokens of a mean; -1 for others."""
 
 CustomLoss = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 """(logits_BSv, batch, shard, token_sum, **custom_args) -> (loss summed over loss tokens, sums to
@@ -45,9 +43,8 @@ report by name)."""
 class StudentLoss:
     """Weighted sum of cross-entropy and divergence over the loss tokens of a micro-batch.
 
-    Every call also returns sums [R, M] to report: a row per source if there are several, then one
-    for all sources. Its columns are `reported`, the tokens of the KD term, the tokens in the loss
-    with teacher targets, and all tokens in the loss.
+    Every call also returns sums [R, M] to report, with the columns `COLUMNS`: a row per source if
+    there are several, then one for all sources.
 
     Args:
         data: where the batches come from. There are sums for each path, but not of a custom
@@ -56,8 +53,7 @@ class StudentLoss:
     Attributes:
         now: weights and divergence of the current step.
         selector: of the positions of the KD term, for `select`.
-        kd_weight: of a token in the KD term; more than `now`'s where the term has fewer tokens.
-        reported: names of the sums; `kd_loss` is 0, and no metric, without such a term.
+        reported: names of the metrics, some of which only some runs have.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.
         custom_sums: the custom loss's own metrics, summed over this rank's calls since
@@ -79,33 +75,54 @@ class StudentLoss:
         if data is not None and self.custom is None:
             self.sources = {split: source_names(data.paths(split)) for split in SPLITS}
         self.num_sources = max(map(len, self.sources.values()), default=0)
+        self.path_weights = None if data is None else data.loss_weights("train")
         compares = data is not None and data.uses_cache
-        self.losses = DistillationLoss.of(config, compares)
-        self.has_kd = config.divergence is not None or self.custom is not None
-        self.reported = ["loss", "kd_loss", "sft_loss", *COMPARED]
+        self.losses = replace(
+            DistillationLoss.of(config, compares), measures_entropy=not compares
+        )
+        self.reported = list(REPORTED)
+        self.absent: set[str] = set()
+        if config.divergence is None and self.custom is None:
+            self.absent.add("kd_loss")
+        if compares:
+            self.absent.add("entropy")
         self.selector: Selector | None = None
         self.set_step(math.inf)
         for text in config.warnings():
             log.warning("warning: %s", text)
 
-    def set_step(self, step: float, num_tokens: tuple[float, float] = (0, 0)) -> None:
+    def set_step(self, step: float, sums: Sequence[float] | None = None) -> None:
         """Take the weights and the temperature of a training step from 0.
 
         `math.inf` stands for the end of all schedules. Validations use those after the last step of
         the run, so that their losses compare.
 
         Args:
-            num_tokens: loss tokens of the global batch, and those that the selector selects. The
-                sum of all losses is divided by the first of them, the KD term's by the second. The
-                KD term has all tokens if there are none.
+            sums: `weight_sums` of the step's global batch. None: an evaluation, where the KD term
+                has all positions, and all paths weigh alike.
         """
         self.now = self.config.at(step)
-        num_all, num_selected = num_tokens
-        self._selects = num_selected > 0
-        self.kd_weight = self.now.kd_weight
-        if self._selects:
-            self.kd_weight *= num_all / num_selected
+        self._trains = sums is not None
+        # Megatron divides the sum of both terms by the positions.
+        num_positions, *of_terms = sums or (0, 0, 0)
+        self._sft_scale, self._kd_scale = (
+            num_positions / divisor if divisor else 1.0 for divisor in of_terms
+        )
         self.losses = replace(self.losses, divergence=self.now.divergence)
+
+    def weight_sums(self, batches: Sequence[Batch]) -> list[int]:
+        """Return the positions that the loss has in whole examples, and the sums of their token
+        weights in both terms; before any forward pass."""
+        reduction = self.config.reduction
+        sums = [0, 0, 0]
+        for batch in batches:
+            # One of them holds the other.
+            lengths_B = batch.loss_lengths_B.maximum(batch.kd_lengths_B)
+            kd_counts_B = self._kd_counts(batch, self.selector is not None)
+            sums[0] += int(lengths_B.sum())
+            sums[1] += weight_sum(batch.loss_lengths_B, reduction)
+            sums[2] += weight_sum(kd_counts_B, reduction)
+        return sums
 
     def compile_if_worthwhile(self, num_logits: float) -> None:
         """With `compile: auto`, compile the loss if a rank of the run computes many logits."""
@@ -121,15 +138,13 @@ class StudentLoss:
         Args:
             hidden_NH: at `batch.loss_positions_N`.
         """
-        if not self._selects:
+        in_kd_N = self._in_kd(hidden_NH, weight_vH, batch, shard)
+        if in_kd_N is None:
             return self._on_part(hidden_NH, weight_vH, batch, shard)
-        assert self.selector is not None
-        teacher = self._teacher(batch)
-        selected_N = self.selector.select(hidden_NH, weight_vH, batch, teacher, shard)
         total, sums_RM = self._on_part(
-            hidden_NH[selected_N], weight_vH, narrowed(batch, selected_N), shard
+            hidden_NH[in_kd_N], weight_vH, narrowed(batch, in_kd_N), shard
         )
-        others_N = ~selected_N
+        others_N = ~in_kd_N
         # Without a cross-entropy the other positions have no gradient.
         trains = torch.is_grad_enabled() and self.now.sft_weight > 0
         with torch.set_grad_enabled(trains):
@@ -142,6 +157,18 @@ class StudentLoss:
             )
         return total + rest, sums_RM + rest_RM
 
+    def _in_kd(
+        self, hidden_NH: Tensor, weight_vH: Tensor, batch: Batch, shard: VocabShard
+    ) -> Tensor | None:
+        """Return True at the positions that the KD term has; None for all of them."""
+        if self.losses.divergence is None:
+            return None
+        if not self._selects:
+            return batch.in_kd_N
+        assert self.selector is not None
+        teacher = self._teacher(batch)
+        return self.selector.select(hidden_NH, weight_vH, batch, teacher, shard)
+
     def _on_part(
         self,
         hidden_NH: Tensor,
@@ -151,6 +178,8 @@ class StudentLoss:
         in_kd: bool = True,
     ) -> tuple[Tensor, Tensor]:
         terms = self.losses if in_kd else replace(self.losses, divergence=None)
+        weights = self._weights(batch, in_kd)
+        sft_N, kd_N = self._objective(weights, batch)
         total, losses = fused_linear_loss(
             terms,
             hidden_NH,
@@ -158,10 +187,48 @@ class StudentLoss:
             batch.labels_BS.flatten()[batch.loss_positions_N],
             shard,
             self._teacher(batch),
-            self.now.sft_weight,
-            self.kd_weight,
+            sft_N * self._sft_scale,
+            kd_N * self._kd_scale,
         )
-        return total, self._sums(losses, batch, in_kd)
+        return total, self._sums(losses, batch, weights)
+
+    @property
+    def _selects(self) -> bool:
+        return self._trains and self.selector is not None
+
+    def _kd_counts(self, batch: Batch, selects: bool) -> Tensor:
+        if not selects:
+            return batch.kd_lengths_B
+        assert self.selector is not None
+        return self.selector.counts(batch)
+
+    def _weights(self, batch: Batch, in_kd: bool = True) -> tuple[Tensor, Tensor]:
+        """Return the token weights of the cross-entropy and of the KD term, which has all positions
+        of the batch or none."""
+        reduction = self.config.reduction
+        kd_counts_B = self._kd_counts(batch, self._selects)
+        in_sft_N = batch.loss_mask_BS.flatten()[batch.loss_positions_N]
+        sft_N = token_weights(batch, batch.loss_lengths_B, reduction)
+        kd_N = token_weights(batch, kd_counts_B, reduction)
+        return sft_N * in_sft_N, kd_N * in_kd
+
+    def _objective(
+        self, weights: tuple[Tensor, Tensor], batch: Batch
+    ) -> tuple[Tensor, Tensor]:
+        """Return the weights of both terms' losses in the objective."""
+        sft_N = weights[0] * self.now.sft_weight
+        kd_N = weights[1] * self.now.kd_weight
+        if self._trains and self.path_weights is not None:
+            of_paths = sft_N.new_tensor(self.path_weights)
+            of_path = of_paths[batch.sources_of(batch.loss_positions_N)]
+            return sft_N * of_path[:, 0], kd_N * of_path[:, 1]
+        return sft_N, kd_N
+
+    def _sums(
+        self, losses: TokenLosses, batch: Batch, weights: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        objective = self._objective(weights, batch)
+        return sums_of(losses, batch, weights, objective, self.num_sources)
 
     def on_logits(
         self, logits_BSv: Tensor, batch: Batch, shard: VocabShard
@@ -179,6 +246,8 @@ class StudentLoss:
         rows_Nv = logits_BSv.flatten(0, 1)[positions_N]
         labels_N = batch.labels_BS.flatten()[positions_N]
         losses = self.losses(rows_Nv, labels_N, shard, self._teacher(batch))
+        weights = self._weights(batch)
+        sft_N, kd_N = (weights_N.to(losses.ce_N) for weights_N in weights)
 
         def token_sum(values_BS: Tensor) -> Tensor:
             if values_BS.shape != batch.labels_BS.shape:
@@ -187,7 +256,7 @@ class StudentLoss:
                     f"{list(values_BS.shape)} values; it takes one for each position, "
                     f"{list(batch.labels_BS.shape)}"
                 )
-            return values_BS.flatten()[positions_N].sum()
+            return (values_BS.flatten()[positions_N] * kd_N).sum()
 
         kd_sum, metrics = self.custom(
             logits_BSv, batch, shard, token_sum, **self.config.custom_args
@@ -197,19 +266,20 @@ class StudentLoss:
                 f"{KEY}.custom_loss: {self.config.custom_loss} returned the loss {kd_sum!r:.200}; it "
                 "must be a scalar tensor that depends on the logits, summed over the loss tokens"
             )
-        total = self.now.sft_weight * losses.ce_N.sum() + self.now.kd_weight * kd_sum
+        total = self.now.sft_weight * (sft_N * losses.ce_N).sum()
+        total = total + self.now.kd_weight * kd_sum
         if shard.rank == 0:  # the other ranks of the shard have the same
             for name, value in metrics.items():
                 before = self.custom_sums.get(name, 0.0)
                 self.custom_sums[name] = before + value.detach().double()
-        sums_RM = self._sums(losses, batch)
+        sums_RM = self._sums(losses, batch, weights)
         sums_RM[-1, 0] = total.detach()
         sums_RM[-1, 1] = kd_sum.detach()
-        return total, sums_RM
+        return total * self._kd_scale, sums_RM
 
     def zeros(self, device: torch.device) -> Tensor:
         """Return zero sums."""
-        shape = self.num_sources + 1, len(self.reported) + 3
+        shape = self.num_sources + 1, len(COLUMNS)
         return torch.zeros(shape, dtype=torch.float64, device=device)
 
     def metrics(self, split: str, sums_RM: Tensor) -> dict[str, float]:
@@ -227,40 +297,15 @@ class StudentLoss:
             self.custom_sums.clear()
             for sums in gather(lambda: own):
                 custom.update(sums)
-        metrics = {
-            f"{split}/{name}": value / of_all[-1] for name, value in custom.items()
-        }
+        num_kd = of_all[COLUMNS.index("in_kd")]
+        metrics = {f"{split}/{name}": value / num_kd for name, value in custom.items()}
         for suffix, row in zip(
             [*suffixes, ""], [*of_sources[: len(suffixes)], of_all], strict=True
         ):
-            for name, value in zip(self.reported, row, strict=False):
-                num_tokens = row[COUNTS.get(name, -1)]
-                if num_tokens and (self.has_kd or name != "kd_loss"):
-                    metrics[f"{split}/{name}{suffix}"] = value / num_tokens
+            for name, mean in means_of(row).items():
+                if name not in self.absent:
+                    metrics[f"{split}/{name}{suffix}"] = mean
         return metrics
-
-    def _sums(self, losses: TokenLosses, batch: Batch, in_kd: bool = True) -> Tensor:
-        ce_N = losses.ce_N.detach().double()
-        kd_N = (
-            torch.zeros_like(ce_N)
-            if losses.kd_N is None
-            else losses.kd_N.detach().double()
-        )
-        weighted_N = self.now.sft_weight * ce_N + self.kd_weight * kd_N
-        compared_NC = losses.compared
-        if compared_NC is None:  # without a cache, or nothing but filler
-            compared_NC = ce_N.new_zeros(len(ce_N), 1 + len(COMPARED))
-        terms_N3 = torch.stack([weighted_N, kd_N, ce_N], dim=-1)
-        ones_N1 = torch.ones_like(ce_N)[:, None]
-        parts = [terms_N3, compared_NC[:, 1:], ones_N1 * in_kd, compared_NC[:, :1]]
-        parts.append(ones_N1)
-        values_NM = torch.cat([part.double() for part in parts], dim=-1)
-        sums_RM = values_NM.new_zeros(self.num_sources + 1, values_NM.shape[1])
-        sums_RM[-1] = values_NM.sum(dim=0)
-        if self.num_sources:
-            sources_N = batch.sources_of(batch.loss_positions_N)
-            sums_RM[:-1].index_add_(0, sources_N, values_NM)
-        return sums_RM
 
     def _teacher(self, batch: Batch) -> TeacherRows[Tensor] | None:
         """Return the targets at `batch.loss_positions_N`, None if nothing needs them."""
@@ -282,7 +327,7 @@ def narrowed(batch: Batch, is_in_N: Tensor) -> Batch:
     """Return the batch with some of its loss positions."""
     positions = batch.loss_positions_N[is_in_N]
     teacher = None if batch.teacher is None else batch.teacher.at(is_in_N)
-    return replace(batch, loss_positions_N=positions, teacher=teacher)
+    return replace(batch, loss_positions_N=positions, teacher=teacher, in_kd_N=None)
 
 
 def load_custom_loss(path: str, arguments: Mapping[str, Any]) -> CustomLoss:

@@ -152,9 +152,9 @@ class StudentModule(StudentModel):
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad()
-        own = torch.cat([self.meter.counts(batch), self._num_kd_tokens(batch)])
-        *counts, num_tokens, num_selected = self._all_reduce(own).tolist()
-        self.loss.set_step(self.global_step, (num_tokens, num_selected))
+        own = torch.cat([self.meter.counts(batch), self._weight_sums(batch)])
+        *counts, positions, in_sft, in_kd = self._all_reduce(own).tolist()
+        self.loss.set_step(self.global_step, (positions, in_sft, in_kd))
         sums_RM = forward_backward(self.model, batch, self.token_losses)
         sums_RM = self._sum_over_ranks(sums_RM)
         means = self.loss.metrics("train", sums_RM)
@@ -314,13 +314,12 @@ class StudentModule(StudentModel):
         self.run_log.evaluation(split, self.global_step, metrics, seconds)
         return metrics
 
-    def _num_kd_tokens(self, batches: list[Batch]) -> torch.Tensor:
-        """Return (loss tokens, those that the KD term trains on) of this rank's examples; zeros
-        without a selection, and on all but one rank of a replica."""
-        counts = torch.zeros(2, dtype=torch.float64, device=self.groups.device)
-        if self.loss.selector is not None and self.groups.is_writer:
-            counts += counts.new_tensor(self.loss.selector.num_tokens(batches))
-        return counts
+    def _weight_sums(self, batches: list[Batch]) -> torch.Tensor:
+        """Return `weight_sums` of this rank's examples; zeros on all but one rank of a replica."""
+        sums = torch.zeros(3, dtype=torch.float64, device=self.groups.device)
+        if self.groups.is_writer:
+            sums += sums.new_tensor(self.loss.weight_sums(batches))
+        return sums
 
     def _sum_over_ranks(self, sums_RM: torch.Tensor | None) -> torch.Tensor:
         own_RM = self.loss.zeros(self.groups.device)

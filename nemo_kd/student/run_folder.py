@@ -142,7 +142,7 @@ def experiment_record(
             record[f"model.data.data_prefix.{split}"] = {
                 "paths": list(description["paths"]),
                 "content": description["fingerprint"],
-                "weights": config.model.data.weights(split),
+                "weights": config.model.data.all_weights(split),
             }
     for name, value in dataclasses.asdict(architecture).items():
         if name != "hf_config":

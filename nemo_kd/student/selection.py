@@ -6,7 +6,6 @@ loss, H hidden size, v this rank's vocabulary columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,18 +26,9 @@ class Selector:
     selection: Selection
     groups: ProcessGroups
 
-    def num_tokens(self, batches: Sequence[Batch]) -> tuple[int, int]:
-        """Return (loss tokens, selected ones) of whole examples, before any forward pass."""
-        num_all = 0
-        num_selected = 0
-        for batch in batches:
-            num_all += int(batch.loss_lengths_B.sum())
-            num_selected += int(self._counts(batch).sum())
-        return num_all, num_selected
-
-    def _counts(self, batch: Batch) -> Tensor:
+    def counts(self, batch: Batch) -> Tensor:
         """Return the number of selected tokens of each example."""
-        lengths = batch.loss_lengths_B.tolist()
+        lengths = batch.kd_lengths_B.tolist()
         counts = [self.selection.count(length) for length in lengths]
         return torch.tensor(counts, dtype=torch.int64)
 
@@ -58,7 +48,9 @@ class Selector:
         if self.selection.needs_teacher and teacher is not None:
             sign = -1 if self.selection.needs_student else 1
             scores_N = scores_N + sign * teacher_entropy(teacher)
-        counts_B = self._counts(batch).to(scores_N.device)
+        if batch.in_kd_N is not None:
+            scores_N = scores_N.masked_fill(~batch.in_kd_N, float("-inf"))
+        counts_B = self.counts(batch).to(scores_N.device)
         positions_N = batch.loss_positions_N
         if self.groups.context_size == 1:
             return largest(scores_N, batch.examples_of(positions_N), counts_B)

@@ -100,9 +100,9 @@ def gradients(student, cache, tp, form, settings):
     batches = [join(rows[i : i + 3], 0) for i in range(0, NUM_ROWS, 3)]
     with open_pretrained(str(student)) as pretrained:
         module = bare_module(config, pretrained, groups)
-    selector = Selector(config.model.knowledge_distillation.selection, groups)
-    module.loss.selector = selector
-    module.loss.set_step(0, selector.num_tokens(batches))
+    loss = module.loss
+    loss.selector = Selector(config.model.knowledge_distillation.selection, groups)
+    loss.set_step(0, loss.weight_sums(batches))
     module.model.zero_grad_buffer()
     sums = forward_backward(module.model, batches, module.token_losses)
     means = module.loss.metrics("train", sums)

@@ -50,9 +50,9 @@ ROOM_LIMITS = {
     "data": 15_200,
     "evaluation": 6_900,
     "mcore": 19_200,
-    "ops": 12_400,
+    "ops": 12_600,
     "run": 6_100,
-    "student": 19_400,
+    "student": 20_000,
     "teacher": 6_200,
     "tools": 11_900,
 }

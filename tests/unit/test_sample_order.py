@@ -172,6 +172,9 @@ def data_config(**values):
         (["a", "b[:10%]"], ["a", "b[:10%]"], None),
         ([0.3, "a", 0.7, "b"], ["a", "b"], [0.3, 0.7]),
         ([3, "a"], ["a"], [3]),
+        ([{"path": "a"}, {"path": "b", "kd_weight": 2}], ["a", "b"], None),
+        ([{"path": "a", "weight": 3, "sft_weight": 0}], ["a"], [3]),
+        ({"path": "a", "weight": 3}, ["a"], [3]),
         (None, [], None),
     ],
 )
@@ -196,6 +199,25 @@ def test_paths_with_and_without_weights(train, paths, weights):
             r"is neither PATH, \[PATH, PATH",
         ),
         ({"data_prefix": {"train": [0.3, 0.7]}}, r"is neither PATH, \[PATH, PATH"),
+        ({"data_prefix": {"train": [{"path": "a", "loss_weight": 2}]}}, "is neither"),
+        (
+            {"data_prefix": {"train": [{"path": "a", "weight": 1}, {"path": "b"}]}},
+            "for all or none",
+        ),
+        (
+            {
+                "data_prefix": {
+                    "train": [{"path": "a", "kd_weight": 0, "sft_weight": 0}]
+                }
+            },
+            "not both 0",
+        ),
+        ({"data_prefix": {"train": [{"path": "a", "kd_weight": -1}]}}, "is neither"),
+        ({"data_prefix": {"train": [{"path": "a"}, "b"]}}, "is neither"),
+        (
+            {"data_prefix": {"validation": [{"path": "a", "kd_weight": 2}]}},
+            "model.data.data_prefix.validation: weights are for train only",
+        ),
         (
             {"data_prefix": {"train": [0, "a", 1, "b"]}},
             r"is neither PATH, \[PATH, PATH",
