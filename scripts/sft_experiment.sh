@@ -30,6 +30,11 @@ export EPOCHS="${EPOCHS:-}"                                  # empty: by size
 export SEED="${SEED:-1234}"                                  # of the subsets and of the training
 export PRECISION="${PRECISION:-auto}"
 
+# once COMMAND ARGUMENT ...: the command; slurm/env.sh has another for a job's nodes.
+once() {
+    "$@"
+}
+
 # check_size SIZE: ends the script unless it is one of SIZES.
 check_size() {
     local size
@@ -50,11 +55,11 @@ prepare() {
     filtered)
         data="${RESULTS_DIR}/data/filtered.jsonl"
         # Again each time: the checker or the answers may have changed.
-        filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}"
+        once filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}"
         ;;
     *)
         data="${RESULTS_DIR}/data/${size}.jsonl"
-        "${PYTHON}" "${EXPERIMENTS_PY}" subset "${TRAIN_DATA}" "${data}" --size "${size}" --seed "${SEED}"
+        once "${PYTHON}" "${EXPERIMENTS_PY}" subset "${TRAIN_DATA}" "${data}" --size "${size}" --seed "${SEED}"
         ;;
     esac
     case "${size}" in
@@ -112,5 +117,5 @@ finish() {
 
 # report: draws the accuracies of all sizes that there are, and prints them as a table.
 report() {
-    "${PYTHON}" "${EXPERIMENTS_PY}" report "${RESULTS_DIR}"
+    once "${PYTHON}" "${EXPERIMENTS_PY}" report "${RESULTS_DIR}"
 }

@@ -39,7 +39,7 @@ def checker_of(settings: AnswerConfig) -> Checker:
 def judge_of(settings: AnswerConfig) -> Judge:
     """Return a function of response and answer that also tells why a response is not correct.
 
-    Threads and forked processes may call it; it can be pickled.
+    One thread of one process may call it.
 
     Raises:
         ConfigError: as `checker_of`.

@@ -13,9 +13,7 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from typing import Any
 
 LIMIT_CPU_S = 3.0
 """Of one question. Time of the processor, so that a loaded machine changes no result."""
@@ -24,37 +22,25 @@ LIMIT_BYTES = 4 << 30
 
 
 class LimitedProcess:
-    """A process that runs a module which calls `serve`. Threads and forked processes may ask it."""
+    """A process that runs a module which calls `serve`. One thread of one process may ask it."""
 
     def __init__(self, module: str, *options: str) -> None:
         self._arguments = (module, *options)
-        self._child: subprocess.Popen[bytes] | None
-        self._start_afresh()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return LimitedProcess, self._arguments
+        self._child: subprocess.Popen[bytes] | None = None
 
     def ask(self, response: str, answer: str) -> str | None:
         """Return the result for a response and an answer; None if it exceeds the limits."""
-        if self._owner != os.getpid():  # forked: the pipes belong to the parent
-            self._start_afresh()
-        with self._lock:
-            if self._child is None or self._child.poll() is not None:
-                self._child = self._start()
-            assert self._child.stdin is not None
-            assert self._child.stdout is not None
-            self._child.stdin.write(json.dumps([response, answer]).encode() + b"\n")
-            self._child.stdin.flush()
-            reply = self._child.stdout.readline()
-            if not reply:  # killed
-                self._child.wait()
-                return None
-            return str(json.loads(reply))
-
-    def _start_afresh(self) -> None:
-        self._owner = os.getpid()
-        self._lock = threading.Lock()
-        self._child = None
+        if self._child is None or self._child.poll() is not None:
+            self._child = self._start()
+        assert self._child.stdin is not None
+        assert self._child.stdout is not None
+        self._child.stdin.write(json.dumps([response, answer]).encode() + b"\n")
+        self._child.stdin.flush()
+        reply = self._child.stdout.readline()
+        if not reply:  # killed
+            self._child.wait()
+            return None
+        return str(json.loads(reply))
 
     def _start(self) -> subprocess.Popen[bytes]:
         # Not from the working folder, whose modules would stand in for those of packages.

@@ -30,12 +30,13 @@ def respond(
 ) -> list[Response]:
     """Return a response per prompt on every rank; replicas share the prompts.
 
-    Every rank calls it with the same prompts. Arguments and errors are those of `generate`; a prompt
-    has its place as its number by default.
+    Every rank calls it with the same prompts. Arguments and errors are those of `check_prompts` and
+    `generate`; a prompt has its place as its number by default.
     """
     numbers = range(len(prompts)) if numbers is None else numbers
     # Before replicas step together, so that all raise the same error.
-    check_prompts(prompts, numbers, num_positions(model))
+    names = [f"prompt {number}" for number in numbers]
+    check_prompts(prompts, names, num_positions(model))
     by_length = sorted(range(len(prompts)), key=lambda place: len(prompts[place]))
     mine = by_length[groups.data_rank :: groups.data_size]
 

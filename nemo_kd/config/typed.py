@@ -199,7 +199,7 @@ trainer.knowledge_distillation.max_steps
     steps max_steps train_iters max_train_steps
 trainer.knowledge_distillation.max_steps | optimizer steps; one reads one global batch
     num_rollout
-model.global_batch_size data.max_tokens_per_batch
+model.global_batch_size evaluate.batch_size data.max_tokens_per_batch
     batch_size
 model.global_batch_size
     train_batch_size global_batch_size

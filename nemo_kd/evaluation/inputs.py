@@ -75,7 +75,7 @@ class Inputs:
             ]
         check_prompts(
             [question.prompt_ids for question in self.questions],
-            [question.index for question in self.questions],
+            [self.dataset.records.where(one.index) for one in self.questions],
             architecture.max_position_embeddings,
         )
         ends = stop_ids(self.tokenizer, examples, self.pretrained.eos_token_ids())

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -96,17 +96,16 @@ def generate(
 
     Args:
         model: as built, or wrapped for training.
+        prompts: `check_prompts` has accepted them.
         vocab_size: real vocabulary; padding columns are never chosen.
         max_batch: most prompts that are decoded together, which bounds the memory for the cache.
         numbers: a number per prompt that its samples depend on.
         on_step: called before each step, for example to show a watchdog progress.
 
     Raises:
-        UserInputError: a prompt is empty, or leaves no position for a response; the model's logits
-            are not finite.
+        UserInputError: the model's logits are not finite.
     """
     assert groups.context_size == 1
-    check_prompts(prompts, numbers, num_positions(model))
     rows = [
         _Row(
             list(prompt),
@@ -131,17 +130,17 @@ def num_positions(model: torch.nn.Module) -> int:
 
 
 def check_prompts(
-    prompts: Sequence[Sequence[int]], numbers: Sequence[int], positions: int
+    prompts: Sequence[Sequence[int]], names: Iterable[str], positions: int
 ) -> None:
     """Refuse prompts without a token or without room for a response.
 
     Raises:
-        UserInputError: names the prompt's number.
+        UserInputError: names the prompt.
     """
-    for number, prompt in zip(numbers, prompts, strict=True):
+    for name, prompt in zip(names, prompts, strict=True):
         if not 0 < len(prompt) < positions:
             raise UserInputError(
-                f"prompt {number}: {len(prompt)} tokens, but a prompt of this model has 1 to "
+                f"{name}: {len(prompt)} tokens, but a prompt of this model has 1 to "
                 f"{positions - 1}, so that a response has a position; leave it out or change it"
             )
 

@@ -22,9 +22,8 @@ from nemo.utils.exp_manager import exp_manager
 from omegaconf import OmegaConf
 from transformers import PreTrainedTokenizerBase
 
-from nemo_kd.config import ConfigError
 from nemo_kd.config.answers import ANSWER_METRICS
-from nemo_kd.config.exp_manager import PARAMS
+from nemo_kd.config.exp_manager import CheckpointParams, EarlyStoppingParams
 from nemo_kd.config.optim import check_lora
 from nemo_kd.config.shared import check_training_layout
 from nemo_kd.config.student import TrainStudentConfig
@@ -141,24 +140,34 @@ def check_monitor(config: TrainStudentConfig, loss: StudentLoss) -> None:
         ConfigError: a metric that ranks checkpoints, or ends the run early, is not measured.
     """
     manager = config.exp_manager
-    monitor = manager.checkpoint_callback_params.monitor
-    stops = manager.create_early_stopping_callback
-    stopping = manager.early_stopping_callback_params
-    if not config.eval.interval:
-        needs = "needs evaluations; set eval.interval, eval.data and eval.answer_field"
-        if monitor.startswith("eval/"):
-            raise ConfigError(f"{PARAMS}.monitor: {monitor} {needs}")
-        if stops and stopping.monitor.startswith("eval/"):
-            raise stopping.error("monitor", f"{stopping.monitor} {needs}")
-    known = ["val_loss", *(f"validation/{name}" for name in loss.reported)]
+    sources = loss.sources.get("validation", [])
+    suffixes = ["", *(f"/{name}" for name in sources if len(sources) > 1)]
+    known = [f"validation/{name}{end}" for end in suffixes for name in loss.reported]
+    known.insert(0, "val_loss")
     if config.eval.interval:
         further = config.trainer.knowledge_distillation.inference_metrics or {}
         known += [*ANSWER_METRICS, *(f"eval/{name}" for name in further)]
-    custom = loss.custom is not None and monitor.startswith("validation/")
-    if monitor not in known and not custom:
-        raise ConfigError(
-            f"{PARAMS}.monitor: {monitor!r} is not measured; known: {', '.join(known)}"
-        )
+    watching: list[CheckpointParams | EarlyStoppingParams] = [
+        manager.checkpoint_callback_params
+    ]
+    stopping = manager.early_stopping_callback_params
+    # It may also watch metrics of the training, which depend on the run.
+    if manager.create_early_stopping_callback and stopping.monitor.startswith(
+        ("val", "eval")
+    ):
+        watching.append(stopping)
+    for params in watching:
+        monitor = params.monitor
+        if monitor.startswith("eval/") and not config.eval.interval:
+            raise params.error(
+                "monitor",
+                f"{monitor} needs evaluations; set eval.interval, eval.data and eval.answer_field",
+            )
+        custom = loss.custom is not None and monitor.startswith("validation/")
+        if monitor not in known and not custom:
+            raise params.error(
+                "monitor", f"{monitor!r} is not measured; known: {', '.join(known)}"
+            )
 
 
 def _open_data(

@@ -39,10 +39,25 @@ export TOKENIZERS_PARALLELISM=false
 
 REQUEUE=75 # exit status of a command that was interrupted with everything saved
 
-# run COMMAND KEY=VALUE ...: the command once per task of the job, in the container if there is one. If it was
-# interrupted, the job goes back into the queue and runs the same command again.
+# run COMMAND KEY=VALUE ...: the command once per task of the job. If it was interrupted, the job goes back into the
+# queue and runs the same command again.
 run() {
-    local options=(--ntasks-per-node="${TASKS_PER_NODE}" --kill-on-bad-exit=1) status=0
+    local status=0
+    step --ntasks-per-node="${TASKS_PER_NODE}" --kill-on-bad-exit=1 "$@" || status="$?"
+    if ((status == REQUEUE)); then
+        requeue
+    fi
+    return "${status}"
+}
+
+# once COMMAND ARGUMENT ...: the command in one task.
+once() {
+    step --nodes=1 --ntasks=1 "$@"
+}
+
+# step OPTION ... COMMAND ARGUMENT ...: srun with the virtual environment and in the container, if there are any.
+step() {
+    local options=()
     if [[ -n "${CONTAINER}" ]]; then
         options+=(--container-image="${CONTAINER}")
         [[ -z "${MOUNTS}" ]] || options+=(--container-mounts="${MOUNTS}")
@@ -51,11 +66,7 @@ run() {
         # shellcheck disable=SC1091
         source "${VENV}/bin/activate"
     fi
-    srun "${options[@]}" "$@" || status="$?"
-    if ((status == REQUEUE)); then
-        requeue
-    fi
-    return "${status}"
+    srun "${options[@]}" "$@"
 }
 
 # requeue: puts this job back into the queue; of an array, this task only (the array's number alone would mean all).

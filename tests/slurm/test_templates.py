@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -342,6 +343,47 @@ def test_a_student_goes_on_after_the_signal_as_if_nothing_had_been(cluster, rank
     assert [step for step, _ in losses["straight"]] == list(
         range(1, 40 * (39 // 8) + 1)
     )  # one of 40 records has no answer
+
+
+def test_a_requeued_sft_experiment_filters_trains_and_reports(cluster):
+    """The real commands, which VENV alone holds; the training starts in the second run of the job."""
+    save_hf_model("qwen3", cluster.folder / "student", 300)
+    (cluster.folder / "data").mkdir()
+    for split, count in (("train", 48), ("validation", 4)):
+        # The answer of one record in three is another than its response.
+        records = [
+            {"input": f"{n}?", "output": f"{n}", "answer": n - (n % 3 == 0)}
+            for n in range(count)
+        ]
+        lines = [json.dumps(record) + "\n" for record in records]
+        (cluster.folder / "data" / f"{split}.jsonl").write_text("".join(lines))
+    commands = cluster.folder / "venv" / "bin"
+    commands.mkdir(parents=True)
+    (commands / "activate").write_text(f'PATH="{commands}:${{PATH}}"\n')
+    for name, first in (
+        ("python3", ""),
+        ("filter_sft_data", ""),
+        ("train_gpt_knowledge_distillation", "((SLURM_RESTART_COUNT)) || exit 75\n"),
+    ):
+        real = Path(sys.executable).with_name(name)
+        text = f'#!/usr/bin/env bash\n{first}OMP_NUM_THREADS=1 exec "{real}" "$@"\n'
+        (commands / name).write_text(text)
+        (commands / name).chmod(0o755)
+    settings = {"CHECKER": "exact", "EPOCHS": "2", "NUM_EVALS": "1"}
+    job = cluster.submit(
+        template="run_sft_experiments",
+        keys=["filtered"],
+        VENV=str(commands.parent),
+        MAX_NEW_TOKENS="4",
+        PRECISION="32",
+        **settings,
+    )
+    assert cluster.wait(job) == {"": ("COMPLETED", 1)}, cluster.output()
+    results = cluster.folder / "sft_experiments"
+    assert (results / "sft_filtered" / "final" / "model.safetensors").exists()
+    report = (results / "report.md").read_text()
+    assert "| filtered |      32 |     8 |" in report
+    assert report in cluster.output()
 
 
 def _steps(results: Path) -> list[tuple[int, float]]:

@@ -233,6 +233,7 @@ def test_every_foreign_name_leads_to_a_key_that_exists():
     ("key", "answer"),
     [
         ("learning_rate", "did you mean model.optim.lr?"),
+        ("batch_size", "did you mean model.global_batch_size?"),
         ("modell", "did you mean pretrained_checkpoint.restore_from_path?"),
         (
             "gradient_accumulation_steps",

@@ -45,6 +45,8 @@ def settings(**overrides):
         ({f"{PARAMS}monitor": "validation/teacher_lk"}, "monitor: 'validation/teacher_lk' is not measured"),
         ({f"{PARAMS}monitor": "eval/accuracy"}, "monitor: eval/accuracy needs evaluations; set eval.interval, eval.data and"),
         ({"exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "eval/accuracy"}, "early_stopping_callback_params.monitor: eval/accuracy needs evaluations; set"),
+        ({**EVAL, "exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "eval/acuracy"}, "early_stopping_callback_params.monitor: 'eval/acuracy' is not measured; known: val_loss, .*, eval/accuracy"),
+        ({"exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "val_los"}, "early_stopping_callback_params.monitor: 'val_los' is not measured; known: val_loss"),
         ({**EVAL, f"{PARAMS}monitor": "eval/acuracy"}, "monitor: 'eval/acuracy' is not measured; known: val_loss, .*, eval/accuracy, eval/reward"),
         ({"eval__interval": 5}, "eval.data: missing; eval.interval=5 needs questions"),
         ({"eval__data": "q.jsonl"}, "eval.interval: eval.data=q.jsonl is read every eval.interval steps"),
