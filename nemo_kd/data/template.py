@@ -8,6 +8,7 @@ instead.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
@@ -141,13 +142,14 @@ class _Renderer:
         if self.settings.reasoning == "keep":
             cut_turns = {text.message for text in lost if text.kind == "reasoning"}
             lost = [text for text in lost if text.kind != "reasoning"]
+            self.is_marked &= not cut_turns
         for text in lost:
             self._account(text, lost)
+        self._account_tools()
         whole = self.conversation.text
         tokens = self._tokenize(whole)
         marked = self._marked_by_template(tokens["input_ids"])
-        is_changed = bool(bodies or cut_turns)
-        spans = self._spans(tokens, all_turns=is_changed or self.is_marked)
+        spans = self._spans(tokens, all_turns=bool(bodies or cut_turns))
         stop = self._missing_stop(spans)
         for turn in cut_turns:
             body = bodies.get(turn, whole[slice(*spans[turn])])
@@ -177,7 +179,8 @@ class _Renderer:
                 mask.set((start, end), False)
                 continue
             if self.settings.loss_mask in ("qwen", "per_turn"):
-                end += len(text[end:]) - len(text[end:].lstrip())
+                while end < len(text) and text[end].isspace():
+                    end += 1
             if not self.is_marked:
                 mask.set((start, end), True)
             for block in self._untrained_blocks(text, start, end):
@@ -220,7 +223,10 @@ class _Renderer:
             if token_id in special
         ]
         spans = {}
-        for turn in self.turns if all_turns else self.trained_turns:
+        turns = self.turns if all_turns or self.is_marked else self.trained_turns
+        if self.is_marked and self.settings.reasoning_loss == "train":
+            turns = [turn for turn in turns if turn not in self.trained_turns]
+        for turn in self.turns if all_turns else turns:
             span = self.conversation.turn_span(turn, special_spans)
             if self.settings.loss_mask in ("qwen", "per_turn"):
                 start = self.conversation.written_start(turn)
@@ -315,6 +321,24 @@ class _Renderer:
             f"{text.kind} {(text.before + text.after).strip()[:80]!r}; {remedy}"
         )
 
+    def _account_tools(self) -> None:
+        """Count tool definitions that the template leaves out."""
+        if not self.template.tools:
+            return
+        without_tools = ChatTemplate(self.tokenizer, day=self.settings.date)
+        try:
+            text = without_tools.render(self.messages)
+        except DataError:
+            return
+        if text != self.conversation.text:
+            return
+        if self.settings.altered == "refuse":
+            raise DataError(
+                "the chat template leaves out the tool definitions; use a template that renders "
+                f"them, or {self.settings.KEY}.altered=count"
+            )
+        self.left_out["tool definitions, left out by the chat template"] += 1
+
     def _missing_stop(self, spans: dict[int, Span]) -> list[int]:
         """Return the token that would end the last turn of a template without an end of turns: the
         one that opens the next user's turn, or else the end of the sequence."""
@@ -324,12 +348,13 @@ class _Renderer:
         if not self.conversation.has_open_end(last, spans[last]):
             return []
         text = self.conversation.text
-        longer = self.template.render(
-            [*self.messages, {"role": "user", "content": "x"}]
-        )
-        following = encode(self.tokenizer, longer[len(text) :].lstrip())[:1]
-        if longer.startswith(text) and following[0] in special_ids(self.tokenizer):
-            return following
+        next_user = {"role": "user", "content": "x"}
+        with contextlib.suppress(DataError):
+            longer = self.template.render([*self.messages, next_user])
+            following = encode(self.tokenizer, longer[len(text) :].lstrip())[:1]
+            is_special = not special_ids(self.tokenizer).isdisjoint(following)
+            if longer.startswith(text) and is_special:
+                return following
         end = self.tokenizer.eos_token_id
         return [] if end is None else [end]
 

@@ -87,6 +87,35 @@ def test_a_part_of_a_user_message_that_is_lost_is_counted():
     assert left_out == {"content of user messages, changed by the chat template": 1}
 
 
+def test_tool_definitions_that_are_left_out_are_counted():
+    tokenizer = train_tokenizer(512, tiny_tokenizer.CHATML)
+    messages = [user("a"), assistant("b")]
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    rendered = render(messages, tokenizer, tools)
+    assert rendered.left_out == {"tool definitions, left out by the chat template": 1}
+    with pytest.raises(DataError, match="leaves out the tool definitions"):
+        render(messages, tokenizer, tools, altered="refuse")
+
+
+def test_a_marked_template_decides_even_where_turns_cannot_be_located():
+    twice = (
+        "{% for m in messages %}{% generation %}{{ m.content }}{{ m.content }}"
+        "<|im_end|>{% endgeneration %}{% endfor %}"
+    )
+    tokenizer = train_tokenizer(512, twice)
+    messages = [user("a"), assistant("b")]
+    assert marked(messages, tokenizer) == "«aa<|im_end|>bb<|im_end|>»"
+
+
+def test_reasoning_that_a_marked_template_cuts_is_kept():
+    cuts = tiny_tokenizer.CHATML_MARKED.replace(
+        "{% generation %}{{ m.content }}",
+        "{% generation %}{{ m.content.split('</think>')[-1] }}",
+    )
+    text = marked(THINKS[2:], train_tokenizer(512, cuts), reasoning="keep")
+    assert text.endswith("assistant\n«<think>\nnew\n</think>\n\nlast<|im_end|>»\n")
+
+
 def test_white_space_that_a_template_strips_is_not_lost():
     tokenizer = train_tokenizer(512, tiny_tokenizer.LLAMA3)
     assert (
