@@ -35,6 +35,7 @@ OF_COMMANDS = [
     "huggingface-hub",
     "jinja2>=3.1",
     "math-verify[antlr4_9_3]>=0.9",  # hydra-core and omegaconf need this antlr4, too
+    "datasets>=3.0",  # Parquet, Arrow and folders of records
     "fsspec",
     "httpx",
     "tensorboard",

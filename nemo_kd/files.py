@@ -17,9 +17,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, TextIO
 
-from nemo_kd.config import UserInputError
+from nemo_kd.config import ConfigError, UserInputError
 
 ABANDONED_AFTER_S = 3600.0
+LFS_POINTER = b"version https://git-lfs"
 NO_LOCKS = (errno.ENOTSUP, errno.ENOLCK, errno.ENOSYS)
 
 REMEDIES = {
@@ -54,6 +55,29 @@ def explained(path: str | Path) -> Iterator[None]:
         raise FileError(
             f"{path}: cannot be written ({error.strerror or error}); {remedy(error)}"
         ) from error
+
+
+def check_regular_file(
+    path: Path, error_type: type[UserInputError] = ConfigError
+) -> None:
+    """Refuse a path that cannot be read as a file; opening a pipe would block.
+
+    Raises:
+        error_type: it is missing, not a regular file, unreadable, or a Git LFS pointer.
+    """
+    try:
+        if not path.is_file():
+            raise error_type(
+                f"{path}: expected a regular file, found none; check the path"
+            )
+        with path.open("rb") as file:
+            start = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise error_type(f"{path}: cannot be read ({error.strerror})") from error
+    if start == LFS_POINTER:
+        raise error_type(
+            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
+        )
 
 
 def open_regular(path: str | Path) -> BinaryIO:

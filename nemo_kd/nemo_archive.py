@@ -18,7 +18,8 @@ from typing import IO, Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from nemo_kd.config import ConfigError, UserInputError
+from nemo_kd.config import ConfigError
+from nemo_kd.files import check_regular_file
 
 MODEL_CONFIG = "model_config.yaml"
 PROVENANCE = "provenance.json"
@@ -26,7 +27,6 @@ WEIGHTS = "model_weights"
 TOKENIZER = "tokenizer"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
-LFS_POINTER = b"version https://git-lfs"
 
 
 class ModelFiles(contextlib.AbstractContextManager["ModelFiles"]):
@@ -129,29 +129,6 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: not valid JSON ({str(error)[:200]}); copy or download it again"
         ) from error
     return content
-
-
-def check_regular_file(
-    path: Path, error_type: type[UserInputError] = ConfigError
-) -> None:
-    """Refuse a path that cannot be read as a file; opening a pipe would block.
-
-    Raises:
-        error_type: it is missing, not a regular file, unreadable, or a Git LFS pointer.
-    """
-    try:
-        if not path.is_file():
-            raise error_type(
-                f"{path}: expected a regular file, found none; check the path"
-            )
-        with path.open("rb") as file:
-            start = file.read(len(LFS_POINTER))
-    except OSError as error:
-        raise error_type(f"{path}: cannot be read ({error.strerror})") from error
-    if start == LFS_POINTER:
-        raise error_type(
-            f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository"
-        )
 
 
 _DTYPES = {

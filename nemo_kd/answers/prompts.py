@@ -55,7 +55,7 @@ def first_examples(
     """
     examples: list[Example] = []
     skipped: Counter[str] = Counter()
-    for index in range(len(dataset)):
+    for index in dataset.indices:
         if len(examples) == wanted:
             break
         found = dataset[index]
@@ -63,7 +63,7 @@ def first_examples(
             skipped[found] += 1
         else:
             examples.append(found)
-    path = dataset.records.path
+    path = dataset.records.name
     for reason, count in skipped.items():
         log.warning(
             "warning: %s: %s: %d records skipped: %s", key, path, count, reason

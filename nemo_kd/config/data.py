@@ -31,11 +31,12 @@ class ChatPromptTokens:
 
 @dataclass
 class DatasetConfig(Section, key="data.data"):
-    """One JSONL dataset and its formatting."""
+    """One dataset and its formatting."""
 
     file_path: Any = path()
-    """JSONL file with one record per line, in a format of `format`. Stage 1 also takes {train:
-    PATH, validation: PATH}."""
+    """Records in a format of `format`: JSONL (also .gz, .zst), a JSON array, Parquet, Arrow, or a
+    folder that `datasets` saved; a path, a list, a pattern ("data/*.parquet") or a URL of fsspec;
+    PATH@[a:b] selects records. Stage 1 also takes {train: PATH, validation: PATH}."""
     format: str = choice(
         "auto", ("auto", "messages", "conversations", "prompt_template")
     )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nemo_kd.config.data import DataConfig
 from nemo_kd.data.conversation import Conversation
 from nemo_kd.data.nemo_chat import render_conversations
 from nemo_kd.data.prompt_template import PromptTemplate
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.records import Records, open_records
 from nemo_kd.data.template import render_messages
 
 TOO_LONG = "too long"
@@ -24,11 +25,14 @@ NO_LOSS_TOKENS = "no loss tokens"
 
 @dataclass
 class TokenizedDataset:
-    """Records of one JSONL file as examples of at most `max_seq_length` positions.
+    """Records of one dataset as examples of at most `max_seq_length` positions.
 
     A record with `messages` is an OpenAI chat, one with `conversations` a NeMo chat; any other goes
     through the prompt template. Rendering happens on access and is deterministic. A record that
     makes no example gives the reason instead, one of the three above.
+
+    Args:
+        opened: the records, if they are open already; else `config` names them.
 
     Raises:
         DataError: the file or, on access, a record cannot be used; with file:line.
@@ -38,14 +42,20 @@ class TokenizedDataset:
     tokenizer: PreTrainedTokenizerBase
     max_seq_length: int
     vocab_size: int
+    opened: InitVar[Records | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, opened: Records | None) -> None:
         data = self.config.data
-        self.records = JsonlRecords(data.file_path)
+        self.records = opened or open_records(data.file_path)
         self.prompt_template = PromptTemplate(data)
 
     def __len__(self) -> int:
         return len(self.records)
+
+    @property
+    def indices(self) -> Sequence[int]:
+        """Return the indices of the records that slices select."""
+        return self.records.indices
 
     def __getitem__(self, index: int) -> Example | str:
         where = self.records.where(index)

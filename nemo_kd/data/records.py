@@ -1,98 +1,136 @@
-"""Read the records of a dataset file."""
+"""Read the records of datasets: lists of files, patterns, slices and URLs."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
-from array import array
+import itertools
+import re
+from bisect import bisect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from nemo_kd.config import DataError
-from nemo_kd.nemo_archive import check_regular_file
+from nemo_kd.data.sources import Source, open_source
+
+_SLICE = re.compile(r"(?P<path>.+)@\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
 
 
-class JsonlRecords:
-    """The records of a JSONL file, one JSON object per line; blank lines do not count.
+def open_records(file_path: str | Sequence[str]) -> Records:
+    """Open files of records, one after the other.
 
-    Opening reads the file once, for line starts and its hash, and parses nothing. Reading a record
-    touches its bytes only, from any process.
-
-    Attributes:
-        fingerprint: SHA-256 of the file's bytes, as they were when it was opened.
+    JSONL (also compressed by gzip or zstd), a JSON array, Parquet, Arrow, or a folder that
+    `datasets` saved; `file_path` is one of them, a list, or has a pattern (`*`, `?`, `[a-c]`), a
+    URL that fsspec knows, and `@[first:end]` to select records as Python slices a list.
 
     Raises:
-        DataError: the file is missing, unreadable or empty; on access: a line is not a JSON object.
+        DataError: a file is missing, unreadable, empty or of another kind.
+    """
+    names = [file_path] if isinstance(file_path, str) else file_path
+    parts: list[Source] = []
+    selected: list[range] = []
+    for name in names:
+        path, chosen = _sliced(name)
+        start = sum(map(len, parts))
+        opened = [open_source(each) for each in _matches(path)]
+        parts += opened
+        selected.append(range(start, start + sum(map(len, opened)))[chosen])
+    records = Records(", ".join(names), parts, selected)
+    if not len(records.indices):
+        raise DataError(
+            f"{records.name}: the slice selects none of {len(records):,} records"
+        )
+    return records
+
+
+def _sliced(name: str) -> tuple[str, slice]:
+    found = _SLICE.fullmatch(name)
+    if found is None:
+        return name, slice(None)
+    first = int(found["first"]) if found["first"] else None
+    end = int(found["end"]) if found["end"] else None
+    return found["path"], slice(first, end)
+
+
+def _matches(path: str) -> list[str]:
+    """Return the files of a pattern, sorted; the path itself if it has none.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not glob.has_magic(path) or Path(path).exists():
+        return [path]
+    if "://" in path:
+        import fsspec
+
+        file_system, inner = fsspec.url_to_fs(path)
+        found = [
+            file_system.unstrip_protocol(each) for each in file_system.glob(inner)
+        ]
+    else:
+        found = glob.glob(path, recursive=True)
+    if not found:
+        raise DataError(f"{path}: no file matches this pattern")
+    return sorted(found)
+
+
+class Records:
+    """The records of one or more sources; each has its place in all of them as its index.
+
+    Attributes:
+        name: paths as given, for messages.
+        indices: places of the selected records, ascending within each entry of the list.
+        fingerprint: SHA-256 of the sources' bytes, as they were when they were opened.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._starts = array("q")
-        self._lines = array("q")
-        digest = hashlib.sha256()
-        offset = 0
-        check_regular_file(self.path, DataError)
-        self._stamp = self._status()
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                digest.update(line)
-                if line.strip():
-                    self._starts.append(offset)
-                    self._lines.append(number)
-                offset += len(line)
-        self.fingerprint = f"sha256:{digest.hexdigest()}"
-        if not self._starts:
-            raise DataError(
-                f"{self.path}: the file has no records; a dataset holds one JSON object a line"
-            )
+    def __init__(
+        self, name: str, sources: Sequence[Source], selected: Sequence[range]
+    ) -> None:
+        self.name = name
+        self._sources = sources
+        self._starts = [0, *itertools.accumulate(map(len, sources))]
+        stretches = [each for each in selected if len(each)]
+        follow = all(a.stop == b.start for a, b in itertools.pairwise(stretches))
+        self.indices: Sequence[int] = list(itertools.chain.from_iterable(stretches))
+        if follow and stretches:
+            self.indices = range(stretches[0].start, stretches[-1].stop)
+        self.fingerprint = sources[0].fingerprint
+        if len(sources) > 1:
+            joined = " ".join(source.fingerprint for source in sources)
+            self.fingerprint = _sha256(joined.encode())
 
     def __len__(self) -> int:
-        return len(self._starts)
+        """Return the number of records, those that are not selected included."""
+        return self._starts[-1]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        try:
-            record = orjson.loads(self.raw(index))
-        except orjson.JSONDecodeError as error:
-            raise DataError(
-                f"{self.where(index)}: not valid JSON ({error}); every line must be one JSON object"
-            ) from error
-        if not isinstance(record, dict):
-            raise DataError(
-                f"{self.where(index)}: found a JSON {type(record).__name__}; every line must be "
-                "one JSON object"
-            )
-        return record
+        source, place = self._find(index)
+        return source.record(place)
 
     def raw(self, index: int) -> bytes:
-        """Return the line of a record.
-
-        Raises:
-            DataError: the file was changed.
-        """
-        self.check_unchanged()
-        with self.path.open("rb") as file:
-            file.seek(self._starts[index])
-            return file.readline()
+        """Return a record as JSON; of JSONL its line, byte for byte."""
+        source, place = self._find(index)
+        return source.raw(place)
 
     def where(self, index: int) -> str:
-        """Return `file:line` of a record, for messages."""
-        return f"{self.path}:{self._lines[index]}"
+        """Return the place of a record for messages: `file:line`, or the row of a table."""
+        source, place = self._find(index)
+        return source.where(place)
 
     def check_unchanged(self) -> None:
-        """Check that the file still has the size and modification time that it was opened with.
+        """Check that every file still has the size and modification time it was opened with.
 
         Raises:
-            DataError: it was changed.
+            DataError: one was changed.
         """
-        if self._status() != self._stamp:
-            raise DataError(
-                f"{self.path}: the file was changed while it was in use; restore it and run the same "
-                "command again, or start over with the new file and another output path"
-            )
+        for source in self._sources:
+            source.check_unchanged()
 
-    def _status(self) -> tuple[int, int] | None:
-        if not self.path.exists():
-            return None
-        status = self.path.stat()
-        return status.st_size, status.st_mtime_ns
+    def _find(self, index: int) -> tuple[Source, int]:
+        number = bisect(self._starts, index) - 1
+        return self._sources[number], index - self._starts[number]
+
+
+def _sha256(content: bytes) -> str:
+    return f"sha256:{hashlib.sha256(content).hexdigest()}"

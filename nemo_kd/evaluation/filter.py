@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from nemo_kd.answers.checkers import Judge, ground_truth, judge_of
 from nemo_kd.answers.outcomes import Outcome
 from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.answers import AnswerConfig
-from nemo_kd.files import atomic_file, open_regular, write_atomically
+from nemo_kd.data.records import open_records
+from nemo_kd.files import atomic_file, write_atomically
 
 NO_RESPONSE = "no response in the record"
 REASONS = (
@@ -25,7 +25,7 @@ REASONS = (
 def filter_records(
     source: Path, target: Path, settings: AnswerConfig, label_key: str = "output"
 ) -> dict[str, Any]:
-    """Write the lines of correct records to `target`, byte for byte, and statistics beside it.
+    """Write correct records to `target` as JSONL, lines byte for byte, and statistics beside it.
 
     Args:
         label_key: field with the response of records that are not chats.
@@ -44,23 +44,25 @@ def filter_records(
         ):
             raise ConfigError(f"{path}: would replace the input; give another output")
     judge = judge_of(settings)
+    records = open_records(str(source))
     answer_field = settings.answer_field or ""
     counts: Counter[str] = Counter()
     fields: set[str] = set()
     with atomic_file(target) as file:
-        for where, line, record in _records(source):
+        for index in records.indices:
+            record = records[index]
             fields.update(record)
             try:
                 outcome = _judge_record(record, answer_field, label_key, judge)
             except DataError as error:
-                raise DataError(f"{where}: {error}") from error
+                raise DataError(f"{records.where(index)}: {error}") from error
             counts[outcome] += 1
             if outcome == Outcome.CORRECT.value:
-                file.write(line)
+                file.write(records.raw(index))
         if answer_field not in fields:
             raise DataError(
                 f"{source}: no record has the field {answer_field!r} with the right answer; the "
-                f"fields are {', '.join(sorted(fields)) or 'none, for there is no record'}"
+                f"fields are {', '.join(sorted(fields))}"
             )
     kept = counts[Outcome.CORRECT.value]
     statistics = {
@@ -125,24 +127,3 @@ def _judge_record(
         return Outcome.NO_TRUTH.value
     response = response_of(record, label_key)
     return NO_RESPONSE if response is None else judge(response, answer).value
-
-
-def _records(source: Path) -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-    """Yield file:line, bytes and content of every record; blank lines are none."""
-    with open_regular(source) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{source}:{number}"
-            try:
-                record = orjson.loads(line)
-            except orjson.JSONDecodeError as error:
-                raise DataError(
-                    f"{where}: not valid JSON ({error}); every line must be one JSON object"
-                ) from error
-            if not isinstance(record, dict):
-                raise DataError(
-                    f"{where}: found a JSON {type(record).__name__}; every line must be one JSON "
-                    "object"
-                )
-            yield where, line, record

@@ -85,7 +85,7 @@ class Inputs:
             self.checker = checker_of(settings)
         self.cache_facts: dict[str, Any] | None = None
         if settings.cache is None:
-            self.rows = TokenizedRows([self.config.data.data.file_path])
+            self.rows = TokenizedRows([self.dataset.records.name])
             self.rows += examples
         else:
             self.rows = self._open_cache(settings.cache, examples)

@@ -77,6 +77,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def _outcome(function: Callable[[], T]) -> T | OSError | UserInputError:
     try:
         return function()

@@ -38,12 +38,14 @@ from nemo_kd.data.batches import (
 )
 from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.order import SampleOrder, TrainingBatches
+from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     shares_ids,
     tokenizer_fingerprint,
 )
 from nemo_kd.mcore.groups import ProcessGroups
+from nemo_kd.run.collective import gather, on_rank_zero, rank, world_size
 from nemo_kd.run.interruption import follow_the_main_process
 from nemo_kd.student.steps import TrainingPlan
 
@@ -252,14 +254,11 @@ def _tokenize(
     rows = TokenizedRows(paths)
     skipped: Counter[str] = Counter()
     for source, path in enumerate(paths):
+        records = on_rank_zero(functools.partial(open_records, path))
         dataset = TokenizedDataset(
-            data.records(path), tokenizer, seq_length, architecture.vocab_size
+            data.records(path), tokenizer, seq_length, architecture.vocab_size, records
         )
-        positions = range(len(dataset))
-        for position in tqdm(
-            positions, f"tokenizing {split}", leave=False, disable=None
-        ):
-            found = dataset[position]
+        for found in _tokenized(dataset, f"tokenizing {split}"):
             if isinstance(found, str):  # the reason to skip it
                 skipped[found] += 1
             else:
@@ -267,6 +266,16 @@ def _tokenize(
     for reason, count in skipped.items():
         log.warning("%s: %d examples skipped: %s", split, count, reason)
     return rows
+
+
+def _tokenized(dataset: TokenizedDataset, what: str) -> Iterator[Example | str]:
+    """Yield what all records make; every rank tokenizes a share of them."""
+    size = world_size()
+    share = dataset.indices[rank() :: size]
+    progress = tqdm(share, what, leave=False, disable=None)
+    shares = gather(lambda: [dataset[index] for index in progress])
+    for number in range(len(dataset.indices)):
+        yield shares[number % size][number // size]
 
 
 @dataclass

@@ -8,6 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
@@ -22,6 +23,7 @@ from nemo_kd.config.shared import GPTArchitecture, check_fp8, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.chat_template import fixed_date
 from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     describe_tokens,
@@ -38,6 +40,9 @@ from nemo_kd.run.metrics import resolved_config
 from nemo_kd.run.ranks import join_ranks
 
 log = logging.getLogger(__name__)
+
+NUM_DESCRIBED = 1000
+"""Records that an error describes at most."""
 
 
 @dataclass
@@ -145,7 +150,7 @@ def check_records(job: Job) -> None:
             whole range makes an example.
     """
     indices = [index for _, records in job.missing for index in records]
-    log.info("%s: checking %d records", job.dataset.records.path, len(indices))
+    log.info("%s: checking %d records", job.dataset.records.name, len(indices))
 
     def render_share() -> Counter[str]:
         counts: Counter[str] = Counter()
@@ -168,11 +173,35 @@ def nothing_to_train(job: Job, reasons: Counter[str]) -> DataError:
     """Return the error that none of some records makes an example, with the remedies."""
     data = job.config.data.data
     found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.items())
+    formats: Counter[str] = Counter()
+    roles: Counter[str] = Counter()
+    for index in job.indices[:NUM_DESCRIBED]:
+        formats[job.dataset.format(index)] += 1
+        roles.update(_roles(job.dataset.records[index]))
     return DataError(
         f"data.data.file_path: {data.file_path}: nothing to train: none of the records makes an "
-        f"example ({found}). Raise model.max_seq_length (now {job.manifest.seq_length}), lower "
+        f"example ({found}). Formats found: {_listed(formats)}; roles: {_listed(roles)}. Raise "
+        f"model.max_seq_length (now {job.manifest.seq_length}), lower "
         f"data.data.min_seq_length (now {data.min_seq_length}), or, as only assistant turns with "
         "content are trained, rename the roles or set data.data.format"
+    )
+
+
+def _roles(record: dict[str, Any]) -> list[str]:
+    turns = [
+        turn
+        for value in record.values()
+        for turn in (value if isinstance(value, list) else ())
+        if isinstance(turn, dict)
+    ]
+    found = [turn.get("role", turn.get("from")) for turn in turns]
+    return [str(role) for role in found if role is not None]
+
+
+def _listed(counts: Counter[str]) -> str:
+    return (
+        ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
+        or "none"
     )
 
 
@@ -187,10 +216,12 @@ def _open_job(
     seq_length = sequence_length(
         config.model.max_seq_length, architecture.max_position_embeddings
     )
+    # One rank reads the whole data for line starts and hash; the others get them.
+    records = on_rank_zero(lambda: open_records(data.file_path))
     dataset = TokenizedDataset(
-        config.data, tokenizer, seq_length, architecture.vocab_size
+        config.data, tokenizer, seq_length, architecture.vocab_size, records
     )
-    indices = _indices(config, len(dataset))
+    indices = _indices(config, dataset)
     # A wrong format or chat template shows here, before anything is written.
     first = dataset[indices[0]]
     text = first if isinstance(first, str) else trained_text(first, tokenizer)
@@ -233,16 +264,24 @@ def _open_job(
     return Job(split, config, dataset, indices, chunks, manifest)
 
 
-def _indices(config: ComputeTopkLogitsConfig, num_records: int) -> range:
+def _indices(config: ComputeTopkLogitsConfig, dataset: TokenizedDataset) -> range:
     """Return the indices of the records to compute.
 
     Raises:
-        ConfigError: the range lies outside the dataset.
+        ConfigError: the range lies outside the dataset, or slices select several stretches of it.
     """
+    selected = dataset.indices
+    num_records = len(dataset)
+    if not isinstance(selected, range):
+        raise ConfigError(
+            f"data.data.file_path: {config.data.data.file_path}: the slices leave gaps between records, "
+            "and a cache holds one stretch; give one command for each"
+        )
     last = num_records - 1 if config.end_at_idx is None else config.end_at_idx
     if max(config.start_from_idx, last) >= num_records:
         raise ConfigError(
             f"start_from_idx, end_at_idx: {config.start_from_idx} to {last} lies outside "
             f"{config.data.data.file_path}, whose records have the indices 0 to {num_records - 1}"
         )
-    return range(config.start_from_idx, last + 1)
+    first = max(config.start_from_idx, selected.start)
+    return range(first, min(last + 1, selected.stop))

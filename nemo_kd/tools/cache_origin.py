@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -13,9 +12,10 @@ from nemo_kd.batch import CachedExample, Example
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.manifest import UNKNOWN, Manifest
 from nemo_kd.cache.reader import CacheReader
+from nemo_kd.config import DataError
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     tokenizer_fingerprint,
@@ -113,10 +113,14 @@ def _dataset_config(manifests: Sequence[Manifest], path: str | None) -> DataConf
         raise CacheError("the cache does not record one dataset and its formatting")
     fingerprint = datasets[0]["fingerprint"]
     formatting = datasets[0]["formatting"]
-    path = path or str(datasets[0]["path"])
-    if not Path(path).is_file() or JsonlRecords(path).fingerprint != fingerprint:
+    path = path or datasets[0]["path"]
+    try:
+        is_same = open_records(path).fingerprint == fingerprint
+    except DataError:
+        is_same = False
+    if not is_same:
         raise CacheError(
-            f"{path} is not the file of the cache; give it with --dataset"
+            f"{path} is not the data of the cache; give it with --dataset"
         )
     markers = ChatPromptTokens(**formatting.get("chat_prompt_tokens", {}))
     names = {one.name for one in dataclasses.fields(DatasetConfig)} & formatting.keys()

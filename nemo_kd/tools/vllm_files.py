@@ -16,7 +16,7 @@ from typing import Any
 from nemo_kd.batch import CachedExample
 from nemo_kd.cache.layout import CacheError
 from nemo_kd.cache.record import example_of, json_row
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.records import open_records
 
 SMALLEST_LOGPROB = -1000.0
 """JSON has no -inf: vLLM's server writes -9999 for impossible tokens, others null or -Infinity."""
@@ -37,7 +37,7 @@ class VllmRows:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._records = JsonlRecords(path)
+        self._records = open_records(str(path))
 
     def __len__(self) -> int:
         return len(self._records)

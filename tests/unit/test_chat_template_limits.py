@@ -8,7 +8,7 @@ import json
 import pytest
 
 from nemo_kd.config import DataError
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import load_tokenizer
 from tests.chat_rendering import render
 from tests.tiny_tokenizer import train_tokenizer
@@ -71,6 +71,8 @@ def test_a_dataset_that_is_no_file_of_records_is_refused(folder):
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n"
     )
     with pytest.raises(DataError, match="a Git LFS pointer"):
-        JsonlRecords(folder / "data.jsonl")
-    with pytest.raises(DataError, match="expected a regular file, found none"):
-        JsonlRecords(folder)
+        open_records(str(folder / "data.jsonl"))
+    with pytest.raises(
+        DataError, match="cannot be read as a folder of `datasets`.*give a pattern"
+    ):
+        open_records(str(folder))

@@ -21,7 +21,7 @@ from nemo_kd.config.shared import ParallelConfig, check_batch_sizes, padded_voca
 from nemo_kd.config.student import LoopConfig
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.data.records import JsonlRecords
+from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
     load_tokenizer,
@@ -40,13 +40,13 @@ def test_records_are_read_by_index_whatever_the_order(tmp_path):
         "\n" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in rows),
         encoding="utf-8",
     )
-    records = JsonlRecords(path)
+    records = open_records(str(path))
     assert [records[i] for i in (2, 0, 1)] == [rows[2], rows[0], rows[1]]
     assert pickle.loads(pickle.dumps(records))[1] == rows[1]
     assert records.where(1) == f"{path}:4"
     before = records.fingerprint
     path.write_text('{"n": 0}')
-    assert JsonlRecords(path).fingerprint != before
+    assert open_records(str(path)).fingerprint != before
 
 
 def test_forked_readers_share_no_file_position(tmp_path):
@@ -54,7 +54,7 @@ def test_forked_readers_share_no_file_position(tmp_path):
     path.write_text(
         "".join(json.dumps({"n": n, "pad": "x" * (n % 97)}) + "\n" for n in range(400))
     )
-    records = JsonlRecords(path)
+    records = open_records(str(path))
     assert records[7]["n"] == 7  # the file is open before the fork
     with multiprocessing.get_context("fork").Pool(2) as pool:
         assert pool.map(functools.partial(number_of, records), range(400)) == list(
@@ -70,7 +70,7 @@ def test_fingerprints_are_sha256_of_the_bytes(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' * 300_000)
     assert (
-        JsonlRecords(path).fingerprint
+        open_records(str(path)).fingerprint
         == f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     )
 
@@ -103,7 +103,8 @@ def test_tokenizers_are_loaded_from_folders_only(tmp_path):
         ("", "the file has no records"),
         ("\n \n", "the file has no records"),
         ('{"a": 1}\n{"a": ', ":2: not valid JSON"),
-        ("[1]\n", ":1: found a JSON list"),
+        ("{}\n[1]\n", ":2: found a JSON list"),
+        ("[1]\n", ", element 0: found a JSON int"),
     ],
 )
 def test_bad_files_are_named_with_their_line(tmp_path, content, message):
@@ -111,7 +112,7 @@ def test_bad_files_are_named_with_their_line(tmp_path, content, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(DataError, match=message) as error:
-        records = JsonlRecords(path)
+        records = open_records(str(path))
         [records[i] for i in range(len(records))]
     assert str(path) in str(error.value)
 

@@ -147,7 +147,7 @@ def test_the_field_of_plain_records_can_be_named(tmp_path):
     ("line", "message"),
     [
         (b"{", "in.jsonl:3: not valid JSON"),
-        (b"[1]", "in.jsonl:3: found a JSON list; every line must be one JSON object"),
+        (b"[1]", "in.jsonl:3: found a JSON list; every record must be a JSON object"),
         (
             b'{"answer": [5]}',
             "in.jsonl:3: the field `answer` must be a text or a number",
@@ -184,7 +184,7 @@ def test_refusals(source, tmp_path):
     ):
         filter_with(source, tmp_path / "out.jsonl", answer_field="anser")
     (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(DataError, match="the fields are none, for there is no record"):
+    with pytest.raises(DataError, match="the file has no records"):
         filter_with(tmp_path / "empty.jsonl", tmp_path / "out.jsonl")
     assert source.read_bytes() == before
     result = run("none.jsonl", "out.jsonl", "--answer-field", "a", cwd=tmp_path)
