@@ -52,7 +52,7 @@ ROOM_LIMITS = {
     "mcore": 19_200,
     "ops": 12_600,
     "run": 6_100,
-    "student": 20_000,
+    "student": 20_300,
     "teacher": 6_500,
     "tools": 11_900,
 }
