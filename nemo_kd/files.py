@@ -89,7 +89,9 @@ def open_regular(path: str | Path) -> BinaryIO:
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # one look: others may remove it
-            raise FileError(f"{path}: is not a regular file; remove it")
+            raise FileError(
+                f"{path}: is not a regular file; give another path, or remove it"
+            )
         return open(path, "rb")
     except FileNotFoundError:
         raise

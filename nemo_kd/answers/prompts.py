@@ -22,6 +22,7 @@ from nemo_kd.data.tokenizer import special_ids
 log = logging.getLogger(__name__)
 
 END_TOKENS = 8
+USERS = ("user", "human")
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,8 @@ def first_examples(
         raise DataError(
             f"{key}: {path}: none of the records can be evaluated; raise model.max_seq_length (now "
             f"{dataset.max_seq_length}), or correct {dataset.config.data.KEY}.format and the roles: "
-            "only turns of the assistant with content count"
+            "only turns of the assistant with content count. A chat that ends with its question "
+            "needs one more turn of the assistant, for example with the right answer"
         )
     return examples, skipped
 
@@ -83,12 +85,21 @@ def question_of(
     """Return the question that an example of `dataset` asks.
 
     Raises:
-        DataError: the record has no right answer in `answer_field`.
+        DataError: the record has no right answer in `answer_field`, or its last turn is the user's.
     """
     answer = None
+    record = dataset.records[example.index]
+    where = dataset.records.where(example.index)
+    turns = record.get("messages") or record.get("conversations")
+    if isinstance(turns, list):
+        role = turns[-1].get("role", turns[-1].get("from"))
+        if str(role).lower() in USERS:
+            raise DataError(
+                f"{where}: the last turn is the user's, but the prompt of a record ends before the "
+                "last turn of the assistant, and this question would stay out; add a turn of the "
+                "assistant, for example with the right answer"
+            )
     if answer_field is not None:
-        record = dataset.records[example.index]
-        where = dataset.records.where(example.index)
         try:
             answer = ground_truth(record, answer_field)
         except DataError as error:

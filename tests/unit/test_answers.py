@@ -13,7 +13,12 @@ import orjson
 import pytest
 
 from nemo_kd.answers.outcomes import Outcome, Verdict
-from nemo_kd.answers.prompts import Question, question_of, stop_ids
+from nemo_kd.answers.prompts import (
+    Question,
+    first_examples,
+    question_of,
+    stop_ids,
+)
 from nemo_kd.answers.samples import check_responses, summarize, write_samples
 from nemo_kd.batch import Example
 from nemo_kd.config import DataError
@@ -155,6 +160,26 @@ def test_a_record_without_a_usable_answer_is_refused(
     with pytest.raises(DataError) as caught:
         question_of(dataset, only_example(dataset), "answer")
     assert str(caught.value).endswith(message)
+
+
+@pytest.mark.parametrize("answer_field", [None, "answer"])
+def test_a_last_question_without_a_turn_of_the_assistant_is_refused(
+    tmp_path: Path, answer_field: str | None
+) -> None:
+    """Else the question before it would be answered, and compared with the answer to this one."""
+    record = {"messages": [QUESTION, ANSWER, QUESTION], "answer": "1, 2"}
+    dataset = open_dataset(tmp_path, record, train_tokenizer())
+    with pytest.raises(DataError, match=r"data.jsonl:2: the last turn is the user's"):
+        question_of(dataset, only_example(dataset), answer_field)
+
+
+def test_a_dataset_of_questions_alone_is_refused(tmp_path: Path) -> None:
+    record = {"messages": [QUESTION], "answer": "1, 2"}
+    dataset = open_dataset(tmp_path, record, train_tokenizer())
+    with pytest.raises(
+        DataError, match="none of .* needs one more turn of the assist"
+    ):
+        first_examples(dataset, None, "data.data.file_path")
 
 
 @dataclass
