@@ -50,6 +50,9 @@ RESOLVERS = {
 }
 """Resolvers that NeMo-Aligner's YAML files use."""
 
+NO_COMPILER = "TORCHDYNAMO_DISABLE"
+"""Torch's switch of `torch.compile`; the losses are compiled after the libraries have loaded."""
+
 END_OF_HELP = """
 --dry-run is dry_run=true, for commands with this key.
 
@@ -115,7 +118,8 @@ def run(command: Command, arguments: list[str] | None = None) -> None:
             if trainer is not None:
                 # Before Megatron and Lightning load, so that wrong devices are reported at once.
                 join_ranks(trainer)
-            function = pkgutil.resolve_name(command.function)
+            with _no_compiler_without_gpu():
+                function = pkgutil.resolve_name(command.function)
         function(config)
 
 
@@ -129,6 +133,22 @@ def _no_collections() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+@contextlib.contextmanager
+def _no_compiler_without_gpu() -> Iterator[None]:
+    """Leave Megatron's small functions as they are where there is no GPU to fuse them for: a mere
+    `@torch.compile` loads Inductor, in half a second."""
+    import torch
+
+    before = os.environ.get(NO_COMPILER)
+    if before is None and not torch.cuda.is_available():
+        os.environ[NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(NO_COMPILER, None)
 
 
 def help_text(command: Command) -> str:

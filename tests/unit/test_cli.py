@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from nemo_kd.cli import (
@@ -511,12 +512,18 @@ logging.getLogger("megatron.core.optimizer").warning("another warning")
     assert result.stderr == "another warning\n"
 
 
-def test_nothing_is_collected_while_libraries_load(tmp_path: Path):
+def test_while_libraries_load_nothing_is_collected_and_without_gpu_nothing_compiled(
+    tmp_path: Path,
+):
     (tmp_path / "library.py").write_text(
-        "import gc\n"
-        "at_import = gc.isenabled()\n"
+        "import gc, os, torch\n"
+        "def function(): pass\n"
+        "def is_compiled():\n"
+        "    return torch.compile(function) is not function\n"
+        "at_import = gc.isenabled(), is_compiled()\n"
         "def main(config):\n"
-        "    print(at_import, gc.isenabled(), gc.get_freeze_count() > 10_000)\n"
+        "    print(gc.get_freeze_count() > 10_000, 'TORCHDYNAMO_DISABLE' in os.environ)\n"
+        "    print(at_import, (gc.isenabled(), is_compiled()))\n"
     )
     program = (
         "from dataclasses import replace\n"
@@ -531,4 +538,8 @@ def test_nothing_is_collected_while_libraries_load(tmp_path: Path):
         text=True,
         env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"},
     )
-    assert found.stdout.splitlines()[-1:] == ["False True True"], found.stderr
+    has_gpu = torch.cuda.is_available()
+    assert found.stdout.splitlines()[-2:] == [
+        "True False",
+        f"(False, {has_gpu}) (True, True)",
+    ], found.stderr
