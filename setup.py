@@ -57,6 +57,7 @@ COMMANDS = (
     "logit_cache",
     "filter_sft_data",
     "plot_runs",
+    "preprocess_openassistant",
 )
 
 setup(

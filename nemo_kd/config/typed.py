@@ -303,6 +303,8 @@ KD.custom_loss | KD.custom_loss=W KD.kd_loss=custom
     custom_loss_function_path
 KD.custom_args | the keys of the file, {KEY: VALUE}
     custom_config_path
+KD.reduction | true: token; false: sample
+    calculate_per_token_loss
 KD.temperature | KD.temperature=W; with a teacher_temperature: the scales 1/W and 1/(W * it)
     kd_temperature
 KD.target_logits_scale | KD.target_logits_scale=1/W; with a kd_temperature: also divided by it

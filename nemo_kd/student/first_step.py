@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
 from nemo_kd.config.student import TrainStudentConfig
-from nemo_kd.data.batches import MicroBatches, example_of
+from nemo_kd.data.batches import example_of
 from nemo_kd.data.tokenizer import TokenText, text_ids, trained_text
 from nemo_kd.files import print_table, print_text, size_text, write_atomically
 from nemo_kd.mcore.checkpoint import PretrainedModel
@@ -103,8 +103,7 @@ def _step_time(student: StudentModule) -> float:
 
 def _first_batch(data: StudentData) -> list[tuple[str, Example]]:
     """Return this rank's examples of the first global batch, each with a heading."""
-    micro_batches = data.loader("train").dataset
-    assert isinstance(micro_batches, MicroBatches)
+    micro_batches: Any = data.loader("train").dataset
     paths = data.model.data.paths("train")
     shares = micro_batches.share(next(iter(data.training)))
     examples = []

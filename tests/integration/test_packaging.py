@@ -102,6 +102,7 @@ def test_wheel_and_source_distribution_hold_the_same(built):
         "logit_cache inspect CACHE",
         "filter_sft_data --help",
         "plot_runs --help",
+        "preprocess_openassistant --help",
     ],
 )
 def test_commands_run_away_from_the_checkout(installed, line, tmp_path):

@@ -294,6 +294,7 @@ KD = "model.knowledge_distillation"
         ("label_key=x", "model.data.dataset.label_key?)"),
         ("tool_key=x", "model.data.dataset.tools_key?)"),
         ("loss_mask_type=qwen3", "model.data.dataset.loss_mask? qwen: qwen; qwen3: per_turn;"),
+        ("calculate_per_token_loss=true", f"{KD}.reduction? true: token; false: sample)"),
         ("hf_checkpoint=x", "pretrained_checkpoint.restore_from_path?)"),
         ("ref_load=x", "of compute_topk_logits if it is the teacher)"),
         ("lr_warmup_fraction=0.1", "model.optim.sched.warmup_ratio?)"),
@@ -419,6 +420,7 @@ def test_versions_and_wrong_options():
         "filter_sft_data",
         "logit_cache",
         "plot_runs",
+        "preprocess_openassistant",
     ):
         assert of(module, "--version").stdout.startswith("nemo_kd ")
     result = of("logit_cache", "inspekt", "x")

@@ -11,7 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_kd.cli import filter_sft_data, logit_cache, plot_runs
+from nemo_kd.cli import (
+    filter_sft_data,
+    logit_cache,
+    plot_runs,
+    preprocess_openassistant,
+)
 from nemo_kd.cli.aligner_keys import ALIASES, IGNORED
 from nemo_kd.cli.compose import option_parser
 from nemo_kd.config.convert import ConvertCheckpointConfig
@@ -32,6 +37,7 @@ PARSERS = {
     "filter_sft_data": filter_sft_data.parser,
     "logit_cache": logit_cache.parser,
     "plot_runs": plot_runs.parser,
+    "preprocess_openassistant": preprocess_openassistant.parser,
 }
 PAGES = [
     ROOT / "README.md",
