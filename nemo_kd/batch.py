@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
@@ -27,6 +28,7 @@ class Example:
         labels_S: int64, the id each position has to predict.
         loss_mask_S: float32, 1.0 where the label counts in the loss, 0.0 elsewhere.
         source: which of the configured paths it comes from.
+        left_out: parts of the record that are not in the tokens, counted by reason.
     """
 
     index: int
@@ -34,6 +36,7 @@ class Example:
     labels_S: np.ndarray
     loss_mask_S: np.ndarray
     source: int = 0
+    left_out: Counter[str] = field(default_factory=Counter)
 
     @property
     def num_tokens(self) -> int:

@@ -21,7 +21,7 @@ import orjson
 
 from nemo_kd.cache.index import ChunkIndex, ChunkSummary
 from nemo_kd.cache.layout import CacheError, LocalStorage, Storage
-from nemo_kd.config.data import CODECS, CacheConfig
+from nemo_kd.config.data import CHAT_TEMPLATE_FORMATS, CODECS, CacheConfig
 from nemo_kd.files import write_atomically
 
 FORMAT_VERSION = 3
@@ -150,6 +150,12 @@ class Manifest:
         write_atomically(path, content)
         self.format_version = FORMAT_VERSION
         self.digest = _sha256(content)
+
+    @property
+    def uses_chat_template(self) -> bool:
+        """Return True if a chat template rendered records; also if their formats are not listed."""
+        formats = self.dataset.get("formats", CHAT_TEMPLATE_FORMATS)
+        return not set(CHAT_TEMPLATE_FORMATS).isdisjoint(formats)
 
     def differences(self, other: Manifest) -> list[str]:
         """Return every field of the identity that differs, with both values."""

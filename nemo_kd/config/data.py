@@ -13,6 +13,13 @@ DEFAULT_SEQ_LENGTH = 4096
 """Longest sequence if `model.max_seq_length` is not given and the model supports it."""
 
 
+CHAT_TEMPLATE_FORMATS = ("messages", "sharegpt", "question_answer")
+"""Formats of records that the tokenizer's chat template renders."""
+CHAT_FORMATS = (*CHAT_TEMPLATE_FORMATS, "conversations")
+FORMATS = ("auto", *CHAT_FORMATS, "tokens", "alpaca", "text", "prompt_template")
+PLAIN_TEMPLATE = "{input} {output}"
+
+
 @dataclass
 class ChatPromptTokens:
     """Marker texts of NeMo's `conversations` chat format."""
@@ -37,15 +44,32 @@ class DatasetConfig(Section, key="data.data"):
     """Records in a format of `format`: JSONL (also .gz, .zst), a JSON array, Parquet, Arrow, or a
     folder that `datasets` saved; a path, a list, a pattern ("data/*.parquet") or a URL of fsspec;
     PATH@[a:b] selects records. Stage 1 also takes {train: PATH, validation: PATH}."""
-    format: str = choice(
-        "auto", ("auto", "messages", "conversations", "prompt_template")
-    )
-    """Format of the records: messages (OpenAI chat, rendered by the tokenizer's chat template),
-    conversations (NeMo chat), prompt_template (fields put into prompt_template), or auto (decided
-    by each record's keys)."""
+    format: str = choice("auto", FORMATS)
+    """Format of the records. messages: an OpenAI chat, rendered by the tokenizer's chat template;
+    sharegpt: the same with turns of human and gpt; question_answer: the same from the fields of
+    question_key and answer_key. conversations: NeMo's chat. tokens: input_ids with loss_mask or
+    labels. prompt_template: fields put into prompt_template; alpaca and text: the same with a
+    built-in template for instruction, input and output, or for text. auto: decided by each record's
+    fields."""
+    input_key: str = "messages"
+    """messages, sharegpt: field with the chat; without it, conversations."""
+    question_key: str = "question"
+    """question_answer: field with the user's text."""
+    answer_key: str = "answer"
+    """question_answer: field with the assistant's text."""
+    prompt_key: str = ""
+    """question_answer: field with a text that precedes the question, on a line above it."""
+    system_key: str = "system"
+    """messages, sharegpt, question_answer: field with a system prompt."""
+    split: str | None = None
+    """Use only the records whose field `split` has this value."""
+    record_function: str | None = None
+    """Import path of your function(record), which returns a record of one of the formats, or None
+    to skip it; modules in the current folder count. Its module's source is part of a cache's
+    identity."""
     min_seq_length: int = 1
     """Skip and count shorter examples, in tokens."""
-    prompt_template: str = "{input} {output}"
+    prompt_template: str = PLAIN_TEMPLATE
     """Template that joins fields of a record to one text; the field named by label_key must come
     last."""
     label_key: str = "output"
@@ -61,10 +85,8 @@ class DatasetConfig(Section, key="data.data"):
     cuts nothing."""
     truncation_method: str = choice("right", ("left", "right"))
     """prompt_template: cut truncation_field from the right or the left."""
-    system_key: str = "system"
-    """messages: field with a system prompt, rendered before the messages."""
     tools_key: str = "tools"
-    """messages: field of the record with tool definitions, passed to the chat template."""
+    """messages, sharegpt: field with tool definitions, passed to the chat template."""
     chat_template: str | None = path(None)
     """messages: file with a chat template that replaces the tokenizer's."""
     loss_mask: str = choice(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 import pkgutil
@@ -27,3 +28,17 @@ def import_function(path: str, *arguments: Any, **options: Any) -> Callable[...,
     except (ImportError, AttributeError, SyntaxError, TypeError) as error:
         raise ValueError(str(error)) from error
     return function
+
+
+def source_fingerprint(function: Callable[..., Any]) -> str:
+    """Hash the source of the module that defines a function.
+
+    Raises:
+        ValueError: there is no source.
+    """
+    module = inspect.getmodule(function)
+    try:
+        source = inspect.getsource(module or function)
+    except (OSError, TypeError) as error:
+        raise ValueError(f"its source cannot be read: {error}") from error
+    return f"sha256:{hashlib.sha256(source.encode()).hexdigest()}"

@@ -62,7 +62,7 @@ class Conversation:
         Raises:
             DataError: the record has another shape, or a part that is not a text.
         """
-        turns = _decoded(turns)
+        turns = decoded(turns)
         if not isinstance(turns, list) or not turns:
             raise DataError(
                 f"`messages` must be a list of at least one message, found {str(turns)[:80]!r}"
@@ -87,21 +87,37 @@ class Conversation:
         return cls(messages, tools, frozenset(trained_turns), tuple(left_out))
 
 
+def question_turns(record: dict[str, Any], config: DatasetConfig) -> list[Message]:
+    """Return the messages of a question with its answer.
+
+    Raises:
+        DataError: a field is not a text.
+    """
+    prompt = record.get(config.prompt_key)
+    question = record[config.question_key]
+    answer = record[config.answer_key]
+    for text in (prompt or "", question, answer):
+        if not isinstance(text, str):
+            raise DataError(
+                f"`{config.question_key}`, `{config.answer_key}` and the field of "
+                f"{config.KEY}.prompt_key must be texts, found {str(text)[:80]!r}"
+            )
+    return [
+        {"role": "user", "content": f"{prompt}\n{question}" if prompt else question},
+        {"role": "assistant", "content": answer},
+    ]
+
+
 def _canonical(turn: Any) -> Message:
     """Return a message in canonical form.
 
     Raises:
         DataError: it has another shape.
     """
-    message = _without_empty(turn)
-    if isinstance(message, dict) and isinstance(message.get("from"), str):
+    message = _without_empty(turn if isinstance(turn, dict) else {})
+    if isinstance(message.get("from"), str):
         message = _of_speaker(message)
-    if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise DataError(
-            f"must be an object with a `role`, and a text `content` or `tool_calls`, found "
-            f"{str(turn)[:80]!r}"
-        )
-    if message["role"] == "function":
+    if message.get("role") == "function":
         message["role"] = "tool"
     if "function_call" in message:
         if "tool_calls" in message:
@@ -111,9 +127,13 @@ def _canonical(turn: Any) -> Message:
     if isinstance(content, list):
         content = "".join(map(_text_of_part, content))
     calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not (isinstance(content, str) or calls):
+    if (
+        not isinstance(message.get("role"), str)
+        or not isinstance(calls, list)
+        or not (isinstance(content, str) or (content is None and calls))
+    ):
         raise DataError(
-            f"must be an object with a `role`, and a text `content` or `tool_calls`, found "
+            "must be an object with a `role`, and a text `content` or `tool_calls`, found "
             f"{str(turn)[:80]!r}"
         )
     message["content"] = content
@@ -138,7 +158,7 @@ def _of_speaker(message: Message) -> Message:
         )
     if speaker.lower() != "function_call":
         return message | {"role": role, "content": value}
-    calls = _decoded(value)
+    calls = decoded(value)
     return message | {
         "role": role,
         "tool_calls": calls if isinstance(calls, list) else [calls],
@@ -165,9 +185,7 @@ def _tool_call(call: Any) -> dict[str, Any]:
     # Older records hold the function without the object around it.
     outer = call if "function" in call else {"function": call}
     function = outer["function"] if isinstance(outer["function"], dict) else {}
-    arguments = function.get("arguments") or {}
-    if isinstance(arguments, str):
-        arguments = _decoded(arguments)
+    arguments = decoded(function.get("arguments") or {})
     if not isinstance(function.get("name"), str) or not isinstance(arguments, dict):
         raise DataError(
             "has a tool call that is not an object with a `function`, which needs a text `name`, "
@@ -224,7 +242,7 @@ def _system_message(
 
 def _tools(record: dict[str, Any], key: str) -> list[Any] | None:
     """Return the record's tool definitions, which are a list or its JSON text."""
-    tools = _decoded(record.get(key) or [])
+    tools = decoded(record.get(key) or [])
     if not isinstance(tools, list):
         raise DataError(
             f"`{key}` must be a list of tool definitions, or its JSON text, found "
@@ -233,11 +251,12 @@ def _tools(record: dict[str, Any], key: str) -> list[Any] | None:
     return tools or None
 
 
-def _decoded(value: Any) -> Any:
+def decoded(value: Any) -> Any:
     """Return what JSON text stands for, and any other value as it is."""
-    # orjson would round integers of more than 64 bits.
-    with contextlib.suppress(json.JSONDecodeError):
-        return json.loads(value) if isinstance(value, str) else value
+    if isinstance(value, str):
+        # orjson would round integers of more than 64 bits.
+        with contextlib.suppress(json.JSONDecodeError):
+            return json.loads(value)
     return value
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass
 from typing import Any
 
@@ -11,30 +13,50 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.batch import Example
 from nemo_kd.config import DataError
-from nemo_kd.config.data import DataConfig
-from nemo_kd.data.conversation import Conversation
+from nemo_kd.config.data import CHAT_FORMATS, CHAT_TEMPLATE_FORMATS, DataConfig
+from nemo_kd.config.user_function import import_function, source_fingerprint
+from nemo_kd.data.conversation import Conversation, question_turns
+from nemo_kd.data.formats import (
+    Record,
+    format_of,
+    missing_fields,
+    turns_key,
+    unread_fields,
+)
 from nemo_kd.data.nemo_chat import render_conversations
-from nemo_kd.data.prompt_template import PromptTemplate
+from nemo_kd.data.prompt_template import BUILT_IN_TEMPLATES, PromptTemplate
 from nemo_kd.data.records import Records, open_records
-from nemo_kd.data.template import render_messages
+from nemo_kd.data.template import Rendered, render_messages
+from nemo_kd.data.token_records import read_tokens
 
 TOO_LONG = "too long"
 TOO_SHORT = "too short"
 NO_LOSS_TOKENS = "no loss tokens"
+OTHER_SPLIT = "another split"
+SKIPPED_BY_FUNCTION = "skipped by record_function"
+
+
+def describe_left_out(path: Any, left_out: Counter[str]) -> str:
+    """Return a line on the records, and parts of records, that are not used."""
+    counts = (f"{count:,} x {reason}" for reason, count in left_out.most_common())
+    return f"{path}: left out: {'; '.join(counts)}"
 
 
 @dataclass
 class TokenizedDataset:
     """Records of one dataset as examples of at most `max_seq_length` positions.
 
-    A record with `messages` is an OpenAI chat, one with `conversations` a NeMo chat; any other goes
-    through the prompt template. Rendering happens on access and is deterministic. A record that
-    makes no example gives the reason instead, one of the three above.
+    Rendering happens on access and is deterministic. A record that makes no example gives the
+    reason instead, one of those above.
+
+    Attributes:
+        function_source: hash of the source of `record_function`; None without one.
 
     Args:
         opened: the records, if they are open already; else `config` names them.
 
     Raises:
+        ConfigError: `record_function` cannot be used.
         DataError: the file or, on access, a record cannot be used; with file:line.
     """
 
@@ -47,7 +69,23 @@ class TokenizedDataset:
     def __post_init__(self, opened: Records | None) -> None:
         data = self.config.data
         self.records = opened or open_records(data.file_path)
-        self.prompt_template = PromptTemplate(data)
+        self.templates = {"prompt_template": PromptTemplate(data)}
+        for name, (template, label_key) in BUILT_IN_TEMPLATES.items():
+            settings = dataclasses.replace(
+                data, prompt_template=template, label_key=label_key
+            )
+            self.templates[name] = PromptTemplate(settings)
+        self._function: Callable[[Record], Any] | None = None
+        self.function_source: str | None = None
+        if data.record_function is not None:
+            try:
+                self._function = import_function(data.record_function, {})
+                self.function_source = source_fingerprint(self._function)
+            except ValueError as error:
+                raise data.error(
+                    "record_function",
+                    f"{data.record_function} cannot be called as function(record): {error}",
+                ) from error
 
     def __len__(self) -> int:
         return len(self.records)
@@ -58,11 +96,13 @@ class TokenizedDataset:
         return self.records.indices
 
     def __getitem__(self, index: int) -> Example | str:
+        record = self._record(index)
+        if isinstance(record, str):
+            return record
         where = self.records.where(index)
-        record = self.records[index]
         kind = self._format(record, where)
         try:
-            ids, trained = self._render(kind, record)
+            ids, trained, left_out = self._render(kind, record)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         # Tensor-parallel embeddings would return zeros for such an id.
@@ -73,11 +113,14 @@ class TokenizedDataset:
                 f"{where}: the token {token!r} has the id {largest}, outside the model's "
                 f"vocabulary of {self.vocab_size}; tokenizer and model do not belong together"
             )
+        unread = unread_fields(record, kind, self.config.data)
+        left_out.update(f"field `{name}`, which nothing reads" for name in unread)
         example = Example(
             index=index,
             tokens_S=np.array(ids[:-1], dtype=np.int64),
             labels_S=np.array(ids[1:], dtype=np.int64),
             loss_mask_S=np.array(trained[1:], dtype=np.float32),
+            left_out=left_out,
         )
         if example.num_tokens > self.max_seq_length:
             return TOO_LONG
@@ -85,44 +128,84 @@ class TokenizedDataset:
             return TOO_SHORT
         return example if example.num_loss_tokens else NO_LOSS_TOKENS
 
-    def format(self, index: int) -> str:
-        """Return the format of a record. Only `messages` uses the chat template.
+    def formats(self, indices: Iterable[int]) -> set[str]:
+        """Return the formats of records.
 
         Raises:
-            DataError: the record cannot be read, or its format is not the configured one.
+            DataError: one cannot be read, or its format is not the configured one.
         """
-        return self._format(self.records[index], self.records.where(index))
+        return {
+            self._format(record, self.records.where(index))
+            for index in indices
+            if isinstance(record := self._record(index), dict)
+        }
 
-    def _format(self, record: dict[str, Any], where: str) -> str:
-        kind = asked = self.config.data.format
-        if asked == "auto":
-            chats = (key for key in ("messages", "conversations") if key in record)
-            kind = next(chats, "prompt_template")
-        is_chat = kind != "prompt_template"
-        chat = self.config.chat
-        if chat not in (None, is_chat) or (is_chat and kind not in record):
+    def _record(self, index: int) -> Record | str:
+        """Return a record as `record_function` makes it, or the reason to skip it.
+
+        Raises:
+            DataError: it cannot be read, or the function fails.
+        """
+        record: Any = self.records[index]
+        where = self.records.where(index)
+        data = self.config.data
+        if data.split is not None:
+            if "split" not in record:
+                raise DataError(
+                    f"{where}: {data.KEY}.split={data.split}, but the record has no field `split`; "
+                    f"its fields are {', '.join(record)}"
+                )
+            if record["split"] != data.split:
+                return OTHER_SPLIT
+        if self._function is None:
+            return record
+        try:
+            record = self._function(record)
+        except Exception as error:  # it is the user's and can raise anything
             raise DataError(
-                f"{where}: {self.config.data.KEY}.format={asked} and "
-                f"{self.config.KEY}.chat={chat} do not fit a record with the fields "
-                f"{', '.join(record)}"
+                f"{where}: {data.KEY}.record_function={data.record_function} failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        if record is None:
+            return SKIPPED_BY_FUNCTION
+        if isinstance(record, dict):
+            return record
+        raise DataError(
+            f"{where}: {data.KEY}.record_function={data.record_function} must return a record (a "
+            f"dict) or None, found {str(record)[:80]!r}"
+        )
+
+    def _format(self, record: Record, where: str) -> str:
+        data = self.config.data
+        kind = format_of(record, data)
+        chat = self.config.chat
+        if chat not in (None, kind in CHAT_FORMATS) or missing_fields(
+            record, kind, data
+        ):
+            raise DataError(
+                f"{where}: {data.KEY}.format={data.format} and {self.config.KEY}.chat={chat} do "
+                f"not fit a record with the fields {', '.join(record)}"
             )
         return kind
 
-    def _render(
-        self, kind: str, record: dict[str, Any]
-    ) -> tuple[list[int], list[bool]]:
-        if kind == "messages":
-            conversation = Conversation.read(
-                record["messages"], record, self.config.data
-            )
-            ids, trained, _ = render_messages(
-                conversation, self.tokenizer, self.config.data
-            )
-            return ids, trained
+    def _render(self, kind: str, record: Record) -> Rendered:
+        data = self.config.data
+        if kind in CHAT_TEMPLATE_FORMATS:
+            turns = record.get(turns_key(record, data))
+            if kind == "question_answer":
+                turns = question_turns(record, data)
+            conversation = Conversation.read(turns, record, data)
+            return render_messages(conversation, self.tokenizer, data)
         if kind == "conversations":
-            return render_conversations(
+            rendered = render_conversations(
                 record, self.tokenizer, self.config.chat_prompt_tokens
             )
-        return self.prompt_template.render(
-            record, self.tokenizer, self.max_seq_length + 1
-        )
+        elif kind == "tokens":
+            rendered = read_tokens(record)
+        else:
+            if kind == "alpaca" and not record.get("input"):
+                kind = "alpaca without input"
+            rendered = self.templates[kind].render(
+                record, self.tokenizer, self.max_seq_length + 1
+            )
+        return Rendered(*rendered, Counter())

@@ -11,6 +11,19 @@ from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.data import DatasetConfig
 from nemo_kd.data.tokenizer import encode_continuation
 
+BUILT_IN_TEMPLATES = {
+    "alpaca": (
+        "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n{output}",
+        "output",
+    ),
+    "alpaca without input": (
+        "### Instruction:\n{instruction}\n\n### Response:\n{output}",
+        "output",
+    ),
+    "text": ("{text}", "text"),
+}
+"""Templates of formats other than prompt_template, with the field that is trained."""
+
 
 class PromptTemplate:
     """A template, for example "{input} {output}", whose last field, the answer, is trained.

@@ -36,7 +36,7 @@ from nemo_kd.data.batches import (
     TokenizedRows,
     example_of,
 )
-from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset, describe_left_out
 from nemo_kd.data.order import SampleOrder, TrainingBatches
 from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
@@ -230,9 +230,8 @@ def _tokenizer_mismatches(
                 f"{ours} ({len(tokenizer)} tokens) in the student; both must share one tokenizer"
             )
     for manifest in reader.manifests:
-        # Only `messages` use the template; without a list of formats all records count as such.
         if (
-            "messages" in manifest.dataset.get("formats", ["messages"])
+            manifest.uses_chat_template
             and manifest.chat_template not in (None, template)
             and not data.allow_other_template
         ):
@@ -252,19 +251,20 @@ def _tokenize(
 ) -> TokenizedRows:
     paths = data.paths(split)
     rows = TokenizedRows(paths)
-    skipped: Counter[str] = Counter()
     for source, path in enumerate(paths):
         records = on_rank_zero(functools.partial(open_records, path))
+        left_out: Counter[str] = Counter()
         dataset = TokenizedDataset(
             data.records(path), tokenizer, seq_length, architecture.vocab_size, records
         )
         for found in _tokenized(dataset, f"tokenizing {split}"):
             if isinstance(found, str):  # the reason to skip it
-                skipped[found] += 1
+                left_out[found] += 1
             else:
                 rows.append(replace(found, source=source))
-    for reason, count in skipped.items():
-        log.warning("%s: %d examples skipped: %s", split, count, reason)
+                left_out += found.left_out
+        if left_out:
+            log.warning(describe_left_out(path, left_out))
     return rows
 
 

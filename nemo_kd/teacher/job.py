@@ -22,7 +22,7 @@ from nemo_kd.config.data import sequence_length
 from nemo_kd.config.shared import GPTArchitecture, check_fp8, check_layout
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
 from nemo_kd.data.chat_template import fixed_date
-from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.dataset import TokenizedDataset, describe_left_out
 from nemo_kd.data.records import open_records
 from nemo_kd.data.tokenizer import (
     chat_template_fingerprint,
@@ -160,27 +160,29 @@ def check_records(job: Job) -> None:
                 counts[record] += 1
             else:
                 counts["tokens"] += record.num_tokens
+                counts += record.left_out
         return counts
 
     counts = sum(gather(render_share), Counter[str]())
+    job.num_tokens = counts.pop("tokens", 0)
+    if counts:
+        log.warning(describe_left_out(job.dataset.records.name, counts))
     # A part may be empty; only the whole range must not be.
-    if len(indices) == len(job.indices) and not counts["tokens"]:
+    if len(indices) == len(job.indices) and not job.num_tokens:
         raise nothing_to_train(job, counts)
-    job.num_tokens = counts["tokens"]
 
 
 def nothing_to_train(job: Job, reasons: Counter[str]) -> DataError:
     """Return the error that none of some records makes an example, with the remedies."""
     data = job.config.data.data
     found = ", ".join(f"{count:,} {reason!r}" for reason, count in reasons.items())
-    formats: Counter[str] = Counter()
-    roles: Counter[str] = Counter()
-    for index in job.indices[:NUM_DESCRIBED]:
-        formats[job.dataset.format(index)] += 1
-        roles.update(_roles(job.dataset.records[index]))
+    first = job.indices[:NUM_DESCRIBED]
+    formats = ", ".join(sorted(job.dataset.formats(first)))
+    records = map(job.dataset.records.__getitem__, first)
+    roles = ", ".join(sorted({role for record in records for role in _roles(record)}))
     return DataError(
         f"data.data.file_path: {data.file_path}: nothing to train: none of the records makes an "
-        f"example ({found}). Formats found: {_listed(formats)}; roles: {_listed(roles)}. Raise "
+        f"example ({found}). Formats found: {formats or 'none'}; roles: {roles or 'none'}. Raise "
         f"model.max_seq_length (now {job.manifest.seq_length}), lower "
         f"data.data.min_seq_length (now {data.min_seq_length}), or, as only assistant turns with "
         "content are trained, rename the roles or set data.data.format"
@@ -196,13 +198,6 @@ def _roles(record: dict[str, Any]) -> list[str]:
     ]
     found = [turn.get("role", turn.get("from")) for turn in turns]
     return [str(role) for role in found if role is not None]
-
-
-def _listed(counts: Counter[str]) -> str:
-    return (
-        ", ".join(f"{name} ({count:,})" for name, count in counts.most_common())
-        or "none"
-    )
 
 
 def _open_job(
@@ -230,12 +225,7 @@ def _open_job(
     if data.format == "auto":
         # Each rank parses its share of the records.
         share = indices[dist.get_rank() :: dist.get_world_size()]
-        formats = set().union(*gather(lambda: set(map(dataset.format, share))))
-    formatting = dataclasses.asdict(data)
-    del formatting["file_path"]
-    formatting["chat_prompt_tokens"] = dataclasses.asdict(
-        config.data.chat_prompt_tokens
-    )
+        formats = set().union(*gather(lambda: dataset.formats(share)))
     fp8 = {} if config.model.fp8 is None else {"fp8": config.model.fp8}
     manifest = Manifest(
         codec=codec_settings(config.cache),
@@ -254,7 +244,7 @@ def _open_job(
             "start_from_idx": indices[0],
             "end_at_idx": indices[-1],
             "formats": sorted(formats),
-            "formatting": formatting,
+            "formatting": _formatting(config, dataset),
         },
         n_examples_per_chunk=config.n_examples_per_chunk,
         segment_examples=config.cache.segment_examples,
@@ -262,6 +252,19 @@ def _open_job(
     )
     chunks = segments(indices, config.n_examples_per_chunk or len(indices))
     return Job(split, config, dataset, indices, chunks, manifest)
+
+
+def _formatting(
+    config: ComputeTopkLogitsConfig, dataset: TokenizedDataset
+) -> dict[str, Any]:
+    """Return all that decides which tokens a record becomes, besides the tokenizer."""
+    formatting = dataclasses.asdict(config.data.data)
+    del formatting["file_path"]
+    formatting["chat_prompt_tokens"] = dataclasses.asdict(
+        config.data.chat_prompt_tokens
+    )
+    formatting["record_function_source"] = dataset.function_source
+    return formatting
 
 
 def _indices(config: ComputeTopkLogitsConfig, dataset: TokenizedDataset) -> range:

@@ -64,7 +64,7 @@ def check_origin(
             "tokenizer": manifest.tokenizer,
             "chat template": manifest.chat_template,
         }
-        if "messages" not in manifest.dataset.get("formats", ["messages"]):
+        if not manifest.uses_chat_template:
             del theirs["chat template"]
         for name, found in theirs.items():
             if found in (None, UNKNOWN):
@@ -113,6 +113,11 @@ def _dataset_config(manifests: Sequence[Manifest], path: str | None) -> DataConf
         raise CacheError("the cache does not record one dataset and its formatting")
     fingerprint = datasets[0]["fingerprint"]
     formatting = datasets[0]["formatting"]
+    if formatting.get("record_function") is not None:
+        # A cache may come from anyone, and only the user names code to run.
+        raise CacheError(
+            f"its records went through {formatting['record_function']}, which is not run for a check"
+        )
     path = path or datasets[0]["path"]
     try:
         is_same = open_records(path).fingerprint == fingerprint
