@@ -60,6 +60,7 @@ from nemo_kd.student.run_folder import (
     check_same_experiment,
     experiment_record,
     own_run_folder,
+    recorded_date,
 )
 from nemo_kd.student.steps import (
     STOPS_ALL_RANKS,
@@ -181,7 +182,12 @@ def _open_data(
     dataset = model.data.dataset
     tokenizer = load_tokenizer(pretrained.tokenizer_folder, dataset.chat_template)
     check_dataset_settings(config)
-    dataset.date = on_rank_zero(lambda: fixed_date(dataset, tokenizer))
+    if not model.data.uses_cache or config.eval.interval:
+        dataset.date = on_rank_zero(
+            lambda: fixed_date(
+                dataset, tokenizer, recorded_date(config.exp_manager, config.name)
+            )
+        )
     splits = load_splits(model, architecture, tokenizer)
     loop = config.trainer.knowledge_distillation
     plan = plan_training(loop, len(splits["train"]), model.global_batch_size)

@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from nemo_kd import __version__
 from nemo_kd.config.exp_manager import (
     ExpManagerConfig,
@@ -64,6 +66,26 @@ LOCATION = ("name", "paths")
 """Parts of a value that name its place; they are shown, not compared."""
 
 
+def _log_dir(manager: ExpManagerConfig, name: str) -> Path | None:
+    """Return the run's folder; None where NeMo names one by date and time."""
+    if manager.explicit_log_dir:
+        return Path(manager.explicit_log_dir).absolute()
+    if manager.resume_if_exists or manager.version:
+        parent = Path(manager.exp_dir or "nemo_experiments") / (manager.name or name)
+        return (parent / (manager.version or "")).absolute()
+    return None
+
+
+def recorded_date(manager: ExpManagerConfig, name: str) -> str | None:
+    """Return the date that chat templates print in a run that is resumed."""
+    log_dir = _log_dir(manager, name)
+    if log_dir is None or not (log_dir / "config.yaml").exists():
+        return None
+    config = yaml.safe_load((log_dir / "config.yaml").read_text(encoding="utf-8"))
+    date: str | None = config["model"]["data"]["dataset"].get("date")
+    return date
+
+
 def own_run_folder(
     manager: ExpManagerConfig, name: str, stack: contextlib.ExitStack
 ) -> None:
@@ -76,13 +98,7 @@ def own_run_folder(
         FileError: another process holds a folder.
         CheckpointError: the run would start over beside the files of an earlier run.
     """
-    # NeMo names a folder by date and time where none is known here.
-    log_dir = None
-    if manager.explicit_log_dir:
-        log_dir = Path(manager.explicit_log_dir).absolute()
-    elif manager.resume_if_exists or manager.version:
-        parent = Path(manager.exp_dir or "nemo_experiments") / (manager.name or name)
-        log_dir = (parent / (manager.version or "")).absolute()
+    log_dir = _log_dir(manager, name)
     checkpoint_dir = log_dir and log_dir / "checkpoints"
     folders = [log_dir]
     if manager.checkpoint_callback_params.dirpath:

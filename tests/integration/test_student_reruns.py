@@ -22,6 +22,7 @@ from tests.integration.test_stage_1 import run_stage_1
 from tests.integration.test_stage_2 import metrics, run_stage_2
 from tests.tiny_data import write_chat_dataset
 from tests.tiny_models import save_hf_model
+from tests.tiny_tokenizer import CHATML
 
 SETTINGS = {
     "name": "run",
@@ -306,3 +307,31 @@ def test_the_recorded_configuration_runs_again(train, tmp_path):
         provenance = json.load(tar.extractfile("./provenance.json"))
     assert provenance["config"]["model"]["optim"]["lr"] == 2e-3
     assert str(tmp_path) not in json.dumps(provenance["config"])
+
+
+def test_a_resumed_run_keeps_the_date_that_its_chat_template_prints(
+    ranks, world, tmp_path
+):
+    template = tmp_path / "dated.jinja"
+    template.write_text("{{ strftime_now('%Y-%m-%d') }}" + CHATML)
+    records = [
+        write_chat_dataset(tmp_path / f"{name}.jsonl", count)
+        for name, count in (("train", 40), ("validation", 4))
+    ]
+    settings = {
+        **SETTINGS,
+        "model__data__data_impl": "dataset",
+        "model__data__dataset__chat_template": str(template),
+        "model__knowledge_distillation__kd_loss_weight": 0.0,
+    }
+    runs = (
+        {"model__data__dataset__date": "2024-02-29"},
+        {"trainer__knowledge_distillation__max_steps": 4},
+    )
+    for overrides in runs:
+        log_dir = tmp_path / "run"
+        arguments = (world[0], *records, log_dir, {**settings, **overrides})
+        assert ranks(1).run(run_stage_2, *arguments) == [""]
+        config = yaml.safe_load((log_dir / "config.yaml").read_text())
+        assert config["model"]["data"]["dataset"]["date"] == "2024-02-29"
+    assert max(trained(metrics(log_dir))) == 4
