@@ -279,6 +279,8 @@ data.data.tools_key model.data.dataset.tools_key
     tool_key
 model.data.shuffle
     rollout_shuffle
+data.data.record_function model.data.dataset.record_function | package.function of a record
+    rollout_function_path
 model.data.packing data.packing
     use_sequence_packing
 model.data.num_workers data.num_workers
