@@ -20,15 +20,16 @@ def format_of(record: Record, config: DatasetConfig) -> str:
     key = turns_key(record, config)
     if record.get(key) is not None:
         return _chat_format(record, key)
-    if record.get("input_ids") is not None:
+    held = {name for name, value in record.items() if value is not None}
+    if "input_ids" in held:
         return "tokens"
     if config.prompt_template != PLAIN_TEMPLATE:
         return "prompt_template"
-    if config.label_key in record:
-        return "alpaca" if "instruction" in record else "prompt_template"
-    if {config.question_key, config.answer_key} <= record.keys():
+    if config.label_key in held:
+        return "alpaca" if "instruction" in held else "prompt_template"
+    if {config.question_key, config.answer_key} <= held:
         return "question_answer"
-    return "text" if "text" in record else "prompt_template"
+    return "text" if "text" in held else "prompt_template"
 
 
 def turns_key(record: Record, config: DatasetConfig) -> str:

@@ -121,8 +121,10 @@ def text_of(dataset, index=0):
     ],
 )  # fmt: skip
 def test_formats_are_told_by_their_fields(dataset, record, config, kind, text):
-    rows = dataset(record, **config)
-    assert rows.formats([0]) == {kind}
+    others = ("instruction", "input_ids", "output", "question", "answer", "messages")
+    nulls = dict.fromkeys((*others, "conversations", "text", "mask", "type"))
+    rows = dataset(record, nulls | record, **config)
+    assert rows.formats([0, 1]) == {kind}
     if text is not None:
         assert text_of(rows) == text
 
