@@ -46,6 +46,7 @@ SUMMED = (
     "kept_tokens",
     "kept_mass_sum",
     "label_in_topk",
+    "selected_tokens",
 )
 """Counts of a summary."""
 
@@ -69,6 +70,8 @@ class ChunkSummary:
     """Teacher probability inside the kept ids, summed over loss tokens."""
     label_in_topk: int = 0
     """Loss tokens whose label is among the kept ids."""
+    selected_tokens: int = 0
+    """Loss tokens with teacher entries, where the cache holds selected positions; 0 elsewhere."""
     computed_with: list[dict[str, Any]] = field(default_factory=list)
     """Settings of the runs that computed the rows, as far as rounding depends on them: batch size,
     layout, precision.
@@ -103,6 +106,11 @@ class ChunkSummary:
             for settings in other.computed_with
             if settings not in self.computed_with
         ]
+
+    @property
+    def target_tokens(self) -> int:
+        """Return the loss tokens with teacher entries."""
+        return self.selected_tokens or self.loss_tokens
 
     def skip(self, reason: str, count: int = 1) -> None:
         """Count records that make no row."""
@@ -215,12 +223,12 @@ class ChunkBuilder:
     facts: LineFacts = field(default_factory=LineFacts)
 
     def add(self, row: CachedExample, num_bytes: int, positions: str = "all") -> None:
-        """Add a line of `num_bytes` that readers decode as `row`, of which `positions` (loss or
-        all) are stored.
+        """Add a line of `num_bytes` that readers decode as `row`, of which `positions` (loss,
+        selected or all) are stored.
         """
         example = row.example
         targets = row.loss_rows()
-        stored = targets if positions == "loss" else row.teacher
+        stored = row.teacher if positions == "all" else targets
         ids_PK = targets.topk_token_ids_PK
         labels_P = example.labels_S[targets.positions_P]
         k = int((stored.topk_token_ids_PK >= 0).sum(axis=1).max(initial=0))
@@ -239,6 +247,7 @@ class ChunkBuilder:
                 (1 - targets.tail_mass_PT[:, 0].astype(np.float64)).sum()
             ),
             label_in_topk=int((ids_PK == labels_P[:, None]).any(axis=1).sum()),
+            selected_tokens=len(targets) if row.is_selected else 0,
         )
         facts = LineFacts(
             [num_bytes],

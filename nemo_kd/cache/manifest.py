@@ -211,8 +211,10 @@ def codec_settings(cache: CacheConfig) -> dict[str, Any]:
             "min_probability": cache.probability_floor,
             "top_p": cache.top_p,
             "min_k": cache.min_k,
-            "positions": cache.positions,
+            "positions": cache.stored_positions,
         }
+    if cache.select:
+        settings["select"] = cache.select
     if cache.tail_samples:
         settings |= {"tail_samples": cache.tail_samples, "seed": cache.seed}
     return settings

@@ -20,6 +20,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nemo_kd.batch import CachedExample, Example, TeacherRows
+from nemo_kd.cache.bits import pack_bits, unpack_bits
 from nemo_kd.cache.fast_bytes import fast_zlib
 from nemo_kd.config.data import MAX_TOP_K, MAX_VOCAB_SIZE
 
@@ -41,6 +42,7 @@ TAIL_LOG_ODDS = _TAIL_SIXTEENTHS.astype(np.float32) / 16
 _ALL_POSITIONS = 1
 _LABELS = 2
 _WIDE_COUNTS = 4
+_SELECTED = 8
 _HEADER = struct.Struct("<BBBBBBBHII")
 
 
@@ -61,14 +63,16 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     """Encode a row as a blob.
 
     Args:
-        positions: loss stores the positions that count in the loss; all, every position.
+        positions: loss stores the positions that count in the loss; selected, those of them that
+            have targets; all, every position.
 
     Raises:
         ValueError: a stored position keeps no token, or an id is larger than the format holds.
     """
     example = row.example
-    teacher = row.loss_rows() if positions == "loss" else row.teacher
-    num_stored = example.num_loss_tokens if positions == "loss" else example.num_tokens
+    teacher = row.teacher if positions == "all" else row.loss_rows()
+    sizes = {"loss": example.num_loss_tokens, "all": example.num_tokens}
+    num_stored = sizes.get(positions, len(teacher))
     used_PK = teacher.topk_token_ids_PK >= 0
     counts_P = used_PK.sum(axis=1)
     is_kept_P = used_PK[:, 0] & (counts_P <= MAX_TOP_K)
@@ -85,12 +89,13 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
     distances_N = np.diff(ids_N, prepend=-1)
     distances_N[starts_P] = ids_N[starts_P] + 1
     num_classes = ID_CLASSES if len(ids_N) >= SMALLEST_FOR_CLASSES else 1
-    flags = _ALL_POSITIONS * (positions == "all")
+    flags = {"loss": 0, "selected": _SELECTED, "all": _ALL_POSITIONS}[positions]
     counts = (counts_P - 1).astype(np.uint8)
     if counts_P.max(initial=1) > 256:
         flags |= _WIDE_COUNTS
         counts = (counts_P - 1).astype("<u2")
     streams = [
+        *([_pack_selected(teacher, example)] if positions == "selected" else []),
         huffman(counts),
         huffman(_tail_levels(teacher.tail_mass_PT.T)),
         huffman(levels_N),
@@ -123,9 +128,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
         ValueError: the blob is damaged, of another version, or of another example.
     """
     header, temperatures, streams = _open(blob)
-    positions_P = np.arange(example.num_tokens)
-    if not header.flags & _ALL_POSITIONS:
-        positions_P = np.flatnonzero(example.loss_mask_S)
+    positions_P = _positions(header, example, streams)
     num_stored = len(positions_P)
     if num_stored != header.num_stored:
         raise ValueError(
@@ -176,6 +179,25 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     )
 
 
+def _pack_selected(teacher: TeacherRows[np.ndarray], example: Example) -> bytes:
+    """Encode which of the loss positions are stored."""
+    is_stored_S = np.zeros(example.num_tokens, dtype=np.uint8)
+    is_stored_S[teacher.positions_P] = 1
+    return huffman(is_stored_S[example.loss_mask_S > 0])
+
+
+def _positions(
+    header: _Header, example: Example, streams: Iterator[memoryview]
+) -> np.ndarray:
+    """Return the stored positions; reads the stream of `_pack_selected`, if there is one."""
+    if header.flags & _ALL_POSITIONS:
+        return np.arange(example.num_tokens)
+    positions = np.flatnonzero(example.loss_mask_S)
+    if header.flags & _SELECTED:
+        return positions[unhuffman(next(streams), len(positions)) > 0]
+    return positions
+
+
 def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]]:
     """Return header, temperatures and streams."""
     view = memoryview(blob)
@@ -185,10 +207,10 @@ def _open(blob: bytes) -> tuple[_Header, tuple[float, ...], Iterator[memoryview]
             "the checksum of the teacher's blob is wrong: its bytes are damaged"
         )
     header = _Header(*_HEADER.unpack_from(view))
-    if header.version != BLOB_VERSION or header.flags > 7:
+    if header.version != BLOB_VERSION or header.flags > 15:
         raise ValueError(
             f"version {header.version} of the teacher's blob with flags {header.flags} is not "
-            f"read here, only version {BLOB_VERSION} with flags up to 7"
+            f"read here, only version {BLOB_VERSION} with flags up to 15"
         )
     end = _HEADER.size + 4 * header.num_temperatures
     temperatures = np.frombuffer(view[_HEADER.size : end], dtype="<f4")
@@ -335,36 +357,6 @@ def unpack_numbers(streams: Iterator[memoryview], sizes_CP: np.ndarray) -> np.nd
     """Return the uint32 values of `pack_numbers`, from its streams."""
     symbols = [unhuffman(next(streams), size) for size in sizes_CP.sum(axis=1)]
     return unpack_bits(next(streams), _interleave(np.concatenate(symbols), sizes_CP))
-
-
-def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
-    """Join the `widths[i]` bits below each value's leading one, least significant bit first."""
-    starts = np.cumsum(widths, dtype=np.int64) - widths
-    num_bits = int(widths.sum(dtype=np.int64))
-    words = starts >> 5
-    bits = values ^ (np.uint32(1) << widths)
-    shifted = bits.astype(np.uint64) << (starts & 31).astype(np.uint64)
-    num_words = (num_bits >> 5) + 2
-    # Every bit is set once at most, so sums of float64 below 2^32 are exact unions.
-    low = np.bincount(
-        words, weights=shifted & np.uint64(0xFFFFFFFF), minlength=num_words
-    )
-    high = np.bincount(words, weights=shifted >> np.uint64(32), minlength=num_words)
-    low[1:] += high[:-1]
-    return low.astype("<u4").tobytes()[: (num_bits + 7) >> 3]
-
-
-def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
-    """Return the uint32 values of `pack_bits`."""
-    wide = widths.astype(np.int64)
-    starts = np.cumsum(wide) - wide
-    padded = np.frombuffer(bytes(packed) + bytes(4), dtype=np.uint8)
-    words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,))
-    values = words.take(starts >> 3)
-    values >>= (starts & 7).astype(np.uint32)
-    leading = np.uint32(1) << widths
-    values &= leading - np.uint32(1)
-    return values | leading
 
 
 @functools.cache

@@ -27,7 +27,12 @@ from nemo_kd.cache.layout import (
     path_of,
 )
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.record import check_vocabulary, decode, is_packed
+from nemo_kd.cache.record import (
+    check_selection,
+    check_vocabulary,
+    decode,
+    is_packed,
+)
 from nemo_kd.cache.reduce import limited
 
 log = logging.getLogger(__name__)
@@ -47,6 +52,7 @@ class CacheReader:
     The places of the rows are in memory, 24 bytes each.
 
     Attributes:
+        select: share of the loss positions that have targets, as in `cache.select`; None: all.
         chunk_facts: header of every chunk's index; it counts long rows and rows that are not
             selected too.
 
@@ -83,6 +89,8 @@ class CacheReader:
         self._lines = lines_of(self.path)
         self.manifests: list[Manifest] = []
         self._chunks = self._open_chunks(n_chunks, partial)
+        selects = [manifest.codec.get("select") for manifest in self.manifests]
+        self.select: str | None = next(iter(selects), None)
         self.chunk_facts = facts = [chunk.index.facts for chunk in self._chunks]
         self.max_token_id = max(fact.max_token_id for fact in facts)
         self.max_topk_id = max(fact.max_topk_id for fact in facts)
@@ -110,6 +118,7 @@ class CacheReader:
                 f"{where}: the line differs from the one that its index was made for; delete "
                 f"{index_name(chunk.name)}"
             )
+        check_selection(row, self.select, where)
         if self.manifests:
             check_vocabulary(row, self.manifests[0].vocab_size, where)
         return replace(row, teacher=limited(row.teacher, self.top_k, self.vocab_size))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import reprlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from nemo_kd.batch import CachedExample, Example, TeacherRows
 from nemo_kd.cache import packed_codec
 from nemo_kd.cache.fast_bytes import fast_base64
 from nemo_kd.cache.layout import CacheError
+from nemo_kd.config.selection import Selection
 
 RECORD_VERSION = 1
 
@@ -29,12 +31,13 @@ def encode(row: CachedExample, codec: str, positions: str = "loss") -> bytes:
     Args:
         codec: packed or json.
         positions: for packed; loss stores the targets of positions whose label counts in the loss
-            and cuts off what follows the last of them, all stores every position.
+            and cuts off what follows the last of them, selected those of them that have targets,
+            all stores every position.
 
     Raises:
         CacheError: values are not finite, out of order, or outside what the format holds.
     """
-    if codec == "packed" and positions == "loss":
+    if codec == "packed" and positions != "all":
         row = trimmed(row)
     example = row.example
     fields: dict[str, Any] = {"v": RECORD_VERSION} if codec == "packed" else {}
@@ -91,7 +94,9 @@ def decode(line: bytes, where: str, index: int | None = None) -> CachedExample:
         )
     try:
         blob = fast_base64.b64decode(payload.get("teacher", ""), validate=True)
-        return trimmed(CachedExample(example, packed_codec.unpack(blob, example)))
+        teacher = packed_codec.unpack(blob, example)
+        is_selected = len(teacher) < example.num_loss_tokens
+        return trimmed(CachedExample(example, teacher, is_selected))
     except (TypeError, ValueError) as error:
         raise CacheError(
             f"{where}: field teacher: {error}; restore the file or write it again"
@@ -123,7 +128,8 @@ def trimmed(row: CachedExample) -> CachedExample:
         example.labels_S[:length],
         example.loss_mask_S[:length],
     )
-    return CachedExample(example, row.teacher.at(row.teacher.positions_P < length))
+    teacher = row.teacher.at(row.teacher.positions_P < length)
+    return replace(row, example=example, teacher=teacher)
 
 
 def check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
@@ -139,6 +145,27 @@ def check_vocabulary(row: CachedExample, vocab_size: int, where: str) -> None:
                 f"{where}: field {name}: found id {ids_of_row.max()}, outside the vocabulary of "
                 f"{vocab_size} that the manifest (or --vocab-size) states"
             )
+
+
+def check_selection(row: CachedExample, select: str | None, where: str) -> None:
+    """Refuse a row that lacks other targets than the manifest's `select` says.
+
+    Raises:
+        CacheError: names both.
+    """
+    num_found = len(row.loss_rows())
+    num_tokens = row.example.num_loss_tokens
+    if row.is_selected and select is None:
+        raise CacheError(
+            f"{where}: field teacher: found {num_found} of {num_tokens} positions in the loss, but "
+            "no manifest says that the cache was selected (cache.select); restore the manifest"
+        )
+    expected = num_tokens if select is None else Selection.of(select).count(num_tokens)
+    if row.is_selected and num_found != expected:
+        raise CacheError(
+            f"{where}: field teacher: found {num_found} of {num_tokens} positions in the loss, but "
+            f"the manifest says {select}, which is {expected}; restore the file or write it again"
+        )
 
 
 def is_packed(line: bytes) -> bool:

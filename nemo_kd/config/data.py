@@ -8,6 +8,7 @@ from typing import Any
 
 from nemo_kd.config import ConfigError
 from nemo_kd.config.fields import Section, bounded, choice, count, path, positive
+from nemo_kd.config.selection import Selection
 
 DEFAULT_SEQ_LENGTH = 4096
 """Longest sequence if `model.max_seq_length` is not given and the model supports it."""
@@ -168,6 +169,10 @@ class CacheConfig(Section, key="cache"):
     """Tokens kept at every position, whatever their probability."""
     positions: str = choice("loss", ("loss", "all"))
     """packed: store loss (positions whose label counts in the loss) or all positions."""
+    select: str | None = None
+    """packed: store some of the loss positions only, for example 'top 25% by teacher_entropy': in
+    every example the share with the largest entropy of the teacher. The KD term then trains on
+    them, cross-entropy on all. None: all."""
     temperatures: list[float] = positive([])
     """Temperatures other than 1 at which the probability outside the kept tokens is stored.
     Training at a temperature needs it here; at most 15."""
@@ -185,12 +190,43 @@ class CacheConfig(Section, key="cache"):
         self.temperatures = sorted({float(each) for each in self.temperatures} - {1.0})
         if len(self.temperatures) > 15:
             raise self.error("temperatures", "more than 15; at most 15 are stored")
+        self._check_selection()
         if self.codec == "json" and (self.probability_floor > 0 or self.top_p < 1):
             raise self.error(
                 "codec",
                 "json stores top_k logits at every position, so cache.min_probability must be 0 "
                 "and cache.top_p 1; use cache.codec=packed to keep fewer if the teacher is certain",
             )
+
+    def _check_selection(self) -> None:
+        try:
+            selection = self.selection
+        except ValueError as error:
+            raise self.error("select", str(error)) from error
+        if selection is None:
+            return
+        if selection.needs_student:
+            raise self.error(
+                "select",
+                f"{self.select}: stage 1 has no student; use teacher_entropy, or "
+                "model.knowledge_distillation.select in stage 2",
+            )
+        if self.codec == "json" or self.positions == "all":
+            raise self.error(
+                "select",
+                f"{self.select} stores some of the loss positions, but cache.codec={self.codec} "
+                f"and cache.positions={self.positions}; use packed and loss",
+            )
+
+    @property
+    def selection(self) -> Selection | None:
+        """Return the loss positions to store; None for all."""
+        return None if self.select is None else Selection.of(self.select)
+
+    @property
+    def stored_positions(self) -> str:
+        """Return loss, all or selected."""
+        return "selected" if self.select else self.positions
 
     @property
     def probability_floor(self) -> float:

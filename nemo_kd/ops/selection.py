@@ -25,6 +25,13 @@ def teacher_entropy(teacher: TeacherRows[Tensor]) -> Tensor:
     return kept_P + tail_P
 
 
+def most_uncertain(teacher: TeacherRows[Tensor], count: int) -> Tensor:
+    """Return True at the `count` rows of one example with the largest entropy."""
+    scores_P = teacher_entropy(teacher)
+    examples_P = torch.zeros_like(scores_P, dtype=torch.int64)
+    return largest(scores_P, examples_P, torch.tensor([count]))
+
+
 @torch.no_grad()
 def student_entropy(
     hidden_NH: Tensor,

@@ -193,6 +193,12 @@ def find_mismatches(
         )
     if loss.divergence is not None and len(reader):
         yield from loss.missing_targets(reader[0].teacher)  # it stands for all rows
+    if loss.objective == "custom" and reader.select is not None:
+        yield (
+            f"{KEY}.kd_loss: custom, but the cache holds the teacher at selected positions only "
+            f"({reader.select}), which a custom loss does not know; use another kd_loss, or a cache "
+            "without cache.select"
+        )
     if loss.distill_on_prompt and not _holds_all_positions(reader):
         yield (
             f"{KEY}.distill_on_prompt: True, but the cache holds the teacher at positions of the "

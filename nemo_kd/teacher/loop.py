@@ -189,7 +189,7 @@ def _count_published(publisher: SegmentPublisher, progress: Progress) -> None:
     for summary in publisher.done:
         progress.add(
             cached_tokens=summary.tokens,
-            cached_loss_tokens=summary.loss_tokens,
+            cached_loss_tokens=summary.target_tokens,
             kept_mass_sum=summary.kept_mass_sum,
             bytes=summary.bytes,
         )

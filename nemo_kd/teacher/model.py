@@ -36,6 +36,7 @@ from nemo_kd.mcore.model import (
     output_weight,
 )
 from nemo_kd.mcore.schedule import loss_positions, run_batch
+from nemo_kd.ops.selection import most_uncertain
 from nemo_kd.ops.tail_sampling import tail_uniforms
 from nemo_kd.ops.topk import topk_rows
 from nemo_kd.ops.vocab import VocabShard
@@ -165,8 +166,17 @@ class Teacher:
                         f"{targets.positions_P[~finite_P][0]} are not finite; try "
                         "trainer.precision=32, and check the checkpoint"
                     )
-                rows[id(example)] = CachedExample(example, targets)
+                rows[id(example)] = self._selected(CachedExample(example, targets))
         return [rows[id(one)] for one in started.examples if id(one) in rows]
+
+    def _selected(self, row: CachedExample) -> CachedExample:
+        """Return the row with the positions that `cache.select` selects."""
+        selection = self.config.cache.selection
+        if selection is None:
+            return row
+        count = selection.count(row.example.num_loss_tokens)
+        is_kept_P = most_uncertain(row.teacher.map(torch.from_numpy), count).numpy()
+        return CachedExample(row.example, row.teacher.at(is_kept_P), is_selected=True)
 
     def counts(self, computed: Pass) -> dict[str, float]:
         """Return what `Progress` counts of a pass."""

@@ -214,7 +214,7 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
     lines = lines_of(job.config.output_path)
     builder = ChunkBuilder(ChunkSummary(0, 0))
     for row in rows:
-        line = lines.write(encode(row, cache.codec, cache.positions))
+        line = lines.write(encode(row, cache.codec, cache.stored_positions))
         builder.add(trimmed(row), len(line))
     probe = builder.summary
     scale = num_records / size
@@ -254,7 +254,7 @@ def _estimate(run: Run, job: Job, teacher: Teacher) -> None:
 
 def quality(total: ChunkSummary, top_k: int) -> list[tuple[str, str]]:
     """Return lines about the kept ids; none if no token is in the loss."""
-    tokens = total.loss_tokens
+    tokens = total.target_tokens
     if not tokens:  # all segments are other parts'
         return []
     return [
@@ -268,8 +268,8 @@ def quality(total: ChunkSummary, top_k: int) -> list[tuple[str, str]]:
 
 def warn_of_kept_mass(total: ChunkSummary, config: ComputeTopkLogitsConfig) -> None:
     """Say what to do if the kept ids hold little of the teacher's probability."""
-    kept_mass = total.kept_mass_sum / max(1, total.loss_tokens)
-    if not total.loss_tokens or kept_mass >= POOR_KEPT_MASS:
+    kept_mass = total.kept_mass_sum / max(1, total.target_tokens)
+    if not total.target_tokens or kept_mass >= POOR_KEPT_MASS:
         return
     log.warning(
         "warning: the kept ids hold %.1f%% of the teacher's probability: train with support=tail, "

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -129,7 +130,7 @@ def _reduced(
         "tail_samples" not in manifest.codec
     ):  # all rows of a cache hold the same fields
         teacher = replace(teacher, tail_token_ids_PM=None)
-    return CachedExample(row.example, teacher)
+    return replace(row, teacher=teacher)
 
 
 def _manifest(
@@ -171,11 +172,7 @@ def _manifest(
     dataset["start_from_idx"] = min(record["start_from_idx"] for record in records)
     dataset["end_at_idx"] = max(record["end_at_idx"] for record in records)
     codec["temperatures"] = known.codec["temperatures"]
-    if cache.codec == "packed" and known.codec["name"] == "packed":
-        stricter = {"min_probability": max, "top_p": min, "min_k": min}
-        for name, choose in stricter.items():
-            codec[name] = choose(codec[name], known.codec[name])
-        codec["positions"] = known.codec["positions"]
+    codec |= _of_source(source, codec, known.codec)
     top_k = min(top_k or known.top_k, known.top_k)
     assert isinstance(source, CacheReader)  # the other source has no manifest
     selection = source.source.removeprefix(source.path)
@@ -191,3 +188,25 @@ def _manifest(
         merged_chunks=None,
         chunks={},
     )
+
+
+def _of_source(
+    source: Source, codec: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
+    """Return settings of the target's codec that depend on the source's.
+
+    Raises:
+        CacheError: the target cannot express which positions the source stores.
+    """
+    if codec["name"] == "packed" == known["name"]:
+        kept = known.keys() & {"positions", "select"}
+        stricter = {"min_probability": max, "top_p": min, "min_k": min}
+        return {name: known[name] for name in kept} | {
+            name: choose(codec[name], known[name]) for name, choose in stricter.items()
+        }
+    if "select" in known:
+        raise CacheError(
+            f"{source.path}: holds the teacher at selected positions ({known['select']}), which "
+            "the json codec cannot express; stay with --codec packed"
+        )
+    return {}

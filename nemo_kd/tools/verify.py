@@ -15,7 +15,7 @@ from nemo_kd.batch import CachedExample
 from nemo_kd.cache.index import ChunkBuilder, ChunkIndex, ChunkSummary, read_index
 from nemo_kd.cache.layout import CacheError, CacheLayout, index_name, lines_of
 from nemo_kd.cache.manifest import Manifest
-from nemo_kd.cache.record import check_vocabulary, decode
+from nemo_kd.cache.record import check_selection, check_vocabulary, decode
 from nemo_kd.files import open_regular
 
 MOST_PROBLEMS_OF_A_CHUNK = 20
@@ -177,6 +177,7 @@ def _check_row(
         report.problems.append(
             f"{where}: kept probabilities and tail sum to {worst:.4g}, expected 1"
         )
+    check_selection(row, manifest.codec.get("select") if manifest else None, where)
     if manifest is None:
         return
     k = used_PK.sum(axis=1).max(initial=0)

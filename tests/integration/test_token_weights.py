@@ -41,6 +41,7 @@ def world(ranks, tmp_path_factory):
     caches = []
     for name, settings in {
         "all": {"cache__positions": "all"},
+        "selected": {"cache__select": f"top {PERCENT}% by teacher_entropy"},
     }.items():
         caches.append(folder / f"{name}_CHUNK_ID.jsonl")
         found = ranks(1).run(run_stage_1, teacher, dataset, caches[-1], settings)
@@ -155,6 +156,8 @@ ON_PROMPT = {"distill_on_prompt": True}
         ("all", "packed", True, {"reduction": "sample", **ON_PROMPT}),
         ("all", "padded", True, {}),
         ("all", "packed", False, {"reduction": "sample", "select": f"top {PERCENT}% by teacher_entropy"}),
+        ("selected", "packed", False, {}),
+        ("selected", "padded", True, {"reduction": "sample"}),
     ],
 )  # fmt: skip
 def test_each_term_is_the_mean_over_its_own_tokens(
@@ -186,7 +189,30 @@ def test_each_term_is_the_mean_over_its_own_tokens(
             assert (ours.double() - theirs).norm() < 1e-5 * theirs.norm()
 
 
-@pytest.mark.parametrize("kind", ["all"])
+def test_stage_1_stores_the_positions_of_largest_entropy(world):
+    """Entropies of transformers' model in float64 over 8 kept ids and a bucket, sorted by Python."""
+    student, *caches = world
+    model = AutoModelForCausalLM.from_pretrained(student.with_name("teacher")).double()
+    chosen = CacheReader(str(caches[1]))
+    for place in range(len(chosen)):
+        row = chosen[place]
+        with torch.no_grad():
+            logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
+        kept = logits.softmax(-1).topk(8, dim=-1).values
+        parts = torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], dim=-1)
+        entropies = torch.special.entr(parts).sum(-1).tolist()
+        trained = row.example.loss_mask_S.nonzero()[0].tolist()
+        count = -(-len(trained) * PERCENT // 100)
+        expected = sorted(trained, key=lambda s: -entropies[s])[:count]
+        assert row.teacher.positions_P.tolist() == sorted(expected)
+    size, whole = (
+        sum(path.stat().st_size for path in cache.parent.glob(f"{name}_*.jsonl"))
+        for name, cache in (("selected", caches[1]), ("all", caches[0]))
+    )
+    assert size < 0.8 * whole
+
+
+@pytest.mark.parametrize("kind", ["all", "selected"])
 def test_every_layout_weighs_tokens_alike(ranks, world, tmp_path, kind):
     student, *caches = world
     cache = caches[kind == "selected"]

@@ -427,7 +427,7 @@ def test_a_damaged_packed_record_tells_what_is_wrong():
     ("offset", "value", "message"),
     [
         (0, 2, "version 2 of the teacher's blob"),
-        (1, 10, "with flags 10 is not read here"),
+        (1, 18, "with flags 18 is not read here"),
         (9, 9, "has 9 positions, the example 3"),
         (13, 200, "does not end after 200 symbols"),
     ],
