@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 from nemo_kd.cache.reader import CacheReader
 from nemo_kd.config import ConfigError
@@ -11,7 +12,9 @@ from nemo_kd.config.loss import LossConfig
 from nemo_kd.config.student import StudentDataConfig, StudentModelConfig
 from nemo_kd.data.batches import collate, pack
 from nemo_kd.ops.distillation import distillation_loss
+from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.student.data import find_mismatches
+from nemo_kd.student.loss import StudentLoss
 from nemo_kd.student.run_folder import differences
 from nemo_kd.student.token_weights import token_weights, weight_sum
 from tests.tiny_cache import row, write
@@ -127,3 +130,23 @@ def test_the_loss_for_other_trainers_refuses_them(settings):
         ValueError, match=f"{next(iter(settings))}: .*; only train_gpt"
     ):
         distillation_loss(batch.tokens_BS, batch, LossConfig(**settings))
+
+
+def test_sft_reports_entropy_and_response_length():
+    """Against torch's distributions, in float64."""
+    data = StudentDataConfig(
+        data_impl="dataset", data_prefix={"train": ["a"], "validation": ["b"]}
+    )
+    config = LossConfig(kd_loss_weight=0.0, sft_loss_weight=1.0)
+    loss = StudentLoss(config, data)
+    batch = pack([one.example for one in ROWS], 0)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(10, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(50, 6, generator=generator, dtype=torch.float64)
+    _, sums = loss.on_hidden(hidden, weight, batch, VocabShard.of(50, 50))
+    found = loss.metrics("train", sums)
+    logits = hidden @ weight.T
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean()
+    assert found["train/entropy"] == pytest.approx(float(entropy), rel=1e-12)
+    assert found["train/response_length"] == pytest.approx(10 / 3)
+    assert "train/kd_loss" not in found
