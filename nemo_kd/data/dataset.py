@@ -196,6 +196,11 @@ class TokenizedDataset:
                 turns = question_turns(record, data)
             conversation = Conversation.read(turns, record, data)
             return render_messages(conversation, self.tokenizer, data)
+        if data.loss_mask not in ("auto", "nemo_chat"):
+            raise DataError(
+                f"{data.KEY}.loss_mask={data.loss_mask} needs a chat template, which records of "
+                f"the format {kind} do not use; use auto"
+            )
         if kind == "conversations":
             rendered = render_conversations(
                 record, self.tokenizer, self.config.chat_prompt_tokens

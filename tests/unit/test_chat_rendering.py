@@ -8,8 +8,9 @@ import jinja2
 import pytest
 
 from nemo_kd.config import ConfigError, DataError
-from nemo_kd.config.data import DatasetConfig
+from nemo_kd.config.data import DataConfig, DatasetConfig
 from nemo_kd.data.chat_template import ChatTemplate, fixed_date
+from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.data.tokenizer import load_tokenizer
 from tests import tiny_tokenizer
 from tests.chat_rendering import assistant, marked, render, trained_stretches, user
@@ -190,6 +191,18 @@ def test_per_turn_is_the_concatenation_of_turns_rendered_as_the_last_one():
 )  # fmt: skip
 def test_masks_that_do_not_fit_are_refused(template, loss_mask, message):
     assert message in refused([user("a"), assistant("b")], template, loss_mask=loss_mask)  # fmt: skip
+
+
+def test_masks_of_chat_templates_are_refused_for_other_formats(tmp_path):
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"input": "a", "output": "b"}\n')
+    config = DatasetConfig(file_path=str(path), loss_mask="last_turn")
+    tokenizer = train_tokenizer(512)
+    dataset = TokenizedDataset(DataConfig(data=config), tokenizer, 512, 512)
+    with pytest.raises(
+        DataError, match=r"d\.jsonl:1: data\.data\.loss_mask=last_turn"
+    ):
+        dataset[0]
 
 
 @pytest.mark.parametrize("weight", [{"weight": 0}, {"train": False}])
