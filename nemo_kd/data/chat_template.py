@@ -103,12 +103,29 @@ class ChatTemplate:
         ]
         if not any(message.get("tool_calls") for message in messages):
             forms = forms[:1]
-        for form in forms[:-1]:
+        accepted = []
+        for form in forms:
             try:
-                return form, self.render(form)
-            except DataError:
+                text = self.render(form)
+            except DataError as error:
+                refusal = error
                 continue
-        return forms[-1], self.render(forms[-1])
+            accepted.append((_num_python_texts(messages, text), form, text))
+            if not accepted[-1][0]:
+                break
+        if not accepted:
+            raise refusal
+        _, form, text = min(accepted, key=lambda each: each[0])
+        return form, text
+
+
+def _num_python_texts(messages: Sequence[Message], text: str) -> int:
+    """Count the arguments that a template for JSON text prints as Python writes an object."""
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    functions = [call["function"] for call in calls]
+    return sum(
+        text.count(str(each["arguments"])) for each in functions if each["arguments"]
+    )
 
 
 def _call_form(message: Message, content: str | None, as_text: bool) -> Message:

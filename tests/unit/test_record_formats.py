@@ -385,3 +385,16 @@ def test_a_function_that_a_cache_names_is_not_run():
     )
     with pytest.raises(CacheError, match=r"went through os\.abort, which is not run"):
         cache_origin._dataset_config([manifest], None)
+
+
+def test_a_template_for_arguments_as_text_gets_json(dataset):
+    template = CHATML_TOOLS.replace(
+        "(call.function | tojson)", "(call.function.arguments)"
+    ).replace("~ (call", "~ '' ~ (call")
+    function = {"name": "f", "arguments": {"city": "Oslo"}}
+    messages = [USER, {"role": "assistant", "tool_calls": [{"function": function}]}]
+    rows = dataset({"messages": messages}, template=template, altered="count")
+    assert '\n{"city": "Oslo"}\n' in text_of(rows)
+    quoting = [{**USER, "content": str(function["arguments"])}, messages[1]]
+    rows = dataset({"messages": quoting}, template=CHATML_TOOLS)
+    assert '"arguments": {"city": "Oslo"}' in text_of(rows)
