@@ -38,6 +38,7 @@ from nemo_kd.mcore.kernels import Kernels, Machine
 from nemo_kd.run.collective import gather, on_rank_zero
 from nemo_kd.run.metrics import resolved_config
 from nemo_kd.run.ranks import join_ranks
+from nemo_kd.teacher.rendered import RenderedRecords
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,7 @@ class Job:
         writer: of the cache that is being written, on rank 0.
         missing: segments that this part still has to compute.
         num_tokens: tokens in them.
+        rendered: what their records make, once `check_records` has run.
     """
 
     split: str
@@ -68,6 +70,7 @@ class Job:
     writer: CacheWriter | None = None
     missing: list[Segment] = field(default_factory=list)
     num_tokens: int = 0
+    rendered: RenderedRecords | None = None
 
 
 @dataclass(frozen=True)
@@ -143,27 +146,17 @@ def check_model(
 
 
 def check_records(job: Job) -> None:
-    """Render every record of the missing segments once, shared among the ranks; count tokens.
+    """Tokenize every record of the missing segments, shared among the ranks; count tokens.
 
     Raises:
-        DataError: on every rank, for a record that cannot be rendered, or if no record of the
+        DataError: on every rank, for a record that cannot be tokenized, or if no record of the
             whole range makes an example.
     """
     indices = [index for _, records in job.missing for index in records]
     log.info("%s: checking %d records", job.dataset.records.name, len(indices))
 
-    def render_share() -> Counter[str]:
-        counts: Counter[str] = Counter()
-        for index in indices[dist.get_rank() :: dist.get_world_size()]:
-            record = job.dataset[index]
-            if isinstance(record, str):
-                counts[record] += 1
-            else:
-                counts["tokens"] += record.num_tokens
-                counts += record.left_out
-        return counts
-
-    counts = sum(gather(render_share), Counter[str]())
+    job.rendered = RenderedRecords(job.dataset, indices)
+    counts = job.rendered.counts
     job.num_tokens = counts.pop("tokens", 0)
     if counts:
         log.warning(describe_left_out(job.dataset.records.name, counts))

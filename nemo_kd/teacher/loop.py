@@ -25,7 +25,6 @@ from nemo_kd.cache.layout import CacheLayout
 from nemo_kd.cache.segment import Segment, SegmentPublisher
 from nemo_kd.cache.writer import CacheWriter
 from nemo_kd.config.teacher import ComputeTopkLogitsConfig
-from nemo_kd.data.dataset import TokenizedDataset
 from nemo_kd.mcore.groups import ProcessGroups
 from nemo_kd.run.collective import POLL_S, on_rank_zero, shared_store
 from nemo_kd.run.interruption import (
@@ -279,10 +278,10 @@ class SegmentQueue:
 def _read_ahead(
     job: Job, queue: SegmentQueue
 ) -> Iterable[tuple[Segment | None, Records]]:
-    """Return the claimed segments with their records, tokenized by processes beside this one."""
+    """Return the claimed segments with their records, read by processes beside this one."""
     num_workers = job.config.data.num_workers
     return DataLoader(
-        _Segments(job.dataset),
+        _Segments(job),
         batch_size=None,
         sampler=queue.claims(),
         num_workers=num_workers,
@@ -298,12 +297,14 @@ def _read_ahead(
 class _Segments(Dataset[tuple[Segment | None, Records]]):
     """Records by segment; a lane without a segment gets None and no records."""
 
-    dataset: TokenizedDataset
+    job: Job
 
     def __getitem__(self, segment: Segment | None) -> tuple[Segment | None, Records]:
         if segment is None:
             return None, []
-        records = [self.dataset[index] for index in segment[1]]
+        rendered = self.job.rendered
+        assert rendered is not None
+        records = [rendered[index] for index in segment[1]]
         # After reading, so that no segment holds records of a file that changed.
-        self.dataset.records.check_unchanged()
+        self.job.dataset.records.check_unchanged()
         return segment, records
