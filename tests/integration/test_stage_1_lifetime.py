@@ -531,7 +531,8 @@ def test_no_process_outlives_the_command(
     wait_for_segments(process, tmp_path, segments)
     assert len(processes_of(marker)) >= 4
     (os.killpg if to_all else os.kill)(process.pid, number)
-    assert process.wait(timeout=60) == status
+    ended = process.wait(timeout=60)
+    assert ended == status, process.stderr.read()
     ended_s = time.monotonic()
     assert "Traceback" not in process.stderr.read()  # until its end
     process.stdout.read()
