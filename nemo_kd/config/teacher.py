@@ -45,7 +45,7 @@ class TeacherDataConfig(DataConfig):
     and attention. False, and always with context parallelism: one example per row, padded to the
     longest."""
     num_workers: int = bounded(1, at_least=0)
-    """Processes per rank that read and tokenize ahead; 0: the teacher waits for each batch."""
+    """Processes per rank that read tokenized records ahead; 0: the teacher waits for each batch."""
 
 
 @dataclass
