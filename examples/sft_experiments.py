@@ -1,6 +1,7 @@
 """Python parts of scripts/run_sft_experiments.sh: subsets, the bundled task, and the report.
 
     python examples/sft_experiments.py subset train.jsonl subset.jsonl --size 128
+    python examples/sft_experiments.py count train.parquet
     python examples/sft_experiments.py bundled sft_experiments/task
     python examples/sft_experiments.py report sft_experiments
 
@@ -35,12 +36,15 @@ COLUMNS = (
 Curve = dict[int, float]
 
 
-def write_subset(source: Path, target: Path, size: int, seed: int) -> None:
+def write_subset(source: str, target: Path, size: int, seed: int) -> None:
     """Write `size` records, byte for byte; a larger subset of the same seed contains a smaller.
 
     Records are ordered by a hash, so that neither the file's order nor later records matter.
     """
-    lines = [line for line in source.read_bytes().splitlines() if line.strip()]
+    from nemo_kd.data.records import open_records
+
+    records = open_records(source)
+    lines = [records.raw(index).rstrip(b"\r\n") for index in records.indices]
     if size > len(lines):
         sys.exit(
             f"error: --size: {size} records were asked for, but {source} has {len(lines)}; leave "
@@ -157,8 +161,13 @@ def num_records(results: Path, size: str) -> int:
     from omegaconf import OmegaConf
 
     config = OmegaConf.load(results / f"sft_{size}" / "config.yaml")
-    path = Path(config.model.data.data_prefix.train)
-    return sum(bool(line.strip()) for line in path.read_bytes().splitlines())
+    return count_records(config.model.data.data_prefix.train)
+
+
+def count_records(path: str) -> int:
+    from nemo_kd.data.records import open_records
+
+    return len(open_records(path).indices)
 
 
 def compare_filtered(results: Path, rows: list[dict[str, str]]) -> list[str]:
@@ -231,10 +240,12 @@ def main() -> None:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     subset = commands.add_parser("subset", help="write some records of a dataset")
-    subset.add_argument("source", type=Path)
+    subset.add_argument("source")
     subset.add_argument("target", type=Path)
     subset.add_argument("--size", type=int, required=True, help="number of records")
     subset.add_argument("--seed", type=int, default=1234)
+    count = commands.add_parser("count", help="print the number of records")
+    count.add_argument("source")
     bundled = commands.add_parser(
         "bundled", help="write the bundled task and its model"
     )
@@ -246,6 +257,8 @@ def main() -> None:
         write_subset(
             arguments.source, arguments.target, arguments.size, arguments.seed
         )
+    elif arguments.command == "count":
+        print(count_records(arguments.source))
     elif arguments.command == "bundled":
         write_bundled_task(arguments.folder)
     else:

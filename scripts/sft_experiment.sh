@@ -15,7 +15,10 @@ export RESULTS_DIR="${RESULTS_DIR:-${WORK_DIR}/sft_experiments}"
 
 # --- answers
 export ANSWER_FIELD="${ANSWER_FIELD:-answer}"                # field of a record with the right answer
-export CHECKER="${CHECKER:-math}"                            # math or exact
+export CHECKER="${CHECKER:-math}"                            # math, exact, regex or custom
+export PATTERN="${PATTERN:-}"                                # of CHECKER=regex
+export CUSTOM_CHECKER="${CUSTOM_CHECKER:-}"                  # of CHECKER=custom: package.function
+export LABEL_KEY="${LABEL_KEY:-output}"                      # field with the response of records that are not chats
 export EVAL_EXAMPLES="${EVAL_EXAMPLES:-100}"                 # questions per evaluation, the first of VALIDATION_DATA
 export NUM_EVALS="${NUM_EVALS:-8}"                           # evaluations per training, beside the first
 export MAX_NEW_TOKENS="${MAX_NEW_TOKENS:-256}"
@@ -29,6 +32,7 @@ export WARMUP_STEPS="${WARMUP_STEPS:-100}"                   # at most a tenth o
 export EPOCHS="${EPOCHS:-}"                                  # empty: by size
 export SEED="${SEED:-1234}"                                  # of the subsets and of the training
 export PRECISION="${PRECISION:-auto}"
+export FURTHER_KEYS="${FURTHER_KEYS:-}"                      # of the training: KEY=VALUE KEY=VALUE, without blanks inside
 
 # once COMMAND ARGUMENT ...: the command; slurm/env.sh has another for a job's nodes.
 once() {
@@ -49,13 +53,24 @@ check_size() {
 prepare() {
     local size="$1" data="${TRAIN_DATA}" epochs=3 records steps interval warmup
     local run="${RESULTS_DIR}/sft_${size}"
+    local -a further=() checks=()
+    read -ra further <<<"${FURTHER_KEYS}"
+    if [[ -n "${PATTERN}" ]]; then
+        further+=("eval.pattern=${PATTERN}")
+        checks+=(--pattern "${PATTERN}")
+    fi
+    if [[ -n "${CUSTOM_CHECKER}" ]]; then
+        further+=("eval.custom_checker=${CUSTOM_CHECKER}")
+        checks+=(--custom-checker "${CUSTOM_CHECKER}")
+    fi
     mkdir -p "${RESULTS_DIR}/data"
     case "${size}" in
     full) ;;
     filtered)
         data="${RESULTS_DIR}/data/filtered.jsonl"
         # Again each time: the checker or the answers may have changed.
-        once filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}"
+        once filter_sft_data "${TRAIN_DATA}" "${data}" --answer-field "${ANSWER_FIELD}" --checker "${CHECKER}" \
+            --label-key "${LABEL_KEY}" "${checks[@]}"
         ;;
     *)
         data="${RESULTS_DIR}/data/${size}.jsonl"
@@ -67,7 +82,7 @@ prepare() {
     512) epochs=4 ;;
     esac
     epochs="${EPOCHS:-${epochs}}"
-    records="$(grep -c '[^[:space:]]' "${data}")"
+    records="$(once "${PYTHON}" "${EXPERIMENTS_PY}" count "${data}")"
     steps="$((records * epochs / GLOBAL_BATCH_SIZE))"
     interval="$((steps >= NUM_EVALS ? steps / NUM_EVALS : 1))"
     warmup="$((WARMUP_STEPS * 10 > steps ? steps / 10 : WARMUP_STEPS))"
@@ -79,6 +94,7 @@ prepare() {
         model.data.data_impl=dataset
         model.data.data_prefix.train="${data}"
         model.data.data_prefix.validation="${VALIDATION_DATA}"
+        model.data.dataset.label_key="${LABEL_KEY}"
         model.knowledge_distillation.kd_loss_weight=0
         model.knowledge_distillation.sft_loss_weight=1
         trainer.knowledge_distillation.max_epochs="${epochs}"
@@ -100,6 +116,7 @@ prepare() {
         exp_manager.checkpoint_callback_params.save_top_k=1
         exp_manager.checkpoint_callback_params.monitor=eval/accuracy
         exp_manager.checkpoint_callback_params.mode=max
+        "${further[@]}"
     )
 }
 

@@ -17,6 +17,7 @@ from nemo_kd.answers.checkers import ground_truth
 from nemo_kd.batch import Example
 from nemo_kd.config import DataError
 from nemo_kd.data.dataset import TokenizedDataset
+from nemo_kd.data.formats import last_role
 from nemo_kd.data.tokenizer import special_ids
 
 log = logging.getLogger(__name__)
@@ -90,15 +91,12 @@ def question_of(
     answer = None
     record = dataset.records[example.index]
     where = dataset.records.where(example.index)
-    turns = record.get("messages") or record.get("conversations")
-    if isinstance(turns, list):
-        role = turns[-1].get("role", turns[-1].get("from"))
-        if str(role).lower() in USERS:
-            raise DataError(
-                f"{where}: the last turn is the user's, but the prompt of a record ends before the "
-                "last turn of the assistant, and this question would stay out; add a turn of the "
-                "assistant, for example with the right answer"
-            )
+    if last_role(record, dataset.config.data) in USERS:
+        raise DataError(
+            f"{where}: the last turn is the user's, but the prompt of a record ends before the "
+            "last turn of the assistant, and this question would stay out; add a turn of the "
+            "assistant, for example with the right answer"
+        )
     if answer_field is not None:
         try:
             answer = ground_truth(record, answer_field)

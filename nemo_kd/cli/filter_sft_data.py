@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.cli.options import OptionParser, path
-from nemo_kd.cli.run import check_writable
-from nemo_kd.config import ConfigError
+from nemo_kd.cli.run import check_records, check_writable
 from nemo_kd.config.answers import CHECKERS, AnswerConfig
 from nemo_kd.files import print_table, print_text
 from nemo_kd.run.endings import errors_end_the_process
@@ -18,7 +17,10 @@ SUMMARY = (
     "are. Statistics are written beside the output, with the suffix .stats.json."
 )
 OPTIONS: dict[str, tuple[Any, ...]] = {
-    "input": (path, "JSONL file with messages, conversations or plain fields"),
+    "input": (
+        path,
+        "dataset with messages, conversations or plain fields, also PATH@[a:b]",
+    ),
     "output": (path, "JSONL file to write"),
     "--answer-field": (str, "field of a record that holds the right answer", ...),
     "--checker": (CHECKERS, "how a response is compared with the answer", "math"),
@@ -44,10 +46,9 @@ def main() -> None:
     with errors_end_the_process():
         from nemo_kd.evaluation.filter import filter_records
 
-        source = Path(arguments.input)
+        source = arguments.input
         target = Path(arguments.output)
-        if not source.exists():
-            raise ConfigError(f"{source}: there is no such file; give a JSONL file")
+        check_records("input", source)
         settings = AnswerConfig(
             answer_field=arguments.answer_field,
             checker=arguments.checker,

@@ -13,7 +13,7 @@ import sys
 import tarfile
 import textwrap
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.aligner_keys import ALIASES
 from nemo_kd.cli.compose import compose, option_parser
-from nemo_kd.config import ConfigError
+from nemo_kd.config import ConfigError, DataError
 from nemo_kd.config.typed import describe, typed
+from nemo_kd.data.records import check_readable
 from nemo_kd.files import print_text
 from nemo_kd.run.endings import errors_end_the_process
 from nemo_kd.run.interruption import hold_back_warning_signal, parse_max_time
@@ -224,15 +225,12 @@ def check_model(key: str, path: str) -> None:
         )
 
 
-def check_records(key: str, path: str) -> None:
+def check_records(key: str, file_path: str | Sequence[str]) -> None:
     """Refuse a dataset that cannot be opened."""
     try:
-        with open(path, "rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise ConfigError(
-            f"{key}: {path}: {error.strerror}; give a file of records, one JSON object a line"
-        ) from error
+        check_readable(file_path)
+    except DataError as error:
+        raise ConfigError(f"{key}: {error}") from error
 
 
 def check_writable(key: str, folder: str | Path | None) -> None:

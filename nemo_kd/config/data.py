@@ -131,6 +131,12 @@ class DataConfig(Section, key="data"):
     data: DatasetConfig = field(default_factory=DatasetConfig)
 
 
+def names_records(file_path: Any) -> bool:
+    """Return True if this is a path or a list of paths."""
+    paths = file_path if isinstance(file_path, list) else [file_path]
+    return bool(paths) and all(isinstance(path, str) for path in paths)
+
+
 def sequence_length(max_seq_length: int | None, max_position_embeddings: int) -> int:
     """Return the longest sequence in tokens: as given, else 4096 or the model's maximum if smaller.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nemo_kd.config.answers import ResponseConfig
-from nemo_kd.config.data import DataConfig
+from nemo_kd.config.data import DataConfig, names_records
 from nemo_kd.config.fields import Section, choice, count, path
 from nemo_kd.config.shared import ModelConfig, PretrainedCheckpoint, TrainerConfig
 
@@ -98,5 +98,8 @@ class EvaluateGPTConfig(Section):
     def __post_init__(self) -> None:
         super().__post_init__()
         file_path: Any = self.data.data.file_path
-        if not isinstance(file_path, str):
-            raise self.error("data.data.file_path", f"{file_path} is not one path")
+        if not names_records(file_path):
+            raise self.error(
+                "data.data.file_path",
+                f"{file_path!r} is neither a path nor [PATH, PATH ...]; give one of them",
+            )

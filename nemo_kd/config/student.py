@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nemo_kd.config.answers import EvalConfig
+from nemo_kd.config.answers import ANSWER_METRICS, EvalConfig
 from nemo_kd.config.blend import Source, read_sources
 from nemo_kd.config.data import ChatPromptTokens, DataConfig, DatasetConfig
 from nemo_kd.config.exp_manager import ExpManagerConfig
@@ -65,6 +65,11 @@ class LoopConfig(Section, key=LOOP):
                     f"inference_metrics.{name}",
                     f"{metric!r} names no class; give {{_target_: package.module.Class}}, with its "
                     "arguments beside it",
+                )
+            if f"eval/{name}" in (*ANSWER_METRICS, "eval/num_examples"):
+                raise self.error(
+                    f"inference_metrics.{name}",
+                    f"eval/{name} is a metric of every evaluation; choose another name",
                 )
 
 

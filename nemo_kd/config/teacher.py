@@ -7,7 +7,12 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 
-from nemo_kd.config.data import MAX_TOP_K, CacheConfig, DataConfig
+from nemo_kd.config.data import (
+    MAX_TOP_K,
+    CacheConfig,
+    DataConfig,
+    names_records,
+)
 from nemo_kd.config.fields import Section, bounded, choice, count, path
 from nemo_kd.config.shared import (
     ModelConfig,
@@ -145,7 +150,7 @@ class ComputeTopkLogitsConfig(Section):
         """Return split -> configuration with one dataset and one output path; "" is the only
         split."""
         paths = self.data.data.file_path
-        if isinstance(paths, str):
+        if not isinstance(paths, dict):
             return {"": self}
         splits = {}
         for split, file_path in paths.items():
@@ -160,15 +165,13 @@ class ComputeTopkLogitsConfig(Section):
 
     def _check_splits(self) -> None:
         paths = self.data.data.file_path
-        if isinstance(paths, str):
+        if names_records(paths):
             return
-        if not isinstance(paths, dict) or not all(
-            isinstance(path, str) for path in paths.values()
-        ):
+        if not isinstance(paths, dict) or not all(map(names_records, paths.values())):
             raise self.error(
                 "data.data.file_path",
-                f"{paths!r} is neither a path nor {{SPLIT: PATH, SPLIT: PATH ...}}, for example "
-                "{train: train.jsonl, validation: validation.jsonl}",
+                f"{paths!r} is neither a path nor [PATH, PATH ...] nor {{SPLIT: PATH, SPLIT: PATH "
+                "...}, for example {train: train.jsonl, validation: validation.jsonl}",
             )
         if SPLIT not in self.output_path:
             raise self.error(

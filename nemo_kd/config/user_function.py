@@ -20,14 +20,19 @@ def import_function(path: str, *arguments: Any, **options: Any) -> Callable[...,
     Raises:
         ValueError: there is none, or it does not take the arguments.
     """
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
+    add_current_folder()
     try:
         function: Callable[..., Any] = pkgutil.resolve_name(path)
         inspect.signature(function).bind(*arguments, **options)
     except (ImportError, AttributeError, SyntaxError, TypeError) as error:
         raise ValueError(str(error)) from error
     return function
+
+
+def add_current_folder() -> None:
+    """Make modules of the current folder importable, behind all others."""
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
 
 
 def source_fingerprint(function: Callable[..., Any]) -> str:

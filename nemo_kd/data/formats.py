@@ -38,6 +38,15 @@ def turns_key(record: Record, config: DatasetConfig) -> str:
     return config.input_key if is_named else "conversations"
 
 
+def last_role(record: Record, config: DatasetConfig) -> str:
+    """Return the role of a chat record's last turn, empty for other records."""
+    turns = decoded(record.get(turns_key(record, config)))
+    last = turns[-1] if isinstance(turns, list) and turns else None
+    if not isinstance(last, dict):
+        return ""
+    return str(last.get("role", last.get("from"))).lower()
+
+
 def _chat_format(record: Record, key: str) -> str:
     turns = decoded(record[key])
     if not isinstance(turns, list):

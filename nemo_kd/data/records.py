@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import itertools
+import os
 import re
 from bisect import bisect
 from collections.abc import Sequence
@@ -13,8 +14,13 @@ from typing import Any
 
 from nemo_kd.config import DataError
 from nemo_kd.data.sources import Source, open_source
+from nemo_kd.files import check_regular_file
 
 _SLICE = re.compile(r"(?P<path>.+)@\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
+
+
+FOLDER_FILES = {"state.json", "dataset_dict.json"}
+"""Files that `datasets` writes into a folder; one of both is in each."""
 
 
 def open_records(file_path: str | Sequence[str]) -> Records:
@@ -42,6 +48,28 @@ def open_records(file_path: str | Sequence[str]) -> Records:
             f"{records.name}: the slice selects none of {len(records):,} records"
         )
     return records
+
+
+def check_readable(file_path: str | Sequence[str]) -> None:
+    """Refuse files that cannot be opened, without reading them; URLs are not looked up.
+
+    Raises:
+        DataError: one is missing or unreadable.
+    """
+    for name in [file_path] if isinstance(file_path, str) else file_path:
+        path, _ = _sliced(name)
+        if "://" in path:
+            continue
+        for each in map(Path, _matches(path)):
+            if not os.path.isdir(each):
+                check_regular_file(each, DataError)
+            elif not os.access(each, os.R_OK | os.X_OK):
+                raise DataError(f"{each}: the folder may not be read; change its mode")
+            elif FOLDER_FILES.isdisjoint(os.listdir(each)):
+                raise DataError(
+                    f"{each}: a folder, but none that `datasets` saved; of a folder of files give a "
+                    f"pattern, as '{each}/*.parquet'"
+                )
 
 
 def _sliced(name: str) -> tuple[str, slice]:
@@ -126,6 +154,10 @@ class Records:
         """
         for source in self._sources:
             source.check_unchanged()
+
+    def files(self) -> list[Path]:
+        """Return the local files of all sources."""
+        return [path for source in self._sources for path in source.files()]
 
     def _find(self, index: int) -> tuple[Source, int]:
         number = bisect(self._starts, index) - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ REASONS = (
 
 
 def filter_records(
-    source: Path, target: Path, settings: AnswerConfig, label_key: str = "output"
+    source: str | Path, target: Path, settings: AnswerConfig, label_key: str = "output"
 ) -> dict[str, Any]:
     """Write correct records to `target` as JSONL, lines byte for byte, and statistics beside it.
 
@@ -38,13 +39,11 @@ def filter_records(
         DataError: a record cannot be read, or none has the field of the answer; with file:line.
     """
     statistics_path = target.with_suffix(".stats.json")
-    for path in (target, statistics_path):
-        if path.resolve() == source.resolve() or (
-            path.exists() and path.samefile(source)
-        ):
+    records = open_records(str(source))
+    for path, used in itertools.product((target, statistics_path), records.files()):
+        if path.resolve() == used.resolve() or (path.exists() and path.samefile(used)):
             raise ConfigError(f"{path}: would replace the input; give another output")
     judge = judge_of(settings)
-    records = open_records(str(source))
     answer_field = settings.answer_field or ""
     counts: Counter[str] = Counter()
     fields: set[str] = set()

@@ -95,7 +95,7 @@ class Inputs:
     def dataset_facts(self) -> dict[str, Any]:
         """Describe the data: path, fingerprint and skipped records."""
         return {
-            "path": self.config.data.data.file_path,
+            "path": self.dataset.records.name,
             "fingerprint": self.dataset.records.fingerprint,
             "skipped": dict(self.skipped),
         }

@@ -15,6 +15,7 @@ from nemo_kd.answers.prompts import Question
 from nemo_kd.answers.samples import Sample
 from nemo_kd.config import ConfigError
 from nemo_kd.config.student import LOOP
+from nemo_kd.config.user_function import add_current_folder
 from nemo_kd.mcore.generation import Response
 
 KEY = f"{LOOP}.inference_metrics"
@@ -34,6 +35,7 @@ class InferenceMetrics:
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.metrics: dict[str, Any] = {}
+        add_current_folder()
         for name, entry in settings.items():
             with _explained(name):
                 metric = hydra.utils.instantiate(entry)
@@ -101,7 +103,9 @@ def _explained(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a foreign class can raise anything
+        cause = error.__cause__ or error  # Hydra's errors tell nothing
+        reason = " ".join(str(cause).split())
         raise ConfigError(
-            f"{KEY}.{name}: {type(error).__name__}: {error}; it must be a class whose objects have "
+            f"{KEY}.{name}: {type(cause).__name__}: {reason}; it must be a class whose objects have "
             "update(batch, generation_output), compute() -> number, and reset()"
         ) from error

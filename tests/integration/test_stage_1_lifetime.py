@@ -352,8 +352,8 @@ def test_several_splits_in_one_command(ranks, world, tmp_path):
             "output_path: .* has no SPLIT, which the splits train need",
         ),
         (
-            {"data__data__file_path": ["a.jsonl"]},
-            "data.data.file_path: .* is neither a path nor {SPLIT: PATH",
+            {"data__data__file_path": ["a.jsonl", 1]},
+            r"data.data.file_path: .* is neither a path nor \[PATH, PATH ...\] nor {SPLIT: PATH",
         ),
         ({"part": "2/2"}, "part: '2/2' is not i/n with i from 0 to n - 1"),
         ({"part": "1"}, "part: '1' is not i/n"),

@@ -163,12 +163,14 @@ def test_a_record_without_a_usable_answer_is_refused(
 
 
 @pytest.mark.parametrize("answer_field", [None, "answer"])
+@pytest.mark.parametrize("key", ["messages", "chat"])
+@pytest.mark.parametrize("stored", [list, json.dumps])
 def test_a_last_question_without_a_turn_of_the_assistant_is_refused(
-    tmp_path: Path, answer_field: str | None
+    tmp_path: Path, answer_field: str | None, key: str, stored: Any
 ) -> None:
     """Else the question before it would be answered, and compared with the answer to this one."""
-    record = {"messages": [QUESTION, ANSWER, QUESTION], "answer": "1, 2"}
-    dataset = open_dataset(tmp_path, record, train_tokenizer())
+    record = {key: stored([QUESTION, ANSWER, QUESTION]), "answer": "1, 2"}
+    dataset = open_dataset(tmp_path, record, train_tokenizer(), input_key=key)
     with pytest.raises(DataError, match=r"data.jsonl:2: the last turn is the user's"):
         question_of(dataset, only_example(dataset), answer_field)
 

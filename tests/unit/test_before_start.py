@@ -56,6 +56,8 @@ def here(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     (tmp_path / "file").write_text("{}\n")
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "state.json").touch()
     for number in range(2):
         (tmp_path / f"train_{number}.jsonl").write_text("{}\n")
     return tmp_path
@@ -90,12 +92,11 @@ def student(
     impl="chunked_jsonl",
 ):
     weights = {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}
+    validation = "train_0.jsonl@[:1]" if impl == "dataset" else "train_0.jsonl[:1]"
     config = StudentModelConfig(
         tensor_model_parallel_size=tensor,
         global_batch_size=batch,
-        data=StudentDataConfig(
-            data_prefix={"train": train, "validation": "train_0.jsonl[:1]"}
-        ),
+        data=StudentDataConfig(data_prefix={"train": train, "validation": validation}),
     )
     for name, value in weights.items():
         setattr(config.knowledge_distillation, name, value)
@@ -111,12 +112,17 @@ def student(
 def test_what_can_work_passes(here):
     for config in (
         teacher(),
+        teacher(data="file@[:1]"),
+        teacher(data=["file", "train_*.jsonl@[-1:]", "s3://bucket/train.jsonl"]),
+        teacher(data="dataset"),
+        student(train="file@[:1]", impl="dataset"),
         student(),
         student(train=["train_1.jsonl", "train_CHUNK_ID.jsonl[0:1]"]),
     ):
         check_before_start(config)
     check_before_start(ConvertCheckpointConfig("model", "new/model.nemo"))
     assert sorted(path.name for path in here.iterdir()) == [
+        "dataset",
         "file",
         "model",
         "train_0.jsonl",
@@ -142,9 +148,20 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: teacher(data="none.jsonl"),
-            "data.data.file_path: none.jsonl: No such file or directory; give a file of",
+            "data.data.file_path: none.jsonl: expected a regular file, found none; check",
         ),
-        (lambda: teacher(data="model"), "data.data.file_path: model: Is a directory"),
+        (
+            lambda: teacher(data="model"),
+            "data.data.file_path: model: a folder, but none that `datasets` saved; of a folder of",
+        ),
+        (
+            lambda: teacher(data=["file", "none_*.jsonl"]),
+            "data.data.file_path: none_*.jsonl: no file matches this pattern",
+        ),
+        (
+            lambda: teacher(data="none.jsonl@[:5]"),
+            "data.data.file_path: none.jsonl: expected a regular file, found none; check",
+        ),
         (
             lambda: teacher(output="c/t.jsonl.gz"),
             "output_path: c/t.jsonl.gz ends in none of .jsonl.zst, .jsonl, .json",
@@ -180,7 +197,7 @@ def test_what_can_work_passes(here):
         ),
         (
             lambda: student(train="none.jsonl", impl="dataset"),
-            "model.data.data_prefix.train: none.jsonl: No such file",
+            "model.data.data_prefix.train: none.jsonl: expected a regular file, found none",
         ),
         (
             lambda: student(log="file/log"),

@@ -56,6 +56,7 @@ def settings(**overrides):
         ({**EVAL, "model__context_parallel_size": 2}, "model.context_parallel_size: 2, but eval.interval=5 generates responses, which needs 1"),
         ({f"{LOOP}inference_metrics": {"match": {"_target_": "a.B"}}}, "inference_metrics: the metrics measure generated responses; set eval.interval"),
         ({**EVAL, f"{LOOP}inference_metrics": {"match": "a.B"}}, r"inference_metrics.match: 'a.B' names no class; give \{_target_: "),
+        ({**EVAL, f"{LOOP}inference_metrics": {"accuracy": {"_target_": "a.B"}}}, "inference_metrics.accuracy: eval/accuracy is a metric of every evaluation"),
         ({f"{PARAMS}mode": "lowest"}, "mode: 'lowest' is not one of min, max"),
         ({f"{PARAMS}save_top_k": -2}, "save_top_k: -2 must be at least -1"),
         ({f"{PARAMS}save_best_model": True, f"{PARAMS}save_weights_only": True}, "save_best_model: needs whole checkpoints"),

@@ -190,7 +190,7 @@ def test_refusals(source, tmp_path):
     result = run("none.jsonl", "out.jsonl", "--answer-field", "a", cwd=tmp_path)
     assert (
         result.stderr
-        == "error: none.jsonl: there is no such file; give a JSONL file\n"
+        == "error: input: none.jsonl: expected a regular file, found none; check the path\n"
     )
     assert result.returncode == 2
 
@@ -201,3 +201,13 @@ def test_nothing_kept_is_said(tmp_path):
     assert result.returncode == 0
     assert "warning: out.jsonl is empty: no response is correct" in result.stderr
     assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+def test_a_slice_of_a_file_is_filtered_and_its_file_never_replaced(tmp_path):
+    source = tmp_path / "in.jsonl"
+    source.write_bytes(b"\n".join(KEPT) + b"\n")
+    found = filter_with(f"{source}@[:2]", tmp_path / "out.jsonl")
+    assert found["original"] == 2
+    with pytest.raises(ConfigError, match="would replace the input; give another"):
+        filter_with(f"{source}@[:2]", source)
+    assert source.read_bytes() == b"\n".join(KEPT) + b"\n"

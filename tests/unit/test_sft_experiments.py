@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -223,3 +224,39 @@ def test_wrong_sizes_are_refused_before_anything_is_trained(work):
     assert not (work / "log").exists()
     result = run_part("report", work)
     assert "no sft_<size> in it has been evaluated" in result.stderr
+
+
+def test_other_checkers_tables_and_further_keys_reach_the_commands(work):
+    """The number of steps counts rows of a table, whose bytes hold line breaks anywhere."""
+    lines = (work / "data" / "train.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["output"] = f"it is {row['output']}"
+        row["answer"] = str(row["answer"])
+        row["said"] = row.pop("output")
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), work / "data" / "train.parquet"
+    )
+    experiments(
+        work,
+        *("128", "full", "filtered"),
+        TRAIN_DATA="data/train.parquet@[:500]",
+        CHECKER="regex",
+        PATTERN=r"it is (\S+)",
+        LABEL_KEY="said",
+        EPOCHS="1",
+        FURTHER_KEYS="model.max_seq_length=64 model.data.num_workers=0",
+    )
+    trained = log(work)
+    assert [keys["eval.interval"] for keys in trained] == ["2", "7", "5"]
+    assert (
+        len((work / "sft_experiments" / "data" / "128.jsonl").read_text().splitlines())
+        == 128
+    )
+    for keys in trained:
+        assert keys["eval.pattern"] == r"it is (\S+)"
+        assert keys["model.data.dataset.label_key"] == "said"
+        assert keys["model.max_seq_length"] == "64"
+        assert keys["model.data.num_workers"] == "0"
+    statistics = work / "sft_experiments" / "data" / "filtered.stats.json"
+    assert json.loads(statistics.read_text())["kept"] == 333
