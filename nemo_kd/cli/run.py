@@ -44,6 +44,7 @@ IGNORED_WARNINGS = (
 MODEL_FILES = {"config.json", "model_config.yaml", ".metadata"}
 """Each marks a folder of a model, or of a checkpoint, whose error names the next step."""
 
+
 RESOLVERS = {
     "multiply": operator.mul,
     "int_div": operator.floordiv,

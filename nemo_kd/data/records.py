@@ -36,12 +36,14 @@ def open_records(file_path: str | Sequence[str]) -> Records:
     names = [file_path] if isinstance(file_path, str) else file_path
     parts: list[Source] = []
     selected: list[range] = []
+    start = 0
     for name in names:
         path, chosen = _sliced(name)
-        start = sum(map(len, parts))
         opened = [open_source(each) for each in _matches(path)]
         parts += opened
-        selected.append(range(start, start + sum(map(len, opened)))[chosen])
+        end = start + sum(map(len, opened))
+        selected.append(range(start, end)[chosen])
+        start = end
     records = Records(", ".join(names), parts, selected)
     if not len(records.indices):
         raise DataError(
@@ -87,7 +89,8 @@ def _matches(path: str) -> list[str]:
     Raises:
         DataError: there are none.
     """
-    if not glob.has_magic(path) or Path(path).exists():
+    is_web = path.startswith(("http://", "https://"))  # where ? begins a query
+    if is_web or not glob.has_magic(path) or Path(path).exists():
         return [path]
     if "://" in path:
         import fsspec

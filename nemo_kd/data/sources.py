@@ -5,6 +5,7 @@ Imports neither torch nor transformers, and `datasets` for tables only.
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import os
@@ -46,7 +47,7 @@ OTHER_KINDS = {
 
 HEAD_BYTES = 64
 BLOCK_BYTES = 1 << 20
-FOLDER = "a folder of `datasets`"
+OTHERWISE_ELSEWHERE = "the ranks read different content; give all machines the same"
 
 
 class Source(ABC):
@@ -103,6 +104,8 @@ def open_source(name: str) -> Source:
     Raises:
         DataError: as `open_records`.
     """
+    from nemo_kd.data.tables import FOLDER, Table  # which imports this module
+
     path = Path(_local_copy(name) if "://" in name else name)
     if path.is_dir():
         return Table(name, path, FOLDER)
@@ -120,6 +123,18 @@ def open_source(name: str) -> Source:
     return Lines(name, path)
 
 
+def reopened(name: str, fingerprint: str) -> Source:
+    """Open a source on another rank.
+
+    Raises:
+        DataError: it holds something else there.
+    """
+    source = open_source(name)
+    if source.fingerprint != fingerprint:
+        raise DataError(f"{name}: {OTHERWISE_ELSEWHERE}")
+    return source
+
+
 def _local_copy(url: str) -> str:
     """Download a file into a folder that is removed at the end of the process.
 
@@ -129,7 +144,8 @@ def _local_copy(url: str) -> str:
     import fsspec
 
     try:
-        return str(fsspec.open_local(f"simplecache::{url}"))
+        found = fsspec.open_local(f"simplecache::{url}")
+        return found if isinstance(found, str) else str(found[0])
     except Exception as error:  # every protocol has its own errors
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
         raise DataError(
@@ -177,6 +193,16 @@ class Lines(Source):
                 f"{self.name}: the file has no records; a dataset holds one JSON object a line"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take what another rank scanned; the local copy has a time of its own."""
+        self.__dict__ |= state
+        if "://" in self.name:
+            self.path = Path(_local_copy(self.name))
+        scanned = self._stamp
+        self._stamp = self._status()
+        if [size for size, _ in scanned] != [size for size, _ in self._stamp]:
+            raise DataError(f"{self.name}: {OTHERWISE_ELSEWHERE}")
+
     def __len__(self) -> int:
         return len(self._starts)
 
@@ -205,39 +231,49 @@ class Lines(Source):
 
 
 class UnpackedLines(Lines):
-    """Compressed JSONL, or a JSON array, as JSONL in a temporary file without a name.
+    """Compressed JSONL, or a JSON array, as JSONL in a temporary file that has no name.
 
     Each process that opens it unpacks it, into the folder that TMPDIR names.
     """
 
     def __init__(self, name: str, path: Path) -> None:
-        self._file: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as this
-        with path.open("rb") as packed:
-            _unpack(name, packed, self._file)
-        self._is_array = _spread_array(name, self._file)
         Source.__init__(self, name, path)
         self._starts = array("q")
         self._numbers = array("q")
-        self._file.seek(0)
-        self._scan(self._file)
-        self.fingerprint = _fingerprint([path])
-        self._end = os.fstat(self._file.fileno()).st_size
+        with tempfile.TemporaryFile() as plain:
+            with path.open("rb") as packed:
+                _unpack(name, packed, plain)
+            self._is_array = _spread_array(name, plain)
+            plain.seek(0)
+            self._scan(plain)
+            self._end = plain.tell()
+            self._base = _unpacked().seek(0, os.SEEK_END)
+            plain.seek(0)
+            shutil.copyfileobj(plain, _unpacked())
+            _unpacked().flush()
+        self.fingerprint = fingerprint_of([path])
 
     def __reduce__(self) -> Any:
-        return open_source, (self.name,)
+        return reopened, (self.name, self.fingerprint)
 
     def raw(self, place: int) -> bytes:
         self.check_unchanged()
         ends = self._starts[place + 1 : place + 2] or [self._end]
         start = self._starts[place]
         # Without a common offset, so that forked processes may read, too.
-        read = os.pread(self._file.fileno(), ends[0] - start, start)
+        read = os.pread(_unpacked().fileno(), ends[0] - start, self._base + start)
         return read.partition(b"\n")[0] + b"\n"
 
     def where(self, place: int) -> str:
         return (
             f"{self.name}, element {place}" if self._is_array else super().where(place)
         )
+
+
+@functools.cache
+def _unpacked() -> BinaryIO:
+    """Return the one file that holds all unpacked lines of this process."""
+    return tempfile.TemporaryFile()
 
 
 def _unpack(name: str, packed: BinaryIO, target: BinaryIO) -> None:
@@ -290,85 +326,7 @@ def _spread_array(name: str, file: BinaryIO) -> bool:
     return True
 
 
-class Table(Source):
-    """Parquet, Arrow, or a folder that `datasets` saved, read by that library.
-
-    Raises:
-        DataError: the library cannot read it, or it has no rows.
-    """
-
-    def __init__(self, name: str, path: Path, kind: str) -> None:
-        self._kind = kind
-        super().__init__(name, path)
-        self._rows = _load_table(name, path, kind)
-        self.fingerprint = _fingerprint(self.files())
-
-    def __reduce__(self) -> Any:
-        return open_source, (self.name,)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def record(self, place: int) -> dict[str, Any]:
-        self.check_unchanged()
-        record: dict[str, Any] = _without_nulls(self._rows[place])
-        return record
-
-    def raw(self, place: int) -> bytes:
-        return orjson.dumps(self.record(place)) + b"\n"
-
-    def where(self, place: int) -> str:
-        return f"{self.name}, row {place}"
-
-    def files(self) -> list[Path]:
-        if self._kind == FOLDER:
-            return sorted(self.path.rglob("*.arrow"))
-        return [self.path]
-
-
-def _without_nulls(value: Any) -> Any:
-    """Drop the fields of objects that are null: a column holds a null where a row has no field."""
-    if isinstance(value, dict):
-        return {
-            key: _without_nulls(each)
-            for key, each in value.items()
-            if each is not None
-        }
-    return (
-        [_without_nulls(each) for each in value] if isinstance(value, list) else value
-    )
-
-
-def _load_table(name: str, path: Path, kind: str) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        if kind == FOLDER:
-            rows: Any = datasets.load_from_disk(str(path))
-        else:
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
-    except Exception as error:  # pyarrow's and the library's own have no common class
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-        remedy = "fetch the file again"
-        if kind == FOLDER:
-            remedy = (
-                f"of a folder of other files give a pattern, as '{name}/*.parquet'"
-            )
-        raise DataError(
-            f"{name}: cannot be read as {kind} ({reason}); {remedy}"
-        ) from error
-    if isinstance(rows, datasets.DatasetDict):
-        raise DataError(
-            f"{name}: holds the splits {', '.join(rows)}; give one of their folders, for example "
-            f"{name}/{next(iter(rows))}"
-        )
-    if not len(rows):
-        raise DataError(f"{name}: the table has no rows")
-    return rows
-
-
-def _fingerprint(paths: Sequence[Path]) -> str:
+def fingerprint_of(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -280,4 +280,11 @@ def _indices(config: ComputeTopkLogitsConfig, dataset: TokenizedDataset) -> rang
             f"{config.data.data.file_path}, whose records have the indices 0 to {num_records - 1}"
         )
     first = max(config.start_from_idx, selected.start)
-    return range(first, min(last + 1, selected.stop))
+    indices = range(first, min(last + 1, selected.stop))
+    if not indices:
+        raise ConfigError(
+            f"start_from_idx, end_at_idx: {config.start_from_idx} to {last} has no record of the "
+            f"slice {config.data.data.file_path}, whose records have the indices {selected.start} to "
+            f"{selected.stop - 1}"
+        )
+    return indices

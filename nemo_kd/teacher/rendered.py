@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections import Counter
@@ -14,7 +15,7 @@ import torch.distributed as dist
 
 from nemo_kd.batch import Example
 from nemo_kd.data.dataset import TokenizedDataset
-from nemo_kd.run.collective import gather
+from nemo_kd.run.collective import gather, on_every_rank
 
 ID_BYTES = 4
 
@@ -29,6 +30,7 @@ class _Share:
     """
 
     path: str = ""
+    machine: str = ""
     ends: list[int] = field(default_factory=list)
     reasons: dict[int, str] = field(default_factory=dict)
 
@@ -54,9 +56,12 @@ class RenderedRecords:
         own = _Share()
         with tempfile.NamedTemporaryFile(prefix="nemo_kd-") as file:
             own.path = file.name
+            own.machine = os.uname().nodename
             counts: list[Counter[str]] = gather(lambda: self._render(own, file))  # type: ignore[arg-type]
             self._shares = gather(lambda: own)
-            self._files = [_open(share.path) for share in self._shares]
+            self._files = on_every_rank(
+                lambda: [_open(share) for share in self._shares]
+            )
             dist.barrier()  # the name goes when all have opened the file
         for each in counts:
             self.counts += each
@@ -72,6 +77,8 @@ class RenderedRecords:
             return self._dataset[index]
         start = share.ends[row - 1] if row else 0
         content = os.pread(file.fileno(), share.ends[row] - start, start)
+        if len(content) != share.ends[row] - start:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), share.path)
         size = len(content) // (ID_BYTES + 1)
         ids = np.frombuffer(content, "<i4", size).astype(np.int64)
         trained = np.frombuffer(content, "u1", size, ID_BYTES * size)
@@ -98,6 +105,6 @@ class RenderedRecords:
         return counts
 
 
-def _open(path: str) -> BinaryIO | None:
-    """Open another rank's file; None on another machine."""
-    return open(path, "rb") if os.path.exists(path) else None
+def _open(share: _Share) -> BinaryIO | None:
+    """Open another rank's file; None on another machine, which may see the file, but late."""
+    return open(share.path, "rb") if share.machine == os.uname().nodename else None

@@ -22,7 +22,7 @@ def each_as_in_the_dataset(path: str, folder: str, on_one_machine: bool) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", folder)
         if not on_one_machine:
-            patch.setattr(rendered, "_open", lambda path: None)
+            patch.setattr(rendered, "_open", lambda share: None)
         return _compared(path, patch)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import json
 import os
@@ -17,6 +18,8 @@ from unittest import mock
 
 import numpy as np
 import psutil
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -164,6 +167,40 @@ def test_rows_belong_to_their_example_in_every_layout(
     found = summaries(tmp_path / "c_CHUNK_ID.jsonl")
     assert [found[chunk].examples for chunk in range(3)] == [9, 10, 3]
     assert found[0].skipped == {"no loss tokens": 1}
+
+
+def test_all_kinds_of_datasets_make_the_same_cache(ranks, world, reference, tmp_path):
+    _, model, dataset = world
+    rows = [json.loads(line) for line in dataset.read_text().splitlines()]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet"
+    )
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    for part, some in (("0", rows[:9]), ("1", rows[9:])):
+        lines = "".join(json.dumps(row) + "\n" for row in some)
+        (tmp_path / f"part-{part}.gz").write_bytes(gzip.compress(lines.encode()))
+    kinds = {
+        "parquet": f"{tmp_path}/all.parquet",
+        "array": [f"{tmp_path}/all.json"],
+        "parts": f"{tmp_path}/part-?.gz@[:]",
+    }
+    for name, file_path in kinds.items():
+        output = tmp_path / f"{name}_CHUNK_ID.jsonl"
+        overrides = {"trainer__devices": 2, "cache__codec": "json"}
+        overrides["data__data__file_path"] = file_path
+        assert ranks(2).run(run_stage_1, model, "", output, overrides) == [""] * 2
+        check_rows(read_rows([tmp_path / f"{name}_0.jsonl"]), reference)
+    sliced = {"trainer__devices": 2, "cache__codec": "json"}
+    output = tmp_path / "sliced_CHUNK_ID.jsonl"
+    file_path = f"{tmp_path}/all.parquet@[-4:]"
+    assert ranks(2).run(run_stage_1, model, file_path, output, sliced) == [""] * 2
+    found = [row["index"] for row in read_rows([tmp_path / "sliced_0.jsonl"])]
+    assert found == [*range(NUM_RECORDS - 4, NUM_RECORDS)]
+    gaps = [f"{tmp_path}/part-0.gz", f"{tmp_path}/all.parquet@[9:]"]
+    refused = ranks(2).run(
+        run_stage_1, model, "", output, sliced | {"data__data__file_path": gaps}
+    )
+    assert all("the slices leave gaps between records" in text for text in refused)
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,17 @@ import pytest
 from nemo_kd.cli import (
     compute_topk_logits,
     convert_checkpoint,
+    evaluate_gpt,
     train_gpt_knowledge_distillation,
 )
 from nemo_kd.config import ConfigError, UserInputError
 from nemo_kd.config.convert import ConvertCheckpointConfig
 from nemo_kd.config.data import DatasetConfig
+from nemo_kd.config.evaluation import (
+    EvaluateGPTConfig,
+    EvaluationConfig,
+    EvaluationDataConfig,
+)
 from nemo_kd.config.exp_manager import ExpManagerConfig
 from nemo_kd.config.student import (
     StudentDataConfig,
@@ -276,3 +282,38 @@ def test_torch_is_not_imported_for_it_and_no_rank_is_started(here, module, keys)
     assert (
         time.monotonic() - started_s < 10
     )  # a second on a quiet machine; importing torch and Megatron takes longer
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        "file",
+        "file@[:1]",
+        "train_?.jsonl",
+        ["file", "train_*.jsonl@[-1:]"],
+        "saved",
+        "memory://anywhere.jsonl",
+        "s3://bucket/*.parquet@[3:]",
+    ],
+)
+def test_every_kind_of_dataset_passes_and_what_is_missing_does_not(here, data):
+    """URLs are asked later."""
+    (here / "saved").mkdir()
+    (here / "saved" / "state.json").touch()
+    check_before_start(teacher(data=data))
+    evaluation = EvaluateGPTConfig(
+        pretrained_checkpoint=PretrainedCheckpoint("model"),
+        data=EvaluationDataConfig(data=DatasetConfig(file_path=data)),
+        evaluate=EvaluationConfig(output_dir="out"),
+    )
+    evaluate_gpt.COMMAND.check(evaluation)
+    names = data if isinstance(data, list) else [data]
+    training = student(train=names, impl="dataset")
+    training.model.data.data_prefix["validation"] = "train_0.jsonl@[:1]"
+    check_before_start(training)
+    with pytest.raises(
+        UserInputError, match=r"data\.data\.file_path: missing: expected"
+    ):
+        check_before_start(teacher(data=["file", "missing@[:2]"]))
+    with pytest.raises(UserInputError, match="no file matches this pattern"):
+        check_before_start(teacher(data="none_*.jsonl"))

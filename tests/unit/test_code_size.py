@@ -32,7 +32,7 @@ NOUN_CLAUSE = re.compile(r"(What|Whether|How|Which|Where|When|Who)\b")
 Definition = ast.FunctionDef | ast.AsyncFunctionDef
 
 LIMITS = {
-    "code tokens": 147_200,
+    "code tokens": 148_200,
     "code tokens per code line": 7.5,
     "share of assignments packed into tuples": 0.02,
     "share of docstrings that open with a noun clause": 0.01,
@@ -47,13 +47,13 @@ ROOM_LIMITS = {
     "cache": 15_900,
     "cli": 6_600,
     "config": 13_200,
-    "data": 18_500,
+    "data": 19_200,
     "evaluation": 6_900,
     "mcore": 19_200,
     "ops": 12_600,
     "run": 6_100,
     "student": 20_300,
-    "teacher": 6_600,
+    "teacher": 7_400,
     "tools": 11_900,
 }
 """Code tokens of each folder: one that grows for a feature does so on purpose."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import zstandard
 
 from nemo_kd.config import DataError
+from nemo_kd.data import sources
 from nemo_kd.data.records import open_records
 
 ROWS = [
@@ -181,6 +183,46 @@ def test_nulls_of_a_table_are_absent(tmp_path):
     records = open_records(str(tmp_path / "mixed"))
     assert records[0] == {"a": "x", "deep": {"p": 1}}
     assert records[1] == {"b": [None, {"q": 2}], "deep": {"r": 3}}
+
+
+def test_a_new_table_of_the_same_name_and_time_is_read(tmp_path):
+    path = tmp_path / "data.parquet"
+    for rows in (ROWS, ROWS[::-1]):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+        os.utime(path, (1e9, 1e9))
+        assert open_records(str(path))[0] == rows[0]
+
+
+def test_a_saved_format_hides_nothing_and_foreign_files_do_not_count(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS).with_format("numpy", columns=["n"])
+    rows.save_to_disk(tmp_path / "saved")
+    records = open_records(str(tmp_path / "saved"))
+    (tmp_path / "saved" / "cache-1.arrow").write_bytes(b"of another process")
+    assert records[3] == ROWS[3]
+    assert open_records(str(tmp_path / "saved")).fingerprint == records.fingerprint
+
+
+def test_other_ranks_read_urls_by_themselves(tmp_path, monkeypatch):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/other/rank.jsonl", LINES)
+    sent = pickle.dumps(open_records("memory://other/rank.jsonl"))
+    there = tmp_path / "there.jsonl"
+    monkeypatch.setattr(sources, "_local_copy", lambda url: str(there))
+    there.write_bytes(LINES)
+    assert pickle.loads(sent)[6] == ROWS[6]
+    there.write_bytes(LINES * 2)
+    with pytest.raises(DataError, match="the ranks read different content"):
+        pickle.loads(sent)
+
+
+def test_many_compressed_files_share_a_descriptor(tmp_path):
+    for number in range(60):
+        line = json.dumps({"number": number}).encode()
+        (tmp_path / f"{number:02}.gz").write_bytes(gzip.compress(line))
+    before = len(os.listdir("/proc/self/fd"))
+    records = open_records(f"{tmp_path}/*.gz")
+    assert [records[index]["number"] for index in range(60)] == list(range(60))
+    assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
 def test_records_need_neither_torch_nor_transformers():
