@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -16,6 +18,8 @@ from nemo_kd.config.data import DatasetConfig
 
 Message = dict[str, Any]
 
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+_KNOWN_FIELDS = ("role", "content", "tool_calls", "tool_call_id")
 _DIRECTIVES = "aAwdbBmyYHIMSfzZjUWpcxXeDFTRn"
 _PRINTS_DATE = "strftime_now"
 
@@ -37,6 +41,12 @@ def fixed_date(
     if settings.date is None and prints_date(tokenizer):
         return recorded or date.today().isoformat()
     return settings.date
+
+
+def reasoning_field(message: Message) -> str:
+    """Return the first field with the reasoning of a message, empty without one."""
+    found = (name for name in REASONING_FIELDS if isinstance(message.get(name), str))
+    return next(found, "")
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,26 @@ class ChatTemplate:
             raise refusal
         _, form, text = min(accepted, key=lambda each: each[0])
         return form, text
+
+    def unread_fields(self, messages: Sequence[Message], text: str) -> Counter[str]:
+        """Count the other fields of messages without which the messages' text is the same."""
+        fields = Counter(
+            (name, message["role"])
+            for message in messages
+            for name in message
+            if name not in (*_KNOWN_FIELDS, reasoning_field(message))
+        )
+        unread: Counter[str] = Counter()
+        for (name, role), number in fields.items():
+            without = [
+                {key: one[key] for key in one if (key, one["role"]) != (name, role)}
+                for one in messages
+            ]
+            with contextlib.suppress(DataError):
+                if self.render(without) == text:
+                    reason = f"field `{name}` of {role} messages, which nothing reads"
+                    unread[reason] = number
+        return unread
 
 
 def _num_python_texts(messages: Sequence[Message], text: str) -> int:

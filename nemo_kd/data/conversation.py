@@ -11,10 +11,11 @@ from nemo_kd.config import DataError
 from nemo_kd.config.data import DatasetConfig
 
 Message = dict[str, Any]
+EMPTY: Any = (None, "", [], {})
 
-TURN_WEIGHTS = ("weight", "train", "step_loss_mask")
+TURN_WEIGHTS = ("weight", "train", "training", "step_loss_mask", "loss")
 """Fields of a message that take it out of the loss with 0 or false: of OpenAI and Mistral, of
-axolotl, and of slime."""
+axolotl (two), of slime, and of ms-swift."""
 UNTRAINED_TURN = "assistant turn with weight 0"
 
 SPEAKERS = {
@@ -74,7 +75,7 @@ class Conversation:
         for number, turn in enumerate([*system, *turns], start=-len(system)):
             try:
                 message = _canonical(turn)
-                is_trained = _pop_weight(message)
+                is_trained = pop_weight(message)
             except DataError as error:
                 raise DataError(f"message {number} {error}") from error
             if message["role"] == "assistant":
@@ -198,20 +199,25 @@ def _tool_call(call: Any) -> dict[str, Any]:
     )
 
 
-def _pop_weight(message: Message) -> bool:
+def pop_weight(message: Message) -> bool:
     """Remove the weights of a message; return False if one takes the turn out of the loss.
 
     Raises:
-        DataError: a weight is neither 0 nor 1.
+        DataError: a weight is neither 0 nor 1, or holds for a part of the message.
     """
     is_trained = True
     for name in TURN_WEIGHTS:
-        weight = message.pop(name, 1)
-        if weight not in (0, 1):
+        weight = message.pop(name, None)
+        if weight not in (None, 0, 1):
             raise DataError(
                 f"has `{name}`: {weight!r}, which must be 0 (not trained) or 1"
             )
-        is_trained &= bool(weight)
+        is_trained &= weight != 0
+    if message.get("train_detail"):
+        raise DataError(
+            f"has `train_detail`: {str(message['train_detail'])[:80]}, weights of parts of a text, "
+            "which cannot be used; give the whole turn `train`, or token ids with a `loss_mask`"
+        )
     return is_trained
 
 

@@ -202,10 +202,12 @@ class TokenizedDataset:
                 f"the format {kind} do not use; use auto"
             )
         if kind == "conversations":
-            rendered = render_conversations(
-                record, self.tokenizer, self.config.chat_prompt_tokens
+            return Rendered(
+                *render_conversations(
+                    record, self.tokenizer, self.config.chat_prompt_tokens
+                )
             )
-        elif kind == "tokens":
+        if kind == "tokens":
             rendered = read_tokens(record)
         else:
             if kind == "alpaca" and not record.get("input"):

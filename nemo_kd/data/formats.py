@@ -6,11 +6,10 @@ import string
 from typing import Any
 
 from nemo_kd.config.data import PLAIN_TEMPLATE, DatasetConfig
-from nemo_kd.data.conversation import SPEAKERS, decoded
+from nemo_kd.data.conversation import EMPTY, SPEAKERS, decoded
 from nemo_kd.data.nemo_chat import NEMO_TYPES
 
 Record = dict[str, Any]
-EMPTY: Any = (None, "", [], {})
 
 
 def format_of(record: Record, config: DatasetConfig) -> str:

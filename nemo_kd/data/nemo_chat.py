@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import DataError
 from nemo_kd.config.data import ChatPromptTokens
+from nemo_kd.data.conversation import EMPTY, UNTRAINED_TURN, pop_weight
 from nemo_kd.data.tokenizer import encode, encode_continuation
 
 Piece = tuple[str, bool]
 
+TURN_FIELDS = ("from", "value", "label")
 NEMO_TYPES = (None, "VALUE_TO_TEXT", "TEXT_TO_VALUE")
 """Values of `type` in NeMo's records. A `conversations` record becomes
 
@@ -34,8 +37,8 @@ def render_conversations(
     record: dict[str, Any],
     tokenizer: PreTrainedTokenizerBase,
     markers: ChatPromptTokens,
-) -> tuple[list[int], list[bool]]:
-    """Return the token ids of a NeMo chat record, and True for the trained ones.
+) -> tuple[list[int], list[bool], Counter[str]]:
+    """Return the token ids of a NeMo chat record, True for the trained ones, and what is left out.
 
     Every piece is tokenized on its own, so that trained stretches begin and end with whole tokens.
 
@@ -71,11 +74,16 @@ def render_conversations(
         )
     header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
+    left_out: Counter[str] = Counter()
+    weights = [_weight(turn, number, left_out) for number, turn in enumerate(turns)]
     # The previous turn was trained: this turn's start marker ends it.
     is_answered = False
     for number, turn in enumerate(turns):
         may_be_trained = number > 0 or kind == "TEXT_TO_VALUE"
         is_trained = may_be_trained and turn["from"] not in masked
+        if is_trained and not weights[number]:
+            left_out[UNTRAINED_TURN] += 1
+        is_trained &= weights[number]
         body = _body(turn, kind, is_trained, markers)
         pieces.append((markers.turn_start, is_answered))
         pieces.append((turn["from"] + markers.end_of_name, False))
@@ -83,6 +91,13 @@ def render_conversations(
         is_answered = any(trained for _, trained in body)
     if speakers[-1] not in masked:
         pieces.append((markers.turn_start, is_answered))
+    ids, trained = _encoded(tokenizer, header, pieces)
+    return ids, trained, left_out
+
+
+def _encoded(
+    tokenizer: PreTrainedTokenizerBase, header: str, pieces: list[Piece]
+) -> tuple[list[int], list[bool]]:
     ids = encode(tokenizer, header)
     trained = [False] * len(ids)
     for text, is_trained in pieces:
@@ -90,6 +105,21 @@ def render_conversations(
         ids += piece
         trained += [is_trained] * len(piece)
     return ids, trained
+
+
+def _weight(turn: dict[str, Any], number: int, left_out: Counter[str]) -> bool:
+    """Return False if a weight takes the turn out of the loss; count fields that nothing reads."""
+    others = {name: turn[name] for name in turn if name not in TURN_FIELDS}
+    try:
+        is_trained = pop_weight(others)
+    except DataError as error:
+        raise DataError(f"turn {number} {error}") from error
+    left_out.update(
+        f"field `{name}` of turns, which nothing reads"
+        for name in others
+        if others[name] not in EMPTY
+    )
+    return is_trained
 
 
 def _body(

@@ -21,15 +21,10 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import DataError
 from nemo_kd.config.data import DatasetConfig
-from nemo_kd.data.chat_template import ChatTemplate, Message
+from nemo_kd.data.chat_template import REASONING_FIELDS, ChatTemplate, Message
 from nemo_kd.data.conversation import Conversation
 from nemo_kd.data.tokenizer import encode, special_ids
-from nemo_kd.data.turns import (
-    REASONING_FIELDS,
-    RenderedConversation,
-    Span,
-    Text,
-)
+from nemo_kd.data.turns import RenderedConversation, Span, Text
 
 _MARKS_ASSISTANT = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _REASONING_BLOCK = re.compile(r"<think>(.*?)</think>\s*", re.DOTALL)
@@ -118,6 +113,9 @@ class _Renderer:
             ]
         self.conversation = RenderedConversation(self.template, messages)
         self.messages = self.conversation.messages
+        self.left_out += self.template.unread_fields(
+            self.messages, self.conversation.text
+        )
         self.turns = [
             n
             for n, message in enumerate(self.messages)

@@ -22,11 +22,10 @@ from itertools import count
 from typing import Any
 
 from nemo_kd.config import DataError
-from nemo_kd.data.chat_template import ChatTemplate, Message
+from nemo_kd.data.chat_template import ChatTemplate, Message, reasoning_field
 
 Span = tuple[int, int]
 
-REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _TAGS = re.compile(r"(</?think>)")
 
 Change = Callable[[str, str], str]
@@ -49,10 +48,9 @@ def change_texts(message: Message, change: Change) -> Message:
         for n in range(0, len(pieces), 2):
             pieces[n] = change("reasoning" if n < last else "content", pieces[n])
         changed["content"] = "".join(pieces)
-    for name in REASONING_FIELDS:
-        if isinstance(message.get(name), str):
-            changed[name] = change("reasoning", message[name])
-            break
+    name = reasoning_field(message)
+    if name:
+        changed[name] = change("reasoning", message[name])
     if message.get("tool_calls"):
         in_call = partial(change, "tool call")
         changed["tool_calls"] = [

@@ -367,7 +367,7 @@ WITHOUT_LABELS = (
 )
 def test_nemo_conversations(trained_by, change, text, expected):
     tokenizer = trained_by()
-    ids, trained = render_conversations(
+    ids, trained, _ = render_conversations(
         {**NEMO_RECORD, **change}, tokenizer, ChatPromptTokens()
     )
     assert [
@@ -396,7 +396,7 @@ def test_nemo_speakers_are_compared_whole_and_text_that_looks_like_a_marker_is_t
         "conversations": conversations,
     }
     tokenizer = train_tokenizer(512)
-    ids, trained = render_conversations(record, tokenizer, ChatPromptTokens())
+    ids, trained, _ = render_conversations(record, tokenizer, ChatPromptTokens())
     assert trained_stretches(ids, trained, tokenizer) == [
         "<extra_id_1>User\n<extra_id_2>x\nstill me\n<extra_id_1>",
         "Done\n<extra_id_1>",
@@ -408,7 +408,7 @@ def test_nemo_markers_come_from_the_configuration():
         "<SYS>", "<|im_start|>", "<L>", end_of_turn="<|im_end|>\n", end_of_name=": "
     )
     tokenizer = train_tokenizer(512)
-    ids, trained = render_conversations(
+    ids, trained, _ = render_conversations(
         {**NEMO_RECORD, "type": None}, tokenizer, markers
     )
     assert tokenizer.decode(ids).startswith(

@@ -366,9 +366,11 @@ def test_arguments_as_text_and_as_objects_are_the_same_tokens(dataset, seed):
     assert text.endswith("\n</tool_call><|im_end|>»")
 
 
-@pytest.mark.parametrize("field", ["weight", "train", "step_loss_mask"])
+@pytest.mark.parametrize(
+    "field", ["weight", "train", "training", "step_loss_mask", "loss"]
+)
 def test_untrained_turns_are_out_of_the_loss_with_their_end(dataset, field):
-    off = False if field == "train" else 0
+    off = 0 if field in ("weight", "step_loss_mask") else False
     chat = [USER, ASSISTANT | {field: off}, USER, ASSISTANT]
     turns = [SHAREGPT[0], SHAREGPT[1] | {field: off}, *SHAREGPT]
     rows = dataset({"messages": chat}, {"conversations": turns})
@@ -376,6 +378,39 @@ def test_untrained_turns_are_out_of_the_loss_with_their_end(dataset, field):
     for index in range(2):
         assert text_of(rows, index) == f"{untrained}\n{CHAT}"
         assert rows[index].left_out == {"assistant turn with weight 0": 1}
+
+
+def test_weights_of_nemo_turns_are_honoured(dataset):
+    turns = [SHAREGPT[0], SHAREGPT[1] | {"weight": 0, "id": 7}, *SHAREGPT]
+    rows = dataset({"conversations": turns, "mask": "human"})
+    assert text_of(rows).count("«") == 1
+    assert text_of(rows).endswith("<extra_id_1>gpt\n«Yo\n<extra_id_1>»")
+    assert rows[0].left_out == {
+        "assistant turn with weight 0": 1,
+        "field `id` of turns, which nothing reads": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"), [({}, "message 1"), ({"mask": "human"}, "turn 1")]
+)
+def test_weights_of_parts_of_a_turn_are_refused(dataset, mask, message):
+    detail = [{"begin_offset": 0, "end_offset": 1, "train": False}]
+    turns = [SHAREGPT[0], SHAREGPT[1] | {"train_detail": detail}]
+    with pytest.raises(DataError, match=rf"d\.jsonl:1: {message} has `train_detail`"):
+        dataset({"conversations": turns, **mask})[0]
+
+
+def test_fields_of_messages_that_the_template_does_not_read_are_counted(dataset):
+    named = CHATML.replace("m.role }}", "m.name or m.role }}")
+    answer = ASSISTANT | {"name": "Ann", "refusal": "no", "score": 0.5, "date": None}
+    record = {"messages": [USER, answer]}
+    unread = {"name", "refusal", "score"}
+    for template, fields in ((CHATML, unread), (named, unread - {"name"})):
+        assert dataset(record, template=template)[0].left_out == {
+            f"field `{field}` of assistant messages, which nothing reads": 1
+            for field in fields
+        }
 
 
 def test_a_function_that_a_cache_names_is_not_run():
