@@ -53,7 +53,7 @@ class DatasetConfig(Section, key="data.data"):
     built-in template for instruction, input and output, or for text. auto: decided by each record's
     fields."""
     input_key: str = "messages"
-    """messages, sharegpt: field with the chat; without it, conversations."""
+    """messages, sharegpt: field with the chat; messages may also be conversations."""
     question_key: str = "question"
     """question_answer: field with the user's text."""
     answer_key: str = "answer"

@@ -103,6 +103,7 @@ class TokenizedDataset:
         kind = self._format(record, where)
         try:
             ids, trained, left_out = self._render(kind, record)
+            unread = unread_fields(record, kind, self.config.data)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
         # Tensor-parallel embeddings would return zeros for such an id.
@@ -113,7 +114,6 @@ class TokenizedDataset:
                 f"{where}: the token {token!r} has the id {largest}, outside the model's "
                 f"vocabulary of {self.vocab_size}; tokenizer and model do not belong together"
             )
-        unread = unread_fields(record, kind, self.config.data)
         left_out.update(f"field `{name}`, which nothing reads" for name in unread)
         example = Example(
             index=index,

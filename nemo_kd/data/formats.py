@@ -5,11 +5,15 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from nemo_kd.config.data import PLAIN_TEMPLATE, DatasetConfig
-from nemo_kd.data.conversation import EMPTY, SPEAKERS, decoded
+from nemo_kd.config import DataError
+from nemo_kd.config.data import CHAT_FORMATS, PLAIN_TEMPLATE, DatasetConfig
+from nemo_kd.data.conversation import EMPTY, SPEAKERS, TURN_WEIGHTS, decoded
 from nemo_kd.data.nemo_chat import NEMO_TYPES
 
 Record = dict[str, Any]
+
+CONTEXT_FIELDS = ("system", "system_prompt", "history", "functions")
+"""Fields that hold a part of the conversation wherever they occur."""
 
 
 def format_of(record: Record, config: DatasetConfig) -> str:
@@ -33,8 +37,10 @@ def format_of(record: Record, config: DatasetConfig) -> str:
 
 def turns_key(record: Record, config: DatasetConfig) -> str:
     """Return the field with the turns of a chat record."""
-    is_named = record.get(config.input_key) is not None
-    return config.input_key if is_named else "conversations"
+    is_default = config.input_key == DatasetConfig.input_key
+    if is_default and record.get(config.input_key) is None:
+        return "conversations"
+    return config.input_key
 
 
 def last_role(record: Record, config: DatasetConfig) -> str:
@@ -72,10 +78,25 @@ def missing_fields(record: Record, kind: str, config: DatasetConfig) -> list[str
 
 
 def unread_fields(record: Record, kind: str, config: DatasetConfig) -> list[str]:
-    """Return the fields of a record that hold something which its format does not use."""
+    """Return the fields of a record that hold something which its format does not use.
+
+    Raises:
+        DataError: one holds a part of the conversation, or takes the record out of the loss.
+    """
     needed, optional = _fields(record, kind, config)
     read = {*needed, *optional, config.split and "split"}
-    return [name for name in record if record[name] not in EMPTY and name not in read]
+    unread = [
+        name for name in record if record[name] not in EMPTY and name not in read
+    ]
+    for name in unread:
+        is_context = name in CONTEXT_FIELDS and kind in (*CHAT_FORMATS, "alpaca")
+        if is_context or (name in TURN_WEIGHTS and record[name] == 0):
+            raise DataError(
+                f"`{name}`: {str(record[name])[:80]!r} would be lost, because records of the format "
+                f"{kind} have no such field; name it in {config.KEY}.system_key or tools_key (of "
+                f"chats), or use or remove it in a function, {config.KEY}.record_function"
+            )
+    return unread
 
 
 def _fields(

@@ -214,7 +214,7 @@ def test_fields_that_nothing_reads_are_counted(dataset):
     records = [
         {**chat, **extra},
         {"conversations": SHAREGPT, "mask": "human", "tools": [{}], **extra},
-        {"input": "Hi", "output": "Yo", "instruction": "Say", "system": "x"},
+        {"input": "Hi", "output": "Yo", "instruction": "Say", "score": 3},
         {"question": "Hi", "answer": "Yo", "messages": None, "input": "x"},
     ]
     rows = dataset(*records)
@@ -222,9 +222,39 @@ def test_fields_that_nothing_reads_are_counted(dataset):
         {reason.split("`")[1] for reason in rows[index].left_out}
         for index in range(len(rows))
     ]
-    assert unread == [{"id", "split"}, {"tools", "id", "split"}, {"system"}, {"input"}]
+    assert unread == [{"id", "split"}, {"tools", "id", "split"}, {"score"}, {"input"}]
     assert dataset(*records, format="prompt_template")[2].left_out.total() == 2
     assert "split" not in str(dataset(records[0], split="train")[0].left_out)
+
+
+CHAT_RECORD = {"messages": [USER, ASSISTANT]}
+ALPACA = {"instruction": "Say", "output": "Yo"}
+
+
+@pytest.mark.parametrize(
+    ("record", "config"),
+    [
+        (ALPACA | {"system": "Be kind."}, {}),
+        (ALPACA | {"history": [["a", "b"]]}, {}),
+        (CHAT_RECORD | {"functions": [{"name": "f"}]}, {}),
+        (CHAT_RECORD | {"system": "Be kind."}, {"system_key": "s"}),
+        ({"question": "Hi", "answer": "Yo", "system_prompt": "Be kind."}, {}),
+        (CHAT_RECORD | {"weight": 0}, {}),
+        ({"text": "All of it", "train": False}, {}),
+    ],
+)
+def test_fields_that_must_not_be_lost_are_refused(dataset, record, config):
+    name = list(record)[-1]
+    with pytest.raises(DataError, match=rf"d\.jsonl:1: `{name}`: .* would be lost"):
+        dataset(record, **config)[0]
+    rows = dataset(record | {name: ""}, record | {name: None}, **config)
+    assert not rows[0].left_out + rows[1].left_out
+
+
+def test_another_field_does_not_stand_for_the_one_that_input_key_names(dataset):
+    rows = dataset({"conversations": SHAREGPT}, input_key="dialogue")
+    with pytest.raises(DataError, match=r"d\.jsonl:1: .* fields conversations"):
+        rows[0]
 
 
 def test_only_records_of_the_asked_split_are_used(dataset):
