@@ -88,6 +88,15 @@ def test_a_part_of_a_user_message_that_is_lost_is_counted():
     assert left_out == {"content of user messages, changed by the chat template": 1}
 
 
+def test_a_template_that_fails_on_bare_functions_names_the_form_of_tools():
+    template = "{% for t in tools or [] %}{{ t.function.name }}{% endfor %}" + GLM
+    tools = [{"name": "add", "parameters": {}}]
+    error = refused([user("a"), assistant("b")], template, tools=tools)
+    assert "no attribute 'function'" in error
+    assert "'name': 'add'" in error
+    assert '{"type": "function", "function": {...}}' in error
+
+
 def test_tool_definitions_that_are_left_out_are_counted():
     tokenizer = train_tokenizer(512, tiny_tokenizer.CHATML)
     messages = [user("a"), assistant("b")]
