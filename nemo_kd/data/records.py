@@ -102,7 +102,9 @@ def _matches(path: str) -> list[str]:
     else:
         found = glob.glob(path, recursive=True)
     if not found:
-        raise DataError(f"{path}: no file matches this pattern")
+        raise DataError(
+            f"{path}: no file matches this pattern; records are selected by PATH@[first:end]"
+        )
     return sorted(found)
 
 

@@ -413,15 +413,15 @@ def test_the_dataset_is_found_given_or_said_to_be_missing(
     moved.rename(tmp_path / "elsewhere.jsonl")
     report, is_right = verify(output)
     assert is_right
-    assert f"not checked: the tokens: {moved} is not the file" in report
+    assert f"not checked: the tokens: {moved} is not the data" in report
     report, is_right = verify(output, dataset=tmp_path / "elsewhere.jsonl")
     assert is_right
     assert "not checked: the tokens" not in report
     moved.write_text(dataset.read_text() + "\n")
-    assert f"not checked: the tokens: {moved} is not the file" in verify(output)[0]
+    assert f"not checked: the tokens: {moved} is not the data" in verify(output)[0]
     refused, is_right = verify(output, dataset=moved)
     assert is_right is None
-    assert f"{moved} is not the file of the cache; give it with --dataset" in refused
+    assert f"{moved} is not the data of the cache; give it with --dataset" in refused
 
 
 def test_a_cache_without_a_manifest(verify, world, tmp_path):

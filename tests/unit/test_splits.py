@@ -491,6 +491,6 @@ def test_a_dataset_of_selected_rows_is_no_file():
         model__knowledge_distillation__sft_loss_weight=1.0,
         model__data__data_impl="dataset",
     )
-    text = "b.jsonl[:10%]: expected a regular file, found none; check the path"
+    text = "b.jsonl[:10%]: no file matches this pattern; records are selected by PATH@[first:end]"
     with pytest.raises(DataError, match=re.escape(text)):
         load_splits(found.model, architecture(), TOKENIZER)
