@@ -44,8 +44,8 @@ def hinton(
         alpha, temperature: `model.knowledge_distillation.custom_args`.
 
     Returns:
-        The loss, and what to log as train/<name> and validation/<name>. All are sums over loss
-        tokens: the trainer divides them once by the number of loss tokens in the global batch.
+        The loss, and what to log as train/<name> and validation/<name>. All are sums by
+        `token_sum`, the only one that is right with every `reduction`; the trainer divides them.
     """
     logits_Nv = logits_BSv.flatten(0, 1)
     batch_size, length = batch.labels_BS.shape

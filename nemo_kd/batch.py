@@ -217,7 +217,7 @@ class Batch:
             One entry more than examples, or two more: positions that fill the row up are a sequence
             at its end, without an index. None: one example a row.
         loss_positions_N: int64, b * S + s of every position in the loss, ascending; with
-            `distill_on_prompt` of `collate` of every position that has a target. Found on the CPU
+            `distill_on_prompt` of `collate` every position of an example. Found on the CPU
             when the batch is made: on a GPU this would wait for the device.
     """
 

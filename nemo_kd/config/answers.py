@@ -101,7 +101,7 @@ class EvalConfig(ResponseConfig, key="eval"):
     """Optimizer steps between evaluations; one also follows the last step. None or 0: no
     evaluation."""
     data: str | None = path(None)
-    """JSONL file of questions, in a format of model.data.dataset. The prompt of a record is all
+    """Records with questions, in a format of model.data.dataset. The prompt of a record is all
     before its last trained turn; answer_field holds the ground truth."""
     num_examples: int | None = count(100)
     """Records to answer, the first of the file. None: all."""
@@ -114,7 +114,7 @@ class EvalConfig(ResponseConfig, key="eval"):
         if self.interval and self.data is None:
             raise self.error(
                 "data",
-                f"missing; eval.interval={self.interval} needs questions: a JSONL file of records "
+                f"missing; eval.interval={self.interval} needs questions: a file of records "
                 "with the right answer in the field eval.answer_field",
             )
         if self.interval and self.answer_field is None:

@@ -253,7 +253,7 @@ def compared_values(config: Any) -> dict[str, Any]:
 
 
 def compared_defaults(config_class: type) -> dict[str, Any]:
-    """Return the default of every compared key; a checkpoint that does not know a key was trained
+    """Return the default of every compared key; a checkpoint without a key was trained
     with it."""
     docs = describe(config_class)
     return {each.key: each.default for each in docs if not is_free(each.key)}

@@ -386,8 +386,8 @@ class LossConfig(Section, key=KEY):
         if knows_none and any(self._scales(each) != (1, 1) for each in temperatures):
             raise self.error(
                 "temperature",
-                f"kd_loss={self.kd_loss} with support={self.support} knows no temperature and no "
-                "scales: it works at 1",
+                f"kd_loss={self.kd_loss} with support={self.support} needs temperature and scales "
+                "of 1",
             )
         if self.support != "renormalize" and len(set(temperatures)) > 1:
             raise self.error(

@@ -100,8 +100,8 @@ class StudentDataConfig(Section, key="model.data"):
     data_impl: str = choice(
         "chunked_jsonl", ("chunked_jsonl", "jsonl", "json", "dataset")
     )
-    """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads plain JSONL records,
-    for SFT without a teacher."""
+    """chunked_jsonl (also jsonl, json) reads a cache of stage 1; dataset reads records (JSONL,
+    tables and others), for SFT without a teacher."""
     data_prefix: dict[str, Any] = path({})
     """Paths per split: data_prefix.train=FILE data_prefix.validation=FILE, each a path, paths
     separated by commas, or a list. CHUNK_ID stands for 0, 1, 2 ...; `[a:b]` or `[:10%]` after the
@@ -110,7 +110,8 @@ class StudentDataConfig(Section, key="model.data"):
     weights, [0.3, PATH, 0.7, PATH]: an epoch has as many samples as all paths together. Each path
     gives its share; it repeats rows if it has fewer, and continues in the next epoch if it has
     more. Without weights every row counts once per epoch. [{path: PATH, weight: 0.3, kd_weight: 1,
-    sft_weight: 0.5} ...] also multiplies the losses of a path's tokens, in training only."""
+    sft_weight: 0.5} ...] also multiplies the losses of a path's tokens, in training only; the
+    divisor stays."""
     n_chunks: Any = None
     """Chunks to read: a number, or one per split. None: all."""
     top_k: int | None = count(None)
@@ -198,7 +199,7 @@ class StudentDataConfig(Section, key="model.data"):
         """Return all weights of the split's paths, as plain values to compare."""
         weights = self.weights(split)
         of_losses = self.loss_weights(split)
-        # Older checkpoints know weights of samples only.
+        # Older checkpoints record weights of samples only.
         return {"samples": weights, "losses": of_losses} if of_losses else weights
 
     def _sources(self, split: str) -> list[Source]:

@@ -288,13 +288,17 @@ model.data.num_workers data.num_workers
 model.seed
     seed rollout_seed
 KD.kd_loss_weight | KD.kd_loss_weight=W KD.sft_loss_weight=1-W
-    kd_alpha kd_ratio distillation_alpha lmbda distill_loss_weight
+    kd_alpha kd_ratio distillation_alpha distill_loss_weight
 KD.sft_loss_weight | KD.sft_loss_weight=W KD.kd_loss_weight=1-W
     distill_alpha
 KD.kd_loss_weight | KD.kd_loss_weight=W KD.sft_loss_weight=1
     kl_loss_coef
 KD.kd_loss_weight | above 0
     use_kl_loss
+KD.kd_loss_weight | a KL in the reward has no counterpart
+    kl_coef
+KD.kd_loss | of TRL's GKD, 0: forward_kl; 1: reverse_kl; between: jsd with jsd_beta
+    beta
 KD.kd_loss | KD.kd_loss=W
     kl_loss_type
 KD.kd_loss | KD.kd_loss=W KD.support=renormalize

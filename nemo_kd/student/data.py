@@ -196,7 +196,7 @@ def find_mismatches(
     if loss.objective == "custom" and reader.select is not None:
         yield (
             f"{KEY}.kd_loss: custom, but the cache holds the teacher at selected positions only "
-            f"({reader.select}), which a custom loss does not know; use another kd_loss, or a cache "
+            f"({reader.select}), which a custom loss cannot use; use another kd_loss, or a cache "
             "without cache.select"
         )
     if loss.distill_on_prompt and not _holds_all_positions(reader):

@@ -52,7 +52,7 @@ class StudentLoss:
 
     Attributes:
         now: weights and divergence of the current step.
-        selector: of the positions of the KD term, for `select`.
+        selector: selects the positions of the KD term, for `select`.
         reported: names of the metrics, some of which only some runs have.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.

@@ -190,7 +190,7 @@ def provenance(
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Return key -> "VALUE in the checkpoint, VALUE now" of every difference."""
-    # A checkpoint that does not know a key was trained with its default.
+    # A checkpoint that does not record a key was trained with its default.
     before = {**compared_defaults(TrainStudentConfig), **before}
     found = {}
     for key, value in now.items():

@@ -178,7 +178,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"support": "sampled", "temperature": 2.0},
-            "support=sampled knows no temperature and no scales",
+            "support=sampled needs temperature and scales of 1",
         ),
         (
             {"kd_loss": "k3", "support": "renormalize"},
@@ -186,7 +186,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"kd_loss": "k3", "target_logits_scale": 0.5},
-            "kd_loss=k3 with support=tail knows no temperature and no scales",
+            "kd_loss=k3 with support=tail needs temperature and scales of 1",
         ),
         (
             {"kd_loss": "custom"},
@@ -202,7 +202,7 @@ def test_compile_as_yaml_reads_it(value):
         ),
         (
             {"kd_loss": "custom", "custom_loss": "a.b", "temperature": 2.0},
-            "kd_loss=custom with support=tail knows no temperature",
+            "kd_loss=custom with support=tail needs temperature and scales",
         ),
     ],
 )

@@ -130,11 +130,11 @@ def test_a_schedule_is_read_from_the_command_line_and_from_yaml():
                 "support": "sampled",
                 "temperature": "linear from 2 to 1 over steps 0 to 9",
             },
-            "support=sampled knows no temperature",
+            "support=sampled needs temperature and scales",
         ),
         (
             {"kd_loss": "k3", "temperature": "linear from 1 to 2 over steps 0 to 9"},
-            "kd_loss=k3 with support=tail knows no temperature",
+            "kd_loss=k3 with support=tail needs temperature and scales",
         ),
         (
             {"label_smoothing": 0.1, "sft_loss_weight": "0"},
