@@ -10,7 +10,7 @@ def pack_bits(values: np.ndarray, widths: np.ndarray) -> bytes:
     starts = np.cumsum(widths, dtype=np.int64) - widths
     num_bits = int(widths.sum(dtype=np.int64))
     words = starts >> 5
-    bits = values ^ (np.uint32(1) << widths)
+    bits = values ^ _leading_ones(widths)
     shifted = bits.astype(np.uint64) << (starts & 31).astype(np.uint64)
     num_words = (num_bits >> 5) + 2
     # Every bit is set once at most, so sums of float64 below 2^32 are exact unions.
@@ -30,6 +30,11 @@ def unpack_bits(packed: bytes | memoryview, widths: np.ndarray) -> np.ndarray:
     words = np.ndarray((len(padded) - 3,), dtype="<u4", buffer=padded, strides=(1,))
     values = words.take(starts >> 3)
     values >>= (starts & 7).astype(np.uint32)
-    leading = np.uint32(1) << widths
+    leading = _leading_ones(widths)
     values &= leading - np.uint32(1)
     return values | leading
+
+
+def _leading_ones(widths: np.ndarray) -> np.ndarray:
+    # Before NumPy 2, `np.uint32(1) << widths` has the type of the widths.
+    return np.left_shift(1, widths, dtype=np.uint32)

@@ -80,7 +80,7 @@ def pack(row: CachedExample, positions: str = "loss") -> bytes:
         raise ValueError(f"a position must keep 1 to {MAX_TOP_K} tokens")
     if teacher.topk_token_ids_PK.max(initial=0) >= MAX_VOCAB_SIZE - 1:
         raise ValueError(f"a token id exceeds {MAX_VOCAB_SIZE - 2}")
-    starts_P = np.cumsum(counts_P) - counts_P
+    starts_P = np.cumsum(counts_P, dtype=np.int64) - counts_P
     coarse, levels_N = _head_levels(teacher, used_PK, starts_P)
     entries_N = teacher.topk_token_ids_PK[used_PK].astype(np.uint32) << 8 | levels_N
     keys_N = _sorted(entries_N, used_PK)
@@ -141,7 +141,7 @@ def unpack(blob: bytes, example: Example) -> TeacherRows[np.ndarray]:
     log_odds_TP = TAIL_LOG_ODDS[tails].reshape(len(temperatures), num_stored)
     tail_TP = 1 / (1 + np.exp(-log_odds_TP.astype(np.float64)))
     levels_N = unhuffman(next(streams), header.num_kept)
-    starts_P = np.cumsum(counts_P) - counts_P
+    starts_P = np.cumsum(counts_P, dtype=np.int64) - counts_P
     sizes_CP = _class_sizes(counts_P, header.num_classes)
     distances_N = unpack_numbers(streams, sizes_CP)
     ids_N = np.cumsum(distances_N, dtype=np.uint32)

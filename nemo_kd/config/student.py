@@ -283,20 +283,31 @@ class StudentModelConfig(ModelConfig):
             )
 
     def _check_loss_weights(self) -> None:
-        """Refuse weights of a path's losses that have no effect."""
+        """Refuse weights of a path's losses that have no effect, or leave nothing to train."""
         loss = self.knowledge_distillation
         is_custom = loss.objective == "custom"
         for sft_weight, kd_weight in self.data.loss_weights("train") or []:
             unused = {
-                "sft_weight": sft_weight != 1 and not loss.trains_on_labels,
+                "sft_weight": sft_weight != 1
+                and (not loss.trains_on_labels or is_custom),
                 "kd_weight": kd_weight != 1
                 and (not loss.trains_on_teacher or is_custom),
             }
             for name in filter(unused.get, unused):
                 raise self.error(
                     "data.data_prefix.train",
-                    f"{name} of a path multiplies a term that the loss leaves out, or that "
-                    "kd_loss=custom computes by itself; leave it out",
+                    f"{name} of a path multiplies a term that the loss leaves out, or belongs to a "
+                    "run with kd_loss=custom, where all paths weigh alike; leave it out",
+                )
+            trains = (
+                sft_weight and loss.trains_on_labels,
+                kd_weight and loss.trains_on_teacher,
+            )
+            if not any(trains):
+                raise self.error(
+                    "data.data_prefix.train",
+                    f"sft_weight={sft_weight:g} and kd_weight={kd_weight:g} of a path train "
+                    "nothing, for the loss leaves out the other term; leave the path out",
                 )
 
     @property

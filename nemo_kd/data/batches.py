@@ -249,9 +249,11 @@ def _filled(
         tokens_A[place] = torch.from_numpy(example.tokens_S)
         labels_A[place] = torch.from_numpy(example.labels_S)
         loss_mask_A[place] = torch.from_numpy(example.loss_mask_S)
-        in_loss_A[place] = (loss_mask_A[place] > 0) | distill_on_prompt
+        # Without a loss token an example has no position in the loss, its prompt neither.
+        on_prompt = distill_on_prompt and example.num_loss_tokens > 0
+        in_loss_A[place] = (loss_mask_A[place] > 0) | on_prompt
         if isinstance(row, CachedExample):
-            in_kd = _kd_rows(row, distill_on_prompt)
+            in_kd = _kd_rows(row, on_prompt)
             kd_lengths_B[number] = len(in_kd)
             kept = row.teacher if every_target else in_kd
             targets.append(replace(kept, positions_P=start + kept.positions_P))

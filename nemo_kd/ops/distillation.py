@@ -93,6 +93,11 @@ def distillation_loss(
     num_ranks = 1 if group is None else group.size()
     num_columns = logits_BSv.shape[-1]
     positions_N = batch.loss_positions_N
+    if not batch.loss_mask_BS.flatten()[positions_N].all():
+        raise ValueError(
+            "batch.loss_positions_N: has positions outside the loss mask, which only "
+            "train_gpt_knowledge_distillation can train on; collate without distill_on_prompt"
+        )
     at_step = config.at(step)
     loss = replace(DistillationLoss.of(config), divergence=at_step.divergence)
     losses = loss(
@@ -108,7 +113,8 @@ def distillation_loss(
     total = at_step.sft_weight * losses.ce_N.sum()
     if losses.kd_N is not None:
         kd_weight = at_step.kd_weight / _share_in_kd(batch, reduction)
-        total = total + kd_weight * losses.kd_N.sum()
+        kd_N = losses.kd_N if batch.in_kd_N is None else losses.kd_N[batch.in_kd_N]
+        total = total + kd_weight * kd_N.sum()
     return total / max(len(positions_N), 1) if reduction == "mean" else total
 
 

@@ -23,6 +23,7 @@ from nemo_kd.config.student import SPLITS, StudentDataConfig
 from nemo_kd.config.user_function import import_function
 from nemo_kd.ops.distillation import DistillationLoss, TokenLosses
 from nemo_kd.ops.fused_linear import fused_linear_loss
+from nemo_kd.ops.token_losses import COMPARED
 from nemo_kd.ops.vocab import VocabShard
 from nemo_kd.run.collective import gather
 from nemo_kd.student.data import source_names
@@ -53,7 +54,7 @@ class StudentLoss:
     Attributes:
         now: weights and divergence of the current step.
         selector: selects the positions of the KD term, for `select`.
-        reported: names of the metrics, some of which only some runs have.
+        reported: names of the metrics that the run has.
         custom: the function of `kd_loss=custom`, which needs logits; all other losses take hidden
             states.
         custom_sums: the custom loss's own metrics, summed over this rank's calls since
@@ -80,12 +81,10 @@ class StudentLoss:
         self.losses = replace(
             DistillationLoss.of(config, compares), measures_entropy=not compares
         )
-        self.reported = list(REPORTED)
-        self.absent: set[str] = set()
+        absent = {"entropy"} if compares else set(COMPARED)
         if config.divergence is None and self.custom is None:
-            self.absent.add("kd_loss")
-        if compares:
-            self.absent.add("entropy")
+            absent.add("kd_loss")
+        self.reported = [name for name in REPORTED if name not in absent]
         self.selector: Selector | None = None
         self.set_step(math.inf)
         for text in config.warnings():
@@ -303,7 +302,7 @@ class StudentLoss:
             [*suffixes, ""], [*of_sources[: len(suffixes)], of_all], strict=True
         ):
             for name, mean in means_of(row).items():
-                if name not in self.absent:
+                if name in self.reported:
                     metrics[f"{split}/{name}{suffix}"] = mean
         return metrics
 

@@ -43,6 +43,7 @@ def settings(**overrides):
         ({f"{PARAMS}filename": "{validation/loss}"}, "filename: .* must not contain a slash"),
         ({f"{PARAMS}monitor": "validation_loss"}, "monitor: 'validation_loss' is not measured; known: val_loss, validation/loss"),
         ({f"{PARAMS}monitor": "validation/teacher_lk"}, "monitor: 'validation/teacher_lk' is not measured"),
+        ({f"{PARAMS}monitor": "validation/entropy"}, "monitor: 'validation/entropy' is not measured"),
         ({f"{PARAMS}monitor": "eval/accuracy"}, "monitor: eval/accuracy needs evaluations; set eval.interval, eval.data and"),
         ({"exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "eval/accuracy"}, "early_stopping_callback_params.monitor: eval/accuracy needs evaluations; set"),
         ({**EVAL, "exp_manager__create_early_stopping_callback": True, f"{STOPPING}monitor": "eval/acuracy"}, "early_stopping_callback_params.monitor: 'eval/acuracy' is not measured; known: val_loss, .*, eval/accuracy"),

@@ -166,7 +166,7 @@ def test_the_range_decides_what_a_run_needs():
             "sft_loss_weight": now.sft_weight,
         }
     loss = StudentLoss(config)
-    assert "kd_loss" not in loss.absent
+    assert "kd_loss" in loss.reported
     assert loss.now == config.at(math.inf)  # a validation before any step
     loss.set_step(1)
     assert (loss.now.kd_weight, loss.now.sft_weight) == (0.75, 0.25)

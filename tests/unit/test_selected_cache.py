@@ -72,6 +72,20 @@ def test_rows_come_back_with_their_positions(tmp_path):
     assert sum(chunk.target_tokens for chunk in total) == targets
 
 
+@pytest.mark.parametrize("kd_loss", ["k1", "k2", "k3", "low_var_kl"])
+def test_estimators_on_the_label_have_the_positions_with_targets(kd_loss):
+    batch = collate([selected(index) for index in range(3)], 0)
+    logprobs = torch.where(batch.in_kd_N, -1.0, 0.0).double()
+    batch = replace(batch, teacher=replace(batch.teacher, label_logprobs_P=logprobs))
+    of_kd = replace(batch, loss_positions_N=batch.loss_positions_N[batch.in_kd_N], in_kd_N=None, teacher=batch.teacher.at(batch.in_kd_N))  # fmt: skip
+    logits = torch.randn(*batch.tokens_BS.shape, 50, dtype=torch.float64)
+    config = LossConfig(kd_loss=kd_loss)
+    found, expected = [
+        distillation_loss(logits, one, config) for one in (batch, of_kd)
+    ]
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("join", [collate, pack])
 def test_the_kd_term_has_the_positions_with_targets(join):
     rows = [selected(index) for index in range(3)]

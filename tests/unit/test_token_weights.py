@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -98,6 +100,10 @@ def test_prompts_need_a_cache_of_all_positions(tmp_path):
         ({"sft_weight": 2.0}, {}),
         ({"kd_weight": 2.0}, {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}),
         ({"kd_weight": 2.0}, {"kd_loss": "custom", "custom_loss": "a.b"}),
+        (
+            {"sft_weight": 2.0},
+            {"kd_loss": "custom", "custom_loss": "a.b", "sft_loss_weight": 1.0},
+        ),
     ],
 )
 def test_weights_of_paths_without_an_effect_are_refused(weights, loss):
@@ -106,6 +112,47 @@ def test_weights_of_paths_without_an_effect_are_refused(weights, loss):
         ConfigError, match="multiplies a term that the loss leaves out"
     ):
         StudentModelConfig(data=data, knowledge_distillation=LossConfig(**loss))
+
+
+@pytest.mark.parametrize(
+    ("weights", "loss"),
+    [
+        ({"kd_weight": 0.0}, {}),
+        ({"sft_weight": 0.0}, {"kd_loss_weight": 0.0, "sft_loss_weight": 1.0}),
+    ],
+)
+def test_a_path_that_trains_nothing_is_refused(weights, loss):
+    data = StudentDataConfig(data_prefix={"train": [{"path": "a", **weights}]})
+    with pytest.raises(ConfigError, match="of a path train nothing"):
+        StudentModelConfig(data=data, knowledge_distillation=LossConfig(**loss))
+
+
+def test_a_custom_loss_without_a_weight_is_refused():
+    with pytest.raises(
+        ConfigError, match="kd_loss: custom has no effect with kd_loss"
+    ):
+        LossConfig(
+            kd_loss="custom",
+            custom_loss="a.b",
+            kd_loss_weight=0.0,
+            sft_loss_weight=1.0,
+        )
+
+
+@pytest.mark.parametrize("join", [collate, pack])
+def test_an_example_without_loss_tokens_has_no_prompt_in_the_kd_term(join):
+    empty = np.zeros_like(ROWS[1].example.loss_mask_S)
+    unmasked = replace(ROWS[1], example=replace(ROWS[1].example, loss_mask_S=empty))
+    batch = join([ROWS[0], unmasked], 0, distill_on_prompt=True)
+    assert batch.kd_lengths_B.tolist() == [6, 0]
+    assert batch.loss_positions_N.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_the_loss_for_other_trainers_refuses_a_batch_of_prompts():
+    batch = collate(ROWS, 0, distill_on_prompt=True)
+    logits = torch.randn(*batch.tokens_BS.shape, 50)
+    with pytest.raises(ValueError, match="positions outside the loss mask"):
+        distillation_loss(logits, batch)
 
 
 def test_a_run_does_not_resume_with_other_weights_of_paths():
