@@ -93,15 +93,9 @@ class ChatTemplate:
         # A template is a foreign program and can raise anything: 1/0 in it is a ZeroDivisionError.
         except Exception as error:
             reason = (str(error) or type(error).__name__)[:500]
-            bare = [
-                tool
-                for tool in self.tools or ()
-                if isinstance(tool, dict) and "function" not in tool
-            ]
-            if bare:
+            if self.tools and "'function'" not in str(self.tools):
                 reason += (
-                    f"; the tool {str(bare[0])[:80]!r} may have to be written as "
-                    '{"type": "function", "function": {...}}'
+                    '; tools may have to be {"type": "function", "function": {...}}'
                 )
             raise DataError(
                 f"the chat template cannot render this conversation: {reason}"

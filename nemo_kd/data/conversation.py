@@ -11,7 +11,6 @@ from nemo_kd.config import DataError
 from nemo_kd.config.data import DatasetConfig
 
 Message = dict[str, Any]
-EMPTY: Any = (None, "", [], {})
 
 TURN_WEIGHTS = ("weight", "train", "training", "step_loss_mask", "loss")
 """Fields of a message that take it out of the loss with 0 or false: of OpenAI and Mistral, of
@@ -213,7 +212,7 @@ def pop_weight(message: Message) -> bool:
                 f"has `{name}`: {weight!r}, which must be 0 (not trained) or 1"
             )
         is_trained &= weight != 0
-    if message.get("train_detail"):
+    if "train_detail" in message:
         raise DataError(
             f"has `train_detail`: {str(message['train_detail'])[:80]}, weights of parts of a text, "
             "which cannot be used; give the whole turn `train`, or token ids with a `loss_mask`"

@@ -7,10 +7,11 @@ from typing import Any
 
 from nemo_kd.config import DataError
 from nemo_kd.config.data import CHAT_FORMATS, PLAIN_TEMPLATE, DatasetConfig
-from nemo_kd.data.conversation import EMPTY, SPEAKERS, TURN_WEIGHTS, decoded
+from nemo_kd.data.conversation import SPEAKERS, TURN_WEIGHTS, decoded
 from nemo_kd.data.nemo_chat import NEMO_TYPES
 
 Record = dict[str, Any]
+EMPTY: Any = (None, "", [], {})
 
 CONTEXT_FIELDS = ("system", "system_prompt", "history", "functions")
 """Fields that hold a part of the conversation wherever they occur."""

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from nemo_kd.config import DataError
 from nemo_kd.config.data import ChatPromptTokens
-from nemo_kd.data.conversation import EMPTY, UNTRAINED_TURN, pop_weight
+from nemo_kd.data.conversation import UNTRAINED_TURN, pop_weight
 from nemo_kd.data.tokenizer import encode, encode_continuation
 
 Piece = tuple[str, bool]
@@ -39,8 +39,6 @@ def render_conversations(
     markers: ChatPromptTokens,
 ) -> tuple[list[int], list[bool], Counter[str]]:
     """Return the token ids of a NeMo chat record, True for the trained ones, and what is left out.
-
-    Every piece is tokenized on its own, so that trained stretches begin and end with whole tokens.
 
     Raises:
         DataError: the record has another shape.
@@ -74,16 +72,12 @@ def render_conversations(
         )
     header = f"{markers.system_turn_start}System{markers.end_of_name}{system}{markers.end_of_turn}"
     pieces: list[Piece] = []
-    left_out: Counter[str] = Counter()
-    weights = [_weight(turn, number, left_out) for number, turn in enumerate(turns)]
+    weights, left_out = _weights(turns)
     # The previous turn was trained: this turn's start marker ends it.
     is_answered = False
     for number, turn in enumerate(turns):
-        may_be_trained = number > 0 or kind == "TEXT_TO_VALUE"
-        is_trained = may_be_trained and turn["from"] not in masked
-        if is_trained and not weights[number]:
-            left_out[UNTRAINED_TURN] += 1
-        is_trained &= weights[number]
+        is_trained = weights[number] and turn["from"] not in masked
+        is_trained &= number > 0 or kind == "TEXT_TO_VALUE"
         body = _body(turn, kind, is_trained, markers)
         pieces.append((markers.turn_start, is_answered))
         pieces.append((turn["from"] + markers.end_of_name, False))
@@ -91,35 +85,31 @@ def render_conversations(
         is_answered = any(trained for _, trained in body)
     if speakers[-1] not in masked:
         pieces.append((markers.turn_start, is_answered))
-    ids, trained = _encoded(tokenizer, header, pieces)
-    return ids, trained, left_out
-
-
-def _encoded(
-    tokenizer: PreTrainedTokenizerBase, header: str, pieces: list[Piece]
-) -> tuple[list[int], list[bool]]:
     ids = encode(tokenizer, header)
     trained = [False] * len(ids)
+    # Each on its own, so that trained stretches begin and end with whole tokens.
     for text, is_trained in pieces:
         piece = encode_continuation(tokenizer, text)
         ids += piece
         trained += [is_trained] * len(piece)
-    return ids, trained
+    return ids, trained, left_out
 
 
-def _weight(turn: dict[str, Any], number: int, left_out: Counter[str]) -> bool:
-    """Return False if a weight takes the turn out of the loss; count fields that nothing reads."""
-    others = {name: turn[name] for name in turn if name not in TURN_FIELDS}
-    try:
-        is_trained = pop_weight(others)
-    except DataError as error:
-        raise DataError(f"turn {number} {error}") from error
-    left_out.update(
-        f"field `{name}` of turns, which nothing reads"
-        for name in others
-        if others[name] not in EMPTY
-    )
-    return is_trained
+def _weights(turns: list[dict[str, Any]]) -> tuple[list[bool], Counter[str]]:
+    """Return False for turns that a weight takes out of the loss, and what is left out."""
+    weights = []
+    left_out: Counter[str] = Counter()
+    for number, turn in enumerate(turns):
+        others = {name: turn[name] for name in turn if name not in TURN_FIELDS}
+        try:
+            weights.append(pop_weight(others))
+        except DataError as error:
+            raise DataError(f"turn {number} {error}") from error
+        left_out[UNTRAINED_TURN] += not weights[-1]
+        left_out.update(
+            f"field `{name}` of turns, which nothing reads" for name in others
+        )
+    return weights, +left_out
 
 
 def _body(

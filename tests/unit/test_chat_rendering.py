@@ -93,7 +93,6 @@ def test_a_template_that_fails_on_bare_functions_names_the_form_of_tools():
     tools = [{"name": "add", "parameters": {}}]
     error = refused([user("a"), assistant("b")], template, tools=tools)
     assert "no attribute 'function'" in error
-    assert "'name': 'add'" in error
     assert '{"type": "function", "function": {...}}' in error
 
 
