@@ -333,9 +333,7 @@ class LossConfig(Section, key=KEY):
                 "missing; kd_loss=custom needs the import path of a function",
             )
         if self.objective == "custom" and not self.trains_on_teacher:
-            raise self.error(
-                "kd_loss", "custom has no effect with kd_loss_weight=0; leave it out"
-            )
+            raise self.error("kd_loss", "custom needs kd_loss_weight above 0")
         if self.objective not in DIVERGENCES and self.support != "tail":
             raise self.error(
                 "support", f"{self.support} has no effect with kd_loss={self.kd_loss}"

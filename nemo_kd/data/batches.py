@@ -227,9 +227,8 @@ def _filled(
     tokens_A = torch.full((bounds[-1],), pad_id)
     labels_A = tokens_A.clone()
     loss_mask_A = torch.zeros(bounds[-1])
-    position_ids_A = torch.cat(
-        [torch.arange(size) for size in np.diff(bounds).tolist()]
-    )
+    positions = map(torch.arange, np.diff(bounds).tolist())
+    position_ids_A = torch.cat(list(positions))
     indices_B = torch.full((len(rows),), -1)
     sources_B = torch.zeros_like(indices_B)
     lengths_B = torch.zeros_like(indices_B)
@@ -249,7 +248,6 @@ def _filled(
         tokens_A[place] = torch.from_numpy(example.tokens_S)
         labels_A[place] = torch.from_numpy(example.labels_S)
         loss_mask_A[place] = torch.from_numpy(example.loss_mask_S)
-        # Without a loss token an example has no position in the loss, its prompt neither.
         on_prompt = distill_on_prompt and example.num_loss_tokens > 0
         in_loss_A[place] = (loss_mask_A[place] > 0) | on_prompt
         if isinstance(row, CachedExample):

@@ -89,15 +89,10 @@ def distillation_loss(
         ValueError: the loss has settings that need the trainer, or the teacher's rows lack a field.
     """
     config = config or LossConfig()
-    _check_for_other_trainers(config)
+    _check_for_other_trainers(config, batch)
     num_ranks = 1 if group is None else group.size()
     num_columns = logits_BSv.shape[-1]
     positions_N = batch.loss_positions_N
-    if not batch.loss_mask_BS.flatten()[positions_N].all():
-        raise ValueError(
-            "batch.loss_positions_N: has positions outside the loss mask, which only "
-            "train_gpt_knowledge_distillation can train on; collate without distill_on_prompt"
-        )
     at_step = config.at(step)
     loss = replace(DistillationLoss.of(config), divergence=at_step.divergence)
     losses = loss(
@@ -112,25 +107,30 @@ def distillation_loss(
         )
     total = at_step.sft_weight * losses.ce_N.sum()
     if losses.kd_N is not None:
-        kd_weight = at_step.kd_weight / _share_in_kd(batch, reduction)
-        kd_N = losses.kd_N if batch.in_kd_N is None else losses.kd_N[batch.in_kd_N]
-        total = total + kd_weight * kd_N.sum()
+        kd = _kd_sum(losses.kd_N, batch, reduction)
+        total = total + at_step.kd_weight * kd
     return total / max(len(positions_N), 1) if reduction == "mean" else total
 
 
-def _share_in_kd(batch: Batch, reduction: str) -> float:
-    """Return the share of the loss tokens that the KD term has, and its mean is over."""
+def _kd_sum(kd_N: Tensor, batch: Batch, reduction: str) -> Tensor:
+    """Return the mean over the positions that the KD term has, times all loss tokens."""
     if batch.in_kd_N is None:
-        return 1.0
+        return kd_N.sum()
     if reduction == "sum":
         raise ValueError(
             "reduction: sum, but the cache holds selected positions, so that both terms have "
             "different counts; use mean"
         )
-    return max(int(batch.kd_lengths_B.sum()), 1) / len(batch.loss_positions_N)
+    kd_N = kd_N[batch.in_kd_N]
+    return kd_N.sum() * len(batch.loss_positions_N) / max(len(kd_N), 1)
 
 
-def _check_for_other_trainers(config: LossConfig) -> None:
+def _check_for_other_trainers(config: LossConfig, batch: Batch) -> None:
+    if not batch.loss_mask_BS.flatten()[batch.loss_positions_N].all():
+        raise ValueError(
+            "batch.loss_positions_N: has positions outside the loss mask, which only "
+            "train_gpt_knowledge_distillation can train on; collate without distill_on_prompt"
+        )
     if config.objective == "custom":
         raise ValueError(
             "kd_loss: custom; call the function itself, or choose another kd_loss"

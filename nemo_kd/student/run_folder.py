@@ -144,6 +144,15 @@ def experiment_record(
     record[STUDENT] = dict(student)
     record["trainer.precision"] = PRECISIONS[config.trainer.precision]
     record["model.knowledge_distillation.kd_loss"] = loss.objective
+    if loss.reduction == "microbatch":
+        num_ranks = config.trainer.num_nodes * config.trainer.num_devices
+        record["model.knowledge_distillation.reduction.micro_batches"] = {
+            "size": config.model.micro_batch_size,
+            "tokens": config.model.data.max_tokens_per_batch,
+            "packed": config.model.packed,
+            "data_parallel": config.model.data_parallel_size(num_ranks),
+            "context_parallel": config.model.context_parallel_size,
+        }
     if loss.custom_loss is not None:
         module = importlib.import_module(loss.custom_loss.rpartition(".")[0])
         source = getattr(module, "__file__", None)

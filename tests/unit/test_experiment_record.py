@@ -111,6 +111,25 @@ def test_a_custom_loss_that_was_edited_is_another_loss(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
+    "change",
+    [{"model__micro_batch_size": 4}, {"model__data__max_tokens_per_batch": 4096}, {"trainer__devices": 2}],
+)  # fmt: skip
+def test_micro_batches_are_compared_where_the_loss_depends_on_them(change):
+    key = f"{LOSS}.reduction"
+    architecture = GPTArchitecture("llama", 100, 1, 8, 8, 1, 1, 8, 512, 1e-5, 1e4)
+    for reduction, changed in (
+        ("token", []),
+        ("microbatch", [f"{key}.micro_batches"]),
+    ):
+        mean = {key.replace(".", "__"): reduction}
+        before, now = (
+            experiment_record(config(**mean, **more), architecture, {}, {}, 1)
+            for more in ({}, change)
+        )
+        assert list(differences(before, now)) == changed
+
+
+@pytest.mark.parametrize(
     ("entries", "found"),
     [
         ([f"{LOSS}.kd_loss"], {f"{LOSS}.kd_loss"}),

@@ -147,7 +147,7 @@ def test_conversion_keeps_the_selection(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"kd_loss": "custom", "custom_loss": "a.b"}, "which a custom loss does not know"),
+        ({"kd_loss": "custom", "custom_loss": "a.b"}, "which a custom loss cannot use"),
         ({"distill_on_prompt": True}, "compute it with cache.positions=all"),
     ],
 )  # fmt: skip

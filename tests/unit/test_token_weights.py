@@ -129,7 +129,7 @@ def test_a_path_that_trains_nothing_is_refused(weights, loss):
 
 def test_a_custom_loss_without_a_weight_is_refused():
     with pytest.raises(
-        ConfigError, match="kd_loss: custom has no effect with kd_loss"
+        ConfigError, match="kd_loss: custom needs kd_loss_weight above 0"
     ):
         LossConfig(
             kd_loss="custom",
