@@ -42,7 +42,14 @@ def read_tokens(record: dict[str, Any]) -> tuple[list[int], list[bool]]:
             "holds 1 at trained tokens and 0 elsewhere, `labels` their ids, not shifted, and -100"
         )
     if record.get("attention_mask") is not None:
-        is_text_S = _integers(record, "attention_mask", len(ids_S)) != 0
+        flags_S = _integers(record, "attention_mask", len(ids_S))
+        is_text_S = flags_S == 1
+        has_gaps = np.count_nonzero(np.diff(is_text_S, prepend=False)) > 2
+        if has_gaps or (~is_text_S & (flags_S != 0)).any():
+            raise DataError(
+                "`attention_mask` must be 1 for one stretch of tokens and 0 for padding around it; "
+                "a record holds one example, several packed ones cannot be told apart"
+            )
         ids_S = ids_S[is_text_S]
         trained_S = trained_S[is_text_S]
     return ids_S.tolist(), trained_S.tolist()

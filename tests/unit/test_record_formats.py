@@ -175,6 +175,22 @@ def test_padding_of_token_records_is_left_out(dataset):
             r"`labels`\[0\] is 6 at the token 5; .* not shifted",
         ),
         ({"input_ids": [5, 512], "loss_mask": [0, 1]}, "outside the model's"),
+        (
+            {
+                "input_ids": [5, 6, 7],
+                "loss_mask": [0, 1, 1],
+                "attention_mask": [1, 2, 2],
+            },
+            "`attention_mask` must be 1 for one stretch",
+        ),
+        (
+            {
+                "input_ids": [5, 6, 7],
+                "loss_mask": [0, 1, 1],
+                "attention_mask": [1, 0, 1],
+            },
+            "`attention_mask` must be 1 for one stretch",
+        ),
     ],
 )
 def test_other_token_records_are_refused(dataset, record, message):
