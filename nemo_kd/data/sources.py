@@ -8,7 +8,9 @@ from __future__ import annotations
 import functools
 import gzip
 import hashlib
+import json
 import os
+import re
 import shutil
 import tempfile
 import zlib
@@ -47,6 +49,7 @@ OTHER_KINDS = {
 
 HEAD_BYTES = 64
 BLOCK_BYTES = 1 << 20
+LONG_INTEGER = re.compile(rb"[0-9]{19}")
 OTHERWISE_ELSEWHERE = "the ranks read different content; give all machines the same"
 
 
@@ -208,7 +211,7 @@ class Lines(Source):
 
     def record(self, place: int) -> dict[str, Any]:
         try:
-            record = orjson.loads(self.raw(place))
+            record = _parsed(self.raw(place))
         except orjson.JSONDecodeError as error:
             raise DataError(
                 f"{self.where(place)}: not valid JSON ({error}); every line must be one JSON object"
@@ -314,7 +317,7 @@ def _spread_array(name: str, file: BinaryIO) -> bool:
         return False
     file.seek(0)
     try:
-        elements = orjson.loads(file.read().removeprefix(BOM))
+        elements = _parsed(file.read().removeprefix(BOM))
     except orjson.JSONDecodeError as error:
         raise DataError(
             f"{name}: begins like a JSON array, but is not one ({error})"
@@ -322,8 +325,14 @@ def _spread_array(name: str, file: BinaryIO) -> bool:
     file.seek(0)
     file.truncate()
     for element in elements:
-        file.write(orjson.dumps(element) + b"\n")
+        file.write(json.dumps(element).encode() + b"\n")
     return True
+
+
+def _parsed(content: bytes) -> Any:
+    """Return the content of a JSON text. orjson makes floats of integers beyond 64 bits."""
+    value = orjson.loads(content)
+    return json.loads(content) if LONG_INTEGER.search(content) else value
 
 
 def fingerprint_of(paths: Sequence[Path]) -> str:

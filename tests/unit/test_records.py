@@ -225,6 +225,18 @@ def test_many_compressed_files_share_a_descriptor(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before + 1
 
 
+def test_long_integers_stay_exact(tmp_path):
+    rows = [
+        {"id": 123456789012345678901, "pi": 3.1415926535897932384626},
+        {"id": -(2**70)},
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    for name in ("a.jsonl", "a.json"):
+        records = open_records(str(tmp_path / name))
+        assert [records[0], records[1]] == rows
+
+
 def test_records_need_neither_torch_nor_transformers():
     code = "import sys, nemo_kd.data.records\n"
     code += (
