@@ -47,7 +47,7 @@ ROOM_LIMITS = {
     "cache": 15_900,
     "cli": 6_600,
     "config": 13_200,
-    "data": 19_300,
+    "data": 19_400,
     "evaluation": 6_900,
     "mcore": 19_200,
     "ops": 12_700,
