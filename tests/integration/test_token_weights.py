@@ -70,7 +70,8 @@ def reference(student: Path, cache: Path, settings: dict, by_paths: bool):
         logits = model(torch.tensor(row.example.tokens_S)[None]).logits[0]
         labels = torch.tensor(row.example.labels_S)
         trained = row.example.loss_mask_S.nonzero()[0].tolist()
-        taught = range(len(labels)) if settings.get("distill_on_prompt") else trained
+        on_prompt = settings.get("distill_on_prompt") and len(trained)
+        taught = range(len(labels)) if on_prompt else trained
         taught = sorted(set(taught) & set(row.teacher.positions_P.tolist()))
         if "select" in settings:
             taught = selected("teacher_entropy", torch.zeros(len(labels)), row, taught)
