@@ -18,7 +18,6 @@ from nemo_kd.files import check_regular_file
 
 _SLICE = re.compile(r"(?P<path>.+)@\[(?P<first>-?\d*):(?P<end>-?\d*)\]")
 
-
 FOLDER_FILES = {"state.json", "dataset_dict.json"}
 """Files that `datasets` writes into a folder; one of both is in each."""
 

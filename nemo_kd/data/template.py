@@ -104,6 +104,7 @@ class _Renderer:
         self.settings = settings
         self.left_out = Counter(conversation.left_out)
         self.template = ChatTemplate(tokenizer, conversation.tools, settings.date)
+        self._without_tools = replace(self.template, tools=None)
         messages = conversation.messages
         if "developer" not in self.template.source:
             messages = [_as_system(message) for message in messages]
@@ -239,9 +240,8 @@ class _Renderer:
     def _check_alone(self, turn: int, span: Span) -> None:
         """Refuse `qwen` where a turn reads otherwise without the conversation."""
         inside = self.conversation.text[slice(*span)]
-        without_tools = ChatTemplate(self.tokenizer, day=self.settings.date)
         try:
-            alone = without_tools.render([self.messages[turn]])
+            alone = self._without_tools.render([self.messages[turn]])
         except DataError as error:
             raise self._unfit(turn, f"alone, {error}") from error
         if not alone.rstrip().endswith(inside):
@@ -323,9 +323,8 @@ class _Renderer:
         """Count tool definitions that the template leaves out."""
         if not self.template.tools:
             return
-        without_tools = ChatTemplate(self.tokenizer, day=self.settings.date)
         try:
-            text = without_tools.render(self.messages)
+            text = self._without_tools.render(self.messages)
         except DataError:
             return
         if text != self.conversation.text:
